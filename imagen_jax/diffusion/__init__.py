@@ -1,0 +1,5 @@
+"""The diffusion process as pure functions of arrays: no parameters, no modules, no devices.
+
+Symbols (Appendix A of the paper): `x` clean image in [-1, 1], `z` noisy image, `eps` noise, `t` in [0, 1],
+`logsnr` = lambda_t = log(alpha_t^2 / sigma_t^2), one value a sample. A network is a `denoise_fn(z, logsnr, cond)`.
+"""

@@ -1,0 +1,107 @@
+"""The Efficient U-Net of the super-resolution stages (Appendix B.1, Figs. A.27-A.30, configurations F.2 and F.3).
+
+Against the ordinary U-Net: most residual blocks stand at low resolution, a level down-samples before its blocks and up-samples after
+them, and residual sums are scaled by 1/sqrt(2). Skips are added. Four levels, each of stride 2 (F.2 prints four).
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from imagen_jax.models.attention import Attention, FeedForward
+from imagen_jax.models.blocks import Conditioning, ResBlock, concat_lowres
+from imagen_jax.models.layers import Constrain, Dtype, conv, identity, upsample_nearest
+
+INV_SQRT2 = 2.0**-0.5
+
+
+class Blocks(nn.Module):
+    """The body of a DBlock or UBlock: residual blocks, then attention and an MLP of width 2c where the level attends.
+
+    A DBlock starts with a strided convolution (`down`); a UBlock ends with nearest up-sampling and a convolution to `up_features`,
+    the width of the level above.
+    """
+
+    features: int
+    blocks: int
+    attention: str
+    heads: int
+    down: bool
+    up_features: int
+    dropout: float
+    dtype: Dtype
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(
+        self,
+        h: Float[Array, "b h w c"],
+        emb: Float[Array, "b t"],
+        text: Float[Array, "b l e"] | None,
+        mask: Bool[Array, "b l"] | None,
+        train: bool,
+    ) -> Float[Array, "b h2 w2 c2"]:
+        if self.down:
+            h = self.constrain(conv(self.features, self.dtype, "resample", stride=2)(h))
+        for i in range(self.blocks):
+            block = ResBlock(
+                self.features, self.dtype, project_shortcut=True, residual_scale=INV_SQRT2, dropout=self.dropout, name=f"block_{i}"
+            )
+            h = self.constrain(block(h, emb, train))
+        if self.attention != "none":
+            h = Attention(self.heads, self.attention, self.dtype, name="attn")(h, text, mask)
+            h = self.constrain(FeedForward(2 * self.features, self.dtype, name="mlp")(h))
+        if self.up_features:
+            h = self.constrain(conv(self.up_features, self.dtype, "resample")(upsample_nearest(h)))
+        return h
+
+
+class EfficientUNet(nn.Module):
+    """eps (or x, v) from (z, logsnr, cond) with cond["lowres"] [b h' w' 3] and cond["lowres_logsnr"] [b] if `lowres`.
+
+    `attention[i]` is "none", "fused", "self" or "cross" (text only: the 1024 stage, which trains on crops and runs on whole images).
+    The embedding is 4 * widths[0] wide.
+    """
+
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    attention: tuple[str, ...]
+    heads: int
+    cond_dim: int
+    pool_heads: int
+    lowres: bool
+    dropout: float
+    dtype: Dtype = jnp.float32
+    remat: bool = False
+    constrain: Constrain = identity
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "b h w 3"], logsnr: Float[Array, "b"], cond: dict[str, Array], train: bool = False) -> Float[Array, "b h w 3"]:
+        self._check(z)
+        emb, text, mask = Conditioning(
+            self.widths[0], 4 * self.widths[0], self.cond_dim, self.pool_heads, self.lowres, self.dtype, name="conditioning"
+        )(logsnr, cond)
+        h = concat_lowres(z, cond["lowres"]) if self.lowres else z
+        h = self.constrain(conv(self.widths[0], self.dtype, "stem")(h.astype(self.dtype)))
+        Remat = nn.remat(Blocks, static_argnums=(5,)) if self.remat else Blocks
+        level = partial(Remat, heads=self.heads, dropout=self.dropout, dtype=self.dtype, constrain=self.constrain)
+        per_level = list(zip(self.widths, self.blocks, self.attention))
+        skips = []
+        for i, (width, blocks, attention) in enumerate(per_level):
+            h = level(width, blocks, attention, down=True, up_features=0, name=f"down_{i}")(h, emb, text, mask, train)
+            skips.append(h)
+        skips.pop()  # the lowest UBlock continues from the lowest DBlock; every other one adds the DBlock of its size
+        for i, (width, blocks, attention) in reversed(list(enumerate(per_level))):
+            up_features = self.widths[max(i - 1, 0)]
+            h = level(width, blocks, attention, down=False, up_features=up_features, name=f"up_{i}")(h, emb, text, mask, train)
+            h = h + skips.pop() if skips else h
+        return nn.Dense(3, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="out")(h.astype(jnp.float32))
+
+    def _check(self, z: Array) -> None:
+        if not len(self.widths) == len(self.blocks) == len(self.attention):
+            raise ValueError(f"model.widths, model.blocks and model.attention have {len(self.widths)}, {len(self.blocks)} and {len(self.attention)} entries: one each a level")
+        factor = 2 ** len(self.widths)
+        if z.shape[1] % factor or z.shape[2] % factor:
+            raise ValueError(f"an Efficient U-Net of {len(self.widths)} levels takes sizes divisible by {factor}, not {z.shape[1:3]}")

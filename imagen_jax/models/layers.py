@@ -1,0 +1,80 @@
+"""Small parts shared by the networks: normalisation, resampling, and the embeddings that condition every block."""
+
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+Dtype = Any
+Constrain = Callable[[Array], Array]
+
+
+def identity(h: Array) -> Array:
+    """The `constrain` of a model on one device: leaves the layout of an activation to the compiler."""
+    return h
+
+
+def group_norm(features: int, dtype: Dtype, name: str) -> nn.GroupNorm:
+    """GroupNorm of 32 groups, fewer in narrow layers so that a group keeps 4 channels; statistics in fp32. Raises on an indivisible width."""
+    groups = min(32, features // 4)
+    if groups < 1 or features % groups:
+        raise ValueError(f"{name}: {features} channels do not divide into {groups} groups; use a multiple of 4 below 128, of 32 above")
+    return nn.GroupNorm(num_groups=groups, epsilon=1e-5, dtype=dtype, name=name)
+
+
+def conv(features: int, dtype: Dtype, name: str, *, stride: int = 1, zero_init: bool = False) -> nn.Conv:
+    """3x3 convolution, SAME padding; `zero_init` makes its branch start as nothing."""
+    init = nn.initializers.zeros if zero_init else nn.initializers.lecun_normal()
+    return nn.Conv(features, (3, 3), strides=stride, padding=((1, 1), (1, 1)), kernel_init=init, dtype=dtype, name=name)
+
+
+def average_pool(h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """2x2 average pooling, stride 2."""
+    return nn.avg_pool(h, (2, 2), strides=(2, 2))
+
+
+def upsample_nearest(h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Each pixel twice in both directions."""
+    b, height, width, c = h.shape
+    h = jnp.broadcast_to(h[:, :, None, :, None], (b, height, 2, width, 2, c))
+    return h.reshape(b, 2 * height, 2 * width, c)
+
+
+def space_to_depth(h: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2 w2 c2"]:
+    """Each patch x patch square of pixels becomes one position with patch^2 times the channels."""
+    b, height, width, c = h.shape
+    h = h.reshape(b, height // patch, patch, width // patch, patch, c)
+    return h.transpose(0, 1, 3, 2, 4, 5).reshape(b, height // patch, width // patch, patch * patch * c)
+
+
+def depth_to_space(h: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2 w2 c2"]:
+    """Inverse of `space_to_depth`."""
+    b, height, width, c = h.shape
+    h = h.reshape(b, height, width, patch, patch, c // patch**2)
+    return h.transpose(0, 1, 3, 2, 4, 5).reshape(b, height * patch, width * patch, c // patch**2)
+
+
+def sinusoid(logsnr: Float[Array, "b"], features: int) -> Float[Array, "b e"]:
+    """Sinusoids of u = atan(exp(-lambda/2)) / (pi/2), which runs from 0 (clean) to 1 (noise), times 1000; periods up to 2 pi 10^4.
+
+    u is the time of the cosine schedule whatever schedule is used: the embedding of Salimans & Ho 2022.
+    """
+    u = jnp.arctan(jnp.exp(-0.5 * logsnr.astype(jnp.float32))) / (0.5 * jnp.pi)
+    frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(features // 2) / (features // 2))
+    angle = 1000.0 * u[:, None] * frequency[None]
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+class NoiseLevelEmbedding(nn.Module):
+    """A log-SNR as a vector: sinusoid, Dense, swish, Dense. One for the time, one for the low-res image's noise."""
+
+    sinusoid_features: int
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, logsnr: Float[Array, "b"]) -> Float[Array, "b e"]:
+        h = nn.Dense(self.features, dtype=self.dtype, name="dense_0")(sinusoid(logsnr, self.sinusoid_features))
+        return nn.Dense(self.features, dtype=self.dtype, name="dense_1")(jax.nn.swish(h))

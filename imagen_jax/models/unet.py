@@ -1,0 +1,116 @@
+"""The base U-Net (F.1): the U-Net of Dhariwal & Nichol 2021 with text attention; also an ordinary super-resolution U-Net.
+
+Down: per level `blocks` residual blocks, each followed by attention where the level has it, then a residual block that halves the
+size. Middle: block, attention, block. Up: per level one block more than down, each on the concatenation with a skip. Names as in
+profiles and checkpoints: `down_2/block_0`, `down_2/attn_0`, `down_2/resample`, `mid/block_0`, `up_2/block_3`.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from imagen_jax.models.attention import Attention
+from imagen_jax.models.blocks import Conditioning, ResBlock, concat_lowres
+from imagen_jax.models.layers import Constrain, Dtype, conv, depth_to_space, group_norm, identity, space_to_depth
+
+Text = Float[Array, "b l e"] | None
+Mask = Bool[Array, "b l"] | None
+
+
+class Level(nn.Module):
+    """The blocks of one resolution on the way down, in the middle or up; with `skips` (up) each block eats one from the end.
+
+    Returns the feature map and all intermediate ones, which are the skips of the way down.
+    """
+
+    features: int
+    blocks: int
+    attention: tuple[bool, ...]
+    kind: str
+    head_channels: int
+    resample: str
+    dropout: float
+    dtype: Dtype
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(
+        self, h: Float[Array, "b h w c"], skips: tuple[Array, ...], emb: Float[Array, "b t"], text: Text, mask: Mask, train: bool
+    ) -> tuple[Array, tuple[Array, ...]]:
+        block = partial(ResBlock, self.features, self.dtype, dropout=self.dropout)
+        outputs = []
+        for i in range(self.blocks):
+            if skips:
+                h, skips = jnp.concatenate([h, skips[-1]], axis=-1), skips[:-1]
+            h = block(name=f"block_{i}")(h, emb, train)
+            if self.attention[i]:
+                h = Attention(self.features // self.head_channels, self.kind, self.dtype, name=f"attn_{i}")(h, text, mask)
+            h = self.constrain(h)
+            outputs.append(h)
+        if self.resample != "none":
+            h = self.constrain(block(resample=self.resample, name="resample")(h, emb, train))
+            outputs.append(h)
+        return h, tuple(outputs)
+
+
+class UNet(nn.Module):
+    """eps (or x, v) from (z, logsnr, cond). `widths[i]` = channels * multiplier at resolution size / (patch 2^i).
+
+    `attention[i]` says whether level i attends; `patch` > 1 folds patches into channels first (small demo models only, the paper has 1).
+    """
+
+    channels: int
+    multipliers: tuple[int, ...]
+    blocks: int
+    attention: tuple[bool, ...]
+    head_channels: int
+    cond_dim: int
+    pool_heads: int
+    patch: int
+    lowres: bool
+    dropout: float
+    dtype: Dtype = jnp.float32
+    remat: bool = False
+    constrain: Constrain = identity
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "b h w 3"], logsnr: Float[Array, "b"], cond: dict[str, Array], train: bool = False) -> Float[Array, "b h w 3"]:
+        self._check(z)
+        emb, text, mask = Conditioning(
+            self.channels, 4 * self.channels, self.cond_dim, self.pool_heads, self.lowres, self.dtype, name="conditioning"
+        )(logsnr, cond)
+        h = concat_lowres(z, cond["lowres"]) if self.lowres else z
+        h = conv(self.channels, self.dtype, "stem")(space_to_depth(h.astype(self.dtype), self.patch))
+        h = self.constrain(h)
+        widths = [self.channels * m for m in self.multipliers]
+        last = len(widths) - 1
+        Remat = nn.remat(Level, static_argnums=(6,)) if self.remat else Level
+        level = partial(
+            Remat, kind="fused" if self.cond_dim else "self", head_channels=self.head_channels,
+            dropout=self.dropout, dtype=self.dtype, constrain=self.constrain,
+        )  # fmt: skip
+        skips = [h]
+        for i, width in enumerate(widths):
+            attention = (self.attention[i],) * self.blocks
+            down = level(width, self.blocks, attention, resample="down" if i < last else "none", name=f"down_{i}")
+            h, outputs = down(h, (), emb, text, mask, train)
+            skips += outputs
+        h, _ = level(widths[-1], 2, (True, False), resample="none", name="mid")(h, (), emb, text, mask, train)
+        for i, width in reversed(list(enumerate(widths))):
+            n = self.blocks + 1
+            up = level(width, n, (self.attention[i],) * n, resample="up" if i else "none", name=f"up_{i}")
+            h, _ = up(h, tuple(skips[-n:]), emb, text, mask, train)
+            skips = skips[:-n]
+        h = jax.nn.swish(group_norm(h.shape[-1], self.dtype, "out_norm")(h))
+        h = conv(3 * self.patch**2, jnp.float32, "out", zero_init=True)(h.astype(jnp.float32))
+        return depth_to_space(h, self.patch)
+
+    def _check(self, z: Array) -> None:
+        if len(self.attention) != len(self.multipliers):
+            raise ValueError(f"model.attention has {len(self.attention)} entries, model.multipliers {len(self.multipliers)}: one each a level")
+        factor = self.patch * 2 ** (len(self.multipliers) - 1)
+        if z.shape[1] % factor or z.shape[2] % factor:
+            raise ValueError(f"a U-Net of {len(self.multipliers)} levels and patch {self.patch} takes sizes divisible by {factor}, not {z.shape[1:3]}")
