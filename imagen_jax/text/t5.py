@@ -40,7 +40,7 @@ class T5Config:
         raw = source if isinstance(source, Mapping) else json.loads(pathlib.Path(source).read_text())
         projection = raw.get("feed_forward_proj", "relu")
         if projection != "gated-gelu":
-            raise ValueError(f"feed_forward_proj is {projection!r}: only T5 v1.1 encoders ('gated-gelu') are supported, not the original T5")
+            raise ValueError(f"feed_forward_proj is {projection!r}: only T5 v1.1 encoders have 'gated-gelu', and only they are supported")
         fields = dataclasses.fields(cls)
         missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in raw]
         if missing:
