@@ -1,0 +1,1 @@
+"""Captioned images: where they come from, how they lie on disk, how a training step gets its batch."""

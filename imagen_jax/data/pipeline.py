@@ -1,0 +1,176 @@
+"""Batches for training and evaluation from a prepared directory.
+
+The global batch of step n is a pure function of (seed, n): nothing is filtered, the order is Grain's index shuffle, and
+every random choice is drawn from a generator keyed by the example's position. A run therefore resumes by its step number
+alone, on any number of hosts and workers.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from imagen_jax.data import transforms
+from imagen_jax.data.records import CaptionStore, ImageStore, Prepared
+
+Batch = dict[str, np.ndarray]
+_CENTRE = (0.5, 0.5)
+# Batches being made at once, and batches ready, in each process that reads.
+_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+
+class _PixelCache:
+    """Whole images at the stage's size with their caption ids, kept as read until a number of bytes is reached.
+
+    Never evicts: in a shuffled epoch every image is as likely to be needed as any other. A copy in a worker starts empty.
+    """
+
+    def __init__(self, limit_bytes: int):
+        self._limit = limit_bytes
+        self._lock = threading.Lock()
+        self._used = 0
+        self._rows: dict[int, tuple[np.ndarray, tuple[int, ...]]] = {}
+
+    def __reduce__(self):
+        return _PixelCache, (self._limit,)
+
+    def get(self, row: int) -> tuple[np.ndarray, tuple[int, ...]] | None:
+        return self._rows.get(row)
+
+    def put(self, row: int, pixels: np.ndarray, caption_ids: tuple[int, ...]) -> None:
+        with self._lock:
+            if row not in self._rows and self._used + pixels.nbytes <= self._limit:
+                self._used += pixels.nbytes
+                self._rows[row] = (pixels, caption_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Examples(grain.transforms.RandomMap):
+    """Row number of an image -> the arrays of one example."""
+
+    images: ImageStore
+    captions: CaptionStore
+    image_size: int
+    lowres_size: int
+    crop_size: int
+    text_length: int
+    flip: bool
+    random_caption: bool
+    cache: _PixelCache
+
+    def random_map(self, row: int, rng: np.random.Generator) -> Batch:
+        # All four are always drawn, so that switching one choice off leaves the others as they were.
+        caption, top, left, mirror = rng.random(4).tolist()
+        return self.make(row, caption if self.random_caption else 0.0, (top, left), self.flip and mirror < 0.5)
+
+    def make(self, row: int, caption: float, place: tuple[float, float], mirror: bool) -> Batch:
+        """The example of an image, with its choices given: caption and crop place as fractions in [0, 1)."""
+        image, caption_ids = self._pixels(row)
+        caption_id = caption_ids[int(caption * len(caption_ids))]
+        text, mask = transforms.pad_text(self.captions[caption_id].embedding, self.text_length)
+        example = {"text": text, "text_mask": mask, "index": np.int64(row), "caption_id": np.int64(caption_id)}
+        small_size = self.lowres_size or self.image_size
+        image, lowres = transforms.crop_pair(image, small_size, self.crop_size or self.image_size, place)
+        pair = {"image": image, "lowres": lowres} if self.lowres_size else {"image": image}
+        for name, pixels in pair.items():
+            example[name] = np.ascontiguousarray(pixels[:, ::-1] if mirror else pixels)
+        return example
+
+    def _pixels(self, row: int) -> tuple[np.ndarray, tuple[int, ...]]:
+        cached = self.cache.get(row)
+        if cached is not None:
+            return cached
+        record = self.images[row]
+        pixels = transforms.decode_square(record.image, self.image_size)
+        self.cache.put(row, pixels, record.caption_ids)
+        return pixels, record.caption_ids
+
+
+def _check_sizes(data_cfg: Mapping[str, Any]) -> None:
+    """ValueError, in one line, for sizes that cannot be cut from one another."""
+    size, lowres, crop = data_cfg["image_size"], data_cfg["lowres_size"], data_cfg["crop_size"]
+    if lowres and size % lowres:
+        raise ValueError(f"data.image_size={size} is not a multiple of data.lowres_size={lowres}")
+    if crop > size:
+        raise ValueError(f"data.crop_size={crop} is larger than data.image_size={size}")
+    if lowres and crop % (size // lowres):
+        raise ValueError(f"data.crop_size={crop} is not a whole number of low-res pixels of {size // lowres} pixels each")
+    if data_cfg["caption"] not in ("random", "first"):
+        raise ValueError(f"data.caption={data_cfg['caption']!r} is neither 'random' nor 'first'")
+
+
+def _examples(data_cfg: Mapping[str, Any], split: str) -> _Examples:
+    _check_sizes(data_cfg)
+    prepared = Prepared(data_cfg["path"])
+    prepared.check_length(data_cfg["text_length"])
+    prepared.check_image_size(data_cfg["image_size"])
+    return _Examples(
+        images=prepared.images(split),
+        captions=prepared.captions(),
+        image_size=data_cfg["image_size"],
+        lowres_size=data_cfg["lowres_size"],
+        crop_size=data_cfg["crop_size"],
+        text_length=data_cfg["text_length"],
+        flip=data_cfg["flip"],
+        random_caption=data_cfg["caption"] == "random",
+        cache=_PixelCache((data_cfg["cache_mib"] << 20) // max(1, data_cfg["workers"])),
+    )
+
+
+def batches(
+    data_cfg: Mapping[str, Any],
+    seed: int,
+    start_step: int,
+    split: str = "train",
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """This process's rows of the batches of steps start_step, start_step + 1, ... without end; call `.close()` when done.
+
+    Every process takes one contiguous slice of the same global batch, so the slices in order of process are that batch for
+    any process_count. Each image appears once an epoch; an epoch may end inside a batch.
+
+    Args:
+      data_cfg: path; image_size s; lowres_size r (0: no low-res pair); crop_size (0: whole images); text_length l;
+        batch_size (global); workers (processes; 0 reads in threads of this one); flip; caption ("random" or "first");
+        cache_mib (memory for decoded images in this process or over all its workers; changes no batch).
+      seed: of the order and of every random choice, in [0, 2^32).
+      start_step: the first step wanted.
+
+    Yields:
+      image uint8 [b s s 3], lowres uint8 [b r r 3] (if lowres_size), text bfloat16 [b l d] padded with zeros,
+      text_mask bool [b l], index int64 [b] (row in the image store), caption_id int64 [b].
+
+    Raises:
+      ValueError: in one line, for data that is not prepared or does not fit data_cfg, and, when read, for a damaged shard.
+    """
+    size = data_cfg["batch_size"]
+    if size % process_count:
+        raise ValueError(f"data.batch_size={size} does not divide over {process_count} processes")
+    examples = _examples(data_cfg, split)
+    rows = grain.MapDataset.range(len(examples.images))
+    stream = rows.seed(seed).shuffle().repeat().random_map(examples)
+    stream = stream[start_step * size :].batch(size // process_count, drop_remainder=True)[process_index::process_count]
+    reader = stream.to_iter_dataset(_READ)
+    if data_cfg["workers"]:
+        _mark_flags_parsed()
+        reader = reader.mp_prefetch(grain.MultiprocessingOptions(num_workers=data_cfg["workers"]))
+    return iter(reader)
+
+
+def _mark_flags_parsed() -> None:
+    """Grain's workers read absl flags, which outside absl.app.run nobody has parsed."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def eval_rows(data_cfg: Mapping[str, Any], indices: Sequence[int], split: str) -> Batch:
+    """The chosen rows as one batch as from `batches`, nothing random: first caption, centre crop, not mirrored."""
+    examples = _examples(data_cfg, split)
+    made = [examples.make(int(row), 0.0, _CENTRE, False) for row in indices]
+    return {name: np.stack([example[name] for example in made]) for name in made[0]}

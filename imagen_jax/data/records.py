@@ -1,0 +1,300 @@
+"""The on-disk record: an image store and a caption store (ArrayRecord shards in TFDS directories) under one manifest.
+
+    DIR/manifest.json   written last: the directory is complete if and only if it is there
+    DIR/images/         splits train and heldout: image (encoded bytes), height, width, id, caption_ids
+    DIR/captions/       split train: text, embedding [length d] bfloat16 without padding, length; a caption's id is its row
+    DIR/skipped.jsonl   one line for every item that was left out or noted, with the reason
+
+Both stores open with `tfds.builder_from_directory` (`import ml_dtypes` first, which teaches NumPy the name bfloat16);
+nothing here imports TensorFlow.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "heldout")
+MANIFEST = "manifest.json"
+# One record a group gives random access. Images are already compressed; zstd takes a fifth off bfloat16 embeddings.
+WRITER_OPTIONS = {"images": "group_size:1,uncompressed", "captions": "group_size:1,zstd:3"}
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRow:
+    """One image: encoded bytes (a format PIL reads), size in pixels, the source's id, rows of its captions."""
+
+    image: bytes
+    height: int
+    width: int
+    id: str
+    caption_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionRow:
+    """One distinct caption: its text and its token features [length d] bfloat16, unpadded."""
+
+    text: str
+    embedding: np.ndarray
+
+
+@functools.cache
+def image_features():
+    """The TFDS features of the image store; the image is given and kept as encoded bytes."""
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "height": np.int32,
+            "width": np.int32,
+            "id": tfds.features.Text(),
+            "caption_ids": tfds.features.Sequence(np.int64),
+        }
+    )
+
+
+@functools.cache
+def caption_features(dim: int):
+    """The TFDS features of the caption store for token features of width `dim`."""
+    import ml_dtypes
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict(
+        {
+            "text": tfds.features.Text(),
+            "embedding": tfds.features.Tensor(shape=(None, dim), dtype=ml_dtypes.bfloat16, encoding="bytes"),
+            "length": np.int32,
+        }
+    )
+
+
+def serialize_image(row: ImageRow) -> bytes:
+    """ImageRow -> the bytes of its record."""
+    return image_features().serialize_example(dataclasses.asdict(row))
+
+
+def serialize_caption(row: CaptionRow) -> bytes:
+    """CaptionRow -> the bytes of its record."""
+    length, dim = row.embedding.shape
+    example = {"text": row.text, "embedding": row.embedding, "length": length}
+    return caption_features(dim).serialize_example(example)
+
+
+def shard_name(store: str, split: str, index: int, count: int) -> str:
+    """File name, relative to the prepared directory, of shard `index` of `count` of a store's split."""
+    return f"{store}/{store}-{split}.array_record-{index:05d}-of-{count:05d}"
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that its name appears only once all of it is on disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_shard(root: Path, name: str, records: Iterable[bytes]) -> dict:
+    """Write one ArrayRecord shard `root/name` atomically.
+
+    Returns its entry for the manifest: rows, bytes, sha256. The bytes depend on the records alone.
+    """
+    from array_record.python import array_record_module
+
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS[name.split("/")[0]])
+    rows = 0
+    for record in records:
+        writer.write(record)
+        rows += 1
+    writer.close()
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    entry = {"rows": rows, "bytes": temporary.stat().st_size, "sha256": sha256_file(temporary)}
+    os.replace(temporary, path)
+    return entry
+
+
+def write_tfds_metadata(root: Path, store: str, features, shards: Mapping[str, Mapping]) -> None:
+    """Write the JSON files by which `tfds.builder_from_directory(root/store)` knows the shards in `shards`."""
+    import tensorflow_datasets as tfds
+
+    directory = root / store
+    infos = []
+    for split in SPLITS:
+        entries = [entry for name, entry in sorted(shards.items()) if name.startswith(f"{store}/{store}-{split}.")]
+        if entries:
+            template = tfds.core.ShardedFileTemplate(
+                dataset_name=store, split=split, data_dir=directory, filetype_suffix="array_record", template=_TEMPLATE
+            )
+            lengths = [entry["rows"] for entry in entries]
+            size = sum(entry["bytes"] for entry in entries)
+            infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template))
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory, features=features, split_infos=infos, check_data=False, filename_template=_TEMPLATE
+    )
+
+
+def manifest_hash(content: Mapping) -> str:
+    """SHA-256 over the canonical JSON of a manifest without its own `hash`."""
+    body = {key: value for key, value in content.items() if key != "hash"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class _Store:
+    """Random access to the raw records of one split; picklable, safe to share between threads."""
+
+    def __init__(self, root: Path, store: str, split: str, shards: Mapping[str, Mapping]):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        names = sorted(name for name in shards if name.startswith(f"{store}/{store}-{split}."))
+        self._label = f"{root}/{store} ({split})"
+        self._ends = np.cumsum([shards[name]["rows"] for name in names])
+        self._paths = [str(root / name) for name in names]
+        # Naming the rows of each file lets it be opened when first read, not here.
+        spans = [f"{path}[0:{shards[name]['rows']}]" for path, name in zip(self._paths, names, strict=True)]
+        self._source = ArrayRecordDataSource(spans) if spans else ()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def _record(self, row: int) -> bytes:
+        if not 0 <= row < len(self):
+            raise IndexError(f"{self._label} has rows 0 to {len(self) - 1}, row {row} was asked for")
+        try:
+            return self._source[row]
+        except (RuntimeError, ValueError, OSError) as error:
+            path = self._paths[int(np.searchsorted(self._ends, row, side="right"))]
+            cause = str(error).splitlines()[0]
+            raise ValueError(f"{path} is damaged, row {row} cannot be read: prepare the data again ({cause})") from error
+
+
+class ImageStore(_Store):
+    """Images of one split by row."""
+
+    def __getitem__(self, row: int) -> ImageRow:
+        import tensorflow_datasets as tfds
+
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        example = image_features().deserialize_example_np(self._record(row), decoders=decoders)
+        return ImageRow(
+            image=example["image"],
+            height=int(example["height"]),
+            width=int(example["width"]),
+            id=example["id"].decode(),
+            caption_ids=tuple(int(i) for i in example["caption_ids"]),
+        )
+
+
+class CaptionStore(_Store):
+    """Captions by caption id."""
+
+    def __init__(self, root: Path, dim: int, shards: Mapping[str, Mapping]):
+        super().__init__(root, "captions", "train", shards)
+        self._dim = dim
+
+    def __getitem__(self, caption_id: int) -> CaptionRow:
+        example = caption_features(self._dim).deserialize_example_np(self._record(caption_id))
+        return CaptionRow(text=example["text"].decode(), embedding=example["embedding"])
+
+
+class Prepared:
+    """A prepared directory, opened: manifest and stores.
+
+    Raises ValueError, in one line, where the directory is missing, incomplete, of another format version, or has shards
+    whose sizes are not those in its manifest. `verify` also compares their content.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        file = self.path / MANIFEST
+        if not file.is_file():
+            raise ValueError(f"{self.path} is not prepared data (no {MANIFEST}): run python -m imagen_jax.prepare_data")
+        self.manifest = json.loads(file.read_text())
+        if self.manifest["format_version"] != FORMAT_VERSION:
+            found = self.manifest["format_version"]
+            raise ValueError(f"{file} has format {found}, this program reads {FORMAT_VERSION}: prepare the data again")
+        if self.manifest["hash"] != manifest_hash(self.manifest):
+            raise ValueError(f"{file} was changed after it was written: prepare the data again")
+        for name, entry in self.manifest["shards"].items():
+            shard = self.path / name
+            if not shard.is_file() or shard.stat().st_size != entry["bytes"]:
+                raise ValueError(f"{shard} is missing or cut short: prepare the data again")
+
+    @property
+    def hash(self) -> str:
+        """Identity of the whole data set: SHA-256 over the manifest, which holds the hash of every shard."""
+        return self.manifest["hash"]
+
+    @property
+    def encoder(self) -> dict:
+        """Identity of the text encoder whose features are stored."""
+        return self.manifest["encoder"]
+
+    @property
+    def text_dim(self) -> int:
+        """Width d of the token features."""
+        return self.manifest["encoder"]["dim"]
+
+    def num_images(self, split: str) -> int:
+        """Number of images in a split."""
+        return self.manifest["counts"]["images"][split]
+
+    def images(self, split: str) -> ImageStore:
+        """The image store of a split; ValueError where the split has no images."""
+        if self.manifest["counts"]["images"].get(split, 0) == 0:
+            raise ValueError(f"{self.path} has no images in split {split!r}")
+        return ImageStore(self.path, "images", split, self.manifest["shards"])
+
+    def captions(self) -> CaptionStore:
+        """The caption store, shared by all splits."""
+        return CaptionStore(self.path, self.text_dim, self.manifest["shards"])
+
+    def check_text(self, dim: int, length: int) -> None:
+        """ValueError unless features of width `dim` padded to `length` tokens hold every caption whole."""
+        if dim != self.text_dim:
+            name = self.encoder["name"]
+            raise ValueError(f"{self.path} has text features of width {self.text_dim} ({name}), the config asks for {dim}")
+        self.check_length(length)
+
+    def check_length(self, length: int) -> None:
+        """ValueError if a stored caption is longer than `length` tokens: cutting features is not encoding less text."""
+        longest = self.manifest["embedding"]["length"]["max"]
+        if longest > length:
+            raise ValueError(
+                f"{self.path} has captions of up to {longest} tokens, the config's text length is {length}: "
+                f"prepare with --max_length {length} or raise the text length"
+            )
+
+    def check_image_size(self, size: int) -> None:
+        """ValueError if some image would have to be enlarged to be `size` pixels square."""
+        smallest = self.manifest["image_sizes"]["min_side"]
+        if smallest < size:
+            raise ValueError(
+                f"{self.path} has images only {smallest} pixels across, the config's image size is {size}: "
+                f"prepare with --min_size {size}"
+            )
+
+    def verify(self) -> None:
+        """ValueError naming the first shard whose content is not what was written."""
+        for name, entry in self.manifest["shards"].items():
+            if sha256_file(self.path / name) != entry["sha256"]:
+                raise ValueError(f"{self.path / name} is damaged (its checksum differs): prepare the data again")

@@ -1,0 +1,82 @@
+"""The prepared directory on disk: what is refused, and that TFDS opens it without TensorFlow."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from imagen_jax.data import records
+from tests.data import synthetic
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return synthetic.write_prepared(tmp_path_factory.mktemp("prepared"))
+
+
+def test_rows_come_back(path):
+    """Catches: a row read from the wrong shard, changed bytes, padded or converted embeddings."""
+    prepared = records.Prepared(path)
+    images, captions = prepared.images("train"), prepared.captions()
+    assert (len(images), len(captions), len(prepared.images("heldout"))) == (10, 20, 3)
+    for row in range(10):
+        image = images[row]
+        assert image.image == synthetic.encode(synthetic.gradient(64, row))
+        assert (image.id, image.caption_ids, image.height) == (f"image-{row}", (2 * row, 2 * row + 1), 64)
+    assert captions[13].text == "caption 13" and captions[13].embedding.dtype == "bfloat16"
+    np.testing.assert_array_equal(captions[13].embedding, synthetic.embedding(13, 2))
+    with pytest.raises(IndexError, match="rows 0 to 9, row 10"):
+        images[10]
+
+
+def test_tfds_opens_both_stores_without_tensorflow(path):
+    """Catches: metadata TFDS cannot read, features that need TensorFlow to encode or decode."""
+    program = f"""
+import sys, ml_dtypes, tensorflow_datasets as tfds
+images = tfds.builder_from_directory({str(path / "images")!r})
+captions = tfds.builder_from_directory({str(path / "captions")!r}).as_data_source("train")
+train = images.as_data_source("train")
+assert (len(train), len(images.as_data_source("heldout")), len(captions)) == (10, 3, 20)
+assert train[7]["image"].shape == (64, 64, 3) and train[7]["image"][0, 0, 2] == 7
+assert list(train[7]["caption_ids"]) == [14, 15] and captions[9]["embedding"].shape == (4, 8)
+import imagen_jax.data.pipeline
+assert "tensorflow" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_shard_bytes_depend_on_the_records_alone(tmp_path):
+    """Catches: time stamps or threads that make two equal runs differ; a temporary file left behind."""
+    rows = [np.random.default_rng(i).bytes(2000) for i in range(30)]
+    name = records.shard_name("captions", "train", 0, 1)
+    first, second = (records.write_shard(tmp_path / side, name, iter(rows)) for side in "ab")
+    assert first == second and first["rows"] == 30
+    assert [p.name for p in (tmp_path / "a" / "captions").iterdir()] == [name.split("/")[1]]
+
+
+def test_incomplete_or_foreign_directories_are_refused(path, tmp_path):
+    """Catches: training on a directory without manifest, of another format, edited, or with a shard cut short."""
+    with pytest.raises(ValueError, match="is not prepared data"):
+        records.Prepared(tmp_path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for change, message in [({"format_version": 0}, "has format 0"), ({"max_length": 7}, "was changed after")]:
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(ValueError, match=message):
+            records.Prepared(tmp_path)
+    root = synthetic.write_prepared(tmp_path / "cut")
+    shard = root / records.shard_name("captions", "train", 2, 5)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="captions-train.array_record-00002-of-00005 is missing or cut short"):
+        records.Prepared(root)
+
+
+def test_text_that_does_not_fit_is_refused(path):
+    """Catches: a model of another text width, or a shorter text length, found out inside the jitted step or never."""
+    prepared = records.Prepared(path)
+    prepared.check_text(synthetic.DIM, 6)
+    with pytest.raises(ValueError, match="width 8 .fake., the config asks for 16"):
+        prepared.check_text(16, 6)
+    with pytest.raises(ValueError, match="captions of up to 6 tokens, the config's text length is 4"):
+        prepared.check_text(synthetic.DIM, 4)
