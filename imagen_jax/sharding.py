@@ -1,0 +1,118 @@
+"""Where arrays live: the mesh, path rules that place the training state, placement of batches, the constraint models call.
+
+Axes: `data` and `fsdp` both split the batch; `fsdp` also splits parameters, EMA and optimizer state; `model` splits a kernel's
+features by rule; `spatial` splits image height (a convolution then exchanges halos). A rule is (regex on the path, placement):
+"fsdp" (largest dimension that divides), "replicate", or a list of axis names or None, one for each dimension.
+"""
+
+import math
+import re
+from typing import Any, Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jaxtyping import Array
+
+AXES = ("data", "fsdp", "model", "spatial")
+BATCH_AXES = ("data", "fsdp")
+Tree = Any
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of Auto axes over all devices; one size may be -1 (what is left). Raises ValueError if the sizes do not multiply to the devices."""
+    devices = jax.devices() if devices is None else devices
+    shape = [sizes[axis] for axis in AXES]
+    known = math.prod(s for s in shape if s != -1)
+    if shape.count(-1) > 1 or known < 1 or len(devices) % known or (-1 not in shape and known != len(devices)):
+        raise ValueError(f"mesh {dict(zip(AXES, shape))} does not fit {len(devices)} devices: the sizes must multiply to it (one may be -1)")
+    shape = [len(devices) // known if s == -1 else s for s in shape]
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """This process's rows as global arrays on the mesh. Raises ValueError if the rows do not divide by the batch axes."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = len(next(iter(batch.values()))) * jax.process_count()
+    if rows % shards:
+        raise ValueError(f"a batch of {rows} does not divide over data x fsdp = {shards}; use a multiple of {shards}")
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def constrain_activations(mesh: Mesh) -> Callable[[Array], Array]:
+    """What models call at block boundaries: [b h w c] with rows over the batch axes and height over `spatial`."""
+    if mesh.size == 1:
+        return lambda h: h
+    sharding = NamedSharding(mesh, P(BATCH_AXES, "spatial" if mesh.shape["spatial"] > 1 else None))
+    return lambda h: jax.lax.with_sharding_constraint(h, sharding)
+
+
+def path_name(path: tuple) -> str:
+    """A key path as "ema/down_2/block_0/conv_1/kernel"."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def fsdp_spec(shape: tuple[int, ...], size: int, min_elements: int) -> P:
+    """The largest dimension that divides by `size` goes over `fsdp`; small arrays and indivisible ones are replicated."""
+    divisible = [i for i, n in enumerate(shape) if n % size == 0 and n >= size]
+    if size == 1 or math.prod(shape) < min_elements or not divisible:
+        return P()
+    best = max(divisible, key=lambda i: (shape[i], i))
+    return P(*("fsdp" if i == best else None for i in range(len(shape))))
+
+
+def rule_spec(placement: str | Sequence[str | None], shape: tuple[int, ...], mesh: Mesh, min_elements: int) -> P:
+    """The PartitionSpec of one leaf. A per-dimension placement that does not fit (a factored moment has fewer dimensions) falls back to fsdp."""
+    if placement == "replicate":
+        return P()
+    if placement != "fsdp":
+        fits = len(placement) == len(shape) and all(a is None or n % mesh.shape[a] == 0 for a, n in zip(placement, shape))
+        if fits:
+            return P(*placement)
+    return fsdp_spec(shape, mesh.shape["fsdp"], min_elements)
+
+
+def tree_shardings(tree: Tree, mesh: Mesh, rules: Sequence[tuple[str, Any]], min_elements: int) -> Tree:
+    """A NamedSharding for each leaf (anything with a shape): the first rule whose regex is found in the leaf's path decides.
+
+    Raises ValueError for a rule that is never used, names an unknown axis, or a leaf that no rule matches.
+    """
+    for pattern, placement in rules:
+        unknown = [] if isinstance(placement, str) else [a for a in placement if a is not None and a not in AXES]
+        if unknown or (isinstance(placement, str) and placement not in ("fsdp", "replicate")):
+            raise ValueError(f"sharding rule {pattern!r} -> {placement!r}: use 'fsdp', 'replicate' or a list of None and axes {AXES}")
+    used = set()
+
+    def place(path, leaf):
+        name = path_name(path)
+        for i, (pattern, placement) in enumerate(rules):
+            if re.search(pattern, name):
+                used.add(i)
+                return NamedSharding(mesh, rule_spec(placement, leaf.shape, mesh, min_elements))
+        raise ValueError(f"no sharding rule matches {name}; end the rules with ('.*', 'fsdp')")
+
+    shardings = jax.tree_util.tree_map_with_path(place, tree)
+    unused = [rules[i][0] for i in range(len(rules)) if i not in used]
+    if unused:
+        raise ValueError(f"sharding rules match no leaf: {unused}; fix the pattern or remove the rule")
+    return shardings
+
+
+def bytes_table(tree: Tree, shardings: Tree) -> list[dict[str, Any]]:
+    """Per top-level part of the state: total bytes, bytes on one device, and the share of its bytes that is really split."""
+    rows: dict[str, dict[str, Any]] = {}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings)):
+        size = leaf.dtype.itemsize
+        total, local = math.prod(leaf.shape) * size, math.prod(sharding.shard_shape(leaf.shape)) * size
+        row = rows.setdefault(path_name(path).split("/")[0], {"bytes": 0, "bytes_per_device": 0, "sharded_bytes": 0})
+        row["bytes"] += total
+        row["bytes_per_device"] += local
+        row["sharded_bytes"] += total if local < total else 0
+    return [{"part": part} | row for part, row in rows.items()]

@@ -1,0 +1,147 @@
+"""config -> Stage: one diffusion model of the cascade. The same object trains, samples and is evaluated.
+
+The only place that turns a config into objects. Config sub-dicts go straight into constructors, so a missing or unknown key raises.
+"""
+
+import dataclasses
+from typing import Any, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Key
+
+from imagen_jax.diffusion import conditioning, loss, sampler
+from imagen_jax.diffusion.process import PREDICTIONS
+from imagen_jax.diffusion.schedule import SCHEDULES, Schedule
+from imagen_jax.models.efficient_unet import EfficientUNet
+from imagen_jax.models.layers import Constrain, identity
+from imagen_jax.models.unet import UNet
+
+FAMILIES = {"unet": UNet, "efficient_unet": EfficientUNet}
+Batch = Mapping[str, Array]
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A network with its process. Sizes in pixels; `lowres_size` is 0 in a base stage; images are uint8 in batches, [-1, 1] inside."""
+
+    name: str
+    model: nn.Module
+    schedule: Schedule
+    aug_schedule: Schedule
+    prediction: str
+    text_drop: float
+    image_size: int
+    lowres_size: int
+    crop_size: int
+    text_dim: int
+    text_length: int
+    sampling: Mapping[str, Any]
+
+    @property
+    def train_size(self) -> int:
+        """Side of the images the network trains on: a crop, or the whole image."""
+        return self.crop_size or self.image_size
+
+    @property
+    def train_lowres_size(self) -> int:
+        """Side of the low-res input in training (0 in a base stage)."""
+        return self.train_size * self.lowres_size // self.image_size
+
+    def cond(self, batch: Batch) -> conditioning.Cond:
+        """What the network is told, from a batch with `text`, `text_mask` and, in super-resolution, a clean uint8 `lowres`."""
+        cond = {"text": batch["text"], "text_mask": batch["text_mask"]} if self.text_dim else {}
+        return cond | ({"lowres": to_unit(batch["lowres"])} if self.lowres_size else {})
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Fresh fp32 parameters. Meant to be traced: `jax.eval_shape`, or jit with output shardings."""
+        size, low = self.train_size, self.train_lowres_size
+        cond = {}
+        if self.text_dim:
+            cond |= {"text": jnp.zeros((1, self.text_length, self.text_dim), jnp.bfloat16), "text_mask": jnp.ones((1, self.text_length), bool)}
+        if self.lowres_size:
+            cond |= {"lowres": jnp.zeros((1, low, low, 3)), "lowres_logsnr": jnp.zeros(1)}
+        return self.model.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros(1), cond)["params"]
+
+    def draw(self, key: Key[Array, ""], b: int) -> dict[str, Array]:
+        """The random numbers of a training step for `b` samples (see `loss.draw`)."""
+        low = self.train_lowres_size
+        return loss.draw(key, (b, self.train_size, self.train_size, 3), (b, low, low, 3) if low else None, self.text_drop)
+
+    def denoiser(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> loss.DenoiseFn:
+        """The network as a denoise_fn(z, logsnr, cond); with a `dropout_key`, in training mode."""
+        train = dropout_key is not None
+        rngs = {"dropout": dropout_key} if train else None
+        return lambda z, logsnr, cond: self.model.apply({"params": params}, z, logsnr, cond, train, rngs=rngs)
+
+    def per_sample_loss(
+        self, params: Params, batch: Batch, draws: dict[str, Array], dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b"]:
+        """The denoising loss of each row of a batch for given random draws."""
+        return loss.per_sample_loss(
+            self.denoiser(params, dropout_key), to_unit(batch["image"]), self.cond(batch), draws,
+            self.schedule, self.aug_schedule, self.prediction,
+        )  # fmt: skip
+
+    def sample(
+        self, params: Params, keys: Key[Array, "b"], batch: Batch, sampling: Mapping[str, Any], size: int | None = None
+    ) -> Float[Array, "b h w 3"]:
+        """Images in about [-1, 1] for the text (and clean uint8 `lowres`) of `batch`; `size` defaults to the stage's image size.
+
+        The low-res image is noised to `sampling["aug_level"]` with noise from the samples' own keys (section 2.4).
+        """
+        sampling = dict(sampling)
+        level = sampling.pop("aug_level")
+        cond = self.cond(batch)
+        if "lowres" in cond:
+            aug_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+            noise = sampler.sample_noise(aug_keys, cond["lowres"].shape[1:])
+            cond = conditioning.augment_lowres(cond, noise, jnp.full(keys.shape, level, jnp.float32), self.aug_schedule)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+        size = size or self.image_size
+        return sampler.sample(
+            self.denoiser(params), keys, (size, size, 3), cond, schedule=self.schedule, prediction=self.prediction, **sampling
+        )
+
+
+def to_unit(image: Array) -> Float[Array, "*d"]:
+    """uint8 0..255 to fp32 -1..1."""
+    return image.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(x: Float[Array, "*d"]) -> Array:
+    """[-1, 1], clipped, to uint8 0..255."""
+    return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def create_stage(config: Mapping[str, Any], constrain: Constrain = identity) -> Stage:
+    """The stage a config describes. Raises ValueError naming the field that is wrong."""
+    model, diffusion, data, text = (dict(config[part]) for part in ("model", "diffusion", "data", "text"))
+    family = model.pop("family")
+    choices = {"model.family": (family, FAMILIES), "diffusion.prediction": (diffusion["prediction"], PREDICTIONS)}
+    choices |= {f"diffusion.{name}": (diffusion[name], SCHEDULES) for name in ("schedule", "aug_schedule")}
+    for field, (value, known) in choices.items():
+        if value not in known:
+            raise ValueError(f"{field} is {value!r}; it must be one of {tuple(known)}")
+    image, low, crop = data["image_size"], data["lowres_size"], data["crop_size"]
+    if low and (image % low or (crop * low) % image):
+        raise ValueError(f"data.lowres_size={low} must divide data.image_size={image}, and a crop of {crop} must cover whole low-res pixels")
+    if bool(text["dim"]) != bool(model["cond_dim"]):
+        raise ValueError(f"text.dim={text['dim']} and model.cond_dim={model['cond_dim']}: both are 0 (no text) or neither is")
+    model = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in model.items()}
+    model["dtype"] = jnp.dtype(model["dtype"])
+    return Stage(
+        name=config["name"],
+        model=FAMILIES[family](**model, lowres=bool(low), constrain=constrain),
+        schedule=SCHEDULES[diffusion.pop("schedule")],
+        aug_schedule=SCHEDULES[diffusion.pop("aug_schedule")],
+        **diffusion,
+        image_size=image,
+        lowres_size=low,
+        crop_size=crop,
+        text_dim=text["dim"],
+        text_length=data["text_length"],
+        sampling=dict(config["sampling"]),
+    )

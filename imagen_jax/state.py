@@ -1,0 +1,47 @@
+"""The training state, and how it is born: shapes first, then shardings by rule, then values, each shard on its own device."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from imagen_jax.sharding import tree_shardings
+from imagen_jax.stage import Stage
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All a run carries from step to step. Neither PRNG nor data position: both are functions of (seed, step)."""
+
+    step: Int[Array, ""]  # updates done
+    params: Any
+    ema: Any
+    opt_state: Any
+    bad_step: Int[Array, ""]  # the first step whose loss or gradient was not finite, or -1; sticky
+
+
+def initial_state(stage: Stage, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """State before the first step, EMA equal to the parameters. To be traced."""
+    params = stage.init(jax.random.key(seed))
+    # Copies, not aliases: the step donates the whole state, and a buffer cannot be donated twice.
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), jnp.full((), -1, jnp.int32))
+
+
+def abstract_state(
+    stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Any, min_elements: int
+) -> tuple[TrainState, TrainState]:
+    """(shapes with shardings, shardings) of the state; nothing is allocated."""
+    shapes = jax.eval_shape(lambda: initial_state(stage, optimizer, 0))
+    shardings = tree_shardings(shapes, mesh, rules, min_elements)
+    with_shardings = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
+    return with_shardings, shardings
+
+
+def create_state(stage: Stage, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState) -> TrainState:
+    """A fresh state, every leaf computed where it lives."""
+    return jax.jit(lambda: initial_state(stage, optimizer, seed), out_shardings=shardings)()
