@@ -27,7 +27,7 @@ def drop_text(cond: Cond, drop: Bool[Array, "b"]) -> Cond:
 
 def null_text(cond: Cond) -> Cond:
     """The unconditional `cond` of classifier-free guidance: text dropped for every sample, the rest kept."""
-    return drop_text(cond, jnp.ones(next(iter(cond.values())).shape[0], bool))
+    return drop_text(cond, jnp.ones(cond["text"].shape[0], bool))
 
 
 def augment_lowres(cond: Cond, eps: Float[Array, "b h w c"], level: Float[Array, "b"], schedule: Schedule) -> Cond:

@@ -20,6 +20,8 @@ def guide(denoise_fn: DenoiseFn, w: float) -> DenoiseFn:
         return denoise_fn
 
     def guided(z, logsnr, cond):
+        if "text" not in cond:  # nothing to drop: the two evaluations are the same, and their weights sum to one
+            return denoise_fn(z, logsnr, cond)
         both = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, null_text(cond))
         output = denoise_fn(jnp.concatenate([z, z]), jnp.concatenate([logsnr, logsnr]), both)
         conditional, unconditional = jnp.split(output.astype(jnp.float32), 2)

@@ -4,7 +4,7 @@ All randomness of a step is drawn first, for the whole batch (`draw`), and the l
 gradient accumulation and another mesh then see the same numbers, and an evaluation can fix t.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp

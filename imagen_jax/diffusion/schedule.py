@@ -1,6 +1,6 @@
 """Noise schedules: log-SNR as a function of continuous time t in [0, 1], decreasing (Appendix A, F.1-F.3)."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float

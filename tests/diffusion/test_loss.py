@@ -1,0 +1,164 @@
+"""The random numbers of a training step and the loss that is made of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax.diffusion import loss, process
+from imagen_jax.diffusion.schedule import cosine, linear
+
+draw = jax.jit(loss.draw, static_argnums=(1, 2, 3))
+B = 40_000
+BASE, LOWRES = (B, 2, 2, 3), (B, 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def draws():
+    """One large draw of a super-resolution stage, as NumPy arrays."""
+    return jax.device_get(draw(jax.random.key(0), BASE, LOWRES, 0.1))
+
+
+def kurtosis(values):
+    centred = values - values.mean()
+    return np.mean(centred**4) / np.mean(centred**2) ** 2
+
+
+@pytest.mark.parametrize("name, shape", [("eps", BASE), ("lowres_eps", LOWRES)])
+def test_noise_is_standard_normal(name, shape, draws):
+    """Catches uniform noise (kurtosis 1.8), a scale other than 1, and noise shared between samples, pixels or channels."""
+    noise = draws[name]
+    assert noise.shape == shape and noise.dtype == np.float32
+    n = noise.size
+    assert abs(noise.mean()) < 5 / n**0.5 and abs(noise.var() - 1) < 5 * (2 / n) ** 0.5 and abs(kurtosis(noise) - 3) < 5 * (24 / n) ** 0.5
+    correlation = np.corrcoef(noise.reshape(B, -1).T)
+    assert np.abs(correlation - np.eye(len(correlation))).max() < 6 / B**0.5
+    assert len(np.unique(noise[:, 0, 0, 0])) > 0.99 * B
+
+
+@pytest.mark.parametrize("name", ["t", "lowres_level"])
+def test_times_and_levels_are_uniform_per_sample(name, draws):
+    """Catches one time or level for the whole batch, and a range other than [0, 1)."""
+    values = np.sort(draws[name])
+    assert values.shape == (B,) and values[0] >= 0.0 and values[-1] < 1.0
+    assert np.abs(values - (np.arange(B) + 0.5) / B).max() < 2.0 / B**0.5  # Kolmogorov-Smirnov, far beyond 1.63 for 1 %
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
+def test_text_is_dropped_at_the_rate(rate):
+    """Catches text kept at the rate at which it should be dropped (section 4.1: 10 % dropped), and rates other than the one given."""
+    drop = np.asarray(draw(jax.random.key(1), (B, 1), None, rate)["drop"])
+    assert drop.shape == (B,) and drop.dtype == bool
+    assert abs(drop.mean() - rate) <= 5 * (rate * (1 - rate) / B) ** 0.5
+
+
+def test_draws_are_independent_of_one_another(draws):
+    """Catches one key used twice: the same noise for image and low-res image, the same number for time, level and text dropping."""
+    columns = [draws[name].reshape(B, -1)[:, 0] for name in ("t", "eps", "drop", "lowres_level", "lowres_eps")]
+    correlation = np.corrcoef(np.stack(columns).astype(np.float64))
+    assert np.abs(correlation - np.eye(5)).max() < 5 / B**0.5
+
+
+def test_draws_depend_on_the_key_alone():
+    """Catches hidden state, and a key that is ignored."""
+    first, again, other = (draw(jax.random.key(seed), (4, 2), (4, 3), 0.5) for seed in (3, 3, 4))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert all(np.any(first[name] != other[name]) for name in ("t", "eps", "lowres_level", "lowres_eps"))
+
+
+def test_a_base_stage_draws_no_low_res_noise():
+    """Catches a base stage that pays for, or is conditioned on, a low-res image."""
+    assert set(draw(jax.random.key(0), (2, 2, 2, 3), None, 0.1)) == {"t", "eps", "drop"}
+
+
+def stage_inputs(b=6):
+    """Target [b 8 8 3], low-res image [b 2 2 3], text, and draws of a super-resolution stage in which samples 1 and 4 lose their text."""
+    rng = np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(rng.uniform(-1, 1, shape), jnp.float32)
+    mask = jnp.asarray(np.arange(5)[None] < np.array([5, 3, 2, 4, 5, 1])[:, None])
+    cond = {"text": array(b, 5, 4) + 2.0, "text_mask": mask, "lowres": array(b, 2, 2, 3)}
+    x = array(b, 8, 8, 3)
+    draws = draw(jax.random.key(0), x.shape, cond["lowres"].shape, 0.0)
+    return x, cond, draws | {"drop": jnp.arange(b) % 3 == 1}
+
+
+def seen_by_network(x, cond, draws, **options):
+    """(z, logsnr, cond) that the network is called with, and the loss for an output of 0.25 everywhere."""
+    calls = []
+
+    def denoise_fn(z, logsnr, cond):
+        calls.append((z, logsnr, cond))
+        return jnp.full(z.shape, 0.25, jnp.bfloat16)
+
+    options = {"schedule": linear, "aug_schedule": cosine, "prediction": "eps"} | options
+    value = loss.per_sample_loss(denoise_fn, x, cond, draws, **options)
+    (call,) = calls
+    return call, value
+
+
+def alpha_sigma(logsnr):
+    logsnr = np.asarray(logsnr, np.float64)
+    return tuple(((1 / (1 + np.exp(sign * logsnr))) ** 0.5).reshape(-1, 1, 1, 1) for sign in (-1, 1))
+
+
+def test_the_network_sees_the_low_res_image_and_not_the_target():
+    """Catches the noised target fed twice (design bug 1): the network's low-res input is built here from the low-res image alone."""
+    x, cond, draws = stage_inputs()
+    (_, _, seen), _ = seen_by_network(x, cond, draws)
+    alpha, sigma = alpha_sigma(cosine(draws["lowres_level"]))
+    assert seen["lowres"].shape == (6, 2, 2, 3)
+    np.testing.assert_allclose(seen["lowres"], alpha * cond["lowres"] + sigma * draws["lowres_eps"], atol=1e-5)
+
+
+def test_the_noised_low_res_image_is_under_the_key_the_network_reads():
+    """Catches the augmented image written under one key and read under another (design bug 2): only these four keys reach the network."""
+    x, cond, draws = stage_inputs()
+    (_, _, seen), _ = seen_by_network(x, cond, draws)
+    assert set(seen) == {"text", "text_mask", "lowres", "lowres_logsnr"}
+    assert np.all(np.abs(seen["lowres"] - cond["lowres"]).max(axis=(1, 2, 3)) > 1e-3)
+    np.testing.assert_array_equal(seen["lowres_logsnr"], cosine(draws["lowres_level"]))
+    assert len(np.unique(seen["lowres_logsnr"])) == 6
+
+
+def test_the_network_sees_z_at_its_own_log_snr():
+    """Catches the augmentation's schedule or level used for the target, or noise that is not the noise of the loss."""
+    x, cond, draws = stage_inputs()
+    (z, logsnr, _), _ = seen_by_network(x, cond, draws)
+    np.testing.assert_array_equal(logsnr, linear(draws["t"]))
+    alpha, sigma = alpha_sigma(logsnr)
+    np.testing.assert_allclose(z, alpha * x + sigma * draws["eps"], atol=1e-5)
+
+
+def test_the_network_sees_text_dropped_where_drawn():
+    """Catches dropping that never reaches the network, or reaches every sample."""
+    x, cond, draws = stage_inputs()
+    (_, _, seen), _ = seen_by_network(x, cond, draws)
+    np.testing.assert_array_equal(np.any(seen["text"] != 0, axis=(1, 2)), ~np.asarray(draws["drop"]))
+    np.testing.assert_array_equal(np.sum(seen["text_mask"], axis=1), [5, 1, 2, 4, 1, 1])
+
+
+@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+def test_loss_is_the_mean_squared_error_of_each_sample(prediction):
+    """Catches a sum for a mean, a mean over the batch, a root, and the wrong target; values from float64 NumPy."""
+    x, cond, draws = stage_inputs()
+    _, value = seen_by_network(x, cond, draws, prediction=prediction)
+    alpha, sigma = alpha_sigma(linear(draws["t"]))
+    target = {"eps": draws["eps"], "x": x, "v": alpha * draws["eps"] - sigma * x}[prediction]
+    np.testing.assert_allclose(value, np.mean((0.25 - np.asarray(target, np.float64)) ** 2, axis=(1, 2, 3)), rtol=1e-5)
+    assert value.dtype == jnp.float32
+
+
+def test_a_perfect_network_has_no_loss_and_noise_prediction_is_not_weighted():
+    """Catches a hidden weight by log-SNR: an output wrong by 0.1 everywhere costs 0.01 at every time."""
+    x, cond, draws = stage_inputs()
+    for error in (0.0, 0.1):
+        value = loss.per_sample_loss(lambda z, logsnr, cond: draws["eps"] + error, x, cond, draws, cosine, cosine, "eps")
+        np.testing.assert_allclose(value, error**2, rtol=1e-4, atol=1e-12)
+
+
+def test_a_base_stage_needs_no_low_res_image():
+    """Catches a base stage whose network is handed a low-res image or its level."""
+    x, cond, draws = stage_inputs()
+    del cond["lowres"]
+    (_, _, seen), _ = seen_by_network(x, cond, {name: draws[name] for name in ("t", "eps", "drop")})
+    assert set(seen) == {"text", "text_mask"}
