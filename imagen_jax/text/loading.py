@@ -92,15 +92,20 @@ def _is_encoder(name: str) -> bool:
     return name.startswith("encoder.") or name == "shared.weight"
 
 
+def _shards(weights: pathlib.Path) -> list[str]:
+    """The names of the files that hold encoder tensors: the weights file itself, or what its index says."""
+    if not weights.name.endswith(".index.json"):
+        return [weights.name]
+    index = json.loads(weights.read_text()).get("weight_map", {})
+    return sorted({file for name, file in index.items() if _is_encoder(name)})
+
+
 def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     """The files that hold encoder tensors."""
     found = next((name for name in WEIGHTS if (directory / name).is_file()), None)
     if found is None:
         raise FileNotFoundError(f"{directory} has no weights: none of {', '.join(WEIGHTS)}")
-    if not found.endswith(".index.json"):
-        return [directory / found]
-    index = json.loads((directory / found).read_text()).get("weight_map", {})
-    files = sorted({file for name, file in index.items() if _is_encoder(name)})
+    files = _shards(directory / found)
     for file in files:
         if pathlib.Path(file).name != file or not (directory / file).is_file():
             raise FileNotFoundError(f"{directory / found} names the shard {file!r}, which is not in {directory}")
@@ -202,40 +207,41 @@ def find_encoder(name_or_dir: str) -> pathlib.Path:
         return directory
     if directory.is_absolute() or name_or_dir.startswith(".") or name_or_dir.count("/") != 1:
         raise FileNotFoundError(f"text encoder {name_or_dir!r}: no such directory, and not a hub name of the form owner/name")
-    return _from_hub(name_or_dir)
+    try:
+        return _from_hub(name_or_dir, cached=True)  # a complete copy in the cache needs no network
+    except FileNotFoundError:
+        return _from_hub(name_or_dir, cached=False)
 
 
-def _from_hub(name: str) -> pathlib.Path:
-    """Downloads what the encoder needs, and of a sharded checkpoint only the shards that hold encoder tensors."""
-    config = _fetch(name, "config.json")
+def _from_hub(name: str, cached: bool) -> pathlib.Path:
+    """Finds or downloads what the encoder needs, and of a sharded checkpoint only the shards that hold encoder tensors."""
+    config = _fetch(name, "config.json", cached)
     if config is None:
         raise FileNotFoundError(
             f"text encoder {name!r}: not a directory, not in the Hugging Face cache, and the hub cannot be reached or has no such "
             "model; download it where there is a network (hf download) and give its directory"
         )
-    weights = next((w for w in WEIGHTS if _fetch(name, w)), None)
-    if weights is None:
-        raise FileNotFoundError(f"text encoder {name!r}: neither the hub nor its cache has any of {', '.join(WEIGHTS)}")
     directory = config.parent
-    if weights.endswith(".index.json"):
-        index = json.loads((directory / weights).read_text()).get("weight_map", {})
-        for shard in sorted({file for tensor, file in index.items() if _is_encoder(tensor)}):
-            _fetch(name, shard)
-    if not any([_fetch(name, file) for file in TOKENIZERS]):
+    weights = next((w for w in WEIGHTS if _fetch(name, w, cached)), None)
+    wanted = [] if weights is None else _shards(directory / weights)
+    absent = [file for file in wanted if not _fetch(name, file, cached)] if weights else [" or ".join(WEIGHTS)]
+    if absent:
+        raise FileNotFoundError(f"text encoder {name!r}: neither the hub nor its cache has {', '.join(absent)}")
+    if not any([_fetch(name, file, cached) for file in TOKENIZERS]):
         raise FileNotFoundError(f"text encoder {name!r}: neither the hub nor its cache has its tokenizer ({' or '.join(TOKENIZERS)})")
     for file in TOKENIZER_EXTRAS:
-        _fetch(name, file)
+        _fetch(name, file, cached)
     return directory
 
 
-def _fetch(name: str, file: str) -> pathlib.Path | None:
-    """One file of a hub repository, from the cache or downloaded; None where neither has it."""
+def _fetch(name: str, file: str, cached: bool) -> pathlib.Path | None:
+    """One file of a hub repository, from the cache or (unless `cached`) downloaded; None where there is none."""
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        return pathlib.Path(huggingface_hub.hf_hub_download(name, file))
+        return pathlib.Path(huggingface_hub.hf_hub_download(name, file, local_files_only=cached))
     except (errors.EntryNotFoundError, errors.RepositoryNotFoundError):
         return None
-    except errors.HfHubHTTPError as error:
-        raise OSError(f"text encoder {name!r}: the hub answered {error}") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        raise OSError(f"text encoder {name!r}: {error}") from error

@@ -80,7 +80,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def __init__(self, file):
         super().__init__(file, encoding="utf-8")
-        self._names = {("torch", name): type(name, (), {"dtype": dtype}) for name, dtype in STORAGE_DTYPES.items()}
+        self._names = {("torch", name): type(name, (), {}) for name in STORAGE_DTYPES}
         self._names["torch._utils", "_rebuild_tensor_v2"] = lambda *args: _rebuild_tensor(*args)
         self._names["collections", "OrderedDict"] = type("OrderedDict", (collections.OrderedDict,), {})
 

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e10  # added to the logits of padding; finite, so that a row of nothing but padding stays finite
@@ -82,21 +83,21 @@ class RMSNorm(nn.Module):
     """Scales to unit root mean square in fp32; no mean, no bias."""
 
     epsilon: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale.astype(jnp.float32)).astype(self.dtype)
+        return (x * scale.astype(jnp.float32)[None, None, :]).astype(self.dtype)
 
 
 class SelfAttention(nn.Module):
     """Multi-head attention without 1/sqrt(d_kv): T5 folds that factor into the initialisation of the query."""
 
     config: T5Config
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], bias: Float[Array, "b h l l"]) -> Float[Array, "b l d"]:
@@ -122,7 +123,7 @@ class GatedMLP(nn.Module):
     """gelu(x gate) * (x up), then down; the GELU is the tanh approximation."""
 
     config: T5Config
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
@@ -139,7 +140,7 @@ class Block(nn.Module):
     """Pre-norm attention and MLP. The residual stream stays fp32: in bf16 its large channels swallow small updates."""
 
     config: T5Config
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], bias: Float[Array, "b h l l"]) -> Float[Array, "b l d"]:
@@ -152,7 +153,7 @@ class T5Encoder(nn.Module):
     """Token ids and mask (True = a real token) to features in `dtype`; features at masked positions are meaningless."""
 
     config: T5Config
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
