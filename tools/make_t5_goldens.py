@@ -26,15 +26,13 @@ CAPTIONS = [
 ]
 
 
-def load_state(model, seed: int, embedding_scale: float) -> None:
-    """Puts the seeded weights into a torch model."""
+def seeded_state(model, seed: int, embedding_scale: float) -> dict:
+    """The seeded weights under the names of a torch model, the embedding's other names sharing its storage as they do there."""
     import torch
 
     state = {n: torch.tensor(random_tensor(n, tuple(v.shape), seed, embedding_scale)) for n, v in model.state_dict().items()}
-    for alias in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
-        if alias in state:
-            state[alias] = state["shared.weight"]
-    model.load_state_dict(state)
+    aliases = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    return state | {alias: state["shared.weight"] for alias in aliases if alias in state}
 
 
 def make_features() -> None:
@@ -44,7 +42,7 @@ def make_features() -> None:
     arrays = {}
     for case, (fields, scale) in CASES.items():
         model = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **fields)).eval()
-        load_state(model, SEED, scale)
+        model.load_state_dict(seeded_state(model, SEED, scale))
         tokens, mask = random_tokens(model.config, SEED, LENGTHS)
         with torch.no_grad():
             out = model(input_ids=torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()).last_hidden_state
@@ -59,8 +57,7 @@ def make_torch_files() -> None:
     directory = GOLDENS / "t5_bin"
     directory.mkdir(parents=True, exist_ok=True)
     model = T5ForConditionalGeneration(T5Config(feed_forward_proj="gated-gelu", tie_word_embeddings=False, **BIN_CONFIG))
-    load_state(model, SEED, 1.0)
-    state = model.state_dict()
+    state = seeded_state(model, SEED, 1.0)
     decoder = [n for n in state if n.startswith("decoder.block.1")]
     encoder = [n for n in state if n not in decoder]
     shards = [encoder[: len(encoder) // 3], encoder[len(encoder) // 3 :], decoder]

@@ -11,6 +11,7 @@ import importlib.resources
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -202,10 +203,10 @@ def find_encoder(name_or_dir: str) -> pathlib.Path:
     """
     if name_or_dir == EMBEDDED:
         return pathlib.Path(str(importlib.resources.files("imagen_jax") / "assets" / EMBEDDED))
-    directory = pathlib.Path(name_or_dir)
+    directory = pathlib.Path(name_or_dir).expanduser()
     if directory.is_dir():
         return directory
-    if directory.is_absolute() or name_or_dir.startswith(".") or name_or_dir.count("/") != 1:
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_dir):
         raise FileNotFoundError(f"text encoder {name_or_dir!r}: no such directory, and not a hub name of the form owner/name")
     try:
         return _from_hub(name_or_dir, cached=True)  # a complete copy in the cache needs no network
@@ -243,5 +244,5 @@ def _fetch(name: str, file: str, cached: bool) -> pathlib.Path | None:
         return pathlib.Path(huggingface_hub.hf_hub_download(name, file, local_files_only=cached))
     except (errors.EntryNotFoundError, errors.RepositoryNotFoundError):
         return None
-    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+    except errors.HfHubHTTPError as error:
         raise OSError(f"text encoder {name!r}: {error}") from error
