@@ -1,0 +1,217 @@
+"""What a run writes down and shows: metrics.jsonl (the record), TensorBoard, image grids; the step clock; progress on a terminal or in a log.
+
+Nothing here imports jax, so a report or a launcher can use it; values may be anything `float()` accepts, device scalars included.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+METRICS = "metrics.jsonl"
+TENSORBOARD_FLUSH_S = 5
+
+log = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Scalars to workdir/metrics.jsonl, one JSON object a line, and to workdir/tensorboard; images to workdir/images and TensorBoard."""
+
+    def __init__(self, workdir: str | os.PathLike, start_step: int, enabled: bool = True):
+        """Opens the record of a run that goes on from `start_step`: rows of later steps, and broken ones, are dropped from it.
+
+        enabled: False makes every method do nothing (all processes but the first). Images of later steps stay until drawn again.
+        """
+        self._enabled = enabled
+        if not enabled:
+            return
+        from tensorboardX import SummaryWriter
+
+        self._workdir = Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        path = self._workdir / METRICS
+        _truncate(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        # purge_step makes TensorBoard forget what an earlier process wrote for the steps to come.
+        self._board = SummaryWriter(
+            str(self._workdir / "tensorboard"),
+            purge_step=start_step + 1,
+            flush_secs=TENSORBOARD_FLUSH_S,
+            filename_suffix=f".{start_step}",
+        )
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends {"step": step, **values} and hands it to the operating system at once; NaN and Infinity are written as such.
+
+        Raises ValueError if a value is not a scalar number.
+        """
+        if not self._enabled:
+            return
+        row = {"step": int(step)} | {name: _scalar(name, value) for name, value in values.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name in values:
+            self._board.add_scalar(name, row[name], step)
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> Path | None:
+        """Writes workdir/images/<name>/<step>.png and returns its path. Raises ValueError if `image` is not uint8 [h w 3]."""
+        if not self._enabled:
+            return None
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"image {name} is {image.dtype}{list(image.shape)}; it must be uint8 [h w 3]")
+        from PIL import Image
+
+        path = self._workdir / "images" / name / f"{step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writing = path.with_suffix(".writing")
+        Image.fromarray(image).save(writing, format="PNG")
+        os.replace(writing, path)
+        self._board.add_image(name, image, step, dataformats="HWC")
+        return path
+
+    def close(self) -> None:
+        if self._enabled:
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of workdir/metrics.jsonl in order, without broken ones; [] if there is no such file. Safe beside a running trainer."""
+    path = Path(workdir) / METRICS
+    return [row for row in map(_parse, _lines(path)) if row is not None]
+
+
+def _truncate(path: Path, start_step: int) -> None:
+    """Rewrites the file, atomically and only if need be, without rows of steps after `start_step` and without broken lines."""
+    lines = _lines(path)
+    rows = [_parse(line) for line in lines]
+    kept = [line for line, row in zip(lines, rows) if row is not None and row["step"] <= start_step]
+    if len(kept) == len(lines) and all(line.endswith(b"\n") for line in lines):
+        return
+    broken = sum(row is None for row in rows)
+    log.warning("%s: dropped %d rows after step %d and %d broken lines", path, len(lines) - len(kept) - broken, start_step, broken)
+    writing = path.with_suffix(".writing")
+    with writing.open("wb") as file:
+        file.writelines(line if line.endswith(b"\n") else line + b"\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(writing, path)
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True) if path.exists() else []
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A row, or None if the line is not one (a write cut short by a kill, say)."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _scalar(name: str, value: Any) -> int | float:
+    if isinstance(value, int):
+        return int(value)
+    if np.ndim(value) != 0:
+        raise ValueError(f"metric {name} has shape {list(np.shape(value))}; it must be a scalar")
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metric {name} is {value!r}; it must be a number") from error
+
+
+class StepClock:
+    """Seconds a step and images a second between two readings, not counting what ran inside `pause()` (evaluation, checkpoints)."""
+
+    def __init__(self, batch_size: int, step: int, now: Callable[[], float] = time.perf_counter):
+        """`batch_size`: images a step, over all processes; `step`: steps done when the clock starts, which is at once."""
+        self._batch_size = batch_size
+        self._now = now
+        self._step = step
+        self._start = now()
+        self._paused = 0.0
+        self._depth = 0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time inside is not counted; may be nested."""
+        start = self._now()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._paused += self._now() - start
+
+    def read(self, step: int) -> dict[str, float]:
+        """{"time/step_s", "time/images_per_s"} since the last reading (or the start), which this one ends; {} if no step was done."""
+        now, steps = self._now(), step - self._step
+        seconds = now - self._start - self._paused
+        self._step, self._start, self._paused = step, now, 0.0
+        if steps <= 0 or seconds <= 0:
+            return {}
+        return {"time/step_s": seconds / steps, "time/images_per_s": self._batch_size * steps / seconds}
+
+
+class Progress:
+    """How far along: a bar on a terminal, elsewhere one plain line every `interval_s` seconds and at the end. A context manager."""
+
+    def __init__(self, name: str, total: int, start: int = 0, interval_s: float = 10.0, stream: io.TextIOBase | None = None):
+        """`start` of `total` are done already, and do not count for the rate. `stream`: standard error if None."""
+        self._name, self._total, self._first, self._interval_s = name, total, start, interval_s
+        self._stream = sys.stderr if stream is None else stream
+        self._shown: dict[str, str] = {}
+        self._began = self._printed = time.monotonic()
+        self._bar = None
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc=name, total=total, initial=start, file=self._stream, dynamic_ncols=True)
+
+    def update(self, done: int, **values: Any) -> None:
+        """`done` of `total` are done; `values` stay beside it until given anew."""
+        self._shown |= {key: f"{float(value):.4g}" for key, value in values.items()}
+        if self._bar is not None:
+            if values:
+                self._bar.set_postfix(self._shown, refresh=False)
+            self._bar.update(done - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._printed >= self._interval_s or done >= self._total:
+            self._printed = now
+            self.note(self._line(done, now - self._began))
+
+    def note(self, text: str) -> None:
+        """A line of text that stays, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _line(self, done: int, seconds: float) -> str:
+        rate = (done - self._first) / seconds if seconds > 0 else 0.0
+        left = f", {(self._total - done) / rate:.0f} s left" if rate and done < self._total else ""
+        values = "".join(f", {key} {value}" for key, value in self._shown.items())
+        return f"{self._name}: {done}/{self._total}, {rate:.3g}/s{left}{values}"
