@@ -37,4 +37,4 @@ class EmbeddedSource:
 
     def describe(self) -> dict:
         """What the manifest of a prepared directory records of its source."""
-        return {"source": "embedded", "name": "emoji", "images": {name: len(rows) for name, rows in self._splits}}
+        return {"kind": "embedded", "name": "emoji", "images": {name: len(rows) for name, rows in self._splits}}
