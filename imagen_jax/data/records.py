@@ -79,14 +79,21 @@ def caption_features(dim: int):
 
 def serialize_image(row: ImageRow) -> bytes:
     """ImageRow -> the bytes of its record."""
-    return image_features().serialize_example(dataclasses.asdict(row))
+    return _canonical(image_features().serialize_example(dataclasses.asdict(row)))
 
 
 def serialize_caption(row: CaptionRow) -> bytes:
     """CaptionRow -> the bytes of its record."""
     length, dim = row.embedding.shape
     example = {"text": row.text, "embedding": row.embedding, "length": length}
-    return caption_features(dim).serialize_example(example)
+    return _canonical(caption_features(dim).serialize_example(example))
+
+
+def _canonical(example: bytes) -> bytes:
+    """A serialised tf.Example with its features in sorted order; protobuf's own order differs from process to process."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
 
 
 def shard_name(store: str, split: str, index: int, count: int) -> str:

@@ -1,0 +1,58 @@
+"""Processes that each hold the source, for work on images."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+from imagen_jax.data.sources import Source
+
+_source: Source | None = None  # of this worker process
+
+
+class Workers:
+    """Runs function(source, *task) for tasks in `processes` processes, or in this one if it is a single one.
+
+    Workers are spawned, not forked (this process may have started JAX's threads), and end with this process even if it is
+    killed.
+    """
+
+    def __init__(self, source: Source, processes: int):
+        self._source = source
+        self._pool = None
+        if processes > 1:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=(source,))
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def each(self, function: Callable[..., Any], tasks: Sequence[tuple]) -> Iterator[Any]:
+        """The results as they are ready, in no order; an exception in a task is raised here."""
+        if self._pool is None:
+            yield from (function(self._source, *task) for task in tasks)
+            return
+        futures = [self._pool.submit(_run, function, task) for task in tasks]
+        for future in as_completed(futures):
+            yield future.result()
+
+
+def _start(source: Source) -> None:
+    global _source
+    _source = source
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _run(function: Callable[..., Any], task: tuple) -> Any:
+    return function(_source, *task)

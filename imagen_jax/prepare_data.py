@@ -1,0 +1,376 @@
+"""Turn captioned images into prepared data: images and text features in shards, under one manifest.
+
+    python -m imagen_jax.prepare_data --source emoji --output data/emoji --encoder t5_tiny --max_length 32
+
+Four passes: every image is decoded and checked, what is kept is decided, each distinct caption is encoded once, the images
+are written. All of it goes to OUTPUT.partial; OUTPUT appears, by one rename, when it is complete. Every finished piece has a
+line in the journal there, so the same command continues an interrupted run and ends with the same bytes, whatever the number
+of processes. The record is described in imagen_jax/data/records.py.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from imagen_jax.data import checks, records
+from imagen_jax.data.plan import KeptImage, Plan, make_plan
+from imagen_jax.data.sources import Source, open_source
+from imagen_jax.data.workers import Workers
+
+_CHUNK = 256  # images checked in one task; the unit in which checking is resumed
+_SAMPLE = 64  # images of the preview
+# What the written bytes depend on, each a key of the manifest; a run is continued only if all of them are the same.
+_REQUEST = ("source", "encoder", "max_length", "shard_size", "min_size", "batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """shard_size: rows a shard. min_size: images under so many pixels across are left out. batch_size: captions encoded at
+    once. processes: for checking and writing images; changes no byte of the result."""
+
+    shard_size: int
+    min_size: int
+    batch_size: int
+    processes: int
+
+    def __post_init__(self):
+        for name, least in {"shard_size": 1, "min_size": 0, "batch_size": 1, "processes": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)} is less than {least}")
+
+
+def main() -> None:
+    """The command line; every foreseen error is one line on stderr and exit status 1."""
+    args = _parser().parse_args()
+    try:
+        settings = Settings(args.shard_size, args.min_size, args.batch_size, args.processes or _cores())
+        if not 0 <= args.heldout < 1:
+            raise ValueError(f"--heldout {args.heldout} is not a fraction in [0, 1)")
+        tfds = {name: getattr(args, name) for name in ("tfds_dir", "tfds_split", "tfds_image", "tfds_caption")}
+        source = open_source(args.source, args.heldout, **tfds)
+        encoder = _load_encoder(args.encoder, args.max_length)
+        if args.dry_run:
+            preview(source, encoder, settings)
+            return
+        prepare(source, encoder, args.output, settings)
+    except BrokenProcessPool:
+        sys.exit("prepare_data: a worker process was killed (out of memory?): the same command continues, try fewer --processes")
+    except KeyboardInterrupt:
+        sys.exit("prepare_data: interrupted, the same command continues")
+    except (ValueError, OSError) as error:
+        sys.exit(f"prepare_data: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m imagen_jax.prepare_data", description=__doc__.splitlines()[0])
+    parser.add_argument("--source", required=True, help="emoji, folder:DIR (with captions.jsonl, captions.csv or .txt files), tfds:NAME or tfds:DIR")
+    parser.add_argument("--output", required=True, type=Path, help="directory to create")
+    parser.add_argument("--encoder", required=True, help="t5_tiny, a directory with a T5 encoder, or a hub name")
+    parser.add_argument("--max_length", type=int, default=128, help="tokens kept of a caption (default 128, the paper's)")
+    parser.add_argument("--heldout", type=float, default=0.0, help="fraction of images for the held-out split, chosen by id")
+    parser.add_argument("--min_size", type=int, default=0, help="leave out images less than this many pixels across")
+    parser.add_argument("--shard_size", type=int, default=4096, help="rows a shard")
+    parser.add_argument("--batch_size", type=int, default=64, help="captions encoded at once")
+    parser.add_argument("--processes", type=int, default=0, help="for checking and writing images (default: all cores)")
+    parser.add_argument("--dry_run", action="store_true", help="only estimate size and time")
+    parser.add_argument("--tfds_dir", default=None, help="TFDS data directory")
+    parser.add_argument("--tfds_split", default="train", help="split to read")
+    parser.add_argument("--tfds_image", default="image", help="image feature")
+    parser.add_argument("--tfds_caption", default="caption", help="caption feature, a path such as captions/text is fine")
+    return parser
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _load_encoder(name: str, max_length: int):
+    """The text encoder, its weights spread over the accelerators if there are several."""
+    import jax
+
+    from imagen_jax.text.encoder import TextEncoder
+
+    mesh = None
+    if jax.device_count() > 1 and jax.default_backend() != "cpu":
+        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return TextEncoder.load(name, max_length=max_length, mesh=mesh)
+
+
+def prepare(source: Source, encoder, output: Path, settings: Settings) -> dict[str, Any]:
+    """Write the prepared directory `output`, or go on with it; returns its manifest.
+
+    encoder is a TextEncoder (dim, max_length, identity, tokenize, encode). Raises ValueError if `output` or its unfinished
+    part was made with other settings, if nothing usable is in the source, or if there is no room for the result.
+    """
+    started = time.monotonic()
+    request = _request(source, encoder, settings)
+    partial = output.with_name(f"{output.name}.partial")
+    if _is_complete(output, request):
+        print(f"{output} is already complete")
+        shutil.rmtree(partial, ignore_errors=True)
+        return records.Prepared(output).manifest
+    with _locked(partial):
+        if _continues(partial, request):
+            print(f"continuing {partial}")
+        else:
+            room = shutil.disk_usage(partial).free
+            if preview(source, encoder, settings) > room:
+                raise ValueError(f"only {room / 2**20:.0f} MiB are free in {partial.parent}")
+            records.write_atomically(partial / "request.json", json.dumps(request).encode())
+        with Workers(source, settings.processes) as workers:
+            plan = _check_all(workers, partial, len(source), settings.min_size)
+            if not any(plan.images.values()):
+                raise ValueError(f"no usable image in {request['source']}: {_told(plan.reasons())}")
+            captions = _encode_all(encoder, partial, plan, settings)
+            images = _write_all(workers, partial, plan, settings)
+        manifest = _finish(partial / "result", request, plan, captions, images)
+        if output.exists():
+            output.rmdir()  # empty, as _is_complete has seen
+        os.rename(partial / "result", output)
+    shutil.rmtree(partial)
+    _report(manifest, output, time.monotonic() - started)
+    return manifest
+
+
+def _request(source: Source, encoder, settings: Settings) -> dict[str, Any]:
+    sizes = {name: getattr(settings, name) for name in ("shard_size", "min_size", "batch_size")}
+    request = {"source": source.describe(), "encoder": dict(encoder.identity), "max_length": encoder.max_length} | sizes
+    return json.loads(json.dumps(request))
+
+
+def _is_complete(output: Path, request: Mapping) -> bool:
+    """Whether `output` is the finished result of this request; ValueError if it is anything else but absent or empty."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if not (output / records.MANIFEST).is_file():
+        raise ValueError(f"{output} exists and is not prepared data: choose another --output")
+    _refuse_changes(output, records.Prepared(output).manifest, request)
+    return True
+
+
+def _continues(partial: Path, request: Mapping) -> bool:
+    """Whether `partial` holds unfinished work for this request; ValueError if it does for another one."""
+    file = partial / "request.json"
+    if not file.is_file():
+        return False
+    _refuse_changes(partial, json.loads(file.read_text()), request)
+    return True
+
+
+def _refuse_changes(place: Path, before: Mapping, request: Mapping) -> None:
+    changed = [f"{key} was {before[key]}, is {request[key]}" for key in _REQUEST if before[key] != request[key]]
+    if changed:
+        raise ValueError(f"{place} was made with other settings ({'; '.join(changed)}): choose another --output or remove it")
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """The work directory, created and kept to this process; the lock goes with the process, however it ends."""
+    parts = ("checked", "journal", "result")
+    if partial.exists() and {path.name for path in partial.iterdir()} - {*parts, "lock", "request.json"}:
+        raise ValueError(f"{partial} is in the way, it is no unfinished work of prepare_data: choose another --output")
+    for name in parts:
+        (partial / name).mkdir(parents=True, exist_ok=True)
+    with open(partial / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another prepare_data is at work in {partial}") from error
+        for left in partial.rglob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        yield
+
+
+def preview(source: Source, encoder, settings: Settings) -> int:
+    """Check and encode a sample, print what the whole will take, return the estimated bytes."""
+    if not len(source):
+        raise ValueError(f"the source is empty: {source.describe()}")
+    indices = np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).astype(int).tolist()
+    start = time.monotonic()
+    found = [checks.check(source[i], settings.min_size) for i in indices]
+    check_time = 2 * (time.monotonic() - start)  # a second time when the images are written
+    usable = [item for item in found if not item.reason]
+    captions = [caption for item in usable for caption in item.captions]
+    cut, text_time, text_bytes = 0, 0.0, 0
+    if captions:
+        cut = sum(encoder.tokenize(captions)[1])
+        encoder.encode(captions, settings.batch_size)  # compiles
+        start = time.monotonic()
+        features = encoder.encode(captions, settings.batch_size)
+        text_time = time.monotonic() - start
+        text_bytes = sum(feature.nbytes for feature in features) + sum(len(text.encode()) for text in captions)
+    scale = len(source) / len(indices)
+    image_bytes = sum(item.size for item in usable)
+    total = int(scale * (image_bytes + text_bytes))
+    seconds = scale * (check_time / settings.processes + text_time)
+    print(f"sample    {len(indices)} of {len(source)} images: {len(usable)} usable, {len(captions)} captions, {cut} of them cut")
+    print(f"images    about {scale * len(usable):.0f}, {scale * image_bytes / 2**20:.1f} MiB")
+    print(f"captions  at most {scale * len(captions):.0f}, {scale * text_bytes / 2**20:.1f} MiB ({encoder.dim} features a token)")
+    print(f"time      about {seconds:.0f} s with {settings.processes} processes")
+    return total
+
+
+def _check_all(workers: Workers, partial: Path, count: int, min_size: int) -> Plan:
+    """First pass, and the decision what is kept."""
+    spans = [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
+    files = [partial / "checked" / f"{start:012d}.json" for start, _ in spans]
+    tasks = [(file, *span, min_size) for file, span in zip(files, spans, strict=True) if not file.is_file()]
+    done = count - sum(stop - start for _, start, stop, _ in tasks)
+    with _bar("check images", count, done) as bar:
+        for checked in workers.each(_check_chunk, tasks):
+            bar.update(checked)
+    return make_plan(checks.Checked(**row) for file in files for row in json.loads(file.read_text()))
+
+
+def _check_chunk(source: Source, file: Path, start: int, stop: int, min_size: int) -> int:
+    rows = [dataclasses.asdict(checks.check(source[i], min_size)) for i in range(start, stop)]
+    records.write_atomically(file, json.dumps(rows).encode())
+    return len(rows)
+
+
+def _encode_all(encoder, partial: Path, plan: Plan, settings: Settings) -> dict[str, dict]:
+    """Third pass: the caption shards, in this process, where the encoder is. Returns their journal entries by name."""
+    shards = _shards("captions", "train", plan.captions, settings.shard_size)
+    entries = {name: _finished(partial, name) for name in shards}
+    done = sum(entry["rows"] for entry in entries.values() if entry)
+    with _bar("encode captions", len(plan.captions), done) as bar:
+        for index, (name, texts) in enumerate(shards.items()):
+            if not entries[name]:
+                entries[name] = _encode_shard(encoder, partial, name, texts, index * settings.shard_size, settings.batch_size)
+                bar.update(len(texts))
+    return entries
+
+
+def _encode_shard(encoder, partial: Path, name: str, texts: list[str], first_id: int, batch_size: int) -> dict:
+    _, cut = encoder.tokenize(texts)
+    features = encoder.encode(texts, batch_size)
+    norms = np.concatenate([np.linalg.norm(feature.astype(np.float64), axis=1) for feature in features])
+    if not np.isfinite(norms).all():
+        bad = next(text for text, feature in zip(texts, features, strict=True) if not np.isfinite(feature.astype(np.float32)).all())
+        raise ValueError(f"the text encoder gives features that are not finite for the caption {bad!r}")
+    rows = (records.CaptionRow(text, feature) for text, feature in zip(texts, features, strict=True))
+    entry = records.write_shard(partial / "result", name, map(records.serialize_caption, rows))
+    lengths = [len(feature) for feature in features]
+    entry["cut"] = [first_id + i for i, was_cut in enumerate(cut) if was_cut]
+    entry["tokens"] = {"min": min(lengths), "max": max(lengths), "sum": sum(lengths)}
+    entry["norm"] = {"min": norms.min(), "max": norms.max(), "sum": norms.sum()}
+    _journal(partial, name, entry)
+    return entry
+
+
+def _write_all(workers: Workers, partial: Path, plan: Plan, settings: Settings) -> dict[str, dict]:
+    """Fourth pass: the image shards. Returns their journal entries by name."""
+    shards = {}
+    for split, images in plan.images.items():
+        shards |= _shards("images", split, images, settings.shard_size)
+    tasks = [(partial, name, images) for name, images in shards.items() if not _finished(partial, name)]
+    count = sum(map(len, shards.values()))
+    with _bar("write images", count, count - sum(len(images) for _, _, images in tasks)) as bar:
+        for written in workers.each(_write_shard, tasks):
+            bar.update(written)
+    return {name: _finished(partial, name) for name in shards}
+
+
+def _write_shard(source: Source, partial: Path, name: str, images: list[KeptImage]) -> int:
+    rows = (_image_row(source, image) for image in images)
+    _journal(partial, name, records.write_shard(partial / "result", name, map(records.serialize_image, rows)))
+    return len(images)
+
+
+def _image_row(source: Source, image: KeptImage) -> records.ImageRow:
+    data, found = source[image.index].image, image.checked
+    if checks.content_hash(data) != found.content:
+        raise ValueError(f"image {found.id} changed while it was being prepared: remove the .partial directory and start again")
+    return records.ImageRow(checks.stored_bytes(data), found.height, found.width, found.id, tuple(image.caption_ids))
+
+
+def _shards(store: str, split: str, rows: list, size: int) -> dict[str, list]:
+    count = -(-len(rows) // size)
+    return {records.shard_name(store, split, i, count): rows[i * size : (i + 1) * size] for i in range(count)}
+
+
+def _journal(partial: Path, name: str, entry: Mapping) -> None:
+    records.write_atomically(partial / "journal" / f"{Path(name).name}.json", json.dumps(entry).encode())
+
+
+def _finished(partial: Path, name: str) -> dict | None:
+    """The journal's entry of a shard, if it is finished and there."""
+    file, shard = partial / "journal" / f"{Path(name).name}.json", partial / "result" / name
+    if not file.is_file() or not shard.is_file():
+        return None
+    entry = json.loads(file.read_text())
+    return entry if shard.stat().st_size == entry["bytes"] else None
+
+
+def _finish(result: Path, request: Mapping, plan: Plan, captions: Mapping, images: Mapping) -> dict[str, Any]:
+    """The files beside the shards, the manifest last."""
+    shards = {name: {key: entry[key] for key in ("rows", "bytes", "sha256")} for name, entry in (captions | images).items()}
+    records.write_tfds_metadata(result, "images", records.image_features(), shards)
+    records.write_tfds_metadata(result, "captions", records.caption_features(request["encoder"]["dim"]), shards)
+    cut = [caption_id for entry in captions.values() for caption_id in entry["cut"]]
+    noted = [{"id": f"caption {i}", "reason": "truncated_caption", "caption": plan.captions[i]} for i in cut]
+    lines = [json.dumps(line) + "\n" for line in plan.skipped + noted]
+    records.write_atomically(result / "skipped.jsonl", "".join(lines).encode())
+    sizes = [(image.checked.height, image.checked.width) for kept in plan.images.values() for image in kept]
+    counts = {"images": {split: len(kept) for split, kept in plan.images.items()}, "captions": len(plan.captions)}
+    manifest = {
+        "format_version": records.FORMAT_VERSION,
+        **request,
+        "counts": counts | {"skipped": plan.reasons(), "truncated_captions": len(cut)},
+        "embedding": _embedding_stats(captions),
+        "image_sizes": {
+            "min_side": min(map(min, sizes)),
+            "max_side": max(map(max, sizes)),
+            "mean_height": sum(height for height, _ in sizes) / len(sizes),
+            "mean_width": sum(width for _, width in sizes) / len(sizes),
+        },
+        "shards": shards,
+    }
+    manifest["hash"] = records.manifest_hash(manifest)
+    records.write_atomically(result / records.MANIFEST, json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def _embedding_stats(captions: Mapping[str, Mapping]) -> dict[str, Any]:
+    """Lengths in tokens over captions, norms over tokens; an infinite or undefined feature has stopped the run before."""
+    rows = sum(entry["rows"] for entry in captions.values())
+    tokens = sum(entry["tokens"]["sum"] for entry in captions.values())
+    stats = {}
+    for name, key, count in (("length", "tokens", rows), ("norm", "norm", tokens)):
+        parts = [entry[key] for entry in captions.values()]
+        mean = sum(part["sum"] for part in parts) / count
+        stats[name] = {"min": min(part["min"] for part in parts), "mean": mean, "max": max(part["max"] for part in parts)}
+    return stats | {"tokens": tokens, "finite": True}
+
+
+def _bar(name: str, total: int, done: int) -> tqdm:
+    return tqdm(desc=name, total=total, initial=done, unit="", disable=None)
+
+
+def _told(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "nothing"
+
+
+def _report(manifest: Mapping, output: Path, seconds: float) -> None:
+    counts = manifest["counts"]
+    size = sum(entry["bytes"] for entry in manifest["shards"].values())
+    images = ", ".join(f"{count} {split}" for split, count in counts["images"].items())
+    print(f"{output}: {images} images, {counts['captions']} captions, {size / 2**20:.1f} MiB, {seconds:.0f} s")
+    print(f"left out or noted in skipped.jsonl: {_told(counts['skipped'])}, {counts['truncated_captions']} truncated_caption")
+
+
+if __name__ == "__main__":
+    main()

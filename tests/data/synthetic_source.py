@@ -1,0 +1,88 @@
+"""A stand-in for the text encoder, folders of generated images, and a program that prepares one (to be killed by a test)."""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from imagen_jax import prepare_data
+from imagen_jax.data.sources import FolderSource
+from tests.data import synthetic
+
+SETTINGS = {"shard_size": 8, "min_size": 0, "batch_size": 4, "processes": 1}
+
+
+class FakeEncoder:
+    """The interface of TextEncoder; a token is a word, its features are drawn from a generator seeded by the text."""
+
+    dim = 8
+
+    def __init__(self, max_length: int = 6, pause: float = 0.0):
+        self.max_length = max_length
+        self.identity = {"name": "fake", "weights_sha256": "0", "max_length": max_length, "dtype": "bfloat16", "dim": self.dim}
+        self.encoded: list[str] = []
+        self._pause = pause
+
+    def tokenize(self, texts):
+        words = [[5] * len(text.split()) + [1] for text in texts]
+        return [row[-self.max_length :] for row in words], [len(row) > self.max_length for row in words]
+
+    def encode(self, texts, batch_size):
+        time.sleep(self._pause)
+        self.encoded += texts
+        return [self.features(text) for text in texts]
+
+    def features(self, text):
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+        length = len(self.tokenize([text])[0][0])
+        return np.random.default_rng(seed).normal(size=(length, self.dim)).astype(ml_dtypes.bfloat16)
+
+
+def write_folder(directory: Path, images: int = 20) -> Path:
+    """Good images with two captions each, one of them shared by all, in a captions.jsonl."""
+    directory.mkdir(parents=True)
+    lines = []
+    for i in range(images):
+        (directory / f"{i:03d}.png").write_bytes(synthetic.encode(synthetic.gradient(32, i)))
+        lines.append({"file": f"{i:03d}.png", "captions": [f"picture number {i}", "a colour ramp"]})
+    (directory / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def tree(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file under a directory, by relative path."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def kill_at_rename(count: int) -> None:
+    """From now on the `count`-th call of os.replace or os.rename kills this process: before it if count is even, else after."""
+    left = [count]
+
+    def wrap(rename):
+        def renaming(*args):
+            left[0] -= 1
+            if left[0] == 0 and count % 2 == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(*args)
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return renaming
+
+    os.replace, os.rename = wrap(os.replace), wrap(os.rename)
+
+
+if __name__ == "__main__":
+    folder, output, processes, kill_at = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    if kill_at:
+        kill_at_rename(kill_at)
+    prepare_data._CHUNK = 4
+    settings = prepare_data.Settings(**SETTINGS | {"processes": processes})
+    prepare_data.prepare(FolderSource(folder, 0.2), FakeEncoder(pause=0.05), output, settings)

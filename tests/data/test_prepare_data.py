@@ -1,0 +1,336 @@
+"""prepare_data: what it keeps, what it reports, and that neither processes nor kills change a byte of it."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax import prepare_data
+from imagen_jax.data import pipeline, records
+from imagen_jax.data.sources import FolderSource
+from tests.data import synthetic
+from tests.data.synthetic_source import SETTINGS, FakeEncoder, tree, write_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def prepare(folder, output, encoder=None, heldout=0.2, **changes):
+    settings = prepare_data.Settings(**SETTINGS | changes)
+    return prepare_data.prepare(FolderSource(folder, heldout), encoder or FakeEncoder(), output, settings)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("source") / "ramps")
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "data"
+    prepare(folder, output)
+    return output
+
+
+def skipped(output):
+    return [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+
+
+def test_everything_is_stored_once_and_linked(folder, whole):
+    """Catches: captions stored per image, wrong caption ids, re-encoded images, features of another caption, padding."""
+    prepared = records.Prepared(whole)
+    prepared.verify()
+    captions, encoder, source = prepared.captions(), FakeEncoder(), FolderSource(folder, 0.2)
+    texts = [captions[i].text for i in range(len(captions))]
+    assert sorted(texts) == sorted({"a colour ramp"} | {f"picture number {i}" for i in range(20)})
+    for i, text in enumerate(texts):
+        np.testing.assert_array_equal(captions[i].embedding, encoder.features(text))
+    seen = {}
+    for split in ("train", "heldout"):
+        for row in range(prepared.num_images(split)):
+            image = prepared.images(split)[row]
+            seen[image.id] = (image.image, [texts[i] for i in image.caption_ids], split)
+    assert seen == {item.id: (item.image, item.captions, item.split) for item in source}
+    assert 0 < prepared.num_images("heldout") < 10
+
+
+def test_manifest_tells_what_is_there(whole):
+    """Catches: counts of something else, norms over padding or captions, a missing identity."""
+    manifest = records.Prepared(whole).manifest
+    features = np.concatenate([FakeEncoder().features(t) for t in ["a colour ramp"] + [f"picture number {i}" for i in range(20)]])
+    norms = np.linalg.norm(features.astype(np.float64), axis=1)
+    assert manifest["embedding"]["norm"] == pytest.approx({"min": norms.min(), "mean": norms.mean(), "max": norms.max()})
+    assert manifest["embedding"]["length"] == {"min": 4, "mean": 4, "max": 4} and manifest["embedding"]["tokens"] == 84
+    assert manifest["counts"]["captions"] == 21 and sum(manifest["counts"]["images"].values()) == 20
+    assert manifest["counts"]["skipped"] == {"duplicate_caption": 19}
+    assert manifest["encoder"] == FakeEncoder().identity and manifest["image_sizes"]["min_side"] == 32
+    assert str(ROOT) not in json.dumps(manifest) and manifest["source"]["name"] == "ramps"
+
+
+def test_trained_on_as_it_is(whole):
+    """Catches: a prepared directory the pipeline or TFDS cannot read."""
+    import tensorflow_datasets as tfds
+
+    size = {"image_size": 16, "lowres_size": 4, "crop_size": 8, "text_length": 6, "batch_size": 4, "workers": 0}
+    cfg = {"path": str(whole), **size, "flip": False, "caption": "random", "cache_mib": 0}
+    reader = pipeline.batches(cfg, 0, 0)
+    assert next(reader)["image"].shape == (4, 8, 8, 3)
+    reader.close()
+    images = tfds.builder_from_directory(whole / "images").as_data_source("train")
+    assert images[0]["image"].shape == (32, 32, 3) and len(images) == records.Prepared(whole).num_images("train")
+    assert len(tfds.builder_from_directory(whole / "captions").as_data_source("train")) == 21
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_change_no_byte(folder, whole, tmp_path, processes, monkeypatch):
+    """Catches: order of completion, time stamps, paths or process ids in the output; results of tasks swapped."""
+    monkeypatch.setattr(prepare_data, "_CHUNK", 3)
+    prepare(folder, tmp_path / "data", processes=processes)
+    assert tree(tmp_path / "data") == tree(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def run_as_a_program(folder, output, processes, kill_at):
+    """The same in a process of its own, which kills itself at the `kill_at`-th rename (half of them just before it)."""
+    command = [sys.executable, "-m", "tests.data.synthetic_source", str(folder), str(output), str(processes), str(kill_at)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_killed_at_any_rename_it_continues_to_the_same_bytes(folder, whole, tmp_path):
+    """Catches: half-written files under final names, work counted as done too early, done twice, or lost after SIGKILL."""
+    output, rng, killed = tmp_path / "data", random.Random(0), 0
+    for _ in range(20):
+        process = run_as_a_program(folder, output, 1, rng.randint(2, 12))
+        _, errors = process.communicate(timeout=60)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors.decode()
+        killed += 1
+        assert not output.exists() or tree(output) == tree(whole)
+    assert killed >= 3 and tree(output) == tree(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_killed_at_any_time_with_workers(folder, whole, tmp_path):
+    """Catches: workers that outlive a killed parent and spoil the next run, and what the test above catches, in parallel."""
+    output = tmp_path / "data"
+    for seconds in (0.8, 1.6, 2.4):
+        process = run_as_a_program(folder, output, 2, 0)
+        try:
+            process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        assert not output.exists() or tree(output) == tree(whole)
+    process = run_as_a_program(folder, output, 2, 0)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors.decode()
+    assert tree(output) == tree(whole) and [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("last", ["_write_shard", "_encode_shard", "_finish", "_check_chunk", "_journal"])
+def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, last, monkeypatch):
+    """Catches: a pass that starts again from nothing, trusts what the pass before left unfinished, or publishes early."""
+    output, original, calls = tmp_path / "data", getattr(prepare_data, last), []
+
+    def stopping(*args):
+        calls.append(args)
+        if len(calls) == (1 if last == "_finish" else 2):
+            raise Stop
+        return original(*args)
+
+    monkeypatch.setattr(prepare_data, "_CHUNK", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, last, stopping)
+        with pytest.raises(Stop):
+            prepare(folder, output)
+    assert not output.exists()
+    encoder = FakeEncoder()
+    prepare(folder, output, encoder)
+    # Three caption shards of 8, 8 and 5; what was journalled is not encoded again.
+    assert len(encoder.encoded) == {"_write_shard": 0, "_finish": 0, "_encode_shard": 13, "_journal": 13, "_check_chunk": 21}[last]
+    assert tree(output) == tree(whole)
+
+
+def test_other_arguments_are_refused(folder, tmp_path, monkeypatch):
+    """Catches: two settings mixed in one directory, before or after it is complete; a finished run done again."""
+    output = tmp_path / "data"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "_finish", lambda *a: (_ for _ in ()).throw(Stop()))
+        with pytest.raises(Stop):
+            prepare(folder, output)
+    for changes in ({"shard_size": 9}, {"encoder": FakeEncoder(max_length=3)}, {"heldout": 0.5}):
+        with pytest.raises(ValueError, match="was made with other settings .*choose another --output or remove it"):
+            prepare(folder, output, **changes)
+    first = prepare(folder, output)
+    with pytest.raises(ValueError, match="shard_size was 8, is 9"):
+        prepare(folder, output, shard_size=9)
+    encoder = FakeEncoder()
+    assert prepare(folder, output, encoder, processes=2) == first and not encoder.encoded
+    with pytest.raises(ValueError, match="is not prepared data: choose another --output"):
+        prepare(folder, folder)
+
+
+def test_one_at_a_time(folder, tmp_path):
+    """Catches: two runs writing the same work directory; a foreign directory taken for unfinished work and removed."""
+    with prepare_data._locked(tmp_path / "data.partial"), pytest.raises(ValueError, match="another prepare_data is at work"):
+        prepare(folder, tmp_path / "data")
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "thesis.txt").write_text("keep")
+    with pytest.raises(ValueError, match="is in the way"):
+        prepare(folder, tmp_path / "mine")
+
+
+@pytest.fixture
+def messy(tmp_path):
+    """A folder with one of everything that can be wrong."""
+    folder = tmp_path / "messy"
+    folder.mkdir()
+    image = synthetic.encode(synthetic.gradient(32, 1))
+    files = {"good.png": image, "twin.png": image, "cut.png": image[: len(image) // 2], "text.png": b"no image"}
+    files |= {"small.png": synthetic.encode(synthetic.gradient(8)), "mute.png": synthetic.encode(synthetic.gradient(32, 2))}
+    files |= {"blank.png": synthetic.encode(synthetic.gradient(32, 3)), "unlisted.png": synthetic.encode(synthetic.gradient(32, 4))}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    captions = {name: ["a ramp"] for name in ("cut.png", "text.png", "small.png", "gone.png")}
+    captions |= {"good.png": ["a  ramp ", "a ramp", "one two three four five six seven"], "twin.png": ["the same ramp"]}
+    captions |= {"mute.png": [], "blank.png": [" \t", "", "bad \ud83d", "fine"]}
+    lines = [json.dumps({"file": name, "captions": texts}) for name, texts in captions.items()]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_nothing_is_dropped_silently(messy, tmp_path):
+    """Catches: broken, missing, small, mute or double images and empty, invalid, cut or double captions lost or not counted."""
+    output = tmp_path / "data"
+    manifest = prepare(messy, output, heldout=0.0, min_size=16)
+    lines = {(line["id"], line["reason"]) for line in skipped(output)}
+    assert lines == {
+        ("cut.png", "broken_image"),
+        ("text.png", "broken_image"),
+        ("gone.png", "missing_image"),
+        ("small.png", "small_image"),
+        ("mute.png", "no_caption"),
+        ("unlisted.png", "no_caption"),
+        ("twin.png", "duplicate_image"),
+        ("blank.png", "empty_caption"),
+        ("blank.png", "invalid_caption"),
+        ("good.png", "duplicate_caption"),
+        ("caption 2", "truncated_caption"),
+    }
+    counted = {"broken_image": 2, "missing_image": 1, "small_image": 1, "no_caption": 2, "duplicate_image": 1}
+    counted |= {"empty_caption": 2, "invalid_caption": 1, "duplicate_caption": 1}
+    assert manifest["counts"]["skipped"] == counted and manifest["counts"]["truncated_captions"] == 1
+    prepared = records.Prepared(output)
+    rows = {row.id: row.caption_ids for row in (prepared.images("train")[i] for i in range(prepared.num_images("train")))}
+    texts = [prepared.captions()[i].text for i in range(manifest["counts"]["captions"])]
+    assert {name: [texts[i] for i in ids] for name, ids in rows.items()} == {
+        "good.png": ["a ramp", "one two three four five six seven", "the same ramp"],
+        "blank.png": ["fine"],
+    }
+
+
+def test_a_double_in_the_other_split_is_not_trained_on(tmp_path):
+    """Catches: the captions of a held-out picture merged into the training split, or the other way round."""
+    folder = tmp_path / "twins"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(synthetic.encode(synthetic.gradient(32)))
+    (folder / "captions.csv").write_text("file,caption,split\na.png,first,heldout\nb.png,second,train\n")
+    manifest = prepare(folder, tmp_path / "data", heldout=0.0)
+    assert manifest["counts"]["images"] == {"train": 0, "heldout": 1} and manifest["counts"]["captions"] == 1
+    assert skipped(tmp_path / "data") == [
+        {"id": "b.png", "reason": "duplicate_image_in_other_split", "of": "a.png", "captions": ["second"]}
+    ]
+
+
+def test_no_good_image_is_a_clear_error(tmp_path):
+    """Catches: an empty data set written as if all were well."""
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"nothing")
+    (folder / "a.txt").write_text("a caption")
+    with pytest.raises(ValueError, match="no usable image in .*1 broken_image"):
+        prepare(folder, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_odd_images_are_stored_so_that_any_reader_sees_the_same(tmp_path):
+    """Catches: transparency read as black, a turned photograph, grey or palette images stored as such, JPEGs encoded again."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    clear = np.zeros((20, 20, 4), np.uint8)
+    clear[:10] = (255, 0, 0, 255)
+    Image.fromarray(clear).save(folder / "clear.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned a quarter clockwise to stand upright
+    Image.fromarray(synthetic.gradient(24)[:12]).save(folder / "turned.jpg", exif=turned)
+    Image.fromarray(synthetic.gradient(20, 9)).convert("L").save(folder / "grey.png")
+    Image.fromarray(synthetic.gradient(20, 8)).save(folder / "plain.jpg")
+    for path in list(folder.iterdir()):
+        path.with_suffix(".txt").write_text(path.stem)
+    prepare(folder, tmp_path / "data", heldout=0.0)
+    store = records.Prepared(tmp_path / "data").images("train")
+    rows = {store[i].id: store[i] for i in range(len(store))}
+    images = {name: Image.open(__import__("io").BytesIO(row.image)) for name, row in rows.items()}
+    assert {image.mode for image in images.values()} == {"RGB"}
+    pixels = np.asarray(images["clear.png"])
+    assert (pixels[:10] == (255, 0, 0)).all() and (pixels[10:] == 255).all()
+    assert (rows["turned.jpg"].height, rows["turned.jpg"].width) == (24, 12) and images["turned.jpg"].size == (12, 24)
+    assert rows["plain.jpg"].image == (folder / "plain.jpg").read_bytes()
+
+
+def test_features_that_are_not_finite_stop_the_run(folder, tmp_path):
+    """Catches: an encoder that overflows and poisons the training set."""
+    encoder = FakeEncoder()
+    features = encoder.features
+    encoder.features = lambda text: features(text) * (np.inf if text == "picture number 11" else 1)
+    with pytest.raises(ValueError, match="not finite for the caption 'picture number 11'"):
+        prepare(folder, tmp_path / "data", encoder)
+
+
+def test_an_image_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
+    """Catches: an image stored with the size, split and captions of what it was before."""
+    folder = write_folder(tmp_path / "source")
+    original = prepare_data._encode_all
+
+    def change(*args):
+        (folder / "003.png").write_bytes(synthetic.encode(synthetic.gradient(32, 77)))
+        return original(*args)
+
+    monkeypatch.setattr(prepare_data, "_encode_all", change)
+    with pytest.raises(ValueError, match="image 003.png changed while it was being prepared"):
+        prepare(folder, tmp_path / "data")
+
+
+def test_preview_is_near_the_truth_and_writes_nothing(folder, whole, capsys):
+    """Catches: an estimate of something else, or files left by --dry_run."""
+    before = set(folder.parent.rglob("*"))
+    estimate = prepare_data.preview(FolderSource(folder, 0.2), FakeEncoder(), prepare_data.Settings(**SETTINGS))
+    images = sum(len((folder / f"{i:03d}.png").read_bytes()) for i in range(20))
+    texts = 40 * 4 * FakeEncoder.dim * 2 + sum(len(f"picture number {i}") + len("a colour ramp") for i in range(20))
+    assert estimate == images + texts
+    printed = capsys.readouterr().out
+    assert "20 usable, 40 captions, 0 of them cut" in printed and "time      about" in printed
+    assert set(folder.parent.rglob("*")) == before
+
+
+def test_command_line_errors_are_one_line(tmp_path):
+    """Catches: tracebacks for foreseeable mistakes, and a verb that is slow to say --help."""
+    base = [sys.executable, "-m", "imagen_jax.prepare_data", "--output", str(tmp_path / "x"), "--encoder", "t5_tiny", "--source"]
+    for source, message in [("cloud", "is not emoji, folder:DIR"), (f"folder:{tmp_path}/no", "is not a directory of images")]:
+        done = subprocess.run([*base, source], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    start = time.monotonic()
+    subprocess.run([*base[:3], "--help"], cwd=ROOT, check=True, capture_output=True)
+    assert time.monotonic() - start < 3
