@@ -4,6 +4,7 @@
 
 Weights come from a seed (tests/text/random_t5.py), so only tokens, masks and features are kept. torch.save here writes a full
 encoder-decoder in three shards, of which the third (decoder only) is not kept: loading the encoder must not need it.
+Run again, it gives the same bytes, except t5_torch_legacy.bin, in which torch writes memory addresses.
 """
 
 import json
@@ -92,7 +93,8 @@ def make_tokenizer() -> None:
     trainer = trainers.UnigramTrainer(vocab_size=96, special_tokens=special, unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator(CAPTIONS * 4, trainer)
     vocab = json.loads(tokenizer.to_str())["model"]["vocab"]
-    T5Tokenizer(vocab=[(piece, score) for piece, score in vocab], extra_ids=0).save_pretrained(TOKENIZER)
+    pieces = sorted((round(-score, 6), piece) for piece, score in vocab[len(special) :])  # training leaves ties in any order
+    T5Tokenizer(vocab=[(s, 0.0) for s in special] + [(piece, -score) for score, piece in pieces], extra_ids=0).save_pretrained(TOKENIZER)
 
 
 if __name__ == "__main__":

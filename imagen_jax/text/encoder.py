@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import pathlib
 
 import jax
@@ -23,6 +24,7 @@ def load_tokenizer(directory: pathlib.Path):
 
     tokenizer.json is read exactly as written (T5Tokenizer would replace its normaliser); spiece.model needs `sentencepiece`.
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it advises, on import, to install torch
     from transformers import PreTrainedTokenizerFast, T5Tokenizer  # never AutoTokenizer: it imports torch where there is one
 
     file = next((directory / name for name in TOKENIZERS if (directory / name).is_file()), None)
