@@ -1,0 +1,66 @@
+"""Directories that can tell whether any of their bytes changed: SHA256SUMS lists every other file, so `sha256sum -c SHA256SUMS` checks one too."""
+
+import concurrent.futures
+import hashlib
+import os
+import re
+from pathlib import Path
+
+CHECKSUMS = "SHA256SUMS"
+HASH_THREADS = 4  # hashlib releases the interpreter; one thread does about 1.2 GB/s where the CPU has SHA instructions
+
+
+def seal(directory: Path) -> None:
+    """Forces every file of `directory` to the disk, then adds SHA256SUMS, last. The caller renames the directory to its final name."""
+    for path in directory.rglob("*"):
+        flush(path)
+    (directory / CHECKSUMS).write_bytes(_render(_checksums(directory)))
+    flush(directory / CHECKSUMS)
+    flush(directory)
+
+
+def find_damage(directory: Path) -> str | None:
+    """None if the files of a sealed directory are exactly those listed, byte for byte, else the first fault, naming the file."""
+    try:
+        recorded = (directory / CHECKSUMS).read_bytes()
+        sums = _checksums(directory)
+    except OSError as error:
+        return f"{error.filename or directory}: {error.strerror}"
+    if recorded == _render(sums):
+        return None
+    lines = recorded.decode("utf-8", "replace").split("\n")
+    listed = {line[66:]: line[:64] for line in lines if re.match(r"[0-9a-f]{64}  \S", line)}
+    for name in sorted(listed.keys() | sums.keys()):
+        if name not in sums:
+            return f"{name} is missing"
+        if name not in listed:
+            return f"{name} is not listed in {CHECKSUMS}"
+        if sums[name] != listed[name]:
+            return f"{name} does not match its checksum"
+    return f"{CHECKSUMS} is malformed"
+
+
+def flush(path: Path) -> None:
+    """fsync of a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksums(directory: Path) -> dict[str, str]:
+    """sha256 of every file under `directory` but SHA256SUMS, by relative name."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    files = sorted(p for p in directory.rglob("*") if not p.is_dir() and p != directory / CHECKSUMS)
+    with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
+        return dict(zip([p.relative_to(directory).as_posix() for p in files], pool.map(digest, files)))
+
+
+def _render(sums: dict[str, str]) -> bytes:
+    """As `sha256sum` writes it."""
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
