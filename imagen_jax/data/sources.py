@@ -173,9 +173,8 @@ class TfdsSource:
         if split not in builder.info.splits:
             found = ", ".join(builder.info.splits) or "none: download_and_prepare it first, file_format='array_record'"
             raise ValueError(f"tfds:{name} has no split {split!r} on disk (found {found})")
-        for feature in (image, caption.split("/")[0]):
-            if feature not in builder.info.features:
-                raise ValueError(f"tfds:{name} has no feature {feature!r} (it has {', '.join(builder.info.features)})")
+        for feature in (image, caption):
+            _check_feature(f"tfds:{name}", builder.info.features, feature)
         try:
             self._rows = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
         except NotImplementedError as error:
@@ -200,3 +199,12 @@ class TfdsSource:
         features = {"image": self._image, "caption": self._caption}
         options = {"split": self._split, "heldout": self._heldout}
         return {"kind": "tfds", "name": self._name, "items": len(self)} | features | options
+
+
+def _check_feature(label: str, features: Any, path: str) -> None:
+    inside = features
+    for key in path.split("/"):
+        inside = getattr(inside, "feature", inside)  # a Sequence holds the features of its items
+        if not hasattr(inside, "keys") or key not in inside.keys():
+            raise ValueError(f"{label} has no feature {path!r} (it has {', '.join(features)})")
+        inside = inside[key]
