@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from imagen_jax import cli
 from imagen_jax.data import checks, records
 from imagen_jax.data.plan import KeptImage, Plan, make_plan
 from imagen_jax.data.sources import Source, open_source
@@ -53,7 +54,7 @@ class Settings:
 
 
 def main() -> None:
-    """The command line; every foreseen error is one line on stderr and exit status 1."""
+    """The command line; every foreseen error is one line on stderr and exit status 2."""
     args = _parser().parse_args()
     try:
         settings = Settings(args.shard_size, args.min_size, args.batch_size, args.processes or _cores())
@@ -67,11 +68,11 @@ def main() -> None:
             return
         prepare(source, encoder, args.output, settings)
     except BrokenProcessPool:
-        sys.exit("prepare_data: a worker process was killed (out of memory?): the same command continues, try fewer --processes")
+        sys.exit(cli.fail("a worker process was killed (out of memory?): the same command continues, try fewer --processes"))
     except KeyboardInterrupt:
-        sys.exit("prepare_data: interrupted, the same command continues")
+        sys.exit(cli.fail("interrupted, the same command continues", 130))
     except (ValueError, OSError) as error:
-        sys.exit(f"prepare_data: {error}")
+        sys.exit(cli.fail(" ".join(str(error).split())))
 
 
 def _parser() -> argparse.ArgumentParser:

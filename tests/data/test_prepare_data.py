@@ -330,7 +330,7 @@ def test_command_line_errors_are_one_line(tmp_path):
     base = [sys.executable, "-m", "imagen_jax.prepare_data", "--output", str(tmp_path / "x"), "--encoder", "t5_tiny", "--source"]
     for source, message in [("cloud", "is not emoji, folder:DIR"), (f"folder:{tmp_path}/no", "is not a directory of images")]:
         done = subprocess.run([*base, source], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
     start = time.monotonic()
     subprocess.run([*base[:3], "--help"], cwd=ROOT, check=True, capture_output=True)
     assert time.monotonic() - start < 3
