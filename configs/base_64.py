@@ -33,15 +33,19 @@ def get_config(arg: str = "") -> ConfigDict:
         multipliers=(1, 2, 3, 4),
         blocks=3,
         attention=(False, True, True, True),  # at 32, 16 and 8
+        text_attention=(False, True, True, True),
         head_channels=64,
         cond_dim=2048,  # not in the paper; the published sizes allow 512 to 4096
+        pooling="attention",
         pool_heads=32,
+        res_block="biggan",
+        scale_shift=True,
         patch=1,
         dropout=0.0,
         dtype="bfloat16",
         remat=True,
     )
-    c.diffusion = dict(schedule="cosine", aug_schedule="cosine", prediction="eps", text_drop=0.1)
+    c.diffusion = dict(schedule="cosine", aug_schedule="cosine", aug_max=0.0, prediction="eps", text_drop=0.1)
     c.sampling = dict(
         method="ancestral",
         steps=256,
@@ -92,7 +96,7 @@ def small(c: ConfigDict) -> None:
 def demo(c: ConfigDict) -> None:
     """16x16, a quarter of the paper's resolution: two levels after folding 2x2 patches, text attention at 4x4."""
     c.name = "base_16"
-    c.model.update(channels=96, multipliers=(1, 2), blocks=2, attention=(False, True), cond_dim=192, pool_heads=6, patch=2)
+    c.model.update(channels=80, multipliers=(1, 2), blocks=2, attention=(False, True), text_attention=(False, True), cond_dim=160, pool_heads=5, patch=2)
     c.diffusion.prediction = "v"  # weighs high noise, where the caption decides, more than eps does
     c.sampling.update(method="ddim", steps=32, w=3.0)
     c.train.update(steps=40_000, log_every=50, sample_every=2_000, sample_rows=16, save_every=500, keep=2)
@@ -102,6 +106,6 @@ def tiny(c: ConfigDict) -> None:
     """A few thousand parameters with every part in place."""
     c.name = "base_tiny"
     c.data.update(image_size=8, batch_size=8)
-    c.model.update(channels=16, multipliers=(1, 2), blocks=1, attention=(False, True), head_channels=16, cond_dim=16, pool_heads=2)
+    c.model.update(channels=16, multipliers=(1, 2), blocks=1, attention=(False, True), text_attention=(False, True), head_channels=16, cond_dim=16, pool_heads=2)
     c.sampling.update(steps=4)
     c.train.update(steps=8, log_every=1, sample_every=0, save_every=4)

@@ -34,12 +34,15 @@ def get_config(arg: str = "") -> ConfigDict:
         attention=("none", "none", "none", "cross"),  # text only: it runs on images larger than it trains on (D.3.1)
         heads=8,
         cond_dim=512,
+        pooling="attention",
         pool_heads=8,
+        residual_scale=2**-0.5,  # section 2.5, B.1: read as the scale of residual sums
+        scale_shift=True,
         dropout=0.0,
         dtype="bfloat16",
         remat=True,
     )
-    c.diffusion = dict(schedule="linear", aug_schedule="cosine", prediction="eps", text_drop=0.1)
+    c.diffusion = dict(schedule="linear", aug_schedule="cosine", aug_max=1.0, prediction="eps", text_drop=0.1)
     c.sampling = dict(
         method="ddim",
         steps=32,  # used by Azizi et al. 2023 for this very stage

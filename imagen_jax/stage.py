@@ -33,6 +33,7 @@ class Stage:
     aug_schedule: Schedule
     prediction: str
     text_drop: float
+    aug_max: float
     image_size: int
     lowres_size: int
     crop_size: int
@@ -50,6 +51,14 @@ class Stage:
         """Side of the low-res input in training (0 in a base stage)."""
         return self.train_size * self.lowres_size // self.image_size
 
+    def batch_shapes(self, b: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """{field: (shape, dtype)} of what a training step reads of a batch of `b`."""
+        size, low = self.train_size, self.train_lowres_size
+        shapes = {"image": ((b, size, size, 3), jnp.uint8)}
+        if self.text_dim:
+            shapes |= {"text": ((b, self.text_length, self.text_dim), jnp.bfloat16), "text_mask": ((b, self.text_length), jnp.bool_)}
+        return shapes | ({"lowres": ((b, low, low, 3), jnp.uint8)} if low else {})
+
     def cond(self, batch: Batch) -> conditioning.Cond:
         """What the network is told, from a batch with `text`, `text_mask` and, in super-resolution, a clean uint8 `lowres`."""
         cond = {"text": batch["text"], "text_mask": batch["text_mask"]} if self.text_dim else {}
@@ -57,18 +66,14 @@ class Stage:
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh fp32 parameters. Meant to be traced: `jax.eval_shape`, or jit with output shardings."""
-        size, low = self.train_size, self.train_lowres_size
-        cond = {}
-        if self.text_dim:
-            cond |= {"text": jnp.zeros((1, self.text_length, self.text_dim), jnp.bfloat16), "text_mask": jnp.ones((1, self.text_length), bool)}
-        if self.lowres_size:
-            cond |= {"lowres": jnp.zeros((1, low, low, 3)), "lowres_logsnr": jnp.zeros(1)}
-        return self.model.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros(1), cond)["params"]
+        batch = {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in self.batch_shapes(1).items()}
+        cond = self.cond(batch) | ({"lowres_logsnr": jnp.zeros(1)} if self.lowres_size else {})
+        return self.model.init(key, to_unit(batch["image"]), jnp.zeros(1), cond)["params"]
 
     def draw(self, key: Key[Array, ""], b: int) -> dict[str, Array]:
         """The random numbers of a training step for `b` samples (see `loss.draw`)."""
         low = self.train_lowres_size
-        return loss.draw(key, (b, self.train_size, self.train_size, 3), (b, low, low, 3) if low else None, self.text_drop)
+        return loss.draw(key, (b, self.train_size, self.train_size, 3), (b, low, low, 3) if low else None, self.text_drop, self.aug_max)
 
     def denoiser(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> loss.DenoiseFn:
         """The network as a denoise_fn(z, logsnr, cond); with a `dropout_key`, in training mode."""

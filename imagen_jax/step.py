@@ -51,11 +51,11 @@ def loss_and_grad(stage: Stage, params: Params, batch: Batch, key: Key[Array, ""
 
 
 def make_step(
-    stage: Stage, optimizer: optax.GradientTransformation, optim: Mapping[str, Any], seed: int
+    stage: Stage, optimizer: optax.GradientTransformation, rate: optax.Schedule, optim: Mapping[str, Any], seed: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    If loss or gradient is not finite the update is skipped on the device, and so is every later one: `bad_step` names the first.
+    `rate` is the optimizer's learning rate, for the record. If loss or gradient is not finite the update is skipped on the device, and so is every later one: `bad_step` names the first.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -71,6 +71,7 @@ def make_step(
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(bad_step < 0, n, o), new, old)
         metrics = {
             "loss": loss,
+            "optim/lr": rate(state.step),
             "norm/grad": grad_norm,
             "norm/update": optax.global_norm(updates),
             "norm/params": optax.global_norm(params),
@@ -84,13 +85,7 @@ def make_step(
 
 def forward_flops(stage: Stage) -> float:
     """FLOPs of the loss of one sample, forward only, as the compiler counts the traced program. A training step costs three times that."""
-    shape = jax.ShapeDtypeStruct
-    size, low = stage.train_size, stage.train_lowres_size
-    batch = {"image": shape((1, size, size, 3), jnp.uint8)}
-    if stage.text_dim:
-        batch |= {"text": shape((1, stage.text_length, stage.text_dim), jnp.bfloat16), "text_mask": shape((1, stage.text_length), bool)}
-    if low:
-        batch["lowres"] = shape((1, low, low, 3), jnp.uint8)
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in stage.batch_shapes(1).items()}
     params = jax.eval_shape(stage.init, jax.random.key(0))
     loss = lambda params, batch, key: stage.per_sample_loss(params, batch, stage.draw(key, 1))
     return float(jax.jit(loss).lower(params, batch, jax.random.key(0)).cost_analysis()["flops"])

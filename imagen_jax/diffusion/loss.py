@@ -16,10 +16,10 @@ from imagen_jax.diffusion.schedule import Schedule
 DenoiseFn = Callable[[Float[Array, "b *d"], Float[Array, "b"], conditioning.Cond], Float[Array, "b *d"]]
 
 
-def draw(key: Key[Array, ""], x_shape: tuple[int, ...], lowres_shape: tuple[int, ...] | None, text_drop: float) -> dict[str, Array]:
+def draw(key: Key[Array, ""], x_shape: tuple[int, ...], lowres_shape: tuple[int, ...] | None, text_drop: float, aug_max: float = 1.0) -> dict[str, Array]:
     """The random numbers of one step: t, eps, whether text is dropped and, in super-resolution, level and noise of the low-res image.
 
-    Each is per sample. `lowres_shape` is None in a base stage.
+    Each is per sample. `lowres_shape` is None in a base stage; `aug_max` is 1, or 0 for training without augmentation (D.2).
     """
     t_key, eps_key, drop_key, level_key, lowres_key = jax.random.split(key, 5)
     b = x_shape[0]
@@ -29,7 +29,7 @@ def draw(key: Key[Array, ""], x_shape: tuple[int, ...], lowres_shape: tuple[int,
         "drop": jax.random.uniform(drop_key, (b,)) < text_drop,
     }
     if lowres_shape is not None:
-        draws["lowres_level"] = jax.random.uniform(level_key, (b,))
+        draws["lowres_level"] = jax.random.uniform(level_key, (b,), maxval=aug_max)
         draws["lowres_eps"] = jax.random.normal(lowres_key, lowres_shape)
     return draws
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 from imagen_jax.models.layers import Dtype, group_norm
 
 KINDS = ("fused", "self", "cross")
+POOLINGS = ("attention", "mean")
 
 
 def attend(
@@ -71,8 +72,12 @@ class FeedForward(nn.Module):
 
 
 class TextPool(nn.Module):
-    """Single-query attention over the valid tokens, the query their mean plus a learned vector; then a Dense to `features`."""
+    """The caption as one vector (F.1 `feature_pooling_type`): LayerNorm, pooling over the valid tokens, a Dense to `features`.
 
+    "attention": single-query attention, the query the tokens' mean plus a learned vector. "mean": the mean alone (an ablation of D.1).
+    """
+
+    pooling: str
     heads: int
     features: int
     dtype: Dtype
@@ -80,11 +85,15 @@ class TextPool(nn.Module):
     @nn.compact
     def __call__(self, text: Float[Array, "b l e"], text_mask: Bool[Array, "b l"]) -> Float[Array, "b t"]:
         b, length, e = text.shape
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"model.pooling is {self.pooling!r}; it must be one of {POOLINGS}")
         if e % self.heads:
             raise ValueError(f"text width {e} does not divide into {self.heads} pooling heads")
         text = nn.LayerNorm(dtype=self.dtype, name="norm")(text)
         weight = text_mask[..., None].astype(jnp.float32)
         mean = jnp.sum(text * weight, axis=1) / jnp.sum(weight, axis=1)
+        if self.pooling == "mean":
+            return nn.Dense(self.features, dtype=self.dtype, name="out")(mean)
         query = mean.astype(self.dtype) + self.param("query", nn.initializers.normal(e**-0.5), (e,))[None].astype(self.dtype)
         split = lambda a: a.reshape(b, -1, self.heads, e // self.heads)
         q = nn.Dense(e, dtype=self.dtype, name="q")(query)

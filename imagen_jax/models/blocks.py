@@ -14,12 +14,14 @@ RESAMPLE = {"none": lambda h: h, "down": average_pool, "up": upsample_nearest}
 class ResBlock(nn.Module):
     """GroupNorm, swish, [resample], conv, GroupNorm * (1 + scale) + shift, swish, dropout, conv, plus the shortcut, times `residual_scale`.
 
-    scale and shift come from the embedding (F.1 `use_scale_shift_norm`); resampling is inside the block ("biggan" type, F.1).
+    scale and shift come from the embedding (`scale_shift`, F.1 `use_scale_shift_norm`); without, it is added before the second norm.
+    Resampling is inside the block ("biggan" type, F.1).
     The shortcut is a 1x1 convolution where the width changes, or always (`project_shortcut`, Fig. A.27).
     """
 
     features: int
     dtype: Dtype
+    scale_shift: bool
     resample: str = "none"
     project_shortcut: bool = False
     residual_scale: float = 1.0
@@ -30,9 +32,13 @@ class ResBlock(nn.Module):
         shortcut = RESAMPLE[self.resample](h)
         out = jax.nn.swish(group_norm(h.shape[-1], self.dtype, "norm_0")(h))
         out = conv(self.features, self.dtype, "conv_0")(RESAMPLE[self.resample](out))
-        film = nn.Dense(2 * self.features, dtype=self.dtype, name="film")(jax.nn.swish(emb))
-        scale, shift = jnp.split(film[:, None, None, :], 2, axis=-1)
-        out = group_norm(self.features, self.dtype, "norm_1")(out) * (1 + scale) + shift
+        film = nn.Dense((1 + self.scale_shift) * self.features, dtype=self.dtype, name="film")(jax.nn.swish(emb))[:, None, None, :]
+        norm = group_norm(self.features, self.dtype, "norm_1")
+        if self.scale_shift:
+            scale, shift = jnp.split(film, 2, axis=-1)
+            out = norm(out) * (1 + scale) + shift
+        else:
+            out = norm(out + film)
         out = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.swish(out))
         out = conv(self.features, self.dtype, "conv_1", zero_init=True)(out)
         if self.project_shortcut or shortcut.shape[-1] != self.features:
@@ -49,6 +55,7 @@ class Conditioning(nn.Module):
     sinusoid_features: int
     features: int
     cond_dim: int
+    pooling: str
     pool_heads: int
     lowres: bool
     dtype: Dtype
@@ -65,7 +72,7 @@ class Conditioning(nn.Module):
             return emb, None, None
         text = nn.LayerNorm(dtype=self.dtype, name="text_norm")(cond["text"])
         text = nn.Dense(self.cond_dim, dtype=self.dtype, name="text_proj")(text)
-        pooled = TextPool(self.pool_heads, self.features, self.dtype, name="text_pool")(text, cond["text_mask"])
+        pooled = TextPool(self.pooling, self.pool_heads, self.features, self.dtype, name="text_pool")(text, cond["text_mask"])
         return emb + pooled, text, cond["text_mask"]
 
 

@@ -1,7 +1,7 @@
 """The Efficient U-Net of the super-resolution stages (Appendix B.1, Figs. A.27-A.30, configurations F.2 and F.3).
 
 Against the ordinary U-Net: most residual blocks stand at low resolution, a level down-samples before its blocks and up-samples after
-them, and residual sums are scaled by 1/sqrt(2). Skips are added. Four levels, each of stride 2 (F.2 prints four).
+them, and residual sums are scaled by 1/sqrt(2) (`residual_scale`). Skips are added. Four levels, each of stride 2 (F.2 prints four).
 """
 
 from functools import partial
@@ -13,8 +13,6 @@ from jaxtyping import Array, Bool, Float
 from imagen_jax.models.attention import Attention, FeedForward
 from imagen_jax.models.blocks import Conditioning, ResBlock, concat_lowres
 from imagen_jax.models.layers import Constrain, Dtype, conv, identity, upsample_nearest
-
-INV_SQRT2 = 2.0**-0.5
 
 
 class Blocks(nn.Module):
@@ -30,6 +28,8 @@ class Blocks(nn.Module):
     heads: int
     down: bool
     up_features: int
+    residual_scale: float
+    scale_shift: bool
     dropout: float
     dtype: Dtype
     constrain: Constrain
@@ -47,8 +47,9 @@ class Blocks(nn.Module):
             h = self.constrain(conv(self.features, self.dtype, "resample", stride=2)(h))
         for i in range(self.blocks):
             block = ResBlock(
-                self.features, self.dtype, project_shortcut=True, residual_scale=INV_SQRT2, dropout=self.dropout, name=f"block_{i}"
-            )
+                self.features, self.dtype, self.scale_shift, project_shortcut=True, residual_scale=self.residual_scale,
+                dropout=self.dropout, name=f"block_{i}",
+            )  # fmt: skip
             h = self.constrain(block(h, emb, train))
         if self.attention != "none":
             h = Attention(self.heads, self.attention, self.dtype, name="attn")(h, text, mask)
@@ -70,7 +71,10 @@ class EfficientUNet(nn.Module):
     attention: tuple[str, ...]
     heads: int
     cond_dim: int
+    pooling: str
     pool_heads: int
+    residual_scale: float
+    scale_shift: bool
     lowres: bool
     dropout: float
     dtype: Dtype = jnp.float32
@@ -81,12 +85,15 @@ class EfficientUNet(nn.Module):
     def __call__(self, z: Float[Array, "b h w 3"], logsnr: Float[Array, "b"], cond: dict[str, Array], train: bool = False) -> Float[Array, "b h w 3"]:
         self._check(z)
         emb, text, mask = Conditioning(
-            self.widths[0], 4 * self.widths[0], self.cond_dim, self.pool_heads, self.lowres, self.dtype, name="conditioning"
+            self.widths[0], 4 * self.widths[0], self.cond_dim, self.pooling, self.pool_heads, self.lowres, self.dtype, name="conditioning"
         )(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
         h = self.constrain(conv(self.widths[0], self.dtype, "stem")(h.astype(self.dtype)))
         Remat = nn.remat(Blocks, static_argnums=(5,)) if self.remat else Blocks
-        level = partial(Remat, heads=self.heads, dropout=self.dropout, dtype=self.dtype, constrain=self.constrain)
+        level = partial(
+            Remat, heads=self.heads, residual_scale=self.residual_scale, scale_shift=self.scale_shift,
+            dropout=self.dropout, dtype=self.dtype, constrain=self.constrain,
+        )  # fmt: skip
         per_level = list(zip(self.widths, self.blocks, self.attention))
         skips = []
         for i, (width, blocks, attention) in enumerate(per_level):

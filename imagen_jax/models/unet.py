@@ -14,24 +14,28 @@ from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Attention
 from imagen_jax.models.blocks import Conditioning, ResBlock, concat_lowres
-from imagen_jax.models.layers import Constrain, Dtype, conv, depth_to_space, group_norm, identity, space_to_depth
+from imagen_jax.models.layers import Constrain, Dtype, conv, depth_to_space, group_norm, identity, space_to_depth, upsample_nearest
+
+# Which attention a level has, by (pixels, text): F.1 `attn_resolutions` and `text_cross_attn_res`.
+ATTENTION = {(True, True): "fused", (True, False): "self", (False, True): "cross", (False, False): "none"}
+RES_BLOCKS = ("biggan", "plain")
 
 Text = Float[Array, "b l e"] | None
 Mask = Bool[Array, "b l"] | None
 
 
 class Level(nn.Module):
-    """The blocks of one resolution on the way down, in the middle or up; with `skips` (up) each block eats one from the end.
+    """The blocks of one resolution on the way down, in the middle or up, one for each entry of `attention`, then resampling.
 
-    Returns the feature map and all intermediate ones, which are the skips of the way down.
+    With `skips` (up) each block eats one from the end. Returns the feature map and all intermediate ones, which are the skips of the way down.
     """
 
     features: int
-    blocks: int
-    attention: tuple[bool, ...]
-    kind: str
-    head_channels: int
+    attention: tuple[str, ...]
     resample: str
+    res_block: str
+    scale_shift: bool
+    head_channels: int
     dropout: float
     dtype: Dtype
     constrain: Constrain
@@ -40,18 +44,24 @@ class Level(nn.Module):
     def __call__(
         self, h: Float[Array, "b h w c"], skips: tuple[Array, ...], emb: Float[Array, "b t"], text: Text, mask: Mask, train: bool
     ) -> tuple[Array, tuple[Array, ...]]:
-        block = partial(ResBlock, self.features, self.dtype, dropout=self.dropout)
+        block = partial(ResBlock, self.features, self.dtype, self.scale_shift, dropout=self.dropout)
         outputs = []
-        for i in range(self.blocks):
+        for i, kind in enumerate(self.attention):
             if skips:
                 h, skips = jnp.concatenate([h, skips[-1]], axis=-1), skips[:-1]
             h = block(name=f"block_{i}")(h, emb, train)
-            if self.attention[i]:
-                h = Attention(self.features // self.head_channels, self.kind, self.dtype, name=f"attn_{i}")(h, text, mask)
+            if kind != "none":
+                h = Attention(self.features // self.head_channels, kind, self.dtype, name=f"attn_{i}")(h, text, mask)
             h = self.constrain(h)
             outputs.append(h)
         if self.resample != "none":
-            h = self.constrain(block(resample=self.resample, name="resample")(h, emb, train))
+            if self.res_block == "biggan":
+                h = block(resample=self.resample, name="resample")(h, emb, train)
+            elif self.resample == "down":
+                h = conv(self.features, self.dtype, "resample", stride=2)(h)
+            else:
+                h = conv(self.features, self.dtype, "resample")(upsample_nearest(h))
+            h = self.constrain(h)
             outputs.append(h)
         return h, tuple(outputs)
 
@@ -59,16 +69,21 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """eps (or x, v) from (z, logsnr, cond). `widths[i]` = channels * multiplier at resolution size / (patch 2^i).
 
-    `attention[i]` says whether level i attends; `patch` > 1 folds patches into channels first (small demo models only, the paper has 1).
+    `attention[i]`, `text_attention[i]`: whether the pixels of level i attend to one another, to the text. `res_block` "biggan" resamples
+    inside a residual block, "plain" by a convolution. `patch` > 1 folds patches into channels first (small demo models only, the paper has 1).
     """
 
     channels: int
     multipliers: tuple[int, ...]
     blocks: int
     attention: tuple[bool, ...]
+    text_attention: tuple[bool, ...]
     head_channels: int
     cond_dim: int
+    pooling: str
     pool_heads: int
+    res_block: str
+    scale_shift: bool
     patch: int
     lowres: bool
     dropout: float
@@ -80,7 +95,7 @@ class UNet(nn.Module):
     def __call__(self, z: Float[Array, "b h w 3"], logsnr: Float[Array, "b"], cond: dict[str, Array], train: bool = False) -> Float[Array, "b h w 3"]:
         self._check(z)
         emb, text, mask = Conditioning(
-            self.channels, 4 * self.channels, self.cond_dim, self.pool_heads, self.lowres, self.dtype, name="conditioning"
+            self.channels, 4 * self.channels, self.cond_dim, self.pooling, self.pool_heads, self.lowres, self.dtype, name="conditioning"
         )(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
         h = conv(self.channels, self.dtype, "stem")(space_to_depth(h.astype(self.dtype), self.patch))
@@ -89,19 +104,19 @@ class UNet(nn.Module):
         last = len(widths) - 1
         Remat = nn.remat(Level, static_argnums=(6,)) if self.remat else Level
         level = partial(
-            Remat, kind="fused" if self.cond_dim else "self", head_channels=self.head_channels,
+            Remat, res_block=self.res_block, scale_shift=self.scale_shift, head_channels=self.head_channels,
             dropout=self.dropout, dtype=self.dtype, constrain=self.constrain,
         )  # fmt: skip
+        kinds = [ATTENTION[pair] for pair in zip(self.attention, self.text_attention)]
         skips = [h]
         for i, width in enumerate(widths):
-            attention = (self.attention[i],) * self.blocks
-            down = level(width, self.blocks, attention, resample="down" if i < last else "none", name=f"down_{i}")
+            down = level(width, (kinds[i],) * self.blocks, resample="down" if i < last else "none", name=f"down_{i}")
             h, outputs = down(h, (), emb, text, mask, train)
             skips += outputs
-        h, _ = level(widths[-1], 2, (True, False), resample="none", name="mid")(h, (), emb, text, mask, train)
+        h, _ = level(widths[-1], (kinds[-1], "none"), resample="none", name="mid")(h, (), emb, text, mask, train)
         for i, width in reversed(list(enumerate(widths))):
             n = self.blocks + 1
-            up = level(width, n, (self.attention[i],) * n, resample="up" if i else "none", name=f"up_{i}")
+            up = level(width, (kinds[i],) * n, resample="up" if i else "none", name=f"up_{i}")
             h, _ = up(h, tuple(skips[-n:]), emb, text, mask, train)
             skips = skips[:-n]
         h = jax.nn.swish(group_norm(h.shape[-1], self.dtype, "out_norm")(h))
@@ -109,8 +124,13 @@ class UNet(nn.Module):
         return depth_to_space(h, self.patch)
 
     def _check(self, z: Array) -> None:
-        if len(self.attention) != len(self.multipliers):
-            raise ValueError(f"model.attention has {len(self.attention)} entries, model.multipliers {len(self.multipliers)}: one each a level")
+        levels = {"multipliers": self.multipliers, "attention": self.attention, "text_attention": self.text_attention}
+        if len({len(entries) for entries in levels.values()}) > 1:
+            raise ValueError(f"model fields need one entry a level each, not {({name: len(e) for name, e in levels.items()})}")
+        if any(self.text_attention) and not self.cond_dim:
+            raise ValueError("model.text_attention needs text: set model.cond_dim and text.dim")
+        if self.res_block not in RES_BLOCKS:
+            raise ValueError(f"model.res_block is {self.res_block!r}; it must be one of {RES_BLOCKS}")
         factor = self.patch * 2 ** (len(self.multipliers) - 1)
         if z.shape[1] % factor or z.shape[2] % factor:
             raise ValueError(f"a U-Net of {len(self.multipliers)} levels and patch {self.patch} takes sizes divisible by {factor}, not {z.shape[1:3]}")

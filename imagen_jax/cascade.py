@@ -1,0 +1,116 @@
+"""Stages chained: text -> base image -> super-resolution -> super-resolution, uint8 between stages as in training."""
+
+import dataclasses
+import importlib.resources
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from imagen_jax import checkpoint
+from imagen_jax.data.transforms import pad_text
+from imagen_jax.stage import Stage, create_stage, to_uint8
+
+STAGES = ("base", "sr_1", "sr_2")  # the names in a cascade config, in order
+SAME_TEXT = ("weights_sha256", "tokenizer_sha256", "dim")  # what makes two encoders the same, wherever they are stored
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedStage:
+    """A stage with parameters, ready to draw. `identity` says where they came from."""
+
+    stage: Stage
+    params: Any
+    sampling: Mapping[str, Any]
+    encoder: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    draw: Callable
+
+
+def resolve(path: str) -> str:
+    """A checkpoint path; "embedded:NAME" is a file of the package."""
+    name = path.removeprefix("embedded:")
+    if name == path:
+        return path
+    file = Path(str(importlib.resources.files("imagen_jax") / "assets" / "cascade" / f"{name}.safetensors"))
+    if not file.exists():
+        raise ValueError(f"the package embeds no {name!r}; it has {sorted(f.stem for f in file.parent.glob('*.safetensors'))}")
+    return str(file)
+
+
+def load_stage(path: str, sampling: Mapping[str, Any], which: str) -> LoadedStage:
+    """One stage from a workdir, a checkpoint or an export; its config is the one it was trained with."""
+    params, meta = checkpoint.load_params(resolve(path), which)
+    stage = create_stage(meta["config"])
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
+    draw = jax.jit(lambda params, keys, batch: to_uint8(stage.sample(params, keys, batch, sampling)))
+    identity = {"checkpoint": path, "name": stage.name, "step": meta["step"], "manifest_hash": meta["manifest_hash"], "which": which}
+    return LoadedStage(stage, params, dict(sampling), meta["encoder"], identity, draw)
+
+
+def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> list[LoadedStage]:
+    """The stages of a cascade config that have a checkpoint, in order.
+
+    Raises ValueError if there is none, if sizes do not chain, or if the stages were trained on another encoder's text.
+    """
+    names = [name for name in wanted if config[name]["checkpoint"]]
+    if not names:
+        raise ValueError(f"no stage of {tuple(wanted)} has a checkpoint: give --config.{wanted[0]}.checkpoint=PATH")
+    stages = [load_stage(config[name]["checkpoint"], config[name]["sampling"], config["which"]) for name in names]
+    for before, after in zip(stages, stages[1:]):
+        if before.stage.image_size != after.stage.lowres_size:
+            raise ValueError(f"{before.stage.name} draws {before.stage.image_size} pixels, {after.stage.name} takes {after.stage.lowres_size}")
+        check_encoder(before.encoder, after.encoder, f"stages {before.stage.name} and {after.stage.name}")
+    return stages
+
+
+def check_encoder(a: Mapping[str, Any], b: Mapping[str, Any], who: str) -> None:
+    """Raises ValueError unless two encoder identities are of the same weights and tokenizer."""
+    differ = [f"{key}: {a.get(key)} and {b.get(key)}" for key in SAME_TEXT if a.get(key) != b.get(key)]
+    if differ:
+        raise ValueError(f"{who} do not share a text encoder ({'; '.join(differ)}); their text features mean different things")
+
+
+def sample_keys(seeds: Sequence[int], stage_index: int) -> jax.Array:
+    """One key a picture: a function of its own seed and the stage alone."""
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stage_index))(jnp.asarray(seeds, jnp.uint32))
+
+
+def generate(
+    stages: Sequence[LoadedStage],
+    seeds: Sequence[int],
+    text: Sequence[np.ndarray],
+    batch_size: int,
+    lowres: UInt8[np.ndarray, "n r r 3"] | None = None,
+    first_stage: int = 0,
+) -> Iterator[list[UInt8[np.ndarray, "b s s 3"]]]:
+    """Yields, a batch of pictures at a time, the images of every stage.
+
+    text: unpadded features [length, d], one a picture. lowres: input of the first stage if that is a super-resolution stage.
+    Batches are filled up to `batch_size` by repetition, so one program a stage serves all, and a picture depends on its own seed and
+    text alone. `first_stage` is the place of stages[0] in the cascade, so that a stage drawn alone draws the same noise.
+    """
+    for start in range(0, len(seeds), batch_size):
+        rows = np.arange(start, start + batch_size)
+        rows = np.minimum(rows, len(seeds) - 1)
+        image = None if lowres is None else lowres[rows]
+        images = []
+        for i, loaded in enumerate(stages):
+            batch = pad_rows([text[r] for r in rows], loaded.stage)
+            if image is not None:
+                batch["lowres"] = image
+            keys = sample_keys([seeds[r] for r in rows], first_stage + i)
+            image = np.asarray(jax.device_get(loaded.draw(loaded.params, keys, batch)))
+            images.append(image[: min(batch_size, len(seeds) - start)])
+        yield images
+
+
+def pad_rows(features: Sequence[np.ndarray], stage: Stage) -> dict[str, np.ndarray]:
+    """{"text": [b l d], "text_mask": [b l]} for a stage; nothing for one without text. Raises ValueError for a caption that is too long."""
+    if not stage.text_dim:
+        return {}
+    text, mask = zip(*(pad_text(feature, stage.text_length) for feature in features))
+    return {"text": np.stack(text), "text_mask": np.stack(mask)}

@@ -1,0 +1,135 @@
+"""Draws pictures from prompts with a cascade, or up-samples an image with a super-resolution stage alone.
+
+    python -m imagen_jax.sample --config configs/cascade.py:demo --prompt "a red apple" --output pictures
+    python -m imagen_jax.sample --config configs/cascade.py:demo --image small.png --stages sr_1 --prompt "a red apple" --output pictures
+
+Each picture is a PNG with a JSON file beside it that reproduces it: `--reproduce pictures/0000_a_red_apple.json`.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from imagen_jax import cli
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "cascade config, with fields as --config.base.sampling.w=5", lock_config=True)
+PROMPT = flags.DEFINE_multi_string("prompt", [], "what to draw; may be given several times")
+PROMPTS = flags.DEFINE_string("prompts", "", "a text file with one prompt a line")
+OUTPUT = flags.DEFINE_string("output", None, "directory for the pictures")
+SEED = flags.DEFINE_integer("seed", 0, "seed of the first picture; the next ones count up", lower_bound=0, upper_bound=2**31 - 1)
+COUNT = flags.DEFINE_integer("count", 1, "pictures a prompt", lower_bound=1)
+STAGES = flags.DEFINE_list("stages", ["base", "sr_1", "sr_2"], "stages to run, in order; without base an --image is needed")
+IMAGE = flags.DEFINE_string("image", "", "image to up-sample, with --stages sr_1 or sr_1,sr_2")
+REPRODUCE = flags.DEFINE_string("reproduce", "", "the JSON file of a picture to draw again; replaces --config, --prompt and --seed")
+
+
+def main() -> int:
+    if not OUTPUT.value:
+        raise ValueError("--output DIR is needed")
+    if REPRODUCE.value:
+        record = json.loads(Path(REPRODUCE.value).read_text())
+        return sample(record["config"], [record["prompt"]], [record["seed"]], record["stages"], record["image"], Path(OUTPUT.value), record)
+    if CONFIG.value is None:
+        raise ValueError("--config FILE is needed, configs/cascade.py:demo for the embedded cascade")
+    prompts = read_prompts(PROMPT.value, PROMPTS.value)
+    prompts = [prompt for prompt in prompts for _ in range(COUNT.value)]
+    seeds = [SEED.value + i for i in range(len(prompts))]
+    return sample(json.loads(CONFIG.value.to_json()), prompts, seeds, STAGES.value, IMAGE.value, Path(OUTPUT.value))
+
+
+def read_prompts(given: Sequence[str], file: str) -> list[str]:
+    """Prompts of the command line and of a file. Raises ValueError for none, an empty one or one that is not text."""
+    prompts = list(given) + (Path(file).read_text(encoding="utf-8").splitlines() if file else [])
+    prompts = [prompt for prompt in prompts if prompt.strip()] if file else prompts
+    if not prompts:
+        raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
+    for prompt in prompts:
+        if not prompt.strip() or not prompt.isprintable():
+            raise ValueError(f"prompt {prompt!r} is empty or not printable text")
+    return prompts
+
+
+def sample(
+    config: Mapping[str, Any],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    stages: Sequence[str],
+    image: str,
+    output: Path,
+    expected: Mapping[str, Any] | None = None,
+) -> int:
+    """Draws all prompts and writes pictures as they are done. `expected` is a picture's record that must be met."""
+    from imagen_jax import cascade, metrics, pictures
+    from imagen_jax.text.encoder import TextEncoder
+
+    check_stages(stages, image)
+    loaded = cascade.load_cascade(config, stages)
+    identities = [dict(stage.identity) for stage in loaded]
+    if expected and identities != expected["checkpoints"]:
+        raise ValueError("the checkpoints are not those of the picture to reproduce: " + json.dumps(identities))
+    encoder = TextEncoder.load(config["encoder"], max(s.stage.text_length for s in loaded), config["encoder_dtype"])
+    for stage in loaded:
+        if stage.stage.text_dim:
+            cascade.check_encoder(stage.encoder, encoder.identity, f"{stage.stage.name} and {config['encoder']}")
+    _, cut = encoder.tokenize(list(prompts))
+    for prompt in [p for p, c in zip(prompts, cut) if c]:
+        print(f"warning: prompt is longer than {encoder.max_length} tokens and was cut: {prompt!r}")
+    text = encoder.encode(list(prompts), config["batch_size"])
+    lowres = None if not image else read_image(image, loaded[0].stage.lowres_size, len(prompts))
+    first_stage = cascade.STAGES.index(stages[0])
+    rows, done = [], 0
+    with metrics.Progress("pictures", len(prompts)) as progress:
+        for images in cascade.generate(loaded, seeds, text, config["batch_size"], lowres, first_stage):
+            for row in zip(*images):
+                record = {
+                    "prompt": prompts[done], "seed": seeds[done], "stages": list(stages), "image": image,
+                    "config": dict(config), "checkpoints": identities, "encoder": encoder.identity,
+                }  # fmt: skip
+                write(output, done, row, record)
+                rows.append(([lowres[done]] if image else []) + list(row))
+                done += 1
+            progress.update(done)
+    headings = ([f"input {lowres.shape[1]}"] if image else []) + [f"{s.stage.image_size}" for s in loaded]
+    sheet = pictures.contact_sheet(prompts, rows, headings, min(256, max(64, loaded[-1].stage.image_size)))
+    print(f"{done} pictures in {output}; all of them: {pictures.write_png(output / 'sheet.png', sheet)}")
+    return 0
+
+
+def check_stages(stages: Sequence[str], image: str) -> None:
+    """Raises ValueError for stages that are unknown, not consecutive, or lack an image to start from."""
+    from imagen_jax.cascade import STAGES as known
+
+    places = [known.index(stage) if stage in known else -1 for stage in stages]
+    if not stages or -1 in places or places != list(range(places[0], places[0] + len(places))):
+        raise ValueError(f"--stages {','.join(stages)}: give consecutive stages of {','.join(known)}")
+    if bool(image) != (stages[0] != "base"):
+        raise ValueError("--image goes with --stages that begin after base, and those need one")
+
+
+def read_image(path: str, size: int, n: int) -> Any:
+    """The user's image, cut square and brought to `size` pixels, n times: uint8 [n size size 3]."""
+    import numpy as np
+
+    from imagen_jax.data.transforms import decode_square
+
+    return np.repeat(decode_square(Path(path).read_bytes(), size)[None], n, axis=0)
+
+
+def write(output: Path, index: int, row: Sequence[Any], record: Mapping[str, Any]) -> None:
+    """0000_prompt.png (last stage), 0000_prompt_16.png ... (earlier ones), and 0000_prompt.json."""
+    from imagen_jax import pictures
+
+    words = re.sub(r"[^a-z0-9]+", "_", record["prompt"].lower()).strip("_")[:60]
+    stem = f"{index:04d}_{words}"
+    for image in row[:-1]:
+        pictures.write_png(output / f"{stem}_{image.shape[0]}.png", image)
+    pictures.write_png(output / f"{stem}.png", row[-1])
+    (output / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)
