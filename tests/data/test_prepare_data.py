@@ -1,5 +1,6 @@
 """prepare_data: what it keeps, what it reports, and that neither processes nor kills change a byte of it."""
 
+import io
 import json
 import random
 import signal
@@ -282,7 +283,7 @@ def test_odd_images_are_stored_so_that_any_reader_sees_the_same(tmp_path):
     prepare(folder, tmp_path / "data", heldout=0.0)
     store = records.Prepared(tmp_path / "data").images("train")
     rows = {store[i].id: store[i] for i in range(len(store))}
-    images = {name: Image.open(__import__("io").BytesIO(row.image)) for name, row in rows.items()}
+    images = {name: Image.open(io.BytesIO(row.image)) for name, row in rows.items()}
     assert {image.mode for image in images.values()} == {"RGB"}
     pixels = np.asarray(images["clear.png"])
     assert (pixels[:10] == (255, 0, 0)).all() and (pixels[10:] == 255).all()
