@@ -1,0 +1,39 @@
+# make demo    pictures from the embedded cascade, then the same cascade trained from scratch (ARGS="--prompt 'a red apple' --minutes 5")
+# make test    the test suite (PYTEST_ARGS="-k sampler")
+# make parity  comparisons with the reference implementations; installs torch
+# Each installs what it needs into $(VENV) first. PYTHON is any Python >= 3.11.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+RUN = $(VENV)/bin/python
+PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test parity clean
+
+demo: $(VENV)/installed
+	$(RUN) -m imagen_jax.demo $(ARGS)
+
+test: $(VENV)/installed-test
+	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+parity: $(VENV)/installed-parity
+	$(RUN) -m pytest -q -m parity $(PYTEST_ARGS)
+
+$(VENV)/installed: setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python {v[0]}.{v[1]} is too old: make $(MAKECMDGOALS) PYTHON=python3.11")'
+	@echo "installing imagen_jax into $(VENV) (a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/installed-%: $(VENV)/installed
+	@echo "installing what make $* needs"
+	@$(PIP) --editable ".[test,$*]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache

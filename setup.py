@@ -1,0 +1,57 @@
+"""Packaging of imagen_jax. Floors are what the tests run on: jax 0.10.2 is the newest for Python 3.11, jax 0.11 and 0.12 need 3.12."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "imagen_jax" / "__init__.py").read_text(), re.M)[1]
+
+setup(
+    name="imagen_jax",
+    version=VERSION,
+    description="Imagen in JAX: text-to-image diffusion cascades, from a laptop demo to pod-scale training",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.11",
+    packages=find_packages(include=["imagen_jax", "imagen_jax.*"]),
+    package_data={"imagen_jax": ["assets/*", "assets/**/*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.8.1",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "huggingface_hub>=1.31",
+        "importlib_resources>=6.0",  # tensorflow-datasets imports it when it writes a data set
+        "jax>=0.10.2,<0.13",
+        "jaxtyping>=0.3.6",
+        "ml_collections>=1.1.0",
+        "ml_dtypes>=0.5.0",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint==0.12.8",  # its v1 interface is still experimental: one version, tested
+        "Pillow>=11.0",
+        "safetensors>=0.8.0",
+        "tensorboardX>=2.6.4",
+        "tensorflow-datasets>=4.9.10",  # without TensorFlow: only its readers and writers of ArrayRecord
+        "tqdm>=4.66",
+        "transformers>=5.23",  # tokenizers only
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "cuda12": ["jax[cuda12]>=0.10.2,<0.13"],
+        "test": ["beartype>=0.22", "pytest>=8.3", "pytest-timeout>=2.4", "pytest-xdist>=3.6", "sentencepiece>=0.2.1"],
+        "parity": ["torch==2.13.0"],
+    },
+)
