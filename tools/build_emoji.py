@@ -7,7 +7,8 @@ Pictures: Microsoft's Fluent 3D emoji, from npm `@lobehub/fluent-emoji-3d` 1.1.0
 both are checked by SHA-256. The same Pillow, libwebp and array_record give byte-identical files.
 
 Pictures are composited on white and stored as lossy WebP (quality 85). Each has two captions: the label in plain words
-("woman firefighter with medium-dark skin tone"), and the CLDR label followed by its keywords.
+("woman firefighter with medium-dark skin tone"), and the CLDR label followed by its keywords. The id is the file name in the
+picture archive; where that name claims another skin tone than the picture shows (see `shown`), the captions follow the picture.
 
 The split `heldout` tests composition: every part of a held-out caption occurs in `train`, only not together.
 
@@ -40,6 +41,7 @@ from PIL import Image, ImageDraw
 import scipy.fft
 import scipy.spatial.distance
 import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 
 IMAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58")
 LABELS = ("emojibase-data@17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
@@ -102,7 +104,7 @@ def plain(text):
 
 
 def wording(label):
-    """A CLDR label as one would say it, for instance "woman: dark skin tone, red hair" -> "woman with dark skin tone and red hair"."""
+    """A CLDR label as one would say it: "woman: dark skin tone, red hair" -> "woman with dark skin tone and red hair"."""
     if ": " not in label:
         return label
     subject, rest = label.split(": ", 1)
@@ -152,7 +154,7 @@ def compose(data):
 
 
 def read_items(images, labels):
-    """One dict per picture, sorted by id: id (the file's hexcode), label, captions, rgb (uint8 [256 256 3]), image (WebP bytes)."""
+    """One dict per picture, by file name: id (that name's hexcode), label, captions, rgb (uint8 [256 256 3]), image (WebP)."""
     table, items = read_labels(labels), []
     for member in sorted((m for m in images if m.name.endswith(".webp")), key=lambda m: m.name):
         name = pathlib.Path(member.name).stem
@@ -160,7 +162,8 @@ def read_items(images, labels):
         label = shown(label)
         picture, encoded = compose(images.extractfile(member).read()), io.BytesIO()
         picture.save(encoded, "WEBP", quality=QUALITY, method=6)
-        items.append(dict(id=name, label=label, captions=captions(label, tags), rgb=np.asarray(picture), image=encoded.getvalue()))
+        item = dict(id=name, label=label, captions=captions(label, tags), image=encoded.getvalue(), rgb=np.asarray(picture))
+        items.append(item)
     return items
 
 
@@ -256,12 +259,13 @@ def write(items, split, out):
             path = out / f"emoji-{name}.array_record-{s:05d}-of-{shards:05d}"
             writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
             for row in rows[bounds[s] : bounds[s + 1]]:
-                writer.write(features.serialize_example(
-                    {"id": row["id"], "image": io.BytesIO(row["image"]), "captions": row["captions"]}))
+                example = {"id": row["id"], "image": io.BytesIO(row["image"]), "captions": row["captions"]}
+                record = tf_example_pb2.Example.FromString(features.serialize_example(example))
+                writer.write(record.SerializeToString(deterministic=True))  # Else features come in another order each run.
             writer.close()
         template = tfds.core.ShardedFileTemplate(dataset_name="emoji", data_dir=out, filetype_suffix="array_record")
-        infos.append(tfds.core.SplitInfo(
-            name=name, shard_lengths=np.diff(bounds).tolist(), num_bytes=sum(len(r["image"]) for r in rows), filename_template=template))
+        lengths, size = np.diff(bounds).tolist(), sum(len(row["image"]) for row in rows)
+        infos.append(tfds.core.SplitInfo(name=name, shard_lengths=lengths, num_bytes=size, filename_template=template))
     tfds.folder_dataset.write_metadata(
         data_dir=str(out), features=features, split_infos=infos, check_data=False,
         filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")
@@ -305,7 +309,8 @@ def main():
     if args.sheet:
         contact_sheet(items, args.sheet)
     quality = [psnr(item) for item in items]
-    print(f"{len(items)} images, {sum(len(i['image']) for i in items) / 1e6:.2f} MB, PSNR mean {np.mean(quality):.2f} dB, lowest {min(quality):.2f} dB")
+    megabytes = sum(len(item["image"]) for item in items) / 1e6
+    print(f"{len(items)} images, {megabytes:.2f} MB, PSNR mean {np.mean(quality):.2f} dB, lowest {min(quality):.2f} dB")
     print("held out:", {kind: len(positions) for kind, positions in taken.items()})
 
 

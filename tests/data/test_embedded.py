@@ -1,4 +1,4 @@
-"""The embedded emoji: what is in them, and that the held-out split asks for new compositions of known parts and of no known picture."""
+"""The embedded emoji: their content, and that the held-out split asks for new compositions of known parts."""
 
 import collections
 import io
@@ -32,7 +32,7 @@ def thumbs(items):
 
 
 def subject_and_tone(caption):
-    """("man with red hair", "dark") of "man with dark skin tone and red hair"; the tone of a caption that names none is yellow."""
+    """("man with red hair", "dark") of "man with dark skin tone and red hair"; a caption that names no tone is yellow."""
     tone = re.search(TONE, caption)
     subject = re.sub(f" with {TONE}$", "", re.sub(f"{TONE} and ", "", caption))
     return subject, tone[1] if tone else "yellow"
