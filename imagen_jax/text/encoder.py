@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 import os
 import pathlib
 
@@ -30,6 +31,8 @@ def load_tokenizer(directory: pathlib.Path):
     file = next((directory / name for name in TOKENIZERS if (directory / name).is_file()), None)
     if file is None:
         raise FileNotFoundError(f"{directory} has no tokenizer: neither of {', '.join(TOKENIZERS)}")
+    if file.suffix == ".model" and importlib.util.find_spec("sentencepiece") is None:  # transformers would ask for tiktoken
+        raise ImportError(f"{file} can only be read with the package sentencepiece: pip install sentencepiece")
     kind = PreTrainedTokenizerFast if file.suffix == ".json" else T5Tokenizer
     tokenizer = kind.from_pretrained(directory, local_files_only=True)
     if tokenizer.eos_token_id is None or tokenizer("")["input_ids"] != [tokenizer.eos_token_id]:

@@ -183,6 +183,15 @@ def test_spiece_model_alone(tmp_path):
         assert tokenizer(caption)["input_ids"] == reference.encode(caption) + [1]
 
 
+def test_spiece_model_without_sentencepiece(tmp_path, monkeypatch):
+    """Fails if the user is told to install tiktoken, as transformers does, when sentencepiece is what is missing."""
+    (tmp_path / "spiece.model").write_bytes(b"")
+    load_tokenizer(TOKENIZER)  # transformers itself asks for packages when first imported
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install sentencepiece"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.skipif("IMAGEN_T5_TOKENIZER" not in os.environ, reason="IMAGEN_T5_TOKENIZER names no directory with the published T5 tokenizer")
 @pytest.mark.parametrize("files", [("tokenizer.json", "tokenizer_config.json"), ("spiece.model",)])
 def test_published_t5_tokenizer(tmp_path, files):

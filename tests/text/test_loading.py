@@ -110,7 +110,7 @@ def test_absent_files_are_named(tmp_path):
     (tmp_path / "model-1.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="names the shard 'model-1.safetensors'"):
         load_params(tmp_path, CONFIG, "float32")
-    index = {"weight_map": {"shared.weight": "../model.safetensors"}}
+    index = {"weight_map": {"shared.weight": f"../{tmp_path.name}/model-0.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match="which is not in"):
         load_params(tmp_path, CONFIG, "float32")
@@ -143,13 +143,14 @@ def test_never_twice_in_memory(tmp_path, kind):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_born_sharded(tmp_path, dtype):
-    """Fails if a mesh leaves the weights whole on each device, or splits change a value."""
+    """Fails if a mesh leaves the weights whole on each device, splits the smaller dimension, or changes a value."""
     directory = write_encoder(tmp_path, CONFIG, random_weights(CONFIG, 3))
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     whole, _ = load_params(directory, CONFIG, dtype)
     parts, _ = load_params(directory, CONFIG, dtype, mesh)
     assert_same(jax.tree.map(np.asarray, parts), jax.tree.map(np.asarray, whole))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(parts)} == {dtype}
+    assert parts["block_0"]["mlp"]["gate"]["kernel"].sharding.spec == jax.P(None, ("data", "fsdp"))  # [32, 48]: the larger one
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(parts))
     assert held < 1.1 / 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(whole))
 
