@@ -1,0 +1,26 @@
+"""How the base model is told the caption: attention over its tokens, one pooled vector, or nothing (section 2.5, Appendix D.3.1).
+
+    python -m launch.sweep --config configs/ablations/text_conditioning.py:demo --config.data.path=PREPARED --workdir DIR
+
+The paper: attention over the sequence is clearly better than a vector pooled either way.
+The variants are those of base_64.py; without one, the 300M model that the paper's text ablations use.
+"""
+
+from typing import Any, Iterator
+
+from ml_collections import ConfigDict
+
+from configs import base_64
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return base_64.get_config(arg or "width=192")
+
+
+def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
+    """The paper's choice first. Pixels attend to one another in every arm."""
+    nowhere = (False,) * len(get_config(arg).model.text_attention)
+    yield {"name": "tokens"}
+    yield {"name": "attention_pooled", "config.model.text_attention": nowhere}
+    yield {"name": "mean_pooled", "config.model.text_attention": nowhere, "config.model.pooling": "mean"}
+    yield {"name": "no_text", "config.model.text_attention": nowhere, "config.model.cond_dim": 0, "config.text.dim": 0}
