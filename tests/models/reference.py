@@ -1,0 +1,103 @@
+"""The blocks written again in numpy float64, straight from the formulas, for the tests to compare with."""
+
+import numpy as np
+
+
+def swish(x):
+    return x / (1 + np.exp(-x))
+
+
+def group_norm(x, groups, scale, bias, eps=1e-5):
+    b, h, w, c = x.shape
+    g = x.reshape(b, h * w, groups, c // groups)
+    mean, var = g.mean(axis=(1, 3), keepdims=True), g.var(axis=(1, 3), keepdims=True)
+    return ((g - mean) / np.sqrt(var + eps)).reshape(x.shape) * scale + bias
+
+
+def layer_norm(x, scale, bias, eps=1e-6):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * scale + bias
+
+
+def conv3x3(x, kernel, bias, stride=1):
+    b, h, w, _ = x.shape
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    out = np.zeros((b, h, w, kernel.shape[-1]))
+    for i in range(3):
+        for j in range(3):
+            out += padded[:, i : i + h, j : j + w] @ kernel[i, j]
+    return out[:, ::stride, ::stride] + bias
+
+
+def dense(x, p):
+    return x @ p["kernel"] + p["bias"]
+
+
+def pool(x):
+    return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+
+
+def up(x):
+    return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+RESAMPLE = {"none": lambda x: x, "down": pool, "up": up}
+
+
+def res_block(p, h, emb, resample, residual_scale, scale_shift, groups):
+    shortcut = RESAMPLE[resample](h)
+    if "shortcut" in p:
+        shortcut = dense(shortcut, p["shortcut"])
+    out = RESAMPLE[resample](swish(group_norm(h, groups(h.shape[-1]), p["norm_0"]["scale"], p["norm_0"]["bias"])))
+    out = conv3x3(out, p["conv_0"]["kernel"], p["conv_0"]["bias"])
+    film = dense(swish(emb), p["film"])[:, None, None, :]
+    norm = lambda x: group_norm(x, groups(x.shape[-1]), p["norm_1"]["scale"], p["norm_1"]["bias"])
+    if scale_shift:
+        scale, shift = np.split(film, 2, axis=-1)
+        out = norm(out) * (1 + scale) + shift
+    else:
+        out = norm(out + film)
+    out = conv3x3(swish(out), p["conv_1"]["kernel"], p["conv_1"]["bias"])
+    return (shortcut + out) * residual_scale
+
+
+def attend(q, k, v, valid, heads):
+    """q [n c], k and v [m c], valid [m]: one sample."""
+    d = q.shape[-1] // heads
+    out = np.zeros_like(q)
+    for i in range(heads):
+        s = slice(i * d, (i + 1) * d)
+        logits = q[:, s] @ k[:, s].T / np.sqrt(d)
+        logits = np.where(valid[None], logits, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        out[:, s] = weights / weights.sum(-1, keepdims=True) @ v[:, s]
+    return out
+
+
+def attention(p, h, text, mask, heads, kind, groups):
+    b, height, width, c = h.shape
+    pixels = group_norm(h, groups(c), p["norm"]["scale"], p["norm"]["bias"]).reshape(b, -1, c)
+    out = np.zeros_like(pixels)
+    for i in range(b):
+        keys, values, valid = [], [], []
+        if kind == "cross":
+            q = dense(pixels[i], p["q"])
+        else:
+            q, k, v = np.split(dense(pixels[i], p["qkv"]), 3, axis=-1)
+            keys, values, valid = [k], [v], [np.ones(len(k), bool)]
+        if kind != "self":
+            context = layer_norm(text[i], p["text_norm"]["scale"], p["text_norm"]["bias"])
+            k, v = np.split(dense(context, p["text_kv"]), 2, axis=-1)
+            keys, values, valid = keys + [k], values + [v], valid + [mask[i]]
+        out[i] = attend(q, np.concatenate(keys), np.concatenate(values), np.concatenate(valid), heads)
+    return h + dense(out, p["out"]).reshape(h.shape)
+
+
+def text_pool(p, text, mask, heads):
+    text = layer_norm(text, p["norm"]["scale"], p["norm"]["bias"])
+    out = []
+    for tokens, valid in zip(text, mask):
+        query = tokens[valid].mean(0) + p["query"]
+        q = dense(query[None], p["q"])
+        k, v = np.split(dense(tokens, p["kv"]), 2, axis=-1)
+        out.append(attend(q, k, v, valid, heads)[0])
+    return dense(np.stack(out), p["out"])

@@ -1,0 +1,168 @@
+"""Blocks against the same formulas in numpy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax.models import layers
+from imagen_jax.models.attention import Attention, FeedForward, TextPool
+from imagen_jax.models.blocks import ResBlock, concat_lowres
+from tests.models import reference
+
+F32 = jnp.float32
+groups = lambda c: min(32, c // 4)
+
+
+def randomized(module, seed, *args):
+    """Parameters in which nothing is zero, so that every branch counts; and their float64 copies."""
+    params = module.init(jax.random.key(0), *args)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    params = jax.tree.unflatten(tree, [np.float32(leaf + 0.2 * rng.standard_normal(leaf.shape)) for leaf in leaves])
+    return params, jax.tree.map(np.float64, params)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), F32)
+
+
+def lengths(total, *valid):
+    """Masks [b total] of captions of these lengths."""
+    return jnp.arange(total)[None] < jnp.array(valid)[:, None]
+
+
+def f64(a):
+    return np.asarray(a, np.float64)
+
+
+@pytest.mark.parametrize("resample", ["none", "down", "up"])
+@pytest.mark.parametrize("scale_shift", [True, False])
+def test_res_block(resample, scale_shift):
+    """Catches a FiLM without the 1, swapped scale and shift, resampling of one branch only, a misplaced residual scale."""
+    block = ResBlock(24, F32, scale_shift, resample=resample, residual_scale=0.6)
+    h, emb = normal(1, 2, 4, 6, 16), normal(2, 2, 12)
+    params, p64 = randomized(block, 3, h, emb, False)
+    got = jax.jit(lambda p: block.apply({"params": p}, h, emb, False))(params)
+    want = reference.res_block(p64, f64(h), f64(emb), resample, 0.6, scale_shift, groups)
+    np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+def test_res_block_shortcut_is_projected_where_asked():
+    """Catches a projection always or never: the base model has it only where the width changes, the Efficient U-Net always."""
+    h, emb = normal(1, 1, 2, 2, 16), normal(2, 1, 8)
+    tree = lambda features, **kw: ResBlock(features, F32, True, **kw).init(jax.random.key(0), h, emb, False)["params"]
+    assert "shortcut" not in tree(16) and "shortcut" in tree(32) and "shortcut" in tree(16, project_shortcut=True)
+
+
+def test_res_block_starts_as_its_shortcut():
+    """Catches a second convolution that does not start at zero."""
+    block = ResBlock(16, F32, True, residual_scale=0.5)
+    h, emb = normal(1, 1, 2, 2, 16), normal(2, 1, 8)
+    np.testing.assert_allclose(block.apply(block.init(jax.random.key(0), h, emb, False), h, emb, False), 0.5 * h, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["fused", "self", "cross"])
+def test_attention(kind):
+    """Catches a wrong softmax scale, unmasked padding, text normalised over tokens, heads split across the wrong axis."""
+    layer = Attention(3, kind, F32)
+    h, text = normal(1, 2, 2, 3, 24), normal(2, 2, 5, 10)
+    mask = lengths(5, 2, 5)
+    params, p64 = randomized(layer, 4, h, text, mask)
+    got = jax.jit(lambda p: layer.apply({"params": p}, h, text, mask))(params)
+    want = reference.attention(p64, f64(h), f64(text), np.asarray(mask), 3, kind, groups)
+    np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["fused", "cross"])
+def test_attention_ignores_padding(kind):
+    """Catches masks that are additive but finite, and norms that run over padding: padded features are changed wildly."""
+    layer = Attention(2, kind, F32)
+    h, text = normal(1, 1, 2, 2, 16), normal(2, 1, 6, 8)
+    mask = lengths(6, 3)
+    params, _ = randomized(layer, 4, h, text, mask)
+    apply = jax.jit(lambda text: layer.apply({"params": params}, h, text, mask))
+    np.testing.assert_array_equal(apply(text), apply(jnp.where(mask[..., None], text, 50 * text + 7)))
+
+
+def test_text_pool():
+    """Catches a mean over padding in the query, and pooling over padding."""
+    layer = TextPool("attention", 2, 6, F32)
+    text = normal(1, 2, 5, 8)
+    mask = lengths(5, 3, 1)
+    params, p64 = randomized(layer, 5, text, mask)
+    got = jax.jit(lambda p: layer.apply({"params": p}, text, mask))(params)
+    np.testing.assert_allclose(got, reference.text_pool(p64, f64(text), np.asarray(mask), 2), atol=1e-4)
+
+
+def test_mean_pool():
+    """Catches a mean over the padded length instead of the caption's."""
+    layer = TextPool("mean", 2, 6, F32)
+    text, mask = normal(1, 1, 5, 8), lengths(5, 2)
+    params, p64 = randomized(layer, 5, text, mask)
+    normed = reference.layer_norm(f64(text[0]), p64["norm"]["scale"], p64["norm"]["bias"])
+    np.testing.assert_allclose(layer.apply({"params": params}, text, mask)[0], reference.dense(normed[:2].mean(0), p64["out"]), atol=1e-5)
+
+
+def test_feed_forward():
+    """Catches a missing residual or activation."""
+    layer = FeedForward(24, F32)
+    h = normal(1, 1, 2, 3, 16)
+    params, p = randomized(layer, 6, h)
+    hidden = reference.swish(reference.dense(reference.group_norm(f64(h), 4, p["norm"]["scale"], p["norm"]["bias"]), p["dense_0"]))
+    np.testing.assert_allclose(layer.apply({"params": params}, h), f64(h) + reference.dense(hidden, p["dense_1"]), atol=1e-4)
+
+
+def test_conv_stride_and_padding():
+    """Catches SAME padding of a strided convolution, which XLA puts on the other side than the paper's frameworks do."""
+    layer = layers.conv(5, F32, "c", stride=2)
+    x = normal(1, 1, 6, 4, 3)
+    params, p = randomized(layer, 7, x)
+    np.testing.assert_allclose(layer.apply({"params": params}, x), reference.conv3x3(f64(x), p["kernel"], p["bias"], 2), atol=1e-4)
+
+
+def test_group_norm_groups():
+    """Catches groups of one channel in narrow layers, and widths that silently do not divide."""
+    assert [layers.group_norm(c, F32, "n").num_groups for c in (16, 96, 128, 2048)] == [4, 24, 32, 32]
+    with pytest.raises(ValueError, match="144 channels"):
+        layers.group_norm(144, F32, "n")
+
+
+def test_group_norm_statistics_are_fp32():
+    """Catches statistics in bfloat16: a mean of 256 with a spread of 1 has no spread left there."""
+    norm = layers.group_norm(16, jnp.bfloat16, "n")
+    x = 256 + normal(1, 1, 16, 16, 16)
+    out = norm.apply(norm.init(jax.random.key(0), x), x)
+    assert out.dtype == jnp.bfloat16 and 0.95 < float(out.astype(F32).std()) < 1.05
+
+
+def test_space_to_depth():
+    """Catches patches that mix pixels of different squares, and an inverse that is none."""
+    x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
+    folded = layers.space_to_depth(x, 2)
+    np.testing.assert_array_equal(folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
+    np.testing.assert_array_equal(layers.depth_to_space(folded, 2), x)
+
+
+def test_pool_and_upsample():
+    """Catches a pooling of another window, and an up-sampling that interleaves rows and columns wrongly."""
+    x = normal(1, 1, 4, 6, 2)
+    np.testing.assert_allclose(layers.average_pool(x), reference.pool(np.asarray(x)), atol=1e-6)
+    np.testing.assert_array_equal(layers.upsample_nearest(x), reference.up(np.asarray(x)))
+
+
+def test_sinusoid():
+    """Catches raw log-SNR or t instead of u, and a wrong range of periods."""
+    got = layers.sinusoid(jnp.array([-20.0, 0.0, 3.0]), 6)
+    u = np.arctan(np.exp([10.0, 0.0, -1.5])) / (np.pi / 2)
+    angle = 1000 * u[:, None] * 10_000 ** -(np.arange(3) / 3)
+    np.testing.assert_allclose(got, np.concatenate([np.sin(angle), np.cos(angle)], -1), atol=2e-3)
+
+
+def test_concat_lowres():
+    """Catches nearest up-sampling, and the low-res channels in front of z's."""
+    z, low = jnp.zeros((1, 8, 8, 3)), normal(1, 1, 2, 2, 3)
+    out = concat_lowres(z, low)
+    np.testing.assert_array_equal(out[..., :3], z)
+    np.testing.assert_allclose(out[0, 0, 0, 3:], low[0, 0, 0], atol=1e-6)  # corners are kept by half-pixel bilinear
+    np.testing.assert_allclose(out[0, 0, 3, 3:], low[0, 0, 0] * 0.625 + low[0, 0, 1] * 0.375, atol=1e-5)
