@@ -134,10 +134,11 @@ def test_save_holds_what_the_state_was_at_the_call(tmp_path):
     given, state = state, step(state)
     assert all(x.is_deleted() for x in given.values())
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, state, {})
-    for _ in range(6):
-        state = step(state)
-    checkpoints.wait()
+    with jax.transfer_guard("disallow"):  # as in the training loop
+        checkpoints.save(1, state, {})
+        for _ in range(6):
+            state = step(state)
+        checkpoints.wait()
     restored, _ = checkpoints.restore(1, {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for k, x in state.items()})
     assert all(np.array_equal(restored[f"w_{i}"], row + np.float32(1)) for i, row in enumerate(rows))
 
@@ -285,6 +286,13 @@ def test_keeps_the_newest_and_never_counts_a_damaged_one(saved):
     assert_restores(saved, 20)
     save(checkpoints, 30, 40)
     assert checkpoints.steps() == [30, 40] and (saved / "20.damaged").is_dir()
+    flip_bit(saved / "40" / "meta.json", np.random.default_rng(0))
+    checkpoints = Checkpoints(saved, keep=2)
+    assert checkpoints.latest_good() == 30
+    save(checkpoints, 45)
+    assert checkpoints.steps() == [30, 40, 45]
+    save(checkpoints, 50)
+    assert checkpoints.steps() == [40, 45, 50]
 
 
 def test_old_ones_stay_until_a_new_one_is_whole(tmp_path, monkeypatch):
@@ -315,6 +323,8 @@ def test_saving_twice(saved):
     assert_restores(saved, 30)
     with pytest.raises(ValueError, match="20 already holds an intact checkpoint"):
         checkpoints.save(20, state, META)
+    save(checkpoints, 32)
+    assert checkpoints.steps() == [10, 20, 30, 32]
 
 
 def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):
@@ -371,6 +381,7 @@ def test_every_moment_of_our_part_of_a_save_is_safe(saved, monkeypatch):
 
     monkeypatch.setattr(integrity.os, "fsync", copied(os.fsync))
     monkeypatch.setattr(os, "rename", copied(os.rename))
+    monkeypatch.setattr(os, "unlink", copied(os.unlink))
     monkeypatch.setattr(shutil, "rmtree", copied(shutil.rmtree))
     save(Checkpoints(saved, keep=1), 30)
     monkeypatch.undo()
@@ -431,6 +442,25 @@ def test_sigkill_inside_saves(tmp_path, caplog):
     save(checkpoints, newest + 1)
     assert sorted(p.name for p in directory.iterdir()) == [str(newest), str(newest + 1)]
     assert_restores(directory, newest + 1)
+
+
+ENDS = """
+import sys; sys.path.insert(0, {tests!r}); sys.path.insert(0, {root!r})
+from test_checkpoint import *
+state = place(make_state(20))[0]
+checkpoints = Checkpoints(sys.argv[1], keep=2)
+checkpoints.save(20, state, META | {{"at": 20}})
+raise FloatingPointError("the loss is not finite")
+"""
+
+
+def test_program_that_ends_inside_a_save_finishes_it(tmp_path):
+    """Catches the hang of an exit with a save under way (orbax waits for a thread pool that is shut down), and losing that save."""
+    tests = Path(__file__).resolve().parent
+    code = ENDS.format(tests=str(tests), root=str(tests.parent))
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.strip().endswith("FloatingPointError: the loss is not finite")
+    assert_restores(tmp_path, 20)
 
 
 def wait_for(condition, timeout_s=60):
