@@ -1,0 +1,194 @@
+"""The sampler on data whose score is known in closed form: Gaussians with full covariance, and a mixture of three.
+
+The images are [2 1 2]: four numbers. Where the network is the exact posterior mean E[x | z], a Gaussian stays Gaussian through every step, so mean and
+covariance of the samples are known exactly for any number of steps (`expected_moments`, float64), and equal those of the data in the limit of many.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax.diffusion import guidance, process, sampler
+from imagen_jax.diffusion.schedule import cosine, linear
+
+SHAPE, D, B = (2, 1, 2), 4, 30_000
+MEAN = np.array([0.3, -0.2, 0.1, 0.0])
+ROOT = np.array([[0.5, 0.0, 0.0, 0.0], [0.3, 0.4, 0.0, 0.0], [-0.2, 0.1, 0.3, 0.0], [0.1, -0.3, 0.2, 0.1]])
+COVARIANCE = ROOT @ ROOT.T
+
+
+def as_prediction(prediction, x, z, alpha, sigma):
+    """The output of a network of this `prediction` whose x-hat is `x`."""
+    eps = (z - alpha * x) / sigma
+    return {"x": x, "eps": eps, "v": alpha * eps - sigma * x}[prediction]
+
+
+def levels(logsnr):
+    return jnp.sqrt(jax.nn.sigmoid(logsnr))[:, None], jnp.sqrt(jax.nn.sigmoid(-logsnr))[:, None]
+
+
+def gaussian_network(prediction):
+    """Exact for N(MEAN + first text feature, COVARIANCE): E[x | z] = m + alpha S (alpha^2 S + sigma^2)^-1 (z - alpha m), in the eigenbasis of S."""
+    values, vectors = np.linalg.eigh(COVARIANCE)
+    values, vectors = values.astype(np.float32)[None], vectors.astype(np.float32)
+
+    def denoise_fn(z, logsnr, cond):
+        alpha, sigma = levels(logsnr)
+        mean = jnp.asarray(MEAN, jnp.float32)[None] + (cond["text"][:, 0] if cond else 0.0)
+        flat = z.reshape(z.shape[0], D)
+        gain = alpha * values / (alpha**2 * values + sigma**2)
+        x = mean + (((flat - alpha * mean) @ vectors) * gain) @ vectors.T
+        return as_prediction(prediction, x, flat, alpha, sigma).reshape(z.shape)
+
+    return denoise_fn
+
+
+def draw_samples(denoise_fn, b=B, cond=None, seed=0, **options):
+    """[b 4] samples as float64."""
+    defaults = {"schedule": cosine, "prediction": "eps", "method": "ddim", "gamma": 0.0, "w": 1.0, "threshold": "none", "percentile": 99.5}
+    run = jax.jit(lambda keys, cond: sampler.sample(denoise_fn, keys, SHAPE, cond, **(defaults | options)))
+    samples = run(jax.random.split(jax.random.key(seed), b), cond or {})
+    assert samples.shape == (b, *SHAPE) and samples.dtype == jnp.float32
+    return np.asarray(samples, np.float64).reshape(b, D)
+
+
+def expected_moments(schedule, method, steps, gamma, mean=MEAN):
+    """Mean and covariance of what `steps` steps make of standard normal noise, by linear algebra in float64 (spec: eqs. 5 and 6)."""
+    logsnr = np.asarray(schedule(jnp.linspace(1.0, 0.0, steps + 1)), np.float64)
+    alpha, sigma = (1 / (1 + np.exp(-logsnr))) ** 0.5, (1 / (1 + np.exp(logsnr))) ** 0.5
+    mu, cov = np.zeros(D), np.eye(D)
+    for t in range(steps):
+        gain = alpha[t] * COVARIANCE @ np.linalg.inv(alpha[t] ** 2 * COVARIANCE + sigma[t] ** 2 * np.eye(D))
+        offset = mean - alpha[t] * gain @ mean
+        if t == steps - 1:
+            return gain @ mu + offset, gain @ cov @ gain.T
+        s = t + 1
+        if method == "ddim":
+            keep, toward, noise = sigma[s] / sigma[t], alpha[s] - sigma[s] / sigma[t] * alpha[t], 0.0
+        else:
+            one_step = sigma[t] ** 2 - (alpha[t] / alpha[s]) ** 2 * sigma[s] ** 2
+            keep, toward = alpha[t] / alpha[s] * sigma[s] ** 2 / sigma[t] ** 2, alpha[s] * one_step / sigma[t] ** 2
+            noise = one_step * (sigma[s] / sigma[t]) ** (2 * (1 - gamma))
+        transform = keep * np.eye(D) + toward * gain
+        mu, cov = transform @ mu + toward * offset, transform @ cov @ transform.T + noise * np.eye(D)
+
+
+def assert_moments(samples, mean, cov, bias=0.0):
+    """Sample mean and covariance within five standard errors of (mean, cov), plus `bias` of the largest variance."""
+    n, variances = len(samples), np.diag(cov)
+    scale = bias * variances.max()
+    assert np.all(np.abs(samples.mean(axis=0) - mean) < 5 * np.sqrt(variances / n) + scale + 1e-3)
+    error = np.sqrt((np.outer(variances, variances) + cov**2) / n)
+    assert np.all(np.abs(np.cov(samples.T) - cov) < 5 * error + scale + 1e-4)
+
+
+METHODS = [("ddim", 0.0), ("ancestral", 0.0), ("ancestral", 0.2), ("ancestral", 1.0)]
+
+
+@pytest.mark.parametrize("method, gamma", METHODS)
+def test_few_steps_make_exactly_the_gaussian_they_should(method, gamma):
+    """Catches any error in a step, however small: with 5 steps, gamma 0, 0.2 and 1 and DDIM all make different covariances, each known exactly."""
+    samples = gaussian_samples(method, gamma, 5)
+    assert_moments(samples, *expected_moments(cosine, method, 5, gamma))
+    for other in METHODS:
+        if other != (method, gamma):
+            with pytest.raises(AssertionError):
+                assert_moments(samples, *expected_moments(cosine, other[0], 5, other[1]))
+
+
+@functools.cache
+def gaussian_samples(method, gamma, steps, schedule=cosine):
+    return draw_samples(gaussian_network("eps"), steps=steps, method=method, gamma=gamma, schedule=schedule)
+
+
+@pytest.mark.parametrize("method, gamma, schedule", [("ddim", 0.0, cosine), ("ancestral", 0.0, cosine), ("ancestral", 1.0, linear)])
+def test_many_steps_make_the_data(method, gamma, schedule):
+    """Catches a sampler that is consistent with itself but converges to another distribution than the data's."""
+    assert_moments(gaussian_samples(method, gamma, 200, schedule), MEAN, COVARIANCE, bias=0.04)
+
+
+def test_errors_shrink_and_samplers_agree_as_steps_grow():
+    """Catches an error that does not vanish with the step size, such as noise of the wrong size at every step: 40 times the steps, a tenth of the error."""
+    covariances = np.array([[np.cov(gaussian_samples(*method, steps).T) for method in METHODS[:2]] for steps in (5, 200)])
+    few, many = np.abs(covariances - COVARIANCE).max(axis=(2, 3)) / COVARIANCE.max()
+    assert np.all(few > 0.3) and np.all(many < 0.1 * few), (few, many)
+    gap = np.abs(covariances[:, 0] - covariances[:, 1]).max(axis=(1, 2)) / COVARIANCE.max()
+    assert gap[1] < 0.4 * gap[0], gap
+
+
+def test_x_and_eps_make_the_same_samples():
+    """Catches a parametrisation that does not describe the same x-hat inside the loop: from the same keys, the same pictures. (v: the mixture below.)"""
+    x = draw_samples(gaussian_network("x"), prediction="x", steps=5)
+    np.testing.assert_allclose(gaussian_samples("ddim", 0.0, 5), x, atol=1e-2)  # eps at alpha = 4.5e-5 carries fp32 rounding of 3e-3
+
+
+CENTRES = np.array([[0.6, 0.6, -0.6, 0.0], [-0.6, 0.2, 0.5, 0.6], [0.1, -0.7, 0.4, -0.6]])
+WEIGHTS, SPREADS = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.15, 0.2])
+
+
+def mixture_network(z, logsnr, cond):
+    """Exact for a mixture of isotropic Gaussians (prediction v): E[x | z] is the posterior means weighted by the posterior probabilities."""
+    alpha, sigma = (a[:, None] for a in levels(logsnr))
+    centres, spread = jnp.asarray(CENTRES, jnp.float32)[None], jnp.asarray(SPREADS, jnp.float32)[None, :, None]
+    flat = z.reshape(z.shape[0], D)
+    residual = flat[:, None] - alpha * centres
+    variance = alpha**2 * spread**2 + sigma**2
+    log_density = -0.5 * jnp.sum(residual**2 / variance, axis=-1) - 0.5 * D * jnp.log(variance[..., 0])
+    posterior = jax.nn.softmax(jnp.log(jnp.asarray(WEIGHTS, jnp.float32))[None] + log_density)[..., None]
+    x = jnp.sum(posterior * (centres + alpha * spread**2 / variance * residual), axis=1)
+    return as_prediction("v", x, flat, alpha[:, 0], sigma[:, 0]).reshape(z.shape)
+
+
+@pytest.mark.parametrize("method, gamma", [("ddim", 0.0), ("ancestral", 0.2)])
+def test_mixture(method, gamma):
+    """Catches a sampler that drops or favours modes, or blurs them: weights, centres and spreads of three modes come out right."""
+    b = 20_000
+    samples = draw_samples(mixture_network, b=b, prediction="v", steps=100, method=method, gamma=gamma)
+    distance = np.linalg.norm(samples[:, None] - CENTRES, axis=-1)
+    mode = distance.argmin(axis=1)
+    assert np.mean(distance.min(axis=1) < 0.9) > 0.999
+    for k in range(3):
+        cluster = samples[mode == k]
+        error = np.sqrt(WEIGHTS[k] * (1 - WEIGHTS[k]) / b)
+        assert abs(len(cluster) / b - WEIGHTS[k]) < 5 * error + 0.01
+        assert np.abs(cluster.mean(axis=0) - CENTRES[k]).max() < 0.015
+        assert abs(cluster.std(axis=0).mean() / SPREADS[k] - 1) < 0.1  # the last of 100 steps costs 2 to 9 %
+
+
+def text_cond(offsets):
+    """cond whose captions move the mean of `gaussian_network` by `offsets` [b 4]; null text moves it by nothing."""
+    text = jnp.broadcast_to(jnp.asarray(offsets, jnp.float32)[:, None], (len(offsets), 3, D)).at[:, 1:].set(7.0)
+    return {"text": text, "text_mask": jnp.ones((len(offsets), 3), bool)}
+
+
+OFFSET = np.array([0.4, 0.0, -0.2, 0.3])
+
+
+def test_guided_samples_follow_the_guided_score_of_their_own_text():
+    """Catches w shifted by one, null and conditional exchanged, and text averaged over, or taken from another row of, the batch.
+
+    With one covariance, w score_c + (1 - w) score_null is the score of N(m + w offset, S).
+    """
+    b, w = 8_000, 3.0
+    samples = draw_samples(gaussian_network("eps"), b=2 * b, cond=text_cond(np.repeat([OFFSET, -OFFSET], b, axis=0)), w=w, steps=12)
+    for half, mean in ((samples[:b], MEAN + w * OFFSET), (samples[b:], MEAN - w * OFFSET)):
+        assert_moments(half, *expected_moments(cosine, "ddim", 12, 0.0, mean))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x", "v"])
+def test_guided_x_of_one_evaluation(prediction):
+    """Catches guidance applied to x- or v-outputs with other weights than to eps: the guided x-hat is that of the mean m + w offset."""
+    b, w = 64, 4.0
+    z = jnp.asarray(np.random.default_rng(0).standard_normal((b, *SHAPE)), jnp.float32)
+    logsnr = jnp.asarray(np.linspace(-8.0, 8.0, b), jnp.float32)
+    network = gaussian_network(prediction)
+
+    @jax.jit
+    def x_hats(z, logsnr):
+        guided, plain = (f(z, logsnr, text_cond(np.tile(scale * OFFSET, (b, 1)))) for f, scale in ((guidance.guide(network, w), 1.0), (network, w)))
+        return [process.x_from_output(prediction, output, z, logsnr) for output in (guided, plain)]
+
+    np.testing.assert_allclose(*x_hats(z, logsnr), rtol=1e-3, atol=2e-3)
