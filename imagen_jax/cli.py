@@ -10,7 +10,7 @@ from absl import app
 def run(main: Callable[[], int | None]) -> None:
     """Parses absl flags, calls `main` and exits with what it returns (None: 0).
 
-    A ValueError, a missing file or the like is printed as one line and exits with 2; IMAGEN_JAX_TRACEBACK=1 shows the traceback.
+    A ValueError, a missing file, a loss that is not finite or the like is printed as one line and exits with 2; IMAGEN_JAX_TRACEBACK=1 shows the traceback.
     """
 
     def guarded(argv):
@@ -20,7 +20,7 @@ def run(main: Callable[[], int | None]) -> None:
             return main() or 0
         except KeyboardInterrupt:
             return fail("interrupted", 130)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             if os.environ.get("IMAGEN_JAX_TRACEBACK"):
                 raise
             return fail(" ".join(str(error).split()))

@@ -1,0 +1,178 @@
+"""The two U-Nets whole: sizes to the unit, names, conditioning that arrives, padding that does not, remat."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax.models.efficient_unet import EfficientUNet
+from imagen_jax.models.unet import UNet
+
+BASE = dict(
+    channels=16, multipliers=(1, 2), blocks=1, attention=(False, True), text_attention=(False, True), head_channels=16,
+    cond_dim=16, pooling="attention", pool_heads=2, res_block="biggan", scale_shift=True, patch=1, lowres=False, dropout=0.0,
+)  # fmt: skip
+EFFICIENT = dict(
+    widths=(16, 32), blocks=(1, 2), attention=("none", "fused"), heads=2, cond_dim=16, pooling="attention", pool_heads=2,
+    residual_scale=2**-0.5, scale_shift=True, lowres=True, dropout=0.0,
+)  # fmt: skip
+
+
+def inputs(size=8, lowres=0, length=5, dim=8, b=2):
+    key = lambda i: jax.random.key(i)
+    cond = {"text": jax.random.normal(key(1), (b, length, dim)), "text_mask": jnp.arange(length)[None] < jnp.array([2, length])[:b, None]}
+    if lowres:
+        cond |= {"lowres": jax.random.normal(key(2), (b, lowres, lowres, 3)), "lowres_logsnr": jnp.array([1.0, 3.0])[:b]}
+    return jax.random.normal(key(3), (b, size, size, 3)), jnp.array([0.5, -2.0])[:b], cond
+
+
+def perturbed(model, args):
+    """Parameters away from initialisation, where the output is zero whatever the input."""
+    params = jax.jit(model.init)(jax.random.key(0), *args)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(tree, [leaf + jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32) for leaf in leaves])
+
+
+@pytest.fixture(scope="module", params=["unet", "efficient_unet"])
+def network(request):
+    """(jitted apply(params, z, logsnr, cond), params, inputs) of a small super-resolution network of each family."""
+    model = UNet(**(BASE | {"lowres": True})) if request.param == "unet" else EfficientUNet(**EFFICIENT)
+    args = inputs(lowres=4)
+    return jax.jit(lambda p, *a: model.apply({"params": p}, *a)), perturbed(model, args), args
+
+
+def parameters(model, size, lowres=0, dim=0):
+    z, logsnr, cond = jnp.zeros((1, size, size, 3)), jnp.zeros(1), {}
+    if dim:
+        cond |= {"text": jnp.zeros((1, 4, dim)), "text_mask": jnp.ones((1, 4), bool)}
+    if lowres:
+        cond |= {"lowres": jnp.zeros((1, lowres, lowres, 3)), "lowres_logsnr": jnp.zeros(1)}
+    return jax.eval_shape(model.init, jax.random.key(0), z, logsnr, cond)["params"]
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    "width, wanted", [(192, 295_131_267), (256, 524_563_971), (320, 819_524_483), (384, 1_180_012_803), (512, 2_097_572_867)]
+)
+def test_base_parameter_counts(width, wanted):
+    """Catches any layer too many or too few in the base U-Net (without text)."""
+    model = UNet(
+        channels=width, multipliers=(1, 2, 3, 4), blocks=3, attention=(False, True, True, True), text_attention=(False,) * 4,
+        head_channels=64, cond_dim=0, pooling="attention", pool_heads=8, res_block="biggan", scale_shift=True, patch=1, lowres=False,
+        dropout=0.0,
+    )  # fmt: skip
+    assert count(parameters(model, 64)) == wanted
+
+
+def test_efficient_parameter_count():
+    """Catches a fifth level, concatenated skips, a missing 1x1 shortcut: the trunk of F.2 without text."""
+    model = EfficientUNet(
+        widths=(128, 256, 512, 1024), blocks=(2, 4, 8, 8), attention=("none",) * 4, heads=8, cond_dim=0, pooling="attention",
+        pool_heads=8, residual_scale=2**-0.5, scale_shift=True, lowres=True, dropout=0.0,
+    )  # fmt: skip
+    assert count(parameters(model, 256, 64)) == 451_046_019
+
+
+def test_names():
+    """Catches renamed levels: sharding rules, checkpoints and profiles read these names."""
+    tree = parameters(UNet(**(BASE | {"blocks": 2})), 8, dim=8)
+    assert sorted(tree) == ["conditioning", "down_0", "down_1", "mid", "out", "out_norm", "stem", "up_0", "up_1"]
+    assert sorted(tree["down_1"]) == ["attn_0", "attn_1", "block_0", "block_1"]
+    assert sorted(tree["up_1"]) == ["attn_0", "attn_1", "attn_2", "block_0", "block_1", "block_2", "resample"]
+    assert sorted(tree["mid"]) == ["attn_0", "block_0", "block_1"]
+    tree = parameters(EfficientUNet(**EFFICIENT), 8, 4, 8)
+    assert sorted(tree["up_1"]) == ["attn", "block_0", "block_1", "mlp", "resample"]
+
+
+def test_output_starts_at_zero():
+    """Catches an output layer that is not zero-initialised."""
+    model, args = EfficientUNet(**EFFICIENT), inputs(lowres=4)
+    out = jax.jit(lambda *a: model.apply(model.init(jax.random.key(0), *a), *a))(*args)
+    assert out.shape == (2, 8, 8, 3) and out.dtype == jnp.float32 and not out.any()
+
+
+@pytest.mark.parametrize("name", ["text", "lowres", "lowres_logsnr"])
+def test_conditioning_arrives(network, name):
+    """Catches conditioning that is read under another key, or not at all; and mixing of samples in a batch."""
+    apply, params, (z, logsnr, cond) = network
+    before = apply(params, z, logsnr, cond)
+    after = apply(params, z, logsnr, cond | {name: cond[name].at[0].add(1.0)})
+    assert np.abs(after[0] - before[0]).max() > 1e-3
+    np.testing.assert_array_equal(after[1], before[1])
+
+
+def test_noise_level_arrives(network):
+    """Catches a network that is not told log-SNR."""
+    apply, params, (z, logsnr, cond) = network
+    assert np.abs(apply(params, z, logsnr + 1, cond) - apply(params, z, logsnr, cond)).max() > 1e-3
+
+
+def test_padding_does_not_change_the_output(network):
+    """Silent bug 6: catches attention, pooling or norms that see padding; here padding holds large numbers, and then there is more of it."""
+    apply, params, (z, logsnr, cond) = network
+    before = apply(params, z, logsnr, cond)
+    filled = jnp.where(cond["text_mask"][..., None], cond["text"], 100.0)
+    np.testing.assert_array_equal(apply(params, z, logsnr, cond | {"text": filled}), before)
+    longer = {"text": jnp.pad(cond["text"], ((0, 0), (0, 3), (0, 0))), "text_mask": jnp.pad(cond["text_mask"], ((0, 0), (0, 3)))}
+    np.testing.assert_allclose(apply(params, z, logsnr, cond | longer), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [UNet, EfficientUNet])
+def test_remat_recomputes_and_changes_nothing(family):
+    """Silent bug 7: the traced programs are compared, so a remat flag that does nothing is caught; then the gradients."""
+    options = BASE if family is UNet else EFFICIENT
+    args = inputs(lowres=0 if family is UNet else 4)
+    plain, remat = family(**options), family(**options, remat=True)
+    params = perturbed(plain, args)
+    loss = lambda model: lambda p: jnp.sum(jnp.square(model.apply({"params": p}, *args)))
+    rematted = lambda model: str(jax.make_jaxpr(jax.grad(loss(model)))(params)).count("remat")
+    assert rematted(plain) == 0 and rematted(remat) >= 4
+    grads = [jax.jit(jax.grad(loss(model)))(params) for model in (plain, remat)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(a).max() + 1e-6)), *grads)
+
+
+def test_bf16_computes_near_fp32():
+    """Catches a dtype that is ignored (equal) and one without fp32 islands (far off)."""
+    args = inputs(lowres=4)
+    fp32, bf16 = EfficientUNet(**EFFICIENT), EfficientUNet(**EFFICIENT, dtype=jnp.bfloat16)
+    params = perturbed(fp32, args)
+    a, b = (jax.jit(lambda p, m=m: m.apply({"params": p}, *args))(params) for m in (fp32, bf16))
+    assert a.dtype == b.dtype == jnp.float32
+    error = np.abs(a - b).max() / np.abs(a).max()
+    assert 1e-5 < error < 0.05
+
+
+def test_patch_and_plain_blocks_keep_the_size():
+    """Catches patches that are not unfolded, and plain resampling that halves on one side only."""
+    args = inputs(size=8)
+    for options in ({"patch": 2}, {"res_block": "plain"}, {"scale_shift": False}, {"pooling": "mean"}):
+        model = UNet(**(BASE | options))
+        assert jax.eval_shape(lambda p: model.apply(p, *args), jax.eval_shape(model.init, jax.random.key(0), *args)).shape == (2, 8, 8, 3)
+
+
+def test_non_square_and_larger_images():
+    """Catches sizes baked into the super-resolution network, which trains on crops and draws whole images."""
+    model = EfficientUNet(**(EFFICIENT | {"attention": ("none", "cross")}))
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs(8, 4))
+    z, cond = jnp.zeros((2, 16, 24, 3)), inputs(8, 4)[2] | {"lowres": jnp.zeros((2, 8, 12, 3))}
+    assert jax.eval_shape(model.apply, params, z, jnp.zeros(2), cond).shape == z.shape
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"attention": (True,)}, "one entry a level"), ({"cond_dim": 0}, "needs text"), ({"res_block": "x"}, "res_block"), ({"pooling": "max"}, "pooling")],
+)
+def test_wrong_fields_are_named(options, message):
+    """Catches settings that are accepted and then ignored."""
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(UNet(**(BASE | options)).init, jax.random.key(0), *inputs())
+
+
+def test_indivisible_size_is_named():
+    """Catches a reshape error from the depths of the network in place of the size that would do."""
+    with pytest.raises(ValueError, match="divisible by 4"):
+        jax.eval_shape(EfficientUNet(**EFFICIENT).init, jax.random.key(0), *inputs(10, 5))

@@ -1,0 +1,140 @@
+"""The train step: accumulation, EMA, non-finite updates, determinism, the optimizer chain."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from imagen_jax import optim
+from imagen_jax.state import initial_state
+from imagen_jax.step import forward_flops, loss_and_grad, split_batch
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def base():
+    """(config, stage, jitted step, state) of the tiny base stage, its parameters perturbed."""
+    made = tiny.config(optim__warmup=0)
+    stage, optimizer, step = tiny.stage_and_step(made)
+    state = jax.jit(lambda: initial_state(stage, optimizer, 0))()
+    state = state.replace(params=tiny.perturbed(state.params))
+    return made, stage, jax.jit(step), state
+
+
+def test_accumulation_equals_the_full_batch():
+    """Catches draws made per part, a mean of sums, and a last part that overwrites the others."""
+    stage, _, _ = tiny.stage_and_step(tiny.config("sr_256"))
+    params = tiny.perturbed(jax.jit(stage.init)(jax.random.key(0)))
+    batch = tiny.batch(stage, 8)
+    results = [jax.jit(lambda p, b, n=n: loss_and_grad(stage, p, b, jax.random.key(5), n))(params, batch) for n in (1, 4)]
+    (loss, grads), (split_loss, split_grads) = results
+    np.testing.assert_allclose(loss, split_loss, rtol=1e-6)
+    norm = optax.global_norm(grads)
+    assert optax.global_norm(jax.tree.map(jnp.subtract, grads, split_grads)) < 1e-5 * norm
+    assert norm > 1e-3
+
+
+def test_split_batch_keeps_every_row_once():
+    """Catches a reshape that repeats or drops rows; and a batch that does not divide."""
+    parts = split_batch(jnp.arange(12), 3)
+    assert parts.shape == (3, 4) and sorted(parts.ravel().tolist()) == list(range(12))
+    with pytest.raises(ValueError, match="accumulation=5"):
+        split_batch(jnp.arange(12), 5)
+
+
+def test_step_is_a_function_of_seed_and_step(base):
+    """Catches randomness from anywhere else: a resumed run must draw what the undisturbed one draws."""
+    _, stage, step, state = base
+    batch = tiny.batch(stage, 8)
+    _, first = step(state, batch)
+    _, again = step(state, batch)
+    _, later = step(state.replace(step=state.step + 1), batch)
+    assert float(first["loss"]) == float(again["loss"]) != float(later["loss"])
+
+
+def test_update_moves_parameters_and_ema(base):
+    """Catches an EMA of the old parameters, a decay that is swapped with its complement, and an update with the wrong sign."""
+    made, stage, step, state = base
+    batch = tiny.batch(stage, 8)
+    new, metrics = step(state, batch)
+    decay = min(made["optim"]["ema"], 1 / 10)
+    expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, new.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.ema, expected)
+    assert int(new.step) == 1 and float(metrics["optim/lr"]) == pytest.approx(made["optim"]["lr"])
+    key = jax.random.fold_in(jax.random.key(made["seed"]), 0)
+    before, after = (loss_and_grad(stage, p, batch, key, 1)[0] for p in (state.params, new.params))
+    assert after < before
+
+
+def test_non_finite_update_is_skipped_for_good(base):
+    """Catches NaNs that reach parameters, EMA or optimizer, and a flag that a later finite step clears."""
+    _, stage, step, state = base
+    bad = tiny.batch(stage, 8)
+    bad["text"][0, 0, 0] = np.nan
+    broken, metrics = step(state, bad)
+    assert not np.isfinite(metrics["loss"]) and int(broken.bad_step) == 0
+    after, _ = step(broken, tiny.batch(stage, 8))
+    assert int(after.bad_step) == 0 and int(after.step) == 2
+    for part in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(state, part))
+
+
+def test_ema_decay_warms_up():
+    """Catches a constant decay, under which early samples are those of the initial weights."""
+    got = [float(optim.ema_decay(jnp.asarray(n), 0.999)) for n in (0, 8, 10**6)]
+    np.testing.assert_allclose(got, [0.1, 0.5, 0.999], rtol=1e-6)
+
+
+def test_learning_rate():
+    """Catches warm-up of the wrong length and a cosine that ends anywhere but at 0 on the last step."""
+    settings = dict(lr=2.0, warmup=10, decay="constant")
+    rate = optim.learning_rate(settings, 100)
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(99)], [0, 1, 2, 2], atol=1e-6)
+    rate = optim.learning_rate(settings | {"decay": "cosine"}, 110)
+    np.testing.assert_allclose([rate(10), rate(60), rate(110)], [2, 1, 0], atol=1e-6)
+    with pytest.raises(ValueError, match="optim.decay"):
+        optim.learning_rate(settings | {"decay": "step"}, 100)
+
+
+def test_clipping_is_by_global_norm():
+    """Catches clipping of each leaf alone: after it, Adam's first moments keep the leaves' proportion."""
+    settings = tiny.config()["optim"] | {"warmup": 0, "clip": 1.0}
+    optimizer = optim.make_optimizer(settings, 10)
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    _, state = optimizer.update({"a": jnp.array([30.0]), "b": jnp.array([40.0])}, optimizer.init(params), params)
+    mu = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose([mu["a"][0], mu["b"][0]], [0.06, 0.08], rtol=1e-5)
+
+
+def test_adafactor_is_optax_default():
+    """Catches an Adafactor that was tuned: the paper's listing calls optax.adafactor with its defaults."""
+    settings = tiny.config()["optim"] | {"optimizer": "adafactor", "warmup": 0, "clip": 1e9}
+    params = {"w": jnp.ones((130, 140))}
+    grads = {"w": jax.random.normal(jax.random.key(0), (130, 140))}
+    ours, theirs = optim.make_optimizer(settings, 10), optax.adafactor(settings["lr"])
+    got, _ = ours.update(grads, ours.init(params), params)
+    want, _ = theirs.update(grads, theirs.init(params), params)
+    np.testing.assert_allclose(got["w"], want["w"], rtol=1e-6)
+
+
+def test_dropout_acts_in_training_only():
+    """Catches dropout that never acts, or acts in sampling."""
+    stage, _, _ = tiny.stage_and_step(tiny.config(model={**tiny.config()["model"], "dropout": 0.5}))
+    params = tiny.perturbed(jax.jit(stage.init)(jax.random.key(0)))
+    batch = tiny.batch(stage, 4)
+    draws = stage.draw(jax.random.key(1), 4)
+    losses = jax.jit(lambda key: stage.per_sample_loss(params, batch, draws, key))
+    assert np.abs(losses(jax.random.key(2)) - losses(jax.random.key(3))).max() > 1e-4
+    quiet = jax.jit(lambda: stage.per_sample_loss(params, batch, draws))()
+    assert np.abs(quiet - losses(jax.random.key(2))).max() > 1e-4
+
+
+def test_forward_flops_by_hand():
+    """Catches FLOPs that are off by a factor: the stem and output convolutions alone against 2 x 9 x in x out x pixels, as their share."""
+    small, wide = (tiny.config(model={**tiny.config()["model"], "channels": c}) for c in (16, 32))
+    flops = [forward_flops(tiny.stage_and_step(made)[0]) for made in (small, wide)]
+    pixels = 8 * 8
+    blocks = 2 * 9 * pixels * (4 * 16 * 16 + 2 * (32 + 16 + 16) * 16)  # down_0 and up_0 alone, convolutions
+    assert flops[0] > blocks
+    assert 3 < flops[1] / flops[0] < 4.2  # convolutions grow with the square of the width

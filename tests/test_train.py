@@ -1,0 +1,162 @@
+"""The trainer as a user runs it, in processes of their own: killed at bad moments, resumed, asked to stop, given bad data or settings."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imagen_jax.metrics import read_metrics
+from tests import tiny
+from tests.data import synthetic
+
+STEPS = 40
+# IMAGEN_JAX_KILLS=10 kills ten times, as long as it takes; the suite kills at three chosen moments.
+KILLS = int(os.environ.get("IMAGEN_JAX_KILLS", "3"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return synthetic.write_prepared(tmp_path_factory.mktemp("prepared") / "data", images=24, size=32)
+
+
+def command(data: Path, workdir: Path, *more: str) -> list[str]:
+    """Everything on that can disturb a resume: accumulation, crops, data workers, frequent saves."""
+    return [
+        sys.executable, "-m", "imagen_jax.train", f"--config={tiny.ROOT}/configs/sr_1024.py:tiny", f"--workdir={workdir}",
+        f"--config.data.path={data}", f"--config.text.dim={synthetic.DIM}", f"--config.train.steps={STEPS}", "--config.train.save_every=5",
+        "--config.data.workers=1", "--config.optim.accumulation=2", "--config.mesh.data=1", *more,
+    ]  # fmt: skip
+
+
+def start(data: Path, workdir: Path, *more: str) -> subprocess.Popen:
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(tiny.ROOT)}
+    log = open(workdir.with_suffix(".log"), "a")
+    return subprocess.Popen(command(data, workdir, *more), env=env, stdout=log, stderr=log, start_new_session=True)
+
+
+def run(data: Path, workdir: Path, *more: str) -> tuple[int, str]:
+    """(exit code, what was printed)."""
+    code = start(data, workdir, *more).wait(timeout=400)
+    return code, workdir.with_suffix(".log").read_text()
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """The losses of an undisturbed run, by step."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    code, log = run(data, workdir)
+    assert code == 0, log
+    return losses(workdir)
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    rows = read_metrics(workdir)
+    assert len({row["step"] for row in rows}) == len(rows), "rows of the same step twice"
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> bool:
+    """Whether the condition came true before the process ended."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if condition():
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def kill_at(moment: str, data: Path, workdir: Path, rng: random.Random) -> None:
+    """Starts the run and kills its whole process group at a moment: in compilation, inside a save, or after some steps."""
+    process = start(data, workdir)
+    seen = lambda text: text in workdir.with_suffix(".log").read_text()[before:]
+    before = len(workdir.with_suffix(".log").read_text())
+    done = len(read_metrics(workdir))
+    conditions = {
+        "compile": lambda: seen("% sharded"),
+        "save": lambda: any((workdir / "checkpoints").glob("*.writing*")),
+        "steps": lambda n=done + rng.randint(1, 8): len(read_metrics(workdir)) >= n,
+    }
+    wait_for(conditions[moment], process)
+    time.sleep(rng.random() * 0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_runs_resume_bit_for_bit(data, straight, tmp_path):
+    """Catches any state outside the checkpoint, a half-written checkpoint that is used, rows written twice, data that starts over."""
+    rng, workdir = random.Random(0), tmp_path / "run"
+    moments = ["compile", "save", "steps"] + ["save", "save"] * (KILLS >= 5) + ["steps"] * max(0, KILLS - 5)
+    for moment in moments[:KILLS]:
+        kill_at(moment, data, workdir, rng)
+    code, log = run(data, workdir)
+    assert code == 0, log
+    assert losses(workdir) == straight
+
+
+def test_sigterm_saves_and_exits(data, straight, tmp_path):
+    """Catches a signal that loses the steps since the last save, or one that is answered with a failure."""
+    workdir = tmp_path / "run"
+    process = start(data, workdir, "--config.train.save_every=1000")
+    assert wait_for(lambda: len(read_metrics(workdir)) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    saved = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    assert len(saved) == 1 and 3 <= saved[0] < STEPS
+    assert losses(workdir) == {step: straight[step] for step in range(1, saved[0] + 1)}
+
+
+def test_resume_on_another_mesh_and_refusal_of_other_settings(data, straight, tmp_path):
+    """Catches a checkpoint bound to its mesh, and a resume that silently mixes two experiments."""
+    workdir = tmp_path / "run"
+    assert run(data, workdir, "--config.train.steps=20")[0] == 0
+    code, log = run(data, workdir, "--config.optim.lr=0.5")
+    assert code == 2 and "optim.lr" in log and "Traceback" not in log
+    os.environ["XLA_FLAGS"], saved = "--xla_force_host_platform_device_count=4", os.environ["XLA_FLAGS"]
+    try:
+        env = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
+        more = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.fsdp_min_elements=64"]
+        subprocess.run(command(data, workdir, *more), env=env, check=True, timeout=400, capture_output=True)
+    finally:
+        os.environ["XLA_FLAGS"] = saved
+    got = losses(workdir)
+    np.testing.assert_allclose([got[n] for n in range(1, STEPS + 1)], [straight[n] for n in range(1, STEPS + 1)], rtol=1e-5)
+
+
+def test_non_finite_loss_stops_the_run(data, tmp_path):
+    """Catches a run that goes on, or saves, after a NaN; the report names step, seed and images."""
+    workdir = tmp_path / "run"
+    code, log = run(data, workdir, "--config.optim.lr=1e38", "--config.optim.clip=1e38", "--config.train.save_every=1")
+    assert code not in (0, None) and "not finite" in log
+    report = json.loads((workdir / "nonfinite.json").read_text())
+    assert report["seed"] == 0 and len(report["images"]) == 8
+    saved = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    assert all(step <= report["step"] for step in saved)
+
+
+def test_overfit_passes_and_can_fail(data, tmp_path):
+    """Catches a self-test that passes whatever happens: with a learning rate of nothing it must fail."""
+    workdir = tmp_path / "run"
+    assert run(data, workdir, "--overfit=5", "--config.optim.lr=0.0")[0] == 1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config.data.path=/nowhere"], "not prepared data"),
+        (["--config.text.dim=7"], "width 8"),
+        (["--config.data.batch_size=7", "--config.mesh.data=1"], "accumulation=2"),
+        (["--config.diffusion.prediction=eta"], "diffusion.prediction is 'eta'"),
+    ],
+)
+def test_wrong_settings_are_one_line(data, tmp_path, flags, message):
+    """Catches tracebacks for what the user can mend, and work done before the settings are looked at."""
+    code, log = run(data, tmp_path / "run", *flags)
+    assert code == 2 and message in log and "Traceback" not in log
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,0 +1,69 @@
+"""Small stages and batches for the tests of the joints: configs/*.py:tiny on random pixels and text."""
+
+import copy
+import functools
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax import optim
+from imagen_jax.stage import Stage, create_stage
+from imagen_jax.step import make_step
+
+ROOT = Path(__file__).parent.parent
+DIM = 8
+
+
+@functools.cache
+def _load(name: str, arg: str) -> str:
+    spec = importlib.util.spec_from_file_location(f"config_{name}", ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg).to_json()
+
+
+def config(name: str = "base_64", arg: str = "tiny", **changes) -> dict:
+    """A plain config; `changes` are dotted fields with __ for the dot: optim__lr=0.1."""
+    made = copy.deepcopy(json.loads(_load(name, arg)))
+    made["text"]["dim"] = DIM
+    made["data"]["text_length"] = 6
+    made["optim"]["warmup"] = 1
+    for field, value in changes.items():
+        part, _, key = field.partition("__")
+        if key:
+            made[part][key] = value
+        else:
+            made[part] = value
+    return made
+
+
+def batch(stage: Stage, b: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """A batch as the pipeline makes it, without indices."""
+    rng = np.random.default_rng(seed)
+    shapes = stage.batch_shapes(b)
+    made = {"image": rng.integers(0, 256, shapes["image"][0], np.uint8)}
+    lengths = rng.integers(1, stage.text_length + 1, b)
+    made["text_mask"] = np.arange(stage.text_length) < lengths[:, None]
+    made["text"] = (rng.standard_normal(shapes["text"][0]) * made["text_mask"][..., None]).astype(jnp.bfloat16)
+    if "lowres" in shapes:
+        made["lowres"] = rng.integers(0, 256, shapes["lowres"][0], np.uint8)
+    return made
+
+
+def stage_and_step(made: dict, constrain=lambda h: h):
+    """(stage, optimizer, step) of a config."""
+    stage = create_stage(made, constrain)
+    optimizer = optim.make_optimizer(made["optim"], made["train"]["steps"])
+    rate = optim.learning_rate(made["optim"], made["train"]["steps"])
+    return stage, optimizer, make_step(stage, optimizer, rate, made["optim"], made["seed"])
+
+
+def perturbed(params, scale: float = 0.1, seed: int = 0):
+    """Parameters away from their zero-initialised start."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [leaf + jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves])
