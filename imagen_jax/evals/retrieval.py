@@ -1,0 +1,45 @@
+"""Whether a sample is nearer to the image its caption belongs to than to the other images of the data set.
+
+The distance is the root mean square difference of pixel values in [0, 255] at the samples' own size. There is no learned feature in
+it, so it can be stated in a line and does not move with a library.
+"""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from imagen_jax.evals.statistics import proportion, summary
+
+COLUMNS = 4096  # pixel values converted to float64 at once
+
+
+def retrieval(
+    samples: UInt8[np.ndarray, "n s s 3"], wanted: Int[np.ndarray, " n"], gallery: UInt8[np.ndarray, "m s s 3"]
+) -> dict[str, Any]:
+    """`score` of samples against all images of `gallery`; the right image of sample i is gallery[wanted[i]]."""
+    return score(distances(samples, gallery), wanted)
+
+
+def distances(samples: UInt8[np.ndarray, "n s s 3"], gallery: UInt8[np.ndarray, "m s s 3"]) -> Float[np.ndarray, "n m"]:
+    """Root mean square difference in [0, 255] of every sample to every image. Sums are exact, so equal images have equal distances."""
+    a, b = samples.reshape(len(samples), -1), gallery.reshape(len(gallery), -1)
+    squares = np.zeros((len(a), len(b)))
+    for start in range(0, a.shape[1], COLUMNS):
+        x, y = (rows[:, start : start + COLUMNS].astype(np.float64) for rows in (a, b))
+        squares += (x * x).sum(1)[:, None] + (y * y).sum(1)[None] - 2.0 * (x @ y.T)
+    return np.sqrt(squares / a.shape[1])
+
+
+def score(distance: Float[np.ndarray, "n m"], wanted: Int[np.ndarray, " n"]) -> dict[str, Any]:
+    """{"top1", "top5": proportions with intervals, "n", "gallery": m, "median_rank", "distance": to the right image} of a distance matrix."""
+    rank = ranks(distance, wanted)
+    top = {f"top{k}": proportion(int((rank <= k).sum()), len(rank)) for k in (1, 5)}
+    right = summary(distance[np.arange(len(wanted)), wanted])
+    return top | {"n": len(rank), "gallery": distance.shape[1], "median_rank": float(np.median(rank)), "distance": right}
+
+
+def ranks(distance: Float[np.ndarray, "n m"], wanted: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """1 for the nearest. Ties count against the sample, so images that equal the right one make its rank worse, never better."""
+    own = distance[np.arange(len(wanted)), wanted]
+    return (distance <= own[:, None]).sum(axis=1)

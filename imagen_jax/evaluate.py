@@ -1,0 +1,257 @@
+"""Measures one stage on prepared data: losses by noise level, sensitivity to what it is told, retrieval of the captioned image.
+
+    python -m imagen_jax.evaluate --checkpoint WORKDIR --data PREPARED --output DIR
+
+Writes DIR/evaluation.json with every number and where it comes from, DIR/loss.png, and, where samples are drawn, contact sheets and
+samples.npz. With --follow it does so for every checkpoint of a running workdir, in DIR/<step>/, one line each in
+DIR/evaluations.jsonl. The measures are described in imagen_jax/measures.py.
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from imagen_jax import cli
+
+RECORD = "evaluations.jsonl"
+POLL_S = 10.0
+SHEET_ROWS = 24
+log = logging.getLogger("imagen_jax.evaluate")
+
+
+def define_flags() -> None:
+    """Called when this file is run, not when it is imported: other verbs have flags of the same names."""
+    flags.DEFINE_string("checkpoint", None, "a workdir (its newest intact checkpoint), one checkpoint, an exported file, or embedded:NAME")
+    flags.DEFINE_string("data", None, "directory made by imagen_jax.prepare_data with the checkpoint's text encoder")
+    flags.DEFINE_string("output", None, "directory for the results")
+    flags.DEFINE_list("measures", [], "loss, sensitivity, denoising, consistency, detail, retrieval; default: all that apply to the stage")
+    flags.DEFINE_enum("which", "ema", ["ema", "params"], "weights to evaluate; an exported file holds one kind only")
+    flags.DEFINE_integer("rows", 256, "images of each split to measure on")
+    flags.DEFINE_integer("samples", 0, "images of each split to draw samples for; 0: as many as --rows")
+    flags.DEFINE_integer("bins", 10, "intervals of t that losses are taken in")
+    flags.DEFINE_integer("batch_size", 64, "rows at once; changes no number but by rounding")
+    flags.DEFINE_integer("seed", 0, "of rows, noise and shuffling")
+    flags.DEFINE_float("w", None, "guidance weight, instead of the checkpoint's config")
+    flags.DEFINE_integer("steps", None, "sampling steps, likewise")
+    flags.DEFINE_string("sampler", None, "ancestral or ddim, likewise")
+    flags.DEFINE_float("aug_level", None, "noise of the low-res image when sampling, 0 to 1, likewise")
+    flags.DEFINE_string("lowres_from", "", "samples.npz of the stage before: draw from its samples instead of true low-res images")
+    flags.DEFINE_bool("follow", False, "evaluate each checkpoint of a running workdir as it appears, until the run is finished")
+    flags.DEFINE_float("follow_minutes", 0.0, "stop following after this long; 0: no limit")
+    flags.DEFINE_string("compile_cache", "~/.cache/imagen_jax", "directory of compiled programs, empty for none")
+
+
+def main() -> int:
+    args = flags.FLAGS
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("imagen_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file at INFO
+    if not (args.checkpoint and args.data and args.output):
+        raise ValueError("--checkpoint, --data and --output are all needed")
+    if args.lowres_from and not Path(args.lowres_from).is_file():
+        raise ValueError(f"--lowres_from {args.lowres_from} does not exist")
+    import jax
+
+    from imagen_jax.cascade import resolve
+
+    checkpoint, output = Path(resolve(args.checkpoint)), Path(args.output)
+    if args.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compile_cache))
+    numbers = {name: args[name].value for name in ("rows", "samples", "bins", "batch_size", "seed", "lowres_from")}
+    numbers["samples"] = numbers["samples"] or numbers["rows"]
+    overrides = {"w": args.w, "steps": args.steps, "method": args.sampler, "aug_level": args.aug_level}
+    evaluator = Evaluator(args.data, args.which, args.measures, numbers, {k: v for k, v in overrides.items() if v is not None})
+    if args.follow:
+        follow(evaluator.run, checkpoint, output, args.follow_minutes)
+    else:
+        evaluator.run(checkpoint, output)
+    return 0
+
+
+class Evaluator:
+    """Evaluates checkpoints one after another; rows and compiled programs are kept as long as the config stays the same."""
+
+    def __init__(self, data: str, which: str, names: list[str], numbers: Mapping[str, Any], sampling: Mapping[str, Any]):
+        """names: of measures, all if empty. numbers: of `measures.Settings`. sampling: instead of the checkpoint's own values."""
+        self._data, self._which, self._names = data, which, names
+        self._numbers, self._sampling = numbers, sampling
+        self._config: Mapping[str, Any] | None = None
+
+    def run(self, checkpoint: Path, output: Path) -> dict[str, Any]:
+        """Evaluates one checkpoint, writes everything to `output`, evaluation.json last, and returns its content."""
+        from imagen_jax import measures
+        from imagen_jax.checkpoint import load_params
+        from imagen_jax.data.records import write_atomically
+        from imagen_jax.evals import report
+
+        params, meta = load_params(checkpoint, self._which)
+        sha256 = fingerprint(checkpoint, meta["step"])
+        self._prepare(meta)
+        evaluation = measures.Evaluation(self._probe, self._rows, params)
+        log.info("%s, step %s: %s", meta["config"]["name"], meta["step"], ", ".join(self._chosen))
+        found = {name: measures.MEASURES[name](evaluation) for name in self._chosen}
+        source = {"path": str(checkpoint), "which": meta.get("which", "exported"), "sha256": sha256}
+        result = {"stage": meta["config"]["name"], "step": meta["step"], **found, "provenance": {"checkpoint": source} | self._provenance(meta)}
+        output.mkdir(parents=True, exist_ok=True)
+        if "loss" in found:
+            write_atomically(output / "loss.png", report.loss_plot(found))
+        if "retrieval" in found:
+            write_samples(evaluation, output)
+        write_atomically(output / "evaluation.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        print(f"{result['stage']}, step {result['step']}\n{report.table(found)}\nall in {output / 'evaluation.json'}")
+        return result
+
+    def _prepare(self, meta: Mapping[str, Any]) -> None:
+        """Stage, rows and compiled functions for a checkpoint's config."""
+        from imagen_jax import measures
+        from imagen_jax.cascade import check_encoder
+        from imagen_jax.stage import create_stage
+
+        if meta["config"] == self._config:
+            return
+        config = meta["config"]
+        stage = create_stage(config)
+        settings = measures.Settings(**self._numbers, sampling={**stage.sampling, **self._sampling})
+        self._chosen = measures.choose(self._names, stage, settings)
+        self._rows = measures.Data(dict(config["data"]) | {"path": self._data}, settings)
+        if stage.text_dim:
+            check_encoder(self._rows.prepared.encoder, meta["encoder"], f"{self._data} and the checkpoint")
+        if "heldout" not in self._rows.counts:
+            log.warning("%s has no held-out images: everything is measured on the train split", self._data)
+        if self._rows.prepared.hash != meta["manifest_hash"]:
+            log.warning("%s is not the data that this checkpoint was trained on", self._data)
+        self._probe, self._config = measures.Probe(stage, settings), config
+
+    def _provenance(self, meta: Mapping[str, Any]) -> dict[str, Any]:
+        """What the numbers depend on besides the weights."""
+        import jax
+
+        from imagen_jax import __version__
+
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "grain")}
+        settings, rows = self._probe.settings, self._rows
+        return {
+            "config": meta["config"],
+            "encoder": meta["encoder"],
+            "data": {"manifest_hash": rows.prepared.hash, "trained_on": meta["manifest_hash"], "images": rows.counts},
+            **{name: getattr(settings, name) for name in ("rows", "samples", "bins", "batch_size", "seed", "lowres_from")},
+            "sampling": dict(settings.sampling),
+            "versions": {"imagen_jax": __version__, "python": platform.python_version(), **versions},
+            "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        }
+
+
+def fingerprint(checkpoint: Path, step: int) -> str:
+    """SHA-256 of an exported file, or of the checksums of all files of a checkpoint. Raises CheckpointError if it is gone."""
+    from imagen_jax.checkpoint import CheckpointError
+    from imagen_jax.data.records import sha256_file
+    from imagen_jax.integrity import CHECKSUMS
+
+    if checkpoint.is_file():
+        return sha256_file(checkpoint)
+    for place in (checkpoint / "checkpoints" / str(step), checkpoint / str(step), checkpoint):
+        if (place / CHECKSUMS).is_file():
+            return sha256_file(place / CHECKSUMS)
+    raise CheckpointError(f"checkpoint {step} of {checkpoint} was deleted while it was read")
+
+
+def write_samples(evaluation: Any, output: Path) -> None:
+    """samples.npz (for --lowres_from, and to look at) and a contact sheet a split: the true image, what was drawn, the nearest image."""
+    import io
+
+    import numpy as np
+
+    from imagen_jax.data.records import write_atomically
+    from imagen_jax.pictures import contact_sheet, write_png
+
+    data, texts = evaluation.data, evaluation.texts
+    arrays = {"manifest_hash": np.array(data.prepared.hash), "seed": np.array(evaluation.probe.settings.seed)}
+    for split in data.counts:
+        rows = data.wholes(split)
+        arrays |= {f"{split}_index": rows.batch["index"]} | {f"{split}_{text}": evaluation.samples(split, text) for text in texts}
+        shown = np.unique(np.linspace(0, len(rows) - 1, SHEET_ROWS).astype(int))
+        nearest = data.gallery_images(evaluation.distances()[split, "right"].argmin(axis=1)[shown])
+        given = {"low-res": evaluation.sampled(split, "right").batch["lowres"]} if evaluation.stage.lowres_size else {}
+        columns = {"true": rows.batch["image"], **given, **{f"{text} text": arrays[f"{split}_{text}"] for text in texts}}
+        cells = [[column[i] for column in columns.values()] + [near] for i, near in zip(shown, nearest)]
+        captions = [data.caption(rows.batch["caption_id"][i].item()) for i in shown]
+        sheet = contact_sheet(captions, cells, [*columns, "nearest"], max(96, evaluation.stage.image_size))
+        write_png(output / f"samples_{split}.png", sheet)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_atomically(output / "samples.npz", content.getvalue())
+
+
+def follow(run: Callable[[Path, Path], dict[str, Any]], workdir: Path, output: Path, minutes: float, poll_s: float = POLL_S) -> None:
+    """Runs on each intact checkpoint of `workdir`, oldest first, that has no line in output/evaluations.jsonl, and adds the line.
+
+    Returns when the run has reached its last step, or after `minutes` (0: no limit). The workdir may still be empty, and the trainer may
+    delete old checkpoints meanwhile. A damaged checkpoint is reported once and passed over.
+    """
+    from imagen_jax.checkpoint import CheckpointError, Checkpoints
+
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=1)  # only to list
+    output.mkdir(parents=True, exist_ok=True)
+    done, damaged = evaluated_steps(output / RECORD), set()
+    end = time.monotonic() + 60 * minutes if minutes else float("inf")
+    while True:
+        steps = checkpoints.steps()
+        waiting = [step for step in steps if step not in done | damaged]
+        if waiting:
+            step, directory = waiting[0], checkpoints.directory / str(waiting[0])
+            try:
+                result = run(directory, output / str(step))
+            except (CheckpointError, FileNotFoundError) as error:
+                if directory.exists():  # else the trainer has deleted it meanwhile
+                    log.warning("checkpoint %d is passed over: %s", step, error)
+                damaged.add(step)
+                continue
+            append(output / RECORD, result)
+            done.add(step)
+        elif steps and steps[-1] >= last_step(workdir):
+            return
+        if time.monotonic() >= end:
+            log.info("followed for %g minutes, %d checkpoints evaluated", minutes, len(done))
+            return
+        if not waiting:
+            time.sleep(poll_s)
+
+
+def last_step(workdir: Path) -> float:
+    """The step a run is to end with; infinite as long as it has written no config."""
+    config = workdir / "config.json"
+    return json.loads(config.read_text())["train"]["steps"] if config.is_file() else float("inf")
+
+
+def evaluated_steps(record: Path) -> set[int]:
+    """The steps with a whole line in the record; a line cut short by a kill is removed."""
+    from imagen_jax.data.records import write_atomically
+
+    content = record.read_bytes() if record.is_file() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        log.warning("%s: dropped an unfinished line", record)
+        write_atomically(record, whole)
+    return {json.loads(line)["step"] for line in whole.splitlines()}
+
+
+def append(record: Path, result: Mapping[str, Any]) -> None:
+    """Adds one line and returns when it is on the disk."""
+    with record.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,170 @@
+"""The measures on a stage whose loss and samples are known, and on data whose rows can be told apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax import measures
+from imagen_jax.diffusion import process, schedule
+from imagen_jax.stage import Stage, to_unit
+
+N, SIZE, LOW, BINS = 11, 8, 4, 4
+WRONG_TEXT, NO_TEXT, WRONG_LOWRES, GREY_LOWRES = 0.5, 0.25, 0.125, 0.0625
+
+
+class Toy(Stage):
+    """Row i is marked by the number 10 * (i + 1) in its image, its text and its low-res image; the loss adds up what is wrong with them.
+
+    Loss = 2 t + 100 eps + (low-res level) + a known amount for a foreign or missing text or low-res image. A sample shows its text's number.
+    """
+
+    name, text_dim, image_size, lowres_size, crop_size, prediction = "toy", 1, SIZE, LOW, 0, "eps"
+    schedule = aug_schedule = staticmethod(schedule.cosine)
+
+    def __init__(self):
+        pass
+
+    def batch_shapes(self, b):
+        return dict.fromkeys(("image", "text", "text_mask", "lowres"))
+
+    def draw(self, key, b):
+        keys = jax.random.split(key, 3)
+        draws = {"t": jax.random.uniform(keys[0], (b,)), "lowres_level": jax.random.uniform(keys[1], (b,), maxval=0.5)}
+        return draws | {"eps": jax.random.normal(keys[2], (b,)), "drop": jnp.ones(b, bool), "lowres_eps": jnp.zeros((b, LOW, LOW, 3))}
+
+    def per_sample_loss(self, params, batch, draws):
+        mark, text, low = batch["image"][:, 0, 0, 0], batch["text"][:, 0, 0], batch["lowres"][:, 0, 0, 0]
+        null = (text == 0) & (batch["text_mask"].sum(1) == 1)
+        loss = 2 * draws["t"] + 100 * draws["eps"] + draws["lowres_level"] + 1000 * draws["drop"] + params["bias"]
+        loss += jnp.where(null, NO_TEXT, jnp.where(text == mark, 0.0, WRONG_TEXT))
+        return loss + jnp.where(low == 128, GREY_LOWRES, jnp.where(low == mark, 0.0, WRONG_LOWRES))
+
+    def sample(self, params, keys, batch, sampling):
+        return jnp.ones((keys.shape[0], SIZE, SIZE, 3)) * to_unit(batch["text"][:, 0, 0])[:, None, None, None]
+
+
+class Base(Toy):
+    """Not told any low-res image, and an `eps` that is off by a known `error`."""
+
+    name, lowres_size = "base", 0
+
+    def __init__(self, eps=None, error=None):
+        object.__setattr__(self, "predicted", None if eps is None else eps + error)
+
+    def cond(self, batch):
+        return {}
+
+    def denoiser(self, params):
+        return lambda z, logsnr, cond: self.predicted
+
+
+class Marked(measures.Data):
+    """N marked rows a split, all of them the gallery."""
+
+    def __init__(self):
+        self.counts, self.heldout = {"train": N, "heldout": N}, "heldout"
+
+    def crops(self, split):
+        mark = 10 * (np.arange(N) + 1) + (SIZE if split == "heldout" else 0)
+        pixels = lambda size: np.broadcast_to(mark[:, None, None, None], (N, size, size, 3)).astype(np.uint8)
+        text = np.zeros((N, 3, 1), np.float32)
+        text[:, :2, 0] = mark[:, None]
+        mask = np.broadcast_to(np.arange(3) < 2, (N, 3))
+        batch = {"image": pixels(SIZE), "lowres": pixels(LOW), "text": text, "text_mask": mask, "index": np.arange(N), "caption_id": np.arange(N)}
+        return measures.Rows(split, batch, 5)
+
+    wholes = crops
+
+    def gallery(self):
+        for split in self.counts:
+            yield self.wholes(split).batch["image"]
+
+
+def evaluation(batch_size=8, seed=0):
+    settings = measures.Settings(rows=N, samples=N, bins=BINS, batch_size=batch_size, seed=seed, sampling={})
+    return measures.Evaluation(measures.Probe(Toy(), settings), Marked(), {"bias": np.zeros(())})
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return evaluation()
+
+
+def test_rises_are_paired_and_known(toy):
+    """Catches controls drawn with other noise or times than the right condition (errors of 100, not 0), right and control swapped, a null
+    that keeps the caption's length, a null low-res image that is black, and controls that take the other's place."""
+    found = measures.sensitivity(toy)
+    assert found["split"] == "heldout"
+    wanted = {"text": (WRONG_TEXT, NO_TEXT), "lowres_drawn": (WRONG_LOWRES, GREY_LOWRES), "lowres_clean": (WRONG_LOWRES, GREY_LOWRES)}
+    for told, amounts in wanted.items():
+        for kind, amount in zip(("shuffled", "null"), amounts, strict=True):
+            curve = found[told][kind]
+            for entry in [curve["overall"], *curve["bins"]]:
+                assert entry["mean"] == pytest.approx(amount, abs=1e-4) and entry["se"] < 1e-4 and entry["n"] == N
+
+
+def test_each_bin_has_its_own_times_and_noise(toy):
+    """Catches t not kept to its bin, text dropped as in training, one noise for all bins, images or splits, and a level that stays when clean."""
+    kept = toy.errors("loss", "heldout") - 100 * noise_of(toy, "heldout")
+    clean = toy.errors("loss", "heldout", level="clean") - 100 * noise_of(toy, "heldout")
+    bins = np.arange(BINS)
+    assert ((clean >= 2 * bins / BINS - 1e-3) & (clean <= 2 * (bins + 1) / BINS + 1e-3)).all()
+    assert ((kept > clean) & (kept <= clean + 0.5 + 1e-3)).all()
+    noise = np.concatenate([noise_of(toy, split) for split in ("train", "heldout")])
+    assert len(np.unique(noise.round(5))) == noise.size
+    assert 0.7 < noise.std() < 1.3
+
+
+def noise_of(toy, split):
+    """The eps that the toy's loss contains, found from two parameters the way a user cannot."""
+    probe = measures.Probe(toy.stage, toy.probe.settings)
+    only_eps = lambda params, batch, draws: draws["eps"]
+    probe._errors["eps"] = jax.jit(lambda *args: probe._at_noise(only_eps, *args))
+    return probe.errors("eps", probe.place({}), toy.data.crops(split), False, "eps")
+
+
+def test_numbers_do_not_depend_on_the_batch_size(toy):
+    """Catches noise drawn by place in the batch, rows of the last, filled up batch counted, and order lost."""
+    other = evaluation(batch_size=16)
+    assert len(other.errors("loss", "heldout")) == N
+    np.testing.assert_allclose(other.errors("loss", "heldout"), toy.errors("loss", "heldout"), atol=1e-4)
+    np.testing.assert_array_equal(other.samples("heldout"), toy.samples("heldout"))
+    assert np.abs(evaluation(seed=1).errors("loss", "heldout") - toy.errors("loss", "heldout")).max() > 1
+
+
+def test_retrieval_counts_the_captioned_image_of_its_own_split(toy):
+    """Catches the held-out images' place in the gallery counted from 0, and controls drawn from the right text."""
+    found = measures.retrieved(toy)
+    for split in ("train", "heldout"):
+        assert found[split]["right"]["top1"]["rate"] == 1.0 and found[split]["right"]["gallery"] == 2 * N
+        assert found[split]["shuffled"]["top1"]["hits"] == 0
+    # Null text draws black: nearest are the marks 10, 18, 20, 28, 30, of which train has three.
+    assert [found[split]["null"]["top5"]["hits"] for split in ("train", "heldout")] == [3, 2]
+
+
+@pytest.mark.parametrize("t, size", [(0.2, 0.5), (0.5, 0.1)])
+def test_x_hat_error_follows_from_the_error_of_eps(t, size):
+    """Catches the loss reported as error of x-hat, and x-hat without the bounds that a sampler gives it."""
+    image = jnp.full((2, SIZE, SIZE, 3), 128, jnp.uint8)
+    eps = jnp.asarray(np.random.default_rng(0).standard_normal((2, SIZE, SIZE, 3)), jnp.float32)
+    draws = {"t": jnp.full(2, t), "eps": eps}
+    alpha, sigma = process.alpha_sigma(schedule.cosine(draws["t"]), 1)
+    found = measures.x_error(Base(eps, size), {}, {"image": image}, draws)
+    np.testing.assert_allclose(found, (sigma / alpha * size) ** 2, rtol=1e-4)
+    bounded = measures.x_error(Base(eps, -1000.0), {}, {"image": image}, draws)
+    np.testing.assert_allclose(bounded, (1 - 128 / 127.5 + 1) ** 2, rtol=1e-4)
+
+
+def test_measures_that_do_not_apply_are_refused_by_name():
+    """Catches an unknown name passed over in silence, and super-resolution measures tried on a base stage."""
+    settings = measures.Settings(rows=1, samples=1, bins=1, batch_size=1, seed=0, sampling={})
+    toy, base = Toy(), Base()
+    assert measures.choose([], toy, settings) == list(measures.MEASURES)
+    assert measures.choose([], base, settings) == ["loss", "sensitivity", "retrieval"]
+    assert measures.choose(["retrieval", "loss"], base, settings) == ["loss", "retrieval"]
+    for name, message in (("denoising", "base is a base stage"), ("los", "is unknown")):
+        with pytest.raises(ValueError, match=message):
+            measures.choose([name], base, settings)
+    with pytest.raises(ValueError, match="--rows 0"):
+        measures.Settings(rows=0, samples=1, bins=1, batch_size=1, seed=0, sampling={})
