@@ -3,7 +3,8 @@
     python -m launch.sweep --config configs/ablations/noise_augmentation.py:demo --config.data.path=PREPARED --workdir DIR
 
 Two trainings a seed. The paper: augmentation in training gives better FID and CLIP scores; level 0 in sampling has the best FID, 0.1 to 0.3 looks best.
-The variants are those of sr_256.py.
+Losses of the two are not comparable, since each is taken with the noise of its own training; the error of x-hat from a clean
+low-res image is. The variants are those of sr_256.py.
 """
 
 from typing import Any, Iterator

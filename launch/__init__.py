@@ -1,0 +1,1 @@
+"""Starting many runs, or one run on many machines."""

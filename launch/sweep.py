@@ -1,0 +1,317 @@
+"""Runs every arm of an ablation on this machine, one process at a time, and compares the arms pair by pair.
+
+    python -m launch.sweep --config configs/ablations/text_conditioning.py:demo --config.data.path=PREPARED --seeds 0,1 --workdir DIR
+
+The config file has get_config(arg), what the arms share, and sweep(arg), which yields {"name": ..., "config.optim.lr": ...} for each
+arm. All arms of a seed see the same batches with the same noise and are evaluated on the same rows with the same noise, so their
+differences are paired. Arms that differ in `config.sampling` only share one training. The same command again continues.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imagen_jax import cli
+
+# What a sampling field is called by imagen_jax.evaluate.
+EVALUATE_FLAGS = {
+    "w": "w", "steps": "steps", "method": "sampler", "aug_level": "aug_level",
+    "threshold": "threshold", "percentile": "percentile", "gamma": "gamma",
+}  # fmt: skip
+# Columns of the table: (name, place in evaluation.json under "measures", whether less is better). SPLIT: heldout, if there is one.
+COLUMNS = (
+    ("loss", "loss.SPLIT.overall.mean", True),  # comparable where noise, prediction and augmentation are the same in all arms
+    ("error of x-hat from a clean low-res image", "denoising.clean.x_hat.overall.mean", True),
+    ("captioned image among the 5 nearest", "retrieval.SPLIT.right.top5.rate", False),
+    ("own detail", "detail.right.own.mean", False),
+    ("error of the shrunk sample", "consistency.samples.mae.mean", True),
+)
+FINISHED = "finished.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One setting of an ablation: dotted config fields and their values, without "config."."""
+
+    name: str
+    overrides: Mapping[str, Any]
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The part that training depends on."""
+        return {field: value for field, value in self.overrides.items() if not field.startswith("sampling.")}
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The other part, without "sampling."."""
+        return {field.removeprefix("sampling."): value for field, value in self.overrides.items() if field not in self.training}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One process: what it is called, its command, and the directory in which `finished.json` says that it is done."""
+
+    label: str
+    command: tuple[str, ...]
+    directory: Path
+
+    @property
+    def finished(self) -> bool:
+        """Raises ValueError if the directory is that of another command."""
+        marker = self.directory / FINISHED
+        if not marker.exists():
+            return False
+        if json.loads(marker.read_text()) != list(self.command[1:]):
+            raise ValueError(f"{self.directory} was made by another command: give the one that began it, or another --workdir")
+        return True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, shared = parse(argv)
+    try:
+        arms, steps = plan(args, shared)
+        for i, step in enumerate(steps):
+            state = "finished" if step.finished else "to run" if args.dry_run else "running"
+            print(f"[{i + 1}/{len(steps)}] {step.label}: {state}", flush=True)
+            if args.dry_run:
+                print("  " + shlex.join(("python", *step.command[1:])))
+            elif state == "running":
+                execute(step)
+        if args.dry_run:
+            return 0
+        result = compare(arms, args.seeds, read_evaluations(args.workdir, arms, args.seeds))
+        (args.workdir / "sweep.json").write_text(json.dumps({"config": args.config, **result}, indent=1) + "\n")
+        print(table(result) + f"\nall in {args.workdir / 'sweep.json'}")
+    except KeyboardInterrupt:
+        return cli.fail("interrupted, the same command continues", 130)
+    except (ValueError, OSError) as error:
+        return cli.fail(" ".join(str(error).split()))
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The options, and the config fields that all arms share as {"data.path": "..."}."""
+    parser = argparse.ArgumentParser(prog="python -m launch.sweep", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="ablation file, FILE.py or FILE.py:ARG; fields for all arms as --config.train.steps=1000")
+    parser.add_argument("--workdir", required=True, type=Path, help="directory for all runs and sweep.json")
+    parser.add_argument("--seeds", default="0", help="comma-separated; every arm runs once for each")
+    parser.add_argument("--checkpoint", default="", help="evaluate this trained model in every arm; for ablations of sampling")
+    parser.add_argument("--measures", default="", help="of imagen_jax.evaluate, comma-separated; default: all that apply")
+    parser.add_argument("--rows", type=int, default=256, help="images a split whose losses are taken")
+    parser.add_argument("--samples", type=int, default=256, help="images a split that samples are drawn for")
+    parser.add_argument("--dry_run", action="store_true", help="only list the processes and whether they are finished")
+    args, rest = parser.parse_known_args(argv)
+    shared = {}
+    for option in rest:
+        field, equals, value = option.removeprefix("--config.").partition("=")
+        if not option.startswith("--config.") or not equals:
+            parser.error(f"{option!r} is no option of sweep, and fields of all arms are written --config.optim.lr=3e-4")
+        shared[field] = value
+    try:
+        args.seeds = [int(seed) for seed in args.seeds.split(",")]
+    except ValueError:
+        parser.error(f"--seeds {args.seeds} is not a list of whole numbers such as 0,1,2")
+    return args, shared
+
+
+def load(config: str) -> tuple[Mapping[str, Any], list[Arm]]:
+    """(flat config, arms) of an ablation file. Raises ValueError if there is no sweep, or an arm sets a field that does not exist."""
+    path, _, arg = config.partition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path} does not exist")
+    spec = importlib.util.spec_from_file_location("ablation", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "sweep"):
+        raise ValueError(f"{path} has no sweep(arg): it is a config of one run, for imagen_jax.train")
+    fields = dict(flat(module.get_config(arg).to_dict()))
+    arms = [Arm(arm["name"], {key.removeprefix("config."): value for key, value in arm.items() if key != "name"}) for arm in module.sweep(arg)]
+    repeated = [name for name, n in zip(*np.unique([arm.name for arm in arms], return_counts=True)) if n > 1]
+    if repeated:
+        raise ValueError(f"{path}: several arms are called {', '.join(repeated)}")
+    for arm in arms:
+        check_fields(arm.overrides, fields, f"arm {arm.name} of {path}")
+    return fields, arms
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("optim.lr", 1e-4), ... of a nested dict."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def check_fields(overrides: Mapping[str, Any], fields: Mapping[str, Any], who: str) -> None:
+    unknown = sorted(overrides.keys() - fields.keys())
+    if unknown:
+        raise ValueError(f"{who} sets {', '.join(unknown)}, which the config does not have")
+
+
+def plan(args: argparse.Namespace, shared: Mapping[str, str]) -> tuple[list[Arm], list[Step]]:
+    """The arms and all processes in order: seed by seed, each training before the evaluations that need it."""
+    fields, arms = load(args.config)
+    check_fields(shared, fields, "the command line")
+    for arm in arms:
+        both = sorted(arm.overrides.keys() & shared.keys() | arm.overrides.keys() & {"seed"})
+        if both:
+            raise ValueError(f"{', '.join(both)}: set by arm {arm.name}, so it cannot be shared by all arms")
+    if "seed" in shared:
+        raise ValueError("give seeds as --seeds 0,1, not as --config.seed")
+    data = shared.get("data.path") or fields["data.path"]
+    if not data:
+        raise ValueError("--config.data.path is needed: a directory made by imagen_jax.prepare_data")
+    if args.checkpoint and any(arm.training for arm in arms):
+        raise ValueError("--checkpoint is for ablations of sampling; the arms of this one are trained differently")
+    steps = []
+    for seed in args.seeds:
+        trained: dict[str, Path] = {}
+        for arm in arms:
+            key, place = json.dumps(arm.training, sort_keys=True), args.workdir / arm.name / f"seed_{seed}"
+            if args.checkpoint:
+                trained[key] = Path(args.checkpoint)
+            elif key not in trained:
+                trained[key] = place / "train"
+                steps.append(train_step(args.config, seed, {**shared, **arm.training}, trained[key], arm.name))
+            steps.append(evaluate_step(args, seed, arm, shared, trained[key], data, place / "evaluation"))
+    return arms, steps
+
+
+def train_step(config: str, seed: int, overrides: Mapping[str, Any], workdir: Path, name: str) -> Step:
+    options = [f"--config.{field}={value}" for field, value in {**overrides, "seed": seed}.items()]
+    command = (sys.executable, "-m", "imagen_jax.train", f"--config={config}", f"--workdir={workdir}", *options)
+    return Step(f"train {name}, seed {seed}", command, workdir)
+
+
+def evaluate_step(
+    args: argparse.Namespace, seed: int, arm: Arm, shared: Mapping[str, str], checkpoint: Path, data: str, output: Path
+) -> Step:
+    """Evaluates with the sampling fields of the arm and those that all arms share; the seed chooses rows and noise, the same in all arms."""
+    sampling = {field.removeprefix("sampling."): value for field, value in shared.items() if field.startswith("sampling.")} | arm.sampling
+    options = [f"--{EVALUATE_FLAGS[field]}={value}" for field, value in sampling.items()]
+    options += [f"--rows={args.rows}", f"--samples={args.samples}", f"--seed={seed}"]
+    options += [f"--measures={args.measures}"] if args.measures else []
+    command = (sys.executable, "-m", "imagen_jax.evaluate", f"--checkpoint={checkpoint}", f"--data={data}", f"--output={output}", *options)
+    return Step(f"evaluate {arm.name}, seed {seed}", command, output)
+
+
+def execute(step: Step) -> None:
+    """Runs a process to its end, passing on SIGINT and SIGTERM so that a training can save. Raises ValueError if it fails."""
+    received = []
+    process = subprocess.Popen(step.command)
+
+    def pass_on(number, _):
+        received.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
+    if code:
+        raise ValueError(f"{step.label} ended with exit code {code}; its command: {shlex.join(step.command)}")
+    if (step.directory / "config.json").exists() and not reached_last_step(step.directory):
+        raise ValueError(f"{step.label} was stopped before its last step; the same command continues")
+    (step.directory / FINISHED).write_text(json.dumps(step.command[1:]))
+
+
+def reached_last_step(workdir: Path) -> bool:
+    """Whether a training that exited in order did so at the end: it also does when asked to stop."""
+    total = json.loads((workdir / "config.json").read_text())["train"]["steps"]
+    return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"] == total
+
+
+def read_evaluations(workdir: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """{arm: one evaluation a seed}: {"measures": as in evaluation.json, "rows": {place: value of each row} if evaluate wrote them}."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for arm in arms:
+        for seed in seeds:
+            directory = workdir / arm.name / f"seed_{seed}" / "evaluation"
+            rows = {}
+            if (directory / "rows.npz").exists():
+                with np.load(directory / "rows.npz") as file:
+                    rows = {name: file[name] for name in file.files}
+            measures = json.loads((directory / "evaluation.json").read_text())["measures"]
+            found.setdefault(arm.name, []).append({"measures": measures, "rows": rows})
+    return found
+
+
+def compare(arms: Sequence[Arm], seeds: Sequence[int], found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """{"seeds", "reference", "columns": [{"name", "place", "less_is_better", "arms": {arm: ...}}]} with the first arm as reference.
+
+    An arm has "values" (one a seed) and their "mean"; the others have "difference", the mean of value minus the reference's of the same
+    seed, with the standard error over seeds (None for one seed) and over rows (None where evaluate wrote no rows).
+    """
+    reference = found[arms[0].name]
+    split = "heldout" if "heldout" in reference[0]["measures"].get("loss", reference[0]["measures"].get("retrieval", {})) else "train"
+    columns = []
+    for name, place, less in COLUMNS:
+        place = place.replace("SPLIT", split)
+        present = [arm for arm in arms if all(at(one["measures"], place) is not None for one in found[arm.name])]
+        if arms[0] not in present:
+            continue
+        compared = {arm.name: against(found[arm.name], reference, place) for arm in present}
+        columns.append({"name": name, "place": place, "less_is_better": less, "arms": compared})
+    return {"seeds": list(seeds), "reference": arms[0].name, "overrides": {arm.name: dict(arm.overrides) for arm in arms}, "columns": columns}
+
+
+def at(measures: Mapping[str, Any], place: str) -> Any:
+    """The number at a dotted place, None if there is none."""
+    for key in place.split("."):
+        measures = measures.get(key) if isinstance(measures, Mapping) else None
+    return measures
+
+
+def against(these: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], place: str) -> dict[str, Any]:
+    """Values of one arm and their paired differences to the reference, seed by seed and row by row."""
+    values = [at(one["measures"], place) for one in these]
+    out = {"values": values, "mean": statistics.mean(values)}
+    if these is reference:
+        return out
+    differences = [value - at(other["measures"], place) for value, other in zip(values, reference)]
+    pairs = [(one["rows"].get(place), other["rows"].get(place)) for one, other in zip(these, reference)]
+    by_row = [a - b for a, b in pairs] if all(a is not None and b is not None and len(a) == len(b) for a, b in pairs) else []
+    return out | {
+        "difference": statistics.mean(differences),
+        "se_seeds": standard_error(differences),
+        "se_rows": standard_error(np.concatenate(by_row).astype(float).tolist()) if by_row else None,
+    }
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """One block a column: arm, mean over seeds, paired difference to the first arm, its standard errors."""
+    text = lambda number, sign="": "-" if number is None else f"{number:{sign}.4f}"
+    width = max(len("arm"), *(len(arm) for arm in result["overrides"]))
+    lines = []
+    for column in result["columns"]:
+        lines += ["", f"{column['name']} ({column['place']}; {'less' if column['less_is_better'] else 'more'} is better), seeds {result['seeds']}"]
+        lines += [f"{'arm':<{width}} {'mean':>9} {'difference':>11} {'se rows':>9} {'se seeds':>9}"]
+        for arm, found in column["arms"].items():
+            difference = (text(found.get("difference"), "+"), text(found.get("se_rows")), text(found.get("se_seeds")))
+            lines.append("{:<{}} {:>9} {:>11} {:>9} {:>9}".format(arm, width, text(found["mean"]), *difference))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Every config file, in every variant: loads, is locked, describes a network that can be built; the paper's are what the paper prints."""
+
+import importlib
+import json
+import math
+import pathlib
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from imagen_jax import optim, sharding, state, step
+from imagen_jax.stage import create_stage
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+SMALL = ("demo", "tiny")
+VARIANTS = {
+    "base_64": ("", "width=192", "width=256", "width=384", *SMALL),
+    "base_64_efficient": ("", *SMALL),
+    "sr_256": ("", *SMALL),
+    "sr_1024": ("", *SMALL),
+    "ablations.guidance_thresholding": ("", *SMALL),
+    "ablations.noise_augmentation": ("", *SMALL),
+    "ablations.text_conditioning": ("", *SMALL),
+}
+CASCADES = {"cascade"}  # configs of sampling: they name checkpoints, and describe no network
+ABLATIONS = [name for name in VARIANTS if name.startswith("ablations.")]
+COUNTS = {
+    ("base_64", ""): 2_263_431_171,
+    ("base_64", "width=192"): 311_641_603,
+    ("base_64", "width=256"): 545_605_123,
+    ("base_64", "width=384"): 1_309_677_571,
+    ("base_64_efficient", ""): 449_709_059,
+    ("sr_256", ""): 473_107_075,
+    ("sr_1024", ""): 468_908_675,
+}
+ALL = [(name, arg) for name, args in VARIANTS.items() for arg in args]
+
+
+def module(name):
+    return importlib.import_module(f"configs.{name}")
+
+
+def resolved(config):
+    """The config as a run records and uses it."""
+    return json.loads(config.to_json())
+
+
+def parameters(config):
+    """Shapes of the parameters of the stage a config describes."""
+    return jax.eval_shape(create_stage(resolved(config)).init, jax.random.key(0))
+
+
+def count(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def test_every_config_file_is_tested():
+    """Wrong: a config file added without a line in this test."""
+    files = {".".join(path.relative_to(CONFIGS).with_suffix("").parts) for path in CONFIGS.rglob("*.py") if path.stem != "__init__"}
+    assert files - CASCADES == set(VARIANTS)
+
+
+@pytest.mark.parametrize("name, arg", ALL)
+def test_config_is_locked(name, arg):
+    """Wrong: a config returned unlocked, in which a mistyped field is silently a new one."""
+    config = module(name).get_config(arg)
+    parts = [config] + [config[part] for part in ("text", "data", "model", "diffusion", "sampling", "optim", "mesh", "train")]
+    for part in parts:
+        with pytest.raises((AttributeError, KeyError), match="locked|does not exist"):
+            part.batchsize = 1
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_unknown_variant_is_refused(name):
+    """Wrong: `:demp` quietly trains the paper's full-size model."""
+    with pytest.raises(ValueError, match="demp.*demo"):
+        module(name).get_config("demp")
+
+
+@pytest.mark.parametrize("name, arg", [(name, arg) for name, arg in ALL if arg in SMALL and name not in ABLATIONS])
+def test_small_variant_builds(name, arg):
+    """Wrong: a demo or test size whose widths do not divide into groups or heads, or that is no longer small."""
+    assert count(parameters(module(name).get_config(arg))) < (16e6 if arg == "demo" else 3e5)
+
+
+@pytest.mark.parametrize("name, arg", COUNTS)
+def test_parameter_count_is_the_stated_one(name, arg):
+    """Wrong: an edit of a network or config that changes the paper's sizes unnoticed, or a docstring that states another."""
+    found = count(parameters(module(name).get_config(arg)))
+    assert found == COUNTS[name, arg]
+    if not arg:
+        stated = f"{found / 1e9:.2f}B" if found >= 1e9 else f"{found / 1e6:.0f}M"
+        assert stated in module(name).__doc__
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    {
+        "base_64": dict(optimizer="adafactor", schedule="cosine", image_size=64, lowres_size=0, crop_size=0, channels=512, multipliers=(1, 2, 3, 4), blocks=3),
+        "sr_256": dict(optimizer="adam", schedule="cosine", image_size=256, lowres_size=64, crop_size=0, widths=(128, 256, 512, 1024), blocks=(2, 4, 8, 8)),
+        "sr_1024": dict(optimizer="adam", schedule="linear", image_size=1024, lowres_size=256, crop_size=256, widths=(128, 256, 512, 1024), blocks=(2, 4, 8, 8)),
+    }.items(),
+)
+def test_paper_hyperparameters(name, expected):
+    """Wrong: a setting of the demo that leaks into the paper's recipe (section 4.1, listings of Appendix F)."""
+    config = module(name).get_config()
+    common = dict(lr=1e-4, warmup=10_000, batch_size=2048, steps=2_500_000, text_drop=0.1, percentile=99.5, dim=4096, dropout=0.0, dtype="bfloat16")
+    fields = {}
+    for part in ("text", "train", "data", "model", "diffusion", "optim"):
+        fields |= dict(config[part])
+    fields["percentile"] = config.sampling.percentile
+    assert {field: fields[field] for field in common | expected} == common | expected
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["base_64", "sr_256", "sr_1024"])
+def test_full_size_step_traces_on_256_devices(name):
+    """Wrong: a network, a rule or a step that works at test size only; state that is not split over `fsdp`; output placed elsewhere than input."""
+    config = resolved(module(name).get_config())
+    fsdp, total, seed = config["mesh"]["fsdp"], config["train"]["steps"], config["seed"]
+    shape = config["mesh"] | {"data": 256 // fsdp}
+    mesh = AbstractMesh(tuple(shape[axis] for axis in sharding.AXES), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+    stage = create_stage(config, sharding.constrain_activations(mesh))
+    optimizer = optim.make_optimizer(config["optim"], total)
+    abstract, shardings = state.abstract_state(stage, optimizer, mesh, config["mesh"]["rules"], config["mesh"]["fsdp_min_elements"])
+    rows = sharding.batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct(*shape, sharding=rows) for name, shape in stage.batch_shapes(config["data"]["batch_size"]).items()}
+    train_step = step.make_step(stage, optimizer, optim.learning_rate(config["optim"], total), config["optim"], seed)
+    placed = dict(in_shardings=(shardings, rows), out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
+    new_state, metrics = jax.jit(train_step, donate_argnums=0, **placed).trace(abstract, batch).out_info
+    as_placed = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding.spec), tree)
+    assert as_placed(new_state) == as_placed(abstract)
+    assert metrics["loss"].shape == ()
+    table = {row["part"]: row for row in sharding.bytes_table(abstract, shardings)}
+    for part in ("params", "ema"):
+        assert table[part]["bytes_per_device"] < 1.02 * table[part]["bytes"] / fsdp
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("arg", ("", *SMALL))
+def test_ablation_changes_fields_that_exist(name, arg):
+    """Wrong: an arm that sets a field no network reads, repeats another arm, or only fits one variant."""
+    arms = list(module(name).sweep(arg))
+    assert len({arm["name"] for arm in arms}) == len(arms) >= 2
+    configs = [apply_arm(name, arg, arm) for arm in arms]
+    assert len({json.dumps(resolved(config)) for config in configs}) == len(arms)
+    if arg == "tiny":
+        for network in {json.dumps({**resolved(config), "sampling": {}}) for config in configs}:
+            jax.eval_shape(create_stage(json.loads(network)).init, jax.random.key(0))
+
+
+def apply_arm(name, arg, arm):
+    """The config of one arm; setting a field of another type or one that is not there raises."""
+    config = module(name).get_config(arg)
+    config.update_from_flattened_dict({key.removeprefix("config."): value for key, value in arm.items() if key != "name"})
+    return config

@@ -1,0 +1,180 @@
+"""The sweep launcher: which processes it starts, that it goes on where it stopped, and the paired comparison."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from launch import sweep
+
+ABLATION = """
+from ml_collections import ConfigDict
+
+def get_config(arg=""):
+    return ConfigDict(dict(seed=0, data=dict(path="prepared"), optim=dict(lr=1e-4), sampling=dict(w=1.0, aug_level=0.0), sizes=(1, 2))).lock()
+
+def sweep(arg=""):
+    yield {"name": "slow", "config.sampling.w": 1.0}
+    yield {"name": "guided", "config.sampling.w": 3.0}
+    yield {"name": "fast", "config.optim.lr": 1e-3, "config.sizes": (3, 4)}
+"""
+
+
+@pytest.fixture
+def ablation(tmp_path):
+    path = tmp_path / "ablation.py"
+    path.write_text(ABLATION)
+    return path
+
+
+def planned(ablation, tmp_path, *options):
+    args, shared = sweep.parse(["--config", f"{ablation}:x", "--workdir", str(tmp_path / "runs"), *options])
+    return sweep.plan(args, shared)[1]
+
+
+def evaluation(loss, rows=None):
+    """What evaluate finds for one arm and seed, by its mean or by rows."""
+    rows = {} if rows is None else {"loss.heldout.overall.mean": np.asarray(rows, float)}
+    mean = float(np.mean(rows["loss.heldout.overall.mean"])) if rows else loss
+    return {"measures": {"loss": {"heldout": {"overall": {"mean": mean}}}}, "rows": rows}
+
+
+def compared(found):
+    arms = [sweep.Arm(name, {}) for name in found]
+    return sweep.compare(arms, range(len(found[arms[0].name])), found)["columns"][0]["arms"]
+
+
+def test_every_arm_and_seed_is_trained_once_with_its_own_settings(ablation, tmp_path):
+    """Wrong: sampling arms train again; an arm loses the shared fields or its own; a seed is not the same for all arms."""
+    steps = planned(ablation, tmp_path, "--seeds", "0,7", "--config.data.path=/data")
+    assert [step.label for step in steps if step.label.endswith("seed 7")] == [
+        "train slow, seed 7", "evaluate slow, seed 7", "evaluate guided, seed 7", "train fast, seed 7", "evaluate fast, seed 7",
+    ]  # fmt: skip
+    train = steps[3 + 5].command
+    assert train[1:3] == ("-m", "imagen_jax.train")
+    assert set(train[5:]) == {"--config.data.path=/data", "--config.optim.lr=0.001", "--config.sizes=(3, 4)", "--config.seed=7"}
+    guided, slow = steps[2].command, steps[1].command
+    assert "--w=3.0" in guided and "--data=/data" in guided and "--seed=0" in guided
+    assert [option for option in guided if "checkpoint" in option] == [option for option in slow if "checkpoint" in option]
+    assert guided[5] != slow[5]
+
+
+def test_a_given_model_is_only_evaluated(ablation, tmp_path):
+    """Wrong: --checkpoint trains all the same, or hides that the arms would have been trained differently."""
+    with pytest.raises(ValueError, match="trained differently"):
+        planned(ablation, tmp_path, "--checkpoint", "model")
+    ablation.write_text(ABLATION.rsplit("    yield", 1)[0])
+    assert {step.command[2] for step in planned(ablation, tmp_path, "--checkpoint", "model")} == {"imagen_jax.evaluate"}
+
+
+@pytest.mark.parametrize(
+    "old, new, options, message",
+    [
+        ("config.optim.lr", "config.optim.lr2", (), "optim.lr2, which the config does not have"),
+        ("guided", "slow", (), "several arms are called slow"),
+        ("def sweep", "def arms", (), "has no sweep"),
+        ('path="prepared"', 'path=""', (), "data.path is needed"),
+        ("", "", ("--config.sampling.w=2",), "sampling.w: set by arm slow"),
+        ("", "", ("--config.optim.rate=2",), "optim.rate, which the config does not have"),
+        ("", "", ("--config.seed=2",), "--seeds"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_runs(ablation, tmp_path, capsys, old, new, options, message):
+    """Wrong: a typo is found hours later by the last arm, or a shared field silently overrides what an arm is about."""
+    ablation.write_text(ABLATION.replace(old, new) if old else ABLATION)
+    assert sweep.main(["--config", str(ablation), "--workdir", str(tmp_path / "runs"), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_finished_steps_are_not_run_again(ablation, tmp_path, monkeypatch, capsys):
+    """Wrong: the same command starts over; or another command takes the results in the directory for its own."""
+    ran = []
+
+    def execute(step):
+        ran.append(step.label)
+        if step.label == "evaluate fast, seed 0" and ran.count(step.label) == 1:
+            raise ValueError("out of memory")
+        step.directory.mkdir(parents=True)
+        if step.label.startswith("evaluate"):
+            (step.directory / "evaluation.json").write_text(json.dumps({"measures": evaluation(0.25)["measures"]}))
+        (step.directory / sweep.FINISHED).write_text(json.dumps(step.command[1:]))
+
+    monkeypatch.setattr(sweep, "execute", execute)
+    command = ["--config", str(ablation), "--workdir", str(tmp_path / "runs")]
+    assert sweep.main(command) == 2
+    assert sweep.main(command) == 0
+    assert ran == ["train slow, seed 0", "evaluate slow, seed 0", "evaluate guided, seed 0", "train fast, seed 0"] + 2 * ["evaluate fast, seed 0"]
+    assert json.loads((tmp_path / "runs" / "sweep.json").read_text())["reference"] == "slow"
+    assert sweep.main([*command, "--rows", "3"]) == 2
+    assert "made by another command" in capsys.readouterr().err
+
+
+def test_differences_are_paired_by_seed():
+    """Wrong: the standard error of unpaired values, which the spread between seeds would drown; or reference minus arm."""
+    found = compared({"a": [evaluation(1.0), evaluation(5.0), evaluation(9.0)], "b": [evaluation(1.5), evaluation(5.6), evaluation(9.7)]})
+    assert found["b"]["difference"] == pytest.approx(0.6)
+    assert found["b"]["se_seeds"] == pytest.approx(0.1 / np.sqrt(3))
+    assert found["b"]["se_rows"] is None
+    assert found["a"]["mean"] == pytest.approx(5.0) and "difference" not in found["a"]
+
+
+def test_differences_are_paired_by_row():
+    """Wrong: the error of the rows themselves instead of that of their differences; a standard error over one seed."""
+    rows = np.array([0.0, 10.0, 20.0, 30.0])
+    found = compared({"a": [evaluation(0, rows)], "b": [evaluation(0, rows + [1.0, 1.2, 0.8, 1.0])]})
+    assert found["b"]["difference"] == pytest.approx(1.0)
+    assert found["b"]["se_rows"] == pytest.approx(np.std([1.0, 1.2, 0.8, 1.0], ddof=1) / 2)
+    assert found["b"]["se_seeds"] is None
+
+
+def test_table_shows_every_arm():
+    """Wrong: an arm without a measure, or a lone seed, breaks the table."""
+    arms = [sweep.Arm("reference", {}), sweep.Arm("b", {"optim.lr": 1.0}), sweep.Arm("no_loss", {})]
+    found = {"reference": [evaluation(1.0)], "b": [evaluation(0.5)], "no_loss": [{"measures": {"retrieval": {}}, "rows": {}}]}
+    lines = sweep.table(sweep.compare(arms, [0], found)).splitlines()
+    assert [line.split() for line in lines[-2:]] == [["reference", "1.0000", "-", "-", "-"], ["b", "0.5000", "-0.5000", "-", "-"]]
+
+
+def step(tmp_path, code):
+    return sweep.Step("train x", (sys.executable, "-c", code), tmp_path)
+
+
+def test_a_failed_process_is_not_finished(tmp_path):
+    """Wrong: the exit code is dropped, and the table is made from whatever is there."""
+    failing = step(tmp_path, "raise SystemExit(3)")
+    with pytest.raises(ValueError, match="exit code 3"):
+        sweep.execute(failing)
+    assert not failing.finished
+
+
+@pytest.mark.parametrize("reached, finished", [(8, True), (5, False)])
+def test_a_training_that_stopped_early_is_not_finished(tmp_path, reached, finished):
+    """Wrong: exit code 0, which a training asked to stop also gives, taken for the end of the training."""
+    (tmp_path / "config.json").write_text('{"train": {"steps": 8}}')
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 4}}\n{{"step": {reached}}}\n')
+    stopped = step(tmp_path, "")
+    if finished:
+        sweep.execute(stopped)
+    else:
+        with pytest.raises(ValueError, match="stopped before its last step"):
+            sweep.execute(stopped)
+    assert stopped.finished == finished
+
+
+def test_a_signal_lets_the_process_save(tmp_path):
+    """Wrong: SIGTERM ends the launcher and leaves its training running, or kills the training before it has saved."""
+    saving = "import signal, time, sys; signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'w').close(), sys.exit(0))); open('ready', 'w').close(); time.sleep(60)"
+    launcher = f"import pathlib; from launch import sweep; sweep.execute(sweep.Step('x', ({sys.executable!r}, '-c', {saving!r}), pathlib.Path('.')))"
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", launcher], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    assert (tmp_path / "saved").exists() and not (tmp_path / sweep.FINISHED).exists()
