@@ -52,6 +52,12 @@ def test_text_is_dropped_at_the_rate(draws):
     assert abs(draws["drop"].mean() - 0.1) < 5 * (0.1 * 0.9 / B) ** 0.5
 
 
+def test_no_augmentation_means_level_0():
+    """Catches a maximum of the augmentation level that is ignored: at 0 (ablation D.2) every low-res image stays clean."""
+    levels = loss.draw(jax.random.key(0), (50, 1), (50, 1), 0.1, aug_max=0.0)["lowres_level"]
+    np.testing.assert_array_equal(levels, np.zeros(50))
+
+
 def test_draws_are_independent_of_one_another(draws):
     """Catches one key used twice: the same noise for image and low-res image, the same number for time, level and text dropping."""
     columns = [draws[name].reshape(B, -1)[:, 0] for name in ("t", "eps", "drop", "lowres_level", "lowres_eps")]
