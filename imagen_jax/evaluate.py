@@ -171,9 +171,9 @@ def write_samples(evaluation: Any, output: Path) -> None:
     import numpy as np
 
     from imagen_jax.data.records import write_atomically
-    from imagen_jax.pictures import contact_sheet, write_png
+    from imagen_jax.pictures import contact_sheet, enlarge, write_png
 
-    data, texts = evaluation.data, evaluation.texts
+    data, texts, cell = evaluation.data, evaluation.texts, max(96, evaluation.stage.image_size)
     arrays = {"manifest_hash": np.array(data.prepared.hash), "seed": np.array(evaluation.probe.settings.seed)}
     for split in data.counts:
         rows = data.wholes(split)
@@ -182,10 +182,9 @@ def write_samples(evaluation: Any, output: Path) -> None:
         nearest = data.gallery_images(evaluation.distances()[split, "right"].argmin(axis=1)[shown])
         given = {"low-res": evaluation.sampled(split, "right").batch["lowres"]} if evaluation.stage.lowres_size else {}
         columns = {"true": rows.batch["image"], **given, **{f"{text} text": arrays[f"{split}_{text}"] for text in texts}}
-        cells = [[column[i] for column in columns.values()] + [near] for i, near in zip(shown, nearest)]
+        cells = [[enlarge(image, cell) for image in [*(column[i] for column in columns.values()), near]] for i, near in zip(shown, nearest)]
         captions = [data.caption(rows.batch["caption_id"][i].item()) for i in shown]
-        sheet = contact_sheet(captions, cells, [*columns, "nearest"], max(96, evaluation.stage.image_size))
-        write_png(output / f"samples_{split}.png", sheet)
+        write_png(output / f"samples_{split}.png", contact_sheet(captions, cells, [*columns, "nearest"], cell))
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
     write_atomically(output / "samples.npz", content.getvalue())

@@ -137,7 +137,7 @@ class Data:
         return np.sort(rng.permutation(self.counts[split])[:count])
 
     def _read(self, data_cfg: Mapping[str, Any], split: str, index: np.ndarray) -> Rows:
-        return Rows(split, pipeline.eval_rows(data_cfg, index, split), self._settings.seed)
+        return Rows(split, pipeline.eval_rows(data_cfg, index.tolist(), split), self._settings.seed)
 
 
 class Probe:
