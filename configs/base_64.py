@@ -90,7 +90,7 @@ def small(c: ConfigDict) -> None:
     c.data.update(image_size=16, text_length=32, batch_size=64, workers=0, cache_mib=64)
     c.mesh.fsdp = 1
     c.model.update(dtype="float32", remat=False, head_channels=32)
-    c.optim.update(optimizer="adam", lr=1e-3, warmup=500, ema=0.999)
+    c.optim.update(optimizer="adam", lr=1e-3, warmup=500, ema=0.9998)
 
 
 def demo(c: ConfigDict) -> None:

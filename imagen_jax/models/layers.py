@@ -17,10 +17,8 @@ def identity(h: Array) -> Array:
 
 
 def group_norm(features: int, dtype: Dtype, name: str) -> nn.GroupNorm:
-    """GroupNorm of 32 groups, fewer in narrow layers so that a group keeps 4 channels; statistics in fp32. Raises on an indivisible width."""
-    groups = min(32, features // 4)
-    if groups < 1 or features % groups:
-        raise ValueError(f"{name}: {features} channels do not divide into {groups} groups; use a multiple of 4 below 128, of 32 above")
+    """GroupNorm with statistics in fp32: 32 groups, or the largest number below that divides the width and leaves a group 4 channels."""
+    groups = max(g for g in range(1, 33) if features % g == 0 and (features // g >= 4 or g == 1))
     return nn.GroupNorm(num_groups=groups, epsilon=1e-5, dtype=dtype, name=name)
 
 
