@@ -26,14 +26,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = ("imagen_jax/diffusion/*.py", "imagen_jax/models/*.py", "imagen_jax/sharding.py")
 TREE = ("imagen_jax", "configs", "tests", "tools", "launch", "pytest.ini", "setup.py")  # what the tests need of the tree
 
-# Tests of a file: its own first, because they are quick and most likely to fail, then those of its folder.
+# Tests of a file: its own first, because they are quick and most likely to fail, then those of what is built on it.
+WHOLE_SAMPLER = ["tests/diffusion/test_sampler.py", "tests/diffusion/test_exact_scores.py"]
 TARGETS = {
-    "imagen_jax/diffusion/schedule.py": ["tests/diffusion/test_schedule.py", "tests/diffusion"],
-    "imagen_jax/diffusion/process.py": ["tests/diffusion/test_process.py", "tests/diffusion"],
-    "imagen_jax/diffusion/conditioning.py": ["tests/diffusion/test_conditioning.py", "tests/diffusion"],
-    "imagen_jax/diffusion/guidance.py": ["tests/diffusion/test_guidance.py", "tests/diffusion"],
-    "imagen_jax/diffusion/loss.py": ["tests/diffusion/test_loss.py", "tests/diffusion"],
-    "imagen_jax/diffusion/sampler.py": ["tests/diffusion/test_sampler.py", "tests/diffusion"],
+    "imagen_jax/diffusion/schedule.py": ["tests/diffusion/test_schedule.py", *WHOLE_SAMPLER],
+    "imagen_jax/diffusion/process.py": ["tests/diffusion/test_process.py", *WHOLE_SAMPLER],
+    "imagen_jax/diffusion/conditioning.py": ["tests/diffusion/test_conditioning.py", "tests/diffusion/test_loss.py", *WHOLE_SAMPLER],
+    "imagen_jax/diffusion/guidance.py": ["tests/diffusion/test_guidance.py", *WHOLE_SAMPLER],
+    "imagen_jax/diffusion/loss.py": ["tests/diffusion/test_loss.py"],
+    "imagen_jax/diffusion/sampler.py": WHOLE_SAMPLER,
     "imagen_jax/diffusion/": ["tests/diffusion"],
     "imagen_jax/models/": ["tests/models"],
     "imagen_jax/sharding.py": ["tests/test_sharding.py"],
