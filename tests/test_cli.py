@@ -1,0 +1,68 @@
+"""Each verb as a command: help at once, and one clear line for a mistake."""
+
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+VERBS = ("imagen_jax.prepare_data", "imagen_jax.train", "imagen_jax.sample", "imagen_jax.evaluate", "imagen_jax.demo", "launch.sweep")
+TINY = "--config=configs/base_64.py:tiny"
+MISTAKES = {
+    "no arguments": ("imagen_jax.train", [], "--config FILE and --workdir DIR"),
+    "no config file": ("imagen_jax.train", ["--config=configs/base_65.py", "--workdir=w"], "base_65.py"),
+    "unknown variant": ("imagen_jax.train", ["--config=configs/base_64.py:tinny", "--workdir=w"], "no variant 'tinny'; use"),
+    "unknown field": ("imagen_jax.train", [TINY, "--config.optim.lrr=1", "--workdir=w"], "no field 'lrr'. Did you mean \"lr\""),
+    "not a number": ("imagen_jax.train", [TINY, "--config.optim.lr=fast", "--workdir=w"], "could not convert string to float: 'fast'"),
+    "unknown option": ("imagen_jax.train", [TINY, "--wokdir=w"], "wokdir"),
+    "stray word": ("imagen_jax.train", [TINY, "--workdir=w", "resume"], "unexpected argument 'resume'"),
+    "no data": ("imagen_jax.train", [TINY, "--workdir=w"], "--config.data.path is empty"),
+    "data not prepared": ("imagen_jax.train", [TINY, "--config.data.path=nowhere", "--workdir=w"], "nowhere is not prepared data"),
+    "mesh that does not fit": ("imagen_jax.train", [TINY, "--config.mesh.data=3", "--config.data.path=gone", "--workdir=w"], "does not fit"),
+    "no prompt": ("imagen_jax.sample", ["--config=configs/cascade.py:demo", "--output=o"], "--prompt"),
+    "empty prompt": ("imagen_jax.sample", ["--config=configs/cascade.py:demo", "--output=o", "--prompt= "], "prompt ' ' is empty"),
+    "no such stage": ("imagen_jax.sample", ["--config=configs/cascade.py:demo", "--output=o", "--prompt=a", "--stages=sr_3"], "--stages sr_3"),
+    "nothing to reproduce": ("imagen_jax.sample", ["--output=o", "--reproduce=gone.json"], "gone.json"),
+    "no checkpoint": ("imagen_jax.evaluate", ["--checkpoint=gone", "--data=gone", "--output=o"], "gone holds no checkpoint"),
+    "no source": ("imagen_jax.prepare_data", ["--source=folder:gone", "--output=o", "--encoder=t5_tiny"], "gone is not a directory"),
+    "no encoder": ("imagen_jax.prepare_data", ["--source=emoji", "--output=o", "--encoder=./gone"], "gone"),
+    "no ablation": ("launch.sweep", ["--config=configs/sr_256.py:tiny", "--workdir=w"], "has no sweep"),
+}  # fmt: skip
+
+
+def run(verb, *options, cwd):
+    """The finished process of a verb, run from a checkout as a user would, but with another working directory to write to."""
+    (cwd / "configs").symlink_to(ROOT / "configs")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", verb, *options], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_quick_and_succeeds(verb, tmp_path):
+    """Wrong: jax, flax or transformers imported before the command line is read (3 s of processor time, whatever else the machine does)."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run(verb, "--help", cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert "--" in done.stdout and f"python -m {verb}" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line(mistake, tmp_path):
+    """Wrong: a traceback, an exit code of 0, a line that does not name what is wrong, or something written before the mistake was found."""
+    verb, options, message = MISTAKES[mistake]
+    done = run(verb, *options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"configs"}
+
+
+def test_traceback_on_request(tmp_path, monkeypatch):
+    """Wrong: IMAGEN_JAX_TRACEBACK hides the place of an error from those who look for it."""
+    monkeypatch.setenv("IMAGEN_JAX_TRACEBACK", "1")
+    assert "Traceback" in run("imagen_jax.train", cwd=tmp_path).stderr
