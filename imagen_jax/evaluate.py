@@ -64,6 +64,8 @@ def main() -> int:
     from imagen_jax.cascade import resolve
 
     checkpoint, output = Path(resolve(args.checkpoint)), Path(args.output)
+    if not (args.follow or checkpoint.exists()):
+        raise ValueError(f"--checkpoint {checkpoint} does not exist")
     if args.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compile_cache))
     numbers = {name: args[name].value for name in ("rows", "samples", "bins", "batch_size", "seed", "lowres_from")}

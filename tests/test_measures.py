@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from imagen_jax import measures
+from imagen_jax.data.transforms import shrink
 from imagen_jax.diffusion import process, schedule
 from imagen_jax.stage import Stage, to_unit
+from tests.data import synthetic
 
 N, SIZE, LOW, BINS = 11, 8, 4, 4
 WRONG_TEXT, NO_TEXT, WRONG_LOWRES, GREY_LOWRES = 0.5, 0.25, 0.125, 0.0625
@@ -16,7 +18,8 @@ WRONG_TEXT, NO_TEXT, WRONG_LOWRES, GREY_LOWRES = 0.5, 0.25, 0.125, 0.0625
 class Toy(Stage):
     """Row i is marked by the number 10 * (i + 1) in its image, its text and its low-res image; the loss adds up what is wrong with them.
 
-    Loss = 2 t + 100 eps + (low-res level) + a known amount for a foreign or missing text or low-res image. A sample shows its text's number.
+    Loss = 2 t + 100 eps + (low-res level) + a known amount for a foreign or missing text or low-res image. A sample shows its text's number,
+    with a little noise from its key.
     """
 
     name, text_dim, image_size, lowres_size, crop_size, prediction = "toy", 1, SIZE, LOW, 0, "eps"
@@ -41,11 +44,12 @@ class Toy(Stage):
         return loss + jnp.where(low == 128, GREY_LOWRES, jnp.where(low == mark, 0.0, WRONG_LOWRES))
 
     def sample(self, params, keys, batch, sampling):
-        return jnp.ones((keys.shape[0], SIZE, SIZE, 3)) * to_unit(batch["text"][:, 0, 0])[:, None, None, None]
+        noise = jax.vmap(lambda key: jax.random.normal(key, (SIZE, SIZE, 3)))(keys)
+        return to_unit(batch["text"][:, 0, 0])[:, None, None, None] + noise / 100
 
 
 class Base(Toy):
-    """Not told any low-res image, and an `eps` that is off by a known `error`."""
+    """A base stage that is told nothing and predicts `eps` with a known `error`."""
 
     name, lowres_size = "base", 0
 
@@ -133,6 +137,15 @@ def test_numbers_do_not_depend_on_the_batch_size(toy):
     assert np.abs(evaluation(seed=1).errors("loss", "heldout") - toy.errors("loss", "heldout")).max() > 1
 
 
+def test_controls_start_from_the_noise_of_the_right_samples(toy):
+    """Catches noise that differs with the condition, which would blur every comparison, and one noise for all rows."""
+    rows = toy.data.wholes("heldout")
+    mark = rows.batch["image"].astype(int)
+    noise = toy.samples("heldout") - mark
+    np.testing.assert_array_equal(toy.samples("heldout", "shuffled") - mark[rows.other], noise)
+    assert len(np.unique(noise.reshape(N, -1), axis=0)) == N
+
+
 def test_retrieval_counts_the_captioned_image_of_its_own_split(toy):
     """Catches the held-out images' place in the gallery counted from 0, and controls drawn from the right text."""
     found = measures.retrieved(toy)
@@ -141,6 +154,60 @@ def test_retrieval_counts_the_captioned_image_of_its_own_split(toy):
         assert found[split]["shuffled"]["top1"]["hits"] == 0
     # Null text draws black: nearest are the marks 10, 18, 20, 28, 30, of which train has three.
     assert [found[split]["null"]["top5"]["hits"] for split in ("train", "heldout")] == [3, 2]
+
+
+class Drawn(measures.Evaluation):
+    """Samples that are the captioned text's image itself, textured; x-hat with a squared error of 0.3."""
+
+    def samples(self, split, text="right"):
+        rows = self.data.wholes(split)
+        return {"right": rows.batch["image"], "shuffled": rows.batch["image"][rows.other], "null": np.zeros_like(rows.batch["image"])}[text]
+
+    def errors(self, kind, split, **condition):
+        assert kind == "x-hat"
+        return np.full((N, BINS), 0.3)
+
+
+class Textured(Marked):
+    def crops(self, split):
+        image = np.random.default_rng(0).integers(0, 256, (N, SIZE, SIZE, 3), np.uint8)
+        changed = {"image": image, "lowres": np.stack([shrink(i, LOW) for i in image])}
+        return measures.Rows(split, super().crops(split).batch | changed, 5)
+
+    wholes = crops
+
+
+def test_super_resolution_is_held_against_bicubic_and_its_input(toy):
+    """Catches gains of the wrong sign, samples held against the wrong low-res image, and controls that count as right."""
+    e = Drawn(toy.probe, Textured(), {})
+    found = measures.detail(e)
+    assert found["right"]["own"]["mean"] == pytest.approx(1.0, abs=1e-5) and found["right"]["top1"]["hits"] == N
+    assert found["shuffled"]["top1"]["hits"] == 0
+    assert found["right_minus_shuffled"]["mean"] == pytest.approx(1.0 - found["shuffled"]["own"]["mean"])
+    shrunk = measures.consistency(e)
+    assert shrunk["samples"]["mae"]["mean"] == 0.0 < shrunk["bicubic"]["mae"]["mean"] < 40
+    denoised = measures.denoising(e)
+    assert denoised["bicubic"]["mean"] > 0.1
+    for level in ("drawn", "clean"):
+        assert denoised[level]["gain"]["overall"]["mean"] == pytest.approx(denoised["bicubic"]["mean"] - 0.3)
+
+
+def test_gallery_holds_every_image_once_where_it_is_looked_for(tmp_path, monkeypatch):
+    """Catches splits in another order than counted, rows lost between chunks, and the nearest image fetched from the wrong split."""
+    monkeypatch.setattr(measures, "_CHUNK", 4)
+    synthetic.write_prepared(tmp_path, images=9, size=SIZE, heldout=3)
+    sizes = {"image_size": SIZE, "lowres_size": LOW, "crop_size": LOW, "text_length": synthetic.TEXT_LENGTH}
+    data_cfg = sizes | {"path": str(tmp_path), "flip": False, "caption": "first", "workers": 0, "cache_mib": 0}
+    data = measures.Data(data_cfg, measures.Settings(rows=5, samples=3, bins=1, batch_size=1, seed=0, sampling={}))
+    for _ in range(2):  # read, then kept
+        gallery = np.concatenate(list(data.gallery()))
+        blue = [*range(9), 100, 101, 102]  # how synthetic images are told apart
+        assert gallery[:, 0, 0, 2].tolist() == blue
+    assert [image[0, 0, 2] for image in data.gallery_images(np.array([11, 8, 0]))] == [102, 8, 0]
+    index = data.wholes("heldout").batch["index"]
+    assert gallery[data.gallery_row("heldout", index)][:, 0, 0, 2].tolist() == (100 + index).tolist()
+    assert data.wholes("train").batch["image"].shape == (3, SIZE, SIZE, 3) and data.crops("train").batch["image"].shape == (5, LOW, LOW, 3)
+    assert set(data.wholes("train").batch["index"]) <= set(data.crops("train").batch["index"].tolist())
 
 
 @pytest.mark.parametrize("t, size", [(0.2, 0.5), (0.5, 0.1)])
