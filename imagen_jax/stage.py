@@ -4,18 +4,20 @@ The only place that turns a config into objects. Config sub-dicts go straight in
 """
 
 import dataclasses
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
+from imagen_jax import sharding
 from imagen_jax.diffusion import conditioning, loss, sampler
 from imagen_jax.diffusion.process import PREDICTIONS
 from imagen_jax.diffusion.schedule import SCHEDULES, Schedule
 from imagen_jax.models.efficient_unet import EfficientUNet
-from imagen_jax.models.layers import Constrain, identity
+from imagen_jax.models.layers import identity
 from imagen_jax.models.unet import UNet
 
 FAMILIES = {"unet": UNet, "efficient_unet": EfficientUNet}
@@ -40,6 +42,7 @@ class Stage:
     text_dim: int
     text_length: int
     sampling: Mapping[str, Any]
+    gather: Callable[[Params], Params]
 
     @property
     def train_size(self) -> int:
@@ -79,6 +82,7 @@ class Stage:
         """The network as a denoise_fn(z, logsnr, cond); with a `dropout_key`, in training mode."""
         train = dropout_key is not None
         rngs = {"dropout": dropout_key} if train else None
+        params = self.gather(params)
         return lambda z, logsnr, cond: self.model.apply({"params": params}, z, logsnr, cond, train, rngs=rngs)
 
     def per_sample_loss(
@@ -121,8 +125,8 @@ def to_uint8(x: Float[Array, "*d"]) -> Array:
     return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def create_stage(config: Mapping[str, Any], constrain: Constrain = identity) -> Stage:
-    """The stage a config describes. Raises ValueError naming the field that is wrong."""
+def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
+    """The stage a config describes, to run on one device or on `mesh`. Raises ValueError naming the field that is wrong."""
     model, diffusion, data, text = (dict(config[part]) for part in ("model", "diffusion", "data", "text"))
     family = model.pop("family")
     choices = {"model.family": (family, FAMILIES), "diffusion.prediction": (diffusion["prediction"], PREDICTIONS)}
@@ -139,7 +143,7 @@ def create_stage(config: Mapping[str, Any], constrain: Constrain = identity) -> 
     model["dtype"] = jnp.dtype(model["dtype"])
     return Stage(
         name=config["name"],
-        model=FAMILIES[family](**model, lowres=bool(low), constrain=constrain),
+        model=FAMILIES[family](**model, lowres=bool(low), constrain=sharding.constrain_activations(mesh) if mesh else identity),
         schedule=SCHEDULES[diffusion.pop("schedule")],
         aug_schedule=SCHEDULES[diffusion.pop("aug_schedule")],
         **diffusion,
@@ -149,4 +153,5 @@ def create_stage(config: Mapping[str, Any], constrain: Constrain = identity) -> 
         text_dim=text["dim"],
         text_length=data["text_length"],
         sampling=dict(config["sampling"]),
+        gather=sharding.gather_parameters(mesh) if mesh else identity,
     )

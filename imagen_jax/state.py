@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
 
 from imagen_jax.sharding import tree_shardings
 from imagen_jax.stage import Stage
@@ -15,13 +14,16 @@ from imagen_jax.stage import Stage
 
 @flax.struct.dataclass
 class TrainState:
-    """All a run carries from step to step. Neither PRNG nor data position: both are functions of (seed, step)."""
+    """All a run carries from step to step. Neither PRNG nor data position: both are functions of (seed, step).
 
-    step: Int[Array, ""]  # updates done
+    The leaves are arrays, or in a state's description their shapes or shardings.
+    """
+
+    step: Any  # int32 []: updates done
     params: Any
     ema: Any
     opt_state: Any
-    bad_step: Int[Array, ""]  # the first step whose loss or gradient was not finite, or -1; sticky
+    bad_step: Any  # int32 []: the first step whose loss or gradient was not finite, or -1; sticky
 
 
 def initial_state(stage: Stage, optimizer: optax.GradientTransformation, seed: int) -> TrainState:

@@ -61,7 +61,7 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         loss, grads = loss_and_grad(stage, state.params, batch, key, optim["accumulation"])
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -73,8 +73,8 @@ def make_step(
             "loss": loss,
             "optim/lr": rate(state.step),
             "norm/grad": grad_norm,
-            "norm/update": optax.global_norm(updates),
-            "norm/params": optax.global_norm(params),
+            "norm/update": optax.tree.norm(updates),
+            "norm/params": optax.tree.norm(params),
             "bad_step": bad_step,
         }
         new = TrainState(state.step + 1, keep(params, state.params), keep(ema, state.ema), keep(opt_state, state.opt_state), bad_step)

@@ -160,7 +160,7 @@ class Run:
         data = Prepared(config["data"]["path"])
         if config["text"]["dim"]:
             data.check_text(config["text"]["dim"], config["data"]["text_length"])
-        stage = create_stage(config, sharding.constrain_activations(mesh))
+        stage = create_stage(config, mesh)
         steps = config["train"]["steps"]
         optimizer = optim.make_optimizer(config["optim"], steps)
         rules, min_elements = config["mesh"]["rules"], config["mesh"]["fsdp_min_elements"]

@@ -121,7 +121,7 @@ def test_full_size_step_traces_on_256_devices(name):
     fsdp, total, seed = config["mesh"]["fsdp"], config["train"]["steps"], config["seed"]
     shape = config["mesh"] | {"data": 256 // fsdp}
     mesh = AbstractMesh(tuple(shape[axis] for axis in sharding.AXES), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
-    stage = create_stage(config, sharding.constrain_activations(mesh))
+    stage = create_stage(config, mesh)
     optimizer = optim.make_optimizer(config["optim"], total)
     abstract, shardings = state.abstract_state(stage, optimizer, mesh, config["mesh"]["rules"], config["mesh"]["fsdp_min_elements"])
     rows = sharding.batch_sharding(mesh)

@@ -54,9 +54,9 @@ def batch(stage: Stage, b: int, seed: int = 0) -> dict[str, np.ndarray]:
     return made
 
 
-def stage_and_step(made: dict, constrain=lambda h: h):
+def stage_and_step(made: dict, mesh=None):
     """(stage, optimizer, step) of a config."""
-    stage = create_stage(made, constrain)
+    stage = create_stage(made, mesh)
     optimizer = optim.make_optimizer(made["optim"], made["train"]["steps"])
     rate = optim.learning_rate(made["optim"], made["train"]["steps"])
     return stage, optimizer, make_step(stage, optimizer, rate, made["optim"], made["seed"])

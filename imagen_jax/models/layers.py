@@ -11,9 +11,9 @@ Dtype = Any
 Constrain = Callable[[Array], Array]
 
 
-def identity(h: Array) -> Array:
-    """The `constrain` of a model on one device: leaves the layout of an activation to the compiler."""
-    return h
+def identity(tree: Any) -> Any:
+    """The `constrain` of a model on one device: leaves the layout to the compiler."""
+    return tree
 
 
 def group_norm(features: int, dtype: Dtype, name: str) -> nn.GroupNorm:
