@@ -281,7 +281,7 @@ def export_params(params: Tree, meta: Mapping[str, Any], path: str | os.PathLike
         if not jax.numpy.issubdtype(leaf.dtype, np.floating):
             raise ValueError(f"leaf {name} is {leaf.dtype}; an export holds floating point parameters only")
         arrays[name] = np.ascontiguousarray(leaf, dtype=ml_dtypes.bfloat16).reshape(leaf.shape)
-    document = json.loads(_json({"format_version": FORMAT_VERSION} | dict(meta)))
+    document = json.loads(_json(dict(meta) | {"format_version": FORMAT_VERSION}))
     header = _json({"meta": document, "sha256": _export_digest(arrays, document)})
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_name(f"{path.name}.writing-{os.getpid()}")

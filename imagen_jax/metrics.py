@@ -123,12 +123,10 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def _scalar(name: str, value: Any) -> int | float:
     if isinstance(value, int):
         return int(value)
-    if np.ndim(value) != 0:
-        raise ValueError(f"metric {name} has shape {list(np.shape(value))}; it must be a scalar")
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"metric {name} is {value!r}; it must be a number") from error
+        raise ValueError(f"metric {name} is {value!r}; it must be one number") from error
 
 
 class StepClock:

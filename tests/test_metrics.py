@@ -47,7 +47,7 @@ def test_resume_drops_later_rows_and_only_those(tmp_path):
     assert steps_of(tmp_path) == [1]
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 4, "lo', b'{"step": 4', b"4", b"\xff\x00\x00", b"null"])
+@pytest.mark.parametrize("torn", [b'{"step": 4, "lo', b'{"step": 4', b"4", b"\xff\x00\x00", b"null", b'{"loss": 1}'])
 def test_torn_last_line_is_dropped(tmp_path, torn):
     """Catches a reader that raises on a line cut short by a kill, and a writer that appends the next row to its stump."""
     write(tmp_path, 0, [1, 2, 3])
@@ -138,7 +138,7 @@ def test_image_is_written_as_png(tmp_path):
 def test_values_that_are_no_scalars_are_refused(tmp_path):
     """Catches an array or a text slipping into the record, and a refused row leaving a part of itself."""
     writer = MetricsWriter(tmp_path, 0)
-    for bad in (np.zeros(2), "text", None):
+    for bad in (np.zeros(2), np.zeros(1), "text", None):
         with pytest.raises(ValueError, match="metric grad/norm"):
             writer.scalars(1, {"loss": 1.0, "grad/norm": bad})
     writer.close()
