@@ -228,8 +228,8 @@ class Evaluation:
     def __init__(self, probe: Probe, data: Data, params: Params):
         self.probe, self.data, self.stage = probe, data, probe.stage
         self.texts = TEXTS if probe.stage.text_dim else TEXTS[:1]
-        edges = probe.stage.schedule(jnp.linspace(0.0, 1.0, probe.settings.bins + 1))
-        self.by_bin = functools.partial(noise_bins.by_bin, logsnr_edges=np.asarray(edges))
+        logsnr = probe.stage.schedule(jnp.linspace(0.0, 1.0, 2 * probe.settings.bins + 1))
+        self.by_bin = functools.partial(noise_bins.by_bin, logsnr=np.asarray(logsnr))
         self._params = probe.place(params)
         self._known: dict[Hashable, Any] = {}
 

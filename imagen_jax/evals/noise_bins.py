@@ -11,19 +11,21 @@ from imagen_jax.evals.statistics import summary
 
 def by_bin(
     values: Float[np.ndarray, "n k"],
-    logsnr_edges: Float[np.ndarray, " k1"],
+    logsnr: Float[np.ndarray, " k2"],
     describe: Callable[[np.ndarray], dict[str, Any]] = summary,
 ) -> dict[str, Any]:
-    """{"overall": ..., "bins": [{"t": [from, to], "logsnr": [from, to], ...}, ...]} of values[image, bin], bin i being t in [i/k, (i+1)/k].
+    """{"overall": ..., "bins": [{"t": [from, to], "logsnr": [from, to], "logsnr_centre", ...}, ...]} of values[image, bin].
 
-    "overall" describes each image's mean over the bins, which estimates the training loss (t uniform); as the bins of an image are
-    not independent, its error comes from the images alone. `logsnr_edges` are the log-SNR at t = 0, 1/k ... 1.
+    Bin i is t in [i/k, (i+1)/k]; `logsnr` is the log-SNR at the 2k + 1 times that begin, halve and end the bins.
+
+    "overall" describes each image's mean over the bins, which for losses estimates the training loss (t uniform); as the bins of an
+    image are not independent, its error comes from the images alone.
     """
     k = values.shape[1]
-    if len(logsnr_edges) != k + 1:
-        raise ValueError(f"{k} bins have {k + 1} edges, not {len(logsnr_edges)}")
-    bins = [
-        {"t": [i / k, (i + 1) / k], "logsnr": [float(logsnr_edges[i]), float(logsnr_edges[i + 1])]} | describe(values[:, i])
-        for i in range(k)
-    ]
+    if len(logsnr) != 2 * k + 1:
+        raise ValueError(f"{k} bins have {2 * k + 1} edges and centres, not {len(logsnr)}")
+    bins = []
+    for i in range(k):
+        start, centre, end = (float(x) for x in logsnr[2 * i : 2 * i + 3])
+        bins.append({"t": [i / k, (i + 1) / k], "logsnr": [start, end], "logsnr_centre": centre} | describe(values[:, i]))
     return {"overall": describe(values.mean(axis=1)), "bins": bins}

@@ -98,8 +98,8 @@ def loss_plot(measures: Result) -> bytes:
     for axes, (title, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves):
         for name, curve in lines.items():
             known = [b for b in curve["bins"] if b["mean"] is not None]
-            centre = [sum(b["logsnr"]) / 2 for b in known]
-            axes.errorbar(centre, [b["mean"] for b in known], yerr=[b["se"] or 0.0 for b in known], label=name, marker="o", markersize=3, capsize=2)
+            x, y, error = ([b[key] or 0.0 for b in known] for key in ("logsnr_centre", "mean", "se"))
+            axes.errorbar(x, y, yerr=error, label=name, marker="o", markersize=3, capsize=2)
         axes.set(title=title, xlabel="log-SNR")
         axes.legend()
     buffer = io.BytesIO()

@@ -41,10 +41,11 @@ def test_the_undefined_is_null_in_json():
 def test_overall_error_takes_an_image_as_one_value():
     """Catches all n * k values taken as independent: bins of an image share its content, here completely."""
     values = np.repeat(np.array([[1.0], [2.0], [6.0]]), 4, axis=1)
-    found = noise_bins.by_bin(values, np.array([20.0, 5.0, 0.0, -5.0, -20.0]))
+    found = noise_bins.by_bin(values, np.array([20.0, 6.0, 4.0, 2.0, 0.0, -2.0, -4.0, -6.0, -20.0]))
     assert found["overall"] == {"mean": 3.0, "se": pytest.approx(np.sqrt(7.0 / 3)), "n": 3}
-    assert found["bins"][1] == {"t": [0.25, 0.5], "logsnr": [5.0, 0.0], "mean": 3.0, "se": pytest.approx(np.sqrt(7.0 / 3)), "n": 3}
-    with pytest.raises(ValueError, match="4 bins have 5 edges"):
+    level = {"t": [0.25, 0.5], "logsnr": [4.0, 0.0], "logsnr_centre": 2.0}
+    assert found["bins"][1] == level | {"mean": 3.0, "se": pytest.approx(np.sqrt(7.0 / 3)), "n": 3}
+    with pytest.raises(ValueError, match="4 bins have 9 edges and centres"):
         noise_bins.by_bin(values, np.zeros(4))
 
 
