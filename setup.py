@@ -36,6 +36,7 @@ setup(
         "importlib_resources>=6.0",  # tensorflow-datasets imports it when it writes a data set
         "jax>=0.10.2,<0.13",
         "jaxtyping>=0.3.6",
+        "matplotlib>=3.9",
         "ml_collections>=1.1.0",
         "ml_dtypes>=0.5.0",
         "numpy>=2.0",

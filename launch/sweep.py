@@ -30,7 +30,7 @@ EVALUATE_FLAGS = {
     "w": "w", "steps": "steps", "method": "sampler", "aug_level": "aug_level",
     "threshold": "threshold", "percentile": "percentile", "gamma": "gamma",
 }  # fmt: skip
-# Columns of the table: (name, place in evaluation.json under "measures", whether less is better). SPLIT: heldout, if there is one.
+# Columns of the table: (name, place in evaluation.json, whether less is better). SPLIT: heldout, if there is one.
 COLUMNS = (
     ("loss", "loss.SPLIT.overall.mean", True),  # comparable where noise, prediction and augmentation are the same in all arms
     ("error of x-hat from a clean low-res image", "denoising.clean.x_hat.overall.mean", True),
@@ -109,8 +109,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     parser.add_argument("--seeds", default="0", help="comma-separated; every arm runs once for each")
     parser.add_argument("--checkpoint", default="", help="evaluate this trained model in every arm; for ablations of sampling")
     parser.add_argument("--measures", default="", help="of imagen_jax.evaluate, comma-separated; default: all that apply")
-    parser.add_argument("--rows", type=int, default=256, help="images a split whose losses are taken")
-    parser.add_argument("--samples", type=int, default=256, help="images a split that samples are drawn for")
+    parser.add_argument("--rows", type=int, default=256, help="images a split to measure on")
+    parser.add_argument("--samples", type=int, default=0, help="images a split that samples are drawn for; 0: as many as --rows")
     parser.add_argument("--dry_run", action="store_true", help="only list the processes and whether they are finished")
     args, rest = parser.parse_known_args(argv)
     shared = {}
@@ -239,7 +239,7 @@ def reached_last_step(workdir: Path) -> bool:
 
 
 def read_evaluations(workdir: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-    """{arm: one evaluation a seed}: {"measures": as in evaluation.json, "rows": {place: value of each row} if evaluate wrote them}."""
+    """{arm: one evaluation a seed}: {"measures": evaluation.json, "rows": {place: value of each row} if evaluate wrote them}."""
     found: dict[str, list[dict[str, Any]]] = {}
     for arm in arms:
         for seed in seeds:
@@ -248,8 +248,7 @@ def read_evaluations(workdir: Path, arms: Sequence[Arm], seeds: Sequence[int]) -
             if (directory / "rows.npz").exists():
                 with np.load(directory / "rows.npz") as file:
                     rows = {name: file[name] for name in file.files}
-            measures = json.loads((directory / "evaluation.json").read_text())["measures"]
-            found.setdefault(arm.name, []).append({"measures": measures, "rows": rows})
+            found.setdefault(arm.name, []).append({"measures": json.loads((directory / "evaluation.json").read_text()), "rows": rows})
     return found
 
 

@@ -101,7 +101,7 @@ def test_finished_steps_are_not_run_again(ablation, tmp_path, monkeypatch, capsy
             raise ValueError("out of memory")
         step.directory.mkdir(parents=True)
         if step.label.startswith("evaluate"):
-            (step.directory / "evaluation.json").write_text(json.dumps({"measures": evaluation(0.25)["measures"]}))
+            (step.directory / "evaluation.json").write_text(json.dumps(evaluation(0.25)["measures"]))
         (step.directory / sweep.FINISHED).write_text(json.dumps(step.command[1:]))
 
     monkeypatch.setattr(sweep, "execute", execute)
