@@ -247,7 +247,7 @@ def read_evaluations(workdir: Path, arms: Sequence[Arm], seeds: Sequence[int]) -
             rows = {}
             if (directory / "rows.npz").exists():
                 with np.load(directory / "rows.npz") as file:
-                    rows = {name: file[name] for name in file.files}
+                    rows = {name: file[name].astype(float) for name in file.files}  # hits are booleans
             found.setdefault(arm.name, []).append({"measures": json.loads((directory / "evaluation.json").read_text()), "rows": rows})
     return found
 
@@ -290,7 +290,7 @@ def against(these: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str,
     return out | {
         "difference": statistics.mean(differences),
         "se_seeds": standard_error(differences),
-        "se_rows": standard_error(np.concatenate(by_row).astype(float).tolist()) if by_row else None,
+        "se_rows": standard_error(np.concatenate(by_row).tolist()) if by_row else None,
     }
 
 

@@ -132,6 +132,21 @@ def test_differences_are_paired_by_row():
     assert found["b"]["se_seeds"] is None
 
 
+def test_evaluations_are_read_with_their_rows(tmp_path):
+    """Wrong: hits, which are booleans, cannot be subtracted; an evaluation without rows is an error."""
+    for name, hits in {"a": [True, False], "b": [True, True], "c": None}.items():
+        directory = tmp_path / name / "seed_4" / "evaluation"
+        directory.mkdir(parents=True)
+        rate = {"retrieval": {"heldout": {"right": {"top5": {"rate": float(np.mean(hits or 0))}}}}}
+        (directory / "evaluation.json").write_text(json.dumps(rate))
+        if hits:
+            np.savez(directory / "rows.npz", **{"retrieval.heldout.right.top5.rate": np.array(hits)})
+    arms = [sweep.Arm(name, {}) for name in "abc"]
+    found = sweep.compare(arms, [4], sweep.read_evaluations(tmp_path, arms, [4]))["columns"][0]["arms"]
+    assert found["b"]["difference"] == found["b"]["se_rows"] == 0.5
+    assert found["c"]["se_rows"] is None
+
+
 def test_table_shows_every_arm():
     """Wrong: an arm without a measure, or a lone seed, breaks the table."""
     arms = [sweep.Arm("reference", {}), sweep.Arm("b", {"optim.lr": 1.0}), sweep.Arm("no_loss", {})]
