@@ -44,6 +44,7 @@ setup(
         "orbax-checkpoint==0.12.8",  # its v1 interface is still experimental: one version, tested
         "Pillow>=11.0",
         "safetensors>=0.8.0",
+        "sentencepiece>=0.2.1",  # tokenizers that are published as spiece.model alone, T5-XXL's among them
         "tensorboardX>=2.6.4",
         "tensorflow-datasets>=4.9.10",  # without TensorFlow: only its readers and writers of ArrayRecord
         "tqdm>=4.66",
@@ -52,7 +53,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda12": ["jax[cuda12]>=0.10.2,<0.13"],
-        "test": ["beartype>=0.22", "pytest>=8.3", "pytest-timeout>=2.4", "pytest-xdist>=3.6", "sentencepiece>=0.2.1"],
+        "test": ["beartype>=0.22", "pytest>=8.3", "pytest-timeout>=2.4", "pytest-xdist>=3.6"],
         "parity": ["torch==2.13.0"],
     },
 )
