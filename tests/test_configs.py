@@ -7,7 +7,7 @@ import pathlib
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from imagen_jax import optim, sharding, state, step
 from imagen_jax.stage import create_stage
@@ -23,7 +23,7 @@ VARIANTS = {
     "ablations.noise_augmentation": ("", *SMALL),
     "ablations.text_conditioning": ("", *SMALL),
 }
-CASCADES = {"cascade"}  # configs of sampling: they name checkpoints, and describe no network
+CASCADES = {"cascade"}  # names checkpoints and describes no network of its own
 ABLATIONS = [name for name in VARIANTS if name.startswith("ablations.")]
 COUNTS = {
     ("base_64", ""): 2_263_431_171,
@@ -113,17 +113,29 @@ def test_paper_hyperparameters(name, expected):
     assert {field: fields[field] for field in common | expected} == common | expected
 
 
+@pytest.mark.parametrize("arg", ("", "demo"))
+def test_cascade_sets_what_its_stages_sample_with(arg):
+    """Wrong: a cascade that lacks a sampling field of its stages or has one of its own; an unlocked or mistyped cascade."""
+    cascade = module("cascade").get_config(arg)
+    for stage, name in {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}.items():
+        assert set(cascade[stage].sampling) == set(module(name).get_config(arg).sampling)
+    with pytest.raises((AttributeError, KeyError), match="locked|does not exist"):
+        cascade.base.sampling.guidance = 1.0
+    with pytest.raises(ValueError, match="demp.*demo"):
+        module("cascade").get_config("demp")
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["base_64", "sr_256", "sr_1024"])
-def test_full_size_step_traces_on_256_devices(name):
+def test_full_size_step_traces_on_eight_devices(name):
     """Wrong: a network, a rule or a step that works at test size only; state that is not split over `fsdp`; output placed elsewhere than input."""
     config = resolved(module(name).get_config())
-    fsdp, total, seed = config["mesh"]["fsdp"], config["train"]["steps"], config["seed"]
-    shape = config["mesh"] | {"data": 256 // fsdp}
-    mesh = AbstractMesh(tuple(shape[axis] for axis in sharding.AXES), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+    fsdp, total, seed = 4, config["train"]["steps"], config["seed"]
+    mesh = sharding.make_mesh(config["mesh"] | {"fsdp": fsdp})
     stage = create_stage(config, mesh)
     optimizer = optim.make_optimizer(config["optim"], total)
-    abstract, shardings = state.abstract_state(stage, optimizer, mesh, config["mesh"]["rules"], config["mesh"]["fsdp_min_elements"])
+    rules = [tuple(rule) for rule in config["mesh"]["rules"]]
+    abstract, shardings = state.abstract_state(stage, optimizer, mesh, rules, config["mesh"]["fsdp_min_elements"])
     rows = sharding.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(*shape, sharding=rows) for name, shape in stage.batch_shapes(config["data"]["batch_size"]).items()}
     train_step = step.make_step(stage, optimizer, optim.learning_rate(config["optim"], total), config["optim"], seed)
