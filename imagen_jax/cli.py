@@ -1,16 +1,21 @@
-"""What every verb's command line has in common: errors of the user's making end in one line, not in a traceback."""
+"""What every verb's command line has in common: errors of the user's making end in one line, not in a traceback; logging; the compile cache."""
 
+import logging
 import os
 import sys
 from typing import Callable
 
-from absl import app
+from absl import app, flags
+
+
+COMPILE_CACHE = flags.DEFINE_string("compile_cache", "~/.cache/imagen_jax", "directory of compiled programs, empty for none")
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Parses absl flags, calls `main` and exits with what it returns (None: 0).
 
-    A ValueError, a missing file, a loss that is not finite or the like is printed as one line and exits with 2; IMAGEN_JAX_TRACEBACK=1 shows the traceback.
+    A ValueError, a missing file, a loss that is not finite or the like is printed as one line and exits with 2; IMAGEN_JAX_TRACEBACK=1
+    shows the traceback.
     """
 
     def guarded(argv):
@@ -23,12 +28,37 @@ def run(main: Callable[[], int | None]) -> None:
         except (ValueError, OSError, FloatingPointError) as error:
             if os.environ.get("IMAGEN_JAX_TRACEBACK"):
                 raise
-            return fail(" ".join(str(error).split()))
+            return fail(str(error))
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=parse)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Flags and the config file they name; what is wrong with either is one line."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError, SyntaxError) as error:
+        if os.environ.get("IMAGEN_JAX_TRACEBACK"):
+            raise
+        sys.exit(fail(str(error)))
 
 
 def fail(message: str, code: int = 2) -> int:
-    """Prints `error: message` on standard error and returns the exit code."""
-    print(f"error: {message}", file=sys.stderr)
+    """Prints `error: message`, on one line, on standard error and returns the exit code."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def log_to_stderr() -> None:
+    """The package's log at INFO, everything else at WARNING: orbax reports every file at INFO."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("imagen_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+def use_compile_cache() -> None:
+    """Compiled programs are kept in --compile_cache and found there again."""
+    if COMPILE_CACHE.value:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILE_CACHE.value))

@@ -3,7 +3,7 @@
     python -m imagen_jax.evaluate --checkpoint WORKDIR --data PREPARED --output DIR
 
 Writes DIR/evaluation.json with every number and where it comes from, DIR/loss.png, and, where samples are drawn, contact sheets and
-samples.npz. With --follow it does so for every checkpoint of a running workdir, in DIR/<step>/, one line each in
+samples.npz; rows.npz has the values that means were taken of. With --follow it does so for every checkpoint of a running workdir, in DIR/<step>/, one line each in
 DIR/evaluations.jsonl. The measures are described in imagen_jax/measures.py.
 """
 
@@ -43,34 +43,31 @@ def define_flags() -> None:
     flags.DEFINE_float("w", None, "guidance weight, instead of the checkpoint's config")
     flags.DEFINE_integer("steps", None, "sampling steps, likewise")
     flags.DEFINE_string("sampler", None, "ancestral or ddim, likewise")
+    flags.DEFINE_float("gamma", None, "mix of the ancestral sampler's variances, 0 to 1, likewise")
+    flags.DEFINE_string("threshold", None, "none, static or dynamic, likewise")
+    flags.DEFINE_float("percentile", None, "of dynamic thresholding, 0 to 100, likewise")
     flags.DEFINE_float("aug_level", None, "noise of the low-res image when sampling, 0 to 1, likewise")
     flags.DEFINE_string("lowres_from", "", "samples.npz of the stage before: draw from its samples instead of true low-res images")
     flags.DEFINE_bool("follow", False, "evaluate each checkpoint of a running workdir as it appears, until the run is finished")
     flags.DEFINE_float("follow_minutes", 0.0, "stop following after this long; 0: no limit")
-    flags.DEFINE_string("compile_cache", "~/.cache/imagen_jax", "directory of compiled programs, empty for none")
 
 
 def main() -> int:
     args = flags.FLAGS
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("imagen_jax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file at INFO
+    cli.log_to_stderr()
     if not (args.checkpoint and args.data and args.output):
         raise ValueError("--checkpoint, --data and --output are all needed")
     if args.lowres_from and not Path(args.lowres_from).is_file():
         raise ValueError(f"--lowres_from {args.lowres_from} does not exist")
-    import jax
-
     from imagen_jax.cascade import resolve
 
     checkpoint, output = Path(resolve(args.checkpoint)), Path(args.output)
     if not (args.follow or checkpoint.exists()):
         raise ValueError(f"--checkpoint {checkpoint} does not exist")
-    if args.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compile_cache))
+    cli.use_compile_cache()
     numbers = {name: args[name].value for name in ("rows", "samples", "bins", "batch_size", "seed", "lowres_from")}
     numbers["samples"] = numbers["samples"] or numbers["rows"]
-    overrides = {"w": args.w, "steps": args.steps, "method": args.sampler, "aug_level": args.aug_level}
+    overrides = {"method": args.sampler} | {name: args[name].value for name in ("w", "steps", "gamma", "threshold", "percentile", "aug_level")}
     evaluator = Evaluator(args.data, args.which, args.measures, numbers, {k: v for k, v in overrides.items() if v is not None})
     if args.follow:
         follow(evaluator.run, checkpoint, output, args.follow_minutes)
@@ -108,6 +105,7 @@ class Evaluator:
             write_atomically(output / "loss.png", report.loss_plot(found))
         if "retrieval" in found:
             write_samples(evaluation, output)
+        write_atomically(output / "rows.npz", compressed(measures.row_values(evaluation, self._chosen)))
         write_atomically(output / "evaluation.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
         print(f"{result['stage']}, step {result['step']}\n{report.table(found)}\nall in {output / 'evaluation.json'}")
         return result
@@ -168,8 +166,6 @@ def fingerprint(checkpoint: Path, step: int) -> str:
 
 def write_samples(evaluation: Any, output: Path) -> None:
     """samples.npz (for --lowres_from, and to look at) and a contact sheet a split: the true image, what was drawn, the nearest image."""
-    import io
-
     import numpy as np
 
     from imagen_jax.data.records import write_atomically
@@ -187,9 +183,18 @@ def write_samples(evaluation: Any, output: Path) -> None:
         cells = [[enlarge(image, cell) for image in [*(column[i] for column in columns.values()), near]] for i, near in zip(shown, nearest)]
         captions = [data.caption(rows.batch["caption_id"][i].item()) for i in shown]
         write_png(output / f"samples_{split}.png", contact_sheet(captions, cells, [*columns, "nearest"], cell))
+    write_atomically(output / "samples.npz", compressed(arrays))
+
+
+def compressed(arrays: Mapping[str, Any]) -> bytes:
+    """The content of an .npz file."""
+    import io
+
+    import numpy as np
+
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
-    write_atomically(output / "samples.npz", content.getvalue())
+    return content.getvalue()
 
 
 def follow(run: Callable[[Path, Path], dict[str, Any]], workdir: Path, output: Path, minutes: float, poll_s: float = POLL_S) -> None:

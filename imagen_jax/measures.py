@@ -346,6 +346,20 @@ def retrieved(e: Evaluation) -> dict[str, Any]:
     return out
 
 
+def row_values(e: Evaluation, chosen: list[str]) -> dict[str, np.ndarray]:
+    """{place of a mean in the result, dotted: the values of the rows it is the mean of}, so that two evaluations can be compared in pairs."""
+    out = {}
+    if "loss" in chosen:
+        out |= {f"loss.{split}.overall.mean": e.errors("loss", split).mean(axis=1) for split in e.data.counts}
+    if "denoising" in chosen:
+        out |= {f"denoising.{level}.x_hat.overall.mean": e.errors("x-hat", e.data.heldout, level=level).mean(axis=1) for level in LEVELS}
+    if "retrieval" in chosen:
+        for (split, text), distance in e.distances().items():
+            rank = retrieval.ranks(distance, e.data.gallery_row(split, e.data.wholes(split).batch["index"]))
+            out |= {f"retrieval.{split}.{text}.top{k}.rate": rank <= k for k in (1, 5)}
+    return out
+
+
 MEASURES: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
     "loss": loss,
     "sensitivity": sensitivity,

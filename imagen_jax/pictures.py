@@ -10,17 +10,18 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+Picture = UInt8[np.ndarray, "_ _ 3"]  # each of its own height and width
 GAP = 4
 INK = (20, 20, 20)
 
 
-def enlarge(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+def enlarge(image: Picture, size: int) -> Picture:
     """Nearest-neighbour to `size` pixels high: small samples shown as they are, not smoothed."""
     width = round(image.shape[1] * size / image.shape[0])
     return np.asarray(Image.fromarray(image).resize((width, size), Image.Resampling.NEAREST))
 
 
-def grid(rows: Sequence[Sequence[UInt8[np.ndarray, "h w 3"]]], cell: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+def grid(rows: Sequence[Sequence[Picture]], cell: int) -> Picture:
     """Rows of square images, each enlarged to `cell` pixels, on white."""
     height, width = len(rows), max(len(row) for row in rows)
     canvas = np.full((height * (cell + GAP) + GAP, width * (cell + GAP) + GAP, 3), 255, np.uint8)
@@ -32,8 +33,8 @@ def grid(rows: Sequence[Sequence[UInt8[np.ndarray, "h w 3"]]], cell: int) -> UIn
 
 
 def contact_sheet(
-    captions: Sequence[str], rows: Sequence[Sequence[UInt8[np.ndarray, "h w 3"]]], headings: Sequence[str], cell: int
-) -> UInt8[np.ndarray, "h2 w2 3"]:
+    captions: Sequence[str], rows: Sequence[Sequence[Picture]], headings: Sequence[str], cell: int
+) -> Picture:
     """A table: a caption, then its images side by side under `headings`."""
     font = ImageFont.load_default(size=max(11, cell // 8))
     text_width, line = 2 * cell, int(1.3 * max(11, cell // 8))
@@ -50,14 +51,14 @@ def contact_sheet(
     return np.asarray(sheet)
 
 
-def png_bytes(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
+def png_bytes(image: Picture) -> bytes:
     """The image as a PNG file's content."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "h w 3"]) -> Path:
+def write_png(path: str | os.PathLike, image: Picture) -> Path:
     """Writes a PNG under its final name only when it is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

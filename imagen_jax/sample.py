@@ -28,6 +28,8 @@ REPRODUCE = flags.DEFINE_string("reproduce", "", "the JSON file of a picture to 
 
 
 def main() -> int:
+    cli.log_to_stderr()
+    cli.use_compile_cache()
     if not OUTPUT.value:
         raise ValueError("--output DIR is needed")
     if REPRODUCE.value:

@@ -139,6 +139,8 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
         raise ValueError(f"data.lowres_size={low} must divide data.image_size={image}, and a crop of {crop} must cover whole low-res pixels")
     if bool(text["dim"]) != bool(model["cond_dim"]):
         raise ValueError(f"text.dim={text['dim']} and model.cond_dim={model['cond_dim']}: both are 0 (no text) or neither is")
+    check_fields("model", model, FAMILIES[family], {"lowres", "constrain", "parent", "name"})
+    check_fields("diffusion", diffusion, ("schedule", "aug_schedule", "aug_max", "prediction", "text_drop"))
     model = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in model.items()}
     model["dtype"] = jnp.dtype(model["dtype"])
     return Stage(
@@ -155,3 +157,11 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
         sampling=dict(config["sampling"]),
         gather=sharding.gather_parameters(mesh) if mesh else identity,
     )
+
+
+def check_fields(part: str, given: Mapping[str, Any], wanted: Any, made_here: set[str] = frozenset()) -> None:
+    """Raises ValueError unless a config part has exactly the fields that are read; `wanted` is their names, or the dataclass that has them."""
+    required = set(wanted) if isinstance(wanted, tuple) else {f.name for f in dataclasses.fields(wanted)} - made_here
+    if set(given) != required:
+        missing, unknown = sorted(required - set(given)), sorted(set(given) - required)
+        raise ValueError(f"config.{part}: fields missing {missing}, unknown {unknown}")

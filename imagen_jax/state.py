@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from imagen_jax.sharding import tree_shardings
+from imagen_jax.sharding import path_name, tree_shardings
 from imagen_jax.stage import Stage
 
 
@@ -47,3 +47,15 @@ def abstract_state(
 def create_state(stage: Stage, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState) -> TrainState:
     """A fresh state, every leaf computed where it lives."""
     return jax.jit(lambda: initial_state(stage, optimizer, seed), out_shardings=shardings)()
+
+
+def with_params(state: TrainState, params: Any, shardings: TrainState) -> TrainState:
+    """`state` with other parameters, and an EMA that starts there. Raises ValueError naming the first leaf that is missing, left over or misshapen."""
+    wanted = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    found = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ValueError(f"{len(wrong)} weights do not fit the model, {name} first: {found.get(name, 'missing')} where {wanted.get(name, 'none')} is wanted")
+    place = lambda tree: jax.device_put(jax.tree.map(lambda p, old: p.astype(old.dtype), params, state.params), tree)
+    return state.replace(params=place(shardings.params), ema=place(shardings.ema))

@@ -26,32 +26,27 @@ WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoint
 OVERFIT = flags.DEFINE_integer("overfit", 0, "self-test: train this many steps on one batch, saving nothing; fails unless the loss falls to a quarter")
 PROFILE = flags.DEFINE_string("profile", "", "FIRST:COUNT, writes a profiler trace of these steps to workdir/profile")
 MINUTES = flags.DEFINE_float("minutes", 0.0, "stop after this long, saving, as if by SIGTERM; 0: no limit")
-COMPILE_CACHE = flags.DEFINE_string("compile_cache", "~/.cache/imagen_jax", "directory of compiled programs, empty for none")
+INIT_FROM = flags.DEFINE_string("init_from", "", "start a new run from these weights: a workdir, a checkpoint, an exported file, or embedded:NAME")
 
 IN_FLIGHT = 2  # steps the device may be behind the host: it never waits for work, and a signal is answered within this many steps
 log = logging.getLogger("imagen_jax.train")
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("imagen_jax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file at INFO
+    cli.log_to_stderr()
     if CONFIG.value is None or WORKDIR.value is None:
         raise ValueError("--config FILE and --workdir DIR are both needed")
     if not CONFIG.value.data.path:
         raise ValueError("--config.data.path is empty: give the directory that imagen_jax.prepare_data made")
-    import jax
-
-    if COMPILE_CACHE.value:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILE_CACHE.value))
+    cli.use_compile_cache()
     config = json.loads(CONFIG.value.to_json())
     if OVERFIT.value:
         return overfit(config, OVERFIT.value)
-    return train(config, Path(WORKDIR.value), PROFILE.value, MINUTES.value)
+    return train(config, Path(WORKDIR.value), PROFILE.value, MINUTES.value, INIT_FROM.value)
 
 
-def train(config: Mapping[str, Any], workdir: Path, profile: str = "", minutes: float = 0.0) -> int:
-    """Trains until config["train"]["steps"], a signal or the time limit; 0 if all is saved."""
+def train(config: Mapping[str, Any], workdir: Path, profile: str = "", minutes: float = 0.0, init_from: str = "") -> int:
+    """Trains until config["train"]["steps"], a signal or the time limit; 0 if all is saved. `init_from` is read if there is no checkpoint."""
     import jax
 
     from imagen_jax import checkpoint, metrics, resume
@@ -66,7 +61,7 @@ def train(config: Mapping[str, Any], workdir: Path, profile: str = "", minutes: 
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=settings["keep"])
     newest = checkpoints.latest_good()
     if newest is None:
-        state = run.fresh_state()
+        state = run.fresh_state(init_from)
     else:
         state, saved = checkpoints.restore(newest, run.abstract)
         for line in resume.check({k: saved[k] for k in run.meta}, run.meta):
@@ -187,11 +182,17 @@ class Run:
         describe(run, source)
         return run
 
-    def fresh_state(self) -> Any:
-        from imagen_jax import optim, state
+    def fresh_state(self, init_from: str = "") -> Any:
+        """State before the first step; with `init_from`, parameters and EMA are the weights stored there, which must fit."""
+        from imagen_jax import cascade, checkpoint, optim, state
 
         optimizer = optim.make_optimizer(self.config["optim"], self.config["train"]["steps"])
-        return state.create_state(self.stage, optimizer, self.config["seed"], self.shardings)
+        fresh = state.create_state(self.stage, optimizer, self.config["seed"], self.shardings)
+        if not init_from:
+            return fresh
+        params, meta = checkpoint.load_params(cascade.resolve(init_from))
+        cascade.check_encoder(meta["encoder"], self.meta["encoder"], f"{init_from} and the data")
+        return state.with_params(fresh, params, self.shardings)
 
     def abstract_batch(self) -> Mapping[str, Any]:
         """Shapes and shardings of the arrays that `place` makes."""
@@ -227,7 +228,7 @@ class Run:
 
         counts = Prepared(self.config["data"]["path"]).manifest["counts"]["images"]
         split = "heldout" if counts.get("heldout", 0) else "train"
-        rows = np.linspace(0, counts[split] - 1, min(self.config["train"]["sample_rows"], counts[split])).astype(int)
+        rows = np.linspace(0, counts[split] - 1, min(self.config["train"]["sample_rows"], counts[split])).astype(int).tolist()
         batch = pipeline.eval_rows(self.config["data"], rows, split)
         keys = jax.random.split(jax.random.key(self.config["seed"]), len(rows))
         fields = {name: batch[name] for name in ("text", "text_mask", "lowres") if name in batch}

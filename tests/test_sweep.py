@@ -1,5 +1,6 @@
 """The sweep launcher: which processes it starts, that it goes on where it stopped, and the paired comparison."""
 
+import importlib
 import json
 import signal
 import subprocess
@@ -193,3 +194,10 @@ def test_a_signal_lets_the_process_save(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
     assert (tmp_path / "saved").exists() and not (tmp_path / sweep.FINISHED).exists()
+
+
+def test_evaluate_takes_every_sampling_field():
+    """Wrong: an ablation of sampling whose option imagen_jax.evaluate does not know, found out after the training."""
+    told = subprocess.run([sys.executable, "-m", "imagen_jax.evaluate", "--help"], capture_output=True, text=True).stdout
+    assert [flag for flag in sweep.EVALUATE_FLAGS.values() if f"--{flag}:" not in told] == []
+    assert set(sweep.EVALUATE_FLAGS) == set(importlib.import_module("configs.sr_256").get_config().sampling)

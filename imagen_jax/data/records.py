@@ -77,6 +77,23 @@ def caption_features(dim: int):
     )
 
 
+@functools.cache
+def import_tfds() -> None:
+    """Makes TFDS import all that reading needs, by reading a record of each kind. To be called before threads read.
+
+    TFDS imports its parts when they are first used; two threads that do so at once wait for each other for ever.
+    """
+    import io
+
+    import ml_dtypes
+    from PIL import Image
+
+    pixel = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(pixel, "PNG")
+    parse_image(serialize_image(ImageRow(pixel.getvalue(), 1, 1, "", (0,))))
+    parse_caption(serialize_caption(CaptionRow("", np.zeros((1, 1), ml_dtypes.bfloat16))), 1)
+
+
 def serialize_image(row: ImageRow) -> bytes:
     """ImageRow -> the bytes of its record."""
     return _canonical(image_features().serialize_example(dataclasses.asdict(row)))
@@ -87,6 +104,21 @@ def serialize_caption(row: CaptionRow) -> bytes:
     length, dim = row.embedding.shape
     example = {"text": row.text, "embedding": row.embedding, "length": length}
     return _canonical(caption_features(dim).serialize_example(example))
+
+
+def parse_image(record: bytes) -> ImageRow:
+    """Inverse of `serialize_image`; the image stays encoded."""
+    import tensorflow_datasets as tfds
+
+    example = image_features().deserialize_example_np(record, decoders={"image": tfds.decode.SkipDecoding()})
+    caption_ids = tuple(int(i) for i in example["caption_ids"])
+    return ImageRow(example["image"], int(example["height"]), int(example["width"]), example["id"].decode(), caption_ids)
+
+
+def parse_caption(record: bytes, dim: int) -> CaptionRow:
+    """Inverse of `serialize_caption`."""
+    example = caption_features(dim).deserialize_example_np(record)
+    return CaptionRow(text=example["text"].decode(), embedding=example["embedding"])
 
 
 def _canonical(example: bytes) -> bytes:
@@ -179,6 +211,11 @@ class _Store:
         # Naming the rows of each file lets it be opened when first read, not here.
         spans = [f"{path}[0:{shards[name]['rows']}]" for path, name in zip(self._paths, names, strict=True)]
         self._source = ArrayRecordDataSource(spans) if spans else ()
+        import_tfds()
+
+    def __setstate__(self, state: Mapping) -> None:
+        self.__dict__.update(state)
+        import_tfds()  # in a data worker, before it starts its reading threads
 
     def __len__(self) -> int:
         return len(self._source)
@@ -198,17 +235,7 @@ class ImageStore(_Store):
     """Images of one split by row."""
 
     def __getitem__(self, row: int) -> ImageRow:
-        import tensorflow_datasets as tfds
-
-        decoders = {"image": tfds.decode.SkipDecoding()}
-        example = image_features().deserialize_example_np(self._record(row), decoders=decoders)
-        return ImageRow(
-            image=example["image"],
-            height=int(example["height"]),
-            width=int(example["width"]),
-            id=example["id"].decode(),
-            caption_ids=tuple(int(i) for i in example["caption_ids"]),
-        )
+        return parse_image(self._record(row))
 
 
 class CaptionStore(_Store):
@@ -219,8 +246,7 @@ class CaptionStore(_Store):
         self._dim = dim
 
     def __getitem__(self, caption_id: int) -> CaptionRow:
-        example = caption_features(self._dim).deserialize_example_np(self._record(caption_id))
-        return CaptionRow(text=example["text"].decode(), embedding=example["embedding"])
+        return parse_caption(self._record(caption_id), self._dim)
 
 
 class Prepared:
