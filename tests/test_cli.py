@@ -9,7 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-VERBS = ("imagen_jax.prepare_data", "imagen_jax.train", "imagen_jax.sample", "imagen_jax.evaluate", "imagen_jax.demo", "launch.sweep")
+VERBS = ("imagen_jax.prepare_data", "imagen_jax.train", "imagen_jax.sample", "imagen_jax.evaluate", "imagen_jax.export", "imagen_jax.demo", "launch.sweep")
 TINY = "--config=configs/base_64.py:tiny"
 MISTAKES = {
     "no arguments": ("imagen_jax.train", [], "--config FILE and --workdir DIR"),

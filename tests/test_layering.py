@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LEAF_FOLDERS = {"data", "diffusion", "evals", "models", "text"}
 LEAVES = LEAF_FOLDERS | {"chips", "cli", "integrity", "metrics", "optim", "pictures", "resume", "sharding"}
 JOINTS = {"cascade", "checkpoint", "measures", "report", "stage", "state", "step"}
-VERBS = {"demo", "evaluate", "prepare_data", "sample", "train"}
+VERBS = {"demo", "evaluate", "export", "prepare_data", "sample", "train"}
 PACKAGE_MODULES = LEAVES | JOINTS | VERBS
 
 
