@@ -75,8 +75,12 @@ def check_encoder(a: Mapping[str, Any], b: Mapping[str, Any], who: str) -> None:
 
 
 def sample_keys(seeds: Sequence[int], stage_index: int) -> jax.Array:
-    """One key a picture: a function of its own seed and the stage alone."""
-    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stage_index))(jnp.asarray(seeds, jnp.uint32))
+    """One key a picture: a function of its own seed and the stage alone.
+
+    Always Threefry: numbers of the "rbg" generator, which a site may have as its default, depend on the place in a batch.
+    """
+    key = lambda seed: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stage_index)
+    return jax.vmap(key)(jnp.asarray(seeds, jnp.uint32))
 
 
 def generate(

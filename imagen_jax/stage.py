@@ -8,7 +8,6 @@ from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
@@ -30,7 +29,7 @@ class Stage:
     """A network with its process. Sizes in pixels; `lowres_size` is 0 in a base stage; images are uint8 in batches, [-1, 1] inside."""
 
     name: str
-    model: nn.Module
+    model: UNet | EfficientUNet
     schedule: Schedule
     aug_schedule: Schedule
     prediction: str

@@ -100,6 +100,10 @@ def train(config: Mapping[str, Any], workdir: Path, profile: str = "", minutes: 
     def save() -> None:
         with clock.pause():
             settle()  # nothing is saved before every step's metrics were seen to be finite
+            try:
+                checkpoints.wait()
+            except checkpoint.CheckpointError as error:  # a full disk now need not end a run that may save later
+                log.error("%s; training goes on, the next save is step %d", error, done)
             checkpoints.save(done, state, run.meta)
 
     with metrics.Progress(config["name"], total, done) as progress, jax.transfer_guard("disallow"):
@@ -221,7 +225,7 @@ class Run:
         import jax
         import numpy as np
 
-        from imagen_jax import pictures
+        from imagen_jax import cascade, pictures
         from imagen_jax.data import pipeline
         from imagen_jax.data.records import Prepared
         from imagen_jax.stage import to_uint8
@@ -230,7 +234,7 @@ class Run:
         split = "heldout" if counts.get("heldout", 0) else "train"
         rows = np.linspace(0, counts[split] - 1, min(self.config["train"]["sample_rows"], counts[split])).astype(int).tolist()
         batch = pipeline.eval_rows(self.config["data"], rows, split)
-        keys = jax.random.split(jax.random.key(self.config["seed"]), len(rows))
+        keys = cascade.sample_keys(range(len(rows)), 0)
         fields = {name: batch[name] for name in ("text", "text_mask", "lowres") if name in batch}
         draw = jax.jit(lambda ema, keys, batch: to_uint8(self.stage.sample(ema, keys, batch, self.stage.sampling, self.stage.train_size)))
         samples = np.asarray(jax.device_get(draw(ema, keys, fields)))
