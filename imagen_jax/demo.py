@@ -41,9 +41,13 @@ def main() -> int:
     verb("sample", cascade, "--prompts", output / "prompts.txt", "--output", output / "embedded")
     announce(f"first pictures after {time.monotonic() - started:.0f} s: {output / 'embedded' / 'sheet.png'}")
     for stage, name in STAGES.items():
+        trained = output / f"{stage}.trained"
+        if trained.exists():
+            continue
         config = f"--config={root / 'configs' / name}.py:demo"
         budget = MINUTES.value * SHARE[stage]
         verb("train", config, f"--config.data.path={data}", "--workdir", output / stage, "--minutes", f"{budget:.2f}")
+        trained.touch()
     fresh = [f"--config.{stage}.checkpoint={output / stage}" for stage in STAGES]
     verb("sample", cascade, *fresh, "--prompts", output / "prompts.txt", "--output", output / "fresh")
     for name, checkpoint in (("embedded", "embedded:base_16"), ("fresh", output / "base")):
