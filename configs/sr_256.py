@@ -81,7 +81,7 @@ def small(c: ConfigDict) -> None:
     c.data.update(text_length=32, workers=0)
     c.mesh.fsdp = 1
     c.model.update(dtype="float32", remat=False)
-    c.optim.update(lr=1e-3, warmup=500, ema=0.9998)
+    c.optim.update(lr=1e-3, warmup=100, ema=0.9998)
 
 
 def demo(c: ConfigDict) -> None:

@@ -33,6 +33,11 @@ def run(main: Callable[[], int | None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def parse(argv: list[str]) -> list[str]:
     """Flags and the config file they name; what is wrong with either is one line."""
     try:

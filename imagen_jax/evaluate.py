@@ -88,8 +88,8 @@ class Evaluator:
         """Evaluates one checkpoint, writes everything to `output`, evaluation.json last, and returns its content."""
         from imagen_jax import measures
         from imagen_jax.checkpoint import load_params
-        from imagen_jax.data.records import write_atomically
         from imagen_jax.evals import report
+        from imagen_jax.integrity import write_atomically, write_json
 
         params, meta = load_params(checkpoint, self._which)
         sha256 = fingerprint(checkpoint, meta["step"])
@@ -105,7 +105,7 @@ class Evaluator:
         if "retrieval" in found:
             write_samples(evaluation, output)
         write_atomically(output / "rows.npz", compressed(measures.row_values(evaluation, self._chosen)))
-        write_atomically(output / "evaluation.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        write_json(output / "evaluation.json", result)
         print(f"{result['stage']}, step {result['step']}\n{report.table(found)}\nall in {output / 'evaluation.json'}")
         return result
 
@@ -167,7 +167,7 @@ def write_samples(evaluation: Any, output: Path) -> None:
     """samples.npz (for --lowres_from, and to look at) and a contact sheet a split: the true image, what was drawn, the nearest image."""
     import numpy as np
 
-    from imagen_jax.data.records import write_atomically
+    from imagen_jax.integrity import write_atomically
     from imagen_jax.pictures import contact_sheet, enlarge, write_png
 
     data, texts, cell = evaluation.data, evaluation.texts, max(96, evaluation.stage.image_size)
@@ -239,7 +239,7 @@ def last_step(workdir: Path) -> float:
 
 def evaluated_steps(record: Path) -> set[int]:
     """The steps with a whole line in the record; a line cut short by a kill is removed."""
-    from imagen_jax.data.records import write_atomically
+    from imagen_jax.integrity import write_atomically
 
     content = record.read_bytes() if record.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]

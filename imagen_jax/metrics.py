@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from imagen_jax.integrity import write_atomically
+
 METRICS = "metrics.jsonl"
 TENSORBOARD_FLUSH_S = 5
 
@@ -70,11 +72,9 @@ class MetricsWriter:
             raise ValueError(f"image {name} is {image.dtype}{list(image.shape)}; it must be uint8 [h w 3]")
         from PIL import Image
 
-        path = self._workdir / "images" / name / f"{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writing = path.with_suffix(".writing")
-        Image.fromarray(image).save(writing, format="PNG")
-        os.replace(writing, path)
+        path, png = self._workdir / "images" / name / f"{step:08d}.png", io.BytesIO()
+        Image.fromarray(image).save(png, format="PNG")
+        write_atomically(path, png.getvalue())
         self._board.add_image(name, image, step, dataformats="HWC")
         return path
 
@@ -99,12 +99,7 @@ def _truncate(path: Path, start_step: int) -> None:
         return
     broken = sum(row is None for row in rows)
     log.warning("%s: dropped %d rows after step %d and %d broken lines", path, len(lines) - len(kept) - broken, start_step, broken)
-    writing = path.with_suffix(".writing")
-    with writing.open("wb") as file:
-        file.writelines(line if line.endswith(b"\n") else line + b"\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(writing, path)
+    write_atomically(path, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in kept))
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from imagen_jax.integrity import write_atomically
+
 Picture = UInt8[np.ndarray, "_ _ 3"]  # each of its own height and width
 GAP = 4
 INK = (20, 20, 20)
@@ -61,8 +63,5 @@ def png_bytes(image: Picture) -> bytes:
 def write_png(path: str | os.PathLike, image: Picture) -> Path:
     """Writes a PNG under its final name only when it is whole."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(path.name + ".writing")
-    writing.write_bytes(png_bytes(image))
-    os.replace(writing, path)
+    write_atomically(path, png_bytes(image))
     return path

@@ -30,6 +30,7 @@ from imagen_jax.data import checks, records
 from imagen_jax.data.plan import KeptImage, Plan, make_plan
 from imagen_jax.data.sources import Source, open_source
 from imagen_jax.data.workers import Workers
+from imagen_jax.integrity import write_atomically
 
 _CHUNK = 256  # images checked in one task; the unit in which checking is resumed
 _SAMPLE = 64  # images of the preview
@@ -57,7 +58,7 @@ def main() -> None:
     """The command line; every foreseen error is one line on stderr and exit status 2."""
     args = _parser().parse_args()
     try:
-        settings = Settings(args.shard_size, args.min_size, args.batch_size, args.processes or _cores())
+        settings = Settings(args.shard_size, args.min_size, args.batch_size, args.processes or cli.cores())
         if not 0 <= args.heldout < 1:
             raise ValueError(f"--heldout {args.heldout} is not a fraction in [0, 1)")
         tfds = {name: getattr(args, name) for name in ("tfds_dir", "tfds_split", "tfds_image", "tfds_caption")}
@@ -94,10 +95,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _load_encoder(name: str, max_length: int):
     """The text encoder, its weights spread over the accelerators if there are several."""
     import jax
@@ -130,7 +127,7 @@ def prepare(source: Source, encoder, output: Path, settings: Settings) -> dict[s
             room = shutil.disk_usage(partial).free
             if preview(source, encoder, settings) > room:
                 raise ValueError(f"only {room / 2**20:.0f} MiB are free in {partial.parent}")
-            records.write_atomically(partial / "request.json", json.dumps(request).encode())
+            write_atomically(partial / "request.json", json.dumps(request).encode())
         with Workers(source, settings.processes) as workers:
             plan = _check_all(workers, partial, len(source), settings.min_size)
             if not any(plan.images.values()):
@@ -238,7 +235,7 @@ def _check_all(workers: Workers, partial: Path, count: int, min_size: int) -> Pl
 
 def _check_chunk(source: Source, file: Path, start: int, stop: int, min_size: int) -> int:
     rows = [dataclasses.asdict(checks.check(source[i], min_size)) for i in range(start, stop)]
-    records.write_atomically(file, json.dumps(rows).encode())
+    write_atomically(file, json.dumps(rows).encode())
     return len(rows)
 
 
@@ -304,7 +301,7 @@ def _shards(store: str, split: str, rows: list, size: int) -> dict[str, list]:
 
 
 def _journal(partial: Path, name: str, entry: Mapping) -> None:
-    records.write_atomically(partial / "journal" / f"{Path(name).name}.json", json.dumps(entry).encode())
+    write_atomically(partial / "journal" / f"{Path(name).name}.json", json.dumps(entry).encode())
 
 
 def _finished(partial: Path, name: str) -> dict | None:
@@ -324,7 +321,7 @@ def _finish(result: Path, request: Mapping, plan: Plan, captions: Mapping, image
     cut = [caption_id for entry in captions.values() for caption_id in entry["cut"]]
     noted = [{"id": f"caption {i}", "reason": "truncated_caption", "caption": plan.captions[i]} for i in cut]
     lines = [json.dumps(line) + "\n" for line in plan.skipped + noted]
-    records.write_atomically(result / "skipped.jsonl", "".join(lines).encode())
+    write_atomically(result / "skipped.jsonl", "".join(lines).encode())
     sizes = [(image.checked.height, image.checked.width) for kept in plan.images.values() for image in kept]
     counts = {"images": {split: len(kept) for split, kept in plan.images.items()}, "captions": len(plan.captions)}
     manifest = {
@@ -341,7 +338,7 @@ def _finish(result: Path, request: Mapping, plan: Plan, captions: Mapping, image
         "shards": shards,
     }
     manifest["hash"] = records.manifest_hash(manifest)
-    records.write_atomically(result / records.MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_atomically(result / records.MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
 
 

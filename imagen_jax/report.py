@@ -2,7 +2,7 @@
 
 import base64
 import html
-import os
+import io
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from imagen_jax import metrics, pictures
+from imagen_jax.integrity import write_atomically
 
 STYLE = "body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{max-width:100%}td,th{padding:.2em .8em;text-align:left}"
 
@@ -41,10 +42,10 @@ def loss_curves(workdirs: Mapping[str, Path], path: Path) -> Path:
         axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
         axis.set(title=name, xlabel="step", ylabel="loss", yscale="log")
         axis.grid(alpha=0.3)
-    writing = path.with_name(path.name + ".writing")
-    figure.savefig(writing, format="png", dpi=110)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)
-    os.replace(writing, path)
+    write_atomically(path, buffer.getvalue())
     return path
 
 
@@ -70,9 +71,7 @@ def write_html(
         picture(curves, "loss curves"),
     ]
     page = f"<!doctype html><meta charset=utf-8><title>imagen_jax demo</title><style>{STYLE}</style>" + "\n".join(parts)
-    writing = path.with_name(path.name + ".writing")
-    writing.write_text(page, encoding="utf-8")
-    os.replace(writing, path)
+    write_atomically(path, page.encode())
     return path
 
 

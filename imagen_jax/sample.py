@@ -124,14 +124,14 @@ def read_image(path: str, size: int, n: int) -> Any:
 def write(output: Path, index: int, row: Sequence[Any], record: Mapping[str, Any]) -> None:
     """0000_prompt.png (last stage), 0000_prompt_16.png ... (earlier ones), and 0000_prompt.json."""
     from imagen_jax import pictures
-    from imagen_jax.data.records import write_atomically
+    from imagen_jax.integrity import write_json
 
     words = re.sub(r"[^a-z0-9]+", "_", record["prompt"].lower()).strip("_")[:60]
     stem = f"{index:04d}_{words}"
     for image in row[:-1]:
         pictures.write_png(output / f"{stem}_{image.shape[0]}.png", image)
     pictures.write_png(output / f"{stem}.png", row[-1])
-    write_atomically(output / f"{stem}.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_json(output / f"{stem}.json", record)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import json
 import logging
-import os
 import signal
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import cli
+from imagen_jax.integrity import write_json
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with fields as --config.optim.lr=3e-4", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics.jsonl, images")
@@ -303,14 +303,6 @@ def overfit(config: Mapping[str, Any], steps: int) -> int:
     first, last = losses[0], float(np.mean(losses[-tenth:]))
     log.info("overfit: loss %.4f at first, %.4f at the end: %s", first, last, "passed" if last < first / 4 else "FAILED")
     return 0 if last < first / 4 else 1
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(path.name + ".writing")
-    writing.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(writing, path)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,18 @@ from tests.data import synthetic
 STEPS = 30
 # IMAGEN_JAX_KILLS=10 kills ten times, as long as it takes; the suite kills at three chosen moments.
 KILLS = int(os.environ.get("IMAGEN_JAX_KILLS", "3"))
+PROGRAM = (sys.executable, "-m", "imagen_jax.train")
+# The trainer with a disk that is full at the first save and has room at the next.
+FULL_ONCE = """
+import runpy
+from imagen_jax import checkpoint
+seal = checkpoint.seal
+def full(directory):
+    checkpoint.seal = seal
+    raise OSError(28, "No space left on device")
+checkpoint.seal = full
+runpy.run_module("imagen_jax.train", run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +42,21 @@ def data(tmp_path_factory):
 def command(data: Path, workdir: Path, *more: str) -> list[str]:
     """Everything on that can disturb a resume: accumulation, crops, data workers, frequent saves."""
     return [
-        sys.executable, "-m", "imagen_jax.train", f"--config={tiny.ROOT}/configs/sr_1024.py:tiny", f"--workdir={workdir}",
+        *PROGRAM, f"--config={tiny.ROOT}/configs/sr_1024.py:tiny", f"--workdir={workdir}",
         f"--config.data.path={data}", f"--config.text.dim={synthetic.DIM}", f"--config.train.steps={STEPS}", "--config.train.save_every=5",
         "--config.data.workers=1", "--config.optim.accumulation=2", "--config.mesh.data=1", *more,
     ]  # fmt: skip
 
 
-def start(data: Path, workdir: Path, *more: str) -> subprocess.Popen:
+def start(data: Path, workdir: Path, *more: str, program: Sequence[str] = PROGRAM) -> subprocess.Popen:
     env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(tiny.ROOT)}
     log = open(workdir.with_suffix(".log"), "a")
-    return subprocess.Popen(command(data, workdir, *more), env=env, stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen([*program, *command(data, workdir, *more)[3:]], env=env, stdout=log, stderr=log, start_new_session=True)
 
 
-def run(data: Path, workdir: Path, *more: str) -> tuple[int, str]:
+def run(data: Path, workdir: Path, *more: str, program: Sequence[str] = PROGRAM) -> tuple[int, str]:
     """(exit code, what was printed)."""
-    code = start(data, workdir, *more).wait(timeout=400)
+    code = start(data, workdir, *more, program=program).wait(timeout=400)
     return code, workdir.with_suffix(".log").read_text()
 
 
@@ -129,6 +142,15 @@ def test_resume_on_another_mesh_and_refusal_of_other_settings(data, straight, tm
     np.testing.assert_allclose([got[n] for n in range(1, STEPS + 1)], [straight[n] for n in range(1, STEPS + 1)], rtol=1e-5)
 
 
+def test_failed_save_does_not_end_the_run(data, straight, tmp_path):
+    """Catches a full disk that costs the run, and one that nobody is told of."""
+    workdir = tmp_path / "run"
+    code, log = run(data, workdir, program=(sys.executable, "-c", FULL_ONCE))
+    assert code == 0 and "checkpoint 5 was not saved" in log and "No space left" in log
+    assert losses(workdir) == straight
+    assert (workdir / "checkpoints" / str(STEPS)).is_dir() and not (workdir / "checkpoints" / "5").exists()
+
+
 def test_non_finite_loss_stops_the_run(data, tmp_path):
     """Catches a run that goes on, or saves, after a NaN; the report names step, seed and images."""
     workdir = tmp_path / "run"
@@ -144,6 +166,8 @@ def test_overfit_passes_and_can_fail(data, tmp_path):
     """Catches a self-test that passes whatever happens: with a learning rate of nothing it must fail."""
     workdir = tmp_path / "run"
     assert run(data, workdir, "--overfit=5", "--config.optim.lr=0.0")[0] == 1
+    code, log = run(data, workdir, "--overfit=150", "--config.optim.lr=1e-2", "--config.optim.warmup=10")
+    assert code == 0 and "passed" in log, log
 
 
 @pytest.mark.parametrize(
