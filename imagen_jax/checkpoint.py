@@ -287,6 +287,8 @@ def export_params(params: Tree, meta: Mapping[str, Any], path: str | os.PathLike
     writing = path.with_name(f"{path.name}.writing-{os.getpid()}")
     try:
         save_file(arrays, writing, metadata={EXPORT_KEY: header})
+        os.umask(mask := os.umask(0))
+        writing.chmod(0o666 & ~mask)  # safetensors writes for the owner alone
         flush(writing)
         os.replace(writing, path)
     finally:
