@@ -40,10 +40,10 @@ def data(tmp_path_factory):
     return synthetic.write_prepared(tmp_path_factory.mktemp("prepared") / "data", images=24, size=32)
 
 
-def command(data: Path, workdir: Path, *more: str) -> list[str]:
+def command(data: Path, workdir: Path, *more: str, program: Sequence[str] = PROGRAM) -> list[str]:
     """Everything on that can disturb a resume: accumulation, crops, data workers, frequent saves."""
     return [
-        *PROGRAM, f"--config={tiny.ROOT}/configs/sr_1024.py:tiny", f"--workdir={workdir}",
+        *program, f"--config={tiny.ROOT}/configs/sr_1024.py:tiny", f"--workdir={workdir}",
         f"--config.data.path={data}", f"--config.text.dim={synthetic.DIM}", f"--config.train.steps={STEPS}", "--config.train.save_every=5",
         "--config.data.workers=1", "--config.optim.accumulation=2", "--config.mesh.data=1", *more,
     ]  # fmt: skip
@@ -51,7 +51,7 @@ def command(data: Path, workdir: Path, *more: str) -> list[str]:
 
 def start(data: Path, workdir: Path, *more: str, program: Sequence[str] = PROGRAM) -> subprocess.Popen:
     log = open(workdir.with_suffix(".log"), "a")
-    return subprocess.Popen([*program, *command(data, workdir, *more)[3:]], env=ENV, stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen(command(data, workdir, *more, program=program), env=ENV, stdout=log, stderr=log, start_new_session=True)
 
 
 def run(data: Path, workdir: Path, *more: str, program: Sequence[str] = PROGRAM) -> tuple[int, str]:
