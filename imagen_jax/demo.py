@@ -7,12 +7,11 @@
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Sequence
 
 from absl import flags
 
@@ -47,7 +46,7 @@ def main() -> int:
             continue
         config = f"--config={root / 'configs' / name}.py:demo"
         budget = MINUTES.value * SHARE[stage]
-        verb("train", config, f"--config.data.path={data}", "--workdir", output / stage, "--minutes", f"{budget:.2f}", env=one_device_a_core())
+        verb("train", config, f"--config.data.path={data}", "--workdir", output / stage, "--minutes", f"{budget:.2f}")
         trained.touch()
     fresh = [f"--config.{stage}.checkpoint={output / stage}" for stage in STAGES]
     verb("sample", cascade, *fresh, "--prompts", output / "prompts.txt", "--output", output / "fresh")
@@ -65,19 +64,13 @@ def announce(text: str) -> None:
     print(f"== {text}", flush=True)
 
 
-def verb(name: str, *arguments: object, env: Mapping[str, str] | None = None) -> None:
+def verb(name: str, *arguments: object) -> None:
     """Runs another verb, its output shown; ends the demo if it fails."""
     command = [sys.executable, "-m", f"imagen_jax.{name}", *map(str, arguments)]
     announce(" ".join(["python", *command[1:]]))
-    code = subprocess.call(command, env=env)
+    code = subprocess.call(command)
     if code:
         raise ValueError(f"{name} failed with exit code {code}; mend it and run the same command again, it continues")
-
-
-def one_device_a_core() -> Mapping[str, str]:
-    """The environment for training on CPU cores as a mesh: XLA leaves some convolutions' gradients on one core, so a device for each is faster."""
-    cores = min(8, cli.cores())
-    return {"JAX_NUM_CPU_DEVICES": str(1 << (cores.bit_length() - 1))} | os.environ
 
 
 def write_prompts(data: Path, output: Path, own: Sequence[str]) -> list[str]:
