@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.resources
+import itertools
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
@@ -12,7 +13,7 @@ from jaxtyping import UInt8
 
 from imagen_jax import checkpoint
 from imagen_jax.data.transforms import pad_text
-from imagen_jax.stage import Stage, create_stage, to_uint8
+from imagen_jax.stage import Stage, check_sampling, create_stage, to_uint8
 
 STAGES = ("base", "sr_1", "sr_2")  # the names in a cascade config, in order
 SAME_TEXT = ("weights_sha256", "tokenizer_sha256", "dim")  # what makes two encoders the same, wherever they are stored
@@ -43,22 +44,23 @@ def resolve(path: str) -> str:
 
 def load_stage(path: str, sampling: Mapping[str, Any], which: str) -> LoadedStage:
     """One stage from a workdir, a checkpoint or an export; its config is the one it was trained with."""
+    check_sampling(sampling)
     params, meta = checkpoint.load_params(resolve(path), which)
     stage = create_stage(meta["config"])
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
     draw = jax.jit(lambda params, keys, batch: to_uint8(stage.sample(params, keys, batch, sampling)))
-    identity = {"checkpoint": path, "name": stage.name, "step": meta["step"], "manifest_hash": meta["manifest_hash"], "which": which}
+    identity = {"checkpoint": path, "name": stage.name} | {key: meta[key] for key in ("step", "which", "manifest_hash", "sha256")}
     return LoadedStage(stage, params, dict(sampling), meta["encoder"], identity, draw)
 
 
 def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> list[LoadedStage]:
-    """The stages of a cascade config that have a checkpoint, in order.
+    """The stages of a cascade config, in order, up to the first that has no checkpoint.
 
-    Raises ValueError if there is none, if sizes do not chain, or if the stages were trained on another encoder's text.
+    Raises ValueError if the first has none, if sizes do not chain, or if the stages were trained on another encoder's text.
     """
-    names = [name for name in wanted if config[name]["checkpoint"]]
+    names = list(itertools.takewhile(lambda name: config[name]["checkpoint"], wanted))
     if not names:
-        raise ValueError(f"no stage of {tuple(wanted)} has a checkpoint: give --config.{wanted[0]}.checkpoint=PATH")
+        raise ValueError(f"stage {wanted[0]} has no checkpoint: give --config.{wanted[0]}.checkpoint=PATH")
     stages = [load_stage(config[name]["checkpoint"], config[name]["sampling"], config["which"]) for name in names]
     for before, after in zip(stages, stages[1:]):
         if before.stage.image_size != after.stage.lowres_size:

@@ -29,12 +29,13 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
-from imagen_jax.integrity import find_damage, flush, seal
+from imagen_jax.integrity import CHECKSUMS, find_damage, flush, seal
 from imagen_jax.sharding import path_name
 
 FORMAT_VERSION = 1
 META = "meta.json"
 EXPORT_KEY = "imagen_jax"  # the one entry of an export's safetensors metadata
+NOT_EXPORTED = ("sha256", "unlogged")  # meta of a checkpoint that says nothing of its weights
 Tree = Any
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,10 @@ class Checkpoints:
             return None
         self._verified = found
         return found
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What `restore` returns beside the state, without reading the state; for a step that `latest_good` returned."""
+        return _meta(_read_document(self.directory / str(step)))
 
     def restore(self, step: int, abstract_state: Tree) -> tuple[Tree, dict[str, Any]]:
         """(state, meta) of a checkpoint, verified first; each array on the sharding that its leaf of `abstract_state` carries.
@@ -250,8 +255,8 @@ def load_params(path: str | os.PathLike, which: str = "ema") -> tuple[dict[str, 
     """(one subtree of a state as nested dicts of host arrays, meta); reads no other array and needs no device or mesh.
 
     path: a workdir or its checkpoints directory (then the newest good step), one step's directory, or a file by `export_params`.
-    which: "ema" or "params"; an exported file holds one tree only, returned whatever `which` says. From a checkpoint, meta gains
-    "which". bfloat16 arrays are numpy arrays of ml_dtypes.bfloat16.
+    which: "ema" or "params"; an exported file holds one tree only, returned whatever `which` says. meta says "which" it is, and its
+    "sha256": of the file, or of a checkpoint's SHA256SUMS. bfloat16 arrays are numpy arrays of ml_dtypes.bfloat16.
 
     Raises CheckpointError if there is nothing at `path`, or it is damaged or not ours; ValueError if the state has no such subtree.
     """
@@ -267,7 +272,7 @@ def load_params(path: str | os.PathLike, which: str = "ema") -> tuple[dict[str, 
     # Stand-ins that tell orbax to restore to the host: the right shape and dtype, no memory.
     abstract = {name: np.broadcast_to(np.zeros((), _dtype(dtype)), shape) for name, (shape, dtype) in specs.items()}
     loaded = _load(directory, abstract, partial=True)
-    return unflatten(loaded)[which], _meta(document) | {"which": which}
+    return unflatten(loaded)[which], _meta(document) | {"which": which, "sha256": _digest(directory / CHECKSUMS)}
 
 
 def export_params(params: Tree, meta: Mapping[str, Any], path: str | os.PathLike) -> None:
@@ -281,7 +286,8 @@ def export_params(params: Tree, meta: Mapping[str, Any], path: str | os.PathLike
         if not jax.numpy.issubdtype(leaf.dtype, np.floating):
             raise ValueError(f"leaf {name} is {leaf.dtype}; an export holds floating point parameters only")
         arrays[name] = np.ascontiguousarray(leaf, dtype=ml_dtypes.bfloat16).reshape(leaf.shape)
-    document = json.loads(_json(dict(meta) | {"format_version": FORMAT_VERSION}))
+    kept = {name: value for name, value in meta.items() if name not in NOT_EXPORTED}
+    document = json.loads(_json(kept | {"format_version": FORMAT_VERSION}))
     header = _json({"meta": document, "sha256": _export_digest(arrays, document)})
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_name(f"{path.name}.writing-{os.getpid()}")
@@ -314,7 +320,7 @@ def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not intact:
         raise CheckpointError(f"{path} is damaged: its contents do not match their checksum; export or fetch it again")
     _check_version(path, document["meta"])
-    return unflatten(arrays), document["meta"]
+    return unflatten(arrays), {"which": "exported"} | document["meta"] | {"sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _export_digest(arrays: Mapping[str, np.ndarray], meta: dict[str, Any]) -> str:
@@ -326,9 +332,17 @@ def _export_digest(arrays: Mapping[str, np.ndarray], meta: dict[str, Any]) -> st
     return digest.hexdigest()
 
 
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} was deleted while it was read") from error
+
+
 def _find_step(path: Path) -> Path:
     """The step directory that `path` (a workdir, a checkpoints directory or a step) stands for, verified."""
-    if path.name.isdigit() and path.is_dir():
+    if path.name.isdigit() and path.is_dir() and not (path / "checkpoints").is_dir():
         reason = find_damage(path)
         if reason is not None:
             raise CheckpointError(f"checkpoint {path} cannot be used: {reason}")

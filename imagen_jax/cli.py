@@ -7,16 +7,19 @@ from typing import Callable
 
 from absl import app, flags
 
-
 COMPILE_CACHE = flags.DEFINE_string("compile_cache", "~/.cache/imagen_jax", "directory of compiled programs, empty for none")
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses absl flags, calls `main` and exits with what it returns (None: 0).
+def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> None:
+    """Parses the flags that `define_flags` defines, calls `main` and exits with what it returns (None: 0).
+
+    Flags are global and verbs have some of the same names, so a verb defines its own when it is run and not when it is imported.
 
     A ValueError, a missing file, a loss that is not finite or the like is printed as one line and exits with 2; IMAGEN_JAX_TRACEBACK=1
     shows the traceback.
     """
+
+    define_flags()
 
     def guarded(argv):
         if len(argv) > 1:

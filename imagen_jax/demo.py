@@ -7,6 +7,7 @@
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -17,43 +18,50 @@ from absl import flags
 
 from imagen_jax import cli
 
-OUTPUT = flags.DEFINE_string("output", "demo", "directory for everything the demo makes")
-PROMPT = flags.DEFINE_multi_string("prompt", [], "a prompt of your own; may be given several times")
-MINUTES = flags.DEFINE_float("minutes", 7.5, "training time for the three stages together", lower_bound=0.0)
-ROWS = flags.DEFINE_integer("rows", 96, "captions drawn to measure each base model", lower_bound=2)
-
 STAGES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}  # cascade stage -> config file
 SHARE = {"base": 0.64, "sr_1": 0.2, "sr_2": 0.16}  # of the training time
 TEXT_LENGTH = 32
 SHOWN = {"heldout": 8, "train": 8}  # captions of the contact sheet besides the user's
 
 
+def define_flags() -> None:
+    """The command line, see `cli.run`."""
+    flags.DEFINE_string("output", "demo", "directory for everything the demo makes")
+    flags.DEFINE_multi_string("prompt", [], "a prompt of your own; may be given several times")
+    flags.DEFINE_float("minutes", 7.5, "training time for the three stages together", lower_bound=0.0)
+    flags.DEFINE_integer("rows", 96, "captions drawn to measure each base model", lower_bound=2)
+
+
 def main() -> int:
-    root, output = Path(__file__).parent.parent, Path(OUTPUT.value)
+    args = flags.FLAGS
+    root, output = Path(__file__).parent.parent, Path(args.output)
     if not (root / "configs").is_dir():
         raise ValueError(f"{root} has no configs/: run the demo from a checkout of the project")
+    if not all(prompt.strip() and prompt.isprintable() for prompt in args.prompt):
+        raise ValueError("--prompt is empty or not printable text")
     started = time.monotonic()
     data = output / "data"
     if not (data / "manifest.json").exists():
         verb("prepare_data", "--source", "emoji", "--output", data, "--encoder", "t5_tiny", "--max_length", TEXT_LENGTH)
-    prompts = write_prompts(data, output, PROMPT.value)
+    prompts = write_prompts(data, output, args.prompt)
     cascade = f"--config={root / 'configs' / 'cascade.py'}:demo"
-    verb("sample", cascade, "--prompts", output / "prompts.txt", "--output", output / "embedded")
+    draw(cascade, output / "prompts.txt", output / "embedded")
     announce(f"first pictures after {time.monotonic() - started:.0f} s: {output / 'embedded' / 'sheet.png'}")
     for stage, name in STAGES.items():
         trained = output / f"{stage}.trained"
         if trained.exists():
+            announce(f"{stage} is trained already; delete {output / stage} and {trained} to train it again")
             continue
         config = f"--config={root / 'configs' / name}.py:demo"
-        budget = MINUTES.value * SHARE[stage]
+        budget = args.minutes * SHARE[stage]
         verb("train", config, f"--config.data.path={data}", "--workdir", output / stage, "--minutes", f"{budget:.2f}")
         trained.touch()
     fresh = [f"--config.{stage}.checkpoint={output / stage}" for stage in STAGES]
-    verb("sample", cascade, *fresh, "--prompts", output / "prompts.txt", "--output", output / "fresh")
+    draw(cascade, output / "prompts.txt", output / "fresh", *fresh)
     for name, checkpoint in (("embedded", "embedded:base_16"), ("fresh", output / "base")):
         verb(
             "evaluate", "--checkpoint", checkpoint, "--data", data, "--output", output / f"evaluate_{name}",
-            "--rows", ROWS.value, "--measures", "retrieval",
+            "--rows", args.rows, "--measures", "retrieval",
         )  # fmt: skip
     report = write_report(output, prompts, time.monotonic() - started)
     announce(f"done after {(time.monotonic() - started) / 60:.1f} minutes: open {report}")
@@ -71,6 +79,12 @@ def verb(name: str, *arguments: object) -> None:
     code = subprocess.call(command)
     if code:
         raise ValueError(f"{name} failed with exit code {code}; mend it and run the same command again, it continues")
+
+
+def draw(cascade: str, prompts: Path, output: Path, *options: str) -> None:
+    """Draws the prompts into an empty directory: pictures of another call's prompts would get into the report."""
+    shutil.rmtree(output, ignore_errors=True)
+    verb("sample", cascade, *options, "--prompts", prompts, "--output", output)
 
 
 def write_prompts(data: Path, output: Path, own: Sequence[str]) -> list[str]:
@@ -97,4 +111,4 @@ def write_report(output: Path, prompts: Sequence[str], seconds: float) -> Path:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(define_flags, main)

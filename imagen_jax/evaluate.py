@@ -28,7 +28,7 @@ log = logging.getLogger("imagen_jax.evaluate")
 
 
 def define_flags() -> None:
-    """Called when this file is run, not when it is imported: other verbs have flags of the same names."""
+    """The command line, see `cli.run`."""
     flags.DEFINE_string("checkpoint", None, "a workdir (its newest intact checkpoint), one checkpoint, an exported file, or embedded:NAME")
     flags.DEFINE_string("data", None, "directory made by imagen_jax.prepare_data with the checkpoint's text encoder")
     flags.DEFINE_string("output", None, "directory for the results")
@@ -92,12 +92,11 @@ class Evaluator:
         from imagen_jax.integrity import write_atomically, write_json
 
         params, meta = load_params(checkpoint, self._which)
-        sha256 = fingerprint(checkpoint, meta["step"])
         self._prepare(meta)
         evaluation = measures.Evaluation(self._probe, self._rows, params)
         log.info("%s, step %s: %s", meta["config"]["name"], meta["step"], ", ".join(self._chosen))
         found = {name: measures.MEASURES[name](evaluation) for name in self._chosen}
-        source = {"path": str(checkpoint), "which": meta.get("which", "exported"), "sha256": sha256}
+        source = {"path": str(checkpoint), "which": meta["which"], "sha256": meta["sha256"]}
         result = {"stage": meta["config"]["name"], "step": meta["step"], **found, "provenance": {"checkpoint": source} | self._provenance(meta)}
         output.mkdir(parents=True, exist_ok=True)
         if "loss" in found:
@@ -113,13 +112,14 @@ class Evaluator:
         """Stage, rows and compiled functions for a checkpoint's config."""
         from imagen_jax import measures
         from imagen_jax.cascade import check_encoder
-        from imagen_jax.stage import create_stage
+        from imagen_jax.stage import check_sampling, create_stage
 
         if meta["config"] == self._config:
             return
         config = meta["config"]
         stage = create_stage(config)
         settings = measures.Settings(**self._numbers, sampling={**stage.sampling, **self._sampling})
+        check_sampling(settings.sampling)
         self._chosen = measures.choose(self._names, stage, settings)
         self._rows = measures.Data(dict(config["data"]) | {"path": self._data}, settings)
         if stage.text_dim:
@@ -147,20 +147,6 @@ class Evaluator:
             "versions": {"imagen_jax": __version__, "python": platform.python_version(), **versions},
             "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
         }
-
-
-def fingerprint(checkpoint: Path, step: int) -> str:
-    """SHA-256 of an exported file, or of the checksums of all files of a checkpoint. Raises CheckpointError if it is gone."""
-    from imagen_jax.checkpoint import CheckpointError
-    from imagen_jax.data.records import sha256_file
-    from imagen_jax.integrity import CHECKSUMS
-
-    if checkpoint.is_file():
-        return sha256_file(checkpoint)
-    for place in (checkpoint / "checkpoints" / str(step), checkpoint / str(step), checkpoint):
-        if (place / CHECKSUMS).is_file():
-            return sha256_file(place / CHECKSUMS)
-    raise CheckpointError(f"checkpoint {step} of {checkpoint} was deleted while it was read")
 
 
 def write_samples(evaluation: Any, output: Path) -> None:
@@ -258,5 +244,4 @@ def append(record: Path, result: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    cli.run(main)
+    cli.run(define_flags, main)

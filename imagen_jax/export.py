@@ -9,25 +9,29 @@ from absl import flags
 
 from imagen_jax import cli
 
-FROM = flags.DEFINE_string("checkpoint", None, "a workdir (its newest intact checkpoint) or one checkpoint")
-TO = flags.DEFINE_string("output", None, "the file to write, ending in .safetensors")
-WHICH = flags.DEFINE_enum("which", "ema", ["ema", "params"], "which weights")
+
+def define_flags() -> None:
+    """The command line, see `cli.run`."""
+    flags.DEFINE_string("checkpoint", None, "a workdir (its newest intact checkpoint) or one checkpoint")
+    flags.DEFINE_string("output", None, "the file to write, ending in .safetensors")
+    flags.DEFINE_enum("which", "ema", ["ema", "params"], "which weights")
 
 
 def main() -> int:
-    if not FROM.value or not TO.value or not TO.value.endswith(".safetensors"):
+    args = flags.FLAGS
+    if not args.checkpoint or not args.output or not args.output.endswith(".safetensors"):
         raise ValueError("--checkpoint PATH and --output FILE.safetensors are both needed")
     import jax
 
     from imagen_jax import checkpoint
 
     cli.log_to_stderr()
-    params, meta = checkpoint.load_params(FROM.value, WHICH.value)
-    checkpoint.export_params(params, meta, TO.value)
+    params, meta = checkpoint.load_params(args.checkpoint, args.which)
+    checkpoint.export_params(params, meta, args.output)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"{TO.value}: {meta['config']['name']} at step {meta['step']}, {WHICH.value}, {count:,} parameters")
+    print(f"{args.output}: {meta['config']['name']} at step {meta['step']}, {args.which}, {count:,} parameters")
     return 0
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(define_flags, main)

@@ -150,6 +150,8 @@ class StepClock:
 
     def read(self, step: int) -> dict[str, float]:
         """{"time/step_s", "time/images_per_s"} since the last reading (or the start), which this one ends; {} if no step was done."""
+        if self._depth:
+            raise RuntimeError("the clock is read while it is paused")
         now, steps = self._now(), step - self._step
         seconds = now - self._start - self._paused
         self._step, self._start, self._paused = step, now, 0.0

@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--source", required=True, help="emoji, folder:DIR (with captions.jsonl, captions.csv or .txt files), tfds:NAME or tfds:DIR")
     parser.add_argument("--output", required=True, type=Path, help="directory to create")
     parser.add_argument("--encoder", required=True, help="t5_tiny, a directory with a T5 encoder, or a hub name")
-    parser.add_argument("--max_length", type=int, default=128, help="tokens kept of a caption (default 128, the paper's)")
+    parser.add_argument("--max_length", type=int, default=128, help="tokens kept of a caption (default 128; the paper gives none)")
     parser.add_argument("--heldout", type=float, default=0.0, help="fraction of images for the held-out split, chosen by id")
     parser.add_argument("--min_size", type=int, default=0, help="leave out images less than this many pixels across")
     parser.add_argument("--shard_size", type=int, default=4096, help="rows a shard")

@@ -30,7 +30,7 @@ def cascade_sheet(prompts: Sequence[str], cascades: Mapping[str, Path], path: Pa
 
 
 def loss_curves(workdirs: Mapping[str, Path], path: Path) -> Path:
-    """Training loss of each stage against images seen."""
+    """Training loss of each stage against its steps."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -6,6 +6,7 @@
 Each picture is a PNG with a JSON file beside it that reproduces it: `--reproduce pictures/0000_a_red_apple.json`.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -16,31 +17,35 @@ from ml_collections import config_flags
 
 from imagen_jax import cli
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "cascade config, with fields as --config.base.sampling.w=5", lock_config=True)
-PROMPT = flags.DEFINE_multi_string("prompt", [], "what to draw; may be given several times")
-PROMPTS = flags.DEFINE_string("prompts", "", "a text file with one prompt a line")
-OUTPUT = flags.DEFINE_string("output", None, "directory for the pictures")
-SEED = flags.DEFINE_integer("seed", 0, "seed of the first picture; the next ones count up", lower_bound=0, upper_bound=2**31 - 1)
-COUNT = flags.DEFINE_integer("count", 1, "pictures a prompt", lower_bound=1)
-STAGES = flags.DEFINE_list("stages", ["base", "sr_1", "sr_2"], "stages to run, in order; without base an --image is needed")
-IMAGE = flags.DEFINE_string("image", "", "image to up-sample, with --stages sr_1 or sr_1,sr_2")
-REPRODUCE = flags.DEFINE_string("reproduce", "", "the JSON file of a picture to draw again; replaces --config, --prompt and --seed")
+
+def define_flags() -> None:
+    """The command line, see `cli.run`."""
+    config_flags.DEFINE_config_file("config", None, "cascade config, with fields as --config.base.sampling.w=5", lock_config=True)
+    flags.DEFINE_multi_string("prompt", [], "what to draw; may be given several times")
+    flags.DEFINE_string("prompts", "", "a text file with one prompt a line")
+    flags.DEFINE_string("output", None, "directory for the pictures")
+    flags.DEFINE_integer("seed", 0, "seed of the first picture; the next ones count up", lower_bound=0, upper_bound=2**31 - 1)
+    flags.DEFINE_integer("count", 1, "pictures a prompt", lower_bound=1)
+    flags.DEFINE_list("stages", ["base", "sr_1", "sr_2"], "stages to run, in order; without base an --image is needed")
+    flags.DEFINE_string("image", "", "image to up-sample, with --stages sr_1 or sr_1,sr_2")
+    flags.DEFINE_string("reproduce", "", "the JSON file of a picture to draw again; replaces --config, --prompt and --seed")
 
 
 def main() -> int:
+    args = flags.FLAGS
     cli.log_to_stderr()
     cli.use_compile_cache()
-    if not OUTPUT.value:
+    if not args.output:
         raise ValueError("--output DIR is needed")
-    if REPRODUCE.value:
-        record = json.loads(Path(REPRODUCE.value).read_text())
-        return sample(record["config"], [record["prompt"]], [record["seed"]], record["stages"], record["image"], Path(OUTPUT.value), record)
-    if CONFIG.value is None:
+    if args.reproduce:
+        record = json.loads(Path(args.reproduce).read_text())
+        return sample(record["config"], [record["prompt"]], [record["seed"]], record["stages"], record["image"], Path(args.output), record)
+    if args.config is None:
         raise ValueError("--config FILE is needed, configs/cascade.py:demo for the embedded cascade")
-    prompts = read_prompts(PROMPT.value, PROMPTS.value)
-    prompts = [prompt for prompt in prompts for _ in range(COUNT.value)]
-    seeds = [SEED.value + i for i in range(len(prompts))]
-    return sample(json.loads(CONFIG.value.to_json()), prompts, seeds, STAGES.value, IMAGE.value, Path(OUTPUT.value))
+    prompts = read_prompts(args.prompt, args.prompts)
+    prompts = [prompt for prompt in prompts for _ in range(args.count)]
+    seeds = [args.seed + i for i in range(len(prompts))]
+    return sample(json.loads(args.config.to_json()), prompts, seeds, args.stages, args.image, Path(args.output))
 
 
 def read_prompts(given: Sequence[str], file: str) -> list[str]:
@@ -71,8 +76,9 @@ def sample(
     check_stages(stages, image)
     loaded = cascade.load_cascade(config, stages)
     identities = [dict(stage.identity) for stage in loaded]
-    if expected and identities != expected["checkpoints"]:
-        raise ValueError("the checkpoints are not those of the picture to reproduce: " + json.dumps(identities))
+    image_sha256 = hashlib.sha256(Path(image).read_bytes()).hexdigest() if image else ""
+    if expected:
+        check_same(expected, identities, image_sha256)
     encoder = TextEncoder.load(config["encoder"], max(s.stage.text_length for s in loaded), config["encoder_dtype"])
     for stage in loaded:
         if stage.stage.text_dim:
@@ -89,7 +95,7 @@ def sample(
             for row in zip(*images):
                 record = {
                     "prompt": prompts[done], "seed": seeds[done], "stages": list(stages), "image": image,
-                    "config": dict(config), "checkpoints": identities, "encoder": encoder.identity,
+                    "image_sha256": image_sha256, "config": dict(config), "checkpoints": identities, "encoder": encoder.identity,
                 }  # fmt: skip
                 write(output, done, row, record)
                 rows.append(([lowres[done]] if image else []) + list(row))
@@ -110,6 +116,16 @@ def check_stages(stages: Sequence[str], image: str) -> None:
         raise ValueError(f"--stages {','.join(stages)}: give consecutive stages of {','.join(known)}")
     if bool(image) != (stages[0] != "base"):
         raise ValueError("--image goes with --stages that begin after base, and those need one")
+
+
+def check_same(expected: Mapping[str, Any], identities: Sequence[Mapping[str, Any]], image_sha256: str) -> None:
+    """Raises ValueError unless weights and image are those of a picture's record, wherever they are stored now."""
+    for then, now in zip(expected["checkpoints"], identities, strict=True):
+        if then["sha256"] != now["sha256"] or then["which"] != now["which"]:
+            was, found = (f"step {one['step']} ({one['which']}, sha256 {one['sha256'][:12]})" for one in (then, now))
+            raise ValueError(f"{now['checkpoint']} does not hold the weights of the picture to reproduce: {was}, but now {found}")
+    if expected["image_sha256"] != image_sha256:
+        raise ValueError(f"{expected['image']} is not the image that was up-sampled: its content has changed")
 
 
 def read_image(path: str, size: int, n: int) -> Any:
@@ -135,4 +151,4 @@ def write(output: Path, index: int, row: Sequence[Any], record: Mapping[str, Any
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(define_flags, main)

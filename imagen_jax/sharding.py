@@ -89,7 +89,7 @@ def rule_spec(placement: str | Sequence[str | None], shape: tuple[int, ...], mes
     return fsdp_spec(shape, mesh.shape["fsdp"], min_elements)
 
 
-def tree_shardings(tree: Tree, mesh: Mesh, rules: Sequence[tuple[str, Any]], min_elements: int) -> Tree:
+def tree_shardings(tree: Tree, mesh: Mesh, rules: Sequence[Sequence[Any]], min_elements: int) -> Tree:
     """A NamedSharding for each leaf (anything with a shape): the first rule whose regex is found in the leaf's path decides.
 
     Raises ValueError for a rule that is never used, names an unknown axis, or a leaf that no rule matches.

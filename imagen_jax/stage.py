@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from imagen_jax import sharding
+from imagen_jax.data.transforms import check_sizes
 from imagen_jax.diffusion import conditioning, loss, sampler
 from imagen_jax.diffusion.process import PREDICTIONS
 from imagen_jax.diffusion.schedule import SCHEDULES, Schedule
@@ -133,29 +134,38 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
     for field, (value, known) in choices.items():
         if value not in known:
             raise ValueError(f"{field} is {value!r}; it must be one of {tuple(known)}")
-    image, low, crop = data["image_size"], data["lowres_size"], data["crop_size"]
-    if low and (image % low or (crop * low) % image):
-        raise ValueError(f"data.lowres_size={low} must divide data.image_size={image}, and a crop of {crop} must cover whole low-res pixels")
+    check_sizes(data)
     if bool(text["dim"]) != bool(model["cond_dim"]):
         raise ValueError(f"text.dim={text['dim']} and model.cond_dim={model['cond_dim']}: both are 0 (no text) or neither is")
     check_fields("model", model, FAMILIES[family], {"lowres", "constrain", "parent", "name"})
     check_fields("diffusion", diffusion, ("schedule", "aug_schedule", "aug_max", "prediction", "text_drop"))
+    check_sampling(config["sampling"])
     model = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in model.items()}
     model["dtype"] = jnp.dtype(model["dtype"])
     return Stage(
         name=config["name"],
-        model=FAMILIES[family](**model, lowres=bool(low), constrain=sharding.constrain_activations(mesh) if mesh else identity),
+        model=FAMILIES[family](**model, lowres=bool(data["lowres_size"]), constrain=sharding.constrain_activations(mesh) if mesh else identity),
         schedule=SCHEDULES[diffusion.pop("schedule")],
         aug_schedule=SCHEDULES[diffusion.pop("aug_schedule")],
         **diffusion,
-        image_size=image,
-        lowres_size=low,
-        crop_size=crop,
+        image_size=data["image_size"],
+        lowres_size=data["lowres_size"],
+        crop_size=data["crop_size"],
         text_dim=text["dim"],
         text_length=data["text_length"],
         sampling=dict(config["sampling"]),
         gather=sharding.gather_parameters(mesh) if mesh else identity,
     )
+
+
+def check_sampling(sampling: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `Stage.sample` can draw with these settings."""
+    check_fields("sampling", sampling, ("method", "steps", "gamma", "w", "threshold", "percentile", "aug_level"))
+    settings = dict(sampling)
+    level = settings.pop("aug_level")
+    if not 0.0 <= level <= 1.0:
+        raise ValueError(f"sampling.aug_level is {level}; it must be from 0 to 1")
+    sampler.check_settings(**settings)
 
 
 def check_fields(part: str, given: Mapping[str, Any], wanted: Any, made_here: set[str] = frozenset()) -> None:

@@ -1,4 +1,4 @@
-"""The train step of a stage: what `train` runs and what a planner compiles. Pure; its randomness is fold_in(seed, step)."""
+"""The train step of a stage. Pure; its randomness is fold_in(seed, step)."""
 
 from typing import Any, Callable, Mapping
 
@@ -55,17 +55,19 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    `rate` is the optimizer's learning rate, for the record. If loss or gradient is not finite the update is skipped on the device, and so is every later one: `bad_step` names the first.
+    `rate` is the optimizer's learning rate, for the record. If loss, gradient, or the parameters after the update are not finite, the
+    update is skipped on the device, and so is every later one: `bad_step` names the first.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         loss, grads = loss_and_grad(stage, state.params, batch, key, optim["accumulation"])
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        params_norm = optax.tree.norm(params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(params_norm)
+        bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
         decay = ema_decay(state.step, optim["ema"])
         ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(bad_step < 0, n, o), new, old)
@@ -74,7 +76,7 @@ def make_step(
             "optim/lr": rate(state.step),
             "norm/grad": grad_norm,
             "norm/update": optax.tree.norm(updates),
-            "norm/params": optax.tree.norm(params),
+            "norm/params": params_norm,
             "bad_step": bad_step,
         }
         new = TrainState(state.step + 1, keep(params, state.params), keep(ema, state.ema), keep(opt_state, state.opt_state), bad_step)

@@ -20,51 +20,65 @@ from ml_collections import config_flags
 from imagen_jax import cli
 from imagen_jax.integrity import write_json
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with fields as --config.optim.lr=3e-4", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics.jsonl, images")
-OVERFIT = flags.DEFINE_integer("overfit", 0, "self-test: train this many steps on one batch, saving nothing; fails unless the loss falls to a quarter")
-PROFILE = flags.DEFINE_string("profile", "", "FIRST:COUNT, writes a profiler trace of these steps to workdir/profile")
-MINUTES = flags.DEFINE_float("minutes", 0.0, "stop after this long, saving, as if by SIGTERM; 0: no limit")
-INIT_FROM = flags.DEFINE_string("init_from", "", "start a new run from these weights: a workdir, a checkpoint, an exported file, or embedded:NAME")
-
 IN_FLIGHT = 2  # steps the device may be behind the host: it never waits for work, and a signal is answered within this many steps
 log = logging.getLogger("imagen_jax.train")
 
 
+def define_flags() -> None:
+    """The command line, see `cli.run`."""
+    config_flags.DEFINE_config_file("config", None, "config file, with fields as --config.optim.lr=3e-4", lock_config=True)
+    flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics.jsonl, images")
+    flags.DEFINE_integer("overfit", 0, "self-test: train this many steps on one batch, saving nothing; fails unless the loss falls to a quarter")
+    flags.DEFINE_string("profile", "", "FIRST:COUNT, writes a profiler trace of these steps to workdir/profile")
+    flags.DEFINE_float("minutes", 0.0, "stop after this long, saving, as if by SIGTERM; 0: no limit")
+    flags.DEFINE_string("init_from", "", "start a new run from these weights: a workdir, a checkpoint, an exported file, or embedded:NAME")
+
+
 def main() -> int:
+    args = flags.FLAGS
     cli.log_to_stderr()
-    if CONFIG.value is None or WORKDIR.value is None:
+    if args.config is None or args.workdir is None:
         raise ValueError("--config FILE and --workdir DIR are both needed")
-    if not CONFIG.value.data.path:
+    if not args.config.data.path:
         raise ValueError("--config.data.path is empty: give the directory that imagen_jax.prepare_data made")
     cli.use_compile_cache()
-    config = json.loads(CONFIG.value.to_json())
-    if OVERFIT.value:
-        return overfit(config, OVERFIT.value)
-    return train(config, Path(WORKDIR.value), PROFILE.value, MINUTES.value, INIT_FROM.value)
+    config = json.loads(args.config.to_json())
+    if args.overfit:
+        return overfit(config, args.overfit)
+    return train(config, Path(args.workdir), read_profile(args.profile), args.minutes, args.init_from)
 
 
-def train(config: Mapping[str, Any], workdir: Path, profile: str = "", minutes: float = 0.0, init_from: str = "") -> int:
+def read_profile(text: str) -> tuple[int, int]:
+    """(first, count) of FIRST:COUNT; no steps for an empty text."""
+    first, _, count = (text or "0:0").partition(":")
+    if not (first.isdigit() and count.isdigit()):
+        raise ValueError(f"--profile {text} is not FIRST:COUNT, such as 20:5")
+    return int(first), int(count)
+
+
+def train(config: Mapping[str, Any], workdir: Path, profile: tuple[int, int], minutes: float, init_from: str) -> int:
     """Trains until config["train"]["steps"], a signal or the time limit; 0 if all is saved. `init_from` is read if there is no checkpoint."""
     import jax
 
     from imagen_jax import checkpoint, metrics, resume
     from imagen_jax.data import pipeline
+    from imagen_jax.grids import SampleGrid
 
     run = Run.create(config)
     stop = stop_requests(minutes)
-    first_profiled, profiled = (int(part) for part in profile.split(":")) if profile else (-1, 0)
     total, settings = config["train"]["steps"], config["train"]
 
     # Restore, or begin.
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=settings["keep"])
     newest = checkpoints.latest_good()
     if newest is None:
-        state = run.fresh_state(init_from)
+        state, begun, unlogged = *run.fresh_state(init_from), []
     else:
-        state, saved = checkpoints.restore(newest, run.abstract)
+        saved = checkpoints.meta(newest)
         for line in resume.check({k: saved[k] for k in run.meta}, run.meta):
             log.info("changed since the checkpoint: %s", line)
+        state, _ = checkpoints.restore(newest, run.abstract)
+        begun, unlogged = {k: saved[k] for k in ("init_from",) if k in saved}, saved["unlogged"]
         log.info("resuming from step %d", newest)
     done = newest or 0
     write_json(workdir / "config.json", config)
@@ -74,61 +88,126 @@ def train(config: Mapping[str, Any], workdir: Path, profile: str = "", minutes: 
     step = run.step.lower(run.abstract, run.abstract_batch()).compile()
     log.info("step compiled in %.0f s", time.monotonic() - started)
 
-    # The loop. Metrics of a step are fetched IN_FLIGHT steps later, so the device always has work queued.
     data = pipeline.batches(config["data"], config["seed"], done, "train", jax.process_index(), jax.process_count())
-    writer = metrics.MetricsWriter(workdir, done, enabled=jax.process_index() == 0)
-    clock = metrics.StepClock(config["data"]["batch_size"], done)
-    interval: list[dict[str, float]] = []
-    pending: collections.deque = collections.deque()
-
-    def record_oldest() -> None:
-        step, device_metrics = pending.popleft()
-        interval.append({name: value.item() for name, value in jax.device_get(device_metrics).items()})
-        if interval[-1]["bad_step"] >= 0:
-            raise FloatingPointError(report_bad_step(run, workdir, int(interval[-1]["bad_step"])))
-        progress.update(step, loss=interval[-1]["loss"])
-        if step % settings["log_every"] == 0 or step == total:
-            row = {name: sum(r[name] for r in interval) / len(interval) for name in interval[0] if name != "bad_step"}
-            writer.scalars(step, row | run.rates(clock.read(step)))
-            interval.clear()
-
-    def settle() -> None:
-        while pending:
-            record_oldest()
+    grid = SampleGrid(config, run.stage, run.mesh) if settings["sample_every"] else None
 
     def save() -> None:
-        with clock.pause():
-            settle()  # nothing is saved before every step's metrics were seen to be finite
+        record.settle()  # nothing is saved before every step's metrics were seen to be finite
+        with record.clock.pause():
             try:
                 checkpoints.wait()
             except checkpoint.CheckpointError as error:  # a full disk now need not end a run that may save later
                 log.error("%s; training goes on, the next save is step %d", error, done)
-            checkpoints.save(done, state, run.meta)
+            checkpoints.save(done, state, run.meta | begun | {"unlogged": record.unlogged})
 
-    with metrics.Progress(config["name"], total, done) as progress, jax.transfer_guard("disallow"):
+    with (
+        metrics.Progress(config["name"], total, done) as progress,
+        Record(run, workdir, done, unlogged, progress) as record,
+        Profile(workdir / "profile", *profile) as trace,
+        jax.transfer_guard("disallow"),
+    ):
         while done < total and not stop():
-            if done == first_profiled:
-                jax.profiler.start_trace(str(workdir / "profile"))
+            trace.before(done)
             state, step_metrics = step(state, run.place(next(data)))
             done += 1
-            pending.append((done, step_metrics))
-            if len(pending) > IN_FLIGHT:
-                record_oldest()
-            if done == first_profiled + profiled and profiled:
-                settle()
-                jax.profiler.stop_trace()
-            if settings["sample_every"] and done % settings["sample_every"] == 0:
-                with clock.pause(), jax.transfer_guard("allow"):
-                    settle()
-                    writer.image(done, "ema", run.sample_grid(state.ema))
+            record.add(done, step_metrics)
+            trace.after(done, record.settle)
+            if grid and done % settings["sample_every"] == 0:
+                record.settle()
+                with record.clock.pause(), jax.transfer_guard("allow"):
+                    record.writer.image(done, "ema", grid.draw(state.ema))
             if done % settings["save_every"] == 0:
                 save()
         save()
         checkpoints.wait()
     data.close()
-    writer.close()
     log.info("%s: %d of %d steps done, saved in %s", config["name"], done, total, workdir)
     return 0
+
+
+class Record:
+    """Metrics of the steps, fetched IN_FLIGHT steps late so that the device always has work queued; a row is the mean over `log_every`.
+
+    `unlogged` are the steps since the last row. They are saved with a checkpoint, so that the first row after a resume is the one an
+    undisturbed run writes; a run that stops between two rows writes what it has, and a resume replaces that.
+    """
+
+    def __init__(self, run: "Run", workdir: Path, done: int, unlogged: list[dict[str, float]], progress: Any):
+        import jax
+
+        from imagen_jax import metrics
+
+        self._run, self._workdir, self._progress = run, workdir, progress
+        self._pending: collections.deque = collections.deque()
+        self._seen, self.unlogged = done, list(unlogged)
+        self.writer = metrics.MetricsWriter(workdir, done - len(unlogged), enabled=jax.process_index() == 0)
+        self.clock = metrics.StepClock(run.config["data"]["batch_size"], done)
+
+    def add(self, step: int, device_metrics: Mapping[str, Any]) -> None:
+        self._pending.append((step, device_metrics))
+        if len(self._pending) > IN_FLIGHT:
+            self._take()
+
+    def settle(self) -> None:
+        """Waits for every step so far. Raises FloatingPointError if one was not finite."""
+        while self._pending:
+            self._take()
+
+    def _take(self) -> None:
+        import jax
+
+        self._seen, device_metrics = self._pending.popleft()
+        values = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
+        bad = int(values.pop("bad_step"))
+        if bad >= 0:
+            raise FloatingPointError(report_bad_step(self._run, self._workdir, bad))
+        self.unlogged.append(values)
+        self._progress.update(self._seen, loss=values["loss"])
+        if self._seen % self._run.config["train"]["log_every"] == 0:
+            self._write()
+            self.unlogged = []
+
+    def _write(self) -> None:
+        means = {name: sum(values[name] for values in self.unlogged) / len(self.unlogged) for name in self.unlogged[0]}
+        self.writer.scalars(self._seen, means | self._run.rates(self.clock.read(self._seen)))
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.unlogged:
+            self._write()
+        self.writer.close()
+
+
+class Profile:
+    """A profiler trace of `count` steps after step `first`, or of those that this process does of them."""
+
+    def __init__(self, directory: Path, first: int, count: int):
+        self._directory, self._first, self._last, self._on = directory, first, first + count, False
+
+    def before(self, done: int) -> None:
+        import jax
+
+        if self._first <= done < self._last and not self._on:
+            jax.profiler.start_trace(str(self._directory))
+            self._on = True
+
+    def after(self, done: int, settle: Callable[[], None]) -> None:
+        if self._on and done >= self._last:
+            settle()
+            self.__exit__()
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import jax
+
+        if self._on:
+            self._on = False
+            jax.profiler.stop_trace()
+            log.info("trace of steps from %d in %s", self._first, self._directory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +230,11 @@ class Run:
         import jax
 
         from imagen_jax import chips, optim, sharding, state, step
-        from imagen_jax.data.records import Prepared
+        from imagen_jax.data.pipeline import open_prepared
         from imagen_jax.stage import create_stage
 
         mesh = sharding.make_mesh(config["mesh"])
-        data = Prepared(config["data"]["path"])
+        data = open_prepared(config["data"])
         if config["text"]["dim"]:
             data.check_text(config["text"]["dim"], config["data"]["text_length"])
         stage = create_stage(config, mesh)
@@ -185,17 +264,18 @@ class Run:
         describe(run, source)
         return run
 
-    def fresh_state(self, init_from: str = "") -> Any:
-        """State before the first step; with `init_from`, parameters and EMA are the weights stored there, which must fit."""
+    def fresh_state(self, init_from: str = "") -> tuple[Any, dict[str, Any]]:
+        """State before the first step, and what is to be remembered of `init_from`: if given, parameters and EMA are those weights, which must fit."""
         from imagen_jax import cascade, checkpoint, optim, state
 
         optimizer = optim.make_optimizer(self.config["optim"], self.config["train"]["steps"])
         fresh = state.create_state(self.stage, optimizer, self.config["seed"], self.shardings)
         if not init_from:
-            return fresh
+            return fresh, {}
         params, meta = checkpoint.load_params(cascade.resolve(init_from))
         cascade.check_encoder(meta["encoder"], self.meta["encoder"], f"{init_from} and the data")
-        return state.with_params(fresh, params, self.shardings)
+        begun = {name: meta[name] for name in ("step", "which", "sha256")} | {"path": init_from}
+        return state.with_params(fresh, params, self.shardings), {"init_from": begun}
 
     def abstract_batch(self) -> Mapping[str, Any]:
         """Shapes and shardings of the arrays that `place` makes."""
@@ -218,27 +298,6 @@ class Run:
             return {}
         flops = self.flops_per_image * times["time/images_per_s"]
         return {**times, "time/model_tflops_per_s": flops / 1e12, "time/mfu": flops / self.peak_flops}
-
-    def sample_grid(self, ema: Any) -> Any:
-        """Samples for the first held-out rows (training rows if none are held out): the image, its low-res input, the EMA's sample."""
-        import jax
-        import numpy as np
-
-        from imagen_jax import cascade, pictures
-        from imagen_jax.data import pipeline
-        from imagen_jax.data.records import Prepared
-        from imagen_jax.stage import to_uint8
-
-        counts = Prepared(self.config["data"]["path"]).manifest["counts"]["images"]
-        split = "heldout" if counts.get("heldout", 0) else "train"
-        rows = np.linspace(0, counts[split] - 1, min(self.config["train"]["sample_rows"], counts[split])).astype(int).tolist()
-        batch = pipeline.eval_rows(self.config["data"], rows, split)
-        keys = cascade.sample_keys(range(len(rows)), 0)
-        fields = {name: batch[name] for name in ("text", "text_mask", "lowres") if name in batch}
-        draw = jax.jit(lambda ema, keys, batch: to_uint8(self.stage.sample(ema, keys, batch, self.stage.sampling, self.stage.train_size)))
-        samples = np.asarray(jax.device_get(draw(ema, keys, fields)))
-        columns = [batch["image"]] + ([batch["lowres"]] if "lowres" in batch else []) + [samples]
-        return pictures.grid([[column[i] for i in range(len(rows))] for column in columns], max(64, self.stage.train_size))
 
 
 def describe(run: Run, peak_source: str) -> None:
@@ -276,7 +335,7 @@ def report_bad_step(run: Run, workdir: Path, bad: int) -> str:
     record = {"step": bad, "seed": run.config["seed"], "images": batch["index"].tolist(), "captions": batch["caption_id"].tolist()}
     write_json(workdir / "nonfinite.json", record)
     return (
-        f"loss or gradient of step {bad} is not finite; the update was skipped and nothing was saved after it. "
+        f"loss, gradient or update of step {bad} is not finite; the update was skipped and nothing was saved after it. "
         f"Seed {record['seed']}, images {record['images'][:8]}...: all in {workdir / 'nonfinite.json'}"
     )
 
@@ -292,7 +351,7 @@ def overfit(config: Mapping[str, Any], steps: int) -> int:
     config = dict(config) | {"optim": dict(config["optim"]) | {"warmup": max(1, steps // 20)}}
     run = Run.create(config)
     data: Iterator = pipeline.batches(config["data"], config["seed"], 0)
-    batch, state, losses = run.place(next(data)), run.fresh_state(), []
+    batch, state, losses = run.place(next(data)), run.fresh_state()[0], []
     data.close()
     with metrics.Progress("overfit", steps) as progress:
         for i in range(steps):
@@ -306,4 +365,4 @@ def overfit(config: Mapping[str, Any], steps: int) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(define_flags, main)

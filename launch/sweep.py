@@ -24,15 +24,18 @@ from typing import Any
 import numpy as np
 
 from imagen_jax import cli
+from imagen_jax.integrity import write_json
+from imagen_jax.metrics import read_metrics
 
 # What a sampling field is called by imagen_jax.evaluate.
 EVALUATE_FLAGS = {
     "w": "w", "steps": "steps", "method": "sampler", "aug_level": "aug_level",
     "threshold": "threshold", "percentile": "percentile", "gamma": "gamma",
 }  # fmt: skip
+LOSS = "loss"  # left out where arms differ in `diffusion`: noise, prediction and augmentation make losses of different things
 # Columns of the table: (name, place in evaluation.json, whether less is better). SPLIT: heldout, if there is one.
 COLUMNS = (
-    ("loss", "loss.SPLIT.overall.mean", True),  # comparable where noise, prediction and augmentation are the same in all arms
+    (LOSS, "loss.SPLIT.overall.mean", True),
     ("error of x-hat from a clean low-res image", "denoising.clean.x_hat.overall.mean", True),
     ("captioned image among the 5 nearest", "retrieval.SPLIT.right.top5.rate", False),
     ("own detail", "detail.right.own.mean", False),
@@ -92,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             return 0
         result = compare(arms, args.seeds, read_evaluations(args.workdir, arms, args.seeds))
-        (args.workdir / "sweep.json").write_text(json.dumps({"config": args.config, **result}, indent=1) + "\n")
+        write_json(args.workdir / "sweep.json", {"config": args.config, **result})
         print(table(result) + f"\nall in {args.workdir / 'sweep.json'}")
     except KeyboardInterrupt:
         return cli.fail("interrupted, the same command continues", 130)
@@ -199,10 +202,10 @@ def train_step(config: str, seed: int, overrides: Mapping[str, Any], workdir: Pa
 def evaluate_step(
     args: argparse.Namespace, seed: int, arm: Arm, shared: Mapping[str, str], checkpoint: Path, data: str, output: Path
 ) -> Step:
-    """Evaluates with the sampling fields of the arm and those that all arms share; the seed chooses rows and noise, the same in all arms."""
+    """Evaluates with the sampling fields of the arm and those that all arms share, on the same rows with the same noise for all arms and seeds."""
     sampling = {field.removeprefix("sampling."): value for field, value in shared.items() if field.startswith("sampling.")} | arm.sampling
     options = [f"--{EVALUATE_FLAGS[field]}={value}" for field, value in sampling.items()]
-    options += [f"--rows={args.rows}", f"--samples={args.samples}", f"--seed={seed}"]
+    options += [f"--rows={args.rows}", f"--samples={args.samples}"]
     options += [f"--measures={args.measures}"] if args.measures else []
     command = (sys.executable, "-m", "imagen_jax.evaluate", f"--checkpoint={checkpoint}", f"--data={data}", f"--output={output}", *options)
     return Step(f"evaluate {arm.name}, seed {seed}", command, output)
@@ -229,13 +232,14 @@ def execute(step: Step) -> None:
         raise ValueError(f"{step.label} ended with exit code {code}; its command: {shlex.join(step.command)}")
     if (step.directory / "config.json").exists() and not reached_last_step(step.directory):
         raise ValueError(f"{step.label} was stopped before its last step; the same command continues")
-    (step.directory / FINISHED).write_text(json.dumps(step.command[1:]))
+    write_json(step.directory / FINISHED, step.command[1:])
 
 
 def reached_last_step(workdir: Path) -> bool:
     """Whether a training that exited in order did so at the end: it also does when asked to stop."""
     total = json.loads((workdir / "config.json").read_text())["train"]["steps"]
-    return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"] == total
+    rows = read_metrics(workdir)
+    return bool(rows) and rows[-1]["step"] == total
 
 
 def read_evaluations(workdir: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
@@ -261,7 +265,10 @@ def compare(arms: Sequence[Arm], seeds: Sequence[int], found: Mapping[str, Seque
     reference = found[arms[0].name]
     split = "heldout" if "heldout" in reference[0]["measures"].get("loss", reference[0]["measures"].get("retrieval", {})) else "train"
     columns = []
+    incomparable = {LOSS} if any(field.startswith("diffusion.") for arm in arms for field in arm.overrides) else set()
     for name, place, less in COLUMNS:
+        if name in incomparable:
+            continue
         place = place.replace("SPLIT", split)
         present = [arm for arm in arms if all(at(one["measures"], place) is not None for one in found[arm.name])]
         if arms[0] not in present:
@@ -286,12 +293,10 @@ def against(these: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str,
         return out
     differences = [value - at(other["measures"], place) for value, other in zip(values, reference)]
     pairs = [(one["rows"].get(place), other["rows"].get(place)) for one, other in zip(these, reference)]
-    by_row = [a - b for a, b in pairs] if all(a is not None and b is not None and len(a) == len(b) for a, b in pairs) else []
-    return out | {
-        "difference": statistics.mean(differences),
-        "se_seeds": standard_error(differences),
-        "se_rows": standard_error(np.concatenate(by_row).tolist()) if by_row else None,
-    }
+    complete = all(a is not None and b is not None and len(a) == len(b) for a, b in pairs)
+    # All seeds are measured on the same rows, so a row is one observation, however many seeds there are.
+    by_row = np.mean([a - b for a, b in pairs], axis=0).tolist() if complete else []
+    return out | {"difference": statistics.mean(differences), "se_seeds": standard_error(differences), "se_rows": standard_error(by_row)}
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -179,6 +179,8 @@ def test_step_clock_divides_by_steps_and_leaves_pauses_out():
     assert clock.read(72) == {}
     now.time += 1
     assert clock.read(73)["time/step_s"] == 1.0
+    with pytest.raises(RuntimeError, match="paused"), clock.pause():
+        clock.read(74)  # would count the time up to now in this interval, and take it from the next
 
 
 def test_step_clock_pause_ends_when_its_body_raises():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from imagen_jax import optim
 from imagen_jax.state import initial_state
@@ -131,11 +132,29 @@ def test_dropout_acts_in_training_only():
     assert np.abs(quiet - losses(jax.random.key(2))).max() > 1e-4
 
 
-def test_forward_flops_by_hand():
-    """Catches FLOPs that are off by a factor: the stem and output convolutions alone against 2 x 9 x in x out x pixels, as their share."""
-    small, wide = (tiny.config(model={**tiny.config()["model"], "channels": c}) for c in (16, 32))
-    flops = [forward_flops(tiny.stage_and_step(made)[0]) for made in (small, wide)]
-    pixels = 8 * 8
-    blocks = 2 * 9 * pixels * (4 * 16 * 16 + 2 * (32 + 16 + 16) * 16)  # down_0 and up_0 alone, convolutions
-    assert flops[0] > blocks
-    assert 3 < flops[1] / flops[0] < 4.2  # convolutions grow with the square of the width
+def multiplications(jaxpr) -> int:
+    """Multiply-adds of all convolutions and matrix products of a traced program, by their shapes."""
+    total = 0
+    for equation in jaxpr.eqns:
+        shapes = [v.aval.shape for v in equation.invars if hasattr(v, "aval")]
+        out = int(np.prod(equation.outvars[0].aval.shape)) if equation.outvars else 0
+        if equation.primitive.name == "conv_general_dilated":
+            total += out * int(np.prod(shapes[1][:-1]))  # kernel [height, width, in, out]
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += out * int(np.prod([shapes[0][axis] for axis in contracted]))
+        total += sum(multiplications(getattr(inner, "jaxpr", inner)) for inner in jaxprs_in_params(equation.params))
+    return total
+
+
+@pytest.mark.parametrize("name", ["base_64", "sr_256"])
+def test_forward_flops_by_shapes(name):
+    """Catches FLOPs that are off by a factor: 2 a multiply-add of convolutions and matrix products, which are nearly all of a wide network's."""
+    made = tiny.config(name)
+    made["data"] |= {"image_size": 32, "lowres_size": 16 if made["data"]["lowres_size"] else 0}
+    made["model"] |= {"channels": 64} if name == "base_64" else {"widths": (64, 64)}
+    stage, _, _ = tiny.stage_and_step(made)
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    batch = {field: jax.ShapeDtypeStruct(*shape) for field, shape in stage.batch_shapes(1).items()}
+    traced = jax.make_jaxpr(lambda params, batch: stage.per_sample_loss(params, batch, stage.draw(jax.random.key(0), 1)))(params, batch)
+    assert 0.85 < forward_flops(stage) / (2 * multiplications(traced.jaxpr)) < 1.1  # padding is not multiplied; norms and swishes are counted

@@ -59,7 +59,9 @@ def test_every_arm_and_seed_is_trained_once_with_its_own_settings(ablation, tmp_
     assert train[1:3] == ("-m", "imagen_jax.train")
     assert set(train[5:]) == {"--config.data.path=/data", "--config.optim.lr=0.001", "--config.sizes=(3, 4)", "--config.seed=7"}
     guided, slow = steps[2].command, steps[1].command
-    assert "--w=3.0" in guided and "--data=/data" in guided and "--seed=0" in guided
+    assert "--w=3.0" in guided and "--data=/data" in guided
+    measured = lambda step: [option for option in step.command[3:] if not option.startswith(("--checkpoint=", "--output="))]
+    assert measured(steps[1]) == measured(steps[1 + 5])  # the same rows with the same noise for both seeds
     assert [option for option in guided if "checkpoint" in option] == [option for option in slow if "checkpoint" in option]
     assert guided[5] != slow[5]
 
@@ -131,6 +133,19 @@ def test_differences_are_paired_by_row():
     assert found["b"]["difference"] == pytest.approx(1.0)
     assert found["b"]["se_rows"] == pytest.approx(np.std([1.0, 1.2, 0.8, 1.0], ddof=1) / 2)
     assert found["b"]["se_seeds"] is None
+
+
+def test_seeds_share_their_rows():
+    """Wrong: rows of several seeds counted as independent images, so that each further seed shrinks the error of the same images."""
+    rows = np.array([0.0, 1.0, 2.0, 3.0])
+    one, three = (compared({"a": [evaluation(0, 0 * rows)] * seeds, "b": [evaluation(0, rows)] * seeds})["b"] for seeds in (1, 3))
+    assert one["se_rows"] == three["se_rows"] == pytest.approx(np.std(rows, ddof=1) / 2)
+
+
+def test_losses_of_other_noise_are_not_compared():
+    """Wrong: a difference of two losses that do not measure the same thing, with a standard error that makes it look like a result."""
+    arms = [sweep.Arm("a", {}), sweep.Arm("b", {"diffusion.aug_max": 0.0})]
+    assert sweep.compare(arms, [0], {"a": [evaluation(1.0)], "b": [evaluation(0.5)]})["columns"] == []
 
 
 def test_evaluations_are_read_with_their_rows(tmp_path):

@@ -10,9 +10,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from imagen_jax.checkpoint import load_params
 from imagen_jax.metrics import read_metrics
 from tests import tiny
 from tests.data import synthetic
@@ -96,10 +98,10 @@ def kill_at(moment: str, data: Path, workdir: Path, rng: random.Random) -> None:
         "save": lambda: any((workdir / "checkpoints").glob("*.writing*")),
         "steps": lambda n=done + rng.randint(1, 8): len(read_metrics(workdir)) >= n,
     }
-    wait_for(conditions[moment], process)
+    assert wait_for(conditions[moment], process), f"the run ended before the moment: {moment}"
     time.sleep(rng.random() * 0.05)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL, f"the run ended before it was killed: {moment}"
 
 
 def test_killed_runs_resume_bit_for_bit(data, straight, tmp_path):
@@ -129,8 +131,9 @@ def test_resume_on_another_mesh_and_refusal_of_other_settings(data, straight, tm
     """Catches a checkpoint bound to its mesh, and a resume that silently mixes two experiments."""
     workdir = tmp_path / "run"
     assert run(data, workdir, "--config.train.steps=15")[0] == 0
-    code, log = run(data, workdir, "--config.optim.lr=0.5")
-    assert code == 2 and "optim.lr" in log and "Traceback" not in log
+    for change in ("optim.lr=0.5", "optim.optimizer=adafactor", "model.cond_dim=32"):
+        code, log = run(data, workdir, f"--config.{change}")
+        assert code == 2 and f"started with other settings; restore them, or use a new --workdir: {change.split('=')[0]}: " in log and "Traceback" not in log
     os.environ["XLA_FLAGS"], saved = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0", os.environ["XLA_FLAGS"]
     try:
         env = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
@@ -159,7 +162,10 @@ def test_non_finite_loss_stops_the_run(data, tmp_path):
     report = json.loads((workdir / "nonfinite.json").read_text())
     assert report["seed"] == 0 and len(report["images"]) == 8
     saved = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
-    assert all(step <= report["step"] for step in saved)
+    assert saved and all(step <= report["step"] for step in saved)
+    for which in ("params", "ema"):
+        params, _ = load_params(workdir / "checkpoints" / str(max(saved)), which)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)), f"{which} of the newest checkpoint are not finite"
 
 
 def test_overfit_passes_and_can_fail(data, tmp_path):
@@ -179,6 +185,8 @@ def test_overfit_passes_and_can_fail(data, tmp_path):
         (["--config.text.dim=7"], "width 8"),
         (["--config.data.batch_size=7", "--config.mesh.data=1"], "accumulation=2"),
         (["--config.diffusion.prediction=eta"], "diffusion.prediction is 'eta'"),
+        (["--config.sampling.threshold=dynamc"], "sampling.threshold is 'dynamc'"),
+        (["--config.data.caption=best"], "data.caption='best'"),
     ],
 )
 def test_wrong_settings_are_one_line(data, tmp_path, flags, message):

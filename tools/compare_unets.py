@@ -1,6 +1,6 @@
-"""The Efficient U-Net against the ordinary U-Net as 64->256 networks, at a quarter of the paper's width: speed, FLOPs, parameters, memory.
+"""The Efficient U-Net against the ordinary U-Net as 64->256 networks, at a quarter of the paper's super-resolution width (128): speed, FLOPs, parameters, memory.
 
-    python tools/compare_unets.py --batch 2 --steps 10
+    python -m tools.compare_unets --batch 2 --steps 10
 
 Both take whole 256x256 images, the same text and the same low-res input, and do full training steps (Adam, EMA), in turn, in one process.
 The ordinary one is the recipe of F.1 (multipliers 1, 2, 3, 4, three blocks a level, attention at 32), which at 256x256 keeps its

@@ -89,24 +89,19 @@ class _Examples(grain.transforms.RandomMap):
         return pixels, record.caption_ids
 
 
-def _check_sizes(data_cfg: Mapping[str, Any]) -> None:
-    """ValueError, in one line, for sizes that cannot be cut from one another."""
-    size, lowres, crop = data_cfg["image_size"], data_cfg["lowres_size"], data_cfg["crop_size"]
-    if lowres and size % lowres:
-        raise ValueError(f"data.image_size={size} is not a multiple of data.lowres_size={lowres}")
-    if crop > size:
-        raise ValueError(f"data.crop_size={crop} is larger than data.image_size={size}")
-    if lowres and crop % (size // lowres):
-        raise ValueError(f"data.crop_size={crop} is not a whole number of low-res pixels of {size // lowres} pixels each")
+def open_prepared(data_cfg: Mapping[str, Any]) -> Prepared:
+    """The data at data_cfg["path"]; ValueError, in one line, if there is none or if it does not fit the other fields."""
+    transforms.check_sizes(data_cfg)
     if data_cfg["caption"] not in ("random", "first"):
         raise ValueError(f"data.caption={data_cfg['caption']!r} is neither 'random' nor 'first'")
-
-
-def _examples(data_cfg: Mapping[str, Any], split: str) -> _Examples:
-    _check_sizes(data_cfg)
     prepared = Prepared(data_cfg["path"])
     prepared.check_length(data_cfg["text_length"])
     prepared.check_image_size(data_cfg["image_size"])
+    return prepared
+
+
+def _examples(data_cfg: Mapping[str, Any], split: str) -> _Examples:
+    prepared = open_prepared(data_cfg)
     return _Examples(
         images=prepared.images(split),
         captions=prepared.captions(),

@@ -5,11 +5,24 @@ picture the stage before it learns to draw.
 """
 
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import BFloat16, Bool, UInt8
 from PIL import Image
+
+
+def check_sizes(data_cfg: Mapping[str, Any]) -> None:
+    """Raises ValueError, in one line, for sizes that cannot be cut from one another."""
+    size, lowres, crop = data_cfg["image_size"], data_cfg["lowres_size"], data_cfg["crop_size"]
+    if lowres and size % lowres:
+        raise ValueError(f"data.image_size={size} is not a multiple of data.lowres_size={lowres}")
+    if crop > size:
+        raise ValueError(f"data.crop_size={crop} is larger than data.image_size={size}")
+    if lowres and crop % (size // lowres):
+        raise ValueError(f"data.crop_size={crop} is not a whole number of low-res pixels of {size // lowres} pixels each")
 
 
 def decode_square(encoded: bytes, size: int) -> UInt8[np.ndarray, "s s 3"]:

@@ -3,6 +3,8 @@
 Noise comes from one key a sample, so a picture depends on its own key and conditioning, whatever else is in its batch.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -13,6 +15,21 @@ from imagen_jax.diffusion.loss import DenoiseFn
 from imagen_jax.diffusion.schedule import Schedule
 
 SAMPLERS = ("ancestral", "ddim")
+
+
+def check_settings(method: str, steps: int, gamma: float, w: float, threshold: str, percentile: float) -> None:
+    """Raises ValueError, naming the config field, for settings that `sample` cannot draw with."""
+    for field, value, known in (("method", method, SAMPLERS), ("threshold", threshold, guidance.THRESHOLDS)):
+        if value not in known:
+            raise ValueError(f"sampling.{field} is {value!r}; it must be one of {known}")
+    if steps < 1:
+        raise ValueError(f"sampling.steps is {steps}; at least one step is needed")
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"sampling.gamma is {gamma}; it must be from 0 to 1")
+    if not 0.0 < percentile <= 100.0:
+        raise ValueError(f"sampling.percentile is {percentile}; it must be above 0 and at most 100")
+    if not math.isfinite(w):
+        raise ValueError(f"sampling.w is {w}; it must be a finite number")
 
 
 def ddim_step(
@@ -65,12 +82,9 @@ def sample(
 ) -> Float[Array, "b ..."]:
     """Draws x [b, *shape] from `denoise_fn` with guidance weight `w`; at the last step x-hat is returned without noise.
 
-    gamma is used by the ancestral sampler alone. Raises ValueError on an unknown method.
+    gamma is used by the ancestral sampler alone. Raises ValueError as `check_settings` does.
     """
-    if method not in SAMPLERS:
-        raise ValueError(f"sampling.sampler is {method!r}; it must be one of {SAMPLERS}")
-    if steps < 1:
-        raise ValueError(f"sampling.steps is {steps}; at least one step is needed")
+    check_settings(method, steps, gamma, w, threshold, percentile)
     guided = guidance.guide(denoise_fn, w)
     init_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     grid = schedule(jnp.linspace(1.0, 0.0, steps + 1))

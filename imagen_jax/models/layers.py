@@ -23,7 +23,7 @@ def group_norm(features: int, dtype: Dtype, name: str) -> nn.GroupNorm:
 
 
 def conv(features: int, dtype: Dtype, name: str, *, stride: int = 1, zero_init: bool = False) -> nn.Conv:
-    """3x3 convolution, SAME padding; `zero_init` makes its branch start as nothing."""
+    """3x3 convolution, one pixel of zeros on each side; `zero_init` makes its branch start as nothing."""
     init = nn.initializers.zeros if zero_init else nn.initializers.lecun_normal()
     return nn.Conv(features, (3, 3), strides=stride, padding=((1, 1), (1, 1)), kernel_init=init, dtype=dtype, name=name)
 

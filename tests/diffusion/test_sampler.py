@@ -212,7 +212,7 @@ def test_another_key_or_another_prompt_is_another_picture():
         assert np.all(np.abs(first - changed).max(axis=(1, 2, 3)) > 1e-3), name
 
 
-WRONG = [({"method": "heun"}, "sampling.sampler"), ({"steps": 0}, "sampling.steps"), ({"threshold": "off"}, "sampling.threshold"), ({"prediction": "z"}, "diffusion.prediction")]
+WRONG = [({"method": "heun"}, "sampling.method"), ({"steps": 0}, "sampling.steps"), ({"threshold": "off"}, "sampling.threshold"), ({"gamma": 1.5}, "sampling.gamma"), ({"percentile": 0.0}, "sampling.percentile"), ({"w": float("nan")}, "sampling.w"), ({"prediction": "z"}, "diffusion.prediction")]
 
 
 @pytest.mark.parametrize("options, message", WRONG)
