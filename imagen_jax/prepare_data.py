@@ -68,6 +68,9 @@ def main() -> None:
             preview(source, encoder, settings)
             return
         prepare(source, encoder, args.output, settings)
+        if args.verify:
+            records.Prepared(args.output).verify()
+            print("every shard matches its checksum")
     except BrokenProcessPool:
         sys.exit(cli.fail("a worker process was killed (out of memory?): the same command continues, try fewer --processes"))
     except KeyboardInterrupt:
@@ -87,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shard_size", type=int, default=4096, help="rows a shard")
     parser.add_argument("--batch_size", type=int, default=64, help="captions encoded at once")
     parser.add_argument("--processes", type=int, default=0, help="for checking and writing images (default: all cores)")
+    parser.add_argument("--verify", action="store_true", help="at the end, or if it is done already, read every shard again and compare its checksum")
     parser.add_argument("--dry_run", action="store_true", help="only estimate size and time")
     parser.add_argument("--tfds_dir", default=None, help="TFDS data directory")
     parser.add_argument("--tfds_split", default="train", help="split to read")

@@ -89,7 +89,7 @@ def test_what_does_not_chain_is_refused(config, tmp_path):
     checkpoint.export_params(params, meta, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="text encoder"):
         cascade.load_cascade(config | {"sr_1": config["sr_1"] | {"checkpoint": str(tmp_path / "other.safetensors")}})
-    with pytest.raises(ValueError, match="has a checkpoint"):
+    with pytest.raises(ValueError, match="stage base has no checkpoint"):
         cascade.load_cascade({"which": "ema"} | {name: config[name] | {"checkpoint": ""} for name in NAMES})
     with pytest.raises(ValueError, match="embeds no 'nothing'"):
         cascade.resolve("embedded:nothing")

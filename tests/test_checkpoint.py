@@ -1,5 +1,6 @@
 """Checkpoints: exact restores on any mesh, refusal of anything damaged, kills at every moment of a save, params-only loads and exports."""
 
+import hashlib
 import json
 import logging
 import os
@@ -532,7 +533,9 @@ def test_load_params(saved, where, which):
     assert_equal(params, want)
     assert all(type(x) is np.ndarray for x in jax.tree.leaves(params))
     assert params["text"]["norm.scale"].dtype == ml_dtypes.bfloat16
-    assert meta == META | {"at": 20, "step": 20, "format_version": 1, "which": which}
+    sums = saved.parent.parent / "workdir" / "checkpoints" / "20" / "SHA256SUMS"
+    source = {"which": which, "sha256": hashlib.sha256(sums.read_bytes()).hexdigest()}
+    assert meta == META | {"at": 20, "step": 20, "format_version": 1} | source
 
 
 def test_load_params_names_what_there_is(saved):
@@ -548,13 +551,14 @@ def test_export_is_bf16_and_carries_its_meta(saved, tmp_path):
     export_params(ema, meta, path)
     back, back_meta = load_params(path)
     assert_equal(back, jax.tree.map(lambda x: np.asarray(jnp.asarray(x).astype(jnp.bfloat16)), ema))
-    assert back_meta == meta
     first = path.read_bytes()
+    assert back_meta == meta | {"sha256": hashlib.sha256(first).hexdigest()}
     assert len(first) < 1200 + 2 * sum(x.size for x in jax.tree.leaves(ema))
     export_params(back, back_meta, path)
     assert path.read_bytes() == first and [p.name for p in path.parent.iterdir()] == ["base.safetensors"]
     export_params(place(ema, 8)[0], {"sizes": {2: 1, 10: 1}}, path)
-    assert load_params(path)[1] == {"sizes": {"2": 1, "10": 1}, "format_version": 1}
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert load_params(path)[1] == {"sizes": {"2": 1, "10": 1}, "format_version": 1, "which": "exported", "sha256": sha256}
 
 
 def test_damaged_export_is_refused_in_one_line(saved, tmp_path):
