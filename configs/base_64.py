@@ -100,7 +100,7 @@ def demo(c: ConfigDict) -> None:
     c.model.update(channels=64, multipliers=(1, 2), blocks=1, attention=(False, True), text_attention=(False, True), cond_dim=160, pool_heads=5, patch=2)
     # Both weigh high noise, where the caption decides, more than eps and cosine do: minutes suffice to learn a little text.
     c.diffusion.update(prediction="x", schedule="linear")
-    # On white pictures one bright pixel makes dynamic thresholding grey all others: static is nearer to the captioned image.
+    # Dynamic thresholding divides by the brightest pixels, which greys a white background; static leaves it white.
     c.sampling.update(method="ddim", steps=16, w=2.0, threshold="static")
     c.train.update(steps=40_000, log_every=50, sample_every=2_000, sample_rows=16, save_every=1_000, keep=2)
 

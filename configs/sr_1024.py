@@ -34,7 +34,7 @@ def demo(c: ConfigDict) -> None:
     c.model.update(widths=(32, 64, 96), blocks=(1, 1, 2), attention=("none", "none", "cross"), heads=3, cond_dim=64, pool_heads=2)
     c.diffusion.prediction = "x"  # eps and v make a small network carry the noise of every pixel through its half-size features
     c.sampling.update(method="ancestral", gamma=0.2, steps=12, w=1.0, threshold="static")  # white stays white, see base_64
-    c.train.update(steps=100_000, log_every=100, sample_every=5_000, sample_rows=4, save_every=1_000, keep=2)
+    c.train.update(steps=100_000, log_every=20, sample_every=5_000, sample_rows=4, save_every=1_000, keep=2)
 
 
 def tiny(c: ConfigDict) -> None:

@@ -91,7 +91,7 @@ def demo(c: ConfigDict) -> None:
     c.model.update(widths=(32, 64, 128), blocks=(1, 2, 3), attention=("none", "none", "fused"), heads=4, cond_dim=128, pool_heads=4)
     c.diffusion.prediction = "x"  # eps and v make a small network carry the noise of every pixel through its half-size features
     c.sampling.update(steps=16, w=1.0, threshold="static")  # white stays white, see base_64
-    c.train.update(steps=100_000, log_every=100, sample_every=5_000, sample_rows=8, save_every=1_000, keep=2)
+    c.train.update(steps=100_000, log_every=20, sample_every=5_000, sample_rows=8, save_every=1_000, keep=2)
 
 
 def tiny(c: ConfigDict) -> None:

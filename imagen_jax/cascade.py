@@ -62,6 +62,10 @@ def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> l
     if not names:
         raise ValueError(f"stage {wanted[0]} has no checkpoint: give --config.{wanted[0]}.checkpoint=PATH")
     stages = [load_stage(config[name]["checkpoint"], config[name]["sampling"], config["which"]) for name in names]
+    for name, loaded in zip(names, stages):
+        if bool(loaded.stage.lowres_size) != (name != STAGES[0]):
+            kind = "a super-resolution stage" if loaded.stage.lowres_size else "a base stage"
+            raise ValueError(f"{config[name]['checkpoint']} is {kind}, which cannot be {name}")
     for before, after in zip(stages, stages[1:]):
         if before.stage.image_size != after.stage.lowres_size:
             raise ValueError(f"{before.stage.name} draws {before.stage.image_size} pixels, {after.stage.name} takes {after.stage.lowres_size}")

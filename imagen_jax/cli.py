@@ -48,7 +48,20 @@ def parse(argv: list[str]) -> list[str]:
     except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError, SyntaxError) as error:
         if os.environ.get("IMAGEN_JAX_TRACEBACK"):
             raise
-        sys.exit(fail(str(error)))
+        sys.exit(fail(_cause(error)))
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong, without the traceback that reading a config file puts before it and the quotes of a KeyError."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    _, traceback, after = text.rpartition("Traceback (most recent call last):")
+    return after.strip().splitlines()[-1] if traceback and after.strip() else text
+
+
+def check_directory(flag: str, path: str) -> None:
+    """Raises ValueError if something other than a directory has this name."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ValueError(f"--{flag} {path} is a file; give a directory")
 
 
 def fail(message: str, code: int = 2) -> int:

@@ -46,7 +46,7 @@ def main() -> int:
     prompts = write_prompts(data, output, args.prompt)
     cascade = f"--config={root / 'configs' / 'cascade.py'}:demo"
     draw(cascade, output / "prompts.txt", output / "embedded")
-    announce(f"first pictures after {time.monotonic() - started:.0f} s: {output / 'embedded' / 'sheet.png'}")
+    announce(f"first pictures after {time.monotonic() - started:.0f} s: {output / 'embedded' / 'sheet_0000.png'}")
     for stage, name in STAGES.items():
         trained = output / f"{stage}.trained"
         if trained.exists():

@@ -19,8 +19,10 @@ def define_flags() -> None:
 
 def main() -> int:
     args = flags.FLAGS
-    if not args.checkpoint or not args.output or not args.output.endswith(".safetensors"):
+    if not args.checkpoint or not args.output:
         raise ValueError("--checkpoint PATH and --output FILE.safetensors are both needed")
+    if not args.output.endswith(".safetensors"):
+        raise ValueError(f"--output {args.output} must end in .safetensors, which is what it will be")
     import jax
 
     from imagen_jax import checkpoint

@@ -1,10 +1,13 @@
 """Files that appear whole or not at all, and directories that can tell whether any of their bytes changed: SHA256SUMS lists every other file, so `sha256sum -c SHA256SUMS` checks one too."""
 
 import concurrent.futures
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """An indented JSON file, whole or not at all."""
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def only_process(directory: Path, doing: str) -> Iterator[None]:
+    """Keeps `directory`, which is made, to this process; the lock goes with the process, however it ends. ValueError if another has it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is {doing} {directory}") from error
+        yield
 
 
 def seal(directory: Path) -> None:

@@ -15,6 +15,8 @@ def learning_rate(optim: Mapping[str, Any], steps: int) -> optax.Schedule:
 
     The paper's listing decays to `end_value=2500000`, which cannot be meant; constant is the default reading.
     """
+    if not optim["lr"] >= 0.0:
+        raise ValueError(f"optim.lr is {optim['lr']}; it must not be negative")
     if optim["decay"] not in DECAYS:
         raise ValueError(f"optim.decay is {optim['decay']!r}; it must be one of {DECAYS}")
     if optim["decay"] == "cosine" and steps <= optim["warmup"]:

@@ -11,7 +11,6 @@ of processes. The record is described in imagen_jax/data/records.py.
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ from imagen_jax.data import checks, records
 from imagen_jax.data.plan import KeptImage, Plan, make_plan
 from imagen_jax.data.sources import Source, open_source
 from imagen_jax.data.workers import Workers
-from imagen_jax.integrity import write_atomically
+from imagen_jax.integrity import only_process, write_atomically
 
 _CHUNK = 256  # images checked in one task; the unit in which checking is resumed
 _SAMPLE = 64  # images of the preview
@@ -180,17 +179,13 @@ def _refuse_changes(place: Path, before: Mapping, request: Mapping) -> None:
 
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """The work directory, created and kept to this process; the lock goes with the process, however it ends."""
+    """The work directory, created and kept to this process."""
     parts = ("checked", "journal", "result")
     if partial.exists() and {path.name for path in partial.iterdir()} - {*parts, "lock", "request.json"}:
         raise ValueError(f"{partial} is in the way, it is no unfinished work of prepare_data: choose another --output")
     for name in parts:
         (partial / name).mkdir(parents=True, exist_ok=True)
-    with open(partial / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another prepare_data is at work in {partial}") from error
+    with only_process(partial, "preparing data in"):
         for left in partial.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
         yield

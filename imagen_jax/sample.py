@@ -17,6 +17,8 @@ from ml_collections import config_flags
 
 from imagen_jax import cli
 
+RECORD = {"prompt", "seed", "stages", "image", "image_sha256", "config", "checkpoints", "encoder"}  # of a picture: what its JSON file holds
+
 
 def define_flags() -> None:
     """The command line, see `cli.run`."""
@@ -37,15 +39,29 @@ def main() -> int:
     cli.use_compile_cache()
     if not args.output:
         raise ValueError("--output DIR is needed")
+    cli.check_directory("output", args.output)
     if args.reproduce:
-        record = json.loads(Path(args.reproduce).read_text())
+        record = read_record(Path(args.reproduce))
         return sample(record["config"], [record["prompt"]], [record["seed"]], record["stages"], record["image"], Path(args.output), record)
     if args.config is None:
         raise ValueError("--config FILE is needed, configs/cascade.py:demo for the embedded cascade")
+    if not all(stage in args.config for stage in ("base", "sr_1", "sr_2")):
+        raise ValueError("--config is not the config of a cascade, such as configs/cascade.py:demo")
     prompts = read_prompts(args.prompt, args.prompts)
     prompts = [prompt for prompt in prompts for _ in range(args.count)]
     seeds = [args.seed + i for i in range(len(prompts))]
     return sample(json.loads(args.config.to_json()), prompts, seeds, args.stages, args.image, Path(args.output))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A picture's JSON file. Raises ValueError if it is not one."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--reproduce {path} is not a picture's JSON file: {error}") from error
+    if not isinstance(record, dict) or not RECORD <= record.keys():
+        raise ValueError(f"--reproduce {path} is not a picture's JSON file: it lacks {sorted(RECORD - set(record))}")
+    return record
 
 
 def read_prompts(given: Sequence[str], file: str) -> list[str]:
@@ -89,7 +105,7 @@ def sample(
     text = encoder.encode(list(prompts), config["batch_size"])
     lowres = None if not image else read_image(image, loaded[0].stage.lowres_size, len(prompts))
     first_stage = cascade.STAGES.index(stages[0])
-    rows, done = [], 0
+    rows, done, first = [], 0, next_index(output)
     with metrics.Progress("pictures", len(prompts)) as progress:
         for images in cascade.generate(loaded, seeds, text, config["batch_size"], lowres, first_stage):
             for row in zip(*images):
@@ -97,13 +113,13 @@ def sample(
                     "prompt": prompts[done], "seed": seeds[done], "stages": list(stages), "image": image,
                     "image_sha256": image_sha256, "config": dict(config), "checkpoints": identities, "encoder": encoder.identity,
                 }  # fmt: skip
-                write(output, done, row, record)
+                write(output, first + done, row, record)
                 rows.append(([lowres[done]] if image else []) + list(row))
                 done += 1
             progress.update(done)
     headings = ([f"input {lowres.shape[1]}"] if image else []) + [f"{s.stage.image_size}" for s in loaded]
     sheet = pictures.contact_sheet(prompts, rows, headings, min(256, max(64, loaded[-1].stage.image_size)))
-    print(f"{done} pictures in {output}; all of them: {pictures.write_png(output / 'sheet.png', sheet)}")
+    print(f"{done} pictures added to {output}; all of them: {pictures.write_png(output / f'sheet_{first:04d}.png', sheet)}")
     return 0
 
 
@@ -132,9 +148,22 @@ def read_image(path: str, size: int, n: int) -> Any:
     """The user's image, cut square and brought to `size` pixels, n times: uint8 [n size size 3]."""
     import numpy as np
 
+    from imagen_jax.data.checks import stored_bytes
     from imagen_jax.data.transforms import decode_square
 
-    return np.repeat(decode_square(Path(path).read_bytes(), size)[None], n, axis=0)
+    try:
+        image = decode_square(stored_bytes(Path(path).read_bytes()), size)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"--image {path} cannot be used: {error}") from error
+    except OSError as error:
+        raise ValueError(f"--image {path} cannot be read: {error.strerror or 'it is not an image'}") from error
+    return np.repeat(image[None], n, axis=0)
+
+
+def next_index(output: Path) -> int:
+    """One more than the highest number of a picture in the directory: earlier pictures stay."""
+    numbers = [int(path.name.partition("_")[0]) for path in output.glob("[0-9]*_*.json")]
+    return max(numbers, default=-1) + 1
 
 
 def write(output: Path, index: int, row: Sequence[Any], record: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ The same command again resumes: the run goes on from its newest intact checkpoin
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import logging
@@ -18,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import cli
-from imagen_jax.integrity import write_json
+from imagen_jax.integrity import only_process, write_json
 
 IN_FLIGHT = 2  # steps the device may be behind the host: it never waits for work, and a signal is answered within this many steps
 log = logging.getLogger("imagen_jax.train")
@@ -39,12 +40,15 @@ def main() -> int:
     cli.log_to_stderr()
     if args.config is None or args.workdir is None:
         raise ValueError("--config FILE and --workdir DIR are both needed")
+    if "data" not in args.config:
+        raise ValueError("--config is not the config of a stage, such as configs/base_64.py or configs/sr_256.py")
     if not args.config.data.path:
         raise ValueError("--config.data.path is empty: give the directory that imagen_jax.prepare_data made")
     cli.use_compile_cache()
     config = json.loads(args.config.to_json())
     if args.overfit:
         return overfit(config, args.overfit)
+    cli.check_directory("workdir", args.workdir)
     return train(config, Path(args.workdir), read_profile(args.profile), args.minutes, args.init_from)
 
 
@@ -57,15 +61,23 @@ def read_profile(text: str) -> tuple[int, int]:
 
 
 def train(config: Mapping[str, Any], workdir: Path, profile: tuple[int, int], minutes: float, init_from: str) -> int:
-    """Trains until config["train"]["steps"], a signal or the time limit; 0 if all is saved. `init_from` is read if there is no checkpoint."""
+    """Trains until config["train"]["steps"], a signal or the time limit; 0 if all is saved. `init_from` is where a new run begins."""
+    import jax
+
+    run = Run.create(config)
+    with only_process(workdir, "training in") if jax.process_index() == 0 else contextlib.nullcontext():
+        return advance(run, workdir, profile, stop_requests(minutes), init_from)
+
+
+def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[[], bool], init_from: str) -> int:
+    """`train` in a workdir that no other process writes to."""
     import jax
 
     from imagen_jax import checkpoint, metrics, resume
     from imagen_jax.data import pipeline
     from imagen_jax.grids import SampleGrid
 
-    run = Run.create(config)
-    stop = stop_requests(minutes)
+    config = run.config
     total, settings = config["train"]["steps"], config["train"]
 
     # Restore, or begin.
@@ -77,8 +89,13 @@ def train(config: Mapping[str, Any], workdir: Path, profile: tuple[int, int], mi
         saved = checkpoints.meta(newest)
         for line in resume.check({k: saved[k] for k in run.meta}, run.meta):
             log.info("changed since the checkpoint: %s", line)
-        state, _ = checkpoints.restore(newest, run.abstract)
         begun, unlogged = {k: saved[k] for k in ("init_from",) if k in saved}, saved["unlogged"]
+        if init_from and begun.get("init_from", {}).get("path") != init_from:
+            raise ValueError(f"{workdir} holds a run that did not start from {init_from}; give a new --workdir")
+        if newest >= total:
+            log.info("%s has %d steps already, train.steps is %d: nothing to do", workdir, newest, total)
+            return 0
+        state, _ = checkpoints.restore(newest, run.abstract)
         log.info("resuming from step %d", newest)
     done = newest or 0
     write_json(workdir / "config.json", config)
@@ -139,7 +156,7 @@ class Record:
 
         self._run, self._workdir, self._progress = run, workdir, progress
         self._pending: collections.deque = collections.deque()
-        self._seen, self.unlogged = done, list(unlogged)
+        self._seen, self._settling, self.unlogged = done, False, list(unlogged)
         self.writer = metrics.MetricsWriter(workdir, done - len(unlogged), enabled=jax.process_index() == 0)
         self.clock = metrics.StepClock(run.config["data"]["batch_size"], done)
 
@@ -150,8 +167,10 @@ class Record:
 
     def settle(self) -> None:
         """Waits for every step so far. Raises FloatingPointError if one was not finite."""
+        self._settling = True
         while self._pending:
             self._take()
+        self._settling = False
 
     def _take(self) -> None:
         import jax
@@ -169,7 +188,9 @@ class Record:
 
     def _write(self) -> None:
         means = {name: sum(values[name] for values in self.unlogged) / len(self.unlogged) for name in self.unlogged[0]}
-        self.writer.scalars(self._seen, means | self._run.rates(self.clock.read(self._seen)))
+        # When all steps in flight are fetched at once, the time between two of them is not the time a step takes.
+        timed = not self._settling or len(self.unlogged) > IN_FLIGHT
+        self.writer.scalars(self._seen, means | (self._run.rates(self.clock.read(self._seen)) if timed else {}))
 
     def __enter__(self) -> "Record":
         return self
@@ -233,6 +254,8 @@ class Run:
         from imagen_jax.data.pipeline import open_prepared
         from imagen_jax.stage import create_stage
 
+        if config["train"]["steps"] < 1:
+            raise ValueError(f"train.steps={config['train']['steps']} is less than 1")
         mesh = sharding.make_mesh(config["mesh"])
         data = open_prepared(config["data"])
         if config["text"]["dim"]:

@@ -116,22 +116,26 @@ def test_killed_runs_resume_bit_for_bit(data, straight, tmp_path):
 
 
 def test_sigterm_saves_and_exits(data, straight, tmp_path):
-    """Catches a signal that loses the steps since the last save, or one that is answered with a failure."""
+    """Catches a signal that loses the steps since the last save, or one that is answered with a failure; and a second trainer in the same workdir."""
     workdir = tmp_path / "run"
-    process = start(data, workdir, "--config.train.save_every=1000")
+    process = start(data, workdir, "--config.train.save_every=100000", "--config.train.steps=100000")
     assert wait_for(lambda: len(read_metrics(workdir)) >= 3, process)
+    code, log = run(data, workdir)
+    assert code == 2 and "another process is training in" in log, "two processes write one run's metrics and checkpoints"
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     saved = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
-    assert len(saved) == 1 and 3 <= saved[0] < STEPS
-    assert losses(workdir) == {step: straight[step] for step in range(1, saved[0] + 1)}
+    assert len(saved) == 1 and saved[0] >= 3
+    got = losses(workdir)
+    assert list(got) == list(range(1, saved[0] + 1))
+    assert [got[step] for step in range(1, min(saved[0], STEPS) + 1)] == [straight[step] for step in range(1, min(saved[0], STEPS) + 1)]
 
 
 def test_resume_on_another_mesh_and_refusal_of_other_settings(data, straight, tmp_path):
     """Catches a checkpoint bound to its mesh, and a resume that silently mixes two experiments."""
     workdir = tmp_path / "run"
     assert run(data, workdir, "--config.train.steps=15")[0] == 0
-    for change in ("optim.lr=0.5", "optim.optimizer=adafactor", "model.cond_dim=32"):
+    for change in ("optim.lr=0.5", "model.cond_dim=32"):
         code, log = run(data, workdir, f"--config.{change}")
         assert code == 2 and f"started with other settings; restore them, or use a new --workdir: {change.split('=')[0]}: " in log and "Traceback" not in log
     os.environ["XLA_FLAGS"], saved = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0", os.environ["XLA_FLAGS"]
@@ -187,6 +191,9 @@ def test_overfit_passes_and_can_fail(data, tmp_path):
         (["--config.diffusion.prediction=eta"], "diffusion.prediction is 'eta'"),
         (["--config.sampling.threshold=dynamc"], "sampling.threshold is 'dynamc'"),
         (["--config.data.caption=best"], "data.caption='best'"),
+        (["--config.data.batch_size=0"], "data.batch_size=0"),
+        (["--config.optim.lr=-1"], "optim.lr is -1.0"),
+        (["--config.train.steps=0"], "train.steps=0"),
     ],
 )
 def test_wrong_settings_are_one_line(data, tmp_path, flags, message):

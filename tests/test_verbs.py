@@ -53,6 +53,10 @@ def test_rows_are_those_of_an_undisturbed_run(data, straight, stopped):
     assert list((stopped / "profile").rglob("*.xplane.pb"))
     assert list(logged(stopped)) == [4, 8, 12]
     assert logged(stopped) == logged(straight)
+    with pytest.raises(ValueError, match="did not start from embedded:base_16"):
+        train.train(config(data, 20), stopped, **PLAIN | {"init_from": "embedded:base_16"})
+    assert train.train(config(data, 9), stopped, **PLAIN) == 0  # it has more steps than that: nothing to do
+    assert logged(stopped) == logged(straight)
 
 
 def test_grids_follow_training(straight):
@@ -91,6 +95,7 @@ def test_a_picture_is_drawn_again_from_its_record(cascade_config, tmp_path, monk
     for kind in ("", "_16"):
         assert (again / f"0000_a_cat{kind}.png").read_bytes() == (out / f"0001_a_cat{kind}.png").read_bytes()
     assert (out / "0000_a_red_apple.png").read_bytes() != (out / "0001_a_cat.png").read_bytes()
+    assert redraw(record, out) == 0 and (out / "0002_a_cat.png").exists(), "earlier pictures stay"
     record["checkpoints"][1]["sha256"] = "0" * 64
     with pytest.raises(ValueError, match="embedded:sr_64 does not hold the weights of the picture"):
         redraw(record, again)
@@ -116,6 +121,8 @@ def test_a_cascade_ends_before_its_first_empty_stage(cascade_config):
     assert [loaded.stage.image_size for loaded in load_cascade(cut)] == [16]
     with pytest.raises(ValueError, match="stage sr_1 has no checkpoint"):
         load_cascade(cut, ["sr_1", "sr_2"])
+    with pytest.raises(ValueError, match="embedded:sr_64 is a super-resolution stage, which cannot be base"):
+        load_cascade(cascade_config | {"base": cascade_config["sr_1"]}, ["base"])
 
 
 def test_the_report_shows_this_calls_pictures(tmp_path, monkeypatch):

@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import io
+import re
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from imagen_jax.data.sources import SourceItem
@@ -40,20 +42,25 @@ def check(item: SourceItem, min_size: int) -> Checked:
     captions = [" ".join(caption.split()) for caption in item.captions]
     faults = [_fault(caption) for caption in captions]
     kept = [caption for caption, fault in zip(captions, faults, strict=True) if not fault]
-    found = Checked(item.id, item.split, kept, list(filter(None, faults)), "", content=content_hash(item.image))
-    if not item.image:
+    found = Checked(item.id, item.split, kept, list(filter(None, faults)), "", content=content_hash(item.image or b""))
+    if item.image is None:
         return dataclasses.replace(found, reason="missing_image")
     try:
         image, _ = upright_rgb(item.image)
         stored = stored_bytes(item.image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises on bad files
-        return dataclasses.replace(found, reason="broken_image", detail=str(error).splitlines()[0] if str(error) else "")
+        return dataclasses.replace(found, reason="broken_image", detail=_first_line(error))
     shape = {"height": image.height, "width": image.width, "size": len(stored)}
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()[:32]
     found = dataclasses.replace(found, pixels=digest, **shape)
     if min(image.size) < min_size:
         return dataclasses.replace(found, reason="small_image", detail=f"{image.width}x{image.height}")
     return found if kept else dataclasses.replace(found, reason="no_caption")
+
+
+def _first_line(error: Exception) -> str:
+    """Without the address of the object that PIL was reading, so that two passes say the same."""
+    return re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)).split("\n")[0]
 
 
 def _fault(caption: str) -> str:
@@ -83,6 +90,10 @@ def upright_rgb(data: bytes) -> tuple[Image.Image, bool]:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image)
         image = white
+    if image.mode.startswith("I;16"):  # PIL would cut all above 255 off
+        image = Image.fromarray((np.asarray(image, np.uint32) * 255 // 65535).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of kind {image.mode} have no known white")
     return image.convert("RGB"), plain
 
 

@@ -251,7 +251,10 @@ class Prepared:
         file = self.path / MANIFEST
         if not file.is_file():
             raise ValueError(f"{self.path} is not prepared data (no {MANIFEST}): run python -m imagen_jax.prepare_data")
-        self.manifest = json.loads(file.read_text())
+        try:
+            self.manifest = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}): prepare the data again") from error
         if self.manifest["format_version"] != FORMAT_VERSION:
             found = self.manifest["format_version"]
             raise ValueError(f"{file} has format {found}, this program reads {FORMAT_VERSION}: prepare the data again")

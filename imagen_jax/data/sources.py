@@ -17,10 +17,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 @dataclasses.dataclass(frozen=True)
 class SourceItem:
-    """One image as the source has it: id, encoded bytes (none if the file is missing), captions, train or heldout."""
+    """One image as the source has it: id, encoded bytes (None if the file is missing), captions, train or heldout."""
 
     id: str
-    image: bytes
+    image: bytes | None
     captions: list[str]
     split: str
 
@@ -70,7 +70,7 @@ class FolderSource:
     """
 
     def __init__(self, directory: str | Path, heldout: float):
-        self._directory = Path(directory)
+        self._directory, self._heldout = Path(directory), heldout
         if not self._directory.is_dir():
             raise ValueError(f"{self._directory} is not a directory of images")
         listed = list(self._listed())
@@ -97,12 +97,12 @@ class FolderSource:
     def __getitem__(self, index: int) -> SourceItem:
         file, captions, split = self._items[index]
         path = self._directory / file
-        return SourceItem(file, path.read_bytes() if path.is_file() else b"", captions, split)
+        return SourceItem(file, path.read_bytes() if path.is_file() else None, captions, split)
 
     def describe(self) -> dict[str, Any]:
         listing = hashlib.sha256(json.dumps(self._items).encode()).hexdigest()
         name = self._directory.resolve().name
-        return {"kind": "folder", "name": name, "items": len(self), "listing_sha256": listing}
+        return {"kind": "folder", "name": name, "items": len(self), "heldout": self._heldout, "listing_sha256": listing}
 
     def _listed(self) -> Iterable[tuple[str, list[str], str]]:
         """(file, captions, split or "") from the captions file, or from the .txt files beside the images."""
@@ -128,7 +128,7 @@ def _read_jsonl(path: Path) -> Iterable[tuple[str, list[str], str]]:
             continue
         try:
             row = json.loads(line)
-            captions = row["captions"] if "captions" in row else [row["caption"]]
+            captions = row["captions"] if "captions" in row else [row["caption"] or ""]  # null: reported as empty
             yield _listing(row["file"], captions, row.get("split") or "")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}:{number} is not an object with file and caption(s): {error}") from error
@@ -149,6 +149,8 @@ def _read_csv(path: Path) -> Iterable[tuple[str, list[str], str]]:
 def _listing(file: Any, captions: Any, split: str) -> tuple[str, list[str], str]:
     if not isinstance(file, str) or not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
         raise ValueError("file and captions must be text")
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise ValueError(f"{file} is not in the directory of the captions file")
     if split not in ("", "train", "heldout"):
         raise ValueError(f"split {split!r} is neither train nor heldout")
     return file, captions, split

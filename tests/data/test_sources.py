@@ -58,6 +58,8 @@ def test_captions_in_text_files(folder):
         ({"captions.jsonl": "not json"}, "captions.jsonl:1 is not an object with"),
         ({"captions.jsonl": '{"file": "a.png", "captions": "x"}'}, "file and captions must be text"),
         ({"captions.jsonl": '{"file": "a.png", "caption": "x", "split": "test"}'}, "neither train nor heldout"),
+        ({"captions.jsonl": '{"file": "../b.png", "caption": "x"}'}, "../b.png is not in the directory"),
+        ({"captions.csv": "file,caption\n/etc/a.png,x\n"}, "/etc/a.png is not in the directory"),
         ({"captions.csv": "name,text\na.png,x\n"}, "must name the columns file and caption"),
         ({"captions.csv": "file,caption\na.png\n"}, "captions.csv:2: file and captions must be text"),
         ({"captions.csv": "file,caption\n", "captions.jsonl": ""}, "keep one"),
