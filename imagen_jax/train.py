@@ -254,8 +254,11 @@ class Run:
         from imagen_jax.data.pipeline import open_prepared
         from imagen_jax.stage import create_stage
 
-        if config["train"]["steps"] < 1:
-            raise ValueError(f"train.steps={config['train']['steps']} is less than 1")
+        for part, field in (("train", "steps"), ("data", "batch_size")):
+            if config[part][field] < 1:
+                raise ValueError(f"{part}.{field}={config[part][field]} is less than 1")
+        if config["data"]["batch_size"] % config["optim"]["accumulation"]:
+            raise ValueError(f"data.batch_size={config['data']['batch_size']} does not divide into optim.accumulation={config['optim']['accumulation']} parts")
         mesh = sharding.make_mesh(config["mesh"])
         data = open_prepared(config["data"])
         if config["text"]["dim"]:

@@ -94,8 +94,6 @@ def open_prepared(data_cfg: Mapping[str, Any]) -> Prepared:
     transforms.check_sizes(data_cfg)
     if data_cfg["caption"] not in ("random", "first"):
         raise ValueError(f"data.caption={data_cfg['caption']!r} is neither 'random' nor 'first'")
-    if data_cfg["batch_size"] < 1:
-        raise ValueError(f"data.batch_size={data_cfg['batch_size']} is less than 1")
     prepared = Prepared(data_cfg["path"])
     prepared.check_length(data_cfg["text_length"])
     prepared.check_image_size(data_cfg["image_size"])
