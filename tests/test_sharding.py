@@ -1,5 +1,7 @@
 """Meshes of eight virtual devices against one: same losses, gradients and samples; rules that are used, or refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,30 +18,45 @@ MESHES = [dict(data=8, fsdp=1, model=1, spatial=1), dict(data=2, fsdp=4, model=1
 RULES = ((".*", "fsdp"),)
 
 
+def loss_on(name, mesh, params=None):
+    """(loss, gradients, parameters) of a tiny stage on a mesh, from given host parameters or from its own initial ones, perturbed."""
+    stage, optimizer, _ = tiny.stage_and_step(tiny.config(name), mesh)
+    _, shardings = abstract_state(stage, optimizer, mesh, RULES, 8)
+    if params is None:
+        params = tiny.perturbed(jax.device_get(create_state(stage, optimizer, 0, shardings).params))
+    placed, batch = jax.device_put(params, shardings.params), sharding.place_batch(tiny.batch(stage, 8), mesh)
+    loss, grads = jax.device_get(jax.jit(lambda p, b: loss_and_grad(stage, p, b, jax.random.key(1), 1))(placed, batch))
+    return loss, grads, params
+
+
+@functools.cache
+def on_one_device(name):
+    return loss_on(name, sharding.make_mesh(dict(data=1, fsdp=1, model=1, spatial=1), jax.devices()[:1]))
+
+
 @pytest.mark.parametrize("name", ["base_64", "sr_1024"])
 @pytest.mark.parametrize("sizes", MESHES)
 def test_mesh_changes_nothing(name, sizes):
     """Catches a loss averaged per device, noise that depends on the mesh, a halo that is not exchanged."""
-    single = sharding.make_mesh(dict(data=1, fsdp=1, model=1, spatial=1), jax.devices()[:1])
-    mesh = sharding.make_mesh(sizes)
-    results = []
-    for m in (single, mesh):
-        made = tiny.config(name)
-        stage, optimizer, _ = tiny.stage_and_step(made, m)
-        abstract, shardings = abstract_state(stage, optimizer, m, RULES, 8)
-        state = create_state(stage, optimizer, 0, shardings)
-        params = jax.jit(tiny.perturbed, out_shardings=shardings.params)(state.params)
-        batch = sharding.place_batch(tiny.batch(stage, 8), m)
-        results.append(jax.device_get(jax.jit(lambda p, b: loss_and_grad(stage, p, b, jax.random.key(1), 1))(params, batch)))
-        if m is mesh and sizes["fsdp"] > 1:
-            table = sharding.bytes_table(abstract, shardings)
-            assert sum(row["sharded_bytes"] for row in table) >= 0.9 * sum(row["bytes"] for row in table)
-            kernel = state.params["down_1"]["block_0"]["conv_0"]["kernel"]
-            assert kernel.addressable_shards[0].data.size * sizes["fsdp"] == kernel.size
-    (loss, grads), (mesh_loss, mesh_grads) = results
+    loss, grads, params = on_one_device(name)
+    mesh_loss, mesh_grads, _ = loss_on(name, sharding.make_mesh(sizes), params)
     np.testing.assert_allclose(loss, mesh_loss, rtol=1e-5)
     difference = jax.tree.map(np.subtract, grads, mesh_grads)
     assert optax.tree.norm(difference) < 1e-5 * optax.tree.norm(grads)
+
+
+@pytest.mark.parametrize("name", ["base_64", "sr_1024"])
+def test_state_is_born_sharded(name):
+    """Catches a state that is replicated although a rule shards it, and initial parameters that depend on the mesh."""
+    mesh = sharding.make_mesh(MESHES[1])
+    stage, optimizer, _ = tiny.stage_and_step(tiny.config(name), mesh)
+    abstract, shardings = abstract_state(stage, optimizer, mesh, RULES, 8)
+    table = sharding.bytes_table(abstract, shardings)
+    assert sum(row["sharded_bytes"] for row in table) >= 0.9 * sum(row["bytes"] for row in table)
+    state = create_state(stage, optimizer, 0, shardings)
+    kernel = state.params["down_1"]["block_0"]["conv_0"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * MESHES[1]["fsdp"] == kernel.size
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tiny.perturbed(jax.device_get(state.params)), on_one_device(name)[2])
 
 
 def test_sample_is_the_same_on_a_mesh():

@@ -69,8 +69,8 @@ def test_a_warm_start_has_the_weights_and_says_so(data, straight, tmp_path):
     """Catches weights that are read and dropped, and a run that looks as if trained from scratch."""
     params, meta = checkpoint.load_params(straight)
     checkpoint.export_params(params, meta, tmp_path / "base.safetensors")
-    still = config(data, 1, optim__lr=0.0)
-    assert train.train(still, tmp_path / "warm", **PLAIN | {"init_from": str(tmp_path / "base.safetensors")}) == 0
+    assert config(data, 1)["optim"]["warmup"] == 1  # so the first step has a rate of zero
+    assert train.train(config(data, 1), tmp_path / "warm", **PLAIN | {"init_from": str(tmp_path / "base.safetensors")}) == 0
     exported, _ = checkpoint.load_params(tmp_path / "base.safetensors")
     warm, warm_meta = checkpoint.load_params(tmp_path / "warm")
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)), exported, warm)
