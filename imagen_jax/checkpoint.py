@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
-from imagen_jax.integrity import CHECKSUMS, find_damage, flush, seal
+from imagen_jax.integrity import CHECKSUMS, find_damage, flush, seal, sha256_file
 from imagen_jax.sharding import path_name
 
 FORMAT_VERSION = 1
@@ -272,7 +272,11 @@ def load_params(path: str | os.PathLike, which: str = "ema") -> tuple[dict[str, 
     # Stand-ins that tell orbax to restore to the host: the right shape and dtype, no memory.
     abstract = {name: np.broadcast_to(np.zeros((), _dtype(dtype)), shape) for name, (shape, dtype) in specs.items()}
     loaded = _load(directory, abstract, partial=True)
-    return unflatten(loaded)[which], _meta(document) | {"which": which, "sha256": _digest(directory / CHECKSUMS)}
+    try:
+        sha256 = sha256_file(directory / CHECKSUMS)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} was deleted while it was read") from error
+    return unflatten(loaded)[which], _meta(document) | {"which": which, "sha256": sha256}
 
 
 def export_params(params: Tree, meta: Mapping[str, Any], path: str | os.PathLike) -> None:
@@ -330,14 +334,6 @@ def _export_digest(arrays: Mapping[str, np.ndarray], meta: dict[str, Any]) -> st
         digest.update(f"\n{name} {list(arrays[name].shape)}\n".encode())
         digest.update(arrays[name].tobytes())
     return digest.hexdigest()
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} was deleted while it was read") from error
 
 
 def _find_step(path: Path) -> Path:

@@ -71,6 +71,12 @@ def find_damage(directory: Path) -> str | None:
     return f"{CHECKSUMS} is malformed"
 
 
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def flush(path: Path) -> None:
     """fsync of a file or a directory."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -83,13 +89,9 @@ def flush(path: Path) -> None:
 def _checksums(directory: Path) -> dict[str, str]:
     """sha256 of every file under `directory` but SHA256SUMS, by relative name."""
 
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     files = sorted(p for p in directory.rglob("*") if not p.is_dir() and p != directory / CHECKSUMS)
     with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
-        return dict(zip([p.relative_to(directory).as_posix() for p in files], pool.map(digest, files)))
+        return dict(zip([p.relative_to(directory).as_posix() for p in files], pool.map(sha256_file, files)))
 
 
 def _render(sums: dict[str, str]) -> bytes:

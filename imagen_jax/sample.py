@@ -6,7 +6,6 @@
 Each picture is a PNG with a JSON file beside it that reproduces it: `--reproduce pictures/0000_a_red_apple.json`.
 """
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -45,7 +44,7 @@ def main() -> int:
         return sample(record["config"], [record["prompt"]], [record["seed"]], record["stages"], record["image"], Path(args.output), record)
     if args.config is None:
         raise ValueError("--config FILE is needed, configs/cascade.py:demo for the embedded cascade")
-    if not all(stage in args.config for stage in ("base", "sr_1", "sr_2")):
+    if "base" not in args.config:
         raise ValueError("--config is not the config of a cascade, such as configs/cascade.py:demo")
     prompts = read_prompts(args.prompt, args.prompts)
     prompts = [prompt for prompt in prompts for _ in range(args.count)]
@@ -87,12 +86,13 @@ def sample(
 ) -> int:
     """Draws all prompts and writes pictures as they are done. `expected` is a picture's record that must be met."""
     from imagen_jax import cascade, metrics, pictures
+    from imagen_jax.integrity import sha256_file
     from imagen_jax.text.encoder import TextEncoder
 
     check_stages(stages, image)
     loaded = cascade.load_cascade(config, stages)
     identities = [dict(stage.identity) for stage in loaded]
-    image_sha256 = hashlib.sha256(Path(image).read_bytes()).hexdigest() if image else ""
+    image_sha256 = sha256_file(Path(image)) if image else ""
     if expected:
         check_same(expected, identities, image_sha256)
     encoder = TextEncoder.load(config["encoder"], max(s.stage.text_length for s in loaded), config["encoder_dtype"])

@@ -217,12 +217,15 @@ class Profile:
     def after(self, done: int, settle: Callable[[], None]) -> None:
         if self._on and done >= self._last:
             settle()
-            self.__exit__()
+            self._stop()
 
     def __enter__(self) -> "Profile":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         import jax
 
         if self._on:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from imagen_jax.integrity import sha256_file
+
 FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
@@ -131,12 +133,6 @@ def _canonical(example: bytes) -> bytes:
 def shard_name(store: str, split: str, index: int, count: int) -> str:
     """File name, relative to the prepared directory, of shard `index` of `count` of a store's split."""
     return f"{store}/{store}-{split}.array_record-{index:05d}-of-{count:05d}"
-
-
-def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_shard(root: Path, name: str, records: Iterable[bytes]) -> dict:
