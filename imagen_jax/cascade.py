@@ -69,6 +69,8 @@ def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> l
     for before, after in zip(stages, stages[1:]):
         if before.stage.image_size != after.stage.lowres_size:
             raise ValueError(f"{before.stage.name} draws {before.stage.image_size} pixels, {after.stage.name} takes {after.stage.lowres_size}")
+    readers = [loaded for loaded in stages if loaded.stage.text_dim]
+    for before, after in zip(readers, readers[1:]):
         check_encoder(before.encoder, after.encoder, f"stages {before.stage.name} and {after.stage.name}")
     return stages
 

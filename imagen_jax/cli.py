@@ -2,12 +2,14 @@
 
 import logging
 import os
+import signal
+import subprocess
 import sys
-from typing import Callable
+from typing import Callable, Iterable, Sequence
 
 from absl import app, flags
 
-COMPILE_CACHE = flags.DEFINE_string("compile_cache", "~/.cache/imagen_jax", "directory of compiled programs, empty for none")
+COMPILE_CACHE = "compile_cache"
 
 
 def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> None:
@@ -64,6 +66,13 @@ def check_directory(flag: str, path: str) -> None:
         raise ValueError(f"--{flag} {path} is a file; give a directory")
 
 
+def check_prompts(prompts: Iterable[str]) -> None:
+    """Raises ValueError for a prompt that nothing can be drawn from."""
+    for prompt in prompts:
+        if not prompt.strip() or not prompt.isprintable():
+            raise ValueError(f"prompt {prompt!r} is empty or not printable text")
+
+
 def fail(message: str, code: int = 2) -> int:
     """Prints `error: message`, on one line, on standard error and returns the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -77,9 +86,38 @@ def log_to_stderr() -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
 
 
+def call(command: Sequence[str]) -> int:
+    """Runs a process to its end and returns its exit code.
+
+    SIGINT and SIGTERM are passed on, so that a training can save, and raise KeyboardInterrupt when it has ended.
+    """
+    received = []
+    process = subprocess.Popen(command)
+
+    def pass_on(number, _):
+        received.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
+    return code
+
+
+def define_compile_cache() -> None:
+    """The flag of verbs that compile."""
+    default = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/imagen_jax")
+    flags.DEFINE_string(COMPILE_CACHE, default, "directory of compiled programs, empty for none; $JAX_COMPILATION_CACHE_DIR sets the default")
+
+
 def use_compile_cache() -> None:
     """Compiled programs are kept in --compile_cache and found there again."""
-    if COMPILE_CACHE.value:
-        import jax
+    directory = flags.FLAGS[COMPILE_CACHE].value
+    import jax
 
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILE_CACHE.value))
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory) or None)

@@ -7,8 +7,6 @@
 """
 
 import json
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,7 +26,7 @@ def define_flags() -> None:
     """The command line, see `cli.run`."""
     flags.DEFINE_string("output", "demo", "directory for everything the demo makes")
     flags.DEFINE_multi_string("prompt", [], "a prompt of your own; may be given several times")
-    flags.DEFINE_float("minutes", 7.5, "training time for the three stages together", lower_bound=0.0)
+    flags.DEFINE_float("minutes", 7.5, "training time for the three stages together", lower_bound=0.1)
     flags.DEFINE_integer("rows", 96, "captions drawn to measure each base model", lower_bound=2)
 
 
@@ -37,8 +35,7 @@ def main() -> int:
     root, output = Path(__file__).parent.parent, Path(args.output)
     if not (root / "configs").is_dir():
         raise ValueError(f"{root} has no configs/: run the demo from a checkout of the project")
-    if not all(prompt.strip() and prompt.isprintable() for prompt in args.prompt):
-        raise ValueError("--prompt is empty or not printable text")
+    cli.check_prompts(args.prompt)
     started = time.monotonic()
     data = output / "data"
     if not (data / "manifest.json").exists():
@@ -54,7 +51,7 @@ def main() -> int:
             continue
         config = f"--config={root / 'configs' / name}.py:demo"
         budget = args.minutes * SHARE[stage]
-        verb("train", config, f"--config.data.path={data}", "--workdir", output / stage, "--minutes", f"{budget:.2f}")
+        verb("train", config, f"--config.data.path={data}", "--workdir", output / stage, "--minutes", f"{budget:.4f}")
         trained.touch()
     fresh = [f"--config.{stage}.checkpoint={output / stage}" for stage in STAGES]
     draw(cascade, output / "prompts.txt", output / "fresh", *fresh)
@@ -76,14 +73,15 @@ def verb(name: str, *arguments: object) -> None:
     """Runs another verb, its output shown; ends the demo if it fails."""
     command = [sys.executable, "-m", f"imagen_jax.{name}", *map(str, arguments)]
     announce(" ".join(["python", *command[1:]]))
-    code = subprocess.call(command)
+    code = cli.call(command)
     if code:
         raise ValueError(f"{name} failed with exit code {code}; mend it and run the same command again, it continues")
 
 
 def draw(cascade: str, prompts: Path, output: Path, *options: str) -> None:
-    """Draws the prompts into an empty directory: pictures of another call's prompts would get into the report."""
-    shutil.rmtree(output, ignore_errors=True)
+    """Draws the prompts in place of earlier ones: pictures of another call's prompts would get into the report."""
+    for left in [*output.glob("[0-9]*_*.png"), *output.glob("[0-9]*_*.json"), *output.glob("sheet_*.png")]:
+        left.unlink()
     verb("sample", cascade, *options, "--prompts", prompts, "--output", output)
 
 

@@ -29,6 +29,7 @@ log = logging.getLogger("imagen_jax.evaluate")
 
 def define_flags() -> None:
     """The command line, see `cli.run`."""
+    cli.define_compile_cache()
     flags.DEFINE_string("checkpoint", None, "a workdir (its newest intact checkpoint), one checkpoint, an exported file, or embedded:NAME")
     flags.DEFINE_string("data", None, "directory made by imagen_jax.prepare_data with the checkpoint's text encoder")
     flags.DEFINE_string("output", None, "directory for the results")
@@ -36,6 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("which", "ema", ["ema", "params"], "weights to evaluate; an exported file holds one kind only")
     flags.DEFINE_integer("rows", 256, "images of each split to measure on")
     flags.DEFINE_integer("samples", 0, "images of each split to draw samples for; 0: as many as --rows")
+    flags.DEFINE_integer("gallery", 20_000, "images that samples are compared with: all, or so many if there are more, chosen by the seed")
     flags.DEFINE_integer("bins", 10, "intervals of t that losses are taken in")
     flags.DEFINE_integer("batch_size", 64, "rows at once; changes no number but by rounding")
     flags.DEFINE_integer("seed", 0, "of rows, noise and shuffling")
@@ -64,11 +66,14 @@ def main() -> int:
     if not (args.follow or checkpoint.exists()):
         raise ValueError(f"--checkpoint {checkpoint} does not exist")
     cli.use_compile_cache()
-    numbers = {name: args[name].value for name in ("rows", "samples", "bins", "batch_size", "seed", "lowres_from")}
+    numbers = {name: args[name].value for name in ("rows", "samples", "gallery", "bins", "batch_size", "seed", "lowres_from")}
     numbers["samples"] = numbers["samples"] or numbers["rows"]
     overrides = {"method": args.sampler} | {name: args[name].value for name in ("w", "steps", "gamma", "threshold", "percentile", "aug_level")}
     evaluator = Evaluator(args.data, args.which, args.measures, numbers, {k: v for k, v in overrides.items() if v is not None})
     if args.follow:
+        if checkpoint.is_file():
+            raise ValueError(f"--follow waits for the checkpoints of a workdir; {checkpoint} is a file")
+        evaluator.check_continues(output / RECORD)
         follow(evaluator.run, checkpoint, output, args.follow_minutes)
     else:
         evaluator.run(checkpoint, output)
@@ -102,11 +107,25 @@ class Evaluator:
         if "loss" in found:
             write_atomically(output / "loss.png", report.loss_plot(found))
         if "retrieval" in found:
-            write_samples(evaluation, output)
+            write_samples(evaluation, {"checkpoint_sha256": meta["sha256"], "sampling": json.dumps(self._probe.settings.sampling)}, output)
         write_atomically(output / "rows.npz", compressed(measures.row_values(evaluation, self._chosen)))
         write_json(output / "evaluation.json", result)
         print(f"{result['stage']}, step {result['step']}\n{report.table(found)}\nall in {output / 'evaluation.json'}")
         return result
+
+    def check_continues(self, record: Path) -> None:
+        """Raises ValueError if the lines of an evaluations.jsonl were measured with other settings or data than this evaluator's."""
+        from imagen_jax.data.records import Prepared
+
+        lines = record.read_bytes().splitlines(keepends=True) if record.is_file() else []
+        for line in [line for line in lines if line.endswith(b"\n")][-1:]:
+            then = json.loads(line)["provenance"]
+            now = self._numbers | {"sampling": then["config"]["sampling"] | self._sampling, "data": Prepared(self._data).hash, "which": self._which}
+            was = {name: then[name] for name in [*self._numbers, "sampling"]}
+            was |= {"data": then["data"]["manifest_hash"], "which": then["checkpoint"]["which"]}
+            changed = [f"{name}: {was[name]}, now {now[name]}" for name in now if was[name] != now[name]]
+            if changed:
+                raise ValueError(f"{record} was made with other settings; give another --output: {'; '.join(changed)}")
 
     def _prepare(self, meta: Mapping[str, Any]) -> None:
         """Stage, rows and compiled functions for a checkpoint's config."""
@@ -142,15 +161,19 @@ class Evaluator:
             "config": meta["config"],
             "encoder": meta["encoder"],
             "data": {"manifest_hash": rows.prepared.hash, "trained_on": meta["manifest_hash"], "images": rows.counts},
-            **{name: getattr(settings, name) for name in ("rows", "samples", "bins", "batch_size", "seed", "lowres_from")},
+            **{name: getattr(settings, name) for name in ("rows", "samples", "gallery", "bins", "batch_size", "seed", "lowres_from")},
             "sampling": dict(settings.sampling),
+            "lowres_samples": rows.origin,
             "versions": {"imagen_jax": __version__, "python": platform.python_version(), **versions},
             "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
         }
 
 
-def write_samples(evaluation: Any, output: Path) -> None:
-    """samples.npz (for --lowres_from, and to look at) and a contact sheet a split: the true image, what was drawn, the nearest image."""
+def write_samples(evaluation: Any, origin: Mapping[str, str], output: Path) -> None:
+    """samples.npz (for --lowres_from, and to look at) and a contact sheet a split: the true image, what was drawn, the nearest image.
+
+    origin: what else samples.npz says of the samples, besides data and seed.
+    """
     import numpy as np
 
     from imagen_jax.integrity import write_atomically
@@ -158,6 +181,7 @@ def write_samples(evaluation: Any, output: Path) -> None:
 
     data, texts, cell = evaluation.data, evaluation.texts, max(96, evaluation.stage.image_size)
     arrays = {"manifest_hash": np.array(data.prepared.hash), "seed": np.array(evaluation.probe.settings.seed)}
+    arrays |= {name: np.array(value) for name, value in origin.items()}
     for split in data.counts:
         rows = data.wholes(split)
         arrays |= {f"{split}_index": rows.batch["index"]} | {f"{split}_{text}": evaluation.samples(split, text) for text in texts}

@@ -17,9 +17,10 @@ class SampleGrid:
 
     def __init__(self, config: Mapping[str, Any], stage: Stage, mesh: Mesh):
         """config: a stage's; train.sample_rows of its data are drawn."""
-        counts = pipeline.open_prepared(config["data"]).manifest["counts"]["images"]
-        split = "heldout" if counts.get("heldout", 0) else "train"
-        rows = np.linspace(0, counts[split] - 1, min(config["train"]["sample_rows"], counts[split])).astype(int).tolist()
+        prepared = pipeline.open_prepared(config["data"])
+        split = prepared.evaluation_split
+        count = prepared.manifest["counts"]["images"][split]
+        rows = np.linspace(0, count - 1, min(config["train"]["sample_rows"], count)).astype(int).tolist()
         self._batch = pipeline.eval_rows(config["data"], rows, split)
         self._size = stage.train_size
 

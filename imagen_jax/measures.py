@@ -6,6 +6,7 @@ once. Whatever is compared saw the same rows, times and noise, so that differenc
 
 import dataclasses
 import functools
+import zipfile
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from imagen_jax.data import pipeline, transforms
 from imagen_jax.data.records import SPLITS, Prepared
 from imagen_jax.diffusion import conditioning, process
 from imagen_jax.evals import noise_bins, retrieval, statistics, superres
+from imagen_jax.integrity import sha256_file
 from imagen_jax.metrics import Progress
 from imagen_jax.sharding import AXES, make_mesh, place_batch
 from imagen_jax.stage import Batch, Params, Stage, to_uint8, to_unit
@@ -33,11 +35,13 @@ _CHUNK = 256
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """rows: images a split whose losses are taken. samples: images a split that samples are drawn for. bins: of t. sampling: the
-    stage's settings as `Stage.sample` takes them. lowres_from: a samples.npz of the stage before, instead of true low-res images."""
+    """rows: images a split whose losses are taken. samples: images a split that samples are drawn for. gallery: most images that samples
+    are compared with. bins: of t. sampling: the stage's settings as `Stage.sample` takes them. lowres_from: a samples.npz of the stage
+    before, instead of true low-res images."""
 
     rows: int
     samples: int
+    gallery: int
     bins: int
     batch_size: int
     seed: int
@@ -45,7 +49,7 @@ class Settings:
     lowres_from: str = ""
 
     def __post_init__(self):
-        for name in ("rows", "samples", "bins", "batch_size"):
+        for name in ("rows", "samples", "gallery", "bins", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} is less than 1")
 
@@ -74,7 +78,7 @@ class Data:
         self.prepared = Prepared(data_cfg["path"])
         counts = self.prepared.manifest["counts"]["images"]
         self.counts = {split: counts[split] for split in SPLITS if counts.get(split, 0)}
-        self.heldout = "heldout" if "heldout" in self.counts else "train"
+        self.heldout = self.prepared.evaluation_split
         self._crops, self._wholes = dict(data_cfg), dict(data_cfg) | {"crop_size": 0}
         self._settings = settings
         self._kept: dict[Hashable, Any] = {}
@@ -82,6 +86,12 @@ class Data:
     def crops(self, split: str) -> Rows:
         """Rows as the stage trains on them (a crop, if it does): for losses."""
         return _once(self._kept, ("crops", split), lambda: self._read(self._crops, split, self._choose(split, self._settings.rows)))
+
+    def uncropped(self, split: str) -> Rows:
+        """The same rows, whole: for what is compared with another way to make whole images."""
+        if not self._crops["crop_size"]:
+            return self.crops(split)
+        return _once(self._kept, ("uncropped", split), lambda: self._read(self._wholes, split, self._choose(split, self._settings.rows)))
 
     def wholes(self, split: str) -> Rows:
         """Rows of whole images: for samples. Those of `lowres_from`, if given."""
@@ -93,39 +103,62 @@ class Data:
 
     @functools.cached_property
     def generated(self) -> Mapping[str, np.ndarray]:
-        """The content of `lowres_from`. Raises ValueError if it was drawn from other data, or with another seed, or at another size."""
+        """The content of `lowres_from`. Raises ValueError if it is no such file, or drawn from other data, with another seed, at another size."""
         path, size = Path(self._settings.lowres_from), self._wholes["lowres_size"]
-        with np.load(path) as file:
-            content = {name: file[name] for name in file.files}
-        made = content.get("manifest_hash"), content.get("seed")
-        if made[0] is None or str(made[0]) != self.prepared.hash or int(made[1]) != self._settings.seed:
+        try:
+            with np.load(path) as file:
+                content = {name: file[name] for name in file.files}
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is not a samples.npz of evaluate: {error}") from error
+        wanted = {"manifest_hash", "seed", *(f"{split}_{part}" for split in self.counts for part in ("index", *TEXTS))}
+        if wanted - content.keys():
+            raise ValueError(f"{path} is not a samples.npz of a stage with text: it lacks {', '.join(sorted(wanted - content.keys()))}")
+        if str(content["manifest_hash"]) != self.prepared.hash or int(content["seed"]) != self._settings.seed:
             raise ValueError(f"{path} does not hold samples drawn by evaluate with this data and --seed {self._settings.seed}")
         found = content[f"{self.heldout}_right"].shape[1]
         if found != size:
             raise ValueError(f"{path} holds images of {found} pixels; this stage's low-res images have {size}")
         return content
 
+    @property
+    def origin(self) -> dict[str, str] | None:
+        """Where the samples of `lowres_from` come from: its own hash, the weights and the settings they were drawn with."""
+        if not self._settings.lowres_from:
+            return None
+        said = {name: str(self.generated[name]) for name in ("checkpoint_sha256", "sampling") if name in self.generated}
+        return {"sha256": sha256_file(Path(self._settings.lowres_from))} | said
+
+    @functools.cached_property
+    def gallery_rows(self) -> dict[str, Int[np.ndarray, " k"]]:
+        """The rows of each split that samples are compared with: all, or those sampled and others chosen by the seed."""
+        total = sum(self.counts.values())
+        if total <= self._settings.gallery:
+            return {split: np.arange(count) for split, count in self.counts.items()}
+        wanted = {split: self._settings.gallery * count // total for split, count in self.counts.items()}
+        return {split: np.union1d(self.wholes(split).batch["index"], self._choose(split, n)) for split, n in wanted.items()}
+
     def gallery(self) -> Iterator[UInt8[np.ndarray, "k s s 3"]]:
-        """All images of all splits at the stage's size, in chunks, in the order of `gallery_row`."""
-        size = self._wholes["image_size"]
-        keep = sum(self.counts.values()) * size * size * 3 <= KEPT_GALLERY_BYTES
-        with Progress("images to compare with", sum(self.counts.values())) as progress:
-            for split, count in self.counts.items():
-                for start in range(0, count, _CHUNK):
-                    rows = range(start, min(start + _CHUNK, count))
-                    chunk = lambda: pipeline.eval_rows(self._wholes, rows, split)["image"]
+        """The images of `gallery_rows` at the stage's size, in chunks, in the order of `gallery_row`."""
+        total, done, size = sum(map(len, self.gallery_rows.values())), 0, self._wholes["image_size"]
+        keep = total * size * size * 3 <= KEPT_GALLERY_BYTES
+        with Progress("images to compare with", total) as progress:
+            for split, all_rows in self.gallery_rows.items():
+                for start in range(0, len(all_rows), _CHUNK):
+                    rows = all_rows[start : start + _CHUNK]
+                    chunk = lambda: pipeline.eval_images(self._wholes, rows.tolist(), split)
                     yield _once(self._kept, ("gallery", split, start), chunk) if keep else chunk()
-                    progress.update(self.gallery_row(split, rows[-1]) + 1)
+                    done += len(rows)
+                    progress.update(done)
 
     def gallery_row(self, split: str, index: Any) -> Any:
         """The place in the gallery of row(s) `index` of a split."""
-        return index + (0 if split == next(iter(self.counts)) else self.counts["train"])
+        first = next(iter(self.counts))
+        return np.searchsorted(self.gallery_rows[split], index) + (0 if split == first else len(self.gallery_rows[first]))
 
     def gallery_images(self, places: Int[np.ndarray, " n"]) -> list[UInt8[np.ndarray, "s s 3"]]:
         """The images at some places of the gallery."""
-        first, count = next(iter(self.counts.items()))
-        rows = [(first, p) if p < count else ("heldout", p - count) for p in places.tolist()]
-        return [pipeline.eval_rows(self._wholes, [row], split)["image"][0] for split, row in rows]
+        rows = [(split, row) for split, all_rows in self.gallery_rows.items() for row in all_rows.tolist()]
+        return [pipeline.eval_images(self._wholes, [row], split)[0] for split, row in (rows[place] for place in places)]
 
     def caption(self, caption_id: int) -> str:
         """A caption's text."""
@@ -160,7 +193,7 @@ class Probe:
 
     def errors(self, kind: str, params: Params, rows: Rows, clean: bool, label: str) -> Float[np.ndarray, "n k"]:
         """A "loss" or "x-hat" error for each row and bin of t. `clean`: the low-res image is not noised."""
-        n, bins, size = len(rows), self.settings.bins, self._batch_size(self.settings.batch_size, rows)
+        n, bins, size = len(rows), self.settings.bins, self._batch_size(rows)
         out, split = np.zeros((n, bins)), SPLITS.index(rows.split)
         with Progress(label, -(-n // size) * bins) as progress:
             for k, (start, stop, part) in enumerate(self._parts(rows, size)):
@@ -171,17 +204,17 @@ class Probe:
 
     def samples(self, params: Params, rows: Rows, label: str) -> UInt8[np.ndarray, "n s s 3"]:
         """An image for each row, from the row's own noise: another caption for the same row starts from the same noise."""
-        # As many pixels at once as a batch of crops has.
-        smaller = self.settings.batch_size * self.stage.train_size**2 // self.stage.image_size**2
-        size, out = self._batch_size(max(1, smaller), rows), []
+        size, out = self._batch_size(rows), []
         with Progress(label, len(rows)) as progress:
             for start, stop, part in self._parts(rows, size):
                 out.append(np.asarray(self._draw(params, part, SPLITS.index(rows.split)))[: stop - start])
                 progress.update(stop)
         return np.concatenate(out)
 
-    def _batch_size(self, wanted: int, rows: Rows) -> int:
-        size = min(wanted, len(rows))
+    def _batch_size(self, rows: Rows) -> int:
+        """`batch_size`, or fewer whole images where the stage trains on crops, so that as many pixels are computed at once."""
+        pixels = self.settings.batch_size * self.stage.train_size**2
+        size = min(max(1, pixels // rows.batch["image"].shape[1] ** 2), len(rows))
         return size + -size % self._mesh.size
 
     def _parts(self, rows: Rows, size: int) -> Iterator[tuple[int, int, Mapping[str, Array]]]:
@@ -194,13 +227,15 @@ class Probe:
 
     def _row_keys(self, purpose: int, split: Array, index: Int[Array, "b"]) -> Key[Array, "b"]:
         """One key a row, a function of the seed, the split and the row's number in it."""
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.settings.seed), purpose), split)
+        key = jax.random.key(self.settings.seed, impl="threefry2x32")  # another generator's numbers depend on the place in a batch
+        key = jax.random.fold_in(jax.random.fold_in(key, purpose), split)
         return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
     def _at_noise(self, error: Callable, params: Params, part: Batch, split: Array, i: Array, clean: Array) -> Float[Array, "b"]:
         """`error` with t in bin i and text always kept; everything else is drawn as in training, but for each row from its own key."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(self._row_keys(0, split, part["index"]), i)
-        draws = jax.vmap(lambda key: jax.tree.map(lambda a: a[0], self.stage.draw(key, 1)))(keys)
+        size = part["image"].shape[1]
+        draws = jax.vmap(lambda key: jax.tree.map(lambda a: a[0], self.stage.draw(key, 1, size)))(keys)
         draws |= {"t": (i + draws["t"]) / self.settings.bins, "drop": jnp.zeros(keys.shape, bool)}
         if "lowres_level" in draws:
             draws["lowres_level"] = jnp.where(clean, 0.0, draws["lowres_level"])
@@ -236,10 +271,11 @@ class Evaluation:
     def errors(
         self, kind: str, split: str, text: str = "right", lowres: str = "right", level: str = "drawn"
     ) -> Float[np.ndarray, "n k"]:
-        """`Probe.errors` with the text and the low-res image each right, shuffled or null, and a level of LEVELS."""
+        """`Probe.errors` with the text and the low-res image each right, shuffled or null, and a level of LEVELS: a loss of the rows
+        as the stage trains on them, x-hat's error of whole images."""
 
         def compute():
-            rows = self.data.crops(split)
+            rows = self.data.crops(split) if kind == "loss" else self.data.uncropped(split)
             shown = dataclasses.replace(rows, batch=conditioned(rows, text, lowres))
             what = [f"{text} text"] * (text != "right") + [f"{lowres} low-res"] * (lowres != "right") + ["clean low-res"] * (level == "clean")
             return self.probe.errors(kind, self._params, shown, level == "clean", ", ".join([f"{kind}, {split}", *what]))
@@ -305,9 +341,10 @@ def sensitivity(e: Evaluation) -> dict[str, Any]:
 
 
 def denoising(e: Evaluation) -> dict[str, Any]:
-    """Mean squared error of x-hat beside that of bicubic up-sampling of the clean low-res image; "gain" is bicubic's minus x-hat's."""
+    """Mean squared error of x-hat, whole images, beside that of bicubic up-sampling of the clean low-res image; "gain" is the difference,
+    positive where x-hat is nearer."""
     split, out = e.data.heldout, {}
-    batch = e.data.crops(split).batch
+    batch = e.data.uncropped(split).batch
     bicubic = superres.mean_square(superres.bicubic(batch["lowres"], batch["image"].shape[1]), batch["image"])
     for level in LEVELS:
         x_hat = e.errors("x-hat", split, level=level)

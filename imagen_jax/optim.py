@@ -30,6 +30,8 @@ def learning_rate(optim: Mapping[str, Any], steps: int) -> optax.Schedule:
 def make_optimizer(optim: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then Adam (super-resolution) or optax's Adafactor with its defaults (the 2B base model)."""
     rate = learning_rate(optim, steps)
+    if not optim["clip"] > 0.0:
+        raise ValueError(f"optim.clip is {optim['clip']}; it must be positive (inf: no clipping)")
     if optim["optimizer"] == "adam":
         update = optax.adamw(rate, optim["beta1"], optim["beta2"], optim["eps"], weight_decay=optim["weight_decay"])
     elif optim["optimizer"] == "adafactor":

@@ -121,7 +121,9 @@ def prepare(source: Source, encoder, output: Path, settings: Settings) -> dict[s
     partial = output.with_name(f"{output.name}.partial")
     if _is_complete(output, request):
         print(f"{output} is already complete")
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():
+            with _locked(partial):
+                shutil.rmtree(partial)
         return records.Prepared(output).manifest
     with _locked(partial):
         if _continues(partial, request):

@@ -92,7 +92,7 @@ def training_table(workdirs: Mapping[str, Path]) -> str:
     for name, workdir in workdirs.items():
         found = metrics.read_metrics(workdir)
         if found:
-            speed = np.median([row.get("time/images_per_s", np.nan) for row in found])
+            speed = np.median([row["time/images_per_s"] for row in found if "time/images_per_s" in row] or [np.nan])
             rows.append([name, f"{found[-1]['step']:,}", f"{found[0]['loss']:.4f}", f"{found[-1]['loss']:.4f}", f"{speed:.0f}"])
     return table(["stage", "steps", "first loss", "last loss", "images/s"], rows)
 

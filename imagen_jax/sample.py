@@ -21,6 +21,7 @@ RECORD = {"prompt", "seed", "stages", "image", "image_sha256", "config", "checkp
 
 def define_flags() -> None:
     """The command line, see `cli.run`."""
+    cli.define_compile_cache()
     config_flags.DEFINE_config_file("config", None, "cascade config, with fields as --config.base.sampling.w=5", lock_config=True)
     flags.DEFINE_multi_string("prompt", [], "what to draw; may be given several times")
     flags.DEFINE_string("prompts", "", "a text file with one prompt a line")
@@ -69,9 +70,7 @@ def read_prompts(given: Sequence[str], file: str) -> list[str]:
     prompts = [prompt for prompt in prompts if prompt.strip()] if file else prompts
     if not prompts:
         raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
-    for prompt in prompts:
-        if not prompt.strip() or not prompt.isprintable():
-            raise ValueError(f"prompt {prompt!r} is empty or not printable text")
+    cli.check_prompts(prompts)
     return prompts
 
 
@@ -102,7 +101,7 @@ def sample(
     _, cut = encoder.tokenize(list(prompts))
     for prompt in [p for p, c in zip(prompts, cut) if c]:
         print(f"warning: prompt is longer than {encoder.max_length} tokens and was cut: {prompt!r}")
-    text = encoder.encode(list(prompts), config["batch_size"])
+    text = encoder.encode(list(prompts), config["batch_size"], fill=True)
     lowres = None if not image else read_image(image, loaded[0].stage.lowres_size, len(prompts))
     first_stage = cascade.STAGES.index(stages[0])
     rows, done, first = [], 0, next_index(output)
@@ -148,12 +147,14 @@ def read_image(path: str, size: int, n: int) -> Any:
     """The user's image, cut square and brought to `size` pixels, n times: uint8 [n size size 3]."""
     import numpy as np
 
+    from PIL import Image
+
     from imagen_jax.data.checks import stored_bytes
     from imagen_jax.data.transforms import decode_square
 
     try:
         image = decode_square(stored_bytes(Path(path).read_bytes()), size)
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"--image {path} cannot be used: {error}") from error
     except OSError as error:
         raise ValueError(f"--image {path} cannot be read: {error.strerror or 'it is not an image'}") from error

@@ -35,12 +35,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """This process's rows as global arrays on the mesh. Raises ValueError if the rows do not divide by the batch axes."""
+def check_batch(rows: int, mesh: Mesh) -> None:
+    """Raises ValueError unless a batch of so many rows divides over the mesh."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = len(next(iter(batch.values()))) * jax.process_count()
     if rows % shards:
         raise ValueError(f"a batch of {rows} does not divide over data x fsdp = {shards}; use a multiple of {shards}")
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """This process's rows as global arrays on the mesh. Raises ValueError if the rows do not divide by the batch axes."""
+    check_batch(len(next(iter(batch.values()))) * jax.process_count(), mesh)
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 

@@ -73,10 +73,11 @@ class Stage:
         cond = self.cond(batch) | ({"lowres_logsnr": jnp.zeros(1)} if self.lowres_size else {})
         return self.model.init(key, to_unit(batch["image"]), jnp.zeros(1), cond)["params"]
 
-    def draw(self, key: Key[Array, ""], b: int) -> dict[str, Array]:
-        """The random numbers of a training step for `b` samples (see `loss.draw`)."""
-        low = self.train_lowres_size
-        return loss.draw(key, (b, self.train_size, self.train_size, 3), (b, low, low, 3) if low else None, self.text_drop, self.aug_max)
+    def draw(self, key: Key[Array, ""], b: int, size: int | None = None) -> dict[str, Array]:
+        """The random numbers of a training step for `b` images of `size` pixels, by default as it trains on (see `loss.draw`)."""
+        size = size or self.train_size
+        low = size * self.lowres_size // self.image_size
+        return loss.draw(key, (b, size, size, 3), (b, low, low, 3) if low else None, self.text_drop, self.aug_max)
 
     def denoiser(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> loss.DenoiseFn:
         """The network as a denoise_fn(z, logsnr, cond); with a `dropout_key`, in training mode."""

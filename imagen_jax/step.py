@@ -14,12 +14,17 @@ from imagen_jax.state import TrainState
 Metrics = dict[str, Array]
 
 
+def check_accumulation(batch_size: int, parts: int) -> None:
+    """Raises ValueError unless a batch can be computed in this many parts."""
+    if parts < 1 or batch_size % parts:
+        raise ValueError(f"data.batch_size={batch_size} does not divide into optim.accumulation={parts} parts")
+
+
 def split_batch(tree: Any, parts: int) -> Any:
     """[b, ...] -> [parts, b / parts, ...]; part i has rows i, i + parts, ..., so that rows of one device stay on it."""
 
     def split(a):
-        if a.shape[0] % parts:
-            raise ValueError(f"a batch of {a.shape[0]} does not divide into optim.accumulation={parts} parts")
+        check_accumulation(a.shape[0], parts)
         return jnp.swapaxes(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 0, 1)
 
     return jax.tree.map(split, tree)

@@ -27,9 +27,10 @@ log = logging.getLogger("imagen_jax.train")
 
 def define_flags() -> None:
     """The command line, see `cli.run`."""
+    cli.define_compile_cache()
     config_flags.DEFINE_config_file("config", None, "config file, with fields as --config.optim.lr=3e-4", lock_config=True)
     flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics.jsonl, images")
-    flags.DEFINE_integer("overfit", 0, "self-test: train this many steps on one batch, saving nothing; fails unless the loss falls to a quarter")
+    flags.DEFINE_integer("overfit", 0, "self-test: train this many steps on one batch, saving nothing; fails unless the loss falls to a quarter", lower_bound=0)
     flags.DEFINE_string("profile", "", "FIRST:COUNT, writes a profiler trace of these steps to workdir/profile")
     flags.DEFINE_float("minutes", 0.0, "stop after this long, saving, as if by SIGTERM; 0: no limit")
     flags.DEFINE_string("init_from", "", "start a new run from these weights: a workdir, a checkpoint, an exported file, or embedded:NAME")
@@ -175,11 +176,12 @@ class Record:
     def _take(self) -> None:
         import jax
 
-        self._seen, device_metrics = self._pending.popleft()
+        step, device_metrics = self._pending.popleft()
         values = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
         bad = int(values.pop("bad_step"))
         if bad >= 0:
             raise FloatingPointError(report_bad_step(self._run, self._workdir, bad))
+        self._seen = step
         self.unlogged.append(values)
         self._progress.update(self._seen, loss=values["loss"])
         if self._seen % self._run.config["train"]["log_every"] == 0:
@@ -257,15 +259,16 @@ class Run:
         from imagen_jax.data.pipeline import open_prepared
         from imagen_jax.stage import create_stage
 
-        for part, field in (("train", "steps"), ("data", "batch_size")):
+        fields = [("train", name) for name in ("steps", "log_every", "save_every", "keep")] + [("data", "batch_size")]
+        for part, field in fields + [("train", "sample_rows")] * bool(config["train"]["sample_every"]):
             if config[part][field] < 1:
                 raise ValueError(f"{part}.{field}={config[part][field]} is less than 1")
-        if config["data"]["batch_size"] % config["optim"]["accumulation"]:
-            raise ValueError(f"data.batch_size={config['data']['batch_size']} does not divide into optim.accumulation={config['optim']['accumulation']} parts")
+        step.check_accumulation(config["data"]["batch_size"], config["optim"]["accumulation"])
         mesh = sharding.make_mesh(config["mesh"])
+        sharding.check_batch(config["data"]["batch_size"], mesh)
         data = open_prepared(config["data"])
         if config["text"]["dim"]:
-            data.check_text(config["text"]["dim"], config["data"]["text_length"])
+            data.check_text(config["text"]["dim"])
         stage = create_stage(config, mesh)
         steps = config["train"]["steps"]
         optimizer = optim.make_optimizer(config["optim"], steps)
@@ -302,7 +305,8 @@ class Run:
         if not init_from:
             return fresh, {}
         params, meta = checkpoint.load_params(cascade.resolve(init_from))
-        cascade.check_encoder(meta["encoder"], self.meta["encoder"], f"{init_from} and the data")
+        if self.stage.text_dim:
+            cascade.check_encoder(meta["encoder"], self.meta["encoder"], f"{init_from} and the data")
         begun = {name: meta[name] for name in ("step", "which", "sha256")} | {"path": init_from}
         return state.with_params(fresh, params, self.shardings), {"init_from": begun}
 

@@ -13,11 +13,9 @@ import importlib.util
 import json
 import math
 import shlex
-import signal
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import numpy as np
 from imagen_jax import cli
 from imagen_jax.integrity import write_json
 from imagen_jax.metrics import read_metrics
+from imagen_jax.resume import flat
 
 # What a sampling field is called by imagen_jax.evaluate.
 EVALUATE_FLAGS = {
@@ -139,7 +138,7 @@ def load(config: str) -> tuple[Mapping[str, Any], list[Arm]]:
     spec.loader.exec_module(module)
     if not hasattr(module, "sweep"):
         raise ValueError(f"{path} has no sweep(arg): it is a config of one run, for imagen_jax.train")
-    fields = dict(flat(module.get_config(arg).to_dict()))
+    fields = flat(module.get_config(arg).to_dict())
     arms = [Arm(arm["name"], {key.removeprefix("config."): value for key, value in arm.items() if key != "name"}) for arm in module.sweep(arg)]
     repeated = [name for name, n in zip(*np.unique([arm.name for arm in arms], return_counts=True)) if n > 1]
     if repeated:
@@ -147,15 +146,6 @@ def load(config: str) -> tuple[Mapping[str, Any], list[Arm]]:
     for arm in arms:
         check_fields(arm.overrides, fields, f"arm {arm.name} of {path}")
     return fields, arms
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("optim.lr", 1e-4), ... of a nested dict."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def check_fields(overrides: Mapping[str, Any], fields: Mapping[str, Any], who: str) -> None:
@@ -212,22 +202,8 @@ def evaluate_step(
 
 
 def execute(step: Step) -> None:
-    """Runs a process to its end, passing on SIGINT and SIGTERM so that a training can save. Raises ValueError if it fails."""
-    received = []
-    process = subprocess.Popen(step.command)
-
-    def pass_on(number, _):
-        received.append(number)
-        process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if received:
-        raise KeyboardInterrupt
+    """Runs a process to its end (see `cli.call`). Raises ValueError if it fails."""
+    code = cli.call(step.command)
     if code:
         raise ValueError(f"{step.label} ended with exit code {code}; its command: {shlex.join(step.command)}")
     if (step.directory / "config.json").exists() and not reached_last_step(step.directory):

@@ -23,7 +23,7 @@ VARIANTS = {
     "ablations.noise_augmentation": ("", *SMALL),
     "ablations.text_conditioning": ("", *SMALL),
 }
-CASCADES = {"cascade"}  # names checkpoints and describes no network of its own
+OTHERS = {"cascade", "saved"}  # names checkpoints; reads what another file described
 ABLATIONS = [name for name in VARIANTS if name.startswith("ablations.")]
 COUNTS = {
     ("base_64", ""): 2_263_431_171,
@@ -58,7 +58,7 @@ def count(tree):
 def test_every_config_file_is_tested():
     """Wrong: a config file added without a line in this test."""
     files = {".".join(path.relative_to(CONFIGS).with_suffix("").parts) for path in CONFIGS.rglob("*.py") if path.stem != "__init__"}
-    assert files - CASCADES == set(VARIANTS)
+    assert files - OTHERS == set(VARIANTS)
 
 
 @pytest.mark.parametrize("name, arg", ALL)
@@ -69,6 +69,14 @@ def test_config_is_locked(name, arg):
     for part in parts:
         with pytest.raises((AttributeError, KeyError), match="locked|does not exist"):
             part.batchsize = 1
+
+
+def test_config_of_an_earlier_run(tmp_path):
+    """Wrong: a saved config that is not the run's, that cannot be changed on the command line, or whose tuples have become lists."""
+    config = module("sr_1024").get_config("tiny")
+    (tmp_path / "config.json").write_text(json.dumps(resolved(config)))
+    saved = module("saved").get_config(str(tmp_path / "config.json"))
+    assert saved == config and saved.is_locked and isinstance(saved.model.widths, tuple) and saved.mesh.rules == config.mesh.rules
 
 
 @pytest.mark.parametrize("name", VARIANTS)

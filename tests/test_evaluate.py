@@ -17,7 +17,7 @@ from tests import tiny
 from tests.data import synthetic
 
 COUNTS = {"train": 10, "heldout": 6}
-NUMBERS = {"rows": 5, "samples": 3, "bins": 2, "batch_size": 8, "seed": 0, "lowres_from": ""}
+NUMBERS = {"rows": 5, "samples": 3, "gallery": 16, "bins": 2, "batch_size": 8, "seed": 0, "lowres_from": ""}
 ENCODER = {"name": "fake", "weights_sha256": "ab", "tokenizer_sha256": "cd", "dim": synthetic.DIM, "max_length": synthetic.TEXT_LENGTH}
 
 
@@ -101,6 +101,24 @@ def test_a_cascade_is_measured_on_what_its_first_stage_drew(data, base, tmp_path
         evaluator(data, "detail", **drawn).run(path, found)
     with pytest.raises(ValueError, match="does not hold samples drawn"):
         evaluator(data, "consistency", **(drawn | {"seed": 1})).run(path, found)
+    origin = second["provenance"]["lowres_samples"]
+    assert origin["checkpoint_sha256"] == result["provenance"]["checkpoint"]["sha256"] and json.loads(origin["sampling"])["steps"] == 2
+    (tmp_path / "broken.npz").write_bytes((output / "samples.npz").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="broken.npz is not a samples.npz"):
+        evaluator(data, "consistency", lowres_from=str(tmp_path / "broken.npz")).run(path, found)
+
+
+def test_a_record_is_continued_with_the_same_settings_only(data, base, tmp_path):
+    """Catches a curve of two different measurements in one file."""
+    record = tmp_path / evaluate.RECORD
+    evaluator(data).check_continues(record)  # nothing there yet
+    line = json.loads((base[1] / "evaluation.json").read_text())
+    line["provenance"]["checkpoint"]["which"] = "ema"  # as from a workdir's checkpoint
+    evaluate.append(record, line)
+    evaluator(data, sampling={"steps": 2}).check_continues(record)
+    for sampling, numbers, message in (({}, {}, "sampling: "), ({"steps": 2}, {"rows": 4}, "rows: 5, now 4")):
+        with pytest.raises(ValueError, match=f"made with other settings; give another --output: {message}"):
+            evaluator(data, sampling=sampling, **numbers).check_continues(record)
 
 
 def test_data_of_another_encoder_is_refused(data, tmp_path):

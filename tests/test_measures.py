@@ -31,7 +31,7 @@ class Toy(Stage):
     def batch_shapes(self, b):
         return dict.fromkeys(("image", "text", "text_mask", "lowres"))
 
-    def draw(self, key, b):
+    def draw(self, key, b, size=None):
         keys = jax.random.split(key, 3)
         draws = {"t": jax.random.uniform(keys[0], (b,)), "lowres_level": jax.random.uniform(keys[1], (b,), maxval=0.5)}
         return draws | {"eps": jax.random.normal(keys[2], (b,)), "drop": jnp.ones(b, bool), "lowres_eps": jnp.zeros((b, LOW, LOW, 3))}
@@ -68,6 +68,7 @@ class Marked(measures.Data):
 
     def __init__(self):
         self.counts, self.heldout = {"train": N, "heldout": N}, "heldout"
+        self.gallery_rows = {split: np.arange(N) for split in self.counts}
 
     def crops(self, split):
         mark = 10 * (np.arange(N) + 1) + (SIZE if split == "heldout" else 0)
@@ -78,7 +79,7 @@ class Marked(measures.Data):
         batch = {"image": pixels(SIZE), "lowres": pixels(LOW), "text": text, "text_mask": mask, "index": np.arange(N), "caption_id": np.arange(N)}
         return measures.Rows(split, batch, 5)
 
-    wholes = crops
+    wholes = uncropped = crops
 
     def gallery(self):
         for split in self.counts:
@@ -86,7 +87,7 @@ class Marked(measures.Data):
 
 
 def evaluation(batch_size=8, seed=0):
-    settings = measures.Settings(rows=N, samples=N, bins=BINS, batch_size=batch_size, seed=seed, sampling={})
+    settings = measures.Settings(rows=N, samples=N, gallery=2 * N, bins=BINS, batch_size=batch_size, seed=seed, sampling={})
     return measures.Evaluation(measures.Probe(Toy(), settings), Marked(), {"bias": np.zeros(())})
 
 
@@ -169,16 +170,18 @@ class Drawn(measures.Evaluation):
 
 
 class Textured(Marked):
-    def crops(self, split):
+    """Whole images are textured; crops are plain, so that bicubic up-sampling makes no error on them."""
+
+    def wholes(self, split):
         image = np.random.default_rng(0).integers(0, 256, (N, SIZE, SIZE, 3), np.uint8)
         changed = {"image": image, "lowres": np.stack([shrink(i, LOW) for i in image])}
-        return measures.Rows(split, super().crops(split).batch | changed, 5)
+        return measures.Rows(split, self.crops(split).batch | changed, 5)
 
-    wholes = crops
+    uncropped = wholes
 
 
 def test_super_resolution_is_held_against_bicubic_and_its_input(toy):
-    """Catches gains of the wrong sign, samples held against the wrong low-res image, and controls that count as right."""
+    """Catches gains of the wrong sign, crops held against bicubic, samples held against the wrong low-res image, and controls that count as right."""
     e = Drawn(toy.probe, Textured(), {})
     found = measures.detail(e)
     assert found["right"]["own"]["mean"] == pytest.approx(1.0, abs=1e-5) and found["right"]["top1"]["hits"] == N
@@ -198,7 +201,7 @@ def test_gallery_holds_every_image_once_where_it_is_looked_for(tmp_path, monkeyp
     synthetic.write_prepared(tmp_path, images=9, size=SIZE, heldout=3)
     sizes = {"image_size": SIZE, "lowres_size": LOW, "crop_size": LOW, "text_length": synthetic.TEXT_LENGTH}
     data_cfg = sizes | {"path": str(tmp_path), "flip": False, "caption": "first", "workers": 0, "cache_mib": 0}
-    data = measures.Data(data_cfg, measures.Settings(rows=5, samples=3, bins=1, batch_size=1, seed=0, sampling={}))
+    data = measures.Data(data_cfg, measures.Settings(rows=5, samples=3, gallery=12, bins=1, batch_size=1, seed=0, sampling={}))
     for _ in range(2):  # read, then kept
         gallery = np.concatenate(list(data.gallery()))
         blue = [*range(9), 100, 101, 102]  # how synthetic images are told apart
@@ -207,7 +210,41 @@ def test_gallery_holds_every_image_once_where_it_is_looked_for(tmp_path, monkeyp
     index = data.wholes("heldout").batch["index"]
     assert gallery[data.gallery_row("heldout", index)][:, 0, 0, 2].tolist() == (100 + index).tolist()
     assert data.wholes("train").batch["image"].shape == (3, SIZE, SIZE, 3) and data.crops("train").batch["image"].shape == (5, LOW, LOW, 3)
+    whole = data.uncropped("train").batch
+    assert whole["image"].shape == (5, SIZE, SIZE, 3) and whole["index"].tolist() == data.crops("train").batch["index"].tolist()
     assert set(data.wholes("train").batch["index"]) <= set(data.crops("train").batch["index"].tolist())
+
+
+def test_gallery_is_limited_but_holds_what_is_looked_for(tmp_path):
+    """Catches a gallery without some sample's own image, one that is read whole whatever the limit, and places counted in the whole."""
+    synthetic.write_prepared(tmp_path, images=40, size=SIZE, heldout=20)
+    sizes = {"image_size": SIZE, "lowres_size": 0, "crop_size": 0, "text_length": synthetic.TEXT_LENGTH}
+    data_cfg = sizes | {"path": str(tmp_path), "flip": False, "caption": "first", "workers": 0, "cache_mib": 0}
+    data = measures.Data(data_cfg, measures.Settings(rows=6, samples=6, gallery=30, bins=1, batch_size=1, seed=0, sampling={}))
+    images = np.concatenate(list(data.gallery()))
+    assert 30 <= len(images) <= 30 + 2 * 6
+    for split in data.counts:
+        rows = data.wholes(split).batch
+        places = data.gallery_row(split, rows["index"])
+        np.testing.assert_array_equal(images[places], rows["image"])
+        np.testing.assert_array_equal(np.stack(data.gallery_images(places)), rows["image"])
+
+
+def test_whole_images_are_denoised_a_few_at_a_time():
+    """Catches noise of a crop's size for whole images, and whole images by as many as crops."""
+
+    class Crops(Toy):
+        crop_size, lowres_size = LOW, LOW
+
+        def draw(self, key, b, size=None):
+            return super().draw(key, b) | {"size": jnp.full(b, size, jnp.float32)}
+
+    probe = measures.Probe(Crops(), measures.Settings(rows=N, samples=N, gallery=2 * N, bins=1, batch_size=8 * (SIZE // LOW) ** 2, seed=0, sampling={}))
+    seen = []
+    sizes = lambda params, batch, draws: seen.append(len(batch["index"])) or draws["size"]
+    probe._errors["size"] = jax.jit(lambda *args: probe._at_noise(sizes, *args))
+    assert (probe.errors("size", {}, Marked().uncropped("train"), False, "size") == SIZE).all()
+    assert max(seen) == 8
 
 
 @pytest.mark.parametrize("t, size", [(0.2, 0.5), (0.5, 0.1)])
@@ -225,7 +262,7 @@ def test_x_hat_error_follows_from_the_error_of_eps(t, size):
 
 def test_measures_that_do_not_apply_are_refused_by_name():
     """Catches an unknown name passed over in silence, and super-resolution measures tried on a base stage."""
-    settings = measures.Settings(rows=1, samples=1, bins=1, batch_size=1, seed=0, sampling={})
+    settings = measures.Settings(rows=1, samples=1, gallery=12, bins=1, batch_size=1, seed=0, sampling={})
     toy, base = Toy(), Base()
     assert measures.choose([], toy, settings) == list(measures.MEASURES)
     assert measures.choose([], base, settings) == ["loss", "sensitivity", "retrieval"]
@@ -234,4 +271,4 @@ def test_measures_that_do_not_apply_are_refused_by_name():
         with pytest.raises(ValueError, match=message):
             measures.choose([name], base, settings)
     with pytest.raises(ValueError, match="--rows 0"):
-        measures.Settings(rows=0, samples=1, bins=1, batch_size=1, seed=0, sampling={})
+        measures.Settings(rows=0, samples=1, gallery=12, bins=1, batch_size=1, seed=0, sampling={})

@@ -17,13 +17,13 @@ import pytest
 from imagen_jax.checkpoint import load_params
 from imagen_jax.metrics import read_metrics
 from imagen_jax.train import Run
-from tests import tiny
+from tests import tiny, xla
 from tests.data import synthetic
 
 STEPS = 30
 # IMAGEN_JAX_KILLS=10 kills ten times, as long as it takes; the suite kills at three chosen moments.
 KILLS = int(os.environ.get("IMAGEN_JAX_KILLS", "3"))
-ENV = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(tiny.ROOT)}
+ENV = os.environ | {"XLA_FLAGS": xla.flags(), "PYTHONPATH": str(tiny.ROOT)}
 PROGRAM = (sys.executable, "-m", "imagen_jax.train")
 # The trainer with a disk that is full at the first save and has room at the next.
 FULL_ONCE = """
@@ -139,13 +139,8 @@ def test_resume_on_another_mesh_and_refusal_of_other_settings(data, straight, tm
     for change in ("optim.lr=0.5", "model.cond_dim=32"):
         code, log = run(data, workdir, f"--config.{change}")
         assert code == 2 and f"started with other settings; restore them, or use a new --workdir: {change.split('=')[0]}: " in log and "Traceback" not in log
-    os.environ["XLA_FLAGS"], saved = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0", os.environ["XLA_FLAGS"]
-    try:
-        env = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
-        more = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.fsdp_min_elements=64"]
-        subprocess.run(command(data, workdir, *more), env=env, check=True, timeout=400, capture_output=True)
-    finally:
-        os.environ["XLA_FLAGS"] = saved
+    more = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.fsdp_min_elements=64"]
+    subprocess.run(command(data, workdir, *more), env=ENV | {"XLA_FLAGS": xla.flags(devices=4)}, check=True, timeout=400, capture_output=True)
     got = losses(workdir)
     np.testing.assert_allclose([got[n] for n in range(1, STEPS + 1)], [straight[n] for n in range(1, STEPS + 1)], rtol=1e-5)
 
@@ -195,6 +190,10 @@ def test_overfit_passes_and_can_fail(data, tmp_path):
         ("sampling__threshold", "dynamc", "sampling.threshold is 'dynamc'"),
         ("optim__lr", -1.0, "optim.lr is -1.0"),
         ("train__steps", 0, "train.steps=0"),
+        ("train__log_every", 0, "train.log_every=0"),
+        ("train__save_every", 0, "train.save_every=0"),
+        ("data__batch_size", 4, "a batch of 4 does not divide over data x fsdp = 8"),
+        ("optim__clip", 0.0, "optim.clip is 0.0"),
     ],
 )
 def test_wrong_settings_are_found_first(data, field, value, message):

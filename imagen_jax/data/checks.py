@@ -46,8 +46,8 @@ def check(item: SourceItem, min_size: int) -> Checked:
     if item.image is None:
         return dataclasses.replace(found, reason="missing_image")
     try:
-        image, _ = upright_rgb(item.image)
-        stored = stored_bytes(item.image)
+        image, plain = upright_rgb(item.image)
+        stored = item.image if plain else _png(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises on bad files
         return dataclasses.replace(found, reason="broken_image", detail=_first_line(error))
     shape = {"height": image.height, "width": image.width, "size": len(stored)}
@@ -100,8 +100,10 @@ def upright_rgb(data: bytes) -> tuple[Image.Image, bool]:
 def stored_bytes(data: bytes) -> bytes:
     """The bytes to store for an image file: its own if any reader decodes them to the same RGB picture, else a PNG."""
     image, plain = upright_rgb(data)
-    if plain:
-        return data
+    return data if plain else _png(image)
+
+
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

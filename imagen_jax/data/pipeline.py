@@ -68,18 +68,24 @@ class _Examples(grain.transforms.RandomMap):
 
     def make(self, row: int, caption: float, place: tuple[float, float], mirror: bool) -> Batch:
         """The example of an image, with its choices given: caption and crop place as fractions in [0, 1)."""
-        image, caption_ids = self._pixels(row)
+        whole, caption_ids = self._whole(row)
         caption_id = caption_ids[int(caption * len(caption_ids))]
         text, mask = transforms.pad_text(self.captions[caption_id].embedding, self.text_length)
         example = {"text": text, "text_mask": mask, "index": np.int64(row), "caption_id": np.int64(caption_id)}
-        small_size = self.lowres_size or self.image_size
-        image, lowres = transforms.crop_pair(image, small_size, self.crop_size or self.image_size, place)
-        pair = {"image": image, "lowres": lowres} if self.lowres_size else {"image": image}
-        for name, pixels in pair.items():
+        for name, pixels in self._pair(whole, place).items():
             example[name] = np.ascontiguousarray(pixels[:, ::-1] if mirror else pixels)
         return example
 
-    def _pixels(self, row: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    def image(self, row: int) -> np.ndarray:
+        """The image of `eval_rows`."""
+        return self._pair(self._whole(row)[0], _CENTRE)["image"]
+
+    def _pair(self, whole: np.ndarray, place: tuple[float, float]) -> Batch:
+        small_size = self.lowres_size or self.image_size
+        image, lowres = transforms.crop_pair(whole, small_size, self.crop_size or self.image_size, place)
+        return {"image": image, "lowres": lowres} if self.lowres_size else {"image": image}
+
+    def _whole(self, row: int) -> tuple[np.ndarray, tuple[int, ...]]:
         cached = self.cache.get(row)
         if cached is not None:
             return cached
@@ -162,6 +168,12 @@ def _mark_flags_parsed() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+def eval_images(data_cfg: Mapping[str, Any], indices: Sequence[int], split: str) -> np.ndarray:
+    """The "image" of `eval_rows` alone, uint8 [n s s 3]; no text is read."""
+    examples = _examples(data_cfg, split)
+    return np.stack([examples.image(int(row)) for row in indices])
 
 
 def eval_rows(data_cfg: Mapping[str, Any], indices: Sequence[int], split: str) -> Batch:

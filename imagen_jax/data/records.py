@@ -286,16 +286,20 @@ class Prepared:
             raise ValueError(f"{self.path} has no images in split {split!r}")
         return ImageStore(self.path, "images", split, self.manifest["shards"])
 
+    @property
+    def evaluation_split(self) -> str:
+        """The held-out images, or, if none are held out, those trained on."""
+        return "heldout" if self.manifest["counts"]["images"].get("heldout", 0) else "train"
+
     def captions(self) -> CaptionStore:
         """The caption store, shared by all splits."""
         return CaptionStore(self.path, self.text_dim, self.manifest["shards"])
 
-    def check_text(self, dim: int, length: int) -> None:
-        """ValueError unless features of width `dim` padded to `length` tokens hold every caption whole."""
+    def check_text(self, dim: int) -> None:
+        """ValueError unless the stored features have width `dim`."""
         if dim != self.text_dim:
             name = self.encoder["name"]
             raise ValueError(f"{self.path} has text features of width {self.text_dim} ({name}), the config asks for {dim}")
-        self.check_length(length)
 
     def check_length(self, length: int) -> None:
         """ValueError if a stored caption is longer than `length` tokens: cutting features is not encoding less text."""

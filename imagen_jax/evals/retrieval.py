@@ -14,13 +14,6 @@ from imagen_jax.evals.statistics import proportion, summary
 COLUMNS = 4096  # pixel values converted to float64 at once
 
 
-def retrieval(
-    samples: UInt8[np.ndarray, "n s s 3"], wanted: Int[np.ndarray, " n"], gallery: UInt8[np.ndarray, "m s s 3"]
-) -> dict[str, Any]:
-    """`score` of samples against all images of `gallery`; the right image of sample i is gallery[wanted[i]]."""
-    return score(distances(samples, gallery), wanted)
-
-
 def distances(samples: UInt8[np.ndarray, "n s s 3"], gallery: UInt8[np.ndarray, "m s s 3"]) -> Float[np.ndarray, "n m"]:
     """Root mean square difference in [0, 255] of every sample to every image. Sums are exact, so equal images have equal distances."""
     a, b = samples.reshape(len(samples), -1), gallery.reshape(len(gallery), -1)

@@ -1,7 +1,6 @@
 """Captions to features: tokenizer and frozen T5 encoder behind one object, the same for the embedded encoder and for T5-XXL."""
 
 import functools
-import hashlib
 import importlib.util
 import os
 import pathlib
@@ -13,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from imagen_jax.integrity import sha256_file
 from imagen_jax.text.loading import EMBEDDED, TOKENIZERS, find_encoder, load_params
 from imagen_jax.text.t5 import T5Config, T5Encoder
 
@@ -37,7 +37,7 @@ def load_tokenizer(directory: pathlib.Path):
     tokenizer = kind.from_pretrained(directory, local_files_only=True)
     if tokenizer.eos_token_id is None or tokenizer("")["input_ids"] != [tokenizer.eos_token_id]:
         raise ValueError(f"{file} is not a T5 tokenizer: it does not end every text with its end-of-sequence token alone")
-    return tokenizer, hashlib.sha256(file.read_bytes()).hexdigest()
+    return tokenizer, sha256_file(file)
 
 
 def bucket_length(length: int, max_length: int) -> int:
@@ -107,10 +107,11 @@ class TextEncoder:
         eos = self._tokenizer.eos_token_id
         return [row[: self.max_length - 1] + [eos] if cut else row for row, cut in zip(ids, truncated, strict=True)], truncated
 
-    def encode(self, texts: list[str], batch_size: int) -> list[np.ndarray]:
+    def encode(self, texts: list[str], batch_size: int, fill: bool = False) -> list[np.ndarray]:
         """Features of each text, unpadded: bfloat16 [length, dim] with length = its number of tokens.
 
-        Texts of similar length run together, in batches of `batch_size` rows (fewer texts: of the next power of two).
+        Texts of similar length run together, in batches of `batch_size` rows; fewer texts in one of the next power of two, or, with
+        `fill`, of `batch_size` too: then the same program encodes a text whatever is encoded with it.
         """
         if batch_size < 1:
             raise ValueError(f"text encoder batch_size {batch_size}: at least 1 is needed")
@@ -120,7 +121,7 @@ class TextEncoder:
             buckets.setdefault(bucket_length(len(row), self.max_length), []).append(i)
         features: list[np.ndarray] = [np.empty(0)] * len(rows)
         for length, members in sorted(buckets.items()):
-            size = min(batch_size, 1 << (len(members) - 1).bit_length())
+            size = batch_size if fill else min(batch_size, 1 << (len(members) - 1).bit_length())
             for start in range(0, len(members), size):
                 chosen = members[start : start + size]
                 out = self._run([rows[i] for i in chosen], size, length)

@@ -75,8 +75,8 @@ def test_incomplete_or_foreign_directories_are_refused(path, tmp_path):
 def test_text_that_does_not_fit_is_refused(path):
     """Catches: a model of another text width, or a shorter text length, found out inside the jitted step or never."""
     prepared = records.Prepared(path)
-    prepared.check_text(synthetic.DIM, 6)
+    prepared.check_text(synthetic.DIM)
     with pytest.raises(ValueError, match="width 8 .fake., the config asks for 16"):
-        prepared.check_text(16, 6)
+        prepared.check_text(16)
     with pytest.raises(ValueError, match="captions of up to 6 tokens, the config's text length is 4"):
-        prepared.check_text(synthetic.DIM, 4)
+        prepared.check_length(4)

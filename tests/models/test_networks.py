@@ -7,6 +7,7 @@ import pytest
 
 from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.unet import UNet
+from tests import tiny
 
 BASE = dict(
     channels=16, multipliers=(1, 2), blocks=1, attention=(False, True), text_attention=(False, True), head_channels=16,
@@ -28,10 +29,7 @@ def inputs(size=8, lowres=0, length=5, dim=8, b=2):
 
 def perturbed(model, args):
     """Parameters away from initialisation, where the output is zero whatever the input."""
-    params = jax.jit(model.init)(jax.random.key(0), *args)["params"]
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(0)
-    return jax.tree.unflatten(tree, [leaf + jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32) for leaf in leaves])
+    return tiny.perturbed(jax.jit(model.init)(jax.random.key(0), *args)["params"])
 
 
 @pytest.fixture(scope="module", params=["unet", "efficient_unet"])
