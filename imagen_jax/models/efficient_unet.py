@@ -12,14 +12,14 @@ from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Attention, FeedForward
 from imagen_jax.models.blocks import Conditioning, ResBlock, concat_lowres
-from imagen_jax.models.layers import Constrain, Dtype, conv, identity, upsample_nearest
+from imagen_jax.models.layers import Constrain, ConvTranspose, Dtype, conv, identity
 
 
 class Blocks(nn.Module):
     """The body of a DBlock or UBlock: residual blocks, then attention and an MLP of width 2c where the level attends.
 
-    A DBlock starts with a strided convolution (`down`); a UBlock ends with nearest up-sampling and a convolution to `up_features`,
-    the width of the level above.
+    A DBlock starts with a strided convolution (`down`); a UBlock ends with a 3x3 convolution of stride 1/2 (`up_features` wide, as
+    the level above). Nearest up-sampling before a plain convolution would give neighbouring pixels almost the same weights.
     """
 
     features: int
@@ -55,7 +55,7 @@ class Blocks(nn.Module):
             h = Attention(self.heads, self.attention, self.dtype, name="attn")(h, text, mask)
             h = self.constrain(FeedForward(2 * self.features, self.dtype, name="mlp")(h))
         if self.up_features:
-            h = self.constrain(conv(self.up_features, self.dtype, "resample")(upsample_nearest(h)))
+            h = self.constrain(ConvTranspose(self.up_features, self.dtype, name="upsample")(h))
         return h
 
 

@@ -150,6 +150,16 @@ def test_pool_and_upsample():
     np.testing.assert_array_equal(layers.upsample_nearest(x), reference.up(np.asarray(x)))
 
 
+def test_conv_transpose_is_the_adjoint_of_the_strided_convolution():
+    """Catches phases, taps or offsets exchanged, rows taken for columns, and a kernel that is mirrored."""
+    up, h, image = layers.ConvTranspose(4, F32), normal(1, 2, 3, 5, 6), normal(2, 2, 6, 10, 4)
+    params = jax.tree.map(lambda a: normal(3, *a.shape), up.init(jax.random.key(0), h)["params"])
+    down = {"kernel": params["kernel"].swapaxes(2, 3), "bias": jnp.zeros(6)}
+    shrunk = layers.conv(6, F32, "down", stride=2).apply({"params": down}, image)
+    raised = up.apply({"params": params}, h) - params["bias"][None, None, None]
+    np.testing.assert_allclose(jnp.sum(h * shrunk), jnp.sum(raised * image), rtol=1e-4)
+
+
 def test_sinusoid():
     """Catches raw log-SNR or t instead of u, and a wrong range of periods."""
     got = layers.sinusoid(jnp.array([-20.0, 0.0, 3.0]), 6)
