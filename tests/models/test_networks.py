@@ -83,7 +83,7 @@ def test_names():
     assert sorted(tree["up_1"]) == ["attn_0", "attn_1", "attn_2", "block_0", "block_1", "block_2", "resample"]
     assert sorted(tree["mid"]) == ["attn_0", "block_0", "block_1"]
     tree = parameters(EfficientUNet(**EFFICIENT), 8, 4, 8)
-    assert sorted(tree["up_1"]) == ["attn", "block_0", "block_1", "mlp", "resample"]
+    assert sorted(tree["up_1"]) == ["attn", "block_0", "block_1", "mlp", "upsample"]
 
 
 def test_output_starts_at_zero():
