@@ -113,6 +113,7 @@ def define_compile_cache() -> None:
     """The flag of verbs that compile."""
     default = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/imagen_jax")
     flags.DEFINE_string(COMPILE_CACHE, default, "directory of compiled programs, empty for none; $JAX_COMPILATION_CACHE_DIR sets the default")
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[COMPILE_CACHE])  # --help lists the verb's own flags only
 
 
 def use_compile_cache() -> None:
