@@ -59,6 +59,16 @@ def test_state_is_born_sharded(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tiny.perturbed(jax.device_get(state.params)), on_one_device(name)[2])
 
 
+@pytest.mark.parametrize("name", ["base_64", "sr_1024"])
+def test_every_block_is_split_by_rows_and_height(name):
+    """Catches a constraint that never reaches the network: every result stays right, and a large image no longer fits."""
+    stage, _, _ = tiny.stage_and_step(tiny.config(name), sharding.make_mesh(MESHES[2]))
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    loss = lambda p, b: loss_and_grad(stage, p, b, jax.random.key(1), 1)[0]
+    program = str(jax.make_jaxpr(loss)(params, tiny.batch(stage, 8)))
+    assert program.count("(('data', 'fsdp'), 'spatial')") == 2 * 11  # forward and backward: stem, blocks, resampling, MLP
+
+
 def test_sample_is_the_same_on_a_mesh():
     """Catches noise drawn per device: no fp32 pixel may move by more than 1/255."""
     made = tiny.config("sr_256")
