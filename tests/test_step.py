@@ -82,6 +82,18 @@ def test_non_finite_update_is_skipped_for_good(base):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(state, part))
 
 
+@pytest.mark.parametrize("field", ["text", "lowres"])
+def test_loss_reads_what_the_batch_tells(field):
+    """Catches a stage that trains on its own target in place of the low-res image or the caption it is given: the loss looks the better for it."""
+    stage, _, _ = tiny.stage_and_step(tiny.config("sr_256"))
+    batch, other = tiny.batch(stage, 2), tiny.batch(stage, 2, seed=1)
+    params = tiny.perturbed(jax.jit(stage.init)(jax.random.key(0)))
+    draws = stage.draw(jax.random.key(1), 2) | {"drop": jnp.zeros(2, bool)}
+    loss = jax.jit(lambda batch: stage.per_sample_loss(params, batch, draws))
+    before, after = loss(batch), loss(batch | {field: np.stack([other[field][0], batch[field][1]])})
+    assert abs(after[0] - before[0]) > 1e-3 * before[0] and after[1] == before[1]
+
+
 def test_ema_decay_warms_up():
     """Catches a constant decay, under which early samples are those of the initial weights."""
     got = [float(optim.ema_decay(jnp.asarray(n), 0.999)) for n in (0, 8, 10**6)]
