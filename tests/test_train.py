@@ -20,9 +20,9 @@ from imagen_jax.train import Run
 from tests import tiny, xla
 from tests.data import synthetic
 
-STEPS = 30
 # IMAGEN_JAX_KILLS=10 kills ten times, as long as it takes; the suite kills at three chosen moments.
 KILLS = int(os.environ.get("IMAGEN_JAX_KILLS", "3"))
+STEPS = 10 * KILLS  # a kill after some steps waits for up to eight more
 ENV = os.environ | {"XLA_FLAGS": xla.flags(), "PYTHONPATH": str(tiny.ROOT)}
 PROGRAM = (sys.executable, "-m", "imagen_jax.train")
 # The trainer with a disk that is full at the first save and has room at the next.
