@@ -75,7 +75,7 @@ def path_name(path: tuple) -> str:
 
 def fsdp_spec(shape: tuple[int, ...], size: int, min_elements: int) -> P:
     """The largest dimension that divides by `size` goes over `fsdp`; small arrays and indivisible ones are replicated."""
-    divisible = [i for i, n in enumerate(shape) if n % size == 0 and n >= size]
+    divisible = [i for i, n in enumerate(shape) if n % size == 0]
     if size == 1 or math.prod(shape) < min_elements or not divisible:
         return P()
     best = max(divisible, key=lambda i: (shape[i], i))

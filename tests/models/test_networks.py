@@ -171,7 +171,17 @@ def test_wrong_fields_are_named(options, message):
         jax.eval_shape(UNet(**(BASE | options)).init, jax.random.key(0), *inputs())
 
 
-def test_indivisible_size_is_named():
+@pytest.mark.parametrize("height, width", [(12, 8), (8, 12)])
+@pytest.mark.parametrize(
+    "model",
+    [
+        EfficientUNet(**(EFFICIENT | dict(widths=(8, 8, 8), blocks=(1, 1, 1), attention=("none",) * 3, heads=1))),
+        UNet(**(BASE | dict(multipliers=(1, 1, 1), attention=(False,) * 3, text_attention=(False,) * 3, patch=2, lowres=True))),
+    ],
+    ids=["efficient_unet", "unet"],
+)
+def test_indivisible_size_is_named(model, height, width):
     """Catches a reshape error from the depths of the network in place of the size that would do."""
-    with pytest.raises(ValueError, match="divisible by 4"):
-        jax.eval_shape(EfficientUNet(**EFFICIENT).init, jax.random.key(0), *inputs(10, 5))
+    _, logsnr, cond = inputs(8, 4)
+    with pytest.raises(ValueError, match="divisible by 8"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, height, width, 3)), logsnr, cond)
