@@ -55,11 +55,12 @@ def test_res_block_shortcut_is_projected_where_asked():
     assert "shortcut" not in tree(16) and "shortcut" in tree(32) and "shortcut" in tree(16, project_shortcut=True)
 
 
-def test_res_block_starts_as_its_shortcut():
-    """Catches a second convolution that does not start at zero."""
-    block = ResBlock(16, F32, True, residual_scale=0.5)
+@pytest.mark.parametrize("options, scale", [({}, 1.0), ({"residual_scale": 0.5}, 0.5)])
+def test_res_block_starts_as_its_shortcut(options, scale):
+    """Catches a second convolution that does not start at zero, and a base network (whose blocks set no scale) that scales its sums."""
+    block = ResBlock(16, F32, True, **options)
     h, emb = normal(1, 1, 2, 2, 16), normal(2, 1, 8)
-    np.testing.assert_allclose(block.apply(block.init(jax.random.key(0), h, emb, False), h, emb, False), 0.5 * h, rtol=1e-6)
+    np.testing.assert_allclose(block.apply(block.init(jax.random.key(0), h, emb, False), h, emb, False), scale * h, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["fused", "self", "cross"])
