@@ -101,3 +101,82 @@ def text_pool(p, text, mask, heads):
         k, v = np.split(dense(tokens, p["kv"]), 2, axis=-1)
         out.append(attend(q, k, v, valid, heads)[0])
     return dense(np.stack(out), p["out"])
+
+
+def conv_half_stride(x, kernel, bias):
+    """3x3, stride 1/2: every input pixel adds its kernel to the nine outputs around twice its place."""
+    b, h, w, _ = x.shape
+    out = np.zeros((b, 2 * h + 2, 2 * w + 2, kernel.shape[-1]))
+    for i in range(3):
+        for j in range(3):
+            out[:, i : i + 2 * h : 2, j : j + 2 * w : 2] += x @ kernel[i, j]
+    return out[:, 1:-1, 1:-1] + bias
+
+
+def noise_level(p, logsnr):
+    n = p["dense_0"]["kernel"].shape[0] // 2
+    angle = 1000 * np.arctan(np.exp(-logsnr / 2))[:, None] / (np.pi / 2) * 10_000.0 ** (-np.arange(n) / n)
+    return dense(swish(dense(np.concatenate([np.sin(angle), np.cos(angle)], -1), p["dense_0"])), p["dense_1"])
+
+
+def conditioning(p, logsnr, cond, pool_heads):
+    emb = noise_level(p["time"], logsnr) + noise_level(p["lowres_noise"], cond["lowres_logsnr"])
+    text = dense(layer_norm(cond["text"], p["text_norm"]["scale"], p["text_norm"]["bias"]), p["text_proj"])
+    return emb + text_pool(p["text_pool"], text, cond["text_mask"], pool_heads), text
+
+
+def unet(p, x, logsnr, cond, *, blocks, kinds, head_channels, pool_heads, groups):
+    """The base U-Net on its concatenated input, with a kind of attention or None for each level."""
+    emb, text = conditioning(p["conditioning"], logsnr, cond, pool_heads)
+
+    def block(h, level, name, resample="none"):
+        return res_block(p[level][name], h, emb, resample, 1.0, True, groups)
+
+    def attend_to(h, level, i, kind):
+        heads = h.shape[-1] // head_channels
+        return attention(p[level][f"attn_{i}"], h, text, cond["text_mask"], heads, kind, groups) if kind else h
+
+    h = conv3x3(x, p["stem"]["kernel"], p["stem"]["bias"])
+    skips = [h]
+    for level, kind in enumerate(kinds):
+        for i in range(blocks):
+            h = attend_to(block(h, f"down_{level}", f"block_{i}"), f"down_{level}", i, kind)
+            skips.append(h)
+        if level < len(kinds) - 1:
+            h = block(h, f"down_{level}", "resample", "down")
+            skips.append(h)
+    h = block(attend_to(block(h, "mid", "block_0"), "mid", 0, kinds[-1]), "mid", "block_1")
+    for level in reversed(range(len(kinds))):
+        for i in range(blocks + 1):
+            h = block(np.concatenate([h, skips.pop()], -1), f"up_{level}", f"block_{i}")
+            h = attend_to(h, f"up_{level}", i, kinds[level])
+        if level:
+            h = block(h, f"up_{level}", "resample", "up")
+    h = swish(group_norm(h, groups(h.shape[-1]), p["out_norm"]["scale"], p["out_norm"]["bias"]))
+    return conv3x3(h, p["out"]["kernel"], p["out"]["bias"])
+
+
+def efficient_unet(p, x, logsnr, cond, *, blocks, kinds, heads, pool_heads, residual_scale, groups):
+    """The Efficient U-Net on its concatenated input, with a kind of attention or None for each level."""
+    emb, text = conditioning(p["conditioning"], logsnr, cond, pool_heads)
+
+    def body(h, q, level):
+        for i in range(blocks[level]):
+            h = res_block(q[f"block_{i}"], h, emb, "none", residual_scale, True, groups)
+        if kinds[level]:
+            h = attention(q["attn"], h, text, cond["text_mask"], heads, kinds[level], groups)
+            normed = group_norm(h, groups(h.shape[-1]), q["mlp"]["norm"]["scale"], q["mlp"]["norm"]["bias"])
+            h = h + dense(swish(dense(normed, q["mlp"]["dense_0"])), q["mlp"]["dense_1"])
+        return h
+
+    h = conv3x3(x, p["stem"]["kernel"], p["stem"]["bias"])
+    skips = []
+    for level in range(len(blocks)):
+        q = p[f"down_{level}"]
+        h = body(conv3x3(h, q["resample"]["kernel"], q["resample"]["bias"], stride=2), q, level)
+        skips.append(h)
+    for level in reversed(range(len(blocks))):
+        q = p[f"up_{level}"]
+        h = conv_half_stride(body(h, q, level), q["upsample"]["kernel"], q["upsample"]["bias"])
+        h = h + skips[level - 1] if level else h
+    return dense(h, p["out"])

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imagen_jax.models.blocks import concat_lowres
 from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.unet import UNet
 from tests import tiny
+from tests.models import reference
 
 BASE = dict(
     channels=16, multipliers=(1, 2), blocks=1, attention=(False, True), text_attention=(False, True), head_channels=16,
@@ -38,6 +40,18 @@ def network(request):
     model = UNet(**(BASE | {"lowres": True})) if request.param == "unet" else EfficientUNet(**EFFICIENT)
     args = inputs(lowres=4)
     return jax.jit(lambda p, *a: model.apply({"params": p}, *a)), perturbed(model, args), args
+
+
+def test_network_is_its_formulas(network):
+    """Catches blocks wired otherwise: skips in another order, a level without its attention, an up-sampling at another place."""
+    apply, params, (z, logsnr, cond) = network
+    p, cond64 = jax.tree.map(np.float64, params), {name: np.asarray(value) if name == "text_mask" else np.float64(value) for name, value in cond.items()}
+    x, more = np.float64(concat_lowres(z, cond["lowres"])), dict(kinds=(None, "fused"), pool_heads=2, groups=lambda c: min(32, c // 4))
+    if "out_norm" in params:
+        want = reference.unet(p, x, np.float64(logsnr), cond64, blocks=1, head_channels=16, **more)
+    else:
+        want = reference.efficient_unet(p, x, np.float64(logsnr), cond64, blocks=(1, 2), heads=2, residual_scale=2**-0.5, **more)
+    np.testing.assert_allclose(apply(params, z, logsnr, cond), want, atol=1e-4 * np.abs(want).max())
 
 
 def parameters(model, size, lowres=0, dim=0):
