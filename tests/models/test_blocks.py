@@ -96,6 +96,12 @@ def test_text_pool():
     np.testing.assert_allclose(got, reference.text_pool(p64, f64(text), np.asarray(mask), 2), atol=1e-4)
 
 
+def test_learned_query_starts_small():
+    """Catches a query that drowns the tokens' mean, or vanishes beside it, at the start: it has length 1 whatever the width."""
+    params = TextPool("attention", 2, 6, F32).init(jax.random.key(0), jnp.zeros((1, 3, 400)), lengths(3, 3))["params"]
+    assert 0.9 < np.linalg.norm(params["query"]) < 1.1
+
+
 def test_mean_pool():
     """Catches a mean over the padded length instead of the caption's."""
     layer = TextPool("mean", 2, 6, F32)
@@ -159,6 +165,13 @@ def test_conv_transpose_is_the_adjoint_of_the_strided_convolution():
     shrunk = layers.conv(6, F32, "down", stride=2).apply({"params": down}, image)
     raised = up.apply({"params": params}, h) - params["bias"][None, None, None]
     np.testing.assert_allclose(jnp.sum(h * shrunk), jnp.sum(raised * image), rtol=1e-4)
+
+
+def test_conv_transpose_keeps_the_variance():
+    """Catches an initialiser with the fan-in of all nine weights, of which an output pixel gets 9/4 on average."""
+    up, h = layers.ConvTranspose(64, F32), normal(1, 4, 8, 8, 64)
+    out = up.apply(up.init(jax.random.key(0), h), h)
+    assert 0.9 < float(out[:, :-2, :-2].var()) < 1.1
 
 
 def test_sinusoid():
