@@ -1,15 +1,18 @@
 """The train step of a stage. Pure; its randomness is fold_in(seed, step)."""
 
+import dataclasses
 from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Key
 
-from imagen_jax.optim import ema_decay
-from imagen_jax.stage import Batch, Params, Stage
-from imagen_jax.state import TrainState
+from imagen_jax import sharding
+from imagen_jax.optim import ema_decay, learning_rate, make_optimizer
+from imagen_jax.stage import Batch, Params, Stage, create_stage
+from imagen_jax.state import TrainState, abstract_state
 
 Metrics = dict[str, Array]
 
@@ -55,18 +58,16 @@ def loss_and_grad(stage: Stage, params: Params, batch: Batch, key: Key[Array, ""
     return jax.lax.scan(add_part, zero, (jnp.arange(accumulation), parts))[0]
 
 
-def make_step(
-    stage: Stage, optimizer: optax.GradientTransformation, rate: optax.Schedule, optim: Mapping[str, Any], seed: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch) -> (state, metrics), to be jitted with the state donated.
+def make_update(
+    optimizer: optax.GradientTransformation, rate: optax.Schedule, optim: Mapping[str, Any]
+) -> Callable[[TrainState, Float[Array, ""], Params], tuple[TrainState, Metrics]]:
+    """(state, loss, gradients) -> (state, metrics): the part of a step in which no network is run.
 
     `rate` is the optimizer's learning rate, for the record. If loss, gradient, or the parameters after the update are not finite, the
     update is skipped on the device, and so is every later one: `bad_step` names the first.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, grads = loss_and_grad(stage, state.params, batch, key, optim["accumulation"])
+    def update(state: TrainState, loss: Float[Array, ""], grads: Params) -> tuple[TrainState, Metrics]:
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -87,7 +88,61 @@ def make_step(
         new = TrainState(state.step + 1, keep(params, state.params), keep(ema, state.ema), keep(opt_state, state.opt_state), bad_step)
         return new, metrics
 
+    return update
+
+
+def make_step(
+    stage: Stage, optimizer: optax.GradientTransformation, rate: optax.Schedule, optim: Mapping[str, Any], seed: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """(state, batch) -> (state, metrics), to be jitted with the state donated. See `make_update` for what a step that is not finite does."""
+    update = make_update(optimizer, rate, optim)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        loss, grads = loss_and_grad(stage, state.params, batch, key, optim["accumulation"])
+        return update(state, loss, grads)
+
     return step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainProgram:
+    """The train step of a config on a mesh, before it is compiled: what train runs and plan compiles.
+
+    `abstract` and `batch` are the step's arguments as shapes with shardings, `shardings` those of the state alone.
+    """
+
+    stage: Stage
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    step: Any
+    abstract: TrainState
+    shardings: TrainState
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+
+    @classmethod
+    def create(cls, config: Mapping[str, Any], mesh: Mesh) -> "TrainProgram":
+        """Nothing is allocated or compiled. Raises ValueError for a batch that does not divide, or a model or rules that cannot be."""
+        rows = config["data"]["batch_size"]
+        check_accumulation(rows, config["optim"]["accumulation"])
+        sharding.check_batch(rows, mesh)
+        stage = create_stage(config, mesh)
+        optimizer = make_optimizer(config["optim"], config["train"]["steps"])
+        abstract, shardings = abstract_state(stage, optimizer, mesh, config["mesh"]["rules"], config["mesh"]["fsdp_min_elements"])
+        over_rows = sharding.batch_sharding(mesh)
+        step = make_step(stage, optimizer, learning_rate(config["optim"], config["train"]["steps"]), config["optim"], config["seed"])
+        jitted = jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(shardings, over_rows),
+            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        )
+        batch = {name: jax.ShapeDtypeStruct(*shape, sharding=over_rows) for name, shape in stage.batch_shapes(rows).items()}
+        return cls(stage, mesh, optimizer, jitted, abstract, shardings, batch)
+
+    def lower(self) -> Any:
+        """The step traced and lowered for its mesh; `.compile()` is what takes long."""
+        return self.step.lower(self.abstract, self.batch)
 
 
 def forward_flops(stage: Stage) -> float:

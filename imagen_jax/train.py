@@ -96,18 +96,18 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
         if newest >= total:
             log.info("%s has %d steps already, train.steps is %d: nothing to do", workdir, newest, total)
             return 0
-        state, _ = checkpoints.restore(newest, run.abstract)
+        state, _ = checkpoints.restore(newest, run.program.abstract)
         log.info("resuming from step %d", newest)
     done = newest or 0
     write_json(workdir / "config.json", config)
 
     # Compile, so that the loop's first step costs what the others do.
     started = time.monotonic()
-    step = run.step.lower(run.abstract, run.abstract_batch()).compile()
+    step = run.program.lower().compile()
     log.info("step compiled in %.0f s", time.monotonic() - started)
 
     data = pipeline.batches(config["data"], config["seed"], done, "train", jax.process_index(), jax.process_count())
-    grid = SampleGrid(config, run.stage, run.mesh) if settings["sample_every"] else None
+    grid = SampleGrid(config, run.program.stage, run.program.mesh) if settings["sample_every"] else None
 
     def save() -> None:
         record.settle()  # nothing is saved before every step's metrics were seen to be finite
@@ -242,88 +242,56 @@ class Run:
 
     config: Mapping[str, Any]
     meta: Mapping[str, Any]
-    stage: Any
-    mesh: Any
-    abstract: Any
-    shardings: Any
-    step: Callable
+    program: Any
     flops_per_image: float
     peak_flops: float
 
     @classmethod
     def create(cls, config: Mapping[str, Any]) -> "Run":
         """Checks config against data and devices, before anything is allocated. Raises ValueError."""
-        import jax
-
-        from imagen_jax import chips, optim, sharding, state, step
+        from imagen_jax import sharding
         from imagen_jax.data.pipeline import open_prepared
-        from imagen_jax.stage import create_stage
+        from imagen_jax.hardware import chips
+        from imagen_jax.step import TrainProgram, forward_flops
 
         fields = [("train", name) for name in ("steps", "log_every", "save_every", "keep")] + [("data", "batch_size")]
         for part, field in fields + [("train", "sample_rows")] * bool(config["train"]["sample_every"]):
             if config[part][field] < 1:
                 raise ValueError(f"{part}.{field}={config[part][field]} is less than 1")
-        step.check_accumulation(config["data"]["batch_size"], config["optim"]["accumulation"])
-        mesh = sharding.make_mesh(config["mesh"])
-        sharding.check_batch(config["data"]["batch_size"], mesh)
         data = open_prepared(config["data"])
         if config["text"]["dim"]:
             data.check_text(config["text"]["dim"])
-        stage = create_stage(config, mesh)
-        steps = config["train"]["steps"]
-        optimizer = optim.make_optimizer(config["optim"], steps)
-        rules, min_elements = config["mesh"]["rules"], config["mesh"]["fsdp_min_elements"]
-        abstract, shardings = state.abstract_state(stage, optimizer, mesh, rules, min_elements)
-        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        train_step = jax.jit(
-            step.make_step(stage, optimizer, optim.learning_rate(config["optim"], steps), config["optim"], config["seed"]),
-            donate_argnums=0,
-            in_shardings=(shardings, sharding.batch_sharding(mesh)),
-            out_shardings=(shardings, replicated),
-        )
-        peak, source = chips.peak_flops(mesh.devices.flat[0])
+        program = TrainProgram.create(config, sharding.make_mesh(config["mesh"]))
+        peak, source = chips.peak_flops(program.mesh.devices.flat[0])
         run = cls(
             config=config,
             meta={"config": config, "encoder": data.encoder, "manifest_hash": data.hash},
-            stage=stage,
-            mesh=mesh,
-            abstract=abstract,
-            shardings=shardings,
-            step=train_step,
-            flops_per_image=3 * step.forward_flops(stage),
-            peak_flops=peak * mesh.size,
+            program=program,
+            flops_per_image=3 * forward_flops(program.stage),
+            peak_flops=peak * program.mesh.size,
         )
         describe(run, source)
         return run
 
     def fresh_state(self, init_from: str = "") -> tuple[Any, dict[str, Any]]:
         """State before the first step, and what is to be remembered of `init_from`: if given, parameters and EMA are those weights, which must fit."""
-        from imagen_jax import cascade, checkpoint, optim, state
+        from imagen_jax import cascade, checkpoint, state
 
-        optimizer = optim.make_optimizer(self.config["optim"], self.config["train"]["steps"])
-        fresh = state.create_state(self.stage, optimizer, self.config["seed"], self.shardings)
+        program = self.program
+        fresh = state.create_state(program.stage, program.optimizer, self.config["seed"], program.shardings)
         if not init_from:
             return fresh, {}
         params, meta = checkpoint.load_params(cascade.resolve(init_from))
-        if self.stage.text_dim:
+        if program.stage.text_dim:
             cascade.check_encoder(meta["encoder"], self.meta["encoder"], f"{init_from} and the data")
         begun = {name: meta[name] for name in ("step", "which", "sha256")} | {"path": init_from}
-        return state.with_params(fresh, params, self.shardings), {"init_from": begun}
-
-    def abstract_batch(self) -> Mapping[str, Any]:
-        """Shapes and shardings of the arrays that `place` makes."""
-        import jax
-
-        from imagen_jax.sharding import batch_sharding
-
-        shapes = self.stage.batch_shapes(self.config["data"]["batch_size"])
-        return {k: jax.ShapeDtypeStruct(*v, sharding=batch_sharding(self.mesh)) for k, v in shapes.items()}
+        return state.with_params(fresh, params, program.shardings), {"init_from": begun}
 
     def place(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """What the step reads of a host batch, on the mesh."""
         from imagen_jax.sharding import place_batch
 
-        return place_batch({name: batch[name] for name in self.stage.batch_shapes(0)}, self.mesh)
+        return place_batch({name: batch[name] for name in self.program.batch}, self.program.mesh)
 
     def rates(self, times: Mapping[str, float]) -> dict[str, float]:
         """Times of an interval, and the share of the devices' peak that the model's own FLOPs are (recomputation not counted)."""
@@ -339,11 +307,11 @@ def describe(run: Run, peak_source: str) -> None:
 
     from imagen_jax.sharding import bytes_table
 
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.params))
-    shape = {axis: size for axis, size in run.mesh.shape.items() if size > 1} or "one device"
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.program.abstract.params))
+    shape = {axis: size for axis, size in run.program.mesh.shape.items() if size > 1} or "one device"
     log.info("%s: %s parameters on %s", run.config["name"], f"{parameters:,}", shape)
     log.info("%.4g GFLOP an image and step; peak %.4g TFLOP/s (%s)", run.flops_per_image / 1e9, run.peak_flops / 1e12, peak_source)
-    for row in bytes_table(run.abstract, run.shardings):
+    for row in bytes_table(run.program.abstract, run.program.shardings):
         if row["bytes"] > 1024:
             share = row["sharded_bytes"] / row["bytes"]
             log.info("  %-10s %9.2f MiB, %9.2f MiB a device, %3.0f %% sharded", row["part"], row["bytes"] / 2**20, row["bytes_per_device"] / 2**20, 100 * share)
@@ -388,7 +356,7 @@ def overfit(config: Mapping[str, Any], steps: int) -> int:
     data.close()
     with metrics.Progress("overfit", steps) as progress:
         for i in range(steps):
-            state, step_metrics = run.step(state, batch)
+            state, step_metrics = run.program.step(state, batch)
             losses.append(float(jax.device_get(step_metrics["loss"])))
             progress.update(i + 1, loss=losses[-1])
     tenth = max(1, steps // 10)

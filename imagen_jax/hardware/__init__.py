@@ -1,0 +1,1 @@
+"""What machines there are, how they are called, and what their compilers say of a program."""

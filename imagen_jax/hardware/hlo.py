@@ -1,0 +1,199 @@
+"""Reads the text of a compiled program: its instructions, how often each runs, what the TPU compiler estimates it costs, and its collectives.
+
+The TPU compiler writes a cost in cycles beside nearly every fusion, copy and convolution (`estimated_cycles` in `backend_config`). It
+is a property of the compiled program, the same on every run and on a machine without a TPU. 2^63 - 1 there means that it has none.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+from collections.abc import Iterator
+
+import numpy as np
+
+NO_ESTIMATE = 2**63 - 1
+# They move no data, or what they do is counted where it is done.
+FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier iota while conditional call "
+    "async-start async-update async-done copy-done send send-done recv recv-done domain add-dependency".split()
+)
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {f"{sign}{n}": n for sign in "su" for n in (8, 16, 32, 64)}
+
+_NAME = r"%?([\w.\-]+)"
+_DEFINITION = re.compile(rf"^\s+(?:ROOT )?{_NAME} = ")
+_COMPUTATION = re.compile(rf"^(ENTRY )?{_NAME} \(.*\) -> .*\{{$")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_CALLED = re.compile(rf"\b(calls|to_apply|body|condition|true_computation|false_computation)={_NAME}|branch_computations=\{{([^}}]*)\}}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation. `type` is the result's, as written; `rest` what follows the operands."""
+
+    name: str
+    opcode: str
+    type: str
+    operands: tuple[str, ...]
+    rest: str
+
+    @functools.cached_property
+    def cycles(self) -> int | None:
+        """The compiler's estimate, if it has one."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
+        return int(found[1]) if found and int(found[1]) != NO_ESTIMATE else None
+
+    @functools.cached_property
+    def op_name(self) -> str:
+        """Where in the traced program this is from: "jit(step)/transpose(jvp(UNet))/down_2/block_0/conv_1/conv_general_dilated"."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+    @functools.cached_property
+    def called(self) -> dict[str, list[str]]:
+        """{attribute: computations}: calls, to_apply, body, condition, branches."""
+        found: dict[str, list[str]] = {}
+        for attribute, name, branches in _CALLED.findall(self.rest):
+            if branches:
+                found.setdefault("branches", []).extend(re.findall(_NAME, branches))
+            else:
+                found.setdefault("branches" if attribute.endswith("_computation") else attribute, []).append(name)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A compiled program: {name: {instruction name: instruction}} of its computations, and which one it starts with."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+
+    def run(self, computation: str | None = None, times: float = 1) -> Iterator[tuple[Instruction, dict[str, Instruction], float]]:
+        """Each instruction that runs, its computation and how often: what a loop's body holds runs as often as the loop does.
+
+        Of a conditional's branches the one with the most instructions is taken. What a fusion calls is part of the fusion.
+        """
+        here = self.computations[computation or self.entry]
+        for instruction in here.values():
+            yield instruction, here, times
+            called = instruction.called
+            if instruction.opcode == "while":
+                trips = self.trip_count(instruction)
+                for name in called["body"]:
+                    yield from self.run(name, times * trips)
+            elif instruction.opcode == "conditional":
+                yield from self.run(max(called["branches"], key=lambda name: len(self.computations[name])), times)
+            elif instruction.opcode in ("call", "async-start"):
+                for name in called.get("calls", []) + called.get("to_apply", []):
+                    yield from self.run(name, times)
+
+    def trip_count(self, loop: Instruction) -> int:
+        """How often a `while` runs whose condition compares a counter from 0 with a constant. Raises ValueError for any other."""
+        (condition,) = loop.called["condition"]
+        constants = [re.match(r"s32\[\]", i.type) and re.search(r"^(\d+)", i.operands[0]) for i in self.computations[condition].values() if i.opcode == "constant"]
+        bounds = [int(found[1]) for found in constants if found]
+        if len(bounds) != 1:
+            raise ValueError(f"the loop {loop.name} ({loop.op_name}) has no known trip count: constants {bounds} in its condition")
+        return bounds[0]
+
+
+def parse(text: str) -> Module:
+    """The program that `Compiled.as_text()` prints. Raises ValueError if there is no entry computation in it."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if opening := _COMPUTATION.match(line):
+            current = computations.setdefault(opening[2], {})
+            entry = opening[2] if opening[1] else entry
+        elif current is not None and (start := _DEFINITION.match(line)):
+            instruction = _instruction(start[1], line[start.end() :])
+            current[instruction.name] = instruction
+    if not entry:
+        raise ValueError("this is not the text of a compiled program: it has no ENTRY computation")
+    return Module(computations, entry)
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    kind, text = _balanced(text) if text.startswith("(") else text.split(" ", 1)
+    opcode, text = text.strip().split("(", 1)
+    operands, rest = _balanced("(" + text)
+    return Instruction(name, opcode, kind, tuple(part.strip() for part in _top_level(operands[1:-1])), rest)
+
+
+def _balanced(text: str) -> tuple[str, str]:
+    """(the parenthesis that `text` begins with, to its end; what follows)."""
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if not depth:
+            return text[: i + 1], text[i + 1 :]
+    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
+
+
+def _top_level(text: str) -> list[str]:
+    """The parts between those commas that stand in no bracket."""
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and not depth:
+            parts.append(text[start:i])
+            start = i + 1
+    return [*parts, text[start:]] if text[start:].strip() else parts
+
+
+def type_bytes(text: str, hbm_only: bool = False) -> int:
+    """Bytes of an array or tuple type; `hbm_only` leaves out what lives in on-chip memory (a layout that says S(1) or more)."""
+    total = 0
+    for item, dims, layout in _ARRAY.findall(text):
+        if item in ITEM_BITS and not (hbm_only and re.search(r"S\([1-9]", layout)):
+            total += math.prod(map(int, dims.split(","))) * ITEM_BITS[item] // 8 if dims else ITEM_BITS[item] // 8
+    return total
+
+
+def traffic(instruction: Instruction, computation: dict[str, Instruction]) -> int:
+    """Bytes that an instruction reads and writes in device memory, each operand once: less than it really moves if it reads one twice."""
+    operands = [computation[name.split(" ")[-1].lstrip("%")] for name in instruction.operands if name.split(" ")[-1].lstrip("%") in computation]
+    return type_bytes(instruction.type, hbm_only=True) + sum(type_bytes(o.type, hbm_only=True) for o in operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation: its kind, the bytes of the largest array it takes or makes on a device, who talks to whom, how often."""
+
+    kind: str
+    bytes: int
+    groups: tuple[tuple[int, ...], ...]  # of positions in the mesh; of a collective-permute, its pairs
+    times: float
+    op_name: str
+
+
+def collectives(module: Module, devices: int) -> Iterator[Collective]:
+    """Every collective of a program for so many devices, those inside fusions too; an all-reduce that is fused with the slice of it is a reduce-scatter."""
+    for instruction, _, times in module.run():
+        inside = [i for name in instruction.called.get("calls", []) for i in module.computations[name].values()] if instruction.opcode == "fusion" else []
+        for found in (instruction, *inside):
+            kind = found.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                scattered = kind == "all-reduce" and any(i.opcode == "dynamic-slice" for i in inside)
+                yield Collective("reduce-scatter" if scattered else kind, _largest(found.type), _groups(found, devices), times, found.op_name)
+
+
+def _largest(text: str) -> int:
+    return max(type_bytes(array[0]) for array in re.finditer(_ARRAY, text))
+
+
+def _groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
+    """Who talks to whom, in either of the forms that XLA writes: {{0,1},{2,3}} or [2,2]<=[2,2]T(1,0)."""
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})?\}", instruction.rest)
+    if listed:
+        groups = re.findall(r"\{([\d,]+)\}", listed[1] or "")
+        return tuple(tuple(map(int, group.split(","))) for group in groups) or (tuple(range(devices)),)
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.rest)
+    if not iota:
+        raise ValueError(f"{instruction.name}: cannot read who takes part in this {instruction.opcode}")
+    shape, dims = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
+    order = np.arange(math.prod(dims)).reshape(dims)
+    order = order.transpose([int(n) for n in iota[3].split(",")]) if iota[3] else order
+    return tuple(map(tuple, order.reshape(shape).tolist()))

@@ -1,0 +1,89 @@
+"""Names of hardware as people write them, and the compile-only devices behind them: nothing here needs the hardware.
+
+    v5e:16x16, 2xv5p:4x4x8 (two slices)          chip and torus
+    v5litepod-256, v5e-256, v6e-256              a count of chips
+    v4-512, v5p-256, 2xv5p-256                   a count of cores, two a chip
+    h100-256, a100:32x8 (nodes x GPUs)           GPUs
+"""
+
+import dataclasses
+import math
+import os
+import re
+from typing import Any
+
+from imagen_jax.hardware.chips import Chip, by_name
+
+CORES_IN_NAMES = {"v4": 2, "v5p": 2}  # accelerator types of these count TensorCores
+ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6litepod": "v6e"}
+# The torus of a slice by its chips (the supported configurations of docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e).
+FLAT = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
+CUBES = {
+    4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8), 512: (8, 8, 8),
+    1024: (8, 8, 16), 2048: (8, 16, 16), 4096: (16, 16, 16),
+}  # fmt: skip
+TORI = {"v4": CUBES, "v5p": CUBES, "v5e": FLAT, "v6e": FLAT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """`slices` equal parts, joined by the data-centre network; a part is a torus of chips, or of a GPU cluster (nodes, GPUs a node)."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        return self.slices * math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{f'{self.slices}x' if self.slices > 1 else ''}{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    def devices(self) -> list[Any]:
+        """Compile-only devices, one a chip. Raises ValueError if the compiler for them is not installed or knows no such topology."""
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile at once
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")  # it warns of hardware that is not there
+        from jax.experimental import topologies
+
+        name, options = self._as_the_compiler_says()
+        try:
+            return list(topologies.get_topology_desc(name, platform=self.chip.platform, **options).devices)
+        except Exception as error:  # jaxlib raises whatever the plugin does
+            extra = {"tpu": "tpu", "cuda": "cuda12"}[self.chip.platform]
+            raise ValueError(f"cannot compile for {self}: {error}. The compiler comes with pip install 'imagen_jax[{extra}]'") from error
+
+    def _as_the_compiler_says(self) -> tuple[str, dict[str, Any]]:
+        options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
+        if self.chip.name == "v4":
+            options["chip_config_name"] = "megacore"  # one device a chip, as on a real v4
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}", options
+
+
+def parse(text: str) -> Topology:
+    """The topology of a name. Raises ValueError that says what names there are."""
+    found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*?)(?::(\d+(?:x\d+)*)|-(\d+))", text.strip().lower())
+    if not found:
+        raise ValueError(f"--topology {text!r} is no topology; write v5e:16x16, 2xv5p:4x4x8, v5litepod-256, v4-512 (cores) or h100-64")
+    chip = by_name(ALIASES.get(found[2], found[2]))
+    slices = int(found[1] or 1)
+    if found[3]:
+        shape = tuple(map(int, found[3].split("x")))
+    else:
+        shape = _shape(text, chip, int(found[4]) // CORES_IN_NAMES.get(chip.name, 1))
+    if chip.platform == "cuda" and len(shape) == 1:
+        shape = _shape(text, chip, shape[0])
+    if chip.platform == "tpu" and len(shape) != len(next(iter(TORI[chip.name].values()))):
+        raise ValueError(f"--topology {text}: a torus of {chip.name} has {len(next(iter(TORI[chip.name].values())))} sides, such as {list(TORI[chip.name].values())[-2]}")
+    return Topology(chip, shape, slices)
+
+
+def _shape(text: str, chip: Chip, chips: int) -> tuple[int, ...]:
+    if chip.platform == "cuda":
+        if chips > chip.chips_per_host and chips % chip.chips_per_host:
+            raise ValueError(f"--topology {text}: {chips} GPUs are no whole number of nodes of {chip.chips_per_host}")
+        return max(1, chips // chip.chips_per_host), min(chips, chip.chips_per_host)
+    if chips not in TORI[chip.name]:
+        raise ValueError(f"--topology {text}: {chips} chips of {chip.name} are no slice; slices have {', '.join(map(str, TORI[chip.name]))} chips")
+    return TORI[chip.name][chips]

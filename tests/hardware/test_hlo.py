@@ -1,0 +1,95 @@
+"""Reading a compiled program: a text in the compiler's format whose answers are known, and programs compiled here."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from imagen_jax.hardware import hlo
+
+# As libtpu 0.0.42 prints it, shortened: a loop of five turns, an asynchronous gather, a reduce-scatter written as a fusion.
+TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,128]{1,0:T(8,128)}}
+
+%fused_computation (param_0: f32[8,128]) -> bf16[8,128] {
+  %param_0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %convert.1 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} convert(%param_0), metadata={op_name="jit(step)/jvp(UNet)/down_0/block_0/convert"}
+}
+
+%all-reduce-scatter (input: f32[16,128]) -> f32[4,128] {
+  %input = f32[16,128]{1,0:T(8,128)} parameter(0)
+  %all-reduce.1 = f32[16,128]{1,0:T(8,128)} all-reduce(%input), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add, metadata={op_name="g"}
+  %zero = s32[] constant(0)
+  ROOT %dynamic-slice.1 = f32[4,128]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={4,128}
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (state: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %state = (s32[]{:T(128)}, /*index=1*/f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%state), index=1
+  %fusion.1 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} fusion(%x), kind=kLoop, calls=%fused_computation, metadata={op_name="jit(step)/jvp(UNet)/down_0/block_0/convert"}, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %copy.1 = f32[8,128]{1,0:T(8,128)} copy(%x), backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
+  ROOT %tuple.1 = (s32[], f32[8,128]{1,0:T(8,128)}) tuple(%i, %copy.1)
+}
+
+%condition (state.1: (s32[], f32[8,128])) -> pred[] {
+  %five = s32[]{:T(128)} constant(5)
+  %state.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %five), direction=LT
+}
+
+ENTRY %main (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %start = (f32[8,128]{1,0:T(8,128)}, f32[16,128]{1,0:T(8,128)}) all-gather-start(%p), channel_id=2, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+  %done = f32[16,128]{1,0:T(8,128)} all-gather-done(%start)
+  %scattered = f32[4,128]{1,0:T(8,128)} fusion(%done), kind=kCustom, calls=%all-reduce-scatter, backend_config={"window_config":{"estimated_cycles":"7"}}
+  %init = s32[] constant(0)
+  %tuple.2 = (s32[], f32[8,128]{1,0:T(8,128)}) tuple(%init, %p)
+  %while.1 = (s32[], f32[8,128]{1,0:T(8,128)}) while(%tuple.2), condition=%condition, body=%body
+  ROOT %out = f32[8,128]{1,0:T(8,128)} get-tuple-element(%while.1), index=1
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def module():
+    return hlo.parse(TEXT)
+
+
+def test_a_loop_counts_as_often_as_it_runs(module):
+    """Catches a loop's body counted once, and the compiler's "no estimate" taken for a number."""
+    runs = {i.name: (i.cycles, times) for i, _, times in module.run()}
+    assert runs["fusion.1"] == (100, 5) and runs["copy.1"] == (None, 5) and runs["scattered"] == (7, 1)
+    assert "convert.1" not in runs, "what a fusion calls is part of the fusion"
+
+
+def test_collectives(module):
+    """Catches an asynchronous gather counted by its operand or twice, a reduce-scatter taken for an all-reduce, groups misread."""
+    gather, scatter = sorted(hlo.collectives(module, 8), key=lambda c: c.kind)
+    assert (gather.kind, gather.bytes, gather.groups) == ("all-gather", 16 * 128 * 4, ((0, 1), (2, 3), (4, 5), (6, 7)))
+    assert (scatter.kind, scatter.bytes, scatter.groups) == ("reduce-scatter", 16 * 128 * 4, ((0, 2, 4, 6), (1, 3, 5, 7)))
+
+
+def test_traffic_leaves_out_on_chip_memory(module):
+    """Catches bytes of what never leaves the chip's own memory (S(1)), and of other than 16 bits for bfloat16."""
+    body = module.computations["body"]
+    assert hlo.traffic(body["fusion.1"], body) == 8 * 128 * 4 and hlo.traffic(body["copy.1"], body) == 2 * 8 * 128 * 4
+    assert hlo.type_bytes("(bf16[3,5]{1,0}, /*index=1*/pred[7]{0}, s32[])") == 30 + 7 + 4
+
+
+def test_a_program_compiled_here():
+    """Catches a reader that follows one text only: the CPU compiler's has other layouts, and its own way to write a loop."""
+    turns = jax.jit(lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c) @ c, None), x, length=7)[0]).lower(jnp.ones((16, 16))).compile()
+    module = hlo.parse(turns.as_text())
+    assert max(times for _, _, times in module.run()) == 7
+
+
+def test_not_a_program():
+    """Catches an empty answer for a text that is none."""
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse("nothing")

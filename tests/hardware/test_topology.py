@@ -1,0 +1,49 @@
+"""Names of hardware, and the facts that predictions rest on."""
+
+import pytest
+
+from imagen_jax.hardware import chips, topology
+
+MEANT = {
+    "v5e:16x16": ("v5e", (16, 16), 1, 256),
+    "v5litepod-256": ("v5e", (16, 16), 1, 256),
+    "v5e-8": ("v5e", (2, 4), 1, 8),
+    "v6e-256": ("v6e", (16, 16), 1, 256),
+    "v4-512": ("v4", (4, 8, 8), 1, 256),
+    "v5p-256": ("v5p", (4, 4, 8), 1, 128),
+    "2xv5p-256": ("v5p", (4, 4, 8), 2, 256),
+    "2xv5e:4x4": ("v5e", (4, 4), 2, 32),
+    "h100-64": ("h100", (8, 8), 1, 64),
+    "h100:4": ("h100", (1, 4), 1, 4),
+    "a100:32x8": ("a100", (32, 8), 1, 256),
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_names_as_people_write_them(name):
+    """Catches cores taken for chips (v4-512 is 256 chips), slices left out of the count, an alias that is not known."""
+    found = topology.parse(name)
+    assert (found.chip.name, found.shape, found.slices, found.chips) == MEANT[name]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("v5e", "write v5e:16x16"), ("v9-8", "no facts about a chip 'v9'"), ("v5e-100", "100 chips of v5e are no slice"), ("v5p:16x16", "has 3 sides"), ("h100-12", "no whole number of nodes")],
+)
+def test_other_names_are_explained(name, message):
+    """Catches a compiler's error in place of the names there are."""
+    with pytest.raises(ValueError, match=message):
+        topology.parse(name)
+
+
+def test_clocks():
+    """Catches matrix units miscounted: the clocks that follow from the peaks are those of the TPU papers and pages, 0.94 GHz to 1.75 GHz."""
+    clocks = {chip.name: round(chip.clock / 1e9, 2) for chip in chips.CHIPS if chip.platform == "tpu"}
+    assert clocks == {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75}
+
+
+def test_facts_are_complete():
+    """Catches a chip without a source, and units mixed up by a thousand."""
+    for chip in chips.CHIPS:
+        assert chip.source and 1e11 < chip.peak_flops < 1e16 and 1e11 < chip.memory_bandwidth < 1e13
+        assert 1e10 < chip.memory_limit < 2e11 and 1e10 < chip.link_bandwidth < 1e12 and 1e9 < chip.network_bandwidth < 1e11
