@@ -258,10 +258,11 @@ class Run:
         for part, field in fields + [("train", "sample_rows")] * bool(config["train"]["sample_every"]):
             if config[part][field] < 1:
                 raise ValueError(f"{part}.{field}={config[part][field]} is less than 1")
+        mesh = sharding.make_mesh(config["mesh"])
         data = open_prepared(config["data"])
         if config["text"]["dim"]:
             data.check_text(config["text"]["dim"])
-        program = TrainProgram.create(config, sharding.make_mesh(config["mesh"]))
+        program = TrainProgram.create(config, mesh)
         peak, source = chips.peak_flops(program.mesh.devices.flat[0])
         run = cls(
             config=config,
