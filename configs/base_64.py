@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
         patch=1,
         dropout=0.0,
         dtype="bfloat16",
-        remat=True,
+        remat="matrix",
     )
     c.diffusion = dict(schedule="cosine", aug_schedule="cosine", aug_max=0.0, prediction="eps", text_drop=0.1)
     c.sampling = dict(
@@ -89,7 +89,7 @@ def small(c: ConfigDict) -> None:
     c.text.dim = 256
     c.data.update(image_size=16, text_length=32, batch_size=64, workers=0, cache_mib=64)
     c.mesh.fsdp = 1
-    c.model.update(dtype="float32", remat=False, head_channels=32)
+    c.model.update(dtype="float32", remat="none", head_channels=32)
     c.optim.update(optimizer="adam", lr=1e-3, warmup=100, ema=0.9998)
 
 

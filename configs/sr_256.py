@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
         scale_shift=True,
         dropout=0.0,
         dtype="bfloat16",
-        remat=True,
+        remat="matrix",
     )
     c.diffusion = dict(schedule="cosine", aug_schedule="cosine", aug_max=1.0, prediction="eps", text_drop=0.1)
     c.sampling = dict(
@@ -80,7 +80,7 @@ def small(c: ConfigDict) -> None:
     c.text.dim = 256
     c.data.update(text_length=32, workers=0)
     c.mesh.fsdp = 1
-    c.model.update(dtype="float32", remat=False)
+    c.model.update(dtype="float32", remat="none")
     c.optim.update(lr=1e-3, warmup=100, ema=0.9998)
 
 

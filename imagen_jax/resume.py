@@ -3,7 +3,7 @@
 from typing import Any, Mapping
 
 # Parts and fields that change where, how long or how visibly a run computes, not what it computes.
-FREE = ("name", "mesh", "train", "sampling", "data.path", "data.workers", "data.cache_mib")
+FREE = ("name", "mesh", "train", "sampling", "model.remat", "data.path", "data.workers", "data.cache_mib")
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

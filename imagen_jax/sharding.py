@@ -35,6 +35,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def image_sharding(mesh: Mesh) -> NamedSharding:
+    """[b h w c] with rows over the batch axes and height over `spatial`."""
+    return NamedSharding(mesh, P(BATCH_AXES, "spatial" if mesh.shape["spatial"] > 1 else None))
+
+
 def check_batch(rows: int, mesh: Mesh) -> None:
     """Raises ValueError unless a batch of so many rows divides over the mesh."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -50,11 +55,10 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
 
 
 def constrain_activations(mesh: Mesh) -> Callable[[Array], Array]:
-    """What models call at block boundaries: [b h w c] with rows over the batch axes and height over `spatial`."""
+    """What models call at block boundaries: feature maps laid out as images are (`image_sharding`)."""
     if mesh.size == 1:
         return lambda h: h
-    sharding = NamedSharding(mesh, P(BATCH_AXES, "spatial" if mesh.shape["spatial"] > 1 else None))
-    return lambda h: jax.lax.with_sharding_constraint(h, sharding)
+    return lambda h: jax.lax.with_sharding_constraint(h, image_sharding(mesh))
 
 
 def gather_parameters(mesh: Mesh) -> Callable[[Tree], Tree]:
@@ -93,6 +97,14 @@ def rule_spec(placement: str | Sequence[str | None], shape: tuple[int, ...], mes
     return fsdp_spec(shape, mesh.shape["fsdp"], min_elements)
 
 
+def rule_of(name: str, rules: Sequence[Sequence[Any]]) -> int:
+    """Index of the first rule whose pattern is found in a leaf's path. Raises ValueError if there is none."""
+    for i, (pattern, _) in enumerate(rules):
+        if re.search(pattern, name):
+            return i
+    raise ValueError(f"no sharding rule matches {name}; end the rules with ('.*', 'fsdp')")
+
+
 def tree_shardings(tree: Tree, mesh: Mesh, rules: Sequence[Sequence[Any]], min_elements: int) -> Tree:
     """A NamedSharding for each leaf (anything with a shape): the first rule whose regex is found in the leaf's path decides.
 
@@ -105,12 +117,8 @@ def tree_shardings(tree: Tree, mesh: Mesh, rules: Sequence[Sequence[Any]], min_e
     used = set()
 
     def place(path, leaf):
-        name = path_name(path)
-        for i, (pattern, placement) in enumerate(rules):
-            if re.search(pattern, name):
-                used.add(i)
-                return NamedSharding(mesh, rule_spec(placement, leaf.shape, mesh, min_elements))
-        raise ValueError(f"no sharding rule matches {name}; end the rules with ('.*', 'fsdp')")
+        used.add(rule := rule_of(path_name(path), rules))
+        return NamedSharding(mesh, rule_spec(rules[rule][1], leaf.shape, mesh, min_elements))
 
     shardings = jax.tree_util.tree_map_with_path(place, tree)
     unused = [rules[i][0] for i in range(len(rules)) if i not in used]

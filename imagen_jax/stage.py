@@ -8,7 +8,7 @@ from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec as P
 from jaxtyping import Array, Float, Key
 
 from imagen_jax import sharding
@@ -16,8 +16,11 @@ from imagen_jax.data.transforms import check_sizes
 from imagen_jax.diffusion import conditioning, loss, sampler
 from imagen_jax.diffusion.process import PREDICTIONS
 from imagen_jax.diffusion.schedule import SCHEDULES, Schedule
+from imagen_jax.models.attention import Attend, Keys, attend
+from imagen_jax.models.attention_kernel import fits, flash_attend
 from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.layers import identity
+from imagen_jax.models.remat import checkpointed
 from imagen_jax.models.unet import UNet
 
 FAMILIES = {"unet": UNet, "efficient_unet": EfficientUNet}
@@ -138,14 +141,19 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
     check_sizes(data)
     if bool(text["dim"]) != bool(model["cond_dim"]):
         raise ValueError(f"text.dim={text['dim']} and model.cond_dim={model['cond_dim']}: both are 0 (no text) or neither is")
-    check_fields("model", model, FAMILIES[family], {"lowres", "constrain", "parent", "name"})
+    check_fields("model", model, FAMILIES[family], {"lowres", "constrain", "attend", "parent", "name"})
     check_fields("diffusion", diffusion, ("schedule", "aug_schedule", "aug_max", "prediction", "text_drop"))
     check_sampling(config["sampling"])
     model = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in model.items()}
     model["dtype"] = jnp.dtype(model["dtype"])
     return Stage(
         name=config["name"],
-        model=FAMILIES[family](**model, lowres=bool(data["lowres_size"]), constrain=sharding.constrain_activations(mesh) if mesh else identity),
+        model=FAMILIES[family](
+            **model,
+            lowres=bool(data["lowres_size"]),
+            constrain=sharding.constrain_activations(mesh) if mesh else identity,
+            attend=attention_on(mesh, model["remat"]),
+        ),
         schedule=SCHEDULES[diffusion.pop("schedule")],
         aug_schedule=SCHEDULES[diffusion.pop("aug_schedule")],
         **diffusion,
@@ -157,6 +165,31 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
         sampling=dict(config["sampling"]),
         gather=sharding.gather_parameters(mesh) if mesh else identity,
     )
+
+
+def attention_on(mesh: Mesh | None, remat: str) -> Attend:
+    """Attention on a mesh: on TPUs the kernel, where it takes the shapes, on each device's own rows, pixels and heads; else `attend`.
+
+    The kernel keeps no attention weights for the backward pass; neither does `attend`, unless `remat` is "none".
+    """
+    plain = lambda q, keys, heads: checkpointed("none" if remat == "none" else "block", lambda q, keys: attend(q, keys, heads))(q, keys)
+    if mesh is None or mesh.devices.flat[0].platform != "tpu":
+        return plain
+    return lambda q, keys, heads: attend_in_parts(mesh, flash_attend, plain, q, keys, heads)
+
+
+def attend_in_parts(mesh: Mesh, kernel: Attend, plain: Attend, q: Array, keys: Keys, heads: int) -> Array:
+    """`kernel` on every device's part: rows over the batch axes, queries over `spatial`, channels over `model`.
+
+    The compiler does not know how to divide a kernel. Where the parts are not whole, or not what the kernel takes, `plain` runs instead.
+    """
+    pixels, parts = mesh.shape["spatial"], mesh.shape["model"]
+    (b, n, c), m = q.shape, sum(k.shape[1] for k, _, _ in keys)
+    if b % (mesh.shape["data"] * mesh.shape["fsdp"]) or n % pixels or heads % parts or not fits(n // pixels, m, c // parts, heads // parts):
+        return plain(q, keys, heads)
+    rows, queries, channels = P(sharding.BATCH_AXES), P(sharding.BATCH_AXES, "spatial", "model"), P(sharding.BATCH_AXES, None, "model")
+    specs = (queries, tuple((channels, channels, None if valid is None else rows) for _, _, valid in keys))
+    return jax.shard_map(lambda q, keys: kernel(q, keys, heads // parts), mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)(q, keys)
 
 
 def check_sampling(sampling: Mapping[str, Any]) -> None:

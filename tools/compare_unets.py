@@ -24,11 +24,11 @@ from imagen_jax.step import forward_flops, make_step
 ORDINARY = dict(
     family="unet", channels=32, multipliers=(1, 2, 3, 4), blocks=3, attention=(False, False, False, True),
     text_attention=(False, False, False, True), head_channels=32, cond_dim=128, pooling="attention", pool_heads=4, res_block="biggan",
-    scale_shift=True, patch=1, dropout=0.0, dtype="float32", remat=False,
+    scale_shift=True, patch=1, dropout=0.0, dtype="float32", remat="none",
 )  # fmt: skip
 EFFICIENT = dict(
     family="efficient_unet", widths=(32, 64, 128, 256), blocks=(2, 4, 8, 8), attention=("none", "none", "none", "fused"), heads=8,
-    cond_dim=128, pooling="attention", pool_heads=4, residual_scale=2**-0.5, scale_shift=True, dropout=0.0, dtype="float32", remat=False,
+    cond_dim=128, pooling="attention", pool_heads=4, residual_scale=2**-0.5, scale_shift=True, dropout=0.0, dtype="float32", remat="none",
 )  # fmt: skip
 
 

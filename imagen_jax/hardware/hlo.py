@@ -185,15 +185,29 @@ def _largest(text: str) -> int:
 
 
 def _groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
-    """Who talks to whom, in either of the forms that XLA writes: {{0,1},{2,3}} or [2,2]<=[2,2]T(1,0)."""
+    """Who talks to whom, in the three forms that XLA writes: {{0,1},{2,3}}, [2,2]<=[2,2]T(1,0), mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'x'}."""
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})?\}", instruction.rest)
     if listed:
         groups = re.findall(r"\{([\d,]+)\}", listed[1] or "")
-        return tuple(tuple(map(int, group.split(","))) for group in groups) or (tuple(range(devices)),)
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.rest)
-    if not iota:
+        return tuple(_numbers(group) for group in groups) or (tuple(range(devices)),)
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.rest):
+        order = _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
+    elif mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", instruction.rest):
+        axes = re.findall(r"'(\w+)'=(\d+)", mesh[1])
+        shape, names = [int(size) for _, size in axes], re.findall(r"'(\w+)'", mesh[4])
+        ids = (_iota(mesh[2], mesh[3]) if mesh[2] else np.arange(math.prod(shape))).reshape(shape)
+        talking = [i for i, (name, _) in enumerate(axes) if name in names]
+        order = np.moveaxis(ids, talking, range(-len(talking), 0)).reshape(-1, math.prod(shape[i] for i in talking))
+    else:
         raise ValueError(f"{instruction.name}: cannot read who takes part in this {instruction.opcode}")
-    shape, dims = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
-    order = np.arange(math.prod(dims)).reshape(dims)
-    order = order.transpose([int(n) for n in iota[3].split(",")]) if iota[3] else order
-    return tuple(map(tuple, order.reshape(shape).tolist()))
+    return tuple(map(tuple, order.tolist()))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """[2,3]T(1,0): 0 to 5 in two rows, transposed."""
+    ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return ids.transpose(_numbers(order)) if order else ids

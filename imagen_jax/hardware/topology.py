@@ -61,6 +61,11 @@ class Topology:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}", options
 
 
+def smallest_shape(chip: Chip) -> tuple[int, ...]:
+    """The smallest slice of a TPU that the compiler knows: 4 chips."""
+    return TORI[chip.name][4]
+
+
 def parse(text: str) -> Topology:
     """The topology of a name. Raises ValueError that says what names there are."""
     found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*?)(?::(\d+(?:x\d+)*)|-(\d+))", text.strip().lower())

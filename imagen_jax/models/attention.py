@@ -1,27 +1,35 @@
 """Attention over pixels and text tokens, and the attention pooling of text (section 2.5, D.3.1, F.1)."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.models.layers import Dtype, group_norm
+from imagen_jax.models.layers import Dtype, Projections, group_norm
+from imagen_jax.models.remat import keep
 
+Keys = tuple[tuple[Array, Array, Array | None], ...]  # (keys [b m c], values [b m c], which of them are valid [b m]; None: all)
+Attend = Callable[[Array, Keys, int], Array]  # `attend`, or what does the same faster on some device
 KINDS = ("fused", "self", "cross")
 POOLINGS = ("attention", "mean")
 
 
-def attend(
-    q: Float[Array, "b n heads d"], k: Float[Array, "b m heads d"], v: Float[Array, "b m heads d"], valid: Bool[Array, "b m"]
-) -> Float[Array, "b n heads d"]:
-    """softmax(q k^T / sqrt(d)) v over the `valid` keys, softmax in fp32."""
-    return jax.nn.dot_product_attention(q, k, v, mask=valid[:, None, None, :])
+def attend(q: Float[Array, "b n c"], keys: Keys, heads: int) -> Float[Array, "b n c"]:
+    """softmax(q k^T / sqrt(d)) v over all valid keys at once, in each of `heads` parts of d channels, softmax in fp32."""
+    split = lambda a: a.reshape(*a.shape[:2], heads, a.shape[2] // heads)
+    join = lambda parts: jnp.concatenate(parts, axis=1)
+    k, v = (split(join([group[i] for group in keys])) for i in (0, 1))
+    valid = join([jnp.ones(k.shape[:2], bool) if valid is None else valid for k, _, valid in keys])
+    out = jax.nn.dot_product_attention(split(q), k, v, mask=valid[:, None, None, :])
+    return keep(out.reshape(q.shape))
 
 
 class Attention(nn.Module):
     """One attention layer on a feature map, added to it; starts as nothing (zero output kernel).
 
-    kind "fused": pixels attend to pixels and text tokens at once, the text's keys and values appended to the image's (the base and
+    kind "fused": pixels attend to pixels and text tokens at once, the text's keys and values beside the image's (the base and
     64->256 models). "cross": to the text alone (256->1024). "self": to pixels alone (no text in the model).
     Text goes through its own LayerNorm in every layer, never a GroupNorm: its statistics would run over padding.
     """
@@ -29,6 +37,7 @@ class Attention(nn.Module):
     heads: int
     kind: str
     dtype: Dtype
+    attend: Attend = attend
 
     @nn.compact
     def __call__(
@@ -39,22 +48,19 @@ class Attention(nn.Module):
             raise ValueError(f"attention kind is {self.kind!r}; it must be one of {KINDS}")
         if c % self.heads:
             raise ValueError(f"{c} channels do not divide into {self.heads} attention heads")
-        split = lambda a: a.reshape(b, a.shape[1], self.heads, c // self.heads)
-        pixels = group_norm(c, self.dtype, "norm")(h).reshape(b, height * width, c)
-        keys, values, valid = [], [], []
+        pixels = h.reshape(b, height * width, c)
+        normed = group_norm(c, self.dtype, "norm")(pixels)
+        keys: list[tuple[Array, Array, Array | None]] = []
         if self.kind == "cross":
-            q = nn.Dense(c, dtype=self.dtype, name="q")(pixels)
+            (q,) = Projections(1, c, self.dtype, name="q")(normed)
         else:
-            q, k, v = jnp.split(nn.Dense(3 * c, dtype=self.dtype, name="qkv")(pixels), 3, axis=-1)
-            keys, values, valid = [k], [v], [jnp.ones((b, height * width), bool)]
+            q, k, v = Projections(3, c, self.dtype, name="qkv")(normed)
+            keys.append((k, v, None))
         if self.kind != "self":
-            context = nn.LayerNorm(dtype=self.dtype, name="text_norm")(text)
-            text_k, text_v = jnp.split(nn.Dense(2 * c, dtype=self.dtype, name="text_kv")(context), 2, axis=-1)
-            keys, values, valid = keys + [text_k], values + [text_v], valid + [text_mask]
-        join = lambda parts: jnp.concatenate(parts, axis=1)
-        out = attend(split(q), split(join(keys)), split(join(values)), join(valid)).reshape(b, height * width, c)
-        out = nn.Dense(c, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="out")(out)
-        return h + out.reshape(h.shape)
+            k, v = Projections(2, c, self.dtype, name="text_kv")(nn.LayerNorm(dtype=self.dtype, name="text_norm")(text))
+            keys.append((k, v, text_mask))
+        (out,) = Projections(1, c, self.dtype, zero_init=True, name="out")(self.attend(q, tuple(keys), self.heads))
+        return (pixels + out).reshape(h.shape)
 
 
 class FeedForward(nn.Module):
@@ -66,8 +72,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         c = h.shape[-1]
-        out = nn.Dense(self.hidden, dtype=self.dtype, name="dense_0")(group_norm(c, self.dtype, "norm")(h))
-        out = nn.Dense(c, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="dense_1")(jax.nn.swish(out))
+        (out,) = Projections(1, self.hidden, self.dtype, name="dense_0")(group_norm(c, self.dtype, "norm")(h))
+        (out,) = Projections(1, c, self.dtype, zero_init=True, name="dense_1")(jax.nn.swish(out))
         return h + out
 
 
@@ -84,7 +90,7 @@ class TextPool(nn.Module):
 
     @nn.compact
     def __call__(self, text: Float[Array, "b l e"], text_mask: Bool[Array, "b l"]) -> Float[Array, "b t"]:
-        b, length, e = text.shape
+        e = text.shape[-1]
         if self.pooling not in POOLINGS:
             raise ValueError(f"model.pooling is {self.pooling!r}; it must be one of {POOLINGS}")
         if e % self.heads:
@@ -95,8 +101,7 @@ class TextPool(nn.Module):
         if self.pooling == "mean":
             return nn.Dense(self.features, dtype=self.dtype, name="out")(mean)
         query = mean.astype(self.dtype) + self.param("query", nn.initializers.normal(e**-0.5), (e,))[None].astype(self.dtype)
-        split = lambda a: a.reshape(b, -1, self.heads, e // self.heads)
         q = nn.Dense(e, dtype=self.dtype, name="q")(query)
-        k, v = jnp.split(nn.Dense(2 * e, dtype=self.dtype, name="kv")(text), 2, axis=-1)
-        pooled = attend(split(q), split(k), split(v), text_mask).reshape(b, e)
+        k, v = Projections(2, e, self.dtype, name="kv")(text)
+        pooled = attend(q[:, None], ((k, v, text_mask),), self.heads)[:, 0]
         return nn.Dense(self.features, dtype=self.dtype, name="out")(pooled)

@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import TextPool
-from imagen_jax.models.layers import Dtype, NoiseLevelEmbedding, average_pool, conv, group_norm, upsample_nearest
+from imagen_jax.models.layers import Conv, Dtype, NoiseLevelEmbedding, Projections, average_pool, group_norm, upsample_nearest
 
 RESAMPLE = {"none": lambda h: h, "down": average_pool, "up": upsample_nearest}
 
@@ -31,7 +31,7 @@ class ResBlock(nn.Module):
     def __call__(self, h: Float[Array, "b h w c"], emb: Float[Array, "b t"], train: bool) -> Float[Array, "b h2 w2 c2"]:
         shortcut = RESAMPLE[self.resample](h)
         out = jax.nn.swish(group_norm(h.shape[-1], self.dtype, "norm_0")(h))
-        out = conv(self.features, self.dtype, "conv_0")(RESAMPLE[self.resample](out))
+        out = Conv(self.features, self.dtype, name="conv_0")(RESAMPLE[self.resample](out))
         film = nn.Dense((1 + self.scale_shift) * self.features, dtype=self.dtype, name="film")(jax.nn.swish(emb))[:, None, None, :]
         norm = group_norm(self.features, self.dtype, "norm_1")
         if self.scale_shift:
@@ -40,9 +40,9 @@ class ResBlock(nn.Module):
         else:
             out = norm(out + film)
         out = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.swish(out))
-        out = conv(self.features, self.dtype, "conv_1", zero_init=True)(out)
+        out = Conv(self.features, self.dtype, zero_init=True, name="conv_1")(out)
         if self.project_shortcut or shortcut.shape[-1] != self.features:
-            shortcut = nn.Dense(self.features, dtype=self.dtype, name="shortcut")(shortcut)
+            (shortcut,) = Projections(1, self.features, self.dtype, name="shortcut")(shortcut)
         return (shortcut + out) * jnp.asarray(self.residual_scale, out.dtype)
 
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.models.attention import Attention, FeedForward
+from imagen_jax.models.attention import Attend, Attention, FeedForward, attend
 from imagen_jax.models.blocks import Conditioning, ResBlock, concat_lowres
-from imagen_jax.models.layers import Constrain, ConvTranspose, Dtype, conv, identity
+from imagen_jax.models.layers import Constrain, Conv, ConvTranspose, Dtype, identity
+from imagen_jax.models.remat import check_kind, checkpointed_module
 
 
 class Blocks(nn.Module):
@@ -32,7 +33,9 @@ class Blocks(nn.Module):
     scale_shift: bool
     dropout: float
     dtype: Dtype
+    remat: str
     constrain: Constrain
+    attend: Attend
 
     @nn.compact
     def __call__(
@@ -44,16 +47,16 @@ class Blocks(nn.Module):
         train: bool,
     ) -> Float[Array, "b h2 w2 c2"]:
         if self.down:
-            h = self.constrain(conv(self.features, self.dtype, "resample", stride=2)(h))
+            h = self.constrain(Conv(self.features, self.dtype, stride=2, name="resample")(h))
         for i in range(self.blocks):
-            block = ResBlock(
+            block = checkpointed_module(self.remat, ResBlock, static_argnums=(3,))(
                 self.features, self.dtype, self.scale_shift, project_shortcut=True, residual_scale=self.residual_scale,
                 dropout=self.dropout, name=f"block_{i}",
             )  # fmt: skip
             h = self.constrain(block(h, emb, train))
         if self.attention != "none":
-            h = Attention(self.heads, self.attention, self.dtype, name="attn")(h, text, mask)
-            h = self.constrain(FeedForward(2 * self.features, self.dtype, name="mlp")(h))
+            h = checkpointed_module(self.remat, Attention, keeps_itself=True)(self.heads, self.attention, self.dtype, self.attend, name="attn")(h, text, mask)
+            h = self.constrain(checkpointed_module(self.remat, FeedForward, keeps_itself=True)(2 * self.features, self.dtype, name="mlp")(h))
         if self.up_features:
             h = self.constrain(ConvTranspose(self.up_features, self.dtype, name="upsample")(h))
         return h
@@ -78,8 +81,9 @@ class EfficientUNet(nn.Module):
     lowres: bool
     dropout: float
     dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     constrain: Constrain = identity
+    attend: Attend = attend
 
     @nn.compact
     def __call__(self, z: Float[Array, "b h w 3"], logsnr: Float[Array, "b"], cond: dict[str, Array], train: bool = False) -> Float[Array, "b h w 3"]:
@@ -88,11 +92,10 @@ class EfficientUNet(nn.Module):
             self.widths[0], 4 * self.widths[0], self.cond_dim, self.pooling, self.pool_heads, self.lowres, self.dtype, name="conditioning"
         )(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
-        h = self.constrain(conv(self.widths[0], self.dtype, "stem")(h.astype(self.dtype)))
-        Remat = nn.remat(Blocks, static_argnums=(5,)) if self.remat else Blocks
+        h = self.constrain(Conv(self.widths[0], self.dtype, name="stem")(h.astype(self.dtype)))
         level = partial(
-            Remat, heads=self.heads, residual_scale=self.residual_scale, scale_shift=self.scale_shift,
-            dropout=self.dropout, dtype=self.dtype, constrain=self.constrain,
+            Blocks, heads=self.heads, residual_scale=self.residual_scale, scale_shift=self.scale_shift,
+            dropout=self.dropout, dtype=self.dtype, remat=self.remat, constrain=self.constrain, attend=self.attend,
         )  # fmt: skip
         per_level = list(zip(self.widths, self.blocks, self.attention))
         skips = []
@@ -107,6 +110,7 @@ class EfficientUNet(nn.Module):
         return nn.Dense(3, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="out")(h.astype(jnp.float32))
 
     def _check(self, z: Array) -> None:
+        check_kind(self.remat)
         if not len(self.widths) == len(self.blocks) == len(self.attention):
             raise ValueError(f"model.widths, model.blocks and model.attention have {len(self.widths)}, {len(self.blocks)} and {len(self.attention)} entries: one each a level")
         factor = 2 ** len(self.widths)

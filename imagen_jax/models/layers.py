@@ -22,10 +22,60 @@ def group_norm(features: int, dtype: Dtype, name: str) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=groups, epsilon=1e-5, dtype=dtype, name=name)
 
 
-def conv(features: int, dtype: Dtype, name: str, *, stride: int = 1, zero_init: bool = False) -> nn.Conv:
+@jax.custom_vjp
+def add_bias(h: Float[Array, "*d c"], bias: Float[Array, "c"]) -> Float[Array, "*d c"]:
+    """h + bias. The bias's gradient, a sum over all rows, is a matrix product with ones, summed in fp32: the matrix units do it in passing."""
+    return h + bias.astype(h.dtype).reshape((1,) * (h.ndim - 1) + bias.shape)
+
+
+def _add_bias_backward(bias: Array, d_out: Array) -> tuple[Array, Array]:
+    rows = d_out.reshape(-1, d_out.shape[-1])
+    ones = jnp.ones((1, rows.shape[0]), rows.dtype)
+    total = jnp.matmul(ones, rows, precision=jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None, preferred_element_type=jnp.float32)
+    return d_out, total[0].astype(bias.dtype)
+
+
+add_bias.defvjp(lambda h, bias: (add_bias(h, bias), bias), _add_bias_backward)
+
+
+class Conv(nn.Module):
     """3x3 convolution, one pixel of zeros on each side; `zero_init` makes its branch start as nothing."""
-    init = nn.initializers.zeros if zero_init else nn.initializers.lecun_normal()
-    return nn.Conv(features, (3, 3), strides=stride, padding=((1, 1), (1, 1)), kernel_init=init, dtype=dtype, name=name)
+
+    features: int
+    dtype: Dtype
+    stride: int = 1
+    zero_init: bool = False
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+        init = nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, (3, 3, h.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        strides, padding = (self.stride, self.stride), ((1, 1), (1, 1))
+        numbers = ("NHWC", "HWIO", "NHWC")
+        out = jax.lax.conv_general_dilated(h.astype(self.dtype), kernel.astype(self.dtype), strides, padding, dimension_numbers=numbers)
+        return add_bias(out, jnp.asarray(bias))
+
+
+class Projections(nn.Module):
+    """Dense layers of one input, their kernels and biases side by side in one parameter each.
+
+    The parameter is cut, not the result: cutting activations costs a pass over them, and over their gradients.
+    """
+
+    parts: int
+    features: int
+    dtype: Dtype
+    zero_init: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*d e"]) -> list[Float[Array, "*d c"]]:
+        init = nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, (x.shape[-1], self.parts * self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.parts * self.features,))
+        kernels, biases = (jnp.split(a, self.parts, axis=-1) for a in (kernel.astype(self.dtype), bias))
+        product = lambda w: jax.lax.dot_general(x.astype(self.dtype), w, (((x.ndim - 1,), (0,)), ((), ())))
+        return [add_bias(product(w), b) for w, b in zip(kernels, biases)]
 
 
 class ConvTranspose(nn.Module):
@@ -47,7 +97,7 @@ class ConvTranspose(nn.Module):
         phases = jax.vmap(jax.vmap(_phases))(_phases(kernel.astype(self.dtype)))  # [py ay px ax c f]
         phases = phases.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, c, 4 * self.features)
         out = jax.lax.conv_general_dilated(h.astype(self.dtype), phases, (1, 1), ((0, 1), (0, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return depth_to_space(out, 2) + bias.astype(self.dtype)[None, None, None]
+        return add_bias(depth_to_space(out, 2), jnp.asarray(bias))
 
 
 def _phases(kernel: Float[Array, "3 *d"]) -> Float[Array, "2 2 *d"]:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.models.attention import Attention
+from imagen_jax.models.attention import Attend, Attention, attend
 from imagen_jax.models.blocks import Conditioning, ResBlock, concat_lowres
-from imagen_jax.models.layers import Constrain, Dtype, conv, depth_to_space, group_norm, identity, space_to_depth, upsample_nearest
+from imagen_jax.models.layers import Constrain, Conv, Dtype, depth_to_space, group_norm, identity, space_to_depth, upsample_nearest
+from imagen_jax.models.remat import check_kind, checkpointed_module
 
 # Which attention a level has, by (pixels, text): F.1 `attn_resolutions` and `text_cross_attn_res`.
 ATTENTION = {(True, True): "fused", (True, False): "self", (False, True): "cross", (False, False): "none"}
@@ -38,29 +39,32 @@ class Level(nn.Module):
     head_channels: int
     dropout: float
     dtype: Dtype
+    remat: str
     constrain: Constrain
+    attend: Attend
 
     @nn.compact
     def __call__(
         self, h: Float[Array, "b h w c"], skips: tuple[Array, ...], emb: Float[Array, "b t"], text: Text, mask: Mask, train: bool
     ) -> tuple[Array, tuple[Array, ...]]:
-        block = partial(ResBlock, self.features, self.dtype, self.scale_shift, dropout=self.dropout)
+        block = partial(checkpointed_module(self.remat, ResBlock, static_argnums=(3,)), self.features, self.dtype, self.scale_shift, dropout=self.dropout)
+        attention = checkpointed_module(self.remat, Attention, keeps_itself=True)
         outputs = []
         for i, kind in enumerate(self.attention):
             if skips:
                 h, skips = jnp.concatenate([h, skips[-1]], axis=-1), skips[:-1]
             h = block(name=f"block_{i}")(h, emb, train)
             if kind != "none":
-                h = Attention(self.features // self.head_channels, kind, self.dtype, name=f"attn_{i}")(h, text, mask)
+                h = attention(self.features // self.head_channels, kind, self.dtype, self.attend, name=f"attn_{i}")(h, text, mask)
             h = self.constrain(h)
             outputs.append(h)
         if self.resample != "none":
             if self.res_block == "biggan":
                 h = block(resample=self.resample, name="resample")(h, emb, train)
             elif self.resample == "down":
-                h = conv(self.features, self.dtype, "resample", stride=2)(h)
+                h = Conv(self.features, self.dtype, stride=2, name="resample")(h)
             else:
-                h = conv(self.features, self.dtype, "resample")(upsample_nearest(h))
+                h = Conv(self.features, self.dtype, name="resample")(upsample_nearest(h))
             h = self.constrain(h)
             outputs.append(h)
         return h, tuple(outputs)
@@ -88,8 +92,9 @@ class UNet(nn.Module):
     lowres: bool
     dropout: float
     dtype: Dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     constrain: Constrain = identity
+    attend: Attend = attend
 
     @nn.compact
     def __call__(self, z: Float[Array, "b h w 3"], logsnr: Float[Array, "b"], cond: dict[str, Array], train: bool = False) -> Float[Array, "b h w 3"]:
@@ -98,14 +103,13 @@ class UNet(nn.Module):
             self.channels, 4 * self.channels, self.cond_dim, self.pooling, self.pool_heads, self.lowres, self.dtype, name="conditioning"
         )(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
-        h = conv(self.channels, self.dtype, "stem")(space_to_depth(h.astype(self.dtype), self.patch))
+        h = Conv(self.channels, self.dtype, name="stem")(space_to_depth(h.astype(self.dtype), self.patch))
         h = self.constrain(h)
         widths = [self.channels * m for m in self.multipliers]
         last = len(widths) - 1
-        Remat = nn.remat(Level, static_argnums=(6,)) if self.remat else Level
         level = partial(
-            Remat, res_block=self.res_block, scale_shift=self.scale_shift, head_channels=self.head_channels,
-            dropout=self.dropout, dtype=self.dtype, constrain=self.constrain,
+            Level, res_block=self.res_block, scale_shift=self.scale_shift, head_channels=self.head_channels,
+            dropout=self.dropout, dtype=self.dtype, remat=self.remat, constrain=self.constrain, attend=self.attend,
         )  # fmt: skip
         kinds = [ATTENTION[pair] for pair in zip(self.attention, self.text_attention)]
         skips = [h]
@@ -120,7 +124,7 @@ class UNet(nn.Module):
             h, _ = up(h, tuple(skips[-n:]), emb, text, mask, train)
             skips = skips[:-n]
         h = jax.nn.swish(group_norm(h.shape[-1], self.dtype, "out_norm")(h))
-        h = conv(3 * self.patch**2, jnp.float32, "out", zero_init=True)(h.astype(jnp.float32))
+        h = Conv(3 * self.patch**2, jnp.float32, zero_init=True, name="out")(h.astype(jnp.float32))
         return depth_to_space(h, self.patch)
 
     def _check(self, z: Array) -> None:
@@ -129,6 +133,7 @@ class UNet(nn.Module):
             raise ValueError(f"model fields need one entry a level each, not {({name: len(e) for name, e in levels.items()})}")
         if any(self.text_attention) and not self.cond_dim:
             raise ValueError("model.text_attention needs text: set model.cond_dim and text.dim")
+        check_kind(self.remat)
         if self.res_block not in RES_BLOCKS:
             raise ValueError(f"model.res_block is {self.res_block!r}; it must be one of {RES_BLOCKS}")
         factor = self.patch * 2 ** (len(self.multipliers) - 1)

@@ -75,6 +75,21 @@ def test_collectives(module):
     assert (scatter.kind, scatter.bytes, scatter.groups) == ("reduce-scatter", 16 * 128 * 4, ((0, 2, 4, 6), (1, 3, 5, 7)))
 
 
+@pytest.mark.parametrize(
+    "written, groups",
+    [
+        ("mesh['a'=2,'b'=4] {'b'}", ((0, 1, 2, 3), (4, 5, 6, 7))),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", ((0, 1, 2, 3), (4, 5, 6, 7))),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", ((0, 4), (1, 5), (2, 6), (3, 7))),
+        ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", ((0, 1, 4, 5), (2, 3, 6, 7))),
+    ],
+)
+def test_groups_written_as_a_mesh(written, groups):
+    """Catches device ids left in the mesh's order, and axes in braces read as those that do not talk."""
+    text = TEXT.replace("replica_groups={{0,1},{2,3},{4,5},{6,7}}", f"replica_groups={written}")
+    assert groups in [c.groups for c in hlo.collectives(hlo.parse(text), 8)]
+
+
 def test_traffic_leaves_out_on_chip_memory(module):
     """Catches bytes of what never leaves the chip's own memory (S(1)), and of other than 16 bits for bfloat16."""
     body = module.computations["body"]

@@ -122,7 +122,7 @@ def test_feed_forward():
 
 def test_conv_stride_and_padding():
     """Catches SAME padding of a strided convolution, which XLA puts on the other side than the paper's frameworks do."""
-    layer = layers.conv(5, F32, "c", stride=2)
+    layer = layers.Conv(5, F32, stride=2)
     x = normal(1, 1, 6, 4, 3)
     params, p = randomized(layer, 7, x)
     np.testing.assert_allclose(layer.apply({"params": params}, x), reference.conv3x3(f64(x), p["kernel"], p["bias"], 2), atol=1e-4)
@@ -162,7 +162,7 @@ def test_conv_transpose_is_the_adjoint_of_the_strided_convolution():
     up, h, image = layers.ConvTranspose(4, F32), normal(1, 2, 3, 5, 6), normal(2, 2, 6, 10, 4)
     params = jax.tree.map(lambda a: normal(3, *a.shape), up.init(jax.random.key(0), h)["params"])
     down = {"kernel": params["kernel"].swapaxes(2, 3), "bias": jnp.zeros(6)}
-    shrunk = layers.conv(6, F32, "down", stride=2).apply({"params": down}, image)
+    shrunk = layers.Conv(6, F32, stride=2).apply({"params": down}, image)
     raised = up.apply({"params": params}, h) - params["bias"][None, None, None]
     np.testing.assert_allclose(jnp.sum(h * shrunk), jnp.sum(raised * image), rtol=1e-4)
 

@@ -1,6 +1,9 @@
 """The two U-Nets whole: sizes to the unit, names, conditioning that arrives, padding that does not, remat."""
 
+import collections
+
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -134,18 +137,39 @@ def test_padding_does_not_change_the_output(network):
     np.testing.assert_allclose(apply(params, z, logsnr, cond | longer), before, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["matrix", "block"])
 @pytest.mark.parametrize("family", [UNet, EfficientUNet])
-def test_remat_recomputes_and_changes_nothing(family):
+def test_remat_recomputes_and_changes_nothing(family, kind):
     """Silent bug 7: the traced programs are compared, so a remat flag that does nothing is caught; then the gradients."""
     options = BASE if family is UNet else EFFICIENT
     args = inputs(lowres=0 if family is UNet else 4)
-    plain, remat = family(**options), family(**options, remat=True)
+    plain, remat = family(**options), family(**options, remat=kind)
     params = perturbed(plain, args)
     loss = lambda model: lambda p: jnp.sum(jnp.square(model.apply({"params": p}, *args)))
     rematted = lambda model: str(jax.make_jaxpr(jax.grad(loss(model)))(params)).count("remat")
     assert rematted(plain) == 0 and rematted(remat) >= 4
     grads = [jax.jit(jax.grad(loss(model)))(params) for model in (plain, remat)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(a).max() + 1e-6)), *grads)
+
+
+def primitives(jaxpr):
+    """The name of every operation of a traced program, inner ones as often as they are called."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inside in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from primitives(inside)
+
+
+def test_remat_keeps_what_it_says():
+    """Catches a policy that keeps everything or nothing: convolutions run again under "block" only, activations under both."""
+    counts = {}
+    for kind in ("none", "matrix", "block"):
+        model, args = UNet(**BASE, remat=kind), inputs()
+        params = perturbed(model, args)
+        traced = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, *args) ** 2)))(params).jaxpr
+        counts[kind] = collections.Counter(primitives(traced))
+    assert counts["none"]["conv_general_dilated"] == counts["matrix"]["conv_general_dilated"] < counts["block"]["conv_general_dilated"]
+    assert counts["none"]["logistic"] < counts["matrix"]["logistic"] <= counts["block"]["logistic"]
 
 
 def test_bf16_computes_near_fp32():

@@ -1,0 +1,247 @@
+"""What a train step computes, block by block, by the TPU compiler's own estimates: each block compiled at the shapes one chip gives it.
+
+A whole step at the compiler's default level takes tens of minutes; a block takes seconds, equal blocks are compiled once, several at
+the same time, and what was compiled before is read from a file. A block's program is its forward and backward pass with the
+recomputation that `model.remat` asks for, on a mesh of the `model` and `spatial` axes alone: along `data` and `fsdp` chips differ in
+nothing but their rows.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.interpreters import partial_eval as pe
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from imagen_jax import sharding
+from imagen_jax.hardware import cost, hlo, kernels, topology
+from imagen_jax.integrity import write_json
+from imagen_jax.models.attention import Attention, FeedForward
+from imagen_jax.models.blocks import ResBlock
+from imagen_jax.models.efficient_unet import Blocks, EfficientUNet
+from imagen_jax.models.remat import checkpointed
+from imagen_jax.models.unet import Level, UNet
+from imagen_jax.stage import Stage, create_stage
+
+CONTAINERS = (UNet, EfficientUNet, Level, Blocks)  # they only call what they are made of
+NO_INPUT_GRADIENT = ("stem", "conditioning")  # nothing before them is trained
+CHECKPOINTED = (ResBlock,)  # what `model.remat` is applied to
+VERSION = 1  # of what is cached
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A module of the network, the shapes it is called with, and the places where an equal one stands."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    params: Tree
+    places: tuple[str, ...]
+
+    @property
+    def has_input_gradient(self) -> bool:
+        return not self.places[0].startswith(NO_INPUT_GRADIENT)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCost:
+    """Seconds of one call of a block on one chip, forward and backward. `flops` are the model's own: three times the forward pass.
+
+    `kinds`: seconds by kind of instruction; `unestimated`: those by the roofline; `inside`: seconds by place within the block.
+    """
+
+    places: tuple[str, ...]
+    seconds: float
+    flops: float
+    kinds: dict[str, float]
+    unestimated: float
+    inside: dict[str, float]
+
+
+def find_blocks(stage: Stage, b: int) -> list[Block]:
+    """Every block that the loss of `b` images calls, equal ones together."""
+    calls: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {}
+    inside: list[str] = []
+
+    def record(call, args, kwargs, context):
+        module, path = context.module, "/".join(context.module.path)
+        if inside or context.method_name != "__call__" or isinstance(module, CONTAINERS):
+            return call(*args, **kwargs)
+        assert not kwargs, f"{path} is called with keywords, which its costs would leave out"
+        calls[path] = (module.clone(parent=None, name=None), jax.tree.map(_shape, args))
+        inside.append(path)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in stage.batch_shapes(b).items()}
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    with nn.intercept_methods(record):
+        loss = lambda p, x, key: stage.per_sample_loss(p, x, stage.draw(key, b), key)
+        jax.eval_shape(loss, params, batch, jax.random.key(0))
+    found: dict[str, Block] = {}
+    for path, (module, args) in calls.items():
+        own = functools.reduce(lambda tree, name: tree[name], path.split("/"), params)
+        key = repr((module, args, path.startswith(NO_INPUT_GRADIENT)))
+        before = found[key].places if key in found else ()
+        found[key] = Block(module, args, own, (*before, path))
+    return list(found.values())
+
+
+def _shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
+
+
+def block_program(stage: Stage, block: Block) -> tuple[Any, Any, tuple[Any, ...]]:
+    """(forward, forward and backward, shapes of their arguments): the outputs, and the gradients from gradients of the outputs.
+
+    Kernels come and their gradients go in the network's compute type, as the rest of the step gathers and reduces them.
+    """
+    leaves, tree = jax.tree.flatten(block.args)
+    is_array = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
+    varies = [a and jnp.issubdtype(leaf.dtype, jnp.floating) and block.has_input_gradient for a, leaf in zip(is_array, leaves)]
+    fixed = [a and not v for a, v in zip(is_array, varies)]
+    pick = lambda flags: tuple(leaf for leaf, flag in zip(leaves, flags) if flag)
+
+    def forward(params: Tree, varying: tuple[Any, ...], constant: tuple[Any, ...]) -> list[Any]:
+        varying, constant = iter(varying), iter(constant)
+        given = [next(varying) if v else next(constant) if f else leaf for leaf, v, f in zip(leaves, varies, fixed)]
+        out = block.module.apply({"params": params}, *jax.tree.unflatten(tree, given), rngs={"dropout": jax.random.key(0)})
+        return [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+    remat = functools.partial(checkpointed, stage.model.remat if isinstance(block.module, CHECKPOINTED) else "none")
+
+    def both(params: Tree, varying: tuple[Any, ...], constant: tuple[Any, ...], gradients: list[Any]):
+        out, backward = jax.vjp(remat(lambda p, v: forward(p, v, constant)), params, varying)
+        return out, backward(gradients)
+
+    dtype = stage.model.dtype
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype if len(p.shape) > 1 else p.dtype), block.params)
+    shapes = (params, pick(varies), pick(fixed))
+    return forward, both, (*shapes, jax.eval_shape(forward, *shapes))
+
+
+def block_mesh(place: topology.Topology, sizes: Mapping[str, int]) -> Mesh:
+    """The part of the run's mesh that one row of a batch is computed on."""
+    part = {"data": 1, "fsdp": 1, "model": sizes["model"], "spatial": sizes["spatial"]}
+    return sharding.make_mesh(part, place.devices()[: part["model"] * part["spatial"]])
+
+
+@functools.lru_cache(maxsize=2)
+def _prepared(config: str, name: str, rows: int) -> tuple[Stage, list[Block], Mesh]:
+    """(stage, blocks, mesh) for the compiler; without a topology's name, for one device of any kind."""
+    settings = json.loads(config)
+    mesh = block_mesh(topology.parse(name), settings["mesh"]) if name else None
+    stage = create_stage(settings, mesh)
+    return stage, find_blocks(dataclasses.replace(stage, model=stage.model.clone(remat="none")), rows), mesh
+
+
+def _cost_of(config: str, name: str, rows: int, index: int, cache: str) -> BlockCost:
+    """One block's cost, compiled unless `cache` has it. Runs in a process of its own, so its arguments are plain."""
+    stage, blocks, mesh = _prepared(config, name, rows)
+    block, place = blocks[index], topology.parse(name)
+    _, both, shapes = block_program(stage, block)
+    plain, plain_blocks, _ = _prepared(config, "", rows)
+    forward = block_program(plain, plain_blocks[index])[0]
+    flops = 3 * jax.jit(forward).lower(*shapes[:3]).cost_analysis()["flops"]
+    lowered = jax.jit(both, in_shardings=_shardings(block.places[0], shapes, mesh, json.loads(config)["mesh"])).lower(*shapes)
+    found = _cached(cache, f"{place.chip.name} {lowered.as_text()}", lambda: _measure(hlo.parse(lowered.compile().as_text()), place))
+    return BlockCost(places=block.places, flops=flops, **found)
+
+
+def _cached(cache: str, key: str, compute: Callable[[], Any]) -> Any:
+    """The JSON value kept for a key in the directory `cache`, computed if there is none."""
+    versions = f"{VERSION} {importlib.metadata.version('libtpu')} {importlib.metadata.version('jaxlib')}"
+    file = Path(cache) / f"{hashlib.sha256(f'{versions} {key}'.encode()).hexdigest()[:32]}.json"
+    if not file.exists():
+        write_json(file, compute())
+    return json.loads(file.read_text())
+
+
+def _kernels_of(config: str, name: str, rows: int, index: int, cache: str) -> float:
+    """Seconds of a block's Pallas kernels, which `_cost_of` leaves out. For a process that asked for their schedules."""
+    stage, blocks, mesh = _prepared(config, name, rows)
+    _, both, shapes = block_program(stage, blocks[index])
+    chip, total = topology.parse(name).chip, 0.0
+    for call, times in kernels.calls(_without_unused(jax.make_jaxpr(both)(*shapes).jaxpr)):
+        key = f"{chip.name} {kernels.signature(call)}"
+        total += times * _cached(cache, key, lambda: {"seconds": kernels.seconds(call, chip, mesh)})["seconds"]
+    return total
+
+
+def _without_unused(jaxpr: Any) -> Any:
+    """A traced program less what its results do not need: recomputation of what was kept."""
+    return pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+
+
+def _shardings(path: str, shapes: tuple[Any, ...], mesh: Mesh, settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Of a block's arguments: parameters by the run's rules, feature maps as images, all else whole."""
+    rules, whole = settings["rules"], NamedSharding(mesh, PartitionSpec())
+
+    def parameter(inner, leaf):
+        placement = rules[sharding.rule_of(f"params/{path}/{sharding.path_name(inner)}", rules)][1]
+        return NamedSharding(mesh, sharding.rule_spec(placement, leaf.shape, mesh, settings["fsdp_min_elements"]))
+
+    others = jax.tree.map(lambda leaf: sharding.image_sharding(mesh) if len(leaf.shape) == 4 else whole, shapes[1:])
+    return jax.tree_util.tree_map_with_path(parameter, shapes[0]), *others
+
+
+def _measure(module: hlo.Module, place: topology.Topology) -> dict[str, Any]:
+    kinds, inside, unestimated, total = Counter(), Counter(), 0.0, 0.0
+    for item in cost.items(module, place.chip):
+        total += item.seconds
+        kinds[item.kind] += item.seconds
+        inside[item.place] += item.seconds
+        unestimated += 0.0 if item.estimated else item.seconds
+    return {"seconds": total, "kinds": dict(kinds), "unestimated": unestimated, "inside": dict(inside.most_common(12))}
+
+
+def block_costs(config: Mapping[str, Any], place: topology.Topology, cache: Path, processes: int) -> Iterator[BlockCost]:
+    """The cost of every block of a config's train step on a topology, in the order they are done. Raises ValueError as `TrainProgram.create`.
+
+    `processes` blocks are compiled at once, each in a process that needs 2 to 4 GB. What is in `cache` is not compiled again.
+    """
+    stage = create_stage(config)
+    rows = rows_per_chip(config, place)
+    count = len(find_blocks(dataclasses.replace(stage, model=stage.model.clone(remat="none")), rows))
+    cache.mkdir(parents=True, exist_ok=True)
+    smallest = dataclasses.replace(place, shape=topology.smallest_shape(place.chip), slices=1)
+    arguments = (json.dumps(config), str(smallest), rows)
+    pool_of = lambda n, schedules: concurrent.futures.ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), _start_process, (schedules,))
+    with pool_of(processes, False) as pool, pool_of(1, True) as scheduled:
+        costs = {pool.submit(_cost_of, *arguments, i, str(cache)): i for i in range(count)}
+        kernel = {i: scheduled.submit(_kernels_of, *arguments, i, str(cache)) for i in range(count)}
+        for done in concurrent.futures.as_completed(costs):
+            yield with_kernels(done.result(), kernel[costs[done]].result())
+
+
+def _start_process(schedules: bool) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if schedules:
+        kernels.ask_for_schedules()
+
+
+def with_kernels(block: BlockCost, seconds: float) -> BlockCost:
+    """The cost with the time of its Pallas kernels added."""
+    kinds = block.kinds | ({cost.KERNEL: seconds} if seconds else {})
+    return dataclasses.replace(block, seconds=block.seconds + seconds, kinds=kinds)
+
+
+def rows_per_chip(config: Mapping[str, Any], place: topology.Topology) -> int:
+    """Images that one chip computes at once: the batch over data x fsdp, in as many parts as it is accumulated in."""
+    columns = config["mesh"]["model"] * config["mesh"]["spatial"]
+    return config["data"]["batch_size"] * columns // place.chips // config["optim"]["accumulation"]

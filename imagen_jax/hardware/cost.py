@@ -1,0 +1,59 @@
+"""Where a compiled program's time goes: the compiler's estimate of each instruction, or a roofline where it has none.
+
+What moves data in the background (asynchronous copies and slices) is taken as hidden behind what computes. Left out are collectives,
+whose time is a matter of links (`links`), and Pallas kernels, of which the compiler knows no cost (`kernels`).
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from imagen_jax.hardware.chips import Chip
+from imagen_jax.hardware.hlo import COLLECTIVES, FREE, Instruction, Module, traffic
+
+MATRIX, ELEMENTWISE, COPY, KERNEL = "matrix", "elementwise", "copy", "kernel"
+# Components of an op_name that are not modules' names: what transformations and control flow add.
+NOT_A_PLACE = frozenset("while body cond closed_call checkpoint remat rematted_computation custom_vjp_call custom_jvp_call pjit".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """What one instruction costs in all its runs. `place` is in the model's names ("" if unknown); not `estimated`: by the roofline."""
+
+    place: str
+    kind: str
+    seconds: float
+    estimated: bool
+    name: str
+
+
+def items(module: Module, chip: Chip) -> Iterator[Item]:
+    """Every instruction of a program that takes time on the chip."""
+    for instruction, computation, times in module.run():
+        opcode = instruction.opcode
+        if opcode in FREE or 'custom_call_target="tpu_custom_call"' in instruction.rest or opcode.endswith("-start") or opcode.endswith("-done") or is_collective(instruction, module):
+            continue
+        cycles = instruction.cycles
+        seconds = traffic(instruction, computation) / chip.memory_bandwidth if cycles is None else cycles / chip.clock
+        yield Item(place(instruction.op_name), kind(instruction, module), times * seconds, cycles is not None, instruction.name)
+
+
+def is_collective(instruction: Instruction, module: Module) -> bool:
+    """Whether an instruction is one, or a fusion that has one in it."""
+    inside = [i.opcode for name in instruction.called.get("calls", []) for i in module.computations[name].values()]
+    return any(opcode.removesuffix("-start") in COLLECTIVES for opcode in (instruction.opcode, *inside))
+
+
+def kind(instruction: Instruction, module: Module) -> str:
+    """What a fusion mainly is: anything with a matrix product or convolution in it is one, and what only moves data is a copy."""
+    inside = {instruction.opcode} | {i.opcode for name in instruction.called.get("calls", []) for i in module.computations[name].values()}
+    if inside & {"convolution", "dot"}:
+        return MATRIX
+    moves = FREE | {"copy", "transpose", "reshape", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad", "fusion", "broadcast", "convert"}
+    return COPY if inside <= moves else ELEMENTWISE
+
+
+def place(op_name: str) -> str:
+    """"down_2/block_0/conv_1" of "jit(step)/transpose(jvp(UNet))/down_2/block_0/conv_1/conv_general_dilated"."""
+    parts = op_name.split("/")[:-1]
+    return "/".join(part for part in parts if re.fullmatch(r"\w+", part) and part not in NOT_A_PLACE)
