@@ -231,6 +231,7 @@ def block_costs(config: Mapping[str, Any], place: topology.Topology, cache: Path
 
 def _start_process(schedules: bool) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_compilation_cache_dir", None)
     if schedules:
         kernels.ask_for_schedules()
 

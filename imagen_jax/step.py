@@ -109,7 +109,8 @@ def make_step(
 class TrainProgram:
     """The train step of a config on a mesh, before it is compiled: what train runs and plan compiles.
 
-    `abstract` and `batch` are the step's arguments as shapes with shardings, `shardings` those of the state alone.
+    `abstract` and `batch` are the step's arguments as shapes with shardings, `shardings` those of the state alone; the batch is computed
+    in `accumulation` parts.
     """
 
     stage: Stage
@@ -119,6 +120,7 @@ class TrainProgram:
     abstract: TrainState
     shardings: TrainState
     batch: Mapping[str, jax.ShapeDtypeStruct]
+    accumulation: int
 
     @classmethod
     def create(cls, config: Mapping[str, Any], mesh: Mesh) -> "TrainProgram":
@@ -138,7 +140,7 @@ class TrainProgram:
             out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         )
         batch = {name: jax.ShapeDtypeStruct(*shape, sharding=over_rows) for name, shape in stage.batch_shapes(rows).items()}
-        return cls(stage, mesh, optimizer, jitted, abstract, shardings, batch)
+        return cls(stage, mesh, optimizer, jitted, abstract, shardings, batch, config["optim"]["accumulation"])
 
     def lower(self) -> Any:
         """The step traced and lowered for its mesh; `.compile()` is what takes long."""
@@ -146,7 +148,10 @@ class TrainProgram:
 
 
 def forward_flops(stage: Stage) -> float:
-    """FLOPs of the loss of one sample, forward only, as the compiler counts the traced program. A training step costs three times that."""
+    """FLOPs of the loss of one sample, forward only, as the compiler counts the traced program. A training step costs three times that.
+
+    `stage` is to be on no mesh: the inside of a TPU's kernel would not be counted.
+    """
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in stage.batch_shapes(1).items()}
     params = jax.eval_shape(stage.init, jax.random.key(0))
     loss = lambda params, batch, key: stage.per_sample_loss(params, batch, stage.draw(key, 1))

@@ -252,6 +252,7 @@ class Run:
         from imagen_jax import sharding
         from imagen_jax.data.pipeline import open_prepared
         from imagen_jax.hardware import chips
+        from imagen_jax.stage import create_stage
         from imagen_jax.step import TrainProgram, forward_flops
 
         fields = [("train", name) for name in ("steps", "log_every", "save_every", "keep")] + [("data", "batch_size")]
@@ -268,7 +269,7 @@ class Run:
             config=config,
             meta={"config": config, "encoder": data.encoder, "manifest_hash": data.hash},
             program=program,
-            flops_per_image=3 * forward_flops(program.stage),
+            flops_per_image=3 * forward_flops(create_stage(config)),
             peak_flops=peak * program.mesh.size,
         )
         describe(run, source)

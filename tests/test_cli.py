@@ -9,7 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-VERBS = ("imagen_jax.prepare_data", "imagen_jax.train", "imagen_jax.sample", "imagen_jax.evaluate", "imagen_jax.export", "imagen_jax.demo", "launch.sweep")
+VERBS = ("imagen_jax.prepare_data", "imagen_jax.train", "imagen_jax.sample", "imagen_jax.evaluate", "imagen_jax.export", "imagen_jax.demo", "imagen_jax.plan", "launch.sweep")
 TINY = "--config=configs/base_64.py:tiny"
 MISTAKES = {
     "no arguments": ("imagen_jax.train", [], "--config FILE and --workdir DIR"),
@@ -38,6 +38,9 @@ MISTAKES = {
     "no checkpoint": ("imagen_jax.evaluate", ["--checkpoint=gone", "--data=gone", "--output=o"], "gone"),
     "no source": ("imagen_jax.prepare_data", ["--source=folder:gone", "--output=o", "--encoder=t5_tiny"], "gone is not a directory"),
     "no encoder": ("imagen_jax.prepare_data", ["--source=emoji", "--output=o", "--encoder=./gone"], "gone"),
+    "no topology": ("imagen_jax.plan", [TINY], "--topology NAME"),
+    "no such topology": ("imagen_jax.plan", [TINY, "--topology=v5e-17"], "17 chips of v5e are no slice"),
+    "no such chip": ("imagen_jax.plan", [TINY, "--topology=v9-8"], "known are v4, v5e"),
     "no ablation": ("launch.sweep", ["--config=configs/sr_256.py:tiny", "--workdir=w"], "has no sweep"),
 }  # fmt: skip
 

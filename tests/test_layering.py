@@ -12,8 +12,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LEAF_FOLDERS = {"data", "diffusion", "evals", "hardware", "models", "text"}
 GROUND = {"integrity"}  # needs nothing and serves all
 LEAVES = LEAF_FOLDERS | {"cli", "metrics", "optim", "pictures", "resume", "sharding"}
-JOINTS = {"block_costs", "cascade", "checkpoint", "grids", "measures", "report", "stage", "state", "step"}
-VERBS = {"demo", "evaluate", "export", "prepare_data", "sample", "train"}
+JOINTS = {"block_costs", "cascade", "checkpoint", "grids", "measures", "plan_report", "prediction", "report", "stage", "state", "step", "whole_step"}
+VERBS = {"demo", "evaluate", "export", "plan", "prepare_data", "sample", "train"}
 PACKAGE_MODULES = GROUND | LEAVES | JOINTS | VERBS
 
 

@@ -1,0 +1,190 @@
+"""Says, before anything is paid for, whether a config fits a TPU or GPU topology, how fast it will train there and what that costs in chip-hours.
+
+    python -m imagen_jax.plan --config configs/base_64.py --topology v5e:16x16
+    python -m imagen_jax.plan --config configs/sr_1024.py --topology v5p-256 --config.data.batch_size=1024 --search --output plans/sr_1024
+
+Nothing runs and no accelerator is needed: the train step and the sampler are compiled ahead of time by the compiler of that hardware
+(pip install 'imagen_jax[tpu]' or '[cuda12]'). The first time takes minutes; block costs are kept and read the next time.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Mapping
+
+from absl import flags
+from ml_collections import config_flags
+
+from imagen_jax import cli
+
+log = logging.getLogger("imagen_jax.plan")
+
+
+def define_flags() -> None:
+    """The command line, see `cli.run`."""
+    config_flags.DEFINE_config_file("config", None, "config file of a stage, with fields as --config.mesh.fsdp=32", lock_config=True)
+    flags.DEFINE_string("topology", None, "hardware: v5e:16x16, v5litepod-256, v4-512 (cores), 2xv5p:4x4x8 (two slices), h100-64, a100:32x8 (nodes x GPUs)")
+    flags.DEFINE_string("output", "", "directory for plan.json and plan.png")
+    flags.DEFINE_bool("json", False, "print JSON instead of text")
+    flags.DEFINE_bool("exact", False, "compile at the default level, as a run does: 20 minutes and 16 GB for the 2B base")
+    flags.DEFINE_bool("search", False, "if it does not fit, compile the advice in turn until something fits")
+    flags.DEFINE_bool("time", True, "predict the time of a step (TPUs)")
+    flags.DEFINE_bool("sampler", True, "compile the sampler too, for train.sample_rows images")
+    flags.DEFINE_integer("processes", cli.cores(), "blocks to compile at once, each in 2 to 4 GB", lower_bound=1)
+    flags.DEFINE_string("cache", "~/.cache/imagen_jax/plan", "directory for block costs")
+    flags.DEFINE_float("price", 0.0, "money for a chip-hour, to state the cost of all steps", lower_bound=0.0)
+
+
+def main() -> int:
+    args = flags.FLAGS
+    cli.log_to_stderr()
+    if args.config is None or args.topology is None:
+        raise ValueError("--config FILE and --topology NAME are both needed, such as --config configs/base_64.py --topology v5e:16x16")
+    if "data" not in args.config:
+        raise ValueError("--config is not the config of a stage, such as configs/base_64.py or configs/sr_256.py")
+    if args.output:
+        cli.check_directory("output", args.output)
+    from imagen_jax.hardware import topology
+
+    place = topology.parse(args.topology)
+    config = json.loads(args.config.to_json())
+    found = plan(config, place, args)
+    report(found, args)
+    return 0 if found["memory"]["fits"] else 1
+
+
+def plan(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
+    """The whole report as a dict; with --search, of the first advice that fits."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing here needs the devices of this machine
+    jax.config.update("jax_compilation_cache_dir", None)  # it cannot read back programs for devices that are not there
+    from imagen_jax import prediction
+
+    found = examine(config, place, args)
+    if found["memory"]["fits"]:
+        return found
+    tried = []
+    for overrides in prediction.alternatives(config, place):
+        if not args.search:
+            break
+        log.info("trying %s", options(overrides))
+        try:
+            other = examine(prediction.overridden(config, overrides), place, args)
+        except ValueError as error:
+            tried.append({"overrides": overrides, "error": str(error)})
+            continue
+        tried.append({"overrides": overrides, "peak": other["memory"]["peak"]})
+        if other["memory"]["fits"]:
+            return other | {"overrides": overrides, "tried": tried, "asked": found["memory"]}
+    return found | {"advice": advice(config, place, found), "tried": tried}
+
+
+def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
+    """The report of one config: memory first, and if it fits, FLOPs, traffic, time and the sampler."""
+    from imagen_jax import block_costs, prediction, whole_step
+
+    program = prediction.make_program(config, place)
+    log.info("%s on %s: compiling the whole step for %d chips", config["name"], place, place.chips)
+    memory, module = prediction.memory(program, place, args.exact)
+    found = describe(config, place, program, memory, args.exact)
+    if module is None:
+        return found
+    traffic = whole_step.traffic(module, program, place)
+    found["collectives"] = [{"kind": t.kind, "axes": t.axes, "count": t.count, "bytes": t.bytes, "seconds": t.seconds} for t in traffic]
+    if args.time and place.chip.platform == "tpu":
+        cache = Path(args.cache).expanduser()
+        blocks = []
+        for block in block_costs.block_costs(config, place, cache, args.processes):
+            blocks.append(block)
+            log.info("%2d  %-28s %8.2f ms, %3.0f %% of peak", len(blocks), block.places[0], 1e3 * block.seconds, 100 * block.flops / block.seconds / place.chip.peak_flops)
+        found["time"] = prediction.step_time(program, place, found["flops"]["per_chip_and_step"], blocks, traffic)
+        found["places"] = prediction.places(blocks, program.accumulation)
+        found["cost"] = prediction.cost(found["time"], place, config["train"]["steps"], args.price)
+    if args.sampler:
+        found["sampler"] = sampler(config, place, program, args.exact)
+    return found
+
+
+def describe(config: Mapping[str, Any], place: Any, program: Any, memory: Any, exact: bool) -> dict[str, Any]:
+    """What is known of a config without its compiled text."""
+    import jax
+
+    from imagen_jax.stage import create_stage
+    from imagen_jax.step import forward_flops
+
+    flops = 3 * forward_flops(create_stage(config))
+    images = config["data"]["batch_size"]
+    return {
+        "config": config["name"],
+        "topology": str(place),
+        "chip": place.chip.name,
+        "chips": place.chips,
+        "mesh": dict(program.mesh.shape),
+        "batch": images,
+        "accumulation": program.accumulation,
+        "remat": config["model"]["remat"],
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(program.abstract.params)),
+        "flops": {"per_image": flops, "per_step": flops * images, "per_chip_and_step": flops * images / place.chips},
+        "memory": {
+            "fits": memory.fits, "peak": memory.peak, "limit": memory.limit, "level": "default" if exact else "O0",
+            "parts": memory.parts | {"temporaries": memory.temporaries},
+        },
+    }  # fmt: skip
+
+
+def sampler(config: Mapping[str, Any], place: Any, program: Any, exact: bool) -> dict[str, Any]:
+    """What drawing a batch needs: the mesh's own smallest whole batch, at least train.sample_rows."""
+    from imagen_jax import whole_step
+
+    shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+    rows = -(-config["train"]["sample_rows"] // shards) * shards
+    log.info("compiling the sampler of %d images", rows)
+    _, peak = whole_step.compile_text(whole_step.lower_sampler(program.stage, program, rows), place, exact)
+    return {"rows": rows, "steps": config["sampling"]["steps"], "peak": peak, "fits": peak <= place.chip.memory_limit}
+
+
+def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What would need less memory, in the order to try it, each with an estimate: the compiled peak changed as the known parts change.
+
+    The list ends with the first that is estimated to fit.
+    """
+    from imagen_jax import prediction, whole_step
+
+    known, out = found["memory"]["parts"], []
+    for overrides in prediction.alternatives(config, place):
+        changed = prediction.overridden(config, overrides)
+        try:
+            parts = whole_step.state_parts(prediction.make_program(changed, place))
+        except ValueError:
+            continue
+        share = changed["data"]["batch_size"] / changed["optim"]["accumulation"] / (config["data"]["batch_size"] / config["optim"]["accumulation"])
+        share *= config["mesh"]["spatial"] / changed["mesh"]["spatial"]
+        peak = sum(parts.values()) + known["temporaries"] * share
+        out.append({"overrides": overrides, "estimated_peak": int(peak)})
+        if peak <= found["memory"]["limit"]:
+            break
+    return out
+
+
+def options(overrides: Mapping[str, Any]) -> str:
+    """Overrides as a command line has them."""
+    return " ".join(f"--config.{field}={value}" for field, value in overrides.items())
+
+
+def report(found: Mapping[str, Any], args: Any) -> None:
+    """Prints the plan, and writes plan.json and plan.png to --output."""
+    from imagen_jax import plan_report
+    from imagen_jax.integrity import write_atomically, write_json
+
+    print(json.dumps(found, indent=1) if args.json else plan_report.text(found), flush=True)
+    if args.output:
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.output) / "plan.json", found)
+        write_atomically(Path(args.output) / "plan.png", plan_report.picture(found))
+        print(f"plan.json and plan.png in {args.output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(define_flags, main)

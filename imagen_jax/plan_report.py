@@ -1,0 +1,138 @@
+"""A plan as text and as a picture."""
+
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Plan = Mapping[str, Any]
+GIB = 2**30
+STATE = ("parameters", "EMA", "optimizer", "gradients")
+
+
+def text(plan: Plan) -> str:
+    """The plan for a terminal, one section after another."""
+    return "\n".join(line for section in (_head, _memory, _time, _places, _traffic, _sampler, _advice) for line in section(plan))
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
+    flops = plan["flops"]
+    yield f"{plan['config']}: {plan['parameters']:,} parameters on {plan['topology']}, {plan['chips']} chips ({mesh})"
+    yield f"batch {plan['batch']} in {plan['accumulation']} part(s), {plan['batch'] / plan['chips']:g} images a chip, remat {plan['remat']}"
+    yield f"{flops['per_image'] / 1e12:.3f} TFLOP an image, {flops['per_step'] / 1e15:.3f} PFLOP a step, {flops['per_chip_and_step'] / 1e12:.2f} TFLOP a chip"
+    if "overrides" in plan:
+        yield f"as asked it needs {plan['asked']['peak'] / GIB:.2f} GiB and does not fit; this is with " + _options(plan["overrides"])
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    memory = plan["memory"]
+    over = memory["peak"] - memory["limit"]
+    verdict = "fits" if memory["fits"] else f"DOES NOT FIT, {over / GIB:.2f} GiB too much"
+    yield f"\nmemory of a chip: {memory['peak'] / GIB:.2f} of {memory['limit'] / GIB:.2f} GiB, {verdict} (compile level {memory['level']})"
+    if memory["level"] == "O0":
+        yield "  O0 over-estimates: 1.56 times the default level's peak where both were compiled; --exact for the default"
+    for part, size in memory["parts"].items():
+        yield f"  {part:<14} {size / GIB:8.3f} GiB"
+
+
+def _time(plan: Plan) -> Iterator[str]:
+    if "time" not in plan:
+        return
+    time, cost = plan["time"], plan["cost"]
+    yield f"\npredicted step: {1e3 * time['step_s']:.0f} ms, MFU {100 * time['mfu']:.1f} %, {time['images_per_s_per_chip']:.2f} images/s a chip"
+    yield f"  compute {1e3 * time['compute_s']:.1f} ms; parameter traffic {1e3 * time['parameter_traffic_s']:.1f} ms, hidden behind it;"
+    yield f"  other traffic {1e3 * time['exposed_traffic_s']:.1f} ms; optimizer and EMA {1e3 * time['update_s']:.1f} ms (state's bytes over bandwidth)"
+    yield "  compute: " + ", ".join(f"{100 * s / time['compute_s']:.1f} % {kind}" for kind, s in time["kinds_s"].items())
+    yield f"  without the compiler's estimate, by roofline: {100 * time['roofline_share_of_compute']:.2f} % of compute"
+    money = f", {cost['money']:,.0f} at the price given" if "money" in cost else ""
+    yield f"{cost['steps']:,} steps: {cost['hours']:,.0f} hours, {cost['chip_hours']:,.0f} chip-hours{money}"
+
+
+def _places(plan: Plan) -> Iterator[str]:
+    if "places" not in plan:
+        return
+    yield "\nmost expensive places (ms a step, all equal ones together)"
+    for row in plan["places"]:
+        yield f"  {1e3 * row['seconds']:8.2f} {100 * row['share']:5.1f} %  {_place(row)}"
+
+
+def _place(row: Plan) -> str:
+    return row["place"] + (f" and {row['others']} more" if row["others"] else "")
+
+
+def _traffic(plan: Plan) -> Iterator[str]:
+    if not plan.get("collectives"):
+        return
+    yield "\ncollectives of a step (bytes of the largest array, on each chip)"
+    for row in plan["collectives"]:
+        yield f"  {row['kind']:<19} {' and '.join(row['axes']) or '-':<16} {row['count']:6d} x {row['bytes'] / 1e9:9.3f} GB {1e3 * row['seconds']:9.2f} ms"
+
+
+def _sampler(plan: Plan) -> Iterator[str]:
+    if "sampler" in plan:
+        found = plan["sampler"]
+        verdict = "fits" if found["fits"] else "DOES NOT FIT"
+        yield f"\nsampler: {found['rows']} images of {found['steps']} steps at once, {found['peak'] / GIB:.2f} GiB a chip, {verdict}"
+
+
+def _advice(plan: Plan) -> Iterator[str]:
+    for row in plan.get("tried", []):
+        yield f"  tried {_options(row['overrides'])}: " + (row["error"] if "error" in row else f"{row['peak'] / GIB:.2f} GiB")
+    if plan["memory"]["fits"]:
+        return
+    yield "\nwhat would need less, in the order to try it (--search compiles them):"
+    for row in plan["advice"]:
+        fits = "would fit" if row["estimated_peak"] <= plan["memory"]["limit"] else "not enough"
+        yield f"  {_options(row['overrides'])}: about {row['estimated_peak'] / GIB:.2f} GiB, {fits}"
+    if not plan["advice"] or plan["advice"][-1]["estimated_peak"] > plan["memory"]["limit"]:
+        yield "  none of these is enough: more chips, chips with more memory, or a smaller model"
+
+
+def _options(overrides: Plan) -> str:
+    return " ".join(f"--config.{field}={value}" for field, value in overrides.items())
+
+
+def picture(plan: Plan) -> bytes:
+    """A PNG: memory against the limit, where the step's time goes, the most expensive places."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    timed = "time" in plan
+    figure, axes = plt.subplots(1, 3 if timed else 1, figsize=(15 if timed else 6, 5), width_ratios=[1, 1, 2.2] if timed else None, squeeze=False)
+    memory = plan["memory"]
+    _stack(axes[0, 0], {part: size / GIB for part, size in memory["parts"].items()}, "GiB a chip")
+    axes[0, 0].axhline(memory["limit"] / GIB, color="black", linestyle="--")
+    axes[0, 0].text(0.45, memory["limit"] / GIB, " limit", va="bottom", ha="right")
+    axes[0, 0].set_title("fits" if memory["fits"] else "does not fit")
+    if timed:
+        time = plan["time"]
+        share = max(time["compute_s"], time["parameter_traffic_s"]) / time["compute_s"]
+        parts = {kind: 1e3 * share * s for kind, s in time["kinds_s"].items()}
+        parts |= {"other traffic": 1e3 * time["exposed_traffic_s"], "optimizer, EMA": 1e3 * time["update_s"]}
+        _stack(axes[0, 1], parts, "ms a step")
+        axes[0, 1].set_title(f"MFU {100 * time['mfu']:.1f} %")
+        rows = plan["places"][::-1]
+        axes[0, 2].barh([_place(row) for row in rows], [1e3 * row["seconds"] for row in rows], color="#4477aa")
+        axes[0, 2].set_xlabel("ms a step")
+        axes[0, 2].set_title("most expensive places")
+    figure.suptitle(f"{plan['config']} on {plan['topology']}, batch {plan['batch']}")
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _stack(axis: Any, parts: Mapping[str, float], label: str) -> None:
+    """One stacked bar, its parts named with their size in the legend."""
+    base = 0.0
+    for name, value in parts.items():
+        axis.bar([0], [value], bottom=base, width=0.9, label=f"{name} {value:.2f}")
+        base += value
+    axis.set_xticks([])
+    axis.set_xlim(-0.5, 1.6)
+    axis.set_ylabel(label)
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1], fontsize=7, loc="upper right")

@@ -1,0 +1,135 @@
+"""What a run will need and how fast it will be on given hardware, before anything runs: the numbers that `imagen_jax.plan` reports.
+
+How a step's time is put together, on TPUs:
+
+    compute     every block's own estimate (`block_costs`), times where it stands, times the parts the batch is accumulated in
+    parameters  gathers and reductions along data and fsdp, by link bandwidth; asynchronous, so hidden behind compute as far as it lasts
+    exposed     every other collective: halos, resharded activations; nothing hides them
+    update      optimizer and EMA: the state's bytes, read and written once, over the memory bandwidth
+
+    step = max(compute, parameters) + exposed + update
+
+On GPUs there are no estimates of operations, and only memory, FLOPs and traffic are reported.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from imagen_jax import sharding, whole_step
+from imagen_jax.block_costs import BlockCost
+from imagen_jax.hardware import hlo
+from imagen_jax.hardware.topology import Topology
+from imagen_jax.step import TrainProgram
+
+PLACES = 10
+REMAT_ORDER = ("none", "matrix", "block")
+SECONDS_PER_HOUR = 3600
+
+
+def make_program(config: Mapping[str, Any], place: Topology) -> TrainProgram:
+    """The train step of a config on a topology. Raises ValueError if it cannot be cut so."""
+    return TrainProgram.create(config, sharding.make_mesh(config["mesh"], place.devices()))
+
+
+def memory(program: TrainProgram, place: Topology, exact: bool) -> tuple[whole_step.Memory, hlo.Module | None]:
+    """What the train step needs on each device, and the compiled program if it fits."""
+    text, peak = whole_step.compile_text(program.lower(), place, exact)
+    found = whole_step.Memory(peak, int(place.chip.memory_limit), whole_step.state_parts(program))
+    return found, hlo.parse(text) if text and found.fits else None
+
+
+def update_bytes(program: TrainProgram) -> int:
+    """Bytes a device's memory moves to update its part of the state: parameters, EMA and optimizer in and out, gradients in."""
+    rows = {row["part"]: row["bytes_per_device"] for row in sharding.bytes_table(program.abstract, program.shardings)}
+    return 2 * (rows["params"] + rows["ema"] + rows["opt_state"]) + rows["params"]
+
+
+def step_time(
+    program: TrainProgram, place: Topology, flops: float, blocks: Sequence[BlockCost], traffic: Sequence[whole_step.Traffic]
+) -> dict[str, Any]:
+    """From the FLOPs of a step on a chip: {"step_s", its parts, "mfu", "images_per_s_per_chip", "kinds", "roofline_share"}; see the head of this file."""
+    times = program.accumulation
+    compute = times * sum(block.seconds * len(block.places) for block in blocks)
+    parameters = sum(t.seconds for t in traffic if _is_of_parameters(t))
+    exposed = sum(t.seconds for t in traffic if not _is_of_parameters(t))
+    update = update_bytes(program) / place.chip.memory_bandwidth
+    step = max(compute, parameters) + exposed + update
+    images = next(iter(program.batch.values())).shape[0]
+    kinds = Counter()
+    for block in blocks:
+        kinds.update({kind: times * len(block.places) * seconds for kind, seconds in block.kinds.items()})
+    unestimated = times * sum(block.unestimated * len(block.places) for block in blocks)
+    return {
+        "step_s": step,
+        "compute_s": compute,
+        "parameter_traffic_s": parameters,
+        "exposed_traffic_s": exposed,
+        "update_s": update,
+        "mfu": flops / place.chip.peak_flops / step,
+        "images_per_s_per_chip": images / step / place.chips,
+        "kinds_s": dict(kinds.most_common()),
+        "roofline_share_of_compute": unestimated / compute,
+    }
+
+
+def _is_of_parameters(traffic: whole_step.Traffic) -> bool:
+    return set(traffic.axes) <= set(sharding.BATCH_AXES) and traffic.kind in ("all-gather", "reduce-scatter", "all-reduce")
+
+
+def places(blocks: Sequence[BlockCost], times: int, count: int = PLACES) -> list[dict[str, Any]]:
+    """The places that cost most, in the model's names; equal blocks together: {"place", "others": how many more, "seconds", "share" of compute}."""
+    total = sum(block.seconds * len(block.places) for block in blocks)
+    found: Counter[tuple[str, int]] = Counter()
+    for block in blocks:
+        for inside, seconds in block.inside.items():
+            own = inside.partition("/")[2] if inside[:1].isupper() else inside  # the backward pass has no class name before it
+            found["/".join(filter(None, (block.places[0], own))), len(block.places) - 1] += seconds * len(block.places)
+        if kernel := block.kinds.get("kernel"):
+            found[f"{block.places[0]}/attend", len(block.places) - 1] += kernel * len(block.places)
+    return [{"place": place, "others": others, "seconds": times * s, "share": s / total} for (place, others), s in found.most_common(count)]
+
+
+def cost(time: Mapping[str, float], place: Topology, steps: int, price: float) -> dict[str, float]:
+    """Hours and chip-hours of the config's steps, and money if a chip-hour has a price."""
+    hours = steps * time["step_s"] / SECONDS_PER_HOUR
+    return {"steps": steps, "hours": hours, "chip_hours": hours * place.chips} | ({"money": hours * place.chips * price} if price else {})
+
+
+def alternatives(config: Mapping[str, Any], place: Topology) -> list[dict[str, Any]]:
+    """Overrides that need less memory, in the order to try them: first what costs least speed.
+
+    More recomputation, state over more chips, the batch in parts, image height over chips, half the batch.
+    """
+    model, mesh, optim, data = (config[part] for part in ("model", "mesh", "optim", "data"))
+    at = REMAT_ORDER.index(model["remat"])
+    found: list[dict[str, Any]] = [{"model.remat": kind} for kind in REMAT_ORDER[at + 1 :]]
+    remat = {"model.remat": REMAT_ORDER[-1]} if at + 1 < len(REMAT_ORDER) else {}
+    columns = mesh["model"] * mesh["spatial"]
+    chips = place.chips // columns
+    rows = data["batch_size"]
+    for fsdp in (mesh["fsdp"] * 2**i for i in range(1, 12)):
+        if chips % fsdp == 0:
+            found.append(remat | {"mesh.fsdp": fsdp})
+    most = {"mesh.fsdp": max([mesh["fsdp"], *(f["mesh.fsdp"] for f in found if "mesh.fsdp" in f)])}
+    most = remat | (most if most["mesh.fsdp"] != mesh["fsdp"] else {})
+    for parts in (optim["accumulation"] * 2**i for i in range(1, 8)):
+        if rows % parts == 0 and rows // parts % chips == 0:
+            found.append(most | {"optim.accumulation": parts})
+    for split in (2, 4, 8):
+        if mesh["spatial"] == 1 and chips % split == 0 and rows % (chips // split) == 0:
+            found.append(remat | {"mesh.spatial": split, "mesh.fsdp": math.gcd(mesh["fsdp"], chips // split)})
+    for part in (2, 4, 8):
+        if rows % (part * chips) == 0:
+            found.append(most | {"data.batch_size": rows // part})
+    return found
+
+
+def overridden(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with fields replaced: {"mesh.fsdp": 32}."""
+    out = {part: dict(value) if isinstance(value, Mapping) else value for part, value in config.items()}
+    for field, value in overrides.items():
+        part, name = field.split(".")
+        out[part][name] = value
+    return out

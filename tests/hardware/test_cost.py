@@ -1,0 +1,75 @@
+"""Where a program's time goes, and how long its collectives take on links."""
+
+import types
+
+import pytest
+
+from imagen_jax.hardware import chips, cost, hlo, links, topology
+from tests.hardware.test_hlo import TEXT
+
+
+@pytest.mark.parametrize(
+    "op_name, place",
+    [
+        ("jit(step)/transpose(jvp(UNet))/down_2/block_0/conv_1/conv_general_dilated", "down_2/block_0/conv_1"),
+        ("jit(step)/transpose(jvp(UNet))/checkpoint/rematted_computation/down_2/block_0/norm_0/mul", "down_2/block_0/norm_0"),
+        ("jit(step)/while/body/closed_call/UNet/mid/attn_0/attn->bc/dot_general", "UNet/mid/attn_0"),
+        ("", ""),
+    ],
+)
+def test_place(op_name, place):
+    """Wrong: transformations or control flow taken for modules, the operation itself for a place."""
+    assert cost.place(op_name) == place
+
+
+def test_items_by_estimate_or_roofline():
+    """Wrong: a loop's body counted once, the sentinel taken for cycles, a collective counted as computing, bytes over the wrong rate."""
+    chip = chips.by_name("v5e")
+    found = {item.name: item for item in cost.items(hlo.parse(TEXT), chip)}
+    assert found["fusion.1"].seconds == pytest.approx(5 * 100 / chip.clock) and found["fusion.1"].estimated
+    assert found["copy.1"].seconds == pytest.approx(5 * 2 * 8 * 128 * 4 / chip.memory_bandwidth) and not found["copy.1"].estimated
+    assert found["copy.1"].kind == cost.COPY and found["fusion.1"].place == "down_0/block_0"
+    assert set(found) == {"fusion.1", "copy.1"}, "no gather, no fusion with a reduction across chips in it"
+
+
+def device(i, coords=(0, 0, 0), slice_index=0):
+    return types.SimpleNamespace(id=i, coords=coords, slice_index=slice_index)
+
+
+def gather(groups, size=8e9, kind="all-gather", times=1):
+    return hlo.Collective(kind, int(size), groups, times, "")
+
+
+def test_links_of_a_torus():
+    """Wrong: sides that do not close counted as rings, an all-reduce as cheap as a gather, one side's links for two sides."""
+    place = topology.parse("v5e:16x16")
+    devices = [device(i, (i % 16, i // 16, 0)) for i in range(256)]
+    one_side = gather((tuple(range(16)),))
+    assert links.seconds(one_side, devices, place) == pytest.approx(8e9 * 15 / 16 / (2 * 50e9))
+    assert links.seconds(gather((tuple(range(16)),), kind="all-reduce", times=3), devices, place) == pytest.approx(6 * 8e9 * 15 / 16 / 100e9)
+    assert links.seconds(gather((tuple(range(256)),)), devices, place) == pytest.approx(8e9 * 255 / 256 / (4 * 50e9))
+    small = topology.parse("v5e:4x4")
+    corner = [device(i, (i % 4, i // 4, 0)) for i in range(16)]
+    assert links.seconds(gather((tuple(range(4)),)), corner, small) == pytest.approx(8e9 * 3 / 4 / 50e9)
+    assert links.seconds(gather(((3,),)), corner, small) == 0
+    assert links.seconds(gather(((0, 1), (1, 2)), kind="collective-permute"), corner, small) == pytest.approx(8e9 / 50e9)
+
+
+def test_links_between_slices_and_nodes():
+    """Wrong: the data-centre network as fast as the torus, or all bytes of a slice sent by each of its chips."""
+    place = topology.parse("2xv5e:2x2")
+    devices = [device(i, (i % 2, i // 2 % 2, 0), i // 4) for i in range(8)]
+    inner, outer = 2 * 8e9 * 3 / 4 / (2 * 50e9), 2 * (8e9 / 4) / 2 / 3.1e9
+    assert links.seconds(gather((tuple(range(8)),), kind="all-reduce"), devices, place) == pytest.approx(inner + outer)
+    nodes = topology.parse("h100:2x8")
+    gpus = [types.SimpleNamespace(id=i) for i in range(16)]
+    assert links.seconds(gather((tuple(range(8)),)), gpus, nodes) == pytest.approx(8e9 * 7 / 8 / 450e9)
+    assert links.seconds(gather(((0, 8),)), gpus, nodes) == pytest.approx(8e9 / 2 / 50e9)
+
+
+def test_axes_of_groups():
+    """Wrong: the axis along which groups differ taken for the one along which their members do."""
+    sizes = {"data": 2, "fsdp": 4, "model": 1, "spatial": 2}
+    assert links.axes_of(((0, 2, 4, 6), (1, 3, 5, 7)), sizes) == ("fsdp",)
+    assert links.axes_of(((0, 8),), sizes) == ("data",) and links.axes_of(((0, 1),), sizes) == ("spatial",)
+    assert links.axes_of((tuple(range(16)),), sizes) == ("data", "fsdp", "spatial")

@@ -1,0 +1,135 @@
+"""What plan reports, as far as it needs no compiler for other hardware: blocks, their sum, memory's parts, advice, the report."""
+
+import jax
+import pytest
+
+from imagen_jax import block_costs, plan_report, prediction, sharding, whole_step
+from imagen_jax.hardware import topology
+from imagen_jax.stage import create_stage
+from imagen_jax.step import TrainProgram, forward_flops
+from tests import tiny
+
+NAMES = ("base_64", "sr_256", "sr_1024")
+OUT_OF_MEMORY = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (28.41G) exceeds available HBM (15.75G).",
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 28.41G of 15.75G hbm. Exceeded hbm capacity by 12.66G.",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_are_the_whole_network(name):
+    """Wrong: a module in no block or in two, equal blocks counted once, FLOPs that do not add up to the loss's."""
+    stage, b = create_stage(tiny.config(name)), 4
+    blocks = block_costs.find_blocks(stage, b)
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    counted = sum(len(block.places) * sum(leaf.size for leaf in jax.tree.leaves(block.params)) for block in blocks)
+    assert counted == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert any(len(block.places) > 1 for block in blocks)
+
+    def flops(block):
+        forward, _, shapes = block_costs.block_program(stage, block)
+        return jax.jit(forward).lower(*shapes[:3]).cost_analysis()["flops"]
+
+    total = sum(len(block.places) * flops(block) for block in blocks)
+    assert total == pytest.approx(b * forward_flops(stage), rel=0.1)  # losses, noise and resampling are in no block
+
+
+def test_block_program_is_forward_and_backward():
+    """Wrong: a program whose gradients are those of nothing, of the input only, or of a stem's input that nobody needs."""
+    stage = create_stage(tiny.config("base_64"))
+    blocks = {block.places[0]: block for block in block_costs.find_blocks(stage, 2)}
+    for place, has_input_gradient in (("down_1/block_0", True), ("stem", False)):
+        _, both, shapes = block_costs.block_program(stage, blocks[place])
+        out, (d_params, d_input) = jax.eval_shape(both, *shapes)
+        assert jax.tree.map(lambda a: a.shape, d_params) == jax.tree.map(lambda a: a.shape, blocks[place].params)
+        assert bool(d_input) == has_input_gradient and out[0].shape[0] == 2
+
+
+def test_rows_per_chip():
+    """Wrong: rows divided by the axes that do not split the batch, or the parts of an accumulated batch forgotten."""
+    config = tiny.config("base_64")
+    config["data"]["batch_size"], config["optim"]["accumulation"] = 2048, 2
+    config["mesh"] |= {"model": 2, "spatial": 1}
+    assert block_costs.rows_per_chip(config, topology.parse("v5e:16x16")) == 8
+
+
+def program(name="base_64", sizes=(2, 4, 1, 1), **overrides):
+    config = prediction.overridden(tiny.config(name), {"mesh.fsdp_min_elements": 8} | overrides)
+    return TrainProgram.create(config, sharding.make_mesh(dict(zip(sharding.AXES, sizes))))
+
+
+def test_parts_of_memory():
+    """Wrong: a part as large on every mesh, activations that ignore rows, accumulation or remat."""
+    whole, split = whole_step.state_parts(program(sizes=(8, 1, 1, 1))), whole_step.state_parts(program())
+    for part in ("parameters", "EMA", "optimizer", "gradients"):
+        assert 0.25 <= split[part] / whole[part] < 0.4
+    assert split["batch"] == whole["batch"] and split["activations"] == whole["activations"] > 0
+    kept = {remat: whole_step.kept_bytes(program(**{"model.remat": remat})) for remat in prediction.REMAT_ORDER}
+    assert kept["none"] > kept["matrix"] > kept["block"]
+    assert whole_step.kept_bytes(program(sizes=(2, 2, 1, 2))) == pytest.approx(kept["none"], rel=0.05)
+    big = {"data.batch_size": 16}
+    halves = whole_step.kept_bytes(program(**big | {"optim.accumulation": 2}))
+    assert halves == pytest.approx(kept["none"], rel=0.01) and whole_step.kept_bytes(program(**big)) > 1.5 * kept["none"]
+
+
+@pytest.mark.parametrize("message", OUT_OF_MEMORY)
+def test_what_a_refused_program_needs(message):
+    """Wrong: the memory there is taken for what is needed; another error taken for this one."""
+    assert whole_step.needed_bytes(message) == int(28.41 * 2**30)
+    assert whole_step.needed_bytes("INVALID_ARGUMENT: (28.41G) exceeds") is None
+
+
+def test_step_time_adds_up():
+    """Wrong: traffic that is hidden added, traffic that is not left out, blocks counted once, MFU of the time of one part."""
+    made, place = program(), topology.parse("v5e:2x4")
+    block = block_costs.BlockCost(("a", "b"), 0.5, 1.0, {"matrix": 0.4, "copy": 0.1}, 0.05, {"": 0.5})
+    traffic = [whole_step.Traffic("all-gather", ("fsdp",), 1, 1, 0.3), whole_step.Traffic("collective-permute", ("spatial",), 1, 1, 0.2)]
+    flops = 0.1 * place.chip.peak_flops
+    found = prediction.step_time(made, place, flops, [block], traffic)
+    update = prediction.update_bytes(made) / place.chip.memory_bandwidth
+    assert found["step_s"] == pytest.approx(1.0 + 0.2 + update) and found["mfu"] == pytest.approx(0.1 / found["step_s"])
+    assert found["kinds_s"] == {"matrix": pytest.approx(0.8), "copy": pytest.approx(0.2)} and found["roofline_share_of_compute"] == pytest.approx(0.1)
+    slow = [whole_step.Traffic("all-gather", ("data", "fsdp"), 1, 1, 3.0)]
+    assert prediction.step_time(made, place, flops, [block], slow)["step_s"] == pytest.approx(3.0 + update)
+
+
+def test_places():
+    """Wrong: a block's forward and backward passes as two places, equal blocks one by one, a kernel left out."""
+    inside = {"ResBlock/conv_0": 0.2, "conv_0": 0.3, "": 0.1}
+    blocks = [
+        block_costs.BlockCost(("down_1/block_1", "down_1/block_2"), 0.6, 1.0, {}, 0.0, inside),
+        block_costs.BlockCost(("mid/attn_0",), 0.7, 1.0, {"kernel": 0.7}, 0.0, {}),
+    ]
+    rows = prediction.places(blocks, times=2)
+    assert [(row["place"], row["others"]) for row in rows] == [("down_1/block_1/conv_0", 1), ("mid/attn_0/attend", 0), ("down_1/block_1", 1)]
+    assert rows[0]["seconds"] == pytest.approx(2.0) and rows[0]["share"] == pytest.approx(1.0 / 1.9)
+
+
+def test_alternatives_can_all_be_made():
+    """Wrong: advice that a run would refuse, in another order than cheapest first, or none at all."""
+    config = tiny.config("base_64")
+    config["data"]["batch_size"], config["model"]["remat"] = 64, "matrix"
+    config["mesh"] |= {"fsdp": 2, "fsdp_min_elements": 8}
+    place = topology.parse("v5e:2x4")
+    found = prediction.alternatives(config, place)
+    assert found[0] == {"model.remat": "block"}
+    kinds = [max(alternative, key=lambda field: ("remat", "fsdp", "accumulation", "spatial", "batch_size").index(field.split(".")[1])) for alternative in found]
+    assert list(dict.fromkeys(kinds)) == ["model.remat", "mesh.fsdp", "optim.accumulation", "mesh.spatial", "data.batch_size"]
+    for overrides in found:
+        changed = prediction.overridden(config, overrides)
+        TrainProgram.create(changed, sharding.make_mesh(changed["mesh"]))
+    assert config["model"]["remat"] == "matrix", "the config itself is not changed"
+
+
+def test_report_says_what_is_wrong():
+    """Wrong: a plan that does not fit reported without by how much and what to do."""
+    plan = {
+        "config": "base", "topology": "v5e:2x2", "chips": 4, "mesh": {"data": 4, "fsdp": 1}, "batch": 8, "accumulation": 1, "remat": "none",
+        "parameters": 1000, "flops": {"per_image": 1e12, "per_step": 8e12, "per_chip_and_step": 2e12},
+        "memory": {"fits": False, "peak": 20 * 2**30, "limit": 16 * 2**30, "level": "O0", "parts": {"parameters": 2**30, "temporaries": 19 * 2**30}},
+        "advice": [{"overrides": {"model.remat": "matrix"}, "estimated_peak": 18 * 2**30}, {"overrides": {"mesh.fsdp": 4}, "estimated_peak": 2**30}],
+    }  # fmt: skip
+    text = plan_report.text(plan)
+    assert "DOES NOT FIT, 4.00 GiB too much" in text and "--config.mesh.fsdp=4: about 1.00 GiB, would fit" in text
+    assert "--config.model.remat=matrix: about 18.00 GiB, not enough" in text
+    assert plan_report.picture(plan)[:4] == b"\x89PNG"
