@@ -22,6 +22,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 from jax.interpreters import partial_eval as pe
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -158,9 +159,15 @@ def _cost_of(config: str, name: str, rows: int, index: int, cache: str) -> Block
     plain, plain_blocks, _ = _prepared(config, "", rows)
     forward = block_program(plain, plain_blocks[index])[0]
     flops = 3 * jax.jit(forward).lower(*shapes[:3]).cost_analysis()["flops"]
-    lowered = jax.jit(both, in_shardings=_shardings(block.places[0], shapes, mesh, json.loads(config)["mesh"])).lower(*shapes)
+    lowered = lower(both, shapes, _shardings(block.places[0], shapes, mesh, json.loads(config)["mesh"]))
     found = _cached(cache, f"{place.chip.name} {lowered.as_text()}", lambda: _measure(hlo.parse(lowered.compile().as_text()), place))
     return BlockCost(places=block.places, flops=flops, **found)
+
+
+def lower(program: Any, shapes: tuple[Any, ...], shardings: tuple[Any, ...]) -> Any:
+    """A block's program with layouts left to the compiler: within the network a feature map comes in the layout the block before it likes."""
+    free = jax.tree.map(lambda sharding: Format(Layout.AUTO, sharding), shardings)
+    return jax.jit(program, in_shardings=free, out_shardings=Format(Layout.AUTO)).lower(*shapes)
 
 
 def _cached(cache: str, key: str, compute: Callable[[], Any]) -> Any:

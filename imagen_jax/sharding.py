@@ -55,10 +55,19 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
 
 
 def constrain_activations(mesh: Mesh) -> Callable[[Array], Array]:
-    """What models call at block boundaries: feature maps laid out as images are (`image_sharding`)."""
+    """What models call on what their layers make: feature maps [b h w c] laid out as images are, rows of all else over the batch axes.
+
+    Left to itself the partitioner sometimes follows a kernel's shards instead of the rows: it then gathers the feature map of every
+    device, where gathering the kernel would have done (seen after up-sampling, with jax 0.10.2).
+    """
     if mesh.size == 1:
         return lambda h: h
-    return lambda h: jax.lax.with_sharding_constraint(h, image_sharding(mesh))
+
+    def constrain(h: Array) -> Array:
+        rows = NamedSharding(mesh, P(BATCH_AXES, *[P.UNCONSTRAINED] * (h.ndim - 1)))
+        return jax.lax.with_sharding_constraint(h, image_sharding(mesh) if h.ndim == 4 else rows)
+
+    return constrain
 
 
 def gather_parameters(mesh: Mesh) -> Callable[[Tree], Tree]:

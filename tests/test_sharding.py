@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from imagen_jax import sharding
+from imagen_jax.hardware import hlo
 from imagen_jax.state import abstract_state, create_state
-from imagen_jax.step import loss_and_grad
+from imagen_jax.step import TrainProgram, loss_and_grad
 from tests import tiny
 
 MESHES = [dict(data=8, fsdp=1, model=1, spatial=1), dict(data=2, fsdp=4, model=1, spatial=1), dict(data=2, fsdp=2, model=1, spatial=2)]
@@ -59,14 +60,15 @@ def test_state_is_born_sharded(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tiny.perturbed(jax.device_get(state.params)), on_one_device(name)[2])
 
 
-@pytest.mark.parametrize("name", ["base_64", "sr_1024"])
-def test_every_block_is_split_by_rows_and_height(name):
+# Stem; each residual block: both convolutions and its end, in a resampling one both inputs; strided convolution, up-sampling; MLP: two.
+@pytest.mark.parametrize("name, count", [("base_64", 1 + 3 * 8 + 5 * 2), ("sr_1024", 1 + 4 * 4 + 2 * 2)])
+def test_every_block_is_split_by_rows_and_height(name, count):
     """Catches a constraint that never reaches the network: every result stays right, and a large image no longer fits."""
     stage, _, _ = tiny.stage_and_step(tiny.config(name), sharding.make_mesh(MESHES[2]))
     params = jax.eval_shape(stage.init, jax.random.key(0))
     loss = lambda p, b: loss_and_grad(stage, p, b, jax.random.key(1), 1)[0]
     program = str(jax.make_jaxpr(loss)(params, tiny.batch(stage, 8)))
-    assert program.count("(('data', 'fsdp'), 'spatial')") == 2 * 11  # forward and backward: stem, blocks, resampling, MLP
+    assert program.count("(('data', 'fsdp'), 'spatial')") == 2 * count  # forward and backward
 
 
 def test_sample_is_the_same_on_a_mesh():
@@ -127,3 +129,15 @@ def test_bytes_table():
     tree = {"params": {"w": jnp.zeros((16, 4)), "b": jnp.zeros(4)}}
     table = sharding.bytes_table(tree, sharding.tree_shardings(tree, mesh, RULES, 8))
     assert table == [{"part": "params", "bytes": 272, "bytes_per_device": 48, "sharded_bytes": 256}]
+
+
+@pytest.mark.parametrize("name", ["base_64", "sr_256"])
+def test_no_feature_map_is_gathered(name):
+    """Wrong: a partitioner left to follow kernels' shards, so that feature maps of all devices travel where kernels should."""
+    config = tiny.config(name, data__batch_size=64)
+    config["mesh"] |= {"data": 2, "fsdp": 4, "fsdp_min_elements": 256}
+    program = TrainProgram.create(config, sharding.make_mesh(config["mesh"]))
+    found = list(hlo.collectives(hlo.parse(program.lower().compile().as_text()), 8))
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract.params))
+    assert any(c.kind == "all-gather" for c in found)
+    assert max(c.bytes for c in found if c.kind in ("all-gather", "all-to-all")) <= largest

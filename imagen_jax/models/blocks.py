@@ -6,9 +6,9 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import TextPool
-from imagen_jax.models.layers import Conv, Dtype, NoiseLevelEmbedding, Projections, average_pool, group_norm, upsample_nearest
+from imagen_jax.models.layers import Constrain, Conv, Dtype, NoiseLevelEmbedding, Projections, average_pool, group_norm, identity, upsample_nearest
 
-RESAMPLE = {"none": lambda h: h, "down": average_pool, "up": upsample_nearest}
+RESAMPLE = {"down": average_pool, "up": upsample_nearest}
 
 
 class ResBlock(nn.Module):
@@ -26,13 +26,16 @@ class ResBlock(nn.Module):
     project_shortcut: bool = False
     residual_scale: float = 1.0
     dropout: float = 0.0
+    constrain: Constrain = identity
 
     @nn.compact
     def __call__(self, h: Float[Array, "b h w c"], emb: Float[Array, "b t"], train: bool) -> Float[Array, "b h2 w2 c2"]:
-        shortcut = RESAMPLE[self.resample](h)
+        resample = lambda h: h if self.resample == "none" else self.constrain(RESAMPLE[self.resample](h))
+        shortcut = resample(h)
         out = jax.nn.swish(group_norm(h.shape[-1], self.dtype, "norm_0")(h))
-        out = Conv(self.features, self.dtype, name="conv_0")(RESAMPLE[self.resample](out))
-        film = nn.Dense((1 + self.scale_shift) * self.features, dtype=self.dtype, name="film")(jax.nn.swish(emb))[:, None, None, :]
+        out = self.constrain(Conv(self.features, self.dtype, name="conv_0")(resample(out)))
+        film = nn.Dense((1 + self.scale_shift) * self.features, dtype=self.dtype, name="film")(jax.nn.swish(emb))
+        film = self.constrain(film)[:, None, None, :]
         norm = group_norm(self.features, self.dtype, "norm_1")
         if self.scale_shift:
             scale, shift = jnp.split(film, 2, axis=-1)
@@ -40,7 +43,7 @@ class ResBlock(nn.Module):
         else:
             out = norm(out + film)
         out = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.swish(out))
-        out = Conv(self.features, self.dtype, zero_init=True, name="conv_1")(out)
+        out = self.constrain(Conv(self.features, self.dtype, zero_init=True, name="conv_1")(out))
         if self.project_shortcut or shortcut.shape[-1] != self.features:
             (shortcut,) = Projections(1, self.features, self.dtype, name="shortcut")(shortcut)
         return (shortcut + out) * jnp.asarray(self.residual_scale, out.dtype)
@@ -59,6 +62,7 @@ class Conditioning(nn.Module):
     pool_heads: int
     lowres: bool
     dtype: Dtype
+    constrain: Constrain = identity
 
     @nn.compact
     def __call__(
@@ -69,11 +73,11 @@ class Conditioning(nn.Module):
         if self.lowres:
             emb = emb + level("lowres_noise")(cond["lowres_logsnr"])
         if not self.cond_dim:
-            return emb, None, None
+            return self.constrain(emb), None, None
         text = nn.LayerNorm(dtype=self.dtype, name="text_norm")(cond["text"])
-        text = nn.Dense(self.cond_dim, dtype=self.dtype, name="text_proj")(text)
+        text = self.constrain(nn.Dense(self.cond_dim, dtype=self.dtype, name="text_proj")(text))
         pooled = TextPool(self.pooling, self.pool_heads, self.features, self.dtype, name="text_pool")(text, cond["text_mask"])
-        return emb + pooled, text, cond["text_mask"]
+        return self.constrain(emb + pooled), text, cond["text_mask"]
 
 
 def concat_lowres(z: Float[Array, "b h w 3"], lowres: Float[Array, "b h2 w2 3"]) -> Float[Array, "b h w 6"]:

@@ -51,12 +51,13 @@ class Blocks(nn.Module):
         for i in range(self.blocks):
             block = checkpointed_module(self.remat, ResBlock, static_argnums=(3,))(
                 self.features, self.dtype, self.scale_shift, project_shortcut=True, residual_scale=self.residual_scale,
-                dropout=self.dropout, name=f"block_{i}",
+                dropout=self.dropout, constrain=self.constrain, name=f"block_{i}",
             )  # fmt: skip
             h = self.constrain(block(h, emb, train))
         if self.attention != "none":
-            h = checkpointed_module(self.remat, Attention, keeps_itself=True)(self.heads, self.attention, self.dtype, self.attend, name="attn")(h, text, mask)
-            h = self.constrain(checkpointed_module(self.remat, FeedForward, keeps_itself=True)(2 * self.features, self.dtype, name="mlp")(h))
+            attention, mlp = (checkpointed_module(self.remat, module, keeps_itself=True) for module in (Attention, FeedForward))
+            h = attention(self.heads, self.attention, self.dtype, self.attend, self.constrain, name="attn")(h, text, mask)
+            h = self.constrain(mlp(2 * self.features, self.dtype, self.constrain, name="mlp")(h))
         if self.up_features:
             h = self.constrain(ConvTranspose(self.up_features, self.dtype, name="upsample")(h))
         return h
@@ -89,7 +90,7 @@ class EfficientUNet(nn.Module):
     def __call__(self, z: Float[Array, "b h w 3"], logsnr: Float[Array, "b"], cond: dict[str, Array], train: bool = False) -> Float[Array, "b h w 3"]:
         self._check(z)
         emb, text, mask = Conditioning(
-            self.widths[0], 4 * self.widths[0], self.cond_dim, self.pooling, self.pool_heads, self.lowres, self.dtype, name="conditioning"
+            self.widths[0], 4 * self.widths[0], self.cond_dim, self.pooling, self.pool_heads, self.lowres, self.dtype, self.constrain, name="conditioning"
         )(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
         h = self.constrain(Conv(self.widths[0], self.dtype, name="stem")(h.astype(self.dtype)))

@@ -30,7 +30,7 @@ def add_bias(h: Float[Array, "*d c"], bias: Float[Array, "c"]) -> Float[Array, "
 
 def _add_bias_backward(bias: Array, d_out: Array) -> tuple[Array, Array]:
     rows = d_out.reshape(-1, d_out.shape[-1])
-    ones = jnp.ones((1, rows.shape[0]), rows.dtype)
+    ones = jnp.ones((8, rows.shape[0]), rows.dtype)  # with fewer rows the compiler makes a sum of it again
     total = jnp.matmul(ones, rows, precision=jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None, preferred_element_type=jnp.float32)
     return d_out, total[0].astype(bias.dtype)
 
@@ -79,11 +79,9 @@ class Projections(nn.Module):
 
 
 class ConvTranspose(nn.Module):
-    """3x3 convolution of stride 1/2, [b h w c] -> [b 2h 2w features]: the adjoint of the strided `conv`, up to its weights.
+    """3x3 convolution of stride 1/2, [b h w c] -> [b 2h 2w features]: the adjoint of the strided `Conv`, up to its weights.
 
-    Written as a 2x2 convolution at the input's size that makes all four output phases, followed by `depth_to_space`: XLA's own
-    transposed convolution runs four times slower on a CPU, and fills matrix units less. The phases use 1, 2, 2 and 4 of the nine
-    weights, so the initialiser's fan-in is 9/4 of the channels.
+    The output phases use 1, 2, 2 and 4 of the nine weights, so the initialiser's fan-in is 9/4 of the channels.
     """
 
     features: int
@@ -91,13 +89,46 @@ class ConvTranspose(nn.Module):
 
     @nn.compact
     def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
-        c = h.shape[-1]
-        kernel = self.param("kernel", nn.initializers.variance_scaling(4.0, "fan_in", "truncated_normal"), (3, 3, c, self.features))
+        kernel = self.param("kernel", nn.initializers.variance_scaling(4.0, "fan_in", "truncated_normal"), (3, 3, h.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        phases = jax.vmap(jax.vmap(_phases))(_phases(kernel.astype(self.dtype)))  # [py ay px ax c f]
-        phases = phases.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, c, 4 * self.features)
-        out = jax.lax.conv_general_dilated(h.astype(self.dtype), phases, (1, 1), ((0, 1), (0, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return add_bias(depth_to_space(out, 2), jnp.asarray(bias))
+        out = jax.lax.platform_dependent(h.astype(self.dtype), kernel.astype(self.dtype), tpu=conv_adjoint, default=conv_phases)
+        return add_bias(out, jnp.asarray(bias))
+
+
+def _strided(image: Array, kernel: Array) -> Array:
+    """[b 2h 2w f] -> [b h w c] by the kernel [3 3 c f] of its adjoint."""
+    return jax.lax.conv_general_dilated(image, kernel.swapaxes(2, 3), (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@jax.custom_vjp
+def conv_adjoint(h: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) -> Float[Array, "b h2 w2 f"]:
+    """The transposed convolution as the image gradient of the strided one: for TPUs, whose convolutions skip the zeros between inputs.
+
+    Its own gradients are the strided convolution and that one's kernel gradient; left to itself the compiler reverses whole feature maps.
+    """
+    b, height, width, _ = h.shape
+    image = jnp.zeros((b, 2 * height, 2 * width, kernel.shape[3]), h.dtype)
+    return jax.vjp(lambda image: _strided(image, kernel), image)[1](h)[0]
+
+
+def _conv_adjoint_backward(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    h, kernel = residuals
+    d_h, kernel_gradient = jax.vjp(lambda kernel: _strided(d_out, kernel), kernel)
+    return d_h, kernel_gradient(h)[0]
+
+
+conv_adjoint.defvjp(lambda h, kernel: (conv_adjoint(h, kernel), (h, kernel)), _conv_adjoint_backward)
+
+
+def conv_phases(h: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) -> Float[Array, "b h2 w2 f"]:
+    """The transposed convolution as a 2x2 convolution at the input's size that makes all four output phases, then `depth_to_space`.
+
+    On a CPU XLA's own transposed convolution runs four times slower; on TPUs the interleaving costs more than the convolution.
+    """
+    phases = jax.vmap(jax.vmap(_phases))(_phases(kernel))  # [py ay px ax c f]
+    phases = phases.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, h.shape[-1], 4 * kernel.shape[-1])
+    out = jax.lax.conv_general_dilated(h, phases, (1, 1), ((0, 1), (0, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return depth_to_space(out, 2)
 
 
 def _phases(kernel: Float[Array, "3 *d"]) -> Float[Array, "2 2 *d"]:

@@ -47,7 +47,10 @@ class Level(nn.Module):
     def __call__(
         self, h: Float[Array, "b h w c"], skips: tuple[Array, ...], emb: Float[Array, "b t"], text: Text, mask: Mask, train: bool
     ) -> tuple[Array, tuple[Array, ...]]:
-        block = partial(checkpointed_module(self.remat, ResBlock, static_argnums=(3,)), self.features, self.dtype, self.scale_shift, dropout=self.dropout)
+        block = partial(
+            checkpointed_module(self.remat, ResBlock, static_argnums=(3,)), self.features, self.dtype, self.scale_shift,
+            dropout=self.dropout, constrain=self.constrain,
+        )  # fmt: skip
         attention = checkpointed_module(self.remat, Attention, keeps_itself=True)
         outputs = []
         for i, kind in enumerate(self.attention):
@@ -55,7 +58,7 @@ class Level(nn.Module):
                 h, skips = jnp.concatenate([h, skips[-1]], axis=-1), skips[:-1]
             h = block(name=f"block_{i}")(h, emb, train)
             if kind != "none":
-                h = attention(self.features // self.head_channels, kind, self.dtype, self.attend, name=f"attn_{i}")(h, text, mask)
+                h = attention(self.features // self.head_channels, kind, self.dtype, self.attend, self.constrain, name=f"attn_{i}")(h, text, mask)
             h = self.constrain(h)
             outputs.append(h)
         if self.resample != "none":
@@ -100,7 +103,7 @@ class UNet(nn.Module):
     def __call__(self, z: Float[Array, "b h w 3"], logsnr: Float[Array, "b"], cond: dict[str, Array], train: bool = False) -> Float[Array, "b h w 3"]:
         self._check(z)
         emb, text, mask = Conditioning(
-            self.channels, 4 * self.channels, self.cond_dim, self.pooling, self.pool_heads, self.lowres, self.dtype, name="conditioning"
+            self.channels, 4 * self.channels, self.cond_dim, self.pooling, self.pool_heads, self.lowres, self.dtype, self.constrain, name="conditioning"
         )(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
         h = Conv(self.channels, self.dtype, name="stem")(space_to_depth(h.astype(self.dtype), self.patch))
