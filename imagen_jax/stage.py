@@ -187,7 +187,9 @@ def attend_in_parts(mesh: Mesh, kernel: Attend, plain: Attend, q: Array, keys: K
     (b, n, c), m = q.shape, sum(k.shape[1] for k, _, _ in keys)
     if b % (mesh.shape["data"] * mesh.shape["fsdp"]) or n % pixels or heads % parts or not fits(n // pixels, m, c // parts, heads // parts):
         return plain(q, keys, heads)
-    rows, queries, channels = P(sharding.BATCH_AXES), P(sharding.BATCH_AXES, "spatial", "model"), P(sharding.BATCH_AXES, None, "model")
+    rows, queries = P(sharding.BATCH_AXES), P(sharding.BATCH_AXES, "spatial", "model")
+    # Keys are whole; but where an axis has one device, saying that it splits them saves their gradients a sum over it.
+    channels = P(sharding.BATCH_AXES, "spatial" if pixels == 1 else None, "model")
     specs = (queries, tuple((channels, channels, None if valid is None else rows) for _, _, valid in keys))
     return jax.shard_map(lambda q, keys: kernel(q, keys, heads // parts), mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)(q, keys)
 

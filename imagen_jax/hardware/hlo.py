@@ -160,7 +160,7 @@ def traffic(instruction: Instruction, computation: dict[str, Instruction]) -> in
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation: its kind, the bytes of the largest array it takes or makes on a device, who talks to whom, how often."""
+    """One collective operation: its kind, the bytes that it takes or makes on a device, whichever is more, who talks to whom, how often."""
 
     kind: str
     bytes: int
@@ -171,17 +171,26 @@ class Collective:
 
 def collectives(module: Module, devices: int) -> Iterator[Collective]:
     """Every collective of a program for so many devices, those inside fusions too; an all-reduce that is fused with the slice of it is a reduce-scatter."""
-    for instruction, _, times in module.run():
-        inside = [i for name in instruction.called.get("calls", []) for i in module.computations[name].values()] if instruction.opcode == "fusion" else []
-        for found in (instruction, *inside):
+    for instruction, here, times in module.run():
+        parts = [(instruction, here)]
+        if instruction.opcode == "fusion":
+            called = [module.computations[name] for name in instruction.called.get("calls", [])]
+            parts = [(i, computation) for computation in called for i in computation.values()]
+        for found, computation in parts:
             kind = found.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                scattered = kind == "all-reduce" and any(i.opcode == "dynamic-slice" for i in inside)
-                yield Collective("reduce-scatter" if scattered else kind, _largest(found.type), _groups(found, devices), times, found.op_name)
+                scattered = kind == "all-reduce" and any(i.opcode == "dynamic-slice" for i, _ in parts)
+                yield Collective("reduce-scatter" if scattered else kind, _payload(found, computation), _groups(found, devices), times, found.op_name)
 
 
-def _largest(text: str) -> int:
-    return max(type_bytes(array[0]) for array in re.finditer(_ARRAY, text))
+def _payload(instruction: Instruction, computation: dict[str, Instruction]) -> int:
+    """Bytes of all operands or of all results. The result of a gather's or a permutation's start lists its operands first."""
+    count = len(instruction.operands)
+    results = [type_bytes(array[0]) for array in re.finditer(_ARRAY, instruction.type)]
+    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+        results = results[count : 2 * count]
+    names = [operand.split(" ")[-1].lstrip("%") for operand in instruction.operands]
+    return max(sum(results), sum(type_bytes(computation[name].type) for name in names if name in computation))
 
 
 def _groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:

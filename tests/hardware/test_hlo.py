@@ -75,6 +75,14 @@ def test_collectives(module):
     assert (scatter.kind, scatter.bytes, scatter.groups) == ("reduce-scatter", 16 * 128 * 4, ((0, 2, 4, 6), (1, 3, 5, 7)))
 
 
+def test_combined_collectives():
+    """Catches the largest of several arrays that travel together taken for all of them, and operands counted with results."""
+    both = TEXT.replace("%start = (f32[8,128]{1,0:T(8,128)}, f32[16,128]{1,0:T(8,128)}) all-gather-start(%p)",
+                        "%start = ((f32[8,128]{1,0}, bf16[8,128]{1,0}), (f32[16,128]{1,0}, bf16[16,128]{1,0})) all-gather-start(%p, %q)")  # fmt: skip
+    gather, _ = sorted(hlo.collectives(hlo.parse(both), 8), key=lambda c: c.kind)
+    assert gather.bytes == 16 * 128 * (4 + 2)
+
+
 @pytest.mark.parametrize(
     "written, groups",
     [
