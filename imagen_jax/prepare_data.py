@@ -99,15 +99,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load_encoder(name: str, max_length: int):
-    """The text encoder, its weights spread over the accelerators if there are several."""
-    import jax
-
+    """The text encoder on all devices of this process."""
     from imagen_jax.text.encoder import TextEncoder
+    from imagen_jax.text.program import local_mesh
 
-    mesh = None
-    if jax.device_count() > 1 and jax.default_backend() != "cpu":
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    return TextEncoder.load(name, max_length=max_length, mesh=mesh)
+    return TextEncoder.load(name, max_length, place=local_mesh)
 
 
 def prepare(source: Source, encoder, output: Path, settings: Settings) -> dict[str, Any]:
