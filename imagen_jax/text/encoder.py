@@ -89,15 +89,7 @@ class TextEncoder:
 
     def tokenize(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
         """Token ids of each text, ending with end-of-sequence, cut to max_length; and whether each was cut."""
-        for i, text in enumerate(texts):
-            if not isinstance(text, str) or not _is_unicode(text):
-                raise ValueError(f"caption {i} is not valid text: {text!r}")
-        if not texts:
-            return [], []
-        ids = self._tokenizer(list(texts), verbose=False)["input_ids"]
-        truncated = [len(row) > self.max_length for row in ids]
-        eos = self._tokenizer.eos_token_id
-        return [row[: self.max_length - 1] + [eos] if cut else row for row, cut in zip(ids, truncated, strict=True)], truncated
+        return tokenize(self._tokenizer, texts, self.max_length)
 
     def encode(self, texts: list[str], batch_size: int, fill: bool = False) -> list[np.ndarray]:
         """Features of each text, unpadded: bfloat16 [length, dim] with length = its number of tokens.
@@ -147,6 +139,19 @@ class TextEncoder:
             lengths[i] = len(row)
         tokens, lengths = jax.device_put((tokens, lengths), self._program.rows)
         return self._program.apply(self._params, tokens, lengths)
+
+
+def tokenize(tokenizer, texts: list[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of each text, ending with end-of-sequence, cut to max_length; and whether each was cut."""
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not _is_unicode(text):
+            raise ValueError(f"caption {i} is not valid text: {text!r}")
+    if not texts:
+        return [], []
+    ids = tokenizer(list(texts), verbose=False)["input_ids"]
+    truncated = [len(row) > max_length for row in ids]
+    eos = tokenizer.eos_token_id
+    return [row[: max_length - 1] + [eos] if cut else row for row, cut in zip(ids, truncated, strict=True)], truncated
 
 
 def _is_unicode(text: str) -> bool:
