@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from imagen_jax import cli
 from imagen_jax.data import checks, records
-from imagen_jax.data.crew import ALONE, Crew
+from imagen_jax.data.crew import ALONE, Crew, wait_for_stragglers
 from imagen_jax.data.plan import KeptImage, Plan, make_plan
 from imagen_jax.data.preview import preview, preview_captions
 from imagen_jax.data.sources import Source, open_source
@@ -51,8 +51,8 @@ _REQUEST = ("source", "encoder", "max_length", "shard_size", "min_size", "batch_
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """shard_size: rows a shard. min_size: images under so many pixels across are left out. batch_size: captions encoded at
-    once. processes: for checking and writing images; changes no byte of the result."""
+    """shard_size: rows a shard. min_size: images under so many pixels across are left out. batch_size: captions that a device
+    encodes at once, as TextEncoder.encode says. processes: for checking and writing images; changes no byte of the result."""
 
     shard_size: int
     min_size: int
@@ -72,6 +72,9 @@ def main() -> None:
         settings = Settings(args.shard_size, args.min_size, args.batch_size, args.processes or cli.cores())
         if not 0 <= args.heldout < 1:
             raise ValueError(f"--heldout {args.heldout} is not a fraction in [0, 1)")
+        for name in ("preview_captions", "captions_per_second", "chips", "price_per_gib_month"):
+            if getattr(args, name) < 0:
+                raise ValueError(f"--{name} {getattr(args, name)} is less than 0")
         if args.preview_captions:
             _preview_captions(args)
             return
@@ -116,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heldout", type=float, default=0.0, help="fraction of images for the held-out split, chosen by id")
     parser.add_argument("--min_size", type=int, default=0, help="leave out images less than this many pixels across")
     parser.add_argument("--shard_size", type=int, default=4096, help="rows a shard")
-    parser.add_argument("--batch_size", type=int, default=64, help="captions encoded at once")
+    parser.add_argument("--batch_size", type=int, default=64, help="captions of up to 32 tokens that a device encodes at once; fewer of longer ones")
     parser.add_argument("--processes", type=int, default=0, help="for checking and writing images (default: all cores)")
     parser.add_argument("--verify", action="store_true", help="at the end, or if it is done already, read every shard again and compare its checksum")
     parser.add_argument("--dry_run", action="store_true", help="only estimate size and time")
@@ -185,7 +188,7 @@ def prepare(source: Source, encoder, output: Path, settings: Settings, crew: Cre
                 shutil.rmtree(partial)
         return records.Prepared(output).manifest
     with _locked(partial):
-        crew.wait_for_stragglers()
+        wait_for_stragglers(partial / "crew")
         if _continues(partial, request):
             print(f"continuing {partial}")
         else:

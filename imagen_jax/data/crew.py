@@ -98,24 +98,10 @@ class Crew:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Holds a lock that all but the leader share, so that the leader of a later start can wait for its end (`wait_for_stragglers`)."""
+        """Holds a lock that all but the leader share, so that the leader of a later start can wait for them (`wait_for_stragglers`)."""
         with open(self._directory / "lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             yield
-
-    def wait_for_stragglers(self) -> None:
-        """By the leader, before its "go": until no process of an earlier start works here. ValueError if one is still there after SILENT_S."""
-        if self._directory is None or not (self._directory / "lock").exists():
-            return
-        end = time.monotonic() + SILENT_S + BEAT_S
-        with open(self._directory / "lock", "w") as file:
-            while True:
-                try:
-                    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    if time.monotonic() > end:
-                        raise ValueError(f"processes of an earlier start still work in {self._directory.parent}: end them first") from error
-                    time.sleep(POLL_S)
 
     def _name(self, index: int) -> str:
         return f"process {index}" + (f" ({self._hosts[index]})" if index < len(self._hosts) else "")
@@ -155,6 +141,21 @@ class Crew:
         except (OSError, ValueError):
             return {}
         return said if said["run"] == self._run else {}
+
+
+def wait_for_stragglers(directory: Path) -> None:
+    """By a leader, before its "go": until no process of an earlier start works here; ValueError if one still does after SILENT_S."""
+    if not (directory / "lock").exists():
+        return
+    end = time.monotonic() + SILENT_S + BEAT_S
+    with open(directory / "lock", "w") as file:
+        while True:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    raise ValueError(f"processes of an earlier start still work in {directory.parent}: end them first") from error
+                time.sleep(POLL_S)
 
 
 ALONE = Crew()

@@ -105,6 +105,21 @@ def test_few_programs_are_compiled(encoder, directory):
     assert fresh._program.apply._cache_size() == 2
 
 
+@pytest.mark.parametrize(("fsdp", "devices"), [(1, 1), (4, 8)])
+def test_rows_of_a_batch(directory, monkeypatch, fsdp, devices):
+    """Wrong: as many rows of long texts as of short ones, a batch that leaves devices idle, rows counted for all devices together."""
+    batches, run = [], TextEncoder._run
+    monkeypatch.setattr(TextEncoder, "_run", lambda self, rows, size, length: batches.append((size, length)) or run(self, rows, size, length))
+    encoder = TextEncoder.load(str(directory), 128, "float32", lambda config, dtype: make_mesh(jax.devices()[:devices], fsdp))
+    texts = ["moon"] * 9 * devices + ["two green birds " * 20] * 9 * devices
+    assert len({len(feature) for feature in encoder.encode(texts, batch_size=8)}) == 2
+    assert batches == [(8 * devices, 16)] + [(8 * devices, 16)] + [(2 * devices, 128)] * 5
+    batches.clear()
+    encoder.encode(texts[:3], batch_size=8)
+    encoder.encode(texts[-3:], batch_size=8, fill=True)
+    assert batches == [(max(4, devices), 16), (8 * devices, 128)]
+
+
 def test_identity(encoder, directory, tmp_path):
     """Fails if the identity overlooks other weights, tokenizer, length or precision, or changes with where the files lie."""
     moved = tmp_path / "elsewhere" / "random_t5"
