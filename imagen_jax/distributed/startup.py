@@ -51,6 +51,7 @@ class Place:
         return f"process {index}" + (f" ({self.names[index]})" if index in self.names else "")
 
 
+_place: Place | None = None
 _hosts: list[str] = []  # by process, once started
 
 
@@ -61,6 +62,7 @@ def start(timeout_s: float = 300.0, lost_s: float = 100.0) -> None:
 
     Raises ValueError, in one line, for an environment that makes no sense, and after `timeout_s` naming each process that did not come.
     """
+    global _place
     if _hosts:
         return
     place = from_environment(os.environ, timeout_s)
@@ -83,6 +85,7 @@ def start(timeout_s: float = 300.0, lost_s: float = 100.0) -> None:
         initialization_timeout=int(timeout_s),
         heartbeat_timeout_seconds=int(lost_s),
     )
+    _place = place
     _hosts.extend(hosts)
     local = jax.local_devices()
     kind = local[0].device_kind
@@ -92,6 +95,11 @@ def start(timeout_s: float = 300.0, lost_s: float = 100.0) -> None:
 def hosts() -> list[str]:
     """Host names by process; [] in a process that is alone."""
     return list(_hosts)
+
+
+def place() -> Place | None:
+    """This process's place, None if it is alone."""
+    return _place
 
 
 def from_environment(environ: Mapping[str, str], timeout_s: float) -> Place | None:
