@@ -98,8 +98,8 @@ class Crew:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Holds a lock that all but the leader share, so that the leader of a later start can wait for them (`wait_for_stragglers`)."""
-        with open(self._directory / "lock", "w") as file:
+        """Holds a lock that all but the leader share (NFS wants the file open for reading, too), so that the leader of a later start can wait for them (`wait_for_stragglers`)."""
+        with open(self._directory / "lock", "a+") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             yield
 
@@ -148,7 +148,7 @@ def wait_for_stragglers(directory: Path) -> None:
     if not (directory / "lock").exists():
         return
     end = time.monotonic() + SILENT_S + BEAT_S
-    with open(directory / "lock", "w") as file:
+    with open(directory / "lock", "a+") as file:
         while True:
             try:
                 return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from imagen_jax.hardware import topology
 from imagen_jax.text import program
 from imagen_jax.text.program import EncodeProgram, fewest_parts, make_mesh, weight_bytes
 from imagen_jax.text.t5 import T5Config
@@ -58,3 +59,13 @@ def test_local_mesh_asks_the_devices(monkeypatch):
     assert dict(program.local_mesh(CONFIG, "float32").shape) == {"data": 8, "fsdp": 1}
     monkeypatch.setattr(program, "fewest_parts", lambda weights, memory, devices: 4 if weights == weight_bytes(CONFIG, "float32") else 1)
     assert dict(program.local_mesh(CONFIG, "float32").shape) == {"data": 2, "fsdp": 4}
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_it_compiles_for_devices_that_are_not_there(fsdp):
+    """Wrong: a program that needs weights or its devices before it can be planned."""
+    pytest.importorskip("libtpu")
+    program = EncodeProgram.create(CONFIG, "bfloat16", make_mesh(topology.parse("v5e:2x2").devices(), fsdp))
+    memory = program.lower(8, 16).compile(compiler_options={"optimization_level": 9}).memory_analysis()
+    whole = weight_bytes(CONFIG, "bfloat16")
+    assert whole / fsdp <= memory.argument_size_in_bytes < 3 * whole / fsdp + 2**16  # arrays are padded to tiles
