@@ -7,13 +7,14 @@ are written. All of it goes to OUTPUT.partial; OUTPUT appears, by one rename, wh
 line in the journal there, so the same command continues an interrupted run and ends with the same bytes, whatever the number
 of processes. The record is described in imagen_jax/data/records.py.
 
-On many hosts the same command is started once on each, with an OUTPUT on a file system that all of them share and that renames and locks (NFS,
-Lustre; no bucket); imagen_jax/distributed says how they find each other. Every process has its share of each pass: checks, then caption shards, then image shards, dealt by their number, so that nobody asks
-who does what. The encoder runs on each process's own devices, apart from the others': XXL in bfloat16 (8.9 GiB) fits on one v5e chip
-or one H100, so a mesh across hosts would only add gathers between them and make all wait for the slowest at every batch. Process 0 publishes
-the result when the journal is full. If a process dies the others end within a minute, naming it, and the same command continues, on
-any number of processes. A feature's bits may depend on how many devices a process has (a batch is divided over them), nothing else does.
-Each process holds in memory what was found about all images: see --dry_run.
+On many hosts the same command is started once on each (imagen_jax/distributed says how they find each other), with an OUTPUT on a file
+system that all of them share and that renames and locks: NFS or Lustre, not a bucket. Every process has its share of each pass, checks,
+then caption shards, then image shards, dealt by their number, so that nobody asks who does what. The encoder runs on each process's own
+devices, apart from the others': XXL in bfloat16 (8.9 GiB) fits on one v5e chip or one H100, so a mesh across hosts would only add gathers
+between them and make all wait for the slowest at every batch. Process 0 publishes the result when the journal is full. If a process dies
+the others end within a minute or so, naming it, and the same command continues, on any number of processes. A feature's bits may depend
+on how many devices a process has (a batch is divided over them), nothing else does. Each process holds what was found about all images
+in memory, about 1 kB an image: see --dry_run.
 """
 
 import argparse

@@ -98,8 +98,8 @@ class Crew:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Holds a lock that all but the leader share (NFS wants the file open for reading, too), so that the leader of a later start can wait for them (`wait_for_stragglers`)."""
-        with open(self._directory / "lock", "a+") as file:
+        """Holds a lock that all but the leader share, so that the leader of a later start can wait for them (`wait_for_stragglers`)."""
+        with open(self._directory / "lock", "a+") as file:  # NFS wants it open for reading to share it
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             yield
 
