@@ -25,6 +25,7 @@ from imagen_jax.distributed import startup
 LOST = 75  # exit code (EX_TEMPFAIL) of a process that ends because another one did: nothing is wrong with it, start all again
 FORESEEN = (ValueError, OSError, FloatingPointError)  # errors that are one line; others come with a traceback
 FINISHED = "finished"
+AGAIN = "start all processes again, the run goes on from its last checkpoint"
 BEATS = 20  # in `lost_s`: how often a process tells where it is
 SIGNS, FAILURES = "imagen_jax/sign/", "imagen_jax/failure/"
 log = logging.getLogger(__name__)
@@ -46,18 +47,14 @@ def verdict(signs: Mapping[int, Sign], hosts: Sequence[str], now: float, silent_
 
     A process from which nothing came for `silent_s` is silent, unless it had finished.
     """
-    name = lambda i: f"process {i} ({hosts[i]})"
+    words = lambda i: f"process {i} ({hosts[i]}), " + (f"silent for {now - signs[i].heard:.0f} s, last " if i in silent else "") + place(signs[i])
     place = lambda sign: f"at step {sign.step}, {sign.doing}"
-    unheard = [i for i in range(len(hosts)) if i not in signs]
     silent = [i for i, sign in signs.items() if now - sign.heard >= silent_s and sign.doing != FINISHED]
-    if silent or unheard:
-        last = [f"{name(i)}, silent for {now - signs[i].heard:.0f} s, last {place(signs[i])}" for i in silent]
-        return silent + unheard, "; ".join(last + [f"{name(i)}, which has not begun" for i in unheard])
     least = min(sign.turn for sign in signs.values())
-    behind = [i for i, sign in signs.items() if sign.turn == least]
-    if len(behind) == len(signs):
-        return [], f"nobody: all {len(hosts)} processes are alive and {place(signs[0])}"
-    return behind, "; ".join(f"{name(i)}, {place(signs[i])}" for i in behind)
+    behind = silent or [i for i, sign in signs.items() if sign.turn == least]
+    if len(behind) == len(signs) and not silent:
+        return [], f"nobody: all {len(hosts)} processes are alive and {place(next(iter(signs.values())))}"
+    return behind, "; ".join(words(i) for i in behind)
 
 
 class Watch:
@@ -85,9 +82,10 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if self._several:
-            from jax._src.distributed import global_state  # no public way to the store
+            if self._store is None:
+                from jax._src.distributed import global_state  # no public way to the store
 
-            self._store = self._store or global_state.client
+                self._store = global_state.client
             _on_abort(self._last_words)
             threading.Thread(target=self._run, name="watch", daemon=True).start()
         return self
@@ -135,11 +133,11 @@ class Watch:
 
     def _listen(self) -> None:
         now = time.monotonic()
-        for key, text in self._store.key_value_dir_get(SIGNS):
-            index, sign = int(key.rpartition("/")[2]), json.loads(text)
-            before = self._signs.get(index)
-            heard = before.heard if before and before.beat == sign["beat"] else now
-            self._signs[index] = Sign(**sign, heard=heard)
+        told = {int(key.rpartition("/")[2]): json.loads(text) for key, text in self._store.key_value_dir_get(SIGNS)}
+        for i in range(len(self._hosts)):
+            sign = told.get(i, {"step": 0, "doing": "starting", "turn": 0, "beat": 0})
+            before = self._signs.get(i)
+            self._signs[i] = Sign(**sign, heard=before.heard if before and before.beat == sign["beat"] else now)
 
     def _leave(self, error: BaseException) -> None:
         """Says why this process ends, here and to the others, and ends it."""
@@ -149,7 +147,7 @@ class Watch:
             reason = self._fault_of_another()  # a collective operation fails when another process goes away
             if reason:
                 self._leaving.set()
-                self._finish(LOST, reason)
+                return self._finish(LOST, reason)
         self._leaving.set()
         line = " ".join(str(error).split()) or type(error).__name__
         foreseen = isinstance(error, FORESEEN)
@@ -177,11 +175,11 @@ class Watch:
     def _lost(self, silent_s: float) -> str:
         """Names the processes that are silent, or process 0 if it cannot be reached; "" if all are there."""
         now = time.monotonic()
-        silent, words = verdict(self._signs, self._hosts, now, silent_s) if self._signs else ([], "")
-        if silent and any(now - self._signs[i].heard >= silent_s for i in silent if i in self._signs):
-            return f"lost {words}; start all processes again, the run goes on from its last checkpoint"
+        signs = {i: sign for i, sign in self._signs.items() if i != self._index}
+        if any(now - sign.heard >= silent_s and sign.doing != FINISHED for sign in signs.values()):
+            return f"lost {verdict(signs, self._hosts, now, silent_s)[1]}; {AGAIN}"
         if self._index and not _reachable(self._place.host, self._place.port):
-            return f"lost process 0 ({self._hosts[0]}), to which all others are connected; start all processes again, the run goes on from its last checkpoint"
+            return f"lost process 0 ({self._hosts[0]}), to which all others are connected; {AGAIN}"
         return ""
 
     def _last_words(self) -> None:
