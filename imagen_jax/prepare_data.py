@@ -36,12 +36,13 @@ from tqdm import tqdm
 
 from imagen_jax import cli
 from imagen_jax.data import checks, records
-from imagen_jax.data.crew import ALONE, Crew, wait_for_stragglers
+from imagen_jax.data.crew import ALONE, Crew, Lost, wait_for_stragglers
 from imagen_jax.data.plan import KeptImage, Plan, make_plan
 from imagen_jax.data.preview import preview, preview_captions
 from imagen_jax.data.sources import Source, open_source
 from imagen_jax.data.workers import Workers
 from imagen_jax.distributed.startup import hosts, start
+from imagen_jax.distributed.watch import LOST
 from imagen_jax.integrity import only_process, write_atomically
 
 _CHUNK = 256  # images checked in one task; the unit in which checking is resumed
@@ -67,7 +68,7 @@ class Settings:
 
 
 def main() -> None:
-    """The command line; every foreseen error is one line on stderr and exit status 2."""
+    """The command line; every foreseen error is one line on stderr and exit status 2, or LOST if it is another process's."""
     args = _parser().parse_args()
     try:
         settings = Settings(args.shard_size, args.min_size, args.batch_size, args.processes or cli.cores())
@@ -93,8 +94,10 @@ def main() -> None:
         sys.exit(cli.fail("a worker process was killed (out of memory?): the same command continues, try fewer --processes"))
     except KeyboardInterrupt:
         sys.exit(cli.fail("interrupted, the same command continues", 130))
+    except Lost as error:
+        sys.exit(cli.fail(str(error), LOST))
     except (ValueError, OSError) as error:
-        sys.exit(cli.fail(" ".join(str(error).split())))
+        sys.exit(cli.fail(str(error)))
 
 
 def _crew(output: Path) -> Crew:

@@ -22,6 +22,10 @@ POLL_S = 0.1
 AGAIN = "start all processes again, the same command continues"
 
 
+class Lost(ValueError):
+    """Another process has failed or gone silent."""
+
+
 class Crew:
     """This process's place, `index` of `count`, in a crew that works in `directory`; a crew of one writes no file and starts no thread.
 
@@ -71,12 +75,12 @@ class Crew:
             self._beat()
 
     def check(self) -> None:
-        """ValueError if a process has failed or gone silent."""
+        """Raises Lost if another process has failed or gone silent."""
         if self._fault:
-            raise ValueError(self._fault)
+            raise Lost(self._fault)
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Until `ready()`; ValueError as soon as another process has failed."""
+        """Until `ready()`; raises Lost as soon as another process has failed."""
         while not ready():
             self.check()
             if self.count == 1:

@@ -114,5 +114,5 @@ def main(folder: str, output: Path, processes: int, kill_at: int, spec: str = ""
 if __name__ == "__main__":
     try:
         main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:6], *map(Path, sys.argv[6:7]))
-    except ValueError as error:
-        sys.exit(cli.fail(str(error)))
+    except crew.Lost as error:
+        sys.exit(cli.fail(str(error), prepare_data.LOST))

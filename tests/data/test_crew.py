@@ -17,8 +17,9 @@ import pytest
 
 from imagen_jax import prepare_data
 from imagen_jax.data import crew
-from imagen_jax.data.crew import Crew
+from imagen_jax.data.crew import Crew, Lost
 from imagen_jax.data.sources import FolderSource
+from imagen_jax.distributed.watch import LOST
 from tests.data.synthetic_source import SETTINGS, FakeEncoder, tree, write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,12 +82,12 @@ def test_two_processes_make_what_one_makes(folder, whole, tmp_path):
 @pytest.mark.parametrize(("run", "victim", "kill_at", "restarted"), [("first", 1, 4, 1), pytest.param("environment", 0, 7, 3, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_others_say_so_and_a_restart_continues(folder, whole, tmp_path, run, victim, kill_at, restarted):
     """Wrong: a survivor that waits for ever or that jax ends with a stack trace, a half-written file under a final name, finished shards encoded
-    again or lost when the number of processes changes."""
+    again or lost when the number of processes changes, an exit code by which a launcher takes the survivor for the culprit."""
     output, partial = tmp_path / "data", tmp_path / "data.partial"
     processes = start(folder, output, 2, run, victim, kill_at)
     errors = [process.communicate(timeout=40)[1] for process in processes]
     assert processes[victim].returncode == -signal.SIGKILL, errors[victim]
-    assert processes[1 - victim].returncode == 2, errors[1 - victim]
+    assert processes[1 - victim].returncode == LOST, errors[1 - victim]
     name = socket.gethostname() if run == "environment" else f"host-{victim}"
     last = errors[1 - victim].splitlines()[-1]
     assert last.startswith(f"error: process {victim} ({name}) has not been heard of for 6 s: it died") and "Traceback" not in errors[1 - victim]
@@ -178,7 +179,7 @@ def test_a_mistake_of_one_ends_all_with_its_words(folder, tmp_path, quick):
 
     members = [preparing(folder, tmp_path / "data", i, 3, Broken() if i == 1 else None) for i in range(3)]
     ends = together(*members)
-    assert str(ends[1]) == "no features today"
+    assert str(ends[1]) == "no features today" and [isinstance(end, Lost) for end in ends] == [True, False, True]
     assert str(ends[0]) == str(ends[2]) and "process 1 (host-1) stopped: no features today; start all processes again" in str(ends[0])
 
 
