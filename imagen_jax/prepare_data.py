@@ -26,10 +26,11 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -71,48 +72,64 @@ def main() -> None:
     """The command line; every foreseen error is one line on stderr and exit status 2, or LOST if it is another process's."""
     args = _parser().parse_args()
     try:
-        settings = Settings(args.shard_size, args.min_size, args.batch_size, args.processes or cli.cores())
-        if not 0 <= args.heldout < 1:
-            raise ValueError(f"--heldout {args.heldout} is not a fraction in [0, 1)")
-        for name in ("preview_captions", "captions_per_second", "chips", "price_per_gib_month"):
-            if getattr(args, name) < 0:
-                raise ValueError(f"--{name} {getattr(args, name)} is less than 0")
-        if args.preview_captions:
-            _preview_captions(args)
-            return
-        with _crew(args.output) as crew:
-            source = _open(args)
-            encoder = _load_encoder(args.encoder, args.max_length)
-            if not args.dry_run:
-                prepare(source, encoder, args.output, settings, crew)
-            elif crew.leads:
-                preview(source, encoder, settings, crew.count)
-        if args.verify and crew.leads and not args.dry_run:
-            records.Prepared(args.output).verify()
-            print("every shard matches its checksum")
+        _run(args)
+        end(0)
     except BrokenProcessPool:
-        sys.exit(cli.fail("a worker process was killed (out of memory?): the same command continues, try fewer --processes"))
+        end(cli.fail("a worker process was killed (out of memory?): the same command continues, try fewer --processes"))
     except KeyboardInterrupt:
-        sys.exit(cli.fail("interrupted, the same command continues", 130))
+        end(cli.fail("interrupted, the same command continues", 130))
     except Lost as error:
-        sys.exit(cli.fail(str(error), LOST))
+        end(cli.fail(str(error), LOST))
     except (ValueError, OSError) as error:
-        sys.exit(cli.fail(str(error)))
+        end(cli.fail(str(error)))
+    except Exception:
+        if not hosts():
+            raise
+        traceback.print_exc()
+        end(1)
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process; one that was connected to others at once, as an orderly end of jax was seen to wait for ever (0.10.2, CPU)."""
+    if hosts():
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run(args: argparse.Namespace) -> None:
+    settings = Settings(args.shard_size, args.min_size, args.batch_size, args.processes or cli.cores())
+    if not 0 <= args.heldout < 1:
+        raise ValueError(f"--heldout {args.heldout} is not a fraction in [0, 1)")
+    for name in ("preview_captions", "captions_per_second", "chips", "price_per_gib_month"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} {getattr(args, name)} is less than 0")
+    if args.preview_captions:
+        return _preview_captions(args)
+    with _crew(args.output) as crew:
+        source = _open(args)
+        encoder = _load_encoder(args.encoder, args.max_length)
+        if not args.dry_run:
+            prepare(source, encoder, args.output, settings, crew)
+        elif crew.leads:
+            preview(source, encoder, settings, crew.count)
+    if args.verify and crew.leads and not args.dry_run:
+        records.Prepared(args.output).verify()
+        print("every shard matches its checksum")
 
 
 def _crew(output: Path) -> Crew:
     """This process's place among those that the environment names."""
     cli.log_to_stderr()
     start()
-    names = hosts()
-    if not names:
+    if not hosts():
         return ALONE
     import jax
     from jax.experimental import multihost_utils
 
     run = int(multihost_utils.broadcast_one_to_all(np.uint32(int.from_bytes(os.urandom(4)))))
     jax.distributed.shutdown()  # it would end all processes, without a word, when one has died
-    return Crew(_partial(output) / "crew", jax.process_index(), len(names), f"{run:08x}", names)
+    return Crew(_partial(output) / "crew", jax.process_index(), len(hosts()), f"{run:08x}", hosts())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -399,7 +416,7 @@ def _finish(result: Path, request: Mapping, plan: Plan, captions: Mapping, image
         "format_version": records.FORMAT_VERSION,
         **request,
         "counts": counts | {"skipped": plan.reasons(), "truncated_captions": len(cut)},
-        "embedding": _embedding_stats(captions),
+        "embedding": records.embedding_stats(captions),
         "image_sizes": {
             "min_side": min(map(min, sizes)),
             "max_side": max(map(max, sizes)),
@@ -411,18 +428,6 @@ def _finish(result: Path, request: Mapping, plan: Plan, captions: Mapping, image
     manifest["hash"] = records.manifest_hash(manifest)
     write_atomically(result / records.MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
-
-
-def _embedding_stats(captions: Mapping[str, Mapping]) -> dict[str, Any]:
-    """Lengths in tokens over captions, norms over tokens; an infinite or undefined feature has stopped the run before."""
-    rows = sum(entry["rows"] for entry in captions.values())
-    tokens = sum(entry["tokens"]["sum"] for entry in captions.values())
-    stats = {}
-    for name, key, count in (("length", "tokens", rows), ("norm", "norm", tokens)):
-        parts = [entry[key] for entry in captions.values()]
-        mean = sum(part["sum"] for part in parts) / count
-        stats[name] = {"min": min(part["min"] for part in parts), "mean": mean, "max": max(part["max"] for part in parts)}
-    return stats | {"tokens": tokens, "finite": True}
 
 
 def _bar(name: str, total: int, done: int) -> tqdm:

@@ -114,5 +114,6 @@ def main(folder: str, output: Path, processes: int, kill_at: int, spec: str = ""
 if __name__ == "__main__":
     try:
         main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:6], *map(Path, sys.argv[6:7]))
+        prepare_data.end(0)
     except crew.Lost as error:
-        sys.exit(cli.fail(str(error), prepare_data.LOST))
+        prepare_data.end(cli.fail(str(error), prepare_data.LOST))
