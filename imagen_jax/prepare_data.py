@@ -6,41 +6,56 @@ Four passes: every image is decoded and checked, what is kept is decided, each d
 are written. All of it goes to OUTPUT.partial; OUTPUT appears, by one rename, when it is complete. Every finished piece has a
 line in the journal there, so the same command continues an interrupted run and ends with the same bytes, whatever the number
 of processes. The record is described in imagen_jax/data/records.py.
+
+On many hosts the same command is started once on each (imagen_jax/distributed says how they find each other), with an OUTPUT on a file
+system that all of them share and that renames and locks: NFS or Lustre, not a bucket. Every process has its share of each pass, checks,
+then caption shards, then image shards, dealt by their number, so that nobody asks who does what. The encoder runs on each process's own
+devices, apart from the others': XXL in bfloat16 (8.9 GiB) fits on one v5e chip or one H100, so a mesh across hosts would only add gathers
+between them and make all wait for the slowest at every batch. Process 0 publishes the result when the journal is full. If a process dies
+the others end within a minute or so, naming it, and the same command continues, on any number of processes. A feature's bits may depend
+on how many devices a process has (a batch is divided over them), nothing else does. Each process holds what was found about all images
+in memory, about 1 kB an image: see --dry_run.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
 from imagen_jax import cli
 from imagen_jax.data import checks, records
+from imagen_jax.data.crew import ALONE, Crew, Lost, wait_for_stragglers
 from imagen_jax.data.plan import KeptImage, Plan, make_plan
+from imagen_jax.data.preview import preview, preview_captions
 from imagen_jax.data.sources import Source, open_source
 from imagen_jax.data.workers import Workers
+from imagen_jax.distributed.startup import hosts, start
+from imagen_jax.distributed.watch import LOST
 from imagen_jax.integrity import only_process, write_atomically
 
 _CHUNK = 256  # images checked in one task; the unit in which checking is resumed
-_SAMPLE = 64  # images of the preview
+_WRITERS = 6  # caption shards in memory at once; one core writes some 800 captions of XXL's width a second
 # What the written bytes depend on, each a key of the manifest; a run is continued only if all of them are the same.
 _REQUEST = ("source", "encoder", "max_length", "shard_size", "min_size", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """shard_size: rows a shard. min_size: images under so many pixels across are left out. batch_size: captions encoded at
-    once. processes: for checking and writing images; changes no byte of the result."""
+    """shard_size: rows a shard. min_size: images under so many pixels across are left out. batch_size: captions that a device
+    encodes at once, as TextEncoder.encode says. processes: for checking and writing images; changes no byte of the result."""
 
     shard_size: int
     min_size: int
@@ -54,28 +69,67 @@ class Settings:
 
 
 def main() -> None:
-    """The command line; every foreseen error is one line on stderr and exit status 2."""
+    """The command line; every foreseen error is one line on stderr and exit status 2, or LOST if it is another process's."""
     args = _parser().parse_args()
     try:
-        settings = Settings(args.shard_size, args.min_size, args.batch_size, args.processes or cli.cores())
-        if not 0 <= args.heldout < 1:
-            raise ValueError(f"--heldout {args.heldout} is not a fraction in [0, 1)")
-        tfds = {name: getattr(args, name) for name in ("tfds_dir", "tfds_split", "tfds_image", "tfds_caption")}
-        source = open_source(args.source, args.heldout, **tfds)
-        encoder = _load_encoder(args.encoder, args.max_length)
-        if args.dry_run:
-            preview(source, encoder, settings)
-            return
-        prepare(source, encoder, args.output, settings)
-        if args.verify:
-            records.Prepared(args.output).verify()
-            print("every shard matches its checksum")
+        _run(args)
+        end(0)
     except BrokenProcessPool:
-        sys.exit(cli.fail("a worker process was killed (out of memory?): the same command continues, try fewer --processes"))
+        end(cli.fail("a worker process was killed (out of memory?): the same command continues, try fewer --processes"))
     except KeyboardInterrupt:
-        sys.exit(cli.fail("interrupted, the same command continues", 130))
+        end(cli.fail("interrupted, the same command continues", 130))
+    except Lost as error:
+        end(cli.fail(str(error), LOST))
     except (ValueError, OSError) as error:
-        sys.exit(cli.fail(" ".join(str(error).split())))
+        end(cli.fail(str(error)))
+    except Exception:
+        if not hosts():
+            raise
+        traceback.print_exc()
+        end(1)
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process; one that was connected to others at once, as an orderly end of jax was seen to wait for ever (0.10.2, CPU)."""
+    if hosts():
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run(args: argparse.Namespace) -> None:
+    settings = Settings(args.shard_size, args.min_size, args.batch_size, args.processes or cli.cores())
+    if not 0 <= args.heldout < 1:
+        raise ValueError(f"--heldout {args.heldout} is not a fraction in [0, 1)")
+    for name in ("preview_captions", "captions_per_second", "chips", "price_per_gib_month"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} {getattr(args, name)} is less than 0")
+    if args.preview_captions:
+        return _preview_captions(args)
+    with _crew(args.output) as crew:
+        source = _open(args)
+        encoder = _load_encoder(args.encoder, args.max_length)
+        if not args.dry_run:
+            prepare(source, encoder, args.output, settings, crew)
+        elif crew.leads:
+            preview(source, encoder, settings, crew.count)
+    if args.verify and crew.leads and not args.dry_run:
+        records.Prepared(args.output).verify()
+        print("every shard matches its checksum")
+
+
+def _crew(output: Path) -> Crew:
+    """This process's place among those that the environment names."""
+    cli.log_to_stderr()
+    start()
+    if not hosts():
+        return ALONE
+    import jax
+    from jax.experimental import multihost_utils
+
+    run = int(multihost_utils.broadcast_one_to_all(np.uint32(int.from_bytes(os.urandom(4)))))
+    jax.distributed.shutdown()  # it would end all processes, without a word, when one has died
+    return Crew(_partial(output) / "crew", jax.process_index(), len(hosts()), f"{run:08x}", hosts())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,10 +141,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heldout", type=float, default=0.0, help="fraction of images for the held-out split, chosen by id")
     parser.add_argument("--min_size", type=int, default=0, help="leave out images less than this many pixels across")
     parser.add_argument("--shard_size", type=int, default=4096, help="rows a shard")
-    parser.add_argument("--batch_size", type=int, default=64, help="captions encoded at once")
+    parser.add_argument("--batch_size", type=int, default=64, help="captions of up to 32 tokens that a device encodes at once; fewer of longer ones")
     parser.add_argument("--processes", type=int, default=0, help="for checking and writing images (default: all cores)")
     parser.add_argument("--verify", action="store_true", help="at the end, or if it is done already, read every shard again and compare its checksum")
     parser.add_argument("--dry_run", action="store_true", help="only estimate size and time")
+    parser.add_argument(
+        "--preview_captions", type=int, default=0, metavar="N",
+        help="only estimate what a caption store of N captions like the source's takes; the encoder's tokenizer and config.json suffice",
+    )  # fmt: skip
+    rates = "for --preview_captions: captions a second of all chips together, as plan says or as measured"
+    parser.add_argument("--captions_per_second", type=float, default=0.0, help=rates)
+    parser.add_argument("--chips", type=int, default=0, help="for --preview_captions: how many chips that is")
+    parser.add_argument("--price_per_gib_month", type=float, default=0.0, help="for --preview_captions: what your storage takes")
     parser.add_argument("--tfds_dir", default=None, help="TFDS data directory")
     parser.add_argument("--tfds_split", default="train", help="split to read")
     parser.add_argument("--tfds_image", default="image", help="image feature")
@@ -98,54 +160,90 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _open(args: argparse.Namespace) -> Source:
+    options = {name: getattr(args, name) for name in ("tfds_dir", "tfds_split", "tfds_image", "tfds_caption")}
+    return open_source(args.source, args.heldout, **options)
+
+
+def _preview_captions(args: argparse.Namespace) -> None:
+    from imagen_jax.text.encoder import load_tokenizer, tokenize
+    from imagen_jax.text.loading import find_encoder
+    from imagen_jax.text.t5 import T5Config
+
+    directory = find_encoder(args.encoder)
+    tokenizer, dim = load_tokenizer(directory)[0], T5Config.from_json(directory / "config.json").d_model
+    cut = functools.partial(tokenize, tokenizer, max_length=args.max_length)
+    preview_captions(_open(args), cut, dim, args.preview_captions, args.shard_size, args.captions_per_second, args.chips, args.price_per_gib_month)
+
+
 def _load_encoder(name: str, max_length: int):
-    """The text encoder, its weights spread over the accelerators if there are several."""
-    import jax
-
+    """The text encoder on all devices of this process."""
     from imagen_jax.text.encoder import TextEncoder
+    from imagen_jax.text.program import local_mesh
 
-    mesh = None
-    if jax.device_count() > 1 and jax.default_backend() != "cpu":
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    return TextEncoder.load(name, max_length=max_length, mesh=mesh)
+    return TextEncoder.load(name, max_length, place=local_mesh)
 
 
-def prepare(source: Source, encoder, output: Path, settings: Settings) -> dict[str, Any]:
-    """Write the prepared directory `output`, or go on with it; returns its manifest.
+def prepare(source: Source, encoder, output: Path, settings: Settings, crew: Crew = ALONE) -> dict[str, Any]:
+    """Write the prepared directory `output`, or go on with it, together with the others of the crew; returns its manifest.
 
     encoder is a TextEncoder (dim, max_length, identity, tokenize, encode). Raises ValueError if `output` or its unfinished
-    part was made with other settings, if nothing usable is in the source, or if there is no room for the result.
+    part was made with other settings, if nothing usable is in the source, if there is no room for the result, or if another process
+    has failed.
     """
     started = time.monotonic()
     request = _request(source, encoder, settings)
-    partial = output.with_name(f"{output.name}.partial")
+    partial = _partial(output)
+    if not crew.leads:
+        if crew.wait_for_leader("go", "done") == "go":
+            with crew.at_work():
+                _refuse_changes(partial, json.loads((partial / "request.json").read_text()), request)
+                _work(source, encoder, partial, settings, crew)
+                crew.wait_for_leader("done")
+        crew.wait((output / records.MANIFEST).is_file)
+        return records.Prepared(output).manifest
     if _is_complete(output, request):
         print(f"{output} is already complete")
+        crew.dismiss()
         if partial.exists():
             with _locked(partial):
                 shutil.rmtree(partial)
         return records.Prepared(output).manifest
     with _locked(partial):
+        wait_for_stragglers(partial / "crew")
         if _continues(partial, request):
             print(f"continuing {partial}")
         else:
             room = shutil.disk_usage(partial).free
-            if preview(source, encoder, settings) > room:
+            if preview(source, encoder, settings, crew.count) > room:
                 raise ValueError(f"only {room / 2**20:.0f} MiB are free in {partial.parent}")
             write_atomically(partial / "request.json", json.dumps(request).encode())
-        with Workers(source, settings.processes) as workers:
-            plan = _check_all(workers, partial, len(source), settings.min_size)
-            if not any(plan.images.values()):
-                raise ValueError(f"no usable image in {request['source']}: {_told(plan.reasons())}")
-            captions = _encode_all(encoder, partial, plan, settings)
-            images = _write_all(workers, partial, plan, settings)
+        crew.say("go")
+        plan, captions, images = _work(source, encoder, partial, settings, crew)
+        captions, images = (_all_finished(partial, names, crew) for names in (captions, images))
         manifest = _finish(partial / "result", request, plan, captions, images)
         if output.exists():
             output.rmdir()  # empty, as _is_complete has seen
         os.rename(partial / "result", output)
-    shutil.rmtree(partial)
+        crew.dismiss()
+    shutil.rmtree(partial, ignore_errors=crew.count > 1)
     _report(manifest, output, time.monotonic() - started)
     return manifest
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
+def _work(source: Source, encoder, partial: Path, settings: Settings, crew: Crew) -> tuple[Plan, list[str], list[str]]:
+    """This process's share of the four passes. Returns what is kept of all, and the names of all caption and image shards."""
+    with Workers(source, settings.processes) as workers:
+        plan = _check_all(workers, partial, len(source), settings, crew)
+        if not any(plan.images.values()):
+            raise ValueError(f"no usable image in {source.describe()}: {_told(plan.reasons())}")
+        captions = _encode_all(workers, encoder, partial, plan, settings, crew)
+        images = _write_all(workers, partial, plan, settings, crew)
+    return plan, captions, images
 
 
 def _request(source: Source, encoder, settings: Settings) -> dict[str, Any]:
@@ -183,7 +281,7 @@ def _refuse_changes(place: Path, before: Mapping, request: Mapping) -> None:
 def _locked(partial: Path) -> Iterator[None]:
     """The work directory, created and kept to this process."""
     parts = ("checked", "journal", "result")
-    if partial.exists() and {path.name for path in partial.iterdir()} - {*parts, "lock", "request.json"}:
+    if partial.exists() and {path.name for path in partial.iterdir()} - {*parts, "crew", "lock", "request.json"}:
         raise ValueError(f"{partial} is in the way, it is no unfinished work of prepare_data: choose another --output")
     for name in parts:
         (partial / name).mkdir(parents=True, exist_ok=True)
@@ -193,45 +291,20 @@ def _locked(partial: Path) -> Iterator[None]:
         yield
 
 
-def preview(source: Source, encoder, settings: Settings) -> int:
-    """Check and encode a sample, print what the whole will take, return the estimated bytes."""
-    if not len(source):
-        raise ValueError(f"the source is empty: {source.describe()}")
-    indices = np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).astype(int).tolist()
-    start = time.monotonic()
-    found = [checks.check(source[i], settings.min_size) for i in indices]
-    check_time = 2 * (time.monotonic() - start)  # a second time when the images are written
-    usable = [item for item in found if not item.reason]
-    captions = [caption for item in usable for caption in item.captions]
-    cut, text_time, text_bytes = 0, 0.0, 0
-    if captions:
-        cut = sum(encoder.tokenize(captions)[1])
-        encoder.encode(captions, settings.batch_size)  # compiles
-        start = time.monotonic()
-        features = encoder.encode(captions, settings.batch_size)
-        text_time = time.monotonic() - start
-        text_bytes = sum(feature.nbytes for feature in features) + sum(len(text.encode()) for text in captions)
-    scale = len(source) / len(indices)
-    image_bytes = sum(item.size for item in usable)
-    total = int(scale * (image_bytes + text_bytes))
-    seconds = scale * (check_time / settings.processes + text_time)
-    print(f"sample    {len(indices)} of {len(source)} images: {len(usable)} usable, {len(captions)} captions, {cut} of them cut")
-    print(f"images    about {scale * len(usable):.0f}, {scale * image_bytes / 2**20:.1f} MiB")
-    print(f"captions  at most {scale * len(captions):.0f}, {scale * text_bytes / 2**20:.1f} MiB ({encoder.dim} features a token)")
-    print(f"time      about {seconds:.0f} s with {settings.processes} processes")
-    return total
-
-
-def _check_all(workers: Workers, partial: Path, count: int, min_size: int) -> Plan:
-    """First pass, and the decision what is kept."""
+def _check_all(workers: Workers, partial: Path, count: int, settings: Settings, crew: Crew) -> Plan:
+    """First pass, and the decision what is kept, which every process makes by itself from what all have found."""
     spans = [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-    files = [partial / "checked" / f"{start:012d}.json" for start, _ in spans]
-    tasks = [(file, *span, min_size) for file, span in zip(files, spans, strict=True) if not file.is_file()]
-    done = count - sum(stop - start for _, start, stop, _ in tasks)
-    with _bar("check images", count, done) as bar:
-        for checked in workers.each(_check_chunk, tasks):
+    files = {span: partial / "checked" / f"{span[0]:012d}.json" for span in spans}
+    mine = crew.mine(spans)
+    tasks = [(files[span], *span, settings.min_size) for span in mine if not files[span].is_file()]
+    total = sum(stop - start for start, stop in mine)
+    with _bar("check images", total, total - sum(stop - start for _, start, stop, _ in tasks)) as bar:
+        for checked in workers.each(_check_chunk, tasks, 4 * settings.processes):
             bar.update(checked)
-    return make_plan(checks.Checked(**row) for file in files for row in json.loads(file.read_text()))
+            crew.check()
+    for file in files.values():
+        crew.wait(file.is_file)
+    return make_plan(checks.Checked(**row) for file in files.values() for row in json.loads(file.read_text()))
 
 
 def _check_chunk(source: Source, file: Path, start: int, stop: int, min_size: int) -> int:
@@ -240,22 +313,27 @@ def _check_chunk(source: Source, file: Path, start: int, stop: int, min_size: in
     return len(rows)
 
 
-def _encode_all(encoder, partial: Path, plan: Plan, settings: Settings) -> dict[str, dict]:
-    """Third pass: the caption shards, in this process, where the encoder is. Returns their journal entries by name."""
+def _encode_all(workers: Workers, encoder, partial: Path, plan: Plan, settings: Settings, crew: Crew) -> list[str]:
+    """Third pass: the caption shards, encoded in this process, where the devices are, and written by the workers. Returns the names of all."""
     shards = _shards("captions", "train", plan.captions, settings.shard_size)
-    entries = {name: _finished(partial, name) for name in shards}
-    done = sum(entry["rows"] for entry in entries.values() if entry)
-    with _bar("encode captions", len(plan.captions), done) as bar:
-        for index, (name, texts) in enumerate(shards.items()):
-            if not entries[name]:
-                entries[name] = _encode_shard(encoder, partial, name, texts, index * settings.shard_size, settings.batch_size)
-                bar.update(len(texts))
-    return entries
+    mine = crew.mine(list(enumerate(shards)))
+    todo = [(index, name) for index, name in mine if not _finished(partial, name)]
+    total, left = (sum(len(shards[name]) for _, name in part) for part in (mine, todo))
+    tasks = (_encode_shard(encoder, partial, name, shards[name], index * settings.shard_size, settings.batch_size) for index, name in todo)
+    with _bar("encode captions", total, total - left) as bar:
+        for written in workers.each(_write_captions, tasks, min(settings.processes, _WRITERS)):
+            bar.update(written)
+            crew.check()
+    return list(shards)
 
 
-def _encode_shard(encoder, partial: Path, name: str, texts: list[str], first_id: int, batch_size: int) -> dict:
+def _encode_shard(encoder, partial: Path, name: str, texts: list[str], first_id: int, batch_size: int) -> tuple:
+    """A caption shard as the task of writing it."""
     _, cut = encoder.tokenize(texts)
-    features = encoder.encode(texts, batch_size)
+    return partial, name, texts, encoder.encode(texts, batch_size), [first_id + i for i, was_cut in enumerate(cut) if was_cut]
+
+
+def _write_captions(_: Source, partial: Path, name: str, texts: list[str], features: list[np.ndarray], cut: list[int]) -> int:
     norms = np.concatenate([np.linalg.norm(feature.astype(np.float64), axis=1) for feature in features])
     if not np.isfinite(norms).all():
         bad = next(text for text, feature in zip(texts, features, strict=True) if not np.isfinite(feature.astype(np.float32)).all())
@@ -263,24 +341,33 @@ def _encode_shard(encoder, partial: Path, name: str, texts: list[str], first_id:
     rows = (records.CaptionRow(text, feature) for text, feature in zip(texts, features, strict=True))
     entry = records.write_shard(partial / "result", name, map(records.serialize_caption, rows))
     lengths = [len(feature) for feature in features]
-    entry["cut"] = [first_id + i for i, was_cut in enumerate(cut) if was_cut]
+    entry["cut"] = cut
     entry["tokens"] = {"min": min(lengths), "max": max(lengths), "sum": sum(lengths)}
     entry["norm"] = {"min": norms.min(), "max": norms.max(), "sum": norms.sum()}
     _journal(partial, name, entry)
-    return entry
+    return len(texts)
 
 
-def _write_all(workers: Workers, partial: Path, plan: Plan, settings: Settings) -> dict[str, dict]:
-    """Fourth pass: the image shards. Returns their journal entries by name."""
+def _write_all(workers: Workers, partial: Path, plan: Plan, settings: Settings, crew: Crew) -> list[str]:
+    """Fourth pass: the image shards. Returns the names of all."""
     shards = {}
     for split, images in plan.images.items():
         shards |= _shards("images", split, images, settings.shard_size)
-    tasks = [(partial, name, images) for name, images in shards.items() if not _finished(partial, name)]
-    count = sum(map(len, shards.values()))
-    with _bar("write images", count, count - sum(len(images) for _, _, images in tasks)) as bar:
-        for written in workers.each(_write_shard, tasks):
+    mine = crew.mine(list(shards))
+    tasks = [(partial, name, shards[name]) for name in mine if not _finished(partial, name)]
+    total = sum(len(shards[name]) for name in mine)
+    with _bar("write images", total, total - sum(len(images) for _, _, images in tasks)) as bar:
+        for written in workers.each(_write_shard, tasks, 2 * settings.processes):
             bar.update(written)
-    return {name: _finished(partial, name) for name in shards}
+            crew.check()
+    return list(shards)
+
+
+def _all_finished(partial: Path, names: list[str], crew: Crew) -> dict[str, dict]:
+    """The journal's entries of all shards, waited for where other processes still write them."""
+    for name in names:
+        crew.wait(lambda: _finished(partial, name))
+    return {name: _finished(partial, name) for name in names}
 
 
 def _write_shard(source: Source, partial: Path, name: str, images: list[KeptImage]) -> int:
@@ -329,7 +416,7 @@ def _finish(result: Path, request: Mapping, plan: Plan, captions: Mapping, image
         "format_version": records.FORMAT_VERSION,
         **request,
         "counts": counts | {"skipped": plan.reasons(), "truncated_captions": len(cut)},
-        "embedding": _embedding_stats(captions),
+        "embedding": records.embedding_stats(captions),
         "image_sizes": {
             "min_side": min(map(min, sizes)),
             "max_side": max(map(max, sizes)),
@@ -341,18 +428,6 @@ def _finish(result: Path, request: Mapping, plan: Plan, captions: Mapping, image
     manifest["hash"] = records.manifest_hash(manifest)
     write_atomically(result / records.MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
-
-
-def _embedding_stats(captions: Mapping[str, Mapping]) -> dict[str, Any]:
-    """Lengths in tokens over captions, norms over tokens; an infinite or undefined feature has stopped the run before."""
-    rows = sum(entry["rows"] for entry in captions.values())
-    tokens = sum(entry["tokens"]["sum"] for entry in captions.values())
-    stats = {}
-    for name, key, count in (("length", "tokens", rows), ("norm", "norm", tokens)):
-        parts = [entry[key] for entry in captions.values()]
-        mean = sum(part["sum"] for part in parts) / count
-        stats[name] = {"min": min(part["min"] for part in parts), "mean": mean, "max": max(part["max"] for part in parts)}
-    return stats | {"tokens": tokens, "finite": True}
 
 
 def _bar(name: str, total: int, done: int) -> tqdm:

@@ -47,11 +47,33 @@ def check_batch(rows: int, mesh: Mesh) -> None:
         raise ValueError(f"a batch of {rows} does not divide over data x fsdp = {shards}; use a multiple of {shards}")
 
 
+def rows_on(devices: Sequence[jax.Device], rows: int, mesh: Mesh) -> list[int]:
+    """Which rows of a batch these devices hold, ascending. Where an image is split over processes, several hold the same."""
+    check_batch(rows, mesh)
+    parts = batch_sharding(mesh).devices_indices_map((rows,))
+    return sorted({row for device in devices for row in range(rows)[parts[device][0]]})
+
+
+def process_rows(rows: int, mesh: Mesh) -> list[int]:
+    """Which rows of a batch this process has to read. They need not be neighbours: a TPU host's devices are a block of the mesh."""
+    return rows_on(mesh.local_devices, rows, mesh)
+
+
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """This process's rows as global arrays on the mesh. Raises ValueError if the rows do not divide by the batch axes."""
-    check_batch(len(next(iter(batch.values()))) * jax.process_count(), mesh)
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    """This process's rows (see `process_rows`) as global arrays on the mesh. Raises ValueError if the rows do not divide by the batch axes."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    held = process_rows(shards, mesh)
+    rows = len(next(iter(batch.values()))) * shards // len(held)
+    check_batch(rows, mesh)
+    size, sharding = rows // shards, batch_sharding(mesh)
+    begin = {shard * size: place * size for place, shard in enumerate(held)}  # global row -> row here
+
+    def place(array: np.ndarray) -> Array:
+        part = lambda index: array[begin[index[0].start or 0] :][:size]
+        return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
+
+    with jax.transfer_guard_host_to_device("allow"):  # the one transfer that a step needs
+        return {name: place(array) for name, array in batch.items()}
 
 
 def constrain_activations(mesh: Mesh) -> Callable[[Array], Array]:

@@ -141,3 +141,18 @@ def test_no_feature_map_is_gathered(name):
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract.params))
     assert any(c.kind == "all-gather" for c in found)
     assert max(c.bytes for c in found if c.kind in ("all-gather", "all-to-all")) <= largest
+
+
+@pytest.mark.parametrize(
+    "sizes, hosts, rows",
+    [
+        (dict(data=2, fsdp=4), [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]]),
+        (dict(data=2, fsdp=4), [[0, 1, 4, 5], [2, 3, 6, 7]], [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]),
+        (dict(data=1, fsdp=2, spatial=4), [[0, 1], [2, 3], [4, 5, 6, 7]], [[*range(8)], [*range(8)], [*range(8, 16)]]),
+    ],
+)
+def test_each_process_reads_the_rows_that_its_devices_hold(sizes, hosts, rows):
+    """Catches: the n-th slice for the n-th process, wrong where its devices are a block of the mesh or share an image with another's."""
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "model": 1, "spatial": 1} | sizes)
+    assert [sharding.rows_on([mesh.devices.flat[i] for i in host], 16, mesh) for host in hosts] == rows
+    assert sharding.process_rows(16, mesh) == list(range(16))

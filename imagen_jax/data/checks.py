@@ -15,7 +15,7 @@ _KEPT_FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Checked:
     """The result for one item of a source.
 
@@ -66,11 +66,16 @@ def _first_line(error: Exception) -> str:
 def _fault(caption: str) -> str:
     if not caption:
         return "empty_caption"
+    return "" if is_text(caption) else "invalid_caption"
+
+
+def is_text(caption: str) -> bool:
+    """Whether a caption can be written down."""
     try:
         caption.encode()
     except UnicodeEncodeError:  # a lone surrogate, as from "\\ud83d" in JSON
-        return "invalid_caption"
-    return ""
+        return False
+    return True
 
 
 def content_hash(data: bytes) -> str:

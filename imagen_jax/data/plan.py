@@ -8,7 +8,7 @@ from imagen_jax.data.checks import Checked
 from imagen_jax.data.records import SPLITS
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class KeptImage:
     """An image to be stored: its position in the source, what was found about it, its caption ids."""
 

@@ -178,6 +178,18 @@ def write_tfds_metadata(root: Path, store: str, features, shards: Mapping[str, M
     )
 
 
+def embedding_stats(captions: Mapping[str, Mapping]) -> dict:
+    """Of the journal's entries of caption shards: lengths in tokens over captions, norms over tokens. All are finite, or there were no entry."""
+    rows = sum(entry["rows"] for entry in captions.values())
+    tokens = sum(entry["tokens"]["sum"] for entry in captions.values())
+    stats = {}
+    for name, key, count in (("length", "tokens", rows), ("norm", "norm", tokens)):
+        parts = [entry[key] for entry in captions.values()]
+        mean = sum(part["sum"] for part in parts) / count
+        stats[name] = {"min": min(part["min"] for part in parts), "mean": mean, "max": max(part["max"] for part in parts)}
+    return stats | {"tokens": tokens, "finite": True}
+
+
 def manifest_hash(content: Mapping) -> str:
     """SHA-256 over the canonical JSON of a manifest without its own `hash`."""
     body = {key: value for key, value in content.items() if key != "hash"}

@@ -3,8 +3,8 @@
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from typing import Any
 
 from imagen_jax.data.sources import Source
@@ -33,13 +33,19 @@ class Workers:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def each(self, function: Callable[..., Any], tasks: Sequence[tuple]) -> Iterator[Any]:
-        """The results as they are ready, in no order; an exception in a task is raised here."""
+    def each(self, function: Callable[..., Any], tasks: Iterable[tuple], ahead: int) -> Iterator[Any]:
+        """The results as they are ready, in no order; an exception in a task is raised here. `tasks` are asked for one by one, at most
+        `ahead` more than have results."""
         if self._pool is None:
             yield from (function(self._source, *task) for task in tasks)
             return
-        futures = [self._pool.submit(_run, function, task) for task in tasks]
-        for future in as_completed(futures):
+        running: set[Future] = set()
+        for task in tasks:
+            running.add(self._pool.submit(_run, function, task))
+            if len(running) >= ahead:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        for future in as_completed(running):
             yield future.result()
 
 

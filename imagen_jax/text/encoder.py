@@ -1,20 +1,19 @@
 """Captions to features: tokenizer and frozen T5 encoder behind one object, the same for the embedded encoder and for T5-XXL."""
 
-import functools
 import importlib.util
 import os
 import pathlib
+from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
 
 from imagen_jax.integrity import sha256_file
 from imagen_jax.text.loading import EMBEDDED, TOKENIZERS, find_encoder, load_params
-from imagen_jax.text.t5 import T5Config, T5Encoder
+from imagen_jax.text.program import EncodeProgram, one_device
+from imagen_jax.text.t5 import T5Config
 
 SHORTEST = 16  # tokens; batches are padded to 16, 32, 64 ... so that few programs are compiled
 DTYPES = ("bfloat16", "float32")
@@ -48,22 +47,21 @@ def bucket_length(length: int, max_length: int) -> int:
 class TextEncoder:
     """A frozen text encoder. Use `TextEncoder.load`."""
 
-    def __init__(self, config: T5Config, params: dict, tokenizer, identity: dict, mesh: Mesh | None):
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the encoder's embedding only {config.vocab_size}")
-        self.dim = config.d_model
+    def __init__(self, program: EncodeProgram, params: dict, tokenizer, identity: dict):
+        self.dim = identity["dim"]
         self.max_length = identity["max_length"]
         self.identity = identity
         self._tokenizer = tokenizer
         self._params = params
-        self._mesh = mesh
-        self._apply = self._compile(T5Encoder(config, jnp.dtype(identity["dtype"])))
+        self._program = program
 
     @classmethod
-    def load(cls, name_or_dir: str, max_length: int, dtype: str = "bfloat16", mesh: Mesh | None = None) -> "TextEncoder":
+    def load(cls, name_or_dir: str, max_length: int, dtype: str = "bfloat16", place: Callable[[T5Config, str], Mesh] = one_device) -> "TextEncoder":
         """Loads a Hugging Face directory, a hub name, or "t5_tiny" (the embedded encoder).
 
-        `max_length` counts tokens with the final end-of-sequence; with a mesh the weights are sharded over all its axes.
+        `max_length` counts tokens with the final end-of-sequence. `place` says on which devices such an encoder goes: `one_device` of
+        this process, or all of them (`local_mesh`). Each process reads all weights, which their checksum needs in any case, tensor by
+        tensor, and keeps of each what its devices hold.
         """
         if dtype not in DTYPES:
             raise ValueError(f"text encoder dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -74,7 +72,10 @@ class TextEncoder:
             raise FileNotFoundError(f"text encoder {str(name_or_dir)!r}: {directory} has no config.json")
         config = T5Config.from_json(directory / "config.json")
         tokenizer, tokenizer_sha256 = load_tokenizer(directory)
-        params, weights_sha256 = load_params(directory, config, dtype, mesh)
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the encoder's embedding only {config.vocab_size}")
+        program = EncodeProgram.create(config, dtype, place(config, dtype))
+        params, weights_sha256 = load_params(directory, config, dtype, program.params)
         local = pathlib.Path(name_or_dir).is_dir() and name_or_dir != EMBEDDED
         identity = {
             "name": directory.resolve().name if local else str(name_or_dir),
@@ -84,63 +85,75 @@ class TextEncoder:
             "dtype": dtype,
             "dim": config.d_model,
         }
-        return cls(config, params, tokenizer, identity, mesh)
-
-    def _compile(self, model: T5Encoder):
-        def apply(params, tokens: Int[Array, "b l"], lengths: Int[Array, " b"]) -> Float[Array, "b l d"]:
-            mask = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-            return model.apply({"params": params}, tokens, mask).astype(jnp.bfloat16)
-
-        if self._mesh is None:
-            return jax.jit(apply)
-        return jax.jit(apply, out_shardings=NamedSharding(self._mesh, PartitionSpec()))  # whole on every host, to be fetched
+        return cls(program, params, tokenizer, identity)
 
     def tokenize(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
         """Token ids of each text, ending with end-of-sequence, cut to max_length; and whether each was cut."""
-        for i, text in enumerate(texts):
-            if not isinstance(text, str) or not _is_unicode(text):
-                raise ValueError(f"caption {i} is not valid text: {text!r}")
-        if not texts:
-            return [], []
-        ids = self._tokenizer(list(texts), verbose=False)["input_ids"]
-        truncated = [len(row) > self.max_length for row in ids]
-        eos = self._tokenizer.eos_token_id
-        return [row[: self.max_length - 1] + [eos] if cut else row for row, cut in zip(ids, truncated, strict=True)], truncated
+        return tokenize(self._tokenizer, texts, self.max_length)
 
     def encode(self, texts: list[str], batch_size: int, fill: bool = False) -> list[np.ndarray]:
         """Features of each text, unpadded: bfloat16 [length, dim] with length = its number of tokens.
 
-        Texts of similar length run together, in batches of `batch_size` rows; fewer texts in one of the next power of two, or, with
-        `fill`, of `batch_size` too: then the same program encodes a text whatever is encoded with it.
+        Texts of similar length run together. Each device takes `batch_size` rows of up to 32 tokens, of more tokens so many fewer (as
+        XXL's passes are planned for v5e, 2048 tokens a device cost a seventh less each than 8192: they stay on the chip). Fewer texts
+        run in a batch of the next power of two. With `fill` there are always `batch_size` rows on a device: then the same program
+        encodes a text whatever is encoded with it.
         """
         if batch_size < 1:
             raise ValueError(f"text encoder batch_size {batch_size}: at least 1 is needed")
         rows, _ = self.tokenize(texts)
+        features: list[np.ndarray] = [np.empty(0)] * len(rows)
+        for members, out in self._one_behind(self._batches(rows, batch_size, fill)):
+            for i, feature in zip(members, np.asarray(out), strict=False):
+                features[i] = feature[: len(rows[i])].astype(ml_dtypes.bfloat16)
+        return features
+
+    def _batches(self, rows: list[list[int]], batch_size: int, fill: bool) -> Iterator[tuple[list[int], jax.Array]]:
+        """(positions of the texts, their padded features) batch by batch, started and not waited for."""
         buckets: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             buckets.setdefault(bucket_length(len(row), self.max_length), []).append(i)
-        features: list[np.ndarray] = [np.empty(0)] * len(rows)
+        devices = self._program.mesh.size
         for length, members in sorted(buckets.items()):
-            size = batch_size if fill else min(batch_size, 1 << (len(members) - 1).bit_length())
+            size = devices * (batch_size if fill else max(1, batch_size * 32 // max(length, 32)))
+            if not fill:
+                size = min(size, -(-(1 << (len(members) - 1).bit_length()) // devices) * devices)
             for start in range(0, len(members), size):
                 chosen = members[start : start + size]
-                out = self._run([rows[i] for i in chosen], size, length)
-                for i, feature in zip(chosen, out, strict=False):
-                    features[i] = feature[: len(rows[i])].copy()
-        return features
+                yield chosen, self._run([rows[i] for i in chosen], size, length)
 
-    def _run(self, rows: list[list[int]], size: int, length: int) -> np.ndarray:
+    @staticmethod
+    def _one_behind(batches: Iterator) -> Iterator:
+        """Each batch after the next one has been started, so that the devices compute while this process unpacks."""
+        last = next(batches, None)
+        for batch in batches:
+            yield last
+            last = batch
+        if last is not None:
+            yield last
+
+    def _run(self, rows: list[list[int]], size: int, length: int) -> jax.Array:
         """One padded batch; rows beyond the texts have length 1, so that none is empty."""
         tokens = np.zeros((size, length), np.int32)
         lengths = np.ones(size, np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = row
             lengths[i] = len(row)
-        if self._mesh is not None:
-            split = PartitionSpec(self._mesh.axis_names if size % self._mesh.size == 0 else None)
-            place = functools.partial(jax.device_put, device=NamedSharding(self._mesh, split))
-            tokens, lengths = place(tokens), place(lengths)
-        return np.asarray(self._apply(self._params, tokens, lengths)).astype(ml_dtypes.bfloat16, copy=False)
+        tokens, lengths = jax.device_put((tokens, lengths), self._program.rows)
+        return self._program.apply(self._params, tokens, lengths)
+
+
+def tokenize(tokenizer, texts: list[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of each text, ending with end-of-sequence, cut to max_length; and whether each was cut."""
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not _is_unicode(text):
+            raise ValueError(f"caption {i} is not valid text: {text!r}")
+    if not texts:
+        return [], []
+    ids = tokenizer(list(texts), verbose=False)["input_ids"]
+    truncated = [len(row) > max_length for row in ids]
+    eos = tokenizer.eos_token_id
+    return [row[: max_length - 1] + [eos] if cut else row for row, cut in zip(ids, truncated, strict=True)], truncated
 
 
 def _is_unicode(text: str) -> bool:

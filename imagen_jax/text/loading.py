@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Sharding
 
 from imagen_jax.text.pickle_reader import TorchFile
 from imagen_jax.text.t5 import T5Config
@@ -124,17 +124,11 @@ def _check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Slot], whe
             raise ValueError(f"{where} {what} {', '.join(names[:5])}{more}")
 
 
-def _place(array: np.ndarray, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
-    """Cast to `dtype` and onto the devices; with a mesh, split over all its axes along the largest dimension that divides."""
-    if mesh is None:
+def _place(array: np.ndarray, dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
+    """Cast to `dtype` and onto the devices, each of which gets its part."""
+    if sharding is None:
         return jax.device_put(np.array(array, dtype, order="C")).block_until_ready()
-    divisible = [i for i, n in enumerate(array.shape) if n % mesh.size == 0]
-    spec = [None] * array.ndim
-    if divisible:
-        spec[max(divisible, key=lambda i: array.shape[i])] = mesh.axis_names
-    sharding = NamedSharding(mesh, PartitionSpec(*spec))
-    part = jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index], dtype, order="C"))
-    return part.block_until_ready()
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index], dtype, order="C")).block_until_ready()
 
 
 def _read_all(files: list, where: Mapping[str, tuple[int, str]], wanted: Mapping[str, Slot]) -> Iterator[tuple[str, Slot, np.ndarray]]:
@@ -145,9 +139,10 @@ def _read_all(files: list, where: Mapping[str, tuple[int, str]], wanted: Mapping
                 yield name, slot, file.read(where[name][1])
 
 
-def load_params(directory: pathlib.Path, config: T5Config, dtype: str, mesh: Mesh | None = None) -> tuple[dict, str]:
+def load_params(directory: pathlib.Path, config: T5Config, dtype: str, abstract: Mapping | None = None) -> tuple[dict, str]:
     """The parameter tree of T5Encoder in `dtype`, and the sha256 of the encoder's tensors as stored (the same for any file layout).
 
+    `abstract` is the tree as shapes with the shardings that the tensors are to have; without it they are on the default device.
     Raises FileNotFoundError for absent files, ValueError with the names of missing, misshapen or unexpected tensors.
     """
     wanted = slots(config)
@@ -168,10 +163,11 @@ def load_params(directory: pathlib.Path, config: T5Config, dtype: str, mesh: Mes
                 raise ValueError(f"{directory}: {name} is {array.dtype}, not a floating-point tensor")
             digest = hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest()
             digests.append(f"{name} {array.dtype} {array.shape} {digest}")
-            leaf = params
+            leaf, where_to = params, abstract
             for key in slot.path[:-1]:
-                leaf = leaf.setdefault(key, {})
-            leaf[slot.path[-1]] = _place(array.T if slot.transposed else array, np.dtype(dtype), mesh)
+                leaf, where_to = leaf.setdefault(key, {}), where_to and where_to[key]
+            sharding = where_to and where_to[slot.path[-1]].sharding
+            leaf[slot.path[-1]] = _place(array.T if slot.transposed else array, np.dtype(dtype), sharding)
     return params, hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from imagen_jax import prepare_data
+from imagen_jax import cli, prepare_data
+from imagen_jax.data import crew
 from imagen_jax.data.sources import FolderSource
 from tests.data import synthetic
 
@@ -23,11 +24,11 @@ class FakeEncoder:
 
     dim = 8
 
-    def __init__(self, max_length: int = 6, pause: float = 0.0):
+    def __init__(self, max_length: int = 6, pause: float = 0.0, log: Path | None = None):
         self.max_length = max_length
         self.identity = {"name": "fake", "weights_sha256": "0", "max_length": max_length, "dtype": "bfloat16", "dim": self.dim}
         self.encoded: list[str] = []
-        self._pause = pause
+        self._pause, self._log = pause, log
 
     def tokenize(self, texts):
         words = [[5] * len(text.split()) + [1] for text in texts]
@@ -36,6 +37,9 @@ class FakeEncoder:
     def encode(self, texts, batch_size):
         time.sleep(self._pause)
         self.encoded += texts
+        if self._log:
+            with open(self._log, "a") as file:
+                file.writelines(f"{text}\n" for text in texts)
         return [self.features(text) for text in texts]
 
     def features(self, text):
@@ -62,11 +66,16 @@ def tree(directory: Path) -> dict[str, str]:
 
 
 def kill_at_rename(count: int) -> None:
-    """From now on the `count`-th call of os.replace or os.rename kills this process: before it if count is even, else after."""
+    """From now on the `count`-th call of os.replace or os.rename kills this process: before it if count is even, else after.
+
+    A crew's signs of life do not count.
+    """
     left = [count]
 
     def wrap(rename):
         def renaming(*args):
+            if Path(args[1]).parent.name == "crew":
+                return rename(*args)
             left[0] -= 1
             if left[0] == 0 and count % 2 == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -79,10 +88,32 @@ def kill_at_rename(count: int) -> None:
     os.replace, os.rename = wrap(os.replace), wrap(os.rename)
 
 
-if __name__ == "__main__":
-    folder, output, processes, kill_at = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+def crew_of(spec: str, output: Path) -> crew.Crew:
+    """"" for a process alone, "environment" for what the environment says, "1:3:run" for process 1 of 3 of that start."""
+    if not spec:
+        return crew.ALONE
+    crew.BEAT_S, crew.SILENT_S = 0.2, 6.0
+    if spec == "environment":
+        return prepare_data._crew(output)
+    index, count, run = spec.split(":")
+    return crew.Crew(prepare_data._partial(output) / "crew", int(index), int(count), run, [f"host-{i}" for i in range(int(count))])
+
+
+def main(folder: str, output: Path, processes: int, kill_at: int, spec: str = "", log: Path | None = None) -> None:
+    """Prepares `folder`; `log` gets the captions as they are encoded, without those of a preview."""
     if kill_at:
         kill_at_rename(kill_at)
     prepare_data._CHUNK = 4
+    if log:
+        prepare_data.preview = lambda *_: 0
     settings = prepare_data.Settings(**SETTINGS | {"processes": processes})
-    prepare_data.prepare(FolderSource(folder, 0.2), FakeEncoder(pause=0.05), output, settings)
+    with crew_of(spec, output) as member:
+        prepare_data.prepare(FolderSource(folder, 0.2), FakeEncoder(pause=0.05, log=log), output, settings, member)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:6], *map(Path, sys.argv[6:7]))
+        prepare_data.end(0)
+    except crew.Lost as error:
+        prepare_data.end(cli.fail(str(error), prepare_data.LOST))

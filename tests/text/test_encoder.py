@@ -15,6 +15,7 @@ import pytest
 
 from imagen_jax.text.encoder import TextEncoder, bucket_length, load_tokenizer
 from imagen_jax.text.loading import load_params, save_encoder
+from imagen_jax.text.program import make_mesh
 from imagen_jax.text.t5 import T5Config, T5Encoder
 from tests.text.random_t5 import TOKENIZER, as_params, random_weights
 
@@ -91,7 +92,7 @@ def test_filled_batches_run_one_program(encoder, directory):
     together = fresh.encode(["moon", "a sun", "stars"], batch_size=8, fill=True)
     alone = fresh.encode(["a sun"], batch_size=8, fill=True)
     np.testing.assert_array_equal(together[1], alone[0])
-    assert fresh._apply._cache_size() == 1
+    assert fresh._program.apply._cache_size() == 1
 
 
 def test_few_programs_are_compiled(encoder, directory):
@@ -101,7 +102,22 @@ def test_few_programs_are_compiled(encoder, directory):
     fresh = TextEncoder.load(str(directory), max_length=32)
     fresh.encode(["a " * n for n in range(24)] * 3, batch_size=8)
     fresh.encode(["moon"] * 5, batch_size=8)  # run as eight
-    assert fresh._apply._cache_size() == 2
+    assert fresh._program.apply._cache_size() == 2
+
+
+@pytest.mark.parametrize(("fsdp", "devices"), [(1, 1), (4, 8)])
+def test_rows_of_a_batch(directory, monkeypatch, fsdp, devices):
+    """Wrong: as many rows of long texts as of short ones, a batch that leaves devices idle, rows counted for all devices together."""
+    batches, run = [], TextEncoder._run
+    monkeypatch.setattr(TextEncoder, "_run", lambda self, rows, size, length: batches.append((size, length)) or run(self, rows, size, length))
+    encoder = TextEncoder.load(str(directory), 128, "float32", lambda config, dtype: make_mesh(jax.devices()[:devices], fsdp))
+    texts = ["moon"] * 9 * devices + ["two green birds " * 20] * 9 * devices
+    assert len({len(feature) for feature in encoder.encode(texts, batch_size=8)}) == 2
+    assert batches == [(8 * devices, 16)] + [(8 * devices, 16)] + [(2 * devices, 128)] * 5
+    batches.clear()
+    encoder.encode(texts[:3], batch_size=8)
+    encoder.encode(texts[-3:], batch_size=8, fill=True)
+    assert batches == [(max(4, devices), 16), (8 * devices, 128)]
 
 
 def test_identity(encoder, directory, tmp_path):
@@ -121,11 +137,10 @@ def test_identity(encoder, directory, tmp_path):
     assert changed == {"weights_sha256", "tokenizer_sha256"}
 
 
-@pytest.mark.parametrize("batch_size", [3, 8])
-def test_mesh_changes_nothing(encoder, directory, batch_size):
+@pytest.mark.parametrize(("fsdp", "batch_size"), [(1, 8), (4, 3), (8, 20)])
+def test_mesh_changes_nothing(encoder, directory, fsdp, batch_size):
     """Fails if sharded weights or a split batch change the features."""
-    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    sharded = TextEncoder.load(str(directory), 20, "float32", mesh)
+    sharded = TextEncoder.load(str(directory), 20, "float32", lambda config, dtype: make_mesh(jax.devices(), fsdp))
     equal_up_to_rounding(sharded.encode(CAPTIONS * 2, batch_size), encoder.encode(CAPTIONS * 2, batch_size))
 
 

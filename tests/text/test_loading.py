@@ -11,6 +11,7 @@ import pytest
 
 from imagen_jax.text import loading
 from imagen_jax.text.loading import find_encoder, load_params, save_encoder
+from imagen_jax.text.program import EncodeProgram, make_mesh
 from imagen_jax.text.t5 import T5Config
 from tests.text import torch_files
 from tests.text.random_t5 import CASES, GOLDENS, TOKENIZER, as_params, random_weights, write_encoder
@@ -145,12 +146,11 @@ def test_never_twice_in_memory(tmp_path, kind):
 def test_born_sharded(tmp_path, dtype):
     """Fails if a mesh leaves the weights whole on each device, splits the smaller dimension, or changes a value."""
     directory = write_encoder(tmp_path, CONFIG, random_weights(CONFIG, 3))
-    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     whole, _ = load_params(directory, CONFIG, dtype)
-    parts, _ = load_params(directory, CONFIG, dtype, mesh)
+    parts, _ = load_params(directory, CONFIG, dtype, EncodeProgram.create(CONFIG, dtype, make_mesh(jax.devices(), fsdp=8)).params)
     assert_same(jax.tree.map(np.asarray, parts), jax.tree.map(np.asarray, whole))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(parts)} == {dtype}
-    assert parts["block_0"]["mlp"]["gate"]["kernel"].sharding.spec == jax.P(None, ("data", "fsdp"))  # [32, 48]: the larger one
+    assert parts["block_0"]["mlp"]["gate"]["kernel"].sharding.spec == jax.P(None, "fsdp")  # [32, 48]: the larger one
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(parts))
     assert held < 1.1 / 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(whole))
 

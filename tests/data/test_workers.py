@@ -1,0 +1,33 @@
+"""Tasks handed to processes one by one."""
+
+import time
+
+import pytest
+
+from imagen_jax.data.sources import FolderSource
+from imagen_jax.data.workers import Workers
+from tests.data.synthetic_source import write_folder
+
+
+def later(source, number):
+    time.sleep(0.02)
+    return number
+
+
+@pytest.mark.parametrize(("processes", "ahead"), [(1, 1), (2, 3)])
+def test_tasks_are_asked_for_one_by_one(tmp_path, processes, ahead):
+    """Wrong: all tasks taken at once, which for caption shards is every feature of the data set in memory; a result lost or given twice."""
+    asked, most = 0, 0
+
+    def tasks():
+        nonlocal asked
+        for number in range(20):
+            asked += 1
+            yield (number,)
+
+    received = []
+    with Workers(FolderSource(write_folder(tmp_path / "ramps", images=1), 0.0), processes) as workers:
+        for result in workers.each(later, tasks(), ahead):
+            received.append(result)
+            most = max(most, asked - len(received))
+    assert sorted(received) == list(range(20)) and most < ahead + 1
