@@ -131,10 +131,10 @@ def read_config(config: str, fields: Sequence[str]) -> dict[str, Any]:
     path = config.partition(":")[0]
     if not Path(path).is_file():
         raise ValueError(f"--config {path} does not exist")
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True)
+    values, argv = flags.FlagValues(), ["launch", f"--config={config}", *fields]
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=argv)
     try:
-        values(["launch", f"--config={config}", *fields])
+        values(argv)
     except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError, SyntaxError) as error:
         raise ValueError(f"--config {config}: {str(error).strip().splitlines()[-1]}") from error
     read = json.loads(values.config.to_json())

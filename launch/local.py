@@ -8,14 +8,17 @@ import contextlib
 import ctypes
 import functools
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from imagen_jax.integrity import only_process
@@ -28,6 +31,7 @@ END_S = 300.0  # for the other processes to end when one has ended in order
 TABLE_S = 60.0  # between two tables of several jobs; on a terminal it is kept up to date
 INTERRUPTED = 130
 LOG = "output.log"
+PORTS = range(21_000, 29_000)  # below those that Linux gives to whoever asks for any (32768 and up)
 
 
 def define_options(parser: argparse.ArgumentParser) -> None:
@@ -64,13 +68,16 @@ def _variables(options: argparse.Namespace, process: int, port: int | str) -> di
     return found
 
 
-@contextlib.contextmanager
-def _port() -> Iterator[int]:
-    """A free port of the loopback address. It stays bound here, not listening, so that nobody else is given it; JAX's server may share it."""
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(("127.0.0.1", 0))
-        yield held.getsockname()[1]
+def _take_port(kept: contextlib.ExitStack) -> int:
+    """A free port that nobody else is given until `kept` is closed: not one that the system hands out, and no other launcher's on this machine."""
+    directory = Path(tempfile.gettempdir()) / f"imagen_jax_ports_{os.getuid()}"
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with contextlib.suppress(ValueError, OSError), contextlib.ExitStack() as taken:
+            taken.enter_context(only_process(directory / str(port), "using"))
+            socket.create_server(("", port)).close()
+            kept.push(taken.pop_all())
+            return port
+    raise ValueError(f"no free port from {PORTS.start} to {PORTS.stop - 1}")
 
 
 class Group:
@@ -80,7 +87,7 @@ class Group:
         self._first: int | None = None  # exit code of the first process that ended
         self._deadline = float("inf")
         self._kept = contextlib.ExitStack()
-        port = self._kept.enter_context(_port())
+        port = _take_port(self._kept)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COORDINATOR") and name not in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
         if options.devices:  # an older way to ask for virtual devices, which would say something else
             flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", inherited.get("XLA_FLAGS", "")).strip()

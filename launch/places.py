@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from launch import gke, local, sky, slurm, status, tpu_pod
-from launch.job import Job, check_secrets, environment_of, in_bucket
+from launch.job import Job, check_secrets, environment_of, in_bucket, shell
 
 PLACES: dict[str, ModuleType] = {"local": local, "tpu": tpu_pod, "gke": gke, "slurm": slurm, "sky": sky}
 WATCHED = ("local", "tpu")  # the launcher stays until the job has ended; the others hand it over
@@ -75,7 +75,7 @@ def start(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     if options.where in WATCHED:
         return place.run(todo, options)
     code = place.submit(todo, options)
-    print(f"how far they are: python -m launch.status {' '.join(job.workdir for job in todo)}")
+    print(f"how far they are: python -m launch.status {shell([job.workdir for job in todo])}")
     return code
 
 

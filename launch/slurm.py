@@ -83,8 +83,8 @@ def _body(jobs: Sequence[Job], sizes: Sequence[machines.Machines]) -> list[str]:
         f"cd {shlex.quote(os.getcwd())}",
         f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(sizes[0].chips)))}",
         "steps=() asked=0",
-        "# Near the time limit this shell alone is told; srun passes it on, the processes save, and the job is queued again.",
-        "trap 'asked=1; kill -TERM \"${steps[@]}\" 2>/dev/null' TERM",
+        "# Near the time limit this shell alone is told. The processes are told by scancel, for srun would kill them before they have saved.",
+        "trap 'asked=1; scancel --signal=TERM \"$SLURM_JOB_ID\"' TERM",
     ]
     if len(jobs) > 1:
         lines.append('nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))')

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,7 @@ if flock --nonblock 9; then
 fi
 exec 9>&-
 while [ ! -s pid ]; do sleep 0.1; done
-tail -n +1 -f --pid="$(cat pid)" log
+tail -n +1 -f -s 0.2 --pid="$(cat pid)" log
 exit "$(cat exit 2> /dev/null || echo 1)"
 """
 # gcsfuse gives the directories of a bucket to programs that know only files (docs.cloud.google.com/storage/docs/cloud-storage-fuse).
@@ -153,6 +154,8 @@ def find(job: Job, options: argparse.Namespace) -> str:
 
 def run(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     """Looks after all jobs side by side, to their end. 0 if all ended well."""
+    if not shutil.which("gcloud"):
+        raise ValueError(f"gcloud is not on PATH: {TOOL}")
     if revision().endswith("+changes"):
         print("this checkout has changes that are not committed: the workers get the commit without them", file=sys.stderr)
     codes: dict[str, int] = {}
