@@ -96,15 +96,15 @@ class Checkpoints:
         self._saving = step, self._thread.submit(self._commit, step, response.result, document)
 
     def wait(self) -> None:
-        """Returns when no save is under way. Raises CheckpointError if the last one failed."""
+        """Returns when no save is under way. Raises CheckpointError, in every process, if the last one failed in any."""
         if self._saving is None:
             return
         (step, future), self._saving = self._saving, None
-        try:
-            future.result()
-        except Exception as error:
-            raise CheckpointError(f"checkpoint {step} was not saved in {self.directory}: {_first_line(error)}") from error
-        _barrier(f"checkpoint {step} saved")
+        error = future.exception()
+        failed = _processes_where(error is not None)
+        if failed:
+            reason = _first_line(error) if error else f"process {failed[0]} logged why"
+            raise CheckpointError(f"checkpoint {step} was not saved in {self.directory}: {reason}") from error
         self._current = step
 
     def latest_good(self) -> int | None:
@@ -163,10 +163,10 @@ class Checkpoints:
     def _make_room(self, step: int) -> None:
         """Removes what killed processes left behind, and moves a damaged directory of this step out of the way."""
         target = self.directory / str(step)
-        reason = find_damage(target) if target.exists() else None
-        if target.exists() and reason is None:
+        there = jax.process_index() == 0 and target.exists()
+        reason = find_damage(target) if there else None
+        if _from_first_process(there and reason is None):
             raise ValueError(f"{target} already holds an intact checkpoint; remove it, or use another workdir")
-        _barrier(f"checkpoint {step} checked")
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             if reason is not None:
@@ -176,7 +176,7 @@ class Checkpoints:
                 if re.fullmatch(r"\d+\.(writing|deleting).*", leftover.name):
                     log.warning("removing %s, left by an interrupted run", leftover)
                     shutil.rmtree(leftover)
-        _barrier(f"checkpoint {step} cleared")
+        _processes_where(True)  # nobody writes before it is cleared
 
     def _commit(self, step: int, written: Callable[[], None], document: str) -> None:
         """In the background: once `written` returns (orbax is done, or it raises), seals the directory, gives it its name, deletes old ones."""
@@ -431,13 +431,16 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        with jax.transfer_guard("allow"):
-            multihost_utils.sync_global_devices(name)
+def _processes_where(here: bool) -> list[int]:
+    """The processes that say True. Every process waits for all others."""
+    if jax.process_count() == 1:
+        return [0] if here else []
+    with jax.transfer_guard("allow"):
+        return np.flatnonzero(multihost_utils.process_allgather(np.bool_(here))).tolist()
 
 
 def _from_first_process(value: int) -> int:
+    """Process 0's value, in all of them."""
     if jax.process_count() == 1:
         return value
     with jax.transfer_guard("allow"):

@@ -42,11 +42,27 @@ def check_batch(rows: int, mesh: Mesh) -> None:
         raise ValueError(f"a batch of {rows} does not divide over data x fsdp = {shards}; use a multiple of {shards}")
 
 
+def process_rows(rows: int, mesh: Mesh) -> list[int]:
+    """Which rows of a batch the devices of this process hold, ascending; others may hold them too, where an image is split over processes."""
+    check_batch(rows, mesh)
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+    return sorted({row for (part,) in held.values() for row in range(rows)[part]})
+
+
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """This process's rows as global arrays on the mesh. Raises ValueError if the rows do not divide by the batch axes."""
-    check_batch(len(next(iter(batch.values()))) * jax.process_count(), mesh)
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    """This process's rows (see `process_rows`) as global arrays on the mesh. Raises ValueError if the rows do not divide by the batch axes."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    held = process_rows(shards, mesh)
+    rows = len(next(iter(batch.values()))) * shards // len(held)
+    check_batch(rows, mesh)
+    size, sharding = rows // shards, batch_sharding(mesh)
+    begin = {shard * size: place * size for place, shard in enumerate(held)}  # global row -> row here
+
+    def place(array: np.ndarray) -> Array:
+        part = lambda index: array[begin[index[0].start or 0] :][:size]
+        return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
+
+    return {name: place(array) for name, array in batch.items()}
 
 
 def constrain_activations(mesh: Mesh) -> Callable[[Array], Array]:

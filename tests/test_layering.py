@@ -9,10 +9,10 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LEAF_FOLDERS = {"data", "diffusion", "evals", "hardware", "models", "text"}
+LEAF_FOLDERS = {"data", "diffusion", "distributed", "evals", "hardware", "models", "text"}
 GROUND = {"integrity"}  # needs nothing and serves all
 LEAVES = LEAF_FOLDERS | {"cli", "metrics", "optim", "pictures", "resume", "sharding"}
-JOINTS = {"cascade", "checkpoint", "grids", "measures", "report", "stage", "state", "step"}
+JOINTS = {"cascade", "checkpoint", "grids", "measures", "replicas", "report", "stage", "state", "step"}
 VERBS = {"demo", "evaluate", "export", "prepare_data", "sample", "train"}
 PACKAGE_MODULES = GROUND | LEAVES | JOINTS | VERBS
 

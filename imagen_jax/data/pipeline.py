@@ -95,6 +95,23 @@ class _Examples(grain.transforms.RandomMap):
         return pixels, record.caption_ids
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Some rows of every global batch of `size` from step `start` on, as a source for Grain."""
+
+    stream: grain.MapDataset
+    size: int
+    start: int
+    rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return (len(self.stream) // self.size - self.start) * len(self.rows)
+
+    def __getitem__(self, i: int) -> Batch:
+        step, place = divmod(i, len(self.rows))
+        return self.stream[(self.start + step) * self.size + self.rows[place]]
+
+
 def open_prepared(data_cfg: Mapping[str, Any]) -> Prepared:
     """The data at data_cfg["path"]; ValueError, in one line, if there is none or if it does not fit the other fields."""
     transforms.check_sizes(data_cfg)
@@ -126,13 +143,12 @@ def batches(
     seed: int,
     start_step: int,
     split: str = "train",
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """This process's rows of the batches of steps start_step, start_step + 1, ... without end; call `.close()` when done.
+    """`rows` of the batches of steps start_step, start_step + 1, ... without end; call `.close()` when done.
 
-    Every process takes one contiguous slice of the same global batch, so the slices in order of process are that batch for
-    any process_count. Each image appears once an epoch; an epoch may end inside a batch.
+    All that processes read of a step, put in its place, is the same global batch for any number of them. Each image appears once an
+    epoch; an epoch may end inside a batch.
 
     Args:
       data_cfg: path; image_size s; lowres_size r (0: no low-res pair); crop_size (0: whole images); text_length l;
@@ -140,6 +156,7 @@ def batches(
         cache_mib (memory for decoded images in this process or over all its workers; changes no batch).
       seed: of the order and of every random choice, in [0, 2^32).
       start_step: the first step wanted.
+      rows: which rows of each global batch this process reads, in this order; None: all of them.
 
     Yields:
       image uint8 [b s s 3], lowres uint8 [b r r 3] (if lowres_size), text bfloat16 [b l d] padded with zeros,
@@ -149,12 +166,10 @@ def batches(
       ValueError: in one line, for data that is not prepared or does not fit data_cfg, and, when read, for a damaged shard.
     """
     size = data_cfg["batch_size"]
-    if size % process_count:
-        raise ValueError(f"data.batch_size={size} does not divide over {process_count} processes")
     examples = _examples(data_cfg, split)
-    rows = grain.MapDataset.range(len(examples.images))
-    stream = rows.seed(seed).shuffle().repeat().random_map(examples)
-    stream = stream[start_step * size :].batch(size // process_count, drop_remainder=True)[process_index::process_count]
+    stream = grain.MapDataset.range(len(examples.images)).seed(seed).shuffle().repeat().random_map(examples)
+    part = _Part(stream, size, start_step, tuple(range(size) if rows is None else rows))
+    stream = grain.MapDataset.source(part).batch(len(part.rows), drop_remainder=True)
     reader = stream.to_iter_dataset(_READ)
     if data_cfg["workers"]:
         _mark_flags_parsed()

@@ -1,0 +1,130 @@
+"""The roll call before jax.distributed starts, on the coordinator's port: each process says who and where it is, process 0 tells all who is missing.
+
+jax waits for every process too, but when its time is over it ends the process from C++ without a word on who did not come. A message
+is one JSON object on one line: {"index", "count", "host", "about"} to process 0, and {"hosts": [...]} or {"error": ...} back.
+"""
+
+import contextlib
+import json
+import selectors
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+RETRY_S = 0.2  # between two attempts to reach process 0, which may start last
+LONGEST = 4096  # bytes of a message to process 0; whoever sends more is no process of ours
+
+
+def lead(port: int, count: int, about: str, timeout_s: float, name: Callable[[int], str]) -> list[str]:
+    """Process 0's part: waits for the others on `port` of every interface of this host, and returns the hosts' names by process.
+
+    about: what has to be the same everywhere, versions for example. name: how to call a process that did not come.
+
+    Raises ValueError, here and in all that did come, for a process that is missing after `timeout_s` seconds, one that is there twice,
+    and one that knows of another number of processes or differs in `about`.
+    """
+    end = time.monotonic() + timeout_s
+    with contextlib.ExitStack() as opened:
+        server = opened.enter_context(_listen(port))
+        roll = _Roll(opened.enter_context(selectors.DefaultSelector()), opened, count, about)
+        roll.selector.register(server, selectors.EVENT_READ)
+        while len(roll.hosts) < count and not roll.error and (left := end - time.monotonic()) > 0:
+            for key, _ in roll.selector.select(left):
+                roll.accept(server) if key.fileobj is server else roll.read(key.fileobj, key.data)
+        missing = [name(index) for index in range(count) if index not in roll.hosts]
+        if missing and not roll.error:
+            present = ", ".join(f"{index} ({roll.hosts[index]})" for index in sorted(roll.hosts))
+            roll.error = f"{count - len(roll.hosts)} of {count} processes did not report within {timeout_s:g} s: {', '.join(missing)}; there are {present}"
+        answer = {"error": roll.error} if roll.error else {"hosts": [roll.hosts[index] for index in range(count)]}
+        roll.answer(answer)
+    return _hosts(answer)
+
+
+def report(host: str, port: int, index: int, count: int, about: str, timeout_s: float) -> list[str]:
+    """Every other process's part: reports to process 0 at host:port and returns the hosts' names by process. Raises as `lead` does."""
+    me = _line({"index": index, "count": count, "host": socket.gethostname(), "about": about})
+    end, failure = time.monotonic() + timeout_s, "nobody there"
+    while (left := end - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host, port), timeout=min(left, 10)) as connection:
+                connection.sendall(me)
+                connection.settimeout(timeout_s + 10)  # process 0 may have begun to wait just now
+                with connection.makefile("rb") as answers:
+                    return _hosts(json.loads(answers.readline() or b"null"))
+        except OSError as error:
+            failure = error.strerror or str(error)
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError):  # a run that is still going on, or process 0 was stopped
+            failure = "what listens there is not a process 0 that waits for others"
+        time.sleep(min(RETRY_S, max(0.0, end - time.monotonic())))
+    raise ValueError(f"process 0 did not answer at {host}:{port} within {timeout_s:g} s: {failure}")
+
+
+class _Roll:
+    """Who has come so far, with the connections over which they wait."""
+
+    def __init__(self, selector: selectors.BaseSelector, opened: contextlib.ExitStack, count: int, about: str):
+        self.selector, self.error = selector, ""
+        self.hosts = {0: socket.gethostname()}
+        self._opened, self._count, self._about = opened, count, about
+        self._waiting: dict[int, socket.socket] = {}
+
+    def accept(self, server: socket.socket) -> None:
+        connection = self._opened.enter_context(server.accept()[0])
+        connection.setblocking(False)
+        self.selector.register(connection, selectors.EVENT_READ, bytearray())
+
+    def read(self, connection: socket.socket, received: bytearray) -> None:
+        """What has come over a connection: a part of a message, a message, or its end, after which the process may come again."""
+        try:
+            new = connection.recv(LONGEST)
+        except OSError:
+            new = b""
+        received += new
+        if not new or len(received) > LONGEST:
+            self.selector.unregister(connection)
+            connection.close()
+            for index in [index for index, waiting in self._waiting.items() if waiting is connection]:
+                del self._waiting[index], self.hosts[index]
+        elif received.endswith(b"\n"):
+            self._note(connection, received)
+
+    def _note(self, connection: socket.socket, received: bytearray) -> None:
+        try:
+            message = json.loads(received)
+            index, count, host, about = int(message["index"]), int(message["count"]), str(message["host"]), message["about"]
+        except (ValueError, TypeError, KeyError):
+            return  # not one of ours; it gets no answer
+        if count != self._count or not 0 <= index < count:
+            self.error = f"process {index} ({host}) is one of {count} processes, process 0 ({self.hosts[0]}) one of {self._count}"
+        elif index in self.hosts:
+            self.error = f"two processes say that they are process {index}: on {self.hosts[index]} and on {host}"
+        elif about != self._about:
+            self.error = f"process {index} ({host}) runs {about}, process 0 ({self.hosts[0]}) runs {self._about}"
+        self.hosts.setdefault(index, host)
+        self._waiting.setdefault(index, connection)
+        if self._waiting[index] is not connection:
+            connection.sendall(_line({"error": self.error}))
+
+    def answer(self, answer: Mapping[str, Any]) -> None:
+        for connection in self._waiting.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(_line(answer))
+
+
+def _listen(port: int) -> socket.socket:
+    both = socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both, backlog=4096)
+    except OSError as error:
+        raise ValueError(f"process 0 cannot listen on port {port} of {socket.gethostname()}: {error.strerror}; is another run using it?") from error
+
+
+def _hosts(answer: Mapping[str, Any]) -> list[str]:
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return list(answer["hosts"])
+
+
+def _line(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"

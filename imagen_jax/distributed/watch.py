@@ -1,0 +1,215 @@
+"""Who holds the others up: processes of a run tell each other where they are, and each says in its log whom it is waiting for.
+
+A process that is stopped, cut off or slow makes all others wait inside a collective operation, where nothing can be said. So a thread
+publishes what its process is doing, through the key-value store of jax's coordination service, and looks at the others when its own
+process gets no further. A process that ends with an error publishes the error, and the others end with it instead of waiting; one that
+just disappears is given up by jax after `lost_s`, and named here in one last line.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from imagen_jax.distributed import startup
+
+LOST = 75  # exit code (EX_TEMPFAIL) of a process that ends because another one did: nothing is wrong with it, start all again
+FORESEEN = (ValueError, OSError, FloatingPointError)  # errors that are one line; others come with a traceback
+FINISHED = "finished"
+BEATS = 20  # in `lost_s`: how often a process tells where it is
+SIGNS, FAILURES = "imagen_jax/sign/", "imagen_jax/failure/"
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Sign:
+    """What was last heard of a process: its step, what it was doing, its how manieth doing that was, how often it has told, and when that last changed here."""
+
+    step: int
+    doing: str
+    turn: int
+    beat: int
+    heard: float
+
+
+def verdict(signs: Mapping[int, Sign], hosts: Sequence[str], now: float, silent_s: float) -> tuple[list[int], str]:
+    """(processes that hold the others up, in words): the silent ones, else those that have done least, of what all do in the same order.
+
+    A process from which nothing came for `silent_s` is silent, unless it had finished.
+    """
+    name = lambda i: f"process {i} ({hosts[i]})"
+    place = lambda sign: f"at step {sign.step}, {sign.doing}"
+    unheard = [i for i in range(len(hosts)) if i not in signs]
+    silent = [i for i, sign in signs.items() if now - sign.heard >= silent_s and sign.doing != FINISHED]
+    if silent or unheard:
+        last = [f"{name(i)}, silent for {now - signs[i].heard:.0f} s, last {place(signs[i])}" for i in silent]
+        return silent + unheard, "; ".join(last + [f"{name(i)}, which has not begun" for i in unheard])
+    least = min(sign.turn for sign in signs.values())
+    behind = [i for i, sign in signs.items() if sign.turn == least]
+    if len(behind) == len(signs):
+        return [], f"nobody: all {len(hosts)} processes are alive and {place(signs[0])}"
+    return behind, "; ".join(f"{name(i)}, {place(signs[i])}" for i in behind)
+
+
+class Watch:
+    """Around everything that processes do together. Of a process that is alone it wants nothing and does nothing.
+
+    An exception that leaves it is published and ends the process at once, with exit code 2 (1 if it has a traceback; LOST if the cause
+    is another process): an orderly end would wait for the others, who wait for this one.
+    """
+
+    def __init__(self, lost_s: float, store: Any = None, end: Callable[[int], None] = os._exit):
+        """lost_s: as in `startup.start`; who is waited for is logged after half of it. store, end: others are given by tests only."""
+        self._hosts, self._place = startup.hosts(), startup.place()
+        self._several = self._place is not None
+        self._index = self._place.index if self._place else 0
+        self._store, self._end, self._interval, self._lost_s = store, end, lost_s / BEATS, lost_s
+        self._now, self._since, self._patience = (0, 0, "starting"), time.monotonic(), lost_s / 2
+        self._beat = 0
+        self._signs: dict[int, Sign] = {}
+        self._failures: dict[int, str] = {}
+        self._ended, self._leaving = threading.Event(), threading.Event()
+
+    def at(self, step: int, doing: str) -> None:
+        """This process has done `step` steps and now begins `doing`. Cheap. All processes have to call it in the same order."""
+        self._now, self._since, self._patience = (self._now[0] + 1, step, doing), time.monotonic(), self._lost_s / 2
+
+    def __enter__(self) -> "Watch":
+        if self._several:
+            from jax._src.distributed import global_state  # no public way to the store
+
+            self._store = self._store or global_state.client
+            _on_abort(self._last_words)
+            threading.Thread(target=self._run, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self._several and error is not None:
+            self._leave(error)
+        self.at(self._now[1], FINISHED)
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            with contextlib.suppress(RuntimeError):  # the store is gone: jax is about to end this process
+                self._tell()
+                self._look()
+            self._ended.wait(self._interval)
+        with contextlib.suppress(RuntimeError):
+            self._tell()
+
+    def _tell(self) -> None:
+        self._beat += 1
+        turn, step, doing = self._now
+        sign = {"step": step, "doing": doing, "turn": turn, "beat": self._beat}
+        self._store.key_value_set(f"{SIGNS}{self._index}", json.dumps(sign), allow_overwrite=True)
+
+    def _look(self) -> None:
+        """Whether another process has failed, and, if this one has been getting no further for a while, who is behind."""
+        self._failures = {int(key.rpartition("/")[2]): text for key, text in self._store.key_value_dir_get(FAILURES)}
+        others = {i: text for i, text in self._failures.items() if i != self._index}
+        if others and not self._leaving.is_set():
+            # It may have the same reason to fail, and be about to say so itself.
+            if not self._leaving.wait(3 * self._interval) and not self._ended.is_set():
+                self._finish(LOST, f"{others[min(others)]}; this process ends because that one did")
+        waiting = time.monotonic() - self._since
+        if waiting < self._lost_s / 6:
+            self._signs = {}
+            return
+        self._listen()
+        if waiting >= self._patience:
+            self._patience *= 2
+            _, step, doing = self._now
+            _, words = verdict(self._signs, self._hosts, time.monotonic(), self._lost_s / 4)
+            log.warning("step %d, %s for %.0f s, waiting for %s", step, doing, waiting, words)
+
+    def _listen(self) -> None:
+        now = time.monotonic()
+        for key, text in self._store.key_value_dir_get(SIGNS):
+            index, sign = int(key.rpartition("/")[2]), json.loads(text)
+            before = self._signs.get(index)
+            heard = before.heard if before and before.beat == sign["beat"] else now
+            self._signs[index] = Sign(**sign, heard=heard)
+
+    def _leave(self, error: BaseException) -> None:
+        """Says why this process ends, here and to the others, and ends it."""
+        import jax
+
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            reason = self._fault_of_another()  # a collective operation fails when another process goes away
+            if reason:
+                self._leaving.set()
+                self._finish(LOST, reason)
+        self._leaving.set()
+        line = " ".join(str(error).split()) or type(error).__name__
+        foreseen = isinstance(error, FORESEEN)
+        if not foreseen or os.environ.get("IMAGEN_JAX_TRACEBACK"):
+            traceback.print_exception(error)
+        with contextlib.suppress(RuntimeError):
+            text = f"process {self._index} ({self._hosts[self._index]}) failed: {line}"
+            self._store.key_value_set(f"{FAILURES}{self._index}", text, allow_overwrite=True)
+        if self._index == 0:
+            time.sleep(6 * self._interval)  # the store goes with process 0; the others should have read it
+        self._finish(2 if foreseen else 1, line)
+
+    def _fault_of_another(self) -> str:
+        """What another process did that makes an operation fail here, "" if there is no such thing; takes up to a quarter of `lost_s`."""
+        until = time.monotonic() + self._lost_s / 4
+        while time.monotonic() < until:
+            with contextlib.suppress(RuntimeError):
+                self._listen()
+            others = [text for i, text in self._failures.items() if i != self._index]
+            if others:
+                return f"{others[0]}; this process ends because that one did"
+            time.sleep(self._interval / 2)
+        return self._lost(self._lost_s / 6)
+
+    def _lost(self, silent_s: float) -> str:
+        """Names the processes that are silent, or process 0 if it cannot be reached; "" if all are there."""
+        now = time.monotonic()
+        silent, words = verdict(self._signs, self._hosts, now, silent_s) if self._signs else ([], "")
+        if silent and any(now - self._signs[i].heard >= silent_s for i in silent if i in self._signs):
+            return f"lost {words}; start all processes again, the run goes on from its last checkpoint"
+        if self._index and not _reachable(self._place.host, self._place.port):
+            return f"lost process 0 ({self._hosts[0]}), to which all others are connected; start all processes again, the run goes on from its last checkpoint"
+        return ""
+
+    def _last_words(self) -> None:
+        """Called when jax ends this process, which it does from C++ when it has given up another one or process 0 is gone."""
+        failures = [text for i, text in self._failures.items() if i != self._index]
+        reason = failures[0] if failures else self._lost(self._lost_s / 4)
+        if reason:
+            self._finish(LOST, reason)
+
+    def _finish(self, code: int, line: str) -> None:
+        os.write(2, f"error: {line}\n".encode())
+        self._end(code)
+
+
+def _reachable(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+_handlers: list[Any] = []  # kept: C has only their address
+
+
+def _on_abort(say: Callable[[], None]) -> None:
+    """Calls `say` when this process is aborted. Python's own handlers run between two bytecodes, too late for abort(); libc's run at once."""
+    libc = ctypes.CDLL(None)
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, kind], ctypes.c_void_p
+    _handlers.append(kind(lambda number: say()))
+    libc.signal(signal.SIGABRT, _handlers[-1])

@@ -1,0 +1,85 @@
+"""Whether the copies of the state agree: what several devices hold of it has to be the same on all of them, bit for bit.
+
+Every step computes each copy anew from the same numbers, so a copy that differs is a fault of a device, its memory or a program, and it
+stays: it spoils the gradients of all from then on. What no other device holds (a state sharded over all of them) cannot be compared.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jaxtyping import Array, UInt32
+
+from imagen_jax.distributed import startup
+from imagen_jax.sharding import AXES, path_name
+
+
+class Drift(ValueError):
+    """Copies of the state that differ. Raised in all processes alike."""
+
+
+def digest(x: Array) -> UInt32[Array, ""]:
+    """A number that depends on every bit of `x` and on where it is. Sums modulo 2^32, so it is the same in whatever order it is computed."""
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32).reshape(-1)
+    h = bits + jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(0x9E3779B9)  # the golden ratio in 32 bits: no two places alike
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)  # then the finalizer of MurmurHash3, so that no change cancels another
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+
+
+class Replicas:
+    """Compares the copies of a state that is sharded over `mesh` as `shardings` says."""
+
+    def __init__(self, mesh: Mesh, abstract: Any, shardings: Any):
+        """abstract: the state's shapes. `compared` is the share of its bytes that have a copy, from 0 to 1."""
+        self._mesh = mesh
+        self._names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)]
+        self._specs = [sharding.spec for sharding in jax.tree.leaves(shardings)]
+        sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
+        self.compared = sum(size for size, spec in zip(sizes, self._specs) if self._copies(spec)) / sum(sizes)
+        each = lambda state: jnp.stack([digest(leaf) for leaf in jax.tree.leaves(state)])[None]
+        specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+        mapped = jax.shard_map(each, mesh=mesh, in_specs=(specs,), out_specs=P(AXES), check_vma=False)
+        self._table = jax.jit(mapped, out_shardings=NamedSharding(mesh, P()))  # [devices, leaves], the same everywhere
+
+    def check(self, state: Any, step: int) -> None:
+        """Waits for `state` and raises Drift if copies of it differ, naming the first such leaf, how many there are, and whose differ."""
+        if not self.compared:
+            return
+        table = np.asarray(jax.device_get(self._table(state)))
+        odd = {name: devices for i, name in enumerate(self._names) if (devices := self._odd(table[:, i], self._specs[i]))}
+        if not odd:
+            return
+        name, devices = next(iter(odd.items()))
+        hosts = startup.hosts()
+        processes = sorted({device.process_index for device in devices})
+        where = ", ".join(f"process {i}" + (f" ({hosts[i]})" if hosts else "") for i in processes)
+        more = f" and {len(odd) - 1} more parts" if len(odd) > 1 else ""
+        raise Drift(
+            f"after step {step} the copies of {name}{more} differ: on {where}, devices {', '.join(str(device.id) for device in devices)}. "
+            "A device or its memory is faulty; nothing was saved since: start again from the last checkpoint without that host"
+        )
+
+    def _copies(self, spec: P) -> list[int]:
+        """Axes of the mesh over which an array of this PartitionSpec is copied."""
+        used = {axis for part in spec for axis in (part if isinstance(part, tuple) else (part,))}
+        return [i for i, axis in enumerate(AXES) if axis not in used and self._mesh.shape[axis] > 1]
+
+    def _odd(self, digests: UInt32[np.ndarray, "devices"], spec: P) -> list[jax.Device]:
+        """Devices whose shard is not what most of its copies are; all of its copies if there is no majority."""
+        axes = self._copies(spec)
+        shape = tuple(self._mesh.shape.values())
+        copies = math.prod(shape[i] for i in axes)
+        together = lambda flat: np.moveaxis(flat.reshape(shape), axes, range(-len(axes), 0)).reshape(-1, copies) if axes else flat.reshape(-1, 1)
+        odd = []
+        for values, devices in zip(together(digests), together(self._mesh.devices.reshape(-1))):
+            found, counts = np.unique(values, return_counts=True)
+            if len(found) > 1:
+                most = found[counts.argmax()] if counts.max() * 2 > copies else None
+                odd += [device for value, device in zip(values, devices) if value != most]
+        return odd
