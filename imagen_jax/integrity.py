@@ -14,6 +14,7 @@ from typing import Any
 
 CHECKSUMS = "SHA256SUMS"
 LOCK = "lock"
+LOOKS = 10  # `is_kept` has the lock for an instant, so one look does not tell
 HASH_THREADS = 4  # hashlib releases the interpreter; one thread does about 1.2 GB/s where the CPU has SHA instructions
 
 
@@ -36,10 +37,12 @@ def only_process(directory: Path, doing: str) -> Iterator[None]:
     """Keeps `directory`, which is made, to this process; the lock goes with the process, however it ends. ValueError if another has it."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / LOCK, "w") as file:
-        if not _lock(file, fcntl.LOCK_EX):
-            time.sleep(0.1)  # it may have been `is_kept`, which has it for an instant
-            if not _lock(file, fcntl.LOCK_EX):
-                raise ValueError(f"another process is {doing} {directory}")
+        for _ in range(LOOKS):
+            if _lock(file, fcntl.LOCK_EX):
+                break
+            time.sleep(0.02)
+        else:
+            raise ValueError(f"another process is {doing} {directory}")
         yield
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from imagen_jax import cli
 from launch import places
-from launch.job import Job, in_bucket, inside_checkout, name_of, read_config
+from launch.job import Job, in_bucket, inside_checkout, name_of, read_config, shell
 
 
 @dataclasses.dataclass
@@ -34,7 +34,10 @@ class Stage:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         jobs, options = read(sys.argv[1:] if argv is None else argv)
-        return places.start(jobs, options)
+        code = places.start(jobs, options)
+        if options.where not in places.WATCHED and not options.dry_run:
+            print(f"how far they are: python -m launch.status {shell([job.workdir for job in jobs])}")
+        return code
     except KeyboardInterrupt:
         return cli.fail("interrupted, the same command continues", 130)
     except (ValueError, OSError) as error:
@@ -47,7 +50,7 @@ def read(argv: Sequence[str]) -> tuple[list[Job], argparse.Namespace]:
     parser.add_argument("--workdir", required=True, help="of the run, a directory or gs://BUCKET/PATH; with --stage, of all, each in WORKDIR/STAGE")
     parser.add_argument("--config", default="", help="config of a training, FILE.py or FILE.py:ARG")
     parser.add_argument("--stage", action="append", default=[], metavar="NAME=CONFIG", help="one of several trainings side by side; may be repeated")
-    places.define_options(parser, default=None)
+    places.define_options(parser, required=True)
     before, _, after = _split(list(argv))
     options, rest = parser.parse_known_args(before)
     if bool(options.config) + bool(options.stage) + bool(after and not after[0].startswith("-")) != 1:

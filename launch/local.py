@@ -108,7 +108,7 @@ class Group:
         """None while a process runs, else the exit code: that of the first process that failed, negative if a signal ended it."""
         codes = [process.poll() for process in self._processes]
         ended = [code for code in codes if code is not None]
-        failed = [code for code in ended if code]
+        failed = sorted(code for code in ended if code)  # of two at once, the one that a signal ended: the other only noticed
         if ended and self._first in (None, 0) and (self._first is None or failed):
             self._first = failed[0] if failed else 0
             self._deadline = time.monotonic() + (GRACE_S if failed else END_S)

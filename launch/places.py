@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from launch import gke, local, sky, slurm, status, tpu_pod
-from launch.job import Job, check_secrets, environment_of, in_bucket, shell
+from launch.job import Job, check_secrets, environment_of, in_bucket
 
 PLACES: dict[str, ModuleType] = {"local": local, "tpu": tpu_pod, "gke": gke, "slurm": slurm, "sky": sky}
 WATCHED = ("local", "tpu")  # the launcher stays until the job has ended; the others hand it over
 RETRIES = 3
 
 
-def define_options(parser: argparse.ArgumentParser, default: str | None) -> None:
-    """`default`: the place, if it need not be given."""
-    parser.add_argument("--where", choices=list(PLACES), default=default, required=default is None, help="this machine, Cloud TPU, GKE, SLURM or SkyPilot")
+def define_options(parser: argparse.ArgumentParser, required: bool) -> None:
+    """`required`: whether the place must be given."""
+    parser.add_argument("--where", choices=list(PLACES), required=required, help="this machine, Cloud TPU, GKE, SLURM or SkyPilot")
     parser.add_argument("--topology", default="", help="machines of a job: v5e:16x16, 2xv5p:4x4x8, v4-512 (cores), h100:4x8 (nodes x GPUs)")
     parser.add_argument("--setup", default="", help="shell commands on every machine before the job; default: on bare machines what installs it")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for every process; may be repeated")
@@ -74,9 +74,7 @@ def start(jobs: Sequence[Job], options: argparse.Namespace) -> int:
         return 0
     if options.where in WATCHED:
         return place.run(todo, options)
-    code = place.submit(todo, options)
-    print(f"how far they are: python -m launch.status {shell([job.workdir for job in todo])}")
-    return code
+    return place.submit(todo, options)
 
 
 def standing(job: Job, options: argparse.Namespace) -> tuple[str, str]:

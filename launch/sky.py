@@ -18,7 +18,7 @@ COORDINATOR_PORT = 8476
 TOOL = "pip install 'skypilot[gcp]', or with another cloud in the brackets"
 TASK = "sky.yaml"
 NODES = """\
-export JAX_COORDINATOR_ADDRESS="$(head -n1 <<< "$SKYPILOT_NODE_IPS"):{port}"
+export JAX_COORDINATOR_ADDRESS="${{SKYPILOT_NODE_IPS%%$'\\n'*}}:{port}"
 export JAX_NUM_PROCESSES="$SKYPILOT_NUM_NODES"
 export JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"
 """

@@ -60,6 +60,8 @@ def jobset() -> dict[str, Any]:
     schema = bare(JobsetV1alpha2JobSet.model_json_schema(by_alias=True))
     parts = schema.pop("$defs")
     for name in parts:
+        if "actual_instance" in parts[name].get("properties", {}):  # a quantity, or a number or a string
+            parts[name] = {"type": ["number", "string"]}
         if any(word in name for word in LEFT_OUT) and not any(word in name for word in KEPT):
             parts[name] = {"type": "object"}
     for (name, field), values in ENUMS.items():

@@ -54,7 +54,7 @@ def gcloud(tmp_path, tool, monkeypatch):
 
 def options(where: str, *more: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    places.define_options(parser, default=None)
+    places.define_options(parser, required=True)
     return parser.parse_args(["--where", where, *more])
 
 

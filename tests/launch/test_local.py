@@ -174,6 +174,7 @@ def test_a_killed_launcher_leaves_nothing_running(tmp_path):
     """Wrong: kill -9 of the launcher leaves trainings that nobody looks after, which the next launcher stumbles over."""
     process = launcher(tmp_path, ["wait", "wait"])
     process.kill()
+    process.wait()
     wait_for(lambda: all((tmp_path / "run" / f"told_{i}").exists() for i in (0, 1)))
     assert status.read(job(tmp_path / "run")).state == "stopped"
     assert local.run([program(tmp_path, [0, 0])], two()) == 0
