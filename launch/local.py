@@ -199,7 +199,7 @@ class Attempts:
         self._log.close()
 
     def _write(self, line: bytes) -> None:
-        if b"error: " in line:
+        if re.search(rb"[Ee]rror: ", line):
             self._last_error = line.strip()
         for sink in self._sinks:
             sink.write(line)

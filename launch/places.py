@@ -83,7 +83,8 @@ def standing(job: Job, options: argparse.Namespace) -> tuple[str, str]:
     With --dry_run a tool that is not installed, or a cluster that does not answer, is no error: then only the workdir is looked at.
     """
     row = status.read(job)
-    if row.state == "finished" or (row.state == "running" and not (options.where == "tpu" and in_bucket(job.workdir))):
+    guessed = row.state == "running" and in_bucket(job.workdir)  # by how old its newest row is
+    if row.state == "finished" or (row.state == "running" and not guessed):
         return row.state, row.detail
     try:
         found = PLACES[options.where].find(job, options)
@@ -92,6 +93,10 @@ def standing(job: Job, options: argparse.Namespace) -> tuple[str, str]:
             raise
         print(f"# {job.title}: not known whether it runs: {error}")
         found = ""
+    if found == "finished" and job.steps and row.state != "unreadable":
+        found = "ended"  # its files say that steps are left
     if row.state == "unreadable" and not found:
         print(f"# {job.title}: not known how far it is: {row.detail}", flush=True)
+    if guessed and not found and options.where != "tpu":
+        return "running", "it wrote a row minutes ago, though not as a job of this cluster"
     return found, options.where if found else ""

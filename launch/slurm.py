@@ -28,7 +28,7 @@ def define_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--partition", default="")
     group.add_argument("--account", default="")
     group.add_argument("--time", default="", help="limit of one run of the job, as sbatch takes it; the job is queued again when it is over")
-    group.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other option of sbatch, such as --sbatch=constraint=h100; may be repeated")
+    group.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other of sbatch, such as --sbatch=qos=high")
 
 
 def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from imagen_jax.integrity import is_kept, write_json
 from imagen_jax.metrics import METRICS
 from launch.job import Job, ask, in_bucket, name_of
 
-RECORD = "launch.json"  # what a launcher last did: {"where", "name", "state", "detail", "attempt", "time"}
+RECORD = "launch.json"  # what a launcher last did: {"where", "name", "state", "detail", "attempt", "steps", "time"}
 TAIL_BYTES = 65_536  # of metrics.jsonl: enough rows for the rate
 RATE_ROWS = 10
 SILENT_S = 600.0  # a training in a bucket whose newest row is older is not called running
@@ -100,11 +100,13 @@ def read(job: Job) -> Row:
         checkpoint = max(place.checkpoints(), default=-1)
         recorded = _record(job)
         launching = is_kept(job.record) and recorded.get("state") in ("running", "preempted", "waiting")
-        held = launching or (place.age() < SILENT_S if in_bucket(job.workdir) else is_kept(Path(job.workdir)))
+        # Another machine's lock may not be seen here; then a row that was written just now tells.
+        elsewhere = in_bucket(job.workdir) or recorded.get("state") == "submitted"
+        held = launching or (not in_bucket(job.workdir) and is_kept(Path(job.workdir))) or (elsewhere and place.age() < SILENT_S)
     except ValueError as error:
         return Row(job.title, "unreadable", detail=str(error))
     last = rows[-1] if rows else {}
-    steps = job.steps or config.get("train", {}).get("steps", 0)
+    steps = job.steps or recorded.get("steps") or config.get("train", {}).get("steps", 0)
     rates = [row["time/images_per_s"] for row in rows[-RATE_ROWS:] if "time/images_per_s" in row]
     rate = sum(rates) / len(rates) if rates else math.nan
     batch = config.get("data", {}).get("batch_size", 0)
@@ -122,7 +124,7 @@ def read(job: Job) -> Row:
 
 def record(job: Job, where: str, state: str, detail: str = "", attempt: int = 0) -> None:
     """Writes down what a launcher does, for `read`."""
-    write_json(job.record / RECORD, {"where": where, "name": job.name, "state": state, "detail": detail, "attempt": attempt, "time": time.time()})
+    write_json(job.record / RECORD, {"where": where, "name": job.name, "state": state, "detail": detail, "attempt": attempt, "steps": job.steps, "time": time.time()})
 
 
 def _record(job: Job) -> dict[str, Any]:

@@ -50,11 +50,16 @@ exit "$(cat exit 2> /dev/null || echo 1)"
 # gcsfuse gives the directories of a bucket to programs that know only files (docs.cloud.google.com/storage/docs/cloud-storage-fuse).
 GCSFUSE = """\
 if ! command -v gcsfuse > /dev/null; then
-  echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
-  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null
+  source=https://packages.cloud.google.com/apt key=/usr/share/keyrings/cloud.google.asc
+  curl -fsS $source/doc/apt-key.gpg | sudo tee $key > /dev/null
+  echo "deb [signed-by=$key] $source gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
   sudo apt-get update -qq && sudo apt-get install -qq -y gcsfuse
 fi
-"""
+mount_bucket() {
+  mountpoint -q MOUNT/$1 && return
+  sudo mkdir -p MOUNT/$1 && sudo chown $USER MOUNT/$1 && gcsfuse --implicit-dirs $1 MOUNT/$1 9>&-  # it must not keep the lock of watch.sh
+}
+""".replace("MOUNT", MOUNT)
 
 
 def define_options(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +119,6 @@ class Gcloud:
 
 def run_script(job: Job) -> str:
     """What every worker runs, in ~/NAME: unpacks the code, mounts the buckets, sets up, runs; the exit code goes to the file `exit`."""
-    mounts = [f"mountpoint -q {MOUNT}/{bucket} || {{ sudo mkdir -p {MOUNT}/{bucket} && sudo chown $USER {MOUNT}/{bucket} && gcsfuse --implicit-dirs {bucket} {MOUNT}/{bucket} 9>&-; }}" for bucket in job.buckets]
     lines = [
         "#!/bin/bash",
         'here="$PWD"',
@@ -123,7 +127,7 @@ def run_script(job: Job) -> str:
         *exports(job.environment),
         "if [ -f secrets.sh ]; then . ./secrets.sh; fi",
         "mkdir -p code && tar -xzf code.tar.gz -C code && cd code",
-        *([GCSFUSE.rstrip(), *mounts] if job.buckets else []),
+        *([GCSFUSE.rstrip(), *(f"mount_bucket {bucket}" for bucket in job.buckets)] if job.buckets else []),
         job.install.rstrip(),
         f'export PATH="$HOME/{ENVIRONMENT}/bin:$PATH"',
         shell(job.command("python")),
@@ -195,11 +199,12 @@ def supervise(job: Job, options: argparse.Namespace, poll_s: float = POLL_S) -> 
             if options.keep:
                 print(f"{job.title}: its queued resource is kept, and costs money until {shell(cloud.delete())}")
             else:
-                refuse(ask(cloud.delete(), TOOL), "deleting the queued resource")
+                _delete(cloud)
             return {"finished": 0, "refused": USAGE_ERROR}.get(outcome, 1)
-        _say(job, "preempted" if outcome == "preempted" else "waiting", f"{why}; {preemptions} preemptions, {failures} of {job.retries + 1} failures", failures + preemptions)
+        counted = f"{why}; {preemptions} preemptions, {failures} of {job.retries + 1} failures"
+        _say(job, "preempted" if outcome == "preempted" else "waiting", counted, failures + preemptions)
         if outcome != "crashed":
-            refuse(ask(cloud.delete(), TOOL), "deleting the queued resource")
+            _delete(cloud)
 
 
 def _attempt(job: Job, cloud: Gcloud, poll_s: float) -> tuple[str, str]:
@@ -208,7 +213,9 @@ def _attempt(job: Job, cloud: Gcloud, poll_s: float) -> tuple[str, str]:
     finished; refused: the command will never do; crashed: it may the next time, on the same machines; preempted: the machines are gone;
     not served: they never came.
     """
-    if not _state(cloud)[0]:
+    while (state := _state(cloud)[0]) == "DELETING":  # an earlier one of this name
+        time.sleep(poll_s)
+    if not state:
         done = ask(cloud.create(), TOOL)
         if "ALREADY_EXISTS" not in done.stderr:  # another launcher was faster
             refuse(done, "gcloud could not create the queued resource:")
@@ -239,6 +246,12 @@ def _wait(job: Job, cloud: Gcloud, poll_s: float) -> tuple[str, str]:
             _say(job, "waiting", f"queued resource {state}")
             shown = state
         time.sleep(poll_s)
+
+
+def _delete(cloud: Gcloud) -> None:
+    done = ask(cloud.delete(), TOOL)
+    if "NOT_FOUND" not in done.stderr:
+        refuse(done, "gcloud could not delete the queued resource:")
 
 
 def _state(cloud: Gcloud) -> tuple[str, str]:

@@ -147,8 +147,8 @@ def test_dry_run_starts_nothing_and_shows_no_secret(where, monkeypatch, capsys, 
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     workdir = str(tmp_path / "r") if where in ("local", "slurm") else "gs://b/r"
     topology = {"local": [], "slurm": ["--topology=h100:2x8"]}.get(where, ["--topology=v5e:4x4"])
-    argv = [f"--where={where}", f"--workdir={workdir}", *topology, "--zone=z", "--image=i", "--secret=HF_TOKEN", f"--config={CONFIG}", "--config.data.path=/d", "--dry-run"]
-    assert command_line.main(argv) == 0
+    argv = [f"--where={where}", f"--workdir={workdir}", *topology, "--zone=z", "--image=i", f"--config={CONFIG}", "--config.data.path=/d"]
+    assert command_line.main([*argv, "--secret=HF_TOKEN", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "imagen_jax.train" in out and "hf_secret" not in out and not (tmp_path / "r").exists()
 

@@ -66,7 +66,7 @@ def two(*more: str):
 
 
 def test_processes_are_told_their_place(tmp_path, capfdbinary, monkeypatch):
-    """Wrong: an address that another host could reach or that differs, numbers in the wrong order, flags of the parent that give other devices, output nobody can tell apart."""
+    """Wrong: an address that others can reach, or that differs; the parent's flags, which give other devices; output nobody can tell apart."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_enable_fast_math=false")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "7")
     assert local.run([program(tmp_path, [0, 0])], two()) == 0
@@ -134,8 +134,14 @@ def test_jobs_side_by_side_do_not_end_one_another(tmp_path, capfd):
 def launcher(tmp_path: Path, *attempts: list) -> subprocess.Popen:
     """A launcher in a process of its own, whose processes are ready."""
     made = program(tmp_path, *attempts)
-    source = f"import sys; from launch import local; from tests.launch.conftest import job, options; sys.exit(local.run([job({made.workdir!r}, arguments={made.arguments!r})], options('local', '--processes=2', '--devices=1')))"
-    process = subprocess.Popen([sys.executable, "-c", source], cwd=tiny.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": str(tiny.ROOT)})
+    source = f"""
+import sys
+from launch import local
+from tests.launch.conftest import job, options
+sys.exit(local.run([job({made.workdir!r}, arguments={made.arguments!r})], options("local", "--processes=2", "--devices=1")))
+"""
+    environment = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", source], cwd=tiny.ROOT, stdout=subprocess.DEVNULL, env=environment)
     wait_for(lambda: all((tmp_path / "run" / f"ready_{i}").exists() for i in (0, 1)))
     return process
 

@@ -118,13 +118,14 @@ def test_pods_have_the_buckets_and_the_secrets_by_name(monkeypatch):
 
 def test_jobsets_are_created_once(tool, tmp_path, monkeypatch, capsys):
     """Wrong: a run that is going on is created again or deleted; one that failed is not started again; apply, which changes a running one."""
-    tool("kubectl", f"import sys; open({str(tmp_path / 'calls')!r}, 'a').write(' '.join(sys.argv[1:3]) + ' '); print(open({str(tmp_path / 'answer')!r}).read() if sys.argv[1] == 'get' else '')")
+    calls, answer = tmp_path / "calls", tmp_path / "answer"
+    tool("kubectl", f"import sys; open({str(calls)!r}, 'a').write(sys.argv[1] + ' '); print(open({str(answer)!r}).read() if sys.argv[1] == 'get' else '')")
     made, given = bucket_job("v5e:4x4", secrets=()), options("gke", "--image=i")
-    for status_, calls in {None: "get jobset get jobset create --filename=- ", "": "get jobset ", "Completed": "get jobset ", "Failed": "get jobset get jobset delete jobset create --filename=- "}.items():
-        (tmp_path / "answer").write_text("" if status_ is None else json.dumps({"status": {"terminalState": status_}}))
-        (tmp_path / "calls").write_text("")
+    for state, expected in {None: "get get create ", "": "get ", "Completed": "get ", "Failed": "get get delete create "}.items():
+        answer.write_text("" if state is None else json.dumps({"status": {"terminalState": state}}))
+        calls.write_text("")
         assert places.start([made], given) == 0
-        assert (tmp_path / "calls").read_text() == calls, status_
+        assert calls.read_text() == expected, state
 
 
 @pytest.mark.parametrize("topology, nodes, accelerators", [("v5e:4x4", 1, "tpu-v5litepod-16:1"), ("h100:4x8", 4, "H100:8")])
@@ -146,14 +147,15 @@ def test_a_sky_task(topology, nodes, accelerators, monkeypatch):
 def test_sky_jobs_are_submitted_once(tool, tmp_path, monkeypatch):
     """Wrong: a job that is being recovered is taken for none; a job of another name for this one; a secret's value on the command line."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    tool("sky", f"import sys; print('Fetching ...', open({str(tmp_path / 'answer')!r}).read() if sys.argv[2] == 'queue' else open({str(tmp_path / 'calls')!r}, 'a').write(' '.join(sys.argv[1:])))")
+    calls, answer = tmp_path / "calls", tmp_path / "answer"
+    tool("sky", f"import sys; queue = sys.argv[2] == 'queue'; print('Fetching', open({str(answer)!r}).read() if queue else open({str(calls)!r}, 'a').write(' '.join(sys.argv)))")
     made, given = bucket_job("v5e:4x4"), options("sky")
-    for found, submitted in {"run-1": False, "run-2": True}.items():
-        (tmp_path / "answer").write_text(json.dumps([{"job_name": found, "status": "RECOVERING"}]))
-        (tmp_path / "calls").write_text("")
+    for found, starts in {"run-1": False, "run-2": True}.items():
+        answer.write_text(json.dumps([{"job_name": found, "status": "RECOVERING"}]))
+        calls.write_text("")
         assert places.start([made], given) == 0
-        assert ("jobs launch --yes --detach-run --secret HF_TOKEN" in (tmp_path / "calls").read_text()) == submitted
-        assert "hf_secret" not in (tmp_path / "calls").read_text()
+        assert ("jobs launch --yes --detach-run --secret HF_TOKEN" in calls.read_text()) == starts
+        assert "hf_secret" not in calls.read_text()
 
 
 @pytest.fixture
@@ -173,7 +175,8 @@ import os, signal, sys, time
 def told(*_):
     print("saved", flush=True)
     sys.exit(0)
-print("task", os.environ["SLURM_PROCID"], "of", os.environ["SLURM_NTASKS"], "on", os.environ["SLURM_STEP_NODELIST"], os.environ["JAX_LOCAL_DEVICE_IDS"], os.environ["WORD"], sys.argv[1], flush=True)
+told_us = [os.environ[name] for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NODELIST", "JAX_LOCAL_DEVICE_IDS", "WORD")]
+print("task {} of {} on {} {} {}".format(*told_us), sys.argv[1], flush=True)
 if os.environ["SLURM_RESTART_COUNT"] != "0" and sys.argv[2] != "mistake":
     sys.exit(0)
 signal.signal(signal.SIGTERM, told)

@@ -88,7 +88,8 @@ def test_spans(seconds, text):
 
 def test_looking_does_not_disturb(tmp_path):
     """Wrong: whoever looks whether a run is going on keeps it, for that instant, from starting."""
-    looking = subprocess.Popen([sys.executable, "-c", "import sys, pathlib; from imagen_jax import integrity; import time\nwhile True: integrity.is_kept(pathlib.Path(sys.argv[1])); time.sleep(0.001)", str(tmp_path)])
+    source = "import sys, time; from pathlib import Path; from imagen_jax import integrity\nwhile True: integrity.is_kept(Path(sys.argv[1])); time.sleep(0.001)"
+    looking = subprocess.Popen([sys.executable, "-c", source, str(tmp_path)])
     try:
         end = time.monotonic() + 1
         while time.monotonic() < end:

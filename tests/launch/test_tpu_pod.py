@@ -58,7 +58,7 @@ def calls(cloud, word: str) -> list[list[str]]:
 
 
 def test_waits_runs_on_every_worker_and_gives_the_machines_back(tmp_path, gcloud, checkout, capfd, monkeypatch):
-    """Wrong: starts before the machines are there; misses a slice or a worker; arguments lose their quotes; machines are left behind, costing money; a secret is printed."""
+    """Wrong: starts before the machines are there; misses a worker; arguments lose their quotes; machines are left behind; a secret is shown."""
     monkeypatch.setenv("HF_TOKEN", "hf_'secret")
     cloud = gcloud(ACTIVE)
     assert tpu_pod.supervise(counting(tmp_path, "0", "2xv5e:4x4", secrets=("HF_TOKEN",)), options("tpu", *OPTIONS), poll_s=0) == 0
