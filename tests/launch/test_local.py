@@ -47,7 +47,6 @@ sys.exit(do)
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     monkeypatch.setattr(local, "GRACE_S", 1.0)
-    monkeypatch.setattr(local, "END_S", 1.0)
 
 
 def program(tmp_path: Path, *attempts: list, name: str = "run", **fields):
@@ -108,8 +107,9 @@ def test_failures_are_repeated_so_often_and_mistakes_never(tmp_path):
     assert (row.state, row.detail) == ("failed", "exit code 2; error: a field is wrong")
 
 
-def test_a_process_that_never_ends_does_not_hold_the_others(tmp_path):
+def test_a_process_that_never_ends_does_not_hold_the_others(tmp_path, monkeypatch):
     """Wrong: one process has ended in order, another hangs, and nobody is told."""
+    monkeypatch.setattr(local, "END_S", 1.0)
     assert local.run([program(tmp_path, [0, "stubborn"], retries=0)], two()) == 1
 
 
