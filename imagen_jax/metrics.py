@@ -163,14 +163,14 @@ class StepClock:
 class Progress:
     """How far along: a bar on a terminal, elsewhere one plain line every `interval_s` seconds and at the end. A context manager."""
 
-    def __init__(self, name: str, total: int, start: int = 0, interval_s: float = 10.0, stream: io.TextIOBase | None = None):
-        """`start` of `total` are done already, and do not count for the rate. `stream`: standard error if None."""
+    def __init__(self, name: str, total: int, start: int = 0, interval_s: float = 10.0, stream: io.TextIOBase | None = None, quiet: bool = False):
+        """`start` of `total` are done already, and do not count for the rate. `stream`: standard error if None. quiet: shows nothing."""
         self._name, self._total, self._first, self._interval_s = name, total, start, interval_s
         self._stream = sys.stderr if stream is None else stream
         self._shown: dict[str, str] = {}
         self._began = self._printed = time.monotonic()
-        self._bar = None
-        if self._stream.isatty():
+        self._bar, self._quiet = None, quiet
+        if self._stream.isatty() and not quiet:
             from tqdm import tqdm
 
             self._bar = tqdm(desc=name, total=total, initial=start, file=self._stream, dynamic_ncols=True)
@@ -184,7 +184,7 @@ class Progress:
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
-        if now - self._printed >= self._interval_s or done >= self._total:
+        if not self._quiet and (now - self._printed >= self._interval_s or done >= self._total):
             self._printed = now
             self.note(self._line(done, now - self._began))
 

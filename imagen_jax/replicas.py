@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec as P
 from jaxtyping import Array, UInt32
 
 from imagen_jax.distributed import startup
@@ -42,16 +43,15 @@ class Replicas:
         self._specs = [sharding.spec for sharding in jax.tree.leaves(shardings)]
         sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
         self.compared = sum(size for size, spec in zip(sizes, self._specs) if self._copies(spec)) / sum(sizes)
-        each = lambda state: jnp.stack([digest(leaf) for leaf in jax.tree.leaves(state)])[None]
-        specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
-        mapped = jax.shard_map(each, mesh=mesh, in_specs=(specs,), out_specs=P(AXES), check_vma=False)
-        self._table = jax.jit(mapped, out_shardings=NamedSharding(mesh, P()))  # [devices, leaves], the same everywhere
+        each = lambda spec: jax.shard_map(lambda x: digest(x)[None], mesh=mesh, in_specs=spec, out_specs=P(AXES), check_vma=False)
+        # A program for each shape and placement: one for all leaves would take minutes to compile for a large network.
+        self._digest = {spec: jax.jit(each(spec)) for spec in self._specs}
 
     def check(self, state: Any, step: int) -> None:
         """Waits for `state` and raises Drift if copies of it differ, naming the first such leaf, how many there are, and whose differ."""
         if not self.compared:
             return
-        table = np.asarray(jax.device_get(self._table(state)))
+        table = self._table(state)
         odd = {name: devices for i, name in enumerate(self._names) if (devices := self._odd(table[:, i], self._specs[i]))}
         if not odd:
             return
@@ -59,11 +59,24 @@ class Replicas:
         hosts = startup.hosts()
         processes = sorted({device.process_index for device in devices})
         where = ", ".join(f"process {i}" + (f" ({hosts[i]})" if hosts else "") for i in processes)
-        more = f" and {len(odd) - 1} more parts" if len(odd) > 1 else ""
+        more = f" and of {len(odd) - 1} more arrays" if len(odd) > 1 else ""
         raise Drift(
             f"after step {step} the copies of {name}{more} differ: on {where}, devices {', '.join(str(device.id) for device in devices)}. "
             "A device or its memory is faulty; nothing was saved since: start again from the last checkpoint without that host"
         )
+
+    def _table(self, state: Any) -> UInt32[np.ndarray, "devices leaves"]:
+        """The digest of each leaf's shard on each device of the mesh, in the mesh's order; every process gets all."""
+        digests = [self._digest[spec](leaf) for spec, leaf in zip(self._specs, jax.tree.leaves(state))]
+        shards = [{shard.device: shard.data for shard in array.addressable_shards} for array in digests]
+        here = [i for i, device in enumerate(self._mesh.devices.flat) if device.process_index == jax.process_index()]
+        values = jax.device_get([[by_device[self._mesh.devices.flat[i]] for by_device in shards] for i in here])
+        rows = np.asarray(values, np.uint32).reshape(len(here), len(self._names))
+        if jax.process_count() > 1:
+            here, rows = multihost_utils.process_allgather((np.asarray(here), rows), tiled=True)
+        table = np.empty_like(rows)
+        table[here] = rows
+        return table
 
     def _copies(self, spec: P) -> list[int]:
         """Axes of the mesh over which an array of this PartitionSpec is copied."""

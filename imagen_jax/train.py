@@ -3,6 +3,8 @@
     python -m imagen_jax.train --config configs/base_64.py:demo --config.data.path=PREPARED --workdir WORKDIR
 
 The same command again resumes: the run goes on from its newest intact checkpoint as if it had never stopped. SIGTERM saves and exits.
+On several hosts the same command runs on each, with the same WORKDIR on a file system they share (see imagen_jax/distributed/startup.py);
+a signal to any of them stops all after the same step. The exit code is 75 where nothing was wrong but with another process.
 """
 
 import collections
@@ -10,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import signal
 import time
 from pathlib import Path
@@ -18,7 +21,9 @@ from typing import Any, Callable, Iterator, Mapping
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli
+from imagen_jax import cli, distributed
+from imagen_jax.distributed import agreement
+from imagen_jax.distributed.watch import Watch
 from imagen_jax.integrity import only_process, write_json
 
 IN_FLIGHT = 2  # steps the device may be behind the host: it never waits for work, and a signal is answered within this many steps
@@ -33,6 +38,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("overfit", 0, "self-test: train this many steps on one batch, saving nothing; fails unless the loss falls to a quarter", lower_bound=0)
     flags.DEFINE_string("profile", "", "FIRST:COUNT, writes a profiler trace of these steps to workdir/profile")
     flags.DEFINE_float("minutes", 0.0, "stop after this long, saving, as if by SIGTERM; 0: no limit")
+    flags.DEFINE_float("host_timeout", 300.0, "seconds to wait at the start for the other processes", lower_bound=1)
+    flags.DEFINE_float("host_lost", 100.0, "seconds without a sign of life until a process is given up; after half of them it is named", lower_bound=4)
     flags.DEFINE_string("init_from", "", "start a new run from these weights: a workdir, a checkpoint, an exported file, or embedded:NAME")
 
 
@@ -45,12 +52,14 @@ def main() -> int:
         raise ValueError("--config is not the config of a stage, such as configs/base_64.py or configs/sr_256.py")
     if not args.config.data.path:
         raise ValueError("--config.data.path is empty: give the directory that imagen_jax.prepare_data made")
-    cli.use_compile_cache()
-    config = json.loads(args.config.to_json())
-    if args.overfit:
-        return overfit(config, args.overfit)
     cli.check_directory("workdir", args.workdir)
-    return train(config, Path(args.workdir), read_profile(args.profile), args.minutes, args.init_from)
+    profile, config = read_profile(args.profile), json.loads(args.config.to_json())
+    cli.use_compile_cache()
+    distributed.start(args.host_timeout, args.host_lost)
+    with Watch(args.host_lost) as watch:
+        if args.overfit:
+            return overfit(config, args.overfit)
+        return train(config, Path(args.workdir), profile, args.minutes, args.init_from, watch)
 
 
 def read_profile(text: str) -> tuple[int, int]:
@@ -61,20 +70,22 @@ def read_profile(text: str) -> tuple[int, int]:
     return int(first), int(count)
 
 
-def train(config: Mapping[str, Any], workdir: Path, profile: tuple[int, int], minutes: float, init_from: str) -> int:
+def train(config: Mapping[str, Any], workdir: Path, profile: tuple[int, int], minutes: float, init_from: str, watch: Watch) -> int:
     """Trains until config["train"]["steps"], a signal or the time limit; 0 if all is saved. `init_from` is where a new run begins."""
     import jax
 
     run = Run.create(config)
+    same = {"config": json.dumps(config), "prepared data": run.meta["manifest_hash"], "--init_from": init_from, "--workdir": str(workdir.absolute())}
+    agreement.check(same)
     with only_process(workdir, "training in") if jax.process_index() == 0 else contextlib.nullcontext():
-        return advance(run, workdir, profile, stop_requests(minutes), init_from)
+        return advance(run, workdir, profile, stop_requests(minutes), init_from, watch)
 
 
-def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[[], bool], init_from: str) -> int:
-    """`train` in a workdir that no other process writes to."""
+def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[[int], bool], init_from: str, watch: Watch) -> int:
+    """`train` in a workdir that no other run writes to. With several processes, all do the same in the same order; process 0 alone writes the record."""
     import jax
 
-    from imagen_jax import checkpoint, metrics, resume
+    from imagen_jax import checkpoint, metrics, replicas, resume
     from imagen_jax.data import pipeline
     from imagen_jax.grids import SampleGrid
 
@@ -82,6 +93,7 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
     total, settings = config["train"]["steps"], config["train"]
 
     # Restore, or begin.
+    watch.at(0, "restoring")
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=settings["keep"])
     newest = checkpoints.latest_good()
     if newest is None:
@@ -98,20 +110,26 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
             return 0
         state, _ = checkpoints.restore(newest, run.program.abstract)
         log.info("resuming from step %d", newest)
-    done = newest or 0
-    write_json(workdir / "config.json", config)
+    done, first = newest or 0, jax.process_index() == 0
+    if first:
+        write_json(workdir / "config.json", config)
 
     # Compile, so that the loop's first step costs what the others do.
+    watch.at(done, "compiling")
     started = time.monotonic()
     step = run.program.lower().compile()
     log.info("step compiled in %.0f s", time.monotonic() - started)
 
-    data = pipeline.batches(config["data"], config["seed"], done, "train", jax.process_index(), jax.process_count())
+    data = pipeline.batches(config["data"], config["seed"], done, "train", run.rows)
     grid = SampleGrid(config, run.program.stage, run.program.mesh) if settings["sample_every"] else None
+    copies = replicas.Replicas(run.program.mesh, run.program.abstract, run.program.shardings)
+    log.info("%.0f %% of the state's bytes are on several devices, and compared before every save", 100 * copies.compared)
 
     def save() -> None:
-        record.settle()  # nothing is saved before every step's metrics were seen to be finite
-        with record.clock.pause():
+        watch.at(done, "saving")
+        record.settle()  # nothing is saved before every step's metrics were seen to be finite, and all copies to agree
+        with record.clock.pause(), jax.transfer_guard("allow"):
+            copies.check(state, done)
             try:
                 checkpoints.wait()
             except checkpoint.CheckpointError as error:  # a full disk now need not end a run that may save later
@@ -119,18 +137,23 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
             checkpoints.save(done, state, run.meta | begun | {"unlogged": record.unlogged})
 
     with (
-        metrics.Progress(config["name"], total, done) as progress,
+        metrics.Progress(config["name"], total, done, quiet=not first) as progress,
         Record(run, workdir, done, unlogged, progress) as record,
-        Profile(workdir / "profile", *profile) as trace,
+        Profile(workdir / "profile", *(profile if first else (0, 0))) as trace,
         jax.transfer_guard("disallow"),
+        finishing(checkpoints),
     ):
-        while done < total and not stop():
+        while done < total and not stop(done):
             trace.before(done)
-            state, step_metrics = step(state, run.place(next(data)))
+            watch.at(done, "reading a batch")
+            batch = run.place(next(data))
+            watch.at(done, "training")
+            state, step_metrics = step(state, batch)
             done += 1
             record.add(done, step_metrics)
             trace.after(done, record.settle)
             if grid and done % settings["sample_every"] == 0:
+                watch.at(done, "drawing samples")
                 record.settle()
                 with record.clock.pause(), jax.transfer_guard("allow"):
                     record.writer.image(done, "ema", grid.draw(state.ema))
@@ -141,6 +164,21 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
     data.close()
     log.info("%s: %d of %d steps done, saved in %s", config["name"], done, total, workdir)
     return 0
+
+
+@contextlib.contextmanager
+def finishing(checkpoints: Any) -> Iterator[None]:
+    """Lets a save that is under way end before an error that all processes have at the same step ends them: a loss that is not finite, copies that differ."""
+    from imagen_jax import checkpoint, replicas
+
+    try:
+        yield
+    except (FloatingPointError, replicas.Drift):
+        try:
+            checkpoints.wait()
+        except checkpoint.CheckpointError as error:
+            log.error("%s", error)
+        raise
 
 
 class Record:
@@ -288,6 +326,13 @@ class Run:
         begun = {name: meta[name] for name in ("step", "which", "sha256")} | {"path": init_from}
         return state.with_params(fresh, params, program.shardings), {"init_from": begun}
 
+    @property
+    def rows(self) -> list[int]:
+        """Which rows of each global batch this process reads."""
+        from imagen_jax.sharding import process_rows
+
+        return process_rows(self.config["data"]["batch_size"], self.program.mesh)
+
     def place(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """What the step reads of a host batch, on the mesh."""
         from imagen_jax.sharding import place_batch
@@ -318,27 +363,48 @@ def describe(run: Run, peak_source: str) -> None:
             log.info("  %-10s %9.2f MiB, %9.2f MiB a device, %3.0f %% sharded", row["part"], row["bytes"] / 2**20, row["bytes_per_device"] / 2**20, 100 * share)
 
 
-def stop_requests(minutes: float) -> Callable[[], bool]:
-    """A function that says whether to stop: after SIGTERM or SIGINT, or when the time is over."""
-    asked = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: asked.append(received))
+def stop_requests(minutes: float) -> Callable[[int], bool]:
+    """A function of the steps done that says whether to stop: after SIGTERM or SIGINT, or when the time is over.
+
+    With several processes it has to be asked by all at every step, and says yes to all at the same: jax tells each of a SIGTERM to one
+    and settles on a step that none has passed. Everything else that stops a run is made a SIGTERM.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    asked, several = [], jax.process_count() > 1
+    terminate = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    note = lambda received, _: asked.append(received)
+    signal.signal(signal.SIGINT, terminate if several else note)
+    if not several:
+        signal.signal(signal.SIGTERM, note)  # with several, jax has its own handler of it
     end = time.monotonic() + 60 * minutes
-    return lambda: bool(asked) or (minutes > 0 and time.monotonic() > end)
+
+    def stop(done: int) -> bool:
+        if not asked and minutes > 0 and time.monotonic() > end:
+            asked.append("minutes")
+            if several:
+                terminate()
+        return multihost_utils.reached_preemption_sync_point(done) if several else bool(asked)
+
+    return stop
 
 
 def report_bad_step(run: Run, workdir: Path, bad: int) -> str:
     """Writes workdir/nonfinite.json with what is needed to look at the step again, and returns the message."""
+    import jax
+
     from imagen_jax.data import pipeline
 
     data = pipeline.batches(run.config["data"], run.config["seed"], bad)
     batch = next(data)
     data.close()
-    record = {"step": bad, "seed": run.config["seed"], "images": batch["index"].tolist(), "captions": batch["caption_id"].tolist()}
-    write_json(workdir / "nonfinite.json", record)
+    found = {"step": bad, "seed": run.config["seed"], "images": batch["index"].tolist(), "captions": batch["caption_id"].tolist()}
+    if jax.process_index() == 0:
+        write_json(workdir / "nonfinite.json", found)
     return (
         f"loss, gradient or update of step {bad} is not finite; the update was skipped and nothing was saved after it. "
-        f"Seed {record['seed']}, images {record['images'][:8]}...: all in {workdir / 'nonfinite.json'}"
+        f"Seed {found['seed']}, images {found['images'][:8]}...: all in {workdir / 'nonfinite.json'}"
     )
 
 
@@ -352,10 +418,10 @@ def overfit(config: Mapping[str, Any], steps: int) -> int:
 
     config = dict(config) | {"optim": dict(config["optim"]) | {"warmup": max(1, steps // 20)}}
     run = Run.create(config)
-    data: Iterator = pipeline.batches(config["data"], config["seed"], 0)
+    data: Iterator = pipeline.batches(config["data"], config["seed"], 0, "train", run.rows)
     batch, state, losses = run.place(next(data)), run.fresh_state()[0], []
     data.close()
-    with metrics.Progress("overfit", steps) as progress:
+    with metrics.Progress("overfit", steps, quiet=jax.process_index() > 0) as progress:
         for i in range(steps):
             state, step_metrics = run.program.step(state, batch)
             losses.append(float(jax.device_get(step_metrics["loss"])))

@@ -74,7 +74,7 @@ class Watch:
         self._index = self._place.index if self._place else 0
         self._store, self._end, self._interval, self._lost_s = store, end, lost_s / BEATS, lost_s
         self._now, self._since, self._patience = (0, 0, "starting"), time.monotonic(), lost_s / 2
-        self._beat = 0
+        self._beat, self._suspicious = 0, False
         self._signs: dict[int, Sign] = {}
         self._failures: dict[int, str] = {}
         self._ended, self._leaving = threading.Event(), threading.Event()
@@ -122,15 +122,16 @@ class Watch:
             if not self._leaving.wait(3 * self._interval) and not self._ended.is_set():
                 self._finish(LOST, f"{others[min(others)]}; this process ends because that one did")
         waiting = time.monotonic() - self._since
-        if waiting < self._lost_s / 6:
+        if waiting < self._lost_s / 6 and not self._suspicious:
             self._signs = {}
             return
         self._listen()
         if waiting >= self._patience:
             self._patience *= 2
             _, step, doing = self._now
-            _, words = verdict(self._signs, self._hosts, time.monotonic(), self._lost_s / 4)
-            log.warning("step %d, %s for %.0f s, waiting for %s", step, doing, waiting, words)
+            behind, words = verdict(self._signs, self._hosts, time.monotonic(), self._lost_s / 4)
+            words = "the others wait for this process" if self._index in behind else f"waiting for {words}"
+            log.warning("step %d, %s for %.0f s, %s", step, doing, waiting, words)
 
     def _listen(self) -> None:
         now = time.monotonic()
@@ -162,16 +163,16 @@ class Watch:
         self._finish(2 if foreseen else 1, line)
 
     def _fault_of_another(self) -> str:
-        """What another process did that makes an operation fail here, "" if there is no such thing; takes up to a quarter of `lost_s`."""
-        until = time.monotonic() + self._lost_s / 4
+        """What another process did that makes an operation fail here, "" if there is no such thing; takes up to a third of `lost_s`."""
+        self._suspicious = True  # the thread listens from now on
+        until = time.monotonic() + self._lost_s / 3
         while time.monotonic() < until:
-            with contextlib.suppress(RuntimeError):
-                self._listen()
             others = [text for i, text in self._failures.items() if i != self._index]
-            if others:
-                return f"{others[0]}; this process ends because that one did"
+            reason = f"{others[0]}; this process ends because that one did" if others else self._lost(self._lost_s / 6)
+            if reason:
+                return reason
             time.sleep(self._interval / 2)
-        return self._lost(self._lost_s / 6)
+        return ""
 
     def _lost(self, silent_s: float) -> str:
         """Names the processes that are silent, or process 0 if it cannot be reached; "" if all are there."""
