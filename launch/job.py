@@ -23,6 +23,7 @@ python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python 3.11 ~/{environment}
 python3 -m uv pip install --quiet --python ~/{environment}/bin/python --editable '.[{extra}]'
 """
+LOST = 75  # the verbs' exit code where nothing is wrong but with another process
 USAGE_ERROR = 2  # the verbs' exit code for what no repetition mends
 
 

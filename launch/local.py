@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from imagen_jax.integrity import only_process
 from launch import status
-from launch.job import USAGE_ERROR, Job, shell
+from launch.job import LOST, USAGE_ERROR, Job, shell
 
 POLL_S = 0.1
 GRACE_S = 10.0  # for the other processes to end when one has failed: they cannot go on without it
@@ -108,7 +108,8 @@ class Group:
         """None while a process runs, else the exit code: that of the first process that failed, negative if a signal ended it."""
         codes = [process.poll() for process in self._processes]
         ended = [code for code in codes if code is not None]
-        failed = sorted(code for code in ended if code)  # of two at once, the one that a signal ended: the other only noticed
+        # Of several at once the cause comes first: what a signal ended, then what failed by itself, then what only noticed.
+        failed = sorted((code for code in ended if code), key=lambda code: (code == LOST, code))
         if ended and self._first in (None, 0) and (self._first is None or failed):
             self._first = failed[0] if failed else 0
             self._deadline = time.monotonic() + (GRACE_S if failed else END_S)

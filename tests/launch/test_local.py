@@ -107,6 +107,13 @@ def test_failures_are_repeated_so_often_and_mistakes_never(tmp_path):
     assert (row.state, row.detail) == ("failed", "exit code 2; error: a field is wrong")
 
 
+def test_the_cause_decides_and_not_who_noticed(tmp_path, monkeypatch):
+    """Wrong: a mistake is repeated because the other process, which ended for want of the first, says that nothing was wrong with it."""
+    monkeypatch.setattr(local, "POLL_S", 3.0)  # both have ended when it looks
+    assert local.run([program(tmp_path, [75, 2])], two()) == 2
+    assert len(told(tmp_path / "run", 0)) == 1
+
+
 def test_a_process_that_never_ends_does_not_hold_the_others(tmp_path, monkeypatch):
     """Wrong: one process has ended in order, another hangs, and nobody is told."""
     monkeypatch.setattr(local, "END_S", 1.0)
