@@ -107,7 +107,9 @@ def _bucket(name: str) -> dict[str, Any]:
 def _environment(job: Job, size: machines.Machines, tpu: bool) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in job.environment.items()]
     found += [{"name": name, "valueFrom": {"secretKeyRef": {"name": SECRET, "key": name}}} for name in job.secrets]
-    if not tpu and size.total > 1:
+    if not tpu and size.total == 1:
+        found.append({"name": "JAX_NUM_PROCESSES", "value": "1"})
+    elif not tpu:
         index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
         found += [
             {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{job.name}-{REPLICATED}-0-0.{job.name}:{COORDINATOR_PORT}"},

@@ -58,11 +58,10 @@ def render(job: Job, options: argparse.Namespace) -> str:
 
 def _variables(options: argparse.Namespace, process: int, port: int | str) -> dict[str, str]:
     """What tells a process its place: the coordinator, which listens on this machine only, and its devices."""
-    found: dict[str, str] = {}
+    found = {"JAX_NUM_PROCESSES": str(options.processes)}  # 1: alone, whatever cluster this machine is in
     if options.processes > 1:
         address = f"127.0.0.1:{port}"
-        found |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address}
-        found |= {"JAX_NUM_PROCESSES": str(options.processes), "JAX_PROCESS_ID": str(process)}
+        found |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address, "JAX_PROCESS_ID": str(process)}
     if options.devices:
         found |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options.devices)}
     return found
@@ -88,7 +87,7 @@ class Group:
         self._deadline = float("inf")
         self._kept = contextlib.ExitStack()
         port = _take_port(self._kept)
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COORDINATOR") and name not in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
+        inherited = {name: value for name, value in os.environ.items() if not re.match("JAX_(COORDINATOR|NUM_PROC|PROCESS)", name)}
         if options.devices:  # an older way to ask for virtual devices, which would say something else
             flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", inherited.get("XLA_FLAGS", "")).strip()
             inherited |= {"XLA_FLAGS": flags}

@@ -49,14 +49,14 @@ def task(job: Job, options: argparse.Namespace) -> dict[str, Any]:
         resources["infra"] = options.infra
     if tpu:
         resources["accelerator_args"] = {"runtime_version": machines.NAMES[job.topology.chip.name].runtime}
-    several = "" if tpu or size.total == 1 else NODES.format(port=COORDINATOR_PORT)
+    place = "" if tpu else NODES.format(port=COORDINATOR_PORT)
     made: dict[str, Any] = {
         "name": job.name,
         "num_nodes": 1 if tpu else size.total,
         "workdir": ".",
         "resources": resources,
         "setup": f"set -e\n{job.install}",
-        "run": f'{several}export PATH="$HOME/{ENVIRONMENT}/bin:$PATH"\nexec {shell(job.command("python"))}\n',
+        "run": f'{place}export PATH="$HOME/{ENVIRONMENT}/bin:$PATH"\nexec {shell(job.command("python"))}\n',
     }
     if job.environment:
         made["envs"] = dict(job.environment)

@@ -1,7 +1,7 @@
 """SLURM, for GPU clusters: one sbatch script, in which srun starts one process a node; several jobs share one allocation side by side.
 
-One process a node, not one a GPU: a host reads its part of each batch once, and `data.workers` means the same as on a TPU host. JAX takes
-its place in the cluster from SLURM's variables; JAX_LOCAL_DEVICE_IDS tells it that all GPUs of the node are its own.
+One process a node, not one a GPU: a host reads its part of each batch once, and `data.workers` means the same as on a TPU host. Each is told
+its place by JAX's own variables, because what JAX makes of SLURM's is one process a GPU.
 
 The job stays in the queue until the training is finished: at its time limit, when preempted, and after a failure (--retries times) it is
 queued again and goes on from its newest checkpoint. `--dependency=singleton` keeps SLURM itself from running two jobs of one name.
@@ -21,6 +21,7 @@ from launch.job import NAME_LENGTH, USAGE_ERROR, Job, ask, exports, in_bucket, r
 SAVE_S = 300  # before the time limit the processes are told to save and end
 TOOL = "run this on a login node of the cluster"
 SCRIPT = "job.sbatch"
+PORTS = range(61_440, 65_536)  # one for each job, by its number, as jax does it
 
 
 def define_options(parser: argparse.ArgumentParser) -> None:
@@ -81,20 +82,24 @@ def _body(jobs: Sequence[Job], sizes: Sequence[machines.Machines]) -> list[str]:
     lines = [
         "set -uo pipefail",
         f"cd {shlex.quote(os.getcwd())}",
-        f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(sizes[0].chips)))}",
+        'nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))',
         "steps=() asked=0",
         "# Near the time limit this shell alone is told. The processes are told by scancel, for srun would kill them before they have saved.",
         "trap 'asked=1; scancel --signal=TERM \"$SLURM_JOB_ID\"' TERM",
     ]
-    if len(jobs) > 1:
-        lines.append('nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))')
     first = 0
     for job, size in zip(jobs, sizes):
-        placed = f" --nodelist=\"$(IFS=,; echo \"${{nodes[*]:{first}:{size.total}}}\")\"" if len(jobs) > 1 else ""
-        lines += ["(", *exports(job.environment), *([f"{{ {job.setup}", f"}} || exit {USAGE_ERROR}"] if job.setup else [])]
-        output = f" > {shlex.quote(str(job.record / 'output.log'))} 2>&1" if len(jobs) > 1 else ""
-        srun = f"srun --nodes={size.total} --ntasks={size.total} --ntasks-per-node=1 --gpus-per-node={size.chips} --cpu-bind=none --kill-on-bad-exit=1 --label{placed}"
-        lines += [f"exec {srun} {shell(job.command(sys.executable))} < /dev/null{output.replace('>', '>>', 1)}", ") &", "steps+=($!)"]
+        lines += ["(", *exports(job.environment), f'export JAX_COORDINATOR_ADDRESS="${{nodes[{first}]}}:$(({PORTS.start} + SLURM_JOB_ID % {len(PORTS)}))"']
+        lines += [f"export JAX_NUM_PROCESSES={size.total}", *([f"{{ {job.setup}", f"}} || exit {USAGE_ERROR}"] if job.setup else [])]
+        placed = f' --nodelist="$(IFS=,; echo "${{nodes[*]:{first}:{size.total}}}")"' if len(jobs) > 1 else ""
+        tasks = f"--nodes={size.total} --ntasks={size.total} --ntasks-per-node=1 --gpus-per-node={size.chips}"
+        output = f" >> {shlex.quote(str(job.record / 'output.log'))} 2>&1" if len(jobs) > 1 else ""
+        lines += [
+            f"exec srun {tasks} --cpu-bind=none --kill-on-bad-exit=1 --label{placed} \\",
+            f"  bash -c 'JAX_PROCESS_ID=$SLURM_PROCID exec \"$@\"' bash {shell(job.command(sys.executable))} < /dev/null{output}",
+            ") &",
+            "steps+=($!)",
+        ]
         first += size.total
     retries = max(job.retries for job in jobs)
     return lines + [
