@@ -1,6 +1,7 @@
-# make demo    pictures from the embedded cascade, then the same cascade trained from scratch (ARGS="--prompt 'a red apple' --minutes 5")
-# make test    the test suite (PYTEST_ARGS="-k sampler")
-# make parity  comparisons with the reference implementations; installs torch
+# make demo       pictures from the embedded cascade, then the same cascade trained from scratch (ARGS="--prompt 'a red apple' --minutes 5")
+# make test       the test suite (PYTEST_ARGS="-k sampler")
+# make test-slow  runs of several processes that are stopped, killed and continued: minutes, on two cores a quarter of an hour
+# make parity     comparisons with the reference implementations; installs torch
 # Each installs what it needs into $(VENV) first. PYTHON is any Python >= 3.11.
 
 PYTHON ?= python3
@@ -12,13 +13,16 @@ PYTEST_ARGS ?=
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test parity clean
+.PHONY: demo test test-slow parity clean
 
 demo: $(VENV)/installed
 	$(RUN) -m imagen_jax.demo $(ARGS)
 
 test: $(VENV)/installed-test
 	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+test-slow: $(VENV)/installed-test
+	$(RUN) -m pytest -q -m slow --durations=0 $(PYTEST_ARGS)
 
 parity: $(VENV)/installed-parity
 	$(RUN) -m pytest -q -m parity $(PYTEST_ARGS)

@@ -42,11 +42,16 @@ def check_batch(rows: int, mesh: Mesh) -> None:
         raise ValueError(f"a batch of {rows} does not divide over data x fsdp = {shards}; use a multiple of {shards}")
 
 
-def process_rows(rows: int, mesh: Mesh) -> list[int]:
-    """Which rows of a batch the devices of this process hold, ascending; others may hold them too, where an image is split over processes."""
+def rows_on(devices: Sequence[jax.Device], rows: int, mesh: Mesh) -> list[int]:
+    """Which rows of a batch these devices hold, ascending. Where an image is split over processes, several hold the same."""
     check_batch(rows, mesh)
-    held = batch_sharding(mesh).addressable_devices_indices_map((rows,))
-    return sorted({row for (part,) in held.values() for row in range(rows)[part]})
+    parts = batch_sharding(mesh).devices_indices_map((rows,))
+    return sorted({row for device in devices for row in range(rows)[parts[device][0]]})
+
+
+def process_rows(rows: int, mesh: Mesh) -> list[int]:
+    """Which rows of a batch this process has to read. They need not be neighbours: a TPU host's devices are a block of the mesh."""
+    return rows_on(mesh.local_devices, rows, mesh)
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:

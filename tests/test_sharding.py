@@ -127,3 +127,18 @@ def test_bytes_table():
     tree = {"params": {"w": jnp.zeros((16, 4)), "b": jnp.zeros(4)}}
     table = sharding.bytes_table(tree, sharding.tree_shardings(tree, mesh, RULES, 8))
     assert table == [{"part": "params", "bytes": 272, "bytes_per_device": 48, "sharded_bytes": 256}]
+
+
+@pytest.mark.parametrize(
+    "sizes, hosts, rows",
+    [
+        (dict(data=2, fsdp=4), [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]]),
+        (dict(data=2, fsdp=4), [[0, 1, 4, 5], [2, 3, 6, 7]], [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]),
+        (dict(data=1, fsdp=2, spatial=4), [[0, 1], [2, 3], [4, 5, 6, 7]], [[*range(8)], [*range(8)], [*range(8, 16)]]),
+    ],
+)
+def test_each_process_reads_the_rows_that_its_devices_hold(sizes, hosts, rows):
+    """Catches: the n-th slice for the n-th process, wrong where its devices are a block of the mesh or share an image with another's."""
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "model": 1, "spatial": 1} | sizes)
+    assert [sharding.rows_on([mesh.devices.flat[i] for i in host], 16, mesh) for host in hosts] == rows
+    assert sharding.process_rows(16, mesh) == list(range(16))

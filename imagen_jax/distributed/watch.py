@@ -25,6 +25,7 @@ from imagen_jax.distributed import startup
 LOST = 75  # exit code (EX_TEMPFAIL) of a process that ends because another one did: nothing is wrong with it, start all again
 FORESEEN = (ValueError, OSError, FloatingPointError)  # errors that are one line; others come with a traceback
 FINISHED = "finished"
+AGAIN = "start all processes again, the run goes on from its last checkpoint"
 BEATS = 20  # in `lost_s`: how often a process tells where it is
 SIGNS, FAILURES = "imagen_jax/sign/", "imagen_jax/failure/"
 log = logging.getLogger(__name__)
@@ -46,18 +47,14 @@ def verdict(signs: Mapping[int, Sign], hosts: Sequence[str], now: float, silent_
 
     A process from which nothing came for `silent_s` is silent, unless it had finished.
     """
-    name = lambda i: f"process {i} ({hosts[i]})"
+    words = lambda i: f"process {i} ({hosts[i]}), " + (f"silent for {now - signs[i].heard:.0f} s, last " if i in silent else "") + place(signs[i])
     place = lambda sign: f"at step {sign.step}, {sign.doing}"
-    unheard = [i for i in range(len(hosts)) if i not in signs]
     silent = [i for i, sign in signs.items() if now - sign.heard >= silent_s and sign.doing != FINISHED]
-    if silent or unheard:
-        last = [f"{name(i)}, silent for {now - signs[i].heard:.0f} s, last {place(signs[i])}" for i in silent]
-        return silent + unheard, "; ".join(last + [f"{name(i)}, which has not begun" for i in unheard])
     least = min(sign.turn for sign in signs.values())
-    behind = [i for i, sign in signs.items() if sign.turn == least]
-    if len(behind) == len(signs):
-        return [], f"nobody: all {len(hosts)} processes are alive and {place(signs[0])}"
-    return behind, "; ".join(f"{name(i)}, {place(signs[i])}" for i in behind)
+    behind = silent or [i for i, sign in signs.items() if sign.turn == least]
+    if len(behind) == len(signs) and not silent:
+        return [], f"nobody: all {len(hosts)} processes are alive and {place(next(iter(signs.values())))}"
+    return behind, "; ".join(words(i) for i in behind)
 
 
 class Watch:
@@ -74,7 +71,7 @@ class Watch:
         self._index = self._place.index if self._place else 0
         self._store, self._end, self._interval, self._lost_s = store, end, lost_s / BEATS, lost_s
         self._now, self._since, self._patience = (0, 0, "starting"), time.monotonic(), lost_s / 2
-        self._beat, self._suspicious = 0, False
+        self._beat = 0
         self._signs: dict[int, Sign] = {}
         self._failures: dict[int, str] = {}
         self._ended, self._leaving = threading.Event(), threading.Event()
@@ -85,18 +82,23 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if self._several:
-            from jax._src.distributed import global_state  # no public way to the store
+            if self._store is None:
+                from jax._src.distributed import global_state  # no public way to the store
 
-            self._store = self._store or global_state.client
+                self._store = global_state.client
             _on_abort(self._last_words)
-            threading.Thread(target=self._run, name="watch", daemon=True).start()
+            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if self._several and error is not None:
+        if not self._several:
+            return
+        if error is not None:
             self._leave(error)
         self.at(self._now[1], FINISHED)
         self._ended.set()
+        self._thread.join(self._interval)
 
     def _run(self) -> None:
         while not self._ended.is_set():
@@ -120,9 +122,9 @@ class Watch:
         if others and not self._leaving.is_set():
             # It may have the same reason to fail, and be about to say so itself.
             if not self._leaving.wait(3 * self._interval) and not self._ended.is_set():
-                self._finish(LOST, f"{others[min(others)]}; this process ends because that one did")
+                self._finish(LOST, others[min(others)], others[min(others)])
         waiting = time.monotonic() - self._since
-        if waiting < self._lost_s / 6 and not self._suspicious:
+        if waiting < self._lost_s / 6 and not self._leaving.is_set():
             self._signs = {}
             return
         self._listen()
@@ -134,64 +136,67 @@ class Watch:
             log.warning("step %d, %s for %.0f s, %s", step, doing, waiting, words)
 
     def _listen(self) -> None:
-        now = time.monotonic()
-        for key, text in self._store.key_value_dir_get(SIGNS):
-            index, sign = int(key.rpartition("/")[2]), json.loads(text)
-            before = self._signs.get(index)
-            heard = before.heard if before and before.beat == sign["beat"] else now
-            self._signs[index] = Sign(**sign, heard=heard)
+        now, before, signs = time.monotonic(), self._signs, {}
+        told = {int(key.rpartition("/")[2]): json.loads(text) for key, text in self._store.key_value_dir_get(SIGNS)}
+        for i in range(len(self._hosts)):
+            sign = told.get(i, {"step": 0, "doing": "starting", "turn": 0, "beat": 0})
+            signs[i] = Sign(**sign, heard=before[i].heard if i in before and before[i].beat == sign["beat"] else now)
+        self._signs = signs
 
     def _leave(self, error: BaseException) -> None:
         """Says why this process ends, here and to the others, and ends it."""
         import jax
 
+        self._leaving.set()
+        line = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, jax.errors.JaxRuntimeError):
             reason = self._fault_of_another()  # a collective operation fails when another process goes away
             if reason:
-                self._leaving.set()
-                self._finish(LOST, reason)
-        self._leaving.set()
-        line = " ".join(str(error).split()) or type(error).__name__
+                log.warning("%s", line)
+                return self._finish(LOST, reason, reason)
         foreseen = isinstance(error, FORESEEN)
         if not foreseen or os.environ.get("IMAGEN_JAX_TRACEBACK"):
             traceback.print_exception(error)
-        with contextlib.suppress(RuntimeError):
-            text = f"process {self._index} ({self._hosts[self._index]}) failed: {line}"
-            self._store.key_value_set(f"{FAILURES}{self._index}", text, allow_overwrite=True)
-        if self._index == 0:
-            time.sleep(6 * self._interval)  # the store goes with process 0; the others should have read it
-        self._finish(2 if foreseen else 1, line)
+        self._finish(2 if foreseen else 1, line, f"process {self._index} ({self._hosts[self._index]}) failed: {line}")
 
     def _fault_of_another(self) -> str:
         """What another process did that makes an operation fail here, "" if there is no such thing; takes up to a third of `lost_s`."""
-        self._suspicious = True  # the thread listens from now on
         until = time.monotonic() + self._lost_s / 3
         while time.monotonic() < until:
             others = [text for i, text in self._failures.items() if i != self._index]
-            reason = f"{others[0]}; this process ends because that one did" if others else self._lost(self._lost_s / 6)
+            reason = others[0] if others else self._lost(self._lost_s / 6)
             if reason:
                 return reason
             time.sleep(self._interval / 2)
         return ""
 
+    def _finish(self, code: int, line: str, told: str) -> None:
+        """Tells the other processes why this one ends and waits, if it is the one that keeps the store, until they know; then ends it."""
+        end = time.monotonic() + 6 * self._interval
+        with contextlib.suppress(RuntimeError):
+            self._store.key_value_set(f"{FAILURES}{self._index}", told, allow_overwrite=True)
+            while self._index == 0 and len(self._store.key_value_dir_get(FAILURES)) < len(self._hosts) and time.monotonic() < end:
+                time.sleep(self._interval / 4)
+        self._die(code, line)
+
     def _lost(self, silent_s: float) -> str:
         """Names the processes that are silent, or process 0 if it cannot be reached; "" if all are there."""
         now = time.monotonic()
-        silent, words = verdict(self._signs, self._hosts, now, silent_s) if self._signs else ([], "")
-        if silent and any(now - self._signs[i].heard >= silent_s for i in silent if i in self._signs):
-            return f"lost {words}; start all processes again, the run goes on from its last checkpoint"
+        signs = {i: sign for i, sign in self._signs.items() if i != self._index}
+        if any(now - sign.heard >= silent_s and sign.doing != FINISHED for sign in signs.values()):
+            return f"lost {verdict(signs, self._hosts, now, silent_s)[1]}; {AGAIN}"
         if self._index and not _reachable(self._place.host, self._place.port):
-            return f"lost process 0 ({self._hosts[0]}), to which all others are connected; start all processes again, the run goes on from its last checkpoint"
+            return f"lost process 0 ({self._hosts[0]}), to which all others are connected; {AGAIN}"
         return ""
 
     def _last_words(self) -> None:
         """Called when jax ends this process, which it does from C++ when it has given up another one or process 0 is gone."""
         failures = [text for i, text in self._failures.items() if i != self._index]
         reason = failures[0] if failures else self._lost(self._lost_s / 4)
-        if reason:
-            self._finish(LOST, reason)
+        if reason and not self._ended.is_set():
+            self._die(LOST, reason)
 
-    def _finish(self, code: int, line: str) -> None:
+    def _die(self, code: int, line: str) -> None:
         os.write(2, f"error: {line}\n".encode())
         self._end(code)
 

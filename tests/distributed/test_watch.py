@@ -1,0 +1,168 @@
+"""Who is said to hold the others up, with a store in this process's memory; processes that really die are in tests/test_multihost.py."""
+
+import json
+import time
+
+import pytest
+
+from imagen_jax.distributed import startup, watch
+from imagen_jax.distributed.watch import Sign, Watch, verdict
+
+HOSTS = ["a", "b", "c"]
+LOST_S = 1.0
+
+
+def signs(**changes):
+    """Three processes that do the same, the last heard of 1 s ago; changes by process: p1=dict(step=3)."""
+    made = {i: Sign(step=5, doing="training", turn=11, beat=7, heard=99.0) for i in range(3)}
+    for name, change in changes.items():
+        for field, value in change.items():
+            setattr(made[int(name[1:])], field, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    "found, behind, words",
+    [
+        (signs(), [], "nobody: all 3 processes are alive and at step 5, training"),
+        (signs(p1=dict(heard=60.0)), [1], "process 1 (b), silent for 40 s, last at step 5, training"),
+        (signs(p1=dict(heard=60.0, doing="finished")), [], "nobody: "),
+        (signs(p2=dict(step=4, doing="reading a batch", turn=9)), [2], "process 2 (c), at step 4, reading a batch"),
+        (signs(p2=dict(doing="reading a batch", turn=10)), [2], "process 2 (c), at step 5, reading a batch"),
+        (signs(p0=dict(turn=12), p1=dict(turn=12)), [2], "process 2 (c), at step 5, training"),
+        (signs(p1=dict(heard=60.0), p2=dict(turn=9)), [1], "process 1 (b), silent"),
+        (signs(p0=dict(heard=60.0), p1=dict(heard=60.0), p2=dict(heard=60.0)), [0, 1, 2], "process 0 (a), silent for 40 s, last at step 5, training; process 1 (b)"),
+    ],
+)
+def test_who_is_behind(found, behind, words):
+    """Catches: the fastest blamed for the slowest, a process that finished taken for dead."""
+    assert verdict(found, HOSTS, now=100.0, silent_s=30.0)[0] == behind
+    assert verdict(found, HOSTS, now=100.0, silent_s=30.0)[1].startswith(words)
+
+
+class Store(dict):
+    """What is used of jax's client."""
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        self[key] = value
+
+    def key_value_dir_get(self, directory):
+        return [(key, value) for key, value in list(self.items()) if key.startswith(directory)]
+
+    def beat(self, index, beat, **changes):
+        self[f"{watch.SIGNS}{index}"] = json.dumps({"step": 0, "doing": "training", "turn": 1, "beat": beat} | changes)
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Makes this process one of three, and returns (watch, store, exit codes)."""
+    monkeypatch.setattr(watch, "_on_abort", lambda say: None)
+    monkeypatch.setattr(watch, "_reachable", lambda host, port: True)
+    monkeypatch.setattr(startup, "hosts", lambda: HOSTS)
+
+    def make(index=0):
+        monkeypatch.setattr(startup, "place", lambda: startup.Place("a:1", 3, index, "test"))
+        store, codes = Store(), []
+        return Watch(LOST_S, store, codes.append), store, codes
+
+    return make
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_waiting_is_explained(processes, caplog):
+    """Catches: a warning while all goes well, none while nothing does, and one that blames a process for its own waiting."""
+    watching, store, codes = processes(1)
+    with watching:
+        for beat in range(60):
+            for i in (0, 2):
+                store.beat(i, beat, step=beat, turn=2 * beat)
+            watching.at(beat, "training")
+            time.sleep(LOST_S / 60)
+        assert not caplog.records
+        store.beat(0, 61, step=60, turn=120, doing="reading a batch")
+        for beat in range(50):
+            store.beat(2, 100 + beat, step=60, turn=122)
+            time.sleep(LOST_S / 60)
+        until(lambda: caplog.records)
+        assert "step 59, training for" in caplog.messages[0] and "waiting for process 0 (a), silent for" in caplog.messages[0]
+        caplog.clear()
+        watching.at(59, "reading a batch")
+        for beat in range(60):
+            for i in (0, 2):
+                store.beat(i, 200 + beat, step=61, turn=130)
+            time.sleep(LOST_S / 60)
+        until(lambda: caplog.records)
+        assert "step 59, reading a batch for" in caplog.messages[0] and caplog.messages[0].endswith("the others wait for this process")
+    assert codes == []
+
+
+def test_another_process_that_failed_ends_this_one(processes, capfd):
+    """Catches: waiting in a collective operation for a process that has ended, and an exit code that blames this one."""
+    watching, store, codes = processes(2)
+    with watching:
+        time.sleep(LOST_S / 5)
+        assert codes == []
+        store[f"{watch.FAILURES}1"] = "process 1 (b) failed: no space left"
+        until(lambda: codes)
+    assert codes[0] == watch.LOST
+    assert "error: process 1 (b) failed: no space left\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("error, code", [(ValueError("wrong\nfield"), 2), (KeyError("x"), 1)])
+def test_own_failure_is_published(processes, capfd, error, code):
+    """Catches: an error that the others never hear of, a foreseen one with a traceback, another without."""
+    watching, store, codes = processes(1)
+    with pytest.raises(type(error)), watching:
+        raise error
+    assert codes == [code]
+    text = " ".join(str(error).split())
+    assert store[f"{watch.FAILURES}1"] == f"process 1 (b) failed: {text}"
+    err = capfd.readouterr().err
+    assert err.endswith(f"error: {text}\n") and ("Traceback" in err) == (code == 1)
+
+
+def test_failed_operation_is_blamed_on_the_process_that_went(processes, capfd):
+    """Catches: a long traceback of a collective operation where another process has died; and a process blamed that is there."""
+    import jax
+
+    watching, store, codes = processes(1)
+    with pytest.raises(jax.errors.JaxRuntimeError), watching:
+        store.beat(0, 1), store.beat(2, 1)
+        raise jax.errors.JaxRuntimeError("Gloo all-reduce failed: Connection closed by peer")
+    assert codes[0] == watch.LOST
+    err = capfd.readouterr().err
+    assert "Traceback" not in err and "error: lost process 0 (a), silent for" in err
+    assert store[f"{watch.FAILURES}1"].startswith("lost process 0 (a), silent for")  # so that nobody takes the next to leave for the one that was lost
+
+    watching, store, codes = processes(1)
+    with pytest.raises(jax.errors.JaxRuntimeError), watching:
+        watching._store = Talking()
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    assert codes == [1] and "RESOURCE_EXHAUSTED" in capfd.readouterr().err
+
+
+class Talking(Store):
+    """Where all processes are heard of whenever one looks."""
+
+    def key_value_dir_get(self, directory):
+        if directory == watch.SIGNS:
+            for i in (0, 2):
+                self.beat(i, time.monotonic_ns())
+        return super().key_value_dir_get(directory)
+
+
+def test_alone_nothing_is_watched(monkeypatch):
+    """Catches: a thread, a store, or an exit in a run of one process."""
+    import threading
+
+    threads = threading.active_count()
+    with pytest.raises(ValueError), Watch(LOST_S) as watching:
+        watching.at(1, "training")
+        assert threading.active_count() == threads
+        raise ValueError
