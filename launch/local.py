@@ -91,21 +91,28 @@ class Group:
         if options.devices:  # an older way to ask for virtual devices, which would say something else
             flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", inherited.get("XLA_FLAGS", "")).strip()
             inherited |= {"XLA_FLAGS": flags}
-        self._processes, self._readers = [], []
+        self._processes: list[subprocess.Popen] = []
+        self._readers: list[threading.Thread] = []
+        self._running: set[int] = set()
         for i in range(options.processes):
             environment = {**inherited, **job.environment, **_variables(options, i, port), "PYTHONUNBUFFERED": "1"}
             process = subprocess.Popen(
-                job.command(sys.executable), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, preexec_fn=_end_with_launcher()
-            )
+                job.command(sys.executable), env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                process_group=0, preexec_fn=_end_with_launcher(),
+            )  # fmt: skip
             prefix = f"[{i}] ".encode() if options.processes > 1 else b""
             reader = threading.Thread(target=_pass_lines, args=(process.stdout, prefix, write), daemon=True)
             reader.start()
             self._processes.append(process)
+            self._running.add(process.pid)
             self._readers.append(reader)
 
     def poll(self) -> int | None:
         """None while a process runs, else the exit code: that of the first process that failed, negative if a signal ended it."""
         codes = [process.poll() for process in self._processes]
+        for process, code in zip(self._processes, codes):
+            if code is not None:
+                self._end_children(process)
         ended = [code for code in codes if code is not None]
         # Of several at once the cause comes first: what a signal ended, then what failed by itself, then what only noticed.
         failed = sorted((code for code in ended if code), key=lambda code: (code == LOST, code))
@@ -131,12 +138,19 @@ class Group:
     def close(self) -> None:
         """Ends what is left, with the processes that it started, and frees the port."""
         for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            self._end_children(process)
             process.wait()
         for reader in self._readers:
             reader.join(timeout=GRACE_S)
         self._kept.close()
+
+
+    def _end_children(self, process: subprocess.Popen) -> None:
+        """Kills a process with all that it started, such as data workers. Once: afterwards the number may be another's."""
+        if process.pid in self._running:
+            self._running.remove(process.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _pass_lines(stream: BinaryIO, prefix: bytes, write: Any) -> None:
@@ -165,10 +179,10 @@ class Attempts:
         job.record.mkdir(parents=True, exist_ok=True)
         self._log = open(job.record / LOG, "ab", buffering=0)
         self._sinks = [self._log, *([sys.stdout.buffer] if echo else [])]
-        self._last_error = b""
         self._start()
 
     def _start(self) -> None:
+        self._last_error = b""
         status.record(self.job, "local", "running", f"attempt {self._attempt + 1}" if self._attempt else "", self._attempt)
         self._group = Group(self.job, self._options, self._write)
 
@@ -202,8 +216,9 @@ class Attempts:
         if re.search(rb"[Ee]rror: ", line):
             self._last_error = line.strip()
         for sink in self._sinks:
-            sink.write(line)
-            sink.flush()
+            with contextlib.suppress(OSError):  # whoever read the output has gone, or the disk is full; the job goes on
+                sink.write(line)
+                sink.flush()
 
 
 def run(jobs: Sequence[Job], options: argparse.Namespace) -> int:

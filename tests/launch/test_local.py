@@ -139,17 +139,21 @@ def test_jobs_side_by_side_do_not_end_one_another(tmp_path, capfd):
     assert "hello from 1" in (tmp_path / "sr" / "launch" / local.LOG).read_text()
 
 
-def launcher(tmp_path: Path, *attempts: list) -> subprocess.Popen:
-    """A launcher in a process of its own, whose processes are ready."""
-    made = program(tmp_path, *attempts)
+def start(made, stdout: int, *more: str) -> subprocess.Popen:
+    """A launcher in a process of its own."""
     source = f"""
 import sys
 from launch import local
 from tests.launch.conftest import job, options
-sys.exit(local.run([job({made.workdir!r}, arguments={made.arguments!r})], options("local", "--processes=2", "--devices=1")))
+sys.exit(local.run([job({made.workdir!r}, arguments={made.arguments!r})], options("local", *{more!r})))
 """
     environment = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", source], cwd=tiny.ROOT, stdout=subprocess.DEVNULL, env=environment)
+    return subprocess.Popen([sys.executable, "-c", source], cwd=tiny.ROOT, stdout=stdout, stderr=subprocess.DEVNULL, env=environment)
+
+
+def launcher(tmp_path: Path, *attempts: list) -> subprocess.Popen:
+    """A launcher in a process of its own, whose processes are ready."""
+    process = start(program(tmp_path, *attempts), subprocess.DEVNULL, "--processes=2", "--devices=1")
     wait_for(lambda: all((tmp_path / "run" / f"ready_{i}").exists() for i in (0, 1)))
     return process
 
@@ -192,3 +196,14 @@ def test_a_killed_launcher_leaves_nothing_running(tmp_path):
     wait_for(lambda: all((tmp_path / "run" / f"told_{i}").exists() for i in (0, 1)))
     assert status.read(job(tmp_path / "run")).state == "stopped"
     assert local.run([program(tmp_path, [0, 0])], two()) == 0
+
+
+def test_output_that_nobody_reads_any_more_holds_nothing_up(tmp_path):
+    """Wrong: `python -m launch ... | head` blocks the training once the pipe is full."""
+    made = job(tmp_path / "run", arguments=("-c", "for i in range(20_000): print('a line of the log', i)"))
+    process = start(made, subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait(timeout=120)
+    assert (tmp_path / "run" / "launch" / local.LOG).read_text().count("\n") == 20_000
+    assert status.read(made).state == "finished"
