@@ -45,7 +45,8 @@ class Row:
 
     @property
     def ended(self) -> bool:
-        return bool(self.steps) and self.step >= self.steps
+        """Whether the last step is done and saved."""
+        return bool(self.steps) and min(self.step, self.checkpoint) >= self.steps
 
 
 class Place:

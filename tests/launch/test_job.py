@@ -7,7 +7,7 @@ import pytest
 from imagen_jax.hardware.topology import parse
 from launch import __main__ as command_line
 from launch import job as jobs
-from launch import machines, places
+from launch import machines, places, status, sweep
 from tests import tiny
 
 CONFIG = f"{tiny.ROOT}/configs/base_64.py:tiny"
@@ -161,3 +161,11 @@ def test_a_missing_tool_is_one_line(where, tool, capsys, tmp_path):
     assert command_line.main([f"--where={where}", f"--workdir={workdir}", topology, "--zone=z", "--image=i", f"--config={CONFIG}", "--config.data.path=/d"]) == 2
     error = capsys.readouterr().err
     assert f"error: {tool} is not on PATH: " in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("main", [command_line.main, status.main, sweep.main])
+def test_help(main, capsys):
+    """Wrong: a percent sign in a help text, over which argparse stumbles only when it is asked for help."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0 and "python -m launch" in capsys.readouterr().out

@@ -36,9 +36,11 @@ def test_a_running_training(tmp_path):
 
 
 def test_the_ends_of_a_training(tmp_path):
-    """Wrong: a run that was asked to stop is called finished, or one that is finished is called stopped; a failure without its reason."""
+    """Wrong: a run that was asked to stop, or is still saving, is called finished, or a finished one stopped; a failure without its reason."""
     assert status.read(job(tmp_path / "none")).state == "not started"
     done = job(workdir(tmp_path / "done", 100))
+    assert status.read(done).state == "stopped"  # before the last checkpoint was whole
+    (tmp_path / "done" / "checkpoints" / "100").mkdir(parents=True)
     assert status.read(done).state == "finished"
     stopped = job(workdir(tmp_path / "stopped", 60))
     status.record(stopped, "local", "finished")  # its process exited with 0, as it does when asked to stop
@@ -70,14 +72,14 @@ def test_half_a_line_is_passed_over(tmp_path):
 def test_the_table(tmp_path, capsys):
     """Wrong: a column without its value; a directory of stages whose checkpoints or logs are taken for trainings; a path with a space."""
     for name, step in {"base": 50, "sr 256": 0, "sr_1024": 100}.items():
-        workdir(tmp_path / name, step, checkpoints=["40"] * (step > 0))
+        workdir(tmp_path / name, step, checkpoints=["40", str(step)] if step == 100 else ["40"] * (step > 0))
     (tmp_path / "base" / "checkpoints" / "40" / "config.json").touch()
     assert status.main([str(tmp_path)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["stage", "state", "step", "loss", "images/s", "left", "checkpoint"]
     assert lines[1] == ["base", "stopped", "50/100", "0.0200", "10", "1", "min", "40", "s", "40"]
     assert lines[2] == ["sr", "256", "not", "started", "0/100", "-", "-", "-", "-"]
-    assert lines[3] == ["sr_1024", "finished", "100/100", "0.0100", "10", "-", "40"]
+    assert lines[3] == ["sr_1024", "finished", "100/100", "0.0100", "10", "-", "100"]
 
 
 @pytest.mark.parametrize("seconds, text", [(59.9, "0 min 59 s"), (3600, "1 h 00 min"), (90061, "1 d 01 h")])
@@ -104,7 +106,7 @@ def test_looking_does_not_disturb(tmp_path):
 @pytest.mark.parametrize("state, starts", [("finished", False), ("running", False), ("stopped", True)])
 def test_nothing_is_started_twice(tmp_path, monkeypatch, capsys, state, starts):
     """Wrong: the same command again trains a finished run's workdir, or a running one's."""
-    made = job(workdir(tmp_path / "run", 100 if state == "finished" else 50))
+    made = job(workdir(tmp_path / "run", 100, checkpoints=["100"]) if state == "finished" else workdir(tmp_path / "run", 50))
     ran = []
     monkeypatch.setattr(places.local, "run", lambda jobs, _: ran.extend(jobs) or 0)
     with only_process(tmp_path / ("run" if state == "running" else "other"), "training in"):

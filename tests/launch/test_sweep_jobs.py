@@ -41,7 +41,7 @@ def submitted(tmp_path: Path) -> list[str]:
 def finish(tmp_path: Path, arm: str) -> None:
     """As the training does, whose config has eight steps."""
     directory = tmp_path / "runs" / arm / "seed_0" / "train"
-    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "checkpoints" / "8").mkdir(parents=True)
     (directory / "metrics.jsonl").write_text('{"step": 8, "loss": 1.0}\n')
 
 
