@@ -58,7 +58,7 @@ def main() -> int:
     distributed.start(args.host_timeout, args.host_lost)
     with Watch(args.host_lost) as watch:
         if args.overfit:
-            return overfit(config, args.overfit)
+            return overfit(config, args.overfit, watch)
         return train(config, Path(args.workdir), profile, args.minutes, args.init_from, watch)
 
 
@@ -408,7 +408,7 @@ def report_bad_step(run: Run, workdir: Path, bad: int) -> str:
     )
 
 
-def overfit(config: Mapping[str, Any], steps: int) -> int:
+def overfit(config: Mapping[str, Any], steps: int, watch: Watch) -> int:
     """Trains on the first batch only: model, loss, optimizer and data agree if the loss falls to a quarter of what it starts with."""
     import jax
     import numpy as np
@@ -423,6 +423,7 @@ def overfit(config: Mapping[str, Any], steps: int) -> int:
     data.close()
     with metrics.Progress("overfit", steps, quiet=jax.process_index() > 0) as progress:
         for i in range(steps):
+            watch.at(i, "training")
             state, step_metrics = run.program.step(state, batch)
             losses.append(float(jax.device_get(step_metrics["loss"])))
             progress.update(i + 1, loss=losses[-1])
