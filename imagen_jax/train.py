@@ -119,6 +119,7 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
     started = time.monotonic()
     step = run.program.lower().compile()
     log.info("step compiled in %.0f s", time.monotonic() - started)
+    agreement.gather()  # the first step waits for the slowest compilation, for which collective operations may be too impatient
 
     data = pipeline.batches(config["data"], config["seed"], done, "train", run.rows)
     grid = SampleGrid(config, run.program.stage, run.program.mesh) if settings["sample_every"] else None

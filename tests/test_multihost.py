@@ -249,8 +249,8 @@ def test_failed_save_fails_in_all_and_the_run_goes_on(data, tmp_path):
     """Catches: a failed save of one process that the others wait for, or count as done; samples drawn by one process alone; a profile that stops it."""
     workdir, more = tmp_path / "run", ["--config.train.sample_every=4", "--config.train.sample_rows=4", "--profile=5:2"]
     team = finish(data, workdir, 2, "--config.train.steps=12", *more, programs={0: FULL_ONCE})
-    for i, reason in ((0, "No space left on device"), (1, "process 0 logged why")):
-        assert f"checkpoint 4 was not saved in {workdir / 'checkpoints'}: " in team.log(i) and reason in team.log(i)
+    for i in (0, 1):
+        assert f"checkpoint 4 was not saved in {workdir / 'checkpoints'}: [Errno 28] No space left on device" in team.log(i)
     assert saved(workdir) == [8, 12] and list((workdir / "profile").rglob("*.xplane.pb"))
     assert sorted(path.name for path in (workdir / "images" / "ema").iterdir()) == [f"{n:08d}.png" for n in (4, 8, 12)]
 
