@@ -78,6 +78,7 @@ def train(config: Mapping[str, Any], workdir: Path, profile: tuple[int, int], mi
     same = {"config": json.dumps(config), "prepared data": run.meta["manifest_hash"], "--init_from": init_from, "--workdir": str(workdir.absolute())}
     agreement.check(same)
     with only_process(workdir, "training in") if jax.process_index() == 0 else contextlib.nullcontext():
+        agreement.check_shared(workdir)
         return advance(run, workdir, profile, stop_requests(minutes), init_from, watch)
 
 

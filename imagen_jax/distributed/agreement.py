@@ -2,9 +2,14 @@
 
 import hashlib
 import itertools
+import json
+import os
+import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from imagen_jax.distributed import startup
+from imagen_jax.integrity import write_json
 
 FOR_EVER_MS = 1000 * 60 * 60 * 24  # a process that is gone ends the wait; see watch.py for one that is stuck
 _rounds = itertools.count()
@@ -37,3 +42,29 @@ def check(facts: Mapping[str, str]) -> None:
     ]
     if faults:
         raise ValueError(f"the processes were not started alike: {'; '.join(faults)} than process 0 ({hosts[0]})")
+
+
+def check_shared(directory: Path, patience_s: float = 60.0) -> None:
+    """Raises ValueError, in all processes, unless `directory` is the same for all: process 0 leaves hosts.json in it, which the others must see.
+
+    patience_s: how long they look for it; a network file system may show a new file late.
+    """
+    hosts, place = startup.hosts(), startup.place()
+    if place is None:
+        return
+    path, token = directory / "hosts.json", os.urandom(8).hex()
+    if place.index == 0:
+        write_json(path, {"hosts": hosts, "start": token})
+    token, end = gather(token)[0], time.monotonic() + patience_s
+    while not (seen := _start(path) == token) and time.monotonic() < end:
+        time.sleep(0.1)
+    blind = [f"process {i} ({hosts[i]})" for i, said in enumerate(gather("seen" if seen else "")) if not said]
+    if blind:
+        raise ValueError(f"{directory} is another directory on {', '.join(blind)} than on process 0 ({hosts[0]}): it has to be on a file system that all share")
+
+
+def _start(path: Path) -> str:
+    try:
+        return json.loads(path.read_text())["start"]
+    except FileNotFoundError:
+        return ""

@@ -60,6 +60,7 @@ def together(monkeypatch):
         return function(index)
 
     def run(function):
+        store.clear(), store.barriers.clear()  # new threads begin with round 0
         with concurrent.futures.ThreadPoolExecutor(COUNT) as pool:
             return [future.result() for future in [pool.submit(process, function, index) for index in range(COUNT)]]
 
@@ -91,6 +92,20 @@ def test_unlike_processes_are_named_in_all(together):
             agreement.check({"config": "same", "data": "other" if index == 2 else "same"})
 
     together(start)
+
+
+def test_directories_that_are_not_shared(together, tmp_path):
+    """Catches: hosts that each write their part of a checkpoint to a disk of their own, and a file left by an earlier run taken for a sign that they share."""
+    for index in range(COUNT):
+        (tmp_path / str(index)).mkdir()
+        (tmp_path / str(index) / "hosts.json").write_text('{"start": "earlier"}')
+    together(lambda index: agreement.check_shared(tmp_path / "0", 5))
+
+    def apart(index):
+        with pytest.raises(ValueError, match=r"is another directory on process 1 \(b\), process 2 \(c\) than on process 0 \(a\)"):
+            agreement.check_shared(tmp_path / str(index), 0.5)
+
+    together(apart)
 
 
 def test_alone():
