@@ -26,7 +26,6 @@ LOST = 75  # exit code (EX_TEMPFAIL) of a process that ends because another one 
 FORESEEN = (ValueError, OSError, FloatingPointError)  # errors that are one line; others come with a traceback
 FINISHED = "finished"
 AGAIN = "start all processes again, the run goes on from its last checkpoint"
-MEET_MS = 3_600_000  # long: a process that is lost ends all of them, and one that is slow is named in the log
 BEATS = 20  # in `lost_s`: how often a process tells where it is
 SIGNS, FAILURES = "imagen_jax/sign/", "imagen_jax/failure/"
 log = logging.getLogger(__name__)
@@ -81,17 +80,9 @@ class Watch:
         """This process has done `step` steps and now begins `doing`. Cheap. All processes have to call it in the same order."""
         self._now, self._since, self._patience = (self._now[0] + 1, step, doing), time.monotonic(), self._lost_s / 2
 
-    def meet(self, name: str) -> None:
-        """Waits until all processes are here. Before the first collective operation of a kind, which waits for half a minute only and then fails."""
-        if self._several:
-            self._store.wait_at_barrier(f"imagen_jax/meet/{name}", MEET_MS)
-
     def __enter__(self) -> "Watch":
         if self._several:
-            if self._store is None:
-                from jax._src.distributed import global_state  # no public way to the store
-
-                self._store = global_state.client
+            self._store = startup.store() if self._store is None else self._store
             _on_abort(self._last_words)
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()
