@@ -85,7 +85,7 @@ def _stages(options: argparse.Namespace, rest: Sequence[str]) -> dict[str, Stage
         found = re.fullmatch(r"--(?:([a-z][a-z0-9_]*)\.)?(config\.[^=]+|topology|env)=(.*)", option, re.DOTALL)
         name, what, value = found.groups() if found else ("", "", "")
         if not found or (name and name not in stages):
-            raise ValueError(f"{option!r} is no option of launch; fields of a config are written --config.optim.lr=3e-4, or --STAGE.config.optim.lr=3e-4 for one stage")
+            raise ValueError(f"{option!r} is no option of launch; fields are written --config.optim.lr=3e-4, or --STAGE.config.optim.lr=3e-4 for one stage")
         stage = stages[name] if name else shared
         if what == "topology":
             stage.topology = value

@@ -19,7 +19,7 @@ def define_options(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--topology", default="", help="machines of a job: v5e:16x16, 2xv5p:4x4x8, v4-512 (cores), h100:4x8 (nodes x GPUs)")
     parser.add_argument("--setup", default="", help="shell commands on every machine before the job; default: on bare machines what installs it")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for every process; may be repeated")
-    parser.add_argument("--secret", action="append", default=[], metavar="NAME", help="a variable of your environment that is passed on and never shown; may be repeated")
+    parser.add_argument("--secret", action="append", default=[], metavar="NAME", help="a variable of your environment, passed on and never shown")
     parser.add_argument("--retries", type=int, default=RETRIES, help="starts after a failure; preemptions of cloud machines are not counted")
     parser.add_argument("--spot", action="store_true", help="tpu, gke, sky: cheaper machines that can be taken away")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="only print what would be run, and what is running or finished already")

@@ -123,7 +123,7 @@ def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
 
 
 def find(job: Job, options: argparse.Namespace) -> str:
-    """The state of this user's job in the queue, which is known by its comment: running, or waiting, which a job that is queued again is too; "" if there is none."""
+    """The state of this user's job, known by its comment: running, or waiting, which a job that is queued again is too; "" if there is none."""
     done = ask(("squeue", "--me", "--noheader", "--format=%T %k"), TOOL)
     refuse(done, "squeue")
     states = [line.split()[0] for line in done.stdout.splitlines() if job.name in line.partition(" ")[2].strip().split(",")]

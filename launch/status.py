@@ -125,7 +125,8 @@ def read(job: Job) -> Row:
 
 def record(job: Job, where: str, state: str, detail: str = "", attempt: int = 0) -> None:
     """Writes down what a launcher does, for `read`."""
-    write_json(job.record / RECORD, {"where": where, "name": job.name, "state": state, "detail": detail, "attempt": attempt, "steps": job.steps, "time": time.time()})
+    content = {"where": where, "name": job.name, "state": state, "detail": detail, "attempt": attempt, "steps": job.steps, "time": time.time()}
+    write_json(job.record / RECORD, content)
 
 
 def _record(job: Job) -> dict[str, Any]:

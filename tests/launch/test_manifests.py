@@ -150,7 +150,8 @@ def test_sky_jobs_are_submitted_once(tool, tmp_path, monkeypatch):
     """Wrong: a job that is being recovered is taken for none; a job of another name for this one; a secret's value on the command line."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     calls, answer = tmp_path / "calls", tmp_path / "answer"
-    tool("sky", f"import sys; queue = sys.argv[2] == 'queue'; print('Fetching', open({str(answer)!r}).read() if queue else open({str(calls)!r}, 'a').write(' '.join(sys.argv)))")
+    note = f"open({str(calls)!r}, 'a').write(' '.join(sys.argv))"
+    tool("sky", f"import sys; print('Fetching', open({str(answer)!r}).read() if sys.argv[2] == 'queue' else {note})")
     made, given = bucket_job("v5e:4x4"), options("sky")
     for found, starts in {"run-1": False, "run-2": True}.items():
         answer.write_text(json.dumps([{"job_name": found, "status": "RECOVERING"}]))
