@@ -72,6 +72,17 @@ def _split(argv: list[str]) -> tuple[list[str], str, list[str]]:
     return argv[:at], "--", argv[at + 1 :]
 
 
+def _joined(rest: Sequence[str]) -> list[str]:
+    """Options written "--name value" as "--name=value"."""
+    made: list[str] = []
+    for text in rest:
+        if made and not text.startswith("--") and "=" not in made[-1]:
+            made[-1] += f"={text}"
+        else:
+            made.append(text)
+    return made
+
+
 def _stages(options: argparse.Namespace, rest: Sequence[str]) -> dict[str, Stage]:
     """{name: stage}; the one training of --config is called ""."""
     stages = {"": Stage(options.config)} if options.config else {}
@@ -81,7 +92,7 @@ def _stages(options: argparse.Namespace, rest: Sequence[str]) -> dict[str, Stage
             raise ValueError(f"--stage {text} is not NAME=CONFIG with a name of its own in small letters, such as sr_256=configs/sr_256.py")
         stages[name] = Stage(config)
     shared = Stage("")
-    for option in rest:
+    for option in _joined(rest):
         found = re.fullmatch(r"--(?:([a-z][a-z0-9_]*)\.)?(config\.[^=]+|topology|env)=(.*)", option, re.DOTALL)
         name, what, value = found.groups() if found else ("", "", "")
         if not found or (name and name not in stages):

@@ -47,6 +47,7 @@ def test_a_bucket_is_a_directory_on_the_machines():
         ((*LOCAL, "--workdir=r", "--config.optim.lr=fast"), "fast"),
         ((*LOCAL, "--workdir=r", "--proceses=2"), "'--proceses=2' is no option"),
         ((*LOCAL, "--workdir=r", "--base.config.optim.lr=1"), "is no option"),
+        ((*LOCAL, "--workdir=r", "stray"), "'stray' is no option"),
         ((*LOCAL, "--workdir=r", "--processes=2"), "--processes needs --devices"),
         ((*LOCAL, "--workdir=r", "--processes=0"), "at least one process"),
         ((*LOCAL, "--workdir=r", "--retries=-1"), "--retries=-1 is negative"),
@@ -94,7 +95,7 @@ def test_stages_have_their_own_fields_and_topologies():
     """Wrong: a stage loses what all share or gets what another was given; a field of its own is overruled by the shared one."""
     stages = (f"--stage=base={CONFIG}", f"--stage=sr={CONFIG.replace('base_64', 'sr_256')}")
     fields = ("--sr.config.data.path=gs://b/sr", "--config.data.path=gs://b/d", "--config.train.steps=7", "--base.config.train.steps=9")
-    places_ = ("--topology=v5e:4x4", "--sr.topology=v5e:4x8", "--env=A=1", "--sr.env=A=2")
+    places_ = ("--topology=v5e:4x4", "--sr.topology=v5e:4x8", "--env=A=1", "--sr.env", "A=2")
     (base, sr), options = read("--where=tpu", "--zone=z", "--workdir=gs://b/r", *stages, *fields, *places_)
     assert (base.workdir, sr.workdir) == ("gs://b/r/base", "gs://b/r/sr") and base.name != sr.name
     assert (base.steps, sr.steps) == (9, 7)
