@@ -47,13 +47,15 @@ def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:
         raise ValueError("--processes needs --devices: several processes on one machine share no GPU or TPU, so they run on virtual CPU devices")
 
 
-def render(job: Job, options: argparse.Namespace) -> str:
+def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
     """What will be run, as shell lines; the port is chosen when it is."""
     lines = []
-    for process in range(options.processes):
-        variables = {**job.environment, **_variables(options, process, "PORT")}
-        lines.append(" ".join([f"{name}={shell([value])}" for name, value in variables.items()] + [shell(job.command("python"))]))
-    return "\n".join([f"# {job.title}", *([f"({job.setup})"] if job.setup else []), *lines])
+    for job in jobs:
+        lines += [f"# {job.title}", *([f"({job.setup})"] if job.setup else [])]
+        for process in range(options.processes):
+            variables = {**job.environment, **_variables(options, process, "PORT")}
+            lines.append(" ".join([f"{name}={shell([value])}" for name, value in variables.items()] + [shell(job.command("python"))]))
+    return "\n".join(lines)
 
 
 def _variables(options: argparse.Namespace, process: int, port: int | str) -> dict[str, str]:

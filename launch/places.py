@@ -69,8 +69,10 @@ def start(jobs: Sequence[Job], options: argparse.Namespace) -> int:
             print(f"{job.title}: {state} already{f' ({detail})' if detail else ''}, not started again; its workdir: {job.workdir}", flush=True)
         else:
             todo.append(job)
-    if options.dry_run or not todo:
-        print(place.render(todo, options) if todo and place is not local else "\n".join(local.render(job, options) for job in todo))
+    if not todo:
+        return 0
+    if options.dry_run:
+        print(place.render(todo, options))
         return 0
     if options.where in WATCHED:
         return place.run(todo, options)
