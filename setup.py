@@ -53,7 +53,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda12": ["jax[cuda12]>=0.10.2,<0.13"],
-        "test": ["beartype>=0.22", "pytest>=8.3", "pytest-timeout>=2.4", "pytest-xdist>=3.6"],
+        "test": ["beartype>=0.22", "jsonschema>=4.23", "pytest>=8.3", "pytest-timeout>=2.4", "pytest-xdist>=3.6"],
         "parity": ["torch==2.13.0"],
     },
 )

@@ -25,10 +25,10 @@ import jax
 import ml_dtypes
 import numpy as np
 import safetensors
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
+from imagen_jax.distributed import agreement
 from imagen_jax.integrity import CHECKSUMS, find_damage, flush, seal, sha256_file
 from imagen_jax.sharding import path_name
 
@@ -101,10 +101,9 @@ class Checkpoints:
             return
         (step, future), self._saving = self._saving, None
         error = future.exception()
-        failed = _processes_where(error is not None)
-        if failed:
-            reason = _first_line(error) if error else f"process {failed[0]} logged why"
-            raise CheckpointError(f"checkpoint {step} was not saved in {self.directory}: {reason}") from error
+        reasons = [reason for reason in agreement.gather(_first_line(error) if error else "") if reason]
+        if reasons:
+            raise CheckpointError(f"checkpoint {step} was not saved in {self.directory}: {reasons[0]}") from error
         self._current = step
 
     def latest_good(self) -> int | None:
@@ -112,21 +111,16 @@ class Checkpoints:
 
         Raises CheckpointError if there are checkpoints and all are damaged.
         """
-        none, all_damaged = -1, -2
-        found = none
+        found, damaged = None, ""
         if jax.process_index() == 0:
             try:
-                newest = newest_intact(self.directory, self._rejected.add)
-                found = none if newest is None else newest
+                found = newest_intact(self.directory, self._rejected.add)
             except CheckpointError as error:
-                if jax.process_count() == 1:
-                    raise
-                log.error("%s", error)
-                found = all_damaged
-        found = _from_first_process(found)
-        if found == all_damaged:
-            raise CheckpointError(f"no checkpoint in {self.directory} is intact; process 0 logged what is wrong with each")
-        if found == none:
+                damaged = str(error)
+        found, damaged = json.loads(agreement.gather(json.dumps([found, damaged]))[0])
+        if damaged:
+            raise CheckpointError(damaged)
+        if found is None:
             return None
         self._verified = found
         return found
@@ -146,8 +140,9 @@ class Checkpoints:
         """
         directory = self.directory / str(step)
         if step != self._verified:
-            reason = find_damage(directory) if jax.process_index() == 0 else "process 0 found it damaged"
-            if not _from_first_process(reason is None):
+            reason = find_damage(directory) if jax.process_index() == 0 else None
+            reason = agreement.gather(reason or "")[0]
+            if reason:
                 raise CheckpointError(f"checkpoint {directory} cannot be used: {reason}")
         document = _read_document(directory)
         wanted = flatten(abstract_state)
@@ -165,7 +160,7 @@ class Checkpoints:
         target = self.directory / str(step)
         there = jax.process_index() == 0 and target.exists()
         reason = find_damage(target) if there else None
-        if _from_first_process(there and reason is None):
+        if agreement.gather("intact" if there and reason is None else "")[0]:
             raise ValueError(f"{target} already holds an intact checkpoint; remove it, or use another workdir")
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -176,7 +171,7 @@ class Checkpoints:
                 if re.fullmatch(r"\d+\.(writing|deleting).*", leftover.name):
                     log.warning("removing %s, left by an interrupted run", leftover)
                     shutil.rmtree(leftover)
-        _processes_where(True)  # nobody writes before it is cleared
+        agreement.gather()  # nobody writes before it is cleared
 
     def _commit(self, step: int, written: Callable[[], None], document: str) -> None:
         """In the background: once `written` returns (orbax is done, or it raises), seals the directory, gives it its name, deletes old ones."""
@@ -429,19 +424,3 @@ def _steps(directory: Path) -> list[int]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _processes_where(here: bool) -> list[int]:
-    """The processes that say True. Every process waits for all others."""
-    if jax.process_count() == 1:
-        return [0] if here else []
-    with jax.transfer_guard("allow"):
-        return np.flatnonzero(multihost_utils.process_allgather(np.bool_(here))).tolist()
-
-
-def _from_first_process(value: int) -> int:
-    """Process 0's value, in all of them."""
-    if jax.process_count() == 1:
-        return value
-    with jax.transfer_guard("allow"):
-        return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

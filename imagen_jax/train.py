@@ -58,7 +58,7 @@ def main() -> int:
     distributed.start(args.host_timeout, args.host_lost)
     with Watch(args.host_lost) as watch:
         if args.overfit:
-            return overfit(config, args.overfit)
+            return overfit(config, args.overfit, watch)
         return train(config, Path(args.workdir), profile, args.minutes, args.init_from, watch)
 
 
@@ -78,6 +78,7 @@ def train(config: Mapping[str, Any], workdir: Path, profile: tuple[int, int], mi
     same = {"config": json.dumps(config), "prepared data": run.meta["manifest_hash"], "--init_from": init_from, "--workdir": str(workdir.absolute())}
     agreement.check(same)
     with only_process(workdir, "training in") if jax.process_index() == 0 else contextlib.nullcontext():
+        agreement.check_shared(workdir)
         return advance(run, workdir, profile, stop_requests(minutes), init_from, watch)
 
 
@@ -119,6 +120,7 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
     started = time.monotonic()
     step = run.program.lower().compile()
     log.info("step compiled in %.0f s", time.monotonic() - started)
+    agreement.gather()  # the first step waits for the slowest compilation, for which collective operations may be too impatient
 
     data = pipeline.batches(config["data"], config["seed"], done, "train", run.rows)
     grid = SampleGrid(config, run.program.stage, run.program.mesh) if settings["sample_every"] else None
@@ -409,7 +411,7 @@ def report_bad_step(run: Run, workdir: Path, bad: int) -> str:
     )
 
 
-def overfit(config: Mapping[str, Any], steps: int) -> int:
+def overfit(config: Mapping[str, Any], steps: int, watch: Watch) -> int:
     """Trains on the first batch only: model, loss, optimizer and data agree if the loss falls to a quarter of what it starts with."""
     import jax
     import numpy as np
@@ -424,6 +426,7 @@ def overfit(config: Mapping[str, Any], steps: int) -> int:
     data.close()
     with metrics.Progress("overfit", steps, quiet=jax.process_index() > 0) as progress:
         for i in range(steps):
+            watch.at(i, "training")
             state, step_metrics = run.program.step(state, batch)
             losses.append(float(jax.device_get(step_metrics["loss"])))
             progress.update(i + 1, loss=losses[-1])

@@ -1,10 +1,12 @@
-"""Runs every arm of an ablation on this machine, one process at a time, and compares the arms pair by pair.
+"""Runs every arm of an ablation, on this machine one process at a time or as jobs of a cluster, and compares the arms pair by pair.
 
     python -m launch.sweep --config configs/ablations/text_conditioning.py:demo --config.data.path=PREPARED --seeds 0,1 --workdir DIR
+    python -m launch.sweep ... --where slurm --topology h100:1x8
 
 The config file has get_config(arg), what the arms share, and sweep(arg), which yields {"name": ..., "config.optim.lr": ...} for each
 arm. All arms of a seed see the same batches with the same noise and are evaluated on the same rows with the same noise, so their
-differences are paired. Arms that differ in `config.sampling` only share one training. The same command again continues.
+differences are paired. Arms that differ in `config.sampling` only share one training. The same command again continues: with --where it
+starts the trainings that neither run nor are finished, and once all are finished it evaluates them here, which compares the arms.
 """
 
 import argparse
@@ -25,6 +27,8 @@ from imagen_jax import cli
 from imagen_jax.integrity import write_json
 from imagen_jax.metrics import read_metrics
 from imagen_jax.resume import flat
+from launch import places, status
+from launch.job import Job, in_bucket, inside_checkout, mounted, name_of, read_config
 
 # What a sampling field is called by imagen_jax.evaluate.
 EVALUATE_FLAGS = {
@@ -70,6 +74,10 @@ class Step:
     directory: Path
 
     @property
+    def trains(self) -> bool:
+        return "imagen_jax.train" in self.command
+
+    @property
     def finished(self) -> bool:
         """Raises ValueError if the directory is that of another command."""
         marker = self.directory / FINISHED
@@ -84,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, shared = parse(argv)
     try:
         arms, steps = plan(args, shared)
+        if args.where and not trained(args, [step for step in steps if step.trains]):
+            return 0
         for i, step in enumerate(steps):
             state = "finished" if step.finished else "to run" if args.dry_run else "running"
             print(f"[{i + 1}/{len(steps)}] {step.label}: {state}", flush=True)
@@ -107,14 +117,16 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     """The options, and the config fields that all arms share as {"data.path": "..."}."""
     parser = argparse.ArgumentParser(prog="python -m launch.sweep", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", required=True, help="ablation file, FILE.py or FILE.py:ARG; fields for all arms as --config.train.steps=1000")
-    parser.add_argument("--workdir", required=True, type=Path, help="directory for all runs and sweep.json")
+    parser.add_argument("--workdir", required=True, help="directory for all runs and sweep.json; with --where tpu, gke or sky gs://BUCKET/PATH")
     parser.add_argument("--seeds", default="0", help="comma-separated; every arm runs once for each")
     parser.add_argument("--checkpoint", default="", help="evaluate this trained model in every arm; for ablations of sampling")
     parser.add_argument("--measures", default="", help="of imagen_jax.evaluate, comma-separated; default: all that apply")
     parser.add_argument("--rows", type=int, default=256, help="images a split to measure on")
     parser.add_argument("--samples", type=int, default=0, help="images a split that samples are drawn for; 0: as many as --rows")
-    parser.add_argument("--dry_run", action="store_true", help="only list the processes and whether they are finished")
+    places.define_options(parser, required=False)
     args, rest = parser.parse_known_args(argv)
+    args.bucket = args.workdir if in_bucket(args.workdir) else ""
+    args.workdir = Path(mounted(args.workdir))  # where evaluation finds a bucket's files
     shared = {}
     for option in rest:
         field, equals, value = option.removeprefix("--config.").partition("=")
@@ -197,8 +209,40 @@ def evaluate_step(
     options = [f"--{EVALUATE_FLAGS[field]}={value}" for field, value in sampling.items()]
     options += [f"--rows={args.rows}", f"--samples={args.samples}"]
     options += [f"--measures={args.measures}"] if args.measures else []
-    command = (sys.executable, "-m", "imagen_jax.evaluate", f"--checkpoint={checkpoint}", f"--data={data}", f"--output={output}", *options)
+    command = (sys.executable, "-m", "imagen_jax.evaluate", f"--checkpoint={checkpoint}", f"--data={mounted(data)}", f"--output={output}", *options)
     return Step(f"evaluate {arm.name}, seed {seed}", command, output)
+
+
+def trained(args: argparse.Namespace, steps: Sequence[Step]) -> bool:
+    """Starts the trainings that neither run nor are finished where --where says. Whether all are finished and their files are here."""
+    open_steps = [step for step in steps if not step.finished]
+    jobs = places.completed([training(args, step) for step in open_steps], args)
+    for group in [jobs] * bool(jobs) if args.where == "tpu" else [[job] for job in jobs]:  # which is looked after to its end; of local jobs one at a time
+        if code := places.start(group, args):
+            raise ValueError(f"{', '.join(job.title for job in group)}: ended with exit code {code}; the same command continues")
+    rows = [status.read(job) for job in jobs]
+    for step, row in zip(open_steps, rows):
+        if row.state == "finished" and step.directory.exists() and not args.dry_run:
+            write_json(step.directory / FINISHED, step.command[1:])
+    if all(step.finished for step in steps):
+        return True
+    print(status.table(rows))
+    here = f" on a machine where the buckets are mounted at {mounted('gs://')}" * bool(args.bucket)
+    print(f"the same command{here} goes on with the evaluations when all trainings are finished")
+    return args.dry_run
+
+
+def training(args: argparse.Namespace, step: Step) -> Job:
+    """A training step as a job, whose config is read first as the trainer will."""
+    fields = [option for option in step.command if option.startswith("--config.")]
+    config = args.config if args.where in ("local", "slurm") else inside_checkout(args.config)
+    workdir = str(step.directory.absolute())
+    if args.bucket:
+        workdir = args.bucket.rstrip("/") + "/" + str(step.directory.relative_to(args.workdir))
+    return Job(
+        name=name_of(workdir), stage=step.label.removeprefix("train "), workdir=workdir, steps=read_config(args.config, fields)["train"]["steps"],
+        arguments=("-m", "imagen_jax.train", f"--config={config}", f"--workdir={workdir}", *fields),
+    )  # fmt: skip
 
 
 def execute(step: Step) -> None:

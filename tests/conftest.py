@@ -32,7 +32,7 @@ jaxtyping.install_import_hook("imagen_jax", "typecheck.checked")
 def pytest_collection_modifyitems(items):
     """The modules that start processes begin the list and its second half, where two workers begin: no worker is left with them at the end."""
     of = lambda name: [item for item in items if item.path.stem == name]
-    first, second = of("test_train"), of("test_verbs") + of("test_cli")
+    first, second = of("test_train"), of("test_multihost") + of("test_verbs") + of("test_cli")
     rest = [item for item in items if item not in first and item not in second]
     half = max(0, len(items) // 2 - len(first))
     items[:] = first + rest[:half] + second + rest[half:]

@@ -218,7 +218,7 @@ def test_copies_that_differ_stop_the_run_before_it_saves(data, tmp_path):
         for i in (0, 1):
             line = last_line(team.log(i))
             assert line.startswith("error: after step 4 the copies of params/") and f"differ: on process 1 ({socket.gethostname()}), devices" in line
-    assert not saved(workdir)
+    assert not (workdir / "checkpoints").exists()
 
 
 @pytest.mark.slow
@@ -249,8 +249,8 @@ def test_failed_save_fails_in_all_and_the_run_goes_on(data, tmp_path):
     """Catches: a failed save of one process that the others wait for, or count as done; samples drawn by one process alone; a profile that stops it."""
     workdir, more = tmp_path / "run", ["--config.train.sample_every=4", "--config.train.sample_rows=4", "--profile=5:2"]
     team = finish(data, workdir, 2, "--config.train.steps=12", *more, programs={0: FULL_ONCE})
-    for i, reason in ((0, "No space left on device"), (1, "process 0 logged why")):
-        assert f"checkpoint 4 was not saved in {workdir / 'checkpoints'}: " in team.log(i) and reason in team.log(i)
+    for i in (0, 1):
+        assert f"checkpoint 4 was not saved in {workdir / 'checkpoints'}: [Errno 28] No space left on device" in team.log(i)
     assert saved(workdir) == [8, 12] and list((workdir / "profile").rglob("*.xplane.pb"))
     assert sorted(path.name for path in (workdir / "images" / "ema").iterdir()) == [f"{n:08d}.png" for n in (4, 8, 12)]
 
@@ -308,9 +308,13 @@ def test_rows_that_are_not_neighbours(data, tmp_path):
 
 @pytest.mark.slow
 def test_overfit_on_several_processes(data, tmp_path):
-    """Catches: a self-test that gives each process the whole batch."""
-    team = finish(data, tmp_path / "run", 2, "--overfit=60", "--config.optim.lr=1e-2", "--config.optim.clip=1.0")
-    assert all("passed" in team.log(i) for i in (0, 1))
+    """Catches: a self-test that gives each process the whole batch, or ends differently in each."""
+    found = []
+    for count in (1, 2):
+        with Team(data, tmp_path / str(count), count, "--overfit=3") as team:
+            assert set(team.wait().values()) == {1}  # three steps do not bring the loss to a quarter
+        found += [line for i in range(count) for line in team.log(i).splitlines() if line.startswith("overfit: loss")]
+    assert len(found) == 3 and len(set(found)) == 1
 
 
 @pytest.mark.slow

@@ -102,6 +102,13 @@ def place() -> Place | None:
     return _place
 
 
+def store() -> Any:
+    """The client of jax's coordination service, whose keys and barriers all processes share; there is no public way to it."""
+    from jax._src.distributed import global_state
+
+    return global_state.client
+
+
 def from_environment(environ: Mapping[str, str], timeout_s: float) -> Place | None:
     """This process's place, or None if it is alone. Raises ValueError, in one line, if the variables make no sense."""
     if environ.get(COUNT) == "1":

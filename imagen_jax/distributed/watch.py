@@ -82,10 +82,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if self._several:
-            if self._store is None:
-                from jax._src.distributed import global_state  # no public way to the store
-
-                self._store = global_state.client
+            self._store = startup.store() if self._store is None else self._store
             _on_abort(self._last_words)
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()

@@ -1,0 +1,181 @@
+"""One description of a run, which every launcher renders: what is run, where it keeps its files, on which machines, in which environment."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BUCKET = "gs://"
+MOUNT = "/mnt/gs"  # where a bucket's files are on every machine that a job runs on
+# Pods of a JobSet are called <name>-slice-<slice>-<host>-<5 characters>, and no Kubernetes label is longer than 63.
+NAME_LENGTH = 40
+ENVIRONMENT = ".imagen_jax"  # in the home directory of a machine that starts bare
+INSTALL = """\
+python3 -m pip install --quiet --user uv
+python3 -m uv venv --quiet --allow-existing --python 3.11 ~/{environment}
+python3 -m uv pip install --quiet --python ~/{environment}/bin/python --editable '.[{extra}]'
+"""
+LOST = 75  # the verbs' exit code where nothing is wrong but with another process
+USAGE_ERROR = 2  # the verbs' exit code for what no repetition mends
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A command on machines.
+
+    name: a DNS label of at most 40 characters, the same for the same workdir: what a scheduler knows the job by.
+    arguments: of python, such as ("-m", "imagen_jax.train", ...); buckets in them as gs://.
+    workdir: a directory or gs://BUCKET/PATH. steps: how many the training takes; 0: no training, nothing tells when it is finished.
+    topology: None on this machine. setup: shell commands before the command on each machine.
+    environment: for every process. secrets: names of variables whose values are taken from the launcher's environment and never shown.
+    retries: how often the job is started again after it failed or was preempted.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    workdir: str
+    steps: int = 0
+    topology: Any = None
+    setup: str = ""
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    secrets: tuple[str, ...] = ()
+    retries: int = 0
+    stage: str = ""
+
+    @property
+    def title(self) -> str:
+        """What people call it: its stage, or its name."""
+        return self.stage or self.name
+
+    @property
+    def record(self) -> Path:
+        """The launchers' own files: in the workdir, or, of a workdir in a bucket, in this user's cache."""
+        return Path("~/.cache/imagen_jax/launch").expanduser() / self.name if in_bucket(self.workdir) else Path(self.workdir) / "launch"
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        """The buckets that the command's arguments name."""
+        return tuple(sorted({found for argument in self.arguments for found in re.findall(rf"(?:^|=){BUCKET}([^/]+)", argument)}))
+
+    @property
+    def install(self) -> str:
+        """`setup`, or, on machines that start bare, what installs the checkout and JAX for their chips with a Python that is new enough."""
+        extra = "tpu" if self.topology.chip.platform == "tpu" else "cuda12"
+        return self.setup or INSTALL.format(environment=ENVIRONMENT, extra=extra)
+
+    def command(self, python: str = "python3") -> tuple[str, ...]:
+        """The command as the machines run it: buckets are directories there."""
+        return (python, *(mounted(argument) for argument in self.arguments))
+
+
+def in_bucket(path: str) -> bool:
+    return path.startswith(BUCKET)
+
+
+def mounted(argument: str) -> str:
+    """An argument with gs://BUCKET/PATH, alone or after "=", as the directory that it is mounted at."""
+    return re.sub(rf"(^|=){BUCKET}", rf"\1{MOUNT}/", argument, count=1)
+
+
+def name_of(workdir: str) -> str:
+    """The name of the job that works in `workdir`: its last two parts and a hash of all of it, so that no other workdir gives the same."""
+    full = workdir.rstrip("/") if in_bucket(workdir) else os.path.realpath(workdir)
+    words = re.sub(r"[^a-z0-9]+", "-", "-".join(full.removeprefix(BUCKET).split("/")[-2:]).lower()).strip("-")
+    digest = hashlib.sha256(full.encode()).hexdigest()[:6]
+    return f"{('r-' + words if not words[:1].isalpha() else words)[: NAME_LENGTH - 7].rstrip('-')}-{digest}"
+
+
+def shell(command: Sequence[str]) -> str:
+    """One line for a shell, everything quoted that has to be."""
+    return shlex.join(command)
+
+
+def exports(environment: Mapping[str, str]) -> list[str]:
+    """Lines of a shell script."""
+    return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+
+
+def environment_of(given: Sequence[str]) -> dict[str, str]:
+    """{NAME: value} of NAME=VALUE. Raises ValueError for another form, and for a name that looks like a secret's."""
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"--env {name if equals else text} is not NAME=VALUE")
+        if re.search(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY)(_|$)", name, re.IGNORECASE):
+            raise ValueError(f"--env {name}=... would be printed and stored: give --secret {name}, which is taken from your environment")
+        found[name] = value
+    return found
+
+
+def check_secrets(names: Sequence[str]) -> tuple[str, ...]:
+    """Raises ValueError if one is no variable of this environment."""
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name not in os.environ:
+            raise ValueError(f"--secret {name.partition('=')[0]}: give the name of a variable that is set in your environment, not its value")
+    return tuple(names)
+
+
+def read_config(config: str, fields: Sequence[str]) -> dict[str, Any]:
+    """The config of a training as the trainer will read it. `fields`: --config.optim.lr=3e-4, ... Raises ValueError that says what is wrong."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    path = config.partition(":")[0]
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path} does not exist")
+    values, argv = flags.FlagValues(), ["launch", f"--config={config}", *fields]
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError, SyntaxError) as error:
+        raise ValueError(f"--config {config}: {str(error).strip().splitlines()[-1]}") from error
+    read = json.loads(values.config.to_json())
+    if "data" not in read:
+        raise ValueError(f"--config {config} is not the config of a stage, such as configs/base_64.py or configs/sr_256.py")
+    if not read["data"]["path"]:
+        raise ValueError(f"--config {config}: data.path is empty: give --config.data.path=DIRECTORY, which imagen_jax.prepare_data made")
+    return read
+
+
+def inside_checkout(config: str) -> str:
+    """FILE[:ARG] of a config relative to the checkout, which is where another machine has it. Raises ValueError if it is elsewhere."""
+    path, colon, arg = config.partition(":")
+    try:
+        return str(Path(path).resolve().relative_to(ROOT)) + colon + arg
+    except ValueError as error:
+        raise ValueError(f"--config {path} is not in {ROOT}, so other machines do not have it") from error
+
+
+@functools.cache
+def revision() -> str:
+    """The commit that this checkout is at, with "+changes" if files differ from it; "" without git."""
+    try:
+        git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
+        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        return commit + "+changes" * bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def ask(command: Sequence[str], tool: str, content: str | None = None) -> subprocess.CompletedProcess:
+    """Runs a scheduler's or a cloud's own tool. Raises ValueError, with what to install, if it is not there."""
+    try:
+        return subprocess.run(command, input=content, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{command[0]} is not on PATH: {tool}") from error
+
+
+def refuse(done: subprocess.CompletedProcess, what: str) -> None:
+    """Raises ValueError with a tool's own words if it failed."""
+    if done.returncode:
+        words = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise ValueError(f"{what} failed with exit code {done.returncode}: {' '.join(words[-3:]) or 'it said nothing'}")

@@ -1,0 +1,114 @@
+"""What processes tell each other, with threads for processes and one dictionary for jax's store."""
+
+import concurrent.futures
+import threading
+import time
+
+import pytest
+
+from imagen_jax.distributed import agreement, startup
+
+COUNT = 3
+
+
+class Store(dict):
+    """What is used of jax's client."""
+
+    def __init__(self):
+        self.barriers: dict[str, threading.Barrier] = {}
+        self.lock = threading.Lock()
+
+    def key_value_set(self, key, value):
+        assert key not in self
+        self[key] = value
+
+    def key_value_dir_get(self, directory):
+        return [(key, value) for key, value in sorted(self.items()) if key.startswith(directory)]
+
+    def key_value_delete(self, directory):
+        for key in [key for key in self if key.startswith(directory)]:
+            del self[key]
+
+    def wait_at_barrier(self, name, timeout_in_ms):
+        with self.lock:
+            barrier = self.barriers.setdefault(name, threading.Barrier(COUNT))
+        barrier.wait(10)
+
+
+class Rounds:
+    """A count of its own for each thread, as each process has one."""
+
+    def __init__(self):
+        self.own = threading.local()
+
+    def __next__(self):
+        self.own.n = getattr(self.own, "n", -1) + 1
+        return self.own.n
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """Runs a function of the process's number in three processes at once."""
+    own, store = threading.local(), Store()
+    monkeypatch.setattr(startup, "place", lambda: own.place)
+    monkeypatch.setattr(startup, "hosts", lambda: ["a", "b", "c"])
+    monkeypatch.setattr(startup, "store", lambda: store)
+    monkeypatch.setattr(agreement, "_rounds", Rounds())
+
+    def process(function, index):
+        own.place = startup.Place("a:1", COUNT, index, "test")
+        return function(index)
+
+    def run(function):
+        store.clear(), store.barriers.clear()  # new threads begin with round 0
+        with concurrent.futures.ThreadPoolExecutor(COUNT) as pool:
+            return [future.result() for future in [pool.submit(process, function, index) for index in range(COUNT)]]
+
+    run.store = store
+    return run
+
+
+def test_all_hear_what_all_say(together):
+    """Catches: an answer of an earlier round, one read before all have spoken, keys that are kept for ever."""
+
+    def talk(index):
+        heard = []
+        for n in range(20):
+            time.sleep(0.002 * ((index + n) % COUNT))
+            heard.append(agreement.gather(f"{index} in round {n}"))
+        return heard
+
+    for heard in together(talk):
+        assert heard == [[f"{i} in round {n}" for i in range(COUNT)] for n in range(20)]
+    assert len(together.store) <= 2 * COUNT
+
+
+def test_unlike_processes_are_named_in_all(together):
+    """Catches: an error in the odd process alone, after which the others wait for it, and one that does not say what differs."""
+
+    def start(index):
+        agreement.check({"config": "same", "data": "same"})
+        with pytest.raises(ValueError, match=r"^the processes were not started alike: process 2 \(c\) has another data than process 0 \(a\)$"):
+            agreement.check({"config": "same", "data": "other" if index == 2 else "same"})
+
+    together(start)
+
+
+def test_directories_that_are_not_shared(together, tmp_path):
+    """Catches: hosts that each write their part of a checkpoint to a disk of their own, and a file left by an earlier run taken for a sign that they share."""
+    for index in range(COUNT):
+        (tmp_path / str(index)).mkdir()
+        (tmp_path / str(index) / "hosts.json").write_text('{"start": "earlier"}')
+    together(lambda index: agreement.check_shared(tmp_path / "0", 5))
+
+    def apart(index):
+        with pytest.raises(ValueError, match=r"is another directory on process 1 \(b\), process 2 \(c\) than on process 0 \(a\)"):
+            agreement.check_shared(tmp_path / str(index), 0.5)
+
+    together(apart)
+
+
+def test_alone():
+    """Catches: a process that waits for others where there are none."""
+    assert agreement.gather("x") == ["x"]
+    agreement.check({"config": "any"})

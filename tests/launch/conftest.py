@@ -1,0 +1,64 @@
+"""Stand-ins for the tools of clusters, and options as the command line makes them."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import places
+from launch.job import Job
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def no_tools(tmp_path, monkeypatch):
+    """Nothing here finds a real gcloud, kubectl, sbatch or sky, nor leaves records in a real home directory."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "git", "tar", "gzip", "mkdir", "cat", "cp", "rm", "touch", "tail", "setsid", "nohup", "flock", "sleep", "dirname", "env"):
+        os.symlink(f"/usr/bin/{name}" if Path(f"/usr/bin/{name}").exists() else f"/bin/{name}", tools / name)
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tools
+
+
+@pytest.fixture
+def tool(no_tools):
+    """tool(name, source): puts a Python program of that name on PATH."""
+
+    def make(name: str, source: str) -> None:
+        (no_tools / name).write_text(f"#!{sys.executable}\n{source}")
+        (no_tools / name).chmod(0o755)
+
+    return make
+
+
+@pytest.fixture
+def gcloud(tmp_path, tool, monkeypatch):
+    """gcloud(*plans): the stand-in, with a plan for each resource; returns its directory."""
+
+    def make(*plans: dict) -> Path:
+        state = tmp_path / "cloud"
+        state.mkdir()
+        (state / "plan.json").write_text(json.dumps(plans))
+        monkeypatch.setenv("FAKE_GCLOUD", str(state))
+        tool("gcloud", (HERE / "fake_gcloud.py").read_text())
+        return state
+
+    return make
+
+
+def options(where: str, *more: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    places.define_options(parser, required=True)
+    return parser.parse_args(["--where", where, *more])
+
+
+def job(workdir, **fields) -> Job:
+    """A job that trains, with everything in its arguments that has to be quoted."""
+    made = dict(name="run-1", arguments=("-m", "imagen_jax.train", "--config.name=it's a \"$HOME\" `x`", f"--workdir={workdir}"), workdir=str(workdir), retries=2)
+    return Job(**made | fields)

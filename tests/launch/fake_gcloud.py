@@ -1,0 +1,137 @@
+"""A stand-in for gcloud: queued resources in a directory, whose workers are directories too, in which ssh runs commands and scp leaves files.
+
+FAKE_GCLOUD names the directory. Its plan.json has one entry for each resource that is created: {"create": "" or an error, "states": those
+that describe reports, one a call, the last for ever, "preempt": whether the machines are taken away once the job prints something}.
+Options that the real tool (528.0) does not have are refused as it refuses them.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+OPTIONS = {
+    "queued-resources create": {"zone", "project", "node-id", "node-count", "node-prefix", "accelerator-type", "runtime-version", "spot"},
+    "queued-resources describe": {"zone", "project", "format"},
+    "queued-resources delete": {"zone", "project", "force", "quiet"},
+    "tpu-vm describe": {"zone", "project", "format"},
+    "tpu-vm scp": {"zone", "project", "worker"},
+    "tpu-vm ssh": {"zone", "project", "worker", "command"},
+    "storage cat": {"range"},
+    "storage ls": {"json"},
+}
+HERE = Path(os.environ["FAKE_GCLOUD"])
+WORKERS = 2
+
+
+def fail(text: str, code: int = 1) -> None:
+    print(f"ERROR: (gcloud) {text}", file=sys.stderr)
+    sys.exit(code)
+
+
+def main(argv: list[str]) -> None:
+    with open(HERE / "calls", "a") as file:
+        file.write(json.dumps(argv) + "\n")
+    words = [word for word in argv if not word.startswith("--")]
+    options = dict(word.removeprefix("--").partition("=")[::2] for word in argv if word.startswith("--"))
+    command = " ".join(words[:2] if words[0] == "storage" else words[2:4])
+    if unknown := options.keys() - OPTIONS[command]:
+        fail(f"unrecognized arguments: {sorted(unknown)}", 2)
+    rest = words[2:] if words[0] == "storage" else words[4:]
+    {"create": create, "describe": describe, "delete": delete, "scp": scp, "ssh": ssh, "cat": cat, "ls": ls}[command.split()[1]](command, rest, options)
+
+
+def plan() -> dict:
+    """That of the newest creation."""
+    made = json.loads((HERE / "made").read_text()) if (HERE / "made").exists() else 0
+    entries = json.loads((HERE / "plan.json").read_text())
+    return entries[min(made, len(entries)) - 1] if made else entries[0]
+
+
+def create(command: str, rest: list[str], options: dict) -> None:
+    made = json.loads((HERE / "made").read_text()) if (HERE / "made").exists() else 0
+    (HERE / "made").write_text(str(made + 1))
+    if plan()["create"]:
+        fail(plan()["create"])
+    nodes = [options["node-id"]] if "node-id" in options else [f"{options['node-prefix']}-{i}" for i in range(int(options["node-count"]))]
+    for node in nodes:
+        for worker in range(WORKERS):
+            (HERE / "nodes" / node / str(worker)).mkdir(parents=True)
+    (HERE / "resource").write_text(json.dumps({"name": rest[0], "nodes": nodes, "states": plan()["states"]}))
+
+
+def resource() -> dict:
+    if not (HERE / "resource").exists():
+        fail("NOT_FOUND: Requested entity was not found.")
+    return json.loads((HERE / "resource").read_text())
+
+
+def describe(command: str, rest: list[str], options: dict) -> None:
+    found = resource()
+    if command.startswith("tpu-vm"):
+        print(json.dumps({"state": "READY" if (HERE / "nodes" / rest[0]).exists() else fail("NOT_FOUND")}))
+        return
+    state, found["states"] = found["states"][0], found["states"][1:] or found["states"]
+    (HERE / "resource").write_text(json.dumps(found))
+    error = {"failedData": {"error": {"message": "no capacity"}}} if state == "FAILED" else {}
+    print(json.dumps({"name": found["name"], "state": {"state": state, **error}}))
+
+
+def delete(command: str, rest: list[str], options: dict) -> None:
+    assert "force" in options and "quiet" in options
+    resource()
+    (HERE / "resource").unlink()
+    shutil.rmtree(HERE / "nodes")
+
+
+def workers(node: str) -> list[Path]:
+    return [HERE / "nodes" / node / str(worker) for worker in range(WORKERS)]
+
+
+def scp(command: str, rest: list[str], options: dict) -> None:
+    node, _, directory = rest[-1].partition(":")
+    for home in workers(node):
+        for file in rest[:-1]:
+            shutil.copy(file, home / directory)
+
+
+def ssh(command: str, rest: list[str], options: dict) -> None:
+    assert options["worker"] == "all"
+    running = [subprocess.Popen(["bash", "-c", options["command"]], cwd=home, env=os.environ | {"HOME": str(home)}) for home in workers(rest[0])]
+    if plan().get("preempt") and "watch.sh" in options["command"]:
+        logs = [home / options["command"].split()[1].rpartition("/")[0] / "log" for home in workers(rest[0])]
+        while not all(log.exists() and log.read_text() for log in logs):
+            time.sleep(0.02)
+        found = resource() | {"states": ["SUSPENDED"]}
+        (HERE / "resource").write_text(json.dumps(found))
+        for process, log in zip(running, logs):
+            os.killpg(int((log.parent / "pid").read_text()), 9)
+            process.wait()
+        fail("[/usr/bin/ssh] exited with return code [255].", 255)
+    codes = [process.wait() for process in running]
+    sys.exit(next((code for code in codes if code), 0))
+
+
+def cat(command: str, rest: list[str], options: dict) -> None:
+    path = HERE / "buckets" / rest[0].removeprefix("gs://")
+    if not path.exists():
+        fail("The following URLs matched no objects or files")
+    sys.stdout.write(path.read_text()[int(options["range"]) :])
+
+
+def ls(command: str, rest: list[str], options: dict) -> None:
+    path = HERE / "buckets" / rest[0].removeprefix("gs://")
+    if not path.exists():
+        fail("One or more URLs matched no objects.")
+    if "json" in options:
+        updated = time.strftime("%Y-%m-%dT%H:%M:%S+0000", time.gmtime(path.stat().st_mtime))
+        print(json.dumps([{"metadata": {"updated": updated}}]))
+    else:
+        print("\n".join(f"{rest[0]}{name.name}/" for name in path.iterdir()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,172 @@
+"""The one description of a run, and what the command line makes of it."""
+
+import re
+
+import pytest
+
+from imagen_jax.hardware.topology import parse
+from launch import __main__ as command_line
+from launch import job as jobs
+from launch import machines, places, status, sweep
+from tests import tiny
+
+CONFIG = f"{tiny.ROOT}/configs/base_64.py:tiny"
+LOCAL = ("--where", "local", "--config", CONFIG, "--config.data.path=/data")
+
+
+def read(*argv):
+    return command_line.read(argv)
+
+
+@pytest.mark.parametrize("workdir", ["/runs/a", "gs://bucket/team/base 64 (new)", "/" + "long/" * 30 + "Name_" * 20, "/1/2"])
+def test_a_name_is_a_label_of_its_workdir_alone(workdir):
+    """Wrong: a name that Kubernetes or Google Cloud refuses, that two workdirs share, or that changes with how the path is written."""
+    name = jobs.name_of(workdir)
+    assert re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", name) and len(name) <= jobs.NAME_LENGTH
+    assert name == jobs.name_of(workdir + "/") != jobs.name_of(workdir + "x")
+    # Pods of a JobSet: <name>-slice-<two digits>-<four>-<five characters>; a label has at most 63.
+    assert len(f"{name}-slice-63-2047-abcde") <= 63
+
+
+def test_names_differ_where_only_the_hash_can_tell():
+    """Wrong: two runs with equal last directories get one job, so the second is taken for the first, running already."""
+    assert jobs.name_of("/a/runs/base") != jobs.name_of("/b/runs/base")
+
+
+def test_a_bucket_is_a_directory_on_the_machines():
+    """Wrong: the trainer, which knows files only, makes a directory called gs: and its checkpoints go with the machine."""
+    job = jobs.Job("n", ("-m", "x", "--workdir=gs://b/r", "gs://c", "--config.data.path=gs://b/d", "--prompt=a gs://not"), "gs://b/r")
+    assert job.command("p") == ("p", "-m", "x", "--workdir=/mnt/gs/b/r", "/mnt/gs/c", "--config.data.path=/mnt/gs/b/d", "--prompt=a gs://not")
+    assert job.buckets == ("b", "c")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ((*LOCAL, "--workdir=r", "--config.optim.lrr=1"), "lrr"),
+        ((*LOCAL, "--workdir=r", "--config.optim.lr=fast"), "fast"),
+        ((*LOCAL, "--workdir=r", "--proceses=2"), "'--proceses=2' is no option"),
+        ((*LOCAL, "--workdir=r", "--base.config.optim.lr=1"), "is no option"),
+        ((*LOCAL, "--workdir=r", "stray"), "'stray' is no option"),
+        ((*LOCAL, "--workdir=r", "--processes=2"), "--processes needs --devices"),
+        ((*LOCAL, "--workdir=r", "--processes=0"), "at least one process"),
+        ((*LOCAL, "--workdir=r", "--retries=-1"), "--retries=-1 is negative"),
+        ((*LOCAL, "--workdir=gs://b/r"), "a bucket is no directory of this machine"),
+        ((*LOCAL, "--workdir=r", "--topology=v5e:4x4"), "is not for --where local"),
+        ((*LOCAL, "--workdir=r", "--stage=a=b"), "give one of"),
+        (("--where=local", "--workdir=r"), "give one of"),
+        (("--where=local", "--workdir=r", "--config=missing.py"), "missing.py does not exist"),
+        (("--where=local", "--workdir=r", f"--config={CONFIG}"), "data.path is empty"),
+        (("--where=local", "--workdir=r", f"--config={CONFIG.replace('base_64.py:tiny', 'cascade.py')}"), "not the config of a stage"),
+        (("--where=local", "--workdir=r", f"--stage=A={CONFIG}"), "not NAME=CONFIG"),
+        ((*LOCAL, "--workdir=r", "--env=HF_TOKEN=hf_x"), "give --secret HF_TOKEN"),
+        ((*LOCAL, "--workdir=r", "--env=A"), "not NAME=VALUE"),
+        ((*LOCAL, "--workdir=r", "--secret=UNSET_HERE"), "set in your environment"),
+        (("--where=tpu", "--workdir=gs://b/r", *LOCAL[2:]), "needs --topology"),
+        (("--where=tpu", "--topology=v5e:4x4", "--workdir=gs://b/r", *LOCAL[2:]), "needs --zone"),
+        (("--where=tpu", "--topology=v5e:4x4", "--zone=z", "--workdir=r", *LOCAL[2:]), "would be lost with its machine"),
+        (("--where=tpu", "--topology=h100:8", "--zone=z", "--workdir=gs://b/r", *LOCAL[2:]), "has no TPUs"),
+        (("--where=tpu", "--topology=v5e:4x5x6", "--zone=z", "--workdir=gs://b/r", *LOCAL[2:]), "torus"),
+        (("--where=gke", "--topology=v5e:4x4", "--workdir=gs://b/r", *LOCAL[2:]), "needs --image"),
+        (("--where=sky", "--topology=2xv5e:4x4", "--workdir=gs://b/r", *LOCAL[2:]), "starts one slice"),
+        (("--where=slurm", "--topology=h100:8", "--workdir=gs://b/r", *LOCAL[2:]), "directories that all nodes share"),
+        (("--where=slurm", "--topology=v5e:4x4", "--workdir=r", *LOCAL[2:]), "SLURM clusters have GPUs"),
+        (("--where=slurm", "--topology=h100:8", "--sbatch=Rm -rf", "--workdir=r", *LOCAL[2:]), "not OPTION=VALUE"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_starts(argv, message, capsys):
+    """Wrong: a typo is found by the last of 64 hosts, after an hour in a queue, or a secret is written into a manifest."""
+    assert command_line.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "hf_x" not in error
+
+
+def test_a_config_elsewhere_is_not_promised_to_other_machines(tmp_path, capsys):
+    """Wrong: the machines are paid for, then cannot find a config that only this one has."""
+    (tmp_path / "c.py").write_text((tiny.ROOT / "configs" / "base_64.py").read_text())
+    argv = ("--where=tpu", "--topology=v5e:4x4", "--zone=z", "--workdir=gs://b/r", f"--config={tmp_path}/c.py:tiny", "--config.data.path=gs://b/d")
+    assert command_line.main(argv) == 2
+    assert "other machines do not have it" in capsys.readouterr().err
+    (job,), _ = read(*argv[:4], f"--config={CONFIG}", argv[5])
+    assert "--config=configs/base_64.py:tiny" in job.arguments
+
+
+def test_stages_have_their_own_fields_and_topologies():
+    """Wrong: a stage loses what all share or gets what another was given; a field of its own is overruled by the shared one."""
+    stages = (f"--stage=base={CONFIG}", f"--stage=sr={CONFIG.replace('base_64', 'sr_256')}")
+    fields = ("--sr.config.data.path=gs://b/sr", "--config.data.path=gs://b/d", "--config.train.steps=7", "--base.config.train.steps=9")
+    places_ = ("--topology=v5e:4x4", "--sr.topology=v5e:4x8", "--env=A=1", "--sr.env", "A=2")
+    (base, sr), options = read("--where=tpu", "--zone=z", "--workdir=gs://b/r", *stages, *fields, *places_)
+    assert (base.workdir, sr.workdir) == ("gs://b/r/base", "gs://b/r/sr") and base.name != sr.name
+    assert (base.steps, sr.steps) == (9, 7)
+    assert base.arguments[4:] == ("--config.data.path=gs://b/d", "--config.train.steps=7", "--config.train.steps=9")
+    assert sr.arguments[-1] == "--config.data.path=gs://b/sr"
+    assert (str(base.topology), str(sr.topology)) == ("v5e:4x4", "v5e:4x8")
+    assert (base.environment, sr.environment) == ({"A": "1"}, {"A": "2"})
+
+
+def test_any_verb_can_be_launched():
+    """Wrong: options of the verb are taken for the launcher's, or the other way round."""
+    (job,), options = read("--where=local", "--workdir=/r", "--dry-run", "--", "prepare_data", "--source=folder", "--output=a b", "--dry_run")
+    assert job.arguments == ("-m", "imagen_jax.prepare_data", "--source=folder", "--output=a b", "--dry_run") and options.dry_run
+    (job,), _ = read(*LOCAL, "--workdir=/r", "--", "--init_from=embedded:base_16")
+    assert job.arguments[-1] == "--init_from=embedded:base_16" and job.arguments[1] == "imagen_jax.train"
+
+
+@pytest.mark.parametrize(
+    "topology, slices, hosts, chips, cloud, sky",
+    [
+        ("v5e:2x2", 1, 1, 4, "v5litepod-4", "tpu-v5litepod-4:1"),
+        ("v5e:2x4", 1, 1, 8, "v5litepod-8", "tpu-v5litepod-8:1"),
+        ("v5e:16x16", 1, 64, 4, "v5litepod-256", "tpu-v5litepod-256:1"),
+        ("v4-512", 1, 64, 4, "v4-512", "tpu-v4-512:1"),
+        ("2xv5p:4x4x8", 2, 32, 4, "v5p-256", "tpu-v5p-256:1"),
+        ("v6e-16", 1, 4, 4, "v6e-16", "tpu-v6e-16:1"),
+        ("h100:4x8", 1, 4, 8, None, "H100:8"),
+        ("a100-4", 1, 1, 4, None, "A100-80GB:4"),
+    ],
+)
+def test_machines_of_a_topology(topology, slices, hosts, chips, cloud, sky):
+    """Wrong: chips where v4 and v5p count cores, four-chip hosts for an eight-chip machine, slices counted as hosts: all of them hang at start."""
+    size = machines.of(parse(topology))
+    assert (size.slices, size.hosts, size.chips) == (slices, hosts, chips)
+    assert slices * hosts * chips == parse(topology).chips
+    assert cloud is None or machines.accelerator_type(parse(topology)) == cloud
+    assert machines.sky_accelerator(parse(topology)) == sky
+
+
+def test_a_chip_that_topology_knows_has_names():
+    """Wrong: a chip is added to hardware/chips.py, and a launch of it fails with a KeyError."""
+    from imagen_jax.hardware.chips import CHIPS
+
+    assert set(machines.NAMES) == {chip.name for chip in CHIPS}
+
+
+@pytest.mark.parametrize("where", places.PLACES)
+def test_dry_run_starts_nothing_and_shows_no_secret(where, monkeypatch, capsys, tmp_path):
+    """Wrong: --dry-run submits; or the value of a secret is in what it prints; or it needs the cluster's tool, which a laptop does not have."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    workdir = str(tmp_path / "r") if where in ("local", "slurm") else "gs://b/r"
+    topology = {"local": [], "slurm": ["--topology=h100:2x8"]}.get(where, ["--topology=v5e:4x4"])
+    argv = [f"--where={where}", f"--workdir={workdir}", *topology, "--zone=z", "--image=i", f"--config={CONFIG}", "--config.data.path=/d"]
+    assert command_line.main([*argv, "--secret=HF_TOKEN", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "imagen_jax.train" in out and "hf_secret" not in out and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("where, tool", [("tpu", "gcloud"), ("gke", "kubectl"), ("slurm", "squeue"), ("sky", "sky")])
+def test_a_missing_tool_is_one_line(where, tool, capsys, tmp_path):
+    """Wrong: a traceback, or a tool that is taken for a cluster without jobs."""
+    workdir = str(tmp_path / "r") if where == "slurm" else "gs://b/r"
+    topology = "--topology=h100:2x8" if where == "slurm" else "--topology=v5e:4x4"
+    assert command_line.main([f"--where={where}", f"--workdir={workdir}", topology, "--zone=z", "--image=i", f"--config={CONFIG}", "--config.data.path=/d"]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {tool} is not on PATH: " in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("main", [command_line.main, status.main, sweep.main])
+def test_help(main, capsys):
+    """Wrong: a percent sign in a help text, over which argparse stumbles only when it is asked for help."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0 and "python -m launch" in capsys.readouterr().out

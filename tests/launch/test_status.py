@@ -1,0 +1,119 @@
+"""The table: what a workdir tells of its run, at every stage of its life."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from imagen_jax.integrity import is_kept, only_process
+from launch import places, status
+from tests.launch.conftest import job, options
+
+
+def workdir(path: Path, step: int, steps: int = 100, checkpoints=()) -> Path:
+    """A run that has done `step` steps, 20 images each, at 10 images a second in the end."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps({"train": {"steps": steps}, "data": {"batch_size": 20}}))
+    rows = [{"step": n, "loss": 1 / n, "time/images_per_s": 1000 if n < 20 else 10} for n in range(1, step + 1)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in checkpoints:
+        (path / "checkpoints" / name).mkdir(parents=True)
+    return path
+
+
+def test_a_running_training(tmp_path):
+    """Wrong: a lock that nobody reads; the rate of the first steps in the estimate; a checkpoint that is still being written counted as one."""
+    run = workdir(tmp_path / "base", 50, checkpoints=("20", "40", "50.writing"))
+    with only_process(run, "training in"):
+        row = status.read(job(run, stage="base"))
+    assert (row.name, row.state, row.step, row.steps, row.checkpoint) == ("base", "running", 50, 100, 40)
+    assert row.loss == 1 / 50 and row.images_per_s == 10 and row.left == 50 * 20 / 10
+    assert status.read(job(run)).state == "stopped"
+
+
+def test_the_ends_of_a_training(tmp_path):
+    """Wrong: a run that was asked to stop, or is still saving, is called finished, or a finished one stopped; a failure without its reason."""
+    assert status.read(job(tmp_path / "none")).state == "not started"
+    done = job(workdir(tmp_path / "done", 100))
+    assert status.read(done).state == "stopped"  # before the last checkpoint was whole
+    (tmp_path / "done" / "checkpoints" / "100").mkdir(parents=True)
+    assert status.read(done).state == "finished"
+    stopped = job(workdir(tmp_path / "stopped", 60))
+    status.record(stopped, "local", "finished")  # its process exited with 0, as it does when asked to stop
+    assert status.read(stopped).state == "stopped"
+    failed = job(workdir(tmp_path / "failed", 60))
+    status.record(failed, "local", "failed", "exit code 2; error: out of paper")
+    assert (status.read(failed).state, status.read(failed).detail) == ("failed", "exit code 2; error: out of paper")
+    assert status.read(job(tmp_path / "done", steps=200)).state == "stopped"  # the same run, now asked for more
+
+
+def test_a_failed_job_is_failed_while_its_launcher_looks_after_others(tmp_path):
+    """Wrong: the launcher's own lock makes every job of it a running one."""
+    made = job(workdir(tmp_path / "run", 10))
+    with only_process(made.record, "launching in"):
+        for state, shown in {"failed": "failed", "running": "running", "preempted": "preempted"}.items():
+            status.record(made, "tpu", state)
+            assert status.read(made).state == shown
+
+
+def test_half_a_line_is_passed_over(tmp_path):
+    """Wrong: a table that fails whenever it is read in the moment of a write, or whose tail of the file begins within a row."""
+    run = workdir(tmp_path / "run", 2000, steps=9000)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2001, "lo')
+    assert (run / "metrics.jsonl").stat().st_size > status.TAIL_BYTES
+    assert status.read(job(run)).step == 2000
+
+
+def test_the_table(tmp_path, capsys):
+    """Wrong: a column without its value; a directory of stages whose checkpoints or logs are taken for trainings; a path with a space."""
+    for name, step in {"base": 50, "sr 256": 0, "sr_1024": 100}.items():
+        workdir(tmp_path / name, step, checkpoints=["40", str(step)] if step == 100 else ["40"] * (step > 0))
+    (tmp_path / "base" / "checkpoints" / "40" / "config.json").touch()
+    assert status.main([str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["stage", "state", "step", "loss", "images/s", "left", "checkpoint"]
+    assert lines[1] == ["base", "stopped", "50/100", "0.0200", "10", "1", "min", "40", "s", "40"]
+    assert lines[2] == ["sr", "256", "not", "started", "0/100", "-", "-", "-", "-"]
+    assert lines[3] == ["sr_1024", "finished", "100/100", "0.0100", "10", "-", "100"]
+
+
+@pytest.mark.parametrize("seconds, text", [(59.9, "0 min 59 s"), (3600, "1 h 00 min"), (90061, "1 d 01 h")])
+def test_spans(seconds, text):
+    """Wrong: hours that are days."""
+    assert status.span(seconds) == text
+
+
+def test_looking_does_not_disturb(tmp_path):
+    """Wrong: whoever looks whether a run is going on keeps it, for that instant, from starting."""
+    source = "import sys, time; from pathlib import Path; from imagen_jax import integrity\nwhile True: integrity.is_kept(Path(sys.argv[1])); time.sleep(0.001)"
+    looking = subprocess.Popen([sys.executable, "-c", source, str(tmp_path)])
+    try:
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            with only_process(tmp_path, "training in"):
+                assert is_kept(tmp_path)
+    finally:
+        looking.kill()
+        looking.wait()
+    assert not is_kept(tmp_path) and not is_kept(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("state, starts", [("finished", False), ("running", False), ("stopped", True)])
+def test_nothing_is_started_twice(tmp_path, monkeypatch, capsys, state, starts):
+    """Wrong: the same command again trains a finished run's workdir, or a running one's."""
+    made = job(workdir(tmp_path / "run", 100, checkpoints=["100"]) if state == "finished" else workdir(tmp_path / "run", 50))
+    ran = []
+    monkeypatch.setattr(places.local, "run", lambda jobs, _: ran.extend(jobs) or 0)
+    with only_process(tmp_path / ("run" if state == "running" else "other"), "training in"):
+        assert places.start([made], options("local")) == 0
+    assert bool(ran) == starts and ("not started again" in capsys.readouterr().out) != starts
+
+
+def test_numbers_that_are_not_known():
+    """Wrong: nan in the table, or a division by a rate of nothing."""
+    assert status.table([status.Row("a", left=math.nan)]).splitlines()[1].split() == ["a", "not", "started", "0", "-", "-", "-", "-"]

@@ -1,0 +1,136 @@
+"""Cloud TPU, against a stand-in for gcloud whose workers are directories in which the scripts really run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imagen_jax.hardware.topology import parse
+from launch import status, tpu_pod
+from tests.launch.conftest import job, options
+
+ACTIVE = {"create": "", "states": ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]}
+OPTIONS = ("--zone=us-west4-a", "--project=p", "--spot")
+# Counts its runs on each worker, prints, and ends with the code that is listed for that run.
+COUNTING = """
+import os, pathlib, sys, time
+runs = pathlib.Path(sys.argv[1]) / "runs"
+runs.mkdir(exist_ok=True)
+with open(runs / os.environ["HOME"].replace("/", "_"), "a") as file:
+    file.write("run\\n")
+    file.flush()
+    n = len(open(file.name).readlines())
+print("hello", os.environ["WORD"], os.environ.get("HF_TOKEN", "-"), pathlib.Path("code_here").read_text(), sys.argv[2], flush=True)
+codes = [int(code) for code in sys.argv[3].split(",")]
+time.sleep(60 if codes[n - 1] < 0 else 0)
+sys.exit(codes[n - 1])
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository with one file, as the code to send."""
+    root = tmp_path / "checkout"
+    root.mkdir()
+    (root / "code_here").write_text("the code")
+    for arguments in (["init", "-q"], ["add", "."], ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "c"]):
+        subprocess.run(["git", *arguments], cwd=root, check=True)
+    monkeypatch.setattr(tpu_pod, "ROOT", root)
+
+
+def counting(tmp_path, codes: str, topology: str = "v5e:4x4", **fields):
+    """A job that exits with these codes, run by run."""
+    return job(
+        "gs://b/r", arguments=("-c", COUNTING, str(tmp_path), "it's $HOME", codes), topology=parse(topology), environment={"WORD": "a 'b' $c"},
+        setup=f"mkdir -p ~/bin; export PATH={Path(sys.executable).parent}:$PATH", **fields,
+    )  # fmt: skip
+
+
+def runs(tmp_path) -> list[int]:
+    """How often each worker ran the job."""
+    return [len(path.read_text().splitlines()) for path in sorted((tmp_path / "runs").iterdir())]
+
+
+def calls(cloud, word: str) -> list[list[str]]:
+    return [found for line in (cloud / "calls").read_text().splitlines() if word in (found := json.loads(line))]
+
+
+def test_waits_runs_on_every_worker_and_gives_the_machines_back(tmp_path, gcloud, checkout, capfd, monkeypatch):
+    """Wrong: starts before the machines are there; misses a worker; arguments lose their quotes; machines are left behind; a secret is shown."""
+    monkeypatch.setenv("HF_TOKEN", "hf_'secret")
+    cloud = gcloud(ACTIVE)
+    assert tpu_pod.supervise(counting(tmp_path, "0", "2xv5e:4x4", secrets=("HF_TOKEN",)), options("tpu", *OPTIONS), poll_s=0) == 0
+    assert runs(tmp_path) == [1, 1, 1, 1]  # two slices of two workers
+    out = capfd.readouterr().out
+    assert out.count("hello a 'b' $c hf_'secret the code it's $HOME") == 4  # what the job itself prints
+    assert not (cloud / "resource").exists()
+    (create,) = calls(cloud, "create")
+    assert {"--node-count=2", "--node-prefix=run-1", "--accelerator-type=v5litepod-16", "--spot", "--project=p"} <= set(create)
+    assert "--runtime-version=v2-alpha-tpuv5-lite" in create
+    assert "hf_" not in (cloud / "calls").read_text()
+    for state in ("WAITING_FOR_RESOURCES", "PROVISIONING", "finished"):
+        assert state in out
+
+
+def test_a_preempted_pod_is_asked_for_again(tmp_path, gcloud, checkout, capfd):
+    """Wrong: a preemption ends the run, is counted as a failure, or waits for ever on machines that are gone."""
+    cloud = gcloud(ACTIVE | {"preempt": True}, ACTIVE | {"preempt": True}, ACTIVE)
+    assert tpu_pod.supervise(counting(tmp_path, "-1,-1,0", retries=0), options("tpu", *OPTIONS), poll_s=0) == 0
+    assert runs(tmp_path) == [3, 3] and len(calls(cloud, "create")) == 3 == len(calls(cloud, "delete"))
+    assert "preempted, its machines were taken away" in capfd.readouterr().out
+
+
+def test_requests_that_are_never_served_end(tmp_path, gcloud, checkout, capfd):
+    """Wrong: a request that cannot be served is repeated for ever, or its reason is not told."""
+    cloud = gcloud({"create": "", "states": ["PROVISIONING", "FAILED"]})
+    assert tpu_pod.supervise(counting(tmp_path, "0", retries=1), options("tpu", *OPTIONS), poll_s=0) == 1
+    assert len(calls(cloud, "create")) == 2 and "no capacity" in capfd.readouterr().out
+
+
+def test_a_quota_error_is_told_and_not_repeated(tmp_path, gcloud, checkout, capfd):
+    """Wrong: a request beyond the quota is sent again and again, or ends in a traceback."""
+    cloud = gcloud({"create": "Quota limit 'TPUV5sPreemptibleLitepodPerProjectPerZoneForTPUAPI' has been exceeded. Limit: 0", "states": []})
+    assert tpu_pod.run([counting(tmp_path, "0")], options("tpu", *OPTIONS)) == 2
+    out = capfd.readouterr().out
+    assert "failed, gcloud could not create" in out and "has been exceeded" in out and len(calls(cloud, "create")) == 1
+
+
+@pytest.mark.parametrize("codes, expected, times", [("1,0", 0, 2), ("1,1,1", 1, 3), ("2,0", 2, 1)])
+def test_a_crash_is_repeated_on_the_same_machines_and_a_mistake_is_not(tmp_path, gcloud, checkout, codes, expected, times):
+    """Wrong: a crash gives the machines back, and a place in the queue with them; a wrong config is tried as often as a crash."""
+    cloud = gcloud(ACTIVE)
+    assert tpu_pod.supervise(counting(tmp_path, codes), options("tpu", *OPTIONS), poll_s=0) == expected
+    assert runs(tmp_path) == [times, times] and len(calls(cloud, "create")) == 1 == len(calls(cloud, "delete"))
+
+
+def test_a_second_launcher_takes_up_what_runs(tmp_path, gcloud, checkout, capfd):
+    """Wrong: the launcher that comes back after a lost connection starts the job a second time on machines that run it."""
+    gcloud(ACTIVE)
+    workers = tmp_path / "workers"
+    workers.mkdir()
+    made = counting(tmp_path, "0")
+    with tpu_pod._written(made) as files:
+        for name in tpu_pod._files(made):
+            (workers / name).write_bytes((files / name).read_bytes())
+    (workers / "run.sh").write_text("echo run >> count; sleep 1; echo 7 > exit")
+    watchers = [subprocess.Popen(["bash", workers / "watch.sh"], stdout=subprocess.PIPE) for _ in range(3)]
+    assert [watcher.wait(timeout=60) for watcher in watchers] == [7, 7, 7]
+    assert (workers / "count").read_text() == "run\n"
+
+
+def test_the_table_reads_a_bucket(tmp_path, gcloud, capsys):
+    """Wrong: a run in a bucket is shown as not started, or an unreachable bucket as an empty one."""
+    cloud = gcloud(ACTIVE)
+    workdir = cloud / "buckets" / "b" / "r"
+    (workdir / "checkpoints" / "40").mkdir(parents=True)
+    (workdir / "config.json").write_text('{"train": {"steps": 100}, "data": {"batch_size": 10}}')
+    (workdir / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": {1 / step}, "time/images_per_s": 5}}\n' for step in range(1, 51)))
+    row = status.read(job("gs://b/r"))
+    assert (row.state, row.step, row.steps, row.loss, row.checkpoint, row.left) == ("running", 50, 100, 0.02, 40, 100.0)
+    assert status.read(job("gs://b/other")).state == "not started"
+    (cloud / "plan.json").unlink()
+    (cloud.parent / "bin" / "gcloud").write_text("#!/bin/bash\necho 'ERROR: 403 forbidden' >&2; exit 1\n")
+    row = status.read(job("gs://b/r"))
+    assert row.state == "unreadable" and "403 forbidden" in row.detail
