@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
@@ -31,14 +30,12 @@ from imagen_jax.hardware import cost, hlo, kernels, topology
 from imagen_jax.integrity import write_json
 from imagen_jax.models.attention import Attention, FeedForward
 from imagen_jax.models.blocks import ResBlock
-from imagen_jax.models.efficient_unet import Blocks, EfficientUNet
+from imagen_jax.models.parts import block_calls
 from imagen_jax.models.remat import checkpointed
-from imagen_jax.models.unet import Level, UNet
 from imagen_jax.stage import Stage, create_stage
 
-CONTAINERS = (UNet, EfficientUNet, Level, Blocks)  # they only call what they are made of
 NO_INPUT_GRADIENT = ("stem", "conditioning")  # nothing before them is trained
-CHECKPOINTED = (ResBlock,)  # what `model.remat` is applied to
+CHECKPOINTED = {"none": (), "matrix": (ResBlock,), "block": (ResBlock, Attention, FeedForward)}  # what each `model.remat` is applied to
 VERSION = 1  # of what is cached
 Tree = Any
 
@@ -47,7 +44,7 @@ Tree = Any
 class Block:
     """A module of the network, the shapes it is called with, and the places where an equal one stands."""
 
-    module: nn.Module
+    module: Any
     args: tuple[Any, ...]
     params: Tree
     places: tuple[str, ...]
@@ -74,37 +71,16 @@ class BlockCost:
 
 def find_blocks(stage: Stage, b: int) -> list[Block]:
     """Every block that the loss of `b` images calls, equal ones together."""
-    calls: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {}
-    inside: list[str] = []
-
-    def record(call, args, kwargs, context):
-        module, path = context.module, "/".join(context.module.path)
-        if inside or context.method_name != "__call__" or isinstance(module, CONTAINERS):
-            return call(*args, **kwargs)
-        assert not kwargs, f"{path} is called with keywords, which its costs would leave out"
-        calls[path] = (module.clone(parent=None, name=None), jax.tree.map(_shape, args))
-        inside.append(path)
-        try:
-            return call(*args, **kwargs)
-        finally:
-            inside.pop()
-
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in stage.batch_shapes(b).items()}
     params = jax.eval_shape(stage.init, jax.random.key(0))
-    with nn.intercept_methods(record):
-        loss = lambda p, x, key: stage.per_sample_loss(p, x, stage.draw(key, b), key)
-        jax.eval_shape(loss, params, batch, jax.random.key(0))
+    loss = lambda p, x, key: stage.per_sample_loss(p, x, stage.draw(key, b), key)
     found: dict[str, Block] = {}
-    for path, (module, args) in calls.items():
+    for path, (module, args) in block_calls(lambda: jax.eval_shape(loss, params, batch, jax.random.key(0))).items():
         own = functools.reduce(lambda tree, name: tree[name], path.split("/"), params)
         key = repr((module, args, path.startswith(NO_INPUT_GRADIENT)))
         before = found[key].places if key in found else ()
         found[key] = Block(module, args, own, (*before, path))
     return list(found.values())
-
-
-def _shape(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
 
 
 def block_program(stage: Stage, block: Block) -> tuple[Any, Any, tuple[Any, ...]]:
@@ -124,7 +100,7 @@ def block_program(stage: Stage, block: Block) -> tuple[Any, Any, tuple[Any, ...]
         out = block.module.apply({"params": params}, *jax.tree.unflatten(tree, given), rngs={"dropout": jax.random.key(0)})
         return [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
-    remat = functools.partial(checkpointed, stage.model.remat if isinstance(block.module, CHECKPOINTED) else "none")
+    remat = functools.partial(checkpointed, stage.model.remat if isinstance(block.module, CHECKPOINTED[stage.model.remat]) else "none")
 
     def both(params: Tree, varying: tuple[Any, ...], constant: tuple[Any, ...], gradients: list[Any]):
         out, backward = jax.vjp(remat(lambda p, v: forward(p, v, constant)), params, varying)
