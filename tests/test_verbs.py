@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from imagen_jax import checkpoint, demo, report, sample, train
+from imagen_jax.distributed.watch import Watch
 from imagen_jax.metrics import read_metrics
 from imagen_jax.pictures import write_png
 from tests import tiny
 from tests.data import synthetic
 
-PLAIN = dict(profile=(0, 0), minutes=0.0, init_from="")
+PLAIN = dict(profile=(0, 0), minutes=0.0, init_from="", watch=Watch(100.0))
 
 
 @pytest.fixture(scope="module")

@@ -143,6 +143,6 @@ def _detected(timeout_s: float) -> Place | None:
         address = found.get_coordinator_address(timeout_secs=int(timeout_s), override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT"))
         index, local = int(found.get_process_id()), found.get_local_process_id()
     except Exception as error:  # each class raises what it likes
-        raise ValueError(f"{name} was detected, but not this process's place in it: {' '.join(str(error).split())}; set {ADDRESS}, {COUNT} and {INDEX}") from error
+        raise ValueError(f"{name} was detected, but not this process's place in it: {' '.join(str(error).split())}; set {ADDRESS}, {COUNT} and {INDEX}, or {COUNT}=1 to run alone") from error
     names = dict(enumerate(found._get_worker_list_in_slice())) if hasattr(found, "_get_worker_list_in_slice") and index == 0 else {}
     return Place(address, count, index, name, None if local is None else (local,), names)
