@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from imagen_jax import cli
 
+HOPELESS = 1.5  # times the memory there is: an estimate above that is not worth compiling
 log = logging.getLogger("imagen_jax.plan")
 
 
@@ -28,7 +29,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", "", "directory for plan.json and plan.png")
     flags.DEFINE_bool("json", False, "print JSON instead of text")
     flags.DEFINE_bool("exact", False, "compile at the default level, as a run does: 20 minutes and 16 GB for the 2B base")
-    flags.DEFINE_bool("search", False, "if it does not fit, compile the advice in turn until something fits")
+    flags.DEFINE_bool("search", False, "if it does not fit, compile what is advised in turn until something fits")
     flags.DEFINE_bool("time", True, "predict the time of a step (TPUs)")
     flags.DEFINE_bool("sampler", True, "compile the sampler too, for train.sample_rows images")
     flags.DEFINE_integer("processes", cli.cores(), "blocks to compile at once, each in 2 to 4 GB", lower_bound=1)
@@ -65,19 +66,14 @@ def plan(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
     found = examine(config, place, args)
     if found["memory"]["fits"]:
         return found
-    tried = []
-    for overrides in prediction.alternatives(config, place):
-        if not args.search:
-            break
-        log.info("trying %s", options(overrides))
-        try:
-            other = examine(prediction.overridden(config, overrides), place, args)
-        except ValueError as error:
-            tried.append({"overrides": overrides, "error": str(error)})
-            continue
-        tried.append({"overrides": overrides, "peak": other["memory"]["peak"]})
+    tried: list[dict[str, Any]] = []
+    hopeful = lambda row: row["estimated_peak"] <= HOPELESS * found["memory"]["limit"]
+    for row in filter(hopeful, advice(config, place, found, True)) if args.search else ():
+        log.info("trying %s", options(row["overrides"]))
+        other = examine(prediction.overridden(config, row["overrides"]), place, args)
+        tried.append(row | {"peak": other["memory"]["peak"]})
         if other["memory"]["fits"]:
-            return other | {"overrides": overrides, "tried": tried, "asked": found["memory"]}
+            return other | {"overrides": row["overrides"], "tried": tried, "asked": found["memory"]}
     return found | {"advice": advice(config, place, found), "tried": tried}
 
 
@@ -145,10 +141,10 @@ def sampler(config: Mapping[str, Any], place: Any, program: Any, exact: bool) ->
     return {"rows": rows, "steps": config["sampling"]["steps"], "peak": peak, "fits": peak <= place.chip.memory_limit}
 
 
-def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any], everything: bool = False) -> list[dict[str, Any]]:
     """What would need less memory, in the order to try it, each with an estimate: the compiled peak changed as the known parts change.
 
-    The list ends with the first that is estimated to fit.
+    The list ends with the first that is estimated to fit, unless `everything` is asked for.
     """
     from imagen_jax import prediction, whole_step
 
@@ -163,7 +159,7 @@ def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> l
         share *= config["mesh"]["spatial"] / changed["mesh"]["spatial"]
         peak = sum(parts.values()) + known["temporaries"] * share
         out.append({"overrides": overrides, "estimated_peak": int(peak)})
-        if peak <= found["memory"]["limit"]:
+        if peak <= found["memory"]["limit"] and not everything:
             break
     return out
 

@@ -77,7 +77,7 @@ def _sampler(plan: Plan) -> Iterator[str]:
 
 def _advice(plan: Plan) -> Iterator[str]:
     for row in plan.get("tried", []):
-        yield f"  tried {_options(row['overrides'])}: " + (row["error"] if "error" in row else f"{row['peak'] / GIB:.2f} GiB")
+        yield f"  tried {_options(row['overrides'])}: {row['peak'] / GIB:.2f} GiB (estimated {row['estimated_peak'] / GIB:.2f})"
     if plan["memory"]["fits"]:
         return
     yield "\nwhat would need less, in the order to try it (--search compiles them):"

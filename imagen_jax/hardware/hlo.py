@@ -92,7 +92,7 @@ class Module:
     def trip_count(self, loop: Instruction) -> int:
         """How often a `while` runs whose condition compares a counter from 0 with a constant. Raises ValueError for any other."""
         (condition,) = loop.called["condition"]
-        constants = [re.match(r"s32\[\]", i.type) and re.search(r"^(\d+)", i.operands[0]) for i in self.computations[condition].values() if i.opcode == "constant"]
+        constants = [re.match(r"[su]\d+\[\]", i.type) and re.search(r"^(\d+)", i.operands[0]) for i in self.computations[condition].values() if i.opcode == "constant"]
         bounds = [int(found[1]) for found in constants if found]
         if len(bounds) != 1:
             raise ValueError(f"the loop {loop.name} ({loop.op_name}) has no known trip count: constants {bounds} in its condition")

@@ -68,6 +68,12 @@ def test_a_loop_counts_as_often_as_it_runs(module):
     assert "convert.1" not in runs, "what a fusion calls is part of the fusion"
 
 
+def test_loops_that_count_without_a_sign():
+    """Catches loops that the compiler itself makes, whose counters are u32."""
+    module = hlo.parse(TEXT.replace("s32[]{:T(128)} constant(5)", "u32[]{:T(128)} constant(6)"))
+    assert {times for i, _, times in module.run() if i.name == "fusion.1"} == {6}
+
+
 def test_collectives(module):
     """Catches an asynchronous gather counted by its operand or twice, a reduce-scatter taken for an all-reduce, groups misread."""
     gather, scatter = sorted(hlo.collectives(module, 8), key=lambda c: c.kind)
