@@ -100,11 +100,11 @@ def picture(plan: Plan) -> bytes:
     from matplotlib import pyplot as plt
 
     timed = "time" in plan
-    figure, axes = plt.subplots(1, 3 if timed else 1, figsize=(15 if timed else 6, 5), width_ratios=[1, 1, 2.2] if timed else None, squeeze=False)
+    figure, axes = plt.subplots(1, 3 if timed else 1, figsize=(16 if timed else 6, 5), width_ratios=[1.3, 1.3, 2.2] if timed else None, squeeze=False)
     memory = plan["memory"]
     _stack(axes[0, 0], {part: size / GIB for part, size in memory["parts"].items()}, "GiB a chip")
     axes[0, 0].axhline(memory["limit"] / GIB, color="black", linestyle="--")
-    axes[0, 0].text(0.45, memory["limit"] / GIB, " limit", va="bottom", ha="right")
+    axes[0, 0].text(-0.45, memory["limit"] / GIB, " limit", va="bottom")
     axes[0, 0].set_title("fits" if memory["fits"] else "does not fit")
     if timed:
         time = plan["time"]
@@ -132,7 +132,7 @@ def _stack(axis: Any, parts: Mapping[str, float], label: str) -> None:
         axis.bar([0], [value], bottom=base, width=0.9, label=f"{name} {value:.2f}")
         base += value
     axis.set_xticks([])
-    axis.set_xlim(-0.5, 1.6)
+    axis.set_xlim(-0.5, 2.2)
     axis.set_ylabel(label)
     handles, labels = axis.get_legend_handles_labels()
-    axis.legend(handles[::-1], labels[::-1], fontsize=7, loc="upper right")
+    axis.legend(handles[::-1], labels[::-1], fontsize=7, loc="center right")

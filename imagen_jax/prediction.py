@@ -36,7 +36,10 @@ def make_program(config: Mapping[str, Any], place: Topology) -> TrainProgram:
 def memory(program: TrainProgram, place: Topology, exact: bool) -> tuple[whole_step.Memory, hlo.Module | None]:
     """What the train step needs on each device, and the compiled program if it fits."""
     text, peak = whole_step.compile_text(program.lower(), place, exact)
-    found = whole_step.Memory(peak, int(place.chip.memory_limit), whole_step.state_parts(program))
+    parts = whole_step.state_parts(program)
+    held = sum(parts.values()) - parts["activations"]
+    parts["activations"] = min(parts["activations"], max(0, peak - held))
+    found = whole_step.Memory(peak, int(place.chip.memory_limit), parts)
     return found, hlo.parse(text) if text and found.fits else None
 
 

@@ -1,0 +1,79 @@
+"""plan with the TPU compiler itself: its estimates against ideal times, the verb on a tiny config, advice that works when followed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from imagen_jax.hardware import cost, hlo, topology
+
+pytest.importorskip("libtpu", reason="the TPU compiler comes with the extra `tpu`")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ROOT = Path(__file__).resolve().parent.parent
+BF16 = jnp.bfloat16
+
+
+def convolution(x, w):
+    return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+# (program, shapes, FLOPs or 0, bytes or 0, how many times the ideal time the estimate may be)
+OPERATIONS = {
+    "matrix product": (lambda a, b: a @ b, [(4096, 4096), (4096, 4096)], 2 * 4096**3, 0, 1.5),
+    "3x3 convolution": (convolution, [(8, 64, 64, 512), (3, 3, 512, 512)], 2 * 8 * 64 * 64 * 9 * 512 * 512, 0, 1.5),
+    "sum of two arrays": (lambda a, b: a + b, [(16384, 8192), (16384, 8192)], 0, 3 * 2 * 16384 * 8192, 5.0),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
+def test_estimates_against_ideal_times(name, operation):
+    """Wrong: a clock, a peak or a sum of cycles that makes an operation faster than the chip, or several times slower than it should be."""
+    program, shapes, flops, size, slack = OPERATIONS[operation]
+    place = topology.parse(name)
+    whole = NamedSharding(Mesh(place.devices()[:1], "x"), PartitionSpec())
+    arguments = [jax.ShapeDtypeStruct(shape, BF16, sharding=whole) for shape in shapes]
+    items = list(cost.items(hlo.parse(jax.jit(program).lower(*arguments).compile().as_text()), place.chip))
+    ideal = max(flops / place.chip.peak_flops, size / place.chip.memory_bandwidth)
+    assert 0.97 * ideal < sum(item.seconds for item in items) < slack * ideal
+    assert all(item.estimated for item in items if item.seconds > 0.01 * ideal)
+
+
+def plan(tmp_path, *options):
+    """(exit code, the JSON) of the verb for base_64:tiny on four v5e chips."""
+    command = [sys.executable, "-m", "imagen_jax.plan", "--config=configs/base_64.py:tiny", "--topology=v5e-4", "--json", f"--cache={tmp_path}/cache", *options]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_plan_of_a_tiny_config(tmp_path):
+    """Wrong: a part of the report that is missing, a time without its blocks, a second run that compiles blocks again."""
+    code, found = plan(tmp_path, f"--output={tmp_path}/plan", "--price=1")
+    assert code == 0 and found["memory"]["fits"] and found["chips"] == 4 and found["sampler"]["fits"]
+    assert sum(found["memory"]["parts"].values()) >= found["memory"]["peak"]
+    assert 0 < found["time"]["mfu"] < 1 and sum(found["time"]["kinds_s"].values()) == pytest.approx(found["time"]["compute_s"])
+    assert found["places"][0]["place"].split("/")[0] in ("down_0", "down_1", "mid", "up_0", "up_1")
+    assert found["cost"]["money"] == pytest.approx(found["cost"]["chip_hours"])
+    assert (tmp_path / "plan" / "plan.png").read_bytes()[:4] == b"\x89PNG" and json.loads((tmp_path / "plan" / "plan.json").read_text()) == found
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    assert kept and plan(tmp_path)[1]["time"] == found["time"]
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == kept
+
+
+def test_advice_works_when_followed(tmp_path):
+    """Wrong: a program that does not fit reported as a crash, advice that does not fit either when it is compiled."""
+    big = ["--config.data.batch_size=131072", "--notime", "--nosampler"]
+    code, found = plan(tmp_path, *big)
+    assert code == 1 and found["memory"]["peak"] > found["memory"]["limit"] and found["advice"]
+    code, searched = plan(tmp_path, *big, "--search")
+    assert code == 0 and searched["asked"]["peak"] == found["memory"]["peak"]
+    followed = [f"--config.{field}={value}" for field, value in searched["overrides"].items()]
+    code, again = plan(tmp_path, *big, *followed)
+    assert code == 0 and again["memory"]["peak"] == searched["memory"]["peak"]
