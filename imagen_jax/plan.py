@@ -95,6 +95,7 @@ def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
         for block in block_costs.block_costs(config, place, cache, args.processes):
             blocks.append(block)
             log.info("%2d  %-28s %8.2f ms, %3.0f %% of peak", len(blocks), block.places[0], 1e3 * block.seconds, 100 * block.flops / block.seconds / place.chip.peak_flops)
+        blocks.sort(key=lambda block: block.places)  # they come in the order they are done in
         found["time"] = prediction.step_time(program, place, found["flops"]["per_chip_and_step"], blocks, traffic)
         found["places"] = prediction.places(blocks, program.accumulation)
         found["cost"] = prediction.cost(found["time"], place, config["train"]["steps"], args.price)

@@ -94,7 +94,8 @@ def last_line(log: str) -> str:
     return [line for line in log.splitlines() if line.startswith("error: ")][-1]
 
 
-@pytest.mark.parametrize("victim, next_count", [(1, 1), pytest.param(0, 4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim, next_count", [(1, 1), (0, 4)])
 def test_stopped_killed_and_continued_by_another_number(data, tmp_path, victim, next_count):
     """Catches: a signal that each process answers after a step of its own; survivors that wait for ever, or do not say for whom; checkpoints,
     data or noise that depend on the number of processes."""
