@@ -69,7 +69,7 @@ def test_plan_of_a_tiny_config(tmp_path):
 
 def test_advice_works_when_followed(tmp_path):
     """Wrong: a program that does not fit reported as a crash, advice that does not fit either when it is compiled."""
-    big = ["--config.data.batch_size=131072", "--notime", "--nosampler"]
+    big = ["--config.data.batch_size=196608", "--notime", "--nosampler"]
     code, found = plan(tmp_path, *big)
     assert code == 1 and found["memory"]["peak"] > found["memory"]["limit"] and found["advice"]
     code, searched = plan(tmp_path, *big, "--search")
