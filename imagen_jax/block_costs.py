@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -70,7 +71,8 @@ class BlockCost:
 
 
 def find_blocks(stage: Stage, b: int) -> list[Block]:
-    """Every block that the loss of `b` images calls, equal ones together."""
+    """Every block that the loss of `b` images calls, equal ones together: the bare ones, whatever `model.remat` wraps them in."""
+    stage = dataclasses.replace(stage, model=stage.model.clone(remat="none"))
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in stage.batch_shapes(b).items()}
     params = jax.eval_shape(stage.init, jax.random.key(0))
     loss = lambda p, x, key: stage.per_sample_loss(p, x, stage.draw(key, b), key)
@@ -124,7 +126,7 @@ def _prepared(config: str, name: str, rows: int) -> tuple[Stage, list[Block], Me
     settings = json.loads(config)
     mesh = block_mesh(topology.parse(name), settings["mesh"]) if name else None
     stage = create_stage(settings, mesh)
-    return stage, find_blocks(dataclasses.replace(stage, model=stage.model.clone(remat="none")), rows), mesh
+    return stage, find_blocks(stage, rows), mesh
 
 
 def _cost_of(config: str, name: str, rows: int, index: int, cache: str) -> BlockCost:
@@ -200,23 +202,23 @@ def block_costs(config: Mapping[str, Any], place: topology.Topology, cache: Path
     """
     stage = create_stage(config)
     rows = rows_per_chip(config, place)
-    count = len(find_blocks(dataclasses.replace(stage, model=stage.model.clone(remat="none")), rows))
+    count = len(find_blocks(stage, rows))
     cache.mkdir(parents=True, exist_ok=True)
     smallest = dataclasses.replace(place, shape=topology.smallest_shape(place.chip), slices=1)
     arguments = (json.dumps(config), str(smallest), rows)
     pool_of = lambda n, schedules: concurrent.futures.ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), _start_process, (schedules,))
-    with pool_of(processes, False) as pool, pool_of(1, True) as scheduled:
+    with tempfile.TemporaryDirectory(prefix="schedules") as schedules, pool_of(processes, "") as pool, pool_of(1, schedules) as scheduled:
         costs = {pool.submit(_cost_of, *arguments, i, str(cache)): i for i in range(count)}
         kernel = {i: scheduled.submit(_kernels_of, *arguments, i, str(cache)) for i in range(count)}
         for done in concurrent.futures.as_completed(costs):
             yield with_kernels(done.result(), kernel[costs[done]].result())
 
 
-def _start_process(schedules: bool) -> None:
+def _start_process(schedules: str) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_compilation_cache_dir", None)
     if schedules:
-        kernels.ask_for_schedules()
+        kernels.ask_for_schedules(schedules)
 
 
 def with_kernels(block: BlockCost, seconds: float) -> BlockCost:

@@ -1,15 +1,18 @@
 """What every verb's command line has in common: errors of the user's making end in one line, not in a traceback; logging; the compile cache."""
 
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
-from typing import Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 from absl import app, flags
 
 COMPILE_CACHE = "compile_cache"
+# What flags, and a config file that they name, raise.
+FLAG_ERRORS = (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError, SyntaxError)
 
 
 def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> None:
@@ -47,17 +50,32 @@ def parse(argv: list[str]) -> list[str]:
     """Flags and the config file they name; what is wrong with either is one line."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError, SyntaxError) as error:
+    except FLAG_ERRORS as error:
         if os.environ.get("IMAGEN_JAX_TRACEBACK"):
             raise
-        sys.exit(fail(_cause(error)))
+        sys.exit(fail(cause(error)))
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
     """What went wrong, without the traceback that reading a config file puts before it and the quotes of a KeyError."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     _, traceback, after = text.rpartition("Traceback (most recent call last):")
     return after.strip().splitlines()[-1] if traceback and after.strip() else text
+
+
+def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
+    """A stage's config as a plain dict. Raises ValueError for one of something else; `flag` is what it was given by."""
+    if "data" not in config:
+        raise ValueError(f"{flag} is not the config of a stage, such as configs/base_64.py or configs/sr_256.py")
+    return json.loads(config.to_json())
+
+
+def data_config(config: Any, flag: str = "--config") -> dict[str, Any]:
+    """`stage_config` of a run, which needs data. Raises ValueError if it names none."""
+    plain = stage_config(config, flag)
+    if not plain["data"]["path"]:
+        raise ValueError(f"{flag}.data.path is empty: give the directory that imagen_jax.prepare_data made")
+    return plain
 
 
 def check_directory(flag: str, path: str) -> None:

@@ -38,7 +38,7 @@ def only_process(directory: Path, doing: str) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / LOCK, "w") as file:
         for _ in range(LOOKS):
-            if _lock(file, fcntl.LOCK_EX):
+            if try_lock(file, fcntl.LOCK_EX):
                 break
             time.sleep(0.02)
         else:
@@ -50,13 +50,13 @@ def is_kept(directory: Path) -> bool:
     """Whether a process is inside `only_process(directory)`, as far as this machine can tell: a network file system may not pass locks on."""
     try:
         with open(directory / LOCK) as file:
-            return not _lock(file, fcntl.LOCK_SH)
+            return not try_lock(file, fcntl.LOCK_SH)
     except FileNotFoundError:
         return False
 
 
-def _lock(file: Any, kind: int) -> bool:
-    """Whether the lock could be had; it goes when the file is closed."""
+def try_lock(file: Any, kind: int) -> bool:
+    """Whether the lock (fcntl.LOCK_SH or LOCK_EX) could be had; it goes when the file is closed."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

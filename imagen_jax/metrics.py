@@ -87,13 +87,13 @@ class MetricsWriter:
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of workdir/metrics.jsonl in order, without broken ones; [] if there is no such file. Safe beside a running trainer."""
     path = Path(workdir) / METRICS
-    return [row for row in map(_parse, _lines(path)) if row is not None]
+    return [row for row in map(parse_row, _lines(path)) if row is not None]
 
 
 def _truncate(path: Path, start_step: int) -> None:
     """Rewrites the file, atomically and only if need be, without rows of steps after `start_step` and without broken lines."""
     lines = _lines(path)
-    rows = [_parse(line) for line in lines]
+    rows = [parse_row(line) for line in lines]
     kept = [line for line, row in zip(lines, rows) if row is not None and row["step"] <= start_step]
     if len(kept) == len(lines) and all(line.endswith(b"\n") for line in lines):
         return
@@ -106,7 +106,7 @@ def _lines(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines(keepends=True) if path.exists() else []
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> dict[str, Any] | None:
     """A row, or None if the line is not one (a write cut short by a kill, say)."""
     try:
         row = json.loads(line)

@@ -7,11 +7,13 @@ Nothing runs and no accelerator is needed: the train step and the sampler are co
 (pip install 'imagen_jax[tpu]' or '[cuda12]'). The first time takes minutes; block costs are kept and read the next time.
 """
 
+import dataclasses
 import json
 import logging
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -42,14 +44,12 @@ def main() -> int:
     cli.log_to_stderr()
     if args.config is None or args.topology is None:
         raise ValueError("--config FILE and --topology NAME are both needed, such as --config configs/base_64.py --topology v5e:16x16")
-    if "data" not in args.config:
-        raise ValueError("--config is not the config of a stage, such as configs/base_64.py or configs/sr_256.py")
+    config = cli.stage_config(args.config)
     if args.output:
         cli.check_directory("output", args.output)
     from imagen_jax.hardware import topology
 
     place = topology.parse(args.topology)
-    config = json.loads(args.config.to_json())
     found = plan(config, place, args)
     report(found, args)
     return 0 if found["memory"]["fits"] else 1
@@ -61,20 +61,20 @@ def plan(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
 
     jax.config.update("jax_platforms", "cpu")  # nothing here needs the devices of this machine
     jax.config.update("jax_compilation_cache_dir", None)  # it cannot read back programs for devices that are not there
-    from imagen_jax import prediction
+    from imagen_jax import plan_report, prediction
 
     found = examine(config, place, args)
     if found["memory"]["fits"]:
         return found
     tried: list[dict[str, Any]] = []
     hopeful = lambda row: row["estimated_peak"] <= HOPELESS * found["memory"]["limit"]
-    for row in filter(hopeful, advice(config, place, found, True)) if args.search else ():
-        log.info("trying %s", options(row["overrides"]))
+    for row in filter(hopeful, advice(config, place, found)) if args.search else ():
+        log.info("trying %s", plan_report.options(row["overrides"]))
         other = examine(prediction.overridden(config, row["overrides"]), place, args)
         tried.append(row | {"peak": other["memory"]["peak"]})
         if other["memory"]["fits"]:
             return other | {"overrides": row["overrides"], "tried": tried, "asked": found["memory"]}
-    return found | {"advice": advice(config, place, found), "tried": tried}
+    return found | {"advice": up_to_first_that_fits(advice(config, place, found), found["memory"]["limit"]), "tried": tried}
 
 
 def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
     if module is None:
         return found
     traffic = whole_step.traffic(module, program, place)
-    found["collectives"] = [{"kind": t.kind, "axes": t.axes, "count": t.count, "bytes": t.bytes, "seconds": t.seconds} for t in traffic]
+    found["collectives"] = [dataclasses.asdict(row) for row in traffic]
     if args.time and place.chip.platform == "tpu":
         cache = Path(args.cache).expanduser()
         blocks = []
@@ -138,18 +138,14 @@ def sampler(config: Mapping[str, Any], place: Any, program: Any, exact: bool) ->
     shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     rows = -(-config["train"]["sample_rows"] // shards) * shards
     log.info("compiling the sampler of %d images", rows)
-    _, peak = whole_step.compile_text(whole_step.lower_sampler(program.stage, program, rows), place, exact)
+    _, peak = whole_step.compile_text(whole_step.lower_sampler(program, rows), place, exact)
     return {"rows": rows, "steps": config["sampling"]["steps"], "peak": peak, "fits": peak <= place.chip.memory_limit}
 
 
-def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any], everything: bool = False) -> list[dict[str, Any]]:
-    """What would need less memory, in the order to try it, each with an estimate: the compiled peak changed as the known parts change.
-
-    The list ends with the first that is estimated to fit, unless `everything` is asked for.
-    """
+def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What would need less memory, in the order to try it, each with an estimate: the compiled peak changed as the known parts change."""
     from imagen_jax import prediction, whole_step
 
-    known, out = found["memory"]["parts"], []
     for overrides in prediction.alternatives(config, place):
         changed = prediction.overridden(config, overrides)
         try:
@@ -158,16 +154,18 @@ def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any], ever
             continue
         share = changed["data"]["batch_size"] / changed["optim"]["accumulation"] / (config["data"]["batch_size"] / config["optim"]["accumulation"])
         share *= config["mesh"]["spatial"] / changed["mesh"]["spatial"]
-        peak = sum(parts.values()) + known["temporaries"] * share
-        out.append({"overrides": overrides, "estimated_peak": int(peak)})
-        if peak <= found["memory"]["limit"] and not everything:
+        peak = sum(parts.values()) + found["memory"]["parts"]["temporaries"] * share
+        yield {"overrides": overrides, "estimated_peak": int(peak)}
+
+
+def up_to_first_that_fits(rows: Iterable[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """Advice as far as somebody needs it: its last row is estimated to fit, or nothing is."""
+    taken = []
+    for row in rows:
+        taken.append(row)
+        if row["estimated_peak"] <= limit:
             break
-    return out
-
-
-def options(overrides: Mapping[str, Any]) -> str:
-    """Overrides as a command line has them."""
-    return " ".join(f"--config.{field}={value}" for field, value in overrides.items())
+    return taken
 
 
 def report(found: Mapping[str, Any], args: Any) -> None:

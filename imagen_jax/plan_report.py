@@ -21,7 +21,7 @@ def _head(plan: Plan) -> Iterator[str]:
     yield f"batch {plan['batch']} in {plan['accumulation']} part(s), {plan['batch'] / plan['chips']:g} images a chip, remat {plan['remat']}"
     yield f"{flops['per_image'] / 1e12:.3f} TFLOP an image, {flops['per_step'] / 1e15:.3f} PFLOP a step, {flops['per_chip_and_step'] / 1e12:.2f} TFLOP a chip"
     if "overrides" in plan:
-        yield f"as asked it needs {plan['asked']['peak'] / GIB:.2f} GiB and does not fit; this is with " + _options(plan["overrides"])
+        yield f"as asked it needs {plan['asked']['peak'] / GIB:.2f} GiB and does not fit; this is with " + options(plan["overrides"])
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -77,18 +77,19 @@ def _sampler(plan: Plan) -> Iterator[str]:
 
 def _advice(plan: Plan) -> Iterator[str]:
     for row in plan.get("tried", []):
-        yield f"  tried {_options(row['overrides'])}: {row['peak'] / GIB:.2f} GiB (estimated {row['estimated_peak'] / GIB:.2f})"
+        yield f"  tried {options(row['overrides'])}: {row['peak'] / GIB:.2f} GiB (estimated {row['estimated_peak'] / GIB:.2f})"
     if plan["memory"]["fits"]:
         return
     yield "\nwhat would need less, in the order to try it (--search compiles them):"
     for row in plan["advice"]:
         fits = "would fit" if row["estimated_peak"] <= plan["memory"]["limit"] else "not enough"
-        yield f"  {_options(row['overrides'])}: about {row['estimated_peak'] / GIB:.2f} GiB, {fits}"
+        yield f"  {options(row['overrides'])}: about {row['estimated_peak'] / GIB:.2f} GiB, {fits}"
     if not plan["advice"] or plan["advice"][-1]["estimated_peak"] > plan["memory"]["limit"]:
         yield "  none of these is enough: more chips, chips with more memory, or a smaller model"
 
 
-def _options(overrides: Plan) -> str:
+def options(overrides: Plan) -> str:
+    """Overrides as a command line has them."""
     return " ".join(f"--config.{field}={value}" for field, value in overrides.items())
 
 

@@ -21,10 +21,10 @@ from imagen_jax import sharding, whole_step
 from imagen_jax.block_costs import BlockCost
 from imagen_jax.hardware import hlo
 from imagen_jax.hardware.topology import Topology
+from imagen_jax.models.remat import KINDS as REMAT_KINDS
 from imagen_jax.step import TrainProgram
 
 PLACES = 10
-REMAT_ORDER = ("none", "matrix", "block")
 SECONDS_PER_HOUR = 3600
 
 
@@ -106,9 +106,9 @@ def alternatives(config: Mapping[str, Any], place: Topology) -> list[dict[str, A
     More recomputation, state over more chips, the batch in parts, image height over chips, half the batch.
     """
     model, mesh, optim, data = (config[part] for part in ("model", "mesh", "optim", "data"))
-    at = REMAT_ORDER.index(model["remat"])
-    found: list[dict[str, Any]] = [{"model.remat": kind} for kind in REMAT_ORDER[at + 1 :]]
-    remat = {"model.remat": REMAT_ORDER[-1]} if at + 1 < len(REMAT_ORDER) else {}
+    at = REMAT_KINDS.index(model["remat"])
+    found: list[dict[str, Any]] = [{"model.remat": kind} for kind in REMAT_KINDS[at + 1 :]]
+    remat = {"model.remat": REMAT_KINDS[-1]} if at + 1 < len(REMAT_KINDS) else {}
     columns = mesh["model"] * mesh["spatial"]
     chips = place.chips // columns
     rows = data["batch_size"]

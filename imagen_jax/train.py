@@ -48,12 +48,9 @@ def main() -> int:
     cli.log_to_stderr()
     if args.config is None or args.workdir is None:
         raise ValueError("--config FILE and --workdir DIR are both needed")
-    if "data" not in args.config:
-        raise ValueError("--config is not the config of a stage, such as configs/base_64.py or configs/sr_256.py")
-    if not args.config.data.path:
-        raise ValueError("--config.data.path is empty: give the directory that imagen_jax.prepare_data made")
+    config = cli.data_config(args.config)
     cli.check_directory("workdir", args.workdir)
-    profile, config = read_profile(args.profile), json.loads(args.config.to_json())
+    profile = read_profile(args.profile)
     cli.use_compile_cache()
     distributed.start(args.host_timeout, args.host_lost)
     with Watch(args.host_lost) as watch:

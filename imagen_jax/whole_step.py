@@ -8,7 +8,6 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ import jax.numpy as jnp
 from imagen_jax import sharding
 from imagen_jax.hardware import hlo, links
 from imagen_jax.hardware.topology import Topology
-from imagen_jax.stage import Stage
 from imagen_jax.step import TrainProgram
 
 FAST = {"optimization_level": 9}  # O0
@@ -115,8 +113,9 @@ def traffic(module: hlo.Module, program: TrainProgram, place: Topology) -> list[
     return [Traffic(*key, int(count[key]), int(size[key]), seconds[key]) for key, _ in seconds.most_common()]
 
 
-def lower_sampler(stage: Stage, program: TrainProgram, rows: int) -> Any:
+def lower_sampler(program: TrainProgram, rows: int) -> Any:
     """The sampler of a batch of so many images on the run's mesh, from EMA as the run holds it."""
+    stage = program.stage
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     shapes = stage.batch_shapes(rows)
     low = stage.lowres_size
@@ -126,12 +125,3 @@ def lower_sampler(stage: Stage, program: TrainProgram, rows: int) -> Any:
     placed = (program.shardings.ema, over_rows, over_rows)
     draw = lambda ema, keys, batch: stage.sample(ema, keys, batch, stage.sampling)
     return jax.jit(draw, in_shardings=placed).lower(program.abstract.ema, keys, batch)
-
-
-def sequence(values: Sequence[Any]) -> str:
-    """A list in words: a x b."""
-    return " x ".join(map(str, values)) or "one device"
-
-
-def describe_mesh(sizes: Mapping[str, int]) -> str:
-    return sequence([f"{axis} {size}" for axis, size in sizes.items() if size > 1])

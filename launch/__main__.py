@@ -13,12 +13,13 @@ import argparse
 import dataclasses
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 
 from imagen_jax import cli
 from launch import places
-from launch.job import Job, in_bucket, inside_checkout, name_of, read_config, shell
+from launch.job import Job, in_bucket, name_of, training
 
 
 @dataclasses.dataclass
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         jobs, options = read(sys.argv[1:] if argv is None else argv)
         code = places.start(jobs, options)
         if options.where not in places.WATCHED and not options.dry_run:
-            print(f"how far they are: python -m launch.status {shell([job.workdir for job in jobs])}")
+            print(f"how far they are: python -m launch.status {shlex.join([job.workdir for job in jobs])}")
         return code
     except KeyboardInterrupt:
         return cli.fail("interrupted, the same command continues", 130)
@@ -51,7 +52,7 @@ def read(argv: Sequence[str]) -> tuple[list[Job], argparse.Namespace]:
     parser.add_argument("--config", default="", help="config of a training, FILE.py or FILE.py:ARG")
     parser.add_argument("--stage", action="append", default=[], metavar="NAME=CONFIG", help="one of several trainings side by side; may be repeated")
     places.define_options(parser, required=True)
-    before, _, after = _split(list(argv))
+    before, after = _split(list(argv))
     options, rest = parser.parse_known_args(before)
     if bool(options.config) + bool(options.stage) + bool(after and not after[0].startswith("-")) != 1:
         raise ValueError("give one of --config FILE, --stage NAME=FILE (once for each), or -- VERB and its options")
@@ -63,13 +64,15 @@ def read(argv: Sequence[str]) -> tuple[list[Job], argparse.Namespace]:
         jobs = [Job(name_of(options.workdir), ("-m", f"imagen_jax.{after[0]}", *after[1:]), options.workdir)]
         return places.completed(jobs, options), options
     stages = _stages(options, rest)
-    jobs = [training(name, stage.config, stage.fields, options, after) for name, stage in stages.items()]
+    workdir_of = lambda name: f"{options.workdir.rstrip('/')}/{name}" if name else options.workdir
+    jobs = [training(name, stage.config, stage.fields, workdir_of(name), options.where, after) for name, stage in stages.items()]
     return places.completed(jobs, options, [stage.topology for stage in stages.values()], [stage.env for stage in stages.values()]), options
 
 
-def _split(argv: list[str]) -> tuple[list[str], str, list[str]]:
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before the first "--", and after it."""
     at = argv.index("--") if "--" in argv else len(argv)
-    return argv[:at], "--", argv[at + 1 :]
+    return argv[:at], argv[at + 1 :]
 
 
 def _joined(rest: Sequence[str]) -> list[str]:
@@ -107,17 +110,6 @@ def _stages(options: argparse.Namespace, rest: Sequence[str]) -> dict[str, Stage
     for stage in stages.values():  # its own fields come last, and of two the last counts
         stage.fields = shared.fields + stage.fields
     return stages
-
-
-def training(name: str, config: str, fields: Sequence[str], options: argparse.Namespace, more: Sequence[str] = ()) -> Job:
-    """The job of a training; its config is read as the trainer will read it, and must be good."""
-    steps = read_config(config, fields)["train"]["steps"]
-    workdir = f"{options.workdir.rstrip('/')}/{name}" if name else options.workdir
-    file = config if options.where in ("local", "slurm") else inside_checkout(config)
-    return Job(
-        name=name_of(workdir), stage=name, workdir=workdir, steps=steps,
-        arguments=("-m", "imagen_jax.train", f"--config={file}", f"--workdir={workdir}", *fields, *more),
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ finds its place from what GKE puts into pods that ask for google.com/tpu; on GPU
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from launch import machines, status
-from launch.job import MOUNT, Job, ask, in_bucket, refuse, shell
+from launch.job import MOUNT, Job, ask, in_bucket, refuse
 
 COORDINATOR_PORT = 8476
 SAVE_S = 300  # from SIGTERM to SIGKILL, for the save
@@ -80,7 +81,7 @@ def _pod(job: Job, options: argparse.Namespace, size: machines.Machines, tpu: bo
         "name": "imagen-jax",
         "image": options.image,
         "workingDir": options.code,
-        "command": ["bash", "-c", "\n".join([*([f"{{ {job.setup}", "} || exit 2"] if job.setup else []), f"exec {shell(job.command())}"])],
+        "command": ["bash", "-c", "\n".join([*([f"{{ {job.setup}", "} || exit 2"] if job.setup else []), f"exec {shlex.join(job.command())}"])],
         "env": _environment(job, size, tpu),
         "resources": {"requests": {resource: size.chips}, "limits": {resource: size.chips}},
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}, *({"name": bucket, "mountPath": f"{MOUNT}/{bucket}"} for bucket in job.buckets)],

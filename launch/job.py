@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -11,6 +10,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from imagen_jax import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKET = "gs://"
@@ -23,7 +24,6 @@ python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python 3.11 ~/{environment}
 python3 -m uv pip install --quiet --python ~/{environment}/bin/python --editable '.[{extra}]'
 """
-LOST = 75  # the verbs' exit code where nothing is wrong but with another process
 USAGE_ERROR = 2  # the verbs' exit code for what no repetition mends
 
 
@@ -93,11 +93,6 @@ def name_of(workdir: str) -> str:
     return f"{('r-' + words if not words[:1].isalpha() else words)[: NAME_LENGTH - 7].rstrip('-')}-{digest}"
 
 
-def shell(command: Sequence[str]) -> str:
-    """One line for a shell, everything quoted that has to be."""
-    return shlex.join(command)
-
-
 def exports(environment: Mapping[str, str]) -> list[str]:
     """Lines of a shell script."""
     return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
@@ -136,14 +131,17 @@ def read_config(config: str, fields: Sequence[str]) -> dict[str, Any]:
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=argv)
     try:
         values(argv)
-    except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError, SyntaxError) as error:
-        raise ValueError(f"--config {config}: {str(error).strip().splitlines()[-1]}") from error
-    read = json.loads(values.config.to_json())
-    if "data" not in read:
-        raise ValueError(f"--config {config} is not the config of a stage, such as configs/base_64.py or configs/sr_256.py")
-    if not read["data"]["path"]:
-        raise ValueError(f"--config {config}: data.path is empty: give --config.data.path=DIRECTORY, which imagen_jax.prepare_data made")
-    return read
+    except cli.FLAG_ERRORS as error:
+        raise ValueError(f"--config {config}: {cli.cause(error).strip().splitlines()[-1]}") from error
+    return cli.data_config(values.config, f"--config {config}")
+
+
+def training(title: str, config: str, fields: Sequence[str], workdir: str, where: str, more: Sequence[str] = ()) -> Job:
+    """The job of a training; its config is read as the trainer will read it, and must be good. `where` it runs: machines elsewhere read their checkout's file."""
+    steps = read_config(config, fields)["train"]["steps"]
+    file = config if where in ("local", "slurm") else inside_checkout(config)
+    arguments = ("-m", "imagen_jax.train", f"--config={file}", f"--workdir={workdir}", *fields, *more)
+    return Job(name=name_of(workdir), stage=title, workdir=workdir, steps=steps, arguments=arguments)
 
 
 def inside_checkout(config: str) -> str:

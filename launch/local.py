@@ -10,6 +10,7 @@ import functools
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,9 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from imagen_jax.distributed.watch import LOST
 from imagen_jax.integrity import only_process
 from launch import status
-from launch.job import LOST, USAGE_ERROR, Job, shell
+from launch.job import USAGE_ERROR, Job
 
 POLL_S = 0.1
 GRACE_S = 10.0  # for the other processes to end when one has failed: they cannot go on without it
@@ -54,7 +56,7 @@ def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
         lines += [f"# {job.title}", *([f"({job.setup})"] if job.setup else [])]
         for process in range(options.processes):
             variables = {**job.environment, **_variables(options, process, "PORT")}
-            lines.append(" ".join([f"{name}={shell([value])}" for name, value in variables.items()] + [shell(job.command("python"))]))
+            lines.append(" ".join([f"{name}={shlex.join([value])}" for name, value in variables.items()] + [shlex.join(job.command("python"))]))
     return "\n".join(lines)
 
 
@@ -145,7 +147,6 @@ class Group:
         for reader in self._readers:
             reader.join(timeout=GRACE_S)
         self._kept.close()
-
 
     def _end_children(self, process: subprocess.Popen) -> None:
         """Kills a process with all that it started, such as data workers. Once: afterwards the number may be another's."""

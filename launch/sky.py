@@ -6,13 +6,14 @@ hosts of a TPU slice JAX finds them by itself.
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from launch import machines, status
-from launch.job import BUCKET, ENVIRONMENT, MOUNT, Job, ask, in_bucket, refuse, shell
+from launch.job import BUCKET, ENVIRONMENT, MOUNT, Job, ask, in_bucket, refuse
 
 COORDINATOR_PORT = 8476
 TOOL = "pip install 'skypilot[gcp]', or with another cloud in the brackets"
@@ -56,7 +57,7 @@ def task(job: Job, options: argparse.Namespace) -> dict[str, Any]:
         "workdir": ".",
         "resources": resources,
         "setup": f"set -e\n{job.install}",
-        "run": f'{place}export PATH="$HOME/{ENVIRONMENT}/bin:$PATH"\nexec {shell(job.command("python"))}\n',
+        "run": f'{place}export PATH="$HOME/{ENVIRONMENT}/bin:$PATH"\nexec {shlex.join(job.command("python"))}\n',
     }
     if job.environment:
         made["envs"] = dict(job.environment)

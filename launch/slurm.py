@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from launch import machines, status
-from launch.job import NAME_LENGTH, USAGE_ERROR, Job, ask, exports, in_bucket, refuse, shell
+from launch.job import NAME_LENGTH, USAGE_ERROR, Job, ask, exports, in_bucket, refuse
 
 SAVE_S = 300  # before the time limit the processes are told to save and end
 TOOL = "run this on a login node of the cluster"
@@ -96,7 +96,7 @@ def _body(jobs: Sequence[Job], sizes: Sequence[machines.Machines]) -> list[str]:
         output = f" >> {shlex.quote(str(job.record / 'output.log'))} 2>&1" if len(jobs) > 1 else ""
         lines += [
             f"exec srun {tasks} --cpu-bind=none --kill-on-bad-exit=1 --label{placed} \\",
-            f"  bash -c 'JAX_PROCESS_ID=$SLURM_PROCID exec \"$@\"' bash {shell(job.command(sys.executable))} < /dev/null{output}",
+            f"  bash -c 'JAX_PROCESS_ID=$SLURM_PROCID exec \"$@\"' bash {shlex.join(job.command(sys.executable))} < /dev/null{output}",
             ") &",
             "steps+=($!)",
         ]

@@ -19,7 +19,7 @@ from typing import Any
 
 from imagen_jax import cli
 from imagen_jax.integrity import is_kept, write_json
-from imagen_jax.metrics import METRICS
+from imagen_jax.metrics import METRICS, parse_row
 from launch.job import Job, ask, in_bucket, name_of
 
 RECORD = "launch.json"  # what a launcher last did: {"where", "name", "state", "detail", "attempt", "steps", "time"}
@@ -96,7 +96,7 @@ def read(job: Job) -> Row:
     """What a job's files tell. A lock that is held says running; the launcher's record says why a training that does not run does not."""
     try:
         place = Place(job.workdir)
-        rows = [row for row in map(_row, place.tail(METRICS).splitlines()) if row]
+        rows = [row for row in map(parse_row, place.tail(METRICS).splitlines()) if row]
         config = json.loads(place.tail("config.json") or "{}")
         checkpoint = max(place.checkpoints(), default=-1)
         recorded = _record(job)
@@ -132,15 +132,6 @@ def record(job: Job, where: str, state: str, detail: str = "", attempt: int = 0)
 def _record(job: Job) -> dict[str, Any]:
     path = job.record / RECORD
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """A row of metrics.jsonl; None for half a line, which the tail of a file may begin with and a running training end with."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and "step" in row else None
 
 
 def table(rows: Iterable[Row]) -> str:

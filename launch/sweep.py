@@ -28,7 +28,7 @@ from imagen_jax.integrity import write_json
 from imagen_jax.metrics import read_metrics
 from imagen_jax.resume import flat
 from launch import places, status
-from launch.job import Job, in_bucket, inside_checkout, mounted, name_of, read_config
+from launch.job import Job, in_bucket, mounted, training
 
 # What a sampling field is called by imagen_jax.evaluate.
 EVALUATE_FLAGS = {
@@ -216,7 +216,7 @@ def evaluate_step(
 def trained(args: argparse.Namespace, steps: Sequence[Step]) -> bool:
     """Starts the trainings that neither run nor are finished where --where says. Whether all are finished and their files are here."""
     open_steps = [step for step in steps if not step.finished]
-    jobs = places.completed([training(args, step) for step in open_steps], args)
+    jobs = places.completed([job_of(args, step) for step in open_steps], args)
     for group in [jobs] * bool(jobs) if args.where == "tpu" else [[job] for job in jobs]:  # which is looked after to its end; of local jobs one at a time
         if code := places.start(group, args):
             raise ValueError(f"{', '.join(job.title for job in group)}: ended with exit code {code}; the same command continues")
@@ -232,17 +232,13 @@ def trained(args: argparse.Namespace, steps: Sequence[Step]) -> bool:
     return args.dry_run
 
 
-def training(args: argparse.Namespace, step: Step) -> Job:
-    """A training step as a job, whose config is read first as the trainer will."""
+def job_of(args: argparse.Namespace, step: Step) -> Job:
+    """A training step as a job."""
     fields = [option for option in step.command if option.startswith("--config.")]
-    config = args.config if args.where in ("local", "slurm") else inside_checkout(args.config)
     workdir = str(step.directory.absolute())
     if args.bucket:
         workdir = args.bucket.rstrip("/") + "/" + str(step.directory.relative_to(args.workdir))
-    return Job(
-        name=name_of(workdir), stage=step.label.removeprefix("train "), workdir=workdir, steps=read_config(args.config, fields)["train"]["steps"],
-        arguments=("-m", "imagen_jax.train", f"--config={config}", f"--workdir={workdir}", *fields),
-    )  # fmt: skip
+    return training(step.label.removeprefix("train "), args.config, fields, workdir, args.where)
 
 
 def execute(step: Step) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from imagen_jax.integrity import only_process
 from launch import machines, status
-from launch.job import ENVIRONMENT, MOUNT, ROOT, USAGE_ERROR, Job, ask, exports, in_bucket, refuse, revision, shell
+from launch.job import ENVIRONMENT, MOUNT, ROOT, USAGE_ERROR, Job, ask, exports, in_bucket, refuse, revision
 
 TOOL = "install the Google Cloud CLI and run gcloud auth login"
 POLL_S = 30.0
@@ -130,7 +130,7 @@ def run_script(job: Job) -> str:
         *([GCSFUSE.rstrip(), *(f"mount_bucket {bucket}" for bucket in job.buckets)] if job.buckets else []),
         job.install.rstrip(),
         f'export PATH="$HOME/{ENVIRONMENT}/bin:$PATH"',
-        shell(job.command("python")),
+        shlex.join(job.command("python")),
     ]
     return "\n".join(lines) + "\n"
 
@@ -140,10 +140,10 @@ def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
     parts = []
     for job in jobs:
         cloud = Gcloud(job, options)
-        parts += [f"# {job.title}: commit {revision() or 'unknown'}", shell(cloud.create()), shell(cloud.describe()) + "  # until ACTIVE"]
+        parts += [f"# {job.title}: commit {revision() or 'unknown'}", shlex.join(cloud.create()), shlex.join(cloud.describe()) + "  # until ACTIVE"]
         for node in cloud.nodes:
-            parts += [shell(cloud.ssh(node, f"mkdir -p {job.name}")), shell(cloud.copy(_files(job), node)), shell(cloud.ssh(node, f"bash {job.name}/watch.sh"))]
-        parts += [shell(cloud.delete()), "# run.sh, on every worker:", run_script(job)]
+            parts += [shlex.join(cloud.ssh(node, f"mkdir -p {job.name}")), shlex.join(cloud.copy(_files(job), node)), shlex.join(cloud.ssh(node, f"bash {job.name}/watch.sh"))]
+        parts += [shlex.join(cloud.delete()), "# run.sh, on every worker:", run_script(job)]
     return "\n".join(parts)
 
 
@@ -197,7 +197,7 @@ def supervise(job: Job, options: argparse.Namespace, poll_s: float = POLL_S) -> 
         if outcome == "finished" or outcome == "refused" or failures > job.retries:
             _say(job, "finished" if outcome == "finished" else "failed", why, failures + preemptions)
             if options.keep:
-                print(f"{job.title}: its queued resource is kept, and costs money until {shell(cloud.delete())}")
+                print(f"{job.title}: its queued resource is kept, and costs money until {shlex.join(cloud.delete())}")
             else:
                 _delete(cloud)
             return {"finished": 0, "refused": USAGE_ERROR}.get(outcome, 1)

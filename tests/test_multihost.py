@@ -233,23 +233,11 @@ def test_non_finite_loss_stops_all_alike(data, tmp_path):
     assert saved(workdir) and max(saved(workdir)) == step
 
 
-FULL_ONCE = """
-import runpy
-from imagen_jax import checkpoint
-seal = checkpoint.seal
-def full(directory):
-    checkpoint.seal = seal
-    raise OSError(28, "No space left on device")
-checkpoint.seal = full
-runpy.run_module("imagen_jax.train", run_name="__main__")
-"""
-
-
 @pytest.mark.slow
 def test_failed_save_fails_in_all_and_the_run_goes_on(data, tmp_path):
     """Catches: a failed save of one process that the others wait for, or count as done; samples drawn by one process alone; a profile that stops it."""
     workdir, more = tmp_path / "run", ["--config.train.sample_every=4", "--config.train.sample_rows=4", "--profile=5:2"]
-    team = finish(data, workdir, 2, "--config.train.steps=12", *more, programs={0: FULL_ONCE})
+    team = finish(data, workdir, 2, "--config.train.steps=12", *more, programs={0: tiny.FULL_ONCE})
     for i in (0, 1):
         assert f"checkpoint 4 was not saved in {workdir / 'checkpoints'}: [Errno 28] No space left on device" in team.log(i)
     assert saved(workdir) == [8, 12] and list((workdir / "profile").rglob("*.xplane.pb"))

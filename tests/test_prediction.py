@@ -64,7 +64,7 @@ def test_parts_of_memory():
     for part in ("parameters", "EMA", "optimizer", "gradients"):
         assert 0.25 <= split[part] / whole[part] < 0.4
     assert split["batch"] == whole["batch"] and split["activations"] == whole["activations"] > 0
-    kept = {remat: whole_step.kept_bytes(program(**{"model.remat": remat})) for remat in prediction.REMAT_ORDER}
+    kept = {remat: whole_step.kept_bytes(program(**{"model.remat": remat})) for remat in prediction.REMAT_KINDS}
     assert kept["none"] > kept["matrix"] > kept["block"]
     assert whole_step.kept_bytes(program(sizes=(2, 2, 1, 2))) == pytest.approx(kept["none"], rel=0.05)
     big = {"data.batch_size": 16}

@@ -25,17 +25,6 @@ KILLS = int(os.environ.get("IMAGEN_JAX_KILLS", "3"))
 STEPS = 10 * KILLS  # a kill after some steps waits for up to eight more
 ENV = os.environ | {"XLA_FLAGS": xla.flags(), "PYTHONPATH": str(tiny.ROOT)}
 PROGRAM = (sys.executable, "-m", "imagen_jax.train")
-# The trainer with a disk that is full at the first save and has room at the next.
-FULL_ONCE = """
-import runpy
-from imagen_jax import checkpoint
-seal = checkpoint.seal
-def full(directory):
-    checkpoint.seal = seal
-    raise OSError(28, "No space left on device")
-checkpoint.seal = full
-runpy.run_module("imagen_jax.train", run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +137,7 @@ def test_resume_on_another_mesh_and_refusal_of_other_settings(data, straight, tm
 def test_failed_save_does_not_end_the_run(data, straight, tmp_path):
     """Catches a full disk that costs the run, and one that nobody is told of."""
     workdir = tmp_path / "run"
-    code, log = run(data, workdir, program=(sys.executable, "-c", FULL_ONCE))
+    code, log = run(data, workdir, program=(sys.executable, "-c", tiny.FULL_ONCE))
     assert code == 0 and "checkpoint 5 was not saved" in log and "No space left" in log
     assert losses(workdir) == straight
     assert (workdir / "checkpoints" / str(STEPS)).is_dir() and not (workdir / "checkpoints" / "5").exists()

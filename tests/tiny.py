@@ -16,6 +16,17 @@ from imagen_jax.step import make_step
 
 ROOT = Path(__file__).parent.parent
 DIM = 8
+# The trainer with a disk that is full at the first save and has room at the next.
+FULL_ONCE = """
+import runpy
+from imagen_jax import checkpoint
+seal = checkpoint.seal
+def full(directory):
+    checkpoint.seal = seal
+    raise OSError(28, "No space left on device")
+checkpoint.seal = full
+runpy.run_module("imagen_jax.train", run_name="__main__")
+"""
 
 
 @functools.cache

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from imagen_jax.integrity import try_lock
+
 BEAT_S = 2.0  # between two signs of life
 SILENT_S = 60.0  # without one, after which a process counts as dead
 POLL_S = 0.1
@@ -153,13 +155,10 @@ def wait_for_stragglers(directory: Path) -> None:
         return
     end = time.monotonic() + SILENT_S + BEAT_S
     with open(directory / "lock", "a+") as file:
-        while True:
-            try:
-                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() > end:
-                    raise ValueError(f"processes of an earlier start still work in {directory.parent}: end them first") from error
-                time.sleep(POLL_S)
+        while not try_lock(file, fcntl.LOCK_EX):
+            if time.monotonic() > end:
+                raise ValueError(f"processes of an earlier start still work in {directory.parent}: end them first")
+            time.sleep(POLL_S)
 
 
 ALONE = Crew()

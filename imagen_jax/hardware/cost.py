@@ -9,9 +9,14 @@ import re
 from collections.abc import Iterator
 
 from imagen_jax.hardware.chips import Chip
-from imagen_jax.hardware.hlo import COLLECTIVES, FREE, Instruction, Module, traffic
+from imagen_jax.hardware.hlo import COLLECTIVES, Instruction, Module, traffic
 
 MATRIX, ELEMENTWISE, COPY, KERNEL = "matrix", "elementwise", "copy", "kernel"
+# They move no data, or what they do is counted where it is done; so is the end and the beginning of what is asynchronous.
+FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier iota while conditional call "
+    "async-update send recv domain add-dependency".split()
+)
 # Components of an op_name that are not modules' names: what transformations and control flow add.
 NOT_A_PLACE = frozenset("while body cond closed_call checkpoint remat rematted_computation custom_vjp_call custom_jvp_call pjit".split())
 
@@ -31,7 +36,7 @@ def items(module: Module, chip: Chip) -> Iterator[Item]:
     """Every instruction of a program that takes time on the chip."""
     for instruction, computation, times in module.run():
         opcode = instruction.opcode
-        if opcode in FREE or 'custom_call_target="tpu_custom_call"' in instruction.rest or opcode.endswith("-start") or opcode.endswith("-done") or is_collective(instruction, module):
+        if opcode in FREE or opcode.endswith(("-start", "-done")) or 'custom_call_target="tpu_custom_call"' in instruction.rest or is_collective(instruction, module):
             continue
         cycles = instruction.cycles
         seconds = traffic(instruction, computation) / chip.memory_bandwidth if cycles is None else cycles / chip.clock
@@ -40,17 +45,21 @@ def items(module: Module, chip: Chip) -> Iterator[Item]:
 
 def is_collective(instruction: Instruction, module: Module) -> bool:
     """Whether an instruction is one, or a fusion that has one in it."""
-    inside = [i.opcode for name in instruction.called.get("calls", []) for i in module.computations[name].values()]
-    return any(opcode.removesuffix("-start") in COLLECTIVES for opcode in (instruction.opcode, *inside))
+    return any(opcode.removesuffix("-start") in COLLECTIVES for opcode in _opcodes(instruction, module))
 
 
 def kind(instruction: Instruction, module: Module) -> str:
     """What a fusion mainly is: anything with a matrix product or convolution in it is one, and what only moves data is a copy."""
-    inside = {instruction.opcode} | {i.opcode for name in instruction.called.get("calls", []) for i in module.computations[name].values()}
+    inside = _opcodes(instruction, module)
     if inside & {"convolution", "dot"}:
         return MATRIX
     moves = FREE | {"copy", "transpose", "reshape", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad", "fusion", "broadcast", "convert"}
     return COPY if inside <= moves else ELEMENTWISE
+
+
+def _opcodes(instruction: Instruction, module: Module) -> set[str]:
+    """An instruction's own, and those in a fusion."""
+    return {instruction.opcode} | {i.opcode for computation in module.inside(instruction) for i in computation.values()}
 
 
 def place(op_name: str) -> str:

@@ -8,17 +8,11 @@ import dataclasses
 import functools
 import math
 import re
-
 from collections.abc import Iterator
 
 import numpy as np
 
 NO_ESTIMATE = 2**63 - 1
-# They move no data, or what they do is counted where it is done.
-FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier iota while conditional call "
-    "async-start async-update async-done copy-done send send-done recv recv-done domain add-dependency".split()
-)
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {f"{sign}{n}": n for sign in "su" for n in (8, 16, 32, 64)}
 
@@ -88,6 +82,10 @@ class Module:
             elif instruction.opcode in ("call", "async-start"):
                 for name in called.get("calls", []) + called.get("to_apply", []):
                     yield from self.run(name, times)
+
+    def inside(self, instruction: Instruction) -> list[dict[str, Instruction]]:
+        """The computations that a fusion is made of; none of another instruction."""
+        return [self.computations[name] for name in instruction.called.get("calls", [])] if instruction.opcode == "fusion" else []
 
     def trip_count(self, loop: Instruction) -> int:
         """How often a `while` runs whose condition compares a counter from 0 with a constant. Raises ValueError for any other."""
@@ -172,10 +170,7 @@ class Collective:
 def collectives(module: Module, devices: int) -> Iterator[Collective]:
     """Every collective of a program for so many devices, those inside fusions too; an all-reduce that is fused with the slice of it is a reduce-scatter."""
     for instruction, here, times in module.run():
-        parts = [(instruction, here)]
-        if instruction.opcode == "fusion":
-            called = [module.computations[name] for name in instruction.called.get("calls", [])]
-            parts = [(i, computation) for computation in called for i in computation.values()]
+        parts = [(i, computation) for computation in module.inside(instruction) for i in computation.values()] or [(instruction, here)]
         for found, computation in parts:
             kind = found.opcode.removesuffix("-start")
             if kind in COLLECTIVES:

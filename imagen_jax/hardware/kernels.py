@@ -8,7 +8,6 @@ loads and stores of blocks are slower than its arithmetic; loops inside a kernel
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from imagen_jax.hardware.chips import Chip
 
 
-def ask_for_schedules() -> None:
-    """Makes libtpu, if it is not loaded yet, write the schedule of everything it compiles to a directory of this process."""
-    directory = tempfile.mkdtemp(prefix="schedules")
+def ask_for_schedules(directory: str) -> None:
+    """Makes libtpu, if it is not loaded yet, write the schedule of everything that this process compiles to a directory, an empty one of its own."""
     os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
     os.environ["IMAGEN_JAX_SCHEDULES"] = directory
 

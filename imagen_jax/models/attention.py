@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.models.layers import Constrain, Dtype, Projections, group_norm, identity
+from imagen_jax.models.layers import Constrain, Dtype, Projections, dense, group_norm, identity
 from imagen_jax.models.remat import keep
 
 Keys = tuple[tuple[Array, Array, Array | None], ...]  # (keys [b m c], values [b m c], which of them are valid [b m]; None: all)
@@ -53,14 +53,14 @@ class Attention(nn.Module):
         normed = group_norm(c, self.dtype, "norm")(pixels)
         keys: list[tuple[Array, Array, Array | None]] = []
         if self.kind == "cross":
-            (q,) = map(self.constrain, Projections(1, c, self.dtype, name="q")(normed))
+            q = self.constrain(dense(c, self.dtype, "q")(normed))
         else:
             q, k, v = map(self.constrain, Projections(3, c, self.dtype, name="qkv")(normed))
             keys.append((k, v, None))
         if self.kind != "self":
             k, v = map(self.constrain, Projections(2, c, self.dtype, name="text_kv")(nn.LayerNorm(dtype=self.dtype, name="text_norm")(text)))
             keys.append((k, v, text_mask))
-        (out,) = Projections(1, c, self.dtype, zero_init=True, name="out")(self.attend(q, tuple(keys), self.heads))
+        out = dense(c, self.dtype, "out", zero_init=True)(self.attend(q, tuple(keys), self.heads))
         return (pixels + out).reshape(h.shape)
 
 
@@ -74,8 +74,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         c = h.shape[-1]
-        (out,) = Projections(1, self.hidden, self.dtype, name="dense_0")(group_norm(c, self.dtype, "norm")(h))
-        (out,) = Projections(1, c, self.dtype, zero_init=True, name="dense_1")(jax.nn.swish(self.constrain(out)))
+        out = dense(self.hidden, self.dtype, "dense_0")(group_norm(c, self.dtype, "norm")(h))
+        out = dense(c, self.dtype, "dense_1", zero_init=True)(jax.nn.swish(self.constrain(out)))
         return h + out
 
 

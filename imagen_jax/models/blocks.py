@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import TextPool
-from imagen_jax.models.layers import Constrain, Conv, Dtype, NoiseLevelEmbedding, Projections, average_pool, group_norm, identity, upsample_nearest
+from imagen_jax.models.layers import Constrain, Conv, Dtype, NoiseLevelEmbedding, average_pool, dense, group_norm, identity, upsample_nearest
 
 RESAMPLE = {"down": average_pool, "up": upsample_nearest}
 
@@ -45,7 +45,7 @@ class ResBlock(nn.Module):
         out = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.swish(out))
         out = self.constrain(Conv(self.features, self.dtype, zero_init=True, name="conv_1")(out))
         if self.project_shortcut or shortcut.shape[-1] != self.features:
-            (shortcut,) = Projections(1, self.features, self.dtype, name="shortcut")(shortcut)
+            shortcut = dense(self.features, self.dtype, "shortcut")(shortcut)
         return (shortcut + out) * jnp.asarray(self.residual_scale, out.dtype)
 
 

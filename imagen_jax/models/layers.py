@@ -78,6 +78,12 @@ class Projections(nn.Module):
         return [add_bias(product(w), b) for w, b in zip(kernels, biases)]
 
 
+def dense(features: int, dtype: Dtype, name: str, zero_init: bool = False) -> Callable[[Array], Array]:
+    """One dense layer, [*d e] -> [*d features]; `nn.Dense` but for how the bias is added."""
+    layer = Projections(1, features, dtype, zero_init, name=name)
+    return lambda x: layer(x)[0]
+
+
 class ConvTranspose(nn.Module):
     """3x3 convolution of stride 1/2, [b h w c] -> [b 2h 2w features]: the adjoint of the strided `Conv`, up to its weights.
 

@@ -20,23 +20,10 @@ from imagen_jax.data import crew
 from imagen_jax.data.crew import Crew, Lost
 from imagen_jax.data.sources import FolderSource
 from imagen_jax.distributed.watch import LOST
-from tests.data.synthetic_source import SETTINGS, FakeEncoder, tree, write_folder
+from tests.data.synthetic_source import SETTINGS, FakeEncoder, tree
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTIONS = {"a colour ramp"} | {f"picture number {i}" for i in range(20)}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("source") / "ramps")
-
-
-@pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
-    """What one process makes of it."""
-    output = tmp_path_factory.mktemp("whole") / "data"
-    prepare_data.prepare(FolderSource(folder, 0.2), FakeEncoder(), output, prepare_data.Settings(**SETTINGS))
-    return output
 
 
 def start(folder, output, count, run, victim=None, kill_at=0):

@@ -27,18 +27,6 @@ def prepare(folder, output, encoder=None, heldout=0.2, **changes):
     return prepare_data.prepare(FolderSource(folder, heldout), encoder or FakeEncoder(), output, settings)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("source") / "ramps")
-
-
-@pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
-    output = tmp_path_factory.mktemp("whole") / "data"
-    prepare(folder, output)
-    return output
-
-
 def skipped(output):
     return [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
 

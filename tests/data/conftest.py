@@ -1,0 +1,20 @@
+"""What the tests of prepare_data share."""
+
+import pytest
+
+from imagen_jax import prepare_data
+from imagen_jax.data.sources import FolderSource
+from tests.data.synthetic_source import SETTINGS, FakeEncoder, write_folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("source") / "ramps")
+
+
+@pytest.fixture(scope="session")
+def whole(folder, tmp_path_factory):
+    """What one process makes of it."""
+    output = tmp_path_factory.mktemp("whole") / "data"
+    prepare_data.prepare(FolderSource(folder, 0.2), FakeEncoder(), output, prepare_data.Settings(**SETTINGS))
+    return output
