@@ -53,6 +53,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda12": ["jax[cuda12]>=0.10.2,<0.13"],
+        "gpu-plan": ["jax-cuda12-plugin>=0.10.2,<0.13"],  # the compiler alone, for `imagen_jax.plan`; of the same version as jax
         "test": ["beartype>=0.22", "jsonschema>=4.23", "pytest>=8.3", "pytest-timeout>=2.4", "pytest-xdist>=3.6"],
         "parity": ["torch==2.13.0"],
     },

@@ -4,7 +4,8 @@
     python -m imagen_jax.plan --config configs/sr_1024.py --topology v5p-256 --config.data.batch_size=1024 --search --output plans/sr_1024
 
 Nothing runs and no accelerator is needed: the train step and the sampler are compiled ahead of time by the compiler of that hardware
-(pip install 'imagen_jax[tpu]' or '[cuda12]'). The first time takes minutes; block costs are kept and read the next time.
+(pip install 'imagen_jax[tpu]' or '[cuda12]'; for GPUs that are not here '[gpu-plan]' is enough). The first time takes minutes; block costs
+are kept and read the next time. Of GPUs it reports memory, FLOPs and traffic: their compiler has no estimates of time.
 """
 
 import dataclasses
@@ -108,6 +109,7 @@ def describe(config: Mapping[str, Any], place: Any, program: Any, memory: Any, e
     """What is known of a config without its compiled text."""
     import jax
 
+    from imagen_jax import whole_step
     from imagen_jax.stage import create_stage
     from imagen_jax.step import forward_flops
 
@@ -117,6 +119,7 @@ def describe(config: Mapping[str, Any], place: Any, program: Any, memory: Any, e
         "config": config["name"],
         "topology": str(place),
         "chip": place.chip.name,
+        "platform": place.chip.platform,
         "chips": place.chips,
         "mesh": dict(program.mesh.shape),
         "batch": images,
@@ -125,7 +128,7 @@ def describe(config: Mapping[str, Any], place: Any, program: Any, memory: Any, e
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(program.abstract.params)),
         "flops": {"per_image": flops, "per_step": flops * images, "per_chip_and_step": flops * images / place.chips},
         "memory": {
-            "fits": memory.fits, "peak": memory.peak, "limit": memory.limit, "level": "default" if exact else "O0",
+            "fits": memory.fits, "peak": memory.peak, "limit": memory.limit, "level": whole_step.level(place, exact),
             "parts": memory.parts | {"temporaries": memory.temporaries},
         },
     }  # fmt: skip

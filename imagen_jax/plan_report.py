@@ -31,6 +31,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"\nmemory of a chip: {memory['peak'] / GIB:.2f} of {memory['limit'] / GIB:.2f} GiB, {verdict} (compile level {memory['level']})"
     if memory["level"] == "O0":
         yield "  O0 over-estimates: 1.56 times the default level's peak where both were compiled; --exact for the default"
+    if plan["platform"] == "cuda":
+        yield "  without workspaces of convolutions, buffers of collectives and the driver's context, for which the limit leaves room"
     for part, size in memory["parts"].items():
         yield f"  {part:<14} {size / GIB:8.3f} GiB"
 

@@ -11,6 +11,7 @@ from typing import Any, Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array
 
@@ -20,14 +21,48 @@ Tree = Any
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of Auto axes over all devices; one size may be -1 (what is left). Raises ValueError if the sizes do not multiply to the devices."""
+    """A mesh of Auto axes over all devices; one size may be -1 (what is left). Neighbours on the torus are neighbours in the mesh.
+
+    Several TPU slices lie along `data`, so that only sums of gradients cross the network between them. Raises ValueError, with the sizes
+    that would do, if these do not multiply to the devices or a slice would be cut.
+    """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
     known = math.prod(s for s in shape if s != -1)
     if shape.count(-1) > 1 or known < 1 or len(devices) % known or (-1 not in shape and known != len(devices)):
-        raise ValueError(f"mesh {dict(zip(AXES, shape))} does not fit {len(devices)} devices: the sizes must multiply to it (one may be -1)")
+        raise ValueError(f"mesh {sizes_text(shape)} does not fit {len(devices)} devices: the sizes must multiply to it (one may be -1); {_choices(shape, len(devices))}")
     shape = [len(devices) // known if s == -1 else s for s in shape]
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(slice_of(device), []).append(device)
+    if shape[0] % len(slices):
+        raise ValueError(f"mesh {sizes_text(shape)} cuts through {len(slices)} slices of {len(devices) // len(slices)} devices: `data` must be a multiple of {len(slices)}")
+    inside = (shape[0] // len(slices), *shape[1:])
+    parts = [mesh_utils.create_device_mesh(inside, slices[i], allow_split_physical_axes=True) for i in sorted(slices)]
+    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def slice_of(device: jax.Device) -> int:
+    """Which slice a TPU chip is in; 0 for all else. (On GPUs `slice_index` is the node, which `fsdp` may well cross.)"""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+
+
+def sizes_text(shape: Sequence[int]) -> str:
+    """data 8, fsdp 16, model 1, spatial 1."""
+    return ", ".join(f"{axis} {size}" for axis, size in zip(AXES, shape))
+
+
+def _choices(shape: Sequence[int], devices: int) -> str:
+    """For the largest axis with a size of its own: what it could be beside the others."""
+    if shape.count(-1) > 1:
+        return "here two are"
+    at = max((i for i, size in enumerate(shape) if size > 0), key=lambda i: (shape[i], i))
+    others = math.prod(size for i, size in enumerate(shape) if size > 0 and i != at)
+    if devices % others:
+        return f"each must divide {devices}"
+    left = devices // others
+    sizes = [size for size in range(1, left + 1) if left % size == 0] if -1 in shape else [left]
+    return f"with the others as they are, {AXES[at]} may be {', '.join(map(str, sizes))}"
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -18,9 +18,11 @@ from imagen_jax.hardware import hlo, links
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.step import TrainProgram
 
-FAST = {"optimization_level": 9}  # O0
+O0, DEFAULT = "O0", "default"
+FAST = {"optimization_level": 9}  # O0; makes no difference on GPUs
 # Else a product with a sharded kernel becomes a loop of permutations, which needs more memory and takes longer to compile.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # these try programs out on the GPU
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -53,8 +55,11 @@ class Traffic:
 
 
 def compile_text(lowered: Any, place: Topology, exact: bool) -> tuple[str, int]:
-    """(text of the compiled program, peak bytes on a device). A program that does not fit has no text, and the peak that the compiler names."""
-    options = (TPU_OPTIONS if place.chip.platform == "tpu" else {}) | ({} if exact else FAST)
+    """(text of the compiled program, peak bytes on a device). A program that does not fit has no text, and the peak that the compiler names.
+
+    A GPU's compiler refuses nothing: what it makes has to be compared with the memory there is.
+    """
+    options = (TPU_OPTIONS if place.chip.platform == "tpu" else GPU_OPTIONS) | (FAST if level(place, exact) == O0 else {})
     try:
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -63,6 +68,11 @@ def compile_text(lowered: Any, place: Topology, exact: bool) -> tuple[str, int]:
             raise
         return "", peak
     return compiled.as_text(), compiled.memory_analysis().peak_memory_in_bytes
+
+
+def level(place: Topology, exact: bool) -> str:
+    """The compiler's level that `compile_text` uses."""
+    return O0 if place.chip.platform == "tpu" and not exact else DEFAULT
 
 
 def needed_bytes(message: str) -> int | None:

@@ -124,7 +124,7 @@ def test_alternatives_can_all_be_made():
 def test_report_says_what_is_wrong():
     """Wrong: a plan that does not fit reported without by how much and what to do."""
     plan = {
-        "config": "base", "topology": "v5e:2x2", "chips": 4, "mesh": {"data": 4, "fsdp": 1}, "batch": 8, "accumulation": 1, "remat": "none",
+        "config": "base", "topology": "v5e:2x2", "platform": "tpu", "chips": 4, "mesh": {"data": 4, "fsdp": 1}, "batch": 8, "accumulation": 1, "remat": "none",
         "parameters": 1000, "flops": {"per_image": 1e12, "per_step": 8e12, "per_chip_and_step": 2e12},
         "memory": {"fits": False, "peak": 20 * 2**30, "limit": 16 * 2**30, "level": "O0", "parts": {"parameters": 2**30, "temporaries": 19 * 2**30}},
         "advice": [{"overrides": {"model.remat": "matrix"}, "estimated_peak": 18 * 2**30}, {"overrides": {"mesh.fsdp": 4}, "estimated_peak": 2**30}],

@@ -15,14 +15,23 @@ from imagen_jax.state import abstract_state, create_state
 from imagen_jax.step import TrainProgram, loss_and_grad
 from tests import tiny
 
-MESHES = [dict(data=8, fsdp=1, model=1, spatial=1), dict(data=2, fsdp=4, model=1, spatial=1), dict(data=2, fsdp=2, model=1, spatial=2)]
+MESHES = [dict(data=8, fsdp=1, model=1, spatial=1), dict(data=2, fsdp=4, model=1, spatial=1), dict(data=2, fsdp=2, model=1, spatial=2), dict(data=2, fsdp=2, model=2, spatial=1)]
 RULES = ((".*", "fsdp"),)
+# Features over `model`: what a block's first layer makes, what its second reads, and heads of attention.
+MODEL_RULES = (
+    ("conv_0/kernel", [None, None, "fsdp", "model"]), ("conv_1/kernel", [None, None, "model", "fsdp"]), ("kv/kernel", ["fsdp", "model"]),
+    ("(attn|attn_0)/out/kernel", ["model", "fsdp"]), *RULES,
+)  # fmt: skip
+
+
+def rules_for(mesh):
+    return MODEL_RULES if mesh.shape["model"] > 1 else RULES
 
 
 def loss_on(name, mesh, params=None):
     """(loss, gradients, parameters) of a tiny stage on a mesh, from given host parameters or from its own initial ones, perturbed."""
     stage, optimizer, _ = tiny.stage_and_step(tiny.config(name), mesh)
-    _, shardings = abstract_state(stage, optimizer, mesh, RULES, 8)
+    _, shardings = abstract_state(stage, optimizer, mesh, rules_for(mesh), 8)
     if params is None:
         params = tiny.perturbed(jax.device_get(create_state(stage, optimizer, 0, shardings).params))
     placed, batch = jax.device_put(params, shardings.params), sharding.place_batch(tiny.batch(stage, 8), mesh)
@@ -71,26 +80,47 @@ def test_every_block_is_split_by_rows_and_height(name, count):
     assert program.count("(('data', 'fsdp'), 'spatial')") == 2 * count  # forward and backward
 
 
-def test_sample_is_the_same_on_a_mesh():
-    """Catches noise drawn per device: no fp32 pixel may move by more than 1/255."""
-    made = tiny.config("sr_256")
-    stage, _, _ = tiny.stage_and_step(made)
-    params = tiny.perturbed(jax.jit(stage.init)(jax.random.key(0)), 0.05)
-    batch, keys = tiny.batch(stage, 8), jax.random.split(jax.random.key(1), 8)
+def sample_on(name, mesh):
+    """Eight samples of a tiny stage, whose parameters do not depend on the mesh."""
+    stage, _, _ = tiny.stage_and_step(tiny.config(name), mesh)
+    params = tiny.perturbed(jax.device_get(jax.jit(stage.init)(jax.random.key(0))), 0.05)
+    placed, rows = jax.device_put(params, sharding.tree_shardings(params, mesh, rules_for(mesh), 8)), sharding.batch_sharding(mesh)
+    keys = jax.device_put(jax.random.split(jax.random.key(1), 8), rows)
     draw = jax.jit(lambda p, k, b: stage.sample(p, k, b, stage.sampling))
-    alone = np.asarray(draw(params, keys, batch))
-    mesh = sharding.make_mesh(MESHES[1])
-    rows = sharding.batch_sharding(mesh)
-    together = draw(jax.device_put(params, sharding.tree_shardings(params, mesh, RULES, 8)), jax.device_put(keys, rows), sharding.place_batch(batch, mesh))
-    assert np.abs(alone - np.asarray(together)).max() <= 2 / 255
+    return np.asarray(draw(placed, keys, sharding.place_batch(tiny.batch(stage, 8), mesh)))
+
+
+@pytest.mark.parametrize("name, sizes", [("sr_256", MESHES[1]), ("sr_1024", MESHES[2]), ("sr_256", MESHES[3])])
+def test_sample_is_the_same_on_a_mesh(name, sizes):
+    """Catches noise drawn per device, and halos of the sampler that are not exchanged: no fp32 pixel may move by more than 1/255."""
+    alone = sample_on(name, sharding.make_mesh(dict(data=1, fsdp=1, model=1, spatial=1), jax.devices()[:1]))
+    assert np.abs(alone - sample_on(name, sharding.make_mesh(sizes))).max() <= 2 / 255
     assert alone.std() > 0.05
+
+
+def test_slices_lie_along_data(monkeypatch):
+    """Catches a group of fsdp that reaches over the network between slices, results that depend on the order of devices, a slice that is cut."""
+    monkeypatch.setattr(sharding, "slice_of", lambda device: device.id % 2)
+    mesh = sharding.make_mesh(dict(data=-1, fsdp=2, model=1, spatial=1))
+    assert [[device.id % 2 for device in row] for row in mesh.devices.reshape(4, 2)] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    loss, grads, params = on_one_device("sr_1024")
+    mesh_loss, mesh_grads, _ = loss_on("sr_1024", mesh, params)
+    np.testing.assert_allclose(loss, mesh_loss, rtol=1e-5)
+    assert optax.tree.norm(jax.tree.map(np.subtract, grads, mesh_grads)) < 1e-5 * optax.tree.norm(grads)
+    with pytest.raises(ValueError, match="cuts through 2 slices of 4 devices: `data` must be a multiple of 2"):
+        sharding.make_mesh(dict(data=1, fsdp=8, model=1, spatial=1))
 
 
 def test_mesh_sizes():
     """Catches a mesh that silently leaves devices out."""
     assert dict(sharding.make_mesh(dict(data=-1, fsdp=2, model=1, spatial=1)).shape) == {"data": 4, "fsdp": 2, "model": 1, "spatial": 1}
-    for wrong in (dict(data=3, fsdp=1, model=1, spatial=1), dict(data=-1, fsdp=-1, model=1, spatial=1), dict(data=2, fsdp=2, model=1, spatial=1)):
-        with pytest.raises(ValueError, match="8 devices"):
+    for wrong, choices in (
+        (dict(data=3, fsdp=1, model=1, spatial=1), "data may be 8"),
+        (dict(data=-1, fsdp=3, model=2, spatial=1), "fsdp may be 1, 2, 4$"),
+        (dict(data=-1, fsdp=-1, model=1, spatial=1), "one may be -1"),
+        (dict(data=2, fsdp=2, model=1, spatial=1), "fsdp may be 4"),
+    ):
+        with pytest.raises(ValueError, match=f"8 devices.*{choices}"):
             sharding.make_mesh(wrong)
 
 

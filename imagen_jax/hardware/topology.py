@@ -12,6 +12,7 @@ import os
 import re
 from typing import Any
 
+from imagen_jax.hardware import gpus
 from imagen_jax.hardware.chips import Chip, by_name
 
 CORES_IN_NAMES = {"v4": 2, "v5p": 2}  # accelerator types of these count TensorCores
@@ -51,10 +52,12 @@ class Topology:
         try:
             return list(topologies.get_topology_desc(name, platform=self.chip.platform, **options).devices)
         except Exception as error:  # jaxlib raises whatever the plugin does
-            extra = {"tpu": "tpu", "cuda": "cuda12"}[self.chip.platform]
+            extra = {"tpu": "tpu", "cuda": "gpu-plan"}[self.chip.platform]
             raise ValueError(f"cannot compile for {self}: {error}. The compiler comes with pip install 'imagen_jax[{extra}]'") from error
 
     def _as_the_compiler_says(self) -> tuple[str, dict[str, Any]]:
+        if self.chip.platform == "cuda":
+            return self.chip.name, {"topology": f"{self.slices}x{'x'.join(map(str, self.shape))}", "target_config": gpus.target(self.chip)}
         options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
         if self.chip.name == "v4":
             options["chip_config_name"] = "megacore"  # one device a chip, as on a real v4

@@ -185,8 +185,9 @@ def test_a_directory_that_is_not_shared_is_noticed(folder, tmp_path, quick):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_processes_of_an_earlier_start_are_waited_for(folder, whole, tmp_path, quick, count):
+def test_processes_of_an_earlier_start_are_waited_for(folder, whole, tmp_path, quick, monkeypatch, count):
     """Wrong: a new start beside processes of the old one that still write, or that takes their signs of life for its own."""
+    monkeypatch.setattr(crew, "SILENT_S", 4.0)  # two processes write the same file in turn, and each has to be heard
     with Crew(tmp_path / "data.partial" / "crew", 1, 2, "old") as old:
         with old.at_work():
             ends = together(*[preparing(folder, tmp_path / "data", index, count) for index in range(count)])
