@@ -2,6 +2,7 @@
 
     python -m imagen_jax.plan --config configs/base_64.py --topology v5e:16x16
     python -m imagen_jax.plan --config configs/sr_1024.py --topology v5p-256 --config.data.batch_size=1024 --search --output plans/sr_1024
+    python -m imagen_jax.plan --text_encoder xxl --topology v5e-64 --captions 400000000
 
 Nothing runs and no accelerator is needed: the train step and the sampler are compiled ahead of time by the compiler of that hardware
 (pip install 'imagen_jax[tpu]' or '[cuda12]'; for GPUs that are not here '[gpu-plan]' is enough). The first time takes minutes; block costs
@@ -29,6 +30,10 @@ def define_flags() -> None:
     """The command line, see `cli.run`."""
     config_flags.DEFINE_config_file("config", None, "config file of a stage, with fields as --config.mesh.fsdp=32", lock_config=True)
     flags.DEFINE_string("topology", None, "hardware: v5e:16x16, v5litepod-256, v4-512 (cores), 2xv5p:4x4x8 (two slices), h100-64, a100:32x8 (nodes x GPUs)")
+    flags.DEFINE_string("text_encoder", "", "instead of --config: xxl, xl, large, or a directory with a T5 v1.1 config.json; plans encoding captions")
+    flags.DEFINE_list("tokens", ["16", "32", "64", "128"], "with --text_encoder: lengths of captions")
+    flags.DEFINE_integer("encode_batch", 64, "with --text_encoder: captions of up to 32 tokens at once on a chip, as prepare_data has it", lower_bound=1)
+    flags.DEFINE_integer("captions", 0, "with --text_encoder: how many there are, to state hours", lower_bound=0)
     flags.DEFINE_string("output", "", "directory for plan.json and plan.png")
     flags.DEFINE_bool("json", False, "print JSON instead of text")
     flags.DEFINE_bool("exact", False, "compile at the default level, as a run does: 20 minutes and 16 GB for the 2B base")
@@ -43,25 +48,47 @@ def define_flags() -> None:
 def main() -> int:
     args = flags.FLAGS
     cli.log_to_stderr()
-    if args.config is None or args.topology is None:
-        raise ValueError("--config FILE and --topology NAME are both needed, such as --config configs/base_64.py --topology v5e:16x16")
-    config = cli.stage_config(args.config)
+    if (args.config is None) == (not args.text_encoder) or args.topology is None:
+        raise ValueError("--topology NAME and either --config FILE or --text_encoder NAME are needed, such as --config configs/base_64.py --topology v5e:16x16")
+    config = cli.stage_config(args.config) if args.config else {}
     if args.output:
         cli.check_directory("output", args.output)
     from imagen_jax.hardware import topology
 
     place = topology.parse(args.topology)
+    if args.text_encoder:
+        return encoder(place, args)
     found = plan(config, place, args)
     report(found, args)
     return 0 if found["memory"]["fits"] else 1
 
 
-def plan(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
-    """The whole report as a dict; with --search, of the first advice that fits."""
+def encoder(place: Any, args: Any) -> int:
+    """Plans encoding captions; the exit code."""
+    if not all(text.isdigit() and int(text) for text in args.tokens):
+        raise ValueError(f"--tokens {','.join(args.tokens)} are no lengths such as 16,32,64,128")
+    only_here()
+    from imagen_jax import encoder_plan
+
+    config = encoder_plan.find_config(args.text_encoder)
+    found = {"name": args.text_encoder} | encoder_plan.plan_encoder(config, place, [int(text) for text in args.tokens], args.encode_batch, args.captions)
+    print(json.dumps(found, indent=1) if args.json else "\n".join(encoder_plan.text(found)), flush=True)
+    if args.output:
+        keep(found, args.output)
+    return 0 if all(row["fits"] for row in found["passes"]) else 1
+
+
+def only_here() -> None:
+    """Nothing needs the devices of this machine; and the compile cache cannot read back programs for devices that are not there."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # nothing here needs the devices of this machine
-    jax.config.update("jax_compilation_cache_dir", None)  # it cannot read back programs for devices that are not there
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def plan(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
+    """The whole report as a dict; with --search, of the first advice that fits."""
+    only_here()
     from imagen_jax import plan_report, prediction
 
     found = examine(config, place, args)
@@ -109,7 +136,7 @@ def describe(config: Mapping[str, Any], place: Any, program: Any, memory: Any, e
     """What is known of a config without its compiled text."""
     import jax
 
-    from imagen_jax import whole_step
+    from imagen_jax import sharding, whole_step
     from imagen_jax.stage import create_stage
     from imagen_jax.step import forward_flops
 
@@ -125,6 +152,7 @@ def describe(config: Mapping[str, Any], place: Any, program: Any, memory: Any, e
         "batch": images,
         "accumulation": program.accumulation,
         "remat": config["model"]["remat"],
+        "not_split": sharding.badly_split(program.abstract.params, program.mesh, config["mesh"]["rules"], config["mesh"]["fsdp_min_elements"]),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(program.abstract.params)),
         "flops": {"per_image": flops, "per_step": flops * images, "per_chip_and_step": flops * images / place.chips},
         "memory": {
@@ -174,14 +202,22 @@ def up_to_first_that_fits(rows: Iterable[dict[str, Any]], limit: int) -> list[di
 def report(found: Mapping[str, Any], args: Any) -> None:
     """Prints the plan, and writes plan.json and plan.png to --output."""
     from imagen_jax import plan_report
-    from imagen_jax.integrity import write_atomically, write_json
 
     print(json.dumps(found, indent=1) if args.json else plan_report.text(found), flush=True)
     if args.output:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
-        write_json(Path(args.output) / "plan.json", found)
-        write_atomically(Path(args.output) / "plan.png", plan_report.picture(found))
-        print(f"plan.json and plan.png in {args.output}", file=sys.stderr)
+        keep(found, args.output, plan_report.picture(found))
+
+
+def keep(found: Mapping[str, Any], output: str, picture: bytes = b"") -> None:
+    """Writes plan.json, and plan.png if there is a picture."""
+    from imagen_jax.integrity import write_atomically, write_json
+
+    directory = Path(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "plan.json", found)
+    if picture:
+        write_atomically(directory / "plan.png", picture)
+    print(f"plan.json{' and plan.png' * bool(picture)} in {directory}", file=sys.stderr)
 
 
 if __name__ == "__main__":

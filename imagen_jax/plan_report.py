@@ -1,8 +1,9 @@
 """A plan as text and as a picture."""
 
-import io
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from imagen_jax.report import png
 
 Plan = Mapping[str, Any]
 GIB = 2**30
@@ -35,6 +36,8 @@ def _memory(plan: Plan) -> Iterator[str]:
         yield "  without workspaces of convolutions, buffers of collectives and the driver's context, for which the limit leaves room"
     for part, size in memory["parts"].items():
         yield f"  {part:<14} {size / GIB:8.3f} GiB"
+    for line in plan["not_split"]:
+        yield f"  not split: {line}"
 
 
 def _time(plan: Plan) -> Iterator[str]:
@@ -97,13 +100,11 @@ def options(overrides: Plan) -> str:
 
 def picture(plan: Plan) -> bytes:
     """A PNG: memory against the limit, where the step's time goes, the most expensive places."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     timed = "time" in plan
-    figure, axes = plt.subplots(1, 3 if timed else 1, figsize=(16 if timed else 6, 5), width_ratios=[1.3, 1.3, 2.2] if timed else None, squeeze=False)
+    figure = Figure(figsize=(16 if timed else 6, 5), layout="constrained")
+    axes = figure.subplots(1, 3 if timed else 1, width_ratios=[1.3, 1.3, 2.2] if timed else None, squeeze=False)
     memory = plan["memory"]
     _stack(axes[0, 0], {part: size / GIB for part, size in memory["parts"].items()}, "GiB a chip")
     axes[0, 0].axhline(memory["limit"] / GIB, color="black", linestyle="--")
@@ -121,11 +122,7 @@ def picture(plan: Plan) -> bytes:
         axes[0, 2].set_xlabel("ms a step")
         axes[0, 2].set_title("most expensive places")
     figure.suptitle(f"{plan['config']} on {plan['topology']}, batch {plan['batch']}")
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _stack(axis: Any, parts: Mapping[str, float], label: str) -> None:

@@ -31,22 +31,24 @@ def cascade_sheet(prompts: Sequence[str], cascades: Mapping[str, Path], path: Pa
 
 def loss_curves(workdirs: Mapping[str, Path], path: Path) -> Path:
     """Training loss of each stage against its steps."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(workdirs), figsize=(4 * len(workdirs), 3), constrained_layout=True)
-    for axis, (name, workdir) in zip(np.atleast_1d(axes), workdirs.items()):
+    figure = Figure(figsize=(4 * len(workdirs), 3), layout="constrained")
+    axes = figure.subplots(1, len(workdirs), squeeze=False)[0]
+    for axis, (name, workdir) in zip(axes, workdirs.items()):
         rows = metrics.read_metrics(workdir)
         axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
         axis.set(title=name, xlabel="step", ylabel="loss", yscale="log")
         axis.grid(alpha=0.3)
+    write_atomically(path, png(figure))
+    return path
+
+
+def png(figure: Any) -> bytes:
+    """A matplotlib figure as a file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    write_atomically(path, buffer.getvalue())
-    return path
+    return buffer.getvalue()
 
 
 def write_html(

@@ -156,11 +156,29 @@ def rule_spec(placement: str | Sequence[str | None], shape: tuple[int, ...], mes
     """The PartitionSpec of one leaf. A per-dimension placement that does not fit (a factored moment has fewer dimensions) falls back to fsdp."""
     if placement == "replicate":
         return P()
-    if placement != "fsdp":
-        fits = len(placement) == len(shape) and all(a is None or n % mesh.shape[a] == 0 for a, n in zip(placement, shape))
-        if fits:
-            return P(*placement)
+    if placement != "fsdp" and _fits(placement, shape, mesh):
+        return P(*placement)
     return fsdp_spec(shape, mesh.shape["fsdp"], min_elements)
+
+
+def _fits(placement: Sequence[str | None], shape: tuple[int, ...], mesh: Mesh) -> bool:
+    return len(placement) == len(shape) and all(a is None or n % mesh.shape[a] == 0 for a, n in zip(placement, shape))
+
+
+def badly_split(params: Tree, mesh: Mesh, rules: Sequence[Sequence[Any]], min_elements: int) -> list[str]:
+    """A line for each parameter that its rule would split and cannot, with what could: each device then holds all of it, or is sent all of it."""
+    found, fsdp = [], mesh.shape["fsdp"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = f"params/{path_name(path)}"
+        placement, shape = rules[rule_of(name, rules)][1], list(leaf.shape)
+        if placement == "replicate" or math.prod(shape) < min_elements:
+            continue
+        if placement != "fsdp" and not _fits(placement, leaf.shape, mesh):
+            found.append(f"{name} {shape}: its rule {placement} does not divide it; dimensions must be multiples of the axes' sizes")
+        elif placement == "fsdp" and fsdp > 1 and not any(n % fsdp == 0 for n in shape):
+            sizes = [n for n in range(2, mesh.size + 1) if mesh.size % n == 0 and any(d % n == 0 for d in shape)]
+            found.append(f"{name} {shape}: no dimension is a multiple of fsdp {fsdp}; fsdp {', '.join(map(str, sizes)) or 'of no size'} would split it")
+    return found
 
 
 def rule_of(name: str, rules: Sequence[Sequence[Any]]) -> int:

@@ -351,7 +351,7 @@ def describe(run: Run, peak_source: str) -> None:
     """Logs what is about to be trained, and where each part of the state lives."""
     import jax
 
-    from imagen_jax.sharding import bytes_table
+    from imagen_jax.sharding import badly_split, bytes_table
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.program.abstract.params))
     shape = {axis: size for axis, size in run.program.mesh.shape.items() if size > 1} or "one device"
@@ -361,6 +361,9 @@ def describe(run: Run, peak_source: str) -> None:
         if row["bytes"] > 1024:
             share = row["sharded_bytes"] / row["bytes"]
             log.info("  %-10s %9.2f MiB, %9.2f MiB a device, %3.0f %% sharded", row["part"], row["bytes"] / 2**20, row["bytes_per_device"] / 2**20, 100 * share)
+    settings = run.config["mesh"]
+    for line in badly_split(run.program.abstract.params, run.program.mesh, settings["rules"], settings["fsdp_min_elements"]):
+        log.warning("not split: %s", line)
 
 
 def stop_requests(minutes: float) -> Callable[[int], bool]:

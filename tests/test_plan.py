@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from imagen_jax import sharding
 from imagen_jax.hardware import cost, hlo, topology
 
 pytest.importorskip("libtpu", reason="the TPU compiler comes with the extra `tpu`")
@@ -45,9 +46,9 @@ def test_estimates_against_ideal_times(name, operation):
     assert all(item.estimated for item in items if item.seconds > 0.01 * ideal)
 
 
-def plan(tmp_path, *options):
-    """(exit code, the JSON) of the verb for base_64:tiny on four v5e chips."""
-    command = [sys.executable, "-m", "imagen_jax.plan", "--config=configs/base_64.py:tiny", "--topology=v5e-4", "--json", f"--cache={tmp_path}/cache", *options]
+def plan(tmp_path, *options, what="--config=configs/base_64.py:tiny", topology="v5e-4"):
+    """(exit code, the JSON) of the verb for base_64:tiny on four v5e chips, or for another thing on another topology."""
+    command = [sys.executable, "-m", "imagen_jax.plan", what, f"--topology={topology}", "--json", f"--cache={tmp_path}/cache", *options]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
@@ -77,3 +78,29 @@ def test_advice_works_when_followed(tmp_path):
     followed = [f"--config.{field}={value}" for field, value in searched["overrides"].items()]
     code, again = plan(tmp_path, *big, *followed)
     assert code == 0 and again["memory"]["peak"] == searched["memory"]["peak"]
+
+
+def test_plan_of_a_text_encoder(tmp_path):
+    """Wrong: a rate without its rows, hours of one chip for those of all, a pass of another length."""
+    assets = f"--text_encoder={ROOT}/imagen_jax/assets/t5_tiny"
+    code, found = plan(tmp_path, "--tokens=16,64", "--captions=1000000", what=assets)
+    short, long = found["passes"]
+    assert code == 0 and (short["tokens"], short["rows"], long["tokens"], long["rows"]) == (16, 64, 64, 32)
+    assert short["fits"] and 0 < short["flops"] / short["seconds"] < topology.parse("v5e-4").chip.peak_flops
+    assert short["captions_per_s_per_chip"] > 1.5 * long["captions_per_s_per_chip"]
+    assert short["hours"] * 3600 * 4 * short["captions_per_s_per_chip"] == pytest.approx(1e6)
+
+
+@pytest.mark.parametrize("slices, fsdp", [("2xv5e:4x4", 8), ("v4-512", 16)])
+def test_meshes_of_real_tori(slices, fsdp):
+    """Wrong: a group of fsdp over two slices, and a torus whose sides do not multiply to an axis (16 of 4x8x8) refused."""
+    mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp, "model": 1, "spatial": 1}, topology.parse(slices).devices())
+    assert all(len({sharding.slice_of(device) for device in group}) == 1 for group in mesh.devices.reshape(-1, fsdp))
+
+
+def test_plan_of_gpus(tmp_path):
+    """Wrong: a GPU's compiler that looks for a GPU, memory that is not compared with the card's, times that nobody estimated."""
+    pytest.importorskip("jax_cuda12_plugin", reason="the GPU compiler comes with the extra `gpu-plan`")
+    code, found = plan(tmp_path, "--nosampler", topology="h100-8")
+    assert code == 0 and found["chips"] == 8 and found["memory"]["level"] == "default" and "time" not in found
+    assert 0 < found["memory"]["peak"] < found["memory"]["limit"] and found["collectives"]

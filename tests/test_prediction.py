@@ -125,11 +125,12 @@ def test_report_says_what_is_wrong():
     """Wrong: a plan that does not fit reported without by how much and what to do."""
     plan = {
         "config": "base", "topology": "v5e:2x2", "platform": "tpu", "chips": 4, "mesh": {"data": 4, "fsdp": 1}, "batch": 8, "accumulation": 1, "remat": "none",
-        "parameters": 1000, "flops": {"per_image": 1e12, "per_step": 8e12, "per_chip_and_step": 2e12},
+        "parameters": 1000, "not_split": ["params/odd [7, 7]: no dimension"], "flops": {"per_image": 1e12, "per_step": 8e12, "per_chip_and_step": 2e12},
         "memory": {"fits": False, "peak": 20 * 2**30, "limit": 16 * 2**30, "level": "O0", "parts": {"parameters": 2**30, "temporaries": 19 * 2**30}},
         "advice": [{"overrides": {"model.remat": "matrix"}, "estimated_peak": 18 * 2**30}, {"overrides": {"mesh.fsdp": 4}, "estimated_peak": 2**30}],
     }  # fmt: skip
     text = plan_report.text(plan)
+    assert "not split: params/odd" in text
     assert "DOES NOT FIT, 4.00 GiB too much" in text and "--config.mesh.fsdp=4: about 1.00 GiB, would fit" in text
     assert "--config.model.remat=matrix: about 18.00 GiB, not enough" in text
     assert plan_report.picture(plan)[:4] == b"\x89PNG"

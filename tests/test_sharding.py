@@ -153,6 +153,17 @@ def test_rules():
         sharding.tree_shardings(tree, mesh, [("qkv", "fsdp")], 1)
 
 
+def test_what_no_rule_can_split_is_named():
+    """Catches a large parameter that is whole on every device without a word, and sizes named that would not split it either."""
+    mesh = sharding.make_mesh(dict(data=1, fsdp=4, model=2, spatial=1))
+    shapes = {"odd": (6, 9), "even": (8, 9), "small": (3,), "qkv": (8, 9), "heads": (8, 6)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    found = sharding.badly_split(params, mesh, [("qkv|heads", [None, "model"]), (".*", "fsdp")], 8)
+    assert [line.partition(":")[0] for line in found] == ["params/odd [6, 9]", "params/qkv [8, 9]"]
+    assert "no dimension is a multiple of fsdp 4; fsdp 2 would split it" in found[0] and "multiples of the axes' sizes" in found[1]
+    assert not sharding.badly_split(params, mesh, [(".*", "replicate")], 8)
+
+
 def test_bytes_table():
     """Catches bytes counted without their sharding."""
     mesh = sharding.make_mesh(dict(data=1, fsdp=8, model=1, spatial=1))

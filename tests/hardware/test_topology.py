@@ -2,7 +2,7 @@
 
 import pytest
 
-from imagen_jax.hardware import chips, topology
+from imagen_jax.hardware import chips, gpus, topology
 
 MEANT = {
     "v5e:16x16": ("v5e", (16, 16), 1, 256),
@@ -47,3 +47,18 @@ def test_facts_are_complete():
     for chip in chips.CHIPS:
         assert chip.source and 1e11 < chip.peak_flops < 1e16 and 1e11 < chip.memory_bandwidth < 1e13
         assert 1e10 < chip.memory_limit < 2e11 and 1e10 < chip.link_bandwidth < 1e12 and 1e9 < chip.network_bandwidth < 1e11
+
+
+def test_gpus_are_described():
+    """Catches a GPU of the table that cannot be planned for, and units: bytes of memory and of bandwidth as they are in the table."""
+    for chip in chips.CHIPS:
+        if chip.platform == "cuda":
+            described = gpus.target(chip)
+            assert f"memory_bandwidth: {int(chip.memory_bandwidth)}\n" in described and f"device_memory_size: {int(chip.memory)}\n" in described
+            assert described.count("{") == described.count("}") == 4
+
+
+@pytest.mark.parametrize("name, shape", [("h100-64", "1x8x8"), ("a100:32x8", "1x32x8"), ("h100:4", "1x1x4")])
+def test_gpus_as_the_compiler_says(name, shape):
+    """Catches nodes and GPUs of a node exchanged."""
+    assert topology.parse(name)._as_the_compiler_says()[1]["topology"] == shape

@@ -1,0 +1,96 @@
+"""What encoding captions with a T5 encoder takes on hardware that is not here: memory, captions a second, hours for a store of them.
+
+The pass that is compiled is the encoder's own (`text.program`). Every chip encodes captions of its own, so a chip's rate does not
+depend on how many there are; where weights must be divided, groups of chips work so.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from imagen_jax import whole_step
+from imagen_jax.hardware import cost, hlo, links
+from imagen_jax.hardware.topology import Topology, smallest_shape
+from imagen_jax.text import program
+from imagen_jax.text.t5 import T5Config
+
+# Of google/t5-v1_1-NAME, by their config.json.
+SIZES = {
+    "large": T5Config(d_model=1024, d_ff=2816, d_kv=64, num_heads=16, num_layers=24, vocab_size=32_128),
+    "xl": T5Config(d_model=2048, d_ff=5120, d_kv=64, num_heads=32, num_layers=24, vocab_size=32_128),
+    "xxl": T5Config(d_model=4096, d_ff=10_240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32_128),
+}
+DTYPE = "bfloat16"
+GIB = 2**30
+SECONDS_PER_HOUR = 3600
+
+
+def find_config(name: str) -> T5Config:
+    """The sizes of an encoder by its name, or of a directory or config.json. Raises ValueError that says what names there are."""
+    if name in SIZES:
+        return SIZES[name]
+    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if not path.is_file():
+        raise ValueError(f"--text_encoder {name!r} is none of {', '.join(SIZES)}, and no directory or file with an encoder's config.json")
+    return T5Config.from_json(path)
+
+
+def plan_encoder(config: T5Config, place: Topology, lengths: Sequence[int], batch_size: int, captions: int) -> dict[str, Any]:
+    """The report: {"weights", "parts", "passes": one for each length}. `batch_size` is prepare_data's: rows of up to 32 tokens on a chip.
+
+    Times of TPUs are the compiler's estimates at the default level; of GPUs, which have none, what FLOPs and weights take at the chip's
+    peak rates: no run will be faster.
+    """
+    shape = smallest_shape(place.chip) if place.chip.platform == "tpu" else (1, place.shape[-1])
+    group = dataclasses.replace(place, shape=shape, slices=1)
+    devices = group.devices()
+    weights = program.weight_bytes(config, DTYPE)
+    mesh = program.make_mesh(devices, program.fewest_parts(weights, int(place.chip.memory_limit), len(devices)))
+    encode = program.EncodeProgram.create(config, DTYPE, mesh)
+    passes = []
+    for length in lengths:
+        rows = max(1, batch_size * 32 // max(length, 32))
+        passes.append(_pass(encode, group, weights, rows, length) | {"tokens": length, "rows": rows})
+    for row in passes:
+        row["captions_per_s_per_chip"] = row["rows"] / row["seconds"]
+        if captions:
+            hours = captions / row["captions_per_s_per_chip"] / place.chips / SECONDS_PER_HOUR
+            row |= {"captions": captions, "hours": hours, "chip_hours": hours * place.chips}
+    return {
+        "topology": str(place), "chip": place.chip.name, "platform": place.chip.platform, "chips": place.chips, "weights": weights,
+        "parts": mesh.shape["fsdp"], "limit": int(place.chip.memory_limit), "passes": passes,
+    }  # fmt: skip
+
+
+def _pass(encode: program.EncodeProgram, group: Topology, weights: int, rows: int, length: int) -> dict[str, Any]:
+    """{"flops" of a chip, "peak", "fits", "seconds"} of one batch."""
+    mesh, chip = encode.mesh, group.chip
+    lowered = encode.lower(rows * mesh.size, length)
+    text, peak = whole_step.compile_text(lowered, group, exact=True)
+    alone = program.EncodeProgram.create(encode.config, DTYPE, program.make_mesh(jax.devices("cpu")[:1], 1))
+    flops = alone.lower(rows, length).cost_analysis()["flops"]
+    if chip.platform == "tpu" and text:
+        module = hlo.parse(text)
+        seconds = sum(item.seconds for item in cost.items(module, chip))
+        seconds += sum(links.seconds(collective, list(mesh.devices.flat), group) for collective in hlo.collectives(module, mesh.size))
+    else:
+        seconds = max(flops / chip.peak_flops, weights / chip.memory_bandwidth)
+    return {"flops": flops, "peak": peak, "fits": peak <= chip.memory_limit, "seconds": seconds}
+
+
+def text(found: Mapping[str, Any]) -> Iterator[str]:
+    """The report's lines for a terminal."""
+    whole = "whole on each" if found["parts"] == 1 else f"in {found['parts']} parts"
+    yield f"{found['name']}: {found['weights'] / GIB:.2f} GiB in bfloat16, {whole}, on {found['topology']}, {found['chips']} chips"
+    if found["platform"] == "cuda":
+        yield "rates are bounds from the chip's peak: the compiler has no estimates of time"
+    yield f"{'tokens':>7} {'rows a chip':>12} {'GiB of ' + format(found['limit'] / GIB, '.2f'):>14} {'TFLOP':>7} {'captions/s a chip':>18} {'hours':>8} {'chip-hours':>11}"
+    bound = "<" if found["platform"] == "cuda" else ""
+    for row in found["passes"]:
+        verdict = "" if row["fits"] else "  DOES NOT FIT"
+        times = f"{row['hours']:8.2f} {row['chip_hours']:11.0f}" if "hours" in row else f"{'-':>8} {'-':>11}"
+        rate = f"{bound}{row['captions_per_s_per_chip']:.0f}"
+        yield f"{row['tokens']:7d} {row['rows']:12d} {row['peak'] / GIB:14.2f} {row['flops'] / 1e12:7.2f} {rate:>18} {times}{verdict}"

@@ -1,0 +1,122 @@
+"""How training would scale, on paper: the same config planned on ever more chips of a kind, and what of each chip's rate is left.
+
+    python -m tools.scaling --config configs/base_64.py --chip v5p --chips 8,64,512,2048 --rows 8 --output plans/scaling_base
+    python -m tools.scaling --config configs/base_64.py --chip v5p --chips 64,256,1024 --batch 2048 --output plans/scaling_base_2048
+
+--rows keeps the images a chip, --batch those a step. Every size is planned as `imagen_jax.plan` does: the whole step compiled for it, its
+collectives read from the compiled program, their bytes over the links' bandwidth (nothing for latency or congestion; slices of v5e and v6e have 256
+chips, more are joined by the data-centre network), blocks by the compiler's estimates. Two figures are given: "hidden", gathers and sums of
+parameters run beside the compute as long as it lasts, and "in turn", nothing runs beside anything. Efficiency is images a second a chip
+over those of the first size. What was planned is kept in --output, and not planned again.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from imagen_jax import cli
+from imagen_jax.integrity import write_atomically, write_json
+from imagen_jax.report import png
+
+SLICE = 256  # chips of the largest slice of v5e and v6e
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARG")
+    parser.add_argument("--chip", default="v5p", choices=("v4", "v5e", "v5p", "v6e"))
+    parser.add_argument("--chips", default="8,16,32,64,128,256,512,1024,2048", help="sizes, comma-separated")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--rows", type=int, default=0, help="images a chip")
+    size.add_argument("--batch", type=int, default=0, help="images a step")
+    parser.add_argument("--output", required=True, type=Path, help="directory for plans, scaling.json and scaling.png")
+    parser.add_argument("--cache", default="~/.cache/imagen_jax/plan", help="directory for block costs")
+    args = parser.parse_args(argv)
+    cli.log_to_stderr()
+    config = read_config(args.config)
+    found = [planned(args, config["mesh"]["fsdp"], chips) for chips in map(int, args.chips.split(","))]
+    rows = compared(found)
+    write_json(args.output / "scaling.json", rows)
+    title = f"{config['name']}, {args.rows} images a chip" if args.rows else f"{config['name']}, {args.batch} images a step"
+    write_atomically(args.output / "scaling.png", picture(rows, title))
+    print(f"{title}\n{table(rows)}")
+    return 0
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """A config of this checkout as a plain dict."""
+    file, _, arg = name.partition(":")
+    return json.loads(importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config(arg).to_json())
+
+
+def topology_name(chip: str, chips: int) -> str:
+    """v5p-1024 (cores), v5e-64, 4xv5e-256."""
+    if chip in ("v4", "v5p"):
+        return f"{chip}-{2 * chips}"
+    return f"{chip}-{chips}" if chips <= SLICE else f"{chips // SLICE}x{chip}-{SLICE}"
+
+
+def planned(args: argparse.Namespace, fsdp: int, chips: int) -> dict[str, Any]:
+    """The plan of the config on so many chips, read if it was made before."""
+    batch = args.batch or args.rows * chips
+    directory = args.output / f"{args.chip}_{chips}_{batch}"
+    if not (directory / "plan.json").exists():
+        fields = [f"--config.data.batch_size={batch}", f"--config.mesh.fsdp={math.gcd(fsdp, chips)}"]
+        options = [f"--topology={topology_name(args.chip, chips)}", f"--cache={args.cache}", f"--output={directory}", "--nosampler"]
+        if code := cli.call((sys.executable, "-m", "imagen_jax.plan", f"--config={args.config}", *fields, *options)):
+            raise ValueError(f"plan of {batch} images on {chips} chips ended with exit code {code}; leave out sizes that do not fit")
+    return json.loads((directory / "plan.json").read_text())
+
+
+def compared(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each plan, with its efficiency against the first."""
+    rows = []
+    for one in found:
+        time = one["time"]
+        in_turn = time["compute_s"] + time["parameter_traffic_s"] + time["exposed_traffic_s"] + time["update_s"]
+        row = {"chips": one["chips"], "topology": one["topology"], "mesh": one["mesh"], "batch": one["batch"], "mfu": time["mfu"]}
+        row |= {part: time[part] for part in ("compute_s", "parameter_traffic_s", "exposed_traffic_s", "update_s", "step_s")}
+        rows.append(row | {"in_turn_s": in_turn})
+    rate = lambda row, seconds: row["batch"] / row["chips"] / row[seconds]
+    return [row | {f"efficiency_{name}": rate(row, s) / rate(rows[0], s) for name, s in (("hidden", "step_s"), ("in_turn", "in_turn_s"))} for row in rows]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| chips | topology | images a step | compute | parameter traffic | other | update | MFU, hidden | efficiency, hidden | in turn |", "|" + "---|" * 10]
+    for row in rows:
+        times = [f"{1e3 * row[part]:.1f} ms" for part in ("compute_s", "parameter_traffic_s", "exposed_traffic_s", "update_s")]
+        shares = [f"{100 * row[name]:.1f} %" for name in ("mfu", "efficiency_hidden", "efficiency_in_turn")]
+        lines.append("| " + " | ".join([str(row["chips"]), row["topology"], str(row["batch"]), *times, *shares]) + " |")
+    return "\n".join(lines)
+
+
+def picture(rows: Sequence[dict[str, Any]], title: str) -> bytes:
+    """A PNG: efficiency by chips."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    chips = [row["chips"] for row in rows]
+    for name, label in (("hidden", "parameter traffic hidden behind compute"), ("in_turn", "nothing hidden")):
+        axis.plot(chips, [100 * row[f"efficiency_{name}"] for row in rows], "o-", label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(chips, [str(n) for n in chips])
+    axis.set_ylim(0, 110)
+    axis.set_xlabel(f"chips ({rows[0]['topology'].partition(':')[0]})")
+    axis.set_ylabel("images a second a chip, % of the first")
+    axis.set_title(title)
+    axis.legend()
+    return png(figure)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(cli.fail(str(error)))
