@@ -33,7 +33,10 @@ from imagen_jax.models.attention import Attention, FeedForward
 from imagen_jax.models.blocks import ResBlock
 from imagen_jax.models.parts import block_calls
 from imagen_jax.models.remat import checkpointed
+from imagen_jax.optim import learning_rate, make_optimizer
 from imagen_jax.stage import Stage, create_stage
+from imagen_jax.state import TrainState
+from imagen_jax.step import make_update
 
 NO_INPUT_GRADIENT = ("stem", "conditioning")  # nothing before them is trained
 CHECKPOINTED = {"none": (), "matrix": (ResBlock,), "block": (ResBlock, Attention, FeedForward)}  # what each `model.remat` is applied to
@@ -195,6 +198,33 @@ def _measure(module: hlo.Module, place: topology.Topology) -> dict[str, Any]:
     return {"seconds": total, "kinds": dict(kinds), "unestimated": unestimated, "inside": dict(inside.most_common(12))}
 
 
+def _update_of(config: str, name: str, shape: tuple[int, ...], cache: str) -> float:
+    """Seconds to update one parameter of a shape: clipping, optimizer, EMA and the norms that are recorded. Runs in a process of its own."""
+    settings, place = json.loads(config), topology.parse(name)
+    optim, steps = settings["optim"], settings["train"]["steps"]
+    optimizer = make_optimizer(optim, steps)
+    whole = NamedSharding(Mesh(place.devices()[:1], "x"), PartitionSpec())
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+    params, count = {"leaf": array(shape, jnp.float32)}, array((), jnp.int32)
+    moments = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params))
+    state = TrainState(step=count, params=params, ema=params, opt_state=moments, bad_step=count)
+    update = make_update(optimizer, learning_rate(optim, steps), optim)
+    lowered = jax.jit(update, donate_argnums=0).lower(state, array((), jnp.float32), params)
+    return _cached(cache, f"{place.chip.name} {lowered.as_text()}", lambda: _measure(hlo.parse(lowered.compile().as_text()), place))["seconds"]
+
+
+def update_seconds(config: Mapping[str, Any], place: topology.Topology, shapes: Mapping[tuple[int, ...], int], cache: Path, processes: int) -> float:
+    """Seconds of a chip's part of a step's update, in which no network is run. `shapes`: how many parameters have one on a chip.
+
+    Parameters of one shape are compiled once, alone: the whole update is thousands of small operations that take the compiler minutes.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    arguments = (json.dumps(config), str(_smallest(place)))
+    with _pool(processes, "") as pool:
+        found = {shape: pool.submit(_update_of, *arguments, shape, str(cache)) for shape in shapes}
+        return sum(shapes[shape] * seconds.result() for shape, seconds in found.items())
+
+
 def block_costs(config: Mapping[str, Any], place: topology.Topology, cache: Path, processes: int) -> Iterator[BlockCost]:
     """The cost of every block of a config's train step on a topology, in the order they are done. Raises ValueError as `TrainProgram.create`.
 
@@ -204,14 +234,22 @@ def block_costs(config: Mapping[str, Any], place: topology.Topology, cache: Path
     rows = rows_per_chip(config, place)
     count = len(find_blocks(stage, rows))
     cache.mkdir(parents=True, exist_ok=True)
-    smallest = dataclasses.replace(place, shape=topology.smallest_shape(place.chip), slices=1)
-    arguments = (json.dumps(config), str(smallest), rows)
-    pool_of = lambda n, schedules: concurrent.futures.ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), _start_process, (schedules,))
-    with tempfile.TemporaryDirectory(prefix="schedules") as schedules, pool_of(processes, "") as pool, pool_of(1, schedules) as scheduled:
+    arguments = (json.dumps(config), str(_smallest(place)), rows)
+    with tempfile.TemporaryDirectory(prefix="schedules") as schedules, _pool(processes, "") as pool, _pool(1, schedules) as scheduled:
         costs = {pool.submit(_cost_of, *arguments, i, str(cache)): i for i in range(count)}
         kernel = {i: scheduled.submit(_kernels_of, *arguments, i, str(cache)) for i in range(count)}
         for done in concurrent.futures.as_completed(costs):
             yield with_kernels(done.result(), kernel[costs[done]].result())
+
+
+def _smallest(place: topology.Topology) -> topology.Topology:
+    """The smallest slice of the chip: what one chip computes does not depend on how many there are."""
+    return dataclasses.replace(place, shape=topology.smallest_shape(place.chip), slices=1)
+
+
+def _pool(processes: int, schedules: str) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes of their own, as the compiler holds a lock and its memory; a directory asks them for schedules of kernels."""
+    return concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (schedules,))
 
 
 def _start_process(schedules: str) -> None:

@@ -124,9 +124,13 @@ def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
             blocks.append(block)
             log.info("%2d  %-28s %8.2f ms, %3.0f %% of peak", len(blocks), block.places[0], 1e3 * block.seconds, 100 * block.flops / block.seconds / place.chip.peak_flops)
         blocks.sort(key=lambda block: block.places)  # they come in the order they are done in
-        found["time"] = prediction.step_time(program, place, found["flops"]["per_chip_and_step"], blocks, traffic)
+        log.info("optimizer and EMA, parameter by parameter")
+        update = block_costs.update_seconds(config, place, prediction.shapes_on_a_chip(program), cache, args.processes)
+        found["time"] = prediction.step_time(program, place, found["flops"]["per_chip_and_step"], blocks, update, traffic)
         found["places"] = prediction.places(blocks, program.accumulation)
-        found["cost"] = prediction.cost(found["time"], place, config["train"]["steps"], args.price)
+        if args.exact:
+            found["check"] = prediction.check(module, place, found["time"])
+        found["cost"] = prediction.expense(found["time"], place, config["train"]["steps"], args.price)
     if args.sampler:
         found["sampler"] = sampler(config, place, program, args.exact)
     return found

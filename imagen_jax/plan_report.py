@@ -46,9 +46,12 @@ def _time(plan: Plan) -> Iterator[str]:
     time, cost = plan["time"], plan["cost"]
     yield f"\npredicted step: {1e3 * time['step_s']:.0f} ms, MFU {100 * time['mfu']:.1f} %, {time['images_per_s_per_chip']:.2f} images/s a chip"
     yield f"  compute {1e3 * time['compute_s']:.1f} ms; parameter traffic {1e3 * time['parameter_traffic_s']:.1f} ms, hidden behind it;"
-    yield f"  other traffic {1e3 * time['exposed_traffic_s']:.1f} ms; optimizer and EMA {1e3 * time['update_s']:.1f} ms (state's bytes over bandwidth)"
+    yield f"  other traffic {1e3 * time['exposed_traffic_s']:.1f} ms; optimizer and EMA {1e3 * time['update_s']:.1f} ms"
     yield "  compute: " + ", ".join(f"{100 * s / time['compute_s']:.1f} % {kind}" for kind, s in time["kinds_s"].items())
     yield f"  without the compiler's estimate, by roofline: {100 * time['roofline_share_of_compute']:.2f} % of compute"
+    if "check" in plan:
+        whole, parts = plan["check"]["whole_s"], plan["check"]["parts_s"]
+        yield f"  check: the whole step {1e3 * whole:.1f} ms, blocks and update {1e3 * parts:.1f} ms ({100 * (parts / whole - 1):+.1f} %), without kernels and collectives"
     money = f", {cost['money']:,.0f} at the price given" if "money" in cost else ""
     yield f"{cost['steps']:,} steps: {cost['hours']:,.0f} hours, {cost['chip_hours']:,.0f} chip-hours{money}"
 

@@ -5,7 +5,7 @@ How a step's time is put together, on TPUs:
     compute     every block's own estimate (`block_costs`), times where it stands, times the parts the batch is accumulated in
     parameters  gathers and reductions along data and fsdp, by link bandwidth; asynchronous, so hidden behind compute as far as it lasts
     exposed     every other collective: halos, resharded activations; nothing hides them
-    update      optimizer and EMA: the state's bytes, read and written once, over the memory bandwidth
+    update      optimizer, EMA and recorded norms: the compiler's estimate for each shape of parameter, times how many have it
 
     step = max(compute, parameters) + exposed + update
 
@@ -17,9 +17,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from imagen_jax import sharding, whole_step
 from imagen_jax.block_costs import BlockCost
-from imagen_jax.hardware import hlo
+from imagen_jax.hardware import cost, hlo
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.models.remat import KINDS as REMAT_KINDS
 from imagen_jax.step import TrainProgram
@@ -43,21 +45,19 @@ def memory(program: TrainProgram, place: Topology, exact: bool) -> tuple[whole_s
     return found, hlo.parse(text) if text and found.fits else None
 
 
-def update_bytes(program: TrainProgram) -> int:
-    """Bytes a device's memory moves to update its part of the state: parameters, EMA and optimizer in and out, gradients in."""
-    rows = {row["part"]: row["bytes_per_device"] for row in sharding.bytes_table(program.abstract, program.shardings)}
-    return 2 * (rows["params"] + rows["ema"] + rows["opt_state"]) + rows["params"]
+def shapes_on_a_chip(program: TrainProgram) -> Counter[tuple[int, ...]]:
+    """The shapes that a device holds of the parameters, and how many of each."""
+    return Counter(leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(program.abstract.params))
 
 
 def step_time(
-    program: TrainProgram, place: Topology, flops: float, blocks: Sequence[BlockCost], traffic: Sequence[whole_step.Traffic]
+    program: TrainProgram, place: Topology, flops: float, blocks: Sequence[BlockCost], update: float, traffic: Sequence[whole_step.Traffic]
 ) -> dict[str, Any]:
-    """From the FLOPs of a step on a chip: {"step_s", its parts, "mfu", "images_per_s_per_chip", "kinds", "roofline_share"}; see the head of this file."""
+    """From the FLOPs of a step on a chip and the seconds of its update: {"step_s", its parts, "mfu", "images_per_s_per_chip", "kinds", "roofline_share"}; see the head of this file."""
     times = program.accumulation
     compute = times * sum(block.seconds * len(block.places) for block in blocks)
     parameters = sum(t.seconds for t in traffic if _is_of_parameters(t))
     exposed = sum(t.seconds for t in traffic if not _is_of_parameters(t))
-    update = update_bytes(program) / place.chip.memory_bandwidth
     step = max(compute, parameters) + exposed + update
     images = next(iter(program.batch.values())).shape[0]
     kinds = Counter()
@@ -77,6 +77,15 @@ def step_time(
     }
 
 
+def check(module: hlo.Module, place: Topology, time: Mapping[str, Any]) -> dict[str, float]:
+    """Blocks added up against the whole step that was compiled at the default level: {"whole_s", "parts_s"}, both without collectives and kernels.
+
+    The whole step has what no block has: the loss, noise, resampling, and the update as the compiler fuses it.
+    """
+    whole = sum(item.seconds for item in cost.items(module, place.chip))
+    return {"whole_s": whole, "parts_s": time["compute_s"] - time["kinds_s"].get(cost.KERNEL, 0.0) + time["update_s"]}
+
+
 def _is_of_parameters(traffic: whole_step.Traffic) -> bool:
     return set(traffic.axes) <= set(sharding.BATCH_AXES) and traffic.kind in ("all-gather", "reduce-scatter", "all-reduce")
 
@@ -94,7 +103,7 @@ def places(blocks: Sequence[BlockCost], times: int, count: int = PLACES) -> list
     return [{"place": place, "others": others, "seconds": times * s, "share": s / total} for (place, others), s in found.most_common(count)]
 
 
-def cost(time: Mapping[str, float], place: Topology, steps: int, price: float) -> dict[str, float]:
+def expense(time: Mapping[str, float], place: Topology, steps: int, price: float) -> dict[str, float]:
     """Hours and chip-hours of the config's steps, and money if a chip-hour has a price."""
     hours = steps * time["step_s"] / SECONDS_PER_HOUR
     return {"steps": steps, "hours": hours, "chip_hours": hours * place.chips} | ({"money": hours * place.chips * price} if price else {})

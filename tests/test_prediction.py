@@ -1,5 +1,7 @@
 """What plan reports, as far as it needs no compiler for other hardware: blocks, their sum, memory's parts, advice, the report."""
 
+import math
+
 import jax
 import pytest
 
@@ -85,12 +87,20 @@ def test_step_time_adds_up():
     block = block_costs.BlockCost(("a", "b"), 0.5, 1.0, {"matrix": 0.4, "copy": 0.1}, 0.05, {"": 0.5})
     traffic = [whole_step.Traffic("all-gather", ("fsdp",), 1, 1, 0.3), whole_step.Traffic("collective-permute", ("spatial",), 1, 1, 0.2)]
     flops = 0.1 * place.chip.peak_flops
-    found = prediction.step_time(made, place, flops, [block], traffic)
-    update = prediction.update_bytes(made) / place.chip.memory_bandwidth
-    assert found["step_s"] == pytest.approx(1.0 + 0.2 + update) and found["mfu"] == pytest.approx(0.1 / found["step_s"])
+    found = prediction.step_time(made, place, flops, [block], 0.07, traffic)
+    assert found["step_s"] == pytest.approx(1.0 + 0.2 + 0.07) and found["mfu"] == pytest.approx(0.1 / found["step_s"])
     assert found["kinds_s"] == {"matrix": pytest.approx(0.8), "copy": pytest.approx(0.2)} and found["roofline_share_of_compute"] == pytest.approx(0.1)
     slow = [whole_step.Traffic("all-gather", ("data", "fsdp"), 1, 1, 3.0)]
-    assert prediction.step_time(made, place, flops, [block], slow)["step_s"] == pytest.approx(3.0 + update)
+    assert prediction.step_time(made, place, flops, [block], 0.07, slow)["step_s"] == pytest.approx(3.0 + 0.07)
+
+
+def test_shapes_on_a_chip():
+    """Wrong: shapes of whole parameters, or of fewer than there are."""
+    made, whole = program(), program(sizes=(8, 1, 1, 1))
+    count = sum(leaf.size for leaf in jax.tree.leaves(made.abstract.params))
+    elements = lambda shapes: sum(n * math.prod(shape) for shape, n in shapes.items())
+    assert elements(prediction.shapes_on_a_chip(whole)) == count
+    assert 0.25 <= elements(prediction.shapes_on_a_chip(made)) / count < 0.4
 
 
 def test_places():
