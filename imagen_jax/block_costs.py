@@ -167,7 +167,8 @@ def _kernels_of(config: str, name: str, rows: int, index: int, cache: str) -> fl
     chip, total = topology.parse(name).chip, 0.0
     for call, times in kernels.calls(_without_unused(jax.make_jaxpr(both)(*shapes).jaxpr)):
         key = f"{chip.name} {kernels.signature(call)}"
-        total += times * _cached(cache, key, lambda: {"seconds": kernels.seconds(call, chip, mesh)})["seconds"]
+        alone = _cached(cache, key, lambda: {"seconds": kernels.seconds(call, chip, mesh)})["seconds"]
+        total += times * alone / kernels.cores_at_work(call, chip)
     return total
 
 

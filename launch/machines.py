@@ -6,7 +6,7 @@ Chip counts and tori are those of imagen_jax.hardware.topology.
 import dataclasses
 import math
 
-from imagen_jax.hardware.topology import CORES_IN_NAMES, Topology
+from imagen_jax.hardware.topology import Topology
 
 CLOUD = "docs.cloud.google.com/"
 
@@ -72,4 +72,4 @@ def sky_accelerator(topology: Topology) -> str:
 
 
 def _count(topology: Topology) -> int:
-    return math.prod(topology.shape) * CORES_IN_NAMES.get(topology.chip.name, 1)
+    return math.prod(topology.shape) * topology.chip.cores

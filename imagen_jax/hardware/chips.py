@@ -33,6 +33,7 @@ class Chip:
     chips_per_host: int
     source: str
     flops_per_cycle: int = 0  # of the matrix units; 0: no cycle estimates for this chip
+    cores: int = 1  # TensorCores of a TPU chip, which share a program's work; names of slices count them where there are two
 
     @property
     def clock(self) -> float:
@@ -43,11 +44,11 @@ class Chip:
 # which v4 and v5p have two; v6e 256 x 256, four (its page says two, with which the compiler's estimates of matrix products would be above peak).
 CHIPS = (
     Chip("v4", ("TPU v4",), "tpu", 275e12, 32 * GIB, 30.75 * GIB, 1200e9, 6, 50e9, 3.1e9, 4,
-         CLOUD + "v4; links: Jouppi et al. 2023, TPU v4, Table 4", 2 * 4 * 128 * 128 * 2),
+         CLOUD + "v4; links: Jouppi et al. 2023, TPU v4, Table 4", 2 * 4 * 128 * 128 * 2, cores=2),
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), "tpu", 197e12, 16e9, 15.75 * GIB, 819e9, 4, 50e9, 3.1e9, 4,
          CLOUD + "v5e: 400 GB/s both ways over 4 links, 2 x 100 Gbit/s a host of 8", 4 * 128 * 128 * 2),
     Chip("v5p", ("TPU v5", "TPU v5p"), "tpu", 459e12, 95 * GIB, 95.74 * GIB, 2765e9, 6, 100e9, 6.25e9, 4,
-         CLOUD + "v5p: 1200 GB/s both ways over 6 links, 50 Gbit/s a chip", 2 * 4 * 128 * 128 * 2),
+         CLOUD + "v5p: 1200 GB/s both ways over 6 links, 50 Gbit/s a chip", 2 * 4 * 128 * 128 * 2, cores=2),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 918e12, 32e9, 31.25 * GIB, 1638e9, 4, 100e9, 12.5e9, 4,
          CLOUD + "v6e: 800 GB/s both ways over 4 links, 4 x 200 Gbit/s a host of 8", 4 * 256 * 256 * 2),
     Chip("a100", ("NVIDIA A100",), "cuda", 312e12, 80e9, 74 * GIB, 2039e9, 1, 300e9, 25e9, 8,

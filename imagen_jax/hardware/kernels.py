@@ -41,8 +41,15 @@ def signature(call: Any) -> str:
     return f"{call.params['grid_mapping']} {call.params['jaxpr']} {[v.aval for v in (*call.invars, *call.outvars)]}"
 
 
+def cores_at_work(call: Any, chip: Chip) -> int:
+    """How many of the chip's cores share a kernel's grid: all, if a dimension that the kernel calls parallel divides by them."""
+    semantics = call.params["compiler_params"].dimension_semantics or ()
+    split = any("parallel" in str(kind).lower() and size % chip.cores == 0 for kind, size in zip(semantics, call.params["grid_mapping"].grid))
+    return chip.cores if split else 1
+
+
 def seconds(call: Any, chip: Chip, mesh: Mesh) -> float:
-    """One run of a kernel, compiled alone for the mesh's first device, in a process that asked for schedules."""
+    """One run of a kernel by one core, compiled alone for the mesh's first device, in a process that asked for schedules."""
     whole = NamedSharding(Mesh(mesh.devices.flat[:1], "x"), PartitionSpec())
     arguments = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=whole) for v in call.invars]
     directory = Path(os.environ["IMAGEN_JAX_SCHEDULES"])

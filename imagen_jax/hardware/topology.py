@@ -15,7 +15,6 @@ from typing import Any
 from imagen_jax.hardware import gpus
 from imagen_jax.hardware.chips import Chip, by_name
 
-CORES_IN_NAMES = {"v4": 2, "v5p": 2}  # accelerator types of these count TensorCores
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6litepod": "v6e"}
 # The torus of a slice by its chips (the supported configurations of docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e).
 FLAT = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
@@ -79,7 +78,7 @@ def parse(text: str) -> Topology:
     if found[3]:
         shape = tuple(map(int, found[3].split("x")))
     else:
-        shape = _shape(text, chip, int(found[4]) // CORES_IN_NAMES.get(chip.name, 1))
+        shape = _shape(text, chip, int(found[4]) // chip.cores)
     if chip.platform == "cuda" and len(shape) == 1:
         shape = _shape(text, chip, shape[0])
     if chip.platform == "tpu" and len(shape) != len(next(iter(TORI[chip.name].values()))):

@@ -1,0 +1,27 @@
+"""What is read of Pallas kernels in a traced program."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from imagen_jax.hardware import chips, kernels
+from imagen_jax.models.attention_kernel import flash_attend
+
+
+def calls(b, c, times=1):
+    q = jnp.zeros((b, 64, c), jnp.bfloat16)
+    attend = lambda q: flash_attend(q, ((q, q, None),), c // 64)
+    several = lambda q: jax.lax.scan(lambda q, _: (attend(q), None), q, None, times)[0]
+    return list(kernels.calls(jax.make_jaxpr(several)(q).jaxpr))
+
+
+def test_calls_in_loops_count():
+    """Wrong: a kernel in a loop counted once, or none found in what a transformation wraps."""
+    assert [times for _, times in calls(2, 128, times=3)] == [3]
+
+
+@pytest.mark.parametrize("b, c, name, cores", [(2, 128, "v4", 2), (1, 256, "v5p", 2), (1, 128, "v4", 1), (2, 128, "v5e", 1)])
+def test_cores_share_a_grid(b, c, name, cores):
+    """Wrong: both cores of a v4 or v5p at work on a grid that does not divide, one where it does."""
+    ((call, _),) = calls(b, c)
+    assert kernels.cores_at_work(call, chips.by_name(name)) == cores
