@@ -1,6 +1,6 @@
 # make demo       pictures from the embedded cascade, then the same cascade trained from scratch (ARGS="--prompt 'a red apple' --minutes 5")
 # make test       the test suite (PYTEST_ARGS="-k sampler")
-# make test-slow  several processes stopped, killed and continued; plan with the TPU compiler, 700 MB to install: a quarter of an hour
+# make test-slow  several processes stopped, killed and continued; plan with the TPU and GPU compilers, 1.2 GB to install: a quarter of an hour
 # make parity     comparisons with the reference implementations; installs torch
 # Each installs what it needs into $(VENV) first. PYTHON is any Python >= 3.11.
 
@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-test-slow: $(VENV)/installed-tpu
+test-slow: $(VENV)/installed-slow
 	$(RUN) -m pytest -q -m slow --durations=0 $(PYTEST_ARGS)
 
 parity: $(VENV)/installed-parity
@@ -32,6 +32,11 @@ $(VENV)/installed: setup.py
 	@echo "installing imagen_jax into $(VENV) (a minute or two)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/installed-slow: $(VENV)/installed
+	@echo "installing what make test-slow needs"
+	@$(PIP) --editable ".[test,tpu,gpu-plan]"
 	@touch $@
 
 $(VENV)/installed-%: $(VENV)/installed
