@@ -7,6 +7,7 @@ nothing but their rows.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,7 +15,9 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +30,7 @@ from jax.interpreters import partial_eval as pe
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imagen_jax import sharding
+from imagen_jax.data.workers import end_with_parent
 from imagen_jax.hardware import cost, hlo, kernels, topology
 from imagen_jax.integrity import write_json
 from imagen_jax.models.attention import Attention, FeedForward
@@ -155,8 +159,9 @@ def _cached(cache: str, key: str, compute: Callable[[], Any]) -> Any:
     """The JSON value kept for a key in the directory `cache`, computed if there is none."""
     versions = f"{VERSION} {importlib.metadata.version('libtpu')} {importlib.metadata.version('jaxlib')}"
     file = Path(cache) / f"{hashlib.sha256(f'{versions} {key}'.encode()).hexdigest()[:32]}.json"
-    if not file.exists():
-        write_json(file, compute())
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged file is made again
+        return json.loads(file.read_text())
+    write_json(file, compute())
     return json.loads(file.read_text())
 
 
@@ -248,12 +253,24 @@ def _smallest(place: topology.Topology) -> topology.Topology:
     return dataclasses.replace(place, shape=topology.smallest_shape(place.chip), slices=1)
 
 
-def _pool(processes: int, schedules: str) -> concurrent.futures.ProcessPoolExecutor:
-    """Processes of their own, as the compiler holds a lock and its memory; a directory asks them for schedules of kernels."""
-    return concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (schedules,))
+@contextlib.contextmanager
+def _pool(processes: int, schedules: str) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+    """Processes of their own, as the compiler holds a lock and its memory; a directory asks them for schedules of kernels.
+
+    An error or an interruption drops what has not begun; the processes end with this one, however it ends.
+    """
+    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (schedules,))
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def _start_process(schedules: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process tells when to stop
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_compilation_cache_dir", None)
     if schedules:

@@ -12,7 +12,7 @@ from absl import app, flags
 
 COMPILE_CACHE = "compile_cache"
 # What flags, and a config file that they name, raise.
-FLAG_ERRORS = (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError, SyntaxError)
+FLAG_ERRORS = (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError, SyntaxError, ImportError, ArithmeticError)
 
 
 def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> None:
@@ -59,15 +59,22 @@ def parse(argv: list[str]) -> list[str]:
 def cause(error: Exception) -> str:
     """What went wrong, without the traceback that reading a config file puts before it and the quotes of a KeyError."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, (KeyError, AttributeError)) and (name := text.strip("'\"")).isidentifier():
+        return f"the config has no field {name!r}"
     _, traceback, after = text.rpartition("Traceback (most recent call last):")
     return after.strip().splitlines()[-1] if traceback and after.strip() else text
 
 
 def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
     """A stage's config as a plain dict. Raises ValueError for one of something else; `flag` is what it was given by."""
-    if "data" not in config:
+    if not hasattr(config, "to_json") or not {"data", "model", "optim", "mesh", "train"} <= set(config):  # a config that cannot be read raises here
         raise ValueError(f"{flag} is not the config of a stage, such as configs/base_64.py or configs/sr_256.py")
-    return json.loads(config.to_json())
+    plain = json.loads(config.to_json())
+    fields = [("train", name) for name in ("steps", "log_every", "save_every", "keep")] + [("data", "batch_size")]
+    for part, field in fields + [("train", "sample_rows")] * bool(plain["train"]["sample_every"]):
+        if plain[part][field] < 1:
+            raise ValueError(f"{part}.{field}={plain[part][field]} is less than 1")
+    return plain
 
 
 def data_config(config: Any, flag: str = "--config") -> dict[str, Any]:
@@ -79,8 +86,10 @@ def data_config(config: Any, flag: str = "--config") -> dict[str, Any]:
 
 
 def check_directory(flag: str, path: str) -> None:
-    """Raises ValueError if something other than a directory has this name."""
-    if os.path.exists(path) and not os.path.isdir(path):
+    """Raises ValueError if something other than a directory has this name, or a part of it."""
+    while path and not os.path.exists(path):
+        path = os.path.dirname(path.rstrip("/"))
+    if path and not os.path.isdir(path):
         raise ValueError(f"--{flag} {path} is a file; give a directory")
 
 

@@ -12,6 +12,8 @@ are kept and read the next time. Of GPUs it reports memory, FLOPs and traffic: t
 import dataclasses
 import json
 import logging
+import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -51,8 +53,10 @@ def main() -> int:
     if (args.config is None) == (not args.text_encoder) or args.topology is None:
         raise ValueError("--topology NAME and either --config FILE or --text_encoder NAME are needed, such as --config configs/base_64.py --topology v5e:16x16")
     config = cli.stage_config(args.config) if args.config else {}
-    if args.output:
-        cli.check_directory("output", args.output)
+    for flag in ("output", "cache"):
+        cli.check_directory(flag, os.path.expanduser(args[flag].value))
+    if not math.isfinite(args.price):
+        raise ValueError(f"--price {args.price} is no amount of money")
     from imagen_jax.hardware import topology
 
     place = topology.parse(args.topology)
@@ -65,7 +69,7 @@ def main() -> int:
 
 def encoder(place: Any, args: Any) -> int:
     """Plans encoding captions; the exit code."""
-    if not all(text.isdigit() and int(text) for text in args.tokens):
+    if not args.tokens or not all(text.isascii() and text.isdigit() and int(text) for text in args.tokens):
         raise ValueError(f"--tokens {','.join(args.tokens)} are no lengths such as 16,32,64,128")
     only_here()
     from imagen_jax import encoder_plan

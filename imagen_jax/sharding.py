@@ -12,7 +12,8 @@ from typing import Any, Callable, Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 AXES = ("data", "fsdp", "model", "spatial")
@@ -28,6 +29,8 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
+    if any(size < 1 and size != -1 for size in shape):
+        raise ValueError(f"mesh {sizes_text(shape)}: each size must be at least 1, or for one of them -1 (what is left)")
     known = math.prod(s for s in shape if s != -1)
     if shape.count(-1) > 1 or known < 1 or len(devices) % known or (-1 not in shape and known != len(devices)):
         raise ValueError(f"mesh {sizes_text(shape)} does not fit {len(devices)} devices: the sizes must multiply to it (one may be -1); {_choices(shape, len(devices))}")
@@ -189,11 +192,30 @@ def rule_of(name: str, rules: Sequence[Sequence[Any]]) -> int:
     raise ValueError(f"no sharding rule matches {name}; end the rules with ('.*', 'fsdp')")
 
 
+def check_rules(rules: Any, mesh: Mesh) -> None:
+    """Raises ValueError for rules that are no pairs of a regular expression and a placement, and for a `model` axis that no rule uses."""
+    named = set()
+    for rule in rules if isinstance(rules, (list, tuple)) else [rules]:
+        if not (isinstance(rule, (list, tuple)) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], (str, list, tuple))):
+            raise ValueError(f"mesh.rules has {rule!r}: a rule is (regular expression, placement), such as ('.*', 'fsdp')")
+        axes = [] if isinstance(rule[1], str) else [axis for axis in rule[1] if axis is not None]
+        if len(set(axes)) < len(axes):
+            raise ValueError(f"sharding rule {rule[0]!r} -> {rule[1]!r} names an axis twice")
+        try:
+            re.compile(rule[0])
+        except re.error as error:
+            raise ValueError(f"sharding rule {rule[0]!r} is no regular expression: {error}") from error
+        named.update(axes)
+    if mesh.shape.get("model", 1) > 1 and "model" not in named:
+        raise ValueError(f"mesh.model is {mesh.shape['model']}, but no rule splits anything over it: add one such as ('conv_0/kernel', [None, None, None, 'model']), or set it to 1")
+
+
 def tree_shardings(tree: Tree, mesh: Mesh, rules: Sequence[Sequence[Any]], min_elements: int) -> Tree:
     """A NamedSharding for each leaf (anything with a shape): the first rule whose regex is found in the leaf's path decides.
 
     Raises ValueError for a rule that is never used, names an unknown axis, or a leaf that no rule matches.
     """
+    check_rules(rules, mesh)
     for pattern, placement in rules:
         unknown = [] if isinstance(placement, str) else [a for a in placement if a is not None and a not in AXES]
         if unknown or (isinstance(placement, str) and placement not in ("fsdp", "replicate")):

@@ -292,10 +292,6 @@ class Run:
         from imagen_jax.stage import create_stage
         from imagen_jax.step import TrainProgram, forward_flops
 
-        fields = [("train", name) for name in ("steps", "log_every", "save_every", "keep")] + [("data", "batch_size")]
-        for part, field in fields + [("train", "sample_rows")] * bool(config["train"]["sample_every"]):
-            if config[part][field] < 1:
-                raise ValueError(f"{part}.{field}={config[part][field]} is less than 1")
         mesh = sharding.make_mesh(config["mesh"])
         data = open_prepared(config["data"])
         if config["text"]["dim"]:

@@ -47,6 +47,17 @@ def test_block_program_is_forward_and_backward():
         assert bool(d_input) == has_input_gradient and out[0].shape[0] == 2
 
 
+def test_a_damaged_cost_is_made_again(tmp_path, monkeypatch):
+    """Wrong: a plan that a damaged file in the cache stops for ever, and a cost computed although it is known."""
+    monkeypatch.setattr(block_costs.importlib.metadata, "version", lambda package: "1")  # the TPU compiler need not be here
+    made = []
+    compute = lambda: made.append(1) or {"seconds": len(made)}
+    assert block_costs._cached(str(tmp_path), "key", compute) == block_costs._cached(str(tmp_path), "key", compute) == {"seconds": 1}
+    (file,) = tmp_path.iterdir()
+    file.write_text('{"seco')
+    assert block_costs._cached(str(tmp_path), "key", compute) == {"seconds": 2} and len(made) == 2
+
+
 def test_rows_per_chip():
     """Wrong: rows divided by the axes that do not split the batch, or the parts of an accumulated batch forgotten."""
     config = tiny.config("base_64")

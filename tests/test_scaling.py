@@ -13,6 +13,12 @@ def test_topologies(chip, chips, slices):
     assert (place.chip.name, place.chips, place.slices) == (chip, chips, slices)
 
 
+def test_slices_that_do_not_exist():
+    """Catches 384 chips planned as 256."""
+    with pytest.raises(ValueError, match="multiple of 256"):
+        scaling.topology_name("v5e", 384)
+
+
 def planned(chips, batch, compute, traffic, exposed=0.0):
     step = max(compute, traffic) + exposed
     time = {"compute_s": compute, "parameter_traffic_s": traffic, "exposed_traffic_s": exposed, "update_s": 0.0, "step_s": step, "mfu": 0.5}

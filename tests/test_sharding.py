@@ -146,11 +146,17 @@ def test_rules():
     made = sharding.tree_shardings(tree, mesh, rules, 1)["params"]
     assert (made["qkv"]["kernel"].spec, made["out"]["kernel"].spec, made["out"]["bias"].spec) == (P(None, "model"), P(None, "fsdp"), P())
     with pytest.raises(ValueError, match="match no leaf: \\['typo'\\]"):
-        sharding.tree_shardings(tree, mesh, [("typo", "fsdp"), (".*", "fsdp")], 1)
+        sharding.tree_shardings(tree, mesh, [*rules, ("typo", "fsdp")], 1)
     with pytest.raises(ValueError, match="use 'fsdp'"):
-        sharding.tree_shardings(tree, mesh, [(".*", "everywhere")], 1)
+        sharding.tree_shardings(tree, mesh, [*rules[:1], (".*", "everywhere")], 1)
+    for wrong, message in (
+        ([("(", "fsdp")], "no regular expression"), ([(".*", 3)], "a rule is"), ("abc", "a rule is"), ([(".*",)], "a rule is"),
+        ([("kernel", ["model", "model"])], "names an axis twice"), ([(".*", "fsdp")], "mesh.model is 4, but no rule splits anything over it"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            sharding.tree_shardings(tree, mesh, wrong, 1)
     with pytest.raises(ValueError, match="no sharding rule matches params/out"):
-        sharding.tree_shardings(tree, mesh, [("qkv", "fsdp")], 1)
+        sharding.tree_shardings(tree, mesh, rules[:1], 1)
 
 
 def test_what_no_rule_can_split_is_named():

@@ -11,17 +11,19 @@ over those of the first size. What was planned is kept in --output, and not plan
 """
 
 import argparse
-import importlib
+import hashlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from imagen_jax import cli
+from imagen_jax.hardware import topology
 from imagen_jax.integrity import write_atomically, write_json
 from imagen_jax.report import png
+from launch.job import read_config
 
 SLICE = 256  # chips of the largest slice of v5e and v6e
 
@@ -38,8 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", default="~/.cache/imagen_jax/plan", help="directory for block costs")
     args = parser.parse_args(argv)
     cli.log_to_stderr()
-    config = read_config(args.config)
-    found = [planned(args, config["mesh"]["fsdp"], chips) for chips in map(int, args.chips.split(","))]
+    cli.check_directory("output", str(args.output))
+    if args.rows < 0 or args.batch < 0 or not all(text.isdigit() and int(text) for text in args.chips.split(",")):
+        raise ValueError(f"--chips {args.chips} --rows {args.rows} --batch {args.batch}: sizes are whole numbers above 0, chips such as 8,64,512")
+    config = read_config(args.config, ["--config.data.path=none"])
+    sizes = [int(text) for text in args.chips.split(",")]
+    for chips in sizes:
+        topology.parse(topology_name(args.chip, chips))
+    found = [planned(args, config, chips) for chips in sizes]
     rows = compared(found)
     write_json(args.output / "scaling.json", rows)
     title = f"{config['name']}, {args.rows} images a chip" if args.rows else f"{config['name']}, {args.batch} images a step"
@@ -48,29 +56,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_config(name: str) -> dict[str, Any]:
-    """A config of this checkout as a plain dict."""
-    file, _, arg = name.partition(":")
-    return json.loads(importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config(arg).to_json())
-
-
 def topology_name(chip: str, chips: int) -> str:
     """v5p-1024 (cores), v5e-64, 4xv5e-256."""
     if chip in ("v4", "v5p"):
         return f"{chip}-{2 * chips}"
+    if chips > SLICE and chips % SLICE:
+        raise ValueError(f"--chips {chips}: more than one slice of {chip} is a multiple of {SLICE}")
     return f"{chip}-{chips}" if chips <= SLICE else f"{chips // SLICE}x{chip}-{SLICE}"
 
 
-def planned(args: argparse.Namespace, fsdp: int, chips: int) -> dict[str, Any]:
-    """The plan of the config on so many chips, read if it was made before."""
+def planned(args: argparse.Namespace, config: Mapping[str, Any], chips: int) -> dict[str, Any]:
+    """The plan of the config on so many chips, read if it was made before for the same config."""
     batch = args.batch or args.rows * chips
-    directory = args.output / f"{args.chip}_{chips}_{batch}"
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+    directory = args.output / f"{config['name']}_{digest}_{args.chip}_{chips}_{batch}"
     if not (directory / "plan.json").exists():
-        fields = [f"--config.data.batch_size={batch}", f"--config.mesh.fsdp={math.gcd(fsdp, chips)}"]
+        fields = [f"--config.data.batch_size={batch}", f"--config.mesh.fsdp={math.gcd(config['mesh']['fsdp'], chips)}"]
         options = [f"--topology={topology_name(args.chip, chips)}", f"--cache={args.cache}", f"--output={directory}", "--nosampler"]
-        if code := cli.call((sys.executable, "-m", "imagen_jax.plan", f"--config={args.config}", *fields, *options)):
-            raise ValueError(f"plan of {batch} images on {chips} chips ended with exit code {code}; leave out sizes that do not fit")
-    return json.loads((directory / "plan.json").read_text())
+        if (code := cli.call((sys.executable, "-m", "imagen_jax.plan", f"--config={args.config}", *fields, *options))) not in (0, 1):
+            raise ValueError(f"the plan of {batch} images on {chips} chips ended with exit code {code}")
+    found = json.loads((directory / "plan.json").read_text())
+    if "time" not in found:
+        raise ValueError(f"{batch} images do not fit {chips} chips of {args.chip}: leave out that size")
+    return found
 
 
 def compared(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -118,5 +126,7 @@ def picture(rows: Sequence[dict[str, Any]], title: str) -> bytes:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(cli.fail("interrupted, the same command continues", 130))
     except (ValueError, OSError) as error:
         sys.exit(cli.fail(str(error)))

@@ -52,10 +52,11 @@ class Workers:
 def _start(source: Source) -> None:
     global _source
     _source = source
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """For a thread of a worker: ends the worker as soon as the process that started it has ended, however that was."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

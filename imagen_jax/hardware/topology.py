@@ -22,6 +22,7 @@ CUBES = {
     4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8), 512: (8, 8, 8),
     1024: (8, 8, 16), 2048: (8, 16, 16), 4096: (16, 16, 16),
 }  # fmt: skip
+MOST_SLICES = 64
 TORI = {"v4": CUBES, "v5p": CUBES, "v5e": FLAT, "v6e": FLAT}
 
 
@@ -81,9 +82,24 @@ def parse(text: str) -> Topology:
         shape = _shape(text, chip, int(found[4]) // chip.cores)
     if chip.platform == "cuda" and len(shape) == 1:
         shape = _shape(text, chip, shape[0])
-    if chip.platform == "tpu" and len(shape) != len(next(iter(TORI[chip.name].values()))):
-        raise ValueError(f"--topology {text}: a torus of {chip.name} has {len(next(iter(TORI[chip.name].values())))} sides, such as {list(TORI[chip.name].values())[-2]}")
+    if not 1 <= slices <= MOST_SLICES:
+        raise ValueError(f"--topology {text}: {slices} slices; 1 to {MOST_SLICES} are possible")
+    if chip.platform == "tpu":
+        _check_torus(text, chip, shape)
+    elif len(shape) != 2 or shape[0] < 1 or not 1 <= shape[1] <= chip.chips_per_host:
+        raise ValueError(f"--topology {text}: write nodes x GPUs of a node, of which there are up to {chip.chips_per_host}, such as {chip.name}:4x8")
     return Topology(chip, shape, slices)
+
+
+def _check_torus(text: str, chip: Chip, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for a slice that cannot be had: of v4 and v5p larger ones are made of cubes of 4x4x4 chips."""
+    known = list(TORI[chip.name].values())
+    if len(shape) != len(known[0]):
+        raise ValueError(f"--topology {text}: a torus of {chip.name} has {len(known[0])} sides, such as {known[-2]}")
+    cubes = len(shape) == 3 and all(side >= 4 and side % 4 == 0 for side in shape) and math.prod(shape) <= max(TORI[chip.name])
+    if not cubes and shape not in known:
+        names = ", ".join("x".join(map(str, torus)) for torus in known)
+        raise ValueError(f"--topology {text}: there is no such slice of {chip.name}; slices are {names}{' and other multiples of 4x4x4' if len(shape) == 3 else ''}")
 
 
 def _shape(text: str, chip: Chip, chips: int) -> tuple[int, ...]:
