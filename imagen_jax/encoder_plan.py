@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from imagen_jax import whole_step
 from imagen_jax.hardware import cost, hlo, links
+from imagen_jax.hardware.chips import GIB
 from imagen_jax.hardware.topology import Topology, smallest_shape
+from imagen_jax.prediction import SECONDS_PER_HOUR
 from imagen_jax.text import program
 from imagen_jax.text.t5 import T5Config
 
@@ -24,8 +24,6 @@ SIZES = {
     "xxl": T5Config(d_model=4096, d_ff=10_240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32_128),
 }
 DTYPE = "bfloat16"
-GIB = 2**30
-SECONDS_PER_HOUR = 3600
 
 
 def find_config(name: str) -> T5Config:
@@ -50,10 +48,12 @@ def plan_encoder(config: T5Config, place: Topology, lengths: Sequence[int], batc
     weights = program.weight_bytes(config, DTYPE)
     mesh = program.make_mesh(devices, program.fewest_parts(weights, int(place.chip.memory_limit), len(devices)))
     encode = program.EncodeProgram.create(config, DTYPE, mesh)
+    alone = program.EncodeProgram.create(config, DTYPE, program.one_device(config, DTYPE))  # FLOPs are counted of the program for one device
     passes = []
     for length in lengths:
         rows = max(1, batch_size * 32 // max(length, 32))
-        passes.append(_pass(encode, group, weights, rows, length) | {"tokens": length, "rows": rows})
+        flops = alone.lower(rows, length).cost_analysis()["flops"]
+        passes.append(_pass(encode, group, weights, flops, rows, length) | {"tokens": length, "rows": rows})
     for row in passes:
         row["captions_per_s_per_chip"] = row["rows"] / row["seconds"]
         if captions:
@@ -65,13 +65,11 @@ def plan_encoder(config: T5Config, place: Topology, lengths: Sequence[int], batc
     }  # fmt: skip
 
 
-def _pass(encode: program.EncodeProgram, group: Topology, weights: int, rows: int, length: int) -> dict[str, Any]:
-    """{"flops" of a chip, "peak", "fits", "seconds"} of one batch."""
+def _pass(encode: program.EncodeProgram, group: Topology, weights: int, flops: float, rows: int, length: int) -> dict[str, Any]:
+    """{"flops" of a chip, as given, "peak", "fits", "seconds"} of one batch."""
     mesh, chip = encode.mesh, group.chip
     lowered = encode.lower(rows * mesh.size, length)
     text, peak = whole_step.compile_text(lowered, group, exact=True)
-    alone = program.EncodeProgram.create(encode.config, DTYPE, program.make_mesh(jax.devices("cpu")[:1], 1))
-    flops = alone.lower(rows, length).cost_analysis()["flops"]
     if chip.platform == "tpu" and text:
         module = hlo.parse(text)
         seconds = sum(item.seconds for item in cost.items(module, chip))

@@ -10,6 +10,7 @@ are kept and read the next time. Of GPUs it reports memory, FLOPs and traffic: t
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -100,13 +101,14 @@ def plan(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
         return found
     tried: list[dict[str, Any]] = []
     hopeful = lambda row: row["estimated_peak"] <= HOPELESS * found["memory"]["limit"]
-    for row in filter(hopeful, advice(config, place, found)) if args.search else ():
+    rows, again = itertools.tee(advice(config, place, found))  # an estimate that was made for the search is not made again
+    for row in filter(hopeful, rows) if args.search else ():
         log.info("trying %s", plan_report.options(row["overrides"]))
         other = examine(prediction.overridden(config, row["overrides"]), place, args)
         tried.append(row | {"peak": other["memory"]["peak"]})
         if other["memory"]["fits"]:
             return other | {"overrides": row["overrides"], "tried": tried, "asked": found["memory"]}
-    return found | {"advice": up_to_first_that_fits(advice(config, place, found), found["memory"]["limit"]), "tried": tried}
+    return found | {"advice": up_to_first_that_fits(again, found["memory"]["limit"]), "tried": tried}
 
 
 def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:

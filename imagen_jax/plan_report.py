@@ -7,7 +7,6 @@ from imagen_jax.report import png
 
 Plan = Mapping[str, Any]
 GIB = 2**30
-STATE = ("parameters", "EMA", "optimizer", "gradients")
 
 
 def text(plan: Plan) -> str:

@@ -193,12 +193,14 @@ def rule_of(name: str, rules: Sequence[Sequence[Any]]) -> int:
 
 
 def check_rules(rules: Any, mesh: Mesh) -> None:
-    """Raises ValueError for rules that are no pairs of a regular expression and a placement, and for a `model` axis that no rule uses."""
+    """Raises ValueError for rules that are no pairs of a regular expression and a placement there is, and for a `model` axis that no rule uses."""
     named = set()
     for rule in rules if isinstance(rules, (list, tuple)) else [rules]:
         if not (isinstance(rule, (list, tuple)) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], (str, list, tuple))):
             raise ValueError(f"mesh.rules has {rule!r}: a rule is (regular expression, placement), such as ('.*', 'fsdp')")
         axes = [] if isinstance(rule[1], str) else [axis for axis in rule[1] if axis is not None]
+        if any(axis not in AXES for axis in axes) or (isinstance(rule[1], str) and rule[1] not in ("fsdp", "replicate")):
+            raise ValueError(f"sharding rule {rule[0]!r} -> {rule[1]!r}: use 'fsdp', 'replicate' or a list of None and axes {AXES}")
         if len(set(axes)) < len(axes):
             raise ValueError(f"sharding rule {rule[0]!r} -> {rule[1]!r} names an axis twice")
         try:
@@ -216,10 +218,6 @@ def tree_shardings(tree: Tree, mesh: Mesh, rules: Sequence[Sequence[Any]], min_e
     Raises ValueError for a rule that is never used, names an unknown axis, or a leaf that no rule matches.
     """
     check_rules(rules, mesh)
-    for pattern, placement in rules:
-        unknown = [] if isinstance(placement, str) else [a for a in placement if a is not None and a not in AXES]
-        if unknown or (isinstance(placement, str) and placement not in ("fsdp", "replicate")):
-            raise ValueError(f"sharding rule {pattern!r} -> {placement!r}: use 'fsdp', 'replicate' or a list of None and axes {AXES}")
     used = set()
 
     def place(path, leaf):

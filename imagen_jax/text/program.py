@@ -84,7 +84,6 @@ class EncodeProgram:
     [b l d] bfloat16, of which those from a row's length on mean nothing. Rows must divide over the mesh.
     """
 
-    config: T5Config
     mesh: Mesh
     params: Mapping[str, Any]
     apply: Any
@@ -102,7 +101,7 @@ class EncodeProgram:
             sharding = NamedSharding(mesh, _spec(path[-1].key, leaf.shape, mesh.shape["fsdp"]))
             return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding)
 
-        return cls(config, mesh, jax.tree_util.tree_map_with_path(place, _shapes(config)), jax.jit(apply, out_shardings=NamedSharding(mesh, PartitionSpec(AXES))))
+        return cls(mesh, jax.tree_util.tree_map_with_path(place, _shapes(config)), jax.jit(apply, out_shardings=NamedSharding(mesh, PartitionSpec(AXES))))
 
     @property
     def rows(self) -> NamedSharding:
