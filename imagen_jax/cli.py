@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 from absl import app, flags
 
@@ -70,11 +70,16 @@ def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
     if not hasattr(config, "to_json") or not {"data", "model", "optim", "mesh", "train"} <= set(config):  # a config that cannot be read raises here
         raise ValueError(f"{flag} is not the config of a stage, such as configs/base_64.py or configs/sr_256.py")
     plain = json.loads(config.to_json())
-    fields = [("train", name) for name in ("steps", "log_every", "save_every", "keep")] + [("data", "batch_size")]
-    for part, field in fields + [("train", "sample_rows")] * bool(plain["train"]["sample_every"]):
-        if plain[part][field] < 1:
-            raise ValueError(f"{part}.{field}={plain[part][field]} is less than 1")
+    check_sizes(plain)
     return plain
+
+
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a number of steps, checkpoints or examples that is less than 1."""
+    fields = [("train", name) for name in ("steps", "log_every", "save_every", "keep")] + [("data", "batch_size")]
+    for part, field in fields + [("train", "sample_rows")] * bool(config["train"]["sample_every"]):
+        if config[part][field] < 1:
+            raise ValueError(f"{part}.{field}={config[part][field]} is less than 1")
 
 
 def data_config(config: Any, flag: str = "--config") -> dict[str, Any]:

@@ -292,6 +292,7 @@ class Run:
         from imagen_jax.stage import create_stage
         from imagen_jax.step import TrainProgram, forward_flops
 
+        cli.check_sizes(config)  # also for a config that no command line has read
         mesh = sharding.make_mesh(config["mesh"])
         data = open_prepared(config["data"])
         if config["text"]["dim"]:
