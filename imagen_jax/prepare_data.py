@@ -70,7 +70,7 @@ class Settings:
 
 def main() -> None:
     """The command line; every foreseen error is one line on stderr and exit status 2, or LOST if it is another process's."""
-    args = _parser().parse_args()
+    args = parser().parse_args()
     try:
         _run(args)
         end(0)
@@ -132,7 +132,8 @@ def _crew(output: Path) -> Crew:
     return Crew(_partial(output) / "crew", jax.process_index(), len(hosts()), f"{run:08x}", hosts())
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m imagen_jax.prepare_data", description=__doc__.splitlines()[0])
     parser.add_argument("--source", required=True, help="emoji, folder:DIR (with captions.jsonl, captions.csv or .txt files), tfds:NAME or tfds:DIR")
     parser.add_argument("--output", required=True, type=Path, help="directory to create")

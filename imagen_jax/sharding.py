@@ -7,7 +7,7 @@ features by rule; `spatial` splits image height (a convolution then exchanges ha
 
 import math
 import re
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -21,25 +21,33 @@ BATCH_AXES = ("data", "fsdp")
 Tree = Any
 
 
-def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of Auto axes over all devices; one size may be -1 (what is left). Neighbours on the torus are neighbours in the mesh.
+def mesh_sizes(sizes: Mapping[str, int], devices: int, slices: int = 1) -> dict[str, int]:
+    """The size of each axis on so many devices in so many TPU slices; one size may be -1 (what is left).
 
-    Several TPU slices lie along `data`, so that only sums of gradients cross the network between them. Raises ValueError, with the sizes
-    that would do, if these do not multiply to the devices or a slice would be cut.
+    Raises ValueError, with the sizes that would do, if these do not multiply to the devices or a slice would be cut.
     """
-    devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
     if any(size < 1 and size != -1 for size in shape):
         raise ValueError(f"mesh {sizes_text(shape)}: each size must be at least 1, or for one of them -1 (what is left)")
     known = math.prod(s for s in shape if s != -1)
-    if shape.count(-1) > 1 or known < 1 or len(devices) % known or (-1 not in shape and known != len(devices)):
-        raise ValueError(f"mesh {sizes_text(shape)} does not fit {len(devices)} devices: the sizes must multiply to it (one may be -1); {_choices(shape, len(devices))}")
-    shape = [len(devices) // known if s == -1 else s for s in shape]
+    if shape.count(-1) > 1 or devices % known or (-1 not in shape and known != devices):
+        raise ValueError(f"mesh {sizes_text(shape)} does not fit {devices} devices: the sizes must multiply to it (one may be -1); {_choices(shape, devices)}")
+    shape = [devices // known if s == -1 else s for s in shape]
+    if shape[0] % slices:
+        raise ValueError(f"mesh {sizes_text(shape)} cuts through {slices} slices of {devices // slices} devices: `data` must be a multiple of {slices}")
+    return dict(zip(AXES, shape))
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of Auto axes over all devices; one size may be -1 (what is left). Neighbours on the torus are neighbours in the mesh.
+
+    Several TPU slices lie along `data`, so that only sums of gradients cross the network between them. Raises ValueError as `mesh_sizes` does.
+    """
+    devices = jax.devices() if devices is None else devices
     slices: dict[int, list[jax.Device]] = {}
     for device in devices:
         slices.setdefault(slice_of(device), []).append(device)
-    if shape[0] % len(slices):
-        raise ValueError(f"mesh {sizes_text(shape)} cuts through {len(slices)} slices of {len(devices) // len(slices)} devices: `data` must be a multiple of {len(slices)}")
+    shape = list(mesh_sizes(sizes, len(devices), len(slices)).values())
     inside = (shape[0] // len(slices), *shape[1:])
     parts = [mesh_utils.create_device_mesh(inside, slices[i], allow_split_physical_axes=True) for i in sorted(slices)]
     return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -78,16 +86,16 @@ def image_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES, "spatial" if mesh.shape["spatial"] > 1 else None))
 
 
-def check_batch(rows: int, mesh: Mesh) -> None:
-    """Raises ValueError unless a batch of so many rows divides over the mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch(rows: int, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError unless a batch of so many rows divides over a mesh of these sizes."""
+    shards = sizes["data"] * sizes["fsdp"]
     if rows % shards:
         raise ValueError(f"a batch of {rows} does not divide over data x fsdp = {shards}; use a multiple of {shards}")
 
 
 def rows_on(devices: Sequence[jax.Device], rows: int, mesh: Mesh) -> list[int]:
     """Which rows of a batch these devices hold, ascending. Where an image is split over processes, several hold the same."""
-    check_batch(rows, mesh)
+    check_batch(rows, mesh.shape)
     parts = batch_sharding(mesh).devices_indices_map((rows,))
     return sorted({row for device in devices for row in range(rows)[parts[device][0]]})
 
@@ -102,7 +110,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     held = process_rows(shards, mesh)
     rows = len(next(iter(batch.values()))) * shards // len(held)
-    check_batch(rows, mesh)
+    check_batch(rows, mesh.shape)
     size, sharding = rows // shards, batch_sharding(mesh)
     begin = {shard * size: place * size for place, shard in enumerate(held)}  # global row -> row here
 

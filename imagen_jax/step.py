@@ -127,7 +127,7 @@ class TrainProgram:
         """Nothing is allocated or compiled. Raises ValueError for a batch that does not divide, or a model or rules that cannot be."""
         rows = config["data"]["batch_size"]
         check_accumulation(rows, config["optim"]["accumulation"])
-        sharding.check_batch(rows, mesh)
+        sharding.check_batch(rows, mesh.shape)
         stage = create_stage(config, mesh)
         optimizer = make_optimizer(config["optim"], config["train"]["steps"])
         abstract, shardings = abstract_state(stage, optimizer, mesh, config["mesh"]["rules"], config["mesh"]["fsdp_min_elements"])

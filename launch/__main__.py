@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from imagen_jax import cli
 from launch import places
-from launch.job import Job, in_bucket, name_of, training
+from launch.job import Job, check_options, in_bucket, name_of, training
 
 
 @dataclasses.dataclass
@@ -61,10 +61,13 @@ def read(argv: Sequence[str]) -> tuple[list[Job], argparse.Namespace]:
     if not (options.config or options.stage):
         if rest:
             raise ValueError(f"{rest[0]!r} is no option of launch; options of {after[0]} come after it")
+        check_options(after[0], after[1:])
         jobs = [Job(name_of(options.workdir), ("-m", f"imagen_jax.{after[0]}", *after[1:]), options.workdir)]
         return places.completed(jobs, options), options
     stages = _stages(options, rest)
     workdir_of = lambda name: f"{options.workdir.rstrip('/')}/{name}" if name else options.workdir
+    if after:
+        check_options("train", after)
     jobs = [training(name, stage.config, stage.fields, workdir_of(name), options.where, after) for name, stage in stages.items()]
     return places.completed(jobs, options, [stage.topology for stage in stages.values()], [stage.env for stage in stages.values()]), options
 

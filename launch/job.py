@@ -7,11 +7,12 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagen_jax import cli
+from imagen_jax import cli, sharding
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKET = "gs://"
@@ -25,6 +26,19 @@ python3 -m uv venv --quiet --allow-existing --python 3.11 ~/{environment}
 python3 -m uv pip install --quiet --python ~/{environment}/bin/python --editable '.[{extra}]'
 """
 USAGE_ERROR = 2  # the verbs' exit code for what no repetition mends
+VERBS = ("demo", "evaluate", "export", "plan", "prepare_data", "sample", "train")
+# A verb's flags are global, and those of a config are read from the command line as they are defined: each is parsed in a process of its own.
+PARSE = """\
+import importlib, sys
+from imagen_jax import cli, sharding
+verb = importlib.import_module(sys.argv[1])
+if hasattr(verb, "define_flags"):
+    sys.argv = sys.argv[1:]
+    verb.define_flags()
+    cli.parse(sys.argv)
+else:
+    verb.parser().parse_args(sys.argv[2:])
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +47,7 @@ class Job:
 
     name: a DNS label of at most 40 characters, the same for the same workdir: what a scheduler knows the job by.
     arguments: of python, such as ("-m", "imagen_jax.train", ...); buckets in them as gs://.
-    workdir: a directory or gs://BUCKET/PATH. steps: how many the training takes; 0: no training, nothing tells when it is finished.
+    workdir: a directory or gs://BUCKET/PATH. config: that of a training, as the trainer will read it; empty: nothing tells when the job is finished.
     topology: None on this machine. setup: shell commands before the command on each machine.
     environment: for every process. secrets: names of variables whose values are taken from the launcher's environment and never shown.
     retries: how often the job is started again after it failed or was preempted.
@@ -42,13 +56,18 @@ class Job:
     name: str
     arguments: tuple[str, ...]
     workdir: str
-    steps: int = 0
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     topology: Any = None
     setup: str = ""
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     secrets: tuple[str, ...] = ()
     retries: int = 0
     stage: str = ""
+
+    @property
+    def steps(self) -> int:
+        """How many the training takes; 0: no training."""
+        return self.config["train"]["steps"] if self.config else 0
 
     @property
     def title(self) -> str:
@@ -74,6 +93,27 @@ class Job:
     def command(self, python: str = "python3") -> tuple[str, ...]:
         """The command as the machines run it: buckets are directories there."""
         return (python, *(mounted(argument) for argument in self.arguments))
+
+
+def check_options(verb: str, options: Sequence[str]) -> None:
+    """Raises ValueError, in the verb's words, for options that it would refuse. Values that it looks at later, such as paths, are not looked at."""
+    if verb not in VERBS:
+        raise ValueError(f"{verb!r} is no verb of imagen_jax; after -- give one of {', '.join(VERBS)}")
+    done = subprocess.run((sys.executable, "-c", PARSE, f"imagen_jax.{verb}", *options), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        words = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+        raise ValueError(f"options of {verb}: {words.rpartition('error: ')[2]}")
+
+
+def check_mesh(job: Job, devices: int, slices: int) -> None:
+    """Raises ValueError, with what would do, if a training's mesh or batch does not divide over its devices."""
+    if not job.config:
+        return
+    try:
+        sizes = sharding.mesh_sizes(job.config["mesh"], devices, slices)
+        sharding.check_batch(job.config["data"]["batch_size"], sizes)
+    except ValueError as error:
+        raise ValueError(f"{job.title}: {error}") from error
 
 
 def in_bucket(path: str) -> bool:
@@ -138,10 +178,10 @@ def read_config(config: str, fields: Sequence[str]) -> dict[str, Any]:
 
 def training(title: str, config: str, fields: Sequence[str], workdir: str, where: str, more: Sequence[str] = ()) -> Job:
     """The job of a training; its config is read as the trainer will read it, and must be good. `where` it runs: machines elsewhere read their checkout's file."""
-    steps = read_config(config, fields)["train"]["steps"]
+    content = read_config(config, fields)
     file = config if where in ("local", "slurm") else inside_checkout(config)
     arguments = ("-m", "imagen_jax.train", f"--config={file}", f"--workdir={workdir}", *fields, *more)
-    return Job(name=name_of(workdir), stage=title, workdir=workdir, steps=steps, arguments=arguments)
+    return Job(name=name_of(workdir), stage=title, workdir=workdir, config=content, arguments=arguments)
 
 
 def inside_checkout(config: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from launch import gke, local, sky, slurm, status, tpu_pod
-from launch.job import Job, check_secrets, environment_of, in_bucket
+from launch.job import Job, check_mesh, check_secrets, environment_of, in_bucket
 
 PLACES: dict[str, ModuleType] = {"local": local, "tpu": tpu_pod, "gke": gke, "slurm": slurm, "sky": sky}
 WATCHED = ("local", "tpu")  # the launcher stays until the job has ended; the others hand it over
@@ -42,6 +42,10 @@ def completed(jobs: Sequence[Job], options: argparse.Namespace, topologies: Sequ
     for job in made:
         if options.where == "local" and (in_bucket(job.workdir) or job.buckets):
             raise ValueError(f"{job.title}: a bucket is no directory of this machine; mount it and give the directory")
+        if job.topology:
+            check_mesh(job, job.topology.chips, job.topology.slices if job.topology.chip.platform == "tpu" else 1)
+        elif options.devices:
+            check_mesh(job, options.processes * options.devices, 1)
     PLACES[options.where].check(made, options)
     return made
 

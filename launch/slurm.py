@@ -9,6 +9,7 @@ queued again and goes on from its newest checkpoint. `--dependency=singleton` ke
 
 import argparse
 import hashlib
+import math
 import os
 import re
 import shlex
@@ -19,6 +20,8 @@ from launch import machines, status
 from launch.job import NAME_LENGTH, USAGE_ERROR, Job, ask, exports, in_bucket, refuse
 
 SAVE_S = 300  # before the time limit the processes are told to save and end
+# What this script depends on, so that --sbatch may not say otherwise.
+OWN = ("job-name", "comment", "nodes", "ntasks-per-node", "gpus-per-node", "output", "open-mode", "requeue", "no-requeue", "dependency", "signal")
 TOOL = "run this on a login node of the cluster"
 SCRIPT = "job.sbatch"
 PORTS = range(61_440, 65_536)  # one for each job, by its number, as jax does it
@@ -43,6 +46,25 @@ def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:
     for text in options.sbatch:
         if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", text):
             raise ValueError(f"--sbatch={text} is not OPTION=VALUE, such as --sbatch=constraint=h100 or --sbatch=exclusive")
+        name = text.partition("=")[0]
+        if name in OWN or name in ("partition", "account", "time"):
+            raise ValueError(f"--sbatch={text}: " + (f"launch sets {name} itself" if name in OWN else f"give --{name}"))
+    if options.time and seconds(options.time) <= SAVE_S:
+        raise ValueError(f"--time {options.time} leaves no time to train: {SAVE_S} s before its end the processes save")
+
+
+def seconds(limit: str) -> float:
+    """Of a time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; 0 is no limit. Raises ValueError for another form."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if not found:
+        raise ValueError(f"--time {limit} is no time limit of sbatch; write minutes, H:M:S, D-H or D-H:M:S, such as 90, 12:00:00 or 1-12")
+    days, *parts = [int(part) if part else None for part in found.groups()]
+    first, second, third = parts
+    if days is None and third is None:  # M or M:S
+        total = 60 * first + (second or 0)
+    else:
+        total = 86_400 * (days or 0) + 3600 * first + 60 * (second or 0) + (third or 0)
+    return total or math.inf
 
 
 def name_of(jobs: Sequence[Job]) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from launch import places
 from launch.job import Job
+from tests import tiny
 
 HERE = Path(__file__).parent
 
@@ -58,7 +59,8 @@ def options(where: str, *more: str) -> argparse.Namespace:
     return parser.parse_args(["--where", where, *more])
 
 
-def job(workdir, **fields) -> Job:
-    """A job that trains, with everything in its arguments that has to be quoted."""
+def job(workdir, steps: int = 0, **fields) -> Job:
+    """A job that trains so many steps, with everything in its arguments that has to be quoted."""
     made = dict(name="run-1", arguments=("-m", "imagen_jax.train", "--config.name=it's a \"$HOME\" `x`", f"--workdir={workdir}"), workdir=str(workdir), retries=2)
-    return Job(**made | fields)
+    config = tiny.config() | {"train": {"steps": steps}} if steps else {}
+    return Job(**made | {"config": config} | fields)

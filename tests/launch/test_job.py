@@ -7,7 +7,7 @@ import pytest
 from imagen_jax.hardware.topology import parse
 from launch import __main__ as command_line
 from launch import job as jobs
-from launch import machines, places, status, sweep
+from launch import machines, places, slurm, status, sweep
 from tests import tiny
 
 CONFIG = f"{tiny.ROOT}/configs/base_64.py:tiny"
@@ -52,7 +52,7 @@ def test_a_bucket_is_a_directory_on_the_machines():
         ((*LOCAL, "--workdir=r", "--processes=0"), "at least one process"),
         ((*LOCAL, "--workdir=r", "--retries=-1"), "--retries=-1 is negative"),
         ((*LOCAL, "--workdir=gs://b/r"), "a bucket is no directory of this machine"),
-        ((*LOCAL, "--workdir=r", "--topology=v5e:4x4"), "is not for --where local"),
+        ((*LOCAL, "--workdir=r", "--topology=v5e:2x4"), "is not for --where local"),
         ((*LOCAL, "--workdir=r", "--stage=a=b"), "give one of"),
         (("--where=local", "--workdir=r"), "give one of"),
         (("--where=local", "--workdir=r", "--config=missing.py"), "missing.py does not exist"),
@@ -63,15 +63,27 @@ def test_a_bucket_is_a_directory_on_the_machines():
         ((*LOCAL, "--workdir=r", "--env=A"), "not NAME=VALUE"),
         ((*LOCAL, "--workdir=r", "--secret=UNSET_HERE"), "set in your environment"),
         (("--where=tpu", "--workdir=gs://b/r", *LOCAL[2:]), "needs --topology"),
-        (("--where=tpu", "--topology=v5e:4x4", "--workdir=gs://b/r", *LOCAL[2:]), "needs --zone"),
-        (("--where=tpu", "--topology=v5e:4x4", "--zone=z", "--workdir=r", *LOCAL[2:]), "would be lost with its machine"),
+        (("--where=tpu", "--topology=v5e:2x4", "--workdir=gs://b/r", *LOCAL[2:]), "needs --zone"),
+        (("--where=tpu", "--topology=v5e:2x4", "--zone=z", "--workdir=r", *LOCAL[2:]), "would be lost with its machine"),
         (("--where=tpu", "--topology=h100:8", "--zone=z", "--workdir=gs://b/r", *LOCAL[2:]), "has no TPUs"),
         (("--where=tpu", "--topology=v5e:4x5x6", "--zone=z", "--workdir=gs://b/r", *LOCAL[2:]), "torus"),
-        (("--where=gke", "--topology=v5e:4x4", "--workdir=gs://b/r", *LOCAL[2:]), "needs --image"),
-        (("--where=sky", "--topology=2xv5e:4x4", "--workdir=gs://b/r", *LOCAL[2:]), "starts one slice"),
+        (("--where=gke", "--topology=v5e:2x4", "--workdir=gs://b/r", *LOCAL[2:]), "needs --image"),
+        (("--where=sky", "--topology=2xv5e:2x2", "--workdir=gs://b/r", *LOCAL[2:]), "starts one slice"),
         (("--where=slurm", "--topology=h100:8", "--workdir=gs://b/r", *LOCAL[2:]), "directories that all nodes share"),
-        (("--where=slurm", "--topology=v5e:4x4", "--workdir=r", *LOCAL[2:]), "SLURM clusters have GPUs"),
+        (("--where=slurm", "--topology=v5e:2x4", "--workdir=r", *LOCAL[2:]), "SLURM clusters have GPUs"),
         (("--where=slurm", "--topology=h100:8", "--sbatch=Rm -rf", "--workdir=r", *LOCAL[2:]), "not OPTION=VALUE"),
+        (("--where=slurm", "--topology=h100:8", "--sbatch=nodes=3", "--workdir=r", *LOCAL[2:]), "launch sets nodes itself"),
+        (("--where=slurm", "--topology=h100:8", "--sbatch=time=10", "--workdir=r", *LOCAL[2:]), "give --time"),
+        (("--where=slurm", "--topology=h100:8", "--time=tomorrow", "--workdir=r", *LOCAL[2:]), "no time limit of sbatch"),
+        (("--where=slurm", "--topology=h100:8", "--time=0:05:00", "--workdir=r", *LOCAL[2:]), "leaves no time"),
+        (("--where=slurm", "--topology=h100:3x8", "--workdir=r", *LOCAL[2:]), "a batch of 8 does not divide over data x fsdp = 24"),
+        ((*LOCAL, "--workdir=r", "--processes=2", "--devices=4", "--config.mesh.fsdp=3"), "does not fit 8 devices"),
+        ((*LOCAL, "--workdir=r", "--devices=2", "--config.mesh.model=4"), "does not fit 2 devices"),
+        (("--where=gke", "--image=i", "--topology=2xv5e:2x2", "--config.mesh.data=1", "--config.mesh.fsdp=8", "--workdir=gs://b/r", *LOCAL[2:]), "cuts through 2 slices"),
+        ((*LOCAL, "--workdir=r", "--", "--init_form=x"), "options of train: Unknown command line flag 'init_form'"),
+        (("--where=local", "--workdir=r", "--", "prepare", "--output=x"), "'prepare' is no verb of imagen_jax; after -- give one of demo, evaluate"),
+        (("--where=local", "--workdir=r", "--", "prepare_data", "--output=x"), "options of prepare_data: the following arguments are required: --source"),
+        (("--where=local", "--workdir=r", "--", "sample", "--count=many"), "options of sample: flag --count=many"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_starts(argv, message, capsys):
@@ -84,7 +96,7 @@ def test_mistakes_are_one_line_before_anything_starts(argv, message, capsys):
 def test_a_config_elsewhere_is_not_promised_to_other_machines(tmp_path, capsys):
     """Wrong: the machines are paid for, then cannot find a config that only this one has."""
     (tmp_path / "c.py").write_text((tiny.ROOT / "configs" / "base_64.py").read_text())
-    argv = ("--where=tpu", "--topology=v5e:4x4", "--zone=z", "--workdir=gs://b/r", f"--config={tmp_path}/c.py:tiny", "--config.data.path=gs://b/d")
+    argv = ("--where=tpu", "--topology=v5e:2x4", "--zone=z", "--workdir=gs://b/r", f"--config={tmp_path}/c.py:tiny", "--config.data.path=gs://b/d")
     assert command_line.main(argv) == 2
     assert "other machines do not have it" in capsys.readouterr().err
     (job,), _ = read(*argv[:4], f"--config={CONFIG}", argv[5])
@@ -95,20 +107,21 @@ def test_stages_have_their_own_fields_and_topologies():
     """Wrong: a stage loses what all share or gets what another was given; a field of its own is overruled by the shared one."""
     stages = (f"--stage=base={CONFIG}", f"--stage=sr={CONFIG.replace('base_64', 'sr_256')}")
     fields = ("--sr.config.data.path=gs://b/sr", "--config.data.path=gs://b/d", "--config.train.steps=7", "--base.config.train.steps=9")
-    places_ = ("--topology=v5e:4x4", "--sr.topology=v5e:4x8", "--env=A=1", "--sr.env", "A=2")
+    places_ = ("--topology=v5e:2x4", "--sr.topology=v5e:2x2", "--env=A=1", "--sr.env", "A=2")
     (base, sr), options = read("--where=tpu", "--zone=z", "--workdir=gs://b/r", *stages, *fields, *places_)
     assert (base.workdir, sr.workdir) == ("gs://b/r/base", "gs://b/r/sr") and base.name != sr.name
     assert (base.steps, sr.steps) == (9, 7)
     assert base.arguments[4:] == ("--config.data.path=gs://b/d", "--config.train.steps=7", "--config.train.steps=9")
     assert sr.arguments[-1] == "--config.data.path=gs://b/sr"
-    assert (str(base.topology), str(sr.topology)) == ("v5e:4x4", "v5e:4x8")
+    assert (str(base.topology), str(sr.topology)) == ("v5e:2x4", "v5e:2x2")
     assert (base.environment, sr.environment) == ({"A": "1"}, {"A": "2"})
 
 
 def test_any_verb_can_be_launched():
     """Wrong: options of the verb are taken for the launcher's, or the other way round."""
-    (job,), options = read("--where=local", "--workdir=/r", "--dry-run", "--", "prepare_data", "--source=folder", "--output=a b", "--dry_run")
-    assert job.arguments == ("-m", "imagen_jax.prepare_data", "--source=folder", "--output=a b", "--dry_run") and options.dry_run
+    verb = ("prepare_data", "--source=emoji", "--encoder=t5_tiny", "--output=a b", "--dry_run")
+    (job,), options = read("--where=local", "--workdir=/r", "--dry-run", "--", *verb)
+    assert job.arguments == ("-m", f"imagen_jax.{verb[0]}", *verb[1:]) and options.dry_run
     (job,), _ = read(*LOCAL, "--workdir=/r", "--", "--init_from=embedded:base_16")
     assert job.arguments[-1] == "--init_from=embedded:base_16" and job.arguments[1] == "imagen_jax.train"
 
@@ -147,7 +160,7 @@ def test_dry_run_starts_nothing_and_shows_no_secret(where, monkeypatch, capsys, 
     """Wrong: --dry-run submits; or the value of a secret is in what it prints; or it needs the cluster's tool, which a laptop does not have."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     workdir = str(tmp_path / "r") if where in ("local", "slurm") else "gs://b/r"
-    topology = {"local": [], "slurm": ["--topology=h100:2x8"]}.get(where, ["--topology=v5e:4x4"])
+    topology = {"local": [], "slurm": ["--topology=h100:2x4"]}.get(where, ["--topology=v5e:2x4"])
     argv = [f"--where={where}", f"--workdir={workdir}", *topology, "--zone=z", "--image=i", f"--config={CONFIG}", "--config.data.path=/d"]
     assert command_line.main([*argv, "--secret=HF_TOKEN", "--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -158,7 +171,7 @@ def test_dry_run_starts_nothing_and_shows_no_secret(where, monkeypatch, capsys, 
 def test_a_missing_tool_is_one_line(where, tool, capsys, tmp_path):
     """Wrong: a traceback, or a tool that is taken for a cluster without jobs."""
     workdir = str(tmp_path / "r") if where == "slurm" else "gs://b/r"
-    topology = "--topology=h100:2x8" if where == "slurm" else "--topology=v5e:4x4"
+    topology = "--topology=h100:2x4" if where == "slurm" else "--topology=v5e:2x4"
     assert command_line.main([f"--where={where}", f"--workdir={workdir}", topology, "--zone=z", "--image=i", f"--config={CONFIG}", "--config.data.path=/d"]) == 2
     error = capsys.readouterr().err
     assert f"error: {tool} is not on PATH: " in error and error.count("\n") == 1
@@ -170,3 +183,19 @@ def test_help(main, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0 and "python -m launch" in capsys.readouterr().out
+
+
+def test_the_verbs_are_those_there_are():
+    """Wrong: a verb that launch does not know, or a module that is none."""
+    from tests.test_layering import VERBS
+
+    assert set(jobs.VERBS) == VERBS
+
+
+@pytest.mark.parametrize(
+    "limit, seconds",
+    [("90", 5400), ("90:30", 5430), ("1:30:00", 5400), ("1-2", 93_600), ("1-2:30", 95_400), ("1-02:30:05", 95_405), ("0", float("inf"))],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(limit, seconds):
+    """Wrong: minutes taken for hours, so that a limit too short to train is let through."""
+    assert slurm.seconds(limit) == seconds

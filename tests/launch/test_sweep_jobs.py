@@ -78,7 +78,7 @@ def test_dry_run_submits_nothing(command, tmp_path, capsys, flag):
 def test_a_sweep_in_a_bucket(tmp_path, capsys):
     """Wrong: the bucket's name becomes a directory here, or the trainings get the path at which this machine would have it."""
     command = ["--config", f"{tiny.ROOT}/configs/ablations/noise_augmentation.py:demo", "--workdir=gs://b/sweep", "--config.data.path=gs://b/data"]
-    assert sweep.main([*command, "--where=gke", "--image=i", "--topology=v5e:4x4", "--dry-run"]) == 0
+    assert sweep.main([*command, "--where=gke", "--image=i", "--topology=v5e:2x4", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "--workdir=/mnt/gs/b/sweep/" in out and "--config=configs/ablations/noise_augmentation.py:demo" in out
     assert "bucketName: b\n" in out and "gs:/b" not in out.replace("gs://b", "")
