@@ -37,8 +37,12 @@ def loss_curves(workdirs: Mapping[str, Path], path: Path) -> Path:
     axes = figure.subplots(1, len(workdirs), squeeze=False)[0]
     for axis, (name, workdir) in zip(axes, workdirs.items()):
         rows = metrics.read_metrics(workdir)
-        axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
-        axis.set(title=name, xlabel="step", ylabel="loss", yscale="log")
+        axis.set(title=name, xlabel="step", ylabel="loss", yscale="log" if rows else "linear")
+        if rows:
+            axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1, marker="." if len(rows) == 1 else "")
+        else:
+            axis.text(0.5, 0.5, "it ended before\nthe first logged step", ha="center", va="center", transform=axis.transAxes)
+            axis.set(xticks=[], yticks=[])
         axis.grid(alpha=0.3)
     write_atomically(path, png(figure))
     return path
@@ -93,7 +97,9 @@ def training_table(workdirs: Mapping[str, Path]) -> str:
     rows = []
     for name, workdir in workdirs.items():
         found = metrics.read_metrics(workdir)
-        if found:
+        if not found:
+            rows.append([name, "none logged", "-", "-", "-"])
+        else:
             speed = np.median([row["time/images_per_s"] for row in found if "time/images_per_s" in row] or [np.nan])
             rows.append([name, f"{found[-1]['step']:,}", f"{found[0]['loss']:.4f}", f"{found[-1]['loss']:.4f}", f"{speed:.0f}"])
     return table(["stage", "steps", "first loss", "last loss", "images/s"], rows)

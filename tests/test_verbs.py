@@ -141,3 +141,14 @@ def test_the_report_shows_this_calls_pictures(tmp_path, monkeypatch):
     assert len(list((tmp_path / "embedded").iterdir())) == 4
     sheet = report.cascade_sheet(["apple", "pear"], {"embedded": tmp_path / "embedded"}, tmp_path / "sheet.png")
     assert sheet.exists()
+
+
+def test_the_report_names_a_stage_that_logged_no_step(tmp_path):
+    """Catches an empty plot without a word, and a stage that is left out of the table, after a training of seconds."""
+    rows = {"base": '{"step": 50, "loss": 1.0}\n{"step": 100, "loss": 0.5}\n', "sr_1": '{"step": 50, "loss": 1.0}\n', "sr_2": ""}
+    for name, text in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    workdirs = {name: tmp_path / name for name in rows}
+    assert "<td>sr_2</td><td>none logged</td>" in report.training_table(workdirs)
+    assert report.loss_curves(workdirs, tmp_path / "curves.png").stat().st_size > 0
