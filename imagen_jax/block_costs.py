@@ -44,7 +44,7 @@ from imagen_jax.step import make_update
 
 NO_INPUT_GRADIENT = ("stem", "conditioning")  # nothing before them is trained
 CHECKPOINTED = {"none": (), "matrix": (ResBlock,), "block": (ResBlock, Attention, FeedForward)}  # what each `model.remat` is applied to
-VERSION = 1  # of what is cached
+VERSION = 2  # of what is cached
 Tree = Any
 
 
@@ -66,12 +66,14 @@ class Block:
 class BlockCost:
     """Seconds of one call of a block on one chip, forward and backward. `flops` are the model's own: three times the forward pass.
 
+    `bytes`: read and written in device memory.
     `kinds`: seconds by kind of instruction; `unestimated`: those by the roofline; `inside`: seconds by place within the block.
     """
 
     places: tuple[str, ...]
     seconds: float
     flops: float
+    bytes: float
     kinds: dict[str, float]
     unestimated: float
     inside: dict[str, float]
@@ -201,11 +203,11 @@ def _measure(module: hlo.Module, place: topology.Topology) -> dict[str, Any]:
         kinds[item.kind] += item.seconds
         inside[item.place] += item.seconds
         unestimated += 0.0 if item.estimated else item.seconds
-    return {"seconds": total, "kinds": dict(kinds), "unestimated": unestimated, "inside": dict(inside.most_common(12))}
+    return {"seconds": total, "bytes": cost.memory_bytes(module), "kinds": dict(kinds), "unestimated": unestimated, "inside": dict(inside.most_common(12))}
 
 
-def _update_of(config: str, name: str, shape: tuple[int, ...], cache: str) -> float:
-    """Seconds to update one parameter of a shape: clipping, optimizer, EMA and the norms that are recorded. Runs in a process of its own."""
+def _update_of(config: str, name: str, shape: tuple[int, ...], cache: str) -> tuple[float, float]:
+    """(seconds, bytes in device memory) to update one parameter of a shape: clipping, optimizer, EMA and the norms that are recorded. Runs in a process of its own."""
     settings, place = json.loads(config), topology.parse(name)
     optim, steps = settings["optim"], settings["train"]["steps"]
     optimizer = make_optimizer(optim, steps)
@@ -216,11 +218,14 @@ def _update_of(config: str, name: str, shape: tuple[int, ...], cache: str) -> fl
     state = TrainState(step=count, params=params, ema=params, opt_state=moments, bad_step=count)
     update = make_update(optimizer, learning_rate(optim, steps), optim)
     lowered = jax.jit(update, donate_argnums=0).lower(state, array((), jnp.float32), params)
-    return _cached(cache, f"{place.chip.name} {lowered.as_text()}", lambda: _measure(hlo.parse(lowered.compile().as_text()), place))["seconds"]
+    found = _cached(cache, f"{place.chip.name} {lowered.as_text()}", lambda: _measure(hlo.parse(lowered.compile().as_text()), place))
+    return found["seconds"], found["bytes"]
 
 
-def update_seconds(config: Mapping[str, Any], place: topology.Topology, shapes: Mapping[tuple[int, ...], int], cache: Path, processes: int) -> float:
-    """Seconds of a chip's part of a step's update, in which no network is run. `shapes`: how many parameters have one on a chip.
+def update_cost(
+    config: Mapping[str, Any], place: topology.Topology, shapes: Mapping[tuple[int, ...], int], cache: Path, processes: int
+) -> tuple[float, float]:
+    """(seconds, bytes in device memory) of a chip's part of a step's update, in which no network is run. `shapes`: how many parameters have one on a chip.
 
     Parameters of one shape are compiled once, alone: the whole update is thousands of small operations that take the compiler minutes.
     """
@@ -228,7 +233,8 @@ def update_seconds(config: Mapping[str, Any], place: topology.Topology, shapes: 
     arguments = (json.dumps(config), str(_smallest(place)))
     with _pool(processes, "") as pool:
         found = {shape: pool.submit(_update_of, *arguments, shape, str(cache)) for shape in shapes}
-        return sum(shapes[shape] * seconds.result() for shape, seconds in found.items())
+        costs = [(times, *found[shape].result()) for shape, times in shapes.items()]
+    return sum(times * seconds for times, seconds, _ in costs), sum(times * size for times, _, size in costs)
 
 
 def block_costs(config: Mapping[str, Any], place: topology.Topology, cache: Path, processes: int) -> Iterator[BlockCost]:

@@ -114,6 +114,7 @@ def plan(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
 def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
     """The report of one config: memory first, and if it fits, FLOPs, traffic, time and the sampler."""
     from imagen_jax import block_costs, prediction, whole_step
+    from imagen_jax.hardware import cost
 
     program = prediction.make_program(config, place)
     log.info("%s on %s: compiling the whole step for %d chips", config["name"], place, place.chips)
@@ -131,12 +132,15 @@ def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
             log.info("%2d  %-28s %8.2f ms, %3.0f %% of peak", len(blocks), block.places[0], 1e3 * block.seconds, 100 * block.flops / block.seconds / place.chip.peak_flops)
         blocks.sort(key=lambda block: block.places)  # they come in the order they are done in
         log.info("optimizer and EMA, parameter by parameter")
-        update = block_costs.update_seconds(config, place, prediction.shapes_on_a_chip(program), cache, args.processes)
+        update, update_bytes = block_costs.update_cost(config, place, prediction.shapes_on_a_chip(program), cache, args.processes)
+        found["memory_traffic"] = prediction.memory_traffic(place, prediction.blocks_bytes(program, blocks) + update_bytes)
         found["time"] = prediction.step_time(program, place, found["flops"]["per_chip_and_step"], blocks, update, traffic)
         found["places"] = prediction.places(blocks, program.accumulation)
         if args.exact:
             found["check"] = prediction.check(module, place, found["time"])
         found["cost"] = prediction.expense(found["time"], place, config["train"]["steps"], args.price)
+    elif place.chip.platform != "tpu":
+        found["memory_traffic"] = prediction.memory_traffic(place, cost.memory_bytes(module))
     if args.sampler:
         found["sampler"] = sampler(config, place, program, args.exact)
     return found

@@ -11,7 +11,7 @@ GIB = 2**30
 
 def text(plan: Plan) -> str:
     """The plan for a terminal, one section after another."""
-    return "\n".join(line for section in (_head, _memory, _time, _places, _traffic, _sampler, _advice) for line in section(plan))
+    return "\n".join(line for section in (_head, _memory, _time, _places, _memory_traffic, _traffic, _sampler, _advice) for line in section(plan))
 
 
 def _head(plan: Plan) -> Iterator[str]:
@@ -65,6 +65,15 @@ def _places(plan: Plan) -> Iterator[str]:
 
 def _place(row: Plan) -> str:
     return row["place"] + (f" and {row['others']} more" if row["others"] else "")
+
+
+def _memory_traffic(plan: Plan) -> Iterator[str]:
+    if "memory_traffic" not in plan:
+        return
+    found = plan["memory_traffic"]
+    yield f"\nread and written in a chip's memory: {found['bytes'] / 1e9:.2f} GB a step, {1e3 * found['seconds']:.1f} ms at its full bandwidth"
+    if plan["platform"] == "tpu":
+        yield "  at least: of each block by itself, without gathered parameters and what a block finds left on the chip"
 
 
 def _traffic(plan: Plan) -> Iterator[str]:

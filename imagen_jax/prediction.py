@@ -77,6 +77,16 @@ def step_time(
     }
 
 
+def blocks_bytes(program: TrainProgram, blocks: Sequence[BlockCost]) -> float:
+    """What the blocks of a step read and write in a chip's memory."""
+    return program.accumulation * sum(block.bytes * len(block.places) for block in blocks)
+
+
+def memory_traffic(place: Topology, size: float) -> dict[str, float]:
+    """Bytes that a step reads and writes in a chip's memory, and the seconds that they take at its full bandwidth."""
+    return {"bytes": size, "seconds": size / place.chip.memory_bandwidth}
+
+
 def check(module: hlo.Module, place: Topology, time: Mapping[str, Any]) -> dict[str, float]:
     """Blocks added up against the whole step that was compiled at the default level: {"whole_s", "parts_s"}, both without collectives and kernels.
 

@@ -95,12 +95,13 @@ def test_what_a_refused_program_needs(message):
 def test_step_time_adds_up():
     """Wrong: traffic that is hidden added, traffic that is not left out, blocks counted once, MFU of the time of one part."""
     made, place = program(), topology.parse("v5e:2x4")
-    block = block_costs.BlockCost(("a", "b"), 0.5, 1.0, {"matrix": 0.4, "copy": 0.1}, 0.05, {"": 0.5})
+    block = block_costs.BlockCost(("a", "b"), 0.5, 1.0, 6.0, {"matrix": 0.4, "copy": 0.1}, 0.05, {"": 0.5})
     traffic = [whole_step.Traffic("all-gather", ("fsdp",), 1, 1, 0.3), whole_step.Traffic("collective-permute", ("spatial",), 1, 1, 0.2)]
     flops = 0.1 * place.chip.peak_flops
     found = prediction.step_time(made, place, flops, [block], 0.07, traffic)
     assert found["step_s"] == pytest.approx(1.0 + 0.2 + 0.07) and found["mfu"] == pytest.approx(0.1 / found["step_s"])
     assert found["kinds_s"] == {"matrix": pytest.approx(0.8), "copy": pytest.approx(0.2)} and found["roofline_share_of_compute"] == pytest.approx(0.1)
+    assert prediction.memory_traffic(place, prediction.blocks_bytes(made, [block]))["seconds"] == pytest.approx(12.0 / place.chip.memory_bandwidth)
     slow = [whole_step.Traffic("all-gather", ("data", "fsdp"), 1, 1, 3.0)]
     assert prediction.step_time(made, place, flops, [block], 0.07, slow)["step_s"] == pytest.approx(3.0 + 0.07)
 
@@ -118,8 +119,8 @@ def test_places():
     """Wrong: a block's forward and backward passes as two places, equal blocks one by one, a kernel left out."""
     inside = {"ResBlock/conv_0": 0.2, "conv_0": 0.3, "": 0.1}
     blocks = [
-        block_costs.BlockCost(("down_1/block_1", "down_1/block_2"), 0.6, 1.0, {}, 0.0, inside),
-        block_costs.BlockCost(("mid/attn_0",), 0.7, 1.0, {"kernel": 0.7}, 0.0, {}),
+        block_costs.BlockCost(("down_1/block_1", "down_1/block_2"), 0.6, 1.0, 0.0, {}, 0.0, inside),
+        block_costs.BlockCost(("mid/attn_0",), 0.7, 1.0, 0.0, {"kernel": 0.7}, 0.0, {}),
     ]
     rows = prediction.places(blocks, times=2)
     assert [(row["place"], row["others"]) for row in rows] == [("down_1/block_1/conv_0", 1), ("mid/attn_0/attend", 0), ("down_1/block_1", 1)]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from imagen_jax.hardware.chips import Chip
-from imagen_jax.hardware.hlo import COLLECTIVES, Instruction, Module, traffic
+from imagen_jax.hardware.hlo import COLLECTIVES, Instruction, Module, operands, traffic, type_bytes
 
 MATRIX, ELEMENTWISE, COPY, KERNEL = "matrix", "elementwise", "copy", "kernel"
 # They move no data, or what they do is counted where it is done; so is the end and the beginning of what is asynchronous.
@@ -41,6 +41,25 @@ def items(module: Module, chip: Chip) -> Iterator[Item]:
         cycles = instruction.cycles
         seconds = traffic(instruction, computation) / chip.memory_bandwidth if cycles is None else cycles / chip.clock
         yield Item(place(instruction.op_name), kind(instruction, module), times * seconds, cycles is not None, instruction.name)
+
+
+def memory_bytes(module: Module) -> float:
+    """Bytes that a program reads and writes in device memory, kernels and what moves in the background included, collectives not."""
+    total = 0.0
+    for instruction, computation, times in module.run():
+        opcode = instruction.opcode
+        if opcode in ("copy-done", "slice-done"):
+            total += times * _moved(instruction, computation)
+        elif opcode not in FREE and not opcode.endswith(("-start", "-done")) and not is_collective(instruction, module):
+            total += times * traffic(instruction, computation)
+    return total
+
+
+def _moved(done: Instruction, computation: dict[str, Instruction]) -> int:
+    """Bytes of an asynchronous copy or slice in device memory: at one end if the other is on the chip."""
+    (start,) = operands(done, computation)
+    ends = (done.type, *(operand.type for operand in operands(start, computation)[:1]))
+    return type_bytes(done.type) * sum(type_bytes(end, hbm_only=True) > 0 for end in ends)
 
 
 def is_collective(instruction: Instruction, module: Module) -> bool:

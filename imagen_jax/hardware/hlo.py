@@ -152,8 +152,13 @@ def type_bytes(text: str, hbm_only: bool = False) -> int:
 
 def traffic(instruction: Instruction, computation: dict[str, Instruction]) -> int:
     """Bytes that an instruction reads and writes in device memory, each operand once: less than it really moves if it reads one twice."""
-    operands = [computation[name.split(" ")[-1].lstrip("%")] for name in instruction.operands if name.split(" ")[-1].lstrip("%") in computation]
-    return type_bytes(instruction.type, hbm_only=True) + sum(type_bytes(o.type, hbm_only=True) for o in operands)
+    return type_bytes(instruction.type, hbm_only=True) + sum(type_bytes(o.type, hbm_only=True) for o in operands(instruction, computation))
+
+
+def operands(instruction: Instruction, computation: dict[str, Instruction]) -> list[Instruction]:
+    """The instructions whose results it takes."""
+    names = [operand.split(" ")[-1].lstrip("%") for operand in instruction.operands]
+    return [computation[name] for name in names if name in computation]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +189,7 @@ def _payload(instruction: Instruction, computation: dict[str, Instruction]) -> i
     results = [type_bytes(array[0]) for array in re.finditer(_ARRAY, instruction.type)]
     if instruction.opcode in ("all-gather-start", "collective-permute-start"):
         results = results[count : 2 * count]
-    names = [operand.split(" ")[-1].lstrip("%") for operand in instruction.operands]
-    return max(sum(results), sum(type_bytes(computation[name].type) for name in names if name in computation))
+    return max(sum(results), sum(type_bytes(operand.type) for operand in operands(instruction, computation)))
 
 
 def _groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:

@@ -32,6 +32,12 @@ def test_items_by_estimate_or_roofline():
     assert set(found) == {"fusion.1", "copy.1"}, "no gather, no fusion with a reduction across chips in it"
 
 
+def test_memory_bytes():
+    """Wrong: what stays on the chip counted, a fetch left out or counted at both ends, a loop's body once, collectives."""
+    array = 8 * 128 * 4
+    assert cost.memory_bytes(hlo.parse(TEXT)) == 5 * (array + 2 * array) + array
+
+
 def device(i, coords=(0, 0, 0), slice_index=0):
     return types.SimpleNamespace(id=i, coords=coords, slice_index=slice_index)
 

@@ -6,7 +6,7 @@ import pytest
 
 from imagen_jax.hardware import hlo
 
-# As libtpu 0.0.42 prints it, shortened: a loop of five turns, an asynchronous gather, a reduce-scatter written as a fusion.
+# As libtpu 0.0.42 prints it, shortened: a loop of five turns, an asynchronous gather and copy, a reduce-scatter written as a fusion.
 TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,128]{1,0:T(8,128)}}
 
 %fused_computation (param_0: f32[8,128]) -> bf16[8,128] {
@@ -47,6 +47,8 @@ ENTRY %main (p: f32[8,128]) -> f32[8,128] {
   %p = f32[8,128]{1,0:T(8,128)} parameter(0)
   %start = (f32[8,128]{1,0:T(8,128)}, f32[16,128]{1,0:T(8,128)}) all-gather-start(%p), channel_id=2, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
   %done = f32[16,128]{1,0:T(8,128)} all-gather-done(%start)
+  %fetch = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p)
+  %fetched = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%fetch)
   %scattered = f32[4,128]{1,0:T(8,128)} fusion(%done), kind=kCustom, calls=%all-reduce-scatter, backend_config={"window_config":{"estimated_cycles":"7"}}
   %init = s32[] constant(0)
   %tuple.2 = (s32[], f32[8,128]{1,0:T(8,128)}) tuple(%init, %p)
