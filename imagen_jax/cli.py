@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
 from absl import app, flags
@@ -96,6 +97,16 @@ def check_directory(flag: str, path: str) -> None:
         path = os.path.dirname(path.rstrip("/"))
     if path and not os.path.isdir(path):
         raise ValueError(f"--{flag} {path} is a file; give a directory")
+
+
+def make_directory(flag: str, path: str) -> None:
+    """Makes the directory of results that take long, before they are computed. Raises ValueError if nothing can be written there."""
+    check_directory(flag, path)
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(f"--{flag} {path} cannot be written to: {error.strerror}") from error
 
 
 def check_prompts(prompts: Iterable[str]) -> None:

@@ -54,13 +54,14 @@ def main() -> int:
     if (args.config is None) == (not args.text_encoder) or args.topology is None:
         raise ValueError("--topology NAME and either --config FILE or --text_encoder NAME are needed, such as --config configs/base_64.py --topology v5e:16x16")
     config = cli.stage_config(args.config) if args.config else {}
-    for flag in ("output", "cache"):
-        cli.check_directory(flag, os.path.expanduser(args[flag].value))
     if not math.isfinite(args.price):
         raise ValueError(f"--price {args.price} is no amount of money")
     from imagen_jax.hardware import topology
 
     place = topology.parse(args.topology)
+    for flag in ("output", "cache"):
+        if args[flag].value:
+            cli.make_directory(flag, os.path.expanduser(args[flag].value))
     if args.text_encoder:
         return encoder(place, args)
     found = plan(config, place, args)
@@ -85,6 +86,7 @@ def encoder(place: Any, args: Any) -> int:
 
 def only_here() -> None:
     """Nothing needs the devices of this machine; and the compile cache cannot read back programs for devices that are not there."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that compile blocks, too
     import jax
 
     jax.config.update("jax_platforms", "cpu")

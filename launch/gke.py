@@ -71,6 +71,7 @@ def manifest(job: Job, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _pod(job: Job, options: argparse.Namespace, size: machines.Machines, tpu: bool) -> dict[str, Any]:
+    volumes = {f"bucket-{i}": bucket for i, bucket in enumerate(job.buckets)}  # a bucket's own name may have dots and underscores in it
     resource = "google.com/tpu" if tpu else "nvidia.com/gpu"
     label = machines.NAMES[job.topology.chip.name].gke
     if tpu:
@@ -84,14 +85,20 @@ def _pod(job: Job, options: argparse.Namespace, size: machines.Machines, tpu: bo
         "command": ["bash", "-c", "\n".join([*([f"{{ {job.setup}", "} || exit 2"] if job.setup else []), f"exec {shlex.join(job.command())}"])],
         "env": _environment(job, size, tpu),
         "resources": {"requests": {resource: size.chips}, "limits": {resource: size.chips}},
-        "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}, *({"name": bucket, "mountPath": f"{MOUNT}/{bucket}"} for bucket in job.buckets)],
+        "volumeMounts": [
+            {"name": "shared-memory", "mountPath": "/dev/shm"},
+            *({"name": name, "mountPath": f"{MOUNT}/{bucket}"} for name, bucket in volumes.items()),
+        ],
     }
     spec = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": SAVE_S,
         "nodeSelector": selector | ({"cloud.google.com/gke-spot": "true"} if options.spot else {}),
         "containers": [container],
-        "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}, *map(_bucket, job.buckets)],  # data workers pass batches through it
+        "volumes": [
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},  # data workers pass batches through it
+            *(_bucket(name, bucket) for name, bucket in volumes.items()),
+        ],
     }
     if options.spot:
         spec["tolerations"] = [{"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
@@ -100,8 +107,8 @@ def _pod(job: Job, options: argparse.Namespace, size: machines.Machines, tpu: bo
     return spec
 
 
-def _bucket(name: str) -> dict[str, Any]:
-    attributes = {"bucketName": name, "mountOptions": "implicit-dirs"}
+def _bucket(name: str, bucket: str) -> dict[str, Any]:
+    attributes = {"bucketName": bucket, "mountOptions": "implicit-dirs"}
     return {"name": name, "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
 
 

@@ -204,6 +204,12 @@ def revision() -> str:
         return ""
 
 
+def uncommitted(path: str) -> bool:
+    """Whether a file of the checkout is not in the commit, or not as it is there; False without git."""
+    done = subprocess.run(["git", "status", "--porcelain", "--ignored", "--", path], cwd=ROOT, capture_output=True, text=True)
+    return bool(done.stdout.strip())
+
+
 def ask(command: Sequence[str], tool: str, content: str | None = None) -> subprocess.CompletedProcess:
     """Runs a scheduler's or a cloud's own tool. Raises ValueError, with what to install, if it is not there."""
     try:

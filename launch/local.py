@@ -178,7 +178,7 @@ class Attempts:
     """A job, from its first start to its last end. `code` is None until then."""
 
     def __init__(self, job: Job, options: argparse.Namespace, echo: bool):
-        self.job, self.code, self._options, self._attempt, self._retries = job, None, options, 0, job.retries
+        self.job, self.code, self._options, self._attempt, self._retries, self._stopped = job, None, options, 0, job.retries, False
         job.record.mkdir(parents=True, exist_ok=True)
         self._log = open(job.record / LOG, "ab", buffering=0)
         self._sinks = [self._log, *([sys.stdout.buffer] if echo else [])]
@@ -197,7 +197,8 @@ class Attempts:
         if code in (0, USAGE_ERROR) or self._attempt >= self._retries:
             self.code = code
             error = self._last_error.decode(errors="replace")
-            status.record(self.job, "local", "failed" if code else "finished", f"{why}{f'; {error}' if error else ''}" if code else "", self._attempt)
+            state = "stopped" if self._stopped and code < 0 else "failed" if code else "finished"
+            status.record(self.job, "local", state, f"{why}{f'; {error}' if error else ''}" if code else "", self._attempt)
             return
         self._attempt += 1
         self._write(f"{self.job.title}: {why}; starting again from its newest checkpoint, attempt {self._attempt + 1} of {self._retries + 1}\n".encode())
@@ -205,8 +206,11 @@ class Attempts:
 
     def stop(self, number: int) -> None:
         """Passes a signal on; the job is not started again."""
-        self._retries = 0
+        self._retries, self._stopped = 0, True
         if self.code is None:
+            at_once = "its processes are ended at once"
+            asked = "its processes are told to save and end, which they do after the step that they are at; a second signal ends them at once"
+            self._write(f"{self.job.title}: {at_once if number == signal.SIGKILL else asked}\n".encode())
             self._group.send(number)
 
     def close(self) -> None:

@@ -32,6 +32,7 @@ def completed(jobs: Sequence[Job], options: argparse.Namespace, topologies: Sequ
     if options.retries < 0:
         raise ValueError(f"--retries={options.retries} is negative")
     shared, secrets = environment_of(options.env), check_secrets(options.secret)
+    check_own_options(options)
     if options.where == "local":
         secrets = ()  # its processes have this environment
     made = []
@@ -42,12 +43,25 @@ def completed(jobs: Sequence[Job], options: argparse.Namespace, topologies: Sequ
     for job in made:
         if options.where == "local" and (in_bucket(job.workdir) or job.buckets):
             raise ValueError(f"{job.title}: a bucket is no directory of this machine; mount it and give the directory")
+        data = job.config["data"]["path"] if job.config else ""
+        if options.where in ("tpu", "gke", "sky") and data and not in_bucket(data) and not data.startswith("/"):
+            raise ValueError(f"{job.title}: --config.data.path={data} is a directory of this machine, which the others do not have: give gs://BUCKET/PATH")
         if job.topology:
             check_mesh(job, job.topology.chips, job.topology.slices if job.topology.chip.platform == "tpu" else 1)
         elif options.devices:
             check_mesh(job, options.processes * options.devices, 1)
     PLACES[options.where].check(made, options)
     return made
+
+
+def check_own_options(options: argparse.Namespace) -> None:
+    """Raises ValueError for an option of another place than the one that was chosen, where it would do nothing."""
+    for name, place in PLACES.items():
+        parser = argparse.ArgumentParser(add_help=False)
+        place.define_options(parser)
+        for option, default in vars(parser.parse_args([])).items():
+            if name != options.where and getattr(options, option) != default:
+                raise ValueError(f"--{option} is for --where {name}, not for {options.where}")
 
 
 def _topology(text: str, where: str, job: Job):

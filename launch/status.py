@@ -45,8 +45,8 @@ class Row:
 
     @property
     def ended(self) -> bool:
-        """Whether the last step is done and saved."""
-        return bool(self.steps) and min(self.step, self.checkpoint) >= self.steps
+        """Whether the last step is saved: a checkpoint says it, also when rows of metrics were lost."""
+        return bool(self.steps) and self.checkpoint >= self.steps
 
 
 class Place:
@@ -97,7 +97,7 @@ def read(job: Job) -> Row:
     try:
         place = Place(job.workdir)
         rows = [row for row in map(parse_row, place.tail(METRICS).splitlines()) if row]
-        config = json.loads(place.tail("config.json") or "{}")
+        config = _parsed(place.tail("config.json"), "config.json")
         checkpoint = max(place.checkpoints(), default=-1)
         recorded = _record(job)
         launching = is_kept(job.record) and recorded.get("state") in ("running", "preempted", "waiting")
@@ -107,13 +107,14 @@ def read(job: Job) -> Row:
     except ValueError as error:
         return Row(job.title, "unreadable", detail=str(error))
     last = rows[-1] if rows else {}
+    step = max(last.get("step", 0), checkpoint)  # rows may have been lost
     steps = job.steps or recorded.get("steps") or config.get("train", {}).get("steps", 0)
     rates = [row["time/images_per_s"] for row in rows[-RATE_ROWS:] if "time/images_per_s" in row]
     rate = sum(rates) / len(rates) if rates else math.nan
     batch = config.get("data", {}).get("batch_size", 0)
     found = Row(
-        job.title, step=last.get("step", 0), steps=steps, loss=last.get("loss", math.nan), images_per_s=rate, checkpoint=checkpoint,
-        left=max(0, steps - last.get("step", 0)) * batch / rate if batch and rate > 0 else math.nan,
+        job.title, step=step, steps=steps, loss=last.get("loss", math.nan), images_per_s=rate, checkpoint=checkpoint,
+        left=max(0, steps - step) * batch / rate if batch and rate > 0 else math.nan,
     )  # fmt: skip
     if found.ended:
         return dataclasses.replace(found, state="finished")
@@ -131,7 +132,18 @@ def record(job: Job, where: str, state: str, detail: str = "", attempt: int = 0)
 
 def _record(job: Job) -> dict[str, Any]:
     path = job.record / RECORD
-    return json.loads(path.read_text()) if path.exists() else {}
+    return _parsed(path.read_bytes() if path.exists() else b"", str(path))
+
+
+def _parsed(content: bytes, name: str) -> dict[str, Any]:
+    """A file's JSON object, {} of an empty one. Raises ValueError that names the file."""
+    try:
+        found = json.loads(content or b"{}")
+    except ValueError as error:
+        raise ValueError(f"{name} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} is damaged: it holds no object")
+    return found
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -161,6 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.status", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a training, or the directory of several (a cascade's, a sweep's)")
     args = parser.parse_args(argv)
+    for workdir in args.workdirs:
+        if not in_bucket(workdir) and not Path(workdir).is_dir():
+            raise ValueError(f"{workdir} is no directory")
     jobs = [Job(name_of(path), (), path, stage=title) for workdir in args.workdirs for title, path in inside(workdir)]
     print(table(read(job) for job in jobs))
     return 0

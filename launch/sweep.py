@@ -137,6 +137,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
         args.seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         parser.error(f"--seeds {args.seeds} is not a list of whole numbers such as 0,1,2")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error("--seeds: the same seed twice would be the same training twice, with a difference of nothing between them")
     return args, shared
 
 

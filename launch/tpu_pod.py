@@ -22,11 +22,12 @@ from typing import Any
 
 from imagen_jax.integrity import only_process
 from launch import machines, status
-from launch.job import ENVIRONMENT, MOUNT, ROOT, USAGE_ERROR, Job, ask, exports, in_bucket, refuse, revision
+from launch.job import ENVIRONMENT, MOUNT, ROOT, USAGE_ERROR, Job, ask, exports, in_bucket, refuse, revision, uncommitted
 
 TOOL = "install the Google Cloud CLI and run gcloud auth login"
 POLL_S = 30.0
 SSH_FAILED = 255
+WITHOUT_CHANGES = "this checkout has changes that are not committed: the workers get the commit without them"
 RECONNECTS = 20  # in a row, of ssh to machines that the cloud calls healthy
 WAITING = ("CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES")  # the other states: ACTIVE, FAILED, SUSPENDING, SUSPENDED, DELETING
 _print_lock = threading.Lock()
@@ -78,6 +79,9 @@ def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:
             raise ValueError(f"--topology {job.topology} has no TPUs")
         if not in_bucket(job.workdir):
             raise ValueError(f"--workdir {job.workdir} would be lost with its machine: give gs://BUCKET/PATH")
+        config = next((argument.removeprefix("--config=").partition(":")[0] for argument in job.arguments if argument.startswith("--config=")), "")
+        if config and uncommitted(config):
+            raise ValueError(f"{config} is not as in the commit, which is what the workers get: commit it first")
 
 
 class Gcloud:
@@ -140,7 +144,7 @@ def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
     parts = []
     for job in jobs:
         cloud = Gcloud(job, options)
-        parts += [f"# {job.title}: commit {revision() or 'unknown'}", shlex.join(cloud.create()), shlex.join(cloud.describe()) + "  # until ACTIVE"]
+        parts += [f"# {job.title}: commit {revision() or 'unknown'}", *([f"# {WITHOUT_CHANGES}"] if changed() else []), shlex.join(cloud.create()), shlex.join(cloud.describe()) + "  # until ACTIVE"]
         for node in cloud.nodes:
             parts += [shlex.join(cloud.ssh(node, f"mkdir -p {job.name}")), shlex.join(cloud.copy(_files(job), node)), shlex.join(cloud.ssh(node, f"bash {job.name}/watch.sh"))]
         parts += [shlex.join(cloud.delete()), "# run.sh, on every worker:", run_script(job)]
@@ -149,6 +153,10 @@ def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
 
 def _files(job: Job) -> list[str]:
     return ["code.tar.gz", "run.sh", "watch.sh", *(["secrets.sh"] if job.secrets else [])]
+
+
+def changed() -> bool:
+    return revision().endswith("+changes")
 
 
 def find(job: Job, options: argparse.Namespace) -> str:
@@ -160,8 +168,8 @@ def run(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     """Looks after all jobs side by side, to their end. 0 if all ended well."""
     if not shutil.which("gcloud"):
         raise ValueError(f"gcloud is not on PATH: {TOOL}")
-    if revision().endswith("+changes"):
-        print("this checkout has changes that are not committed: the workers get the commit without them", file=sys.stderr)
+    if changed():
+        print(WITHOUT_CHANGES, file=sys.stderr)
     codes: dict[str, int] = {}
 
     def look_after(job: Job) -> None:

@@ -135,6 +135,13 @@ def test_differences_are_paired_by_row():
     assert found["b"]["se_seeds"] is None
 
 
+def test_the_same_seed_twice_is_refused(ablation, tmp_path, capsys):
+    """Wrong: copies of one training are averaged, and say that the seed makes no difference."""
+    with pytest.raises(SystemExit):
+        sweep.main(["--config", str(ablation), "--workdir", str(tmp_path / "runs"), "--seeds", "0,1,0"])
+    assert "the same seed twice" in capsys.readouterr().err
+
+
 def test_seeds_share_their_rows():
     """Wrong: rows of several seeds counted as independent images, so that each further seed shrinks the error of the same images."""
     rows = np.array([0.0, 1.0, 2.0, 3.0])

@@ -34,15 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--chip", default="v5p", choices=("v4", "v5e", "v5p", "v6e"))
     parser.add_argument("--chips", default="8,16,32,64,128,256,512,1024,2048", help="sizes, comma-separated")
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--rows", type=int, default=0, help="images a chip")
-    size.add_argument("--batch", type=int, default=0, help="images a step")
+    size.add_argument("--rows", type=int, help="images a chip")
+    size.add_argument("--batch", type=int, help="images a step")
     parser.add_argument("--output", required=True, type=Path, help="directory for plans, scaling.json and scaling.png")
     parser.add_argument("--cache", default="~/.cache/imagen_jax/plan", help="directory for block costs")
     args = parser.parse_args(argv)
     cli.log_to_stderr()
     cli.check_directory("output", str(args.output))
-    if args.rows < 0 or args.batch < 0 or not all(text.isdigit() and int(text) for text in args.chips.split(",")):
-        raise ValueError(f"--chips {args.chips} --rows {args.rows} --batch {args.batch}: sizes are whole numbers above 0, chips such as 8,64,512")
+    if (args.rows or args.batch or 0) < 1 or not all(text.isdigit() and int(text) for text in args.chips.split(",")):
+        raise ValueError(f"--chips {args.chips} {f'--rows {args.rows}' if args.batch is None else f'--batch {args.batch}'}: sizes are whole numbers above 0, chips such as 8,64,512")
     config = read_config(args.config, ["--config.data.path=none"])
     sizes = [int(text) for text in args.chips.split(",")]
     for chips in sizes:

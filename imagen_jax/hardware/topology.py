@@ -45,7 +45,9 @@ class Topology:
         """Compile-only devices, one a chip. Raises ValueError if the compiler for them is not installed or knows no such topology."""
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile at once
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")  # it warns of hardware that is not there
+        # It warns of hardware that is not there, and looks for what a TPU machine says of itself.
+        for name, value in {"TPU_STDERR_LOG_LEVEL": "3", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}.items():
+            os.environ.setdefault(name, value)
         from jax.experimental import topologies
 
         name, options = self._as_the_compiler_says()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import places
+from launch import places, tpu_pod
 from launch.job import Job
 from tests import tiny
 
@@ -24,6 +24,7 @@ def no_tools(tmp_path, monkeypatch):
         os.symlink(f"/usr/bin/{name}" if Path(f"/usr/bin/{name}").exists() else f"/bin/{name}", tools / name)
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tpu_pod, "uncommitted", lambda path: False)  # of this checkout's files, whoever is working at them
     return tools
 
 

@@ -1,13 +1,14 @@
 """The one description of a run, and what the command line makes of it."""
 
 import re
+import subprocess
 
 import pytest
 
 from imagen_jax.hardware.topology import parse
 from launch import __main__ as command_line
 from launch import job as jobs
-from launch import machines, places, slurm, status, sweep
+from launch import machines, places, slurm, status, sweep, tpu_pod
 from tests import tiny
 
 CONFIG = f"{tiny.ROOT}/configs/base_64.py:tiny"
@@ -68,6 +69,9 @@ def test_a_bucket_is_a_directory_on_the_machines():
         (("--where=tpu", "--topology=h100:8", "--zone=z", "--workdir=gs://b/r", *LOCAL[2:]), "has no TPUs"),
         (("--where=tpu", "--topology=v5e:4x5x6", "--zone=z", "--workdir=gs://b/r", *LOCAL[2:]), "torus"),
         (("--where=gke", "--topology=v5e:2x4", "--workdir=gs://b/r", *LOCAL[2:]), "needs --image"),
+        (("--where=gke", "--topology=v5e:2x4", "--image=i", "--workdir=gs://b/r", *LOCAL[2:-1], "--config.data.path=data/emoji"), "give gs://BUCKET/PATH"),
+        ((*LOCAL, "--workdir=r", "--zone=z"), "--zone is for --where tpu, not for local"),
+        (("--where=slurm", "--topology=h100:8", "--devices=2", "--workdir=r", *LOCAL[2:]), "--devices is for --where local, not for slurm"),
         (("--where=sky", "--topology=2xv5e:2x2", "--workdir=gs://b/r", *LOCAL[2:]), "starts one slice"),
         (("--where=slurm", "--topology=h100:8", "--workdir=gs://b/r", *LOCAL[2:]), "directories that all nodes share"),
         (("--where=slurm", "--topology=v5e:2x4", "--workdir=r", *LOCAL[2:]), "SLURM clusters have GPUs"),
@@ -101,6 +105,26 @@ def test_a_config_elsewhere_is_not_promised_to_other_machines(tmp_path, capsys):
     assert "other machines do not have it" in capsys.readouterr().err
     (job,), _ = read(*argv[:4], f"--config={CONFIG}", argv[5])
     assert "--config=configs/base_64.py:tiny" in job.arguments
+
+
+def test_what_is_not_in_the_commit_is_not_promised_to_other_machines(tmp_path, monkeypatch, capsys):
+    """Wrong: the workers get the commit, in which a new or changed config is missing or another one."""
+    git = lambda *words: subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *words], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "kept.py").write_text("1")
+    (tmp_path / ".gitignore").write_text("ignored.py")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "m")
+    (tmp_path / "ignored.py").write_text("2")
+    with monkeypatch.context() as there:
+        there.setattr(jobs, "ROOT", tmp_path)
+        assert not jobs.uncommitted("kept.py") and jobs.uncommitted("ignored.py")
+        (tmp_path / "kept.py").write_text("3")
+        assert jobs.uncommitted("kept.py")
+    monkeypatch.setattr(tpu_pod, "uncommitted", lambda path: path == "configs/base_64.py")
+    argv = ("--where=tpu", "--topology=v5e:2x4", "--zone=z", "--workdir=gs://b/r", f"--config={CONFIG}", "--config.data.path=gs://b/d")
+    assert command_line.main(argv) == 2
+    assert "configs/base_64.py is not as in the commit" in capsys.readouterr().err
 
 
 def test_stages_have_their_own_fields_and_topologies():
@@ -155,13 +179,16 @@ def test_a_chip_that_topology_knows_has_names():
     assert set(machines.NAMES) == {chip.name for chip in CHIPS}
 
 
+NEEDED = {"tpu": ["--zone=z"], "gke": ["--image=i"]}
+
+
 @pytest.mark.parametrize("where", places.PLACES)
 def test_dry_run_starts_nothing_and_shows_no_secret(where, monkeypatch, capsys, tmp_path):
     """Wrong: --dry-run submits; or the value of a secret is in what it prints; or it needs the cluster's tool, which a laptop does not have."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     workdir = str(tmp_path / "r") if where in ("local", "slurm") else "gs://b/r"
     topology = {"local": [], "slurm": ["--topology=h100:2x4"]}.get(where, ["--topology=v5e:2x4"])
-    argv = [f"--where={where}", f"--workdir={workdir}", *topology, "--zone=z", "--image=i", f"--config={CONFIG}", "--config.data.path=/d"]
+    argv = [f"--where={where}", f"--workdir={workdir}", *topology, *NEEDED.get(where, []), f"--config={CONFIG}", "--config.data.path=/d"]
     assert command_line.main([*argv, "--secret=HF_TOKEN", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "imagen_jax.train" in out and "hf_secret" not in out and not (tmp_path / "r").exists()
@@ -172,7 +199,8 @@ def test_a_missing_tool_is_one_line(where, tool, capsys, tmp_path):
     """Wrong: a traceback, or a tool that is taken for a cluster without jobs."""
     workdir = str(tmp_path / "r") if where == "slurm" else "gs://b/r"
     topology = "--topology=h100:2x4" if where == "slurm" else "--topology=v5e:2x4"
-    assert command_line.main([f"--where={where}", f"--workdir={workdir}", topology, "--zone=z", "--image=i", f"--config={CONFIG}", "--config.data.path=/d"]) == 2
+    argv = [f"--where={where}", f"--workdir={workdir}", topology, *NEEDED.get(where, []), f"--config={CONFIG}", "--config.data.path=/d"]
+    assert command_line.main(argv) == 2
     error = capsys.readouterr().err
     assert f"error: {tool} is not on PATH: " in error and error.count("\n") == 1
 

@@ -186,6 +186,9 @@ def test_a_second_signal_ends_what_does_not_listen(tmp_path):
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == local.INTERRUPTED
+    assert status.read(job(tmp_path / "run")).state == "stopped", "it did not fail: it was told to"
+    log = (tmp_path / "run" / "launch" / local.LOG).read_text()
+    assert "told to save and end" in log and "are ended at once" in log
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")

@@ -109,9 +109,9 @@ def test_pods_have_the_buckets_and_the_secrets_by_name(monkeypatch):
     _, inner, container = replicated(read)
     pod = inner["template"]
     assert pod["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"} and pod["spec"]["serviceAccountName"] == "writer"
-    volume = next(volume for volume in pod["spec"]["volumes"] if volume["name"] == "b")
+    volume = next(volume for volume in pod["spec"]["volumes"] if volume["name"] == "bucket-0")
     assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io" and volume["csi"]["volumeAttributes"]["bucketName"] == "b"
-    assert {"name": "b", "mountPath": "/mnt/gs/b"} in container["volumeMounts"]
+    assert {"name": "bucket-0", "mountPath": "/mnt/gs/b"} in container["volumeMounts"]
     assert "hf_secret" not in json.dumps(read)
     assert {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "imagen-jax", "key": "HF_TOKEN"}}} in container["env"]
     shown = subprocess.run(["bash", "-c", container["command"][2].replace("exec python3", "printf '%s|'")], capture_output=True, text=True, check=True).stdout
@@ -180,11 +180,12 @@ def told(*_):
     sys.exit(0)
 told_us = [os.environ[name] for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", "SLURM_STEP_NODELIST", "JAX_COORDINATOR_ADDRESS", "WORD")]
 print("task {} of {} on {} {} {}".format(*told_us), sys.argv[1], flush=True)
-if os.environ["SLURM_RESTART_COUNT"] != "0" and sys.argv[2] != "mistake":
-    sys.exit(0)
+restart = int(os.environ["SLURM_RESTART_COUNT"])
+if restart and sys.argv[2] != "mistake":
+    sys.exit(5 if sys.argv[2] == "wait_crash" and restart == 1 else 0)
 signal.signal(signal.SIGTERM, told)
 open(os.environ["FAKE_SLURM"] + "/ready_" + os.environ["SLURM_PROCID"], "w").close()
-time.sleep(600 if sys.argv[2] == "wait" else 0)
+time.sleep(600 if sys.argv[2].startswith("wait") else 0)
 sys.exit({"crash": 5, "mistake": 2, "well": 0}[sys.argv[2]])
 """
 
@@ -220,16 +221,17 @@ def test_slurm_retries_end(cluster, tmp_path):
     assert (tmp_path / "a" / "launch" / "slurm-17.out").read_text().count("task 0") == 2
 
 
-def test_the_time_limit_saves_and_queues_again(cluster, tmp_path):
-    """Wrong: the hours since the last save are lost at the time limit, or the run ends there."""
-    output = submitted([task(tmp_path / "a", "wait")])
+@pytest.mark.parametrize("does, times", [("wait", 2), ("wait_crash", 3)])
+def test_the_time_limit_saves_and_queues_again(cluster, tmp_path, does, times):
+    """Wrong: the hours since the last save are lost at the time limit, the run ends there, or a time limit is counted among the crashes."""
+    output = submitted([task(tmp_path / "a", does, retries=1)])
     running = subprocess.Popen(["run"])
     end = time.monotonic() + 60
     while not all((cluster / f"ready_{i}").exists() for i in (0, 1)) and time.monotonic() < end:
         time.sleep(0.02)
     os.kill(int((cluster / "shell").read_text()), signal.SIGTERM)  # --signal=B:TERM@300
     assert running.wait(timeout=60) == 0
-    assert output.read_text().count("saved") == 2 and output.read_text().count("task 0") == 2
+    assert output.read_text().count("saved") == 2 and output.read_text().count("task 0") == times
 
 
 def test_stages_share_one_allocation(cluster, tmp_path):
@@ -243,6 +245,14 @@ def test_stages_share_one_allocation(cluster, tmp_path):
     assert [sorted(text.split(" on ")[1].split()[0] for text in printed[name].splitlines()) for name in printed] == [["n0,n1", "n0,n1"], ["n2"], ["n3"]]
     assert [text.split()[6] for text in printed.values()] == ["n0:61457", "n2:61457", "n3:61457"]
     assert slurm.find(stages[2], options("slurm")) == "running"
+
+
+def test_a_mistake_of_one_stage_does_not_end_another(cluster, tmp_path):
+    """Wrong: a stage that crashed is not started again because another one ended with a mistake."""
+    stages = [task(tmp_path / does, does, "h100:1x4", name=does, stage=does) for does in ("crash", "mistake")]
+    submitted(stages)
+    assert subprocess.run(["run"]).returncode == 2
+    assert [(stage.record / "output.log").read_text().count("task 0") for stage in stages] == [2, 2]
 
 
 def test_a_queued_slurm_job_is_not_submitted_again(cluster, tmp_path, capsys):

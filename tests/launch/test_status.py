@@ -51,6 +51,25 @@ def test_the_ends_of_a_training(tmp_path):
     assert status.read(job(tmp_path / "done", steps=200)).state == "stopped"  # the same run, now asked for more
 
 
+def test_lost_rows_do_not_undo_a_training(tmp_path):
+    """Wrong: a finished run whose metrics were cut off is submitted again, for ever."""
+    run = job(workdir(tmp_path / "run", 30, checkpoints=("100",)))
+    assert (status.read(run).state, status.read(run).step) == ("finished", 100)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert status.read(run).state == "finished"
+
+
+@pytest.mark.parametrize("file, content", [("config.json", "[1, 2]"), ("config.json", '{"train": '), ("launch/launch.json", "no")])
+def test_a_damaged_file_is_named_and_hides_no_other_run(tmp_path, capsys, file, content):
+    """Wrong: a traceback in the place of the table, or a complaint that does not say of which file."""
+    workdir(tmp_path / "good", 10)
+    (workdir(tmp_path / "bad", 10) / "launch").mkdir()
+    (tmp_path / "bad" / file).write_text(content)
+    assert status.main([str(tmp_path)]) == 0
+    _, bad, good = capsys.readouterr().out.splitlines()
+    assert "unreadable" in bad and f"{file} is damaged" in bad and "stopped" in good
+
+
 def test_a_failed_job_is_failed_while_its_launcher_looks_after_others(tmp_path):
     """Wrong: the launcher's own lock makes every job of it a running one."""
     made = job(workdir(tmp_path / "run", 10))
