@@ -29,8 +29,8 @@ SLICE = 256  # chips of the largest slice of v5e and v6e
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARG")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARG; its fields as --config.mesh.spatial=2")
     parser.add_argument("--chip", default="v5p", choices=("v4", "v5e", "v5p", "v6e"))
     parser.add_argument("--chips", default="8,16,32,64,128,256,512,1024,2048", help="sizes, comma-separated")
     size = parser.add_mutually_exclusive_group(required=True)
@@ -38,19 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     size.add_argument("--batch", type=int, help="images a step")
     parser.add_argument("--output", required=True, type=Path, help="directory for plans, scaling.json and scaling.png")
     parser.add_argument("--cache", default="~/.cache/imagen_jax/plan", help="directory for block costs")
-    args = parser.parse_args(argv)
+    args, args.fields = parser.parse_known_args(argv)
+    if strange := [option for option in args.fields if not option.startswith("--config.") or "=" not in option]:
+        parser.error(f"{strange[0]!r} is no option; fields of the config are written --config.mesh.spatial=2")
     cli.log_to_stderr()
     cli.check_directory("output", str(args.output))
     if (args.rows or args.batch or 0) < 1 or not all(text.isdigit() and int(text) for text in args.chips.split(",")):
         raise ValueError(f"--chips {args.chips} {f'--rows {args.rows}' if args.batch is None else f'--batch {args.batch}'}: sizes are whole numbers above 0, chips such as 8,64,512")
-    config = read_config(args.config, ["--config.data.path=none"])
+    config = read_config(args.config, ["--config.data.path=none", *args.fields])
     sizes = [int(text) for text in args.chips.split(",")]
     for chips in sizes:
         topology.parse(topology_name(args.chip, chips))
     found = [planned(args, config, chips) for chips in sizes]
     rows = compared(found)
     write_json(args.output / "scaling.json", rows)
-    title = f"{config['name']}, {args.rows} images a chip" if args.rows else f"{config['name']}, {args.batch} images a step"
+    title = " ".join([config["name"], *args.fields])
+    title += f", {args.rows} images a chip" if args.rows else f", {args.batch} images a step"
     write_atomically(args.output / "scaling.png", picture(rows, title))
     print(f"{title}\n{table(rows)}")
     return 0
@@ -71,7 +74,7 @@ def planned(args: argparse.Namespace, config: Mapping[str, Any], chips: int) -> 
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
     directory = args.output / f"{config['name']}_{digest}_{args.chip}_{chips}_{batch}"
     if not (directory / "plan.json").exists():
-        fields = [f"--config.data.batch_size={batch}", f"--config.mesh.fsdp={math.gcd(config['mesh']['fsdp'], chips)}"]
+        fields = [*args.fields, f"--config.data.batch_size={batch}", f"--config.mesh.fsdp={math.gcd(config['mesh']['fsdp'], chips)}"]
         options = [f"--topology={topology_name(args.chip, chips)}", f"--cache={args.cache}", f"--output={directory}", "--nosampler"]
         if (code := cli.call((sys.executable, "-m", "imagen_jax.plan", f"--config={args.config}", *fields, *options))) not in (0, 1):
             raise ValueError(f"the plan of {batch} images on {chips} chips ended with exit code {code}")

@@ -13,6 +13,10 @@ from collections.abc import Iterator
 import numpy as np
 
 NO_ESTIMATE = 2**63 - 1
+# What the TPU compiler calls the parts of collectives that cross slices, which it makes sends to and receives from the hosts' network.
+BETWEEN_SLICES = {
+    "ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter", "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
+}  # fmt: skip
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {f"{sign}{n}": n for sign in "su" for n in (8, 16, 32, 64)}
 
@@ -173,14 +177,33 @@ class Collective:
 
 
 def collectives(module: Module, devices: int) -> Iterator[Collective]:
-    """Every collective of a program for so many devices, those inside fusions too; an all-reduce that is fused with the slice of it is a reduce-scatter."""
+    """Every collective of a program for so many devices, those inside fusions too; an all-reduce that is fused with the slice of it is a reduce-scatter.
+
+    A collective over several slices of TPUs is written as parts within a slice and between slices; each is one here.
+    """
     for instruction, here, times in module.run():
+        if instruction.opcode == "send" and "_xla_megascale_transfer_type" in instruction.rest:
+            yield _between_slices(instruction, here, times)
         parts = [(i, computation) for computation in module.inside(instruction) for i in computation.values()] or [(instruction, here)]
         for found, computation in parts:
             kind = found.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 scattered = kind == "all-reduce" and any(i.opcode == "dynamic-slice" for i, _ in parts)
                 yield Collective("reduce-scatter" if scattered else kind, _payload(found, computation), _groups(found, devices), times, found.op_name)
+
+
+def _between_slices(send: Instruction, computation: dict[str, Instruction], times: float) -> Collective:
+    """What a chip exchanges with those of its place in other slices: as much as it sends or, in the receive of the same name, gets."""
+    attribute = lambda name: re.search(rf'{name}="([^"]*)"', send.rest)[1]
+    kind, meeting = BETWEEN_SLICES.get(attribute("_xla_megascale_transfer_type")), f'"{attribute("_xla_host_transfer_rendezvous")}"'
+    target = re.match(r"\{([\d,]+)\}x\{0:(\d+)\}", attribute("_xla_megascale_target"))
+    if kind is None or target is None:
+        raise ValueError(f"{send.name}: cannot read this transfer between slices: {send.rest[:300]}")
+    first = lambda instruction: type_bytes(_ARRAY.search(instruction.type)[0])
+    size = max(first(i) for i in computation.values() if i.opcode in ("send", "recv") and meeting in i.rest)
+    chips = int(target[2]) + 1
+    groups = tuple(tuple(chip + i * chips for i, _ in enumerate(target[1].split(","))) for chip in range(chips))
+    return Collective(kind, size, groups, times, send.op_name)
 
 
 def _payload(instruction: Instruction, computation: dict[str, Instruction]) -> int:
