@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imagen_jax import sharding
-from imagen_jax.hardware import cost, hlo, topology
+from imagen_jax.hardware import cost, hlo, links, topology
 
 pytest.importorskip("libtpu", reason="the TPU compiler comes with the extra `tpu`")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -44,6 +44,19 @@ def test_estimates_against_ideal_times(name, operation):
     ideal = max(flops / place.chip.peak_flops, size / place.chip.memory_bandwidth)
     assert 0.97 * ideal < sum(item.seconds for item in items) < slack * ideal
     assert all(item.estimated for item in items if item.seconds > 0.01 * ideal)
+
+
+def test_traffic_between_slices():
+    """Wrong: a compiler that writes what crosses slices in another way, so that the slowest traffic is passed over."""
+    place = topology.parse("4xv5e:2x2")
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 2, "model": 1, "spatial": 1}, place.devices())
+    over = lambda *axes: NamedSharding(mesh, PartitionSpec(axes or None))
+    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)), in_shardings=(over("fsdp"), over("data", "fsdp")), out_shardings=over("fsdp"))
+    text = gradient.lower(jax.ShapeDtypeStruct((1024, 1024), jnp.float32), jax.ShapeDtypeStruct((1024, 1024), BF16)).compile().as_text()
+    devices = list(mesh.devices.flat)
+    across = [c for c in hlo.collectives(hlo.parse(text), 16) if len({sharding.slice_of(devices[i]) for i in c.groups[0]}) == 4]
+    assert [(c.kind, c.bytes) for c in across] == [("all-reduce", 1024 * 1024 * 4 // 4)]
+    assert links.seconds(across[0], devices, place) == pytest.approx(2 * 3 / 4 * 2**20 / place.chip.network_bandwidth)
 
 
 # base_64:tiny with one level: every kind of block but resampling, in half the compiler's time.
