@@ -154,7 +154,8 @@ def _cost_of(config: str, name: str, rows: int, index: int, cache: str) -> Block
 def lower(program: Any, shapes: tuple[Any, ...], shardings: tuple[Any, ...]) -> Any:
     """A block's program with layouts left to the compiler: within the network a feature map comes in the layout the block before it likes."""
     free = jax.tree.map(lambda sharding: Format(Layout.AUTO, sharding), shardings)
-    return jax.jit(program, in_shardings=free, out_shardings=Format(Layout.AUTO)).lower(*shapes)
+    params, varying, _, outputs = free
+    return jax.jit(program, in_shardings=free, out_shardings=(outputs, (params, varying))).lower(*shapes)
 
 
 def _cached(cache: str, key: str, compute: Callable[[], Any]) -> Any:

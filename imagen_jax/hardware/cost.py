@@ -1,7 +1,7 @@
 """Where a compiled program's time goes: the compiler's estimate of each instruction, or a roofline where it has none.
 
 What moves data in the background (asynchronous copies and slices) is taken as hidden behind what computes. Left out are collectives,
-whose time is a matter of links (`links`), and Pallas kernels, of which the compiler knows no cost (`kernels`).
+whose time is a matter of links (`links`; of a product that is fused with one the product counts), and Pallas kernels, of which the compiler knows no cost (`kernels`).
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def items(module: Module, chip: Chip) -> Iterator[Item]:
     """Every instruction of a program that takes time on the chip."""
     for instruction, computation, times in module.run():
         opcode = instruction.opcode
-        if opcode in FREE or opcode.endswith(("-start", "-done")) or 'custom_call_target="tpu_custom_call"' in instruction.rest or is_collective(instruction, module):
+        if opcode in FREE or opcode.endswith(("-start", "-done")) or 'custom_call_target="tpu_custom_call"' in instruction.rest or _only_sends(instruction, module):
             continue
         cycles = instruction.cycles
         seconds = traffic(instruction, computation) / chip.memory_bandwidth if cycles is None else cycles / chip.clock
@@ -60,6 +60,11 @@ def _moved(done: Instruction, computation: dict[str, Instruction]) -> int:
     (start,) = operands(done, computation)
     ends = (done.type, *(operand.type for operand in operands(start, computation)[:1]))
     return type_bytes(done.type) * sum(type_bytes(end, hbm_only=True) > 0 for end in ends)
+
+
+def _only_sends(instruction: Instruction, module: Module) -> bool:
+    """Whether an instruction is a collective and computes nothing: a product may carry one along."""
+    return is_collective(instruction, module) and kind(instruction, module) != MATRIX
 
 
 def is_collective(instruction: Instruction, module: Module) -> bool:

@@ -32,6 +32,34 @@ def test_items_by_estimate_or_roofline():
     assert set(found) == {"fusion.1", "copy.1"}, "no gather, no fusion with a reduction across chips in it"
 
 
+# A convolution that the compiler fused with a part of an asynchronous gather, and a fusion that only gathers; shortened.
+CARRIED = """HloModule jit_step, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,128]{1,0:T(8,128)}}
+
+%carrier (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %all-gather.1 = f32[16,128]{1,0:T(8,128)} all-gather(%a), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+  ROOT %convolution.1 = f32[8,128]{1,0:T(8,128)} convolution(%a, %a), dim_labels=bf_io->bf
+}
+
+%only (b: f32[8,128]) -> f32[16,128] {
+  %b = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %all-gather.2 = f32[16,128]{1,0:T(8,128)} all-gather(%b), channel_id=2, replica_groups={{0,1}}, dimensions={0}
+}
+
+ENTRY %main (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %gathers = f32[16,128]{1,0:T(8,128)} fusion(%p), kind=kCustom, calls=%only, backend_config={"window_config":{"estimated_cycles":"7"}}
+  ROOT %carries = f32[8,128]{1,0:T(8,128)} fusion(%p), kind=kOutput, calls=%carrier, backend_config={"window_config":{"estimated_cycles":"300"}}
+}
+"""
+
+
+def test_a_product_that_carries_a_collective_counts():
+    """Wrong: the convolutions of a block that is split over chips left out, because the compiler hides a gather behind them."""
+    (item,) = cost.items(hlo.parse(CARRIED), chips.by_name("v5e"))
+    assert (item.name, item.kind, item.estimated) == ("carries", cost.MATRIX, True)
+
+
 def test_memory_bytes():
     """Wrong: what stays on the chip counted, a fetch left out or counted at both ends, a loop's body once, collectives."""
     array = 8 * 128 * 4
