@@ -29,9 +29,10 @@ def add_bias(h: Float[Array, "*d c"], bias: Float[Array, "c"]) -> Float[Array, "
 
 
 def _add_bias_backward(bias: Array, d_out: Array) -> tuple[Array, Array]:
-    rows = d_out.reshape(-1, d_out.shape[-1])
-    ones = jnp.ones((8, rows.shape[0]), rows.dtype)  # with fewer rows the compiler makes a sum of it again
-    total = jnp.matmul(ones, rows, precision=jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None, preferred_element_type=jnp.float32)
+    ones = jnp.ones((8, *d_out.shape[:-1]), d_out.dtype)  # with fewer rows the compiler makes a sum of it again
+    precision = jax.lax.Precision.HIGHEST if d_out.dtype == jnp.float32 else None
+    # Not flattened: that would gather a feature map whose height is split over chips.
+    total = jnp.tensordot(ones, d_out, d_out.ndim - 1, precision=precision, preferred_element_type=jnp.float32)
     return d_out, total[0].astype(bias.dtype)
 
 
