@@ -144,7 +144,8 @@ def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
     parts = []
     for job in jobs:
         cloud = Gcloud(job, options)
-        parts += [f"# {job.title}: commit {revision() or 'unknown'}", *([f"# {WITHOUT_CHANGES}"] if changed() else []), shlex.join(cloud.create()), shlex.join(cloud.describe()) + "  # until ACTIVE"]
+        parts += [f"# {job.title}: commit {revision() or 'unknown'}", *([f"# {WITHOUT_CHANGES}"] if changed() else [])]
+        parts += [shlex.join(cloud.create()), shlex.join(cloud.describe()) + "  # until ACTIVE"]
         for node in cloud.nodes:
             parts += [shlex.join(cloud.ssh(node, f"mkdir -p {job.name}")), shlex.join(cloud.copy(_files(job), node)), shlex.join(cloud.ssh(node, f"bash {job.name}/watch.sh"))]
         parts += [shlex.join(cloud.delete()), "# run.sh, on every worker:", run_script(job)]
@@ -156,6 +157,7 @@ def _files(job: Job) -> list[str]:
 
 
 def changed() -> bool:
+    """Whether this checkout differs from the commit that the workers get."""
     return revision().endswith("+changes")
 
 

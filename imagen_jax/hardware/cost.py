@@ -50,7 +50,7 @@ def memory_bytes(module: Module) -> float:
         opcode = instruction.opcode
         if opcode in ("copy-done", "slice-done"):
             total += times * _moved(instruction, computation)
-        elif opcode not in FREE and not opcode.endswith(("-start", "-done")) and not is_collective(instruction, module):
+        elif opcode not in FREE and not opcode.endswith(("-start", "-done")) and not _only_sends(instruction, module):
             total += times * traffic(instruction, computation)
     return total
 

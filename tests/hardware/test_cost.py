@@ -58,6 +58,7 @@ def test_a_product_that_carries_a_collective_counts():
     """Wrong: the convolutions of a block that is split over chips left out, because the compiler hides a gather behind them."""
     (item,) = cost.items(hlo.parse(CARRIED), chips.by_name("v5e"))
     assert (item.name, item.kind, item.estimated) == ("carries", cost.MATRIX, True)
+    assert cost.memory_bytes(hlo.parse(CARRIED)) == 2 * 8 * 128 * 4
 
 
 def test_memory_bytes():
