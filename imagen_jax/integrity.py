@@ -51,7 +51,7 @@ def is_kept(directory: Path) -> bool:
     try:
         with open(directory / LOCK) as file:
             return not try_lock(file, fcntl.LOCK_SH)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

@@ -148,7 +148,6 @@ def submit(jobs: Sequence[Job], options: argparse.Namespace) -> int:
         if find(job, options):
             refuse(ask(("kubectl", "delete", "jobset", *name), TOOL), "kubectl delete")
         text = render([job], options)
-        job.record.mkdir(parents=True, exist_ok=True)
         (job.record / MANIFEST).write_text(text)
         refuse(ask(("kubectl", "create", "--filename=-"), TOOL, text), "kubectl create")  # unlike apply, it refuses a name that is taken
         status.record(job, "gke", "submitted", f"JobSet {job.name}")

@@ -179,7 +179,6 @@ class Attempts:
 
     def __init__(self, job: Job, options: argparse.Namespace, echo: bool):
         self.job, self.code, self._options, self._attempt, self._retries, self._stopped = job, None, options, 0, job.retries, False
-        job.record.mkdir(parents=True, exist_ok=True)
         self._log = open(job.record / LOG, "ab", buffering=0)
         self._sinks = [self._log, *([sys.stdout.buffer] if echo else [])]
         self._start()

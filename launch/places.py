@@ -92,6 +92,11 @@ def start(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     if options.dry_run:
         print(place.render(todo, options))
         return 0
+    for job in todo:
+        try:
+            job.record.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--workdir: {job.record} cannot be made: {error.strerror}") from error
     if options.where in WATCHED:
         return place.run(todo, options)
     return place.submit(todo, options)

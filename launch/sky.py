@@ -82,7 +82,6 @@ def find(job: Job, options: argparse.Namespace) -> str:
 
 def submit(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     for job in jobs:
-        job.record.mkdir(parents=True, exist_ok=True)
         path = job.record / TASK
         path.write_text(render([job], options))
         secrets = [part for name in job.secrets for part in ("--secret", name)]  # by name: sky takes the value from the environment

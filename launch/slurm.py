@@ -160,8 +160,6 @@ def find(job: Job, options: argparse.Namespace) -> str:
 def submit(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     """Hands the script to sbatch, once for all jobs."""
     text = script(jobs, options)
-    for job in jobs:
-        job.record.mkdir(parents=True, exist_ok=True)
     path = jobs[0].record / SCRIPT
     path.write_text(text)
     done = ask(("sbatch", "--parsable", str(path)), TOOL)

@@ -17,7 +17,7 @@ from imagen_jax.hardware.chips import Chip, by_name
 
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6litepod": "v6e"}
 # The torus of a slice by its chips (the supported configurations of docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e).
-FLAT = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
+FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 CUBES = {
     4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8), 512: (8, 8, 8),
     1024: (8, 8, 16), 2048: (8, 16, 16), 4096: (16, 16, 16),
@@ -63,11 +63,13 @@ class Topology:
         options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
         if self.chip.name == "v4":
             options["chip_config_name"] = "megacore"  # one device a chip, as on a real v4
+        if math.prod(self.shape) == 1:
+            options["chips_per_host_bounds"] = [1, 1, 1]
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}", options
 
 
 def smallest_shape(chip: Chip) -> tuple[int, ...]:
-    """The smallest slice of a TPU that the compiler knows: 4 chips."""
+    """The smallest slice of a TPU that has links: 4 chips."""
     return TORI[chip.name][4]
 
 

@@ -8,6 +8,7 @@ MEANT = {
     "v5e:16x16": ("v5e", (16, 16), 1, 256),
     "v5litepod-256": ("v5e", (16, 16), 1, 256),
     "v5e-8": ("v5e", (2, 4), 1, 8),
+    "v5litepod-1": ("v5e", (1, 1), 1, 1),
     "v6e-256": ("v6e", (16, 16), 1, 256),
     "v4-512": ("v4", (4, 8, 8), 1, 256),
     "v5p:4x4x12": ("v5p", (4, 4, 12), 1, 192),
@@ -29,7 +30,7 @@ def test_names_as_people_write_them(name):
 
 @pytest.mark.parametrize(
     "name, message",
-    [("v5e:3x5", "no such slice of v5e; slices are 2x2"), ("0xv5e:4x4", "0 slices"), ("v5e:32x32", "no such slice"), ("v4:4x4x6", "and other multiples of 4x4x4"),
+    [("v5e:3x5", "no such slice of v5e; slices are 1x1, 2x2"), ("0xv5e:4x4", "0 slices"), ("v5e:32x32", "no such slice"), ("v4:4x4x6", "and other multiples of 4x4x4"),
      ("h100:2x16", "up to 8"), ("h100:8x8x8", "nodes x GPUs"), ("v5e", "write v5e:16x16"), ("v9-8", "no facts about a chip 'v9'"), ("v5e-100", "100 chips of v5e are no slice"), ("v5p:16x16", "has 3 sides"), ("h100-12", "no whole number of nodes")],
 )
 def test_other_names_are_explained(name, message):

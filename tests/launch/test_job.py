@@ -70,6 +70,7 @@ def test_a_bucket_is_a_directory_on_the_machines():
         (("--where=tpu", "--topology=v5e:4x5x6", "--zone=z", "--workdir=gs://b/r", *LOCAL[2:]), "torus"),
         (("--where=gke", "--topology=v5e:2x4", "--workdir=gs://b/r", *LOCAL[2:]), "needs --image"),
         (("--where=gke", "--topology=v5e:2x4", "--image=i", "--workdir=gs://b/r", *LOCAL[2:-1], "--config.data.path=data/emoji"), "give gs://BUCKET/PATH"),
+        ((*LOCAL, "--workdir=/dev/null"), "--workdir: /dev/null/launch cannot be made: Not a directory"),
         ((*LOCAL, "--workdir=r", "--zone=z"), "--zone is for --where tpu, not for local"),
         (("--where=slurm", "--topology=h100:8", "--devices=2", "--workdir=r", *LOCAL[2:]), "--devices is for --where local, not for slurm"),
         (("--where=sky", "--topology=2xv5e:2x2", "--workdir=gs://b/r", *LOCAL[2:]), "starts one slice"),
