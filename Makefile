@@ -22,7 +22,7 @@ test: $(VENV)/installed-test
 	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(VENV)/installed-slow
-	$(RUN) -m pytest -q -m slow --durations=0 $(PYTEST_ARGS)
+	$(RUN) -m pytest -q -n $(WORKERS) --dist loadscope -m slow --durations=25 $(PYTEST_ARGS)
 
 parity: $(VENV)/installed-parity
 	$(RUN) -m pytest -q -m parity $(PYTEST_ARGS)

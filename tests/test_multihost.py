@@ -1,4 +1,4 @@
-"""Runs of several processes over loopback, four virtual CPU devices each with two of them: stopped, killed, continued by another number."""
+"""Runs of several processes over loopback with virtual CPU devices: stopped, killed, continued by another number."""
 
 import json
 import os
@@ -16,10 +16,9 @@ from imagen_jax.metrics import read_metrics
 from tests import tiny, xla
 from tests.data import synthetic
 
-DEVICES = 8  # over all processes
+DEVICES = 4  # over all processes
 LOST_S = 12  # in which jax gives a process up
 LOST = 75  # exit code of a process that ends because another one did
-EIGHT_DEVICES = ("--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.mesh.fsdp_min_elements=64")
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -32,19 +31,20 @@ def data(tmp_path_factory):
 class Team:
     """The processes of one run, started."""
 
-    def __init__(self, data: Path, workdir: Path, count: int, *more: str, programs: dict[int, str] | None = None, leave_out: tuple[int, ...] = ()):
-        """programs: Python that a process runs instead of `-m imagen_jax.train`. leave_out: processes that are not started."""
+    def __init__(self, data: Path, workdir: Path, count: int, *more: str, programs: dict[int, str] | None = None, leave_out: tuple[int, ...] = (), devices: int = DEVICES):
+        """programs: Python that a process runs instead of `-m imagen_jax.train`. leave_out: processes that are not started. devices: of all together."""
         self.logs = [workdir.with_suffix(f".{i}.log") for i in range(count)]
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         command = [
             f"--config={tiny.ROOT}/configs/sr_1024.py:tiny", f"--workdir={workdir}", f"--config.data.path={data}", "--config.train.save_every=4",
-            f"--config.text.dim={synthetic.DIM}", *EIGHT_DEVICES, f"--host_lost={LOST_S}", "--host_timeout=60", *more,
+            f"--config.text.dim={synthetic.DIM}", "--config.mesh.data=2", f"--config.mesh.fsdp={devices // 2}", "--config.mesh.fsdp_min_elements=64",
+            f"--host_lost={LOST_S}", "--host_timeout=60", *more,
         ]  # fmt: skip
         self.processes = {}
         for i in set(range(count)) - set(leave_out):
             place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)} if count > 1 else {}
-            env = os.environ | {"XLA_FLAGS": xla.flags(devices=DEVICES // count), "PYTHONPATH": str(tiny.ROOT)} | place
+            env = os.environ | {"XLA_FLAGS": xla.flags(devices=devices // count), "PYTHONPATH": str(tiny.ROOT)} | place
             program = ["-c", programs[i]] if programs and i in programs else ["-m", "imagen_jax.train"]
             with open(self.logs[i], "w") as log:
                 self.processes[i] = subprocess.Popen([sys.executable, *program, *command], env=env, stdout=log, stderr=log, start_new_session=True)
@@ -100,7 +100,7 @@ def test_stopped_killed_and_continued_by_another_number(data, tmp_path, victim, 
     """Catches: a signal that each process answers after a step of its own; survivors that wait for ever, or do not say for whom; checkpoints,
     data or noise that depend on the number of processes."""
     workdir = tmp_path / "run"
-    with Team(data, workdir, 2, "--config.train.steps=100000") as team:
+    with Team(data, workdir, 2, "--config.train.steps=100000", devices=8) as team:
         team.until(lambda: len(read_metrics(workdir)) >= 3)
         team.processes[1 - victim].send_signal(signal.SIGTERM)
         assert team.wait() == {0: 0, 1: 0}, team.log(0)[-3000:]
@@ -108,7 +108,7 @@ def test_stopped_killed_and_continued_by_another_number(data, tmp_path, victim, 
     for i in (0, 1):
         assert f"{stopped} of 100000 steps done, saved" in team.log(i)
     steps = stopped + 12
-    with Team(data, workdir, 2, f"--config.train.steps={steps}") as team:
+    with Team(data, workdir, 2, f"--config.train.steps={steps}", devices=8) as team:
         team.until(lambda: len(read_metrics(workdir)) >= stopped + 5)
         team.processes[victim].kill()
         killed = time.monotonic()
@@ -117,8 +117,8 @@ def test_stopped_killed_and_continued_by_another_number(data, tmp_path, victim, 
     assert time.monotonic() - killed < 5 * LOST_S
     assert f"lost process {victim} ({socket.gethostname()})" in last_line(team.log(1 - victim))
     assert stopped < max(saved(workdir)) < steps
-    finish(data, workdir, next_count, f"--config.train.steps={steps}")
-    finish(data, tmp_path / "straight", 1, f"--config.train.steps={steps}")
+    finish(data, workdir, next_count, f"--config.train.steps={steps}", devices=8)
+    finish(data, tmp_path / "straight", 1, f"--config.train.steps={steps}", devices=8)
     np.testing.assert_allclose(losses(workdir), losses(tmp_path / "straight"), rtol=1e-5)
 
 
@@ -213,7 +213,7 @@ def test_failure_of_one_ends_all_with_its_reason(data, tmp_path):
 def test_copies_that_differ_stop_the_run_before_it_saves(data, tmp_path):
     """Catches: a fault of one device that spoils a run in silence, and a check that names the wrong process, or nothing."""
     workdir = tmp_path / "run"
-    four_copies = ["--config.mesh.data=4", "--config.mesh.fsdp=2"]
+    four_copies = ["--config.mesh.data=4", "--config.mesh.fsdp=1"]
     with Team(data, workdir, 2, *four_copies, programs={1: DRIFTING}) as team:
         assert team.wait() == {0: 2, 1: 2}
         for i in (0, 1):
@@ -270,7 +270,7 @@ def test_new_run_from_weights_ends_for_all_at_the_same_time(data, tmp_path):
 @pytest.mark.slow
 def test_image_split_over_processes(data, tmp_path):
     """Catches: processes that share an image's rows but read different ones."""
-    split = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.spatial=4", "--config.train.steps=4"]
+    split = ["--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.spatial=4", "--config.train.steps=4"]
     finish(data, tmp_path / "four", 4, *split)
     finish(data, tmp_path / "one", 1, *split)
     np.testing.assert_allclose(losses(tmp_path / "four"), losses(tmp_path / "one"), rtol=1e-5)
@@ -282,7 +282,7 @@ import runpy
 import jax
 from imagen_jax import sharding
 make_mesh = sharding.make_mesh
-sharding.make_mesh = lambda sizes: make_mesh(sizes, [jax.devices()[i] for i in (0, 1, 4, 5, 2, 3, 6, 7)])
+sharding.make_mesh = lambda sizes: make_mesh(sizes, [jax.devices()[i] for i in (0, 2, 1, 3)])
 runpy.run_module("imagen_jax.train", run_name="__main__")
 """
 
