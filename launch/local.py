@@ -125,6 +125,8 @@ class Group:
             self._deadline = time.monotonic() + (GRACE_S if failed else END_S)
             if failed:
                 self.send(signal.SIGTERM)
+        elif self._first == LOST:  # it noticed before the one that failed had ended, which no signal of ours explains
+            self._first = next((code for code in failed if code > 0), LOST)
         if len(ended) == len(codes):
             self.close()
             return self._first

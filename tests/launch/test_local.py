@@ -26,19 +26,20 @@ do = script[min(len(log.read_text().splitlines()), len(script)) - 1][i]
 print("hello from", i, do, flush=True)
 def told(*_):
     (here / f"told_{i}").touch()
-    sys.exit(0)
+    sys.exit(2 if do == "late" else 0)
 if do == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-elif do == "wait":
+elif do in ("wait", "late"):
     signal.signal(signal.SIGTERM, told)
 if do == "child":
     (here / "child").write_text(str(subprocess.Popen(["sleep", "600"]).pid))
 (here / f"ready_{i}").touch()
-if do in ("wait", "stubborn", "child"):
+if do in ("wait", "late", "stubborn", "child"):
     time.sleep(600)
-if do == "kill":
+if do in ("kill", 75):
     while not all((here / f"ready_{n}").exists() for n in range(int(os.environ["JAX_NUM_PROCESSES"]))):
         time.sleep(0.02)
+if do == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 if do == 2:
     print("error: a field is wrong", file=sys.stderr)
@@ -52,7 +53,7 @@ def soon(monkeypatch):
 
 
 def program(tmp_path: Path, *attempts: list, name: str = "run", **fields):
-    """A job whose process i does attempts[n][i] in its attempt n: an exit code, or kill, wait, stubborn, child."""
+    """A job whose process i does attempts[n][i] in its attempt n: an exit code, or kill, wait, late (2 when told to end), stubborn, child."""
     (tmp_path / name).mkdir(exist_ok=True)
     return job(tmp_path / name, arguments=("-c", PROGRAM, str(tmp_path / name), json.dumps(attempts)), **fields)
 
@@ -108,11 +109,24 @@ def test_failures_are_repeated_so_often_and_mistakes_never(tmp_path):
     assert (row.state, row.detail) == ("failed", "exit code 2; error: a field is wrong")
 
 
-@pytest.mark.slow  # a wait long enough for a busy machine
 def test_the_cause_decides_and_not_who_noticed(tmp_path, monkeypatch):
     """Wrong: a mistake is repeated because the other process, which ended for want of the first, says that nothing was wrong with it."""
-    monkeypatch.setattr(local, "POLL_S", 15.0)  # both have ended when it looks
+
+    class Late(local.Group):
+        def poll(self):
+            for process in self._processes:
+                process.wait()  # both have ended when it looks
+            return super().poll()
+
+    monkeypatch.setattr(local, "Group", Late)
     assert local.run([program(tmp_path, [75, 2])], two()) == 2
+    assert len(told(tmp_path / "run", 0)) == 1
+
+
+def test_the_cause_decides_also_if_it_ends_last(tmp_path, monkeypatch):
+    """Wrong: a mistake is repeated because the process that made it took longer to end than the one that noticed."""
+    monkeypatch.setattr(local, "GRACE_S", 60.0)
+    assert local.run([program(tmp_path, [75, "late"])], two()) == 2
     assert len(told(tmp_path / "run", 0)) == 1
 
 
