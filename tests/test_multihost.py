@@ -39,7 +39,7 @@ class Team:
         command = [
             f"--config={tiny.ROOT}/configs/sr_1024.py:tiny", f"--workdir={workdir}", f"--config.data.path={data}", "--config.train.save_every=4",
             f"--config.text.dim={synthetic.DIM}", "--config.mesh.data=2", f"--config.mesh.fsdp={devices // 2}", "--config.mesh.fsdp_min_elements=64",
-            f"--host_lost={LOST_S}", "--host_timeout=60", *more,
+            f"--host_lost={LOST_S}", "--host_timeout=60", *tiny.ONE_LEVEL, *more,
         ]  # fmt: skip
         self.processes = {}
         for i in set(range(count)) - set(leave_out):

@@ -16,6 +16,8 @@ from imagen_jax.step import make_step
 
 ROOT = Path(__file__).parent.parent
 DIM = 8
+# Fields of sr_256:tiny and sr_1024:tiny for runs of several processes: one level of the two compiles in half the time.
+ONE_LEVEL = ("--config.model.widths=(16,)", "--config.model.blocks=(1,)", "--config.model.attention=('cross',)")
 # The trainer with a disk that is full at the first save and has room at the next.
 FULL_ONCE = """
 import runpy

@@ -17,7 +17,7 @@ from tests import tiny, xla
 from tests.data import synthetic
 from tests.launch.conftest import job
 
-STEPS = 30
+STEPS = 20
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
@@ -30,8 +30,8 @@ def data(tmp_path_factory):
 def launch(data: Path, workdir: Path) -> Iterator[subprocess.Popen]:
     """The launcher, which is ended with its processes if the test ends first."""
     command = [
-        sys.executable, "-m", "launch", "--where=local", "--processes=2", "--devices=2", f"--workdir={workdir}", "--config=configs/base_64.py:tiny",
-        f"--config.data.path={data}", f"--config.text.dim={synthetic.DIM}", f"--config.train.steps={STEPS}", "--config.train.save_every=5",
+        sys.executable, "-m", "launch", "--where=local", "--processes=2", "--devices=2", f"--workdir={workdir}", "--config=configs/sr_1024.py:tiny",
+        f"--config.data.path={data}", f"--config.text.dim={synthetic.DIM}", f"--config.train.steps={STEPS}", "--config.train.save_every=5", *tiny.ONE_LEVEL,
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=tiny.ROOT, env=os.environ | {"XLA_FLAGS": xla.flags(), "PYTHONPATH": str(tiny.ROOT)})
     try:
@@ -68,7 +68,7 @@ def test_a_process_killed_in_the_middle_changes_no_loss(data, undisturbed, tmp_p
     workdir = tmp_path / "run"
     with launch(data, workdir) as running:
         end = time.monotonic() + 600
-        while len(read_metrics(workdir)) < 12:
+        while len(read_metrics(workdir)) < 8:
             assert running.poll() is None and time.monotonic() < end
             time.sleep(0.05)
         assert status.read(job(workdir)).state == "running"
