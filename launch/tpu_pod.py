@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,21 +31,27 @@ POLL_S = 30.0
 SSH_FAILED = 255
 WITHOUT_CHANGES = "this checkout has changes that are not committed: the workers get the commit without them"
 RECONNECTS = 20  # in a row, of ssh to machines that the cloud calls healthy
+# In gcloud's words for what the same command may well do the next time.
+PASSING = re.compile(r"unavailable|deadline|time[d -]*out|connect|network|resolv|unreachable|reset by|internal error|temporar|\b(429|50[0234])\b", re.IGNORECASE)
 WAITING = ("CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES")  # the other states: ACTIVE, FAILED, SUSPENDING, SUSPENDED, DELETING
 _print_lock = threading.Lock()
 
-# Run by ssh on every worker, any number of times: the first starts the job, the others wait for it too.
+# Run by ssh on every worker, any number of times: the first starts the job, the others wait for it too. Whoever comes back, with the name of
+# the attempt that it saw begin or go on, after the job has ended is told how it ended.
 WATCH = """\
 #!/bin/bash
 cd "$(dirname "$0")" || exit 1
-exec 9> lock
-if flock --nonblock 9; then
-  rm -f exit log pid; touch log
+exec 8> door 9> lock
+flock 8  # one watcher at a time
+if ! flock --nonblock 9; then
+  echo "$1" >> attempts
+elif ! { [ -f exit ] && grep -qxF "$1" attempts; }; then
+  rm -f exit log pid; touch log; echo "$1" > attempts
   cp run.sh running.sh  # the next watcher brings run.sh again, while bash still reads this one
-  setsid nohup bash running.sh > log 2>&1 < /dev/null &  # it keeps the lock for as long as it runs
+  setsid nohup bash running.sh > log 2>&1 < /dev/null 8>&- &  # it keeps the lock for as long as it runs
   echo $! > pid
 fi
-exec 9>&-
+exec 8>&- 9>&-
 while [ ! -s pid ]; do sleep 0.1; done
 tail -n +1 -f -s 0.2 --pid="$(cat pid)" log
 exit "$(cat exit 2> /dev/null || echo 1)"
@@ -89,6 +97,8 @@ class Gcloud:
 
     def __init__(self, job: Job, options: argparse.Namespace):
         self._job, self._options = job, options
+        self.answered = False  # whether it has said anything of the job: from then on questions are repeated until it does again
+        self.created = False  # whether this launcher asked for the machines that are there
         self._place = (f"--zone={options.zone}", *([f"--project={options.project}"] if options.project else []))
 
     @property
@@ -125,8 +135,9 @@ def run_script(job: Job) -> str:
     """What every worker runs, in ~/NAME: unpacks the code, mounts the buckets, sets up, runs; the exit code goes to the file `exit`."""
     lines = [
         "#!/bin/bash",
-        'here="$PWD"',
-        "trap 'echo $? > \"$here/exit\"' EXIT",
+        'here="$PWD" failed=1',
+        "# What fails before the job does may well work the next time, whatever code it ends with.",
+        "trap 'code=$?; [ $code -eq 0 ] || code=${failed:-$code}; echo $code > \"$here/exit\"' EXIT",
         "set -e",
         *exports(job.environment),
         "if [ -f secrets.sh ]; then . ./secrets.sh; fi",
@@ -134,6 +145,7 @@ def run_script(job: Job) -> str:
         *([GCSFUSE.rstrip(), *(f"mount_bucket {bucket}" for bucket in job.buckets)] if job.buckets else []),
         job.install.rstrip(),
         f'export PATH="$HOME/{ENVIRONMENT}/bin:$PATH"',
+        "failed=",
         shlex.join(job.command("python")),
     ]
     return "\n".join(lines) + "\n"
@@ -147,9 +159,13 @@ def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
         parts += [f"# {job.title}: commit {revision() or 'unknown'}", *([f"# {WITHOUT_CHANGES}"] if changed() else [])]
         parts += [shlex.join(cloud.create()), shlex.join(cloud.describe()) + "  # until ACTIVE"]
         for node in cloud.nodes:
-            parts += [shlex.join(cloud.ssh(node, f"mkdir -p {job.name}")), shlex.join(cloud.copy(_files(job), node)), shlex.join(cloud.ssh(node, f"bash {job.name}/watch.sh"))]
+            parts += [shlex.join(cloud.ssh(node, f"mkdir -p {job.name}")), shlex.join(cloud.copy(_files(job), node)), shlex.join(cloud.ssh(node, watch_command(job, "ATTEMPT")))]
         parts += [shlex.join(cloud.delete()), "# run.sh, on every worker:", run_script(job)]
     return "\n".join(parts)
+
+
+def watch_command(job: Job, attempt: str) -> str:
+    return f"bash {job.name}/watch.sh {attempt}"
 
 
 def _files(job: Job) -> list[str]:
@@ -204,52 +220,64 @@ def supervise(job: Job, options: argparse.Namespace, poll_s: float = POLL_S) -> 
         outcome, why = _attempt(job, cloud, poll_s)
         failures += outcome in ("not served", "crashed")
         preemptions += outcome == "preempted"
-        if outcome == "finished" or outcome == "refused" or failures > job.retries:
+        if outcome in ("finished", "refused", "out of reach") or failures > job.retries:
             _say(job, "finished" if outcome == "finished" else "failed", why, failures + preemptions)
-            if options.keep:
-                print(f"{job.title}: its queued resource is kept, and costs money until {shlex.join(cloud.delete())}")
+            if options.keep or outcome == "out of reach":
+                _print(f"{job.title}: its queued resource is kept, and costs money until {shlex.join(cloud.delete())}")
             else:
-                _delete(cloud)
+                _delete(job, cloud, poll_s)
             return {"finished": 0, "refused": USAGE_ERROR}.get(outcome, 1)
         counted = f"{why}; {preemptions} preemptions, {failures} of {job.retries + 1} failures"
         _say(job, "preempted" if outcome == "preempted" else "waiting", counted, failures + preemptions)
         if outcome != "crashed":
-            _delete(cloud)
+            _delete(job, cloud, poll_s)
 
 
 def _attempt(job: Job, cloud: Gcloud, poll_s: float) -> tuple[str, str]:
     """From whatever is there now to the command's end: (outcome, why).
 
     finished; refused: the command will never do; crashed: it may the next time, on the same machines; preempted: the machines are gone;
-    not served: they never came.
+    not served: they never came; out of reach: they are there, but were never reached, and may be running what another launcher started.
     """
-    while (state := _state(cloud)[0]) == "DELETING":  # an earlier one of this name
+    while (state := _state(job, cloud, poll_s)[0]) == "DELETING":  # an earlier one of this name
         time.sleep(poll_s)
     if not state:
-        done = ask(cloud.create(), TOOL)
-        if "ALREADY_EXISTS" not in done.stderr:  # another launcher was faster
+        done = _persist(job, cloud.create(), poll_s)
+        if "ALREADY_EXISTS" not in done.stderr:  # another launcher was faster, or the answer to an earlier request was lost
             refuse(done, "gcloud could not create the queued resource:")
+        cloud.created = True
     state, why = _wait(job, cloud, poll_s)
     if state != "ACTIVE":
         return "not served" if state == "FAILED" else "preempted", f"queued resource {state}{f': {why}' if why else ''}"
     _say(job, "running", f"on {job.topology}")
-    for _ in range(RECONNECTS):
-        code = _on_all_workers(job, cloud)
+    return _run_to_its_end(job, cloud, poll_s)
+
+
+def _run_to_its_end(job: Job, cloud: Gcloud, poll_s: float) -> tuple[str, str]:
+    """The part of an attempt for which there are machines. A lost connection is made again, for as long as it takes if there ever was one."""
+    attempt, lost, reached = uuid.uuid4().hex[:12], 0, False
+    while True:
+        code, connected = _on_all_workers(job, cloud, attempt)
         if code == 0:
             return "finished", ""
-        if not _healthy(cloud):
+        if not _healthy(job, cloud, poll_s):
             return "preempted", "its machines were taken away"
         if code != SSH_FAILED:
-            break
+            return "refused" if code == USAGE_ERROR else "crashed", f"exit code {code}"
+        reached |= connected
+        lost = 0 if connected else lost + 1
+        if lost >= RECONNECTS and not reached:
+            return "crashed" if cloud.created else "out of reach", f"ssh does not reach its machines, which the cloud calls healthy, in {lost} attempts"
+        if lost and lost % RECONNECTS == 0:
+            _print(f"{job.title}: ssh has not reached its machines in {lost} attempts; they go on, and so does this launcher")
         time.sleep(poll_s)
-    return "refused" if code == USAGE_ERROR else "crashed", f"exit code {code}"
 
 
 def _wait(job: Job, cloud: Gcloud, poll_s: float) -> tuple[str, str]:
     """Until the queued resource is there or will never be: (its state, the cloud's reason)."""
     shown = ""
     while True:
-        state, why = _state(cloud)
+        state, why = _state(job, cloud, poll_s)
         if state not in WAITING:
             return state or "GONE", why
         if state != shown:
@@ -258,53 +286,72 @@ def _wait(job: Job, cloud: Gcloud, poll_s: float) -> tuple[str, str]:
         time.sleep(poll_s)
 
 
-def _delete(cloud: Gcloud) -> None:
-    done = ask(cloud.delete(), TOOL)
+def _delete(job: Job, cloud: Gcloud, poll_s: float) -> None:
+    done = _persist(job, cloud.delete(), poll_s)
     if "NOT_FOUND" not in done.stderr:
         refuse(done, "gcloud could not delete the queued resource:")
+    cloud.created = False
 
 
-def _state(cloud: Gcloud) -> tuple[str, str]:
+def _persist(job: Job, command: Sequence[str], poll_s: float, whatever: bool = False) -> subprocess.CompletedProcess:
+    """Asks gcloud until it answers, or fails for a reason that will not pass; with `whatever`, until it answers or finds nothing."""
+    told = ""
+    while True:
+        done = ask(command, TOOL)
+        if not done.returncode or "NOT_FOUND" in done.stderr or not (whatever or PASSING.search(done.stderr)):
+            return done
+        if (line := (done.stderr.strip().splitlines() or ["it said nothing"])[-1]) != told:
+            told = line
+            _print(f"{job.title}: gcloud {' '.join(command[3:5])} fails, and is repeated until it does not: {line}")
+        time.sleep(poll_s)
+
+
+def _describe(job: Job, cloud: Gcloud, command: Sequence[str], poll_s: float) -> dict[str, Any] | None:
+    """What the cloud says of a resource, None if there is none.
+
+    Once it has answered a question, no failure to ask another ends the launcher: what is there costs money, and is not left alone.
+    """
+    done = _persist(job, command, poll_s, whatever=cloud.answered)
+    if done.returncode and "NOT_FOUND" not in done.stderr:
+        refuse(done, "gcloud could not describe the queued resource:")
+    cloud.answered = True
+    return None if done.returncode else json.loads(done.stdout)
+
+
+def _state(job: Job, cloud: Gcloud, poll_s: float) -> tuple[str, str]:
     """(state of the queued resource, the error that the cloud gives for it); "" if there is none."""
-    done = ask(cloud.describe(), TOOL)
-    if done.returncode and "NOT_FOUND" in done.stderr:
-        return "", ""
-    refuse(done, "gcloud could not describe the queued resource:")
-    state: dict[str, Any] = json.loads(done.stdout)["state"]
+    found = _describe(job, cloud, cloud.describe(), poll_s)
+    state: dict[str, Any] = found["state"] if found else {"state": ""}
     return state["state"], state.get("failedData", {}).get("error", {}).get("message", "")
 
 
-def _healthy(cloud: Gcloud) -> bool:
+def _healthy(job: Job, cloud: Gcloud, poll_s: float) -> bool:
     """Whether the cloud still gives us all machines."""
-    if _state(cloud)[0] != "ACTIVE":
+    if _state(job, cloud, poll_s)[0] != "ACTIVE":
         return False
-    for node in cloud.nodes:
-        done = ask(cloud.node(node), TOOL)
-        if done.returncode or json.loads(done.stdout)["state"] != "READY":
-            return False
-    return True
+    found = (_describe(job, cloud, cloud.node(node), poll_s) for node in cloud.nodes)
+    return all(node is not None and node["state"] == "READY" for node in found)
 
 
-def _on_all_workers(job: Job, cloud: Gcloud) -> int:
-    """Copies the files, runs the job on every worker of every slice and passes on what they print; the first bad exit code."""
+def _on_all_workers(job: Job, cloud: Gcloud, attempt: str) -> tuple[int, bool]:
+    """Copies the files, runs the job on every worker of every slice and passes on what they print; the first bad exit code, and whether all were reached."""
     with _written(job) as directory, concurrent.futures.ThreadPoolExecutor(len(cloud.nodes)) as pool:
 
-        def one(node: str) -> int:
+        def one(node: str) -> tuple[int, bool]:
             steps = (cloud.ssh(node, f"mkdir -p {job.name}"), cloud.copy([str(directory / name) for name in _files(job)], node))
             for command in steps:
                 if ask(command, TOOL).returncode:
-                    return SSH_FAILED
-            return _pass_on(job, cloud.ssh(node, f"bash {job.name}/watch.sh"))
+                    return SSH_FAILED, False
+            return _pass_on(job, cloud.ssh(node, watch_command(job, attempt))), True
 
-        codes = list(pool.map(one, cloud.nodes))
-    return next((code for code in sorted(codes, key=lambda code: code == SSH_FAILED) if code), 0)
+        codes, reached = zip(*pool.map(one, cloud.nodes))
+    return next((code for code in sorted(codes, key=lambda code: code == SSH_FAILED) if code), 0), all(reached)
 
 
 def _pass_on(job: Job, command: Sequence[str]) -> int:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, errors="replace")
     for line in process.stdout:
-        with _print_lock:
-            print(f"{job.title} | {line}", end="", flush=True)
+        _print(f"{job.title} | {line.rstrip()}")
     return process.wait()
 
 
@@ -326,5 +373,9 @@ def _written(job: Job) -> Iterator[Path]:
 
 def _say(job: Job, state: str, detail: str, attempt: int = 0) -> None:
     status.record(job, "tpu", state, detail, attempt)
+    _print(f"{time.strftime('%H:%M:%S')} {job.title}: {state}{f', {detail}' if detail else ''}")
+
+
+def _print(line: str) -> None:
     with _print_lock:
-        print(f"{time.strftime('%H:%M:%S')} {job.title}: {state}{f', {detail}' if detail else ''}", flush=True)
+        print(line, flush=True)

@@ -26,14 +26,14 @@ def convolution(x, w):
 
 # (program, shapes, FLOPs or 0, bytes or 0, how many times the ideal time the estimate may be)
 OPERATIONS = {
-    "matrix product": (lambda a, b: a @ b, [(4096, 4096), (4096, 4096)], 2 * 4096**3, 0, 1.5),
-    "3x3 convolution": (convolution, [(8, 64, 64, 512), (3, 3, 512, 512)], 2 * 8 * 64 * 64 * 9 * 512 * 512, 0, 1.5),
-    "sum of two arrays": (lambda a, b: a + b, [(16384, 8192), (16384, 8192)], 0, 3 * 2 * 16384 * 8192, 5.0),
+    "matrix product": (lambda a, b: a @ b, [(4096, 4096), (4096, 4096)], 2 * 4096**3, 0, 1.2),
+    "3x3 convolution": (convolution, [(8, 64, 64, 512), (3, 3, 512, 512)], 2 * 8 * 64 * 64 * 9 * 512 * 512, 0, 1.6),
+    "sum of two arrays": (lambda a, b: a + b, [(16384, 8192), (16384, 8192)], 0, 3 * 2 * 16384 * 8192, 4.5),
 }
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_estimates_against_ideal_times(name, operation):
     """Wrong: a clock, a peak or a sum of cycles that makes an operation faster than the chip, or several times slower than it should be."""
     program, shapes, flops, size, slack = OPERATIONS[operation]
@@ -42,7 +42,9 @@ def test_estimates_against_ideal_times(name, operation):
     arguments = [jax.ShapeDtypeStruct(shape, BF16, sharding=whole) for shape in shapes]
     items = list(cost.items(hlo.parse(jax.jit(program).lower(*arguments).compile().as_text()), place.chip))
     ideal = max(flops / place.chip.peak_flops, size / place.chip.memory_bandwidth)
-    assert 0.97 * ideal < sum(item.seconds for item in items) < slack * ideal
+    times = sum(item.seconds for item in items) / ideal
+    print(f"{name} {operation}: {times:.2f} times the ideal time")
+    assert 0.97 < times < slack
     assert all(item.estimated for item in items if item.seconds > 0.01 * ideal)
 
 

@@ -20,7 +20,7 @@ def no_tools(tmp_path, monkeypatch):
     """Nothing here finds a real gcloud, kubectl, sbatch or sky, nor leaves records in a real home directory."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("bash", "git", "tar", "gzip", "mkdir", "cat", "cp", "rm", "touch", "tail", "setsid", "nohup", "flock", "sleep", "dirname", "env"):
+    for name in ("bash", "git", "tar", "gzip", "mkdir", "cat", "cp", "rm", "touch", "tail", "setsid", "nohup", "flock", "sleep", "dirname", "env", "grep"):
         os.symlink(f"/usr/bin/{name}" if Path(f"/usr/bin/{name}").exists() else f"/bin/{name}", tools / name)
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -1,7 +1,9 @@
 """A stand-in for gcloud: queued resources in a directory, whose workers are directories too, in which ssh runs commands and scp leaves files.
 
 FAKE_GCLOUD names the directory. Its plan.json has one entry for each resource that is created: {"create": "" or an error, "states": those
-that describe reports, one a call, the last for ever, "preempt": whether the machines are taken away once the job prints something}.
+that describe reports, one a call, the last for ever, "preempt": whether the machines are taken away once the job prints something,
+"drops": how often the connection to a running job is lost, "unreachable": no ssh at all}. What is listed in a file errors, a line each, is said
+instead of an answer, one a call of describe, create or delete, "-" being the true answer.
 Options that the real tool (528.0) does not have are refused as it refuses them.
 """
 
@@ -41,6 +43,11 @@ def main(argv: list[str]) -> None:
     if unknown := options.keys() - OPTIONS[command]:
         fail(f"unrecognized arguments: {sorted(unknown)}", 2)
     rest = words[2:] if words[0] == "storage" else words[4:]
+    if command.split()[1] in ("describe", "create", "delete") and (HERE / "errors").exists():
+        error, *later = (HERE / "errors").read_text().splitlines() or ["-"]
+        (HERE / "errors").write_text("\n".join(later))
+        if error != "-":
+            fail(error)
     {"create": create, "describe": describe, "delete": delete, "scp": scp, "ssh": ssh, "cat": cat, "ls": ls}[command.split()[1]](command, rest, options)
 
 
@@ -93,6 +100,8 @@ def workers(node: str) -> list[Path]:
 
 def scp(command: str, rest: list[str], options: dict) -> None:
     node, _, directory = rest[-1].partition(":")
+    if plan().get("unreachable"):
+        fail("[/usr/bin/scp] exited with return code [255].", 255)
     for home in workers(node):
         for file in rest[:-1]:
             shutil.copy(file, home / directory)
@@ -100,11 +109,19 @@ def scp(command: str, rest: list[str], options: dict) -> None:
 
 def ssh(command: str, rest: list[str], options: dict) -> None:
     assert options["worker"] == "all"
+    if plan().get("unreachable"):
+        fail("[/usr/bin/ssh] exited with return code [255].", 255)
     running = [subprocess.Popen(["bash", "-c", options["command"]], cwd=home, env=os.environ | {"HOME": str(home)}) for home in workers(rest[0])]
-    if plan().get("preempt") and "watch.sh" in options["command"]:
+    dropped = len((HERE / "dropped").read_text()) if (HERE / "dropped").exists() else 0
+    if "watch.sh" in options["command"] and (plan().get("preempt") or dropped < plan().get("drops", 0)):
         logs = [home / options["command"].split()[1].rpartition("/")[0] / "log" for home in workers(rest[0])]
         while not all(log.exists() and log.read_text() for log in logs):
             time.sleep(0.02)
+        if not plan().get("preempt"):
+            (HERE / "dropped").write_text("." * (dropped + 1))
+            for process in running:
+                process.kill()
+            fail("[/usr/bin/ssh] exited with return code [255].", 255)
         found = resource() | {"states": ["SUSPENDED"]}
         (HERE / "resource").write_text(json.dumps(found))
         for process, log in zip(running, logs):

@@ -1,8 +1,10 @@
 """Cloud TPU, against a stand-in for gcloud whose workers are directories in which the scripts really run."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,10 +116,63 @@ def test_a_second_launcher_takes_up_what_runs(tmp_path, gcloud, checkout, capfd)
     with tpu_pod._written(made) as files:
         for name in tpu_pod._files(made):
             (workers / name).write_bytes((files / name).read_bytes())
-    (workers / "run.sh").write_text("echo run >> count; sleep 1; echo 7 > exit")
-    watchers = [subprocess.Popen(["bash", workers / "watch.sh"], stdout=subprocess.PIPE) for _ in range(3)]
+    (workers / "run.sh").write_text("echo run >> count; until [ -f end ]; do sleep 0.05; done; echo 7 > exit")
+    watch = lambda attempt: subprocess.Popen(["bash", workers / "watch.sh", attempt], stdout=subprocess.PIPE)
+    watchers = [watch(attempt) for attempt in "aab"]
+    while not (workers / "attempts").exists() or sorted((workers / "attempts").read_text().split()) != ["a", "a", "b"]:
+        time.sleep(0.02)
+    (workers / "end").touch()
     assert [watcher.wait(timeout=60) for watcher in watchers] == [7, 7, 7]
+    assert [watch(attempt).wait(timeout=60) for attempt in "ab"] == [7, 7], "too late to see it end, they are told how it did"
     assert (workers / "count").read_text() == "run\n"
+    assert watch("c").wait(timeout=60) == 7 and (workers / "count").read_text() == "run\nrun\n", "a new attempt is a new run"
+
+
+UNAVAILABLE = "HttpError accessing <https://tpu.googleapis.com/>: response: <{'status': '503'}>, Service Unavailable"
+
+
+def test_questions_that_get_no_answer_are_asked_again(tmp_path, gcloud, checkout, capfd):
+    """Wrong: one failed request of the days that a launcher asks ends it, and leaves the machines to nobody; or machines that could not be
+    asked for are taken for machines that are gone, and a healthy pod is deleted."""
+    cloud = gcloud(ACTIVE | {"drops": 1})
+    answers = ["-", UNAVAILABLE, "-", "-", "Reauthentication failed. cannot prompt during non-interactive execution.", UNAVAILABLE, "-", "-"]
+    (cloud / "errors").write_text("\n".join([*answers, UNAVAILABLE, "cannot resolve host", UNAVAILABLE]))
+    assert tpu_pod.supervise(counting(tmp_path, "0", retries=0), options("tpu", *OPTIONS), poll_s=0) == 0
+    assert runs(tmp_path) == [1, 1] and not (cloud / "resource").exists()
+    assert len({tuple(call) for call in calls(cloud, "create")}) == 1 and "503" in capfd.readouterr().out
+    (cloud / "errors").write_text("PERMISSION_DENIED: no access to project p")
+    with pytest.raises(ValueError, match="PERMISSION_DENIED"):
+        tpu_pod.supervise(counting(tmp_path, "0"), options("tpu", *OPTIONS), poll_s=0)
+
+
+@pytest.mark.parametrize("codes, times", [("0", 1), ("1,0", 2)])
+def test_a_lost_connection_is_made_again_and_the_job_runs_once(tmp_path, gcloud, checkout, monkeypatch, codes, times):
+    """Wrong: connections lost over days add up to a crash; a job that ended while nobody was connected is run again, or its exit code is lost."""
+    monkeypatch.setattr(tpu_pod, "RECONNECTS", 2)
+    gcloud(ACTIVE | {"drops": 4})
+    assert tpu_pod.supervise(counting(tmp_path, codes, retries=1), options("tpu", *OPTIONS), poll_s=0) == 0
+    assert runs(tmp_path) == [times, times]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_machines_that_ssh_never_reaches(tmp_path, gcloud, checkout, monkeypatch, there):
+    """Wrong: machines nobody can use are paid for without end; or those that run what an earlier launcher started are deleted."""
+    monkeypatch.setattr(tpu_pod, "RECONNECTS", 2)
+    cloud = gcloud(ACTIVE | {"unreachable": True})
+    made, chosen = counting(tmp_path, "0", retries=0), options("tpu", *OPTIONS)
+    if there:
+        subprocess.run(tpu_pod.Gcloud(made, chosen).create(), check=True)
+    assert tpu_pod.supervise(made, chosen, poll_s=0) == 1
+    assert (cloud / "resource").exists() == there
+
+
+def test_an_installation_that_fails_is_tried_again(tmp_path, gcloud, checkout):
+    """Wrong: uv's exit code 2, when a package index does not answer, is taken for a mistake in the config, and the pod is given back."""
+    cloud = gcloud(ACTIVE)
+    made = counting(tmp_path, "0", retries=1)
+    made = dataclasses.replace(made, setup=f"[ -f ~/tried ] || {{ touch ~/tried; exit 2; }}\n{made.setup}")
+    assert tpu_pod.supervise(made, options("tpu", *OPTIONS), poll_s=0) == 0
+    assert runs(tmp_path) == [1, 1] and len(calls(cloud, "create")) == 1
 
 
 def test_the_table_reads_a_bucket(tmp_path, gcloud, capsys):
