@@ -11,6 +11,8 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 
 from absl import app, flags
 
+from imagen_jax.integrity import is_away
+
 COMPILE_CACHE = "compile_cache"
 # What flags, and a config file that they name, raise.
 FLAG_ERRORS = (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError, SyntaxError, ImportError, ArithmeticError)
@@ -21,8 +23,8 @@ def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> Non
 
     Flags are global and verbs have some of the same names, so a verb defines its own when it is run and not when it is imported.
 
-    A ValueError, a missing file, a loss that is not finite or the like is printed as one line and exits with 2; IMAGEN_JAX_TRACEBACK=1
-    shows the traceback.
+    A ValueError, a missing file, a loss that is not finite or the like is printed as one line and exits with 2, which no repetition mends; with 1
+    if a file system did not answer, which one may. IMAGEN_JAX_TRACEBACK=1 shows the traceback.
     """
 
     define_flags()
@@ -37,7 +39,7 @@ def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> Non
         except (ValueError, OSError, FloatingPointError) as error:
             if os.environ.get("IMAGEN_JAX_TRACEBACK"):
                 raise
-            return fail(str(error))
+            return fail(str(error), 1 if is_away(error) else 2)
 
     app.run(guarded, flags_parser=parse)
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,6 +17,16 @@ CHECKSUMS = "SHA256SUMS"
 LOCK = "lock"
 LOOKS = 10  # `is_kept` has the lock for an instant, so one look does not tell
 HASH_THREADS = 4  # hashlib releases the interpreter; one thread does about 1.2 GB/s where the CPU has SHA instructions
+
+# What a network's file system says while it is away: the file may well be there the next time.
+AWAY = frozenset(
+    (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH)
+)
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether an error is of a file system that did not answer, which trying again may mend."""
+    return isinstance(error, OSError) and error.errno in AWAY
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -10,23 +10,29 @@ nothing here imports TensorFlow.
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
+import logging
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from imagen_jax.integrity import sha256_file
+from imagen_jax.integrity import is_away, sha256_file
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
+PAUSES_S = (1.0, 5.0, 25.0)  # before a shard that its file system did not give is read again
 # One record a group gives random access. Images are already compressed; zstd takes a fifth off bfloat16 embeddings.
 WRITER_OPTIONS = {"images": "group_size:1,uncompressed", "captions": "group_size:1,zstd:3"}
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,33 +206,57 @@ class _Store:
     """Random access to the raw records of one split; picklable, safe to share between threads."""
 
     def __init__(self, root: Path, store: str, split: str, shards: Mapping[str, Mapping]):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
         names = sorted(name for name in shards if name.startswith(f"{store}/{store}-{split}."))
         self._label = f"{root}/{store} ({split})"
         self._ends = np.cumsum([shards[name]["rows"] for name in names])
         self._paths = [str(root / name) for name in names]
+        self._sums = [shards[name]["sha256"] for name in names]
         # Naming the rows of each file lets it be opened when first read, not here.
-        spans = [f"{path}[0:{shards[name]['rows']}]" for path, name in zip(self._paths, names, strict=True)]
-        self._source = ArrayRecordDataSource(spans) if spans else ()
+        self._spans = [f"{path}[0:{shards[name]['rows']}]" for path, name in zip(self._paths, names, strict=True)]
+        self._source = self._open()
         import_tfds()
+
+    def _open(self) -> Any:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        return ArrayRecordDataSource(self._spans) if self._spans else ()
 
     def __setstate__(self, state: Mapping) -> None:
         self.__dict__.update(state)
         import_tfds()  # in a data worker, before it starts its reading threads
 
     def __len__(self) -> int:
-        return len(self._source)
+        return int(self._ends[-1]) if self._paths else 0
 
     def _record(self, row: int) -> bytes:
         if not 0 <= row < len(self):
             raise IndexError(f"{self._label} has rows 0 to {len(self) - 1}, row {row} was asked for")
+        return self._read(row, PAUSES_S)
+
+    def _read(self, row: int, pauses: tuple[float, ...]) -> bytes:
+        """A record; if its file system does not give it, again after each of `pauses`, in seconds."""
         try:
             return self._source[row]
-        except (RuntimeError, ValueError, OSError) as error:
-            path = self._paths[int(np.searchsorted(self._ends, row, side="right"))]
-            cause = str(error).splitlines()[0]
-            raise ValueError(f"{path} is damaged, row {row} cannot be read: prepare the data again ({cause})") from error
+        except (RuntimeError, ValueError, OSError, IndexError) as error:
+            fault = self._fault(row, error)
+            if not pauses or not is_away(fault):
+                raise fault from error
+        log.warning("%s; trying again in %g s", fault, pauses[0])
+        time.sleep(pauses[0])
+        self._source = self._open()  # a reader that has failed once fails for ever
+        return self._read(row, pauses[1:])
+
+    def _fault(self, row: int, error: Exception) -> Exception:
+        """Why a row cannot be read: its shard is not what was written (ValueError), or is, or cannot be looked at (OSError): then it was the file system."""
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        path, cause = self._paths[shard], (str(error) or type(error).__name__).splitlines()[0]
+        try:
+            whole = sha256_file(Path(path)) == self._sums[shard]
+        except OSError as away:
+            return OSError(away.errno, f"row {row} cannot be read: {away.strerror}", path)
+        if whole:
+            return OSError(errno.EIO, f"row {row} could not be read, though the file is as it was written ({cause})", path)
+        return ValueError(f"{path} is damaged, row {row} cannot be read: prepare the data again ({cause})")
 
 
 class ImageStore(_Store):

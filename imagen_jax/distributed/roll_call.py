@@ -16,8 +16,8 @@ RETRY_S = 0.2  # between two attempts to reach process 0, which may start last
 LONGEST = 4096  # bytes of a message to process 0; whoever sends more is no process of ours
 
 
-def lead(port: int, count: int, about: str, timeout_s: float, name: Callable[[int], str]) -> list[str]:
-    """Process 0's part: waits for the others on `port` of every interface of this host, and returns the hosts' names by process.
+def lead(port: int, count: int, about: str, timeout_s: float, name: Callable[[int], str], bind: str = "") -> list[str]:
+    """Process 0's part: waits for the others on `port` of `bind`, an address of this host (all of them if empty), and returns the hosts' names by process.
 
     about: what has to be the same everywhere, versions for example. name: how to call a process that did not come.
 
@@ -26,7 +26,7 @@ def lead(port: int, count: int, about: str, timeout_s: float, name: Callable[[in
     """
     end = time.monotonic() + timeout_s
     with contextlib.ExitStack() as opened:
-        server = opened.enter_context(_listen(port))
+        server = opened.enter_context(_listen(bind, port))
         roll = _Roll(opened.enter_context(selectors.DefaultSelector()), opened, count, about)
         roll.selector.register(server, selectors.EVENT_READ)
         while len(roll.hosts) < count and not roll.error and (left := end - time.monotonic()) > 0:
@@ -104,7 +104,8 @@ class _Roll:
         self.hosts.setdefault(index, host)
         self._waiting.setdefault(index, connection)
         if self._waiting[index] is not connection:
-            connection.sendall(_line({"error": self.error}))
+            with contextlib.suppress(OSError):  # it did not wait for the answer
+                connection.sendall(_line({"error": self.error}))
 
     def answer(self, answer: Mapping[str, Any]) -> None:
         for connection in self._waiting.values():
@@ -112,9 +113,11 @@ class _Roll:
                 connection.sendall(_line(answer))
 
 
-def _listen(port: int) -> socket.socket:
+def _listen(bind: str, port: int) -> socket.socket:
     both = socket.has_dualstack_ipv6()
     try:
+        if bind:
+            return socket.create_server((bind, port), family=socket.AF_INET6 if ":" in bind else socket.AF_INET, backlog=4096)
         return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both, backlog=4096)
     except OSError as error:
         raise ValueError(f"process 0 cannot listen on port {port} of {socket.gethostname()}: {error.strerror}; is another run using it?") from error

@@ -16,6 +16,7 @@ from imagen_jax import __version__
 from imagen_jax.distributed import roll_call
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # host:port where process 0 is to listen, if not on all of its addresses; jax reads it too
 log = logging.getLogger(__name__)
 
 
@@ -73,7 +74,8 @@ def start(timeout_s: float = 300.0, lost_s: float = 100.0) -> None:
     about = f"imagen_jax {__version__} with jax {jax.__version__}"
     log.info("process %d of %d (%s) on %s waits for all at %s", place.index, place.count, place.how, socket.gethostname(), place.coordinator)
     if place.index == 0:
-        hosts = roll_call.lead(place.port, place.count, about, timeout_s, place.name)
+        bind = os.environ.get(BIND, "").rpartition(":")[0].strip("[]")
+        hosts = roll_call.lead(place.port, place.count, about, timeout_s, place.name, bind)
     else:
         hosts = roll_call.report(place.host, place.port, place.index, place.count, about, timeout_s)
     jax.distributed.initialize(

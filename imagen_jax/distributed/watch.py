@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from imagen_jax.distributed import startup
+from imagen_jax.integrity import is_away
 
 LOST = 75  # exit code (EX_TEMPFAIL) of a process that ends because another one did: nothing is wrong with it, start all again
 FORESEEN = (ValueError, OSError, FloatingPointError)  # errors that are one line; others come with a traceback
@@ -60,8 +61,8 @@ def verdict(signs: Mapping[int, Sign], hosts: Sequence[str], now: float, silent_
 class Watch:
     """Around everything that processes do together. Of a process that is alone it wants nothing and does nothing.
 
-    An exception that leaves it is published and ends the process at once, with exit code 2 (1 if it has a traceback; LOST if the cause
-    is another process): an orderly end would wait for the others, who wait for this one.
+    An exception that leaves it is published and ends the process at once, with exit code 2 (1 if it has a traceback, or is of a file system
+    that did not answer; LOST if the cause is another process): an orderly end would wait for the others, who wait for this one.
     """
 
     def __init__(self, lost_s: float, store: Any = None, end: Callable[[int], None] = os._exit):
@@ -154,7 +155,7 @@ class Watch:
         foreseen = isinstance(error, FORESEEN)
         if not foreseen or os.environ.get("IMAGEN_JAX_TRACEBACK"):
             traceback.print_exception(error)
-        self._finish(2 if foreseen else 1, line, f"process {self._index} ({self._hosts[self._index]}) failed: {line}")
+        self._finish(2 if foreseen and not is_away(error) else 1, line, f"process {self._index} ({self._hosts[self._index]}) failed: {line}")
 
     def _fault_of_another(self) -> str:
         """What another process did that makes an operation fail here, "" if there is no such thing; takes up to a third of `lost_s`."""

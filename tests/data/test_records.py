@@ -1,5 +1,6 @@
 """The prepared directory on disk: what is refused, and that TFDS opens it without TensorFlow."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from imagen_jax import integrity
 from imagen_jax.data import records
 from tests.data import synthetic
 
@@ -54,6 +56,31 @@ def test_shard_bytes_depend_on_the_records_alone(tmp_path):
     first, second = (records.write_shard(tmp_path / side, name, iter(rows)) for side in "ab")
     assert first == second and first["rows"] == 30
     assert [p.name for p in (tmp_path / "a" / "captions").iterdir()] == [name.split("/")[1]]
+
+
+class Away:
+    """A reader whose file could not be opened."""
+
+    def __getitem__(self, row):
+        raise RuntimeError("no such row")
+
+
+def test_a_file_system_that_is_away_is_waited_for(path, monkeypatch):
+    """Catches: a shard called damaged because its file system did not answer, and a run that ends for it at once."""
+    monkeypatch.setattr(records, "PAUSES_S", (0.0, 0.0))
+    store = records.Prepared(path).images("train")
+    whole, store._source = store._source, Away()
+    monkeypatch.setattr(store, "_open", lambda: whole)
+    assert store._record(7) == whole[7]
+    monkeypatch.setattr(store, "_open", Away)
+    store._source = Away()
+    with pytest.raises(OSError, match="row 7 could not be read, though the file is as it was written") as caught:
+        store._record(7)
+    assert integrity.is_away(caught.value)
+    away = OSError(errno.ESTALE, "Stale file handle")
+    monkeypatch.setattr(records, "sha256_file", lambda path: (_ for _ in ()).throw(away))
+    with pytest.raises(OSError, match="row 7 cannot be read: Stale file handle"):
+        store._record(7)
 
 
 def test_incomplete_or_foreign_directories_are_refused(path, tmp_path):

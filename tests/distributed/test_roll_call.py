@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import socket
+import struct
 import time
 
 import pytest
@@ -90,6 +91,30 @@ def test_the_same_process_twice(port, pool):
     for future in futures:
         with pytest.raises(ValueError, match="two processes say that they are process 1"):
             future.result()
+
+
+def test_the_same_process_twice_and_gone(port, pool):
+    """Catches: a process that was there twice and did not wait for the answer, whose broken connection ends the call without a word to the others."""
+    leader, first = pool.submit(lead, port, 3), pool.submit(report, port, 1, 3)
+    time.sleep(0.3)
+    message = roll_call._line({"index": 1, "count": 3, "host": "b", "about": "v1"})
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as second:
+        second.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed with a reset
+        second.sendall(message)
+    for future in (leader, first):
+        with pytest.raises(ValueError, match="two processes say that they are process 1|did not report"):
+            future.result()
+
+
+def test_listens_where_it_is_told_to(port, pool):
+    """Catches: a coordinator of this machine's own processes that other machines can reach."""
+    leader = pool.submit(roll_call.lead, port, 2, "v1", 20.0, str, "127.0.0.1")
+    while (taken := socket.socket()).connect_ex(("127.0.0.1", port)):
+        taken.close()
+    with socket.socket() as elsewhere:
+        assert elsewhere.connect_ex(("127.0.0.2", port)), "it listens on other addresses too"
+    taken.close()
+    assert report(port, 1, 2) == leader.result() == [HOST] * 2
 
 
 def test_restart_and_strangers_during_the_roll_call(port, pool):

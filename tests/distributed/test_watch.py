@@ -75,30 +75,42 @@ def until(condition, seconds=10.0):
         time.sleep(0.01)
 
 
-def test_waiting_is_explained(processes, caplog):
+class Clock:
+    """Time that passes only when it is told to."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_waiting_is_explained(processes, caplog, monkeypatch):
     """Catches: a warning while all goes well, none while nothing does, and one that blames a process for its own waiting."""
+    monkeypatch.setattr(watch, "time", clock := Clock())
     watching, store, codes = processes(1)
-    with watching:
-        for beat in range(60):
-            for i in (0, 2):
-                store.beat(i, beat, step=beat, turn=2 * beat)
-            watching.at(beat, "training")
-            time.sleep(LOST_S / 60)
-        assert not caplog.records
-        store.beat(0, 61, step=60, turn=120, doing="reading a batch")
-        for beat in range(50):
-            store.beat(2, 100 + beat, step=60, turn=122)
-            time.sleep(LOST_S / 60)
-        until(lambda: caplog.records)
-        assert "step 59, training for" in caplog.messages[0] and "waiting for process 0 (a), silent for" in caplog.messages[0]
-        caplog.clear()
-        watching.at(59, "reading a batch")
-        for beat in range(60):
-            for i in (0, 2):
-                store.beat(i, 200 + beat, step=61, turn=130)
-            time.sleep(LOST_S / 60)
-        until(lambda: caplog.records)
-        assert "step 59, reading a batch for" in caplog.messages[0] and caplog.messages[0].endswith("the others wait for this process")
+
+    def go(beats, at, **others):
+        for beat in beats:
+            at(beat)
+            for name, said in others.items():
+                store.beat(int(name[1:]), beat, **said)
+            clock.sleep(LOST_S / 60)
+            watching._tell()
+            watching._look()
+
+    stay = lambda beat: None
+    go(range(60), lambda beat: watching.at(beat, "training"), p0=dict(step=60, turn=120), p2=dict(step=60, turn=120))
+    assert not caplog.records
+    go(range(100, 150), stay, p2=dict(step=60, turn=122))
+    assert "step 59, training for" in caplog.messages[0] and "waiting for process 0 (a), silent for" in caplog.messages[0]
+    caplog.clear()
+    watching.at(59, "reading a batch")
+    go(range(200, 260), stay, p0=dict(step=61, turn=130), p2=dict(step=61, turn=130))
+    assert "step 59, reading a batch for" in caplog.messages[0] and caplog.messages[0].endswith("the others wait for this process")
     assert codes == []
 
 
@@ -114,9 +126,9 @@ def test_another_process_that_failed_ends_this_one(processes, capfd):
     assert "error: process 1 (b) failed: no space left\n" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("error, code", [(ValueError("wrong\nfield"), 2), (KeyError("x"), 1)])
-def test_own_failure_is_published(processes, capfd, error, code):
-    """Catches: an error that the others never hear of, a foreseen one with a traceback, another without."""
+@pytest.mark.parametrize("error, code, trace", [(ValueError("wrong\nfield"), 2, False), (KeyError("x"), 1, True), (OSError(116, "Stale file handle"), 1, False)])
+def test_own_failure_is_published(processes, capfd, error, code, trace):
+    """Catches: an error that the others never hear of, a foreseen one with a traceback, another without; a file system that was away taken for a mistake, which no launcher repeats."""
     watching, store, codes = processes(1)
     with pytest.raises(type(error)), watching:
         raise error
@@ -124,7 +136,7 @@ def test_own_failure_is_published(processes, capfd, error, code):
     text = " ".join(str(error).split())
     assert store[f"{watch.FAILURES}1"] == f"process 1 (b) failed: {text}"
     err = capfd.readouterr().err
-    assert err.endswith(f"error: {text}\n") and ("Traceback" in err) == (code == 1)
+    assert err.endswith(f"error: {text}\n") and ("Traceback" in err) == trace
 
 
 def test_failed_operation_is_blamed_on_the_process_that_went(processes, capfd):
