@@ -44,7 +44,7 @@ from imagen_jax.data.sources import Source, open_source
 from imagen_jax.data.workers import Workers
 from imagen_jax.distributed.startup import hosts, start
 from imagen_jax.distributed.watch import LOST
-from imagen_jax.integrity import only_process, write_atomically
+from imagen_jax.integrity import is_away, only_process, write_atomically
 
 _CHUNK = 256  # images checked in one task; the unit in which checking is resumed
 _WRITERS = 6  # caption shards in memory at once; one core writes some 800 captions of XXL's width a second
@@ -81,7 +81,7 @@ def main() -> None:
     except Lost as error:
         end(cli.fail(str(error), LOST))
     except (ValueError, OSError) as error:
-        end(cli.fail(str(error)))
+        end(cli.fail(str(error), 1 if is_away(error) else 2))
     except Exception:
         if not hosts():
             raise
@@ -106,6 +106,8 @@ def _run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)} is less than 0")
     if args.preview_captions:
         return _preview_captions(args)
+    if not args.dry_run:
+        cli.make_directory("output", str(args.output.parent))  # where it appears once it is complete
     with _crew(args.output) as crew:
         source = _open(args)
         encoder = _load_encoder(args.encoder, args.max_length)

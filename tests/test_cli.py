@@ -2,17 +2,16 @@
 
 import os
 import pathlib
-import re
 import resource
 import subprocess
 import sys
 
 import pytest
 
+from tests import tiny
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 VERBS = ("imagen_jax.prepare_data", "imagen_jax.train", "imagen_jax.sample", "imagen_jax.evaluate", "imagen_jax.export", "imagen_jax.demo", "imagen_jax.plan", "launch.sweep")
-# What JAX's plugin for GPUs writes when it is installed (make test-slow does it) and there is no GPU.
-PLUGIN = re.compile(r"WARNING: All log messages before absl|I\d{4} .* cudart_stub")
 TINY = "--config=configs/base_64.py:tiny"
 MISTAKES = {
     "no arguments": ("imagen_jax.train", [], "--config FILE and --workdir DIR"),
@@ -73,8 +72,8 @@ def test_a_mistake_is_one_clear_line(mistake, tmp_path):
     verb, options, message = MISTAKES[mistake]
     done = run(verb, *options, cwd=tmp_path)
     assert done.returncode == 2
-    said = [line for line in done.stderr.splitlines() if not PLUGIN.match(line)]
-    assert len(said) == 1 and said[0].startswith("error: ") and message in said[0], done.stderr
+    (line,) = tiny.said(done.stderr)
+    assert line.startswith("error: ") and message in line, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"configs"}
 
 

@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -29,6 +30,15 @@ def full(directory):
 checkpoint.seal = full
 runpy.run_module("imagen_jax.train", run_name="__main__")
 """
+
+
+# What JAX's plugin for GPUs writes when it is installed (make test-slow does it) and there is no GPU.
+PLUGIN = re.compile(r"WARNING: All log messages before absl|I\d{4} .* cudart_stub")
+
+
+def said(stderr: str) -> list[str]:
+    """The lines that a verb itself wrote."""
+    return [line for line in stderr.splitlines() if not PLUGIN.match(line)]
 
 
 @functools.cache

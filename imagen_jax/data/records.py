@@ -256,7 +256,7 @@ class _Store:
             return OSError(away.errno, f"row {row} cannot be read: {away.strerror}", path)
         if whole:
             return OSError(errno.EIO, f"row {row} could not be read, though the file is as it was written ({cause})", path)
-        return ValueError(f"{path} is damaged, row {row} cannot be read: prepare the data again ({cause})")
+        return ValueError(f"{path} is damaged, row {row} cannot be read: remove the directory and prepare the data again ({cause})")
 
 
 class ImageStore(_Store):
@@ -365,4 +365,4 @@ class Prepared:
         """ValueError naming the first shard whose content is not what was written."""
         for name, entry in self.manifest["shards"].items():
             if sha256_file(self.path / name) != entry["sha256"]:
-                raise ValueError(f"{self.path / name} is damaged (its checksum differs): prepare the data again")
+                raise ValueError(f"{self.path / name} is damaged (its checksum differs): remove {self.path} and prepare the data again")
