@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def read(argv: Sequence[str]) -> tuple[list[Job], argparse.Namespace]:
     """The jobs and options of a command line. Raises ValueError for a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m launch", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="python -m launch", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, help="of the run, a directory or gs://BUCKET/PATH; with --stage, of all, each in WORKDIR/STAGE")
     parser.add_argument("--config", default="", help="config of a training, FILE.py or FILE.py:ARG")
     parser.add_argument("--stage", action="append", default=[], metavar="NAME=CONFIG", help="one of several trainings side by side; may be repeated")

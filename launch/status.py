@@ -170,7 +170,7 @@ def span(seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch.status", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = cli.Parser(prog="python -m launch.status", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a training, or the directory of several (a cascade's, a sweep's)")
     args = parser.parse_args(argv)
     for workdir in args.workdirs:

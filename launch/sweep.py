@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
     """The options, and the config fields that all arms share as {"data.path": "..."}."""
-    parser = argparse.ArgumentParser(prog="python -m launch.sweep", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = cli.Parser(prog="python -m launch.sweep", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", required=True, help="ablation file, FILE.py or FILE.py:ARG; fields for all arms as --config.train.steps=1000")
     parser.add_argument("--workdir", required=True, help="directory for all runs and sweep.json; with --where tpu, gke or sky gs://BUCKET/PATH")
     parser.add_argument("--seeds", default="0", help="comma-separated; every arm runs once for each")

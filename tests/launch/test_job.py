@@ -214,6 +214,15 @@ def test_help(main, capsys):
     assert ended.value.code == 0 and "python -m launch" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("main, argv", [(command_line.main, ["--where=moon"]), (sweep.main, ["--rows=x"]), (status.main, [])])
+def test_a_mistake_is_not_hidden_below_the_usage(main, argv, capsys):
+    """Wrong: fifteen lines of options before the one that says what is wrong."""
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
 def test_the_verbs_are_those_there_are():
     """Wrong: a verb that launch does not know, or a module that is none."""
     from tests.test_layering import VERBS
