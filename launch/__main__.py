@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from imagen_jax import cli
 from launch import places
-from launch.job import Job, check_options, in_bucket, name_of, training
+from launch.job import Job, check_options, check_workdir, in_bucket, name_of, training
 
 
 @dataclasses.dataclass
@@ -56,6 +56,7 @@ def read(argv: Sequence[str]) -> tuple[list[Job], argparse.Namespace]:
     options, rest = parser.parse_known_args(before)
     if bool(options.config) + bool(options.stage) + bool(after and not after[0].startswith("-")) != 1:
         raise ValueError("give one of --config FILE, --stage NAME=FILE (once for each), or -- VERB and its options")
+    check_workdir(options.workdir)
     if not in_bucket(options.workdir):
         options.workdir = os.path.abspath(options.workdir)
     if not (options.config or options.stage):

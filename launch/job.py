@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python 3.11 ~/{environment}
 python3 -m uv pip install --quiet --python ~/{environment}/bin/python --editable '.[{extra}]'
 """
+KLOG = re.compile(r"[EFIW]\d{4} [\d:.]+ +\d+ \S+\] ")  # E1125 14:02:31.000000   77 memcache.go:265] ...
+LONGEST = 400  # letters of a tool's complaint
 USAGE_ERROR = 2  # the verbs' exit code for what no repetition mends
 VERBS = ("demo", "evaluate", "export", "plan", "prepare_data", "sample", "train")
 # A verb's flags are global, and those of a config are read from the command line as they are defined: each is parsed in a process of its own.
@@ -118,6 +121,14 @@ def check_mesh(job: Job, devices: int, slices: int) -> None:
 
 def in_bucket(path: str) -> bool:
     return path.startswith(BUCKET)
+
+
+def check_workdir(text: str, flag: str = "--workdir") -> None:
+    """Raises ValueError for one that was left empty, and for a bucket without its name."""
+    if not text.strip():
+        raise ValueError(f"{flag} is empty: give a directory or {BUCKET}BUCKET/PATH")
+    if in_bucket(text) and not re.match(r"[a-z0-9]", text.removeprefix(BUCKET)):
+        raise ValueError(f"{flag} {text} names no bucket: give {BUCKET}BUCKET/PATH")
 
 
 def mounted(argument: str) -> str:
@@ -221,5 +232,12 @@ def ask(command: Sequence[str], tool: str, content: str | None = None) -> subpro
 def refuse(done: subprocess.CompletedProcess, what: str) -> None:
     """Raises ValueError with a tool's own words if it failed."""
     if done.returncode:
-        words = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise ValueError(f"{what} failed with exit code {done.returncode}: {' '.join(words[-3:]) or 'it said nothing'}")
+        raise ValueError(f"{what} failed with exit code {done.returncode}: {said(done)}")
+
+
+def said(done: subprocess.CompletedProcess) -> str:
+    """What a tool that failed said, in one line: from its line ERROR on, which says what to do, or the last three; without the log of kubectl's own code."""
+    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    lines = [line for line in lines if not KLOG.match(line)] or [KLOG.sub("", line) for line in lines]
+    first = next((i for i, line in enumerate(lines) if line.startswith("ERROR")), max(0, len(lines) - 3))
+    return textwrap.shorten(" ".join(lines[first:]), LONGEST, placeholder=" ...") or "it said nothing"

@@ -25,7 +25,6 @@ import numpy as np
 
 from imagen_jax import cli
 from imagen_jax.integrity import write_json
-from imagen_jax.metrics import read_metrics
 from imagen_jax.resume import flat
 from launch import places, status
 from launch.job import Job, in_bucket, mounted, training
@@ -248,16 +247,10 @@ def execute(step: Step) -> None:
     code = cli.call(step.command)
     if code:
         raise ValueError(f"{step.label} ended with exit code {code}; its command: {shlex.join(step.command)}")
-    if (step.directory / "config.json").exists() and not reached_last_step(step.directory):
-        raise ValueError(f"{step.label} was stopped before its last step; the same command continues")
+    row = status.read(Job(step.label, (), str(step.directory)))  # a training exits in order also when it is asked to stop
+    if row.state == "unreadable" or (row.steps and not row.ended):
+        raise ValueError(f"{step.label} was stopped before its last step; the same command continues{f': {row.detail}' if row.detail else ''}")
     write_json(step.directory / FINISHED, step.command[1:])
-
-
-def reached_last_step(workdir: Path) -> bool:
-    """Whether a training that exited in order did so at the end: it also does when asked to stop."""
-    total = json.loads((workdir / "config.json").read_text())["train"]["steps"]
-    rows = read_metrics(workdir)
-    return bool(rows) and rows[-1]["step"] == total
 
 
 def read_evaluations(workdir: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:

@@ -190,11 +190,13 @@ def test_a_failed_process_is_not_finished(tmp_path):
     assert not failing.finished
 
 
-@pytest.mark.parametrize("reached, finished", [(8, True), (5, False)])
-def test_a_training_that_stopped_early_is_not_finished(tmp_path, reached, finished):
-    """Wrong: exit code 0, which a training asked to stop also gives, taken for the end of the training."""
+@pytest.mark.parametrize("rows, saved, finished", [(8, 8, True), (5, 5, False), (8, 4, False), (4, 8, True)])
+def test_a_training_that_stopped_early_is_not_finished(tmp_path, rows, saved, finished):
+    """Wrong: exit code 0, which a training asked to stop also gives, taken for the end of the training; or lost rows that nobody makes again for a stop."""
     (tmp_path / "config.json").write_text('{"train": {"steps": 8}}')
-    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 4}}\n{{"step": {reached}}}\n')
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": {rows}}}\n')
+    (tmp_path / "checkpoints" / str(saved)).mkdir(parents=True)
+    (tmp_path / "checkpoints" / str(saved) / "SHA256SUMS").touch()
     stopped = step(tmp_path, "")
     if finished:
         sweep.execute(stopped)

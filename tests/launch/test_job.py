@@ -44,6 +44,9 @@ def test_a_bucket_is_a_directory_on_the_machines():
 @pytest.mark.parametrize(
     "argv, message",
     [
+        ((*LOCAL, "--workdir="), "--workdir is empty"),
+        (("--where=gke", "--image=i", "--topology=v5e:2x4", "--workdir=gs://", *LOCAL[2:]), "--workdir gs:// names no bucket"),
+        (("--where=gke", "--image=i", "--topology=v5e:2x4", "--workdir=gs:///x", *LOCAL[2:]), "--workdir gs:///x names no bucket"),
         ((*LOCAL, "--workdir=r", "--config.optim.lrr=1"), "lrr"),
         ((*LOCAL, "--workdir=r", "--config.optim.lr=fast"), "fast"),
         ((*LOCAL, "--workdir=r", "--proceses=2"), "'--proceses=2' is no option"),
@@ -221,6 +224,35 @@ def test_a_mistake_is_not_hidden_below_the_usage(main, argv, capsys):
         main(argv)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+LOGGED_OUT = """WARNING: something else
+ERROR: (gcloud.storage.cat) You do not currently have an active account selected.
+Please run:
+
+  $ gcloud auth login
+
+to obtain new credentials.
+
+If you have already logged in with a different account, run:
+
+  $ gcloud config set account ACCOUNT
+"""
+KLOG = 'E1125 14:02:31.000000   77 memcache.go:265] "Unhandled Error" err="couldn\'t get the list"\n'
+SAID = [
+    (LOGGED_OUT, "ERROR: (gcloud.storage.cat) You do not currently have an active account selected. Please run: $ gcloud auth login to obtain"),
+    (3 * KLOG + "The connection to the server localhost:8080 was refused\n", "The connection to the server localhost:8080 was refused"),
+    (KLOG, '"Unhandled Error" err="couldn\'t get the list"'),
+    ("1\n2\n3\n4\n", "2 3 4"),
+    ("", "it said nothing"),
+]
+
+
+@pytest.mark.parametrize("text, shown", SAID)
+def test_a_tools_complaint_says_what_to_do(text, shown):
+    """Wrong: the end of a message without its beginning, which has the command to run; or a log of times and source lines."""
+    told = jobs.said(subprocess.CompletedProcess((), 1, stdout="", stderr=text))
+    assert told.startswith(shown) and len(told) <= jobs.LONGEST and (len(told) == len(shown) or text == LOGGED_OUT)
 
 
 def test_the_verbs_are_those_there_are():

@@ -42,6 +42,7 @@ def finish(tmp_path: Path, arm: str) -> None:
     """As the training does, whose config has eight steps."""
     directory = tmp_path / "runs" / arm / "seed_0" / "train"
     (directory / "checkpoints" / "8").mkdir(parents=True)
+    (directory / "checkpoints" / "8" / "SHA256SUMS").touch()
     (directory / "metrics.jsonl").write_text('{"step": 8, "loss": 1.0}\n')
 
 
