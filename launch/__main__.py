@@ -19,7 +19,9 @@ from collections.abc import Sequence
 
 from imagen_jax import cli
 from launch import places
-from launch.job import Job, check_options, check_workdir, in_bucket, name_of, training
+from launch.job import Job, check_options, check_path, in_bucket, name_of, training
+
+CHECKED = re.compile(r"--?(workdir|config|flagfile)([.=]|$)")  # options of the training, which absl also reads from a file
 
 
 @dataclasses.dataclass
@@ -56,7 +58,7 @@ def read(argv: Sequence[str]) -> tuple[list[Job], argparse.Namespace]:
     options, rest = parser.parse_known_args(before)
     if bool(options.config) + bool(options.stage) + bool(after and not after[0].startswith("-")) != 1:
         raise ValueError("give one of --config FILE, --stage NAME=FILE (once for each), or -- VERB and its options")
-    check_workdir(options.workdir)
+    check_path(options.workdir)
     if not in_bucket(options.workdir):
         options.workdir = os.path.abspath(options.workdir)
     if not (options.config or options.stage):
@@ -67,6 +69,8 @@ def read(argv: Sequence[str]) -> tuple[list[Job], argparse.Namespace]:
         return places.completed(jobs, options), options
     stages = _stages(options, rest)
     workdir_of = lambda name: f"{options.workdir.rstrip('/')}/{name}" if name else options.workdir
+    if again := next(filter(CHECKED.match, after), ""):
+        raise ValueError(f"{again!r} after -- would replace what launch has checked: --workdir, --config and its fields stand before it")
     if after:
         check_options("train", after)
     jobs = [training(name, stage.config, stage.fields, workdir_of(name), options.where, after) for name, stage in stages.items()]

@@ -22,7 +22,7 @@ from typing import Any
 from imagen_jax import cli
 from imagen_jax.integrity import CHECKSUMS, is_kept, write_json
 from imagen_jax.metrics import METRICS, parse_row
-from launch.job import Job, ask, check_workdir, in_bucket, name_of, said
+from launch.job import Job, ask, check_path, in_bucket, name_of, said
 
 RECORD = "launch.json"  # what a launcher last did: {"where", "name", "state", "detail", "attempt", "steps", "time"}
 TAIL_BYTES = 65_536  # of metrics.jsonl: enough rows for the rate
@@ -224,7 +224,7 @@ def jobs(argv: Sequence[str] | None) -> list[Job]:
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a training, or the directory of several (a cascade's, a sweep's)")
     args = parser.parse_args(argv)
     for workdir in args.workdirs:
-        check_workdir(workdir, "WORKDIR")
+        check_path(workdir, "WORKDIR")
         if not in_bucket(workdir) and not Path(workdir).is_dir():
             raise ValueError(f"{workdir} is no directory")
     return [Job(name_of(path), (), path, stage=title) for workdir in args.workdirs for title, path in inside(workdir)]

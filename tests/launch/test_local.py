@@ -192,6 +192,33 @@ def test_a_signal_reaches_every_process_and_starts_nothing_again(tmp_path):
     assert [len(told(tmp_path / "run", i)) for i in (0, 1)] == [1, 1]
 
 
+@pytest.mark.parametrize("saved, state", [(8, "finished"), (4, "stopped")])
+def test_exit_code_0_is_the_end_only_at_the_last_step(tmp_path, saved, state):
+    """Wrong: a training that was asked to stop, saved and exited with 0 is written down as finished."""
+    made = program(tmp_path, [0], steps=8)
+    (tmp_path / "run" / "checkpoints" / str(saved)).mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / str(saved) / "SHA256SUMS").touch()
+    assert local.run([made], options("local")) == 0
+    assert json.loads((made.record / status.RECORD).read_text())["state"] == state
+
+
+def test_what_is_told_to_end_is_stopped(tmp_path):
+    """Wrong: a verb that exits with 0 when it is told to is never started again."""
+    process = launcher(tmp_path, ["wait", "wait"])
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == local.INTERRUPTED
+    assert json.loads((tmp_path / "run" / "launch" / status.RECORD).read_text())["state"] == "stopped"
+
+
+def test_setup_has_the_variables_of_the_job(tmp_path, capfd):
+    """Wrong: what --setup installs does not go where --env says, as it does everywhere else."""
+    made = program(tmp_path, [0], setup='echo "word is $WORD"', environment={"WORD": "a 'b'"})
+    assert local.run([made], options("local")) == 0
+    assert "word is a 'b'\n" in capfd.readouterr().out
+    shown = subprocess.run(["bash", "-c", local.render([made], options("local")).splitlines()[1]], capture_output=True, text=True, check=True)
+    assert shown.stdout == "word is a 'b'\n"
+
+
 def test_a_second_signal_ends_what_does_not_listen(tmp_path):
     """Wrong: a process that ignores SIGTERM cannot be ended with the launcher."""
     process = launcher(tmp_path, ["stubborn", "stubborn"])
