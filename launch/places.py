@@ -69,6 +69,15 @@ def check_own_options(options: argparse.Namespace) -> None:
                 raise ValueError(f"--{option} is for --where {name}, not for {options.where}")
 
 
+def check_unused(options: argparse.Namespace) -> None:
+    """Raises ValueError for an option that only a place reads, where --where names none."""
+    parser = argparse.ArgumentParser(add_help=False)
+    define_options(parser, required=False)
+    for option, default in vars(parser.parse_args([])).items():
+        if option != "dry_run" and getattr(options, option) != default:
+            raise ValueError(f"--{option} needs --where")
+
+
 def _topology(text: str, where: str, job: Job):
     """Raises ValueError if one is missing, or given where it means nothing."""
     from imagen_jax.hardware.topology import parse
