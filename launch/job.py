@@ -145,7 +145,7 @@ def check_path(text: str, flag: str = "--workdir") -> None:
     """Raises ValueError for one that was left empty, and for a bucket without its name."""
     if not text.strip():
         raise ValueError(f"{flag} is empty: give a directory or {BUCKET}BUCKET/PATH")
-    if in_bucket(text) and not re.match(r"[a-z0-9]", text.removeprefix(BUCKET)):
+    if in_bucket(text) and not re.match(r"[^/\s]", text.removeprefix(BUCKET)):
         raise ValueError(f"{flag} {text} names no bucket: give {BUCKET}BUCKET/PATH")
 
 

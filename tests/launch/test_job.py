@@ -149,7 +149,7 @@ def test_what_is_not_in_the_commit_is_not_promised_to_other_machines(tmp_path, m
 def test_data_of_this_machine_is_not_promised_to_others(where, capsys):
     """Wrong: hundreds of chips are asked for, and find that the data, or the weights to begin from, are on somebody's laptop."""
     argv = ("--dry-run", f"--where={where}", "--topology=v5e:2x4", *NEEDED.get(where, []), "--workdir=gs://b/r", f"--config={CONFIG}")
-    good = ["gs://b/d", "/mnt/gs/c/d", *["/app/data/emoji"] * (where == "gke")]
+    good = ["gs://B/d", "/mnt/gs/c/d", *["/app/data/emoji"] * (where == "gke")]
     bad = ["/data", "data", "/mnt/gs", "/mnt/gs/../data", "/application", "/app", "gs:///d", *["/app/data/emoji"] * (where != "gke")]
     for path in good + bad:
         assert command_line.main([*argv, f"--config.data.path={path}"]) == (0 if path in good else 2), path

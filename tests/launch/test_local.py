@@ -26,15 +26,15 @@ do = script[min(len(log.read_text().splitlines()), len(script)) - 1][i]
 print("hello from", i, do, flush=True)
 def told(*_):
     (here / f"told_{i}").touch()
-    sys.exit(2 if do == "late" else 0)
+    sys.exit({"late": 2, "interrupted": 130}.get(do, 0))
 if do == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-elif do in ("wait", "late"):
+elif do in ("wait", "late", "interrupted"):
     signal.signal(signal.SIGTERM, told)
 if do == "child":
     (here / "child").write_text(str(subprocess.Popen(["sleep", "600"]).pid))
 (here / f"ready_{i}").touch()
-if do in ("wait", "late", "stubborn", "child"):
+if do in ("wait", "late", "interrupted", "stubborn", "child"):
     time.sleep(600)
 if do in ("kill", 75):
     while not all((here / f"ready_{n}").exists() for n in range(int(os.environ["JAX_NUM_PROCESSES"]))):
@@ -53,7 +53,7 @@ def soon(monkeypatch):
 
 
 def program(tmp_path: Path, *attempts: list, name: str = "run", **fields):
-    """A job whose process i does attempts[n][i] in its attempt n: an exit code, or kill, wait, late (2 when told to end), stubborn, child."""
+    """A job whose process i does attempts[n][i] in its attempt n: an exit code, or kill, wait, late (2 when told to end), interrupted (130), stubborn, child."""
     (tmp_path / name).mkdir(exist_ok=True)
     return job(tmp_path / name, arguments=("-c", PROGRAM, str(tmp_path / name), json.dumps(attempts)), **fields)
 
@@ -202,10 +202,11 @@ def test_exit_code_0_is_the_end_only_at_the_last_step(tmp_path, saved, state):
     assert json.loads((made.record / status.RECORD).read_text())["state"] == state
 
 
-def test_what_is_told_to_end_is_stopped(tmp_path):
-    """Wrong: a verb that exits with 0 when it is told to is never started again."""
-    process = launcher(tmp_path, ["wait", "wait"])
-    process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("does", ["wait", "interrupted"])
+def test_what_is_told_to_end_is_stopped(tmp_path, does):
+    """Wrong: a verb that exits with 0 when it is told to is finished and never started again, or one that says 130 has failed."""
+    process = launcher(tmp_path, [does, does])
+    process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == local.INTERRUPTED
     assert json.loads((tmp_path / "run" / "launch" / status.RECORD).read_text())["state"] == "stopped"
 
