@@ -1,5 +1,6 @@
 """What every verb's command line has in common: errors of the user's making end in one line, not in a traceback; logging; the compile cache."""
 
+import argparse
 import json
 import logging
 import os
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, NoReturn, Sequence
 
 from absl import app, flags
 
@@ -42,6 +43,13 @@ def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> Non
             return fail(str(error), 1 if is_away(error) else 2)
 
     app.run(guarded, flags_parser=parse)
+
+
+class Parser(argparse.ArgumentParser):
+    """For command lines without absl's flags: what is wrong with one is one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(fail(message))
 
 
 def cores() -> int:

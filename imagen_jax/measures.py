@@ -408,6 +408,13 @@ MEASURES: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
 SUPER_RESOLUTION = ("denoising", "consistency", "detail")
 
 
+def check_known(names: list[str]) -> None:
+    """Raises ValueError for one that is no measure."""
+    for name in names:
+        if name not in MEASURES:
+            raise ValueError(f"--measures {name} is unknown; there are {', '.join(MEASURES)}")
+
+
 def choose(names: list[str], stage: Stage, settings: Settings) -> list[str]:
     """The measures to run: those named, or all that apply if none is. Raises ValueError for one that is unknown or does not apply."""
     excluded = {} if stage.lowres_size else {name: f"{stage.name} is a base stage" for name in SUPER_RESOLUTION}
@@ -417,9 +424,8 @@ def choose(names: list[str], stage: Stage, settings: Settings) -> list[str]:
             raise ValueError(f"--lowres_from is for super-resolution stages; {stage.name} is a base stage")
     if not (stage.text_dim or stage.lowres_size):
         excluded["sensitivity"] = f"{stage.name} is told nothing it could be sensitive to"
+    check_known(names)
     for name in names:
-        if name not in MEASURES:
-            raise ValueError(f"--measures {name} is unknown; there are {', '.join(MEASURES)}")
         if name in excluded:
             raise ValueError(f"--measures {name} does not apply: {excluded[name]}")
     return [name for name in MEASURES if name not in excluded and (not names or name in names)]

@@ -136,7 +136,7 @@ def _crew(output: Path) -> Crew:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m imagen_jax.prepare_data", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m imagen_jax.prepare_data", description=__doc__.splitlines()[0])
     parser.add_argument("--source", required=True, help="emoji, folder:DIR (with captions.jsonl, captions.csv or .txt files), tfds:NAME or tfds:DIR")
     parser.add_argument("--output", required=True, type=Path, help="directory to create")
     parser.add_argument("--encoder", required=True, help="t5_tiny, a directory with a T5 encoder, or a hub name")

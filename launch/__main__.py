@@ -19,7 +19,9 @@ from collections.abc import Sequence
 
 from imagen_jax import cli
 from launch import places
-from launch.job import Job, check_options, in_bucket, name_of, training
+from launch.job import Job, check_options, check_path, in_bucket, name_of, training
+
+CHECKED = re.compile(r"--?(workdir|config|flagfile)([.=]|$)")  # options of the training, which absl also reads from a file
 
 
 @dataclasses.dataclass
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def read(argv: Sequence[str]) -> tuple[list[Job], argparse.Namespace]:
     """The jobs and options of a command line. Raises ValueError for a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m launch", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="python -m launch", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, help="of the run, a directory or gs://BUCKET/PATH; with --stage, of all, each in WORKDIR/STAGE")
     parser.add_argument("--config", default="", help="config of a training, FILE.py or FILE.py:ARG")
     parser.add_argument("--stage", action="append", default=[], metavar="NAME=CONFIG", help="one of several trainings side by side; may be repeated")
@@ -56,6 +58,7 @@ def read(argv: Sequence[str]) -> tuple[list[Job], argparse.Namespace]:
     options, rest = parser.parse_known_args(before)
     if bool(options.config) + bool(options.stage) + bool(after and not after[0].startswith("-")) != 1:
         raise ValueError("give one of --config FILE, --stage NAME=FILE (once for each), or -- VERB and its options")
+    check_path(options.workdir)
     if not in_bucket(options.workdir):
         options.workdir = os.path.abspath(options.workdir)
     if not (options.config or options.stage):
@@ -66,6 +69,8 @@ def read(argv: Sequence[str]) -> tuple[list[Job], argparse.Namespace]:
         return places.completed(jobs, options), options
     stages = _stages(options, rest)
     workdir_of = lambda name: f"{options.workdir.rstrip('/')}/{name}" if name else options.workdir
+    if again := next(filter(CHECKED.match, after), ""):
+        raise ValueError(f"{again!r} after -- would replace what launch has checked: --workdir, --config and its fields stand before it")
     if after:
         check_options("train", after)
     jobs = [training(name, stage.config, stage.fields, workdir_of(name), options.where, after) for name, stage in stages.items()]

@@ -6,6 +6,7 @@ finds its place from what GKE puts into pods that ask for google.com/tpu; on GPU
 
 import argparse
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,8 @@ def define_options(parser: argparse.ArgumentParser) -> None:
 def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:
     if not options.image:
         raise ValueError("--where gke needs --image, a container image with the code (its Dockerfile: launch/README.md)")
+    if re.search(r"\s", options.image):
+        raise ValueError(f"--image {options.image!r} is no name of an image: it has white space in it")
     for job in jobs:
         if not in_bucket(job.workdir):
             raise ValueError(f"--workdir {job.workdir} would be lost with its pod: give gs://BUCKET/PATH")

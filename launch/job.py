@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python 3.11 ~/{environment}
 python3 -m uv pip install --quiet --python ~/{environment}/bin/python --editable '.[{extra}]'
 """
+KLOG = re.compile(r"[EFIW]\d{4} [\d:.]+ +\d+ \S+\] ")  # E1125 14:02:31.000000   77 memcache.go:265] ...
+LONGEST = 400  # letters of a tool's complaint
 USAGE_ERROR = 2  # the verbs' exit code for what no repetition mends
 VERBS = ("demo", "evaluate", "export", "plan", "prepare_data", "sample", "train")
 # A verb's flags are global, and those of a config are read from the command line as they are defined: each is parsed in a process of its own.
@@ -81,8 +84,13 @@ class Job:
 
     @property
     def buckets(self) -> tuple[str, ...]:
-        """The buckets that the command's arguments name."""
-        return tuple(sorted({found for argument in self.arguments for found in re.findall(rf"(?:^|=){BUCKET}([^/]+)", argument)}))
+        """The buckets that the command's arguments name, as gs:// or by where they are mounted."""
+        return tuple(sorted({found for argument in self.arguments for found in re.findall(rf"(?:^|=)(?:{BUCKET}|{MOUNT}/)([^/]+)", argument)}))
+
+    @property
+    def unmounted(self) -> str:
+        """The first argument with a path that is none before its bucket is mounted, "" if there is none."""
+        return next((argument for argument in self.arguments if mounted(argument) != argument), "")
 
     @property
     def install(self) -> str:
@@ -116,8 +124,29 @@ def check_mesh(job: Job, devices: int, slices: int) -> None:
         raise ValueError(f"{job.title}: {error}") from error
 
 
+def check_inputs(job: Job, code: str) -> None:
+    """Raises ValueError if a training on machines elsewhere reads a path that only this one has. `code`: directory of files that they have too, "" for none."""
+    if not job.config:
+        return
+    begun = re.findall(r"^--?init_from[=\n](.*)", "\n".join(job.arguments), re.MULTILINE)[-1:]  # --init_from=PATH or --init_from PATH
+    inputs = [("--config.data.path", job.config["data"]["path"]), *(("--init_from", path) for path in begun if path and not path.startswith("embedded:"))]
+    for flag, path in inputs:
+        check_path(path, flag)
+        above = Path(os.path.normpath(path)).parents
+        if not (in_bucket(path) or Path(MOUNT) in above or (code and Path(code) in above)):
+            raise ValueError(f"{job.title}: {flag}={path} is a path of this machine, which the others do not have: give {BUCKET}BUCKET/PATH")
+
+
 def in_bucket(path: str) -> bool:
     return path.startswith(BUCKET)
+
+
+def check_path(text: str, flag: str = "--workdir") -> None:
+    """Raises ValueError for one that was left empty, and for a bucket without its name."""
+    if not text.strip():
+        raise ValueError(f"{flag} is empty: give a directory or {BUCKET}BUCKET/PATH")
+    if in_bucket(text) and not re.match(r"[^/\s]", text.removeprefix(BUCKET)):
+        raise ValueError(f"{flag} {text} names no bucket: give {BUCKET}BUCKET/PATH")
 
 
 def mounted(argument: str) -> str:
@@ -179,6 +208,8 @@ def read_config(config: str, fields: Sequence[str]) -> dict[str, Any]:
 def training(title: str, config: str, fields: Sequence[str], workdir: str, where: str, more: Sequence[str] = ()) -> Job:
     """The job of a training; its config is read as the trainer will read it, and must be good. `where` it runs: machines elsewhere read their checkout's file."""
     content = read_config(config, fields)
+    if in_bucket(path := content["data"]["path"]) and not any(field.startswith("--config.data.path=") for field in fields):
+        fields = (*fields, f"--config.data.path={path}")  # in an argument, so that its bucket is mounted
     file = config if where in ("local", "slurm") else inside_checkout(config)
     arguments = ("-m", "imagen_jax.train", f"--config={file}", f"--workdir={workdir}", *fields, *more)
     return Job(name=name_of(workdir), stage=title, workdir=workdir, config=content, arguments=arguments)
@@ -221,5 +252,12 @@ def ask(command: Sequence[str], tool: str, content: str | None = None) -> subpro
 def refuse(done: subprocess.CompletedProcess, what: str) -> None:
     """Raises ValueError with a tool's own words if it failed."""
     if done.returncode:
-        words = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise ValueError(f"{what} failed with exit code {done.returncode}: {' '.join(words[-3:]) or 'it said nothing'}")
+        raise ValueError(f"{what} failed with exit code {done.returncode}: {said(done)}")
+
+
+def said(done: subprocess.CompletedProcess) -> str:
+    """What a tool that failed said, in one line: from its line ERROR on, which says what to do, or the last three; without the log of kubectl's own code."""
+    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    lines = [line for line in lines if not KLOG.match(line)] or [KLOG.sub("", line) for line in lines]
+    first = next((i for i, line in enumerate(lines) if line.startswith("ERROR")), max(0, len(lines) - 3))
+    return textwrap.shorten(" ".join(lines[first:]), LONGEST, placeholder=" ...") or "it said nothing"

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from imagen_jax.distributed.watch import LOST
 from imagen_jax.integrity import only_process
 from launch import status
-from launch.job import USAGE_ERROR, Job
+from launch.job import USAGE_ERROR, Job, exports
 
 POLL_S = 0.1
 GRACE_S = 10.0  # for the other processes to end when one has failed: they cannot go on without it
@@ -53,7 +53,7 @@ def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
     """What will be run, as shell lines; the port is chosen when it is."""
     lines = []
     for job in jobs:
-        lines += [f"# {job.title}", *([f"({job.setup})"] if job.setup else [])]
+        lines += [f"# {job.title}", *([f"({'; '.join([*exports(job.environment), job.setup])})"] if job.setup else [])]
         for process in range(options.processes):
             variables = {**job.environment, **_variables(options, process, "PORT")}
             lines.append(" ".join([f"{name}={shlex.join([value])}" for name, value in variables.items()] + [shlex.join(job.command("python"))]))
@@ -198,12 +198,19 @@ class Attempts:
         if code in (0, USAGE_ERROR) or self._attempt >= self._retries:
             self.code = code
             error = self._last_error.decode(errors="replace")
-            state = "stopped" if self._stopped and code < 0 else "failed" if code else "finished"
+            if code:
+                state = "stopped" if self._stopped and (code < 0 or code == INTERRUPTED) else "failed"
+            else:
+                state = "finished" if self._ended() else "stopped"
             status.record(self.job, "local", state, f"{why}{f'; {error}' if error else ''}" if code else "", self._attempt)
             return
         self._attempt += 1
         self._write(f"{self.job.title}: {why}; starting again from its newest checkpoint, attempt {self._attempt + 1} of {self._retries + 1}\n".encode())
         self._start()
+
+    def _ended(self) -> bool:
+        """Whether processes that ended in order are at their end: they also do when asked to stop, which only a training's files tell from its end."""
+        return status.read(self.job).ended if self.job.steps else not self._stopped
 
     def stop(self, number: int) -> None:
         """Passes a signal on; the job is not started again."""
@@ -251,7 +258,7 @@ def run(jobs: Sequence[Job], options: argparse.Namespace) -> int:
 
 
 def _set_up(job: Job) -> None:
-    if job.setup and subprocess.run(job.setup, shell=True, executable="/bin/bash").returncode:
+    if job.setup and subprocess.run(job.setup, shell=True, executable="/bin/bash", env=os.environ | dict(job.environment)).returncode:
         raise ValueError(f"--setup of {job.title} failed: {job.setup}")
 
 

@@ -2,11 +2,14 @@
 
 import argparse
 import dataclasses
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
+from imagen_jax import cli
 from launch import gke, local, sky, slurm, status, tpu_pod
-from launch.job import Job, check_mesh, check_secrets, environment_of, in_bucket
+from launch.job import Job, check_inputs, check_mesh, check_secrets, environment_of, in_bucket
 
 PLACES: dict[str, ModuleType] = {"local": local, "tpu": tpu_pod, "gke": gke, "slurm": slurm, "sky": sky}
 WATCHED = ("local", "tpu")  # the launcher stays until the job has ended; the others hand it over
@@ -41,16 +44,18 @@ def completed(jobs: Sequence[Job], options: argparse.Namespace, topologies: Sequ
         topology = _topology(topologies[i] if topologies and topologies[i] else options.topology, options.where, job)
         made.append(dataclasses.replace(job, topology=topology, setup=options.setup, environment=shared | own, secrets=secrets, retries=options.retries))
     for job in made:
-        if options.where == "local" and (in_bucket(job.workdir) or job.buckets):
+        if options.where == "local" and (in_bucket(job.workdir) or job.unmounted):
             raise ValueError(f"{job.title}: a bucket is no directory of this machine; mount it and give the directory")
-        data = job.config["data"]["path"] if job.config else ""
-        if options.where in ("tpu", "gke", "sky") and data and not in_bucket(data) and not data.startswith("/"):
-            raise ValueError(f"{job.title}: --config.data.path={data} is a directory of this machine, which the others do not have: give gs://BUCKET/PATH")
+        if not in_bucket(job.workdir):
+            cli.check_directory("workdir", job.workdir)
         if job.topology:
             check_mesh(job, job.topology.chips, job.topology.slices if job.topology.chip.platform == "tpu" else 1)
         elif options.devices:
             check_mesh(job, options.processes * options.devices, 1)
     PLACES[options.where].check(made, options)
+    for job in made:
+        if options.where in ("tpu", "gke", "sky"):
+            check_inputs(job, options.code if options.where == "gke" else "")
     return made
 
 
@@ -62,6 +67,15 @@ def check_own_options(options: argparse.Namespace) -> None:
         for option, default in vars(parser.parse_args([])).items():
             if name != options.where and getattr(options, option) != default:
                 raise ValueError(f"--{option} is for --where {name}, not for {options.where}")
+
+
+def check_unused(options: argparse.Namespace) -> None:
+    """Raises ValueError for an option that only a place reads, where --where names none."""
+    parser = argparse.ArgumentParser(add_help=False)
+    define_options(parser, required=False)
+    for option, default in vars(parser.parse_args([])).items():
+        if option != "dry_run" and getattr(options, option) != default:
+            raise ValueError(f"--{option} needs --where")
 
 
 def _topology(text: str, where: str, job: Job):
@@ -90,6 +104,9 @@ def start(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     if not todo:
         return 0
     if options.dry_run:
+        for job in todo:
+            if options.where == "local":  # elsewhere it need not be this machine that makes them
+                check_can_be_made(job.record)
         print(place.render(todo, options))
         return 0
     for job in todo:
@@ -100,6 +117,15 @@ def start(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     if options.where in WATCHED:
         return place.run(todo, options)
     return place.submit(todo, options)
+
+
+def check_can_be_made(directory: Path) -> None:
+    """Raises ValueError if nothing can be written to a directory, or to where it would be. Makes nothing that stays."""
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(f"--workdir: {directory} cannot be made: {error.strerror}") from error
 
 
 def standing(job: Job, options: argparse.Namespace) -> tuple[str, str]:

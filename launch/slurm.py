@@ -22,6 +22,10 @@ from launch.job import NAME_LENGTH, USAGE_ERROR, Job, ask, exports, in_bucket, r
 SAVE_S = 300  # before the time limit the processes are told to save and end
 # What this script depends on, so that --sbatch may not say otherwise.
 OWN = ("job-name", "comment", "nodes", "ntasks-per-node", "gpus-per-node", "output", "open-mode", "requeue", "no-requeue", "dependency", "signal")
+WITHOUT_VALUE = (  # sbatch's manual
+    "contiguous", "exclusive", "get-user-env", "hold", "ignore-pbs", "nice", "no-kill", "overcommit", "oversubscribe", "propagate", "quiet",
+    "reboot", "spread-job", "use-min-nodes", "verbose",
+)  # fmt: skip
 TOOL = "run this on a login node of the cluster"
 SCRIPT = "job.sbatch"
 PORTS = range(61_440, 65_536)  # one for each job, by its number, as jax does it
@@ -32,21 +36,21 @@ def define_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--partition", default="")
     group.add_argument("--account", default="")
     group.add_argument("--time", default="", help="limit of one run of the job, as sbatch takes it; the job is queued again when it is over")
-    group.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other of sbatch, such as --sbatch=qos=high")
+    group.add_argument("--sbatch", action="append", default=[], metavar="OPTION[=VALUE]", help="any other of sbatch, such as --sbatch=qos=high")
 
 
 def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:
     for job in jobs:
-        if in_bucket(job.workdir) or job.buckets:
-            raise ValueError(f"{job.workdir if in_bucket(job.workdir) else job.buckets[0]} is in a bucket: on SLURM give directories that all nodes share")
+        if in_bucket(job.workdir) or job.unmounted:
+            raise ValueError(f"{job.unmounted or job.workdir} is in a bucket: on SLURM give directories that all nodes share")
         if job.topology.chip.platform != "cuda":
             raise ValueError(f"--topology {job.topology}: SLURM clusters have GPUs here; give NODESxGPUS such as h100:32x8")
     if len({machines.of(job.topology).chips for job in jobs}) > 1:
         raise ValueError("jobs that share an allocation use the same number of GPUs of each node")
     for text in options.sbatch:
-        if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", text):
-            raise ValueError(f"--sbatch={text} is not OPTION=VALUE, such as --sbatch=constraint=h100 or --sbatch=exclusive")
-        name = text.partition("=")[0]
+        name, equals, _ = text.partition("=")
+        if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", text) or not (equals or name in (*WITHOUT_VALUE, *OWN)):
+            raise ValueError(f"--sbatch={text} is not OPTION=VALUE, such as --sbatch=constraint=h100, nor one of {', '.join(WITHOUT_VALUE)}")
         if name in OWN or name in ("partition", "account", "time"):
             raise ValueError(f"--sbatch={text}: " + (f"launch sets {name} itself" if name in OWN else f"give --{name}"))
     if options.time and seconds(options.time) <= SAVE_S:

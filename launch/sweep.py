@@ -25,10 +25,9 @@ import numpy as np
 
 from imagen_jax import cli
 from imagen_jax.integrity import write_json
-from imagen_jax.metrics import read_metrics
 from imagen_jax.resume import flat
 from launch import places, status
-from launch.job import Job, in_bucket, mounted, training
+from launch.job import Job, check_path, in_bucket, mounted, read_config, training
 
 # What a sampling field is called by imagen_jax.evaluate.
 EVALUATE_FLAGS = {
@@ -89,15 +88,19 @@ class Step:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, shared = parse(argv)
     try:
+        args, shared = parse(argv)
         arms, steps = plan(args, shared)
+        check(args, shared, arms)
         if args.where and not trained(args, [step for step in steps if step.trains]):
             return 0
+        if args.dry_run and args.bucket:
+            print(f"# trainings are the jobs above; evaluations run on a machine where the buckets are mounted at {mounted('gs://')}")
         for i, step in enumerate(steps):
-            state = "finished" if step.finished else "to run" if args.dry_run else "running"
+            job = bool(args.where) and step.trains  # of which a call that goes on from here has none to run
+            state = "finished" if step.finished else "a job" if job else "to run" if args.dry_run else "running"
             print(f"[{i + 1}/{len(steps)}] {step.label}: {state}", flush=True)
-            if args.dry_run:
+            if args.dry_run and not job:
                 print("  " + shlex.join(("python", *step.command[1:])))
             elif state == "running":
                 execute(step)
@@ -115,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
     """The options, and the config fields that all arms share as {"data.path": "..."}."""
-    parser = argparse.ArgumentParser(prog="python -m launch.sweep", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = cli.Parser(prog="python -m launch.sweep", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", required=True, help="ablation file, FILE.py or FILE.py:ARG; fields for all arms as --config.train.steps=1000")
     parser.add_argument("--workdir", required=True, help="directory for all runs and sweep.json; with --where tpu, gke or sky gs://BUCKET/PATH")
     parser.add_argument("--seeds", default="0", help="comma-separated; every arm runs once for each")
@@ -125,6 +128,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     parser.add_argument("--samples", type=int, default=0, help="images a split that samples are drawn for; 0: as many as --rows")
     places.define_options(parser, required=False)
     args, rest = parser.parse_known_args(argv)
+    check_path(args.workdir)
     args.bucket = args.workdir if in_bucket(args.workdir) else ""
     args.workdir = Path(mounted(args.workdir))  # where evaluation finds a bucket's files
     shared = {}
@@ -197,8 +201,40 @@ def plan(args: argparse.Namespace, shared: Mapping[str, str]) -> tuple[list[Arm]
     return arms, steps
 
 
+def check(args: argparse.Namespace, shared: Mapping[str, str], arms: Sequence[Arm]) -> None:
+    """Raises ValueError for what would be found after the first training: an arm's config, a measure or setting that evaluate refuses, no place to write."""
+    from imagen_jax import measures
+    from imagen_jax.stage import create_stage
+
+    if not args.where:
+        places.check_unused(args)
+        check_here(args.bucket)
+        places.check_can_be_made(args.workdir)
+    if not args.bucket:
+        cli.check_directory("workdir", str(args.workdir))
+    names = [name.strip() for name in args.measures.split(",")] if args.measures else []
+    measures.check_known(names)
+    settings = measures.Settings(rows=args.rows, samples=args.samples or args.rows, gallery=1, bins=1, batch_size=1, seed=0, sampling={})
+    for arm in arms:
+        config = read_config(args.config, options_of({**shared, **arm.overrides}))
+        if not args.where:
+            check_here(config["data"]["path"])
+        stage = create_stage(config)
+        if not args.checkpoint:  # whose stage is not known yet
+            measures.choose(names, stage, settings)
+
+
+def check_here(path: str) -> None:
+    if in_bucket(path):
+        raise ValueError(f"{path}: a bucket is no directory of this machine; mount it and give the directory")
+
+
+def options_of(fields: Mapping[str, Any]) -> list[str]:
+    return [f"--config.{field}={value}" for field, value in fields.items()]
+
+
 def train_step(config: str, seed: int, overrides: Mapping[str, Any], workdir: Path, name: str) -> Step:
-    options = [f"--config.{field}={value}" for field, value in {**overrides, "seed": seed}.items()]
+    options = options_of({**overrides, "seed": seed})
     command = (sys.executable, "-m", "imagen_jax.train", f"--config={config}", f"--workdir={workdir}", *options)
     return Step(f"train {name}, seed {seed}", command, workdir)
 
@@ -248,16 +284,10 @@ def execute(step: Step) -> None:
     code = cli.call(step.command)
     if code:
         raise ValueError(f"{step.label} ended with exit code {code}; its command: {shlex.join(step.command)}")
-    if (step.directory / "config.json").exists() and not reached_last_step(step.directory):
-        raise ValueError(f"{step.label} was stopped before its last step; the same command continues")
+    row = status.read(Job(step.label, (), str(step.directory)))  # a training exits in order also when it is asked to stop
+    if row.state == "unreadable" or (row.steps and not row.ended):
+        raise ValueError(f"{step.label} was stopped before its last step; the same command continues{f': {row.detail}' if row.detail else ''}")
     write_json(step.directory / FINISHED, step.command[1:])
-
-
-def reached_last_step(workdir: Path) -> bool:
-    """Whether a training that exited in order did so at the end: it also does when asked to stop."""
-    total = json.loads((workdir / "config.json").read_text())["train"]["steps"]
-    rows = read_metrics(workdir)
-    return bool(rows) and rows[-1]["step"] == total
 
 
 def read_evaluations(workdir: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from imagen_jax.integrity import only_process
 from launch import machines, status
-from launch.job import ENVIRONMENT, MOUNT, ROOT, USAGE_ERROR, Job, ask, exports, in_bucket, refuse, revision, uncommitted
+from launch.job import ENVIRONMENT, MOUNT, ROOT, USAGE_ERROR, Job, ask, exports, in_bucket, refuse, revision, said, uncommitted
 
 TOOL = "install the Google Cloud CLI and run gcloud auth login"
 POLL_S = 30.0
@@ -300,7 +300,7 @@ def _persist(job: Job, command: Sequence[str], poll_s: float, whatever: bool = F
         done = ask(command, TOOL)
         if not done.returncode or "NOT_FOUND" in done.stderr or not (whatever or PASSING.search(done.stderr)):
             return done
-        if (line := (done.stderr.strip().splitlines() or ["it said nothing"])[-1]) != told:
+        if (line := said(done)) != told:
             told = line
             _print(f"{job.title}: gcloud {' '.join(command[3:5])} fails, and is repeated until it does not: {line}")
         time.sleep(poll_s)

@@ -44,6 +44,7 @@ MISTAKES = {
     "no such topology": ("imagen_jax.plan", [TINY, "--topology=v5e-17"], "17 chips of v5e are no slice"),
     "nowhere to write": ("imagen_jax.plan", [TINY, "--topology=v5e-4", "--output=/proc/plan"], "--output /proc/plan cannot be written to"),
     "no such chip": ("imagen_jax.plan", [TINY, "--topology=v9-8"], "known are v4, v5e"),
+    "argument forgotten": ("imagen_jax.prepare_data", ["--source=emoji", "--output=o"], "required: --encoder"),
     "no ablation": ("launch.sweep", ["--config=configs/sr_256.py:tiny", "--workdir=w"], "has no sweep"),
 }  # fmt: skip
 

@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 
 from launch import sweep
+from tests import tiny
 
 ABLATION = """
-from ml_collections import ConfigDict
+from configs import base_64
 
 def get_config(arg=""):
-    return ConfigDict(dict(seed=0, data=dict(path="prepared"), optim=dict(lr=1e-4), sampling=dict(w=1.0, aug_level=0.0), sizes=(1, 2))).lock()
+    config = base_64.get_config("tiny")
+    config.data.update(path="prepared")
+    return config
 
 def sweep(arg=""):
     yield {"name": "slow", "config.sampling.w": 1.0}
     yield {"name": "guided", "config.sampling.w": 3.0}
-    yield {"name": "fast", "config.optim.lr": 1e-3, "config.sizes": (3, 4)}
+    yield {"name": "fast", "config.optim.lr": 1e-3, "config.model.text_attention": (True, True)}
 """
 
 
@@ -57,7 +60,7 @@ def test_every_arm_and_seed_is_trained_once_with_its_own_settings(ablation, tmp_
     ]  # fmt: skip
     train = steps[3 + 5].command
     assert train[1:3] == ("-m", "imagen_jax.train")
-    assert set(train[5:]) == {"--config.data.path=/data", "--config.optim.lr=0.001", "--config.sizes=(3, 4)", "--config.seed=7"}
+    assert set(train[5:]) == {"--config.data.path=/data", "--config.optim.lr=0.001", "--config.model.text_attention=(True, True)", "--config.seed=7"}
     guided, slow = steps[2].command, steps[1].command
     assert "--w=3.0" in guided and "--data=/data" in guided
     measured = lambda step: [option for option in step.command[3:] if not option.startswith(("--checkpoint=", "--output="))]
@@ -84,14 +87,46 @@ def test_a_given_model_is_only_evaluated(ablation, tmp_path):
         ("", "", ("--config.sampling.w=2",), "sampling.w: set by arm slow"),
         ("", "", ("--config.optim.rate=2",), "optim.rate, which the config does not have"),
         ("", "", ("--config.seed=2",), "--seeds"),
+        ("1e-3", "'fast'", (), "fast"),
+        ("config.sampling.w\": 3.0", 'config.sampling.method": "heun"', (), "sampling.method is 'heun'"),
+        ("", "", ("--measures=nope",), "--measures nope is unknown"),
+        ("", "", ("--measures=loss,detail",), "--measures detail does not apply: base_tiny is a base stage"),
+        ("", "", ("--rows=-1",), "--rows -1 is less than 1"),
+        ("", "", ("--samples=-1",), "--samples -1 is less than 1"),
+        ("", "", ("--workdir=/dev/null",), "--workdir: /dev/null cannot be made: Not a directory"),
+        ("", "", ("--workdir=/proc/foo",), "/proc/foo cannot be made"),
+        ("", "", ("--workdir=",), "--workdir is empty"),
+        ("", "", ("--workdir=gs://b/s",), "gs://b/s: a bucket is no directory of this machine"),
+        ('path="prepared"', 'path="gs://b/d"', (), "gs://b/d: a bucket is no directory"),
+        ("", "", ("--config.data.path=gs://b/d",), "gs://b/d: a bucket is no directory of this machine"),
+        ("", "", ("--topology=v5e:2x4",), "--topology needs --where"),
+        ("", "", ("--spot",), "--spot needs --where"),
+        ("", "", ("--env=A=1",), "--env needs --where"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_runs(ablation, tmp_path, capsys, old, new, options, message):
-    """Wrong: a typo is found hours later by the last arm, or a shared field silently overrides what an arm is about."""
+    """Wrong: a typo is found hours later by the last arm, or by the first evaluation; a shared field silently overrides what an arm is about."""
     ablation.write_text(ABLATION.replace(old, new) if old else ABLATION)
-    assert sweep.main(["--config", str(ablation), "--workdir", str(tmp_path / "runs"), *options]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    for dry in ([], ["--dry-run"]):
+        assert sweep.main(["--config", str(ablation), "--workdir", str(tmp_path / "runs"), *options, *dry]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_measures_of_a_given_model_are_those_of_its_stage(ablation, tmp_path, capsys):
+    """Wrong: what applies to the model is refused because the ablation's own config is of another stage; or an unknown measure is not."""
+    ablation.write_text(ABLATION.rsplit("    yield", 1)[0])
+    command = ["--config", str(ablation), "--workdir", str(tmp_path / "runs"), "--checkpoint=model", "--dry-run"]
+    assert sweep.main([*command, "--measures=detail"]) == 0
+    assert sweep.main([*command, "--measures=nope"]) == 2
+
+
+def test_checking_takes_no_device(ablation, tmp_path):
+    """Wrong: the launcher has the accelerator, or its memory, that the trainings need."""
+    source = "import sys; from launch import sweep; assert not sweep.main(sys.argv[1:]); from jax._src import xla_bridge; print(len(xla_bridge._backends))"
+    command = [sys.executable, "-c", source, "--config", str(ablation), "--workdir", str(tmp_path / "runs"), "--dry-run"]
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0", done.stderr
 
 
 def test_finished_steps_are_not_run_again(ablation, tmp_path, monkeypatch, capsys):
@@ -190,11 +225,13 @@ def test_a_failed_process_is_not_finished(tmp_path):
     assert not failing.finished
 
 
-@pytest.mark.parametrize("reached, finished", [(8, True), (5, False)])
-def test_a_training_that_stopped_early_is_not_finished(tmp_path, reached, finished):
-    """Wrong: exit code 0, which a training asked to stop also gives, taken for the end of the training."""
+@pytest.mark.parametrize("rows, saved, finished", [(8, 8, True), (5, 5, False), (8, 4, False), (4, 8, True)])
+def test_a_training_that_stopped_early_is_not_finished(tmp_path, rows, saved, finished):
+    """Wrong: exit code 0, which a training asked to stop also gives, taken for the end of the training; or lost rows that nobody makes again for a stop."""
     (tmp_path / "config.json").write_text('{"train": {"steps": 8}}')
-    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 4}}\n{{"step": {reached}}}\n')
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": {rows}}}\n')
+    (tmp_path / "checkpoints" / str(saved)).mkdir(parents=True)
+    (tmp_path / "checkpoints" / str(saved) / "SHA256SUMS").touch()
     stopped = step(tmp_path, "")
     if finished:
         sweep.execute(stopped)

@@ -140,14 +140,14 @@ def cat(command: str, rest: list[str], options: dict) -> None:
 
 
 def ls(command: str, rest: list[str], options: dict) -> None:
-    path = HERE / "buckets" / rest[0].removeprefix("gs://")
-    if not path.exists():
+    found = sorted((HERE / "buckets").glob(rest[0].removeprefix("gs://")))
+    if not found:
         fail("One or more URLs matched no objects.")
     if "json" in options:
-        updated = time.strftime("%Y-%m-%dT%H:%M:%S+0000", time.gmtime(path.stat().st_mtime))
-        print(json.dumps([{"metadata": {"updated": updated}}]))
+        updated = [time.strftime("%Y-%m-%dT%H:%M:%S+0000", time.gmtime(path.stat().st_mtime)) for path in found]
+        print(json.dumps([{"metadata": {"updated": when}} for when in updated]))
     else:
-        print("\n".join(f"{rest[0]}{name.name}/" for name in path.iterdir()))
+        print("\n".join(f"gs://{path.relative_to(HERE / 'buckets')}" for path in found))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ CONFIG = f"{tiny.ROOT}/configs/base_64.py:tiny"
 LOCAL = ("--where", "local", "--config", CONFIG, "--config.data.path=/data")
 
 
+NEEDED = {"tpu": ["--zone=z"], "gke": ["--image=i"]}
+
+
 def read(*argv):
     return command_line.read(argv)
 
@@ -44,6 +47,9 @@ def test_a_bucket_is_a_directory_on_the_machines():
 @pytest.mark.parametrize(
     "argv, message",
     [
+        ((*LOCAL, "--workdir="), "--workdir is empty"),
+        (("--where=gke", "--image=i", "--topology=v5e:2x4", "--workdir=gs://", *LOCAL[2:]), "--workdir gs:// names no bucket"),
+        (("--where=gke", "--image=i", "--topology=v5e:2x4", "--workdir=gs:///x", *LOCAL[2:]), "--workdir gs:///x names no bucket"),
         ((*LOCAL, "--workdir=r", "--config.optim.lrr=1"), "lrr"),
         ((*LOCAL, "--workdir=r", "--config.optim.lr=fast"), "fast"),
         ((*LOCAL, "--workdir=r", "--proceses=2"), "'--proceses=2' is no option"),
@@ -70,13 +76,19 @@ def test_a_bucket_is_a_directory_on_the_machines():
         (("--where=tpu", "--topology=v5e:4x5x6", "--zone=z", "--workdir=gs://b/r", *LOCAL[2:]), "torus"),
         (("--where=gke", "--topology=v5e:2x4", "--workdir=gs://b/r", *LOCAL[2:]), "needs --image"),
         (("--where=gke", "--topology=v5e:2x4", "--image=i", "--workdir=gs://b/r", *LOCAL[2:-1], "--config.data.path=data/emoji"), "give gs://BUCKET/PATH"),
-        ((*LOCAL, "--workdir=/dev/null"), "--workdir: /dev/null/launch cannot be made: Not a directory"),
+        ((*LOCAL, "--workdir=/dev/null"), "--workdir /dev/null is a file; give a directory"),
+        ((*LOCAL, "--workdir=/dev/null", "--dry-run"), "--workdir /dev/null is a file; give a directory"),
+        ((*LOCAL, "--workdir=/proc/foo"), "--workdir: /proc/foo/launch cannot be made: No such file or directory"),
+        ((*LOCAL, "--workdir=/proc/foo", "--dry-run"), "--workdir: /proc/foo/launch cannot be made: No such file or directory"),
         ((*LOCAL, "--workdir=r", "--zone=z"), "--zone is for --where tpu, not for local"),
         (("--where=slurm", "--topology=h100:8", "--devices=2", "--workdir=r", *LOCAL[2:]), "--devices is for --where local, not for slurm"),
+        (("--where=gke", "--topology=v5e:2x4", "--image=a b", "--workdir=gs://b/r", *LOCAL[2:]), "'a b' is no name of an image"),
         (("--where=sky", "--topology=2xv5e:2x2", "--workdir=gs://b/r", *LOCAL[2:]), "starts one slice"),
         (("--where=slurm", "--topology=h100:8", "--workdir=gs://b/r", *LOCAL[2:]), "directories that all nodes share"),
         (("--where=slurm", "--topology=v5e:2x4", "--workdir=r", *LOCAL[2:]), "SLURM clusters have GPUs"),
         (("--where=slurm", "--topology=h100:8", "--sbatch=Rm -rf", "--workdir=r", *LOCAL[2:]), "not OPTION=VALUE"),
+        (("--where=slurm", "--topology=h100:8", "--sbatch=qos", "--workdir=r", *LOCAL[2:]), "--sbatch=qos is not OPTION=VALUE"),
+        (("--where=slurm", "--topology=h100:8", "--sbatch=exclusive", "--sbatch=nodes=3", "--workdir=r", *LOCAL[2:]), "launch sets nodes itself"),
         (("--where=slurm", "--topology=h100:8", "--sbatch=nodes=3", "--workdir=r", *LOCAL[2:]), "launch sets nodes itself"),
         (("--where=slurm", "--topology=h100:8", "--sbatch=time=10", "--workdir=r", *LOCAL[2:]), "give --time"),
         (("--where=slurm", "--topology=h100:8", "--time=tomorrow", "--workdir=r", *LOCAL[2:]), "no time limit of sbatch"),
@@ -86,6 +98,11 @@ def test_a_bucket_is_a_directory_on_the_machines():
         ((*LOCAL, "--workdir=r", "--devices=2", "--config.mesh.model=4"), "does not fit 2 devices"),
         (("--where=gke", "--image=i", "--topology=2xv5e:2x2", "--config.mesh.data=1", "--config.mesh.fsdp=8", "--workdir=gs://b/r", *LOCAL[2:]), "cuts through 2 slices"),
         ((*LOCAL, "--workdir=r", "--", "--init_form=x"), "options of train: Unknown command line flag 'init_form'"),
+        ((*LOCAL, "--workdir=r", "--", "--workdir=x"), "'--workdir=x' after -- would replace what launch has checked"),
+        ((*LOCAL, "--workdir=r", "--", "-workdir", "x"), "'-workdir' after -- would replace"),
+        ((*LOCAL, "--workdir=r", "--", "--config", CONFIG), "'--config' after -- would replace"),
+        ((*LOCAL, "--workdir=r", "--", f"--config={CONFIG}", "--config.train.steps=3"), "after -- would replace"),
+        ((*LOCAL, "--workdir=r", "--", "--overfit=3", "--flagfile=f"), "'--flagfile=f' after -- would replace"),
         (("--where=local", "--workdir=r", "--", "prepare", "--output=x"), "'prepare' is no verb of imagen_jax; after -- give one of demo, evaluate"),
         (("--where=local", "--workdir=r", "--", "prepare_data", "--output=x"), "options of prepare_data: the following arguments are required: --source"),
         (("--where=local", "--workdir=r", "--", "sample", "--count=many"), "options of sample: flag --count=many"),
@@ -126,6 +143,34 @@ def test_what_is_not_in_the_commit_is_not_promised_to_other_machines(tmp_path, m
     argv = ("--where=tpu", "--topology=v5e:2x4", "--zone=z", "--workdir=gs://b/r", f"--config={CONFIG}", "--config.data.path=gs://b/d")
     assert command_line.main(argv) == 2
     assert "configs/base_64.py is not as in the commit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["tpu", "gke", "sky"])
+def test_data_of_this_machine_is_not_promised_to_others(where, capsys):
+    """Wrong: hundreds of chips are asked for, and find that the data, or the weights to begin from, are on somebody's laptop."""
+    argv = ("--dry-run", f"--where={where}", "--topology=v5e:2x4", *NEEDED.get(where, []), "--workdir=gs://b/r", f"--config={CONFIG}")
+    good = ["gs://B/d", "/mnt/gs/c/d", *["/app/data/emoji"] * (where == "gke")]
+    bad = ["/data", "data", "/mnt/gs", "/mnt/gs/../data", "/application", "/app", "gs:///d", *["/app/data/emoji"] * (where != "gke")]
+    for path in good + bad:
+        assert command_line.main([*argv, f"--config.data.path={path}"]) == (0 if path in good else 2), path
+        out, error = capsys.readouterr()
+        assert path in good or (f"--config.data.path={path} " in error or "names no bucket" in error) and "give gs://BUCKET/PATH" in error
+    for more in (["--init_from=/old"], ["--init_from=gs://b/o", "--init_from", "old"]):
+        assert command_line.main([*argv, "--config.data.path=gs://b/d", "--", *more]) == 2
+        assert f"--init_from={more[-1].removeprefix('--init_from=')} is a path of this machine" in capsys.readouterr().err
+    for more in (["--init_from=embedded:base_16"], ["--init_from", "gs://b/o"]):
+        assert command_line.main([*argv, "--config.data.path=gs://b/d", "--", *more]) == 0
+
+
+def test_buckets_that_a_training_reads_are_mounted(tmp_path, monkeypatch):
+    """Wrong: a bucket that only the config's file names, or that is named by where it is mounted, is not there when the trainer looks."""
+    config = {"data": {"path": "gs://c/d"}}
+    monkeypatch.setattr(jobs, "read_config", lambda *_: config)
+    made = jobs.training("", "configs/base_64.py", ["--config.seed=1"], "gs://b/r", "tpu")
+    assert made.command()[-1] == "--config.data.path=/mnt/gs/c/d" and made.buckets == ("b", "c")
+    config["data"]["path"] = "/mnt/gs/e/d"
+    made = jobs.training("", "configs/base_64.py", ["--config.data.path=/mnt/gs/e/d"], "gs://b/r", "tpu")
+    assert made.command()[-1] == "--config.data.path=/mnt/gs/e/d" and made.buckets == ("b", "e")
 
 
 def test_stages_have_their_own_fields_and_topologies():
@@ -180,16 +225,14 @@ def test_a_chip_that_topology_knows_has_names():
     assert set(machines.NAMES) == {chip.name for chip in CHIPS}
 
 
-NEEDED = {"tpu": ["--zone=z"], "gke": ["--image=i"]}
-
-
 @pytest.mark.parametrize("where", places.PLACES)
 def test_dry_run_starts_nothing_and_shows_no_secret(where, monkeypatch, capsys, tmp_path):
     """Wrong: --dry-run submits; or the value of a secret is in what it prints; or it needs the cluster's tool, which a laptop does not have."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     workdir = str(tmp_path / "r") if where in ("local", "slurm") else "gs://b/r"
     topology = {"local": [], "slurm": ["--topology=h100:2x4"]}.get(where, ["--topology=v5e:2x4"])
-    argv = [f"--where={where}", f"--workdir={workdir}", *topology, *NEEDED.get(where, []), f"--config={CONFIG}", "--config.data.path=/d"]
+    data = "/d" if where in ("local", "slurm") else "gs://b/d"
+    argv = [f"--where={where}", f"--workdir={workdir}", *topology, *NEEDED.get(where, []), f"--config={CONFIG}", f"--config.data.path={data}"]
     assert command_line.main([*argv, "--secret=HF_TOKEN", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "imagen_jax.train" in out and "hf_secret" not in out and not (tmp_path / "r").exists()
@@ -200,7 +243,8 @@ def test_a_missing_tool_is_one_line(where, tool, capsys, tmp_path):
     """Wrong: a traceback, or a tool that is taken for a cluster without jobs."""
     workdir = str(tmp_path / "r") if where == "slurm" else "gs://b/r"
     topology = "--topology=h100:2x4" if where == "slurm" else "--topology=v5e:2x4"
-    argv = [f"--where={where}", f"--workdir={workdir}", topology, *NEEDED.get(where, []), f"--config={CONFIG}", "--config.data.path=/d"]
+    data = "/d" if where == "slurm" else "gs://b/d"
+    argv = [f"--where={where}", f"--workdir={workdir}", topology, *NEEDED.get(where, []), f"--config={CONFIG}", f"--config.data.path={data}"]
     assert command_line.main(argv) == 2
     error = capsys.readouterr().err
     assert f"error: {tool} is not on PATH: " in error and error.count("\n") == 1
@@ -212,6 +256,44 @@ def test_help(main, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0 and "python -m launch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("main, argv", [(command_line.main, ["--where=moon"]), (sweep.main, ["--rows=x"]), (status.main, [])])
+def test_a_mistake_is_not_hidden_below_the_usage(main, argv, capsys):
+    """Wrong: fifteen lines of options before the one that says what is wrong."""
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+LOGGED_OUT = """WARNING: something else
+ERROR: (gcloud.storage.cat) You do not currently have an active account selected.
+Please run:
+
+  $ gcloud auth login
+
+to obtain new credentials.
+
+If you have already logged in with a different account, run:
+
+  $ gcloud config set account ACCOUNT
+"""
+KLOG = 'E1125 14:02:31.000000   77 memcache.go:265] "Unhandled Error" err="couldn\'t get the list"\n'
+SAID = [
+    (LOGGED_OUT, "ERROR: (gcloud.storage.cat) You do not currently have an active account selected. Please run: $ gcloud auth login to obtain"),
+    (3 * KLOG + "The connection to the server localhost:8080 was refused\n", "The connection to the server localhost:8080 was refused"),
+    (KLOG, '"Unhandled Error" err="couldn\'t get the list"'),
+    ("1\n2\n3\n4\n", "2 3 4"),
+    ("", "it said nothing"),
+]
+
+
+@pytest.mark.parametrize("text, shown", SAID)
+def test_a_tools_complaint_says_what_to_do(text, shown):
+    """Wrong: the end of a message without its beginning, which has the command to run; or a log of times and source lines."""
+    told = jobs.said(subprocess.CompletedProcess((), 1, stdout="", stderr=text))
+    assert told.startswith(shown) and len(told) <= jobs.LONGEST and (len(told) == len(shown) or text == LOGGED_OUT)
 
 
 def test_the_verbs_are_those_there_are():

@@ -26,15 +26,15 @@ do = script[min(len(log.read_text().splitlines()), len(script)) - 1][i]
 print("hello from", i, do, flush=True)
 def told(*_):
     (here / f"told_{i}").touch()
-    sys.exit(2 if do == "late" else 0)
+    sys.exit({"late": 2, "interrupted": 130}.get(do, 0))
 if do == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-elif do in ("wait", "late"):
+elif do in ("wait", "late", "interrupted"):
     signal.signal(signal.SIGTERM, told)
 if do == "child":
     (here / "child").write_text(str(subprocess.Popen(["sleep", "600"]).pid))
 (here / f"ready_{i}").touch()
-if do in ("wait", "late", "stubborn", "child"):
+if do in ("wait", "late", "interrupted", "stubborn", "child"):
     time.sleep(600)
 if do in ("kill", 75):
     while not all((here / f"ready_{n}").exists() for n in range(int(os.environ["JAX_NUM_PROCESSES"]))):
@@ -53,7 +53,7 @@ def soon(monkeypatch):
 
 
 def program(tmp_path: Path, *attempts: list, name: str = "run", **fields):
-    """A job whose process i does attempts[n][i] in its attempt n: an exit code, or kill, wait, late (2 when told to end), stubborn, child."""
+    """A job whose process i does attempts[n][i] in its attempt n: an exit code, or kill, wait, late (2 when told to end), interrupted (130), stubborn, child."""
     (tmp_path / name).mkdir(exist_ok=True)
     return job(tmp_path / name, arguments=("-c", PROGRAM, str(tmp_path / name), json.dumps(attempts)), **fields)
 
@@ -190,6 +190,34 @@ def test_a_signal_reaches_every_process_and_starts_nothing_again(tmp_path):
     assert process.wait(timeout=30) == local.INTERRUPTED
     assert all((tmp_path / "run" / f"told_{i}").exists() for i in (0, 1))
     assert [len(told(tmp_path / "run", i)) for i in (0, 1)] == [1, 1]
+
+
+@pytest.mark.parametrize("saved, state", [(8, "finished"), (4, "stopped")])
+def test_exit_code_0_is_the_end_only_at_the_last_step(tmp_path, saved, state):
+    """Wrong: a training that was asked to stop, saved and exited with 0 is written down as finished."""
+    made = program(tmp_path, [0], steps=8)
+    (tmp_path / "run" / "checkpoints" / str(saved)).mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / str(saved) / "SHA256SUMS").touch()
+    assert local.run([made], options("local")) == 0
+    assert json.loads((made.record / status.RECORD).read_text())["state"] == state
+
+
+@pytest.mark.parametrize("does", ["wait", "interrupted"])
+def test_what_is_told_to_end_is_stopped(tmp_path, does):
+    """Wrong: a verb that exits with 0 when it is told to is finished and never started again, or one that says 130 has failed."""
+    process = launcher(tmp_path, [does, does])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == local.INTERRUPTED
+    assert json.loads((tmp_path / "run" / "launch" / status.RECORD).read_text())["state"] == "stopped"
+
+
+def test_setup_has_the_variables_of_the_job(tmp_path, capfd):
+    """Wrong: what --setup installs does not go where --env says, as it does everywhere else."""
+    made = program(tmp_path, [0], setup='echo "word is $WORD"', environment={"WORD": "a 'b'"})
+    assert local.run([made], options("local")) == 0
+    assert "word is a 'b'\n" in capfd.readouterr().out
+    shown = subprocess.run(["bash", "-c", local.render([made], options("local")).splitlines()[1]], capture_output=True, text=True, check=True)
+    assert shown.stdout == "word is a 'b'\n"
 
 
 def test_a_second_signal_ends_what_does_not_listen(tmp_path):

@@ -9,19 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from imagen_jax.integrity import is_kept, only_process
+from imagen_jax.integrity import CHECKSUMS, is_kept, only_process
 from launch import places, status
 from tests.launch.conftest import job, options
 
 
 def workdir(path: Path, step: int, steps: int = 100, checkpoints=()) -> Path:
-    """A run that has done `step` steps, 20 images each, at 10 images a second in the end."""
+    """A run that has done `step` steps, 20 images each, at 10 images a second in the end, with these checkpoints."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps({"train": {"steps": steps}, "data": {"batch_size": 20}}))
     rows = [{"step": n, "loss": 1 / n, "time/images_per_s": 1000 if n < 20 else 10} for n in range(1, step + 1)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in checkpoints:
         (path / "checkpoints" / name).mkdir(parents=True)
+        (path / "checkpoints" / name / CHECKSUMS).touch()
     return path
 
 
@@ -40,8 +41,7 @@ def test_the_ends_of_a_training(tmp_path):
     assert status.read(job(tmp_path / "none")).state == "not started"
     done = job(workdir(tmp_path / "done", 100))
     assert status.read(done).state == "stopped"  # before the last checkpoint was whole
-    (tmp_path / "done" / "checkpoints" / "100").mkdir(parents=True)
-    assert status.read(done).state == "finished"
+    assert status.read(job(workdir(tmp_path / "done", 100, checkpoints=("100",)))).state == "finished"
     stopped = job(workdir(tmp_path / "stopped", 60))
     status.record(stopped, "local", "finished")  # its process exited with 0, as it does when asked to stop
     assert status.read(stopped).state == "stopped"
@@ -54,12 +54,36 @@ def test_the_ends_of_a_training(tmp_path):
 def test_lost_rows_do_not_undo_a_training(tmp_path):
     """Wrong: a finished run whose metrics were cut off is submitted again, for ever."""
     run = job(workdir(tmp_path / "run", 30, checkpoints=("100",)))
-    assert (status.read(run).state, status.read(run).step) == ("finished", 100)
+    assert (status.read(run).state, status.read(run).step, status.read(run).detail) == ("finished", 100, "metrics.jsonl ends at step 30")
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    assert status.read(run).state == "finished"
+    assert (status.read(run).state, status.read(run).detail) == ("finished", "metrics.jsonl ends at step 0")
 
 
-@pytest.mark.parametrize("file, content", [("config.json", "[1, 2]"), ("config.json", '{"train": '), ("launch/launch.json", "no")])
+def test_an_emptied_checkpoint_does_not_end_a_training(tmp_path):
+    """Wrong: a directory by the name of the last step is enough, so that the trainer, which would go on from the one before, is never started."""
+    run = workdir(tmp_path / "run", 100, checkpoints=("80", "100"))
+    (run / "checkpoints" / "100" / CHECKSUMS).unlink()
+    assert (status.read(job(run)).state, status.read(job(run)).checkpoint) == ("stopped", 80)
+
+
+DAMAGE = [
+    ("config.json", "[1, 2]"),
+    ("config.json", '{"train": '),
+    ("config.json", '{"train": {"steps": "x"}}'),
+    ("config.json", '{"train": [1]}'),
+    ("config.json", '{"data": {"batch_size": -1}}'),
+    ("launch/launch.json", "no"),
+    ("launch/launch.json", '{"steps": "abc"}'),
+    ("launch/launch.json", '{"state": ["running"]}'),
+    ("launch/launch.json", '{"state": "failed", "detail": 3}'),
+    ("launch/launch.json", "[" * 50_000),
+    ("metrics.jsonl", '{"step": 12, "loss": "abc", "time/images_per_s": "x"}\n{"step": 13, "loss": [1]}\n'),
+    ("metrics.jsonl", '{"step": 13, "time/images_per_s": "x"}\n'),
+    ("metrics.jsonl", '{"step": 1' + "0" * 400 + "}\n"),
+]
+
+
+@pytest.mark.parametrize("file, content", DAMAGE)
 def test_a_damaged_file_is_named_and_hides_no_other_run(tmp_path, capsys, file, content):
     """Wrong: a traceback in the place of the table, or a complaint that does not say of which file."""
     workdir(tmp_path / "good", 10)
@@ -68,6 +92,35 @@ def test_a_damaged_file_is_named_and_hides_no_other_run(tmp_path, capsys, file, 
     assert status.main([str(tmp_path)]) == 0
     _, bad, good = capsys.readouterr().out.splitlines()
     assert "unreadable" in bad and f"{file} is damaged" in bad and "stopped" in good
+
+
+@pytest.mark.parametrize("file", ["config.json", "launch/launch.json", "metrics.jsonl"])
+def test_a_directory_in_the_place_of_a_file_is_named(tmp_path, capsys, file):
+    """Wrong: a traceback in the place of the table, or of the dry run of a launch that goes on with the run."""
+    workdir(tmp_path / "good", 10)
+    (workdir(tmp_path / "bad", 10) / file).unlink(missing_ok=True)
+    (tmp_path / "bad" / file).mkdir(parents=True)
+    assert status.main([str(tmp_path)]) == 0
+    _, bad, good = capsys.readouterr().out.splitlines()
+    assert "unreadable" in bad and f"bad/{file} is no file" in bad and "stopped" in good
+    assert places.start([job(tmp_path / "bad")], options("local", "--dry-run")) == 0
+    assert f"{file} is no file" in capsys.readouterr().out
+
+
+def test_numbers_without_bounds_are_no_traceback(tmp_path, capsys):
+    """Wrong: an infinite time is made a number of minutes."""
+    run = workdir(tmp_path / "run", 1)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "time/images_per_s": 1e-320}\n')
+    assert status.main([str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["run", "stopped", "1/100", "-"]
+
+
+@pytest.mark.parametrize("text, message", [("", "WORKDIR is empty"), ("gs://", "names no bucket"), ("nowhere", "nowhere is no directory")])
+def test_a_workdir_that_is_none_is_one_line(text, message, capsys):
+    """Wrong: an unset variable is taken for the present directory, or a bucket without a name is asked for."""
+    assert status.main([text]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
 def test_a_failed_job_is_failed_while_its_launcher_looks_after_others(tmp_path):

@@ -42,6 +42,7 @@ def finish(tmp_path: Path, arm: str) -> None:
     """As the training does, whose config has eight steps."""
     directory = tmp_path / "runs" / arm / "seed_0" / "train"
     (directory / "checkpoints" / "8").mkdir(parents=True)
+    (directory / "checkpoints" / "8" / "SHA256SUMS").touch()
     (directory / "metrics.jsonl").write_text('{"step": 8, "loss": 1.0}\n')
 
 
@@ -82,7 +83,15 @@ def test_a_sweep_in_a_bucket(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "--workdir=/mnt/gs/b/sweep/" in out and "--config=configs/ablations/noise_augmentation.py:demo" in out
     assert "bucketName: b\n" in out and "gs:/b" not in out.replace("gs://b", "")
-    assert "--data=/mnt/gs/b/data" in out  # of the evaluations, which run where the bucket is mounted
+    assert "--data=/mnt/gs/b/data" in out and "evaluations run on a machine where the buckets are mounted at /mnt/gs/" in out
+    assert "=gs://" not in out and "seed 0: a job\n" in out  # the trainings' commands are those of the jobs
+
+
+def test_data_of_this_machine_is_not_promised_to_the_jobs(capsys):
+    """Wrong: the check of a launch is left out where a sweep launches."""
+    command = ["--config", f"{tiny.ROOT}/configs/ablations/noise_augmentation.py:demo", "--workdir=gs://b/sweep", "--config.data.path=/data"]
+    assert sweep.main([*command, "--where=gke", "--image=i", "--topology=v5e:2x4", "--dry-run"]) == 2
+    assert "--config.data.path=/data is a path of this machine" in capsys.readouterr().err
 
 
 def test_mistakes_are_found_before_the_first_job(command, tmp_path, capsys):

@@ -179,7 +179,10 @@ def test_the_table_reads_a_bucket(tmp_path, gcloud, capsys):
     """Wrong: a run in a bucket is shown as not started, or an unreachable bucket as an empty one."""
     cloud = gcloud(ACTIVE)
     workdir = cloud / "buckets" / "b" / "r"
-    (workdir / "checkpoints" / "40").mkdir(parents=True)
+    for name, files in {"40": ["meta.json", "SHA256SUMS"], "45": ["meta.json"], "50.writing": ["SHA256SUMS"]}.items():
+        (workdir / "checkpoints" / name).mkdir(parents=True)
+        for file in files:
+            (workdir / "checkpoints" / name / file).touch()
     (workdir / "config.json").write_text('{"train": {"steps": 100}, "data": {"batch_size": 10}}')
     (workdir / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": {1 / step}, "time/images_per_s": 5}}\n' for step in range(1, 51)))
     row = status.read(job("gs://b/r"))
@@ -188,4 +191,4 @@ def test_the_table_reads_a_bucket(tmp_path, gcloud, capsys):
     (cloud / "plan.json").unlink()
     (cloud.parent / "bin" / "gcloud").write_text("#!/bin/bash\necho 'ERROR: 403 forbidden' >&2; exit 1\n")
     row = status.read(job("gs://b/r"))
-    assert row.state == "unreadable" and "403 forbidden" in row.detail
+    assert row.state == "unreadable" and row.detail == "cannot read gs://b/r: ERROR: 403 forbidden"
