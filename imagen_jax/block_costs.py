@@ -123,6 +123,19 @@ def block_program(stage: Stage, block: Block) -> tuple[Any, Any, tuple[Any, ...]
     return forward, both, (*shapes, jax.eval_shape(forward, *shapes))
 
 
+def mesh_sizes(config: Mapping[str, Any], place: topology.Topology) -> dict[str, int]:
+    """The size of each axis of a config's mesh on a topology. Raises ValueError as `sharding.mesh_sizes`."""
+    return sharding.mesh_sizes(config["mesh"], place.chips, place.slices if place.chip.platform == "tpu" else 1)
+
+
+def check_columns(config: Mapping[str, Any], place: topology.Topology) -> None:
+    """Raises ValueError if a row of the batch is computed on a number of chips that no small slice is made of: the compiler crashes on some."""
+    sizes = mesh_sizes(config, place)
+    columns = sizes["model"] * sizes["spatial"]
+    if _smallest(place, columns).chips % columns:
+        raise ValueError(f"mesh.model x mesh.spatial = {columns}: blocks on so many chips cannot be timed; --notime plans the rest")
+
+
 def block_mesh(place: topology.Topology, sizes: Mapping[str, int]) -> Mesh:
     """The part of the run's mesh that one row of a batch is computed on."""
     part = {"data": 1, "fsdp": 1, "model": sizes["model"], "spatial": sizes["spatial"]}
@@ -231,7 +244,7 @@ def update_cost(
     Parameters of one shape are compiled once, alone: the whole update is thousands of small operations that take the compiler minutes.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    arguments = (json.dumps(config), str(_smallest(place)))
+    arguments = (json.dumps(config), str(_smallest(place, 1)))
     with _pool(processes, "") as pool:
         found = {shape: pool.submit(_update_of, *arguments, shape, str(cache)) for shape in shapes}
         costs = [(times, *found[shape].result()) for shape, times in shapes.items()]
@@ -247,7 +260,9 @@ def block_costs(config: Mapping[str, Any], place: topology.Topology, cache: Path
     rows = rows_per_chip(config, place)
     count = len(find_blocks(stage, rows))
     cache.mkdir(parents=True, exist_ok=True)
-    arguments = (json.dumps(config), str(_smallest(place)), rows)
+    sizes = mesh_sizes(config, place)
+    sized = {**config, "mesh": {**config["mesh"], **sizes}}  # what is left of a smaller slice is something else
+    arguments = (json.dumps(sized), str(_smallest(place, sizes["model"] * sizes["spatial"])), rows)
     with tempfile.TemporaryDirectory(prefix="schedules") as schedules, _pool(processes, "") as pool, _pool(1, schedules) as scheduled:
         costs = {pool.submit(_cost_of, *arguments, i, str(cache)): i for i in range(count)}
         kernel = {i: scheduled.submit(_kernels_of, *arguments, i, str(cache)) for i in range(count)}
@@ -255,9 +270,9 @@ def block_costs(config: Mapping[str, Any], place: topology.Topology, cache: Path
             yield with_kernels(done.result(), kernel[costs[done]].result())
 
 
-def _smallest(place: topology.Topology) -> topology.Topology:
-    """The smallest slice of the chip: what one chip computes does not depend on how many there are."""
-    return dataclasses.replace(place, shape=topology.smallest_shape(place.chip), slices=1)
+def _smallest(place: topology.Topology, chips: int) -> topology.Topology:
+    """The smallest slice that has links and so many chips: what one chip computes does not depend on how many there are beside those that share its rows."""
+    return dataclasses.replace(place, shape=topology.smallest_shape(place.chip, max(4, chips)), slices=1)
 
 
 @contextlib.contextmanager
@@ -292,5 +307,5 @@ def with_kernels(block: BlockCost, seconds: float) -> BlockCost:
 
 def rows_per_chip(config: Mapping[str, Any], place: topology.Topology) -> int:
     """Images that one chip computes at once: the batch over data x fsdp, in as many parts as it is accumulated in."""
-    columns = config["mesh"]["model"] * config["mesh"]["spatial"]
-    return config["data"]["batch_size"] * columns // place.chips // config["optim"]["accumulation"]
+    sizes = mesh_sizes(config, place)
+    return config["data"]["batch_size"] // (sizes["data"] * sizes["fsdp"]) // config["optim"]["accumulation"]

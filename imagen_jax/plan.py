@@ -119,6 +119,8 @@ def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
     from imagen_jax.hardware import cost
 
     program = prediction.make_program(config, place)
+    if args.time and place.chip.platform == "tpu":
+        block_costs.check_columns(config, place)
     log.info("%s on %s: compiling the whole step for %d chips", config["name"], place, place.chips)
     memory, module = prediction.memory(program, place, args.exact)
     found = describe(config, place, program, memory, args.exact)
@@ -191,7 +193,7 @@ def sampler(config: Mapping[str, Any], place: Any, program: Any, exact: bool) ->
 
 def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What would need less memory, in the order to try it, each with an estimate: the compiled peak changed as the known parts change."""
-    from imagen_jax import prediction, whole_step
+    from imagen_jax import block_costs, prediction, whole_step
 
     for overrides in prediction.alternatives(config, place):
         changed = prediction.overridden(config, overrides)
@@ -200,7 +202,7 @@ def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> I
         except ValueError:
             continue
         share = changed["data"]["batch_size"] / changed["optim"]["accumulation"] / (config["data"]["batch_size"] / config["optim"]["accumulation"])
-        share *= config["mesh"]["spatial"] / changed["mesh"]["spatial"]
+        share *= block_costs.mesh_sizes(config, place)["spatial"] / block_costs.mesh_sizes(changed, place)["spatial"]
         peak = sum(parts.values()) + found["memory"]["parts"]["temporaries"] * share
         yield {"overrides": overrides, "estimated_peak": int(peak)}
 

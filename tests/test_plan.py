@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from imagen_jax import sharding
+from imagen_jax import block_costs, sharding
 from imagen_jax.hardware import cost, hlo, links, topology
 
 pytest.importorskip("libtpu", reason="the TPU compiler comes with the extra `tpu`")
@@ -52,6 +52,15 @@ def test_estimates_against_ideal_times(name, operation):
 def test_slices_of_one_chip(name):
     """Wrong: a compiler that knows no slice smaller than a host, whose four chips are then planned for."""
     assert len(topology.parse(name).devices()) == topology.parse(name).chips
+
+
+def test_a_mesh_for_blocks_over_eight_chips():
+    """Wrong: a row of the batch that eight chips compute, timed on the four of the smallest slice."""
+    place = block_costs._smallest(topology.parse("v5p:4x4x8"), 8)
+    mesh = block_costs.block_mesh(place, {"model": 1, "spatial": 8})
+    x = jax.ShapeDtypeStruct((2, 64, 8, 128), BF16, sharding=sharding.image_sharding(mesh))
+    text = jax.jit(convolution).lower(x, jax.ShapeDtypeStruct((3, 3, 128, 128), BF16)).compile().as_text()
+    assert mesh.shape["spatial"] == 8 and [c.kind for c in hlo.collectives(hlo.parse(text), 8)] == ["collective-permute"] * 2
 
 
 def test_traffic_between_slices():
@@ -128,8 +137,8 @@ def test_meshes_of_real_tori(slices, fsdp):
 
 
 def test_plan_of_gpus(tmp_path):
-    """Wrong: a GPU's compiler that looks for a GPU, memory that is not compared with the card's, times that nobody estimated."""
+    """Wrong: a GPU's compiler that looks for a GPU, loops over the parts of a batch that cannot be read, memory that is not compared with the card's, times that nobody estimated."""
     pytest.importorskip("jax_cuda12_plugin", reason="the GPU compiler comes with the extra `gpu-plan`")
-    code, found = plan(tmp_path, "--nosampler", topology="h100-8")
+    code, found = plan(tmp_path, "--nosampler", "--config.optim.accumulation=2", "--config.data.batch_size=16", topology="h100-8")
     assert code == 0 and found["chips"] == 8 and found["memory"]["level"] == "default" and "time" not in found
     assert 0 < found["memory"]["peak"] < found["memory"]["limit"] and found["collectives"] and found["memory_traffic"]["bytes"] > found["memory"]["parts"]["parameters"]

@@ -1,5 +1,6 @@
 """What plan reports, as far as it needs no compiler for other hardware: blocks, their sum, memory's parts, advice, the report."""
 
+import copy
 import math
 
 import jax
@@ -64,6 +65,22 @@ def test_rows_per_chip():
     config["data"]["batch_size"], config["optim"]["accumulation"] = 2048, 2
     config["mesh"] |= {"model": 2, "spatial": 1}
     assert block_costs.rows_per_chip(config, topology.parse("v5e:16x16")) == 8
+    config["mesh"] |= {"data": 8, "fsdp": 16, "model": -1}
+    assert block_costs.rows_per_chip(config, topology.parse("v5e:16x16")) == 8, "an axis that is what is left"
+
+
+@pytest.mark.parametrize("name, chips, shape", [("v5e:16x16", 1, (2, 2)), ("v5e:16x16", 4, (2, 2)), ("v5p-256", 4, (2, 2, 1)), ("v5e:16x16", 8, (2, 4)), ("4xv5p-256", 16, (2, 2, 4))])
+def test_blocks_have_the_chips_they_are_split_over(name, chips, shape):
+    """Wrong: blocks of mesh.spatial=8, which plan itself advises, on the four chips of the smallest slice; other slices than before for fewer, whose costs are kept."""
+    assert block_costs._smallest(topology.parse(name), chips).shape == shape
+
+
+def test_chips_that_no_slice_is_made_of():
+    """Wrong: a crash of the compiler after the whole step was compiled; an axis that is what is left taken for -1."""
+    config = prediction.overridden(tiny.config("base_64"), {"mesh.data": 64, "mesh.spatial": -1})
+    block_costs.check_columns(config, topology.parse("v5p:4x4x8"))
+    with pytest.raises(ValueError, match="= 3: blocks on so many chips cannot be timed; --notime"):
+        block_costs.check_columns(config, topology.parse("v5p:4x4x12"))
 
 
 def program(name="base_64", sizes=(2, 4, 1, 1), **overrides):
@@ -127,20 +144,36 @@ def test_places():
     assert rows[0]["seconds"] == pytest.approx(2.0) and rows[0]["share"] == pytest.approx(1.0 / 1.9)
 
 
-def test_alternatives_can_all_be_made():
-    """Wrong: advice that a run would refuse, in another order than cheapest first, or none at all."""
+MESHES = ({"data": -1}, {"data": 4}, {"fsdp": -1, "data": 4}, {"data": 4, "spatial": -1}, {"data": 4, "model": -1})
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_alternatives_can_all_be_made(mesh):
+    """Wrong: advice that a run would refuse, such as another fsdp beside a number for data; another order than cheapest first; none at all."""
     config = tiny.config("base_64")
     config["data"]["batch_size"], config["model"]["remat"] = 64, "matrix"
-    config["mesh"] |= {"fsdp": 2, "fsdp_min_elements": 8}
+    config["mesh"] |= {"fsdp": 2, "fsdp_min_elements": 8} | mesh
     place = topology.parse("v5e:2x4")
+    before = copy.deepcopy(config)
     found = prediction.alternatives(config, place)
     assert found[0] == {"model.remat": "block"}
-    kinds = [max(alternative, key=lambda field: ("remat", "fsdp", "accumulation", "spatial", "batch_size").index(field.split(".")[1])) for alternative in found]
-    assert list(dict.fromkeys(kinds)) == ["model.remat", "mesh.fsdp", "optim.accumulation", "mesh.spatial", "data.batch_size"]
+    order = ("model.remat", "mesh.fsdp", "optim.accumulation", "mesh.spatial", "data.batch_size")
+    kinds = [max((field for field, value in alternative.items() if field in order and value != 1), key=order.index) for alternative in found]
+    assert tuple(dict.fromkeys(kinds)) == order
     for overrides in found:
         changed = prediction.overridden(config, overrides)
-        TrainProgram.create(changed, sharding.make_mesh(changed["mesh"]))
-    assert config["model"]["remat"] == "matrix", "the config itself is not changed"
+        sharding.check_batch(changed["data"]["batch_size"], sharding.mesh_sizes(changed["mesh"], 8))
+        if mesh == MESHES[1]:
+            TrainProgram.create(changed, sharding.make_mesh(changed["mesh"]))
+    assert {"model.remat": "block", "optim.accumulation": 2} in found and {"model.remat": "block", "data.batch_size": 32} in found
+    assert config == before, "the config itself is not changed"
+
+
+def test_advice_for_slices():
+    """Wrong: an fsdp that only chips of several slices make up, which a run would refuse."""
+    config = prediction.overridden(tiny.config("base_64"), {"data.batch_size": 64})
+    found = prediction.alternatives(config, topology.parse("2xv5e:2x2"))
+    assert max(alternative.get("mesh.fsdp", 1) for alternative in found) == 4
 
 
 def test_report_says_what_is_wrong():
