@@ -13,6 +13,8 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -45,6 +47,8 @@ from imagen_jax.step import make_update
 NO_INPUT_GRADIENT = ("stem", "conditioning")  # nothing before them is trained
 CHECKPOINTED = {"none": (), "matrix": (ResBlock,), "block": (ResBlock, Attention, FeedForward)}  # what each `model.remat` is applied to
 VERSION = 2  # of what is cached
+MEASURED = {"seconds": float, "bytes": float, "kinds": dict, "unestimated": float, "inside": dict}  # of a block, see `BlockCost`
+log = logging.getLogger("imagen_jax.block_costs")
 Tree = Any
 
 
@@ -160,7 +164,7 @@ def _cost_of(config: str, name: str, rows: int, index: int, cache: str) -> Block
     forward = block_program(plain, plain_blocks[index])[0]
     flops = 3 * jax.jit(forward).lower(*shapes[:3]).cost_analysis()["flops"]
     lowered = lower(both, shapes, _shardings(block.places[0], shapes, mesh, json.loads(config)["mesh"]))
-    found = _cached(cache, f"{place.chip.name} {lowered.as_text()}", lambda: _measure(hlo.parse(lowered.compile().as_text()), place))
+    found = _cached(cache, f"{place.chip.name} {lowered.as_text()}", MEASURED, lambda: _measure(hlo.parse(lowered.compile().as_text()), place))
     return BlockCost(places=block.places, flops=flops, **found)
 
 
@@ -171,14 +175,26 @@ def lower(program: Any, shapes: tuple[Any, ...], shardings: tuple[Any, ...]) -> 
     return jax.jit(program, in_shardings=free, out_shardings=(outputs, (params, varying))).lower(*shapes)
 
 
-def _cached(cache: str, key: str, compute: Callable[[], Any]) -> Any:
-    """The JSON value kept for a key in the directory `cache`, computed if there is none."""
+def _cached(cache: str, key: str, fields: Mapping[str, type], compute: Callable[[], Any]) -> Any:
+    """The costs kept for a key in the directory `cache`, computed if there are none, or anything else than these `fields` of numbers."""
     versions = f"{VERSION} {importlib.metadata.version('libtpu')} {importlib.metadata.version('jaxlib')}"
     file = Path(cache) / f"{hashlib.sha256(f'{versions} {key}'.encode()).hexdigest()[:32]}.json"
-    with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged file is made again
-        return json.loads(file.read_text())
-    write_json(file, compute())
-    return json.loads(file.read_text())
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if _are_costs(found := json.loads(file.read_text()), fields):
+            return found
+    made = compute()
+    try:
+        write_json(file, made)
+    except OSError as error:
+        log.warning("a cost is not kept: %s", error)
+    return made
+
+
+def _are_costs(found: Any, fields: Mapping[str, type]) -> bool:
+    """Whether this is {name: number, or {name: number}}, as `fields` have it; no number is negative or not finite."""
+    is_number = lambda value: type(value) in (int, float) and 0 <= value < math.inf
+    right = {float: is_number, dict: lambda value: isinstance(value, dict) and all(map(is_number, value.values()))}
+    return isinstance(found, dict) and found.keys() == fields.keys() and all(right[kind](found[name]) for name, kind in fields.items())
 
 
 def _kernels_of(config: str, name: str, rows: int, index: int, cache: str) -> float:
@@ -188,7 +204,7 @@ def _kernels_of(config: str, name: str, rows: int, index: int, cache: str) -> fl
     chip, total = topology.parse(name).chip, 0.0
     for call, times in kernels.calls(_without_unused(jax.make_jaxpr(both)(*shapes).jaxpr)):
         key = f"{chip.name} {kernels.signature(call)}"
-        alone = _cached(cache, key, lambda: {"seconds": kernels.seconds(call, chip, mesh)})["seconds"]
+        alone = _cached(cache, key, {"seconds": float}, lambda: {"seconds": kernels.seconds(call, chip, mesh)})["seconds"]
         total += times * alone / kernels.cores_at_work(call, chip)
     return total
 
@@ -232,7 +248,7 @@ def _update_of(config: str, name: str, shape: tuple[int, ...], cache: str) -> tu
     state = TrainState(step=count, params=params, ema=params, opt_state=moments, bad_step=count)
     update = make_update(optimizer, learning_rate(optim, steps), optim)
     lowered = jax.jit(update, donate_argnums=0).lower(state, array((), jnp.float32), params)
-    found = _cached(cache, f"{place.chip.name} {lowered.as_text()}", lambda: _measure(hlo.parse(lowered.compile().as_text()), place))
+    found = _cached(cache, f"{place.chip.name} {lowered.as_text()}", MEASURED, lambda: _measure(hlo.parse(lowered.compile().as_text()), place))
     return found["seconds"], found["bytes"]
 
 

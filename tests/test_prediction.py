@@ -48,15 +48,24 @@ def test_block_program_is_forward_and_backward():
         assert bool(d_input) == has_input_gradient and out[0].shape[0] == 2
 
 
+DAMAGED = ('{"seco', "{}", "[]", "null", '{"seconds": -1, "kinds": {}}', '{"seconds": NaN, "kinds": {}}', '{"seconds": 1, "kinds": {"copy": "1"}}', '{"seconds": 1, "kinds": []}',
+           '{"seconds": true, "kinds": {}}', '{"seconds": 1, "kinds": {}, "more": 1}', "[" * 100_000)  # fmt: skip
+
+
 def test_a_damaged_cost_is_made_again(tmp_path, monkeypatch):
-    """Wrong: a plan that a damaged file in the cache stops for ever, and a cost computed although it is known."""
+    """Wrong: a plan that a damaged file in the cache stops for ever, also one that is JSON or cannot be replaced; a cost computed although it is known."""
     monkeypatch.setattr(block_costs.importlib.metadata, "version", lambda package: "1")  # the TPU compiler need not be here
     made = []
-    compute = lambda: made.append(1) or {"seconds": len(made)}
-    assert block_costs._cached(str(tmp_path), "key", compute) == block_costs._cached(str(tmp_path), "key", compute) == {"seconds": 1}
+    compute = lambda: made.append(1) or {"seconds": len(made), "kinds": {"copy": 0.5}}
+    cached = lambda: block_costs._cached(str(tmp_path), "key", {"seconds": float, "kinds": dict}, compute)["seconds"]
+    assert cached() == cached() == 1
     (file,) = tmp_path.iterdir()
-    file.write_text('{"seco')
-    assert block_costs._cached(str(tmp_path), "key", compute) == {"seconds": 2} and len(made) == 2
+    for i, text in enumerate(DAMAGED):
+        file.write_text(text)
+        assert cached() == cached() == len(made) == 2 + i
+    file.unlink()
+    file.mkdir()
+    assert cached() == len(made) == 2 + len(DAMAGED)
 
 
 def test_rows_per_chip():
