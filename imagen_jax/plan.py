@@ -6,7 +6,7 @@
 
 Nothing runs and no accelerator is needed: the train step and the sampler are compiled ahead of time by the compiler of that hardware
 (pip install 'imagen_jax[tpu]' or '[cuda12]'; for GPUs that are not here '[gpu-plan]' is enough). The first time takes minutes; block costs
-are kept and read the next time. Of GPUs it reports memory, FLOPs and traffic: their compiler has no estimates of time.
+are kept and read the next time. Of GPUs it reports memory, FLOPs and traffic: their compiler has no estimates of time. Exit code 1: it does not fit.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("exact", False, "compile at the default level, as a run does: 20 minutes and 16 GB for the 2B base")
     flags.DEFINE_bool("search", False, "if it does not fit, compile what is advised in turn until something fits")
     flags.DEFINE_bool("time", True, "predict the time of a step (TPUs)")
-    flags.DEFINE_bool("sampler", True, "compile the sampler too, for train.sample_rows images")
+    flags.DEFINE_bool("sampler", True, "compile the sampler too, as training draws train.sample_rows images")
     flags.DEFINE_integer("processes", cli.cores(), "blocks to compile at once, each in 2 to 4 GB", lower_bound=1)
     flags.DEFINE_string("cache", "~/.cache/imagen_jax/plan", "directory for block costs")
     flags.DEFINE_float("price", 0.0, "money for a chip-hour, to state the cost of all steps", lower_bound=0.0)
@@ -66,7 +66,7 @@ def main() -> int:
         return encoder(place, args)
     found = plan(config, place, args)
     report(found, args)
-    return 0 if found["memory"]["fits"] else 1
+    return 0 if fits(found) else 1
 
 
 def encoder(place: Any, args: Any) -> int:
@@ -99,7 +99,7 @@ def plan(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
     from imagen_jax import plan_report, prediction
 
     found = examine(config, place, args)
-    if found["memory"]["fits"]:
+    if fits(found):
         return found
     tried: list[dict[str, Any]] = []
     hopeful = lambda row: row["estimated_peak"] <= HOPELESS * found["memory"]["limit"]
@@ -107,10 +107,20 @@ def plan(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
     for row in filter(hopeful, rows) if args.search else ():
         log.info("trying %s", plan_report.options(row["overrides"]))
         other = examine(prediction.overridden(config, row["overrides"]), place, args)
-        tried.append(row | {"peak": other["memory"]["peak"]})
-        if other["memory"]["fits"]:
-            return other | {"overrides": row["overrides"], "tried": tried, "asked": found["memory"]}
+        tried.append(row | {"peak": needed(other)})
+        if fits(other):
+            return other | {"overrides": row["overrides"], "tried": tried, "asked": found["memory"] | {"fits": False, "peak": needed(found)}}
     return found | {"advice": up_to_first_that_fits(again, found["memory"]["limit"]), "tried": tried}
+
+
+def fits(found: Mapping[str, Any]) -> bool:
+    """Whether a training can run: its step, and the sampler if it draws."""
+    return found["memory"]["fits"] and found.get("sampler", found["memory"])["fits"]
+
+
+def needed(found: Mapping[str, Any]) -> int:
+    """Bytes of a chip that a training needs."""
+    return max(found["memory"]["peak"], found.get("sampler", found["memory"])["peak"])
 
 
 def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
@@ -145,8 +155,8 @@ def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
         found["cost"] = prediction.expense(found["time"], place, config["train"]["steps"], args.price)
     elif place.chip.platform != "tpu":
         found["memory_traffic"] = prediction.memory_traffic(place, cost.memory_bytes(module))
-    if args.sampler:
-        found["sampler"] = sampler(config, place, program, args.exact)
+    if args.sampler and config["train"]["sample_every"]:
+        found["sampler"] = sampler(config, place, program, found["memory"]["parts"], args.exact)
     return found
 
 
@@ -180,21 +190,25 @@ def describe(config: Mapping[str, Any], place: Any, program: Any, memory: Any, e
     }  # fmt: skip
 
 
-def sampler(config: Mapping[str, Any], place: Any, program: Any, exact: bool) -> dict[str, Any]:
-    """What drawing a batch needs: the mesh's own smallest whole batch, at least train.sample_rows."""
+def sampler(config: Mapping[str, Any], place: Any, program: Any, parts: Mapping[str, int], exact: bool) -> dict[str, Any]:
+    """What drawing a sample grid needs in the midst of training, where parameters, optimizer state and a batch stay `beside` what the sampler itself needs."""
     from imagen_jax import whole_step
 
-    shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-    rows = -(-config["train"]["sample_rows"] // shards) * shards
+    rows = config["train"]["sample_rows"]
     log.info("compiling the sampler of %d images", rows)
-    _, peak = whole_step.compile_text(whole_step.lower_sampler(program, rows), place, exact)
-    return {"rows": rows, "steps": config["sampling"]["steps"], "peak": peak, "fits": peak <= place.chip.memory_limit}
+    _, alone = whole_step.compile_text(whole_step.lower_sampler(program, rows), place, exact)
+    beside = sum(parts[part] for part in ("parameters", "optimizer", "batch"))
+    peak = alone + beside
+    return {"rows": rows, "steps": config["sampling"]["steps"], "peak": peak, "beside": beside, "fits": peak <= place.chip.memory_limit}
 
 
 def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What would need less memory, in the order to try it, each with an estimate: the compiled peak changed as the known parts change."""
     from imagen_jax import block_costs, prediction, whole_step
 
+    if found["memory"]["fits"]:
+        yield from sampler_advice(config, place, found)
+        return
     for overrides in prediction.alternatives(config, place):
         changed = prediction.overridden(config, overrides)
         try:
@@ -205,6 +219,19 @@ def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> I
         share *= block_costs.mesh_sizes(config, place)["spatial"] / block_costs.mesh_sizes(changed, place)["spatial"]
         peak = sum(parts.values()) + found["memory"]["parts"]["temporaries"] * share
         yield {"overrides": overrides, "estimated_peak": int(peak)}
+
+
+def sampler_advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """`advice` for a training whose step fits: fewer images in a sample grid, or none."""
+    from imagen_jax import block_costs, prediction
+
+    sizes = block_costs.mesh_sizes(config, place)
+    drawn, shards = found["sampler"], sizes["data"] * sizes["fsdp"]
+    held = drawn["beside"] + found["memory"]["parts"]["EMA"]
+    for overrides in prediction.fewer_samples(config, shards):
+        share = -(-overrides["train.sample_rows"] // shards) / -(-drawn["rows"] // shards)
+        yield {"overrides": overrides, "estimated_peak": int(held + share * (drawn["peak"] - held))}
+    yield {"overrides": {"train.sample_every": 0}, "estimated_peak": found["memory"]["peak"]}
 
 
 def up_to_first_that_fits(rows: Iterable[dict[str, Any]], limit: int) -> list[dict[str, Any]]:

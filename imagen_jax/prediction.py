@@ -143,6 +143,15 @@ def alternatives(config: Mapping[str, Any], place: Topology) -> list[dict[str, A
     return found + [state | {"data.batch_size": rows // n} for n in (2, 4, 8) if rows % (n * chips) == 0 for state in least]
 
 
+def fewer_samples(config: Mapping[str, Any], shards: int) -> list[dict[str, int]]:
+    """Overrides that draw a sample grid of fewer images on each of so many devices: half as many each time."""
+    most, found = -(-config["train"]["sample_rows"] // shards), []
+    while most > 1:
+        most = -(-most // 2)
+        found.append({"train.sample_rows": most * shards})
+    return found
+
+
 def resized(config: Mapping[str, Any], sizes: Mapping[str, int], **changed: int) -> dict[str, int]:
     """Overrides of a mesh of these sizes in which some are changed and `data` is what is left."""
     wanted = {**sizes, **changed, "data": -1}

@@ -93,8 +93,9 @@ def plan(tmp_path, *options, what=tuple(level(attention=True)), topology="v5e-4"
 
 def test_plan_of_a_tiny_config(tmp_path):
     """Wrong: a part of the report that is missing, a time without its blocks, a second run that compiles blocks again."""
-    code, found = plan(tmp_path, f"--output={tmp_path}/plan", "--price=1")
+    code, found = plan(tmp_path, f"--output={tmp_path}/plan", "--price=1", "--config.train.sample_every=4")
     assert code == 0 and found["memory"]["fits"] and found["chips"] == 4 and found["sampler"]["fits"]
+    assert found["sampler"]["peak"] > sum(found["memory"]["parts"][part] for part in ("parameters", "EMA", "optimizer"))
     assert sum(found["memory"]["parts"].values()) >= found["memory"]["peak"]
     assert 0 < found["time"]["mfu"] < 1 and sum(found["time"]["kinds_s"].values()) == pytest.approx(found["time"]["compute_s"])
     parameters = 4 * found["parameters"] / found["mesh"]["fsdp"]

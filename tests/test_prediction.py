@@ -2,11 +2,12 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from imagen_jax import block_costs, plan_report, prediction, sharding, whole_step
+from imagen_jax import block_costs, grids, plan, plan_report, prediction, sharding, whole_step
 from imagen_jax.hardware import topology
 from imagen_jax.stage import create_stage
 from imagen_jax.step import TrainProgram, forward_flops
@@ -111,6 +112,33 @@ def test_parts_of_memory():
     assert halves == pytest.approx(kept["none"], rel=0.01) and whole_step.kept_bytes(program(**big)) > 1.5 * kept["none"]
 
 
+@pytest.mark.parametrize("name", ("base_64", "sr_256"))
+def test_the_sampler_is_the_one_that_training_runs(name, monkeypatch):
+    """Wrong: the sampler of whole images where a crop is trained on, of a batch that is divided as a training batch is, of other rows than a grid has."""
+    made, rows = program(name), 3
+    monkeypatch.setattr(grids.pipeline, "open_prepared", lambda data: SimpleNamespace(evaluation_split="train", manifest={"counts": {"images": {"train": 9}}}))
+    monkeypatch.setattr(grids.pipeline, "eval_rows", lambda data, rows, split: tiny.batch(made.stage, len(rows)))
+    drawn = grids.SampleGrid(tiny.config(name, train__sample_rows=rows), made.stage, made.mesh)
+    fields = {field: jax.ShapeDtypeStruct(a.shape, a.dtype) for field, a in drawn._batch.items() if field != "image"}
+    assert whole_step.lower_sampler(made, rows).as_text() == drawn._draw.lower(made.abstract.ema, fields).as_text()
+
+
+def found_memory(step, grid, limit=16):
+    """As much of a plan as decides whether it fits."""
+    sampler = {"rows": 64, "peak": grid, "beside": 3, "fits": grid <= limit}
+    return {"memory": {"fits": step <= limit, "peak": step, "limit": limit, "parts": {"EMA": 1}}, "sampler": sampler}
+
+
+def test_a_grid_that_does_not_fit_is_no_plan_that_fits():
+    """Wrong: exit code 0 for a training that ends when it draws its first samples; advice that changes the step, which fits; rows that no device has fewer of."""
+    assert plan.fits(found_memory(10, 15)) and not plan.fits(found_memory(20, 15)) and not plan.fits(found_memory(10, 20))
+    assert plan.needed(found_memory(10, 20)) == 20 and plan.needed({"memory": found_memory(10, 20)["memory"]}) == 10
+    config = tiny.config("base_64", train__sample_rows=64, mesh__fsdp=2)
+    rows = list(plan.advice(config, topology.parse("v5e:4x4"), found_memory(10, 20)))
+    assert [row["overrides"] for row in rows] == [{"train.sample_rows": 32}, {"train.sample_rows": 16}, {"train.sample_every": 0}]
+    assert [row["estimated_peak"] for row in rows] == [4 + 8, 4 + 4, 10]
+
+
 @pytest.mark.parametrize("message", OUT_OF_MEMORY)
 def test_what_a_refused_program_needs(message):
     """Wrong: the memory there is taken for what is needed; another error taken for this one."""
@@ -187,14 +215,16 @@ def test_advice_for_slices():
 
 def test_report_says_what_is_wrong():
     """Wrong: a plan that does not fit reported without by how much and what to do."""
-    plan = {
+    found = {
         "config": "base", "topology": "v5e:2x2", "platform": "tpu", "chips": 4, "mesh": {"data": 4, "fsdp": 1}, "batch": 8, "accumulation": 1, "remat": "none",
         "parameters": 1000, "not_split": ["params/odd [7, 7]: no dimension"], "flops": {"per_image": 1e12, "per_step": 8e12, "per_chip_and_step": 2e12},
         "memory": {"fits": False, "peak": 20 * 2**30, "limit": 16 * 2**30, "level": "O0", "parts": {"parameters": 2**30, "temporaries": 19 * 2**30}},
         "advice": [{"overrides": {"model.remat": "matrix"}, "estimated_peak": 18 * 2**30}, {"overrides": {"mesh.fsdp": 4}, "estimated_peak": 2**30}],
     }  # fmt: skip
-    text = plan_report.text(plan)
+    text = plan_report.text(found)
+    found |= {"sampler": {"rows": 16, "steps": 256, "peak": 3 * 2**30, "beside": 2**30, "fits": True}}
+    assert "16 images of 256 steps at once, 3.00 GiB a chip, fits\n  1.00 GiB of that are parameters" in plan_report.text(found)
     assert "not split: params/odd" in text
     assert "DOES NOT FIT, 4.00 GiB too much" in text and "--config.mesh.fsdp=4: about 1.00 GiB, would fit" in text
     assert "--config.model.remat=matrix: about 18.00 GiB, not enough" in text
-    assert plan_report.picture(plan)[:4] == b"\x89PNG"
+    assert plan_report.picture(found)[:4] == b"\x89PNG"
