@@ -17,6 +17,7 @@ import logging
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -32,7 +33,6 @@ from jax.interpreters import partial_eval as pe
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imagen_jax import sharding
-from imagen_jax.data.workers import end_with_parent
 from imagen_jax.hardware import cost, hlo, kernels, topology
 from imagen_jax.integrity import write_json
 from imagen_jax.models.attention import Attention, FeedForward
@@ -47,6 +47,7 @@ from imagen_jax.step import make_update
 NO_INPUT_GRADIENT = ("stem", "conditioning")  # nothing before them is trained
 CHECKPOINTED = {"none": (), "matrix": (ResBlock,), "block": (ResBlock, Attention, FeedForward)}  # what each `model.remat` is applied to
 VERSION = 2  # of what is cached
+PATIENCE_S = 5  # after SIGTERM, which often goes to all processes, the first one ends first
 MEASURED = {"seconds": float, "bytes": float, "kinds": dict, "unestimated": float, "inside": dict}  # of a block, see `BlockCost`
 log = logging.getLogger("imagen_jax.block_costs")
 Tree = Any
@@ -295,7 +296,7 @@ def _smallest(place: topology.Topology, chips: int) -> topology.Topology:
 def _pool(processes: int, schedules: str) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
     """Processes of their own, as the compiler holds a lock and its memory; a directory asks them for schedules of kernels.
 
-    An error or an interruption drops what has not begun; the processes end with this one, however it ends.
+    An error drops what has not begun; the processes end with this one, however it ends, and take their schedules with them.
     """
     pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (schedules,))
     try:
@@ -308,11 +309,21 @@ def _pool(processes: int, schedules: str) -> Iterator[concurrent.futures.Process
 
 def _start_process(schedules: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process tells when to stop
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the compiler's handler would print what looks like a crash
+    parent = multiprocessing.parent_process()
+    for wait in (parent.join, lambda: (signal.sigwait({signal.SIGTERM}), parent.join(PATIENCE_S))):
+        threading.Thread(target=_end_after, args=(wait, schedules), daemon=True).start()
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_compilation_cache_dir", None)
     if schedules:
         kernels.ask_for_schedules(schedules)
+
+
+def _end_after(wait: Callable[[], Any], schedules: str) -> None:
+    """For a thread: ends this process and its schedules, whatever the compiler is doing, when the waiting is over."""
+    wait()
+    shutil.rmtree(schedules or os.devnull, ignore_errors=True)
+    os._exit(1)
 
 
 def with_kernels(block: BlockCost, seconds: float) -> BlockCost:

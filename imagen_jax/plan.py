@@ -15,8 +15,13 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,8 @@ from ml_collections import config_flags
 
 from imagen_jax import cli
 
+STOPS = {signal.SIGINT, signal.SIGTERM}
+PARENT = "IMAGEN_JAX_PARENT"  # variable with the id of a process that a plan is to end with
 HOPELESS = 1.5  # times the memory there is: an estimate above that is not worth compiling
 log = logging.getLogger("imagen_jax.plan")
 
@@ -32,6 +39,7 @@ log = logging.getLogger("imagen_jax.plan")
 def define_flags() -> None:
     """The command line, see `cli.run`."""
     config_flags.DEFINE_config_file("config", None, "config file of a stage, with fields as --config.mesh.fsdp=32", lock_config=True)
+    flags.FLAGS["config"].parser.parse = named(flags.FLAGS["config"].parser.parse)
     flags.DEFINE_string("topology", None, "hardware: v5e:16x16, v5litepod-256, v4-512 (cores), 2xv5p:4x4x8 (two slices), h100-64, a100:32x8 (nodes x GPUs)")
     flags.DEFINE_string("text_encoder", "", "instead of --config: xxl, xl, large, or a directory with a T5 v1.1 config.json; plans encoding captions")
     flags.DEFINE_list("tokens", ["16", "32", "64", "128"], "with --text_encoder: lengths of captions")
@@ -48,10 +56,30 @@ def define_flags() -> None:
     flags.DEFINE_float("price", 0.0, "money for a chip-hour, to state the cost of all steps", lower_bound=0.0)
 
 
+def named(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What reads FILE[:ARG] of a config, with errors that say in which file, and on which line of it, they are."""
+
+    def read(text: str) -> Any:
+        file = text.partition(":")[0]
+        if not os.path.isfile(file):
+            raise ValueError(f"the file {file} does not exist")
+        try:
+            return parse(text)
+        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, ImportError) as error:
+            own = error.__context__ if isinstance(error, (ValueError, TypeError)) and error.__context__ else error  # these two come wrapped
+            lines = [frame.lineno for frame in traceback.extract_tb(own.__traceback__) if os.path.realpath(frame.filename) == os.path.realpath(file)]
+            raise ValueError(f"{':'.join(map(str, [file, *lines[-1:]]))}: {type(own).__name__}: {own}") from error
+
+    return read
+
+
 def main() -> int:
+    end_on_signals()
     args = flags.FLAGS
     cli.log_to_stderr()
-    if (args.config is None) == (not args.text_encoder) or args.topology is None:
+    if args.config is not None and args.text_encoder:
+        raise ValueError("--config and --text_encoder are both given; one thing is planned at a time")
+    if (args.config is None and not args.text_encoder) or args.topology is None:
         raise ValueError("--topology NAME and either --config FILE or --text_encoder NAME are needed, such as --config configs/base_64.py --topology v5e:16x16")
     config = cli.stage_config(args.config) if args.config else {}
     if not math.isfinite(args.price):
@@ -67,6 +95,35 @@ def main() -> int:
     found = plan(config, place, args)
     report(found, args)
     return 0 if fits(found) else 1
+
+
+def end_on_signals() -> None:
+    """From here on SIGINT and SIGTERM, and the end of the process named in PARENT, end this one with one line, also in the midst of compiling.
+
+    The signals are blocked in every thread that begins from here but the one that waits for them: the TPU compiler's own handler, which
+    prints what looks like a crash, gets none. Processes that compile blocks end with this one. multiprocessing's own helper, which removes what
+    they leave behind, and says so, is started first: its start unblocks signals.
+    """
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")))
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    threading.Thread(target=_end_on_signal, daemon=True).start()
+    if PARENT in os.environ:
+        threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
+
+
+def _end_on_signal() -> None:
+    number = signal.sigwait(STOPS)
+    try:
+        cli.fail("interrupted, the same command continues")
+    finally:
+        os._exit(128 + number)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def encoder(place: Any, args: Any) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,32 @@ def test_plan_of_a_tiny_config(tmp_path):
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
     assert kept and plan(tmp_path, "--nosampler")[1]["time"] == found["time"]
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == kept
+
+
+def begin(*command):
+    """A process of which the whole step is being compiled."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while "compiling the whole step" not in (line := process.stderr.readline()):
+        assert line, process.wait()
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_plan_at_once(tmp_path, number):
+    """Wrong: the compiler's handler, which prints what looks like its crash; a signal that waits for the compiler."""
+    process = begin("imagen_jax.plan", *level(attention=True), "--topology=v5e-4", f"--cache={tmp_path}")
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + number and errors.splitlines()[-1] == "error: interrupted, the same command continues" and "received by PID" not in errors
+
+
+def test_a_plan_ends_with_scaling(tmp_path):
+    """Wrong: a plan that goes on for an hour when the process that wants it was killed."""
+    process = begin("tools.scaling", *level(attention=True), "--chip=v5e", "--chips=4", "--rows=2", f"--output={tmp_path}", f"--cache={tmp_path}/cache")
+    process.kill()
+    _, errors = process.communicate(timeout=60)  # until the plan, too, has closed its end
+    assert "error: interrupted" in errors and not list(tmp_path.rglob("plan.json"))
 
 
 def test_advice_works_when_followed(tmp_path):

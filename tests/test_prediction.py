@@ -2,10 +2,14 @@
 
 import copy
 import math
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
 import pytest
+from ml_collections import config_flags
 
 from imagen_jax import block_costs, grids, plan, plan_report, prediction, sharding, whole_step
 from imagen_jax.hardware import topology
@@ -228,3 +232,27 @@ def test_report_says_what_is_wrong():
     assert "DOES NOT FIT, 4.00 GiB too much" in text and "--config.mesh.fsdp=4: about 1.00 GiB, would fit" in text
     assert "--config.model.remat=matrix: about 18.00 GiB, not enough" in text
     assert plan_report.picture(found)[:4] == b"\x89PNG"
+
+
+WRONG = {  # a config, and what is said of it
+    "def get_config(arg=''):\n    return 1 / 0\n": ":2: ZeroDivisionError: division by zero",
+    "def get_config(arg=''):\n    return int('x')\n": ":2: ValueError: invalid literal for int",
+    "import no_such_module\n": ":1: ModuleNotFoundError: No module named 'no_such_module'",
+    "def get_config(arg=''):\n    return {}['b']\n": ":2: KeyError: 'b'",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_config_that_raises_is_named(text, tmp_path):
+    """Wrong: "division by zero" alone, of whatever file."""
+    (tmp_path / "wrong.py").write_text(text)
+    read = plan.named(config_flags.config_flags.ConfigFileFlagParser("config").parse)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/wrong.py{WRONG[text]}")):
+        read(f"{tmp_path}/wrong.py:arg")
+
+
+@pytest.mark.parametrize("options, message", [(["--config=nope.py"], "the file nope.py does not exist"), (["--config=configs/base_64.py:tiny", "--text_encoder=xl"], "--config and --text_encoder are both given")])
+def test_what_is_planned_is_one_thing_that_exists(options, message):
+    """Wrong: a file that is not there called "an earlier failure to load"; two things to plan called none."""
+    done = subprocess.run([sys.executable, "-m", "imagen_jax.plan", "--topology=v5e-4", *options], cwd=tiny.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
