@@ -242,6 +242,7 @@ WRONG = {  # a config, and what is said of it
 }
 
 
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 @pytest.mark.parametrize("text", WRONG)
 def test_a_config_that_raises_is_named(text, tmp_path):
     """Wrong: "division by zero" alone, of whatever file."""
