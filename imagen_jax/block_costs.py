@@ -13,8 +13,11 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -30,7 +33,6 @@ from jax.interpreters import partial_eval as pe
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imagen_jax import sharding
-from imagen_jax.data.workers import end_with_parent
 from imagen_jax.hardware import cost, hlo, kernels, topology
 from imagen_jax.integrity import write_json
 from imagen_jax.models.attention import Attention, FeedForward
@@ -45,6 +47,9 @@ from imagen_jax.step import make_update
 NO_INPUT_GRADIENT = ("stem", "conditioning")  # nothing before them is trained
 CHECKPOINTED = {"none": (), "matrix": (ResBlock,), "block": (ResBlock, Attention, FeedForward)}  # what each `model.remat` is applied to
 VERSION = 2  # of what is cached
+PATIENCE_S = 5  # after SIGTERM, which often goes to all processes, the first one ends first
+MEASURED = {"seconds": float, "bytes": float, "kinds": dict, "unestimated": float, "inside": dict}  # of a block, see `BlockCost`
+log = logging.getLogger("imagen_jax.block_costs")
 Tree = Any
 
 
@@ -123,6 +128,19 @@ def block_program(stage: Stage, block: Block) -> tuple[Any, Any, tuple[Any, ...]
     return forward, both, (*shapes, jax.eval_shape(forward, *shapes))
 
 
+def mesh_sizes(config: Mapping[str, Any], place: topology.Topology) -> dict[str, int]:
+    """The size of each axis of a config's mesh on a topology. Raises ValueError as `sharding.mesh_sizes`."""
+    return sharding.mesh_sizes(config["mesh"], place.chips, place.slices if place.chip.platform == "tpu" else 1)
+
+
+def check_columns(config: Mapping[str, Any], place: topology.Topology) -> None:
+    """Raises ValueError if a row of the batch is computed on a number of chips that no small slice is made of: the compiler crashes on some."""
+    sizes = mesh_sizes(config, place)
+    columns = sizes["model"] * sizes["spatial"]
+    if _smallest(place, columns).chips % columns:
+        raise ValueError(f"mesh.model x mesh.spatial = {columns}: blocks on so many chips cannot be timed; --notime plans the rest")
+
+
 def block_mesh(place: topology.Topology, sizes: Mapping[str, int]) -> Mesh:
     """The part of the run's mesh that one row of a batch is computed on."""
     part = {"data": 1, "fsdp": 1, "model": sizes["model"], "spatial": sizes["spatial"]}
@@ -147,7 +165,7 @@ def _cost_of(config: str, name: str, rows: int, index: int, cache: str) -> Block
     forward = block_program(plain, plain_blocks[index])[0]
     flops = 3 * jax.jit(forward).lower(*shapes[:3]).cost_analysis()["flops"]
     lowered = lower(both, shapes, _shardings(block.places[0], shapes, mesh, json.loads(config)["mesh"]))
-    found = _cached(cache, f"{place.chip.name} {lowered.as_text()}", lambda: _measure(hlo.parse(lowered.compile().as_text()), place))
+    found = _cached(cache, f"{place.chip.name} {lowered.as_text()}", MEASURED, lambda: _measure(hlo.parse(lowered.compile().as_text()), place))
     return BlockCost(places=block.places, flops=flops, **found)
 
 
@@ -158,14 +176,26 @@ def lower(program: Any, shapes: tuple[Any, ...], shardings: tuple[Any, ...]) -> 
     return jax.jit(program, in_shardings=free, out_shardings=(outputs, (params, varying))).lower(*shapes)
 
 
-def _cached(cache: str, key: str, compute: Callable[[], Any]) -> Any:
-    """The JSON value kept for a key in the directory `cache`, computed if there is none."""
+def _cached(cache: str, key: str, fields: Mapping[str, type], compute: Callable[[], Any]) -> Any:
+    """The costs kept for a key in the directory `cache`, computed if there are none, or anything else than these `fields` of numbers."""
     versions = f"{VERSION} {importlib.metadata.version('libtpu')} {importlib.metadata.version('jaxlib')}"
     file = Path(cache) / f"{hashlib.sha256(f'{versions} {key}'.encode()).hexdigest()[:32]}.json"
-    with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged file is made again
-        return json.loads(file.read_text())
-    write_json(file, compute())
-    return json.loads(file.read_text())
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if _are_costs(found := json.loads(file.read_text()), fields):
+            return found
+    made = compute()
+    try:
+        write_json(file, made)
+    except OSError as error:
+        log.warning("a cost is not kept: %s", error)
+    return made
+
+
+def _are_costs(found: Any, fields: Mapping[str, type]) -> bool:
+    """Whether this is {name: number, or {name: number}}, as `fields` have it; no number is negative or not finite."""
+    is_number = lambda value: type(value) in (int, float) and 0 <= value < math.inf
+    right = {float: is_number, dict: lambda value: isinstance(value, dict) and all(map(is_number, value.values()))}
+    return isinstance(found, dict) and found.keys() == fields.keys() and all(right[kind](found[name]) for name, kind in fields.items())
 
 
 def _kernels_of(config: str, name: str, rows: int, index: int, cache: str) -> float:
@@ -175,7 +205,7 @@ def _kernels_of(config: str, name: str, rows: int, index: int, cache: str) -> fl
     chip, total = topology.parse(name).chip, 0.0
     for call, times in kernels.calls(_without_unused(jax.make_jaxpr(both)(*shapes).jaxpr)):
         key = f"{chip.name} {kernels.signature(call)}"
-        alone = _cached(cache, key, lambda: {"seconds": kernels.seconds(call, chip, mesh)})["seconds"]
+        alone = _cached(cache, key, {"seconds": float}, lambda: {"seconds": kernels.seconds(call, chip, mesh)})["seconds"]
         total += times * alone / kernels.cores_at_work(call, chip)
     return total
 
@@ -219,7 +249,7 @@ def _update_of(config: str, name: str, shape: tuple[int, ...], cache: str) -> tu
     state = TrainState(step=count, params=params, ema=params, opt_state=moments, bad_step=count)
     update = make_update(optimizer, learning_rate(optim, steps), optim)
     lowered = jax.jit(update, donate_argnums=0).lower(state, array((), jnp.float32), params)
-    found = _cached(cache, f"{place.chip.name} {lowered.as_text()}", lambda: _measure(hlo.parse(lowered.compile().as_text()), place))
+    found = _cached(cache, f"{place.chip.name} {lowered.as_text()}", MEASURED, lambda: _measure(hlo.parse(lowered.compile().as_text()), place))
     return found["seconds"], found["bytes"]
 
 
@@ -231,7 +261,7 @@ def update_cost(
     Parameters of one shape are compiled once, alone: the whole update is thousands of small operations that take the compiler minutes.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    arguments = (json.dumps(config), str(_smallest(place)))
+    arguments = (json.dumps(config), str(_smallest(place, 1)))
     with _pool(processes, "") as pool:
         found = {shape: pool.submit(_update_of, *arguments, shape, str(cache)) for shape in shapes}
         costs = [(times, *found[shape].result()) for shape, times in shapes.items()]
@@ -247,7 +277,9 @@ def block_costs(config: Mapping[str, Any], place: topology.Topology, cache: Path
     rows = rows_per_chip(config, place)
     count = len(find_blocks(stage, rows))
     cache.mkdir(parents=True, exist_ok=True)
-    arguments = (json.dumps(config), str(_smallest(place)), rows)
+    sizes = mesh_sizes(config, place)
+    sized = {**config, "mesh": {**config["mesh"], **sizes}}  # what is left of a smaller slice is something else
+    arguments = (json.dumps(sized), str(_smallest(place, sizes["model"] * sizes["spatial"])), rows)
     with tempfile.TemporaryDirectory(prefix="schedules") as schedules, _pool(processes, "") as pool, _pool(1, schedules) as scheduled:
         costs = {pool.submit(_cost_of, *arguments, i, str(cache)): i for i in range(count)}
         kernel = {i: scheduled.submit(_kernels_of, *arguments, i, str(cache)) for i in range(count)}
@@ -255,16 +287,16 @@ def block_costs(config: Mapping[str, Any], place: topology.Topology, cache: Path
             yield with_kernels(done.result(), kernel[costs[done]].result())
 
 
-def _smallest(place: topology.Topology) -> topology.Topology:
-    """The smallest slice of the chip: what one chip computes does not depend on how many there are."""
-    return dataclasses.replace(place, shape=topology.smallest_shape(place.chip), slices=1)
+def _smallest(place: topology.Topology, chips: int) -> topology.Topology:
+    """The smallest slice that has links and so many chips: what one chip computes does not depend on how many there are beside those that share its rows."""
+    return dataclasses.replace(place, shape=topology.smallest_shape(place.chip, max(4, chips)), slices=1)
 
 
 @contextlib.contextmanager
 def _pool(processes: int, schedules: str) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
     """Processes of their own, as the compiler holds a lock and its memory; a directory asks them for schedules of kernels.
 
-    An error or an interruption drops what has not begun; the processes end with this one, however it ends.
+    An error drops what has not begun; the processes end with this one, however it ends, and take their schedules with them.
     """
     pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (schedules,))
     try:
@@ -277,11 +309,21 @@ def _pool(processes: int, schedules: str) -> Iterator[concurrent.futures.Process
 
 def _start_process(schedules: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process tells when to stop
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the compiler's handler would print what looks like a crash
+    parent = multiprocessing.parent_process()
+    for wait in (parent.join, lambda: (signal.sigwait({signal.SIGTERM}), parent.join(PATIENCE_S))):
+        threading.Thread(target=_end_after, args=(wait, schedules), daemon=True).start()
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_compilation_cache_dir", None)
     if schedules:
         kernels.ask_for_schedules(schedules)
+
+
+def _end_after(wait: Callable[[], Any], schedules: str) -> None:
+    """For a thread: ends this process and its schedules, whatever the compiler is doing, when the waiting is over."""
+    wait()
+    shutil.rmtree(schedules or os.devnull, ignore_errors=True)
+    os._exit(1)
 
 
 def with_kernels(block: BlockCost, seconds: float) -> BlockCost:
@@ -292,5 +334,5 @@ def with_kernels(block: BlockCost, seconds: float) -> BlockCost:
 
 def rows_per_chip(config: Mapping[str, Any], place: topology.Topology) -> int:
     """Images that one chip computes at once: the batch over data x fsdp, in as many parts as it is accumulated in."""
-    columns = config["mesh"]["model"] * config["mesh"]["spatial"]
-    return config["data"]["batch_size"] * columns // place.chips // config["optim"]["accumulation"]
+    sizes = mesh_sizes(config, place)
+    return config["data"]["batch_size"] // (sizes["data"] * sizes["fsdp"]) // config["optim"]["accumulation"]

@@ -6,7 +6,7 @@
 
 Nothing runs and no accelerator is needed: the train step and the sampler are compiled ahead of time by the compiler of that hardware
 (pip install 'imagen_jax[tpu]' or '[cuda12]'; for GPUs that are not here '[gpu-plan]' is enough). The first time takes minutes; block costs
-are kept and read the next time. Of GPUs it reports memory, FLOPs and traffic: their compiler has no estimates of time.
+are kept and read the next time. Of GPUs it reports memory, FLOPs and traffic: their compiler has no estimates of time. Exit code 1: it does not fit.
 """
 
 import dataclasses
@@ -15,8 +15,13 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,8 @@ from ml_collections import config_flags
 
 from imagen_jax import cli
 
+STOPS = {signal.SIGINT, signal.SIGTERM}
+PARENT = "IMAGEN_JAX_PARENT"  # variable with the id of a process that a plan is to end with
 HOPELESS = 1.5  # times the memory there is: an estimate above that is not worth compiling
 log = logging.getLogger("imagen_jax.plan")
 
@@ -32,6 +39,7 @@ log = logging.getLogger("imagen_jax.plan")
 def define_flags() -> None:
     """The command line, see `cli.run`."""
     config_flags.DEFINE_config_file("config", None, "config file of a stage, with fields as --config.mesh.fsdp=32", lock_config=True)
+    flags.FLAGS["config"].parser.parse = named(flags.FLAGS["config"].parser.parse)
     flags.DEFINE_string("topology", None, "hardware: v5e:16x16, v5litepod-256, v4-512 (cores), 2xv5p:4x4x8 (two slices), h100-64, a100:32x8 (nodes x GPUs)")
     flags.DEFINE_string("text_encoder", "", "instead of --config: xxl, xl, large, or a directory with a T5 v1.1 config.json; plans encoding captions")
     flags.DEFINE_list("tokens", ["16", "32", "64", "128"], "with --text_encoder: lengths of captions")
@@ -42,16 +50,36 @@ def define_flags() -> None:
     flags.DEFINE_bool("exact", False, "compile at the default level, as a run does: 20 minutes and 16 GB for the 2B base")
     flags.DEFINE_bool("search", False, "if it does not fit, compile what is advised in turn until something fits")
     flags.DEFINE_bool("time", True, "predict the time of a step (TPUs)")
-    flags.DEFINE_bool("sampler", True, "compile the sampler too, for train.sample_rows images")
+    flags.DEFINE_bool("sampler", True, "compile the sampler too, as training draws train.sample_rows images")
     flags.DEFINE_integer("processes", cli.cores(), "blocks to compile at once, each in 2 to 4 GB", lower_bound=1)
     flags.DEFINE_string("cache", "~/.cache/imagen_jax/plan", "directory for block costs")
     flags.DEFINE_float("price", 0.0, "money for a chip-hour, to state the cost of all steps", lower_bound=0.0)
 
 
+def named(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What reads FILE[:ARG] of a config, with errors that say in which file, and on which line of it, they are."""
+
+    def read(text: str) -> Any:
+        file = text.partition(":")[0]
+        if not os.path.isfile(file):
+            raise ValueError(f"the file {file} does not exist")
+        try:
+            return parse(text)
+        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, ImportError) as error:
+            own = error.__context__ if isinstance(error, (ValueError, TypeError)) and error.__context__ else error  # these two come wrapped
+            lines = [frame.lineno for frame in traceback.extract_tb(own.__traceback__) if os.path.realpath(frame.filename) == os.path.realpath(file)]
+            raise ValueError(f"{':'.join(map(str, [file, *lines[-1:]]))}: {type(own).__name__}: {own}") from error
+
+    return read
+
+
 def main() -> int:
+    end_on_signals()
     args = flags.FLAGS
     cli.log_to_stderr()
-    if (args.config is None) == (not args.text_encoder) or args.topology is None:
+    if args.config is not None and args.text_encoder:
+        raise ValueError("--config and --text_encoder are both given; one thing is planned at a time")
+    if (args.config is None and not args.text_encoder) or args.topology is None:
         raise ValueError("--topology NAME and either --config FILE or --text_encoder NAME are needed, such as --config configs/base_64.py --topology v5e:16x16")
     config = cli.stage_config(args.config) if args.config else {}
     if not math.isfinite(args.price):
@@ -66,7 +94,36 @@ def main() -> int:
         return encoder(place, args)
     found = plan(config, place, args)
     report(found, args)
-    return 0 if found["memory"]["fits"] else 1
+    return 0 if fits(found) else 1
+
+
+def end_on_signals() -> None:
+    """From here on SIGINT and SIGTERM, and the end of the process named in PARENT, end this one with one line, also in the midst of compiling.
+
+    The signals are blocked in every thread that begins from here but the one that waits for them: the TPU compiler's own handler, which
+    prints what looks like a crash, gets none. Processes that compile blocks end with this one. multiprocessing's own helper, which removes what
+    they leave behind, and says so, is started first: its start unblocks signals.
+    """
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")))
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    threading.Thread(target=_end_on_signal, daemon=True).start()
+    if PARENT in os.environ:
+        threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
+
+
+def _end_on_signal() -> None:
+    number = signal.sigwait(STOPS)
+    try:
+        cli.fail("interrupted, the same command continues")
+    finally:
+        os._exit(128 + number)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def encoder(place: Any, args: Any) -> int:
@@ -99,7 +156,7 @@ def plan(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
     from imagen_jax import plan_report, prediction
 
     found = examine(config, place, args)
-    if found["memory"]["fits"]:
+    if fits(found):
         return found
     tried: list[dict[str, Any]] = []
     hopeful = lambda row: row["estimated_peak"] <= HOPELESS * found["memory"]["limit"]
@@ -107,10 +164,20 @@ def plan(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
     for row in filter(hopeful, rows) if args.search else ():
         log.info("trying %s", plan_report.options(row["overrides"]))
         other = examine(prediction.overridden(config, row["overrides"]), place, args)
-        tried.append(row | {"peak": other["memory"]["peak"]})
-        if other["memory"]["fits"]:
-            return other | {"overrides": row["overrides"], "tried": tried, "asked": found["memory"]}
+        tried.append(row | {"peak": needed(other)})
+        if fits(other):
+            return other | {"overrides": row["overrides"], "tried": tried, "asked": found["memory"] | {"fits": False, "peak": needed(found)}}
     return found | {"advice": up_to_first_that_fits(again, found["memory"]["limit"]), "tried": tried}
+
+
+def fits(found: Mapping[str, Any]) -> bool:
+    """Whether a training can run: its step, and the sampler if it draws."""
+    return found["memory"]["fits"] and found.get("sampler", found["memory"])["fits"]
+
+
+def needed(found: Mapping[str, Any]) -> int:
+    """Bytes of a chip that a training needs."""
+    return max(found["memory"]["peak"], found.get("sampler", found["memory"])["peak"])
 
 
 def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
@@ -119,6 +186,8 @@ def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
     from imagen_jax.hardware import cost
 
     program = prediction.make_program(config, place)
+    if args.time and place.chip.platform == "tpu":
+        block_costs.check_columns(config, place)
     log.info("%s on %s: compiling the whole step for %d chips", config["name"], place, place.chips)
     memory, module = prediction.memory(program, place, args.exact)
     found = describe(config, place, program, memory, args.exact)
@@ -143,8 +212,8 @@ def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
         found["cost"] = prediction.expense(found["time"], place, config["train"]["steps"], args.price)
     elif place.chip.platform != "tpu":
         found["memory_traffic"] = prediction.memory_traffic(place, cost.memory_bytes(module))
-    if args.sampler:
-        found["sampler"] = sampler(config, place, program, args.exact)
+    if args.sampler and config["train"]["sample_every"]:
+        found["sampler"] = sampler(config, place, program, found["memory"]["parts"], args.exact)
     return found
 
 
@@ -178,21 +247,25 @@ def describe(config: Mapping[str, Any], place: Any, program: Any, memory: Any, e
     }  # fmt: skip
 
 
-def sampler(config: Mapping[str, Any], place: Any, program: Any, exact: bool) -> dict[str, Any]:
-    """What drawing a batch needs: the mesh's own smallest whole batch, at least train.sample_rows."""
+def sampler(config: Mapping[str, Any], place: Any, program: Any, parts: Mapping[str, int], exact: bool) -> dict[str, Any]:
+    """What drawing a sample grid needs in the midst of training, where parameters, optimizer state and a batch stay `beside` what the sampler itself needs."""
     from imagen_jax import whole_step
 
-    shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-    rows = -(-config["train"]["sample_rows"] // shards) * shards
+    rows = config["train"]["sample_rows"]
     log.info("compiling the sampler of %d images", rows)
-    _, peak = whole_step.compile_text(whole_step.lower_sampler(program, rows), place, exact)
-    return {"rows": rows, "steps": config["sampling"]["steps"], "peak": peak, "fits": peak <= place.chip.memory_limit}
+    _, alone = whole_step.compile_text(whole_step.lower_sampler(program, rows), place, exact)
+    beside = sum(parts[part] for part in ("parameters", "optimizer", "batch"))
+    peak = alone + beside
+    return {"rows": rows, "steps": config["sampling"]["steps"], "peak": peak, "beside": beside, "fits": peak <= place.chip.memory_limit}
 
 
 def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What would need less memory, in the order to try it, each with an estimate: the compiled peak changed as the known parts change."""
-    from imagen_jax import prediction, whole_step
+    from imagen_jax import block_costs, prediction, whole_step
 
+    if found["memory"]["fits"]:
+        yield from sampler_advice(config, place, found)
+        return
     for overrides in prediction.alternatives(config, place):
         changed = prediction.overridden(config, overrides)
         try:
@@ -200,9 +273,22 @@ def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> I
         except ValueError:
             continue
         share = changed["data"]["batch_size"] / changed["optim"]["accumulation"] / (config["data"]["batch_size"] / config["optim"]["accumulation"])
-        share *= config["mesh"]["spatial"] / changed["mesh"]["spatial"]
+        share *= block_costs.mesh_sizes(config, place)["spatial"] / block_costs.mesh_sizes(changed, place)["spatial"]
         peak = sum(parts.values()) + found["memory"]["parts"]["temporaries"] * share
         yield {"overrides": overrides, "estimated_peak": int(peak)}
+
+
+def sampler_advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """`advice` for a training whose step fits: fewer images in a sample grid, or none."""
+    from imagen_jax import block_costs, prediction
+
+    sizes = block_costs.mesh_sizes(config, place)
+    drawn, shards = found["sampler"], sizes["data"] * sizes["fsdp"]
+    held = drawn["beside"] + found["memory"]["parts"]["EMA"]
+    for overrides in prediction.fewer_samples(config, shards):
+        share = -(-overrides["train.sample_rows"] // shards) / -(-drawn["rows"] // shards)
+        yield {"overrides": overrides, "estimated_peak": int(held + share * (drawn["peak"] - held))}
+    yield {"overrides": {"train.sample_every": 0}, "estimated_peak": found["memory"]["peak"]}
 
 
 def up_to_first_that_fits(rows: Iterable[dict[str, Any]], limit: int) -> list[dict[str, Any]]:

@@ -88,13 +88,14 @@ def _sampler(plan: Plan) -> Iterator[str]:
     if "sampler" in plan:
         found = plan["sampler"]
         verdict = "fits" if found["fits"] else "DOES NOT FIT"
-        yield f"\nsampler: {found['rows']} images of {found['steps']} steps at once, {found['peak'] / GIB:.2f} GiB a chip, {verdict}"
+        yield f"\nsample grids during training: {found['rows']} images of {found['steps']} steps at once, {found['peak'] / GIB:.2f} GiB a chip, {verdict}"
+        yield f"  {found['beside'] / GIB:.2f} GiB of that are parameters, optimizer and batch of the training, which stay; the rest are EMA and the sampler's arrays"
 
 
 def _advice(plan: Plan) -> Iterator[str]:
     for row in plan.get("tried", []):
         yield f"  tried {options(row['overrides'])}: {row['peak'] / GIB:.2f} GiB (estimated {row['estimated_peak'] / GIB:.2f})"
-    if plan["memory"]["fits"]:
+    if "advice" not in plan:
         return
     yield "\nwhat would need less, in the order to try it (--search compiles them):"
     for row in plan["advice"]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from imagen_jax import sharding, whole_step
+from imagen_jax import block_costs, sharding, whole_step
 from imagen_jax.block_costs import BlockCost
 from imagen_jax.hardware import cost, hlo
 from imagen_jax.hardware.topology import Topology
@@ -122,30 +122,40 @@ def expense(time: Mapping[str, float], place: Topology, steps: int, price: float
 def alternatives(config: Mapping[str, Any], place: Topology) -> list[dict[str, Any]]:
     """Overrides that need less memory, in the order to try them: first what costs least speed.
 
-    More recomputation, state over more chips, the batch in parts, image height over chips, half the batch.
+    More recomputation; state over more chips, whose gathers run beside the compute; the batch in parts, which adds no traffic that nothing
+    hides; image height over chips, which does; half the batch, which is another training.
     """
-    model, mesh, optim, data = (config[part] for part in ("model", "mesh", "optim", "data"))
+    model, optim, rows = config["model"], config["optim"], config["data"]["batch_size"]
+    sizes = block_costs.mesh_sizes(config, place)
     at = REMAT_KINDS.index(model["remat"])
-    found: list[dict[str, Any]] = [{"model.remat": kind} for kind in REMAT_KINDS[at + 1 :]]
     remat = {"model.remat": REMAT_KINDS[-1]} if at + 1 < len(REMAT_KINDS) else {}
-    columns = mesh["model"] * mesh["spatial"]
-    chips = place.chips // columns
-    rows = data["batch_size"]
-    for fsdp in (mesh["fsdp"] * 2**i for i in range(1, 12)):
-        if chips % fsdp == 0:
-            found.append(remat | {"mesh.fsdp": fsdp})
-    most = {"mesh.fsdp": max([mesh["fsdp"], *(f["mesh.fsdp"] for f in found if "mesh.fsdp" in f)])}
-    most = remat | (most if most["mesh.fsdp"] != mesh["fsdp"] else {})
-    for parts in (optim["accumulation"] * 2**i for i in range(1, 8)):
-        if rows % parts == 0 and rows // parts % chips == 0:
-            found.append(most | {"optim.accumulation": parts})
-    for split in (2, 4, 8):
-        if mesh["spatial"] == 1 and chips % split == 0 and rows % (chips // split) == 0:
-            found.append(remat | {"mesh.spatial": split, "mesh.fsdp": math.gcd(mesh["fsdp"], chips // split)})
-    for part in (2, 4, 8):
-        if rows % (part * chips) == 0:
-            found.append(most | {"data.batch_size": rows // part})
+    chips = sizes["data"] * sizes["fsdp"]
+    slices = place.slices if place.chip.platform == "tpu" else 1
+    more_fsdp = [sizes["fsdp"] * 2**i for i in range(1, 12) if chips // slices % (sizes["fsdp"] * 2**i) == 0]
+    fsdp = [remat | resized(config, sizes, fsdp=size) for size in more_fsdp]
+    least = [remat, *fsdp[-1:]]  # what the rest is tried with
+    parts = [optim["accumulation"] * 2**i for i in range(1, 8)]
+    parts = [n for n in parts if rows % n == 0 and rows // n % chips == 0]
+    splits = [n for n in (2, 4, 8) if sizes["spatial"] == 1 and chips // slices % n == 0 and rows % (chips // n) == 0]
+    found = [{"model.remat": kind} for kind in REMAT_KINDS[at + 1 :]] + fsdp
+    found += [state | {"optim.accumulation": n} for n in parts for state in least]
+    found += [remat | resized(config, sizes, spatial=n, fsdp=math.gcd(sizes["fsdp"], chips // slices // n)) for n in splits]
+    return found + [state | {"data.batch_size": rows // n} for n in (2, 4, 8) if rows % (n * chips) == 0 for state in least]
+
+
+def fewer_samples(config: Mapping[str, Any], shards: int) -> list[dict[str, int]]:
+    """Overrides that draw a sample grid of fewer images on each of so many devices: half as many each time."""
+    most, found = -(-config["train"]["sample_rows"] // shards), []
+    while most > 1:
+        most = -(-most // 2)
+        found.append({"train.sample_rows": most * shards})
     return found
+
+
+def resized(config: Mapping[str, Any], sizes: Mapping[str, int], **changed: int) -> dict[str, int]:
+    """Overrides of a mesh of these sizes in which some are changed and `data` is what is left."""
+    wanted = {**sizes, **changed, "data": -1}
+    return {f"mesh.{axis}": size for axis, size in wanted.items() if axis in changed or (config["mesh"][axis] == -1) != (size == -1)}
 
 
 def overridden(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from imagen_jax import sharding
+from imagen_jax import cascade, sharding
 from imagen_jax.hardware import hlo, links
 from imagen_jax.hardware.topology import Topology
+from imagen_jax.stage import to_uint8
 from imagen_jax.step import TrainProgram
 
 O0, DEFAULT = "O0", "default"
@@ -124,14 +126,13 @@ def traffic(module: hlo.Module, program: TrainProgram, place: Topology) -> list[
 
 
 def lower_sampler(program: TrainProgram, rows: int) -> Any:
-    """The sampler of a batch of so many images on the run's mesh, from EMA as the run holds it."""
+    """What draws a sample grid of a training (`grids.SampleGrid`): so many images of the size that is trained on, from EMA as the run holds it, to every device."""
     stage = program.stage
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     shapes = stage.batch_shapes(rows)
-    low = stage.lowres_size
-    batch = {name: jax.ShapeDtypeStruct(*shapes[name]) for name in ("text", "text_mask") if name in shapes}
-    batch |= {"lowres": jax.ShapeDtypeStruct((rows, low, low, 3), jnp.uint8)} if low else {}
-    over_rows = sharding.batch_sharding(program.mesh)
-    placed = (program.shardings.ema, over_rows, over_rows)
-    draw = lambda ema, keys, batch: stage.sample(ema, keys, batch, stage.sampling)
-    return jax.jit(draw, in_shardings=placed).lower(program.abstract.ema, keys, batch)
+    batch = {name: jax.ShapeDtypeStruct(*shapes[name]) for name in ("text", "text_mask", "lowres") if name in shapes}
+
+    def draw(ema, batch):
+        keys = cascade.sample_keys(range(rows), 0)
+        return to_uint8(stage.sample(ema, keys, batch, stage.sampling, stage.train_size))
+
+    return jax.jit(draw, out_shardings=NamedSharding(program.mesh, PartitionSpec())).lower(program.abstract.ema, batch)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from imagen_jax import sharding
+from imagen_jax import block_costs, sharding
 from imagen_jax.hardware import cost, hlo, links, topology
 
 pytest.importorskip("libtpu", reason="the TPU compiler comes with the extra `tpu`")
@@ -54,6 +55,15 @@ def test_slices_of_one_chip(name):
     assert len(topology.parse(name).devices()) == topology.parse(name).chips
 
 
+def test_a_mesh_for_blocks_over_eight_chips():
+    """Wrong: a row of the batch that eight chips compute, timed on the four of the smallest slice."""
+    place = block_costs._smallest(topology.parse("v5p:4x4x8"), 8)
+    mesh = block_costs.block_mesh(place, {"model": 1, "spatial": 8})
+    x = jax.ShapeDtypeStruct((2, 64, 8, 128), BF16, sharding=sharding.image_sharding(mesh))
+    text = jax.jit(convolution).lower(x, jax.ShapeDtypeStruct((3, 3, 128, 128), BF16)).compile().as_text()
+    assert mesh.shape["spatial"] == 8 and [c.kind for c in hlo.collectives(hlo.parse(text), 8)] == ["collective-permute"] * 2
+
+
 def test_traffic_between_slices():
     """Wrong: a compiler that writes what crosses slices in another way, so that the slowest traffic is passed over."""
     place = topology.parse("4xv5e:2x2")
@@ -84,8 +94,9 @@ def plan(tmp_path, *options, what=tuple(level(attention=True)), topology="v5e-4"
 
 def test_plan_of_a_tiny_config(tmp_path):
     """Wrong: a part of the report that is missing, a time without its blocks, a second run that compiles blocks again."""
-    code, found = plan(tmp_path, f"--output={tmp_path}/plan", "--price=1")
+    code, found = plan(tmp_path, f"--output={tmp_path}/plan", "--price=1", "--config.train.sample_every=4")
     assert code == 0 and found["memory"]["fits"] and found["chips"] == 4 and found["sampler"]["fits"]
+    assert found["sampler"]["peak"] > sum(found["memory"]["parts"][part] for part in ("parameters", "EMA", "optimizer"))
     assert sum(found["memory"]["parts"].values()) >= found["memory"]["peak"]
     assert 0 < found["time"]["mfu"] < 1 and sum(found["time"]["kinds_s"].values()) == pytest.approx(found["time"]["compute_s"])
     parameters = 4 * found["parameters"] / found["mesh"]["fsdp"]
@@ -96,6 +107,32 @@ def test_plan_of_a_tiny_config(tmp_path):
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
     assert kept and plan(tmp_path, "--nosampler")[1]["time"] == found["time"]
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == kept
+
+
+def begin(*command):
+    """A process of which the whole step is being compiled."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while "compiling the whole step" not in (line := process.stderr.readline()):
+        assert line, process.wait()
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_plan_at_once(tmp_path, number):
+    """Wrong: the compiler's handler, which prints what looks like its crash; a signal that waits for the compiler."""
+    process = begin("imagen_jax.plan", *level(attention=True), "--topology=v5e-4", f"--cache={tmp_path}")
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + number and errors.splitlines()[-1] == "error: interrupted, the same command continues" and "received by PID" not in errors
+
+
+def test_a_plan_ends_with_scaling(tmp_path):
+    """Wrong: a plan that goes on for an hour when the process that wants it was killed."""
+    process = begin("tools.scaling", *level(attention=True), "--chip=v5e", "--chips=4", "--rows=2", f"--output={tmp_path}", f"--cache={tmp_path}/cache")
+    process.kill()
+    _, errors = process.communicate(timeout=60)  # until the plan, too, has closed its end
+    assert "error: interrupted" in errors and not list(tmp_path.rglob("plan.json"))
 
 
 def test_advice_works_when_followed(tmp_path):
@@ -128,8 +165,8 @@ def test_meshes_of_real_tori(slices, fsdp):
 
 
 def test_plan_of_gpus(tmp_path):
-    """Wrong: a GPU's compiler that looks for a GPU, memory that is not compared with the card's, times that nobody estimated."""
+    """Wrong: a GPU's compiler that looks for a GPU, loops over the parts of a batch that cannot be read, memory that is not compared with the card's, times that nobody estimated."""
     pytest.importorskip("jax_cuda12_plugin", reason="the GPU compiler comes with the extra `gpu-plan`")
-    code, found = plan(tmp_path, "--nosampler", topology="h100-8")
+    code, found = plan(tmp_path, "--nosampler", "--config.optim.accumulation=2", "--config.data.batch_size=16", topology="h100-8")
     assert code == 0 and found["chips"] == 8 and found["memory"]["level"] == "default" and "time" not in found
     assert 0 < found["memory"]["peak"] < found["memory"]["limit"] and found["collectives"] and found["memory_traffic"]["bytes"] > found["memory"]["parts"]["parameters"]

@@ -9,14 +9,28 @@ from tools import scaling
 @pytest.mark.parametrize("chip, chips, slices", [("v5p", 8, 1), ("v5p", 2048, 1), ("v4", 1024, 1), ("v5e", 256, 1), ("v5e", 2048, 8), ("v6e", 512, 2)])
 def test_topologies(chip, chips, slices):
     """Catches cores taken for chips, and a slice that does not exist."""
-    place = topology.parse(scaling.topology_name(chip, chips))
-    assert (place.chip.name, place.chips, place.slices) == (chip, chips, slices)
+    place = scaling.slices_of(chip, chips)
+    assert (place.chip.name, place.chips, place.slices) == (chip, chips, slices) and topology.parse(str(place)) == place
 
 
-def test_slices_that_do_not_exist():
-    """Catches 384 chips planned as 256."""
-    with pytest.raises(ValueError, match="multiple of 256"):
-        scaling.topology_name("v5e", 384)
+@pytest.mark.parametrize("chip, chips, message", [("v5e", 384, "--chips 384: .* multiple of 256"), ("v5p", 3, "--chips 3: 3 chips of v5p are no slice"), ("v5e", 256 * 65, "--chips 16640: 65 slices")])
+def test_slices_that_do_not_exist(chip, chips, message):
+    """Catches 384 chips planned as 256, and a mistake in --chips reported of --topology, which nobody gave."""
+    with pytest.raises(ValueError, match=f"^{message}"):
+        scaling.slices_of(chip, chips)
+
+
+@pytest.mark.parametrize("mesh, chip, chips, fsdp", [((16, 1), "v5p", 8, 8), ((16, 1), "v5p", 2048, 16), ((3, 1), "v5p", 8, 1), ((16, 2), "v5p", 8, 4), ((512, 1), "v5e", 512, 256), ((-1, 1), "v5p", 8, -1)])
+def test_fsdp_on_few_chips(mesh, chip, chips, fsdp):
+    """Catches an fsdp that the chips beside another axis, or those of one slice, do not make up; and -1 taken for 1."""
+    assert scaling.fsdp_on({"data": -1, "fsdp": mesh[0], "model": 1, "spatial": mesh[1]}, scaling.slices_of(chip, chips)) == fsdp
+
+
+def test_a_batch_that_would_be_replaced(tmp_path, capsys):
+    """Catches a field of the command line that has no effect, and nobody is told."""
+    with pytest.raises(SystemExit):
+        scaling.main(["--config=configs/base_64.py:tiny", "--rows=8", f"--output={tmp_path}", "--config.data.batch_size=3"])
+    assert "follows from --rows or --batch" in capsys.readouterr().err
 
 
 def planned(chips, batch, compute, traffic, exposed=0.0):

@@ -13,7 +13,9 @@ over those of the first size. What was planned is kept in --output, and not plan
 import argparse
 import hashlib
 import json
+import logging
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from imagen_jax.integrity import write_atomically, write_json
 from imagen_jax.report import png
 from launch.job import read_config
 
+log = logging.getLogger("imagen_jax.scaling")
 SLICE = 256  # chips of the largest slice of v5e and v6e
 
 
@@ -41,14 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, args.fields = parser.parse_known_args(argv)
     if strange := [option for option in args.fields if not option.startswith("--config.") or "=" not in option]:
         parser.error(f"{strange[0]!r} is no option; fields of the config are written --config.mesh.spatial=2")
+    if any(field.startswith("--config.data.batch_size=") for field in args.fields):
+        parser.error("--config.data.batch_size: the batch follows from --rows or --batch")
     cli.log_to_stderr()
     cli.check_directory("output", str(args.output))
-    if (args.rows or args.batch or 0) < 1 or not all(text.isdigit() and int(text) for text in args.chips.split(",")):
+    if (args.rows or args.batch or 0) < 1 or not all(text.isascii() and text.isdigit() and int(text) for text in args.chips.split(",")):
         raise ValueError(f"--chips {args.chips} {f'--rows {args.rows}' if args.batch is None else f'--batch {args.batch}'}: sizes are whole numbers above 0, chips such as 8,64,512")
     config = read_config(args.config, ["--config.data.path=none", *args.fields])
     sizes = [int(text) for text in args.chips.split(",")]
     for chips in sizes:
-        topology.parse(topology_name(args.chip, chips))
+        slices_of(args.chip, chips)
+    os.environ["IMAGEN_JAX_PARENT"] = str(os.getpid())  # plans end with this process
     found = [planned(args, config, chips) for chips in sizes]
     rows = compared(found)
     write_json(args.output / "scaling.json", rows)
@@ -59,13 +65,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def topology_name(chip: str, chips: int) -> str:
-    """v5p-1024 (cores), v5e-64, 4xv5e-256."""
+def slices_of(chip: str, chips: int) -> topology.Topology:
+    """One slice, or several of v5e and v6e. Raises ValueError for a number of chips that no slices have."""
     if chip in ("v4", "v5p"):
-        return f"{chip}-{2 * chips}"
-    if chips > SLICE and chips % SLICE:
+        name = f"{chip}-{2 * chips}"  # cores
+    elif chips > SLICE and chips % SLICE:
         raise ValueError(f"--chips {chips}: more than one slice of {chip} is a multiple of {SLICE}")
-    return f"{chip}-{chips}" if chips <= SLICE else f"{chips // SLICE}x{chip}-{SLICE}"
+    else:
+        name = f"{chip}-{chips}" if chips <= SLICE else f"{chips // SLICE}x{chip}-{SLICE}"
+    try:
+        return topology.parse(name)
+    except ValueError as error:
+        raise ValueError(f"--chips {chips}: {str(error).removeprefix(f'--topology {name}: ')}") from error
+
+
+def fsdp_on(mesh: Mapping[str, int], place: topology.Topology) -> int:
+    """The config's own fsdp, or the most of it that divides what the other axes leave of a slice; -1 stays what is left."""
+    if mesh["fsdp"] == -1:
+        return -1
+    columns = math.prod(mesh[axis] for axis in ("model", "spatial") if mesh[axis] != -1)
+    return math.gcd(mesh["fsdp"], max(1, place.chips // place.slices // columns))
 
 
 def planned(args: argparse.Namespace, config: Mapping[str, Any], chips: int) -> dict[str, Any]:
@@ -73,9 +92,12 @@ def planned(args: argparse.Namespace, config: Mapping[str, Any], chips: int) -> 
     batch = args.batch or args.rows * chips
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
     directory = args.output / f"{config['name']}_{digest}_{args.chip}_{chips}_{batch}"
+    place = slices_of(args.chip, chips)
+    if (fsdp := fsdp_on(config["mesh"], place)) != config["mesh"]["fsdp"]:
+        log.info("%s: mesh.fsdp is %d, as %d does not divide the chips", place, fsdp, config["mesh"]["fsdp"])
     if not (directory / "plan.json").exists():
-        fields = [*args.fields, f"--config.data.batch_size={batch}", f"--config.mesh.fsdp={math.gcd(config['mesh']['fsdp'], chips)}"]
-        options = [f"--topology={topology_name(args.chip, chips)}", f"--cache={args.cache}", f"--output={directory}", "--nosampler"]
+        fields = [*args.fields, f"--config.data.batch_size={batch}", f"--config.mesh.fsdp={fsdp}"]
+        options = [f"--topology={place}", f"--cache={args.cache}", f"--output={directory}", "--nosampler"]
         if (code := cli.call((sys.executable, "-m", "imagen_jax.plan", f"--config={args.config}", *fields, *options))) not in (0, 1):
             raise ValueError(f"the plan of {batch} images on {chips} chips ended with exit code {code}")
     found = json.loads((directory / "plan.json").read_text())

@@ -21,7 +21,7 @@ class Chip:
     """
 
     name: str
-    device_kinds: tuple[str, ...]  # what `jax.Device.device_kind` begins with
+    device_kinds: tuple[str, ...]  # what `jax.Device.device_kind` is: cards of the same generation have other peaks
     platform: str
     peak_flops: float  # dense bf16
     memory: float
@@ -51,9 +51,11 @@ CHIPS = (
          CLOUD + "v5p: 1200 GB/s both ways over 6 links, 50 Gbit/s a chip", 2 * 4 * 128 * 128 * 2, cores=2),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), "tpu", 918e12, 32e9, 31.25 * GIB, 1638e9, 4, 100e9, 12.5e9, 4,
          CLOUD + "v6e: 800 GB/s both ways over 4 links, 4 x 200 Gbit/s a host of 8", 4 * 256 * 256 * 2),
-    Chip("a100", ("NVIDIA A100",), "cuda", 312e12, 80e9, 74 * GIB, 2039e9, 1, 300e9, 25e9, 8,
+    # All cards of the A100 have one peak; planned for are those of 80 GB.
+    Chip("a100", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe", "NVIDIA A100-PCIE-40GB"), "cuda",
+         312e12, 80e9, 74 * GIB, 2039e9, 1, 300e9, 25e9, 8,
          "NVIDIA A100 80GB SXM data sheet; network: DGX A100, 8 x 200 Gbit/s"),
-    Chip("h100", ("NVIDIA H100",), "cuda", 989e12, 80e9, 74 * GIB, 3350e9, 1, 450e9, 50e9, 8,
+    Chip("h100", ("NVIDIA H100 80GB HBM3",), "cuda", 989e12, 80e9, 74 * GIB, 3350e9, 1, 450e9, 50e9, 8,
          "NVIDIA H100 SXM data sheet; network: DGX H100, 8 x 400 Gbit/s"),
     Chip("h200", ("NVIDIA H200",), "cuda", 989e12, 141e9, 126 * GIB, 4800e9, 1, 450e9, 50e9, 8,
          "NVIDIA H200 SXM data sheet; network: DGX H200, 8 x 400 Gbit/s"),
@@ -71,14 +73,14 @@ def by_name(name: str) -> Chip:
 def peak_flops(device: jax.Device) -> tuple[float, str]:
     """(FLOP/s of one device, where the number is from). A CPU has no published one: its fp32 matrix product is timed (0.2 s).
 
-    The longest name in the table that the device's kind starts with decides; an unknown device gives (nan, reason).
+    A device that is not in the table gives (nan, reason): so do an H100 PCIe, which is slower than the SXM one, and a part of a GPU (MIG).
     """
     if device.platform == "cpu":
         return _matmul_rate() / jax.local_device_count(), "measured: fp32 matrix product, all cores"
-    known = {kind: chip for chip in CHIPS for kind in chip.device_kinds if device.device_kind.startswith(kind)}
-    if not known:
+    known = {kind: chip for chip in CHIPS for kind in chip.device_kinds}
+    if device.device_kind not in known:
         return float("nan"), f"no published peak for {device.device_kind!r} in hardware/chips.py"
-    return known[max(known, key=len)].peak_flops, "data sheet, dense bf16"
+    return known[device.device_kind].peak_flops, "data sheet, dense bf16"
 
 
 def _matmul_rate(n: int = 1024) -> float:

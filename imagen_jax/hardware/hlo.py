@@ -92,7 +92,9 @@ class Module:
         return [self.computations[name] for name in instruction.called.get("calls", [])] if instruction.opcode == "fusion" else []
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a `while` runs whose condition compares a counter from 0 with a constant. Raises ValueError for any other."""
+        """How often a `while` runs: what the compiler says of it, or a constant that its condition compares a counter from 0 with. Raises ValueError for any other."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+            return int(known[1])
         (condition,) = loop.called["condition"]
         constants = [re.match(r"[su]\d+\[\]", i.type) and re.search(r"^(\d+)", i.operands[0]) for i in self.computations[condition].values() if i.opcode == "constant"]
         bounds = [int(found[1]) for found in constants if found]
@@ -207,10 +209,10 @@ def _between_slices(send: Instruction, computation: dict[str, Instruction], time
 
 
 def _payload(instruction: Instruction, computation: dict[str, Instruction]) -> int:
-    """Bytes of all operands or of all results. The result of a gather's or a permutation's start lists its operands first."""
+    """Bytes of all operands or of all results. A start's result lists the operands first, but that of an all-reduce."""
     count = len(instruction.operands)
     results = [type_bytes(array[0]) for array in re.finditer(_ARRAY, instruction.type)]
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         results = results[count : 2 * count]
     return max(sum(results), sum(type_bytes(operand.type) for operand in operands(instruction, computation)))
 

@@ -13,7 +13,7 @@ from imagen_jax.hardware.topology import Topology
 
 # Bytes that must pass a chip for each byte of the largest array, in a group of n: (n - 1) / n of these.
 PASSES = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0, "all-to-all": 1.0, "collective-permute": 1.0}
-CLOSES = {"v4": 4, "v5p": 4, "v5e": 16, "v6e": 16}  # a side of at least so many chips, in a slice of whole cubes or a whole pod, is a ring
+CUBE, POD = 4, 16  # sides of what a slice of three and of two dimensions is made of, and where they close into rings
 
 
 def seconds(collective: Collective, devices: Sequence[Any], place: Topology) -> float:
@@ -39,7 +39,7 @@ def _levels(kind: str, group: Sequence[Any], place: Topology) -> list[tuple[int,
 
 def _outer(device: Any, place: Topology) -> int:
     """Which slice, or which node, a device is in."""
-    return device.id // place.chip.chips_per_host if place.chip.platform == "cuda" else getattr(device, "slice_index", 0)
+    return device.id // place.shape[-1] if place.chip.platform == "cuda" else getattr(device, "slice_index", 0)
 
 
 def _inner_bandwidth(group: Sequence[Any], place: Topology) -> float:
@@ -50,8 +50,12 @@ def _inner_bandwidth(group: Sequence[Any], place: Topology) -> float:
     within = [device.coords for device in group if _outer(device, place) == first]
     extents = [len(set(axis)) for axis in zip(*within)]
     sides = [(extent, side) for extent, side in zip(extents, (*place.shape, 1)) if extent > 1]
-    whole = lambda extent, side: extent == side and side >= CLOSES[place.chip.name]
-    return place.chip.link_bandwidth * max(1, sum(2 if whole(extent, side) else 1 for extent, side in sides))
+    return place.chip.link_bandwidth * max(1, sum(2 if extent == side and is_ring(side, place.shape) else 1 for extent, side in sides))
+
+
+def is_ring(side: int, shape: Sequence[int]) -> bool:
+    """Whether a side of a slice closes: in three dimensions only of a slice of whole cubes (2x4x4 has none), in two a side as long as the pod's."""
+    return all(length % CUBE == 0 for length in shape) if len(shape) == 3 else side == POD
 
 
 def axes_of(groups: Sequence[Sequence[int]], sizes: dict[str, int]) -> tuple[str, ...]:

@@ -68,9 +68,9 @@ class Topology:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}", options
 
 
-def smallest_shape(chip: Chip) -> tuple[int, ...]:
-    """The smallest slice of a TPU that has links: 4 chips."""
-    return TORI[chip.name][4]
+def smallest_shape(chip: Chip, chips: int = 4) -> tuple[int, ...]:
+    """The smallest slice of a TPU with so many chips; of 4, the smallest that has links."""
+    return next(shape for count, shape in TORI[chip.name].items() if count >= chips)
 
 
 def parse(text: str) -> Topology:

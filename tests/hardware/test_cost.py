@@ -90,8 +90,18 @@ def test_links_of_a_torus():
     assert links.seconds(gather(((0, 1), (1, 2)), kind="collective-permute"), corner, small) == pytest.approx(8e9 / 50e9)
 
 
+@pytest.mark.parametrize("name, links_of_a_side", [("v5p:2x4x4", 1), ("v4:2x2x4", 1), ("v5p:4x4x4", 2), ("v5p:4x4x12", 2)])
+def test_rings_of_cubes(name, links_of_a_side):
+    """Wrong: rings in slices of half a cube, whose sides of 4 do not close."""
+    place = topology.parse(name)
+    x, y, z = place.shape
+    devices = [device(i, (i % x, i // x % y, i // (x * y))) for i in range(place.chips)]
+    group = tuple(i * x * y for i in range(z))
+    assert links.seconds(gather((group,)), devices, place) == pytest.approx(8e9 * (z - 1) / z / (links_of_a_side * place.chip.link_bandwidth))
+
+
 def test_links_between_slices_and_nodes():
-    """Wrong: the data-centre network as fast as the torus, or all bytes of a slice sent by each of its chips."""
+    """Wrong: the data-centre network as fast as the torus, or all bytes of a slice sent by each of its chips; nodes of four GPUs taken for halves of one of eight."""
     place = topology.parse("2xv5e:2x2")
     devices = [device(i, (i % 2, i // 2 % 2, 0), i // 4) for i in range(8)]
     inner, outer = 2 * 8e9 * 3 / 4 / (2 * 50e9), 2 * (8e9 / 4) / 2 / 3.1e9
@@ -100,6 +110,7 @@ def test_links_between_slices_and_nodes():
     gpus = [types.SimpleNamespace(id=i) for i in range(16)]
     assert links.seconds(gather((tuple(range(8)),)), gpus, nodes) == pytest.approx(8e9 * 7 / 8 / 450e9)
     assert links.seconds(gather(((0, 8),)), gpus, nodes) == pytest.approx(8e9 / 2 / 50e9)
+    assert links.seconds(gather(((0, 4),)), gpus, topology.parse("h100:4x4")) == pytest.approx(8e9 / 2 / 50e9)
 
 
 def test_axes_of_groups():

@@ -1,5 +1,9 @@
 """Names of hardware, and the facts that predictions rest on."""
 
+import math
+from unittest import mock
+
+import jax
 import pytest
 
 from imagen_jax.hardware import chips, gpus, topology
@@ -50,6 +54,18 @@ def test_facts_are_complete():
     for chip in chips.CHIPS:
         assert chip.source and 1e11 < chip.peak_flops < 1e16 and 1e11 < chip.memory_bandwidth < 1e13
         assert 1e10 < chip.memory_limit < 2e11 and 1e10 < chip.link_bandwidth < 1e12 and 1e9 < chip.network_bandwidth < 1e11
+
+
+@pytest.mark.parametrize(
+    "platform, kind, peak",
+    [("tpu", "TPU v5 lite", 197e12), ("tpu", "TPU v5", 459e12), ("tpu", "TPU v4", 275e12), ("tpu", "TPU v4 lite", math.nan), ("gpu", "NVIDIA A100-PCIE-40GB", 312e12),
+     ("gpu", "NVIDIA H100 80GB HBM3", 989e12), ("gpu", "NVIDIA H100 PCIe", math.nan), ("gpu", "NVIDIA H100 NVL", math.nan), ("gpu", "NVIDIA H200 NVL", math.nan),
+     ("gpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", math.nan)],
+)  # fmt: skip
+def test_peaks_of_devices(platform, kind, peak):
+    """Catches the peak of the SXM card for another card of its generation, or for a seventh of one: MFU would look too low by as much."""
+    found, source = chips.peak_flops(mock.Mock(spec=jax.Device, platform=platform, device_kind=kind))
+    assert found == pytest.approx(peak, nan_ok=True) and (kind in source) == math.isnan(peak)
 
 
 def test_gpus_are_described():
