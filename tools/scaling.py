@@ -32,7 +32,7 @@ SLICE = 256  # chips of the largest slice of v5e and v6e
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = cli.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:ARG; its fields as --config.mesh.spatial=2")
     parser.add_argument("--chip", default="v5p", choices=("v4", "v5e", "v5p", "v6e"))
     parser.add_argument("--chips", default="8,16,32,64,128,256,512,1024,2048", help="sizes, comma-separated")
