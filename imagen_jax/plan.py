@@ -214,6 +214,8 @@ def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
         found["memory_traffic"] = prediction.memory_traffic(place, cost.memory_bytes(module))
     if args.sampler and config["train"]["sample_every"]:
         found["sampler"] = sampler(config, place, program, found["memory"]["parts"], args.exact)
+    if args.sampler and program.stage.train_size != program.stage.image_size:
+        found["whole_images"] = whole_images(place, program, args.exact)
     return found
 
 
@@ -257,6 +259,16 @@ def sampler(config: Mapping[str, Any], place: Any, program: Any, parts: Mapping[
     beside = sum(parts[part] for part in ("parameters", "optimizer", "batch"))
     peak = alone + beside
     return {"rows": rows, "steps": config["sampling"]["steps"], "peak": peak, "beside": beside, "fits": peak <= place.chip.memory_limit}
+
+
+def whole_images(place: Any, program: Any, exact: bool) -> dict[str, Any]:
+    """What drawing whole images needs, of a stage that is trained on crops; with no training beside it, so it decides nothing of that."""
+    from imagen_jax import whole_step
+
+    size = program.stage.image_size
+    log.info("compiling the sampler of whole images, %d pixels across", size)
+    _, peak = whole_step.compile_text(whole_step.lower_whole_images(program), place, exact)
+    return {"size": size, "rows": program.mesh.shape["data"] * program.mesh.shape["fsdp"], "peak": peak, "fits": peak <= place.chip.memory_limit}
 
 
 def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

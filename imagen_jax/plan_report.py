@@ -90,6 +90,10 @@ def _sampler(plan: Plan) -> Iterator[str]:
         verdict = "fits" if found["fits"] else "DOES NOT FIT"
         yield f"\nsample grids during training: {found['rows']} images of {found['steps']} steps at once, {found['peak'] / GIB:.2f} GiB a chip, {verdict}"
         yield f"  {found['beside'] / GIB:.2f} GiB of that are parameters, optimizer and batch of the training, which stay; the rest are EMA and the sampler's arrays"
+    if "whole_images" in plan:
+        found = plan["whole_images"]
+        verdict = "fits" if found["fits"] else "DOES NOT FIT: more chips for each with --config.mesh.spatial"
+        yield f"whole images of {found['size']} pixels, {found['rows']} at once, without a training beside: {found['peak'] / GIB:.2f} GiB a chip, {verdict}"
 
 
 def _advice(plan: Plan) -> Iterator[str]:

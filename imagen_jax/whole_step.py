@@ -136,3 +136,15 @@ def lower_sampler(program: TrainProgram, rows: int) -> Any:
         return to_uint8(stage.sample(ema, keys, batch, stage.sampling, stage.train_size))
 
     return jax.jit(draw, out_shardings=NamedSharding(program.mesh, PartitionSpec())).lower(program.abstract.ema, batch)
+
+
+def lower_whole_images(program: TrainProgram) -> Any:
+    """The sampler at the stage's image size, which of a stage that is trained on crops is larger: an image for each part of the mesh that has rows of its own."""
+    stage, rows = program.stage, program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    shapes = stage.batch_shapes(rows)
+    batch = {name: jax.ShapeDtypeStruct(*shapes[name]) for name in ("text", "text_mask") if name in shapes}
+    batch |= {"lowres": jax.ShapeDtypeStruct((rows, stage.lowres_size, stage.lowres_size, 3), jnp.uint8)} if stage.lowres_size else {}
+    over_rows = sharding.batch_sharding(program.mesh)
+    draw = lambda ema, keys, batch: stage.sample(ema, keys, batch, stage.sampling)
+    return jax.jit(draw, in_shardings=(program.shardings.ema, over_rows, over_rows), out_shardings=over_rows).lower(program.abstract.ema, keys, batch)

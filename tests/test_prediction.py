@@ -127,6 +127,13 @@ def test_the_sampler_is_the_one_that_training_runs(name, monkeypatch):
     assert whole_step.lower_sampler(made, rows).as_text() == drawn._draw.lower(made.abstract.ema, fields).as_text()
 
 
+def test_whole_images_are_of_the_stage_and_not_of_its_crops():
+    """Wrong: the memory of a crop's sampler for that of the image, which is larger; fewer images than the mesh has parts."""
+    made = program("sr_1024", sizes=(2, 2, 1, 2))
+    assert made.stage.train_size < made.stage.image_size
+    assert whole_step.lower_whole_images(made).out_info.shape == (4, made.stage.image_size, made.stage.image_size, 3)
+
+
 def found_memory(step, grid, limit=16):
     """As much of a plan as decides whether it fits."""
     sampler = {"rows": 64, "peak": grid, "beside": 3, "fits": grid <= limit}
@@ -228,6 +235,8 @@ def test_report_says_what_is_wrong():
     text = plan_report.text(found)
     found |= {"sampler": {"rows": 16, "steps": 256, "peak": 3 * 2**30, "beside": 2**30, "fits": True}}
     assert "16 images of 256 steps at once, 3.00 GiB a chip, fits\n  1.00 GiB of that are parameters" in plan_report.text(found)
+    found |= {"whole_images": {"size": 1024, "rows": 8, "peak": 20 * 2**30, "fits": False}}
+    assert "whole images of 1024 pixels, 8 at once, without a training beside: 20.00 GiB a chip, DOES NOT FIT" in plan_report.text(found)
     assert "not split: params/odd" in text
     assert "DOES NOT FIT, 4.00 GiB too much" in text and "--config.mesh.fsdp=4: about 1.00 GiB, would fit" in text
     assert "--config.model.remat=matrix: about 18.00 GiB, not enough" in text
