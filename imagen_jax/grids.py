@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import UInt8
 
-from imagen_jax import cascade, pictures
+from imagen_jax import cascade, pictures, sharding
 from imagen_jax.data import pipeline
 from imagen_jax.stage import Params, Stage, to_uint8
 
@@ -28,7 +28,7 @@ class SampleGrid:
             keys = cascade.sample_keys(range(len(rows)), 0)
             return to_uint8(stage.sample(ema, keys, batch, stage.sampling, stage.train_size))
 
-        self._draw = jax.jit(draw, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._draw = jax.jit(draw, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=sharding.compiler_options(mesh))
 
     def draw(self, ema: Params) -> UInt8[np.ndarray, "h w 3"]:
         """A row of true images, of low-res inputs (super-resolution) and of samples."""

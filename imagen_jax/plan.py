@@ -208,7 +208,7 @@ def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
         found["time"] = prediction.step_time(program, place, found["flops"]["per_chip_and_step"], blocks, update, traffic)
         found["places"] = prediction.places(blocks, program.accumulation)
         if args.exact:
-            found["check"] = prediction.check(module, place, found["time"])
+            found["check"] = prediction.check(module, place, found["time"]) | prediction.schedule(traffic)
         found["cost"] = prediction.expense(found["time"], place, config["train"]["steps"], args.price)
     elif place.chip.platform != "tpu":
         found["memory_traffic"] = prediction.memory_traffic(place, cost.memory_bytes(module))

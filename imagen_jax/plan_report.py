@@ -44,13 +44,16 @@ def _time(plan: Plan) -> Iterator[str]:
         return
     time, cost = plan["time"], plan["cost"]
     yield f"\npredicted step: {1e3 * time['step_s']:.0f} ms, MFU {100 * time['mfu']:.1f} %, {time['images_per_s_per_chip']:.2f} images/s a chip"
-    yield f"  compute {1e3 * time['compute_s']:.1f} ms; parameter traffic {1e3 * time['parameter_traffic_s']:.1f} ms, hidden behind it;"
-    yield f"  other traffic {1e3 * time['exposed_traffic_s']:.1f} ms; optimizer and EMA {1e3 * time['update_s']:.1f} ms"
+    yield f"  compute {1e3 * time['compute_s']:.1f} ms, and beside it gathers of parameters, {1e3 * time['gathers_s']:.1f} ms; then in turn sums of gradients"
+    yield f"  {1e3 * time['sums_s']:.1f} ms, other traffic {1e3 * time['exposed_traffic_s']:.1f} ms, optimizer and EMA {1e3 * time['update_s']:.1f} ms"
+    yield f"  were sums too beside the compute, {1e3 * time['at_best_s']:.0f} ms; were nothing, {1e3 * time['in_turn_s']:.0f} ms"
     yield "  compute: " + ", ".join(f"{100 * s / time['compute_s']:.1f} % {kind}" for kind, s in time["kinds_s"].items())
     yield f"  without the compiler's estimate, by roofline: {100 * time['roofline_share_of_compute']:.2f} % of compute"
     if "check" in plan:
         whole, parts = plan["check"]["whole_s"], plan["check"]["parts_s"]
         yield f"  check: the whole step {1e3 * whole:.1f} ms, blocks and update {1e3 * parts:.1f} ms ({100 * (parts / whole - 1):+.1f} %), without kernels and collectives"
+        beside = [100 * plan["check"][f"{part}_beside"] for part in ("gathers", "sums")]
+        yield f"  check: the whole step runs {beside[0]:.0f} % of the gathers and {beside[1]:.0f} % of the sums beside what computes"
     money = f", {cost['money']:,.0f} at the price given" if "money" in cost else ""
     yield f"{cost['steps']:,} steps: {cost['hours']:,.0f} hours, {cost['chip_hours']:,.0f} chip-hours{money}"
 
@@ -128,9 +131,9 @@ def picture(plan: Plan) -> bytes:
     axes[0, 0].set_title("fits" if memory["fits"] else "does not fit")
     if timed:
         time = plan["time"]
-        share = max(time["compute_s"], time["parameter_traffic_s"]) / time["compute_s"]
+        share = max(time["compute_s"], time["gathers_s"]) / time["compute_s"]
         parts = {kind: 1e3 * share * s for kind, s in time["kinds_s"].items()}
-        parts |= {"other traffic": 1e3 * time["exposed_traffic_s"], "optimizer, EMA": 1e3 * time["update_s"]}
+        parts |= {"sums of gradients": 1e3 * time["sums_s"], "other traffic": 1e3 * time["exposed_traffic_s"], "optimizer, EMA": 1e3 * time["update_s"]}
         _stack(axes[0, 1], parts, "ms a step")
         axes[0, 1].set_title(f"MFU {100 * time['mfu']:.1f} %")
         rows = plan["places"][::-1]

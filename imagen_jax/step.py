@@ -138,6 +138,7 @@ class TrainProgram:
             donate_argnums=0,
             in_shardings=(shardings, over_rows),
             out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+            compiler_options=sharding.compiler_options(mesh),
         )
         batch = {name: jax.ShapeDtypeStruct(*shape, sharding=over_rows) for name, shape in stage.batch_shapes(rows).items()}
         return cls(stage, mesh, optimizer, jitted, abstract, shardings, batch, config["optim"]["accumulation"])

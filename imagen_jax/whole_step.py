@@ -22,8 +22,6 @@ from imagen_jax.step import TrainProgram
 
 O0, DEFAULT = "O0", "default"
 FAST = {"optimization_level": 9}  # O0; makes no difference on GPUs
-# Else a product with a sharded kernel becomes a loop of permutations, which needs more memory and takes longer to compile.
-TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # these try programs out on the GPU
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -47,13 +45,17 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All collectives of one kind along the same mesh axes in one step: bytes of their largest arrays, seconds on the links."""
+    """All collectives of one kind along the same mesh axes in one step: bytes of their largest arrays, seconds on the links.
+
+    `beside` are those of the seconds in which the program, as it was compiled, goes on computing: none at level O0.
+    """
 
     kind: str
     axes: tuple[str, ...]
     count: int
     bytes: int
     seconds: float
+    beside: float = 0.0
 
 
 def compile_text(lowered: Any, place: Topology, exact: bool) -> tuple[str, int]:
@@ -61,7 +63,7 @@ def compile_text(lowered: Any, place: Topology, exact: bool) -> tuple[str, int]:
 
     A GPU's compiler refuses nothing: what it makes has to be compared with the memory there is.
     """
-    options = (TPU_OPTIONS if place.chip.platform == "tpu" else GPU_OPTIONS) | (FAST if level(place, exact) == O0 else {})
+    options = (GPU_OPTIONS if place.chip.platform == "cuda" else {}) | (FAST if level(place, exact) == O0 else {})
     try:
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -116,13 +118,14 @@ def traffic(module: hlo.Module, program: TrainProgram, place: Topology) -> list[
     """The collectives of a compiled step by kind and axes, the slowest first."""
     devices = list(program.mesh.devices.flat)
     sizes = dict(program.mesh.shape)
-    count, size, seconds = Counter(), Counter(), Counter()
+    count, size, seconds, beside = Counter(), Counter(), Counter(), Counter()
     for collective in hlo.collectives(module, len(devices)):
         key = (collective.kind, links.axes_of(collective.groups, sizes))
         count[key] += collective.times
         size[key] += collective.times * collective.bytes
-        seconds[key] += links.seconds(collective, devices, place)
-    return [Traffic(*key, int(count[key]), int(size[key]), seconds[key]) for key, _ in seconds.most_common()]
+        seconds[key] += (taken := links.seconds(collective, devices, place))
+        beside[key] += collective.beside * taken
+    return [Traffic(*key, int(count[key]), int(size[key]), seconds[key], beside[key]) for key, _ in seconds.most_common()]
 
 
 def lower_sampler(program: TrainProgram, rows: int) -> Any:
@@ -135,7 +138,8 @@ def lower_sampler(program: TrainProgram, rows: int) -> Any:
         keys = cascade.sample_keys(range(rows), 0)
         return to_uint8(stage.sample(ema, keys, batch, stage.sampling, stage.train_size))
 
-    return jax.jit(draw, out_shardings=NamedSharding(program.mesh, PartitionSpec())).lower(program.abstract.ema, batch)
+    jitted = jax.jit(draw, out_shardings=NamedSharding(program.mesh, PartitionSpec()), compiler_options=sharding.compiler_options(program.mesh))
+    return jitted.lower(program.abstract.ema, batch)
 
 
 def lower_whole_images(program: TrainProgram) -> Any:
@@ -147,4 +151,6 @@ def lower_whole_images(program: TrainProgram) -> Any:
     batch |= {"lowres": jax.ShapeDtypeStruct((rows, stage.lowres_size, stage.lowres_size, 3), jnp.uint8)} if stage.lowres_size else {}
     over_rows = sharding.batch_sharding(program.mesh)
     draw = lambda ema, keys, batch: stage.sample(ema, keys, batch, stage.sampling)
-    return jax.jit(draw, in_shardings=(program.shardings.ema, over_rows, over_rows), out_shardings=over_rows).lower(program.abstract.ema, keys, batch)
+    shardings = program.shardings.ema, over_rows, over_rows
+    jitted = jax.jit(draw, in_shardings=shardings, out_shardings=over_rows, compiler_options=sharding.compiler_options(program.mesh))
+    return jitted.lower(program.abstract.ema, keys, batch)

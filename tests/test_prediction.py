@@ -169,6 +169,10 @@ def test_step_time_adds_up():
     assert prediction.memory_traffic(place, prediction.blocks_bytes(made, [block]))["seconds"] == pytest.approx(12.0 / place.chip.memory_bandwidth)
     slow = [whole_step.Traffic("all-gather", ("data", "fsdp"), 1, 1, 3.0)]
     assert prediction.step_time(made, place, flops, [block], 0.07, slow)["step_s"] == pytest.approx(3.0 + 0.07)
+    summed = [whole_step.Traffic("all-gather", ("fsdp",), 1, 1, 0.8, 0.6), whole_step.Traffic("reduce-scatter", ("fsdp",), 1, 1, 0.4), whole_step.Traffic("all-reduce", ("data",), 1, 1, 0.1)]
+    times = prediction.step_time(made, place, flops, [block], 0.07, summed)
+    assert [times[part] for part in ("step_s", "at_best_s", "in_turn_s")] == pytest.approx([1.0 + 0.5 + 0.07, 1.3 + 0.07, 1.0 + 1.3 + 0.07])
+    assert prediction.schedule(summed) == {"gathers_beside": pytest.approx(0.75), "sums_beside": 0.0}
 
 
 def test_shapes_on_a_chip():

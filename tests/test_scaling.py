@@ -1,5 +1,7 @@
 """tools/scaling.py: which slices it asks for, and what it makes of their plans."""
 
+import json
+
 import pytest
 
 from imagen_jax.hardware import topology
@@ -33,15 +35,24 @@ def test_a_batch_that_would_be_replaced(tmp_path, capsys):
     assert "follows from --rows or --batch" in capsys.readouterr().err
 
 
-def planned(chips, batch, compute, traffic, exposed=0.0):
-    step = max(compute, traffic) + exposed
-    time = {"compute_s": compute, "parameter_traffic_s": traffic, "exposed_traffic_s": exposed, "update_s": 0.0, "step_s": step, "mfu": 0.5}
+def planned(chips, batch, compute, gathers, sums=0.0):
+    step = max(compute, gathers) + sums
+    time = {"compute_s": compute, "gathers_s": gathers, "sums_s": sums, "exposed_traffic_s": 0.0, "update_s": 0.0}
+    time |= {"step_s": step, "in_turn_s": compute + gathers + sums, "mfu": 0.5}
     return {"chips": chips, "topology": f"v5p:{chips}", "mesh": {"data": chips}, "batch": batch, "time": time}
 
 
 def test_efficiency():
     """Catches efficiency by step time where the batch changes, hidden traffic counted, and traffic that is not hidden left out."""
     rows = scaling.compared([planned(8, 64, 0.1, 0.05), planned(64, 512, 0.1, 0.05, 0.1), planned(64, 64, 0.02, 0.05)])
-    assert [row["efficiency_hidden"] for row in rows] == pytest.approx([1.0, 0.5, 0.1 / 0.05 / 8])
+    assert [row["efficiency_beside"] for row in rows] == pytest.approx([1.0, 0.5, 0.1 / 0.05 / 8])
     assert [row["efficiency_in_turn"] for row in rows] == pytest.approx([1.0, 0.15 / 0.25, 0.15 / 0.07 / 8])
     assert scaling.table(rows).count("\n") == 4 and scaling.picture(rows, "title")[:4] == b"\x89PNG"
+
+
+def test_a_plan_of_an_earlier_version_is_made_again(tmp_path):
+    """Catches times without the parts that the table shows; and a plan of what does not fit, which has no time, made for ever."""
+    assert not scaling.made(tmp_path)
+    for content, enough in (({"time": {"compute_s": 1.0, "parameter_traffic_s": 1.0}}, False), (planned(8, 64, 0.1, 0.05), True), ({"memory": {}}, True)):
+        (tmp_path / "plan.json").write_text(json.dumps(content))
+        assert scaling.made(tmp_path) == enough

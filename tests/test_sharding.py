@@ -203,3 +203,13 @@ def test_each_process_reads_the_rows_that_its_devices_hold(sizes, hosts, rows):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "model": 1, "spatial": 1} | sizes)
     assert [sharding.rows_on([mesh.devices.flat[i] for i in host], 16, mesh) for host in hosts] == rows
     assert sharding.process_rows(16, mesh) == list(range(16))
+
+
+def test_a_training_is_compiled_with_what_the_compiler_is_to_be_told(monkeypatch):
+    """Wrong: a train step that plan compiles with options of the compiler and a training without."""
+    config = tiny.config("sr_256", data__batch_size=8)
+    mesh = sharding.make_mesh({"data": 8, "fsdp": 1, "model": 1, "spatial": 1})
+    assert sharding.compiler_options(mesh) == {}, "on CPUs there is nothing to tell"
+    monkeypatch.setattr(sharding, "compiler_options", lambda mesh: {"no_such_option": "true"})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        TrainProgram.create(config, mesh).lower().compile()

@@ -5,9 +5,9 @@
 
 --rows keeps the images a chip, --batch those a step. Every size is planned as `imagen_jax.plan` does: the whole step compiled for it, its
 collectives read from the compiled program, their bytes over the links' bandwidth (nothing for latency or congestion; slices of v5e and v6e have 256
-chips, more are joined by the data-centre network), blocks by the compiler's estimates. Two figures are given: "hidden", gathers and sums of
-parameters run beside the compute as long as it lasts, and "in turn", nothing runs beside anything. Efficiency is images a second a chip
-over those of the first size. What was planned is kept in --output, and not planned again.
+chips, more are joined by the data-centre network), blocks by the compiler's estimates. Efficiency is images a second a chip over those of the first size:
+as `plan` has it, gathers of parameters beside the compute as long as it lasts and sums of gradients after it, and "in turn", nothing beside
+anything. What was planned is kept in --output, and not planned again.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from launch.job import read_config
 
 log = logging.getLogger("imagen_jax.scaling")
 SLICE = 256  # chips of the largest slice of v5e and v6e
+PARTS = ("compute_s", "gathers_s", "sums_s", "exposed_traffic_s", "update_s")  # of a plan's "time"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +96,7 @@ def planned(args: argparse.Namespace, config: Mapping[str, Any], chips: int) -> 
     place = slices_of(args.chip, chips)
     if (fsdp := fsdp_on(config["mesh"], place)) != config["mesh"]["fsdp"]:
         log.info("%s: mesh.fsdp is %d, as %d does not divide the chips", place, fsdp, config["mesh"]["fsdp"])
-    if not (directory / "plan.json").exists():
+    if not made(directory):
         fields = [*args.fields, f"--config.data.batch_size={batch}", f"--config.mesh.fsdp={fsdp}"]
         options = [f"--topology={place}", f"--cache={args.cache}", f"--output={directory}", "--nosampler"]
         if (code := cli.call((sys.executable, "-m", "imagen_jax.plan", f"--config={args.config}", *fields, *options))) not in (0, 1):
@@ -106,25 +107,31 @@ def planned(args: argparse.Namespace, config: Mapping[str, Any], chips: int) -> 
     return found
 
 
+def made(directory: Path) -> bool:
+    """Whether there is a plan already, and one with all parts of the time if it has a time: those of earlier versions have not."""
+    if not (directory / "plan.json").exists():
+        return False
+    time = json.loads((directory / "plan.json").read_text()).get("time")
+    return time is None or set(PARTS) < set(time)
+
+
 def compared(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each plan, with its efficiency against the first."""
     rows = []
     for one in found:
         time = one["time"]
-        in_turn = time["compute_s"] + time["parameter_traffic_s"] + time["exposed_traffic_s"] + time["update_s"]
         row = {"chips": one["chips"], "topology": one["topology"], "mesh": one["mesh"], "batch": one["batch"], "mfu": time["mfu"]}
-        row |= {part: time[part] for part in ("compute_s", "parameter_traffic_s", "exposed_traffic_s", "update_s", "step_s")}
-        rows.append(row | {"in_turn_s": in_turn})
+        rows.append(row | {part: time[part] for part in (*PARTS, "step_s", "in_turn_s")})
     rate = lambda row, seconds: row["batch"] / row["chips"] / row[seconds]
-    return [row | {f"efficiency_{name}": rate(row, s) / rate(rows[0], s) for name, s in (("hidden", "step_s"), ("in_turn", "in_turn_s"))} for row in rows]
+    return [row | {f"efficiency_{name}": rate(row, s) / rate(rows[0], s) for name, s in (("beside", "step_s"), ("in_turn", "in_turn_s"))} for row in rows]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| chips | topology | images a step | compute | parameter traffic | other | update | MFU, hidden | efficiency, hidden | in turn |", "|" + "---|" * 10]
+    lines = ["| chips | topology | images a step | compute | gathers | sums | other | update | MFU | efficiency | in turn |", "|" + "---|" * 11]
     for row in rows:
-        times = [f"{1e3 * row[part]:.1f} ms" for part in ("compute_s", "parameter_traffic_s", "exposed_traffic_s", "update_s")]
-        shares = [f"{100 * row[name]:.1f} %" for name in ("mfu", "efficiency_hidden", "efficiency_in_turn")]
+        times = [f"{1e3 * row[part]:.1f} ms" for part in PARTS]
+        shares = [f"{100 * row[name]:.1f} %" for name in ("mfu", "efficiency_beside", "efficiency_in_turn")]
         lines.append("| " + " | ".join([str(row["chips"]), row["topology"], str(row["batch"]), *times, *shares]) + " |")
     return "\n".join(lines)
 
@@ -136,7 +143,7 @@ def picture(rows: Sequence[dict[str, Any]], title: str) -> bytes:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     chips = [row["chips"] for row in rows]
-    for name, label in (("hidden", "parameter traffic hidden behind compute"), ("in_turn", "nothing hidden")):
+    for name, label in (("beside", "gathers of parameters beside the compute"), ("in_turn", "nothing beside it")):
         axis.plot(chips, [100 * row[f"efficiency_{name}"] for row in rows], "o-", label=label)
     axis.set_xscale("log", base=2)
     axis.set_xticks(chips, [str(n) for n in chips])

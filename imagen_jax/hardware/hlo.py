@@ -169,29 +169,40 @@ def operands(instruction: Instruction, computation: dict[str, Instruction]) -> l
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation: its kind, the bytes that it takes or makes on a device, whichever is more, who talks to whom, how often."""
+    """One collective operation: its kind, the bytes that it takes or makes on a device, whichever is more, who talks to whom, how often.
+
+    `beside`: the program goes on computing meanwhile, which the fast compile level never arranges.
+    """
 
     kind: str
     bytes: int
     groups: tuple[tuple[int, ...], ...]  # of positions in the mesh; of a collective-permute, its pairs
     times: float
     op_name: str
+    beside: bool = False
 
 
 def collectives(module: Module, devices: int) -> Iterator[Collective]:
     """Every collective of a program for so many devices, those inside fusions too; an all-reduce that is fused with the slice of it is a reduce-scatter.
 
-    A collective over several slices of TPUs is written as parts within a slice and between slices; each is one here.
+    A collective over several slices of TPUs is written as parts within a slice and between slices; each is one here. One that the
+    compiler spreads over what computes meanwhile stands whole in each fusion that carries it, with one `chain_id`, and is one here too.
     """
+    chains = set()
     for instruction, here, times in module.run():
         if instruction.opcode == "send" and "_xla_megascale_transfer_type" in instruction.rest:
             yield _between_slices(instruction, here, times)
         parts = [(i, computation) for computation in module.inside(instruction) for i in computation.values()] or [(instruction, here)]
         for found, computation in parts:
             kind = found.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                scattered = kind == "all-reduce" and any(i.opcode == "dynamic-slice" for i, _ in parts)
-                yield Collective("reduce-scatter" if scattered else kind, _payload(found, computation), _groups(found, devices), times, found.op_name)
+            chain = re.search(r'channel_id=\d+.*\bchain_id="\d+"', found.rest)
+            if kind not in COLLECTIVES or (chain and chain[0] in chains):
+                continue
+            if chain:
+                chains.add(chain[0])
+            scattered = kind == "all-reduce" and any(i.opcode == "dynamic-slice" for i, _ in parts)
+            beside = bool(chain) or found.opcode.endswith("-start")
+            yield Collective("reduce-scatter" if scattered else kind, _payload(found, computation), _groups(found, devices), times, found.op_name, beside)
 
 
 def _between_slices(send: Instruction, computation: dict[str, Instruction], times: float) -> Collective:

@@ -91,6 +91,36 @@ def test_combined_collectives():
     assert gather.bytes == 16 * 128 * (4 + 2)
 
 
+# One gather in three pieces, as the default compile level carries it along with what computes, and one that nothing carries; shortened.
+CHAINED = """HloModule jit_step, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,128]{1,0:T(8,128)}}
+
+%begin (a: f32[8,128]) -> f32[16,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %all-gather.1 = f32[16,128]{1,0:T(8,128)} all-gather(%a), channel_id=3, replica_groups={{0,1}}, dimensions={0}, frontend_attributes={chain_id="7"}
+}
+
+%go_on (b: f32[8,128]) -> f32[8,128] {
+  %b = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %all-gather.2 = f32[16,128]{1,0:T(8,128)} all-gather(%b), channel_id=3, replica_groups={{0,1}}, dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %convolution.1 = f32[8,128]{1,0:T(8,128)} convolution(%b, %b), dim_labels=bf_io->bf
+}
+
+ENTRY %main (p: f32[8,128]) -> f32[16,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %async-collective-start = f32[16,128]{1,0:T(8,128)} fusion(%p), kind=kCustom, calls=%begin
+  %fusion.1 = f32[8,128]{1,0:T(8,128)} fusion(%p), kind=kOutput, calls=%go_on, backend_config={"window_config":{"estimated_cycles":"300"}}
+  %async-collective-done = f32[16,128]{1,0:T(8,128)} fusion(%p), kind=kCustom, calls=%begin
+  ROOT %all-gather.4 = f32[32,128]{1,0:T(8,128)} all-gather(%p), channel_id=4, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+"""
+
+
+def test_a_collective_in_pieces_is_one():
+    """Catches a gather counted once for each operation that carries a part of it, and one that stands alone taken for hidden."""
+    found = list(hlo.collectives(hlo.parse(CHAINED), 4))
+    assert [(c.bytes, c.beside) for c in found] == [(16 * 128 * 4, True), (32 * 128 * 4, False)]
+
+
 @pytest.mark.parametrize(
     "written, groups",
     [
