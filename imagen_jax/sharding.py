@@ -172,11 +172,14 @@ def path_name(path: tuple) -> str:
 
 
 def fsdp_spec(shape: tuple[int, ...], size: int, min_elements: int) -> P:
-    """The largest dimension that divides by `size` goes over `fsdp`; small arrays and indivisible ones are replicated."""
+    """The largest dimension that divides by `size` goes over `fsdp`, of equal ones the first; small arrays and indivisible ones are replicated.
+
+    (Of a square kernel the last dimension lies along a TPU's lanes: its gradient would be summed whole on every device and then cut.)
+    """
     divisible = [i for i, n in enumerate(shape) if n % size == 0]
     if size == 1 or math.prod(shape) < min_elements or not divisible:
         return P()
-    best = max(divisible, key=lambda i: (shape[i], i))
+    best = max(divisible, key=lambda i: shape[i])
     return P(*("fsdp" if i == best else None for i in range(len(shape))))
 
 

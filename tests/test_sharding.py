@@ -133,7 +133,7 @@ def test_batch_that_does_not_divide():
 def test_fsdp_spec():
     """Catches sharding of the smallest dimension, of scalars, and of what does not divide."""
     assert sharding.fsdp_spec((3, 3, 16, 64), 8, 1) == P(None, None, None, "fsdp")
-    assert sharding.fsdp_spec((64, 16), 8, 1) == P("fsdp", None)
+    assert sharding.fsdp_spec((64, 16), 8, 1) == P("fsdp", None) and sharding.fsdp_spec((3, 3, 64, 64), 8, 1) == P(None, None, "fsdp", None)
     assert sharding.fsdp_spec((60, 16), 8, 1) == P(None, "fsdp"), "the largest dimension does not divide"
     assert sharding.fsdp_spec((3, 5), 8, 1) == P() and sharding.fsdp_spec((), 8, 1) == P() and sharding.fsdp_spec((64,), 8, 100) == P()
 
