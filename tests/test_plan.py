@@ -64,6 +64,26 @@ def test_a_mesh_for_blocks_over_eight_chips():
     assert mesh.shape["spatial"] == 8 and [c.kind for c in hlo.collectives(hlo.parse(text), 8)] == ["collective-permute"] * 2
 
 
+def test_gathers_run_beside_what_computes():
+    """Wrong: options that this compiler does not take for what they were, or pieces of a gather that it marks in another way: then plan counts each."""
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 16, "model": 1, "spatial": 1}, topology.parse("v5p:4x4x8").devices())
+    rows, over_fsdp = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, None, "fsdp", None))
+
+    def loss(kernels, x):
+        for kernel in kernels:
+            x = x + jax.nn.silu(convolution(x, kernel))
+            x = jax.lax.with_sharding_constraint(x, rows)
+        return jnp.sum(x.astype(jnp.float32))
+
+    kernels = [jax.ShapeDtypeStruct((3, 3, 512, 512), BF16, sharding=over_fsdp)] * 4
+    x = jax.ShapeDtypeStruct((128 * 8, 32, 32, 512), BF16, sharding=rows)
+    gradient = jax.jit(jax.grad(loss), out_shardings=[over_fsdp] * 4, compiler_options=sharding.compiler_options(mesh))
+    found = list(hlo.collectives(hlo.parse(gradient.lower(kernels, x).compile().as_text()), 128))
+    gathers, sums = ([c for c in found if c.kind == kind] for kind in ("all-gather", "reduce-scatter"))
+    assert 4 <= len(gathers) <= 8, "a kernel is gathered at most once forward and once backward"
+    assert sum(c.beside for c in gathers) >= 0.75 * len(gathers) and sums and not any(c.beside for c in sums)
+
+
 def test_traffic_between_slices():
     """Wrong: a compiler that writes what crosses slices in another way, so that the slowest traffic is passed over."""
     place = topology.parse("4xv5e:2x2")
