@@ -30,7 +30,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     verdict = "fits" if memory["fits"] else f"DOES NOT FIT, {over / GIB:.2f} GiB too much"
     yield f"\nmemory of a chip: {memory['peak'] / GIB:.2f} of {memory['limit'] / GIB:.2f} GiB, {verdict} (compile level {memory['level']})"
     if memory["level"] == "O0":
-        yield "  O0 over-estimates: 1.35 times the default level's peak for base_64, 1.02 for sr_256, on v5e:16x16; --exact for the default"
+        yield "  O0 gives 0.97 to 1.35 times the default level's peak where both were compiled (BENCHMARKS.md); --exact for the default"
     if plan["platform"] == "cuda":
         yield "  without workspaces of convolutions, buffers of collectives and the driver's context, for which the limit leaves room"
     for part, size in memory["parts"].items():

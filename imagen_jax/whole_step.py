@@ -1,7 +1,7 @@
 """The train step and the sampler compiled whole, for hardware that need not be there: what they need in memory, and what they send.
 
-Compiled at the compiler's fast level (O0), which takes minutes where the default takes up to thirty and over-estimates memory: on 256 v5e chips its
-peak is 1.35 times the default's for base_64 and 1.02 times for sr_256 and sr_1024. `exact` compiles at the default level.
+Compiled at the compiler's fast level (O0), which takes minutes where the default takes up to thirty. It knows memory roughly: its peak is 1.35 times
+the default's for base_64 on v5e:16x16 and 1.02 times for sr_256, but 0.97 times on v5p:4x4x8. `exact` compiles at the default level.
 """
 
 import dataclasses
