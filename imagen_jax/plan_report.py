@@ -7,6 +7,7 @@ from imagen_jax.report import png
 
 Plan = Mapping[str, Any]
 GIB = 2**30
+NEAR = 0.95  # of the limit: above it a program that fits at level O0 may not at the default
 
 
 def text(plan: Plan) -> str:
@@ -31,6 +32,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"\nmemory of a chip: {memory['peak'] / GIB:.2f} of {memory['limit'] / GIB:.2f} GiB, {verdict} (compile level {memory['level']})"
     if memory["level"] == "O0":
         yield "  O0 gives 0.97 to 1.35 times the default level's peak where both were compiled (BENCHMARKS.md); --exact for the default"
+        if NEAR * memory["limit"] < memory["peak"] <= memory["limit"]:
+            yield "  TOO NEAR THE LIMIT to be sure: use --exact"
     if plan["platform"] == "cuda":
         yield "  without workspaces of convolutions, buffers of collectives and the driver's context, for which the limit leaves room"
     for part, size in memory["parts"].items():

@@ -245,6 +245,8 @@ def test_report_says_what_is_wrong():
     assert "DOES NOT FIT, 4.00 GiB too much" in text and "--config.mesh.fsdp=4: about 1.00 GiB, would fit" in text
     assert "--config.model.remat=matrix: about 18.00 GiB, not enough" in text
     assert plan_report.picture(found)[:4] == b"\x89PNG"
+    near = lambda peak, level: "TOO NEAR" in plan_report.text(found | {"memory": found["memory"] | {"fits": peak <= 16, "peak": peak * 2**30, "level": level}})
+    assert near(15.9, "O0") and not near(15, "O0") and not near(20, "O0") and not near(15.9, "default")
 
 
 WRONG = {  # a config, and what is said of it
