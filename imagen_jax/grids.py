@@ -12,6 +12,16 @@ from imagen_jax.data import pipeline
 from imagen_jax.stage import Params, Stage, to_uint8
 
 
+def draw_program(stage: Stage, mesh: Mesh, rows: int) -> Any:
+    """(EMA as the run holds it, {text, text_mask, lowres}) -> so many images of the size that is trained on, on every device; jitted, what plan compiles too."""
+
+    def draw(ema, batch):
+        keys = cascade.sample_keys(range(rows), 0)
+        return to_uint8(stage.sample(ema, keys, batch, stage.sampling, stage.train_size))
+
+    return jax.jit(draw, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=sharding.compiler_options(mesh))
+
+
 class SampleGrid:
     """Rows evenly spread over the held-out images (the training images if none are held out), read once and drawn by one program."""
 
@@ -23,12 +33,7 @@ class SampleGrid:
         rows = np.linspace(0, count - 1, min(config["train"]["sample_rows"], count)).astype(int).tolist()
         self._batch = pipeline.eval_rows(config["data"], rows, split)
         self._size = stage.train_size
-
-        def draw(ema, batch):
-            keys = cascade.sample_keys(range(len(rows)), 0)
-            return to_uint8(stage.sample(ema, keys, batch, stage.sampling, stage.train_size))
-
-        self._draw = jax.jit(draw, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=sharding.compiler_options(mesh))
+        self._draw = draw_program(stage, mesh, len(rows))
 
     def draw(self, ema: Params) -> UInt8[np.ndarray, "h w 3"]:
         """A row of true images, of low-res inputs (super-resolution) and of samples."""

@@ -19,7 +19,7 @@ from jaxtyping import Array
 AXES = ("data", "fsdp", "model", "spatial")
 BATCH_AXES = ("data", "fsdp")
 # The first: else a product with a sharded kernel becomes a loop of permutations, which needs more memory and compiles longer. The others
-# let gathers of kernels run beside what computes, which v5e does unasked and v5p does not.
+# let gathers of kernels run beside what computes, which v5e does unasked and v4, v5p and v6e do not.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} | dict.fromkeys(
     (
         "xla_enable_async_all_gather",

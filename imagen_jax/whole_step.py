@@ -12,12 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
-from imagen_jax import cascade, sharding
+from imagen_jax import grids, sharding
 from imagen_jax.hardware import hlo, links
 from imagen_jax.hardware.topology import Topology
-from imagen_jax.stage import to_uint8
 from imagen_jax.step import TrainProgram
 
 O0, DEFAULT = "O0", "default"
@@ -129,17 +127,10 @@ def traffic(module: hlo.Module, program: TrainProgram, place: Topology) -> list[
 
 
 def lower_sampler(program: TrainProgram, rows: int) -> Any:
-    """What draws a sample grid of a training (`grids.SampleGrid`): so many images of the size that is trained on, from EMA as the run holds it, to every device."""
-    stage = program.stage
-    shapes = stage.batch_shapes(rows)
+    """What draws a sample grid of a training."""
+    shapes = program.stage.batch_shapes(rows)
     batch = {name: jax.ShapeDtypeStruct(*shapes[name]) for name in ("text", "text_mask", "lowres") if name in shapes}
-
-    def draw(ema, batch):
-        keys = cascade.sample_keys(range(rows), 0)
-        return to_uint8(stage.sample(ema, keys, batch, stage.sampling, stage.train_size))
-
-    jitted = jax.jit(draw, out_shardings=NamedSharding(program.mesh, PartitionSpec()), compiler_options=sharding.compiler_options(program.mesh))
-    return jitted.lower(program.abstract.ema, batch)
+    return grids.draw_program(program.stage, program.mesh, rows).lower(program.abstract.ema, batch)
 
 
 def lower_whole_images(program: TrainProgram) -> Any:
