@@ -34,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imagen_jax import sharding
 from imagen_jax.hardware import cost, hlo, kernels, topology
-from imagen_jax.integrity import write_json
+from imagen_jax.storage import write_json
 from imagen_jax.models.attention import Attention, FeedForward
 from imagen_jax.models.blocks import ResBlock
 from imagen_jax.models.parts import block_calls

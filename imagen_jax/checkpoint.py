@@ -29,7 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
 from imagen_jax.distributed import agreement
-from imagen_jax.integrity import CHECKSUMS, find_damage, flush, seal, sha256_file
+from imagen_jax.storage import CHECKSUMS, find_damage, flush, seal, sha256_file
 from imagen_jax.sharding import path_name
 
 FORMAT_VERSION = 1

@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterable, Mapping, NoReturn, Sequence
 
 from absl import app, flags
 
-from imagen_jax.integrity import is_away
+from imagen_jax.storage import is_away
 
 COMPILE_CACHE = "compile_cache"
 # What flags, and a config file that they name, raise.

@@ -94,7 +94,7 @@ class Evaluator:
         from imagen_jax import measures
         from imagen_jax.checkpoint import load_params
         from imagen_jax.evals import report
-        from imagen_jax.integrity import write_atomically, write_json
+        from imagen_jax.storage import write_atomically, write_json
 
         params, meta = load_params(checkpoint, self._which)
         self._prepare(meta)
@@ -176,7 +176,7 @@ def write_samples(evaluation: Any, origin: Mapping[str, str], output: Path) -> N
     """
     import numpy as np
 
-    from imagen_jax.integrity import write_atomically
+    from imagen_jax.storage import write_atomically
     from imagen_jax.pictures import contact_sheet, enlarge, write_png
 
     data, texts, cell = evaluation.data, evaluation.texts, max(96, evaluation.stage.image_size)
@@ -249,7 +249,7 @@ def last_step(workdir: Path) -> float:
 
 def evaluated_steps(record: Path) -> set[int]:
     """The steps with a whole line in the record; a line cut short by a kill is removed."""
-    from imagen_jax.integrity import write_atomically
+    from imagen_jax.storage import write_atomically
 
     content = record.read_bytes() if record.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]

@@ -20,8 +20,8 @@ from imagen_jax.data import pipeline, transforms
 from imagen_jax.data.records import SPLITS, Prepared
 from imagen_jax.diffusion import conditioning, process
 from imagen_jax.evals import noise_bins, retrieval, statistics, superres
-from imagen_jax.integrity import sha256_file
-from imagen_jax.metrics import Progress
+from imagen_jax.storage import sha256_file
+from imagen_jax.run_log import Progress
 from imagen_jax.sharding import AXES, make_mesh, place_batch
 from imagen_jax.stage import Batch, Params, Stage, to_uint8, to_unit
 

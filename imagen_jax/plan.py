@@ -324,7 +324,7 @@ def report(found: Mapping[str, Any], args: Any) -> None:
 
 def keep(found: Mapping[str, Any], output: str, picture: bytes = b"") -> None:
     """Writes plan.json, and plan.png if there is a picture."""
-    from imagen_jax.integrity import write_atomically, write_json
+    from imagen_jax.storage import write_atomically, write_json
 
     directory = Path(output)
     directory.mkdir(parents=True, exist_ok=True)

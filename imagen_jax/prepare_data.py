@@ -44,7 +44,7 @@ from imagen_jax.data.sources import Source, open_source
 from imagen_jax.data.workers import Workers
 from imagen_jax.distributed.startup import hosts, start
 from imagen_jax.distributed.watch import LOST
-from imagen_jax.integrity import is_away, only_process, write_atomically
+from imagen_jax.storage import is_away, only_process, write_atomically
 
 _CHUNK = 256  # images checked in one task; the unit in which checking is resumed
 _WRITERS = 6  # caption shards in memory at once; one core writes some 800 captions of XXL's width a second

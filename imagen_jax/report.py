@@ -9,8 +9,8 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from imagen_jax import metrics, pictures
-from imagen_jax.integrity import write_atomically
+from imagen_jax import pictures, run_log
+from imagen_jax.storage import write_atomically
 
 STYLE = "body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{max-width:100%}td,th{padding:.2em .8em;text-align:left}"
 
@@ -36,7 +36,7 @@ def loss_curves(workdirs: Mapping[str, Path], path: Path) -> Path:
     figure = Figure(figsize=(4 * len(workdirs), 3), layout="constrained")
     axes = figure.subplots(1, len(workdirs), squeeze=False)[0]
     for axis, (name, workdir) in zip(axes, workdirs.items()):
-        rows = metrics.read_metrics(workdir)
+        rows = run_log.read_metrics(workdir)
         axis.set(title=name, xlabel="step", ylabel="loss", yscale="log" if rows else "linear")
         if rows:
             axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1, marker="." if len(rows) == 1 else "")
@@ -96,7 +96,7 @@ def training_table(workdirs: Mapping[str, Path]) -> str:
     """Steps, loss and speed of each stage, from its metrics."""
     rows = []
     for name, workdir in workdirs.items():
-        found = metrics.read_metrics(workdir)
+        found = run_log.read_metrics(workdir)
         if not found:
             rows.append([name, "none logged", "-", "-", "-"])
         else:

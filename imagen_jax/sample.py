@@ -84,8 +84,8 @@ def sample(
     expected: Mapping[str, Any] | None = None,
 ) -> int:
     """Draws all prompts and writes pictures as they are done. `expected` is a picture's record that must be met."""
-    from imagen_jax import cascade, metrics, pictures
-    from imagen_jax.integrity import sha256_file
+    from imagen_jax import cascade, pictures, run_log
+    from imagen_jax.storage import sha256_file
     from imagen_jax.text.encoder import TextEncoder
 
     check_stages(stages, image)
@@ -105,7 +105,7 @@ def sample(
     lowres = None if not image else read_image(image, loaded[0].stage.lowres_size, len(prompts))
     first_stage = cascade.STAGES.index(stages[0])
     rows, done, first = [], 0, next_index(output)
-    with metrics.Progress("pictures", len(prompts)) as progress:
+    with run_log.Progress("pictures", len(prompts)) as progress:
         for images in cascade.generate(loaded, seeds, text, config["batch_size"], lowres, first_stage):
             for row in zip(*images):
                 record = {
@@ -170,7 +170,7 @@ def next_index(output: Path) -> int:
 def write(output: Path, index: int, row: Sequence[Any], record: Mapping[str, Any]) -> None:
     """0000_prompt.png (last stage), 0000_prompt_16.png ... (earlier ones), and 0000_prompt.json."""
     from imagen_jax import pictures
-    from imagen_jax.integrity import write_json
+    from imagen_jax.storage import write_json
 
     words = re.sub(r"[^a-z0-9]+", "_", record["prompt"].lower()).strip("_")[:60]
     stem = f"{index:04d}_{words}"

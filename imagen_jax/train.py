@@ -24,7 +24,7 @@ from ml_collections import config_flags
 from imagen_jax import cli, distributed
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.watch import Watch
-from imagen_jax.integrity import only_process, write_json
+from imagen_jax.storage import only_process, write_json
 
 IN_FLIGHT = 2  # steps the device may be behind the host: it never waits for work, and a signal is answered within this many steps
 log = logging.getLogger("imagen_jax.train")
@@ -83,7 +83,7 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
     """`train` in a workdir that no other run writes to. With several processes, all do the same in the same order; process 0 alone writes the record."""
     import jax
 
-    from imagen_jax import checkpoint, metrics, replicas, resume
+    from imagen_jax import checkpoint, replicas, resume, run_log
     from imagen_jax.data import pipeline
     from imagen_jax.grids import SampleGrid
 
@@ -136,7 +136,7 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
             checkpoints.save(done, state, run.meta | begun | {"unlogged": record.unlogged})
 
     with (
-        metrics.Progress(config["name"], total, done, quiet=not first) as progress,
+        run_log.Progress(config["name"], total, done, quiet=not first) as progress,
         Record(run, workdir, done, unlogged, progress) as record,
         Profile(workdir / "profile", *(profile if first else (0, 0))) as trace,
         jax.transfer_guard("disallow"),
@@ -190,13 +190,13 @@ class Record:
     def __init__(self, run: "Run", workdir: Path, done: int, unlogged: list[dict[str, float]], progress: Any):
         import jax
 
-        from imagen_jax import metrics
+        from imagen_jax import run_log
 
         self._run, self._workdir, self._progress = run, workdir, progress
         self._pending: collections.deque = collections.deque()
         self._seen, self._settling, self.unlogged = done, False, list(unlogged)
-        self.writer = metrics.MetricsWriter(workdir, done - len(unlogged), enabled=jax.process_index() == 0)
-        self.clock = metrics.StepClock(run.config["data"]["batch_size"], done)
+        self.writer = run_log.MetricsWriter(workdir, done - len(unlogged), enabled=jax.process_index() == 0)
+        self.clock = run_log.StepClock(run.config["data"]["batch_size"], done)
 
     def add(self, step: int, device_metrics: Mapping[str, Any]) -> None:
         self._pending.append((step, device_metrics))
@@ -413,7 +413,7 @@ def overfit(config: Mapping[str, Any], steps: int, watch: Watch) -> int:
     import jax
     import numpy as np
 
-    from imagen_jax import metrics
+    from imagen_jax import run_log
     from imagen_jax.data import pipeline
 
     config = dict(config) | {"optim": dict(config["optim"]) | {"warmup": max(1, steps // 20)}}
@@ -421,7 +421,7 @@ def overfit(config: Mapping[str, Any], steps: int, watch: Watch) -> int:
     data: Iterator = pipeline.batches(config["data"], config["seed"], 0, "train", run.rows)
     batch, state, losses = run.place(next(data)), run.fresh_state()[0], []
     data.close()
-    with metrics.Progress("overfit", steps, quiet=jax.process_index() > 0) as progress:
+    with run_log.Progress("overfit", steps, quiet=jax.process_index() > 0) as progress:
         for i in range(steps):
             watch.at(i, "training")
             state, step_metrics = run.program.step(state, batch)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from imagen_jax.distributed.watch import LOST
-from imagen_jax.integrity import only_process
+from imagen_jax.storage import only_process
 from launch import status
 from launch.job import USAGE_ERROR, Job, exports
 

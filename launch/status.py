@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from imagen_jax import cli
-from imagen_jax.integrity import CHECKSUMS, is_kept, write_json
-from imagen_jax.metrics import METRICS, parse_row
+from imagen_jax.storage import CHECKSUMS, is_kept, write_json
+from imagen_jax.run_log import METRICS, parse_row
 from launch.job import Job, ask, check_path, in_bucket, name_of, said
 
 RECORD = "launch.json"  # what a launcher last did: {"where", "name", "state", "detail", "attempt", "steps", "time"}

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagen_jax.integrity import only_process
+from imagen_jax.storage import only_process
 from launch import machines, status
 from launch.job import ENVIRONMENT, MOUNT, ROOT, USAGE_ERROR, Job, ask, exports, in_bucket, refuse, revision, said, uncommitted
 

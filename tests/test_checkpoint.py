@@ -21,7 +21,7 @@ from flax import struct
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from imagen_jax import checkpoint, integrity
+from imagen_jax import checkpoint, storage
 from imagen_jax.checkpoint import CheckpointError, Checkpoints, export_params, load_params
 
 META = {"config": {"seed": 3, "model": {"width": 64, "levels": [1, 2]}}, "encoder": {"name": "t5_tiny"}, "manifest": "ab12"}
@@ -339,7 +339,7 @@ def test_old_ones_stay_until_a_new_one_is_whole(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(integrity, "flush", full)
+    monkeypatch.setattr(storage, "flush", full)
     with pytest.raises(CheckpointError, match="checkpoint 20 was not saved in .*No space left"):
         save(checkpoints, 20)
     monkeypatch.undo()
@@ -389,7 +389,7 @@ def test_format_of_a_later_version_is_refused(saved, monkeypatch):
     document = json.loads((saved / "20" / "meta.json").read_text())
     (saved / "20" / "meta.json").write_text(json.dumps(document | {"format_version": 2}))
     (saved / "20" / "SHA256SUMS").unlink()
-    integrity.seal(saved / "20")
+    storage.seal(saved / "20")
     with pytest.raises(CheckpointError, match="has format 2; this version of imagen_jax reads format 1"):
         load_params(saved / "20")
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
@@ -421,7 +421,7 @@ def test_every_moment_of_our_part_of_a_save_is_safe(saved, monkeypatch):
 
         return wrapper
 
-    monkeypatch.setattr(integrity.os, "fsync", copied(os.fsync))
+    monkeypatch.setattr(storage.os, "fsync", copied(os.fsync))
     monkeypatch.setattr(os, "rename", copied(os.rename))
     monkeypatch.setattr(os, "unlink", copied(os.unlink))
     monkeypatch.setattr(shutil, "rmtree", copied(shutil.rmtree))
@@ -440,7 +440,7 @@ def test_every_moment_of_our_part_of_a_save_is_safe(saved, monkeypatch):
 
 
 def find_all_intact(directory):
-    return all(integrity.find_damage(p) is None for p in directory.iterdir() if p.name.isdigit())
+    return all(storage.find_damage(p) is None for p in directory.iterdir() if p.name.isdigit())
 
 
 # A program of its own, with few imports, so that it starts fast.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import checkpoint, evaluate, integrity
+from imagen_jax import checkpoint, evaluate, storage
 from imagen_jax.data import records
 from imagen_jax.data.transforms import shrink
 from imagen_jax.evals import superres
@@ -39,7 +39,7 @@ def data(tmp_path_factory) -> Path:
         "embedding": {"length": {"max": 2}}, "image_sizes": {"min_side": 32},
     }  # fmt: skip
     manifest["hash"] = records.manifest_hash(manifest)
-    integrity.write_atomically(root / records.MANIFEST, json.dumps(manifest).encode())
+    storage.write_atomically(root / records.MANIFEST, json.dumps(manifest).encode())
     return root
 
 

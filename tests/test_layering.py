@@ -10,8 +10,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LEAF_FOLDERS = {"data", "diffusion", "distributed", "evals", "hardware", "models", "text"}
-GROUND = {"integrity"}  # needs nothing and serves all
-LEAVES = LEAF_FOLDERS | {"cli", "metrics", "optim", "pictures", "resume", "sharding"}
+GROUND = {"storage"}  # needs nothing and serves all
+LEAVES = LEAF_FOLDERS | {"cli", "run_log", "optim", "pictures", "resume", "sharding"}
 JOINTS = {"block_costs", "cascade", "checkpoint", "encoder_plan", "grids", "measures", "plan_report", "prediction", "replicas", "report", "stage", "state", "step", "whole_step"}
 VERBS = {"demo", "evaluate", "export", "plan", "prepare_data", "sample", "train"}
 PACKAGE_MODULES = GROUND | LEAVES | JOINTS | VERBS

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagen_jax.metrics import read_metrics
+from imagen_jax.run_log import read_metrics
 from tests import tiny, xla
 from tests.data import synthetic
 

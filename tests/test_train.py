@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.checkpoint import load_params
-from imagen_jax.metrics import read_metrics
+from imagen_jax.run_log import read_metrics
 from imagen_jax.train import Run
 from tests import tiny, xla
 from tests.data import synthetic

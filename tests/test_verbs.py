@@ -9,7 +9,7 @@ import pytest
 
 from imagen_jax import checkpoint, demo, report, sample, train
 from imagen_jax.distributed.watch import Watch
-from imagen_jax.metrics import read_metrics
+from imagen_jax.run_log import read_metrics
 from imagen_jax.pictures import write_png
 from tests import tiny
 from tests.data import synthetic

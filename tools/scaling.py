@@ -23,7 +23,7 @@ from typing import Any
 
 from imagen_jax import cli
 from imagen_jax.hardware import topology
-from imagen_jax.integrity import write_atomically, write_json
+from imagen_jax.storage import write_atomically, write_json
 from imagen_jax.report import png
 from launch.job import read_config
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagen_jax.integrity import try_lock
+from imagen_jax.storage import try_lock
 
 BEAT_S = 2.0  # between two signs of life
 SILENT_S = 60.0  # without one, after which a process counts as dead

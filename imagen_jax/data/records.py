@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax.integrity import is_away, sha256_file
+from imagen_jax.storage import is_away, sha256_file
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")

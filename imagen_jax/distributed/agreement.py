@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from imagen_jax.distributed import startup
-from imagen_jax.integrity import write_json
+from imagen_jax.storage import write_json
 
 FOR_EVER_MS = 1000 * 60 * 60 * 24  # a process that is gone ends the wait; see watch.py for one that is stuck
 _rounds = itertools.count()

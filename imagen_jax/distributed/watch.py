@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from imagen_jax.distributed import startup
-from imagen_jax.integrity import is_away
+from imagen_jax.storage import is_away
 
 LOST = 75  # exit code (EX_TEMPFAIL) of a process that ends because another one did: nothing is wrong with it, start all again
 FORESEEN = (ValueError, OSError, FloatingPointError)  # errors that are one line; others come with a traceback

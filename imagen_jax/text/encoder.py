@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from imagen_jax.integrity import sha256_file
+from imagen_jax.storage import sha256_file
 from imagen_jax.text.loading import EMBEDDED, TOKENIZERS, find_encoder, load_params
 from imagen_jax.text.program import EncodeProgram, one_device
 from imagen_jax.text.t5 import T5Config

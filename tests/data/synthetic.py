@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from PIL import Image
 
-from imagen_jax import integrity
+from imagen_jax import storage
 from imagen_jax.data import records
 
 DIM = 8
@@ -60,7 +60,7 @@ def write_prepared(root: Path, images: int = 10, size: int = 64, heldout: int = 
         "shards": shards,
     }
     manifest["hash"] = records.manifest_hash(manifest)
-    integrity.write_atomically(root / records.MANIFEST, json.dumps(manifest).encode())
+    storage.write_atomically(root / records.MANIFEST, json.dumps(manifest).encode())
     return root
 
 

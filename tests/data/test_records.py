@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from imagen_jax import integrity
+from imagen_jax import storage
 from imagen_jax.data import records
 from tests.data import synthetic
 
@@ -76,7 +76,7 @@ def test_a_file_system_that_is_away_is_waited_for(path, monkeypatch):
     store._source = Away()
     with pytest.raises(OSError, match="row 7 could not be read, though the file is as it was written") as caught:
         store._record(7)
-    assert integrity.is_away(caught.value)
+    assert storage.is_away(caught.value)
     away = OSError(errno.ESTALE, "Stale file handle")
     monkeypatch.setattr(records, "sha256_file", lambda path: (_ for _ in ()).throw(away))
     with pytest.raises(OSError, match="row 7 cannot be read: Stale file handle"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from imagen_jax.metrics import read_metrics
+from imagen_jax.run_log import read_metrics
 from launch import local, status
 from tests import tiny, xla
 from tests.data import synthetic

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imagen_jax.integrity import CHECKSUMS, is_kept, only_process
+from imagen_jax.storage import CHECKSUMS, is_kept, only_process
 from launch import places, status
 from tests.launch.conftest import job, options
 
@@ -162,7 +162,7 @@ def test_spans(seconds, text):
 
 def test_looking_does_not_disturb(tmp_path):
     """Wrong: whoever looks whether a run is going on keeps it, for that instant, from starting."""
-    source = "import sys, time; from pathlib import Path; from imagen_jax import integrity\nwhile True: integrity.is_kept(Path(sys.argv[1])); time.sleep(0.001)"
+    source = "import sys, time; from pathlib import Path; from imagen_jax import storage\nwhile True: storage.is_kept(Path(sys.argv[1])); time.sleep(0.001)"
     looking = subprocess.Popen([sys.executable, "-c", source, str(tmp_path)])
     try:
         end = time.monotonic() + 1

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax.integrity import write_atomically
+from imagen_jax.storage import write_atomically
 
 METRICS = "metrics.jsonl"
 TENSORBOARD_FLUSH_S = 5

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.metrics import MetricsWriter, Progress, StepClock, read_metrics
+from imagen_jax.run_log import MetricsWriter, Progress, StepClock, read_metrics
 
 
 def write(workdir, start_step, steps):
@@ -87,7 +87,7 @@ def test_truncation_is_atomic(tmp_path, monkeypatch):
 def test_rows_survive_kill_and_no_jax_is_imported(tmp_path):
     """Catches rows that sit in a buffer until close, and an import of jax by the module."""
     code = (
-        "import os, signal, sys; from imagen_jax.metrics import MetricsWriter; w = MetricsWriter(sys.argv[1], 0)\n"
+        "import os, signal, sys; from imagen_jax.run_log import MetricsWriter; w = MetricsWriter(sys.argv[1], 0)\n"
         "for n in (1, 2, 3): w.scalars(n, {'loss': n})\n"
         "assert 'jax' not in sys.modules; os.kill(os.getpid(), signal.SIGKILL)"
     )
