@@ -39,10 +39,10 @@ from imagen_jax.models.attention import Attention, FeedForward
 from imagen_jax.models.blocks import ResBlock
 from imagen_jax.models.parts import block_calls
 from imagen_jax.models.remat import checkpointed
-from imagen_jax.optim import learning_rate, make_optimizer
+from imagen_jax.training.optim import learning_rate, make_optimizer
 from imagen_jax.stage import Stage, create_stage
-from imagen_jax.state import TrainState
-from imagen_jax.step import make_update
+from imagen_jax.training.state import TrainState
+from imagen_jax.training.step import make_update
 
 NO_INPUT_GRADIENT = ("stem", "conditioning")  # nothing before them is trained
 CHECKPOINTED = {"none": (), "matrix": (ResBlock,), "block": (ResBlock, Attention, FeedForward)}  # what each `model.remat` is applied to

@@ -225,7 +225,7 @@ def describe(config: Mapping[str, Any], place: Any, program: Any, memory: Any, e
 
     from imagen_jax import sharding, whole_step
     from imagen_jax.stage import create_stage
-    from imagen_jax.step import forward_flops
+    from imagen_jax.training.step import forward_flops
 
     flops = 3 * forward_flops(create_stage(config))
     images = config["data"]["batch_size"]

@@ -28,7 +28,7 @@ from imagen_jax.block_costs import BlockCost
 from imagen_jax.hardware import cost, hlo
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.models.remat import KINDS as REMAT_KINDS
-from imagen_jax.step import TrainProgram
+from imagen_jax.training.step import TrainProgram
 
 PLACES = 10
 SECONDS_PER_HOUR = 3600

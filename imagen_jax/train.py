@@ -83,9 +83,10 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
     """`train` in a workdir that no other run writes to. With several processes, all do the same in the same order; process 0 alone writes the record."""
     import jax
 
-    from imagen_jax import checkpoint, replicas, resume, run_log
+    from imagen_jax import checkpoint, run_log
+    from imagen_jax.training import replicas, resume
     from imagen_jax.data import pipeline
-    from imagen_jax.grids import SampleGrid
+    from imagen_jax.training.grids import SampleGrid
 
     config = run.config
     total, settings = config["train"]["steps"], config["train"]
@@ -168,7 +169,8 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
 @contextlib.contextmanager
 def finishing(checkpoints: Any) -> Iterator[None]:
     """Lets a save that is under way end before an error that all processes have at the same step ends them: a loss that is not finite, copies that differ."""
-    from imagen_jax import checkpoint, replicas
+    from imagen_jax import checkpoint
+    from imagen_jax.training import replicas
 
     try:
         yield
@@ -290,7 +292,7 @@ class Run:
         from imagen_jax.data.pipeline import open_prepared
         from imagen_jax.hardware import chips
         from imagen_jax.stage import create_stage
-        from imagen_jax.step import TrainProgram, forward_flops
+        from imagen_jax.training.step import TrainProgram, forward_flops
 
         cli.check_sizes(config)  # also for a config that no command line has read
         mesh = sharding.make_mesh(config["mesh"])
@@ -311,7 +313,8 @@ class Run:
 
     def fresh_state(self, init_from: str = "") -> tuple[Any, dict[str, Any]]:
         """State before the first step, and what is to be remembered of `init_from`: if given, parameters and EMA are those weights, which must fit."""
-        from imagen_jax import cascade, checkpoint, state
+        from imagen_jax import cascade, checkpoint
+        from imagen_jax.training import state
 
         program = self.program
         fresh = state.create_state(program.stage, program.optimizer, self.config["seed"], program.shardings)

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from imagen_jax import grids, sharding
+from imagen_jax import sharding
+from imagen_jax.training import grids
 from imagen_jax.hardware import hlo, links
 from imagen_jax.hardware.topology import Topology
-from imagen_jax.step import TrainProgram
+from imagen_jax.training.step import TrainProgram
 
 O0, DEFAULT = "O0", "default"
 FAST = {"optimization_level": 9}  # O0; makes no difference on GPUs

@@ -25,7 +25,7 @@ import numpy as np
 
 from imagen_jax import cli
 from imagen_jax.storage import write_json
-from imagen_jax.resume import flat
+from imagen_jax.training.resume import flat
 from launch import places, status
 from launch.job import Job, check_path, in_bucket, mounted, read_config, training
 

@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, checkpoint, resume, state
+from imagen_jax import cascade, checkpoint
+from imagen_jax.training import resume, state
 from tests import tiny
 
 ENCODER = {"name": "fake", "weights_sha256": "w", "tokenizer_sha256": "t", "dim": tiny.DIM}

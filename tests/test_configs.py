@@ -9,7 +9,8 @@ import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from imagen_jax import optim, sharding, state, step
+from imagen_jax import sharding
+from imagen_jax.training import optim, state, step
 from imagen_jax.stage import create_stage
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"

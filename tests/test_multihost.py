@@ -172,7 +172,7 @@ runpy.run_module("imagen_jax.train", run_name="__main__")
 DRIFTING = """
 import runpy
 import jax, numpy as np
-from imagen_jax.step import TrainProgram
+from imagen_jax.training.step import TrainProgram
 lower = TrainProgram.lower
 def flip(leaf):
     shards = [shard.data for shard in leaf.addressable_shards]

@@ -11,10 +11,11 @@ import jax
 import pytest
 from ml_collections import config_flags
 
-from imagen_jax import block_costs, grids, plan, plan_report, prediction, sharding, whole_step
+from imagen_jax import block_costs, plan, plan_report, prediction, sharding, whole_step
+from imagen_jax.training import grids
 from imagen_jax.hardware import topology
 from imagen_jax.stage import create_stage
-from imagen_jax.step import TrainProgram, forward_flops
+from imagen_jax.training.step import TrainProgram, forward_flops
 from tests import tiny
 
 NAMES = ("base_64", "sr_256", "sr_1024")

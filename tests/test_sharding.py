@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from imagen_jax import sharding
 from imagen_jax.hardware import hlo
-from imagen_jax.state import abstract_state, create_state
-from imagen_jax.step import TrainProgram, loss_and_grad
+from imagen_jax.training.state import abstract_state, create_state
+from imagen_jax.training.step import TrainProgram, loss_and_grad
 from tests import tiny
 
 MESHES = [dict(data=8, fsdp=1, model=1, spatial=1), dict(data=2, fsdp=4, model=1, spatial=1), dict(data=2, fsdp=2, model=1, spatial=2), dict(data=2, fsdp=2, model=2, spatial=1)]

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import optim
+from imagen_jax.training import optim
 from imagen_jax.stage import Stage, create_stage
-from imagen_jax.step import make_step
+from imagen_jax.training.step import make_step
 
 ROOT = Path(__file__).parent.parent
 DIM = 8

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 
 from configs import sr_256
-from imagen_jax import optim
+from imagen_jax.training import optim
 from imagen_jax.stage import create_stage
-from imagen_jax.state import initial_state
-from imagen_jax.step import forward_flops, make_step
+from imagen_jax.training.state import initial_state
+from imagen_jax.training.step import forward_flops, make_step
 
 ORDINARY = dict(
     family="unet", channels=32, multipliers=(1, 2, 3, 4), blocks=3, attention=(False, False, False, True),

@@ -7,9 +7,9 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from imagen_jax import optim
-from imagen_jax.state import initial_state
-from imagen_jax.step import forward_flops, loss_and_grad, split_batch
+from imagen_jax.training import optim
+from imagen_jax.training.state import initial_state
+from imagen_jax.training.step import forward_flops, loss_and_grad, split_batch
 from tests import tiny
 
 

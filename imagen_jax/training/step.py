@@ -10,9 +10,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from imagen_jax import sharding
-from imagen_jax.optim import ema_decay, learning_rate, make_optimizer
+from imagen_jax.training.optim import ema_decay, learning_rate, make_optimizer
 from imagen_jax.stage import Batch, Params, Stage, create_stage
-from imagen_jax.state import TrainState, abstract_state
+from imagen_jax.training.state import TrainState, abstract_state
 
 Metrics = dict[str, Array]
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from imagen_jax import sharding
-from imagen_jax.replicas import Drift, Replicas, digest
+from imagen_jax.training.replicas import Drift, Replicas, digest
 
 SPECS = {"whole": P(), "rows": P("fsdp"), "step": P(), "features": P(None, "model"), "both": P("fsdp", ("data", "model"))}
 
