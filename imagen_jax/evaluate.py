@@ -4,7 +4,7 @@
 
 Writes DIR/evaluation.json with every number and where it comes from, DIR/loss.png, and, where samples are drawn, contact sheets and
 samples.npz; rows.npz has the values that means were taken of. With --follow it does so for every checkpoint of a running workdir, in DIR/<step>/, one line each in
-DIR/evaluations.jsonl. The measures are described in imagen_jax/measures.py.
+DIR/evaluations.jsonl. The measures are described in imagen_jax/evals/measures.py.
 """
 
 import importlib.metadata
@@ -91,7 +91,7 @@ class Evaluator:
 
     def run(self, checkpoint: Path, output: Path) -> dict[str, Any]:
         """Evaluates one checkpoint, writes everything to `output`, evaluation.json last, and returns its content."""
-        from imagen_jax import measures
+        from imagen_jax.evals import measures
         from imagen_jax.checkpoint import load_params
         from imagen_jax.evals import report
         from imagen_jax.storage import write_atomically, write_json
@@ -129,7 +129,7 @@ class Evaluator:
 
     def _prepare(self, meta: Mapping[str, Any]) -> None:
         """Stage, rows and compiled functions for a checkpoint's config."""
-        from imagen_jax import measures
+        from imagen_jax.evals import measures
         from imagen_jax.cascade import check_encoder
         from imagen_jax.stage import check_sampling, create_stage
 

@@ -203,7 +203,7 @@ def plan(args: argparse.Namespace, shared: Mapping[str, str]) -> tuple[list[Arm]
 
 def check(args: argparse.Namespace, shared: Mapping[str, str], arms: Sequence[Arm]) -> None:
     """Raises ValueError for what would be found after the first training: an arm's config, a measure or setting that evaluate refuses, no place to write."""
-    from imagen_jax import measures
+    from imagen_jax.evals import measures
     from imagen_jax.stage import create_stage
 
     if not args.where:

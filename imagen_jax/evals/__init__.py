@@ -1,1 +1,1 @@
-"""Arrays in, numbers for a report out: no stage, no data, no device. `imagen_jax.measures` brings the arrays."""
+"""Arrays in, numbers for a report out: no stage, no data, no device. `imagen_jax.evals.measures` brings the arrays."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import measures
+from imagen_jax.evals import measures
 from imagen_jax.data.transforms import shrink
 from imagen_jax.diffusion import process, schedule
 from imagen_jax.stage import Stage, to_unit
