@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import checkpoint
+from imagen_jax.weights import checkpoint
 from imagen_jax.data.transforms import pad_text
 from imagen_jax.stage import Stage, check_sampling, create_stage, to_uint8
 

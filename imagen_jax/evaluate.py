@@ -92,7 +92,7 @@ class Evaluator:
     def run(self, checkpoint: Path, output: Path) -> dict[str, Any]:
         """Evaluates one checkpoint, writes everything to `output`, evaluation.json last, and returns its content."""
         from imagen_jax.evals import measures
-        from imagen_jax.checkpoint import load_params
+        from imagen_jax.weights.checkpoint import load_params
         from imagen_jax.evals import report
         from imagen_jax.storage import write_atomically, write_json
 
@@ -212,7 +212,7 @@ def follow(run: Callable[[Path, Path], dict[str, Any]], workdir: Path, output: P
     Returns when the run has reached its last step, or after `minutes` (0: no limit). The workdir may still be empty, and the trainer may
     delete old checkpoints meanwhile. A damaged checkpoint is reported once and passed over.
     """
-    from imagen_jax.checkpoint import CheckpointError, Checkpoints
+    from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints
 
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)  # only to list
     output.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ def main() -> int:
         raise ValueError(f"--output {args.output} must end in .safetensors, which is what it will be")
     import jax
 
-    from imagen_jax import checkpoint
+    from imagen_jax.weights import checkpoint
 
     cli.log_to_stderr()
     params, meta = checkpoint.load_params(args.checkpoint, args.which)

@@ -83,7 +83,8 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
     """`train` in a workdir that no other run writes to. With several processes, all do the same in the same order; process 0 alone writes the record."""
     import jax
 
-    from imagen_jax import checkpoint, run_log
+    from imagen_jax import run_log
+    from imagen_jax.weights import checkpoint
     from imagen_jax.training import replicas, resume
     from imagen_jax.data import pipeline
     from imagen_jax.training.grids import SampleGrid
@@ -169,7 +170,7 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
 @contextlib.contextmanager
 def finishing(checkpoints: Any) -> Iterator[None]:
     """Lets a save that is under way end before an error that all processes have at the same step ends them: a loss that is not finite, copies that differ."""
-    from imagen_jax import checkpoint
+    from imagen_jax.weights import checkpoint
     from imagen_jax.training import replicas
 
     try:
@@ -313,7 +314,8 @@ class Run:
 
     def fresh_state(self, init_from: str = "") -> tuple[Any, dict[str, Any]]:
         """State before the first step, and what is to be remembered of `init_from`: if given, parameters and EMA are those weights, which must fit."""
-        from imagen_jax import cascade, checkpoint
+        from imagen_jax import cascade
+        from imagen_jax.weights import checkpoint
         from imagen_jax.training import state
 
         program = self.program

@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, checkpoint
+from imagen_jax import cascade
+from imagen_jax.weights import checkpoint
 from imagen_jax.training import resume, state
 from tests import tiny
 

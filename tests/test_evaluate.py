@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import checkpoint, evaluate, storage
+from imagen_jax import evaluate, storage
+from imagen_jax.weights import checkpoint
 from imagen_jax.data import records
 from imagen_jax.data.transforms import shrink
 from imagen_jax.evals import superres

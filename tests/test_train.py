@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.checkpoint import load_params
+from imagen_jax.weights.checkpoint import load_params
 from imagen_jax.run_log import read_metrics
 from imagen_jax.train import Run
 from tests import tiny, xla

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import checkpoint, demo, report, sample, train
+from imagen_jax import demo, report, sample, train
+from imagen_jax.weights import checkpoint
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.run_log import read_metrics
 from imagen_jax.pictures import write_png

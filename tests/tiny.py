@@ -22,7 +22,7 @@ ONE_LEVEL = ("--config.model.widths=(16,)", "--config.model.blocks=(1,)", "--con
 # The trainer with a disk that is full at the first save and has room at the next.
 FULL_ONCE = """
 import runpy
-from imagen_jax import checkpoint
+from imagen_jax.weights import checkpoint
 seal = checkpoint.seal
 def full(directory):
     checkpoint.seal = seal

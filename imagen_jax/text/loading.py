@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from imagen_jax.text.pickle_reader import TorchFile
+from imagen_jax.weights.torch_files import TorchFile
 from imagen_jax.text.t5 import T5Config
 
 EMBEDDED = "t5_tiny"

@@ -13,7 +13,7 @@ from imagen_jax.text import loading
 from imagen_jax.text.loading import find_encoder, load_params, save_encoder
 from imagen_jax.text.program import EncodeProgram, make_mesh
 from imagen_jax.text.t5 import T5Config
-from tests.text import torch_files
+from tests.weights import torch_files
 from tests.text.random_t5 import CASES, GOLDENS, TOKENIZER, as_params, random_weights, write_encoder
 
 CONFIG = T5Config(**CASES["deep"][0])

@@ -7,10 +7,10 @@ import pickle
 import numpy as np
 import pytest
 
-from imagen_jax.text.pickle_reader import TorchFile
-from tests.text import torch_files
+from imagen_jax.weights.torch_files import TorchFile
+from tests.weights import torch_files
 from tests.text.random_t5 import GOLDENS
-from tests.text.torch_files import Call
+from tests.weights.torch_files import Call
 
 DTYPES = {"bfloat16": "bfloat16", "half": "float16", "double": "float64", "long": "int64", "bool": "bool"}
 

@@ -21,8 +21,9 @@ from flax import struct
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from imagen_jax import checkpoint, storage
-from imagen_jax.checkpoint import CheckpointError, Checkpoints, export_params, load_params
+from imagen_jax import storage
+from imagen_jax.weights import checkpoint
+from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints, export_params, load_params
 
 META = {"config": {"seed": 3, "model": {"width": 64, "levels": [1, 2]}}, "encoder": {"name": "t5_tiny"}, "manifest": "ab12"}
 
@@ -447,7 +448,7 @@ def find_all_intact(directory):
 CHILD = """
 import sys; sys.path.insert(0, sys.argv[2])
 import jax, numpy as np
-from imagen_jax.checkpoint import Checkpoints
+from imagen_jax.weights.checkpoint import Checkpoints
 
 def state(step):
     sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("d",), devices=jax.devices()[:1]), jax.sharding.PartitionSpec())
