@@ -131,7 +131,7 @@ def encoder(place: Any, args: Any) -> int:
     if not args.tokens or not all(text.isascii() and text.isdigit() and int(text) for text in args.tokens):
         raise ValueError(f"--tokens {','.join(args.tokens)} are no lengths such as 16,32,64,128")
     only_here()
-    from imagen_jax import encoder_plan
+    from imagen_jax.planning import encoder_plan
 
     config = encoder_plan.find_config(args.text_encoder)
     found = {"name": args.text_encoder} | encoder_plan.plan_encoder(config, place, [int(text) for text in args.tokens], args.encode_batch, args.captions)
@@ -153,7 +153,7 @@ def only_here() -> None:
 def plan(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
     """The whole report as a dict; with --search, of the first advice that fits."""
     only_here()
-    from imagen_jax import plan_report, prediction
+    from imagen_jax.planning import plan_report, step_time
 
     found = examine(config, place, args)
     if fits(found):
@@ -163,7 +163,7 @@ def plan(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
     rows, again = itertools.tee(advice(config, place, found))  # an estimate that was made for the search is not made again
     for row in filter(hopeful, rows) if args.search else ():
         log.info("trying %s", plan_report.options(row["overrides"]))
-        other = examine(prediction.overridden(config, row["overrides"]), place, args)
+        other = examine(step_time.overridden(config, row["overrides"]), place, args)
         tried.append(row | {"peak": needed(other)})
         if fits(other):
             return other | {"overrides": row["overrides"], "tried": tried, "asked": found["memory"] | {"fits": False, "peak": needed(found)}}
@@ -182,14 +182,14 @@ def needed(found: Mapping[str, Any]) -> int:
 
 def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
     """The report of one config: memory first, and if it fits, FLOPs, traffic, time and the sampler."""
-    from imagen_jax import block_costs, prediction, whole_step
-    from imagen_jax.hardware import cost
+    from imagen_jax.planning import block_costs, step_time, whole_step
+    from imagen_jax.planning import cost
 
-    program = prediction.make_program(config, place)
+    program = step_time.make_program(config, place)
     if args.time and place.chip.platform == "tpu":
         block_costs.check_columns(config, place)
     log.info("%s on %s: compiling the whole step for %d chips", config["name"], place, place.chips)
-    memory, module = prediction.memory(program, place, args.exact)
+    memory, module = step_time.memory(program, place, args.exact)
     found = describe(config, place, program, memory, args.exact)
     if module is None:
         return found
@@ -203,15 +203,15 @@ def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
             log.info("%2d  %-28s %8.2f ms, %3.0f %% of peak", len(blocks), block.places[0], 1e3 * block.seconds, 100 * block.flops / block.seconds / place.chip.peak_flops)
         blocks.sort(key=lambda block: block.places)  # they come in the order they are done in
         log.info("optimizer and EMA, parameter by parameter")
-        update, update_bytes = block_costs.update_cost(config, place, prediction.shapes_on_a_chip(program), cache, args.processes)
-        found["memory_traffic"] = prediction.memory_traffic(place, prediction.blocks_bytes(program, blocks) + update_bytes)
-        found["time"] = prediction.step_time(program, place, found["flops"]["per_chip_and_step"], blocks, update, traffic)
-        found["places"] = prediction.places(blocks, program.accumulation)
+        update, update_bytes = block_costs.update_cost(config, place, step_time.shapes_on_a_chip(program), cache, args.processes)
+        found["memory_traffic"] = step_time.memory_traffic(place, step_time.blocks_bytes(program, blocks) + update_bytes)
+        found["time"] = step_time.predict(program, place, found["flops"]["per_chip_and_step"], blocks, update, traffic)
+        found["places"] = step_time.places(blocks, program.accumulation)
         if args.exact:
-            found["check"] = prediction.check(module, place, found["time"]) | prediction.schedule(traffic)
-        found["cost"] = prediction.expense(found["time"], place, config["train"]["steps"], args.price)
+            found["check"] = step_time.check(module, place, found["time"]) | step_time.schedule(traffic)
+        found["cost"] = step_time.expense(found["time"], place, config["train"]["steps"], args.price)
     elif place.chip.platform != "tpu":
-        found["memory_traffic"] = prediction.memory_traffic(place, cost.memory_bytes(module))
+        found["memory_traffic"] = step_time.memory_traffic(place, cost.memory_bytes(module))
     if args.sampler and config["train"]["sample_every"]:
         found["sampler"] = sampler(config, place, program, found["memory"]["parts"], args.exact)
     if args.sampler and program.stage.train_size != program.stage.image_size:
@@ -223,7 +223,8 @@ def describe(config: Mapping[str, Any], place: Any, program: Any, memory: Any, e
     """What is known of a config without its compiled text."""
     import jax
 
-    from imagen_jax import sharding, whole_step
+    from imagen_jax import sharding
+    from imagen_jax.planning import whole_step
     from imagen_jax.stage import create_stage
     from imagen_jax.training.step import forward_flops
 
@@ -251,7 +252,7 @@ def describe(config: Mapping[str, Any], place: Any, program: Any, memory: Any, e
 
 def sampler(config: Mapping[str, Any], place: Any, program: Any, parts: Mapping[str, int], exact: bool) -> dict[str, Any]:
     """What drawing a sample grid needs in the midst of training, where parameters, optimizer state and a batch stay `beside` what the sampler itself needs."""
-    from imagen_jax import whole_step
+    from imagen_jax.planning import whole_step
 
     rows = config["train"]["sample_rows"]
     log.info("compiling the sampler of %d images", rows)
@@ -263,7 +264,7 @@ def sampler(config: Mapping[str, Any], place: Any, program: Any, parts: Mapping[
 
 def whole_images(place: Any, program: Any, exact: bool) -> dict[str, Any]:
     """What drawing whole images needs, of a stage that is trained on crops; with no training beside it, so it decides nothing of that."""
-    from imagen_jax import whole_step
+    from imagen_jax.planning import whole_step
 
     size = program.stage.image_size
     log.info("compiling the sampler of whole images, %d pixels across", size)
@@ -273,15 +274,15 @@ def whole_images(place: Any, program: Any, exact: bool) -> dict[str, Any]:
 
 def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What would need less memory, in the order to try it, each with an estimate: the compiled peak changed as the known parts change."""
-    from imagen_jax import block_costs, prediction, whole_step
+    from imagen_jax.planning import block_costs, step_time, whole_step
 
     if found["memory"]["fits"]:
         yield from sampler_advice(config, place, found)
         return
-    for overrides in prediction.alternatives(config, place):
-        changed = prediction.overridden(config, overrides)
+    for overrides in step_time.alternatives(config, place):
+        changed = step_time.overridden(config, overrides)
         try:
-            parts = whole_step.state_parts(prediction.make_program(changed, place))
+            parts = whole_step.state_parts(step_time.make_program(changed, place))
         except ValueError:
             continue
         share = changed["data"]["batch_size"] / changed["optim"]["accumulation"] / (config["data"]["batch_size"] / config["optim"]["accumulation"])
@@ -292,12 +293,12 @@ def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> I
 
 def sampler_advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """`advice` for a training whose step fits: fewer images in a sample grid, or none."""
-    from imagen_jax import block_costs, prediction
+    from imagen_jax.planning import block_costs, step_time
 
     sizes = block_costs.mesh_sizes(config, place)
     drawn, shards = found["sampler"], sizes["data"] * sizes["fsdp"]
     held = drawn["beside"] + found["memory"]["parts"]["EMA"]
-    for overrides in prediction.fewer_samples(config, shards):
+    for overrides in step_time.fewer_samples(config, shards):
         share = -(-overrides["train.sample_rows"] // shards) / -(-drawn["rows"] // shards)
         yield {"overrides": overrides, "estimated_peak": int(held + share * (drawn["peak"] - held))}
     yield {"overrides": {"train.sample_every": 0}, "estimated_peak": found["memory"]["peak"]}
@@ -315,7 +316,7 @@ def up_to_first_that_fits(rows: Iterable[dict[str, Any]], limit: int) -> list[di
 
 def report(found: Mapping[str, Any], args: Any) -> None:
     """Prints the plan, and writes plan.json and plan.png to --output."""
-    from imagen_jax import plan_report
+    from imagen_jax.planning import plan_report
 
     print(json.dumps(found, indent=1) if args.json else plan_report.text(found), flush=True)
     if args.output:

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from imagen_jax import block_costs, sharding
-from imagen_jax.hardware import cost, hlo, links, topology
+from imagen_jax import sharding
+from imagen_jax.planning import block_costs
+from imagen_jax.hardware import topology
+from imagen_jax.planning import cost, hlo, links
 
 pytest.importorskip("libtpu", reason="the TPU compiler comes with the extra `tpu`")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

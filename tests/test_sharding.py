@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from imagen_jax import sharding
-from imagen_jax.hardware import hlo
+from imagen_jax.planning import hlo
 from imagen_jax.training.state import abstract_state, create_state
 from imagen_jax.training.step import TrainProgram, loss_and_grad
 from tests import tiny

@@ -1,1 +1,4 @@
-"""What machines there are, how they are called, and what their compilers say of a program."""
+"""Facts about accelerators, each with its source, and the names of their topologies.
+
+It must not know programs, networks or configs: `planning` applies these facts to what a compiler makes.
+"""

@@ -470,7 +470,7 @@ raise FloatingPointError("the loss is not finite")
 
 
 def child(ending, directory):
-    return [sys.executable, "-c", CHILD + ending, str(directory), str(Path(__file__).resolve().parent.parent)]
+    return [sys.executable, "-c", CHILD + ending, str(directory), str(Path(__file__).resolve().parents[2])]
 
 
 def assert_child_state(directory, step):

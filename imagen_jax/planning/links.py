@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from imagen_jax.hardware.hlo import Collective
+from imagen_jax.planning.hlo import Collective
 from imagen_jax.hardware.topology import Topology
 
 # Bytes that must pass a chip for each byte of the largest array, in a group of n: (n - 1) / n of these.

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from imagen_jax.hardware.chips import Chip
-from imagen_jax.hardware.hlo import COLLECTIVES, Instruction, Module, operands, traffic, type_bytes
+from imagen_jax.planning.hlo import COLLECTIVES, Instruction, Module, operands, traffic, type_bytes
 
 MATRIX, ELEMENTWISE, COPY, KERNEL = "matrix", "elementwise", "copy", "kernel"
 # They move no data, or what they do is counted where it is done; so is the end and the beginning of what is asynchronous.

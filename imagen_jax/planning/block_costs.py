@@ -33,11 +33,12 @@ from jax.interpreters import partial_eval as pe
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imagen_jax import sharding
-from imagen_jax.hardware import cost, hlo, kernels, topology
+from imagen_jax.hardware import topology
+from imagen_jax.planning import cost, hlo, kernels
 from imagen_jax.storage import write_json
 from imagen_jax.models.attention import Attention, FeedForward
 from imagen_jax.models.blocks import ResBlock
-from imagen_jax.models.parts import block_calls
+from imagen_jax.planning.parts import block_calls
 from imagen_jax.models.remat import checkpointed
 from imagen_jax.training.optim import learning_rate, make_optimizer
 from imagen_jax.stage import Stage, create_stage
@@ -49,7 +50,7 @@ CHECKPOINTED = {"none": (), "matrix": (ResBlock,), "block": (ResBlock, Attention
 VERSION = 2  # of what is cached
 PATIENCE_S = 5  # after SIGTERM, which often goes to all processes, the first one ends first
 MEASURED = {"seconds": float, "bytes": float, "kinds": dict, "unestimated": float, "inside": dict}  # of a block, see `BlockCost`
-log = logging.getLogger("imagen_jax.block_costs")
+log = logging.getLogger("imagen_jax.planning.block_costs")
 Tree = Any
 
 

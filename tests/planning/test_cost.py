@@ -4,8 +4,9 @@ import types
 
 import pytest
 
-from imagen_jax.hardware import chips, cost, hlo, links, topology
-from tests.hardware.test_hlo import TEXT
+from imagen_jax.hardware import chips, topology
+from imagen_jax.planning import cost, hlo, links
+from tests.planning.test_hlo import TEXT
 
 
 @pytest.mark.parametrize(

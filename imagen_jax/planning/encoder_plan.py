@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagen_jax import whole_step
-from imagen_jax.hardware import cost, hlo, links
+from imagen_jax.planning import whole_step
+from imagen_jax.planning import cost, hlo, links
 from imagen_jax.hardware.chips import GIB
 from imagen_jax.hardware.topology import Topology, smallest_shape
-from imagen_jax.prediction import SECONDS_PER_HOUR
+from imagen_jax.planning.step_time import SECONDS_PER_HOUR
 from imagen_jax.text import program
 from imagen_jax.text.t5 import T5Config
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from imagen_jax import sharding
 from imagen_jax.training import grids
-from imagen_jax.hardware import hlo, links
+from imagen_jax.planning import hlo, links
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.training.step import TrainProgram
 

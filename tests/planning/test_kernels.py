@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from imagen_jax.hardware import chips, kernels
+from imagen_jax.hardware import chips
+from imagen_jax.planning import kernels
 from imagen_jax.models.attention_kernel import flash_attend
 
 

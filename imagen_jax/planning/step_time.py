@@ -23,9 +23,10 @@ from typing import Any
 
 import jax
 
-from imagen_jax import block_costs, sharding, whole_step
-from imagen_jax.block_costs import BlockCost
-from imagen_jax.hardware import cost, hlo
+from imagen_jax import sharding
+from imagen_jax.planning import block_costs, whole_step
+from imagen_jax.planning.block_costs import BlockCost
+from imagen_jax.planning import cost, hlo
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.models.remat import KINDS as REMAT_KINDS
 from imagen_jax.training.step import TrainProgram
@@ -54,7 +55,7 @@ def shapes_on_a_chip(program: TrainProgram) -> Counter[tuple[int, ...]]:
     return Counter(leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(program.abstract.params))
 
 
-def step_time(
+def predict(
     program: TrainProgram, place: Topology, flops: float, blocks: Sequence[BlockCost], update: float, traffic: Sequence[whole_step.Traffic]
 ) -> dict[str, Any]:
     """From the FLOPs of a step on a chip and the seconds of its update: {"step_s", its parts, "mfu", "images_per_s_per_chip", "kinds", "roofline_share"}; see the head of this file."""

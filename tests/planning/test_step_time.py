@@ -11,7 +11,8 @@ import jax
 import pytest
 from ml_collections import config_flags
 
-from imagen_jax import block_costs, plan, plan_report, prediction, sharding, whole_step
+from imagen_jax import plan, sharding
+from imagen_jax.planning import block_costs, plan_report, step_time, whole_step
 from imagen_jax.training import grids
 from imagen_jax.hardware import topology
 from imagen_jax.stage import create_stage
@@ -92,14 +93,14 @@ def test_blocks_have_the_chips_they_are_split_over(name, chips, shape):
 
 def test_chips_that_no_slice_is_made_of():
     """Wrong: a crash of the compiler after the whole step was compiled; an axis that is what is left taken for -1."""
-    config = prediction.overridden(tiny.config("base_64"), {"mesh.data": 64, "mesh.spatial": -1})
+    config = step_time.overridden(tiny.config("base_64"), {"mesh.data": 64, "mesh.spatial": -1})
     block_costs.check_columns(config, topology.parse("v5p:4x4x8"))
     with pytest.raises(ValueError, match="= 3: blocks on so many chips cannot be timed; --notime"):
         block_costs.check_columns(config, topology.parse("v5p:4x4x12"))
 
 
 def program(name="base_64", sizes=(2, 4, 1, 1), **overrides):
-    config = prediction.overridden(tiny.config(name), {"mesh.fsdp_min_elements": 8} | overrides)
+    config = step_time.overridden(tiny.config(name), {"mesh.fsdp_min_elements": 8} | overrides)
     return TrainProgram.create(config, sharding.make_mesh(dict(zip(sharding.AXES, sizes))))
 
 
@@ -109,7 +110,7 @@ def test_parts_of_memory():
     for part in ("parameters", "EMA", "optimizer", "gradients"):
         assert 0.25 <= split[part] / whole[part] < 0.4
     assert split["batch"] == whole["batch"] and split["activations"] == whole["activations"] > 0
-    kept = {remat: whole_step.kept_bytes(program(**{"model.remat": remat})) for remat in prediction.REMAT_KINDS}
+    kept = {remat: whole_step.kept_bytes(program(**{"model.remat": remat})) for remat in step_time.REMAT_KINDS}
     assert kept["none"] > kept["matrix"] > kept["block"]
     assert whole_step.kept_bytes(program(sizes=(2, 2, 1, 2))) == pytest.approx(kept["none"], rel=0.05)
     big = {"data.batch_size": 16}
@@ -164,16 +165,16 @@ def test_step_time_adds_up():
     block = block_costs.BlockCost(("a", "b"), 0.5, 1.0, 6.0, {"matrix": 0.4, "copy": 0.1}, 0.05, {"": 0.5})
     traffic = [whole_step.Traffic("all-gather", ("fsdp",), 1, 1, 0.3), whole_step.Traffic("collective-permute", ("spatial",), 1, 1, 0.2)]
     flops = 0.1 * place.chip.peak_flops
-    found = prediction.step_time(made, place, flops, [block], 0.07, traffic)
+    found = step_time.predict(made, place, flops, [block], 0.07, traffic)
     assert found["step_s"] == pytest.approx(1.0 + 0.2 + 0.07) and found["mfu"] == pytest.approx(0.1 / found["step_s"])
     assert found["kinds_s"] == {"matrix": pytest.approx(0.8), "copy": pytest.approx(0.2)} and found["roofline_share_of_compute"] == pytest.approx(0.1)
-    assert prediction.memory_traffic(place, prediction.blocks_bytes(made, [block]))["seconds"] == pytest.approx(12.0 / place.chip.memory_bandwidth)
+    assert step_time.memory_traffic(place, step_time.blocks_bytes(made, [block]))["seconds"] == pytest.approx(12.0 / place.chip.memory_bandwidth)
     slow = [whole_step.Traffic("all-gather", ("data", "fsdp"), 1, 1, 3.0)]
-    assert prediction.step_time(made, place, flops, [block], 0.07, slow)["step_s"] == pytest.approx(3.0 + 0.07)
+    assert step_time.predict(made, place, flops, [block], 0.07, slow)["step_s"] == pytest.approx(3.0 + 0.07)
     summed = [whole_step.Traffic("all-gather", ("fsdp",), 1, 1, 0.8, 0.6), whole_step.Traffic("reduce-scatter", ("fsdp",), 1, 1, 0.4), whole_step.Traffic("all-reduce", ("data",), 1, 1, 0.1)]
-    times = prediction.step_time(made, place, flops, [block], 0.07, summed)
+    times = step_time.predict(made, place, flops, [block], 0.07, summed)
     assert [times[part] for part in ("step_s", "at_best_s", "in_turn_s")] == pytest.approx([1.0 + 0.5 + 0.07, 1.3 + 0.07, 1.0 + 1.3 + 0.07])
-    assert prediction.schedule(summed) == {"gathers_beside": pytest.approx(0.75), "sums_beside": 0.0}
+    assert step_time.schedule(summed) == {"gathers_beside": pytest.approx(0.75), "sums_beside": 0.0}
 
 
 def test_shapes_on_a_chip():
@@ -181,8 +182,8 @@ def test_shapes_on_a_chip():
     made, whole = program(), program(sizes=(8, 1, 1, 1))
     count = sum(leaf.size for leaf in jax.tree.leaves(made.abstract.params))
     elements = lambda shapes: sum(n * math.prod(shape) for shape, n in shapes.items())
-    assert elements(prediction.shapes_on_a_chip(whole)) == count
-    assert 0.25 <= elements(prediction.shapes_on_a_chip(made)) / count < 0.4
+    assert elements(step_time.shapes_on_a_chip(whole)) == count
+    assert 0.25 <= elements(step_time.shapes_on_a_chip(made)) / count < 0.4
 
 
 def test_places():
@@ -192,7 +193,7 @@ def test_places():
         block_costs.BlockCost(("down_1/block_1", "down_1/block_2"), 0.6, 1.0, 0.0, {}, 0.0, inside),
         block_costs.BlockCost(("mid/attn_0",), 0.7, 1.0, 0.0, {"kernel": 0.7}, 0.0, {}),
     ]
-    rows = prediction.places(blocks, times=2)
+    rows = step_time.places(blocks, times=2)
     assert [(row["place"], row["others"]) for row in rows] == [("down_1/block_1/conv_0", 1), ("mid/attn_0/attend", 0), ("down_1/block_1", 1)]
     assert rows[0]["seconds"] == pytest.approx(2.0) and rows[0]["share"] == pytest.approx(1.0 / 1.9)
 
@@ -208,13 +209,13 @@ def test_alternatives_can_all_be_made(mesh):
     config["mesh"] |= {"fsdp": 2, "fsdp_min_elements": 8} | mesh
     place = topology.parse("v5e:2x4")
     before = copy.deepcopy(config)
-    found = prediction.alternatives(config, place)
+    found = step_time.alternatives(config, place)
     assert found[0] == {"model.remat": "block"}
     order = ("model.remat", "mesh.fsdp", "optim.accumulation", "mesh.spatial", "data.batch_size")
     kinds = [max((field for field, value in alternative.items() if field in order and value != 1), key=order.index) for alternative in found]
     assert tuple(dict.fromkeys(kinds)) == order
     for overrides in found:
-        changed = prediction.overridden(config, overrides)
+        changed = step_time.overridden(config, overrides)
         sharding.check_batch(changed["data"]["batch_size"], sharding.mesh_sizes(changed["mesh"], 8))
         if mesh == MESHES[1]:
             TrainProgram.create(changed, sharding.make_mesh(changed["mesh"]))
@@ -224,8 +225,8 @@ def test_alternatives_can_all_be_made(mesh):
 
 def test_advice_for_slices():
     """Wrong: an fsdp that only chips of several slices make up, which a run would refuse."""
-    config = prediction.overridden(tiny.config("base_64"), {"data.batch_size": 64})
-    found = prediction.alternatives(config, topology.parse("2xv5e:2x2"))
+    config = step_time.overridden(tiny.config("base_64"), {"data.batch_size": 64})
+    found = step_time.alternatives(config, topology.parse("2xv5e:2x2"))
     assert max(alternative.get("mesh.fsdp", 1) for alternative in found) == 4
 
 

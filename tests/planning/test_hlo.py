@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from imagen_jax.hardware import hlo
+from imagen_jax.planning import hlo
 
 # As libtpu 0.0.42 prints it, shortened: a loop of five turns, an asynchronous gather and copy, a reduce-scatter written as a fusion.
 TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,128]{1,0:T(8,128)}}
