@@ -149,7 +149,7 @@ def read_image(path: str, size: int, n: int) -> Any:
 
     from PIL import Image
 
-    from imagen_jax.data.checks import stored_bytes
+    from imagen_jax.data.prepare.checks import stored_bytes
     from imagen_jax.data.transforms import decode_square
 
     try:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors
 
-from imagen_jax.data.embedded import EmbeddedSource
+from imagen_jax.data.sources.emoji import EmojiSource
 from imagen_jax.text.encoder import TextEncoder, load_tokenizer
 from imagen_jax.text.loading import find_encoder, save_encoder
 from imagen_jax.text.t5 import T5Config, T5Encoder
@@ -65,7 +65,7 @@ def untrained(tmp_path_factory) -> TextEncoder:
 
 @functools.cache
 def emoji_captions() -> list[str]:
-    source = EmbeddedSource()
+    source = EmojiSource()
     return sorted({caption for i in range(len(source)) for caption in source[i].captions})
 
 

@@ -129,9 +129,9 @@ def probe(features, form: str) -> float:
 
 def emoji_captions() -> dict[str, list[str]]:
     """The captions of the embedded data set: the label in words, and the label with keywords; each text once."""
-    from imagen_jax.data.embedded import EmbeddedSource
+    from imagen_jax.data.sources.emoji import EmojiSource
 
-    source = EmbeddedSource()
+    source = EmojiSource()
     both = zip(*(source[i].captions for i in range(len(source))), strict=True)
     return {name: sorted(set(texts)) for name, texts in zip(("label", "keywords"), both, strict=True)}
 

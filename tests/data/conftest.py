@@ -2,8 +2,8 @@
 
 import pytest
 
-from imagen_jax import prepare_data
-from imagen_jax.data.sources import FolderSource
+from imagen_jax.data.prepare import passes
+from imagen_jax.data.sources.folder import FolderSource
 from tests.data.synthetic_source import SETTINGS, FakeEncoder, write_folder
 
 
@@ -16,5 +16,5 @@ def folder(tmp_path_factory):
 def whole(folder, tmp_path_factory):
     """What one process makes of it."""
     output = tmp_path_factory.mktemp("whole") / "data"
-    prepare_data.prepare(FolderSource(folder, 0.2), FakeEncoder(), output, prepare_data.Settings(**SETTINGS))
+    passes.prepare(FolderSource(folder, 0.2), FakeEncoder(), output, passes.Settings(**SETTINGS))
     return output

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from imagen_jax import cli, prepare_data
-from imagen_jax.data import crew
-from imagen_jax.data.sources import FolderSource
+from imagen_jax.data.prepare import crew, passes
+from imagen_jax.data.sources.folder import FolderSource
 from tests.data import synthetic
 
 SETTINGS = {"shard_size": 8, "min_size": 0, "batch_size": 4, "processes": 1}
@@ -96,19 +96,19 @@ def crew_of(spec: str, output: Path) -> crew.Crew:
     if spec == "environment":
         return prepare_data._crew(output)
     index, count, run = spec.split(":")
-    return crew.Crew(prepare_data._partial(output) / "crew", int(index), int(count), run, [f"host-{i}" for i in range(int(count))])
+    return crew.Crew(passes.work_directory(output) / "crew", int(index), int(count), run, [f"host-{i}" for i in range(int(count))])
 
 
 def main(folder: str, output: Path, processes: int, kill_at: int, spec: str = "", log: Path | None = None) -> None:
     """Prepares `folder`; `log` gets the captions as they are encoded, without those of a preview."""
     if kill_at:
         kill_at_rename(kill_at)
-    prepare_data._CHUNK = 4
+    passes._CHUNK = 4
     if log:
-        prepare_data.preview = lambda *_: 0
-    settings = prepare_data.Settings(**SETTINGS | {"processes": processes})
+        passes.preview = lambda *_: 0
+    settings = passes.Settings(**SETTINGS | {"processes": processes})
     with crew_of(spec, output) as member:
-        prepare_data.prepare(FolderSource(folder, 0.2), FakeEncoder(pause=0.05, log=log), output, settings, member)
+        passes.prepare(FolderSource(folder, 0.2), FakeEncoder(pause=0.05, log=log), output, settings, member)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,18 @@ from PIL import Image
 
 from imagen_jax import prepare_data
 from imagen_jax.data import pipeline, records
-from imagen_jax.data.sources import FolderSource
+from imagen_jax.data.prepare import passes
+from imagen_jax.data.sources.folder import FolderSource
 from tests import tiny
 from tests.data import synthetic
 from tests.data.synthetic_source import SETTINGS, FakeEncoder, tree, write_folder
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def prepare(folder, output, encoder=None, heldout=0.2, **changes):
-    settings = prepare_data.Settings(**SETTINGS | changes)
-    return prepare_data.prepare(FolderSource(folder, heldout), encoder or FakeEncoder(), output, settings)
+    settings = passes.Settings(**SETTINGS | changes)
+    return passes.prepare(FolderSource(folder, heldout), encoder or FakeEncoder(), output, settings)
 
 
 def skipped(output):
@@ -79,7 +80,7 @@ def test_trained_on_as_it_is(whole):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_change_no_byte(folder, whole, tmp_path, processes, monkeypatch):
     """Catches: order of completion, time stamps, paths or process ids in the output; results of tasks swapped."""
-    monkeypatch.setattr(prepare_data, "_CHUNK", 3)
+    monkeypatch.setattr(passes, "_CHUNK", 3)
     prepare(folder, tmp_path / "data", processes=processes)
     assert tree(tmp_path / "data") == tree(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -138,9 +139,9 @@ def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, last, mo
             raise Stop
         return original(*args)
 
-    monkeypatch.setattr(prepare_data, "_CHUNK", 4)
+    monkeypatch.setattr(passes, "_CHUNK", 4)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_data, last, stopping)
+        patch.setattr(passes, last, stopping)
         with pytest.raises(Stop):
             prepare(folder, output)
     assert not output.exists()
@@ -155,7 +156,7 @@ def test_other_arguments_are_refused(folder, tmp_path, monkeypatch):
     """Catches: two settings mixed in one directory, before or after it is complete; a finished run done again."""
     output = tmp_path / "data"
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_data, "_finish", lambda *a: (_ for _ in ()).throw(Stop()))
+        patch.setattr(passes, "_finish", lambda *a: (_ for _ in ()).throw(Stop()))
         with pytest.raises(Stop):
             prepare(folder, output)
     for changes in ({"shard_size": 9}, {"encoder": FakeEncoder(max_length=3)}, {"heldout": 0.5}):
@@ -172,7 +173,7 @@ def test_other_arguments_are_refused(folder, tmp_path, monkeypatch):
 
 def test_one_at_a_time(folder, tmp_path):
     """Catches: two runs writing the same work directory; a foreign directory taken for unfinished work and removed."""
-    with prepare_data._locked(tmp_path / "data.partial"), pytest.raises(ValueError, match="another process is preparing data in"):
+    with passes._locked(tmp_path / "data.partial"), pytest.raises(ValueError, match="another process is preparing data in"):
         prepare(folder, tmp_path / "data")
     (tmp_path / "mine.partial").mkdir()
     (tmp_path / "mine.partial" / "thesis.txt").write_text("keep")
@@ -295,13 +296,13 @@ def test_features_that_are_not_finite_stop_the_run(folder, tmp_path):
 def test_an_image_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
     """Catches: an image stored with the size, split and captions of what it was before."""
     folder = write_folder(tmp_path / "source")
-    original = prepare_data._encode_all
+    original = passes._encode_all
 
     def change(*args):
         (folder / "003.png").write_bytes(synthetic.encode(synthetic.gradient(32, 77)))
         return original(*args)
 
-    monkeypatch.setattr(prepare_data, "_encode_all", change)
+    monkeypatch.setattr(passes, "_encode_all", change)
     with pytest.raises(ValueError, match="image 003.png changed while it was being prepared"):
         prepare(folder, tmp_path / "data")
 
@@ -309,7 +310,7 @@ def test_an_image_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
 def test_preview_is_near_the_truth_and_writes_nothing(folder, whole, capsys):
     """Catches: an estimate of something else, or files left by --dry_run."""
     before = set(folder.parent.rglob("*"))
-    estimate = prepare_data.preview(FolderSource(folder, 0.2), FakeEncoder(), prepare_data.Settings(**SETTINGS))
+    estimate = passes.preview(FolderSource(folder, 0.2), FakeEncoder(), passes.Settings(**SETTINGS))
     images = sum(len((folder / f"{i:03d}.png").read_bytes()) for i in range(20))
     texts = 40 * 4 * FakeEncoder.dim * 2 + sum(len(f"picture number {i}") + len("a colour ramp") for i in range(20))
     assert estimate == images + texts

@@ -1,63 +1,22 @@
-"""Where captioned images come from: a folder, a TFDS dataset, or the set that ships with the package.
+"""A folder of images with their captions in one of three forms."""
 
-A source has a length, gives a `SourceItem` for every position, describes itself (`describe`, which is part of the prepared
-data's identity and names no path), and can be sent to another process.
-"""
-
+import argparse
 import csv
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+from imagen_jax.data.sources.source import SourceItem, hashed_split
+
+USAGE = "folder:DIR (with captions.jsonl, captions.csv or .txt files)"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceItem:
-    """One image as the source has it: id, encoded bytes (None if the file is missing), captions, train or heldout."""
-
-    id: str
-    image: bytes | None
-    captions: list[str]
-    split: str
-
-
-@runtime_checkable
-class Source(Protocol):
-    """What prepare_data needs of a source."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> SourceItem: ...
-
-    def describe(self) -> dict[str, Any]: ...
-
-
-def hashed_split(item_id: str, heldout: float) -> str:
-    """`heldout` for that fraction of all ids, the same ids on every machine and in every order, else `train`."""
-    place = int.from_bytes(hashlib.sha256(item_id.encode()).digest()[:8], "big") / 2**64
-    return "heldout" if place < heldout else "train"
-
-
-def open_source(
-    spec: str, heldout: float, *, tfds_dir: str | None, tfds_split: str, tfds_image: str, tfds_caption: str
-) -> Source:
-    """`emoji`, `folder:DIR` or `tfds:NAME` (or `tfds:DIR` of a TFDS builder) -> the source; ValueError if it is none."""
-    kind, _, name = spec.partition(":")
-    if spec == "emoji":
-        if heldout:
-            raise ValueError("the emoji have their own held-out compositions: leave --heldout at 0")
-        from imagen_jax.data.embedded import EmbeddedSource
-
-        return EmbeddedSource()
-    if kind == "folder" and name:
-        return FolderSource(name, heldout)
-    if kind == "tfds" and name:
-        return TfdsSource(name, tfds_dir, tfds_split, tfds_image, tfds_caption, heldout)
-    raise ValueError(f"--source {spec!r} is not emoji, folder:DIR or tfds:NAME")
+def open_source(name: str, args: argparse.Namespace) -> "FolderSource":
+    """The folder `name`."""
+    return FolderSource(name, args.heldout)
 
 
 class FolderSource:
@@ -154,59 +113,3 @@ def _listing(file: Any, captions: Any, split: str) -> tuple[str, list[str], str]
     if split not in ("", "train", "heldout"):
         raise ValueError(f"split {split!r} is neither train nor heldout")
     return file, captions, split
-
-
-class TfdsSource:
-    """A split of a TFDS dataset that is already on disk in ArrayRecord format; images are taken as stored, not decoded.
-
-    `caption` may be a path such as captions/text; a sequence gives several captions.
-    """
-
-    def __init__(self, name: str, data_dir: str | None, split: str, image: str, caption: str, heldout: float):
-        import tensorflow_datasets as tfds
-
-        is_directory = (Path(name) / "dataset_info.json").is_file()
-        try:
-            options = {"data_dir": data_dir, "file_format": "array_record"}
-            builder = tfds.builder_from_directory(name) if is_directory else tfds.builder(name, **options)
-        except (tfds.core.DatasetNotFoundError, ModuleNotFoundError) as error:
-            cause = str(error).splitlines()[0]
-            raise ValueError(f"tfds:{name} is not a TFDS dataset or a directory of one ({cause})") from error
-        if split not in builder.info.splits:
-            found = ", ".join(builder.info.splits) or "none: download_and_prepare it first, file_format='array_record'"
-            raise ValueError(f"tfds:{name} has no split {split!r} on disk (found {found})")
-        for feature in (image, caption):
-            _check_feature(f"tfds:{name}", builder.info.features, feature)
-        try:
-            self._rows = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
-        except NotImplementedError as error:
-            raise ValueError(f"tfds:{name} is not in the array_record format, which random access needs") from error
-        self._name = f"{builder.info.name}/{builder.info.version}"
-        self._split, self._image, self._caption, self._heldout = split, image, caption, heldout
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> SourceItem:
-        row = self._rows[index]
-        item_id = f"{self._split}-{index:09d}"
-        captions = row
-        for key in self._caption.split("/"):
-            captions = captions[key]
-        captions = [captions] if isinstance(captions, bytes | str) else list(captions)
-        texts = [text.decode() if isinstance(text, bytes) else str(text) for text in captions]
-        return SourceItem(item_id, row[self._image], texts, hashed_split(item_id, self._heldout))
-
-    def describe(self) -> dict[str, Any]:
-        features = {"image": self._image, "caption": self._caption}
-        options = {"split": self._split, "heldout": self._heldout}
-        return {"kind": "tfds", "name": self._name, "items": len(self)} | features | options
-
-
-def _check_feature(label: str, features: Any, path: str) -> None:
-    inside = features
-    for key in path.split("/"):
-        inside = getattr(inside, "feature", inside)  # a Sequence holds the features of its items
-        if not hasattr(inside, "keys") or key not in inside.keys():
-            raise ValueError(f"{label} has no feature {path!r} (it has {', '.join(features)})")
-        inside = inside[key]

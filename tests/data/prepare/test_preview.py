@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from imagen_jax.data import records
-from imagen_jax.data.preview import CaptionStore, preview_captions
-from imagen_jax.data.sources import FolderSource
+from imagen_jax.data.prepare.preview import CaptionStore, preview_captions
+from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.text.loading import find_encoder
 from tests.data.synthetic_source import FakeEncoder, write_folder
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(("dim", "rows"), [(256, 2048), (1024, 500)])

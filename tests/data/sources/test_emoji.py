@@ -6,13 +6,13 @@ import pathlib
 import pickle
 import re
 
-from PIL import Image
-import imagen_jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
-from imagen_jax.data.embedded import EmbeddedSource
+import imagen_jax
+from imagen_jax.data.sources.emoji import EmojiSource
 from tools import build_emoji
 
 DIRECTORY = pathlib.Path(imagen_jax.__file__).parent / "assets" / "emoji"
@@ -22,7 +22,7 @@ TONES = ("yellow", "light", "medium-light", "medium", "medium-dark", "dark")
 
 @pytest.fixture(scope="module")
 def items():
-    source = EmbeddedSource()
+    source = EmojiSource()
     return [source[i] for i in range(len(source))]
 
 
@@ -147,7 +147,7 @@ def test_reads_as_a_tfds_directory(items):
 
 def test_source(items):
     """Catches an index that runs over the end or wraps, splits out of order, and a source that cannot be sent to a worker."""
-    source = pickle.loads(pickle.dumps(EmbeddedSource()))
+    source = pickle.loads(pickle.dumps(EmojiSource()))
     assert source[3390] == items[3390] and [items[i].split for i in (0, 3064, 3065)] == ["train", "train", "heldout"]
     for index in (-1, 3391):
         with pytest.raises(IndexError, match="0 to 3390"):

@@ -8,7 +8,7 @@ import re
 import numpy as np
 from PIL import Image, ImageOps
 
-from imagen_jax.data.sources import SourceItem
+from imagen_jax.data.sources.source import SourceItem
 
 # Formats kept as they come when they hold one upright RGB picture; anything else is rewritten as PNG, without loss.
 _KEPT_FORMATS = ("JPEG", "PNG", "WEBP")

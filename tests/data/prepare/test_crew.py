@@ -15,14 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from imagen_jax import prepare_data
-from imagen_jax.data import crew
-from imagen_jax.data.crew import Crew, Lost
-from imagen_jax.data.sources import FolderSource
+from imagen_jax.data.prepare import crew, passes
+from imagen_jax.data.prepare.crew import Crew, Lost
+from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.distributed.watch import LOST
 from tests.data.synthetic_source import SETTINGS, FakeEncoder, tree
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CAPTIONS = {"a colour ramp"} | {f"picture number {i}" for i in range(20)}
 
 
@@ -122,8 +121,8 @@ def preparing(folder, output, index, count, encoder=None, run="one", late_s=0.0,
     def prepare():
         time.sleep(late_s)
         with Crew(partial / "crew", index, count, run, [f"host-{i}" for i in range(count)]) as member:
-            source, settings = FolderSource(folder, 0.2), prepare_data.Settings(**SETTINGS | changes)
-            prepare_data.prepare(source, encoder or FakeEncoder(), output, settings, member)
+            source, settings = FolderSource(folder, 0.2), passes.Settings(**SETTINGS | changes)
+            passes.prepare(source, encoder or FakeEncoder(), output, settings, member)
 
     return prepare
 

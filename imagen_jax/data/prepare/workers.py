@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from typing import Any
 
-from imagen_jax.data.sources import Source
+from imagen_jax.data.sources.source import Source
 
 _source: Source | None = None  # of this worker process
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 
-from imagen_jax.data.checks import Checked
+from imagen_jax.data.prepare.checks import Checked
 from imagen_jax.data.records import SPLITS
 
 
@@ -18,7 +18,7 @@ class KeptImage:
 
 
 @dataclasses.dataclass
-class Plan:
+class Selection:
     """images: the kept images by split, in the source's order. captions: the distinct captions by id. skipped: one
     dictionary for everything left out or noted, each with id and reason."""
 
@@ -31,43 +31,43 @@ class Plan:
         return dict(sorted(Counter(line["reason"] for line in self.skipped).items()))
 
 
-def make_plan(checked: Iterable[Checked]) -> Plan:
+def select(checked: Iterable[Checked]) -> Selection:
     """Drop what cannot be used and what comes twice; the result depends on the order of the source alone.
 
     An image that equals an earlier one (same pixels) gives its captions to that one. If the earlier one is in the other
     split nothing of it is used, so that no held-out picture or caption pair is trained on. A caption that another image has
     too is stored once and noted.
     """
-    plan = Plan({split: [] for split in SPLITS}, [], [])
+    selected = Selection({split: [] for split in SPLITS}, [], [])
     by_pixels: dict[str, KeptImage] = {}
     first_use: dict[str, tuple[int, str]] = {}  # caption -> its id and the image that first had it
     for index, found in enumerate(checked):
-        plan.skipped.extend({"id": found.id, "reason": reason} for reason in found.bad_captions)
+        selected.skipped.extend({"id": found.id, "reason": reason} for reason in found.bad_captions)
         if found.reason:
-            plan.skipped.append({"id": found.id, "reason": found.reason, "detail": found.detail})
+            selected.skipped.append({"id": found.id, "reason": found.reason, "detail": found.detail})
             continue
         image = by_pixels.get(found.pixels)
         if image is None:
             image = by_pixels[found.pixels] = KeptImage(index, found, [])
-            plan.images[found.split].append(image)
+            selected.images[found.split].append(image)
         else:
             same_split = image.checked.split == found.split
             reason = "duplicate_image" if same_split else "duplicate_image_in_other_split"
-            plan.skipped.append({"id": found.id, "reason": reason, "of": image.checked.id, "captions": found.captions})
+            selected.skipped.append({"id": found.id, "reason": reason, "of": image.checked.id, "captions": found.captions})
             if not same_split:
                 continue
-        _add_captions(plan, image, found, first_use)
-    return plan
+        _add_captions(selected, image, found, first_use)
+    return selected
 
 
-def _add_captions(plan: Plan, image: KeptImage, found: Checked, first_use: dict[str, tuple[int, str]]) -> None:
+def _add_captions(selected: Selection, image: KeptImage, found: Checked, first_use: dict[str, tuple[int, str]]) -> None:
     for caption in found.captions:
         if caption not in first_use:
-            first_use[caption] = (len(plan.captions), found.id)
-            plan.captions.append(caption)
+            first_use[caption] = (len(selected.captions), found.id)
+            selected.captions.append(caption)
         else:
             line = {"id": found.id, "reason": "duplicate_caption", "of": first_use[caption][1], "caption": caption}
-            plan.skipped.append(line)
+            selected.skipped.append(line)
         caption_id = first_use[caption][0]
         if caption_id not in image.caption_ids:
             image.caption_ids.append(caption_id)

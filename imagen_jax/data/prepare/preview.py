@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax.data import checks
-from imagen_jax.data.sources import Source
+from imagen_jax.data.prepare import checks
+from imagen_jax.data.sources.source import Source
 
 _IMAGES = 64  # decoded and encoded for the preview of a source
 _CAPTIONS = 4096  # items of the source whose captions are measured for the preview of a caption store

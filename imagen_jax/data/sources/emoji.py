@@ -3,12 +3,22 @@
 `tools/build_emoji.py` makes it and documents the split; `assets/emoji/NOTICE` names its origins.
 """
 
+import argparse
 import importlib.resources
 
-from imagen_jax.data.sources import SourceItem
+from imagen_jax.data.sources.source import SourceItem
+
+USAGE = "emoji"
 
 
-class EmbeddedSource:
+def open_source(name: str, args: argparse.Namespace) -> "EmojiSource":
+    """The embedded set. Raises ValueError for a held-out fraction: it has a split of its own."""
+    if args.heldout:
+        raise ValueError("the emoji have their own held-out compositions: leave --heldout at 0")
+    return EmojiSource()
+
+
+class EmojiSource:
     """The embedded emoji as a source: items of `train`, then those of `heldout`; the id is the emoji's hexcode."""
 
     def __init__(self):

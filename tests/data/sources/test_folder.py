@@ -1,0 +1,91 @@
+"""The folder source: every form of captions is read, and what cannot be read is one clear line."""
+
+import json
+
+import pytest
+
+from imagen_jax.data.sources.folder import FolderSource
+from tests.data import synthetic
+
+
+@pytest.fixture
+def folder(tmp_path):
+    directory = tmp_path / "pictures"
+    (directory / "deep").mkdir(parents=True)
+    for name in ("a.png", "b.png", "deep/c.PNG"):
+        (directory / name).write_bytes(synthetic.encode(synthetic.gradient(16)))
+    return directory
+
+
+def captions(source):
+    return {item.id: item.captions for item in (source[i] for i in range(len(source)))}
+
+
+def test_captions_in_jsonl(folder):
+    """Catches: several lines or several captions of one file lost, images the file does not name forgotten, order of the disk."""
+    lines = [{"file": "b.png", "caption": "one"}, {"file": "deep/c.PNG", "captions": ["x", "y"]}, {"file": "b.png", "caption": "two"}]
+    (folder / "captions.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
+    source = FolderSource(folder, 0.0)
+    assert list(captions(source).items()) == [("a.png", []), ("b.png", ["one", "two"]), ("deep/c.PNG", ["x", "y"])]
+    assert source[1].image == (folder / "b.png").read_bytes() and {source[i].split for i in range(3)} == {"train"}
+
+
+def test_captions_in_csv(folder):
+    """Catches: quoted commas split, the split column ignored."""
+    (folder / "captions.csv").write_text('file,caption,split\na.png,"red, round",heldout\nb.png,blue,\n', encoding="utf-8")
+    source = FolderSource(folder, 0.0)
+    assert captions(source) == {"a.png": ["red, round"], "b.png": ["blue"], "deep/c.PNG": []}
+    assert [source[i].split for i in range(3)] == ["heldout", "train", "train"]
+    with pytest.raises(ValueError, match="names its own splits, leave --heldout at 0"):
+        FolderSource(folder, 0.1)
+
+
+def test_captions_in_text_files(folder):
+    """Catches: text files beside images in sub-directories missed, several lines taken as one caption."""
+    (folder / "a.txt").write_text("first\nsecond\n")
+    (folder / "deep" / "c.txt").write_text("dög", "utf-8")
+    assert captions(FolderSource(folder, 0.0)) == {"a.png": ["first", "second"], "b.png": [], "deep/c.PNG": ["dög"]}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"captions.jsonl": '{"file": "a.png", "caption": "x"}\n{"file": "b.png"}'}, "captions.jsonl:2 is not an object with"),
+        ({"captions.jsonl": "not json"}, "captions.jsonl:1 is not an object with"),
+        ({"captions.jsonl": '{"file": "a.png", "captions": "x"}'}, "file and captions must be text"),
+        ({"captions.jsonl": '{"file": "a.png", "caption": "x", "split": "test"}'}, "neither train nor heldout"),
+        ({"captions.jsonl": '{"file": "../b.png", "caption": "x"}'}, "../b.png is not in the directory"),
+        ({"captions.csv": "file,caption\n/etc/a.png,x\n"}, "/etc/a.png is not in the directory"),
+        ({"captions.csv": "name,text\na.png,x\n"}, "must name the columns file and caption"),
+        ({"captions.csv": "file,caption\na.png\n"}, "captions.csv:2: file and captions must be text"),
+        ({"captions.csv": "file,caption\n", "captions.jsonl": ""}, "keep one"),
+        ({"captions.csv": "file,caption,split\na.png,x,train\na.png,y,heldout\n"}, "a.png is in both splits"),
+    ],
+)
+def test_bad_captions_files_are_one_clear_line(folder, files, message):
+    """Catches: a caption read as letters, a wrong column or split name accepted, tracebacks."""
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        FolderSource(folder, 0.0)
+    assert "\n" not in str(error.value)
+
+
+def test_folder_without_images_or_missing(tmp_path):
+    """Catches: an empty or misspelt directory prepared as an empty data set."""
+    with pytest.raises(ValueError, match="holds no images"):
+        FolderSource(tmp_path, 0.0)
+    with pytest.raises(ValueError, match="is not a directory"):
+        FolderSource(tmp_path / "misspelt", 0.0)
+
+
+def test_description_is_the_listing_not_the_place(folder, tmp_path):
+    """Catches: a moved folder taken for another source, or changed captions for the same."""
+    (folder / "a.txt").write_text("first")
+    moved = tmp_path / "elsewhere" / "pictures"
+    before = FolderSource(folder, 0.0).describe()
+    moved.parent.mkdir()
+    folder.rename(moved)
+    assert FolderSource(moved, 0.0).describe() == before
+    (moved / "a.txt").write_text("changed")
+    assert FolderSource(moved, 0.0).describe() != before
