@@ -4,7 +4,7 @@ import io
 import os
 import textwrap
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -51,6 +51,13 @@ def contact_sheet(
         wrapped = "\n".join(textwrap.wrap(caption, characters)[: max(1, cell // line)])
         draw.text((GAP, line + 2 * GAP + i * (cell + GAP)), wrapped, INK, font)
     return np.asarray(sheet)
+
+
+def figure_png(figure: Any) -> bytes:
+    """A matplotlib figure as a PNG file's content."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
 
 
 def png_bytes(image: Picture) -> bytes:

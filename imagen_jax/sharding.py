@@ -16,6 +16,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from imagen_jax.models.attention import Attend, Keys
+from imagen_jax.models.attention_kernel import fits
+
 AXES = ("data", "fsdp", "model", "spatial")
 BATCH_AXES = ("data", "fsdp")
 # The first: else a product with a sharded kernel becomes a loop of permutations, which needs more memory and compiles longer. The others
@@ -164,6 +167,22 @@ def gather_parameters(mesh: Mesh) -> Callable[[Tree], Tree]:
     if mesh.shape["spatial"] == 1:
         return lambda tree: tree
     return lambda tree: jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+
+
+def attend_in_parts(mesh: Mesh, kernel: Attend, plain: Attend, q: Array, keys: Keys, heads: int) -> Array:
+    """`kernel` on every device's part: rows over the batch axes, queries over `spatial`, channels over `model`.
+
+    The compiler does not know how to divide a kernel. Where the parts are not whole, or the kernel does not take them, `plain` runs instead.
+    """
+    pixels, parts = mesh.shape["spatial"], mesh.shape["model"]
+    (b, n, c), m = q.shape, sum(k.shape[1] for k, _, _ in keys)
+    if b % (mesh.shape["data"] * mesh.shape["fsdp"]) or n % pixels or heads % parts or not fits(n // pixels, m, c // parts, heads // parts):
+        return plain(q, keys, heads)
+    rows, queries = P(BATCH_AXES), P(BATCH_AXES, "spatial", "model")
+    # Keys are whole; but where an axis has one device, saying that it splits them saves their gradients a sum over it.
+    channels = P(BATCH_AXES, "spatial" if pixels == 1 else None, "model")
+    specs = (queries, tuple((channels, channels, None if valid is None else rows) for _, _, valid in keys))
+    return jax.shard_map(lambda q, keys: kernel(q, keys, heads // parts), mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)(q, keys)
 
 
 def path_name(path: tuple) -> str:

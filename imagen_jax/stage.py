@@ -8,7 +8,7 @@ from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from imagen_jax import sharding
@@ -16,8 +16,8 @@ from imagen_jax.data.transforms import check_sizes
 from imagen_jax.diffusion import conditioning, loss, sampler
 from imagen_jax.diffusion.process import PREDICTIONS
 from imagen_jax.diffusion.schedule import SCHEDULES, Schedule
-from imagen_jax.models.attention import Attend, Keys, attend
-from imagen_jax.models.attention_kernel import fits, flash_attend
+from imagen_jax.models.attention import Attend, attend
+from imagen_jax.models.attention_kernel import flash_attend
 from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.layers import identity
 from imagen_jax.models.remat import checkpointed
@@ -175,23 +175,7 @@ def attention_on(mesh: Mesh | None, remat: str) -> Attend:
     plain = lambda q, keys, heads: checkpointed("none" if remat == "none" else "block", lambda q, keys: attend(q, keys, heads))(q, keys)
     if mesh is None or mesh.devices.flat[0].platform != "tpu":
         return plain
-    return lambda q, keys, heads: attend_in_parts(mesh, flash_attend, plain, q, keys, heads)
-
-
-def attend_in_parts(mesh: Mesh, kernel: Attend, plain: Attend, q: Array, keys: Keys, heads: int) -> Array:
-    """`kernel` on every device's part: rows over the batch axes, queries over `spatial`, channels over `model`.
-
-    The compiler does not know how to divide a kernel. Where the parts are not whole, or not what the kernel takes, `plain` runs instead.
-    """
-    pixels, parts = mesh.shape["spatial"], mesh.shape["model"]
-    (b, n, c), m = q.shape, sum(k.shape[1] for k, _, _ in keys)
-    if b % (mesh.shape["data"] * mesh.shape["fsdp"]) or n % pixels or heads % parts or not fits(n // pixels, m, c // parts, heads // parts):
-        return plain(q, keys, heads)
-    rows, queries = P(sharding.BATCH_AXES), P(sharding.BATCH_AXES, "spatial", "model")
-    # Keys are whole; but where an axis has one device, saying that it splits them saves their gradients a sum over it.
-    channels = P(sharding.BATCH_AXES, "spatial" if pixels == 1 else None, "model")
-    specs = (queries, tuple((channels, channels, None if valid is None else rows) for _, _, valid in keys))
-    return jax.shard_map(lambda q, keys: kernel(q, keys, heads // parts), mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)(q, keys)
+    return lambda q, keys, heads: sharding.attend_in_parts(mesh, flash_attend, plain, q, keys, heads)
 
 
 def check_sampling(sampling: Mapping[str, Any]) -> None:

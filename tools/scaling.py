@@ -24,7 +24,7 @@ from typing import Any
 from imagen_jax import cli
 from imagen_jax.hardware import topology
 from imagen_jax.storage import write_atomically, write_json
-from imagen_jax.report import png
+from imagen_jax.pictures import figure_png
 from launch.job import read_config
 
 log = logging.getLogger("imagen_jax.scaling")
@@ -152,7 +152,7 @@ def picture(rows: Sequence[dict[str, Any]], title: str) -> bytes:
     axis.set_ylabel("images a second a chip, % of the first")
     axis.set_title(title)
     axis.legend()
-    return png(figure)
+    return figure_png(figure)
 
 
 if __name__ == "__main__":

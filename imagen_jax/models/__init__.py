@@ -1,4 +1,4 @@
-"""Flax Linen networks: `unet.UNet` (base stage) and `efficient_unet.EfficientUNet` (super-resolution stages).
+"""Flax Linen networks, called as `model(z, logsnr, cond)`: `unet.UNet` (base stage) and `efficient_unet.EfficientUNet` (super-resolution).
 
-Both are called as `model(z, logsnr, cond)` and never see a time step, a schedule or a mesh.
+They must not know time steps, schedules or meshes: they get `logsnr` and, at the borders of blocks, a `constrain` callable.
 """

@@ -6,7 +6,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import TextPool
-from imagen_jax.models.layers import Constrain, Conv, Dtype, NoiseLevelEmbedding, average_pool, dense, group_norm, identity, upsample_nearest
+from imagen_jax.models.layers import Constrain, Conv, Dtype, NoiseLevelEmbedding, dense, group_norm, identity
+from imagen_jax.models.resampling import average_pool, upsample_nearest
 
 RESAMPLE = {"down": average_pool, "up": upsample_nearest}
 

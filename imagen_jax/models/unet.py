@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Attend, Attention, attend
 from imagen_jax.models.blocks import Conditioning, ResBlock, concat_lowres
-from imagen_jax.models.layers import Constrain, Conv, Dtype, depth_to_space, group_norm, identity, space_to_depth, upsample_nearest
+from imagen_jax.models.layers import Constrain, Conv, Dtype, group_norm, identity
 from imagen_jax.models.remat import check_kind, checkpointed_module
+from imagen_jax.models.resampling import depth_to_space, space_to_depth, upsample_nearest
 
 # Which attention a level has, by (pixels, text): F.1 `attn_resolutions` and `text_cross_attn_res`.
 ATTENTION = {(True, True): "fused", (True, False): "self", (False, True): "cross", (False, False): "none"}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from imagen_jax.report import png
+from imagen_jax.pictures import figure_png
 
 Plan = Mapping[str, Any]
 GIB = 2**30
@@ -144,7 +144,7 @@ def picture(plan: Plan) -> bytes:
         axes[0, 2].set_xlabel("ms a step")
         axes[0, 2].set_title("most expensive places")
     figure.suptitle(f"{plan['config']} on {plan['topology']}, batch {plan['batch']}")
-    return png(figure)
+    return figure_png(figure)
 
 
 def _stack(axis: Any, parts: Mapping[str, float], label: str) -> None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.models import layers
+from imagen_jax.models import layers, resampling
 from imagen_jax.models.attention import Attention, FeedForward, TextPool
 from imagen_jax.models.blocks import ResBlock, concat_lowres
 from tests.models import reference
@@ -145,16 +145,16 @@ def test_group_norm_statistics_are_fp32():
 def test_space_to_depth():
     """Catches patches that mix pixels of different squares, and an inverse that is none."""
     x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
-    folded = layers.space_to_depth(x, 2)
+    folded = resampling.space_to_depth(x, 2)
     np.testing.assert_array_equal(folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
-    np.testing.assert_array_equal(layers.depth_to_space(folded, 2), x)
+    np.testing.assert_array_equal(resampling.depth_to_space(folded, 2), x)
 
 
 def test_pool_and_upsample():
     """Catches a pooling of another window, and an up-sampling that interleaves rows and columns wrongly."""
     x = normal(1, 1, 4, 6, 2)
-    np.testing.assert_allclose(layers.average_pool(x), reference.pool(np.asarray(x)), atol=1e-6)
-    np.testing.assert_array_equal(layers.upsample_nearest(x), reference.up(np.asarray(x)))
+    np.testing.assert_allclose(resampling.average_pool(x), reference.pool(np.asarray(x)), atol=1e-6)
+    np.testing.assert_array_equal(resampling.upsample_nearest(x), reference.up(np.asarray(x)))
 
 
 def test_conv_transpose_is_the_adjoint_of_the_strided_convolution():
