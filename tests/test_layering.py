@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: verbs -> joints -> leaves -> ground, one way, and what nobody imports at all."""
+"""Who may import whom, read from the source: verbs -> planning -> training, evals -> joints -> folders -> ground, and what nobody imports at all."""
 
 import ast
 import graphlib
@@ -9,12 +9,19 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LEAF_FOLDERS = {"data", "diffusion", "distributed", "evals", "hardware", "models", "text"}
-GROUND = {"storage"}  # needs nothing and serves all
-LEAVES = LEAF_FOLDERS | {"cli", "run_log", "optim", "pictures", "resume", "sharding"}
-JOINTS = {"block_costs", "cascade", "checkpoint", "encoder_plan", "grids", "measures", "plan_report", "prediction", "replicas", "report", "stage", "state", "step", "whole_step"}
 VERBS = {"demo", "evaluate", "export", "plan", "prepare_data", "sample", "train"}
-PACKAGE_MODULES = GROUND | LEAVES | JOINTS | VERBS
+# From the ground up: a unit (a folder, or a module at the root) imports units below its own layer, and of its own layer without circles.
+LAYERS = (
+    {"run_log", "storage"},
+    {"cli", "data", "diffusion", "distributed", "hardware", "models", "pictures", "text"},
+    {"sharding", "weights"},
+    {"cascade", "stage"},
+    {"evals", "training"},
+    {"planning"},
+    VERBS,
+)
+LAYER = {unit: i for i, units in enumerate(LAYERS) for unit in units}
+APART = {"data", "diffusion", "distributed", "hardware", "models", "text", *VERBS}  # none of these imports another of its layer
 
 
 def imported(path):
@@ -37,32 +44,63 @@ def sources(*folders):
 
 
 def unit(path):
-    """The leaf, joint or verb that a file of the package belongs to: its folder, or its own name."""
+    """The folder or root module that a file of the package belongs to."""
     return path.relative_to(ROOT / "imagen_jax").parts[0].removesuffix(".py")
 
 
 def units_imported(path):
     parts = [name.split(".") for name in imported(path)]
-    return {p[1] for p in parts if p[0] == "imagen_jax" and p[1] in PACKAGE_MODULES}
+    return {p[1] for p in parts if p[0] == "imagen_jax" and len(p) > 1 and p[1] in LAYER}
+
+
+def is_circular(graph):
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return " -> ".join(error.args[1])
+    return ""
 
 
 def test_every_module_has_its_place():
-    """Catches a new module that no rule covers: give it a place in GROUND, LEAVES, JOINTS or VERBS above."""
-    assert {unit(path) for path in sources("imagen_jax")} - {"__init__"} <= PACKAGE_MODULES
+    """Catches a new module or folder that no rule covers: give it a place in LAYERS above."""
+    assert {unit(path) for path in sources("imagen_jax")} - {"__init__"} == LAYER.keys()
 
 
 @pytest.mark.parametrize("path", sources("imagen_jax"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path):
-    """Catches a leaf that imports another leaf, a joint or a verb; a joint that imports a verb; and a verb that imports a verb."""
-    own, others = unit(path), units_imported(path) - {unit(path)}
-    allowed = {True: GROUND, own in GROUND: set(), own in JOINTS | VERBS: GROUND | LEAVES | JOINTS}[True]
-    assert others <= allowed, f"{own} may not import {sorted(others - allowed)}"
+    """Catches an import from below upwards, a folder of the middle that needs another, and a verb that imports a verb."""
+    own = unit(path)
+    others = units_imported(path) - {own}
+    if own == "__init__":
+        return
+    upwards = {other for other in others if LAYER[other] > LAYER[own] or (LAYER[other] == LAYER[own] and {own, other} <= APART)}
+    assert not upwards, f"{own} may not import {sorted(upwards)}"
 
 
-def test_joints_import_one_another_without_a_circle():
-    """Catches two joints that need each other, which a lazy import would hide."""
-    graph = {joint: units_imported(ROOT / "imagen_jax" / f"{joint}.py") & JOINTS - {joint} for joint in JOINTS}
-    assert set(graphlib.TopologicalSorter(graph).static_order()) == JOINTS
+def test_units_form_no_circle():
+    """Catches two folders that need each other, also through a third and by a lazy import."""
+    graph = {}
+    for path in sources("imagen_jax"):
+        graph.setdefault(unit(path), set()).update(units_imported(path) - {unit(path)})
+    assert not is_circular(graph)
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in sources("imagen_jax")}), ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_of_a_folder_form_no_circle(folder):
+    """Catches two modules of one folder that import each other, which a lazy import would hide."""
+    graph = {}
+    for path in folder.glob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        graph[name] = {other for other in imported(path) for other in (other, other.rpartition(".")[0]) if (ROOT / f"{other.replace('.', '/')}.py").exists()}
+    assert not is_circular(graph)
+
+
+def test_each_folder_says_what_lives_there():
+    """Catches a folder whose docstring does not say, in its second sentence, what it must not know."""
+    for path in sources("imagen_jax"):
+        if path.name == "__init__.py" and path.parent.name != "imagen_jax":
+            said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            assert len(said.splitlines()) > 2 and "must not" in said, path
 
 
 def test_nobody_imports_a_verb():
@@ -84,11 +122,11 @@ def test_neither_torch_nor_tensorflow(path):
     assert not {name.split(".")[0] for name in imported(path)} & {"torch", "torchvision", "tensorflow", "sentencepiece"}
 
 
-def test_modules_with_parameters_live_in_models_text_and_evals():
+def test_modules_with_parameters_live_in_few_folders():
     """Catches a layer outside the folders that hold networks, and a network that knows of meshes or time steps."""
     for path in sources("imagen_jax"):
         names = imported(path)
-        holds_networks = unit(path) in {"models", "text", "evals"}
+        holds_networks = unit(path) in {"models", "text", "evals", "planning"}  # planning looks inside them
         assert holds_networks or not any(f"{name}.".startswith("flax.linen.") for name in names), path
         assert unit(path) not in {"models", "diffusion"} or not any(name.startswith("jax.sharding") for name in names), path
 

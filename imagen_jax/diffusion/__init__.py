@@ -1,5 +1,7 @@
-"""The diffusion process as pure functions of arrays: no parameters, no modules, no devices.
+"""The diffusion process as pure functions of arrays: how noise enters, what a network predicts, how samples are drawn.
+
+It must not know networks, parameters, devices or configs: a network is a `denoise_fn(z, logsnr, cond)`.
 
 Symbols (Appendix A of the paper): `x` clean image in [-1, 1], `z` noisy image, `eps` noise, `t` in [0, 1],
-`logsnr` = lambda_t = log(alpha_t^2 / sigma_t^2), one value a sample. A network is a `denoise_fn(z, logsnr, cond)`.
+`logsnr` = lambda_t = log(alpha_t^2 / sigma_t^2), one value a sample.
 """

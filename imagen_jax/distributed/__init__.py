@@ -1,6 +1,6 @@
-"""Several processes, usually on as many hosts, that train as one: how they find each other, and who is at fault when they wait.
+"""Several processes, usually on as many hosts, that train as one: how they find each other, what they agree on, and who is at fault when they wait.
 
-`start()` is all that a verb calls; one process alone needs nothing of it and nothing is started for it.
+It must not know what is trained; `start()` is all that a verb calls, and a single process starts nothing.
 """
 
 from imagen_jax.distributed.startup import start
