@@ -4,6 +4,7 @@ The only place that turns a config into objects. Config sub-dicts go straight in
 """
 
 import dataclasses
+import functools
 from typing import Any, Callable, Mapping
 
 import jax
@@ -11,11 +12,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from imagen_jax import sharding
+from imagen_jax import schema, sharding
 from imagen_jax.data.transforms import check_sizes
 from imagen_jax.diffusion import conditioning, loss, sampler
-from imagen_jax.diffusion.process import PREDICTIONS
+from imagen_jax.diffusion.density import DENSITIES, Density
+from imagen_jax.diffusion.grid import GRIDS
+from imagen_jax.diffusion.guidance import Guidance, Threshold
+from imagen_jax.diffusion.process import Path, Process
+from imagen_jax.diffusion.sampler import SAMPLERS
 from imagen_jax.diffusion.schedule import SCHEDULES, Schedule
+from imagen_jax.diffusion.weighting import WEIGHTS, Weight
 from imagen_jax.models.attention import Attend, attend
 from imagen_jax.models.attention_kernel import flash_attend
 from imagen_jax.models.efficient_unet import EfficientUNet
@@ -24,6 +30,8 @@ from imagen_jax.models.remat import checkpointed
 from imagen_jax.models.unet import UNet
 
 FAMILIES = {"unet": UNet, "efficient_unet": EfficientUNet}
+# Random numbers are the same wherever a site has switched this off; keys are made with a pinned generator.
+PINNED = functools.partial(jax.threefry_partitionable, True)
 Batch = Mapping[str, Array]
 Params = Mapping[str, Any]
 
@@ -34,9 +42,11 @@ class Stage:
 
     name: str
     model: UNet | EfficientUNet
-    schedule: Schedule
+    process: Process
+    density: Density
+    weight: Weight | None
+    schedule: str
     aug_schedule: Schedule
-    prediction: str
     text_drop: float
     aug_max: float
     image_size: int
@@ -80,7 +90,8 @@ class Stage:
         """The random numbers of a training step for `b` images of `size` pixels, by default as it trains on (see `loss.draw`)."""
         size = size or self.train_size
         low = size * self.lowres_size // self.image_size
-        return loss.draw(key, (b, size, size, 3), (b, low, low, 3) if low else None, self.text_drop, self.aug_max)
+        with PINNED():
+            return loss.draw(key, (b, size, size, 3), (b, low, low, 3) if low else None, self.text_drop, self.aug_max)
 
     def denoiser(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> loss.DenoiseFn:
         """The network as a denoise_fn(z, logsnr, cond); with a `dropout_key`, in training mode."""
@@ -95,8 +106,16 @@ class Stage:
         """The denoising loss of each row of a batch for given random draws."""
         return loss.per_sample_loss(
             self.denoiser(params, dropout_key), to_unit(batch["image"]), self.cond(batch), draws,
-            self.schedule, self.aug_schedule, self.prediction,
+            self.density(draws["u"]), self.process, self.aug_schedule, self.weight,
         )  # fmt: skip
+
+    def x_error(
+        self, params: Params, batch: Batch, draws: dict[str, Array], logsnr: Float[Array, "b"]
+    ) -> Float[Array, "b"]:
+        """The squared error of x-hat of each row at given noise levels (see `loss.x_error`)."""
+        return loss.x_error(
+            self.denoiser(params), to_unit(batch["image"]), self.cond(batch), draws, logsnr, self.process, self.aug_schedule
+        )
 
     def sample(
         self, params: Params, keys: Key[Array, "b"], batch: Batch, sampling: Mapping[str, Any], size: int | None = None
@@ -105,17 +124,21 @@ class Stage:
 
         The low-res image is noised to `sampling["aug_level"]` with noise from the samples' own keys (section 2.4).
         """
-        sampling = dict(sampling)
-        level = sampling.pop("aug_level")
+        with PINNED():
+            return self._sample(params, keys, batch, sampling, size or self.image_size)
+
+    def _sample(self, params: Params, keys: Array, batch: Batch, sampling: Mapping[str, Any], size: int) -> Array:
         cond = self.cond(batch)
         if "lowres" in cond:
             aug_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
             noise = sampler.sample_noise(aug_keys, cond["lowres"].shape[1:])
-            cond = conditioning.augment_lowres(cond, noise, jnp.full(keys.shape, level, jnp.float32), self.aug_schedule)
+            level = jnp.full(keys.shape, sampling["aug_level"], jnp.float32)
+            cond = conditioning.augment_lowres(cond, noise, level, self.aug_schedule)
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-        size = size or self.image_size
+        rules = drawing(sampling, self.schedule)
+        levels = rules.pop("grid")(sampling["steps"])
         return sampler.sample(
-            self.denoiser(params), keys, (size, size, 3), cond, schedule=self.schedule, prediction=self.prediction, **sampling
+            self.denoiser(params), keys, (size, size, 3), cond, process=self.process, levels=levels, **rules
         )
 
 
@@ -131,19 +154,13 @@ def to_uint8(x: Float[Array, "*d"]) -> Array:
 
 def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
     """The stage a config describes, to run on one device or on `mesh`. Raises ValueError naming the field that is wrong."""
+    config = schema.complete(config)
     model, diffusion, data, text = (dict(config[part]) for part in ("model", "diffusion", "data", "text"))
-    family = model.pop("family")
-    choices = {"model.family": (family, FAMILIES), "diffusion.prediction": (diffusion["prediction"], PREDICTIONS)}
-    choices |= {f"diffusion.{name}": (diffusion[name], SCHEDULES) for name in ("schedule", "aug_schedule")}
-    for field, (value, known) in choices.items():
-        if value not in known:
-            raise ValueError(f"{field} is {value!r}; it must be one of {tuple(known)}")
     check_sizes(data)
     if bool(text["dim"]) != bool(model["cond_dim"]):
         raise ValueError(f"text.dim={text['dim']} and model.cond_dim={model['cond_dim']}: both are 0 (no text) or neither is")
-    check_fields("model", model, FAMILIES[family], {"lowres", "constrain", "attend", "parent", "name"})
-    check_fields("diffusion", diffusion, ("schedule", "aug_schedule", "aug_max", "prediction", "text_drop"))
-    check_sampling(config["sampling"])
+    check_sampling(config["sampling"], diffusion["schedule"])
+    family = model.pop("family")
     model = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in model.items()}
     model["dtype"] = jnp.dtype(model["dtype"])
     return Stage(
@@ -154,9 +171,13 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
             constrain=sharding.constrain_activations(mesh) if mesh else identity,
             attend=attention_on(mesh, model["remat"]),
         ),
-        schedule=SCHEDULES[diffusion.pop("schedule")],
-        aug_schedule=SCHEDULES[diffusion.pop("aug_schedule")],
-        **diffusion,
+        process=build(Path, diffusion),
+        density=build(DENSITIES[diffusion["density"]], diffusion),
+        weight=WEIGHTS[diffusion["weight"]],
+        schedule=diffusion["schedule"],
+        aug_schedule=SCHEDULES[diffusion["aug_schedule"]],
+        text_drop=diffusion["text_drop"],
+        aug_max=diffusion["aug_max"],
         image_size=data["image_size"],
         lowres_size=data["lowres_size"],
         crop_size=data["crop_size"],
@@ -178,19 +199,31 @@ def attention_on(mesh: Mesh | None, remat: str) -> Attend:
     return lambda q, keys, heads: sharding.attend_in_parts(mesh, flash_attend, plain, q, keys, heads)
 
 
-def check_sampling(sampling: Mapping[str, Any]) -> None:
+def build(kind: Callable[..., Any], section: Mapping[str, Any]) -> Any:
+    """An instance of a dataclass from the config fields that its own fields name."""
+    return kind(**{field.name: section[field.name] for field in dataclasses.fields(kind)})
+
+
+def drawing(sampling: Mapping[str, Any], schedule: str) -> dict[str, Any]:
+    """{grid, sampler, guidance, threshold}, from a config's `sampling`; nothing is computed.
+
+    schedule: of the stage's `diffusion`, for the grid of uniform times. Raises ValueError naming
+    the field that cannot be used.
+    """
+    section = {**sampling, "schedule": schedule}
+    if section["steps"] < 1:
+        raise ValueError(f"sampling.steps is {section['steps']}; at least one step is needed")
+    return {
+        "grid": build(GRIDS[section["grid"]], section),
+        "sampler": build(SAMPLERS[section["method"]], section),
+        "guidance": build(Guidance, section),
+        "threshold": build(Threshold, section),
+    }
+
+
+def check_sampling(sampling: Mapping[str, Any], schedule: str = "cosine") -> None:
     """Raises ValueError unless `Stage.sample` can draw with these settings."""
-    check_fields("sampling", sampling, ("method", "steps", "gamma", "w", "threshold", "percentile", "aug_level"))
-    settings = dict(sampling)
-    level = settings.pop("aug_level")
-    if not 0.0 <= level <= 1.0:
-        raise ValueError(f"sampling.aug_level is {level}; it must be from 0 to 1")
-    sampler.check_settings(**settings)
-
-
-def check_fields(part: str, given: Mapping[str, Any], wanted: Any, made_here: set[str] = frozenset()) -> None:
-    """Raises ValueError unless a config part has exactly the fields that are read; `wanted` is their names, or the dataclass that has them."""
-    required = set(wanted) if isinstance(wanted, tuple) else {f.name for f in dataclasses.fields(wanted)} - made_here
-    if set(given) != required:
-        missing, unknown = sorted(required - set(given)), sorted(set(given) - required)
-        raise ValueError(f"config.{part}: fields missing {missing}, unknown {unknown}")
+    section = schema.complete_section("sampling", sampling)
+    if not 0.0 <= section["aug_level"] <= 1.0:
+        raise ValueError(f"sampling.aug_level is {section['aug_level']}; it must be from 0 to 1")
+    drawing(section, schedule)

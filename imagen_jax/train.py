@@ -84,10 +84,11 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
     import jax
 
     from imagen_jax import run_log
-    from imagen_jax.weights import checkpoint
-    from imagen_jax.training import replicas, resume
     from imagen_jax.data import pipeline
+    from imagen_jax.training import replicas, resume
     from imagen_jax.training.grids import SampleGrid
+    from imagen_jax.training.state import RNG
+    from imagen_jax.weights import checkpoint
 
     config = run.config
     total, settings = config["train"]["steps"], config["train"]
@@ -99,7 +100,7 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
     if newest is None:
         state, begun, unlogged = *run.fresh_state(init_from), []
     else:
-        saved = checkpoints.meta(newest)
+        saved = {"rng": RNG} | checkpoints.meta(newest)  # older ones were made with JAX's default, the same
         for line in resume.check({k: saved[k] for k in run.meta}, run.meta):
             log.info("changed since the checkpoint: %s", line)
         begun, unlogged = {k: saved[k] for k in ("init_from",) if k in saved}, saved["unlogged"]
@@ -293,6 +294,7 @@ class Run:
         from imagen_jax.data.pipeline import open_prepared
         from imagen_jax.hardware import chips
         from imagen_jax.stage import create_stage
+        from imagen_jax.training.state import RNG
         from imagen_jax.training.step import TrainProgram, forward_flops
 
         cli.check_sizes(config)  # also for a config that no command line has read
@@ -304,7 +306,7 @@ class Run:
         peak, source = chips.peak_flops(program.mesh.devices.flat[0])
         run = cls(
             config=config,
-            meta={"config": config, "encoder": data.encoder, "manifest_hash": data.hash},
+            meta={"config": config, "encoder": data.encoder, "manifest_hash": data.hash, "rng": RNG},
             program=program,
             flops_per_image=3 * forward_flops(create_stage(config)),
             peak_flops=peak * program.mesh.size,

@@ -7,10 +7,11 @@ lowres_logsnr [b]. Text is absent in a model that takes none.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.diffusion import process
+from imagen_jax.diffusion.process import Path
 from imagen_jax.diffusion.schedule import Schedule
 
 Cond = dict[str, Array]
+VARIANCE_PRESERVING = Path("vp", "eps")  # noise on the low-res image, whatever the stage's own process
 
 
 def drop_text(cond: Cond, drop: Bool[Array, "b"]) -> Cond:
@@ -36,4 +37,4 @@ def augment_lowres(cond: Cond, eps: Float[Array, "b h w c"], level: Float[Array,
     The network is told the level as `lowres_logsnr`. Level 0 leaves the image as it is (log-SNR 20, sigma 5e-5).
     """
     logsnr = schedule(level)
-    return cond | {"lowres": process.diffuse(cond["lowres"], eps, logsnr), "lowres_logsnr": logsnr}
+    return cond | {"lowres": VARIANCE_PRESERVING.diffuse(cond["lowres"], eps, logsnr), "lowres_logsnr": logsnr}

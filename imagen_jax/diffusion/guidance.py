@@ -1,43 +1,110 @@
 """Classifier-free guidance (eq. 2) and the thresholding of x-hat that makes large weights usable (section 2.3)."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from imagen_jax.diffusion.conditioning import null_text
+from imagen_jax.diffusion.conditioning import Cond, null_text
 from imagen_jax.diffusion.loss import DenoiseFn
+from imagen_jax.diffusion.schedule import LOGSNR_MAX, LOGSNR_MIN
 
 THRESHOLDS = ("none", "static", "dynamic")
 
 
-def guide(denoise_fn: DenoiseFn, w: float) -> DenoiseFn:
-    """eps~ = w eps(z, c) + (1 - w) eps(z, null) (eq. 2): w = 1 is no guidance, and then costs one evaluation, not two.
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """How a conditional and an unconditional output become one; the fields are those of the config.
 
-    Both evaluations run as one batch of twice the size. The weights sum to one and x and v are affine in eps at fixed z,
-    so the same combination of outputs is right for every kind of prediction.
+    eps~ = w eps(z, c) + (1 - w) eps(z, null) (eq. 2): w = 1 means no guidance. The weights sum to
+    one and x, v and u are affine in eps at fixed z, so the same combination of outputs is right for
+    every prediction. Outside `w_interval`, first <= log-SNR < last, w is 1
+    (Kynkäänniemi et al. 2024).
     """
-    if w == 1.0:
+
+    w: float
+    w_interval: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.w):
+            raise ValueError(f"sampling.w is {self.w}; it must be a finite number")
+        if len(self.w_interval) != 2 or not self.w_interval[0] < self.w_interval[1]:
+            message = f"sampling.w_interval is {self.w_interval}; it must be two ascending log-SNRs"
+            raise ValueError(message)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether the interval holds every log-SNR at which a network is evaluated."""
+        first, last = self.w_interval
+        return first <= LOGSNR_MIN and last >= LOGSNR_MAX
+
+    def inside(self, logsnr: Float[Array, "b"]) -> Array:
+        """Whether each sample is in the interval, bool [b]."""
+        return (self.w_interval[0] <= logsnr) & (logsnr < self.w_interval[1])
+
+    def combine(
+        self, conditional: Float[Array, "b *d"], unconditional: Float[Array, "b *d"]
+    ) -> Float[Array, "b *d"]:
+        """The guided output, in fp32."""
+        return self.w * conditional + (1.0 - self.w) * unconditional
+
+
+def guide(denoise_fn: DenoiseFn, guidance: Guidance) -> DenoiseFn:
+    """A denoise_fn that guides. Both evaluations run as one batch of twice the size.
+
+    Without text, with w = 1 and where no sample is in the interval it costs one evaluation, not two.
+    """
+    if guidance.w == 1.0:
         return denoise_fn
 
-    def guided(z, logsnr, cond):
-        if "text" not in cond:  # nothing to drop: the two evaluations are the same, and their weights sum to one
+    def both(z: Array, logsnr: Array, cond: Cond) -> Array:
+        twice = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, null_text(cond))
+        output = denoise_fn(jnp.concatenate([z, z]), jnp.concatenate([logsnr, logsnr]), twice)
+        return guidance.combine(*jnp.split(output.astype(jnp.float32), 2))
+
+    def one(z: Array, logsnr: Array, cond: Cond) -> Array:
+        return denoise_fn(z, logsnr, cond).astype(jnp.float32)
+
+    def partly(z: Array, logsnr: Array, cond: Cond) -> Array:
+        inside = guidance.inside(logsnr).reshape(logsnr.shape + (1,) * (z.ndim - 1))
+        return jnp.where(inside, both(z, logsnr, cond), one(z, logsnr, cond))
+
+    def guided(z: Array, logsnr: Array, cond: Cond) -> Array:
+        if "text" not in cond:  # nothing to drop: both evaluations are the same, the weights sum to 1
             return denoise_fn(z, logsnr, cond)
-        both = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, null_text(cond))
-        output = denoise_fn(jnp.concatenate([z, z]), jnp.concatenate([logsnr, logsnr]), both)
-        conditional, unconditional = jnp.split(output.astype(jnp.float32), 2)
-        return w * conditional + (1.0 - w) * unconditional
+        if guidance.everywhere:
+            return both(z, logsnr, cond)
+        inside = guidance.inside(logsnr)
+        in_or_mixed = lambda *args: jax.lax.cond(jnp.all(inside), both, partly, *args)
+        return jax.lax.cond(jnp.any(inside), in_or_mixed, one, z, logsnr, cond)
 
     return guided
 
 
-def threshold(x: Float[Array, "b *d"], kind: str, percentile: float) -> Float[Array, "b *d"]:
-    """none: x as it is. static: clipped to [-1, 1]. dynamic: s = the `percentile` (0-100) of |x| of each sample, at least 1; clip to [-s, s], divide by s."""
-    if kind == "none":
-        return x
-    if kind == "static":
-        return jnp.clip(x, -1.0, 1.0)
-    if kind == "dynamic":
-        s = jnp.percentile(jnp.abs(x), percentile, axis=tuple(range(1, x.ndim)), keepdims=True)
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """What keeps x-hat in range after guidance; the fields are those of the config."""
+
+    threshold: str
+    percentile: float
+
+    def __post_init__(self) -> None:
+        if self.threshold not in THRESHOLDS:
+            message = f"sampling.threshold is {self.threshold!r}; it must be one of {THRESHOLDS}"
+            raise ValueError(message)
+        if not 0.0 < self.percentile <= 100.0:
+            message = f"sampling.percentile is {self.percentile}; it must be above 0 and at most 100"
+            raise ValueError(message)
+
+    def __call__(self, x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
+        """none: x. static: clipped to [-1, 1]. dynamic: s = the percentile of |x| of each sample, at least 1; clip to [-s, s], divide by s."""
+        if self.threshold == "none":
+            return x
+        if self.threshold == "static":
+            return jnp.clip(x, -1.0, 1.0)
+        axes = tuple(range(1, x.ndim))
+        s = jnp.percentile(jnp.abs(x), self.percentile, axis=axes, keepdims=True)
         s = jnp.maximum(s, 1.0)
         return jnp.clip(x, -s, s) / s
-    raise ValueError(f"sampling.threshold is {kind!r}; it must be one of {THRESHOLDS}")

@@ -1,7 +1,8 @@
-"""The training loss: squared error of the prediction, t uniform (eq. 1; Appendix A).
+"""The training loss: squared error of the prediction (eq. 1; Appendix A).
 
-All randomness of a step is drawn first, for the whole batch (`draw`), and the loss is a deterministic function of it:
-gradient accumulation and another mesh then see the same numbers, and an evaluation can fix t.
+All randomness of a step is drawn first, for the whole batch (`draw`), and the loss is a deterministic
+function of it: gradient accumulation and another mesh then see the same numbers, and an evaluation
+can fix the noise level.
 """
 
 from collections.abc import Callable
@@ -10,21 +11,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from imagen_jax.diffusion import conditioning, process
+from imagen_jax.diffusion import conditioning
+from imagen_jax.diffusion.process import Process
 from imagen_jax.diffusion.schedule import Schedule
+from imagen_jax.diffusion.weighting import Weight
 
 DenoiseFn = Callable[[Float[Array, "b *d"], Float[Array, "b"], conditioning.Cond], Float[Array, "b *d"]]
 
 
-def draw(key: Key[Array, ""], x_shape: tuple[int, ...], lowres_shape: tuple[int, ...] | None, text_drop: float, aug_max: float = 1.0) -> dict[str, Array]:
-    """The random numbers of one step: t, eps, whether text is dropped and, in super-resolution, level and noise of the low-res image.
+def draw(
+    key: Key[Array, ""],
+    x_shape: tuple[int, ...],
+    lowres_shape: tuple[int, ...] | None,
+    text_drop: float,
+    aug_max: float = 1.0,
+) -> dict[str, Array]:
+    """The random numbers of one step, each per sample.
 
-    Each is per sample. `lowres_shape` is None in a base stage; `aug_max` is 1, or 0 for training without augmentation (D.2).
+    u: uniform, for a `Density` to make a log-SNR of; eps; drop: whether text is dropped; in
+    super-resolution the level and the noise of the low-res image. `lowres_shape` is None in a base
+    stage; `aug_max` is 1, or 0 for training without augmentation (D.2).
     """
-    t_key, eps_key, drop_key, level_key, lowres_key = jax.random.split(key, 5)
+    u_key, eps_key, drop_key, level_key, lowres_key = jax.random.split(key, 5)
     b = x_shape[0]
     draws = {
-        "t": jax.random.uniform(t_key, (b,)),
+        "u": jax.random.uniform(u_key, (b,)),
         "eps": jax.random.normal(eps_key, x_shape),
         "drop": jax.random.uniform(drop_key, (b,)) < text_drop,
     }
@@ -34,20 +45,58 @@ def draw(key: Key[Array, ""], x_shape: tuple[int, ...], lowres_shape: tuple[int,
     return draws
 
 
+def noised(
+    x: Float[Array, "b *d"],
+    cond: conditioning.Cond,
+    draws: dict[str, Array],
+    logsnr: Float[Array, "b"],
+    process: Process,
+    aug_schedule: Schedule,
+) -> tuple[Float[Array, "b *d"], conditioning.Cond]:
+    """(z, cond) as the network sees them: z at `logsnr`, text dropped, `cond["lowres"]` noised."""
+    cond = conditioning.drop_text(cond, draws["drop"])
+    if "lowres" in cond:
+        level, eps = draws["lowres_level"], draws["lowres_eps"]
+        cond = conditioning.augment_lowres(cond, eps, level, aug_schedule)
+    return process.diffuse(x, draws["eps"], logsnr), cond
+
+
 def per_sample_loss(
     denoise_fn: DenoiseFn,
     x: Float[Array, "b *d"],
     cond: conditioning.Cond,
     draws: dict[str, Array],
-    schedule: Schedule,
+    logsnr: Float[Array, "b"],
+    process: Process,
     aug_schedule: Schedule,
-    prediction: str,
+    weight: Weight | None = None,
 ) -> Float[Array, "b"]:
-    """Mean squared error over pixels and channels of each sample, in fp32. `cond["lowres"]` comes clean and is noised here."""
-    cond = conditioning.drop_text(cond, draws["drop"])
-    if "lowres" in cond:
-        cond = conditioning.augment_lowres(cond, draws["lowres_eps"], draws["lowres_level"], aug_schedule)
-    logsnr = schedule(draws["t"])
-    z = process.diffuse(x, draws["eps"], logsnr)
-    error = denoise_fn(z, logsnr, cond).astype(jnp.float32) - process.target(prediction, x, draws["eps"], logsnr)
-    return jnp.mean(jnp.square(error), axis=tuple(range(1, x.ndim)))
+    """Mean squared error over pixels and channels of each sample, in fp32, times its weight if any.
+
+    `cond["lowres"]` comes clean and is noised here.
+    """
+    z, cond = noised(x, cond, draws, logsnr, process, aug_schedule)
+    output = denoise_fn(z, logsnr, cond).astype(jnp.float32)
+    error = output - process.target(x, draws["eps"], logsnr)
+    squared = jnp.mean(jnp.square(error), axis=tuple(range(1, x.ndim)))
+    return squared if weight is None else squared * weight(logsnr) / process.output_scale(logsnr)
+
+
+def x_error(
+    denoise_fn: DenoiseFn,
+    x: Float[Array, "b *d"],
+    cond: conditioning.Cond,
+    draws: dict[str, Array],
+    logsnr: Float[Array, "b"],
+    process: Process,
+    aug_schedule: Schedule,
+) -> Float[Array, "b"]:
+    """Mean squared error of x-hat of each sample, x-hat clipped to [-1, 1] as samplers do.
+
+    The same unit whatever the network outputs, so stages of other predictions, densities and
+    weights can be compared by it.
+    """
+    z, cond = noised(x, cond, draws, logsnr, process, aug_schedule)
+    x_hat = process.x_from_output(denoise_fn(z, logsnr, cond), z, logsnr)
+    axes = tuple(range(1, x.ndim))
+    return jnp.mean(jnp.square(jnp.clip(x_hat, -1.0, 1.0) - x), axis=axes)

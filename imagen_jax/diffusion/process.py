@@ -1,60 +1,124 @@
-"""The variance-preserving forward process and the three ways a network can state what it predicts (Appendix A).
+"""The forward process z = alpha x + sigma eps, and how a network states its estimate of x (Appendix A).
 
-z = alpha x + sigma eps,   alpha^2 = sigmoid(lambda),   sigma^2 = sigmoid(-lambda).
+A path says how alpha and sigma follow from the log-SNR lambda = log(alpha^2 / sigma^2):
 
-The paper predicts eps in every stage. x and v = alpha eps - sigma x (Salimans & Ho 2022, eq. 10) are there for
-ablations and small models. At fixed z, each of the three is an affine function of any other.
+    vp      alpha^2 = sigmoid(lambda), sigma^2 = sigmoid(-lambda): variance preserving, the paper's
+    flow    alpha = sigmoid(lambda/2) = 1 - t, sigma = sigmoid(-lambda/2) = t: the straight path from
+            data to noise (Lipman et al. 2023, Liu et al. 2023)
+
+A prediction says what the network outputs: the paper's eps in every stage; x; v = alpha eps - sigma x
+(Salimans & Ho 2022, eq. 10); u = eps - x, the velocity of the flow path. At fixed z each of the four
+is an affine function of any other.
 """
+
+import dataclasses
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-PREDICTIONS = ("eps", "x", "v")
+PREDICTIONS = ("eps", "x", "v", "u")
+
+Level = Float[Array, "b"]
+Images = Float[Array, "b *d"]
 
 
-def alpha_sigma(logsnr: Float[Array, "b"], ndim: int) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
-    """(alpha, sigma) in fp32, shaped [b, 1, ..., 1] to broadcast against arrays of `ndim` dimensions."""
-    logsnr = logsnr.astype(jnp.float32).reshape(logsnr.shape + (1,) * (ndim - 1))
+@runtime_checkable
+class Process(Protocol):
+    """All that loss, samplers and evaluation know of a forward process and of a network's output."""
+
+    def alpha_sigma(self, logsnr: Level, ndim: int) -> tuple[Array, Array]:
+        """(alpha, sigma) in fp32, shaped [b, 1, ..., 1] to broadcast against `ndim` dimensions."""
+
+    def diffuse(self, x: Images, eps: Images, logsnr: Level) -> Images:
+        """z of q(z | x), its noise given."""
+
+    def prior(self, noise: Images, logsnr: Level) -> Images:
+        """z at the start of sampling, from standard normal noise."""
+
+    def target(self, x: Images, eps: Images, logsnr: Level) -> Images:
+        """The output that the network is trained to give."""
+
+    def x_from_output(self, output: Images, z: Images, logsnr: Level) -> Images:
+        """x-hat in fp32 from the network's output."""
+
+    def eps_from_x(self, x: Images, z: Images, logsnr: Level) -> Images:
+        """The noise that is consistent with this x-hat."""
+
+    def output_scale(self, logsnr: Level) -> Level:
+        """Squared error of the output over squared error of eps, at the same z."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """A `Process` for one path and one prediction; its fields are those of the config."""
+
+    process: str
+    prediction: str
+
+    def __post_init__(self) -> None:
+        for field, known in (("process", tuple(ALPHA_SIGMA)), ("prediction", PREDICTIONS)):
+            if (value := getattr(self, field)) not in known:
+                raise ValueError(f"diffusion.{field} is {value!r}; it must be one of {known}")
+
+    def alpha_sigma(self, logsnr: Level, ndim: int) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+        """(alpha, sigma) in fp32, shaped [b, 1, ..., 1] to broadcast against `ndim` dimensions."""
+        logsnr = logsnr.astype(jnp.float32).reshape(logsnr.shape + (1,) * (ndim - 1))
+        return ALPHA_SIGMA[self.process](logsnr)
+
+    def diffuse(self, x: Images, eps: Images, logsnr: Level) -> Images:
+        """q(z | x) with its noise given: z = alpha x + sigma eps (eq. 3 of Appendix A)."""
+        alpha, sigma = self.alpha_sigma(logsnr, x.ndim)
+        return alpha * x + sigma * eps
+
+    def prior(self, noise: Images, logsnr: Level) -> Images:
+        """z where alpha x is negligible: the noise itself on vp, sigma times the noise on flow."""
+        return noise if self.process == "vp" else self.alpha_sigma(logsnr, noise.ndim)[1] * noise
+
+    def target(self, x: Images, eps: Images, logsnr: Level) -> Images:
+        """The output that a network with this prediction is trained to give."""
+        if self.prediction == "eps":
+            return eps
+        if self.prediction == "x":
+            return x
+        if self.prediction == "u":
+            return eps - x
+        alpha, sigma = self.alpha_sigma(logsnr, x.ndim)
+        return alpha * eps - sigma * x
+
+    def x_from_output(self, output: Images, z: Images, logsnr: Level) -> Images:
+        """x-hat from the network's output; for eps, (z - sigma eps) / alpha, the division in fp32."""
+        alpha, sigma = self.alpha_sigma(logsnr, z.ndim)
+        output = output.astype(jnp.float32)
+        if self.prediction == "eps":
+            return (z - sigma * output) / alpha
+        if self.prediction == "x":
+            return output
+        if self.prediction == "u":
+            return (z - sigma * output) / (alpha + sigma)
+        x = alpha * z - sigma * output
+        return x if self.process == "vp" else x / (alpha**2 + sigma**2)
+
+    def eps_from_x(self, x: Images, z: Images, logsnr: Level) -> Images:
+        """eps = (z - alpha x) / sigma: the noise that is consistent with this x-hat."""
+        alpha, sigma = self.alpha_sigma(logsnr, z.ndim)
+        return (z - alpha * x) / sigma
+
+    def output_scale(self, logsnr: Level) -> Level:
+        """Squared error of the output over squared error of eps: an error e of eps is -sigma/alpha e of x."""
+        alpha, sigma = self.alpha_sigma(logsnr, 1)
+        per_eps = {"eps": 1.0, "x": sigma / alpha, "u": 1.0 + sigma / alpha}
+        per_eps["v"] = alpha + sigma**2 / alpha
+        return jnp.broadcast_to(jnp.square(per_eps[self.prediction]), logsnr.shape)
+
+
+def _vp(logsnr: Array) -> tuple[Array, Array]:
     return jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))
 
 
-def diffuse(x: Float[Array, "b *d"], eps: Float[Array, "b *d"], logsnr: Float[Array, "b"]) -> Float[Array, "b *d"]:
-    """q(z | x) with its noise given: z = alpha x + sigma eps (eq. 3 of Appendix A)."""
-    alpha, sigma = alpha_sigma(logsnr, x.ndim)
-    return alpha * x + sigma * eps
+def _flow(logsnr: Array) -> tuple[Array, Array]:
+    return jax.nn.sigmoid(0.5 * logsnr), jax.nn.sigmoid(-0.5 * logsnr)
 
 
-def target(
-    prediction: str, x: Float[Array, "b *d"], eps: Float[Array, "b *d"], logsnr: Float[Array, "b"]
-) -> Float[Array, "b *d"]:
-    """What a network with this `prediction` is trained to output."""
-    if prediction == "eps":
-        return eps
-    if prediction == "x":
-        return x
-    if prediction == "v":
-        alpha, sigma = alpha_sigma(logsnr, x.ndim)
-        return alpha * eps - sigma * x
-    raise ValueError(f"diffusion.prediction is {prediction!r}; it must be one of {PREDICTIONS}")
-
-
-def x_from_output(
-    prediction: str, output: Float[Array, "b *d"], z: Float[Array, "b *d"], logsnr: Float[Array, "b"]
-) -> Float[Array, "b *d"]:
-    """x-hat from the network's output; for eps, x-hat = (z - sigma eps) / alpha, the division in fp32."""
-    alpha, sigma = alpha_sigma(logsnr, z.ndim)
-    output = output.astype(jnp.float32)
-    if prediction == "eps":
-        return (z - sigma * output) / alpha
-    if prediction == "x":
-        return output
-    if prediction == "v":
-        return alpha * z - sigma * output
-    raise ValueError(f"diffusion.prediction is {prediction!r}; it must be one of {PREDICTIONS}")
-
-
-def eps_from_x(x: Float[Array, "b *d"], z: Float[Array, "b *d"], logsnr: Float[Array, "b"]) -> Float[Array, "b *d"]:
-    """eps = (z - alpha x) / sigma: the noise that is consistent with this x-hat."""
-    alpha, sigma = alpha_sigma(logsnr, z.ndim)
-    return (z - alpha * x) / sigma
+ALPHA_SIGMA = {"vp": _vp, "flow": _flow}

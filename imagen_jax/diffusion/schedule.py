@@ -29,5 +29,13 @@ def linear(t: Float[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.clip(-jnp.log(jnp.maximum(jnp.expm1(integral), 1e-30)), LOGSNR_MIN, LOGSNR_MAX)
 
 
+def flow(t: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Time of the flow path, alpha = 1 - t and sigma = t: lambda = 2 log((1 - t) / t)."""
+    t = t.astype(jnp.float32)
+    tiny = jnp.exp(0.5 * LOGSNR_MIN)  # keeps both logarithms finite; the ends are clipped anyway
+    logsnr = 2.0 * (jnp.log(jnp.maximum(1.0 - t, tiny)) - jnp.log(jnp.maximum(t, tiny)))
+    return jnp.clip(logsnr, LOGSNR_MIN, LOGSNR_MAX)
+
+
 Schedule = Callable[[Float[Array, "*n"]], Float[Array, "*n"]]
-SCHEDULES: dict[str, Schedule] = {"cosine": cosine, "linear": linear}
+SCHEDULES: dict[str, Schedule] = {"cosine": cosine, "linear": linear, "flow": flow}

@@ -1,10 +1,8 @@
-"""The optimizer of a run from its config (section 4.1, listings of Appendix F), learning-rate schedules, and the EMA's decay."""
+"""The optimizer of a run from its config (section 4.1, listings of Appendix F), and learning-rate schedules."""
 
 from typing import Any, Mapping
 
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
 
 OPTIMIZERS = ("adam", "adafactor")
 DECAYS = ("constant", "cosine")
@@ -39,9 +37,3 @@ def make_optimizer(optim: Mapping[str, Any], steps: int) -> optax.GradientTransf
     else:
         raise ValueError(f"optim.optimizer is {optim['optimizer']!r}; it must be one of {OPTIMIZERS}")
     return optax.chain(optax.clip_by_global_norm(optim["clip"]), update)
-
-
-def ema_decay(step: Int[Array, ""], decay: float) -> Float[Array, ""]:
-    """min(decay, (1 + step) / (10 + step)): a short memory at first, so that early samples are not those of the initial weights."""
-    step = step.astype(jnp.float32)
-    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))

@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Key
 
 from imagen_jax.sharding import path_name, tree_shardings
-from imagen_jax.stage import Stage
+from imagen_jax.stage import PINNED
+from imagen_jax.training.objective import Objective
+
+RNG = "threefry2x32"  # of all random numbers of a training, whatever a site has as its default; recorded in checkpoints
 
 
 @flax.struct.dataclass
@@ -21,36 +25,57 @@ class TrainState:
 
     step: Any  # int32 []: updates done
     params: Any
-    ema: Any
+    ema: Any  # the average that is sampled
     opt_state: Any
     bad_step: Any  # int32 []: the first step whose loss or gradient was not finite, or -1; sticky
+    ema_tracks: Any = ()  # further averages, in the order of optim.ema_tracks
 
 
-def initial_state(stage: Stage, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """State before the first step, EMA equal to the parameters. To be traced."""
-    params = stage.init(jax.random.key(seed))
+def random_key(seed: int) -> Key[Array, ""]:
+    """The key that a training starts from."""
+    return jax.random.key(seed, impl=RNG)
+
+
+def initial_state(
+    objective: Objective, optimizer: optax.GradientTransformation, seed: int, tracks: int = 0
+) -> TrainState:
+    """State before the first step, every EMA equal to the parameters. To be traced.
+
+    tracks: the number of EMAs beside the first.
+    """
+    with PINNED():
+        params = objective.init(random_key(seed))
     # Copies, not aliases: the step donates the whole state, and a buffer cannot be donated twice.
-    ema = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), jnp.full((), -1, jnp.int32))
+    ema, *more = (jax.tree.map(jnp.copy, params) for _ in range(1 + tracks))
+    none = jnp.full((), -1, jnp.int32)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), none, tuple(more))
 
 
 def abstract_state(
-    stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Any, min_elements: int
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: Any,
+    min_elements: int,
+    tracks: int = 0,
 ) -> tuple[TrainState, TrainState]:
     """(shapes with shardings, shardings) of the state; nothing is allocated."""
-    shapes = jax.eval_shape(lambda: initial_state(stage, optimizer, 0))
+    shapes = jax.eval_shape(lambda: initial_state(objective, optimizer, 0, tracks))
     shardings = tree_shardings(shapes, mesh, rules, min_elements)
     with_shardings = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
     return with_shardings, shardings
 
 
-def create_state(stage: Stage, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState) -> TrainState:
+def create_state(
+    objective: Objective, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState
+) -> TrainState:
     """A fresh state, every leaf computed where it lives."""
-    return jax.jit(lambda: initial_state(stage, optimizer, seed), out_shardings=shardings)()
+    fresh = lambda: initial_state(objective, optimizer, seed, len(shardings.ema_tracks))
+    return jax.jit(fresh, out_shardings=shardings)()
 
 
 def with_params(state: TrainState, params: Any, shardings: TrainState) -> TrainState:
-    """`state` with other parameters, and an EMA that starts there. Raises ValueError naming the first leaf that is missing, left over or misshapen."""
+    """`state` with other parameters, and every EMA starting there. Raises ValueError naming the first leaf that is missing, left over or misshapen."""
     wanted = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
     found = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
@@ -58,4 +83,5 @@ def with_params(state: TrainState, params: Any, shardings: TrainState) -> TrainS
         name = wrong[0]
         raise ValueError(f"{len(wrong)} weights do not fit the model, {name} first: {found.get(name, 'missing')} where {wanted.get(name, 'none')} is wanted")
     place = lambda tree: jax.device_put(jax.tree.map(lambda p, old: p.astype(old.dtype), params, state.params), tree)
-    return state.replace(params=place(shardings.params), ema=place(shardings.ema))
+    more = tuple(map(place, shardings.ema_tracks))
+    return state.replace(params=place(shardings.params), ema=place(shardings.ema), ema_tracks=more)

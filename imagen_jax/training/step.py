@@ -10,9 +10,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from imagen_jax import sharding
-from imagen_jax.training.optim import ema_decay, learning_rate, make_optimizer
-from imagen_jax.stage import Batch, Params, Stage, create_stage
-from imagen_jax.training.state import TrainState, abstract_state
+from imagen_jax.training import ema
+from imagen_jax.training.objective import Objective
+from imagen_jax.training.optim import learning_rate, make_optimizer
+from imagen_jax.stage import PINNED, Batch, Params, Stage, create_stage
+from imagen_jax.training.state import TrainState, abstract_state, random_key
 
 Metrics = dict[str, Array]
 
@@ -33,18 +35,21 @@ def split_batch(tree: Any, parts: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def loss_and_grad(stage: Stage, params: Params, batch: Batch, key: Key[Array, ""], accumulation: int) -> tuple[Array, Params]:
+def loss_and_grad(
+    objective: Objective, params: Params, batch: Batch, key: Key[Array, ""], accumulation: int
+) -> tuple[Array, Params]:
     """Mean loss and its gradient in fp32. Draws are made for the whole batch, so `accumulation` changes memory and not the result.
 
     (With dropout the parts have masks of their own.)
     """
     b = batch["image"].shape[0]
     draw_key, dropout_key = jax.random.split(key)
-    draws = stage.draw(draw_key, b)
+    draws = objective.draw(draw_key, b)
 
     def part_loss(params, part, i):
         batch, draws = part
-        return jnp.sum(stage.per_sample_loss(params, batch, draws, jax.random.fold_in(dropout_key, i))) / b
+        losses = objective.per_sample_loss(params, batch, draws, jax.random.fold_in(dropout_key, i))
+        return jnp.sum(losses) / b
 
     if accumulation == 1:
         return jax.value_and_grad(part_loss)(params, (batch, draws), 0)
@@ -67,6 +72,8 @@ def make_update(
     update is skipped on the device, and so is every later one: `bad_step` names the first.
     """
 
+    tracks = ema.tracks(optim)
+
     def update(state: TrainState, loss: Float[Array, ""], grads: Params) -> tuple[TrainState, Metrics]:
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -74,8 +81,8 @@ def make_update(
         params_norm = optax.tree.norm(params)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(params_norm)
         bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
-        decay = ema_decay(state.step, optim["ema"])
-        ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
+        averages = (state.ema, *state.ema_tracks)
+        followed = (ema.follow(*pair, params, state.step) for pair in zip(tracks, averages, strict=True))
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(bad_step < 0, n, o), new, old)
         metrics = {
             "loss": loss,
@@ -85,21 +92,23 @@ def make_update(
             "norm/params": params_norm,
             "bad_step": bad_step,
         }
-        new = TrainState(state.step + 1, keep(params, state.params), keep(ema, state.ema), keep(opt_state, state.opt_state), bad_step)
-        return new, metrics
+        first, *more = (keep(new, old) for new, old in zip(followed, averages))
+        kept = keep(params, state.params), first, keep(opt_state, state.opt_state)
+        return TrainState(state.step + 1, *kept, bad_step, tuple(more)), metrics
 
     return update
 
 
 def make_step(
-    stage: Stage, optimizer: optax.GradientTransformation, rate: optax.Schedule, optim: Mapping[str, Any], seed: int
+    objective: Objective, optimizer: optax.GradientTransformation, rate: optax.Schedule, optim: Mapping[str, Any], seed: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, batch) -> (state, metrics), to be jitted with the state donated. See `make_update` for what a step that is not finite does."""
     update = make_update(optimizer, rate, optim)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, grads = loss_and_grad(stage, state.params, batch, key, optim["accumulation"])
+        with PINNED():
+            key = jax.random.fold_in(random_key(seed), state.step)
+            loss, grads = loss_and_grad(objective, state.params, batch, key, optim["accumulation"])
         return update(state, loss, grads)
 
     return step
@@ -130,7 +139,9 @@ class TrainProgram:
         sharding.check_batch(rows, mesh.shape)
         stage = create_stage(config, mesh)
         optimizer = make_optimizer(config["optim"], config["train"]["steps"])
-        abstract, shardings = abstract_state(stage, optimizer, mesh, config["mesh"]["rules"], config["mesh"]["fsdp_min_elements"])
+        rules, min_elements = (config["mesh"][name] for name in ("rules", "fsdp_min_elements"))
+        tracks = len(config["optim"]["ema_tracks"])
+        abstract, shardings = abstract_state(stage, optimizer, mesh, rules, min_elements, tracks)
         over_rows = sharding.batch_sharding(mesh)
         step = make_step(stage, optimizer, learning_rate(config["optim"], config["train"]["steps"]), config["optim"], config["seed"])
         jitted = jax.jit(

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.diffusion import guidance, process, sampler
-from imagen_jax.diffusion.schedule import cosine, linear
+from imagen_jax.diffusion import guidance, sampler
+from imagen_jax.diffusion.process import Path
+from imagen_jax.diffusion.schedule import SCHEDULES
+from tests.diffusion.settings import settings
 
 SHAPE, D, B = (2, 1, 2), 4, 30_000
 MEAN = np.array([0.3, -0.2, 0.1, 0.0])
@@ -48,8 +50,8 @@ def gaussian_network(prediction):
 
 def draw_samples(denoise_fn, b=B, cond=None, seed=0, **options):
     """[b 4] samples as float64."""
-    defaults = {"schedule": cosine, "prediction": "eps", "method": "ddim", "gamma": 0.0, "w": 1.0, "threshold": "none", "percentile": 99.5}
-    run = jax.jit(lambda keys, cond: sampler.sample(denoise_fn, keys, SHAPE, cond, **(defaults | options)))
+    made = settings(**({"prediction": "eps"} | options))
+    run = jax.jit(lambda keys, cond: sampler.sample(denoise_fn, keys, SHAPE, cond, **made))
     samples = run(jax.random.split(jax.random.key(seed), b), cond or {})
     assert samples.shape == (b, *SHAPE) and samples.dtype == jnp.float32
     return np.asarray(samples, np.float64).reshape(b, D)
@@ -57,7 +59,7 @@ def draw_samples(denoise_fn, b=B, cond=None, seed=0, **options):
 
 def expected_moments(schedule, method, steps, gamma, mean=MEAN):
     """Mean and covariance of what `steps` steps make of standard normal noise, by linear algebra in float64 (spec: eqs. 5 and 6)."""
-    logsnr = np.asarray(schedule(jnp.linspace(1.0, 0.0, steps + 1)), np.float64)
+    logsnr = np.asarray(SCHEDULES[schedule](jnp.linspace(1.0, 0.0, steps + 1)), np.float64)
     alpha, sigma = (1 / (1 + np.exp(-logsnr))) ** 0.5, (1 / (1 + np.exp(logsnr))) ** 0.5
     mu, cov = np.zeros(D), np.eye(D)
     for t in range(steps):
@@ -92,19 +94,19 @@ METHODS = [("ddim", 0.0), ("ancestral", 0.0), ("ancestral", 0.2), ("ancestral", 
 def test_few_steps_make_exactly_the_gaussian_they_should(method, gamma):
     """Catches any error in a step, however small: with 5 steps, gamma 0, 0.2 and 1 and DDIM all make different covariances, each known exactly."""
     samples = gaussian_samples(method, gamma, 5)
-    assert_moments(samples, *expected_moments(cosine, method, 5, gamma))
+    assert_moments(samples, *expected_moments("cosine", method, 5, gamma))
     for other in METHODS:
         if other != (method, gamma):
             with pytest.raises(AssertionError):
-                assert_moments(samples, *expected_moments(cosine, other[0], 5, other[1]))
+                assert_moments(samples, *expected_moments("cosine", other[0], 5, other[1]))
 
 
 @functools.cache
-def gaussian_samples(method, gamma, steps, schedule=cosine):
+def gaussian_samples(method, gamma, steps, schedule="cosine"):
     return draw_samples(gaussian_network("eps"), steps=steps, method=method, gamma=gamma, schedule=schedule)
 
 
-@pytest.mark.parametrize("method, gamma, schedule", [("ddim", 0.0, cosine), ("ancestral", 0.0, cosine), ("ancestral", 1.0, linear)])
+@pytest.mark.parametrize("method, gamma, schedule", [("ddim", 0.0, "cosine"), ("ancestral", 0.0, "cosine"), ("ancestral", 1.0, "linear")])
 def test_many_steps_make_the_data(method, gamma, schedule):
     """Catches a sampler that is consistent with itself but converges to another distribution than the data's."""
     assert_moments(gaussian_samples(method, gamma, 200, schedule), MEAN, COVARIANCE, bias=0.04)
@@ -175,7 +177,7 @@ def test_guided_samples_follow_the_guided_score_of_their_own_text():
     b, w = 8_000, 3.0
     samples = draw_samples(gaussian_network("eps"), b=2 * b, cond=text_cond(np.repeat([OFFSET, -OFFSET], b, axis=0)), w=w, steps=12)
     for half, mean in ((samples[:b], MEAN + w * OFFSET), (samples[b:], MEAN - w * OFFSET)):
-        assert_moments(half, *expected_moments(cosine, "ddim", 12, 0.0, mean))
+        assert_moments(half, *expected_moments("cosine", "ddim", 12, 0.0, mean))
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x", "v"])
@@ -188,7 +190,7 @@ def test_guided_x_of_one_evaluation(prediction):
 
     @jax.jit
     def x_hats(z, logsnr):
-        guided, plain = (f(z, logsnr, text_cond(np.tile(scale * OFFSET, (b, 1)))) for f, scale in ((guidance.guide(network, w), 1.0), (network, w)))
-        return [process.x_from_output(prediction, output, z, logsnr) for output in (guided, plain)]
+        guided, plain = (f(z, logsnr, text_cond(np.tile(scale * OFFSET, (b, 1)))) for f, scale in ((guidance.guide(network, guidance.Guidance(w, (-20.0, 20.0))), 1.0), (network, w)))
+        return [Path("vp", prediction).x_from_output(output, z, logsnr) for output in (guided, plain)]
 
     np.testing.assert_allclose(*x_hats(z, logsnr), rtol=1e-3, atol=2e-3)

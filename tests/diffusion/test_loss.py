@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from imagen_jax.diffusion import loss, process
+from imagen_jax.diffusion.process import Path
 from imagen_jax.diffusion.schedule import cosine, linear
+from imagen_jax.diffusion.weighting import min_snr
 
 draw = jax.jit(loss.draw, static_argnums=(1, 2, 3))
 B = 40_000
@@ -38,7 +40,7 @@ def test_noise_is_standard_normal(name, shape, draws):
     assert len(np.unique(noise[:, 0, 0, 0])) > 0.99 * B
 
 
-@pytest.mark.parametrize("name", ["t", "lowres_level"])
+@pytest.mark.parametrize("name", ["u", "lowres_level"])
 def test_times_and_levels_are_uniform_per_sample(name, draws):
     """Catches one time or level for the whole batch, and a range other than [0, 1)."""
     values = np.sort(draws[name])
@@ -60,7 +62,7 @@ def test_no_augmentation_means_level_0():
 
 def test_draws_are_independent_of_one_another(draws):
     """Catches one key used twice: the same noise for image and low-res image, the same number for time, level and text dropping."""
-    columns = [draws[name].reshape(B, -1)[:, 0] for name in ("t", "eps", "drop", "lowres_level", "lowres_eps")]
+    columns = [draws[name].reshape(B, -1)[:, 0] for name in ("u", "eps", "drop", "lowres_level", "lowres_eps")]
     correlation = np.corrcoef(np.stack(columns).astype(np.float64))
     assert np.abs(correlation - np.eye(5)).max() < 5 / B**0.5
 
@@ -69,13 +71,13 @@ def test_draws_depend_on_the_key_alone():
     """Catches hidden state, and a key that is ignored."""
     first, again, other = (draw(jax.random.key(seed), *STAGE_SHAPES, 0.0) for seed in (3, 3, 4))
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    assert all(np.all(np.asarray(first[name]) != np.asarray(other[name])) for name in ("t", "eps", "lowres_level", "lowres_eps"))
+    assert all(np.all(np.asarray(first[name]) != np.asarray(other[name])) for name in ("u", "eps", "lowres_level", "lowres_eps"))
 
 
 def test_a_base_stage_draws_no_low_res_noise_and_rate_0_drops_nothing():
     """Catches a base stage that pays for a low-res image, and text dropped where the config says never."""
     draws = draw(jax.random.key(0), (100, 2), None, 0.0)
-    assert set(draws) == {"t", "eps", "drop"} and not np.any(draws["drop"])
+    assert set(draws) == {"u", "eps", "drop"} and not np.any(draws["drop"])
 
 
 STAGE_SHAPES = (6, 8, 8, 3), (6, 2, 2, 3)
@@ -100,7 +102,7 @@ def seen_by_network(x, cond, draws, prediction="eps"):
         calls.append((z, logsnr, cond))
         return jnp.full(z.shape, 0.25, jnp.bfloat16)
 
-    value = loss.per_sample_loss(denoise_fn, x, cond, draws, linear, cosine, prediction)
+    value = loss.per_sample_loss(denoise_fn, x, cond, draws, linear(draws["u"]), Path("vp", prediction), cosine)
     (call,) = calls
     return call, value
 
@@ -133,7 +135,7 @@ def test_the_network_sees_z_at_its_own_log_snr():
     """Catches the augmentation's schedule or level used for the target, or noise that is not the noise of the loss."""
     x, cond, draws = stage_inputs()
     (z, logsnr, _), _ = seen_by_network(x, cond, draws)
-    np.testing.assert_allclose(logsnr, linear(draws["t"]), rtol=1e-5)
+    np.testing.assert_allclose(logsnr, linear(draws["u"]), rtol=1e-5)
     alpha, sigma = alpha_sigma(logsnr)
     np.testing.assert_allclose(z, alpha * x + sigma * draws["eps"], atol=1e-5)
 
@@ -151,8 +153,9 @@ def test_loss_is_the_mean_squared_error_of_each_sample(prediction):
     """Catches a sum for a mean, a mean over the batch, a root, and the wrong target; values from float64 NumPy."""
     x, cond, draws = stage_inputs()
     _, value = seen_by_network(x, cond, draws, prediction=prediction)
-    alpha, sigma = alpha_sigma(linear(draws["t"]))
-    target = {"eps": draws["eps"], "x": x, "v": alpha * draws["eps"] - sigma * x}[prediction]
+    alpha, sigma = alpha_sigma(linear(draws["u"]))
+    eps = draws["eps"]
+    target = {"eps": eps, "x": x, "v": alpha * eps - sigma * x, "u": eps - x}[prediction]
     np.testing.assert_allclose(value, np.mean((0.25 - np.asarray(target, np.float64)) ** 2, axis=(1, 2, 3)), rtol=1e-5)
     assert value.dtype == jnp.float32
 
@@ -160,7 +163,8 @@ def test_loss_is_the_mean_squared_error_of_each_sample(prediction):
 def test_a_perfect_network_has_no_loss_and_noise_prediction_is_not_weighted():
     """Catches a hidden weight by log-SNR: an output wrong by 0.1 everywhere costs 0.01 at every time."""
     x, cond, draws = stage_inputs()
-    run = jax.jit(lambda error: loss.per_sample_loss(lambda z, logsnr, cond: draws["eps"] + error, x, cond, draws, cosine, cosine, "eps"))
+    off = lambda error: lambda z, logsnr, cond: draws["eps"] + error
+    run = jax.jit(lambda error: loss.per_sample_loss(off(error), x, cond, draws, cosine(draws["u"]), Path("vp", "eps"), cosine))
     for error in (0.0, 0.1):
         np.testing.assert_allclose(run(error), error**2, rtol=1e-4, atol=1e-12)
 
@@ -169,5 +173,34 @@ def test_a_base_stage_needs_no_low_res_image():
     """Catches a base stage whose network is handed a low-res image or its level."""
     x, cond, draws = stage_inputs()
     del cond["lowres"]
-    (_, _, seen), _ = seen_by_network(x, cond, {name: draws[name] for name in ("t", "eps", "drop")})
+    (_, _, seen), _ = seen_by_network(x, cond, {name: draws[name] for name in ("u", "eps", "drop")})
     assert set(seen) == {"text", "text_mask"}
+
+
+@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+def test_a_weight_means_the_same_for_every_prediction(prediction):
+    """Catches a weight on the output's own error: an eps off by 0.1 costs 0.01 min(1, 5 / SNR), whatever the network outputs."""
+    x, cond, draws = stage_inputs()
+    made, logsnr = Path("vp", prediction), cosine(draws["u"])
+    alpha, sigma = (jnp.asarray(a, jnp.float32) for a in alpha_sigma(logsnr))
+    x_off, eps_off = x - sigma / alpha * 0.1, draws["eps"] + 0.1
+    outputs = {"eps": eps_off, "x": x_off, "v": alpha * eps_off - sigma * x_off, "u": eps_off - x_off}
+    network = lambda z, logsnr, cond: outputs[prediction]
+    value = loss.per_sample_loss(network, x, cond, draws, logsnr, made, cosine, min_snr)
+    np.testing.assert_allclose(value, 0.01 * np.minimum(1, 5 * np.exp(-np.asarray(logsnr))), rtol=2e-2)
+
+
+@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+def test_x_error_is_of_clipped_x_whatever_the_network_outputs(prediction):
+    """Catches an error in the output's own unit, and x-hat outside [-1, 1] counted as a sampler never sees it."""
+    x, cond, draws = stage_inputs()
+    made, logsnr = Path("vp", prediction), linear(draws["u"])
+    alpha, sigma = (jnp.asarray(a, jnp.float32) for a in alpha_sigma(logsnr))
+    for x_hat, expected in ((x - 0.05, 0.0025), (jnp.full_like(x, 3.0), jnp.mean((1 - x) ** 2, axis=(1, 2, 3)))):
+
+        def network(z, logsnr, cond, x_hat=x_hat):
+            eps = (z - alpha * x_hat) / sigma
+            return {"eps": eps, "x": x_hat, "v": alpha * eps - sigma * x_hat, "u": eps - x_hat}[prediction]
+
+        value = loss.x_error(network, x, cond, draws, logsnr, made, cosine)
+        np.testing.assert_allclose(value, np.broadcast_to(expected, (6,)), rtol=2e-2)

@@ -1,4 +1,4 @@
-"""The forward process and the conversions between eps, x and v, against float64 NumPy."""
+"""The forward processes and the conversions between eps, x, v and u, against float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from imagen_jax.diffusion import process
+from imagen_jax.diffusion.process import Path
 
+VP, FLOW = Path("vp", "eps"), Path("flow", "eps")
 LOGSNR = np.array([-12.0, -5.0, -1.3, 0.0, 0.7, 4.0, 11.0])
 
 
@@ -27,7 +29,7 @@ def arrays():
 def test_alpha_sigma_are_variance_preserving():
     """Catches sigma and alpha swapped, a missing square root, and alpha^2 + sigma^2 != 1."""
     logsnr = jnp.linspace(-20.0, 20.0, 101)
-    alpha, sigma = process.alpha_sigma(logsnr, 4)
+    alpha, sigma = VP.alpha_sigma(logsnr, 4)
     assert alpha.shape == sigma.shape == (101, 1, 1, 1)
     np.testing.assert_allclose(alpha**2 + sigma**2, 1.0, rtol=1e-6)
     np.testing.assert_allclose(alpha.ravel(), np.sqrt(sigmoid(logsnr)), rtol=1e-5)
@@ -36,7 +38,7 @@ def test_alpha_sigma_are_variance_preserving():
 
 def test_alpha_sigma_in_fp32():
     """Catches the noise levels computed in bf16 when a network hands its log-SNR back in low precision."""
-    alpha, sigma = process.alpha_sigma(jnp.array([4.0], jnp.bfloat16), 2)
+    alpha, sigma = VP.alpha_sigma(jnp.array([4.0], jnp.bfloat16), 2)
     assert alpha.dtype == sigma.dtype == jnp.float32
     np.testing.assert_allclose(sigma, [[np.sqrt(sigmoid(-4.0))]], rtol=1e-5)
 
@@ -44,53 +46,97 @@ def test_alpha_sigma_in_fp32():
 def test_diffuse(arrays):
     """Catches z = sigma x + alpha eps, and one noise level used for the whole batch."""
     x, eps, alpha, sigma = arrays
-    z = process.diffuse(jnp.asarray(x), jnp.asarray(eps), jnp.asarray(LOGSNR, jnp.float32))
+    z = VP.diffuse(jnp.asarray(x), jnp.asarray(eps), jnp.asarray(LOGSNR, jnp.float32))
     np.testing.assert_allclose(z, alpha * x + sigma * eps, atol=2e-6)
 
 
 def test_diffuse_keeps_unit_variance():
     """Catches a variance-exploding process (z = x + sigma eps): unit-variance data stays at variance 1 at every level."""
     x, eps = np.random.default_rng(1).standard_normal((2, 4, 4000)).astype(np.float32)
-    z = process.diffuse(jnp.asarray(x), jnp.asarray(eps), jnp.array([-8.0, -1.0, 1.0, 8.0]))
+    z = VP.diffuse(jnp.asarray(x), jnp.asarray(eps), jnp.array([-8.0, -1.0, 1.0, 8.0]))
     np.testing.assert_allclose(np.var(z, axis=1), 1.0, atol=5 * np.sqrt(2 / 4000))
 
 
 def test_targets(arrays):
     """Catches v with the wrong sign (sigma x - alpha eps) or with alpha and sigma swapped."""
     x, eps, alpha, sigma = arrays
-    target = lambda kind: process.target(kind, jnp.asarray(x), jnp.asarray(eps), jnp.asarray(LOGSNR, jnp.float32))
+    target = lambda kind: Path("vp", kind).target(jnp.asarray(x), jnp.asarray(eps), jnp.asarray(LOGSNR, jnp.float32))
     np.testing.assert_array_equal(target("eps"), eps)
     np.testing.assert_array_equal(target("x"), x)
     np.testing.assert_allclose(target("v"), alpha * eps - sigma * x, atol=2e-6)
+    np.testing.assert_allclose(target("u"), eps - x, atol=2e-6)
 
 
-@pytest.mark.parametrize("prediction", process.PREDICTIONS)
-def test_a_perfect_output_gives_x_back(prediction, arrays):
-    """Catches an inverse that is not the inverse of `target`, for each prediction; 1/alpha = 400 at the noisiest level sets the tolerance."""
-    x, eps, alpha, sigma = arrays
-    logsnr = jnp.asarray(LOGSNR, jnp.float32)
-    z = process.diffuse(jnp.asarray(x), jnp.asarray(eps), logsnr)
-    output = process.target(prediction, jnp.asarray(x), jnp.asarray(eps), logsnr)
-    x_hat = process.x_from_output(prediction, output, z, logsnr)
+EVERY = [(path, prediction) for path in process.ALPHA_SIGMA for prediction in process.PREDICTIONS]
+
+
+def levels(path):
+    """alpha, sigma [7 1 1 1] of a path at LOGSNR, in float64."""
+    scale, power = {"vp": (1.0, 0.5), "flow": (0.5, 1.0)}[path]
+    return tuple((sigmoid(sign * scale * LOGSNR) ** power).reshape(7, 1, 1, 1) for sign in (1, -1))
+
+
+@pytest.mark.parametrize("path, prediction", EVERY)
+def test_a_perfect_output_gives_x_back(path, prediction, arrays):
+    """Catches an inverse that is not the inverse of `target`, for each path and prediction; 1/alpha = 400 at the noisiest level sets the tolerance."""
+    x, eps, *_ = arrays
+    alpha, sigma = levels(path)
+    made, logsnr = Path(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
+    z = made.diffuse(jnp.asarray(x), jnp.asarray(eps), logsnr)
+    output = made.target(jnp.asarray(x), jnp.asarray(eps), logsnr)
+    x_hat = made.x_from_output(output, z, logsnr)
     np.testing.assert_array_less(np.abs(x_hat - x), 1e-6 + 1e-6 / alpha * np.ones_like(x))
-    np.testing.assert_array_less(np.abs(process.eps_from_x(jnp.asarray(x), z, logsnr) - eps), 1e-6 + 1e-6 / sigma * np.ones_like(x))
+    np.testing.assert_array_less(np.abs(made.eps_from_x(jnp.asarray(x), z, logsnr) - eps), 1e-6 + 1e-6 / sigma * np.ones_like(x))
 
 
-@pytest.mark.parametrize("prediction", process.PREDICTIONS)
-def test_any_output_is_read_as_the_formula_says(prediction, arrays):
+@pytest.mark.parametrize("path, prediction", EVERY)
+def test_any_output_is_read_as_the_formula_says(path, prediction, arrays):
     """Catches a conversion that is right only for consistent (x, eps, z): here the output is arbitrary."""
-    z, output, alpha, sigma = arrays
-    expected = {"eps": (z - sigma * output) / alpha, "x": output, "v": alpha * z - sigma * output}[prediction]
-    x_hat = process.x_from_output(prediction, jnp.asarray(output), jnp.asarray(z), jnp.asarray(LOGSNR, jnp.float32))
+    z, output, *_ = arrays
+    alpha, sigma = levels(path)
+    v = (alpha * z - sigma * output) / (alpha**2 + sigma**2)
+    u = (z - sigma * output) / (alpha + sigma)
+    expected = {"eps": (z - sigma * output) / alpha, "x": output, "v": v, "u": u}[prediction]
+    made, logsnr = Path(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
+    x_hat = made.x_from_output(jnp.asarray(output), jnp.asarray(z), logsnr)
     np.testing.assert_allclose(x_hat, expected, rtol=1e-5, atol=1e-5)
-    eps_hat = process.eps_from_x(jnp.asarray(x_hat), jnp.asarray(z), jnp.asarray(LOGSNR, jnp.float32))
-    np.testing.assert_allclose(eps_hat, (z - alpha * np.asarray(x_hat, np.float64)) / sigma, rtol=1e-4, atol=1e-4)
+    eps_hat = made.eps_from_x(jnp.asarray(x_hat), jnp.asarray(z), logsnr)
+    wanted = (z - alpha * np.asarray(x_hat, np.float64)) / sigma
+    np.testing.assert_allclose(eps_hat, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_flow_path_is_straight():
+    """Catches alpha = t, and a log-SNR that is not log(alpha^2 / sigma^2): at time t, z = (1 - t) x + t eps."""
+    t = np.array([0.1, 0.25, 0.5, 0.9])
+    alpha, sigma = FLOW.alpha_sigma(jnp.asarray(2 * np.log((1 - t) / t), jnp.float32), 1)
+    np.testing.assert_allclose(alpha, 1 - t, rtol=1e-6)
+    np.testing.assert_allclose(sigma, t, rtol=1e-6)
+
+
+@pytest.mark.parametrize("path, prediction", EVERY)
+def test_output_scale_is_the_ratio_of_squared_errors(path, prediction, arrays):
+    """Catches a conversion of errors with alpha and sigma exchanged or not squared: an eps off by 0.1 moves the output so much."""
+    x, eps, *_ = arrays
+    made, logsnr = Path(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
+    alpha, sigma = levels(path)
+    off = x - sigma / alpha * 0.1  # the x-hat that goes with eps + 0.1 at the same z
+    wrong = {"eps": eps + 0.1, "x": off, "v": alpha * (eps + 0.1) - sigma * off, "u": eps + 0.1 - off}[prediction]
+    right = {"eps": eps, "x": x, "v": alpha * eps - sigma * x, "u": eps - x}[prediction]
+    ratio = np.mean(((wrong - right) / 0.1) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(made.output_scale(logsnr), ratio, rtol=1e-3)
+
+
+def test_prior_has_the_variance_of_noise_at_that_level():
+    """Catches unit noise where the flow path has less, and another start of the paper's process."""
+    noise, logsnr = jnp.ones((1, 2)), jnp.array([-8.764])
+    np.testing.assert_array_equal(VP.prior(noise, logsnr), noise)
+    np.testing.assert_allclose(FLOW.prior(noise, logsnr), sigmoid(8.764 / 2) * np.ones((1, 2)), rtol=1e-5)
 
 
 def test_division_by_alpha_near_t_1_is_in_fp32():
     """Catches x-hat computed in the network's bf16: alpha is 4.5e-5 at log-SNR -20 and the error would be of the order of 100."""
     z, eps = jnp.array([[0.75]]), jnp.array([[0.75]], jnp.bfloat16)
-    x_hat = process.x_from_output("eps", eps, z, jnp.array([-20.0]))
+    x_hat = Path("vp", "eps").x_from_output(eps, z, jnp.array([-20.0]))
     assert x_hat.dtype == jnp.float32
     alpha, sigma = (np.sqrt(sigmoid(sign * 20.0)) for sign in (-1, 1))
     np.testing.assert_allclose(x_hat, [[(0.75 - sigma * 0.75) / alpha]], atol=5e-3)
@@ -100,26 +146,26 @@ def test_division_by_alpha_near_t_1_is_in_fp32():
 def test_low_precision_outputs_become_fp32(prediction):
     """Catches a sampler state that falls to bf16 because the network computes in bf16."""
     one = jnp.ones((1, 2))
-    assert process.x_from_output(prediction, one.astype(jnp.bfloat16), one, jnp.zeros(1)).dtype == jnp.float32
+    assert Path("vp", prediction).x_from_output(one.astype(jnp.bfloat16), one, jnp.zeros(1)).dtype == jnp.float32
 
 
 def test_unknown_prediction_is_one_clear_line():
-    """Catches a misspelled prediction that silently trains or samples as another one."""
-    one = jnp.ones((1, 2))
-    for call in (lambda: process.target("epsilon", one, one, jnp.zeros(1)), lambda: process.x_from_output("score", one, one, jnp.zeros(1))):
-        with pytest.raises(ValueError, match="diffusion.prediction"):
-            call()
+    """Catches a misspelled prediction or path that silently trains or samples as another one."""
+    with pytest.raises(ValueError, match="diffusion.prediction is 'score'"):
+        Path("vp", "score")
+    with pytest.raises(ValueError, match="diffusion.process is 'edm'"):
+        Path("edm", "eps")
 
 
 def test_wrong_shape_fails_with_a_named_dimension():
     """Catches one log-SNR for two images, which would broadcast; the checker of the test session names the dimension b."""
     with pytest.raises(jaxtyping.TypeCheckError, match=r"b=2"):
-        process.diffuse(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.zeros(1))
+        VP.diffuse(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.zeros(1))
 
 
 def test_gradients_are_finite_at_both_ends():
     """Catches a square root or a logarithm whose derivative is infinite at log-SNR +-20."""
-    loss = lambda x, logsnr: jnp.sum(process.target("v", x, x, logsnr) + process.diffuse(x, x, logsnr))
+    loss = lambda x, logsnr: jnp.sum(Path("vp", "v").target(x, x, logsnr) + VP.diffuse(x, x, logsnr))
     for value in (-20.0, 20.0):
         grads = jax.grad(loss, argnums=(0, 1))(jnp.ones((1, 2)), jnp.array([value]))
         assert all(np.all(np.isfinite(g)) for g in grads)

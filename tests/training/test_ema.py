@@ -1,0 +1,39 @@
+"""EMA tracks: their rule, and several of them in one state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax.training import ema
+from imagen_jax.training.state import initial_state
+from tests import tiny
+
+
+def test_decay_warms_up():
+    """Catches a constant decay, under which early samples are those of the initial weights."""
+    got = [float(ema.FixedDecay(0.999).decay(jnp.asarray(n))) for n in (0, 8, 10**6)]
+    np.testing.assert_allclose(got, [0.1, 0.5, 0.999], rtol=1e-6)
+
+
+def test_a_decay_out_of_range_is_refused():
+    """Catches a step size given for a decay above 1, whose average would run away."""
+    with pytest.raises(ValueError, match="decay is 1.5"):
+        ema.tracks({"ema": 0.9, "ema_tracks": (1.5,)})
+
+
+def test_every_track_follows_the_parameters_by_its_own_decay():
+    """Catches tracks that share one decay, are swapped, follow the old parameters or follow one another."""
+    made = tiny.config(optim__ema=0.9, optim__ema_tracks=(0.5, 0.0))
+    stage, optimizer, step = tiny.stage_and_step(made)
+    state = jax.jit(lambda: initial_state(stage, optimizer, 0, 2))()
+    step = jax.jit(step)
+    batch = jax.device_put(tiny.batch(stage, 8))
+    for _ in range(12):
+        before, (state, _) = state, step(state, batch)
+    leaf = lambda tree: np.asarray(tree["stem"]["kernel"], np.float64)
+    warm = 12 / 21  # of step 11
+    for decay, old, new in zip((min(0.9, warm), 0.5, 0.0), (before.ema, *before.ema_tracks), (state.ema, *state.ema_tracks), strict=True):
+        np.testing.assert_allclose(leaf(new), decay * leaf(old) + (1 - decay) * leaf(state.params), rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(leaf(state.ema_tracks[1]), leaf(state.params))
+    assert np.abs(leaf(state.ema) - leaf(state.ema_tracks[0])).max() > 0
