@@ -1,6 +1,6 @@
 """config -> Stage: one diffusion model of the cascade. The same object trains, samples and is evaluated.
 
-The only place that turns a config into objects. Config sub-dicts go straight into constructors, so a missing or unknown key raises.
+The only place that turns a config into objects. Config sub-dicts go straight into constructors; imagen_jax/schema.py checks them.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from imagen_jax import sharding
+from imagen_jax import schema, sharding
 from imagen_jax.data.transforms import check_sizes
 from imagen_jax.diffusion import conditioning, loss, sampler
 from imagen_jax.diffusion.process import PREDICTIONS
@@ -24,6 +24,8 @@ from imagen_jax.models.remat import checkpointed
 from imagen_jax.models.unet import UNet
 
 FAMILIES = {"unet": UNet, "efficient_unet": EfficientUNet}
+# Fields that the schema declares and no code reads, with the value that each must have.
+NOT_IMPLEMENTED = {part: schema.older_values(part) for part in ("diffusion", "sampling", "optim")}
 Batch = Mapping[str, Array]
 Params = Mapping[str, Any]
 
@@ -105,7 +107,7 @@ class Stage:
 
         The low-res image is noised to `sampling["aug_level"]` with noise from the samples' own keys (section 2.4).
         """
-        sampling = dict(sampling)
+        sampling = {name: value for name, value in sampling.items() if name not in NOT_IMPLEMENTED["sampling"]}
         level = sampling.pop("aug_level")
         cond = self.cond(batch)
         if "lowres" in cond:
@@ -131,18 +133,13 @@ def to_uint8(x: Float[Array, "*d"]) -> Array:
 
 def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
     """The stage a config describes, to run on one device or on `mesh`. Raises ValueError naming the field that is wrong."""
+    config = schema.complete(config)
+    check_implemented(config)
     model, diffusion, data, text = (dict(config[part]) for part in ("model", "diffusion", "data", "text"))
     family = model.pop("family")
-    choices = {"model.family": (family, FAMILIES), "diffusion.prediction": (diffusion["prediction"], PREDICTIONS)}
-    choices |= {f"diffusion.{name}": (diffusion[name], SCHEDULES) for name in ("schedule", "aug_schedule")}
-    for field, (value, known) in choices.items():
-        if value not in known:
-            raise ValueError(f"{field} is {value!r}; it must be one of {tuple(known)}")
     check_sizes(data)
     if bool(text["dim"]) != bool(model["cond_dim"]):
         raise ValueError(f"text.dim={text['dim']} and model.cond_dim={model['cond_dim']}: both are 0 (no text) or neither is")
-    check_fields("model", model, FAMILIES[family], {"lowres", "constrain", "attend", "parent", "name"})
-    check_fields("diffusion", diffusion, ("schedule", "aug_schedule", "aug_max", "prediction", "text_drop"))
     check_sampling(config["sampling"])
     model = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in model.items()}
     model["dtype"] = jnp.dtype(model["dtype"])
@@ -156,7 +153,7 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
         ),
         schedule=SCHEDULES[diffusion.pop("schedule")],
         aug_schedule=SCHEDULES[diffusion.pop("aug_schedule")],
-        **diffusion,
+        **{name: value for name, value in diffusion.items() if name not in NOT_IMPLEMENTED["diffusion"]},
         image_size=data["image_size"],
         lowres_size=data["lowres_size"],
         crop_size=data["crop_size"],
@@ -180,17 +177,19 @@ def attention_on(mesh: Mesh | None, remat: str) -> Attend:
 
 def check_sampling(sampling: Mapping[str, Any]) -> None:
     """Raises ValueError unless `Stage.sample` can draw with these settings."""
-    check_fields("sampling", sampling, ("method", "steps", "gamma", "w", "threshold", "percentile", "aug_level"))
-    settings = dict(sampling)
+    settings = schema.complete_sampling(sampling)
+    check_implemented({"sampling": settings})
     level = settings.pop("aug_level")
     if not 0.0 <= level <= 1.0:
         raise ValueError(f"sampling.aug_level is {level}; it must be from 0 to 1")
-    sampler.check_settings(**settings)
+    sampler.check_settings(**{name: value for name, value in settings.items() if name not in NOT_IMPLEMENTED["sampling"]})
 
 
-def check_fields(part: str, given: Mapping[str, Any], wanted: Any, made_here: set[str] = frozenset()) -> None:
-    """Raises ValueError unless a config part has exactly the fields that are read; `wanted` is their names, or the dataclass that has them."""
-    required = set(wanted) if isinstance(wanted, tuple) else {f.name for f in dataclasses.fields(wanted)} - made_here
-    if set(given) != required:
-        missing, unknown = sorted(required - set(given)), sorted(set(given) - required)
-        raise ValueError(f"config.{part}: fields missing {missing}, unknown {unknown}")
+def check_implemented(config: Mapping[str, Any]) -> None:
+    """Raises ValueError if a complete config asks for an option that the schema declares and no code implements."""
+    for part, fields in NOT_IMPLEMENTED.items():
+        for name, value in fields.items():
+            if part in config and config[part][name] != value:
+                raise ValueError(f"{part}.{name} is {config[part][name]!r}, which is not implemented; use {value!r}")
+    if "diffusion" in config and config["diffusion"]["prediction"] not in PREDICTIONS:
+        raise ValueError(f"diffusion.prediction is {config['diffusion']['prediction']!r}, which is not implemented")
