@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from configs import defaults
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is a workdir's config.json."""
@@ -17,7 +19,12 @@ def get_config(arg: str = "") -> ConfigDict:
         content = json.loads(Path(arg).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{arg} is not JSON: {error}") from None
-    return ConfigDict(_with_tuples(content)).lock()
+    if not isinstance(content, dict):
+        raise ValueError(f"{arg} is not a config: it holds no object")
+    # The command line can set fields that exist: those that are younger than the record are added.
+    added = {part: fields for part, fields in defaults.ADDED.items() if part in content}
+    younger = {part: fields | content[part] for part, fields in added.items()}
+    return ConfigDict(_with_tuples(content | younger)).lock()
 
 
 def _with_tuples(value: object) -> object:

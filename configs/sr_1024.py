@@ -8,7 +8,7 @@ this is 469M. Arguments: `:demo` for the demo's 64->256 on 64x64 crops (two CPU 
 
 from ml_collections import ConfigDict
 
-from configs import sr_256
+from configs import defaults, sr_256
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.diffusion.schedule = "linear"
     c.sampling.update(method="ddim", steps=32, gamma=0.0, w=5.0)  # steps of Azizi et al. 2023 for this very stage; w of Fig. A.10
     if arg in ("demo", "tiny"):
-        sr_256.small(c)
+        defaults.small(c)
         (demo if arg == "demo" else tiny)(c)
     elif arg:
         raise ValueError(f"sr_1024 has no variant {arg!r}; use 'demo' or 'tiny'")
@@ -39,8 +39,7 @@ def demo(c: ConfigDict) -> None:
 
 def tiny(c: ConfigDict) -> None:
     """A few thousand parameters with every part in place."""
+    defaults.tiny(c)
     c.name = "sr_crops_tiny"
-    c.data.update(image_size=32, lowres_size=16, crop_size=16, batch_size=8)
+    c.data.update(image_size=32, lowres_size=16, crop_size=16)
     c.model.update(widths=(16, 32), blocks=(1, 1), attention=("none", "cross"), heads=2, cond_dim=16, pool_heads=2)
-    c.sampling.update(steps=4)
-    c.train.update(steps=8, log_every=1, sample_every=0, save_every=4)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from imagen_jax import schema
 from imagen_jax.weights import checkpoint
 from imagen_jax.data.transforms import pad_text
 from imagen_jax.stage import Stage, check_sampling, create_stage, to_uint8
@@ -44,20 +45,22 @@ def resolve(path: str) -> str:
 
 def load_stage(path: str, sampling: Mapping[str, Any], which: str) -> LoadedStage:
     """One stage from a workdir, a checkpoint or an export; its config is the one it was trained with."""
+    sampling = schema.complete_sampling(sampling, f"sampling of {path}")
     check_sampling(sampling)
     params, meta = checkpoint.load_params(resolve(path), which)
-    stage = create_stage(meta["config"])
+    stage = create_stage(schema.complete(meta["config"], f"config of {path}"))
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
     draw = jax.jit(lambda params, keys, batch: to_uint8(stage.sample(params, keys, batch, sampling)))
     identity = {"checkpoint": path, "name": stage.name} | {key: meta[key] for key in ("step", "which", "manifest_hash", "sha256")}
-    return LoadedStage(stage, params, dict(sampling), meta["encoder"], identity, draw)
+    return LoadedStage(stage, params, sampling, meta["encoder"], identity, draw)
 
 
 def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> list[LoadedStage]:
     """The stages of a cascade config, in order, up to the first that has no checkpoint.
 
-    Raises ValueError if the first has none, if sizes do not chain, or if the stages were trained on another encoder's text.
+    Raises ValueError for a wrong config, if the first has none, if sizes do not chain, or if the stages were trained on another encoder's text.
     """
+    config = schema.complete_cascade(config)
     names = list(itertools.takewhile(lambda name: config[name]["checkpoint"], wanted))
     if not names:
         raise ValueError(f"stage {wanted[0]} has no checkpoint: give --config.{wanted[0]}.checkpoint=PATH")

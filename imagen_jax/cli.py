@@ -12,6 +12,7 @@ from typing import Any, Callable, Iterable, Mapping, NoReturn, Sequence
 
 from absl import app, flags
 
+from imagen_jax import schema
 from imagen_jax.storage import is_away
 
 COMPILE_CACHE = "compile_cache"
@@ -77,10 +78,10 @@ def cause(error: Exception) -> str:
 
 
 def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
-    """A stage's config as a plain dict. Raises ValueError for one of something else; `flag` is what it was given by."""
+    """A stage's config, plain and complete. Raises ValueError for one of something else; `flag` is what it was given by."""
     if not hasattr(config, "to_json") or not {"data", "model", "optim", "mesh", "train"} <= set(config):  # a config that cannot be read raises here
         raise ValueError(f"{flag} is not the config of a stage, such as configs/base_64.py or configs/sr_256.py")
-    plain = json.loads(config.to_json())
+    plain = schema.complete(json.loads(config.to_json()), flag)
     check_sizes(plain)
     return plain
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from imagen_jax import cli
+from imagen_jax import cli, schema
 
 RECORD = "evaluations.jsonl"
 POLL_S = 10.0
@@ -41,16 +41,31 @@ def define_flags() -> None:
     flags.DEFINE_integer("bins", 10, "intervals of t that losses are taken in")
     flags.DEFINE_integer("batch_size", 64, "rows at once; changes no number but by rounding")
     flags.DEFINE_integer("seed", 0, "of rows, noise and shuffling")
-    flags.DEFINE_float("w", None, "guidance weight, instead of the checkpoint's config")
-    flags.DEFINE_integer("steps", None, "sampling steps, likewise")
-    flags.DEFINE_string("sampler", None, "ancestral or ddim, likewise")
-    flags.DEFINE_float("gamma", None, "mix of the ancestral sampler's variances, 0 to 1, likewise")
-    flags.DEFINE_string("threshold", None, "none, static or dynamic, likewise")
-    flags.DEFINE_float("percentile", None, "of dynamic thresholding, 0 to 100, likewise")
-    flags.DEFINE_float("aug_level", None, "noise of the low-res image when sampling, 0 to 1, likewise")
+    for name, field in schema.SAMPLING.items():
+        define_sampling_flag(name, field)
     flags.DEFINE_string("lowres_from", "", "samples.npz of the stage before: draw from its samples instead of true low-res images")
     flags.DEFINE_bool("follow", False, "evaluate each checkpoint of a running workdir as it appears, until the run is finished")
     flags.DEFINE_float("follow_minutes", 0.0, "stop following after this long; 0: no limit")
+
+
+class FieldParser(flags.ArgumentParser):
+    """Reads the value of a config field from the command line."""
+
+    def __init__(self, field: schema.Field):
+        self._field = field
+        self.syntactic_help = schema.valid(field)
+
+    def parse(self, argument: Any) -> Any:
+        return schema.parse(argument, self._field) if isinstance(argument, str) else argument
+
+    def flag_type(self) -> str:
+        return schema.kind_name(self._field.kind)
+
+
+def define_sampling_flag(name: str, field: schema.Field) -> None:
+    """The flag that replaces a field of the checkpoint's `sampling`."""
+    text = f"{field.meaning} Default: sampling.{name} of the checkpoint"
+    flags.DEFINE(FieldParser(field), schema.EVALUATE_FLAGS[name], None, text)
 
 
 def main() -> int:
@@ -68,7 +83,7 @@ def main() -> int:
     cli.use_compile_cache()
     numbers = {name: args[name].value for name in ("rows", "samples", "gallery", "bins", "batch_size", "seed", "lowres_from")}
     numbers["samples"] = numbers["samples"] or numbers["rows"]
-    overrides = {"method": args.sampler} | {name: args[name].value for name in ("w", "steps", "gamma", "threshold", "percentile", "aug_level")}
+    overrides = {name: args[flag].value for name, flag in schema.EVALUATE_FLAGS.items()}
     evaluator = Evaluator(args.data, args.which, args.measures, numbers, {k: v for k, v in overrides.items() if v is not None})
     if args.follow:
         if checkpoint.is_file():
@@ -97,6 +112,7 @@ class Evaluator:
         from imagen_jax.storage import write_atomically, write_json
 
         params, meta = load_params(checkpoint, self._which)
+        meta = meta | {"config": schema.complete(meta["config"], f"config of {checkpoint}")}
         self._prepare(meta)
         evaluation = measures.Evaluation(self._probe, self._rows, params)
         log.info("%s, step %s: %s", meta["config"]["name"], meta["step"], ", ".join(self._chosen))
@@ -120,10 +136,17 @@ class Evaluator:
         lines = record.read_bytes().splitlines(keepends=True) if record.is_file() else []
         for line in [line for line in lines if line.endswith(b"\n")][-1:]:
             then = json.loads(line)["provenance"]
-            now = self._numbers | {"sampling": then["config"]["sampling"] | self._sampling, "data": Prepared(self._data).hash, "which": self._which}
-            was = {name: then[name] for name in [*self._numbers, "sampling"]}
+            trained = schema.complete_sampling(then["config"]["sampling"], f"{record}")
+            now = self._numbers | {"data": Prepared(self._data).hash, "which": self._which}
+            now |= {"sampling": trained | self._sampling}
+            was = {name: then[name] for name in self._numbers if name in then}
             was |= {"data": then["data"]["manifest_hash"], "which": then["checkpoint"]["which"]}
-            changed = [f"{name}: {was[name]}, now {now[name]}" for name in now if was[name] != now[name]]
+            was |= {"sampling": schema.complete_sampling(then["sampling"], f"{record}")}
+            changed = [
+                f"{name}: {was[name] if name in was else 'not recorded'}, now {now[name]}"
+                for name in now
+                if name not in was or was[name] != now[name]
+            ]
             if changed:
                 raise ValueError(f"{record} was made with other settings; give another --output: {'; '.join(changed)}")
 

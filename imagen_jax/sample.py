@@ -14,7 +14,7 @@ from typing import Any, Mapping, Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli
+from imagen_jax import cli, schema
 
 RECORD = {"prompt", "seed", "stages", "image", "image_sha256", "config", "checkpoints", "encoder"}  # of a picture: what its JSON file holds
 
@@ -50,18 +50,19 @@ def main() -> int:
     prompts = read_prompts(args.prompt, args.prompts)
     prompts = [prompt for prompt in prompts for _ in range(args.count)]
     seeds = [args.seed + i for i in range(len(prompts))]
-    return sample(json.loads(args.config.to_json()), prompts, seeds, args.stages, args.image, Path(args.output))
+    config = schema.complete_cascade(json.loads(args.config.to_json()), "--config")
+    return sample(config, prompts, seeds, args.stages, args.image, Path(args.output))
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A picture's JSON file. Raises ValueError if it is not one."""
+    """A picture's JSON file, its config completed. Raises ValueError if it is not one."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--reproduce {path} is not a picture's JSON file: {error}") from error
     if not isinstance(record, dict) or not RECORD <= record.keys():
         raise ValueError(f"--reproduce {path} is not a picture's JSON file: it lacks {sorted(RECORD - set(record))}")
-    return record
+    return record | {"config": schema.complete_cascade(record["config"], f"--reproduce {path}")}
 
 
 def read_prompts(given: Sequence[str], file: str) -> list[str]:

@@ -1,6 +1,6 @@
 """config -> Stage: one diffusion model of the cascade. The same object trains, samples and is evaluated.
 
-The only place that turns a config into objects. Config sub-dicts go straight into constructors, so a missing or unknown key raises.
+The only place that turns a config into objects. Config sub-dicts go straight into constructors; imagen_jax/schema.py checks them.
 """
 
 import dataclasses
@@ -201,7 +201,8 @@ def attention_on(mesh: Mesh | None, remat: str) -> Attend:
 
 def build(kind: Callable[..., Any], section: Mapping[str, Any]) -> Any:
     """An instance of a dataclass from the config fields that its own fields name."""
-    return kind(**{field.name: section[field.name] for field in dataclasses.fields(kind)})
+    value = lambda name: tuple(section[name]) if isinstance(section[name], list) else section[name]
+    return kind(**{field.name: value(field.name) for field in dataclasses.fields(kind)})
 
 
 def drawing(sampling: Mapping[str, Any], schedule: str) -> dict[str, Any]:
@@ -223,7 +224,7 @@ def drawing(sampling: Mapping[str, Any], schedule: str) -> dict[str, Any]:
 
 def check_sampling(sampling: Mapping[str, Any], schedule: str = "cosine") -> None:
     """Raises ValueError unless `Stage.sample` can draw with these settings."""
-    section = schema.complete_section("sampling", sampling)
+    section = schema.complete_sampling(sampling)
     if not 0.0 <= section["aug_level"] <= 1.0:
         raise ValueError(f"sampling.aug_level is {section['aug_level']}; it must be from 0 to 1")
     drawing(section, schedule)

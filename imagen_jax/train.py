@@ -21,7 +21,7 @@ from typing import Any, Callable, Iterator, Mapping
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli, distributed
+from imagen_jax import cli, distributed, schema
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.storage import only_process, write_json
@@ -297,7 +297,8 @@ class Run:
         from imagen_jax.training.state import RNG
         from imagen_jax.training.step import TrainProgram, forward_flops
 
-        cli.check_sizes(config)  # also for a config that no command line has read
+        config = schema.complete(config)  # also one that no command line has read
+        cli.check_sizes(config)
         mesh = sharding.make_mesh(config["mesh"])
         data = open_prepared(config["data"])
         if config["text"]["dim"]:

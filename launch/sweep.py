@@ -23,17 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax import cli
+from imagen_jax import cli, schema
 from imagen_jax.storage import write_json
-from imagen_jax.training.resume import flat
 from launch import places, status
 from launch.job import Job, check_path, in_bucket, mounted, read_config, training
 
-# What a sampling field is called by imagen_jax.evaluate.
-EVALUATE_FLAGS = {
-    "w": "w", "steps": "steps", "method": "sampler", "aug_level": "aug_level",
-    "threshold": "threshold", "percentile": "percentile", "gamma": "gamma",
-}  # fmt: skip
 LOSS = "loss"  # left out where arms differ in `diffusion`: noise, prediction and augmentation make losses of different things
 # Columns of the table: (name, place in evaluation.json, whether less is better). SPLIT: heldout, if there is one.
 COLUMNS = (
@@ -61,7 +55,16 @@ class Arm:
     @property
     def sampling(self) -> dict[str, Any]:
         """The other part, without "sampling."."""
-        return {field.removeprefix("sampling."): value for field, value in self.overrides.items() if field not in self.training}
+        return sampling_of(self.overrides)
+
+
+def sampling_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `sampling` among dotted fields, without "sampling."."""
+    return {
+        field.removeprefix("sampling."): value
+        for field, value in fields.items()
+        if field.startswith("sampling.")
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +85,39 @@ class Step:
         marker = self.directory / FINISHED
         if not marker.exists():
             return False
-        if json.loads(marker.read_text()) != list(self.command[1:]):
+        made, wanted = json.loads(marker.read_text()), list(self.command[1:])
+        if made != wanted and not restates(made, wanted, self.directory / "evaluation.json"):
             raise ValueError(f"{self.directory} was made by another command: give the one that began it, or another --workdir")
         return True
+
+
+def restates(made: Sequence[str], wanted: Sequence[str], evaluation: Path) -> bool:
+    """Whether the finished command is the wanted one without sampling options that change nothing.
+
+    An option changes nothing if its value is the one that evaluation.json says was used. A sweep
+    that began when fewer settings were passed, or when fewer existed, so continues; where a setting
+    that was not passed had another value then, it does not.
+    """
+    (then, before), (now, after) = split_sampling(made), split_sampling(wanted)
+    if then != now or not before.keys() <= after.keys() or not evaluation.is_file():
+        return False
+    recorded = json.loads(evaluation.read_text())["provenance"]["sampling"]
+    used = schema.complete_sampling(recorded, str(evaluation))
+    parsed = {name: schema.parse(text, schema.SAMPLING[name]) for name, text in after.items()}
+    return all(used[name] == value for name, value in parsed.items())
+
+
+def split_sampling(command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command without its options of sampling, and these as {field: text}."""
+    prefixes = {f"--{flag}=": field for field, flag in schema.EVALUATE_FLAGS.items()}
+    rest, sampling = [], {}
+    for option in command:
+        flag, equals, text = option.partition("=")
+        if flag + equals in prefixes:
+            sampling[prefixes[flag + equals]] = text
+        else:
+            rest.append(option)
+    return rest, sampling
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +155,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     parser.add_argument("--config", required=True, help="ablation file, FILE.py or FILE.py:ARG; fields for all arms as --config.train.steps=1000")
     parser.add_argument("--workdir", required=True, help="directory for all runs and sweep.json; with --where tpu, gke or sky gs://BUCKET/PATH")
     parser.add_argument("--seeds", default="0", help="comma-separated; every arm runs once for each")
-    parser.add_argument("--checkpoint", default="", help="evaluate this trained model in every arm; for ablations of sampling")
+    parser.add_argument("--checkpoint", default="", help="evaluate this trained model in every arm, with the config's sampling; for ablations of sampling")
     parser.add_argument("--measures", default="", help="of imagen_jax.evaluate, comma-separated; default: all that apply")
     parser.add_argument("--rows", type=int, default=256, help="images a split to measure on")
     parser.add_argument("--samples", type=int, default=0, help="images a split that samples are drawn for; 0: as many as --rows")
@@ -156,7 +189,7 @@ def load(config: str) -> tuple[Mapping[str, Any], list[Arm]]:
     spec.loader.exec_module(module)
     if not hasattr(module, "sweep"):
         raise ValueError(f"{path} has no sweep(arg): it is a config of one run, for imagen_jax.train")
-    fields = flat(module.get_config(arg).to_dict())
+    fields = schema.flat(module.get_config(arg).to_dict())
     arms = [Arm(arm["name"], {key.removeprefix("config."): value for key, value in arm.items() if key != "name"}) for arm in module.sweep(arg)]
     repeated = [name for name, n in zip(*np.unique([arm.name for arm in arms], return_counts=True)) if n > 1]
     if repeated:
@@ -187,6 +220,9 @@ def plan(args: argparse.Namespace, shared: Mapping[str, str]) -> tuple[list[Arm]
         raise ValueError("--config.data.path is needed: a directory made by imagen_jax.prepare_data")
     if args.checkpoint and any(arm.training for arm in arms):
         raise ValueError("--checkpoint is for ablations of sampling; the arms of this one are trained differently")
+    sampling = sampling_of(shared)
+    if args.checkpoint:  # a model that is trained here has the config's settings already
+        sampling = schema.complete_sampling(sampling_of(fields), args.config) | sampling
     steps = []
     for seed in args.seeds:
         trained: dict[str, Path] = {}
@@ -197,7 +233,7 @@ def plan(args: argparse.Namespace, shared: Mapping[str, str]) -> tuple[list[Arm]
             elif key not in trained:
                 trained[key] = place / "train"
                 steps.append(train_step(args.config, seed, {**shared, **arm.training}, trained[key], arm.name))
-            steps.append(evaluate_step(args, seed, arm, shared, trained[key], data, place / "evaluation"))
+            steps.append(evaluate_step(args, seed, arm, sampling, trained[key], data, place / "evaluation"))
     return arms, steps
 
 
@@ -240,11 +276,10 @@ def train_step(config: str, seed: int, overrides: Mapping[str, Any], workdir: Pa
 
 
 def evaluate_step(
-    args: argparse.Namespace, seed: int, arm: Arm, shared: Mapping[str, str], checkpoint: Path, data: str, output: Path
+    args: argparse.Namespace, seed: int, arm: Arm, sampling: Mapping[str, Any], checkpoint: Path, data: str, output: Path
 ) -> Step:
-    """Evaluates with the sampling fields of the arm and those that all arms share, on the same rows with the same noise for all arms and seeds."""
-    sampling = {field.removeprefix("sampling."): value for field, value in shared.items() if field.startswith("sampling.")} | arm.sampling
-    options = [f"--{EVALUATE_FLAGS[field]}={value}" for field, value in sampling.items()]
+    """Evaluates with `sampling`, which all arms share, and the arm's own, on the same rows with the same noise for all arms and seeds."""
+    options = [f"--{schema.EVALUATE_FLAGS[field]}={value}" for field, value in {**sampling, **arm.sampling}.items()]
     options += [f"--rows={args.rows}", f"--samples={args.samples}"]
     options += [f"--measures={args.measures}"] if args.measures else []
     command = (sys.executable, "-m", "imagen_jax.evaluate", f"--checkpoint={checkpoint}", f"--data={mounted(data)}", f"--output={output}", *options)

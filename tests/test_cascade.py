@@ -12,13 +12,14 @@ from imagen_jax.training import resume, state
 from tests import tiny
 
 ENCODER = {"name": "fake", "weights_sha256": "w", "tokenizer_sha256": "t", "dim": tiny.DIM}
+SHARED = {"encoder": "fake", "encoder_dtype": "float32", "which": "ema", "batch_size": 4}
 NAMES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}  # tiny: 8, 8 -> 16, 16 -> 32
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A cascade config over three exported stages with random weights."""
-    root, made = tmp_path_factory.mktemp("cascade"), {"which": "ema"}
+    root, made = tmp_path_factory.mktemp("cascade"), dict(SHARED)
     for name, file in NAMES.items():
         stage_config = tiny.config(file)
         stage, _, _ = tiny.stage_and_step(stage_config)
@@ -92,7 +93,7 @@ def test_what_does_not_chain_is_refused(config, tmp_path):
     with pytest.raises(ValueError, match="text encoder"):
         cascade.load_cascade(config | {"sr_1": config["sr_1"] | {"checkpoint": str(tmp_path / "other.safetensors")}})
     with pytest.raises(ValueError, match="stage base has no checkpoint"):
-        cascade.load_cascade({"which": "ema"} | {name: config[name] | {"checkpoint": ""} for name in NAMES})
+        cascade.load_cascade(SHARED | {name: config[name] | {"checkpoint": ""} for name in NAMES})
     with pytest.raises(ValueError, match="embeds no 'nothing'"):
         cascade.resolve("embedded:nothing")
 
@@ -125,7 +126,11 @@ def test_resume_check():
     same["config"]["train"]["steps"] = 99
     same["config"]["mesh"]["fsdp"] = 4
     assert resume.check(saved, same) == ["mesh.fsdp: 1 -> 4", "train.steps: 8 -> 99"]
-    for part, field, value in (("optim", "lr", 0.5), ("data", "batch_size", 16), ("model", "channels", 32), ("diffusion", "text_drop", 0.2)):
+    same["config"]["optim"]["accumulation"] = 2
+    assert "optim.accumulation: 1 -> 2" in resume.check(saved, same)
+    older = {**saved, "config": {**saved["config"], "sampling": {k: v for k, v in saved["config"]["sampling"].items() if k != "grid"}}}
+    assert resume.check(older, saved) == []
+    for part, field, value in (("optim", "lr", 0.5), ("data", "batch_size", 16), ("model", "channels", 32), ("diffusion", "text_drop", 0.2), ("diffusion", "process", "flow")):
         other = {"config": tiny.config(**{f"{part}__{field}": value}), "manifest_hash": "a", "encoder": ENCODER}
         with pytest.raises(ValueError, match=f"{part}.{field}"):
             resume.check(saved, other)
@@ -134,4 +139,8 @@ def test_resume_check():
     for config in (saved["config"], same["config"]):
         config["optim"]["decay"] = "cosine"
     with pytest.raises(ValueError, match="train.steps"):
+        resume.check(saved, same)
+    for config in (saved["config"], same["config"]):
+        config["optim"]["decay"], config["model"]["dropout"] = "constant", 0.1
+    with pytest.raises(ValueError, match="optim.accumulation"):
         resume.check(saved, same)

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 VERBS = {"demo", "evaluate", "export", "plan", "prepare_data", "sample", "train"}
 # From the ground up: a unit (a folder, or a module at the root) imports units below its own layer, and of its own layer without circles.
 LAYERS = (
-    {"run_log", "storage"},
+    {"run_log", "schema", "storage"},
     {"cli", "data", "diffusion", "distributed", "hardware", "models", "pictures", "text"},
     {"sharding", "weights"},
     {"cascade", "stage"},

@@ -1,6 +1,5 @@
 """The sweep launcher: which processes it starts, that it goes on where it stopped, and the paired comparison."""
 
-import importlib
 import json
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from imagen_jax import schema
 from launch import sweep
 from tests import tiny
 
@@ -75,6 +75,40 @@ def test_a_given_model_is_only_evaluated(ablation, tmp_path):
         planned(ablation, tmp_path, "--checkpoint", "model")
     ablation.write_text(ABLATION.rsplit("    yield", 1)[0])
     assert {step.command[2] for step in planned(ablation, tmp_path, "--checkpoint", "model")} == {"imagen_jax.evaluate"}
+
+
+def test_a_given_model_samples_as_the_ablation_says(ablation, tmp_path):
+    """Wrong: with --checkpoint, get_config's sampling is ignored; its fields replace the arm's or the command line's; they are passed without --checkpoint too."""
+    ablation.write_text(ABLATION.rsplit("    yield", 1)[0].replace('path="prepared")', 'path="prepared")\n    config.sampling.update(steps=7, gamma=0.5)'))
+    slow, guided = planned(ablation, tmp_path, "--checkpoint", "model", "--config.sampling.gamma=0.75")
+    assert {"--steps=7", "--sampler=ancestral", "--gamma=0.75", "--grid=t", "--w_interval=[-20.0, 20.0]", "--w=1.0"} <= set(slow.command)
+    assert "--w=3.0" in guided.command and len(schema.SAMPLING) == sum(option.split("=")[0][2:] in schema.EVALUATE_FLAGS.values() for option in guided.command)
+    assert not any(option.startswith("--steps") for step in planned(ablation, tmp_path) for option in step.command)
+
+
+@pytest.mark.parametrize(
+    "made, wanted, finished",
+    [
+        (["--w=3.0"], ["--w=3.0"], True),
+        (["--w=3.0"], ["--w=3", "--steps=4", "--grid=t", "--w_interval=(-20, 20)"], True),
+        (["--w=3.0"], ["--w=3.0", "--steps=5"], False),
+        (["--w=3.0"], ["--w=3.0", "--grid=karras"], False),
+        (["--w=3.0", "--steps=4"], ["--w=3.0"], False),
+        (["--w=3.0"], ["--w=3.0", "--rows=8"], False),
+    ],
+)
+def test_options_that_restate_what_was_used_change_nothing(tmp_path, made, wanted, finished):
+    """Wrong: a sweep from before a setting was passed, or existed, starts over; or one that ignored the config's settings counts as finished."""
+    used = dict(method="ddim", steps=4, gamma=0.2, w=3.0, threshold="static", percentile=99.5, aug_level=0.0)  # older than grid and w_interval
+    (tmp_path / "evaluation.json").write_text(json.dumps({"provenance": {"sampling": used}}))
+    command = ["-m", "imagen_jax.evaluate", "--data=d"]
+    (tmp_path / sweep.FINISHED).write_text(json.dumps(command + made))
+    step = sweep.Step("evaluate x", ("python", *command, *wanted), tmp_path)
+    if finished:
+        assert step.finished
+    else:
+        with pytest.raises(ValueError, match="made by another command"):
+            step.finished  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -253,10 +287,3 @@ def test_a_signal_lets_the_process_save(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
     assert (tmp_path / "saved").exists() and not (tmp_path / sweep.FINISHED).exists()
-
-
-def test_evaluate_takes_every_sampling_field():
-    """Wrong: an ablation of sampling whose option imagen_jax.evaluate does not know, found out after the training."""
-    told = subprocess.run([sys.executable, "-m", "imagen_jax.evaluate", "--help"], capture_output=True, text=True).stdout
-    assert [flag for flag in sweep.EVALUATE_FLAGS.values() if f"--{flag}:" not in told] == []
-    assert set(sweep.EVALUATE_FLAGS) == set(importlib.import_module("configs.sr_256").get_config().sampling)

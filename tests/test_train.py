@@ -174,7 +174,7 @@ def test_overfit_passes_and_can_fail(data, tmp_path):
         ("text__dim", 7, "width 8"),
         ("data__batch_size", 0, "data.batch_size=0"),
         ("data__batch_size", 7, "accumulation=2"),
-        ("data__caption", "best", "data.caption='best'"),
+        ("data__caption", "best", "data.caption is 'best'"),
         ("diffusion__prediction", "eta", "diffusion.prediction is 'eta'"),
         ("sampling__threshold", "dynamc", "sampling.threshold is 'dynamc'"),
         ("optim__lr", -1.0, "optim.lr is -1.0"),

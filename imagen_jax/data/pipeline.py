@@ -115,8 +115,6 @@ class _Part:
 def open_prepared(data_cfg: Mapping[str, Any]) -> Prepared:
     """The data at data_cfg["path"]; ValueError, in one line, if there is none or if it does not fit the other fields."""
     transforms.check_sizes(data_cfg)
-    if data_cfg["caption"] not in ("random", "first"):
-        raise ValueError(f"data.caption={data_cfg['caption']!r} is neither 'random' nor 'first'")
     prepared = Prepared(data_cfg["path"])
     prepared.check_length(data_cfg["text_length"])
     prepared.check_image_size(data_cfg["image_size"])

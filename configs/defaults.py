@@ -1,0 +1,122 @@
+"""Defaults of the numerics sections, shared by all configs; a config states only the differences.
+
+Architecture has no defaults. A new option gets its field in imagen_jax/schema.py and its value here.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# Fields that are younger than the first runs, at the values that older records mean by their absence
+# (a test compares them with imagen_jax/schema.py). configs/saved.py adds them to older records.
+ADDED: dict[str, dict[str, Any]] = {
+    "diffusion": dict(
+        process="vp",
+        density="uniform",
+        density_mean=0.0,
+        density_std=1.0,
+        weight="none",
+    ),
+    "sampling": dict(
+        grid="t",
+        grid_logsnr=(-8.764, 12.429),  # sigma / alpha from 80 to 0.002 (Karras et al. 2022)
+        grid_rho=7.0,
+        w_interval=(-20.0, 20.0),  # all log-SNR that a schedule has
+    ),
+    "optim": dict(ema_tracks=()),
+}
+
+
+def data() -> dict[str, Any]:
+    """How images and captions are read; the sizes are the config's own."""
+    return dict(
+        path="",  # a directory made by imagen_jax.prepare_data
+        text_length=128,  # not in the paper; NeMo's choice
+        batch_size=2048,
+        caption="random",
+        flip=False,
+        workers=8,
+        cache_mib=0,
+    )
+
+
+def diffusion() -> dict[str, Any]:
+    """What a base model is trained on."""
+    return dict(
+        schedule="cosine",
+        aug_schedule="cosine",
+        aug_max=0.0,
+        prediction="eps",
+        text_drop=0.1,
+        **ADDED["diffusion"],
+    )
+
+
+def sampling() -> dict[str, Any]:
+    """How samples are drawn; the number of steps is the config's own."""
+    return dict(
+        method="ancestral",
+        gamma=0.2,  # not in the paper
+        w=5.0,  # Fig. A.10
+        threshold="dynamic",
+        percentile=99.5,
+        aug_level=0.0,
+        **ADDED["sampling"],
+    )
+
+
+def optim() -> dict[str, Any]:
+    """How parameters are updated; the optimizer is the config's own."""
+    return dict(
+        lr=1e-4,
+        warmup=10_000,
+        decay="constant",  # the listing's cosine has an impossible end value
+        beta1=0.9,  # Adam's, unused by Adafactor
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        clip=1.0,  # not in the paper; its authors' other code
+        ema=0.9999,  # likewise
+        accumulation=1,
+        **ADDED["optim"],
+    )
+
+
+def mesh() -> dict[str, Any]:
+    """Where arrays live."""
+    return dict(
+        data=-1,
+        fsdp=16,
+        model=1,
+        spatial=1,
+        fsdp_min_elements=65_536,
+        rules=((".*", "fsdp"),),
+    )
+
+
+def train() -> dict[str, Any]:
+    """How long a run is and what it writes."""
+    return dict(
+        steps=2_500_000,
+        log_every=100,
+        sample_every=5_000,
+        sample_rows=16,
+        save_every=5_000,
+        keep=3,
+    )
+
+
+def small(c: ConfigDict) -> None:
+    """Changes for the demo and the tests: text of the embedded encoder, one device, a fast rate."""
+    c.text.dim = 256
+    c.data.update(text_length=32, workers=0)
+    c.mesh.fsdp = 1
+    c.model.update(dtype="float32", remat="none")
+    c.optim.update(optimizer="adam", lr=1e-3, warmup=100, ema=0.9998)
+
+
+def tiny(c: ConfigDict) -> None:
+    """Changes for tests alone: a few steps of a few images."""
+    c.data.batch_size = 8
+    c.sampling.steps = 4
+    c.train.update(steps=8, log_every=1, sample_every=0, save_every=4)
