@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from imagen_jax.data import pipeline, transforms
 from imagen_jax.data.records import SPLITS, Prepared
 from imagen_jax.diffusion import conditioning, process
-from imagen_jax.evals import noise_bins, retrieval, statistics, superres
+from imagen_jax.evals import nearest, noise_bins, statistics, superres
 from imagen_jax.storage import sha256_file
 from imagen_jax.run_log import Progress
 from imagen_jax.sharding import AXES, make_mesh, place_batch
@@ -301,7 +301,7 @@ class Evaluation:
         def compute():
             drawn = {(split, text): self.samples(split, text) for split in self.data.counts for text in self.texts}
             stacked = np.concatenate(list(drawn.values()))
-            matrix = np.concatenate([retrieval.distances(stacked, chunk) for chunk in self.data.gallery()], axis=1)
+            matrix = np.concatenate([nearest.distances(stacked, chunk) for chunk in self.data.gallery()], axis=1)
             return dict(zip(drawn, np.split(matrix, np.cumsum([len(s) for s in drawn.values()])[:-1])))
 
         return _once(self._known, "distances", compute)
@@ -379,7 +379,7 @@ def retrieved(e: Evaluation) -> dict[str, Any]:
     out = {}
     for (split, text), distance in e.distances().items():
         wanted = e.data.gallery_row(split, e.data.wholes(split).batch["index"])
-        out.setdefault(split, {})[text] = retrieval.score(distance, wanted)
+        out.setdefault(split, {})[text] = nearest.score(distance, wanted)
     return out
 
 
@@ -392,7 +392,7 @@ def row_values(e: Evaluation, chosen: list[str]) -> dict[str, np.ndarray]:
         out |= {f"denoising.{level}.x_hat.overall.mean": e.errors("x-hat", e.data.heldout, level=level).mean(axis=1) for level in LEVELS}
     if "retrieval" in chosen:
         for (split, text), distance in e.distances().items():
-            rank = retrieval.ranks(distance, e.data.gallery_row(split, e.data.wholes(split).batch["index"]))
+            rank = nearest.ranks(distance, e.data.gallery_row(split, e.data.wholes(split).batch["index"]))
             out |= {f"retrieval.{split}.{text}.top{k}.rate": rank <= k for k in (1, 5)}
     return out
 

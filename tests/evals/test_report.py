@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from imagen_jax.evals import noise_bins, report, retrieval, statistics
+from imagen_jax.evals import nearest, noise_bins, report, statistics
 
 LOGSNR = np.array([20.0, 3.0, 0.0, -3.0, -20.0])
 
@@ -16,7 +16,7 @@ def test_table_says_what_was_measured():
     found = {
         "loss": {"heldout": noise_bins.by_bin(values, LOGSNR)},
         "sensitivity": {"split": "heldout", "text": {"null": noise_bins.by_bin(values, LOGSNR, describe=statistics.difference)}},
-        "retrieval": {"heldout": {"right": retrieval.score(np.eye(3), np.array([0, 1, 1]))}},
+        "retrieval": {"heldout": {"right": nearest.score(np.eye(3), np.array([0, 1, 1]))}},
     }
     assert [line.split("  ", 1)[1].strip() for line in report.table(found).splitlines()] == [
         "2.5 +- 0.5774", "2.5 +- 0.5774 (4.3 standard errors)", "of 3 images: top-1 0.0 % [0.0, 56.1], top-5 100.0 % [43.9, 100.0]"
