@@ -1,10 +1,12 @@
-"""Measures one stage on prepared data: losses by noise level, sensitivity to what it is told, retrieval of the captioned image.
+"""Measures one stage on prepared data: errors by noise level, samples against images.
 
     python -m imagen_jax.evaluate --checkpoint WORKDIR --data PREPARED --output DIR
 
-Writes DIR/evaluation.json with every number and where it comes from, DIR/loss.png, and, where samples are drawn, contact sheets and
-samples.npz; rows.npz has the values that means were taken of. With --follow it does so for every checkpoint of a running workdir, in DIR/<step>/, one line each in
-DIR/evaluations.jsonl. The measures are described in imagen_jax/evals/measures.py.
+Writes DIR/evaluation.json with every number and its provenance, DIR/rows.npz with the values of
+each row that means were taken of, DIR/loss.png with curves by log-SNR, and the files that measures
+have of their own, such as samples and contact sheets. With --follow it does so for every checkpoint
+of a running workdir, in DIR/<step>/, and adds a line for each to DIR/evaluations.jsonl. The
+measures are the modules of imagen_jax/evals/measures/.
 """
 
 import importlib.metadata
@@ -20,10 +22,10 @@ from typing import Any
 from absl import flags
 
 from imagen_jax import cli, schema
+from imagen_jax.evals.measures import NAMES
 
 RECORD = "evaluations.jsonl"
 POLL_S = 10.0
-SHEET_ROWS = 24
 log = logging.getLogger("imagen_jax.evaluate")
 
 
@@ -33,7 +35,8 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "a workdir (its newest intact checkpoint), one checkpoint, an exported file, or embedded:NAME")
     flags.DEFINE_string("data", None, "directory made by imagen_jax.prepare_data with the checkpoint's text encoder")
     flags.DEFINE_string("output", None, "directory for the results")
-    flags.DEFINE_list("measures", [], "loss, sensitivity, denoising, consistency, detail, retrieval; default: all that apply to the stage")
+    known = ", ".join(NAMES)
+    flags.DEFINE_list("measures", [], f"{known}; default: all that apply to the stage")
     flags.DEFINE_enum("which", "ema", ["ema", "params"], "weights to evaluate; an exported file holds one kind only")
     flags.DEFINE_integer("rows", 256, "images of each split to measure on")
     flags.DEFINE_integer("samples", 0, "images of each split to draw samples for; 0: as many as --rows")
@@ -99,34 +102,39 @@ class Evaluator:
     """Evaluates checkpoints one after another; rows and compiled programs are kept as long as the config stays the same."""
 
     def __init__(self, data: str, which: str, names: list[str], numbers: Mapping[str, Any], sampling: Mapping[str, Any]):
-        """names: of measures, all if empty. numbers: of `measures.Settings`. sampling: instead of the checkpoint's own values."""
+        """names: of measures, all if empty. numbers: of `rows.Settings`. sampling: instead of the checkpoint's own values."""
         self._data, self._which, self._names = data, which, names
         self._numbers, self._sampling = numbers, sampling
         self._config: Mapping[str, Any] | None = None
 
     def run(self, checkpoint: Path, output: Path) -> dict[str, Any]:
         """Evaluates one checkpoint, writes everything to `output`, evaluation.json last, and returns its content."""
-        from imagen_jax.evals import measures
-        from imagen_jax.weights.checkpoint import load_params
         from imagen_jax.evals import report
-        from imagen_jax.storage import write_atomically, write_json
+        from imagen_jax.evals.evaluation import Evaluation
+        from imagen_jax.evals.measures import measure
+        from imagen_jax.storage import write_arrays, write_atomically, write_json
+        from imagen_jax.weights.checkpoint import load_params
 
         params, meta = load_params(checkpoint, self._which)
         meta = meta | {"config": schema.complete(meta["config"], f"config of {checkpoint}")}
         self._prepare(meta)
-        evaluation = measures.Evaluation(self._probe, self._rows, params)
+        e = Evaluation(self._probe, self._rows, params)
         log.info("%s, step %s: %s", meta["config"]["name"], meta["step"], ", ".join(self._chosen))
-        found = {name: measures.MEASURES[name](evaluation) for name in self._chosen}
+        found = {name: chosen.measure(e) for name, chosen in self._chosen.items()}
         source = {"path": str(checkpoint), "which": meta["which"], "sha256": meta["sha256"]}
-        result = {"stage": meta["config"]["name"], "step": meta["step"], **found, "provenance": {"checkpoint": source} | self._provenance(meta)}
+        provenance = {"checkpoint": source} | self._provenance(meta)
+        stage = {"stage": meta["config"]["name"], "step": meta["step"]}
+        result = stage | found | {"provenance": provenance}
         output.mkdir(parents=True, exist_ok=True)
-        if "loss" in found:
-            write_atomically(output / "loss.png", report.loss_plot(found))
-        if "retrieval" in found:
-            write_samples(evaluation, {"checkpoint_sha256": meta["sha256"], "sampling": json.dumps(self._probe.settings.sampling)}, output)
-        write_atomically(output / "rows.npz", compressed(measures.row_values(evaluation, self._chosen)))
+        if curves := measure.curves(found):
+            write_atomically(output / "loss.png", report.plot(curves))
+        sampling = json.dumps(self._probe.settings.sampling)
+        origin = {"checkpoint_sha256": meta["sha256"], "sampling": sampling}
+        measure.write(self._chosen, e, output, origin)
+        write_arrays(output / "rows.npz", measure.row_values(self._chosen, e))
         write_json(output / "evaluation.json", result)
-        print(f"{result['stage']}, step {result['step']}\n{report.table(found)}\nall in {output / 'evaluation.json'}")
+        table = report.table(measure.lines(found))
+        print(f"{result['stage']}, step {result['step']}\n{table}\nall in {output / 'evaluation.json'}")
         return result
 
     def check_continues(self, record: Path) -> None:
@@ -152,25 +160,27 @@ class Evaluator:
 
     def _prepare(self, meta: Mapping[str, Any]) -> None:
         """Stage, rows and compiled functions for a checkpoint's config."""
-        from imagen_jax.evals import measures
         from imagen_jax.cascade import check_encoder
+        from imagen_jax.evals.evaluation import Probe
+        from imagen_jax.evals.measures import measure
+        from imagen_jax.evals.rows import Data, Settings
         from imagen_jax.stage import check_sampling, create_stage
 
         if meta["config"] == self._config:
             return
         config = meta["config"]
         stage = create_stage(config)
-        settings = measures.Settings(**self._numbers, sampling={**stage.sampling, **self._sampling})
+        settings = Settings(**self._numbers, sampling={**stage.sampling, **self._sampling})
         check_sampling(settings.sampling)
-        self._chosen = measures.choose(self._names, stage, settings)
-        self._rows = measures.Data(dict(config["data"]) | {"path": self._data}, settings)
+        self._chosen = measure.choose(self._names, stage, settings)
+        self._rows = Data(dict(config["data"]) | {"path": self._data}, settings)
         if stage.text_dim:
             check_encoder(self._rows.prepared.encoder, meta["encoder"], f"{self._data} and the checkpoint")
         if "heldout" not in self._rows.counts:
             log.warning("%s has no held-out images: everything is measured on the train split", self._data)
         if self._rows.prepared.hash != meta["manifest_hash"]:
             log.warning("%s is not the data that this checkpoint was trained on", self._data)
-        self._probe, self._config = measures.Probe(stage, settings), config
+        self._probe, self._config = Probe(stage, settings), config
 
     def _provenance(self, meta: Mapping[str, Any]) -> dict[str, Any]:
         """What the numbers depend on besides the weights."""
@@ -190,43 +200,6 @@ class Evaluator:
             "versions": {"imagen_jax": __version__, "python": platform.python_version(), **versions},
             "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
         }
-
-
-def write_samples(evaluation: Any, origin: Mapping[str, str], output: Path) -> None:
-    """samples.npz (for --lowres_from, and to look at) and a contact sheet a split: the true image, what was drawn, the nearest image.
-
-    origin: what else samples.npz says of the samples, besides data and seed.
-    """
-    import numpy as np
-
-    from imagen_jax.storage import write_atomically
-    from imagen_jax.pictures import contact_sheet, enlarge, write_png
-
-    data, texts, cell = evaluation.data, evaluation.texts, max(96, evaluation.stage.image_size)
-    arrays = {"manifest_hash": np.array(data.prepared.hash), "seed": np.array(evaluation.probe.settings.seed)}
-    arrays |= {name: np.array(value) for name, value in origin.items()}
-    for split in data.counts:
-        rows = data.wholes(split)
-        arrays |= {f"{split}_index": rows.batch["index"]} | {f"{split}_{text}": evaluation.samples(split, text) for text in texts}
-        shown = np.unique(np.linspace(0, len(rows) - 1, SHEET_ROWS).astype(int))
-        nearest = data.gallery_images(evaluation.distances()[split, "right"].argmin(axis=1)[shown])
-        given = {"low-res": evaluation.sampled(split, "right").batch["lowres"]} if evaluation.stage.lowres_size else {}
-        columns = {"true": rows.batch["image"], **given, **{f"{text} text": arrays[f"{split}_{text}"] for text in texts}}
-        cells = [[enlarge(image, cell) for image in [*(column[i] for column in columns.values()), near]] for i, near in zip(shown, nearest)]
-        captions = [data.caption(rows.batch["caption_id"][i].item()) for i in shown]
-        write_png(output / f"samples_{split}.png", contact_sheet(captions, cells, [*columns, "nearest"], cell))
-    write_atomically(output / "samples.npz", compressed(arrays))
-
-
-def compressed(arrays: Mapping[str, Any]) -> bytes:
-    """The content of an .npz file."""
-    import io
-
-    import numpy as np
-
-    content = io.BytesIO()
-    np.savez_compressed(content, **arrays)
-    return content.getvalue()
 
 
 def follow(run: Callable[[Path, Path], dict[str, Any]], workdir: Path, output: Path, minutes: float, poll_s: float = POLL_S) -> None:

@@ -5,11 +5,12 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """An indented JSON file, whole or not at all."""
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """A compressed .npz file, whole or not at all."""
+    import numpy as np
+
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_atomically(path, content.getvalue())
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@
 A workdir may be in a bucket (gs://...) if gcloud is on PATH. Whether a training in a bucket runs is told by how old its newest row is.
 """
 
-import argparse
 import calendar
 import contextlib
 import dataclasses

@@ -28,15 +28,6 @@ from imagen_jax.storage import write_json
 from launch import places, status
 from launch.job import Job, check_path, in_bucket, mounted, read_config, training
 
-LOSS = "loss"  # left out where arms differ in `diffusion`: noise, prediction and augmentation make losses of different things
-# Columns of the table: (name, place in evaluation.json, whether less is better). SPLIT: heldout, if there is one.
-COLUMNS = (
-    (LOSS, "loss.SPLIT.overall.mean", True),
-    ("error of x-hat from a clean low-res image", "denoising.clean.x_hat.overall.mean", True),
-    ("captioned image among the 5 nearest", "retrieval.SPLIT.right.top5.rate", False),
-    ("own detail", "detail.right.own.mean", False),
-    ("error of the shrunk sample", "consistency.samples.mae.mean", True),
-)
 FINISHED = "finished.json"
 
 
@@ -239,7 +230,8 @@ def plan(args: argparse.Namespace, shared: Mapping[str, str]) -> tuple[list[Arm]
 
 def check(args: argparse.Namespace, shared: Mapping[str, str], arms: Sequence[Arm]) -> None:
     """Raises ValueError for what would be found after the first training: an arm's config, a measure or setting that evaluate refuses, no place to write."""
-    from imagen_jax.evals import measures
+    from imagen_jax.evals.measures import measure
+    from imagen_jax.evals.rows import Settings
     from imagen_jax.stage import create_stage
 
     if not args.where:
@@ -249,15 +241,16 @@ def check(args: argparse.Namespace, shared: Mapping[str, str], arms: Sequence[Ar
     if not args.bucket:
         cli.check_directory("workdir", str(args.workdir))
     names = [name.strip() for name in args.measures.split(",")] if args.measures else []
-    measures.check_known(names)
-    settings = measures.Settings(rows=args.rows, samples=args.samples or args.rows, gallery=1, bins=1, batch_size=1, seed=0, sampling={})
+    measure.check_known(names)
+    numbers = {"rows": args.rows, "samples": args.samples or args.rows}
+    settings = Settings(**numbers, gallery=1, bins=1, batch_size=1, seed=0, sampling={})
     for arm in arms:
         config = read_config(args.config, options_of({**shared, **arm.overrides}))
         if not args.where:
             check_here(config["data"]["path"])
         stage = create_stage(config)
         if not args.checkpoint:  # whose stage is not known yet
-            measures.choose(names, stage, settings)
+            measure.choose(names, stage, settings)
 
 
 def check_here(path: str) -> None:
@@ -344,21 +337,34 @@ def compare(arms: Sequence[Arm], seeds: Sequence[int], found: Mapping[str, Seque
 
     An arm has "values" (one a seed) and their "mean"; the others have "difference", the mean of value minus the reference's of the same
     seed, with the standard error over seeds (None for one seed) and over rows (None where evaluate wrote no rows).
+    A column that some arms lack has the others only, and none if the reference lacks it. Columns that
+    need a field to be the same are left out where an arm sets it.
     """
+    from imagen_jax.evals.measures.measure import columns
+
     reference = found[arms[0].name]
-    split = "heldout" if "heldout" in reference[0]["measures"].get("loss", reference[0]["measures"].get("retrieval", {})) else "train"
-    columns = []
-    incomparable = {LOSS} if any(field.startswith("diffusion.") for arm in arms for field in arm.overrides) else set()
-    for name, place, less in COLUMNS:
-        if name in incomparable:
+    fields = {field for arm in arms for field in arm.overrides}
+    shown = []
+    for column in columns():
+        if any(field.startswith(column.needs_same) for field in fields):
             continue
-        place = place.replace("SPLIT", split)
-        present = [arm for arm in arms if all(at(one["measures"], place) is not None for one in found[arm.name])]
+        place = column.place.replace("SPLIT", split_of(reference[0]["measures"]))
+        has_it = lambda arm: all(at(one["measures"], place) is not None for one in found[arm.name])
+        present = [arm for arm in arms if has_it(arm)]
         if arms[0] not in present:
             continue
         compared = {arm.name: against(found[arm.name], reference, place) for arm in present}
-        columns.append({"name": name, "place": place, "less_is_better": less, "arms": compared})
-    return {"seeds": list(seeds), "reference": arms[0].name, "overrides": {arm.name: dict(arm.overrides) for arm in arms}, "columns": columns}
+        about = {"name": column.name, "place": place, "less_is_better": column.less_is_better}
+        shown.append(about | {"arms": compared})
+    overrides = {arm.name: dict(arm.overrides) for arm in arms}
+    about = {"seeds": list(seeds), "reference": arms[0].name, "overrides": overrides}
+    return about | {"columns": shown}
+
+
+def split_of(measures: Mapping[str, Any]) -> str:
+    """The split that arms are compared on: heldout, if a measure has it, else train."""
+    results = [found for found in measures.values() if isinstance(found, Mapping)]
+    return "heldout" if any("heldout" in found for found in results) else "train"
 
 
 def at(measures: Mapping[str, Any], place: str) -> Any:

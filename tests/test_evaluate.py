@@ -89,7 +89,7 @@ def test_a_cascade_is_measured_on_what_its_first_stage_drew(data, base, tmp_path
     found = tmp_path / "sr"
     path = export(tmp_path / "sr.safetensors", tiny.config("sr_1024", model__widths=[16], model__blocks=[1], model__attention=["cross"]))
     drawn = {"lowres_from": str(output / "samples.npz")}
-    names = ("sensitivity", "denoising", "consistency", "retrieval")
+    names = ("sensitivity", "denoising", "consistency", "retrieval", "x_error")
     second = evaluator(data, *names, sampling={"steps": 1}, **drawn).run(path, found)
     samples, lowres = np.load(found / "samples.npz"), np.load(output / "samples.npz")
     assert samples["heldout_right"].shape == (3, 32, 32, 3) and lowres["heldout_right"].shape == (3, 16, 16, 3)
@@ -98,6 +98,9 @@ def test_a_cascade_is_measured_on_what_its_first_stage_drew(data, base, tmp_path
     assert second["consistency"]["samples"] == superres.consistency(shrunk, lowres["heldout_right"])
     assert set(second["sensitivity"]) == {"split", "text", "lowres_drawn", "lowres_clean"}
     assert second["denoising"]["drawn"]["gain"]["overall"]["n"] == 5
+    errors = np.load(found / "rows.npz")["x_error.heldout.overall.mean"]  # of crops, as the stage trains on
+    assert len(errors) == 5 and second["x_error"]["heldout"]["overall"]["mean"] == pytest.approx(errors.mean())
+    assert len(second["x_error"]["train"]["bins"]) == 14
     with pytest.raises(ValueError, match="compares with true low-res"):
         evaluator(data, "detail", **drawn).run(path, found)
     with pytest.raises(ValueError, match="does not hold samples drawn"):

@@ -224,6 +224,23 @@ def test_losses_of_other_noise_are_not_compared():
     assert sweep.compare(arms, [0], {"a": [evaluation(1.0)], "b": [evaluation(0.5)]})["columns"] == []
 
 
+@pytest.mark.parametrize(
+    "field, compared", [("prediction", True), ("schedule", True), ("aug_max", False), ("aug_schedule", False)]
+)
+def test_errors_of_x_hat_compare_arms_of_other_diffusion(field, compared):
+    """Wrong: no column at all for arms that differ in what the network predicts; or errors from low-res images of other noise compared."""
+    arms = [sweep.Arm("a", {}), sweep.Arm("b", {f"diffusion.{field}": "other"})]
+    found = {}
+    for arm, value in zip(arms, (0.5, 0.25)):
+        one = evaluation(1.0)
+        one["measures"]["x_error"] = {"heldout": {"overall": {"mean": value}}}
+        one["rows"]["x_error.heldout.overall.mean"] = np.array([value, value])
+        found[arm.name] = [one]
+    columns = sweep.compare(arms, [0], found)["columns"]
+    assert [column["place"] for column in columns] == ["x_error.heldout.overall.mean"] * compared
+    assert all(column["arms"]["b"]["difference"] == -0.25 and column["arms"]["b"]["se_rows"] == 0 for column in columns)
+
+
 def test_evaluations_are_read_with_their_rows(tmp_path):
     """Wrong: hits, which are booleans, cannot be subtracted; an evaluation without rows is an error."""
     for name, hits in {"a": [True, False], "b": [True, True], "c": None}.items():

@@ -1,4 +1,6 @@
-"""What is measured of a stage, and the arithmetic of it: statistics with their errors, retrieval, comparisons with up-sampling, the report.
+"""Evaluation of a stage: measures/ has the measures, the other modules the rows, errors and samples
+that they read, and their arithmetic.
 
-It must not know the command line or the training loop; the arithmetic knows no stage and no data either, arrays in and numbers out.
+It must not know the command line or the training loop. The arithmetic must not know stages or data
+either: arrays in, numbers out.
 """

@@ -1,31 +1,117 @@
-"""Numbers by noise level: t in equal bins, one value an image and bin, all images in all bins."""
+"""Bins of noise levels: where each lies, how a noise level is drawn in it, and numbers by bin.
 
-from collections.abc import Callable
-from typing import Any
+`TrainingBins` are drawn equally often in training, so they depend on its noise density. `LogsnrBins` are fixed
+intervals of log-SNR, the same for every recipe. Every row has one value in every bin.
+"""
 
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
+from imagen_jax.diffusion.density import Density
 from imagen_jax.evals.statistics import summary
+
+Draws = Mapping[str, Array]
+Describe = Callable[[np.ndarray], dict[str, Any]]
+LEVEL = "u"  # the draw, uniform in [0, 1), that training turns into a noise level
+
+
+@runtime_checkable
+class Bins(Protocol):
+    """Bins of noise levels. Hashable: compiled functions and results are kept by it."""
+
+    def __len__(self) -> int:
+        """The number of bins, k."""
+
+    def noise_level(self, draws: Draws, i: Any) -> tuple[dict[str, Array], Float[Array, "b"]]:
+        """`draws` with noise levels in bin i, and their log-SNR."""
+
+    def by_bin(self, values: np.ndarray, describe: Describe = summary) -> dict[str, Any]:
+        """`by_bin` of values [n k] with the edges of these bins."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingBins:
+    """Intervals that training draws equally often; "overall" of a loss estimates the training loss.
+
+    density: of the training noise; where time is uniform the bins are equal intervals of t, and
+    results call their quantiles "t". count: the number of bins.
+    """
+
+    density: Density
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def noise_level(self, draws: Draws, i: Any) -> tuple[dict[str, Array], Float[Array, "b"]]:
+        u = (i + draws[LEVEL]) / self.count
+        return {**draws, LEVEL: u}, self.density(u)
+
+    def by_bin(
+        self, values: Float[np.ndarray, "n k"], describe: Describe = summary
+    ) -> dict[str, Any]:
+        k = self.count
+        logsnr = np.asarray(self.density(jnp.linspace(0.0, 1.0, 2 * k + 1)))
+        t = [i / k for i in range(k + 1)]
+        return by_bin(values, logsnr[::2], logsnr[1::2], t, describe)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogsnrBins:
+    """Fixed intervals of log-SNR between k + 1 `edges`; log-SNR is uniform within each.
+
+    "overall" is the unweighted mean over the bins: over log-SNR, if they are of equal width.
+    """
+
+    edges: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.edges) - 1
+
+    def noise_level(self, draws: Draws, i: Any) -> tuple[dict[str, Array], Float[Array, "b"]]:
+        edges = jnp.asarray(self.edges, jnp.float32)
+        logsnr = edges[i] + (edges[i + 1] - edges[i]) * draws[LEVEL]
+        # Without the draw that this log-SNR does not follow from.
+        return {name: value for name, value in draws.items() if name != LEVEL}, logsnr
+
+    def by_bin(
+        self, values: Float[np.ndarray, "n k"], describe: Describe = summary
+    ) -> dict[str, Any]:
+        return by_bin(values, self.edges, describe=describe)
 
 
 def by_bin(
     values: Float[np.ndarray, "n k"],
-    logsnr: Float[np.ndarray, " k2"],
-    describe: Callable[[np.ndarray], dict[str, Any]] = summary,
+    edges: Sequence[float] | Float[np.ndarray, " k1"],
+    centres: Sequence[float] | Float[np.ndarray, " k"] | None = None,
+    t: Sequence[float] | None = None,
+    describe: Describe = summary,
 ) -> dict[str, Any]:
-    """{"overall": ..., "bins": [{"t": [from, to], "logsnr": [from, to], "logsnr_centre", ...}, ...]} of values[image, bin].
+    """{"overall": ..., "bins": [{"t", "logsnr": [from, to], "logsnr_centre", ...}, ...]}.
 
-    Bin i is t in [i/k, (i+1)/k]; `logsnr` is the log-SNR at the 2k + 1 times that begin, halve and end the bins.
+    values: one for each row and bin. edges: log-SNR at the k + 1 ends of the bins. centres: log-SNR
+    in their middle, by default halfway between the edges. t: of the edges; without it, bins have
+    no "t".
 
-    "overall" describes each image's mean over the bins, which for losses estimates the training loss (t uniform); as the bins of an
-    image are not independent, its error comes from the images alone.
+    "overall" describes each row's mean over the bins. The bins of a row are not independent, so
+    its error comes from the rows alone. Raises ValueError if the numbers of bins differ.
     """
     k = values.shape[1]
-    if len(logsnr) != 2 * k + 1:
-        raise ValueError(f"{k} bins have {2 * k + 1} edges and centres, not {len(logsnr)}")
+    edges = [float(edge) for edge in edges]
+    if centres is None:
+        centres = [(start + end) / 2 for start, end in zip(edges, edges[1:])]
+    if len(edges) != k + 1 or len(centres) != k:
+        raise ValueError(
+            f"{k} bins have {k + 1} edges and {k} centres, not {len(edges)} and {len(centres)}"
+        )
     bins = []
     for i in range(k):
-        start, centre, end = (float(x) for x in logsnr[2 * i : 2 * i + 3])
-        bins.append({"t": [i / k, (i + 1) / k], "logsnr": [start, end], "logsnr_centre": centre} | describe(values[:, i]))
+        place = {"t": list(t[i : i + 2])} if t is not None else {}
+        place |= {"logsnr": edges[i : i + 2], "logsnr_centre": float(centres[i])}
+        bins.append(place | describe(values[:, i]))
     return {"overall": describe(values.mean(axis=1)), "bins": bins}

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from imagen_jax.evals.retrieval import ranks
+from imagen_jax.evals.nearest import ranks
 from imagen_jax.evals.statistics import difference, number, proportion, summary
 
 PEAK = 255.0

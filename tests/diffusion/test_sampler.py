@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.diffusion import grid, sampler
+from imagen_jax.diffusion import sampler
 from imagen_jax.diffusion.process import Path
 from imagen_jax.diffusion.schedule import linear
 from tests.diffusion.settings import settings

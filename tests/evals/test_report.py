@@ -1,31 +1,22 @@
-"""The table and the plot, from a result made by hand."""
+"""Numbers as text, and the picture of curves, from results made by hand."""
 
 import io
 
 import numpy as np
 from PIL import Image
 
-from imagen_jax.evals import noise_bins, report, retrieval, statistics
+from imagen_jax.evals import noise_bins, report
 
-LOGSNR = np.array([20.0, 3.0, 0.0, -3.0, -20.0])
-
-
-def test_table_says_what_was_measured():
-    """Catches an interval of the other rank, percent taken for a share, and a ratio that is not the difference's."""
-    values = np.array([[1.0, 2.0], [2.0, 3.0], [3.0, 4.0]])
-    found = {
-        "loss": {"heldout": noise_bins.by_bin(values, LOGSNR)},
-        "sensitivity": {"split": "heldout", "text": {"null": noise_bins.by_bin(values, LOGSNR, describe=statistics.difference)}},
-        "retrieval": {"heldout": {"right": retrieval.score(np.eye(3), np.array([0, 1, 1]))}},
-    }
-    assert [line.split("  ", 1)[1].strip() for line in report.table(found).splitlines()] == [
-        "2.5 +- 0.5774", "2.5 +- 0.5774 (4.3 standard errors)", "of 3 images: top-1 0.0 % [0.0, 56.1], top-5 100.0 % [43.9, 100.0]"
-    ]  # fmt: skip
-    assert Image.open(io.BytesIO(report.loss_plot(found))).size == (1000, 360)
+CURVE = noise_bins.by_bin(np.array([[1.0, 2.0], [2.0, 3.0]]), [20.0, 0.0, -20.0])
 
 
-def test_a_diverged_loss_is_reported_too():
-    """Catches a table or plot that fails on what is not finite: the checkpoint most worth a look."""
-    found = {"loss": {"train": noise_bins.by_bin(np.full((2, 2), np.nan), LOGSNR)}}
-    assert report.table(found).endswith("undefined +- undefined")
-    assert report.loss_plot(found).startswith(b"\x89PNG")
+def test_texts_of_a_table_stand_below_each_other():
+    """Catches a column as wide as the last label."""
+    assert report.table([("a", "1"), ("long", "2")]) == "a     1\nlong  2"
+
+
+def test_each_panel_has_its_place():
+    """Catches panels drawn over each other."""
+    panels = [("loss", {"train": CURVE, "heldout": CURVE}), ("rise", {"null": CURVE})]
+    assert Image.open(io.BytesIO(report.plot(panels))).size == (1000, 360)
+    assert Image.open(io.BytesIO(report.plot(panels[:1]))).size == (500, 360)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from imagen_jax.evals import noise_bins, statistics
+from imagen_jax.evals import statistics
 
 
 @pytest.mark.parametrize(
@@ -36,17 +36,6 @@ def test_the_undefined_is_null_in_json():
     found = [statistics.difference(np.array(values)) for values in ([2.0], [1.0, 1.0], [np.nan, 1.0])]
     assert [(f["se"], f["ratio"]) for f in found] == [(None, None), (0.0, None), (None, None)]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-
-
-def test_overall_error_takes_an_image_as_one_value():
-    """Catches all n * k values taken as independent: bins of an image share its content, here completely."""
-    values = np.repeat(np.array([[1.0], [2.0], [6.0]]), 4, axis=1)
-    found = noise_bins.by_bin(values, np.array([20.0, 6.0, 4.0, 2.0, 0.0, -2.0, -4.0, -6.0, -20.0]))
-    assert found["overall"] == {"mean": 3.0, "se": pytest.approx(np.sqrt(7.0 / 3)), "n": 3}
-    level = {"t": [0.25, 0.5], "logsnr": [4.0, 0.0], "logsnr_centre": 2.0}
-    assert found["bins"][1] == level | {"mean": 3.0, "se": pytest.approx(np.sqrt(7.0 / 3)), "n": 3}
-    with pytest.raises(ValueError, match="4 bins have 9 edges and centres"):
-        noise_bins.by_bin(values, np.zeros(4))
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 3, 4], [7, 7, 7, 1, 2, 3], [5, 5, 6, 6], [0, 0, 1, 1, 1, 2, 2]])

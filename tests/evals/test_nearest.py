@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from imagen_jax.evals import retrieval
+from imagen_jax.evals import nearest
 
 
 def flat(*values, size=4):
@@ -16,23 +16,23 @@ def test_distance_is_the_root_mean_square_in_grey_levels():
     rng = np.random.default_rng(0)
     a, b = (rng.integers(0, 256, (n, 40, 40, 3), np.uint8) for n in (3, 5))
     wanted = [[np.sqrt(np.mean((x.astype(float) - y) ** 2)) for y in b] for x in a]
-    np.testing.assert_allclose(retrieval.distances(a, b), wanted, rtol=1e-12)
-    assert retrieval.distances(flat(0, 255), flat(255)).tolist() == [[255.0], [0.0]]
+    np.testing.assert_allclose(nearest.distances(a, b), wanted, rtol=1e-12)
+    assert nearest.distances(flat(0, 255), flat(255)).tolist() == [[255.0], [0.0]]
 
 
 def test_planted_answers_are_counted():
     """Catches ranks from 0, `< k` for `<= k`, and an argsort taken for ranks."""
     gallery = flat(0, 10, 20, 30, 40, 50, 60)
     # Distances of 21 to the gallery: 21, 11, 1, 9, 19, 29, 39.
-    found = retrieval.score(retrieval.distances(flat(21, 21, 21, 21), gallery), np.array([2, 3, 5, 6]))
+    found = nearest.score(nearest.distances(flat(21, 21, 21, 21), gallery), np.array([2, 3, 5, 6]))
     assert [found[name]["hits"] for name in ("top1", "top5")] == [1, 2]
     assert found["median_rank"] == 4.0 and found["n"] == 4 and found["gallery"] == 7
     assert found["distance"]["mean"] == pytest.approx((1 + 9 + 29 + 39) / 4)
-    assert retrieval.ranks(retrieval.distances(flat(21), gallery), np.array([0])).tolist() == [5]
+    assert nearest.ranks(nearest.distances(flat(21), gallery), np.array([0])).tolist() == [5]
 
 
 def test_ties_count_against_the_sample():
     """Catches a strict comparison: a grey nothing, equally far from all, would find everything; a duplicate of the right image too."""
-    found = retrieval.score(retrieval.distances(flat(20, 20), flat(10, 30, 10, 30, 10, 30)), np.array([0, 1]))
+    found = nearest.score(nearest.distances(flat(20, 20), flat(10, 30, 10, 30, 10, 30)), np.array([0, 1]))
     assert found["top5"]["hits"] == 0 and found["median_rank"] == 6.0
-    assert retrieval.ranks(retrieval.distances(flat(11), flat(10, 10, 40)), np.array([0])).tolist() == [2]
+    assert nearest.ranks(nearest.distances(flat(11), flat(10, 10, 40)), np.array([0])).tolist() == [2]

@@ -1,0 +1,212 @@
+"""One set of parameters on fixed rows with fixed noise: errors and samples, each computed once.
+
+Measures read from an `Evaluation`. Everything that is compared saw the same rows, noise levels and
+noise, so differences are paired.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from imagen_jax.data.records import SPLITS
+from imagen_jax.evals import nearest
+from imagen_jax.evals.noise_bins import Bins, TrainingBins
+from imagen_jax.evals.rows import TEXTS, Data, Rows, Settings, conditioned, once
+from imagen_jax.run_log import Progress
+from imagen_jax.sharding import AXES, make_mesh, place_batch
+from imagen_jax.stage import Batch, Params, Stage, to_uint8
+
+# (stage, params, batch, draws, logsnr) -> the error of each image [b]. `draws` are those of
+# `Stage.draw` with text kept; a noise level at `logsnr` [b].
+ErrorFn = Callable[[Stage, Params, Batch, Mapping[str, Array], Array], Array]
+
+
+def training_loss(
+    stage: Stage, params: Params, batch: Batch, draws: Mapping[str, Array], logsnr: Array
+) -> Float[Array, "b"]:
+    """The loss the stage trains on; its noise level is in `draws`, so for `TrainingBins` only."""
+    return stage.per_sample_loss(params, batch, draws)
+
+
+def x_hat_error(
+    stage: Stage, params: Params, batch: Batch, draws: Mapping[str, Array], logsnr: Array
+) -> Float[Array, "b"]:
+    """The squared error of x-hat, whatever the network outputs (see `Stage.x_error`)."""
+    return stage.x_error(params, batch, draws, logsnr)
+
+
+class Probe:
+    """What a stage computes for given parameters and rows; rows are spread over all devices.
+
+    Its functions are compiled once for all checkpoints of a config.
+    """
+
+    def __init__(self, stage: Stage, settings: Settings):
+        self.stage, self.settings = stage, settings
+        axes = {axis: 1 for axis in AXES} | {"data": -1}
+        self._mesh = make_mesh(axes, jax.local_devices())
+        self._fields = tuple(stage.batch_shapes(0))
+        self._errors: dict[Hashable, Callable] = {}
+        self._draw = jax.jit(self._draw_samples)
+
+    def place(self, params: Params) -> Params:
+        """Host parameters in fp32 on every device."""
+        everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        params = jax.tree.map(lambda a: np.asarray(a, np.float32), params)
+        return jax.device_put(params, everywhere)
+
+    def errors(
+        self, error: ErrorFn, params: Params, rows: Rows, bins: Bins, clean: bool, label: str
+    ) -> Float[np.ndarray, "n k"]:
+        """`error` of each row in each bin. `clean`: the low-res image is not noised."""
+        make = lambda: jax.jit(functools.partial(self._at_noise, error, bins))
+        compute = once(self._errors, (error, bins), make)
+        n, k, size = len(rows), len(bins), self._batch_size(rows)
+        out, split = np.zeros((n, k)), SPLITS.index(rows.split)
+        with Progress(label, -(-n // size) * k) as progress:
+            for part_number, (start, stop, part) in enumerate(self._parts(rows, size)):
+                for i in range(k):
+                    found = np.asarray(compute(params, part, split, i, clean))
+                    out[start:stop, i] = found[: stop - start]
+                    progress.update(part_number * k + i + 1)
+        return out
+
+    def samples(self, params: Params, rows: Rows, label: str) -> UInt8[np.ndarray, "n s s 3"]:
+        """An image for each row, from the row's own noise, whatever its caption."""
+        size, out = self._batch_size(rows), []
+        with Progress(label, len(rows)) as progress:
+            for start, stop, part in self._parts(rows, size):
+                drawn = np.asarray(self._draw(params, part, SPLITS.index(rows.split)))
+                out.append(drawn[: stop - start])
+                progress.update(stop)
+        return np.concatenate(out)
+
+    def _batch_size(self, rows: Rows) -> int:
+        """`batch_size`, or fewer whole images where the stage trains on crops: as many pixels."""
+        pixels = self.settings.batch_size * self.stage.train_size**2
+        size = min(max(1, pixels // rows.batch["image"].shape[1] ** 2), len(rows))
+        return size + -size % self._mesh.size
+
+    def _parts(self, rows: Rows, size: int) -> Iterator[tuple[int, int, Mapping[str, Array]]]:
+        """(start, stop, rows start to stop on the devices).
+
+        The last part is filled up to `size` by repeating the last row.
+        """
+        n = len(rows)
+        fields = {name: rows.batch[name] for name in self._fields}
+        fields["index"] = rows.batch["index"].astype(np.int32)
+        for start in range(0, n, size):
+            take = np.minimum(np.arange(start, start + size), n - 1)
+            part = {name: a[take] for name, a in fields.items()}
+            yield start, min(start + size, n), place_batch(part, self._mesh)
+
+    def _row_keys(self, purpose: int, split: Array, index: Int[Array, "b"]) -> Key[Array, "b"]:
+        """One key a row, a function of the seed, the split and the row's number in it."""
+        # Numbers of other generators than threefry depend on the place in a batch.
+        key = jax.random.key(self.settings.seed, impl="threefry2x32")
+        key = jax.random.fold_in(jax.random.fold_in(key, purpose), split)
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+    def _at_noise(
+        self,
+        error: ErrorFn,
+        bins: Bins,
+        params: Params,
+        part: Batch,
+        split: Array,
+        i: Array,
+        clean: Array,
+    ) -> Float[Array, "b"]:
+        """`error` with noise levels in bin i and text always kept.
+
+        Everything else is drawn as in training, but for each row from its own key.
+        """
+        keys = self._row_keys(0, split, part["index"])
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        size = part["image"].shape[1]
+        draw = lambda key: jax.tree.map(lambda a: a[0], self.stage.draw(key, 1, size))
+        draws, logsnr = bins.noise_level(jax.vmap(draw)(keys), i)
+        draws["drop"] = jnp.zeros(keys.shape, bool)
+        if "lowres_level" in draws:
+            draws["lowres_level"] = jnp.where(clean, 0.0, draws["lowres_level"])
+        return error(self.stage, params, part, draws, logsnr)
+
+    def _draw_samples(self, params: Params, part: Batch, split: Array) -> UInt8[Array, "b s s 3"]:
+        keys = self._row_keys(1, split, part["index"])
+        return to_uint8(self.stage.sample(params, keys, part, self.settings.sampling))
+
+
+class Evaluation:
+    """One set of parameters on the rows of `data`.
+
+    texts: the captions that samples are drawn from. bins: of the training noise, as many as the settings say.
+    """
+
+    def __init__(self, probe: Probe, data: Data, params: Params):
+        self.probe, self.data, self.stage = probe, data, probe.stage
+        self.texts = TEXTS if probe.stage.text_dim else TEXTS[:1]
+        self.bins = TrainingBins(probe.stage.density, probe.settings.bins)
+        self._params = probe.place(params)
+        self._known: dict[Hashable, Any] = {}
+
+    def errors(
+        self,
+        error: ErrorFn,
+        split: str,
+        *,
+        bins: Bins | None = None,
+        whole: bool = False,
+        text: str = "right",
+        lowres: str = "right",
+        level: str = "drawn",
+    ) -> Float[np.ndarray, "n k"]:
+        """`error` of each row of a split in each bin.
+
+        bins: by default `self.bins`. whole: whole images, instead of crops as the stage trains on.
+        text, lowres: right, shuffled or null. level: noise of the low-res image, drawn as in
+        training, or clean.
+        """
+        bins = self.bins if bins is None else bins
+
+        def compute():
+            rows = self.data.uncropped(split) if whole else self.data.crops(split)
+            shown = dataclasses.replace(rows, batch=conditioned(rows, text, lowres))
+            label = f"{error.__name__.replace('_', ' ')}, {split}"
+            label += f", {text} text" * (text != "right")
+            label += f", {lowres} low-res" * (lowres != "right")
+            label += ", clean low-res" * (level == "clean")
+            return self.probe.errors(error, self._params, shown, bins, level == "clean", label)
+
+        return once(self._known, (error, bins, split, whole, text, lowres, level), compute)
+
+    def sampled(self, split: str, text: str) -> Rows:
+        """The rows that `samples` are drawn for, with the condition they are drawn under."""
+        rows = self.data.wholes(split)
+        batch = conditioned(rows, text, "right")
+        if self.probe.settings.lowres_from:
+            batch = {**batch, "lowres": self.data.generated[f"{split}_{text}"]}
+        return dataclasses.replace(rows, batch=batch)
+
+    def samples(self, split: str, text: str = "right") -> UInt8[np.ndarray, "n s s 3"]:
+        """Samples from right, shuffled or null text, and the true (or given) low-res images."""
+        label = f"samples, {split}, {text} text"
+        draw = lambda: self.probe.samples(self._params, self.sampled(split, text), label)
+        return once(self._known, ("samples", split, text), draw)
+
+    def distances(self) -> Mapping[tuple[str, str], Float[np.ndarray, "n m"]]:
+        """{(split, text): distances of its samples to all images}, in one pass over the images."""
+
+        def compute():
+            wanted = [(split, text) for split in self.data.counts for text in self.texts]
+            drawn = {place: self.samples(*place) for place in wanted}
+            stacked = np.concatenate(list(drawn.values()))
+            columns = [nearest.distances(stacked, chunk) for chunk in self.data.gallery()]
+            ends = np.cumsum([len(samples) for samples in drawn.values()])[:-1]
+            return dict(zip(drawn, np.split(np.concatenate(columns, axis=1), ends)))
+
+        return once(self._known, "distances", compute)

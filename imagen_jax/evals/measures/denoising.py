@@ -1,0 +1,51 @@
+"""The squared error of x-hat, beside that of bicubic up-sampling of the clean low-res image."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from imagen_jax.evals import report, statistics, superres
+from imagen_jax.evals.evaluation import Evaluation, x_hat_error
+from imagen_jax.evals.measures.measure import Column, Line, Result, base_stage
+from imagen_jax.evals.rows import LEVELS, Settings
+from imagen_jax.stage import Stage
+
+ORDER = 30
+COLUMNS = (Column("error of x-hat from a clean low-res image", "clean.x_hat.overall.mean", True),)
+
+
+def excluded(stage: Stage, settings: Settings) -> str:
+    return base_stage(stage)
+
+
+def measure(e: Evaluation) -> dict[str, Any]:
+    """{"split", "bicubic", level: {"x_hat", "gain" by bin of t}}, of whole held-out images.
+
+    "gain" is the error of bicubic minus that of x-hat: positive where x-hat is nearer.
+    """
+    split, out = e.data.heldout, {}
+    batch = e.data.uncropped(split).batch
+    upsampled = superres.bicubic(batch["lowres"], batch["image"].shape[1])
+    bicubic = superres.mean_square(upsampled, batch["image"])
+    for level in LEVELS:
+        x_hat = _errors(e, level)
+        gain = e.bins.by_bin(bicubic[:, None] - x_hat, statistics.difference)
+        out[level] = {"x_hat": e.bins.by_bin(x_hat), "gain": gain}
+    return {"split": split, "bicubic": statistics.summary(bicubic)} | out
+
+
+def row_values(e: Evaluation) -> dict[str, np.ndarray]:
+    return {f"{level}.x_hat.overall.mean": _errors(e, level).mean(axis=1) for level in LEVELS}
+
+
+def _errors(e: Evaluation, level: str) -> np.ndarray:
+    return e.errors(x_hat_error, e.data.heldout, whole=True, level=level)
+
+
+def lines(found: Result) -> Iterator[Line]:
+    yield "squared error, bicubic", report.mean(found["bicubic"])
+    for level in LEVELS:
+        error, gain = (found[level][name]["overall"] for name in ("x_hat", "gain"))
+        text = f"{report.mean(error)}; better by {report.difference(gain)}"
+        yield f"squared error, x-hat, low-res {level}", text

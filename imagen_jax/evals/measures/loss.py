@@ -1,0 +1,39 @@
+"""The training loss by noise level, with text kept, of held-out and of training rows."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from imagen_jax.evals import report
+from imagen_jax.evals.evaluation import Evaluation, training_loss
+from imagen_jax.evals.measures.measure import Column, Curves, Line, Result
+from imagen_jax.evals.rows import Settings
+from imagen_jax.stage import Stage
+
+ORDER = 10
+# Noise, prediction and augmentation of `diffusion` make losses of different things.
+COLUMNS = (Column("loss", "SPLIT.overall.mean", less_is_better=True, needs_same=("diffusion.",)),)
+
+
+def excluded(stage: Stage, settings: Settings) -> str:
+    return ""
+
+
+def measure(e: Evaluation) -> dict[str, Any]:
+    """{split: the loss by bin of t}."""
+    return {split: e.bins.by_bin(e.errors(training_loss, split)) for split in e.data.counts}
+
+
+def row_values(e: Evaluation) -> dict[str, np.ndarray]:
+    errors = {split: e.errors(training_loss, split) for split in e.data.counts}
+    return {f"{split}.overall.mean": found.mean(axis=1) for split, found in errors.items()}
+
+
+def lines(found: Result) -> Iterator[Line]:
+    for split, curve in found.items():
+        yield f"loss, {split}", report.mean(curve["overall"])
+
+
+def curves(found: Result) -> Iterator[Curves]:
+    yield "loss", found

@@ -1,0 +1,239 @@
+"""The rows an evaluation uses: their images, captions and low-res images, right or controlled.
+
+Rows depend on the data and the seed alone, so all checkpoints and arms are measured on the same.
+"""
+
+import dataclasses
+import functools
+import zipfile
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from imagen_jax.data import pipeline
+from imagen_jax.data.records import SPLITS, Prepared
+from imagen_jax.diffusion import conditioning
+from imagen_jax.evals import statistics
+from imagen_jax.run_log import Progress
+from imagen_jax.storage import sha256_file
+
+CONTROLS = ("shuffled", "null")  # another row's caption or low-res image; none at all
+TEXTS = ("right", *CONTROLS)
+LEVELS = ("drawn", "clean")  # noise of the low-res image: as in training, or none
+GREY = 128  # the null low-res image: grey, mid of 0..255
+KEPT_GALLERY_BYTES = 2**30  # a gallery of at most this size stays in memory between checkpoints
+_CHUNK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What an evaluation is asked for. Raises ValueError for a number less than 1.
+
+    rows: images of each split that errors are taken of.
+    samples: images of each split that samples are drawn for.
+    gallery: the most images that samples are compared with.
+    bins: intervals of t that losses are taken in.
+    batch_size: images computed at once, of the size the stage trains on.
+    seed: of rows, noise and shuffling.
+    sampling: settings as `Stage.sample` takes them.
+    lowres_from: a samples.npz of the stage before, used instead of true low-res images.
+    """
+
+    rows: int
+    samples: int
+    gallery: int
+    bins: int
+    batch_size: int
+    seed: int
+    sampling: Mapping[str, Any]
+    lowres_from: str = ""
+
+    def __post_init__(self):
+        for name in ("rows", "samples", "gallery", "bins", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} is less than 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of a split as one batch of host arrays."""
+
+    split: str
+    batch: Mapping[str, np.ndarray]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.batch["index"])
+
+    @property
+    def other(self) -> Int[np.ndarray, " n"]:
+        """For each row, the row that gives it a shuffled caption and low-res image.
+
+        Raises ValueError if one caption has more than half of the rows.
+        """
+        return statistics.derangement(self.batch["caption_id"], self.seed)
+
+
+class Data:
+    """The rows an evaluation uses, read once for all checkpoints."""
+
+    def __init__(self, data_cfg: Mapping[str, Any], settings: Settings):
+        self.prepared = Prepared(data_cfg["path"])
+        counts = self.prepared.manifest["counts"]["images"]
+        self.counts = {split: counts[split] for split in SPLITS if counts.get(split, 0)}
+        self.heldout = self.prepared.evaluation_split
+        self._crops, self._wholes = dict(data_cfg), dict(data_cfg) | {"crop_size": 0}
+        self._settings = settings
+        self._kept: dict[Hashable, Any] = {}
+
+    def crops(self, split: str) -> Rows:
+        """Rows as the stage trains on them (crops, if it trains on crops)."""
+        make = lambda: self._read(self._crops, split, self._choose(split, self._settings.rows))
+        return once(self._kept, ("crops", split), make)
+
+    def uncropped(self, split: str) -> Rows:
+        """The same rows, whole: for comparisons with other ways to make whole images."""
+        if not self._crops["crop_size"]:
+            return self.crops(split)
+        make = lambda: self._read(self._wholes, split, self._choose(split, self._settings.rows))
+        return once(self._kept, ("uncropped", split), make)
+
+    def wholes(self, split: str) -> Rows:
+        """Rows of whole images: for samples. Those of `lowres_from`, if given."""
+        if self._settings.lowres_from:
+            index = self.generated[f"{split}_index"]
+        else:
+            index = self._choose(split, self._settings.samples)
+        return once(self._kept, ("wholes", split), lambda: self._read(self._wholes, split, index))
+
+    @functools.cached_property
+    def generated(self) -> Mapping[str, np.ndarray]:
+        """The content of `lowres_from`.
+
+        Raises ValueError if it is not a samples.npz, or was drawn from other data, with another
+        seed, or at another size.
+        """
+        path, size = Path(self._settings.lowres_from), self._wholes["lowres_size"]
+        try:
+            with np.load(path) as file:
+                content = {name: file[name] for name in file.files}
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is not a samples.npz of evaluate: {error}") from error
+        parts = {f"{split}_{part}" for split in self.counts for part in ("index", *TEXTS)}
+        missing = sorted({"manifest_hash", "seed", *parts} - content.keys())
+        if missing:
+            raise ValueError(
+                f"{path} is not a samples.npz of a stage with text: it lacks {', '.join(missing)}"
+            )
+        seed, drawn_from = int(content["seed"]), str(content["manifest_hash"])
+        if drawn_from != self.prepared.hash or seed != self._settings.seed:
+            raise ValueError(
+                f"{path} does not hold samples drawn by evaluate with this data"
+                f" and --seed {self._settings.seed}"
+            )
+        found = content[f"{self.heldout}_right"].shape[1]
+        if found != size:
+            raise ValueError(
+                f"{path} holds images of {found} pixels; this stage's low-res images have {size}"
+            )
+        return content
+
+    @property
+    def origin(self) -> dict[str, str] | None:
+        """The provenance of `lowres_from`: its hash, the weights and the sampling settings."""
+        if not self._settings.lowres_from:
+            return None
+        names = ("checkpoint_sha256", "sampling")
+        said = {name: str(self.generated[name]) for name in names if name in self.generated}
+        return {"sha256": sha256_file(Path(self._settings.lowres_from))} | said
+
+    @functools.cached_property
+    def gallery_rows(self) -> dict[str, Int[np.ndarray, " k"]]:
+        """The rows of each split that samples are compared with.
+
+        All rows, or the sampled ones and others chosen by the seed.
+        """
+        total = sum(self.counts.values())
+        if total <= self._settings.gallery:
+            return {split: np.arange(count) for split, count in self.counts.items()}
+        rows = {}
+        for split, count in self.counts.items():
+            others = self._choose(split, self._settings.gallery * count // total)
+            rows[split] = np.union1d(self.wholes(split).batch["index"], others)
+        return rows
+
+    def gallery(self) -> Iterator[UInt8[np.ndarray, "k s s 3"]]:
+        """The images of `gallery_rows` at the stage's size, in chunks.
+
+        Their order is that of `gallery_row`.
+        """
+        size, done = self._wholes["image_size"], 0
+        total = sum(map(len, self.gallery_rows.values()))
+        keep = total * size * size * 3 <= KEPT_GALLERY_BYTES
+        with Progress("images to compare with", total) as progress:
+            for split, all_rows in self.gallery_rows.items():
+                for start in range(0, len(all_rows), _CHUNK):
+                    rows = all_rows[start : start + _CHUNK]
+                    chunk = lambda: pipeline.eval_images(self._wholes, rows.tolist(), split)
+                    key = ("gallery", split, start)
+                    yield once(self._kept, key, chunk) if keep else chunk()
+                    done += len(rows)
+                    progress.update(done)
+
+    def gallery_row(self, split: str, index: Any) -> Any:
+        """The place in the gallery of row(s) `index` of a split."""
+        first = next(iter(self.counts))
+        before = 0 if split == first else len(self.gallery_rows[first])
+        return np.searchsorted(self.gallery_rows[split], index) + before
+
+    def gallery_images(self, places: Int[np.ndarray, " n"]) -> list[UInt8[np.ndarray, "s s 3"]]:
+        """The images at some places of the gallery."""
+        rows = [(split, row) for split, rows in self.gallery_rows.items() for row in rows.tolist()]
+        wanted = [rows[place] for place in places]
+        return [pipeline.eval_images(self._wholes, [row], split)[0] for split, row in wanted]
+
+    def caption(self, caption_id: int) -> str:
+        """A caption's text."""
+        return self.prepared.captions()[caption_id].text
+
+    def _choose(self, split: str, count: int) -> np.ndarray:
+        """Random rows that depend on the seed alone.
+
+        A smaller count takes a part of the rows of a larger one.
+        """
+        rng = np.random.default_rng([self._settings.seed, SPLITS.index(split)])
+        return np.sort(rng.permutation(self.counts[split])[:count])
+
+    def _read(self, data_cfg: Mapping[str, Any], split: str, index: np.ndarray) -> Rows:
+        batch = pipeline.eval_rows(data_cfg, index.tolist(), split)
+        return Rows(split, batch, self._settings.seed)
+
+
+def conditioned(rows: Rows, text: str, lowres: str) -> Mapping[str, np.ndarray]:
+    """The batch of `rows` with its text and low-res image right, shuffled or null.
+
+    Shuffled: those of row `other`.
+    """
+    batch, changed = rows.batch, {}
+    if text == "shuffled":
+        changed |= {name: batch[name][rows.other] for name in ("text", "text_mask")}
+    if text == "null":
+        given = {name: jnp.asarray(batch[name]) for name in ("text", "text_mask")}
+        null = conditioning.null_text(given)
+        changed |= {name: np.asarray(value) for name, value in null.items()}
+    if lowres == "shuffled":
+        changed["lowres"] = batch["lowres"][rows.other]
+    if lowres == "null":
+        changed["lowres"] = np.full_like(batch["lowres"], GREY)
+    return {**batch, **changed}
+
+
+def once(kept: dict[Hashable, Any], key: Hashable, make: Callable[[], Any]) -> Any:
+    """kept[key], made if it is not there."""
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]

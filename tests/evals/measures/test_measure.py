@@ -1,0 +1,103 @@
+"""How measures are found and chosen, and that nothing outside a measure knows its name."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from imagen_jax.evals import measures
+from imagen_jax.evals.measures import measure
+from tests.evals import toys
+
+ROOT = pathlib.Path(measures.__file__).parents[3]
+PACKAGE = ROOT / "imagen_jax"
+OTHERS = [PACKAGE / "evaluate.py", ROOT / "launch/sweep.py", *(PACKAGE / "evals").glob("*.py")]
+OTHERS += [PACKAGE / "evals/measures" / name for name in ("__init__.py", "measure.py")]
+
+
+def test_every_file_of_the_folder_is_a_measure():
+    """Catches a list of names that a new file has to be added to, and a measure that lacks a
+    member."""
+    files = {path.stem for path in (PACKAGE / "evals/measures").glob("*.py")}
+    assert set(measures.NAMES) == files - {"__init__", "measure"} != set()
+    known = measure.modules()
+    assert all(isinstance(found, measure.Measure) for found in known.values())
+    orders = [found.ORDER for found in known.values()]
+    assert orders == sorted(set(orders))
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_other_file_names_a_measure(path):
+    """Catches a special case for one measure outside its own file."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    strings = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    modules = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    names = {
+        alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    of_a_measure = {f"{measures.__name__}.{name}" for name in measures.NAMES}
+    assert not strings & set(measures.NAMES) and not modules & of_a_measure
+    assert measures.__name__ not in modules or names.isdisjoint(measures.NAMES)
+
+
+def test_names_are_listed_without_importing_measures():
+    """Catches a command line whose --help takes as long as loading JAX."""
+    source = "import sys; from imagen_jax.evals.measures import NAMES; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_measures_that_do_not_apply_are_refused_by_name():
+    """Catches an unknown name passed over in silence, and super-resolution measures tried on a base
+    stage."""
+    toy, base, settings = toys.Toy(), toys.Base(), toys.settings()
+    told = type("Told", (toys.Base,), {"text_dim": 1})()
+    of_super_resolution = {"denoising", "detail", "consistency"}
+    assert list(measure.choose([], toy, settings)) == list(measure.modules())
+    assert set(measure.choose([], told, settings)) == set(measures.NAMES) - of_super_resolution
+    assert "sensitivity" not in measure.choose([], base, settings)
+    assert list(measure.choose(["retrieval", "loss"], base, settings)) == ["loss", "retrieval"]
+    for name, message in (("denoising", "base is a base stage"), ("los", "is unknown")):
+        with pytest.raises(ValueError, match=message):
+            measure.choose([name], base, settings)
+
+
+def test_samples_of_another_stage_need_a_stage_that_takes_them():
+    """Catches --lowres_from passed over in silence, and detail measured against images that are not
+    the rows' own."""
+    settings = toys.settings(lowres_from="samples.npz")
+    assert "detail" not in measure.choose([], toys.Toy(), settings)
+    with pytest.raises(ValueError, match="detail does not apply: it compares with true low-res"):
+        measure.choose(["detail"], toys.Toy(), settings)
+    with pytest.raises(ValueError, match="base is a base stage"):
+        measure.choose([], toys.Base(), settings)
+
+
+@pytest.mark.parametrize("stage", [toys.Toy(), toys.Base()], ids=["toy", "base"])
+def test_values_of_rows_have_the_mean_that_the_result_has(stage):
+    """Catches values of a row at a place where the result has another mean, or none; and columns of
+    a sweep that point nowhere."""
+    e = toys.evaluation(stage, kind=Plain)
+    chosen = measure.choose([], e.stage, e.probe.settings)
+    result = {name: found.measure(e) for name, found in chosen.items()}
+    for place, values in measure.row_values(chosen, e).items():
+        assert at(result, place) == pytest.approx(values.mean(), rel=1e-6), place
+    columns = [c for c in measure.columns() if c.place.partition(".")[0] in chosen]
+    assert columns and all(
+        at(result, c.place.replace("SPLIT", "heldout")) is not None for c in columns
+    )
+
+
+class Plain(toys.Drawn):
+    """Errors that differ from row to row and bin to bin, without a network."""
+
+    def errors(self, error, split, *, bins=None, **condition):
+        return super().errors(error, split)[:, :1] * [[1.0] * len(bins or self.bins)]
+
+
+def at(result, place):
+    for key in place.split("."):
+        result = result[key]
+    return result
