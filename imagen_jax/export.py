@@ -25,11 +25,11 @@ def main() -> int:
         raise ValueError(f"--output {args.output} must end in .safetensors, which is what it will be")
     import jax
 
-    from imagen_jax.weights import checkpoint
+    from imagen_jax.weights import checkpoint, exports
 
     cli.log_to_stderr()
     params, meta = checkpoint.load_params(args.checkpoint, args.which)
-    checkpoint.export_params(params, meta, args.output)
+    exports.export_params(params, meta, args.output)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{args.output}: {meta['config']['name']} at step {meta['step']}, {args.which}, {count:,} parameters")
     return 0

@@ -41,7 +41,7 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "config file of a stage, with fields as --config.mesh.fsdp=32", lock_config=True)
     flags.FLAGS["config"].parser.parse = named(flags.FLAGS["config"].parser.parse)
     flags.DEFINE_string("topology", None, "hardware: v5e:16x16, v5litepod-256, v4-512 (cores), 2xv5p:4x4x8 (two slices), h100-64, a100:32x8 (nodes x GPUs)")
-    flags.DEFINE_string("text_encoder", "", "instead of --config: xxl, xl, large, or a directory with a T5 v1.1 config.json; plans encoding captions")
+    flags.DEFINE_string("text_encoder", "", "instead of --config: xxl, xl, large, or a directory with a text encoder's config.json; plans encoding captions")
     flags.DEFINE_list("tokens", ["16", "32", "64", "128"], "with --text_encoder: lengths of captions")
     flags.DEFINE_integer("encode_batch", 64, "with --text_encoder: captions of up to 32 tokens at once on a chip, as prepare_data has it", lower_bound=1)
     flags.DEFINE_integer("captions", 0, "with --text_encoder: how many there are, to state hours", lower_bound=0)
@@ -133,8 +133,8 @@ def encoder(place: Any, args: Any) -> int:
     only_here()
     from imagen_jax.planning import encoder_plan
 
-    config = encoder_plan.find_config(args.text_encoder)
-    found = {"name": args.text_encoder} | encoder_plan.plan_encoder(config, place, [int(text) for text in args.tokens], args.encode_batch, args.captions)
+    network = encoder_plan.find_network(args.text_encoder)
+    found = {"name": args.text_encoder} | encoder_plan.plan_encoder(network, place, [int(text) for text in args.tokens], args.encode_batch, args.captions)
     print(json.dumps(found, indent=1) if args.json else "\n".join(encoder_plan.text(found)), flush=True)
     if args.output:
         keep(found, args.output)

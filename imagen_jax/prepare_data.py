@@ -18,7 +18,6 @@ in memory, about 1 kB an image: see --dry_run.
 """
 
 import argparse
-import functools
 import os
 import sys
 import traceback
@@ -110,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="python -m imagen_jax.prepare_data", description=__doc__.splitlines()[0])
     add_options(parser)
     parser.add_argument("--output", required=True, type=Path, help="directory to create")
-    parser.add_argument("--encoder", required=True, help="t5_tiny, a directory with a T5 encoder, or a hub name")
+    parser.add_argument("--encoder", required=True, help="t5_tiny, a directory with a text encoder (config.json, weights, tokenizer), or a hub name")
     parser.add_argument("--max_length", type=int, default=128, help="tokens kept of a caption (default 128; the paper gives none)")
     parser.add_argument("--min_size", type=int, default=0, help="leave out images less than this many pixels across")
     parser.add_argument("--shard_size", type=int, default=4096, help="rows a shard")
@@ -130,22 +129,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _preview_captions(args: argparse.Namespace) -> None:
-    from imagen_jax.text.encoder import load_tokenizer, tokenize
-    from imagen_jax.text.loading import find_encoder
-    from imagen_jax.text.t5 import T5Config
+    from imagen_jax.weights.text_encoders import load_tokenize
 
-    directory = find_encoder(args.encoder)
-    tokenizer, dim = load_tokenizer(directory)[0], T5Config.from_json(directory / "config.json").d_model
-    cut = functools.partial(tokenize, tokenizer, max_length=args.max_length)
-    preview_captions(open_source(args), cut, dim, args.preview_captions, args.shard_size, args.captions_per_second, args.chips, args.price_per_gib_month)
+    tokenize, dim = load_tokenize(args.encoder, args.max_length)
+    preview_captions(open_source(args), tokenize, dim, args.preview_captions, args.shard_size, args.captions_per_second, args.chips, args.price_per_gib_month)
 
 
 def _load_encoder(name: str, max_length: int):
     """The text encoder on all devices of this process."""
-    from imagen_jax.text.encoder import TextEncoder
     from imagen_jax.text.program import local_mesh
+    from imagen_jax.weights.text_encoders import load_text_encoder
 
-    return TextEncoder.load(name, max_length, place=local_mesh)
+    return load_text_encoder(name, max_length, place=local_mesh)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def sample(
     """Draws all prompts and writes pictures as they are done. `expected` is a picture's record that must be met."""
     from imagen_jax import cascade, pictures, run_log
     from imagen_jax.storage import sha256_file
-    from imagen_jax.text.encoder import TextEncoder
+    from imagen_jax.weights.text_encoders import load_text_encoder
 
     check_stages(stages, image)
     loaded = cascade.load_cascade(config, stages)
@@ -95,7 +95,8 @@ def sample(
     image_sha256 = sha256_file(Path(image)) if image else ""
     if expected:
         check_same(expected, identities, image_sha256)
-    encoder = TextEncoder.load(config["encoder"], max(s.stage.text_length for s in loaded), config["encoder_dtype"])
+    length = max(s.stage.text_length for s in loaded)
+    encoder = load_text_encoder(config["encoder"], length, config["encoder_dtype"])
     for stage in loaded:
         if stage.stage.text_dim:
             cascade.check_encoder(stage.encoder, encoder.identity, f"{stage.stage.name} and {config['encoder']}")

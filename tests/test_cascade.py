@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import cascade
-from imagen_jax.weights import checkpoint
+from imagen_jax.weights import checkpoint, exports
 from imagen_jax.training import resume, state
 from tests import tiny
 
@@ -25,7 +25,7 @@ def config(tmp_path_factory):
         stage, _, _ = tiny.stage_and_step(stage_config)
         params = tiny.perturbed(jax.jit(stage.init)(jax.random.key(0)), 0.05)
         meta = {"config": stage_config, "encoder": ENCODER, "manifest_hash": "m", "step": 1}
-        checkpoint.export_params(jax.device_get(params), meta, root / f"{name}.safetensors")
+        exports.export_params(jax.device_get(params), meta, root / f"{name}.safetensors")
         sampling = dict(method="ancestral", steps=3, gamma=0.2, w=2.0, threshold="dynamic", percentile=99.5, aug_level=0.2)
         made[name] = {"checkpoint": str(root / f"{name}.safetensors"), "sampling": sampling}
     return made
@@ -89,7 +89,7 @@ def test_what_does_not_chain_is_refused(config, tmp_path):
         cascade.load_cascade(config | {"sr_1": config["sr_2"], "sr_2": config["sr_2"] | {"checkpoint": ""}})
     params, meta = checkpoint.load_params(config["sr_1"]["checkpoint"])
     meta["encoder"] = ENCODER | {"weights_sha256": "other"}
-    checkpoint.export_params(params, meta, tmp_path / "other.safetensors")
+    exports.export_params(params, meta, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="text encoder"):
         cascade.load_cascade(config | {"sr_1": config["sr_1"] | {"checkpoint": str(tmp_path / "other.safetensors")}})
     with pytest.raises(ValueError, match="stage base has no checkpoint"):

@@ -16,9 +16,10 @@ import pytest
 import safetensors
 
 from imagen_jax.data.sources.emoji import EmojiSource
-from imagen_jax.text.encoder import TextEncoder, load_tokenizer
-from imagen_jax.text.loading import find_encoder, save_encoder
+from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.t5 import T5Config, T5Encoder
+from imagen_jax.weights.t5 import load_tokenizer, save_encoder
+from imagen_jax.weights.text_encoders import find_encoder, load_text_encoder
 
 DIRECTORY = find_encoder("t5_tiny")
 COLOURS = "red orange yellow green blue purple brown black white".split()
@@ -50,7 +51,7 @@ PARAPHRASES = [
 
 @functools.cache
 def embedded() -> TextEncoder:
-    return TextEncoder.load("t5_tiny", max_length=64, dtype="float32")
+    return load_text_encoder("t5_tiny", max_length=64, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def untrained(tmp_path_factory) -> TextEncoder:
     params = T5Encoder(config, jnp.float32).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool))["params"]
     directory = tmp_path_factory.mktemp("encoders") / "untrained"
     save_encoder(directory, config, params, load_tokenizer(DIRECTORY)[0], "float32")
-    return TextEncoder.load(str(directory), max_length=64, dtype="float32")
+    return load_text_encoder(str(directory), max_length=64, dtype="float32")
 
 
 @functools.cache

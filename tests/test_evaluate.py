@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax import evaluate, storage
-from imagen_jax.weights import checkpoint
+from imagen_jax.weights import checkpoint, exports
 from imagen_jax.data import records
 from imagen_jax.data.transforms import shrink
 from imagen_jax.evals import superres
@@ -50,7 +50,7 @@ def export(path: Path, config: dict, **meta) -> Path:
     shapes = jax.eval_shape(create_stage(config).init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: 0.1 * rng.standard_normal(leaf.shape, leaf.dtype), shapes)
     meta = {"config": config, "encoder": ENCODER, "manifest_hash": "other", "step": 7} | meta
-    checkpoint.export_params(params, meta, path)
+    exports.export_params(params, meta, path)
     return path
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import demo, report, sample, train
-from imagen_jax.weights import checkpoint
+from imagen_jax.weights import checkpoint, exports
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.run_log import read_metrics
 from imagen_jax.pictures import write_png
@@ -70,7 +70,7 @@ def test_grids_follow_training(straight):
 def test_a_warm_start_has_the_weights_and_says_so(data, straight, tmp_path):
     """Catches weights that are read and dropped, and a run that looks as if trained from scratch."""
     params, meta = checkpoint.load_params(straight)
-    checkpoint.export_params(params, meta, tmp_path / "base.safetensors")
+    exports.export_params(params, meta, tmp_path / "base.safetensors")
     assert config(data, 1)["optim"]["warmup"] == 1  # so the first step has a rate of zero
     assert train.train(config(data, 1), tmp_path / "warm", **PLAIN | {"init_from": str(tmp_path / "base.safetensors")}) == 0
     exported, _ = checkpoint.load_params(tmp_path / "base.safetensors")

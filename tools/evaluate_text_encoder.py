@@ -77,10 +77,10 @@ class StudentFeatures:
     """Mean and per-word features of a T5 encoder folder."""
 
     def __init__(self, folder: str):
-        from imagen_jax.text.encoder import TextEncoder, load_tokenizer
-        from imagen_jax.text.loading import find_encoder
+        from imagen_jax.weights.t5 import load_tokenizer
+        from imagen_jax.weights.text_encoders import find_encoder, load_text_encoder
 
-        self.encoder = TextEncoder.load(folder, max_length=64, dtype="float32")
+        self.encoder = load_text_encoder(folder, max_length=64, dtype="float32")
         self.tokenizer, _ = load_tokenizer(find_encoder(folder))
 
     def means(self, texts: list[str]) -> np.ndarray:
@@ -160,9 +160,9 @@ def random_weights(folder: str, out: pathlib.Path) -> str:
     import jax
     import jax.numpy as jnp
 
-    from imagen_jax.text.encoder import load_tokenizer
-    from imagen_jax.text.loading import find_encoder, save_encoder
     from imagen_jax.text.t5 import T5Config, T5Encoder
+    from imagen_jax.weights.t5 import load_tokenizer, save_encoder
+    from imagen_jax.weights.text_encoders import find_encoder
 
     source = find_encoder(folder)
     config = T5Config.from_json(source / "config.json")

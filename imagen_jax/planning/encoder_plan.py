@@ -1,4 +1,4 @@
-"""What encoding captions with a T5 encoder takes on hardware that is not here: memory, captions a second, hours for a store of them.
+"""What encoding captions with a text encoder takes on hardware that is not here: memory, captions a second, hours for a store of them.
 
 The pass that is compiled is the encoder's own (`text.program`). Every chip encodes captions of its own, so a chip's rate does not
 depend on how many there are; where weights must be divided, groups of chips work so.
@@ -9,13 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax.numpy as jnp
+
 from imagen_jax.planning import whole_step
 from imagen_jax.planning import cost, hlo, links
 from imagen_jax.hardware.chips import GIB
 from imagen_jax.hardware.topology import Topology, smallest_shape
 from imagen_jax.planning.step_time import SECONDS_PER_HOUR
 from imagen_jax.text import program
-from imagen_jax.text.t5 import T5Config
+from imagen_jax.text.t5 import T5Config, T5Encoder
+from imagen_jax.weights.text_encoders import read_network
 
 # Of google/t5-v1_1-NAME, by their config.json.
 SIZES = {
@@ -26,17 +30,23 @@ SIZES = {
 DTYPE = "bfloat16"
 
 
-def find_config(name: str) -> T5Config:
-    """The sizes of an encoder by its name, or of a directory or config.json. Raises ValueError that says what names there are."""
+def find_network(name: str) -> nn.Module:
+    """The network of an encoder, by its name, its directory or its config.json.
+
+    Raises:
+        ValueError: there is no such encoder (the message lists the names), or its family is unknown.
+    """
     if name in SIZES:
-        return SIZES[name]
+        return T5Encoder(SIZES[name], jnp.dtype(DTYPE))
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise ValueError(f"--text_encoder {name!r} is none of {', '.join(SIZES)}, and no directory or file with an encoder's config.json")
-    return T5Config.from_json(path)
+    return read_network(path, DTYPE)
 
 
-def plan_encoder(config: T5Config, place: Topology, lengths: Sequence[int], batch_size: int, captions: int) -> dict[str, Any]:
+def plan_encoder(
+    network: nn.Module, place: Topology, lengths: Sequence[int], batch_size: int, captions: int
+) -> dict[str, Any]:
     """The report: {"weights", "parts", "passes": one for each length}. `batch_size` is prepare_data's: rows of up to 32 tokens on a chip.
 
     Times of TPUs are the compiler's estimates at the default level; of GPUs, which have none, what FLOPs and weights take at the chip's
@@ -45,10 +55,12 @@ def plan_encoder(config: T5Config, place: Topology, lengths: Sequence[int], batc
     shape = smallest_shape(place.chip) if place.chip.platform == "tpu" else (1, place.shape[-1])
     group = dataclasses.replace(place, shape=shape, slices=1)
     devices = group.devices()
-    weights = program.weight_bytes(config, DTYPE)
+    shapes = program.parameter_shapes(network, DTYPE)
+    weights = program.weight_bytes(shapes)
     mesh = program.make_mesh(devices, program.fewest_parts(weights, int(place.chip.memory_limit), len(devices)))
-    encode = program.EncodeProgram.create(config, DTYPE, mesh)
-    alone = program.EncodeProgram.create(config, DTYPE, program.one_device(config, DTYPE))  # FLOPs are counted of the program for one device
+    encode = program.EncodeProgram.create(network, shapes, mesh)
+    # FLOPs are counted in the program for one device.
+    alone = program.EncodeProgram.create(network, shapes, program.one_device(weights))
     passes = []
     for length in lengths:
         rows = max(1, batch_size * 32 // max(length, 32))

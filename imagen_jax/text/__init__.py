@@ -1,4 +1,5 @@
-"""Text to features: the interface of a frozen text encoder, the T5 v1.1 network, its tokenizer and its pass over a mesh.
+"""Text to features: the interface of a frozen text encoder, its pass over a mesh, networks.
 
-It must not know where weights are stored (`weights` loads them), nor what is done with features.
+`encoder.py` has the interface, and its implementation for any Flax network; `t5.py` is a network.
+It must not know where weights are stored (`weights` loads them), nor what features are used for.
 """

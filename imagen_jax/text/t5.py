@@ -2,7 +2,7 @@
 
 Differences from an ordinary transformer: RMS norm without mean or bias, no biases anywhere, attention without the
 1/sqrt(d_kv) factor, one table of relative position biases shared by all layers, a gated tanh-GELU MLP.
-Parameters are a plain nested dict; `loading.py` maps it one to one to the Hugging Face names.
+Parameters are a plain nested dict; `weights/t5.py` maps them one to one to the Hugging Face names.
 """
 
 import dataclasses
@@ -34,6 +34,11 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
+
+    @property
+    def dim(self) -> int:
+        """Features of a token."""
+        return self.d_model
 
     @classmethod
     def from_json(cls, source: str | pathlib.Path | Mapping) -> "T5Config":

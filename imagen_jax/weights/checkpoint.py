@@ -1,4 +1,4 @@
-"""Checkpoints of the training state, each a directory whose every byte is accounted for, and one-file exports of parameters.
+"""Checkpoints of the training state: directories in which a checksum covers every byte.
 
     workdir/checkpoints/1200/meta.json     {"format_version", "step", "meta": the caller's, "leaves": {path: [shape, dtype]}}
     workdir/checkpoints/1200/state/...     orbax; one array a leaf, named by its path, "ema/down_0/block_0/conv_1/kernel"
@@ -10,7 +10,6 @@ bytes later is what SHA256SUMS is for: orbax restores most flipped bits without 
 """
 
 import concurrent.futures
-import hashlib
 import json
 import logging
 import os
@@ -24,25 +23,25 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors
 from orbax.checkpoint import v1 as ocp
-from safetensors.numpy import save_file
 
 from imagen_jax.distributed import agreement
 from imagen_jax.storage import CHECKSUMS, find_damage, flush, seal, sha256_file
-from imagen_jax.sharding import path_name
+from imagen_jax.weights.exports import read_export
+from imagen_jax.weights.format import (
+    FORMAT_VERSION,
+    CheckpointError,
+    Tree,
+    check_version,
+    first_line,
+    flatten,
+    to_json,
+    unflatten,
+)
 
-FORMAT_VERSION = 1
 META = "meta.json"
-EXPORT_KEY = "imagen_jax"  # the one entry of an export's safetensors metadata
-NOT_EXPORTED = ("sha256", "unlogged")  # meta of a checkpoint that says nothing of its weights
-Tree = Any
 
 log = logging.getLogger(__name__)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint or export that is missing, incomplete, damaged, or could not be written."""
 
 
 class Checkpoints:
@@ -101,7 +100,7 @@ class Checkpoints:
             return
         (step, future), self._saving = self._saving, None
         error = future.exception()
-        reasons = [reason for reason in agreement.gather(_first_line(error) if error else "") if reason]
+        reasons = [reason for reason in agreement.gather(first_line(error) if error else "") if reason]
         if reasons:
             raise CheckpointError(f"checkpoint {step} was not saved in {self.directory}: {reasons[0]}") from error
         self._current = step
@@ -196,36 +195,6 @@ class Checkpoints:
                 log.warning("old checkpoint %s could not be deleted: %s", self.directory / str(step), error)
 
 
-def flatten(tree: Tree) -> dict[str, Any]:
-    """Path ("ema/down_0/block_0/conv_1/kernel") -> leaf, in tree order; what has no leaves (None, empty states) leaves no trace.
-
-    Raises ValueError if a leaf is no array or has size zero (orbax cannot store one), or if a path component contains "/".
-    """
-    flat = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = path_name(path)
-        if name in flat or name.count("/") != max(0, len(path) - 1):
-            raise ValueError(f"the path {name} is ambiguous: a key of the tree contains '/'")
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise ValueError(f"leaf {name} is a {type(leaf).__name__}; only arrays can be stored")
-        if 0 in leaf.shape:
-            raise ValueError(f"leaf {name} has shape {tuple(leaf.shape)}; an array of size zero cannot be stored")
-        flat[name] = leaf
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts from "a/b/c" paths."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
-
-
 def newest_intact(directory: Path, on_rejected: Callable[[int], None] = lambda step: None) -> int | None:
     """The newest undamaged step in a checkpoints directory, None if it has no steps; logs each damaged one it passes.
 
@@ -257,7 +226,7 @@ def load_params(path: str | os.PathLike, which: str = "ema") -> tuple[dict[str, 
     """
     path = Path(path).absolute()
     if path.is_file():
-        return _read_export(path)
+        return read_export(path)
     directory = _find_step(path)
     document = _read_document(directory)
     specs = {name: spec for name, spec in document["leaves"].items() if name.startswith(which + "/")}
@@ -272,63 +241,6 @@ def load_params(path: str | os.PathLike, which: str = "ema") -> tuple[dict[str, 
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory} was deleted while it was read") from error
     return unflatten(loaded)[which], _meta(document) | {"which": which, "sha256": sha256}
-
-
-def export_params(params: Tree, meta: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Writes a nested dict of float arrays as one bfloat16 safetensors file, atomically; meta and a checksum go into its header.
-
-    Raises ValueError if a leaf is not floating point, or meta is not JSON.
-    """
-    path = Path(path).absolute()
-    arrays = {}
-    for name, leaf in flatten(params).items():
-        if not jax.numpy.issubdtype(leaf.dtype, np.floating):
-            raise ValueError(f"leaf {name} is {leaf.dtype}; an export holds floating point parameters only")
-        arrays[name] = np.ascontiguousarray(leaf, dtype=ml_dtypes.bfloat16).reshape(leaf.shape)
-    kept = {name: value for name, value in meta.items() if name not in NOT_EXPORTED}
-    document = json.loads(_json(kept | {"format_version": FORMAT_VERSION}))
-    header = _json({"meta": document, "sha256": _export_digest(arrays, document)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f"{path.name}.writing-{os.getpid()}")
-    try:
-        save_file(arrays, writing, metadata={EXPORT_KEY: header})
-        os.umask(mask := os.umask(0))
-        writing.chmod(0o666 & ~mask)  # safetensors writes for the owner alone
-        flush(writing)
-        os.replace(writing, path)
-    finally:
-        writing.unlink(missing_ok=True)
-
-
-def _read_export(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    data = path.read_bytes()
-    try:
-        tensors = safetensors.deserialize(data)
-        # deserialize() has validated the header, but does not return this part of it.
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
-    if EXPORT_KEY not in header:
-        raise CheckpointError(f"{path} is a safetensors file, but not one written by imagen_jax")
-    try:
-        arrays = {n: np.frombuffer(t["data"], ml_dtypes.bfloat16).reshape(t["shape"]) for n, t in tensors}
-        document = json.loads(header[EXPORT_KEY])
-        intact = document["sha256"] == _export_digest(arrays, document["meta"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
-    if not intact:
-        raise CheckpointError(f"{path} is damaged: its contents do not match their checksum; export or fetch it again")
-    _check_version(path, document["meta"])
-    return unflatten(arrays), {"which": "exported"} | document["meta"] | {"sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _export_digest(arrays: Mapping[str, np.ndarray], meta: dict[str, Any]) -> str:
-    """sha256 over names, shapes, bytes and meta; independent of how the file lays them out."""
-    digest = hashlib.sha256(_json(meta).encode())
-    for name in sorted(arrays):
-        digest.update(f"\n{name} {list(arrays[name].shape)}\n".encode())
-        digest.update(arrays[name].tobytes())
-    return digest.hexdigest()
 
 
 def _find_step(path: Path) -> Path:
@@ -353,7 +265,7 @@ def _load(directory: Path, abstract: Mapping[str, Any], partial: bool) -> dict[s
         with context:
             return ocp.load(directory, abstract)
     except Exception as error:  # orbax raises bare Exception among others
-        raise CheckpointError(f"checkpoint {directory} could not be read: {_first_line(error)}") from error
+        raise CheckpointError(f"checkpoint {directory} could not be read: {first_line(error)}") from error
 
 
 def _check_leaves(directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -378,29 +290,17 @@ def _check_leaves(directory: Path, stored: Mapping[str, Any], wanted: Mapping[st
 
 def _document(step: int, leaves: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
     shapes = {path: [list(leaf.shape), np.dtype(leaf.dtype).name] for path, leaf in leaves.items()}
-    return _json({"format_version": FORMAT_VERSION, "step": step, "meta": dict(meta), "leaves": shapes})
+    return to_json({"format_version": FORMAT_VERSION, "step": step, "meta": dict(meta), "leaves": shapes})
 
 
 def _read_document(directory: Path) -> dict[str, Any]:
     document = json.loads((directory / META).read_text(encoding="utf-8"))
-    _check_version(directory, document)
+    check_version(directory, document)
     return document
-
-
-def _check_version(path: Path, document: Mapping[str, Any]) -> None:
-    if document["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format {document['format_version']}; this version of imagen_jax reads format {FORMAT_VERSION}")
 
 
 def _meta(document: Mapping[str, Any]) -> dict[str, Any]:
     return document["meta"] | {"step": document["step"], "format_version": document["format_version"]}
-
-
-def _json(value: Any) -> str:
-    try:
-        return json.dumps(value, indent=1, sort_keys=True)
-    except TypeError as error:
-        raise ValueError(f"meta cannot be written as JSON: {error}") from error
 
 
 def _dtype(name: str) -> np.dtype:
@@ -420,7 +320,3 @@ def _steps(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
     return sorted(int(p.name) for p in directory.iterdir() if re.fullmatch(r"0|[1-9]\d*", p.name) and p.is_dir())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

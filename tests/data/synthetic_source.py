@@ -20,7 +20,7 @@ SETTINGS = {"shard_size": 8, "min_size": 0, "batch_size": 4, "processes": 1}
 
 
 class FakeEncoder:
-    """The interface of TextEncoder; a token is a word, its features are drawn from a generator seeded by the text."""
+    """A text.encoder.TextEncoder; a token is a word, its features are drawn from a generator seeded by the text."""
 
     dim = 8
 
@@ -34,7 +34,7 @@ class FakeEncoder:
         words = [[5] * len(text.split()) + [1] for text in texts]
         return [row[-self.max_length :] for row in words], [len(row) > self.max_length for row in words]
 
-    def encode(self, texts, batch_size):
+    def encode(self, texts, batch_size, fill=False):
         time.sleep(self._pause)
         self.encoded += texts
         if self._log:

@@ -6,8 +6,9 @@ import zlib
 
 import numpy as np
 
-from imagen_jax.text.loading import Slot, slots
 from imagen_jax.text.t5 import T5Config
+from imagen_jax.weights.name_map import Slot
+from imagen_jax.weights.t5 import name_map
 
 GOLDENS = pathlib.Path(__file__).resolve().parent.parent / "goldens"
 TOKENIZER = GOLDENS / "t5_tokenizer"
@@ -36,13 +37,13 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int, embedding_scale:
 
 def random_weights(config: T5Config, seed: int, embedding_scale: float = 1.0) -> dict[str, np.ndarray]:
     """Every encoder tensor under its Hugging Face name."""
-    return {name: random_tensor(name, slot.shape, seed, embedding_scale) for name, slot in slots(config).items()}
+    return {name: random_tensor(name, slot.shape, seed, embedding_scale) for name, slot in name_map(config).slots.items()}
 
 
 def as_params(config: T5Config, weights: dict[str, np.ndarray]) -> dict:
     """The parameter tree of T5Encoder, put together here without the loader."""
     params: dict = {}
-    for name, slot in slots(config).items():
+    for name, slot in name_map(config).slots.items():
         put(params, slot, weights[name].T if slot.transposed else weights[name])
     return params
 

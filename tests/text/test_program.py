@@ -6,16 +6,25 @@ import pytest
 
 from imagen_jax.hardware import topology
 from imagen_jax.text import program
-from imagen_jax.text.program import EncodeProgram, fewest_parts, make_mesh, weight_bytes
-from imagen_jax.text.t5 import T5Config
+from imagen_jax.text.program import EncodeProgram, fewest_parts, make_mesh, parameter_shapes, weight_bytes
+from imagen_jax.text.t5 import T5Config, T5Encoder
 
 CONFIG = T5Config(d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=2, vocab_size=128)
 XXL = T5Config(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128)
 GIB = 2**30
 
 
+def create(config: T5Config, dtype: str, mesh) -> EncodeProgram:
+    network = T5Encoder(config, dtype)
+    return EncodeProgram.create(network, parameter_shapes(network, dtype), mesh)
+
+
+def size(config: T5Config, dtype: str) -> int:
+    return weight_bytes(parameter_shapes(T5Encoder(config), dtype))
+
+
 def compiled(fsdp: int, devices: int = 8):
-    return EncodeProgram.create(CONFIG, "float32", make_mesh(jax.devices()[:devices], fsdp)).lower(16, 32).compile()
+    return create(CONFIG, "float32", make_mesh(jax.devices()[:devices], fsdp)).lower(16, 32).compile()
 
 
 def test_each_device_does_its_part():
@@ -34,17 +43,17 @@ def test_only_divided_weights_are_sent(fsdp, communicates):
 
 def test_weights_are_divided_over_fsdp_alone():
     """Wrong: vectors or nothing divided, weights divided over `data` too, or a shape, dtype or leaf unlike the model's."""
-    abstract = EncodeProgram.create(XXL, "bfloat16", make_mesh(jax.devices(), 4)).params
+    abstract = create(XXL, "bfloat16", make_mesh(jax.devices(), 4)).params
     leaves = jax.tree.leaves(abstract)
     total = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-    assert total == weight_bytes(XXL, "bfloat16") == 2 * (24 * (4 * 4096 * 4096 + 3 * 4096 * 10240 + 2 * 4096) + 32128 * 4096 + 32 * 64 + 4096)
+    assert total == size(XXL, "bfloat16") == 2 * (24 * (4 * 4096 * 4096 + 3 * 4096 * 10240 + 2 * 4096) + 32128 * 4096 + 32 * 64 + 4096)
     assert total / 4 <= held < 1.001 * total / 4
 
 
 def test_as_few_parts_as_fit():
     """Wrong: weights divided that need not be (each layer then waits for the others'), or put where no batch fits beside them."""
-    xxl = weight_bytes(XXL, "bfloat16")
+    xxl = size(XXL, "bfloat16")
     assert fewest_parts(xxl, int(15.75 * GIB), 8) == 1  # v5e
     assert fewest_parts(2 * xxl, int(15.75 * GIB), 8) == 2
     assert fewest_parts(xxl, 11 * GIB, 6) == 2 and fewest_parts(xxl, None, 8) == 1
@@ -56,9 +65,11 @@ def test_as_few_parts_as_fit():
 
 def test_local_mesh_asks_the_devices(monkeypatch):
     """Wrong: a mesh that never divides the weights, or takes some of the devices only."""
-    assert dict(program.local_mesh(CONFIG, "float32").shape) == {"data": 8, "fsdp": 1}
-    monkeypatch.setattr(program, "fewest_parts", lambda weights, memory, devices: 4 if weights == weight_bytes(CONFIG, "float32") else 1)
-    assert dict(program.local_mesh(CONFIG, "float32").shape) == {"data": 2, "fsdp": 4}
+    assert dict(program.local_mesh(10).shape) == {"data": 8, "fsdp": 1}
+    monkeypatch.setattr(
+        program, "fewest_parts", lambda weights, memory, devices: 4 if weights == 10 else 1
+    )
+    assert dict(program.local_mesh(10).shape) == {"data": 2, "fsdp": 4}
 
 
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # it cannot hold programs for absent devices
@@ -66,7 +77,7 @@ def test_local_mesh_asks_the_devices(monkeypatch):
 def test_it_compiles_for_devices_that_are_not_there(fsdp):
     """Wrong: a program that needs weights or its devices before it can be planned."""
     pytest.importorskip("libtpu")
-    program = EncodeProgram.create(CONFIG, "bfloat16", make_mesh(topology.parse("v5e:2x2").devices(), fsdp))
+    program = create(CONFIG, "bfloat16", make_mesh(topology.parse("v5e:2x2").devices(), fsdp))
     memory = program.lower(8, 16).compile(compiler_options={"optimization_level": 9}).memory_analysis()
-    whole = weight_bytes(CONFIG, "bfloat16")
+    whole = size(CONFIG, "bfloat16")
     assert whole / fsdp <= memory.argument_size_in_bytes < 3 * whole / fsdp + 2**16  # arrays are padded to tiles

@@ -35,7 +35,7 @@ _REQUEST = ("source", "encoder", "max_length", "shard_size", "min_size", "batch_
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """shard_size: rows a shard. min_size: images under so many pixels across are left out. batch_size: captions that a device
-    encodes at once, as TextEncoder.encode says. processes: for checking and writing images; changes no byte of the result."""
+    encodes at once, as text.encoder.TextEncoder.encode says. processes: for checking and writing images; changes no byte of the result."""
 
     shard_size: int
     min_size: int
@@ -51,7 +51,7 @@ class Settings:
 def prepare(source: Source, encoder, output: Path, settings: Settings, crew: Crew = ALONE) -> dict[str, Any]:
     """Write the prepared directory `output`, or go on with it, together with the others of the crew; returns its manifest.
 
-    encoder is a TextEncoder (dim, max_length, identity, tokenize, encode). Raises ValueError if `output` or its unfinished
+    encoder is a text.encoder.TextEncoder. Raises ValueError if `output` or its unfinished
     part was made with other settings, if nothing usable is in the source, if there is no room for the result, or if another process
     has failed.
     """

@@ -85,7 +85,7 @@ def preview_captions(
 ) -> CaptionStore:  # fmt: skip
     """Print what a store of `captions` distinct captions like the source's takes; nothing is encoded.
 
-    tokenize: as TextEncoder's. rate: captions a second of all `chips` together, 0: not known. price: of a GiB for a month, 0: not known;
+    tokenize: as text.encoder.TextEncoder's. rate: captions a second of all `chips` together, 0: not known. price: of a GiB for a month, 0: not known;
     none is assumed.
     """
     indices = _spread(source, _CAPTIONS)

@@ -12,7 +12,7 @@ import pytest
 from imagen_jax.data import records
 from imagen_jax.data.prepare.preview import CaptionStore, preview_captions
 from imagen_jax.data.sources.folder import FolderSource
-from imagen_jax.text.loading import find_encoder
+from imagen_jax.weights.text_encoders import find_encoder
 from tests.data.synthetic_source import FakeEncoder, write_folder
 
 ROOT = Path(__file__).resolve().parents[3]

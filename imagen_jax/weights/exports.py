@@ -1,0 +1,108 @@
+"""One-file exports of parameters: bfloat16 safetensors with meta and a checksum in the header."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from imagen_jax.storage import flush
+from imagen_jax.weights.format import (
+    FORMAT_VERSION,
+    CheckpointError,
+    Tree,
+    check_version,
+    first_line,
+    flatten,
+    to_json,
+    unflatten,
+)
+
+HEADER_KEY = "imagen_jax"  # the one entry of an export's safetensors metadata
+NOT_EXPORTED = ("sha256", "unlogged")  # meta of a checkpoint that says nothing of its weights
+
+
+def export_params(params: Tree, meta: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Writes a nested dict of float arrays as one bfloat16 safetensors file, atomically.
+
+    meta and a checksum go into the file's header.
+
+    Raises:
+        ValueError: a leaf is not floating point, or meta is not JSON.
+    """
+    path = Path(path).absolute()
+    arrays = {}
+    for name, leaf in flatten(params).items():
+        if not jax.numpy.issubdtype(leaf.dtype, np.floating):
+            raise ValueError(
+                f"leaf {name} is {leaf.dtype}; an export holds floating point parameters only"
+            )
+        arrays[name] = np.ascontiguousarray(leaf, dtype=ml_dtypes.bfloat16).reshape(leaf.shape)
+    kept = {name: value for name, value in meta.items() if name not in NOT_EXPORTED}
+    document = json.loads(to_json(kept | {"format_version": FORMAT_VERSION}))
+    header = to_json({"meta": document, "sha256": _digest(arrays, document)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(f"{path.name}.writing-{os.getpid()}")
+    try:
+        save_file(arrays, writing, metadata={HEADER_KEY: header})
+        os.umask(mask := os.umask(0))
+        writing.chmod(0o666 & ~mask)  # safetensors gives access to the owner alone
+        flush(writing)
+        os.replace(writing, path)
+    finally:
+        writing.unlink(missing_ok=True)
+
+
+def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(params as nested dicts of bfloat16 numpy arrays, meta) of a file by `export_params`.
+
+    meta also has "which" and the file's "sha256".
+
+    Raises:
+        CheckpointError: the file is damaged, was not written by `export_params`, or has another
+            format version.
+    """
+    data = path.read_bytes()
+    try:
+        tensors = safetensors.deserialize(data)
+        # deserialize() has validated the header, but does not return this part of it.
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header = header.get("__metadata__", {})
+    except (safetensors.SafetensorError, ValueError) as error:
+        reason = first_line(error)
+        raise CheckpointError(f"{path} is not a readable safetensors file: {reason}") from error
+    if HEADER_KEY not in header:
+        raise CheckpointError(f"{path} is a safetensors file, but not one written by imagen_jax")
+    try:
+        arrays = {
+            name: np.frombuffer(tensor["data"], ml_dtypes.bfloat16).reshape(tensor["shape"])
+            for name, tensor in tensors
+        }
+        document = json.loads(header[HEADER_KEY])
+        meta = document["meta"]
+        intact = document["sha256"] == _digest(arrays, meta)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+    if not intact:
+        raise CheckpointError(
+            f"{path} is damaged: its contents do not match their checksum; export or fetch it again"
+        )
+    check_version(path, meta)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return unflatten(arrays), {"which": "exported"} | meta | {"sha256": sha256}
+
+
+def _digest(arrays: Mapping[str, np.ndarray], meta: dict[str, Any]) -> str:
+    """sha256 over names, shapes, bytes and meta; independent of the file's layout."""
+    digest = hashlib.sha256(to_json(meta).encode())
+    for name in sorted(arrays):
+        digest.update(f"\n{name} {list(arrays[name].shape)}\n".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()

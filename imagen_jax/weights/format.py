@@ -1,0 +1,77 @@
+"""What checkpoints and exports have in common: the version, the error, and the paths of leaves."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from imagen_jax.sharding import path_name
+
+FORMAT_VERSION = 1
+Tree = Any
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or export that is missing, incomplete, damaged, or could not be written."""
+
+
+def check_version(path: Path, document: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless `document`, read from `path`, has this version's format."""
+    found = document["format_version"]
+    if found != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {found}; this version of imagen_jax reads format {FORMAT_VERSION}"
+        )
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Path ("ema/down_0/block_0/conv_1/kernel") -> leaf, in tree order.
+
+    Subtrees without leaves (None, empty states) do not appear.
+
+    Raises:
+        ValueError: a leaf is not an array or has size zero (orbax cannot store one), or a path
+            component contains "/".
+    """
+    flat = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = path_name(path)
+        if name in flat or name.count("/") != max(0, len(path) - 1):
+            raise ValueError(f"the path {name} is ambiguous: a key of the tree contains '/'")
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            kind = type(leaf).__name__
+            raise ValueError(f"leaf {name} is a {kind}; only arrays can be stored")
+        if 0 in leaf.shape:
+            shape = tuple(leaf.shape)
+            raise ValueError(
+                f"leaf {name} has shape {shape}; an array of size zero cannot be stored"
+            )
+        flat[name] = leaf
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts from "a/b/c" paths."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def to_json(value: Any) -> str:
+    """JSON with sorted keys. Raises ValueError if `value`, a caller's meta, is not JSON."""
+    try:
+        return json.dumps(value, indent=1, sort_keys=True)
+    except TypeError as error:
+        raise ValueError(f"meta cannot be written as JSON: {error}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,128 @@
+"""One-file exports: bfloat16 and their meta, refusal of damaged and foreign files, interrupted writes."""
+
+import hashlib
+import os
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from imagen_jax.weights import exports
+from imagen_jax.weights.checkpoint import CheckpointError, load_params
+from imagen_jax.weights.exports import export_params
+
+# As `load_params` returns it of a checkpoint.
+META = {
+    "config": {"seed": 3, "model": {"width": 64, "levels": [1, 2]}},
+    "encoder": {"name": "t5_tiny"},
+    "which": "ema",
+    "step": 20,
+    "format_version": 1,
+}
+
+
+def make_params(scale: float = 1.0):
+    """fp32 and bf16 leaves at several depths, with a dot in a key."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 3, 8, 16)).astype(np.float32)
+    norm = rng.normal(size=16).astype(ml_dtypes.bfloat16)
+    tree = {"down_0": {"block_0": {"conv_1": {"kernel": kernel}}}, "text": {"norm.scale": norm}}
+    return jax.tree.map(lambda x: x * np.asarray(scale, x.dtype), tree)
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+def test_export_is_bf16_and_carries_its_meta(tmp_path):
+    """Catches rounding other than jax's to bfloat16, lost nesting or meta, a file that changes
+    from one export to the next, and the checkpoint's checksum passed off as the file's."""
+    params, path = make_params(), tmp_path / "exports" / "base.safetensors"
+    export_params(params, META | {"sha256": "the checkpoint's", "unlogged": [1]}, path)
+    back, back_meta = load_params(path)
+    assert_equal(back, jax.tree.map(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16)), params))
+    first = path.read_bytes()
+    assert back_meta == META | {"sha256": hashlib.sha256(first).hexdigest()}
+    assert len(first) < 1200 + 2 * sum(x.size for x in jax.tree.leaves(params))
+    export_params(back, back_meta, path)
+    assert path.read_bytes() == first and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_sharded_params_and_keys_that_are_numbers(tmp_path):
+    """Catches one device's part exported for the whole, and a checksum over meta as it was given:
+    JSON turns its keys into strings."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    split = jax.device_put(make_params(), NamedSharding(mesh, P(None)))
+    kernel = split["down_0"]["block_0"]["conv_1"]["kernel"]
+    sharding = NamedSharding(mesh, P(None, None, None, "fsdp"))
+    split["down_0"]["block_0"]["conv_1"]["kernel"] = jax.device_put(kernel, sharding)
+    path, whole = tmp_path / "base.safetensors", tmp_path / "whole.safetensors"
+    export_params(split, {"sizes": {2: 1, 10: 1}}, path)
+    export_params(make_params(), {"sizes": {2: 1, 10: 1}}, whole)
+    assert path.read_bytes() == whole.read_bytes()
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    meta = {"sizes": {"2": 1, "10": 1}, "format_version": 1, "which": "exported", "sha256": sha256}
+    assert load_params(path)[1] == meta
+
+
+def test_damaged_export_is_refused_in_one_line(tmp_path):
+    """Catches an export without a checksum: safetensors alone reads a flipped bit as a weight."""
+    path, rng = tmp_path / "base.safetensors", np.random.default_rng(0)
+    export_params(make_params(), META, path)
+    whole = path.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    damages = [whole[:-1], whole[:100], b"", whole + b"\0"]
+    named = [8 + whole[8:].index(part) for part in (b"t5_tiny", b"norm.scale", b"16]")]
+    drawn = rng.integers(8 + header, len(whole), 20)
+    for at in (3, 12, *named, header + 8, len(whole) - 1, *drawn):
+        damages.append(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    for damaged in damages:
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="base.safetensors is ") as caught:
+            load_params(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_foreign_files_and_integer_exports_are_refused(tmp_path):
+    """Catches another program's weights loaded as ours, and integers rounded to bfloat16."""
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "other.safetensors"
+    save_file({"x": np.zeros(3, np.float32)}, path)
+    with pytest.raises(CheckpointError, match="not one written by imagen_jax"):
+        load_params(path)
+    path.write_text("no tensors")
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load_params(path)
+    with pytest.raises(ValueError, match="leaf a/count is int32"):
+        export_params({"a": {"count": np.int32(1)}}, {}, path)
+
+
+def test_format_of_a_later_version_is_refused(tmp_path, monkeypatch):
+    """Catches reading a layout this version does not know as if it did."""
+    path = tmp_path / "later.safetensors"
+    monkeypatch.setattr(exports, "FORMAT_VERSION", 2)
+    export_params(make_params(), META, path)
+    with pytest.raises(CheckpointError, match="later.safetensors has format 2.* reads format 1"):
+        load_params(path)
+
+
+def test_interrupted_export_leaves_the_old_file(tmp_path, monkeypatch):
+    """Catches an export written in place."""
+    path = tmp_path / "base.safetensors"
+    export_params(make_params(), META, path)
+    before = path.read_bytes()
+
+    def fails(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="disk full"):
+        export_params(make_params(scale=2.0), META, path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
