@@ -37,7 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "directory for the results")
     known = ", ".join(NAMES)
     flags.DEFINE_list("measures", [], f"{known}; default: all that apply to the stage")
-    flags.DEFINE_enum("which", "ema", ["ema", "params"], "weights to evaluate; an exported file holds one kind only")
+    flags.DEFINE_string("which", "ema", "weights to evaluate: ema, params, or ema_1, ema_2 ... of optim.ema_tracks; an exported file holds one kind only")
     flags.DEFINE_integer("rows", 256, "images of each split to measure on")
     flags.DEFINE_integer("samples", 0, "images of each split to draw samples for; 0: as many as --rows")
     flags.DEFINE_integer("gallery", 20_000, "images that samples are compared with: all, or so many if there are more, chosen by the seed")

@@ -14,7 +14,7 @@ def define_flags() -> None:
     """The command line, see `cli.run`."""
     flags.DEFINE_string("checkpoint", None, "a workdir (its newest intact checkpoint) or one checkpoint")
     flags.DEFINE_string("output", None, "the file to write, ending in .safetensors")
-    flags.DEFINE_enum("which", "ema", ["ema", "params"], "which weights")
+    flags.DEFINE_string("which", "ema", "which weights: ema, params, or ema_1, ema_2 ... for optim.ema_tracks")
 
 
 def main() -> int:

@@ -282,7 +282,7 @@ CASCADE_STAGE: Fields = {
 CASCADE: Fields = {
     "encoder": Field("Text encoder: a directory or a name.", str, "section 2.1"),
     "encoder_dtype": Field("Its arithmetic.", str, choices=("bfloat16", "float32")),
-    "which": Field("Weights of a checkpoint.", str, choices=("ema", "params")),
+    "which": Field("Weights of a checkpoint: ema, params, or ema_1 ... of ema_tracks.", str),
     "batch_size": Field("Images drawn at once.", int),
     "base": CASCADE_STAGE,
     "sr_1": CASCADE_STAGE,

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +219,8 @@ def load_params(path: str | os.PathLike, which: str = "ema") -> tuple[dict[str, 
     """(one subtree of a state as nested dicts of host arrays, meta); reads no other array and needs no device or mesh.
 
     path: a workdir or its checkpoints directory (then the newest good step), one step's directory, or a file by `export_params`.
-    which: "ema" or "params"; an exported file holds one tree only, returned whatever `which` says. meta says "which" it is, and its
+    which: "ema", "params", or "ema_1", "ema_2" ... for a further EMA of optim.ema_tracks; an exported file holds one tree only,
+    returned whatever `which` says. meta says "which" it is, and its
     "sha256": of the file, or of a checkpoint's SHA256SUMS. bfloat16 arrays are numpy arrays of ml_dtypes.bfloat16.
 
     Raises CheckpointError if there is nothing at `path`, or it is damaged or not ours; ValueError if the state has no such subtree.
@@ -229,9 +230,10 @@ def load_params(path: str | os.PathLike, which: str = "ema") -> tuple[dict[str, 
         return read_export(path)
     directory = _find_step(path)
     document = _read_document(directory)
-    specs = {name: spec for name, spec in document["leaves"].items() if name.startswith(which + "/")}
+    subtree = _subtree(which)
+    specs = {name: spec for name, spec in document["leaves"].items() if name.startswith(subtree)}
     if not specs:
-        held = sorted({name.split("/")[0] for name in document["leaves"]})
+        held = [kind for kind in _kinds(document["leaves"]) if kind != which]
         raise ValueError(f"checkpoint {directory} has no {which!r}; it holds {', '.join(held)}")
     # Stand-ins that tell orbax to restore to the host: the right shape and dtype, no memory.
     abstract = {name: np.broadcast_to(np.zeros((), _dtype(dtype)), shape) for name, (shape, dtype) in specs.items()}
@@ -240,7 +242,23 @@ def load_params(path: str | os.PathLike, which: str = "ema") -> tuple[dict[str, 
         sha256 = sha256_file(directory / CHECKSUMS)
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory} was deleted while it was read") from error
-    return unflatten(loaded)[which], _meta(document) | {"which": which, "sha256": sha256}
+    params = unflatten({name.removeprefix(subtree): leaf for name, leaf in loaded.items()})
+    return params, _meta(document) | {"which": which, "sha256": sha256}
+
+
+def _subtree(which: str) -> str:
+    """Beginning of the leaf names of one tree of parameters: "ema_2" is "ema_tracks/1/"."""
+    track = re.fullmatch(r"ema_([1-9]\d*)", which)
+    return f"ema_tracks/{int(track[1]) - 1}/" if track else f"{which}/"
+
+
+def _kinds(leaves: Iterable[str]) -> list[str]:
+    """The parts of a state by leaf names, further EMAs as `load_params` takes them."""
+    kinds = set()
+    for name in leaves:
+        first, _, rest = name.partition("/")
+        kinds.add(f"ema_{int(rest.partition('/')[0]) + 1}" if first == "ema_tracks" else first)
+    return sorted(kinds)
 
 
 def _find_step(path: Path) -> Path:

@@ -127,6 +127,20 @@ def test_any_mesh_to_any_mesh(tmp_path, before, after):
     assert_equal(load_params(tmp_path)[0], jax.tree.map(np.asarray, state.ema))
 
 
+def test_each_ema_track_is_read_by_its_number(tmp_path):
+    """Catches tracks counted from 0, the first average returned for every track, and a missing track that is not named."""
+    arrays = {name: jnp.full((3,), value) for name, value in (("params", 0.0), ("ema", 1.0), ("first", 2.0), ("second", 3.0))}
+    tree = lambda name: {"w": arrays[name]}
+    state = {"params": tree("params"), "ema": tree("ema"), "ema_tracks": (tree("first"), tree("second"))}
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state, META)
+    checkpoints.wait()
+    found = {which: load_params(tmp_path, which)[0]["w"][0] for which in ("params", "ema", "ema_1", "ema_2")}
+    assert found == {"params": 0.0, "ema": 1.0, "ema_1": 2.0, "ema_2": 3.0}
+    with pytest.raises(ValueError, match="has no 'ema_3'; it holds ema, ema_1, ema_2, params"):
+        load_params(tmp_path, "ema_3")
+
+
 def test_save_holds_what_the_state_was_at_the_call(tmp_path):
     """Catches an async save that still reads buffers which the next step, having been given them, overwrites."""
     sharding = place(jnp.zeros(()))[1].sharding
