@@ -1,6 +1,7 @@
 """config -> Stage: one diffusion model of the cascade. The same object trains, samples and is evaluated.
 
-The only place that turns a config into objects. Config sub-dicts go straight into constructors; imagen_jax/schema.py checks them.
+The only place that turns a config into objects. Config sub-dicts go straight into
+constructors, once imagen_jax/schema.py has checked them.
 """
 
 import dataclasses
@@ -107,7 +108,7 @@ class Stage:
 
         The low-res image is noised to `sampling["aug_level"]` with noise from the samples' own keys (section 2.4).
         """
-        sampling = {name: value for name, value in sampling.items() if name not in NOT_IMPLEMENTED["sampling"]}
+        sampling = implemented("sampling", sampling)
         level = sampling.pop("aug_level")
         cond = self.cond(batch)
         if "lowres" in cond:
@@ -153,7 +154,7 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
         ),
         schedule=SCHEDULES[diffusion.pop("schedule")],
         aug_schedule=SCHEDULES[diffusion.pop("aug_schedule")],
-        **{name: value for name, value in diffusion.items() if name not in NOT_IMPLEMENTED["diffusion"]},
+        **implemented("diffusion", diffusion),
         image_size=data["image_size"],
         lowres_size=data["lowres_size"],
         crop_size=data["crop_size"],
@@ -182,14 +183,20 @@ def check_sampling(sampling: Mapping[str, Any]) -> None:
     level = settings.pop("aug_level")
     if not 0.0 <= level <= 1.0:
         raise ValueError(f"sampling.aug_level is {level}; it must be from 0 to 1")
-    sampler.check_settings(**{name: value for name, value in settings.items() if name not in NOT_IMPLEMENTED["sampling"]})
+    sampler.check_settings(**implemented("sampling", settings))
 
 
 def check_implemented(config: Mapping[str, Any]) -> None:
-    """Raises ValueError if a complete config asks for an option that the schema declares and no code implements."""
-    for part, fields in NOT_IMPLEMENTED.items():
-        for name, value in fields.items():
-            if part in config and config[part][name] != value:
-                raise ValueError(f"{part}.{name} is {config[part][name]!r}, which is not implemented; use {value!r}")
-    if "diffusion" in config and config["diffusion"]["prediction"] not in PREDICTIONS:
-        raise ValueError(f"diffusion.prediction is {config['diffusion']['prediction']!r}, which is not implemented")
+    """Raises ValueError if a complete config, or some sections of one, sets NOT_IMPLEMENTED fields."""
+    for part in NOT_IMPLEMENTED.keys() & config.keys():
+        for name, value in NOT_IMPLEMENTED[part].items():
+            if (found := config[part][name]) != value:
+                raise ValueError(f"{part}.{name} is {found!r}, not implemented; use {value!r}")
+    if "diffusion" in config and (found := config["diffusion"]["prediction"]) not in PREDICTIONS:
+        raise ValueError(f"diffusion.prediction is {found!r}, not implemented")
+
+
+def implemented(part: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A section without its NOT_IMPLEMENTED fields."""
+    fields = NOT_IMPLEMENTED[part]
+    return {name: value for name, value in settings.items() if name not in fields}
