@@ -1,14 +1,15 @@
 """Defaults of the numerics sections, shared by all configs; a config states only the differences.
 
-Architecture has no defaults. A new option gets its field in imagen_jax/schema.py and its value here.
+Architecture has no defaults. A new option gets its field in imagen_jax/schema.py and its value
+here.
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-# Fields that are younger than the first runs, at the values that older records mean by their absence
-# (a test compares them with imagen_jax/schema.py). configs/saved.py adds them to older records.
+# Fields that are younger than the first runs, at the values that older records mean by absence (a
+# test compares them with imagen_jax/schema.py). configs/saved.py adds them to older records.
 ADDED: dict[str, dict[str, Any]] = {
     "diffusion": dict(
         process="vp",

@@ -58,7 +58,8 @@ def load_stage(path: str, sampling: Mapping[str, Any], which: str) -> LoadedStag
 def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> list[LoadedStage]:
     """The stages of a cascade config, in order, up to the first that has no checkpoint.
 
-    Raises ValueError for a wrong config, if the first has none, if sizes do not chain, or if the stages were trained on another encoder's text.
+    Raises ValueError for a wrong config, if the first stage has no checkpoint, if sizes do not
+    chain, or if the stages were trained on another encoder's text.
     """
     config = schema.complete_cascade(config)
     names = list(itertools.takewhile(lambda name: config[name]["checkpoint"], wanted))

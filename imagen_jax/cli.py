@@ -78,7 +78,10 @@ def cause(error: Exception) -> str:
 
 
 def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
-    """A stage's config, plain and complete. Raises ValueError for one of something else; `flag` is what it was given by."""
+    """A stage's config, plain and complete. Raises ValueError for another config.
+
+    `flag` is the command-line flag that gave it.
+    """
     if not hasattr(config, "to_json") or not {"data", "model", "optim", "mesh", "train"} <= set(config):  # a config that cannot be read raises here
         raise ValueError(f"{flag} is not the config of a stage, such as configs/base_64.py or configs/sr_256.py")
     plain = schema.complete(json.loads(config.to_json()), flag)

@@ -1,6 +1,7 @@
 """config -> Stage: one diffusion model of the cascade. The same object trains, samples and is evaluated.
 
-The only place that turns a config into objects. Config sub-dicts go straight into constructors; imagen_jax/schema.py checks them.
+The only place that turns a config into objects. Config sub-dicts go straight into
+constructors, once imagen_jax/schema.py has checked them.
 """
 
 import dataclasses

@@ -146,7 +146,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     parser.add_argument("--config", required=True, help="ablation file, FILE.py or FILE.py:ARG; fields for all arms as --config.train.steps=1000")
     parser.add_argument("--workdir", required=True, help="directory for all runs and sweep.json; with --where tpu, gke or sky gs://BUCKET/PATH")
     parser.add_argument("--seeds", default="0", help="comma-separated; every arm runs once for each")
-    parser.add_argument("--checkpoint", default="", help="evaluate this trained model in every arm, with the config's sampling; for ablations of sampling")
+    parser.add_argument(
+        "--checkpoint",
+        default="",
+        help="for ablations of sampling: a trained model that all arms evaluate, with the sampling "
+        "settings of --config",
+    )
     parser.add_argument("--measures", default="", help="of imagen_jax.evaluate, comma-separated; default: all that apply")
     parser.add_argument("--rows", type=int, default=256, help="images a split to measure on")
     parser.add_argument("--samples", type=int, default=0, help="images a split that samples are drawn for; 0: as many as --rows")
@@ -224,7 +229,8 @@ def plan(args: argparse.Namespace, shared: Mapping[str, str]) -> tuple[list[Arm]
             elif key not in trained:
                 trained[key] = place / "train"
                 steps.append(train_step(args.config, seed, {**shared, **arm.training}, trained[key], arm.name))
-            steps.append(evaluate_step(args, seed, arm, sampling, trained[key], data, place / "evaluation"))
+            output = place / "evaluation"
+            steps.append(evaluate_step(args, seed, arm, sampling, trained[key], data, output))
     return arms, steps
 
 
@@ -269,10 +275,20 @@ def train_step(config: str, seed: int, overrides: Mapping[str, Any], workdir: Pa
 
 
 def evaluate_step(
-    args: argparse.Namespace, seed: int, arm: Arm, sampling: Mapping[str, Any], checkpoint: Path, data: str, output: Path
+    args: argparse.Namespace,
+    seed: int,
+    arm: Arm,
+    sampling: Mapping[str, Any],
+    checkpoint: Path,
+    data: str,
+    output: Path,
 ) -> Step:
-    """Evaluates with `sampling`, which all arms share, and the arm's own, on the same rows with the same noise for all arms and seeds."""
-    options = [f"--{schema.EVALUATE_FLAGS[field]}={value}" for field, value in {**sampling, **arm.sampling}.items()]
+    """Evaluates with `sampling`, which all arms share, and the arm's own settings.
+
+    All arms and seeds are evaluated on the same rows with the same noise.
+    """
+    settings = {**sampling, **arm.sampling}
+    options = [f"--{schema.EVALUATE_FLAGS[field]}={value}" for field, value in settings.items()]
     options += [f"--rows={args.rows}", f"--samples={args.samples}"]
     options += [f"--measures={args.measures}"] if args.measures else []
     command = (sys.executable, "-m", "imagen_jax.evaluate", f"--checkpoint={checkpoint}", f"--data={mounted(data)}", f"--output={output}", *options)

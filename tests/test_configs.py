@@ -24,7 +24,7 @@ VARIANTS = {
     "ablations.noise_augmentation": ("", *SMALL),
     "ablations.text_conditioning": ("", *SMALL),
 }
-OTHERS = {"cascade", "saved"}  # names checkpoints; reads what another file described
+OTHERS = {"cascade", "defaults", "saved"}  # not the config of a stage by themselves
 ABLATIONS = [name for name in VARIANTS if name.startswith("ablations.")]
 COUNTS = {
     ("base_64", ""): 2_263_431_171,

@@ -1,4 +1,4 @@
-"""Whether a run may go on with a changed config: imagen_jax/schema.py says which fields may change."""
+"""Whether a run may go on with a changed config; imagen_jax/schema.py says what may change."""
 
 from typing import Any, Mapping
 

@@ -1,0 +1,346 @@
+"""The schema: complete records, refusals that name the field, every field in a config and back."""
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import defaults
+from imagen_jax import cascade, cli, evaluate, sample, schema
+from imagen_jax.diffusion import guidance, process, sampler, schedule
+from imagen_jax.models import attention, efficient_unet, remat, unet
+from imagen_jax.training import optim
+from imagen_jax.weights import checkpoint
+from tests import tiny
+from tests.test_configs import ALL, resolved
+from tools import make_config_docs
+
+EMBEDDED = ("base_16", "sr_64", "sr_256")
+YOUNGER = {
+    name: field.older
+    for name, field in schema.flat(schema.STAGE).items()
+    if field.older is not schema.NEEDED
+}
+SECTIONS = ("text", "data", "model", "diffusion", "sampling", "optim", "mesh", "train")
+NETWORKS = {"unet": unet.UNet, "efficient_unet": efficient_unet.EfficientUNet}
+GIVEN = {"lowres", "constrain", "attend", "parent", "name"}  # of a network, by no config
+
+
+def config_of(name, arg):
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def cascade_config():
+    return json.loads(config_of("cascade", "demo").to_json())
+
+
+def changed(config, **fields):
+    """A copy with fields replaced; a dotted name is written with __, a removed field is None."""
+    made = copy.deepcopy(config)
+    for path, value in fields.items():
+        *sections, name = path.split("__")
+        place = made
+        for section in sections:
+            place = place[section]
+        place.pop(name, None)
+        if value is not None:
+            place[name] = value
+    return made
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_a_record_of_the_embedded_cascade_completes(name):
+    """Wrong: a field added after a checkpoint was written makes it unloadable, or moves a value."""
+    _, meta = checkpoint.load_params(cascade.resolve(f"embedded:{name}"))
+    saved, found = schema.flat(meta["config"]), schema.flat(schema.complete(meta["config"]))
+    assert not YOUNGER.keys() & saved.keys(), "a record that is older than all younger fields"
+    assert found == {**saved, **YOUNGER}
+
+
+def test_the_embedded_cascade_loads():
+    """Wrong: a cascade whose config is older than a field, or whose stages are, cannot draw."""
+    config = changed(cascade_config(), sr_1__sampling__w_interval=None, base__sampling__grid=None)
+    stages = cascade.load_cascade(config)
+    assert [loaded.stage.image_size for loaded in stages] == [16, 64, 256]
+    assert stages[1].sampling["w_interval"] == [-20.0, 20.0]
+    assert stages[0].sampling == schema.complete_cascade(config)["base"]["sampling"]
+
+
+@pytest.mark.parametrize("name", YOUNGER)
+def test_absence_means_the_older_value(name):
+    """Wrong: the absence of a field means the newest default, or is an error."""
+    section, _, field = name.partition(".")
+    config = tiny.config()
+    config[section][field] = "something else"
+    without = changed(config, **{f"{section}__{field}": None})
+    found = schema.complete(without)[section][field]
+    assert schema.flat({"found": found})["found"] == YOUNGER[name]
+    assert config[section][field] == "something else", "the config itself is not changed"
+
+
+def test_values_are_those_of_json():
+    """Wrong: a config in memory differs from its own record, so a resume or --follow is refused."""
+    config = tiny.config(optim__lr=1, model__multipliers=(1, 2), mesh__rules=((".*", "fsdp"),))
+    found = schema.complete(config)
+    assert json.loads(json.dumps(found)) == found == schema.complete(found)
+    assert type(found["optim"]["lr"]) is float and found["optim"]["lr"] == 1.0
+    assert found["mesh"]["rules"] == [[".*", "fsdp"]] and found["model"]["multipliers"] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["base_64", "sr_256"])
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_typo_is_refused_with_the_nearest_name(name, section):
+    """Wrong: an unknown field passes in some sections, which then mean something else."""
+    config = tiny.config(name)
+    for field in config[section]:
+        if (section, field) == ("model", "family"):
+            continue
+        typo = field + "z"
+        wrong = changed(config, **{f"{section}__{typo}": 1})
+        message = f"{section}.{typo} is unknown, did you mean {section}.{field}?"
+        with pytest.raises(ValueError) as error:
+            schema.complete(wrong)
+        assert str(error.value) == f"config: {message}"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(nmae="x"), "nmae is unknown, did you mean name?"),
+        (dict(seed=None), "seed is missing"),
+        (dict(train=None), "train is missing"),
+        (dict(mesh=3), "mesh is 3; it must have the fields data, fsdp"),
+        (dict(sampling__w=None), "sampling.w is missing"),
+        (dict(optim__lr="fast"), "optim.lr is 'fast'; it must be a number"),
+        (dict(optim__lr=True), "optim.lr is True; it must be a number"),
+        (dict(train__steps=8.0), "train.steps is 8.0; it must be an integer"),
+        (dict(train__steps=True), "train.steps is True; it must be an integer"),
+        (dict(data__flip=1), "data.flip is 1; it must be a boolean"),
+        (dict(name=3), "name is 3; it must be a text"),
+        (dict(data__caption="best"), "data.caption is 'best'; it must be one of random, first"),
+        (dict(optim__decay="step"), "optim.decay is 'step'; it must be one of constant, cosine"),
+        (dict(model__blocks=[1]), "model.blocks is [1]; it must be an integer"),
+        (dict(model__attention=[0, 1]), "model.attention is [0, 1]; it must be a tuple of bool"),
+        (dict(model__widths=[1]), "model.widths is unknown"),
+        (dict(model__family="vit"), "model.family is 'vit'; it must be one of unet, efficient"),
+        (dict(model__family=None), "model.family is missing; it must be one of unet, efficient"),
+        (dict(sampling__grid_logsnr=[1.0]), "it must be a tuple of 2 numbers"),
+        (dict(optim__ema_tracks=[0.9, "x"]), "it must be a tuple of numbers"),
+        (dict(mesh__rules="fsdp"), "mesh.rules is 'fsdp'; it must be a tuple"),
+    ],
+)
+def test_a_wrong_value_is_refused(change, message):
+    """Wrong: a wrong type, choice or section is found hours later, or never."""
+    with pytest.raises(ValueError) as error:
+        schema.complete(changed(tiny.config(), **change), "RECORD")
+    assert str(error.value).startswith("RECORD: ") and message in str(error.value)
+
+
+def test_entries_of_a_tuple_have_choices():
+    """Wrong: the kinds of attention are looked at when the network is built."""
+    with pytest.raises(ValueError, match="a tuple of none, self, cross, fused"):
+        schema.complete(tiny.config("sr_256", model__attention=["none", "fusd"]))
+
+
+def test_all_problems_are_named_at_once():
+    """Wrong: five mistakes take five attempts."""
+    with pytest.raises(ValueError) as error:
+        schema.complete(changed(tiny.config(), sampling__w=None, sampling__v=1.0, optim__eps="x"))
+    found = str(error.value)
+    assert all(name in found for name in ("sampling.w is missing", "sampling.v", "optim.eps"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(encodr="x"), "encodr is unknown, did you mean encoder?"),
+        (dict(which="emma"), "which is 'emma'; it must be one of ema, params"),
+        (dict(sr_2=None), "sr_2 is missing"),
+        (dict(base__checkpiont="x"), "base.checkpiont is unknown, did you mean base.checkpoint?"),
+        (dict(sr_1__sampling__stesp=3), "sr_1.sampling.stesp is unknown, did you mean sr_1.samp"),
+        (dict(sr_1__sampling__method="euler"), "sr_1.sampling.method is 'euler'; it must be one"),
+    ],
+)
+def test_a_wrong_cascade_is_refused(change, message, tmp_path):
+    """Wrong: a cascade's config or a picture's record is not looked at, or the stage not named."""
+    config = changed(cascade_config(), **change)
+    with pytest.raises(ValueError) as error:
+        cascade.load_cascade(config)
+    assert message in str(error.value)
+    record = dict.fromkeys(sample.RECORD) | {"config": config}
+    (tmp_path / "picture.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError) as error:
+        sample.read_record(tmp_path / "picture.json")
+    assert "picture.json" in str(error.value) and message in str(error.value)
+
+
+def test_an_older_picture_is_read(tmp_path):
+    """Wrong: --reproduce refuses the record of a picture that is older than a field."""
+    config = changed(
+        cascade_config(), **{f"base__sampling__{n}": None for n in defaults.ADDED["sampling"]}
+    )
+    record = dict.fromkeys(sample.RECORD) | {"config": config}
+    (tmp_path / "picture.json").write_text(json.dumps(record))
+    assert sample.read_record(tmp_path / "picture.json")["config"] == cascade_config()
+
+
+@pytest.mark.parametrize("name, arg", ALL)
+def test_every_field_is_declared_and_every_declared_field_is_in_the_config(name, arg):
+    """Wrong: a field that only a config or only the schema knows; it could not be set, or read."""
+    config = config_of(name, arg)
+    declared = schema.flat(schema.stage_fields(config.model.family))
+    assert schema.flat(config.to_dict()).keys() == declared.keys()
+    assert schema.complete(resolved(config)) == resolved(config)
+    assert cli.stage_config(config) == resolved(config)
+
+
+@pytest.mark.parametrize("arg", ["", "demo"])
+def test_the_cascade_has_the_declared_fields(arg):
+    """Wrong: a field of a cascade that only its config or only the schema knows."""
+    config = json.loads(config_of("cascade", arg).to_json())
+    assert schema.flat(config).keys() == schema.flat(schema.CASCADE).keys()
+    assert schema.complete_cascade(config) == config
+
+
+def test_what_configs_add_is_what_older_records_mean():
+    """Wrong: a run started again from an older record trains with a newer default."""
+    assert schema.flat(defaults.ADDED) == YOUNGER
+
+
+def test_an_older_run_can_be_started_again_with_a_younger_field(tmp_path):
+    """Wrong: an older record cannot get a younger field, or loses its own value to a default."""
+    record = changed(
+        resolved(config_of("base_64", "tiny")), sampling__grid=None, optim__ema_tracks=None
+    )
+    record["sampling"]["grid_rho"] = 3.0
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    found = config_of("saved", str(tmp_path / "config.json"))
+    assert found.sampling.grid == "t" and found.sampling.grid_rho == 3.0
+    found.sampling.grid, found.optim.ema_tracks = "karras", (0.99,)
+    assert cli.stage_config(found)["optim"]["ema_tracks"] == [0.99]
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_a_network_has_the_fields_of_its_family(family):
+    """Wrong: a field of a network that no config can set, or one that no network reads."""
+    own = set(NETWORKS[family].__dataclass_fields__) - GIVEN
+    assert own | {"family"} == schema.MODEL.keys() | schema.FAMILIES[family].keys()
+
+
+def test_what_is_implemented_can_be_chosen():
+    """Wrong: an option with code behind it that the schema refuses."""
+    known = {
+        "diffusion.prediction": process.PREDICTIONS,
+        "diffusion.schedule": schedule.SCHEDULES,
+        "diffusion.aug_schedule": schedule.SCHEDULES,
+        "sampling.method": sampler.SAMPLERS,
+        "sampling.threshold": guidance.THRESHOLDS,
+        "optim.optimizer": optim.OPTIMIZERS,
+        "optim.decay": optim.DECAYS,
+        "model.pooling": attention.POOLINGS,
+        "model.remat": remat.KINDS,
+    }
+    fields = schema.flat(schema.STAGE)
+    assert {n: set(c) - set(fields[n].choices) for n, c in known.items()} == dict.fromkeys(
+        known, set()
+    )
+    families = schema.FAMILIES
+    assert set(families["unet"]["res_block"].choices) == set(unet.RES_BLOCKS)
+    assert set(families["efficient_unet"]["attention"].choices) == {"none", *attention.KINDS}
+
+
+def test_what_a_resume_may_change():
+    """Wrong: a resume mixes two experiments, or refuses a change of where a run computes."""
+    config = schema.complete(tiny.config())
+    free = {name for name in schema.flat(config) if schema.may_change(name, config)}
+    sections = {n for n in schema.flat(config) if n.split(".")[0] in ("mesh", "train", "sampling")}
+    alone = {"name", "model.remat", "data.path", "data.workers", "data.cache_mib"}
+    assert free == sections | alone | {"optim.accumulation"}
+    assert not schema.may_change("encoder.dim", config)
+    cosine, dropout = tiny.config(optim__decay="cosine"), tiny.config(model__dropout=0.1)
+    assert not schema.may_change("train.steps", cosine)
+    assert not schema.may_change("optim.accumulation", dropout)
+
+
+@pytest.mark.parametrize(
+    "field, text, value",
+    [
+        ("method", "ddim", "ddim"),
+        ("steps", "12", 12),
+        ("w", "3", 3.0),
+        ("w", "1e-1", 0.1),
+        ("w_interval", "(-5.5, 3)", [-5.5, 3.0]),
+        ("w_interval", "-5.5,3", [-5.5, 3.0]),
+        ("grid_logsnr", "[-8.0, 12.0]", [-8.0, 12.0]),
+    ],
+)
+def test_a_flag_gives_the_value_of_the_field(field, text, value):
+    """Wrong: a flag whose value differs in form from a record's, so --follow never continues."""
+    parsed = schema.parse(text, schema.SAMPLING[field])
+    assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    "field, text",
+    [
+        ("w", "x"),
+        ("steps", "2.5"),
+        ("steps", ""),
+        ("method", "heun"),
+        ("w_interval", "1"),
+        ("w_interval", "(1, 2, 3)"),
+        ("grid_logsnr", "(1,"),
+    ],
+)
+def test_a_wrong_flag_is_refused(field, text):
+    """Wrong: a flag that evaluate finds out after the checkpoint is loaded."""
+    with pytest.raises(ValueError, match="it must be"):
+        schema.parse(text, schema.SAMPLING[field])
+
+
+def test_evaluate_has_a_flag_for_each_sampling_field():
+    """Wrong: an ablation of sampling whose option evaluate does not know, found after training."""
+    command = [sys.executable, "-m", "imagen_jax.evaluate", "--help"]
+    told = subprocess.run(command, capture_output=True, text=True).stdout
+    told = " ".join(told.split())
+    for name, field in schema.SAMPLING.items():
+        assert f"--{schema.EVALUATE_FLAGS[name]}: {field.meaning}" in told
+    assert schema.EVALUATE_FLAGS["method"] == "sampler" and schema.EVALUATE_FLAGS["w"] == "w"
+
+
+def test_a_line_older_than_a_setting_continues(tmp_path, monkeypatch):
+    """Wrong: --follow ends in a KeyError, or a curve of two measurements in one file."""
+    monkeypatch.setattr(
+        "imagen_jax.data.records.Prepared", lambda path: type("P", (), {"hash": "h"})
+    )
+    numbers = {"rows": 5, "seed": 0}
+    older = {
+        n: v for n, v in tiny.config()["sampling"].items() if n not in defaults.ADDED["sampling"]
+    }
+    line = {"config": {"sampling": older}, "sampling": older | {"w": 3.0}, **numbers}
+    line |= {"data": {"manifest_hash": "h"}, "checkpoint": {"which": "ema"}}
+    record = tmp_path / evaluate.RECORD
+    record.write_text(json.dumps({"provenance": line}) + "\n")
+
+    def check(numbers=numbers, **sampling):
+        evaluate.Evaluator("d", "ema", [], numbers, sampling).check_continues(record)
+
+    check(w=3.0)
+    check(w=3.0, grid="t", w_interval=[-20.0, 20.0])
+    with pytest.raises(ValueError, match="sampling: "):
+        check(w=3.0, grid="karras")
+    with pytest.raises(ValueError, match="bins: not recorded, now 10"):
+        check(numbers | {"bins": 10}, w=3.0)
+
+
+def test_the_list_of_fields_is_current():
+    """Wrong: docs/config.md tells of fields, values or meanings that are no more."""
+    path = Path(make_config_docs.PATH)
+    text = make_config_docs.text()
+    assert path.read_text(encoding="utf-8") == text, "run python -m tools.make_config_docs"
+    names = [n.rpartition(".")[2] for n in schema.flat(schema.STAGE)]
+    assert all(f"| `{name}` |" in text for name in names)
