@@ -106,7 +106,7 @@ class Textured(Marked):
 
 
 class Drawn(Evaluation):
-    """Samples that are the captioned text's image itself; an error of 0.3 on whole images, 0.7 on crops."""
+    """Samples are the captioned image itself; errors are 0.3 on whole images, 0.7 on crops."""
 
     def samples(self, split, text="right"):
         rows = self.data.wholes(split)
