@@ -102,7 +102,8 @@ class Evaluator:
     """Evaluates checkpoints one after another; rows and compiled programs are kept as long as the config stays the same."""
 
     def __init__(self, data: str, which: str, names: list[str], numbers: Mapping[str, Any], sampling: Mapping[str, Any]):
-        """names: of measures, all if empty. numbers: of `rows.Settings`. sampling: instead of the checkpoint's own values."""
+        """names: of measures, all that apply if empty. numbers: fields of `rows.Settings`.
+        sampling: values that replace those of the checkpoint's config."""
         self._data, self._which, self._names = data, which, names
         self._numbers, self._sampling = numbers, sampling
         self._config: Mapping[str, Any] | None = None
@@ -134,7 +135,8 @@ class Evaluator:
         write_arrays(output / "rows.npz", measure.row_values(self._chosen, e))
         write_json(output / "evaluation.json", result)
         table = report.table(measure.lines(found))
-        print(f"{result['stage']}, step {result['step']}\n{table}\nall in {output / 'evaluation.json'}")
+        print(f"{result['stage']}, step {result['step']}", table, sep="\n")
+        print(f"all in {output / 'evaluation.json'}")
         return result
 
     def check_continues(self, record: Path) -> None:

@@ -353,8 +353,8 @@ def compare(arms: Sequence[Arm], seeds: Sequence[int], found: Mapping[str, Seque
 
     An arm has "values" (one a seed) and their "mean"; the others have "difference", the mean of value minus the reference's of the same
     seed, with the standard error over seeds (None for one seed) and over rows (None where evaluate wrote no rows).
-    A column that some arms lack has the others only, and none if the reference lacks it. Columns that
-    need a field to be the same are left out where an arm sets it.
+    An arm without a column's number is left out of it; a column that the reference lacks is left
+    out. So is a column that needs a field to be the same, if an arm sets that field.
     """
     from imagen_jax.evals.measures.measure import columns
 

@@ -1,5 +1,7 @@
 """Errors and samples on a stage whose loss and samples are known."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from imagen_jax.diffusion import schedule
 from imagen_jax.diffusion.process import Path
 from imagen_jax.evals.evaluation import Probe, training_loss, x_hat_error
+from imagen_jax.evals.noise_bins import LogsnrBins
 from tests.evals import toys
 from tests.evals.toys import BINS, LOW, SIZE, N
 
@@ -61,17 +64,28 @@ class Crops(toys.Toy):
         return super().draw(key, b) | {"size": jnp.full(b, size, jnp.float32)}
 
 
+class Cropped(toys.Marked):
+    """Marked rows that are trained on in crops of half the size."""
+
+    def crops(self, split):
+        rows = super().crops(split)
+        crop = {"image": rows.batch["image"][:, :LOW, :LOW]}
+        return dataclasses.replace(rows, batch=rows.batch | crop)
+
+
 def test_whole_images_are_denoised_a_few_at_a_time():
-    """Catches noise of a crop's size for whole images, and whole images by as many as crops."""
+    """Catches noise of a crop's size for whole images, crops in place of whole images, and whole
+    images by as many as crops."""
     seen = []
 
     def size_of(stage, params, batch, draws, logsnr):
         seen.append(len(batch["index"]))
         return draws["size"]
 
-    e = toys.evaluation(Crops(), batch_size=8 * (SIZE // LOW) ** 2, bins=1)
+    e = toys.evaluation(Crops(), Cropped(), batch_size=8 * (SIZE // LOW) ** 2, bins=1)
     assert (e.errors(size_of, "train", whole=True) == SIZE).all()
     assert max(seen) == 8
+    assert (e.errors(size_of, "train") == LOW).all()
 
 
 def test_functions_are_compiled_once_for_all_parameters(toy):
@@ -88,6 +102,16 @@ def test_functions_are_compiled_once_for_all_parameters(toy):
         e = type(toy)(probe, toy.data, {"bias": np.full((), bias)})
         assert (e.errors(bias_of, "train") == bias).all()
     assert len(traced) == 1
+
+
+def test_bins_do_not_share_their_errors(toy):
+    """Catches errors, or a compiled function, of other bins given for these."""
+    level = lambda stage, params, batch, draws, logsnr: logsnr
+    low, high = (LogsnrBins((edge, edge + 1.0)) for edge in (-3.0, 5.0))
+    for bins in (low, high):
+        found = toy.errors(level, "train", bins=bins)
+        assert ((found >= bins.edges[0]) & (found <= bins.edges[1])).all()
+    assert toy.errors(level, "train").shape == (N, BINS)
 
 
 @pytest.mark.parametrize("t, size", [(0.2, 0.5), (0.5, 0.1)])

@@ -35,9 +35,9 @@ class Column:
     """A column of `launch.sweep`'s table: one number of each arm.
 
     name: its title.
-    place: where evaluation.json holds the number. SPLIT stands for heldout, or for train if the
-        data have no held-out images.
-    less_is_better: whether less is better.
+    place: the number's place in the result, such as "SPLIT.overall.mean". SPLIT stands for heldout,
+        or for train if the data have no held-out images.
+    less_is_better: the direction of an improvement.
     needs_same: beginnings of config fields. Arms that differ in such a field cannot be compared by
         this number: ("diffusion.",) for arms that must agree in the whole section.
     """
