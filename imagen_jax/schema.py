@@ -117,7 +117,7 @@ DIFFUSION = {
         "Log-SNR as a function of time.", str, "F.1-F.3", choices=("cosine", "linear", "flow")
     ),
     "aug_schedule": Field(
-        "The same for the noise of the low-res image.", str, choices=("cosine", "linear")
+        "The same for the noise of the low-res image.", str, choices=("cosine", "linear", "flow")
     ),
     "aug_max": Field("Highest noise level of the low-res image in training.", float, "section 2.4"),
     "prediction": Field(

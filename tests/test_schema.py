@@ -158,7 +158,6 @@ def test_all_problems_are_named_at_once():
     "change, message",
     [
         (dict(encodr="x"), "encodr is unknown, did you mean encoder?"),
-        (dict(which="emma"), "which is 'emma'; it must be one of ema, params"),
         (dict(sr_2=None), "sr_2 is missing"),
         (dict(base__checkpiont="x"), "base.checkpiont is unknown, did you mean base.checkpoint?"),
         (dict(sr_1__sampling__stesp=3), "sr_1.sampling.stesp is unknown, did you mean sr_1.samp"),

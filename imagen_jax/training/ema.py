@@ -6,7 +6,7 @@ over the parameters each, and let an evaluation compare memories of a finished r
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 Tree = Any
 
 
+@runtime_checkable
 class Track(Protocol):
     """A rule by which an average of the parameters follows them."""
 
