@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import demo, report, sample, train
+from imagen_jax import demo, sample, train
 from imagen_jax.weights import checkpoint, exports
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.run_log import read_metrics
@@ -140,7 +140,7 @@ def test_the_report_shows_this_calls_pictures(tmp_path, monkeypatch):
         (tmp_path / "prompts.txt").write_text("\n".join(prompts))
         demo.draw("--config=x", tmp_path / "prompts.txt", tmp_path / "embedded")
     assert len(list((tmp_path / "embedded").iterdir())) == 4
-    sheet = report.cascade_sheet(["apple", "pear"], {"embedded": tmp_path / "embedded"}, tmp_path / "sheet.png")
+    sheet = demo.cascade_sheet(["apple", "pear"], {"embedded": tmp_path / "embedded"}, tmp_path / "sheet.png")
     assert sheet.exists()
 
 
@@ -151,5 +151,5 @@ def test_the_report_names_a_stage_that_logged_no_step(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(text)
     workdirs = {name: tmp_path / name for name in rows}
-    assert "<td>sr_2</td><td>none logged</td>" in report.training_table(workdirs)
-    assert report.loss_curves(workdirs, tmp_path / "curves.png").stat().st_size > 0
+    assert "<td>sr_2</td><td>none logged</td>" in demo.training_table(workdirs)
+    assert demo.loss_curves(workdirs, tmp_path / "curves.png").stat().st_size > 0

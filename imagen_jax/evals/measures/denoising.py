@@ -12,7 +12,15 @@ from imagen_jax.evals.rows import LEVELS, Settings
 from imagen_jax.stage import Stage
 
 ORDER = 30
-COLUMNS = (Column("error of x-hat from a clean low-res image", "clean.x_hat.overall.mean", True),)
+# Its bins are those of the training noise, so arms must agree in it.
+COLUMNS = (
+    Column(
+        "error of x-hat from a clean low-res image",
+        "clean.x_hat.overall.mean",
+        less_is_better=True,
+        needs_same=("diffusion.schedule", "diffusion.density"),
+    ),
+)
 
 
 def excluded(stage: Stage, settings: Settings) -> str:
