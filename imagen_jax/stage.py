@@ -114,9 +114,9 @@ class Stage:
         self, params: Params, batch: Batch, draws: dict[str, Array], logsnr: Float[Array, "b"]
     ) -> Float[Array, "b"]:
         """The squared error of x-hat of each row at given noise levels (see `loss.x_error`)."""
-        return loss.x_error(
-            self.denoiser(params), to_unit(batch["image"]), self.cond(batch), draws, logsnr, self.process, self.aug_schedule
-        )
+        x = to_unit(batch["image"])
+        z, cond = loss.noised(x, self.cond(batch), draws, logsnr, self.process, self.aug_schedule)
+        return loss.x_error(self.denoiser(params)(z, logsnr, cond), z, x, logsnr, self.process)
 
     def sample(
         self, params: Params, keys: Key[Array, "b"], batch: Batch, sampling: Mapping[str, Any], size: int | None = None

@@ -83,20 +83,16 @@ def per_sample_loss(
 
 
 def x_error(
-    denoise_fn: DenoiseFn,
+    output: Float[Array, "b *d"],
+    z: Float[Array, "b *d"],
     x: Float[Array, "b *d"],
-    cond: conditioning.Cond,
-    draws: dict[str, Array],
     logsnr: Float[Array, "b"],
     process: Process,
-    aug_schedule: Schedule,
 ) -> Float[Array, "b"]:
     """Mean squared error of x-hat of each sample, x-hat clipped to [-1, 1] as samplers do.
 
     The same unit whatever the network outputs, so stages of other predictions, densities and
     weights can be compared by it.
     """
-    z, cond = noised(x, cond, draws, logsnr, process, aug_schedule)
-    x_hat = process.x_from_output(denoise_fn(z, logsnr, cond), z, logsnr)
-    axes = tuple(range(1, x.ndim))
-    return jnp.mean(jnp.square(jnp.clip(x_hat, -1.0, 1.0) - x), axis=axes)
+    x_hat = jnp.clip(process.x_from_output(output, z, logsnr), -1.0, 1.0)
+    return jnp.mean(jnp.square(x_hat - x), axis=tuple(range(1, x.ndim)))

@@ -193,14 +193,11 @@ def test_a_weight_means_the_same_for_every_prediction(prediction):
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
 def test_x_error_is_of_clipped_x_whatever_the_network_outputs(prediction):
     """Catches an error in the output's own unit, and x-hat outside [-1, 1] counted as a sampler never sees it."""
-    x, cond, draws = stage_inputs()
+    x, _, draws = stage_inputs()
     made, logsnr = Path("vp", prediction), linear(draws["u"])
     alpha, sigma = (jnp.asarray(a, jnp.float32) for a in alpha_sigma(logsnr))
+    z = made.diffuse(x, draws["eps"], logsnr)
     for x_hat, expected in ((x - 0.05, 0.0025), (jnp.full_like(x, 3.0), jnp.mean((1 - x) ** 2, axis=(1, 2, 3)))):
-
-        def network(z, logsnr, cond, x_hat=x_hat):
-            eps = (z - alpha * x_hat) / sigma
-            return {"eps": eps, "x": x_hat, "v": alpha * eps - sigma * x_hat, "u": eps - x_hat}[prediction]
-
-        value = loss.x_error(network, x, cond, draws, logsnr, made, cosine)
-        np.testing.assert_allclose(value, np.broadcast_to(expected, (6,)), rtol=2e-2)
+        eps = (z - alpha * x_hat) / sigma
+        output = {"eps": eps, "x": x_hat, "v": alpha * eps - sigma * x_hat, "u": eps - x_hat}[prediction]
+        np.testing.assert_allclose(loss.x_error(output, z, x, logsnr, made), np.broadcast_to(expected, (6,)), rtol=2e-2)
