@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         "commit": args.commit or commit(),
         "command": shlex.join(["python", "-m", "tools.on_accelerator", *argv]),
         "python": platform.python_version(),
+        "tiny": args.tiny,
     }
     results = Results(Path(args.output), about)
     with tempfile.TemporaryDirectory(prefix="on_accelerator_") as directory:

@@ -60,8 +60,10 @@ def events(directory: str) -> Iterator[tuple[str, float]]:
 
 
 def has_operation(event: Any) -> bool:
-    """Whether an event of the host is an operation of a compiled program."""
-    return any(name == "hlo_op" for name, _ in event.stats)
+    """Whether an event of the host is an operation of a compiled program that holds no others."""
+    return plain(event.name) not in ("while", "call", "conditional") and any(
+        name == "hlo_op" for name, _ in event.stats
+    )
 
 
 def plain(name: str) -> str:

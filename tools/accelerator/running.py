@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,12 +44,27 @@ class Outcome:
 
 @dataclasses.dataclass
 class Process:
-    """A running process with its log and records."""
+    """A running process with its log and records; `ended` is set when it ends."""
 
     popen: subprocess.Popen
     started: float
     log: Path
     records: Path
+    ended: float = 0.0
+
+    def watch(self) -> None:
+        """Notes the time at which the process ends, also while nothing waits for it."""
+
+        def wait():
+            self.popen.wait()
+            self.ended = time.monotonic()
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    @property
+    def seconds(self) -> float:
+        """How long the process has run."""
+        return (self.ended or time.monotonic()) - self.started
 
 
 class Session:
@@ -125,6 +141,7 @@ class Session:
             )
         print(f"== {name}: {shlex.join(map(str, command))[:300]}", flush=True)
         self._running.append(process := Process(popen, time.monotonic(), log, records))
+        process.watch()
         return process
 
     def finish(self, part: str, name: str, process: Process, limit: float) -> Outcome:
@@ -134,12 +151,12 @@ class Session:
             size = process.records.stat().st_size if process.records.exists() else 0
             if size != seen:
                 seen = size
-                took = time.monotonic() - process.started
-                self.results.add(part, name, "running", took, read_records(process.records))
+                found = read_records(process.records)
+                self.results.add(part, name, "running", process.seconds, found)
             time.sleep(POLL)
         if code is None:
             stop(process.popen)
-        took = time.monotonic() - process.started
+        took = process.seconds
         self._running.remove(process)
         records = read_records(process.records)
         status = f"ended: over its limit of {limit:.0f} s" if code is None else said(code, records)

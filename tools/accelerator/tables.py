@@ -21,6 +21,8 @@ def markdown(about: Mapping[str, Any], parts: Parts) -> str:
         "pictures": pictures,
     }
     lines = [facts(about)]
+    if about.get("tiny"):
+        lines += ["", "Tiny networks: these numbers test the tool and tell nothing else."]
     for part, writer in writers.items():
         if part in parts:
             lines += ["", f"### {part}", "", *writer(parts[part])]
@@ -78,7 +80,8 @@ def correct(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def train_speed(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Speed and memory of each network, the slowest one's kernels, and the trials."""
     heads = (
-        "network", "batch", "step", "images/s", "8 A100-80G, images/s a GPU", "MFU", "peak, measured",
+        "network", "batch", "step", "images/s", "8 A100-80G, images/s a GPU", "MFU",
+        "peak, measured",
         "compiler", "by shapes", "tracing", "compiling", "note",
     )  # fmt: skip
     gib = lambda record, field: number(record.get(field), "{:.1f} GiB", 1 / GIB)
