@@ -1,5 +1,7 @@
 """What every test runs under: CPU with eight virtual devices, shapes and types of the package checked at each call, no implicit rank promotion, no network.
 
+IMAGEN_JAX_TEST_PLATFORM=cuda runs tests that need one device on a GPU instead.
+
 Compiled programs, small ones too, are kept in .pytest_cache/jax (or $JAX_COMPILATION_CACHE_DIR): a second run takes a third of the time. Everything is set through the
 environment before jax is imported, so that processes started by a test get the same; the checker of types is for this process alone.
 """
@@ -15,8 +17,9 @@ for path in (ROOT, ROOT / "tests"):
 
 from tests import xla  # noqa: E402
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+PLATFORM = os.environ.get("IMAGEN_JAX_TEST_PLATFORM", "cpu")
+os.environ["JAX_PLATFORMS"] = PLATFORM
+if PLATFORM == "cpu" and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla.flags(devices=8)}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

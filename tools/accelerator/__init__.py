@@ -1,0 +1,1 @@
+"""The parts of `python -m tools.on_accelerator`: what one GPU can tell in minutes."""

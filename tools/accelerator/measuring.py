@@ -1,0 +1,86 @@
+"""Facts of the device and of compiled programs, and medians of times."""
+
+import importlib.metadata
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from tools.accelerator.task import is_out_of_memory
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "diffusers")
+SPARE = 0.98  # share of the allocator's memory that a compiled program may need
+
+
+def about() -> dict[str, Any]:
+    """The device and the versions of the libraries."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "memory_bytes": memory_limit(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The installed libraries among LIBRARIES."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def memory_limit() -> int | None:
+    """Bytes that this process may allocate on its device; None where it is not known."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def memory_peak() -> int | None:
+    """The most bytes that this process has held on its device; None where it is not known."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def compiled_bytes(compiled: Any) -> dict[str, int]:
+    """What the compiler says of a program: its peak, and what it allocates for it at once."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return {}
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    allocated = held + found.temp_size_in_bytes
+    peak = getattr(found, "peak_memory_in_bytes", 0) or allocated
+    return {"compiler_peak_bytes": int(peak), "compiler_allocated_bytes": int(allocated)}
+
+
+def fits(found: dict[str, int]) -> bool:
+    """Whether a program of these `compiled_bytes` fits the device, as far as both are known."""
+    limit = memory_limit()
+    return not found or limit is None or max(found.values()) <= SPARE * limit
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Wall-clock seconds of a call, waiting for its arrays."""
+    started = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - started
+
+
+def median(times: list[float]) -> dict[str, float]:
+    """Median and extremes of times in seconds."""
+    middle = statistics.median(times)
+    return {"seconds": middle, "fastest": min(times), "slowest": max(times), "repeats": len(times)}
+
+
+def tried(call: Callable[[], Any]) -> tuple[Any, str]:
+    """(result, "") of a call, or (None, message) if memory ran out."""
+    try:
+        return call(), ""
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, str(error).splitlines()[0][:200]

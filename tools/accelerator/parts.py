@@ -1,0 +1,240 @@
+"""The five parts, in their order of value: which processes each runs, with which limits."""
+
+import json
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.accelerator import tables
+from tools.accelerator.running import Process, Session
+
+TESTS = (
+    "tests/diffusion/test_schedule.py", "tests/diffusion/test_process.py",
+    "tests/diffusion/test_guidance.py", "tests/diffusion/test_sampler.py",
+    "tests/diffusion/test_conditioning.py", "tests/diffusion/test_loss.py",
+    "tests/models/test_blocks.py", "tests/models/test_networks.py", "tests/text/test_t5.py",
+)  # fmt: skip
+TINY_TESTS = ("tests/diffusion/test_schedule.py", "tests/diffusion/test_process.py")
+SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # several processes use the device at once
+MODELS = tuple(tables.A100)
+# Label -> (XLA_FLAGS, fields of the model's config, attention), the most promising first.
+TRIALS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "cuDNN attention": ("", {}, "cudnn"),
+    "remat none": ("", {"remat": "none"}, ""),
+    "no Triton matrix products": ("--xla_gpu_enable_triton_gemm=false", {}, ""),
+    "no command buffers": ("--xla_gpu_enable_command_buffer=", {}, ""),
+    "NHWC convolutions": ("--xla_gpu_force_conv_nhwc=true", {}, ""),
+    "latency-hiding scheduler": ("--xla_gpu_enable_latency_hiding_scheduler=true", {}, ""),
+    "cuDNN fusions of matrix products": ("--xla_gpu_cudnn_gemm_fusion_level=2", {}, ""),
+}
+# Seconds of each part of nine minutes; what one leaves over goes to the last.
+SECONDS = {
+    "correct": 60.0, "train_speed": 180.0, "sampling": 90.0, "side_by_side": 90.0,
+    "pictures": 540.0,
+}  # fmt: skip
+LEAST = 15.0  # seconds below which a trial is not started
+# Stage of the cascade -> config file.
+CASCADE = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}
+DRAW_S, START_S = 75.0, 12.0  # of the pictures: what drawing and a trainer's imports may take
+
+
+class Parts:
+    """The parts of one call; what can run beside an earlier part is started before it."""
+
+    def __init__(self, session: Session, models: Sequence[str], trials: int):
+        """`trials`: how many of TRIALS, in order."""
+        self.session, self.models, self.trials = session, models, trials
+        self._tracing: dict[str, Process] = {}
+        self._data: Process | None = None
+
+    def prepare(self, selected: Sequence[str]) -> None:
+        """Starts what needs no device time: tracing the train steps, preparing the pictures."""
+        if "train_speed" in selected:
+            for model in self.models:
+                arguments = {"model": model, "gate": str(self._gate(model))}
+                self._tracing[model] = self._start_task(model, "train_speed", arguments)
+        if "pictures" in selected:
+            data = [sys.executable, "-m", "imagen_jax.prepare_data", "--source", "emoji"]
+            data += ["--output", self.session.work / "data", "--encoder", "t5_tiny"]
+            data += ["--max_length", "32"]
+            self._data = self.session.start("data", data, {"JAX_PLATFORMS": "cpu"})
+
+    def _gate(self, model: str) -> Path:
+        return self.session.work / f"{model}.gate"
+
+    def _start_task(self, name: str, module: str, arguments: dict[str, Any]) -> Process:
+        given = json.dumps({**arguments, "tiny": self.session.tiny})
+        command = [sys.executable, "-m", "tools.accelerator.task", module, given]
+        return self.session.start(name, command, SHARED)
+
+    def correct(self) -> None:
+        """Tests on the device, bf16 against fp32, the sampler against the CPU's: all at once."""
+        session, started = self.session, {}
+        report = session.work / "tests.xml"
+        platform = "cpu" if session.tiny else "cuda"
+        workers = [] if session.tiny else ["-n", "6"]
+        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers]
+        tests += ["-m", "not slow and not parity", f"--junitxml={report}"]
+        tests += TINY_TESTS if session.tiny else TESTS
+        started["tests"] = session.start(
+            "tests", tests, SHARED | {"IMAGEN_JAX_TEST_PLATFORM": platform}
+        )
+        sampler = {"check": "sampler", "model": ""}
+        started["sampler"] = self._start_task("sampler", "numerics", sampler)
+        for model in self.models:
+            name, arguments = f"bf16 {model}", {"check": "bf16", "model": model}
+            started[name] = self._start_task(name, "numerics", arguments)
+        for name, process in started.items():
+            session.finish("correct", name, process, session.left())
+            if name == "tests" and report.exists():
+                session.results.extend("correct", name, read_junit(report))
+
+    def train_speed(self) -> None:
+        """The train step of each network, one after another, then trials with the slowest."""
+        found, known = {}, {}
+        for model in self.models:
+            process, limit = self._tracing.pop(model), self.session.left()
+            self._gate(model).write_text(f"{limit:.0f}")
+            outcome = self.session.finish("train_speed", model, process, limit)
+            known[model] = {k: v for k, v in outcome.last("facts").items() if k != "what"}
+            if steps := [r for r in outcome.records if r["what"] == "step"]:
+                found[model] = max(steps, key=lambda step: step["images_per_s"])
+        if not found:
+            return
+        slowest = min(found, key=lambda model: found[model].get("mfu") or 0.0)
+        facts = {k: v for k, v in known[slowest].items() if k != "model"}
+        for label, (flags, fields, attention) in list(TRIALS.items())[: self.trials]:
+            if self.session.left() < LEAST:
+                break
+            arguments = {"model": slowest, "known": facts, "batch": found[slowest]["batch"]}
+            arguments |= {"fields": fields, "attention": attention}
+            self.session.task(
+                "train_speed", f"trial: {slowest}, {label}", "train_speed", arguments,
+                self.session.left(), self.session.more_flags(flags),
+            )  # fmt: skip
+
+    def sampling(self) -> None:
+        """Each stage of the paper's cascade."""
+        batches = [2, 1] if self.session.tiny else [16, 1]
+        for model in tables.STAGES:
+            if model in self.models:
+                arguments = {"model": model, "batches": batches}
+                self.session.task("sampling", model, "sampling", arguments, self.session.left())
+
+    def side_by_side(self) -> None:
+        """IF-I-M's U-Net: PyTorch eager, ours, and PyTorch compiled if time is left."""
+        batches = [2] if self.session.tiny else [16, 64]
+        for name, framework, compiled in (
+            ("PyTorch", "torch", False),
+            ("imagen_jax", "jax", False),
+            ("PyTorch, compiled", "torch", True),
+        ):
+            if compiled and self.session.tiny:
+                continue
+            arguments = {"framework": framework, "batches": batches, "compiled": compiled}
+            self.session.task("side_by_side", name, "side_by_side", arguments, self.session.left())
+
+    def pictures(self) -> None:
+        """Trains the demo cascade, its stages side by side, exports and draws it."""
+        session, python = self.session, [sys.executable, "-m"]
+        if not session.finish("pictures", "data", self._data, session.left()).done:
+            return
+        variant, data = "tiny" if session.tiny else "demo", session.work / "data"
+        drawing = {"data": str(data), "directory": str(session.work), "output": ""}
+        prompts = self._start_task("prompts", "drawing", drawing | {"what": "prompts"})
+        train_s = session.left() - DRAW_S
+        if train_s < 2 * START_S:
+            session.results.add("pictures", "training", "not started: no time left", 0.0, [])
+            return
+        running = {}
+        for stage, name in CASCADE.items():
+            command = [*python, "imagen_jax.train", f"--config=configs/{name}.py:{variant}"]
+            command += [f"--config.data.path={data}", "--workdir", session.work / stage]
+            command += ["--minutes", f"{(train_s - START_S) / 60:.3f}"]
+            running[stage] = session.start(stage, command, SHARED)
+        end = time.monotonic() + train_s
+        trained = []
+        for stage, process in running.items():
+            limit = max(1.0, end - time.monotonic())
+            if session.finish("pictures", stage, process, limit).done:
+                trained.append(stage)
+            session.results.extend("pictures", stage, read_metrics(session.work / stage, stage))
+        write_training_log(session, CASCADE)
+        session.finish("pictures", "prompts", prompts, session.left())
+        self._export_and_draw(trained, drawing)
+
+    def _export_and_draw(self, trained: Sequence[str], drawing: dict[str, Any]) -> None:
+        """bf16 EMA weights of the trained stages, and the sheet of what the cascade draws.
+
+        A stage that was not trained is the one that ships with the package.
+        """
+        session, python, exports = self.session, [sys.executable, "-m"], {}
+        for stage in trained:
+            file = session.results.output / f"{stage}.safetensors"
+            command = [*python, "imagen_jax.export", "--checkpoint", session.work / stage]
+            exports[stage] = session.start(
+                f"export {stage}", [*command, "--output", file], {"JAX_PLATFORMS": "cpu"}
+            )
+        drawn = session.work / "drawn"
+        command = [*python, "imagen_jax.sample", "--config=configs/cascade.py:demo"]
+        command += [f"--config.{s}.checkpoint={session.work / s}" for s in trained]
+        command += ["--prompts", session.work / "prompts.txt", "--output", drawn]
+        outcome = session.command("pictures", "draw", command, session.left(), SHARED)
+        for stage, process in exports.items():
+            session.finish("pictures", f"export {stage}", process, max(5.0, session.left()))
+        if outcome.done:
+            sheet = drawing | {"what": "sheet", "directory": str(drawn)}
+            sheet["output"] = str(session.results.output / "pictures.png")
+            session.task("pictures", "sheet", "drawing", sheet, max(5.0, session.left()))
+
+
+def read_junit(path: Path) -> list[dict[str, Any]]:
+    """The counts of a pytest run and the tests that failed, as one record."""
+    cases = ElementTree.parse(path).getroot().iter("testcase")
+    failures, passed, skipped = [], 0, 0
+    for case in cases:
+        bad = case.find("failure") if case.find("failure") is not None else case.find("error")
+        if bad is not None:
+            message = " ".join(bad.get("message", "").split())[:300]
+            failures.append(
+                {"test": f"{case.get('classname')}.{case.get('name')}", "message": message}
+            )
+        elif case.find("skipped") is not None:
+            skipped += 1
+        else:
+            passed += 1
+    found = {"passed": passed, "failed": len(failures), "skipped": skipped}
+    return [{"what": "tests"} | found | {"failures": failures}]
+
+
+def read_metrics(workdir: Path, stage: str) -> list[dict[str, Any]]:
+    """The steps, last loss and median speed of a training, as one record."""
+    rows = training_rows(workdir)
+    if not rows:
+        return []
+    speeds = sorted(r["time/images_per_s"] for r in rows[1:] if "time/images_per_s" in r)
+    found = {"what": "trained", "stage": stage, "steps": rows[-1]["step"], "loss": rows[-1]["loss"]}
+    return [found | {"images_per_s": speeds[len(speeds) // 2] if speeds else None}]
+
+
+def training_rows(workdir: Path) -> list[dict[str, Any]]:
+    """The whole lines of a training's metrics.jsonl."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def write_training_log(session: Session, stages: Sequence[str]) -> None:
+    """All metrics of all stages in one file of the output."""
+    with open(session.results.output / "training.jsonl", "w", encoding="utf-8") as file:
+        for stage in stages:
+            for row in training_rows(session.work / stage):
+                file.write(json.dumps({"stage": stage} | row) + "\n")
+
+
+def named(parts: Parts) -> dict[str, Callable[[], None]]:
+    """Part name -> what runs it, in order of value."""
+    return {name: getattr(parts, name) for name in SECONDS}
