@@ -14,7 +14,7 @@ from imagen_jax.hardware.chips import peak_flops
 from imagen_jax.models.unet import UNet
 from imagen_jax.sharding import make_mesh
 from imagen_jax.stage import Stage, create_stage, to_uint8
-from imagen_jax.step import TrainProgram, forward_flops
+from imagen_jax.training.step import TrainProgram, forward_flops
 
 __all__ = [
     "Stage", "TrainProgram", "UNet", "create_stage", "forward_flops", "make_mesh", "peak_flops",
@@ -30,7 +30,7 @@ def config(name: str, arg: str) -> dict[str, Any]:
 
 def state_parts(program: TrainProgram) -> dict[str, int]:
     """Bytes on a device of what a step holds, from shapes and shardings."""
-    from imagen_jax.whole_step import state_parts
+    from imagen_jax.planning.whole_step import state_parts
 
     return state_parts(program)
 

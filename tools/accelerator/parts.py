@@ -15,6 +15,7 @@ TESTS = (
     "tests/diffusion/test_schedule.py", "tests/diffusion/test_process.py",
     "tests/diffusion/test_guidance.py", "tests/diffusion/test_sampler.py",
     "tests/diffusion/test_conditioning.py", "tests/diffusion/test_loss.py",
+    "tests/diffusion/test_density.py", "tests/diffusion/test_grid.py",
     "tests/models/test_blocks.py", "tests/models/test_networks.py", "tests/text/test_t5.py",
 )  # fmt: skip
 TINY_TESTS = ("tests/diffusion/test_schedule.py", "tests/diffusion/test_process.py")
