@@ -86,7 +86,7 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
     from imagen_jax import run_log
     from imagen_jax.data import pipeline
     from imagen_jax.training import replicas, resume
-    from imagen_jax.training.grids import SampleGrid
+    from imagen_jax.training.sample_grids import SampleGrid
     from imagen_jax.training.state import RNG
     from imagen_jax.weights import checkpoint
 

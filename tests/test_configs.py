@@ -22,6 +22,8 @@ VARIANTS = {
     "sr_1024": ("", *SMALL),
     "ablations.guidance_thresholding": ("", *SMALL),
     "ablations.noise_augmentation": ("", *SMALL),
+    "ablations.samplers": ("", *SMALL),
+    "ablations.training_noise": ("", *SMALL),
     "ablations.text_conditioning": ("", *SMALL),
 }
 OTHERS = {"cascade", "defaults", "saved"}  # not the config of a stage by themselves

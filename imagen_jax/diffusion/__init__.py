@@ -1,4 +1,5 @@
-"""The diffusion process as pure functions of arrays: how noise enters, what a network predicts, how samples are drawn.
+"""The diffusion process as pure functions of arrays: how noise enters, which noise levels
+are trained on (density) and visited in sampling (grid), what a network predicts, how samples are drawn from noise or an image.
 
 It must not know networks, parameters, devices or configs: a network is a `denoise_fn(z, logsnr, cond)`.
 

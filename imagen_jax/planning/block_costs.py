@@ -38,7 +38,7 @@ from imagen_jax.planning import cost, hlo, kernels
 from imagen_jax.storage import write_json
 from imagen_jax.models.attention import Attention, FeedForward
 from imagen_jax.models.blocks import ResBlock
-from imagen_jax.planning.parts import block_calls
+from imagen_jax.planning.block_calls import block_calls
 from imagen_jax.models.remat import checkpointed
 from imagen_jax.training.optim import learning_rate, make_optimizer
 from imagen_jax.stage import Stage, create_stage

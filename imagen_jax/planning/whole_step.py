@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from imagen_jax import sharding
-from imagen_jax.training import grids
+from imagen_jax.training import sample_grids
 from imagen_jax.planning import hlo, links
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.training.step import TrainProgram
@@ -132,7 +132,7 @@ def lower_sampler(program: TrainProgram, rows: int) -> Any:
     """What draws a sample grid of a training."""
     shapes = program.stage.batch_shapes(rows)
     batch = {name: jax.ShapeDtypeStruct(*shapes[name]) for name in ("text", "text_mask", "lowres") if name in shapes}
-    return grids.draw_program(program.stage, program.mesh, rows).lower(program.abstract.ema, batch)
+    return sample_grids.draw_program(program.stage, program.mesh, rows).lower(program.abstract.ema, batch)
 
 
 def lower_whole_images(program: TrainProgram) -> Any:

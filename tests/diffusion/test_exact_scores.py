@@ -25,20 +25,24 @@ COVARIANCE = ROOT @ ROOT.T
 def as_prediction(prediction, x, z, alpha, sigma):
     """The output of a network of this `prediction` whose x-hat is `x`."""
     eps = (z - alpha * x) / sigma
-    return {"x": x, "eps": eps, "v": alpha * eps - sigma * x}[prediction]
+    return {"x": x, "eps": eps, "v": alpha * eps - sigma * x, "u": eps - x}[prediction]
 
 
-def levels(logsnr):
-    return jnp.sqrt(jax.nn.sigmoid(logsnr))[:, None], jnp.sqrt(jax.nn.sigmoid(-logsnr))[:, None]
+POWER = {"vp": (1.0, 0.5), "flow": (0.5, 1.0)}  # of a path: alpha = sigmoid(first * logsnr) ** second
 
 
-def gaussian_network(prediction):
+def levels(logsnr, path="vp"):
+    scale, power = POWER[path]
+    return tuple(jax.nn.sigmoid(sign * scale * logsnr)[:, None] ** power for sign in (1, -1))
+
+
+def gaussian_network(prediction, path="vp"):
     """Exact for N(MEAN + first text feature, COVARIANCE): E[x | z] = m + alpha S (alpha^2 S + sigma^2)^-1 (z - alpha m), in the eigenbasis of S."""
     values, vectors = np.linalg.eigh(COVARIANCE)
     values, vectors = values.astype(np.float32)[None], vectors.astype(np.float32)
 
     def denoise_fn(z, logsnr, cond):
-        alpha, sigma = levels(logsnr)
+        alpha, sigma = levels(logsnr, path)
         mean = jnp.asarray(MEAN, jnp.float32)[None] + (cond["text"][:, 0] if cond else 0.0)
         flat = z.reshape(z.shape[0], D)
         gain = alpha * values / (alpha**2 * values + sigma**2)
@@ -57,10 +61,11 @@ def draw_samples(denoise_fn, b=B, cond=None, seed=0, **options):
     return np.asarray(samples, np.float64).reshape(b, D)
 
 
-def expected_moments(schedule, method, steps, gamma, mean=MEAN):
+def expected_moments(schedule, method, steps, gamma, mean=MEAN, path="vp"):
     """Mean and covariance of what `steps` steps make of standard normal noise, by linear algebra in float64 (spec: eqs. 5 and 6)."""
     logsnr = np.asarray(SCHEDULES[schedule](jnp.linspace(1.0, 0.0, steps + 1)), np.float64)
-    alpha, sigma = (1 / (1 + np.exp(-logsnr))) ** 0.5, (1 / (1 + np.exp(logsnr))) ** 0.5
+    scale, power = POWER[path]
+    alpha, sigma = ((1 / (1 + np.exp(-sign * scale * logsnr))) ** power for sign in (1, -1))
     mu, cov = np.zeros(D), np.eye(D)
     for t in range(steps):
         gain = alpha[t] * COVARIANCE @ np.linalg.inv(alpha[t] ** 2 * COVARIANCE + sigma[t] ** 2 * np.eye(D))
@@ -110,6 +115,23 @@ def gaussian_samples(method, gamma, steps, schedule="cosine"):
 def test_many_steps_make_the_data(method, gamma, schedule):
     """Catches a sampler that is consistent with itself but converges to another distribution than the data's."""
     assert_moments(gaussian_samples(method, gamma, 200, schedule), MEAN, COVARIANCE, bias=0.04)
+
+
+@pytest.mark.parametrize("method, gamma", METHODS)
+@pytest.mark.parametrize("prediction", ["u", "x"])
+def test_the_flow_path_makes_exactly_the_gaussian_it_should(prediction, method, gamma):
+    """Catches a step or a reading of the output that is right where alpha^2 + sigma^2 = 1 alone: six steps on the straight path."""
+    network, options = gaussian_network(prediction, "flow"), {"method": method, "gamma": gamma, "steps": 6}
+    samples = draw_samples(network, b=15_000, prediction=prediction, process="flow", schedule="flow", **options)
+    assert_moments(samples, *expected_moments("flow", method, 6, gamma, path="flow"))
+
+
+@pytest.mark.parametrize("path, grid", [("vp", "logsnr"), ("vp", "karras"), ("flow", "t")])
+def test_second_order_steps_make_the_data(path, grid):
+    """Catches a second-order sampler that is wrong on one path or grid: 20 steps come as near as the first-order ones in 200."""
+    options = {"process": path, "method": "dpmpp_2m", "grid": grid, "steps": 20, "schedule": "cosine" if path == "vp" else "flow"}
+    samples = draw_samples(gaussian_network("eps", path), b=15_000, **options)
+    assert_moments(samples, MEAN, COVARIANCE, bias=0.04)
 
 
 def test_errors_shrink_and_samplers_agree_as_steps_grow():

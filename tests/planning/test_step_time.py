@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from imagen_jax import plan, sharding
 from imagen_jax.planning import block_costs, plan_report, step_time, whole_step
-from imagen_jax.training import grids
+from imagen_jax.training import sample_grids
 from imagen_jax.hardware import topology
 from imagen_jax.stage import create_stage
 from imagen_jax.training.step import TrainProgram, forward_flops
@@ -122,9 +122,9 @@ def test_parts_of_memory():
 def test_the_sampler_is_the_one_that_training_runs(name, monkeypatch):
     """Wrong: the sampler of whole images where a crop is trained on, of a batch that is divided as a training batch is, of other rows than a grid has."""
     made, rows = program(name), 3
-    monkeypatch.setattr(grids.pipeline, "open_prepared", lambda data: SimpleNamespace(evaluation_split="train", manifest={"counts": {"images": {"train": 9}}}))
-    monkeypatch.setattr(grids.pipeline, "eval_rows", lambda data, rows, split: tiny.batch(made.stage, len(rows)))
-    drawn = grids.SampleGrid(tiny.config(name, train__sample_rows=rows), made.stage, made.mesh)
+    monkeypatch.setattr(sample_grids.pipeline, "open_prepared", lambda data: SimpleNamespace(evaluation_split="train", manifest={"counts": {"images": {"train": 9}}}))
+    monkeypatch.setattr(sample_grids.pipeline, "eval_rows", lambda data, rows, split: tiny.batch(made.stage, len(rows)))
+    drawn = sample_grids.SampleGrid(tiny.config(name, train__sample_rows=rows), made.stage, made.mesh)
     fields = {field: jax.ShapeDtypeStruct(a.shape, a.dtype) for field, a in drawn._batch.items() if field != "image"}
     assert whole_step.lower_sampler(made, rows).as_text() == drawn._draw.lower(made.abstract.ema, fields).as_text()
 

@@ -1,0 +1,33 @@
+"""Which noise the base model is trained on and what it predicts, beside the paper's choice (Appendix A).
+
+    python -m launch.sweep --config configs/ablations/training_noise.py:demo --config.data.path=PREPARED --workdir DIR
+
+One training an arm. Their losses are not comparable; the table compares the error of x-hat in fixed
+bins of log-SNR. Samples are drawn with the arm's own schedule. The variants are those of base_64.py.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import base_64
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return base_64.get_config(arg or "width=192")
+
+
+def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
+    """The paper's eps with uniform time and the cosine schedule first."""
+    paper = {"prediction": "eps", "schedule": "cosine", "density": "uniform", "process": "vp", "weight": "none"}
+    changes = {
+        "paper": {},
+        "linear": {"schedule": "linear"},
+        "logit_normal": {"density": "logit_normal"},
+        "min_snr": {"weight": "min_snr"},
+        "v": {"prediction": "v"},
+        "flow": {"process": "flow", "schedule": "flow", "prediction": "u"},
+    }
+    for name, changed in changes.items():
+        yield {"name": name} | {f"config.diffusion.{field}": value for field, value in (paper | changed).items()}
