@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c = ConfigDict()
     c.encoder = "t5_tiny" if demo else "google/t5-v1_1-xxl"
     c.encoder_dtype = "bfloat16"
-    c.which = "ema"  # or "params"
+    c.which = "ema"  # or "params", "ema_1" ...
     c.batch_size = 16 if demo else 4
     # Each stage is sampled as its own config says; fields here change that for the cascade alone.
     c.base = stage(base_64, arg, "embedded:base_16" if demo else "")

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from imagen_jax import schema
 from imagen_jax.weights import checkpoint
 from imagen_jax.data.transforms import pad_text
-from imagen_jax.stage import Stage, check_sampling, create_stage, to_uint8
+from imagen_jax.stage import Stage, check_sampling, create_stage, random_key, to_uint8
 
 STAGES = ("base", "sr_1", "sr_2")  # the names in a cascade config, in order
 SAME_TEXT = ("weights_sha256", "tokenizer_sha256", "dim")  # what makes two encoders the same, wherever they are stored
@@ -87,11 +87,8 @@ def check_encoder(a: Mapping[str, Any], b: Mapping[str, Any], who: str) -> None:
 
 
 def sample_keys(seeds: Sequence[int], stage_index: int) -> jax.Array:
-    """One key a picture: a function of its own seed and the stage alone.
-
-    Always Threefry: numbers of the "rbg" generator, which a site may have as its default, depend on the place in a batch.
-    """
-    key = lambda seed: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stage_index)
+    """One key a picture: a function of its own seed and the stage alone."""
+    key = lambda seed: jax.random.fold_in(random_key(seed), stage_index)
     return jax.vmap(key)(jnp.asarray(seeds, jnp.uint32))
 
 

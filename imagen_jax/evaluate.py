@@ -41,7 +41,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("rows", 256, "images of each split to measure on")
     flags.DEFINE_integer("samples", 0, "images of each split to draw samples for; 0: as many as --rows")
     flags.DEFINE_integer("gallery", 20_000, "images that samples are compared with: all, or so many if there are more, chosen by the seed")
-    flags.DEFINE_integer("bins", 10, "intervals of t that losses are taken in")
+    flags.DEFINE_integer("bins", 10, "bins of noise level, drawn equally often in training, that losses are taken in")
     flags.DEFINE_integer("batch_size", 64, "rows at once; changes no number but by rounding")
     flags.DEFINE_integer("seed", 0, "of rows, noise and shuffling")
     for name, field in schema.SAMPLING.items():

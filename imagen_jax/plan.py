@@ -257,7 +257,8 @@ def sampler(config: Mapping[str, Any], place: Any, program: Any, parts: Mapping[
     rows = config["train"]["sample_rows"]
     log.info("compiling the sampler of %d images", rows)
     _, alone = whole_step.compile_text(whole_step.lower_sampler(program, rows), place, exact)
-    beside = sum(parts[part] for part in ("parameters", "optimizer", "batch"))
+    held = ("parameters", "optimizer", "batch", "EMA tracks")
+    beside = sum(size for part, size in parts.items() if part in held)
     peak = alone + beside
     return {"rows": rows, "steps": config["sampling"]["steps"], "peak": peak, "beside": beside, "fits": peak <= place.chip.memory_limit}
 

@@ -8,6 +8,7 @@ docs/config.md lists all fields.
 import ast
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,8 +23,8 @@ class Field:
     meaning: one sentence.
     kind: int, float, bool, str, tuple[int, ...], tuple[float, float] and the like, or tuple.
     source: where the paper, or another paper, has it; "" where the paper has nothing.
-    choices: the values it may have, of a tuple the values of its entries; () for any.
-    older: the value that a record means which was written before the field existed.
+    choices: the valid values, of a tuple the valid entries; () for any.
+    older: the value assumed for records written before the field existed.
     resume: whether a resume may change it; (field, value): only while that field has that value.
     flag: the flag of `evaluate` for a sampling field, where it has another name than the field.
     """
@@ -114,7 +115,7 @@ FAMILIES = {
 
 DIFFUSION = {
     "schedule": Field(
-        "Log-SNR as a function of time.", str, "F.1-F.3", choices=("cosine", "linear", "flow")
+        "Log-SNR as a function of time, for the density uniform and the grid t.", str, "F.1-F.3", choices=("cosine", "linear", "flow")
     ),
     "aug_schedule": Field(
         "The same for the noise of the low-res image.", str, choices=("cosine", "linear", "flow")
@@ -139,13 +140,13 @@ DIFFUSION = {
         older="uniform",
     ),
     "density_mean": Field(
-        "Mean of logit_normal's normal variable, in noise time.",
+        "Used by logit_normal: mean of its normal variable, in noise time.",
         float,
         "Esser et al. 2024",
         older=0.0,
     ),
     "density_std": Field(
-        "Standard deviation of logit_normal's normal variable, in noise time.",
+        "Used by logit_normal: standard deviation of its normal variable.",
         float,
         "Esser et al. 2024",
         older=1.0,
@@ -170,7 +171,7 @@ SAMPLING = {
     ),
     "steps": Field("Sampling steps.", int, resume=True),
     "gamma": Field(
-        "Mix of the ancestral sampler's two variances, 0 to 1.", float, "Appendix A", resume=True
+        "Used by ancestral: mix of its two variances, 0 to 1.", float, "Appendix A", resume=True
     ),
     "w": Field("Guidance weight; 1: no guidance.", float, "section 2.2", resume=True),
     "threshold": Field(
@@ -181,7 +182,7 @@ SAMPLING = {
         resume=True,
     ),
     "percentile": Field(
-        "Percentile of |x-hat| for dynamic thresholding.", float, "Fig. A.10", resume=True
+        "Used by dynamic thresholding: percentile of |x-hat|.", float, "Fig. A.10", resume=True
     ),
     "aug_level": Field(
         "Noise level of the low-res image, 0 to 1.", float, "section 2.4", resume=True
@@ -195,14 +196,14 @@ SAMPLING = {
         resume=True,
     ),
     "grid_logsnr": Field(
-        "First and last log-SNR of the grids logsnr and karras.",
+        "Used by the grids logsnr and karras: first and last log-SNR.",
         tuple[float, float],
         "Karras et al. 2022",
         older=(-8.764, 12.429),
         resume=True,
     ),
     "grid_rho": Field(
-        "Exponent of the grid karras.", float, "Karras et al. 2022", older=7.0, resume=True
+        "Used by the grid karras: its exponent.", float, "Karras et al. 2022", older=7.0, resume=True
     ),
     "w_interval": Field(
         "Log-SNR interval in which w is used; outside it w = 1.",
@@ -227,7 +228,7 @@ OPTIM = {
     "beta2": Field("Adam's decay of the second moment.", float, "F.2, F.3"),
     "eps": Field("Adam's epsilon.", float, "F.2, F.3"),
     "weight_decay": Field("Weight decay.", float, "F.1-F.3"),
-    "clip": Field("Largest global norm of the gradient; inf: no clipping.", float),
+    "clip": Field("Largest global norm of the gradient; a large number, such as 1e9: no clipping.", float),
     "ema": Field("Decay of the EMA of the parameters.", float),
     "accumulation": Field(
         "Parts in which a batch is computed; with dropout each part has masks of its own.",
@@ -291,9 +292,9 @@ CASCADE: Fields = {
 
 WORDS = {
     int: "an integer",
-    float: "a number",
+    float: "a finite number",
     bool: "a boolean",
-    str: "a text",
+    str: "a string",
     tuple: "a tuple",
 }
 EVALUATE_FLAGS = {name: field.flag or name for name, field in SAMPLING.items()}  # field: flag
@@ -369,12 +370,6 @@ def _unknown(name: str, fields: Fields, prefix: str) -> str:
     return f"{prefix}{name} is unknown, {hint}"
 
 
-def older_values(section: str) -> dict[str, Any]:
-    """What older records mean in a section: {field: value} of its younger fields."""
-    fields = {name: field for name, field in STAGE[section].items() if field.older is not NEEDED}
-    return {name: read(field.older, field) for name, field in fields.items()}
-
-
 def read(value: Any, field: Field) -> Any:
     """A field's value as JSON returns it. Raises ValueError "is ...; it must be ..."."""
     made = _of_kind(value, field.kind)
@@ -391,7 +386,7 @@ def _of_kind(value: Any, kind: Any) -> Any:
     if isinstance(value, bool) and kind is not bool:
         return NEEDED
     if kind is float and isinstance(value, (int, float)):
-        return float(value)
+        return float(value) if math.isfinite(value) else NEEDED  # JSON cannot hold it
     return value if isinstance(value, kind) else NEEDED
 
 

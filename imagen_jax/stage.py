@@ -19,7 +19,7 @@ from imagen_jax.diffusion import conditioning, loss, sampler
 from imagen_jax.diffusion.density import DENSITIES, Density
 from imagen_jax.diffusion.grid import GRIDS
 from imagen_jax.diffusion.guidance import Guidance, Threshold
-from imagen_jax.diffusion.process import Path, Process
+from imagen_jax.diffusion.process import GaussianProcess, Process
 from imagen_jax.diffusion.sampler import SAMPLERS
 from imagen_jax.diffusion.schedule import SCHEDULES, Schedule
 from imagen_jax.diffusion.weighting import WEIGHTS, Weight
@@ -31,7 +31,8 @@ from imagen_jax.models.remat import checkpointed
 from imagen_jax.models.unet import UNet
 
 FAMILIES = {"unet": UNet, "efficient_unet": EfficientUNet}
-# Random numbers are the same wherever a site has switched this off; keys are made with a pinned generator.
+RNG = "threefry2x32"  # of all keys, whatever a site has as its default; recorded in checkpoints
+# Draws the same numbers whatever `jax_threefry_partitionable` is set to.
 PINNED = functools.partial(jax.threefry_partitionable, True)
 Batch = Mapping[str, Array]
 Params = Mapping[str, Any]
@@ -85,7 +86,8 @@ class Stage:
         """Fresh fp32 parameters. Meant to be traced: `jax.eval_shape`, or jit with output shardings."""
         batch = {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in self.batch_shapes(1).items()}
         cond = self.cond(batch) | ({"lowres_logsnr": jnp.zeros(1)} if self.lowres_size else {})
-        return self.model.init(key, to_unit(batch["image"]), jnp.zeros(1), cond)["params"]
+        with PINNED():
+            return self.model.init(key, to_unit(batch["image"]), jnp.zeros(1), cond)["params"]
 
     def draw(self, key: Key[Array, ""], b: int, size: int | None = None) -> dict[str, Array]:
         """The random numbers of a training step for `b` images of `size` pixels, by default as it trains on (see `loss.draw`)."""
@@ -143,6 +145,11 @@ class Stage:
         )
 
 
+def random_key(seed: Any) -> Key[Array, ""]:
+    """The key of a seed: Threefry, as numbers of the "rbg" generator depend on the place in a batch."""
+    return jax.random.key(seed, impl=RNG)
+
+
 def to_unit(image: Array) -> Float[Array, "*d"]:
     """uint8 0..255 to fp32 -1..1."""
     return image.astype(jnp.float32) / 127.5 - 1.0
@@ -160,7 +167,7 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
     check_sizes(data)
     if bool(text["dim"]) != bool(model["cond_dim"]):
         raise ValueError(f"text.dim={text['dim']} and model.cond_dim={model['cond_dim']}: both are 0 (no text) or neither is")
-    check_sampling(config["sampling"], diffusion["schedule"])
+    check_sampling(config["sampling"])
     family = model.pop("family")
     model = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in model.items()}
     model["dtype"] = jnp.dtype(model["dtype"])
@@ -172,7 +179,7 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
             constrain=sharding.constrain_activations(mesh) if mesh else identity,
             attend=attention_on(mesh, model["remat"]),
         ),
-        process=build(Path, diffusion),
+        process=build(GaussianProcess, diffusion),
         density=build(DENSITIES[diffusion["density"]], diffusion),
         weight=WEIGHTS[diffusion["weight"]],
         schedule=diffusion["schedule"],
@@ -223,9 +230,9 @@ def drawing(sampling: Mapping[str, Any], schedule: str) -> dict[str, Any]:
     }
 
 
-def check_sampling(sampling: Mapping[str, Any], schedule: str = "cosine") -> None:
+def check_sampling(sampling: Mapping[str, Any]) -> None:
     """Raises ValueError unless `Stage.sample` can draw with these settings."""
     section = schema.complete_sampling(sampling)
     if not 0.0 <= section["aug_level"] <= 1.0:
         raise ValueError(f"sampling.aug_level is {section['aug_level']}; it must be from 0 to 1")
-    drawing(section, schedule)
+    drawing(section, schedule="cosine")  # whichever: it is not used before samples are drawn

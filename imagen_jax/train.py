@@ -85,9 +85,9 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
 
     from imagen_jax import run_log
     from imagen_jax.data import pipeline
+    from imagen_jax.stage import RNG
     from imagen_jax.training import replicas, resume
     from imagen_jax.training.sample_grids import SampleGrid
-    from imagen_jax.training.state import RNG
     from imagen_jax.weights import checkpoint
 
     config = run.config
@@ -293,8 +293,7 @@ class Run:
         from imagen_jax import sharding
         from imagen_jax.data.pipeline import open_prepared
         from imagen_jax.hardware import chips
-        from imagen_jax.stage import create_stage
-        from imagen_jax.training.state import RNG
+        from imagen_jax.stage import RNG, create_stage
         from imagen_jax.training.step import TrainProgram, forward_flops
 
         config = schema.complete(config)  # also one that no command line has read

@@ -85,9 +85,8 @@ class Step:
 def restates(made: Sequence[str], wanted: Sequence[str], evaluation: Path) -> bool:
     """Whether the finished command is the wanted one without sampling options that change nothing.
 
-    An option changes nothing if its value is the one that evaluation.json says was used. A sweep
-    that began when fewer settings were passed, or when fewer existed, so continues; where a setting
-    that was not passed had another value then, it does not.
+    An option changes nothing if evaluation.json records its value as the one used. So a sweep
+    started before an option existed resumes, unless that option then had another value.
     """
     (then, before), (now, after) = split_sampling(made), split_sampling(wanted)
     if then != now or not before.keys() <= after.keys() or not evaluation.is_file():

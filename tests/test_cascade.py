@@ -105,13 +105,13 @@ def test_too_long_a_caption_is_refused(stages):
 
 
 def test_start_from_other_weights():
-    """Catches a warm start that changes only the EMA, or takes weights of another model."""
+    """Catches a warm start that changes only some of the EMAs, or takes weights of another model."""
     stage, optimizer, _ = tiny.stage_and_step(tiny.config())
-    fresh = jax.jit(lambda: state.initial_state(stage, optimizer, 0))()
+    fresh = jax.jit(lambda: state.initial_state(stage, optimizer, 0, 2))()
     device = jax.tree.map(lambda leaf: leaf.sharding, fresh)
     params = jax.tree.map(lambda p: np.asarray(p + 1, ml_dtypes.bfloat16), fresh.params)
     warm = state.with_params(fresh, params, device)
-    for tree in (warm.params, warm.ema):
+    for tree in (warm.params, warm.ema, *warm.ema_tracks):
         assert float(tree["stem"]["bias"][0]) == 1.0 and tree["stem"]["bias"].dtype == jnp.float32
     del params["stem"]["bias"]
     with pytest.raises(ValueError, match="stem/bias first: missing"):

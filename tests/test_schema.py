@@ -11,7 +11,7 @@ import pytest
 
 from configs import defaults
 from imagen_jax import cascade, cli, evaluate, sample, schema
-from imagen_jax.diffusion import guidance, process, sampler, schedule
+from imagen_jax.diffusion import density, grid, guidance, process, sampler, schedule, weighting
 from imagen_jax.models import attention, efficient_unet, remat, unet
 from imagen_jax.training import optim
 from imagen_jax.weights import checkpoint
@@ -115,12 +115,12 @@ def test_a_typo_is_refused_with_the_nearest_name(name, section):
         (dict(train=None), "train is missing"),
         (dict(mesh=3), "mesh is 3; it must have the fields data, fsdp"),
         (dict(sampling__w=None), "sampling.w is missing"),
-        (dict(optim__lr="fast"), "optim.lr is 'fast'; it must be a number"),
-        (dict(optim__lr=True), "optim.lr is True; it must be a number"),
+        (dict(optim__lr="fast"), "optim.lr is 'fast'; it must be a finite number"),
+        (dict(optim__lr=True), "optim.lr is True; it must be a finite number"),
         (dict(train__steps=8.0), "train.steps is 8.0; it must be an integer"),
         (dict(train__steps=True), "train.steps is True; it must be an integer"),
         (dict(data__flip=1), "data.flip is 1; it must be a boolean"),
-        (dict(name=3), "name is 3; it must be a text"),
+        (dict(name=3), "name is 3; it must be a string"),
         (dict(data__caption="best"), "data.caption is 'best'; it must be one of random, first"),
         (dict(optim__decay="step"), "optim.decay is 'step'; it must be one of constant, cosine"),
         (dict(model__blocks=[1]), "model.blocks is [1]; it must be an integer"),
@@ -230,9 +230,13 @@ def test_a_network_has_the_fields_of_its_family(family):
     assert own | {"family"} == schema.MODEL.keys() | schema.FAMILIES[family].keys()
 
 
-def test_what_is_implemented_can_be_chosen():
-    """Wrong: an option with code behind it that the schema refuses."""
+def test_choices_are_those_with_code_behind_them():
+    """Wrong: an option with code behind it that the schema refuses, or one that it offers and nothing implements."""
     known = {
+        "diffusion.process": process.ALPHA_SIGMA,
+        "diffusion.density": density.DENSITIES,
+        "diffusion.weight": weighting.WEIGHTS,
+        "sampling.grid": grid.GRIDS,
         "diffusion.prediction": process.PREDICTIONS,
         "diffusion.schedule": schedule.SCHEDULES,
         "diffusion.aug_schedule": schedule.SCHEDULES,
@@ -244,9 +248,7 @@ def test_what_is_implemented_can_be_chosen():
         "model.remat": remat.KINDS,
     }
     fields = schema.flat(schema.STAGE)
-    assert {n: set(c) - set(fields[n].choices) for n, c in known.items()} == dict.fromkeys(
-        known, set()
-    )
+    assert {name: set(fields[name].choices) for name in known} == {n: set(c) for n, c in known.items()}
     families = schema.FAMILIES
     assert set(families["unet"]["res_block"].choices) == set(unet.RES_BLOCKS)
     assert set(families["efficient_unet"]["attention"].choices) == {"none", *attention.KINDS}

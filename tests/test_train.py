@@ -37,7 +37,8 @@ def command(data: Path, workdir: Path, *more: str, program: Sequence[str] = PROG
     return [
         *program, f"--config={tiny.ROOT}/configs/sr_1024.py:tiny", f"--workdir={workdir}",
         f"--config.data.path={data}", f"--config.text.dim={synthetic.DIM}", f"--config.train.steps={STEPS}", "--config.train.save_every=5",
-        "--config.data.workers=1", "--config.optim.accumulation=2", "--config.mesh.data=1", *more,
+        "--config.data.workers=1", "--config.optim.accumulation=2", "--config.optim.ema_tracks=(0.5,)",
+        "--config.mesh.data=1", *more,
     ]  # fmt: skip
 
 
@@ -53,12 +54,18 @@ def run(data: Path, workdir: Path, *more: str, program: Sequence[str] = PROGRAM)
 
 
 @pytest.fixture(scope="module")
-def straight(data, tmp_path_factory):
-    """The losses of an undisturbed run, by step."""
+def straight_run(data, tmp_path_factory):
+    """The workdir of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     code, log = run(data, workdir)
     assert code == 0, log
-    return losses(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def straight(straight_run):
+    """The losses of an undisturbed run, by step."""
+    return losses(straight_run)
 
 
 def losses(workdir: Path) -> dict[int, float]:
@@ -94,7 +101,7 @@ def kill_at(moment: str, data: Path, workdir: Path, rng: random.Random) -> None:
     assert process.wait() == -signal.SIGKILL, f"the run ended before it was killed: {moment}"
 
 
-def test_killed_runs_resume_bit_for_bit(data, straight, tmp_path):
+def test_killed_runs_resume_bit_for_bit(data, straight, straight_run, tmp_path):
     """Catches any state outside the checkpoint, a half-written checkpoint that is used, rows written twice, data that starts over."""
     rng, workdir = random.Random(0), tmp_path / "run"
     moments = ["compile", "save", "steps"] + ["save", "save"] * (KILLS >= 5) + ["steps"] * max(0, KILLS - 5)
@@ -103,6 +110,8 @@ def test_killed_runs_resume_bit_for_bit(data, straight, tmp_path):
     code, log = run(data, workdir)
     assert code == 0, log
     assert losses(workdir) == straight
+    for which in ("ema", "ema_1"):
+        jax.tree.map(np.testing.assert_array_equal, *(load_params(run, which)[0] for run in (workdir, straight_run)))
 
 
 def test_sigterm_saves_and_exits(data, straight, tmp_path):
@@ -152,7 +161,7 @@ def test_non_finite_loss_stops_the_run(data, tmp_path):
     assert report["seed"] == 0 and len(report["images"]) == 8
     saved = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     assert saved and all(step <= report["step"] for step in saved)
-    for which in ("params", "ema"):
+    for which in ("params", "ema", "ema_1"):
         params, _ = load_params(workdir / "checkpoints" / str(max(saved)), which)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)), f"{which} of the newest checkpoint are not finite"
 

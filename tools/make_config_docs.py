@@ -21,7 +21,7 @@ edit.
 
 - *type*: the type, or the valid values.
 - *base_64*, *sr_256*, *sr_1024*: the values of these configs.
-- *older*: the value that a record means which was written before the field existed.
+- *older*: the value assumed for records written before the field existed.
 - *resume*: whether a resume may change the field.
 - *source*: where the paper has it, or another paper.
 

@@ -3,7 +3,8 @@
     python -m launch.sweep --config configs/ablations/guidance_thresholding.py:demo --config.data.path=PREPARED --workdir DIR
 
 The paper: without thresholding large weights saturate the pictures, static thresholding clips them, dynamic thresholding lets the
-weight grow and keeps them natural. The variants are those of base_64.py; a model that is trained already: --checkpoint WORKDIR.
+weight grow and keeps them natural. The variants are those of base_64.py; a model that is trained already: --checkpoint WORKDIR. Losses do
+not depend on sampling: --measures retrieval leaves them out.
 """
 
 from typing import Any, Iterator

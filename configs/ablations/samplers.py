@@ -3,7 +3,8 @@
     python -m launch.sweep --config configs/ablations/samplers.py:demo --config.data.path=PREPARED --workdir DIR
 
 The paper uses ancestral sampling and DDIM on a uniform grid (Appendix A). The variants are those of
-base_64.py; a model that is trained already: --checkpoint WORKDIR.
+base_64.py; a model that is trained already: --checkpoint WORKDIR. Losses do
+not depend on sampling: --measures retrieval leaves them out.
 """
 
 from collections.abc import Iterator

@@ -7,11 +7,11 @@ lowres_logsnr [b]. Text is absent in a model that takes none.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.diffusion.process import Path
+from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.diffusion.schedule import Schedule
 
 Cond = dict[str, Array]
-VARIANCE_PRESERVING = Path("vp", "eps")  # noise on the low-res image, whatever the stage's own process
+VARIANCE_PRESERVING = GaussianProcess("vp", "eps")  # noise on the low-res image, whatever the stage's own process
 
 
 def drop_text(cond: Cond, drop: Bool[Array, "b"]) -> Cond:

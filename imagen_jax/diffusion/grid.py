@@ -1,7 +1,6 @@
-"""The noise levels that a sampler visits, from noisy to clean: steps + 1 log-SNRs.
+"""The noise levels at which a sampler evaluates the network, from noisy to clean.
 
-The network is evaluated at the first `steps` of them; the last one is the clean end, at which the
-sampler returns x-hat. The fields of a grid are those of the config.
+From the last one the sampler goes to x-hat. The fields of a grid are those of the config.
 """
 
 import dataclasses
@@ -10,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from imagen_jax.diffusion.schedule import LOGSNR_MAX, SCHEDULES
+from imagen_jax.diffusion.schedule import LOGSNR_MAX, LOGSNR_MIN, SCHEDULES
 
 
 @runtime_checkable
@@ -18,17 +17,17 @@ class Grid(Protocol):
     """A rule that places any number of steps."""
 
     def __call__(self, steps: int) -> Float[Array, "n"]:
-        """[steps + 1] log-SNRs, ascending."""
+        """[steps] log-SNRs, ascending."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TimeGrid:
-    """t uniform from 1 to 0 (Appendix A), through the schedule that training uses."""
+    """t = 1, 1 - 1/steps, ..., 1/steps (Appendix A), through the stage's schedule."""
 
     schedule: str
 
     def __call__(self, steps: int) -> Float[Array, "n"]:
-        return SCHEDULES[self.schedule](jnp.linspace(1.0, 0.0, steps + 1))
+        return SCHEDULES[self.schedule](jnp.linspace(1.0, 0.0, steps + 1))[:-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ class LogSNRGrid:
 
     def __call__(self, steps: int) -> Float[Array, "n"]:
         first, last = self.grid_logsnr
-        return jnp.append(jnp.linspace(first, last, steps), LOGSNR_MAX)
+        return jnp.linspace(first, last, steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +59,14 @@ class KarrasGrid:
     def __call__(self, steps: int) -> Float[Array, "n"]:
         root = lambda logsnr: jnp.exp(-0.5 * logsnr / self.grid_rho)
         roots = jnp.linspace(root(self.grid_logsnr[0]), root(self.grid_logsnr[1]), steps)
-        return jnp.append(-2.0 * self.grid_rho * jnp.log(roots), LOGSNR_MAX)
+        return -2.0 * self.grid_rho * jnp.log(roots)
 
 
 def check_ends(ends: tuple[float, float]) -> None:
-    """Raises ValueError unless the two log-SNRs ascend."""
-    if len(ends) != 2 or not ends[0] < ends[1]:
-        raise ValueError(f"sampling.grid_logsnr is {ends}; it must be two ascending numbers")
+    """Raises ValueError unless the two log-SNRs ascend and are in the range of all schedules."""
+    if not LOGSNR_MIN <= ends[0] < ends[1] <= LOGSNR_MAX:
+        wanted = f"two ascending numbers from {LOGSNR_MIN:g} to {LOGSNR_MAX:g}"
+        raise ValueError(f"sampling.grid_logsnr is {ends}; it must be {wanted}")
 
 
 GRIDS = {"t": TimeGrid, "logsnr": LogSNRGrid, "karras": KarrasGrid}

@@ -5,7 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from imagen_jax.diffusion.conditioning import Cond, null_text
 from imagen_jax.diffusion.loss import DenoiseFn
@@ -36,19 +36,26 @@ class Guidance:
 
     @property
     def everywhere(self) -> bool:
-        """Whether the interval holds every log-SNR at which a network is evaluated."""
+        """Whether the interval holds every log-SNR of schedules, densities and grids."""
         first, last = self.w_interval
         return first <= LOGSNR_MIN and last >= LOGSNR_MAX
 
-    def inside(self, logsnr: Float[Array, "b"]) -> Array:
-        """Whether each sample is in the interval, bool [b]."""
+    def inside(self, logsnr: Float[Array, "b"]) -> Bool[Array, "b"]:
+        """Whether each sample is in the interval."""
         return (self.w_interval[0] <= logsnr) & (logsnr < self.w_interval[1])
 
     def combine(
-        self, conditional: Float[Array, "b *d"], unconditional: Float[Array, "b *d"]
+        self,
+        conditional: Float[Array, "b *d"],
+        unconditional: Float[Array, "b *d"],
+        logsnr: Float[Array, "b"],
     ) -> Float[Array, "b *d"]:
         """The guided output, in fp32."""
-        return self.w * conditional + (1.0 - self.w) * unconditional
+        w = self.w
+        if not self.everywhere:
+            shape = logsnr.shape + (1,) * (conditional.ndim - 1)
+            w = jnp.where(self.inside(logsnr), self.w, 1.0).reshape(shape)
+        return w * conditional + (1.0 - w) * unconditional
 
 
 def guide(denoise_fn: DenoiseFn, guidance: Guidance) -> DenoiseFn:
@@ -62,23 +69,17 @@ def guide(denoise_fn: DenoiseFn, guidance: Guidance) -> DenoiseFn:
     def both(z: Array, logsnr: Array, cond: Cond) -> Array:
         twice = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, null_text(cond))
         output = denoise_fn(jnp.concatenate([z, z]), jnp.concatenate([logsnr, logsnr]), twice)
-        return guidance.combine(*jnp.split(output.astype(jnp.float32), 2))
+        return guidance.combine(*jnp.split(output.astype(jnp.float32), 2), logsnr)
 
     def one(z: Array, logsnr: Array, cond: Cond) -> Array:
         return denoise_fn(z, logsnr, cond).astype(jnp.float32)
-
-    def partly(z: Array, logsnr: Array, cond: Cond) -> Array:
-        inside = guidance.inside(logsnr).reshape(logsnr.shape + (1,) * (z.ndim - 1))
-        return jnp.where(inside, both(z, logsnr, cond), one(z, logsnr, cond))
 
     def guided(z: Array, logsnr: Array, cond: Cond) -> Array:
         if "text" not in cond:  # nothing to drop: both evaluations are the same, the weights sum to 1
             return denoise_fn(z, logsnr, cond)
         if guidance.everywhere:
             return both(z, logsnr, cond)
-        inside = guidance.inside(logsnr)
-        in_or_mixed = lambda *args: jax.lax.cond(jnp.all(inside), both, partly, *args)
-        return jax.lax.cond(jnp.any(inside), in_or_mixed, one, z, logsnr, cond)
+        return jax.lax.cond(jnp.any(guidance.inside(logsnr)), both, one, z, logsnr, cond)
 
     return guided
 

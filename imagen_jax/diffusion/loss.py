@@ -28,7 +28,7 @@ def draw(
 ) -> dict[str, Array]:
     """The random numbers of one step, each per sample.
 
-    u: uniform, for a `Density` to make a log-SNR of; eps; drop: whether text is dropped; in
+    u: uniform, mapped to log-SNR by the `Density`; eps; drop: whether text is dropped; in
     super-resolution the level and the noise of the low-res image. `lowres_shape` is None in a base
     stage; `aug_max` is 1, or 0 for training without augmentation (D.2).
     """

@@ -51,8 +51,8 @@ class Process(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Path:
-    """A `Process` for one path and one prediction; its fields are those of the config."""
+class GaussianProcess:
+    """The `Process` of one path and one prediction; its fields are those of the config."""
 
     process: str
     prediction: str

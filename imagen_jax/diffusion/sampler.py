@@ -26,15 +26,12 @@ Predict = Callable[[Float[Array, "b *d"], Float[Array, "b"]], Float[Array, "b *d
 class Step:
     """One step of the loop: from log-SNR `t` to log-SNR `s`, both [b], s > t.
 
-    `noise()` draws fresh standard normal noise, shaped like z. `final` says that the run ends at s
-    with z, not with x-hat: bool, traced. `count` is the number of steps of the run.
+    `noise()` draws fresh standard normal noise, shaped like z.
     """
 
     t: Float[Array, "b"]
     s: Float[Array, "b"]
     noise: Callable[[], Array]
-    final: Any
-    count: int
 
 
 class Sampler:
@@ -85,7 +82,7 @@ class DPMSolver2M(Sampler):
     """DPM-Solver++ 2M (Lu et al. 2022, 2211.01095, algorithm 2): second order, one evaluation a step.
 
     Carries x-hat of the step before and the width of that step in log(alpha / sigma). The first step
-    is of first order, and so is a final step to z of a run of fewer than 15.
+    is first-order.
     """
 
     def init(self, z: Array) -> Carry:
@@ -94,8 +91,7 @@ class DPMSolver2M(Sampler):
     def step(self, process: Process, predict: Predict, z: Array, carry: Carry, at: Step) -> tuple[Array, Carry]:
         x_before, h_before = carry
         x, h = predict(z, at.t), 0.5 * (at.s - at.t)
-        slope = jnp.where(at.final & (at.count < 15), 0.0, 0.5 * h / h_before)
-        slope = slope.reshape(slope.shape + (1,) * (z.ndim - 1))
+        slope = (0.5 * h / h_before).reshape(h.shape + (1,) * (z.ndim - 1))
         extrapolated = x + slope * (x - x_before)
         return ddim_step(process, z, extrapolated, at.t, at.s), (x, h)
 
@@ -148,22 +144,16 @@ def integrate(
     z: Float[Array, "b *d"],
     keys: Key[Array, "b"],
     levels: Float[Array, "n"],
-    ends_on_z: bool,
 ) -> tuple[Float[Array, "b *d"], Carry]:
-    """(z, carry) at the last of `levels`, from z at the first: noise, or a noised image.
-
-    ends_on_z: whether the run ends there; False if the caller calls `finish`.
-    """
-    count = levels.shape[0] - 1
+    """(z, carry) at the last of `levels`, from z at the first: noise, or a noised image."""
 
     def step(i: Array, state: tuple[Array, Carry]) -> tuple[Array, Carry]:
         z, carry = state
         noise = lambda: sample_noise(jax.vmap(jax.random.fold_in, (0, None))(keys, i), z.shape[1:])
         t, s = jnp.full(keys.shape, levels[i]), jnp.full(keys.shape, levels[i + 1])
-        final = (i == count - 1) if ends_on_z else False
-        return sampler.step(process, predict, z, carry, Step(t, s, noise, final, count))
+        return sampler.step(process, predict, z, carry, Step(t, s, noise))
 
-    return jax.lax.fori_loop(0, count, step, (z, sampler.init(z)))
+    return jax.lax.fori_loop(0, levels.shape[0] - 1, step, (z, sampler.init(z)))
 
 
 def sample(
@@ -178,7 +168,7 @@ def sample(
     guidance: Guidance,
     threshold: Threshold,
 ) -> Float[Array, "b ..."]:
-    """Draws x [b, *shape] from noise; the network is evaluated at all of `levels` but the last."""
+    """Draws x [b, *shape] from noise; the network is evaluated at each of `levels`."""
     guided = guide(denoise_fn, guidance)
     init_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
 
@@ -187,5 +177,5 @@ def sample(
 
     at = lambda i: jnp.full(keys.shape, levels[i])
     z = process.prior(sample_noise(init_keys, shape), at(0))
-    z, carry = integrate(sampler, process, predict, z, step_keys, levels[:-1], ends_on_z=False)
-    return sampler.finish(predict, z, carry, at(-2))
+    z, carry = integrate(sampler, process, predict, z, step_keys, levels)
+    return sampler.finish(predict, z, carry, at(-1))

@@ -20,7 +20,7 @@ from imagen_jax.evals.noise_bins import Bins, TrainingBins
 from imagen_jax.evals.rows import TEXTS, Data, Rows, Settings, conditioned, once
 from imagen_jax.run_log import Progress
 from imagen_jax.sharding import AXES, make_mesh, place_batch
-from imagen_jax.stage import Batch, Params, Stage, to_uint8
+from imagen_jax.stage import Batch, Params, Stage, random_key, to_uint8
 
 # (stage, params, batch, draws, logsnr) -> the error of each image [b]. `draws` are those of
 # `Stage.draw` with text kept; a noise level at `logsnr` [b].
@@ -108,9 +108,8 @@ class Probe:
 
     def _row_keys(self, purpose: int, split: Array, index: Int[Array, "b"]) -> Key[Array, "b"]:
         """One key a row, a function of the seed, the split and the row's number in it."""
-        # Numbers of other generators than threefry depend on the place in a batch.
-        key = jax.random.key(self.settings.seed, impl="threefry2x32")
-        key = jax.random.fold_in(jax.random.fold_in(key, purpose), split)
+        key = jax.random.fold_in(random_key(self.settings.seed), purpose)
+        key = jax.random.fold_in(key, split)
         return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
     def _at_noise(

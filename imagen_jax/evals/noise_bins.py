@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from imagen_jax.diffusion.density import Density
+from imagen_jax.diffusion.density import Density, UniformTime
 from imagen_jax.evals.statistics import summary
 
 Draws = Mapping[str, Array]
@@ -38,8 +38,8 @@ class Bins(Protocol):
 class TrainingBins:
     """Intervals that training draws equally often; "overall" of a loss estimates the training loss.
 
-    density: of the training noise; where time is uniform the bins are equal intervals of t, and
-    results call their quantiles "t". count: the number of bins.
+    density: of the training noise; where time is uniform, the bins are equal intervals of t and
+    results say which. count: the number of bins.
     """
 
     density: Density
@@ -57,7 +57,8 @@ class TrainingBins:
     ) -> dict[str, Any]:
         k = self.count
         logsnr = np.asarray(self.density(jnp.linspace(0.0, 1.0, 2 * k + 1)))
-        t = [i / k for i in range(k + 1)]
+        timed = isinstance(self.density, UniformTime)
+        t = [i / k for i in range(k + 1)] if timed else None
         return by_bin(values, logsnr[::2], logsnr[1::2], t, describe)
 
 

@@ -36,7 +36,7 @@ class Settings:
     rows: images of each split that errors are taken of.
     samples: images of each split that samples are drawn for.
     gallery: the most images that samples are compared with.
-    bins: intervals of t that losses are taken in.
+    bins: of noise level, drawn equally often in training, that losses are taken in.
     batch_size: images computed at once, of the size the stage trains on.
     seed: of rows, noise and shuffling.
     sampling: settings as `Stage.sample` takes them.

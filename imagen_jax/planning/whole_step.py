@@ -94,8 +94,9 @@ def state_parts(program: TrainProgram) -> dict[str, int]:
     """
     rows = {row["part"]: row["bytes_per_device"] for row in sharding.bytes_table(program.abstract, program.shardings)}
     batch = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in program.batch.values())
-    averages = sum(size for part, size in rows.items() if part in ("ema", "ema_tracks"))
-    parts = {"parameters": rows["params"], "EMA": averages, "optimizer": rows["opt_state"], "gradients": rows["params"], "batch": batch}
+    parts = {"parameters": rows["params"], "EMA": rows["ema"], "optimizer": rows["opt_state"], "gradients": rows["params"], "batch": batch}
+    if "ema_tracks" in rows:
+        parts["EMA tracks"] = rows["ema_tracks"]
     return parts | {"activations": kept_bytes(program)}
 
 

@@ -1,7 +1,7 @@
 """Averages of the parameters over training: any number of tracks in the state, each with a rule of its own.
 
 The first track is the EMA that samples are drawn from; more tracks cost their memory and one pass
-over the parameters each, and let an evaluation compare memories of a finished run.
+over the parameters each, and let an evaluation compare averaging horizons afterwards.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a training minimises. The step knows an objective, not what it is: denoising today."""
+"""The objective interface: the loss that a training step minimises. Denoising is the only one."""
 
 from typing import Protocol, runtime_checkable
 

@@ -7,13 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Key
 
 from imagen_jax.sharding import path_name, tree_shardings
-from imagen_jax.stage import PINNED
+from imagen_jax.stage import random_key
 from imagen_jax.training.objective import Objective
-
-RNG = "threefry2x32"  # of all random numbers of a training, whatever a site has as its default; recorded in checkpoints
 
 
 @flax.struct.dataclass
@@ -31,11 +28,6 @@ class TrainState:
     ema_tracks: Any = ()  # further averages, in the order of optim.ema_tracks
 
 
-def random_key(seed: int) -> Key[Array, ""]:
-    """The key that a training starts from."""
-    return jax.random.key(seed, impl=RNG)
-
-
 def initial_state(
     objective: Objective, optimizer: optax.GradientTransformation, seed: int, tracks: int = 0
 ) -> TrainState:
@@ -43,8 +35,7 @@ def initial_state(
 
     tracks: the number of EMAs beside the first.
     """
-    with PINNED():
-        params = objective.init(random_key(seed))
+    params = objective.init(random_key(seed))
     # Copies, not aliases: the step donates the whole state, and a buffer cannot be donated twice.
     ema, *more = (jax.tree.map(jnp.copy, params) for _ in range(1 + tracks))
     none = jnp.full((), -1, jnp.int32)

@@ -13,8 +13,8 @@ from imagen_jax import sharding
 from imagen_jax.training import ema
 from imagen_jax.training.objective import Objective
 from imagen_jax.training.optim import learning_rate, make_optimizer
-from imagen_jax.stage import PINNED, Batch, Params, Stage, create_stage
-from imagen_jax.training.state import TrainState, abstract_state, random_key
+from imagen_jax.stage import PINNED, Batch, Params, Stage, create_stage, random_key
+from imagen_jax.training.state import TrainState, abstract_state
 
 Metrics = dict[str, Array]
 

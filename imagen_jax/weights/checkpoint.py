@@ -230,10 +230,12 @@ def load_params(path: str | os.PathLike, which: str = "ema") -> tuple[dict[str, 
         return read_export(path)
     directory = _find_step(path)
     document = _read_document(directory)
+    if not re.fullmatch(r"ema|params|ema_[1-9]\d*", which):
+        raise ValueError(f"weights {which!r} are unknown: choose ema, params, or ema_1, ema_2 ...")
     subtree = _subtree(which)
     specs = {name: spec for name, spec in document["leaves"].items() if name.startswith(subtree)}
     if not specs:
-        held = [kind for kind in _kinds(document["leaves"]) if kind != which]
+        held = _kinds(document["leaves"])
         raise ValueError(f"checkpoint {directory} has no {which!r}; it holds {', '.join(held)}")
     # Stand-ins that tell orbax to restore to the host: the right shape and dtype, no memory.
     abstract = {name: np.broadcast_to(np.zeros((), _dtype(dtype)), shape) for name, (shape, dtype) in specs.items()}
@@ -253,11 +255,14 @@ def _subtree(which: str) -> str:
 
 
 def _kinds(leaves: Iterable[str]) -> list[str]:
-    """The parts of a state by leaf names, further EMAs as `load_params` takes them."""
+    """The weights in a state by its leaf names, as `load_params` takes them."""
     kinds = set()
     for name in leaves:
         first, _, rest = name.partition("/")
-        kinds.add(f"ema_{int(rest.partition('/')[0]) + 1}" if first == "ema_tracks" else first)
+        if first == "ema_tracks":
+            kinds.add(f"ema_{int(rest.partition('/')[0]) + 1}")
+        elif first in ("ema", "params"):
+            kinds.add(first)
     return sorted(kinds)
 
 

@@ -1,4 +1,4 @@
-"""What checkpoints and exports have in common: the version, the error, and the paths of leaves."""
+"""Shared by checkpoints and exports: the format version, the error, the paths of leaves."""
 
 import json
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Settings of `sampler.sample` for the tests, from config fields."""
 
 from configs import defaults
-from imagen_jax.diffusion.process import Path
+from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.stage import drawing
 
 # No guidance, no threshold, four deterministic steps; all else as configs have it.
@@ -14,4 +14,4 @@ def settings(schedule="cosine", prediction="x", process="vp", **sampling):
     assert section.keys() == PLAIN.keys()
     rules = drawing(section, schedule)
     levels = rules.pop("grid")(section["steps"])
-    return rules | {"levels": levels, "process": Path(process, prediction)}
+    return rules | {"levels": levels, "process": GaussianProcess(process, prediction)}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.diffusion import guidance, sampler
-from imagen_jax.diffusion.process import Path
+from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.diffusion.schedule import SCHEDULES
 from tests.diffusion.settings import settings
 
@@ -213,6 +213,6 @@ def test_guided_x_of_one_evaluation(prediction):
     @jax.jit
     def x_hats(z, logsnr):
         guided, plain = (f(z, logsnr, text_cond(np.tile(scale * OFFSET, (b, 1)))) for f, scale in ((guidance.guide(network, guidance.Guidance(w, (-20.0, 20.0))), 1.0), (network, w)))
-        return [Path("vp", prediction).x_from_output(output, z, logsnr) for output in (guided, plain)]
+        return [GaussianProcess("vp", prediction).x_from_output(output, z, logsnr) for output in (guided, plain)]
 
     np.testing.assert_allclose(*x_hats(z, logsnr), rtol=1e-3, atol=2e-3)

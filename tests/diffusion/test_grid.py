@@ -10,14 +10,14 @@ from imagen_jax.diffusion.schedule import linear
 
 
 def test_uniform_time():
-    """Catches a grid that is off by one, or does not start at t = 1 and end at t = 0."""
-    np.testing.assert_allclose(grid.TimeGrid("linear")(5), linear(jnp.linspace(1.0, 0.0, 6)), rtol=1e-6)
+    """Catches a grid that is off by one, does not start at t = 1, or evaluates at t = 0."""
+    np.testing.assert_allclose(grid.TimeGrid("linear")(5), linear(jnp.array([1.0, 0.8, 0.6, 0.4, 0.2])), rtol=1e-5)
 
 
 def test_uniform_logsnr():
-    """Catches a last evaluation away from the given end, and a grid without its clean end."""
-    np.testing.assert_allclose(grid.LogSNRGrid((-9.0, 6.0))(4), [-9.0, -4.0, 1.0, 6.0, 20.0], rtol=1e-6)
-    np.testing.assert_allclose(grid.LogSNRGrid((-9.0, 6.0))(1), [-9.0, 20.0])
+    """Catches a last evaluation away from the given end."""
+    np.testing.assert_allclose(grid.LogSNRGrid((-9.0, 6.0))(4), [-9.0, -4.0, 1.0, 6.0], rtol=1e-6)
+    np.testing.assert_allclose(grid.LogSNRGrid((-9.0, 6.0))(1), [-9.0])
 
 
 def test_karras():
@@ -26,4 +26,4 @@ def test_karras():
     levels = np.asarray(grid.KarrasGrid(ends, 7.0)(18))
     sigmas = np.exp(-levels[[0, 1, 2, 9, 16, 17]] / 2)
     np.testing.assert_allclose(sigmas, [80, 57.586, 40.786, 1.9233, 0.0075, 0.002], rtol=5e-3)
-    assert len(levels) == 19 and levels[-1] == 20.0 and np.all(np.diff(levels) > 0)
+    assert len(levels) == 18 and np.all(np.diff(levels) > 0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.diffusion import loss, process
-from imagen_jax.diffusion.process import Path
+from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.diffusion.schedule import cosine, linear
 from imagen_jax.diffusion.weighting import min_snr
 
@@ -102,7 +102,7 @@ def seen_by_network(x, cond, draws, prediction="eps"):
         calls.append((z, logsnr, cond))
         return jnp.full(z.shape, 0.25, jnp.bfloat16)
 
-    value = loss.per_sample_loss(denoise_fn, x, cond, draws, linear(draws["u"]), Path("vp", prediction), cosine)
+    value = loss.per_sample_loss(denoise_fn, x, cond, draws, linear(draws["u"]), GaussianProcess("vp", prediction), cosine)
     (call,) = calls
     return call, value
 
@@ -164,7 +164,7 @@ def test_a_perfect_network_has_no_loss_and_noise_prediction_is_not_weighted():
     """Catches a hidden weight by log-SNR: an output wrong by 0.1 everywhere costs 0.01 at every time."""
     x, cond, draws = stage_inputs()
     off = lambda error: lambda z, logsnr, cond: draws["eps"] + error
-    run = jax.jit(lambda error: loss.per_sample_loss(off(error), x, cond, draws, cosine(draws["u"]), Path("vp", "eps"), cosine))
+    run = jax.jit(lambda error: loss.per_sample_loss(off(error), x, cond, draws, cosine(draws["u"]), GaussianProcess("vp", "eps"), cosine))
     for error in (0.0, 0.1):
         np.testing.assert_allclose(run(error), error**2, rtol=1e-4, atol=1e-12)
 
@@ -181,7 +181,7 @@ def test_a_base_stage_needs_no_low_res_image():
 def test_a_weight_means_the_same_for_every_prediction(prediction):
     """Catches a weight on the output's own error: an eps off by 0.1 costs 0.01 min(1, 5 / SNR), whatever the network outputs."""
     x, cond, draws = stage_inputs()
-    made, logsnr = Path("vp", prediction), cosine(draws["u"])
+    made, logsnr = GaussianProcess("vp", prediction), cosine(draws["u"])
     alpha, sigma = (jnp.asarray(a, jnp.float32) for a in alpha_sigma(logsnr))
     x_off, eps_off = x - sigma / alpha * 0.1, draws["eps"] + 0.1
     outputs = {"eps": eps_off, "x": x_off, "v": alpha * eps_off - sigma * x_off, "u": eps_off - x_off}
@@ -194,7 +194,7 @@ def test_a_weight_means_the_same_for_every_prediction(prediction):
 def test_x_error_is_of_clipped_x_whatever_the_network_outputs(prediction):
     """Catches an error in the output's own unit, and x-hat outside [-1, 1] counted as a sampler never sees it."""
     x, _, draws = stage_inputs()
-    made, logsnr = Path("vp", prediction), linear(draws["u"])
+    made, logsnr = GaussianProcess("vp", prediction), linear(draws["u"])
     alpha, sigma = (jnp.asarray(a, jnp.float32) for a in alpha_sigma(logsnr))
     z = made.diffuse(x, draws["eps"], logsnr)
     for x_hat, expected in ((x - 0.05, 0.0025), (jnp.full_like(x, 3.0), jnp.mean((1 - x) ** 2, axis=(1, 2, 3)))):

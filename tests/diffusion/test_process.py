@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from imagen_jax.diffusion import process
-from imagen_jax.diffusion.process import Path
+from imagen_jax.diffusion.process import GaussianProcess
 
-VP, FLOW = Path("vp", "eps"), Path("flow", "eps")
+VP, FLOW = GaussianProcess("vp", "eps"), GaussianProcess("flow", "eps")
 LOGSNR = np.array([-12.0, -5.0, -1.3, 0.0, 0.7, 4.0, 11.0])
 
 
@@ -60,7 +60,7 @@ def test_diffuse_keeps_unit_variance():
 def test_targets(arrays):
     """Catches v with the wrong sign (sigma x - alpha eps) or with alpha and sigma swapped."""
     x, eps, alpha, sigma = arrays
-    target = lambda kind: Path("vp", kind).target(jnp.asarray(x), jnp.asarray(eps), jnp.asarray(LOGSNR, jnp.float32))
+    target = lambda kind: GaussianProcess("vp", kind).target(jnp.asarray(x), jnp.asarray(eps), jnp.asarray(LOGSNR, jnp.float32))
     np.testing.assert_array_equal(target("eps"), eps)
     np.testing.assert_array_equal(target("x"), x)
     np.testing.assert_allclose(target("v"), alpha * eps - sigma * x, atol=2e-6)
@@ -81,7 +81,7 @@ def test_a_perfect_output_gives_x_back(path, prediction, arrays):
     """Catches an inverse that is not the inverse of `target`, for each path and prediction; 1/alpha = 400 at the noisiest level sets the tolerance."""
     x, eps, *_ = arrays
     alpha, sigma = levels(path)
-    made, logsnr = Path(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
+    made, logsnr = GaussianProcess(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
     z = made.diffuse(jnp.asarray(x), jnp.asarray(eps), logsnr)
     output = made.target(jnp.asarray(x), jnp.asarray(eps), logsnr)
     x_hat = made.x_from_output(output, z, logsnr)
@@ -97,7 +97,7 @@ def test_any_output_is_read_as_the_formula_says(path, prediction, arrays):
     v = (alpha * z - sigma * output) / (alpha**2 + sigma**2)
     u = (z - sigma * output) / (alpha + sigma)
     expected = {"eps": (z - sigma * output) / alpha, "x": output, "v": v, "u": u}[prediction]
-    made, logsnr = Path(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
+    made, logsnr = GaussianProcess(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
     x_hat = made.x_from_output(jnp.asarray(output), jnp.asarray(z), logsnr)
     np.testing.assert_allclose(x_hat, expected, rtol=1e-5, atol=1e-5)
     eps_hat = made.eps_from_x(jnp.asarray(x_hat), jnp.asarray(z), logsnr)
@@ -117,7 +117,7 @@ def test_the_flow_path_is_straight():
 def test_output_scale_is_the_ratio_of_squared_errors(path, prediction, arrays):
     """Catches a conversion of errors with alpha and sigma exchanged or not squared: an eps off by 0.1 moves the output so much."""
     x, eps, *_ = arrays
-    made, logsnr = Path(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
+    made, logsnr = GaussianProcess(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
     alpha, sigma = levels(path)
     off = x - sigma / alpha * 0.1  # the x-hat that goes with eps + 0.1 at the same z
     wrong = {"eps": eps + 0.1, "x": off, "v": alpha * (eps + 0.1) - sigma * off, "u": eps + 0.1 - off}[prediction]
@@ -136,7 +136,7 @@ def test_prior_has_the_variance_of_noise_at_that_level():
 def test_division_by_alpha_near_t_1_is_in_fp32():
     """Catches x-hat computed in the network's bf16: alpha is 4.5e-5 at log-SNR -20 and the error would be of the order of 100."""
     z, eps = jnp.array([[0.75]]), jnp.array([[0.75]], jnp.bfloat16)
-    x_hat = Path("vp", "eps").x_from_output(eps, z, jnp.array([-20.0]))
+    x_hat = GaussianProcess("vp", "eps").x_from_output(eps, z, jnp.array([-20.0]))
     assert x_hat.dtype == jnp.float32
     alpha, sigma = (np.sqrt(sigmoid(sign * 20.0)) for sign in (-1, 1))
     np.testing.assert_allclose(x_hat, [[(0.75 - sigma * 0.75) / alpha]], atol=5e-3)
@@ -146,15 +146,15 @@ def test_division_by_alpha_near_t_1_is_in_fp32():
 def test_low_precision_outputs_become_fp32(prediction):
     """Catches a sampler state that falls to bf16 because the network computes in bf16."""
     one = jnp.ones((1, 2))
-    assert Path("vp", prediction).x_from_output(one.astype(jnp.bfloat16), one, jnp.zeros(1)).dtype == jnp.float32
+    assert GaussianProcess("vp", prediction).x_from_output(one.astype(jnp.bfloat16), one, jnp.zeros(1)).dtype == jnp.float32
 
 
 def test_unknown_prediction_is_one_clear_line():
     """Catches a misspelled prediction or path that silently trains or samples as another one."""
     with pytest.raises(ValueError, match="diffusion.prediction is 'score'"):
-        Path("vp", "score")
+        GaussianProcess("vp", "score")
     with pytest.raises(ValueError, match="diffusion.process is 'edm'"):
-        Path("edm", "eps")
+        GaussianProcess("edm", "eps")
 
 
 def test_wrong_shape_fails_with_a_named_dimension():
@@ -165,7 +165,7 @@ def test_wrong_shape_fails_with_a_named_dimension():
 
 def test_gradients_are_finite_at_both_ends():
     """Catches a square root or a logarithm whose derivative is infinite at log-SNR +-20."""
-    loss = lambda x, logsnr: jnp.sum(Path("vp", "v").target(x, x, logsnr) + VP.diffuse(x, x, logsnr))
+    loss = lambda x, logsnr: jnp.sum(GaussianProcess("vp", "v").target(x, x, logsnr) + VP.diffuse(x, x, logsnr))
     for value in (-20.0, 20.0):
         grads = jax.grad(loss, argnums=(0, 1))(jnp.ones((1, 2)), jnp.array([value]))
         assert all(np.all(np.isfinite(g)) for g in grads)

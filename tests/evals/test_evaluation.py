@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.diffusion import schedule
-from imagen_jax.diffusion.process import Path
+from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.evals.evaluation import Probe, training_loss, x_hat_error
 from imagen_jax.evals.noise_bins import LogsnrBins
 from tests.evals import toys
@@ -122,7 +122,7 @@ def test_x_hat_error_follows_from_the_error_of_eps(t, size):
     noise = np.random.default_rng(0).standard_normal((2, SIZE, SIZE, 3))
     eps = jnp.asarray(noise, jnp.float32)
     logsnr = schedule.cosine(jnp.full(2, t))
-    alpha, sigma = Path("vp", "eps").alpha_sigma(logsnr, 1)
+    alpha, sigma = GaussianProcess("vp", "eps").alpha_sigma(logsnr, 1)
     found = x_hat_error(toys.Base(eps, size), {}, batch, {"eps": eps, "drop": jnp.zeros(2, bool)}, logsnr)
     np.testing.assert_allclose(found, (sigma / alpha * size) ** 2, rtol=1e-4)
     bounded = x_hat_error(toys.Base(eps, -1000.0), {}, batch, {"eps": eps, "drop": jnp.zeros(2, bool)}, logsnr)

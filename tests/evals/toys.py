@@ -7,7 +7,7 @@ import numpy as np
 from imagen_jax.data.transforms import shrink
 from imagen_jax.diffusion import schedule
 from imagen_jax.diffusion.density import UniformTime
-from imagen_jax.diffusion.process import Path
+from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.evals.evaluation import Evaluation, Probe
 from imagen_jax.evals.rows import Data, Rows, Settings
 from imagen_jax.stage import Stage, to_unit
@@ -24,7 +24,7 @@ class Toy(Stage):
     """
 
     name, text_dim, image_size, lowres_size, crop_size = "toy", 1, SIZE, LOW, 0
-    process, density = Path("vp", "eps"), UniformTime("cosine")
+    process, density = GaussianProcess("vp", "eps"), UniformTime("cosine")
     aug_schedule = staticmethod(schedule.cosine)
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""What a source of captioned images is, and how a command line opens one by name.
+"""The interface of a source of captioned images, and the discovery of sources by name.
 
 A source is one module of this folder, and its name is the kind: `--source folder:DIR` is opened by
 `folder.py`. The module has

@@ -21,7 +21,7 @@ def excluded(stage: Stage, settings: Settings) -> str:
 
 
 def measure(e: Evaluation) -> dict[str, Any]:
-    """{split: the loss by bin of t}."""
+    """{split: the loss by bin of noise level}."""
     return {split: e.bins.by_bin(e.errors(training_loss, split)) for split in e.data.counts}
 
 

@@ -1,4 +1,4 @@
-"""What a measure is, and how measures are found, chosen and asked.
+"""The measure interface, and the discovery of measures.
 
 A measure is one module of this folder, and its name is the module's: `--measures loss` runs
 `loss.py`. The module has the members of `Measure`. It may also have

@@ -23,7 +23,7 @@ def excluded(stage: Stage, settings: Settings) -> str:
 
 
 def measure(e: Evaluation) -> dict[str, Any]:
-    """{"split", condition: {control: the rise by bin of t}}, on held-out rows.
+    """{"split", condition: {control: the rise by bin of noise level}}, on held-out rows.
 
     Conditions: "text", "lowres_drawn", "lowres_clean". Controls: "shuffled", "null".
     """

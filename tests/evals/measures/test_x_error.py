@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.diffusion.density import LogitNormal, UniformTime
-from imagen_jax.diffusion.process import Path
+from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.evals.measures import x_error
 from imagen_jax.evals.rows import Rows
 from imagen_jax.stage import Stage
@@ -27,7 +27,7 @@ class Gaussian(toys.Base):
     draw = Stage.draw
 
     def __init__(self, prediction="eps", density=UniformTime("cosine"), bias=0.0):
-        process = Path("vp", prediction)
+        process = GaussianProcess("vp", prediction)
         for name, value in {"process": process, "density": density, "bias": bias}.items():
             object.__setattr__(self, name, value)
 
