@@ -110,6 +110,8 @@ def test_parts_of_memory():
     for part in ("parameters", "EMA", "optimizer", "gradients"):
         assert 0.25 <= split[part] / whole[part] < 0.4
     assert split["batch"] == whole["batch"] and split["activations"] == whole["activations"] > 0
+    more = whole_step.state_parts(program(**{"optim.ema_tracks": [0.9, 0.5]}))
+    assert more == split | {"EMA tracks": 2 * split["EMA"]}
     kept = {remat: whole_step.kept_bytes(program(**{"model.remat": remat})) for remat in step_time.REMAT_KINDS}
     assert kept["none"] > kept["matrix"] > kept["block"]
     assert whole_step.kept_bytes(program(sizes=(2, 2, 1, 2))) == pytest.approx(kept["none"], rel=0.05)
