@@ -131,7 +131,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("last", ["_write_shard", "_encode_shard", "_finish", "_check_chunk", "_journal"])
 def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, last, monkeypatch):
     """Catches: a pass that starts again from nothing, trusts what the pass before left unfinished, or publishes early."""
-    output, original, calls = tmp_path / "data", getattr(prepare_data, last), []
+    output, original, calls = tmp_path / "data", getattr(passes, last), []
 
     def stopping(*args):
         calls.append(args)
