@@ -107,18 +107,24 @@ class Stage:
         self, params: Params, batch: Batch, draws: dict[str, Array], dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "b"]:
         """The denoising loss of each row of a batch for given random draws."""
-        return loss.per_sample_loss(
-            self.denoiser(params, dropout_key), to_unit(batch["image"]), self.cond(batch), draws,
-            self.density(draws["u"]), self.process, self.aug_schedule, self.weight,
-        )  # fmt: skip
+        logsnr = self.density(draws["u"])
+        x, _, output = self._noised_output(params, batch, draws, logsnr, dropout_key)
+        return loss.per_sample_loss(output, x, draws["eps"], logsnr, self.process, self.weight)
 
     def x_error(
         self, params: Params, batch: Batch, draws: dict[str, Array], logsnr: Float[Array, "b"]
     ) -> Float[Array, "b"]:
         """The squared error of x-hat of each row at given noise levels (see `loss.x_error`)."""
+        x, z, output = self._noised_output(params, batch, draws, logsnr)
+        return loss.x_error(output, z, x, logsnr, self.process)
+
+    def _noised_output(
+        self, params: Params, batch: Batch, draws: dict[str, Array], logsnr: Array, dropout_key: Array | None = None
+    ) -> tuple[Array, Array, Array]:
+        """(x, z, the network's output for z), all [b h w 3]."""
         x = to_unit(batch["image"])
         z, cond = loss.noised(x, self.cond(batch), draws, logsnr, self.process, self.aug_schedule)
-        return loss.x_error(self.denoiser(params)(z, logsnr, cond), z, x, logsnr, self.process)
+        return x, z, self.denoiser(params, dropout_key)(z, logsnr, cond)
 
     def sample(
         self, params: Params, keys: Key[Array, "b"], batch: Batch, sampling: Mapping[str, Any], size: int | None = None

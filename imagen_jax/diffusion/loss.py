@@ -62,22 +62,15 @@ def noised(
 
 
 def per_sample_loss(
-    denoise_fn: DenoiseFn,
+    output: Float[Array, "b *d"],
     x: Float[Array, "b *d"],
-    cond: conditioning.Cond,
-    draws: dict[str, Array],
+    eps: Float[Array, "b *d"],
     logsnr: Float[Array, "b"],
     process: Process,
-    aug_schedule: Schedule,
     weight: Weight | None = None,
 ) -> Float[Array, "b"]:
-    """Mean squared error over pixels and channels of each sample, in fp32, times its weight if any.
-
-    `cond["lowres"]` comes clean and is noised here.
-    """
-    z, cond = noised(x, cond, draws, logsnr, process, aug_schedule)
-    output = denoise_fn(z, logsnr, cond).astype(jnp.float32)
-    error = output - process.target(x, draws["eps"], logsnr)
+    """Mean squared error of the network's output over pixels and channels, in fp32, times its weight if any."""
+    error = output.astype(jnp.float32) - process.target(x, eps, logsnr)
     squared = jnp.mean(jnp.square(error), axis=tuple(range(1, x.ndim)))
     return squared if weight is None else squared * weight(logsnr) / process.output_scale(logsnr)
 

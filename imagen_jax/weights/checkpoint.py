@@ -28,7 +28,7 @@ from orbax.checkpoint import v1 as ocp
 from imagen_jax.distributed import agreement
 from imagen_jax.storage import CHECKSUMS, find_damage, flush, seal, sha256_file
 from imagen_jax.weights.exports import read_export
-from imagen_jax.weights.format import (
+from imagen_jax.weights.leaves import (
     FORMAT_VERSION,
     CheckpointError,
     Tree,

@@ -14,22 +14,13 @@ import safetensors
 from safetensors.numpy import save_file
 
 from imagen_jax.storage import flush
-from imagen_jax.weights.format import (
-    FORMAT_VERSION,
-    CheckpointError,
-    Tree,
-    check_version,
-    first_line,
-    flatten,
-    to_json,
-    unflatten,
-)
+from imagen_jax.weights import leaves
 
 HEADER_KEY = "imagen_jax"  # the one entry of an export's safetensors metadata
 NOT_EXPORTED = ("sha256", "unlogged")  # meta of a checkpoint that says nothing of its weights
 
 
-def export_params(params: Tree, meta: Mapping[str, Any], path: str | os.PathLike) -> None:
+def export_params(params: leaves.Tree, meta: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Writes a nested dict of float arrays as one bfloat16 safetensors file, atomically.
 
     meta and a checksum go into the file's header.
@@ -39,15 +30,15 @@ def export_params(params: Tree, meta: Mapping[str, Any], path: str | os.PathLike
     """
     path = Path(path).absolute()
     arrays = {}
-    for name, leaf in flatten(params).items():
+    for name, leaf in leaves.flatten(params).items():
         if not jax.numpy.issubdtype(leaf.dtype, np.floating):
             raise ValueError(
                 f"leaf {name} is {leaf.dtype}; an export holds floating point parameters only"
             )
         arrays[name] = np.ascontiguousarray(leaf, dtype=ml_dtypes.bfloat16).reshape(leaf.shape)
     kept = {name: value for name, value in meta.items() if name not in NOT_EXPORTED}
-    document = json.loads(to_json(kept | {"format_version": FORMAT_VERSION}))
-    header = to_json({"meta": document, "sha256": _digest(arrays, document)})
+    document = json.loads(leaves.to_json(kept | {"format_version": leaves.FORMAT_VERSION}))
+    header = leaves.to_json({"meta": document, "sha256": _digest(arrays, document)})
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_name(f"{path.name}.writing-{os.getpid()}")
     try:
@@ -76,10 +67,12 @@ def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         header = header.get("__metadata__", {})
     except (safetensors.SafetensorError, ValueError) as error:
-        reason = first_line(error)
-        raise CheckpointError(f"{path} is not a readable safetensors file: {reason}") from error
+        reason = leaves.first_line(error)
+        message = f"{path} is not a readable safetensors file: {reason}"
+        raise leaves.CheckpointError(message) from error
     if HEADER_KEY not in header:
-        raise CheckpointError(f"{path} is a safetensors file, but not one written by imagen_jax")
+        message = f"{path} is a safetensors file, but not one written by imagen_jax"
+        raise leaves.CheckpointError(message)
     try:
         arrays = {
             name: np.frombuffer(tensor["data"], ml_dtypes.bfloat16).reshape(tensor["shape"])
@@ -89,19 +82,19 @@ def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         meta = document["meta"]
         intact = document["sha256"] == _digest(arrays, meta)
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+        raise leaves.CheckpointError(f"{path} is damaged: {leaves.first_line(error)}") from error
     if not intact:
-        raise CheckpointError(
+        raise leaves.CheckpointError(
             f"{path} is damaged: its contents do not match their checksum; export or fetch it again"
         )
-    check_version(path, meta)
+    leaves.check_version(path, meta)
     sha256 = hashlib.sha256(data).hexdigest()
-    return unflatten(arrays), {"which": "exported"} | meta | {"sha256": sha256}
+    return leaves.unflatten(arrays), {"which": "exported"} | meta | {"sha256": sha256}
 
 
 def _digest(arrays: Mapping[str, np.ndarray], meta: dict[str, Any]) -> str:
     """sha256 over names, shapes, bytes and meta; independent of the file's layout."""
-    digest = hashlib.sha256(to_json(meta).encode())
+    digest = hashlib.sha256(leaves.to_json(meta).encode())
     for name in sorted(arrays):
         digest.update(f"\n{name} {list(arrays[name].shape)}\n".encode())
         digest.update(arrays[name].tobytes())

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from imagen_jax.weights.format import flatten, unflatten
+from imagen_jax.weights.leaves import flatten, unflatten
 from imagen_jax.weights.tensor_files import open_tensors
 
 

@@ -93,6 +93,12 @@ def stage_inputs():
     return array(*STAGE_SHAPES[0]), cond, draws | {"drop": jnp.asarray(np.arange(6) % 3 == 1)}
 
 
+def loss_of(denoise_fn, x, cond, draws, logsnr, made, weight=None):
+    """The loss of a network, as a stage composes it."""
+    z, cond = loss.noised(x, cond, draws, logsnr, made, cosine)
+    return loss.per_sample_loss(denoise_fn(z, logsnr, cond), x, draws["eps"], logsnr, made, weight)
+
+
 @functools.partial(jax.jit, static_argnames="prediction")
 def seen_by_network(x, cond, draws, prediction="eps"):
     """(z, logsnr, cond) that the network is called with, and the loss for an output of 0.25 everywhere."""
@@ -102,7 +108,7 @@ def seen_by_network(x, cond, draws, prediction="eps"):
         calls.append((z, logsnr, cond))
         return jnp.full(z.shape, 0.25, jnp.bfloat16)
 
-    value = loss.per_sample_loss(denoise_fn, x, cond, draws, linear(draws["u"]), GaussianProcess("vp", prediction), cosine)
+    value = loss_of(denoise_fn, x, cond, draws, linear(draws["u"]), GaussianProcess("vp", prediction))
     (call,) = calls
     return call, value
 
@@ -164,7 +170,7 @@ def test_a_perfect_network_has_no_loss_and_noise_prediction_is_not_weighted():
     """Catches a hidden weight by log-SNR: an output wrong by 0.1 everywhere costs 0.01 at every time."""
     x, cond, draws = stage_inputs()
     off = lambda error: lambda z, logsnr, cond: draws["eps"] + error
-    run = jax.jit(lambda error: loss.per_sample_loss(off(error), x, cond, draws, cosine(draws["u"]), GaussianProcess("vp", "eps"), cosine))
+    run = jax.jit(lambda error: loss_of(off(error), x, cond, draws, cosine(draws["u"]), GaussianProcess("vp", "eps")))
     for error in (0.0, 0.1):
         np.testing.assert_allclose(run(error), error**2, rtol=1e-4, atol=1e-12)
 
@@ -186,7 +192,7 @@ def test_a_weight_means_the_same_for_every_prediction(prediction):
     x_off, eps_off = x - sigma / alpha * 0.1, draws["eps"] + 0.1
     outputs = {"eps": eps_off, "x": x_off, "v": alpha * eps_off - sigma * x_off, "u": eps_off - x_off}
     network = lambda z, logsnr, cond: outputs[prediction]
-    value = loss.per_sample_loss(network, x, cond, draws, logsnr, made, cosine, min_snr)
+    value = loss_of(network, x, cond, draws, logsnr, made, min_snr)
     np.testing.assert_allclose(value, 0.01 * np.minimum(1, 5 * np.exp(-np.asarray(logsnr))), rtol=2e-2)
 
 

@@ -68,7 +68,7 @@ class Base(Toy):
     def cond(self, batch):
         return {}
 
-    def denoiser(self, params):
+    def denoiser(self, params, dropout_key=None):
         return lambda z, logsnr, cond: self.predicted
 
 

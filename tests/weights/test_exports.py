@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from imagen_jax.weights import exports
+from imagen_jax.weights import leaves
 from imagen_jax.weights.checkpoint import CheckpointError, load_params
 from imagen_jax.weights.exports import export_params
 
@@ -107,8 +107,9 @@ def test_foreign_files_and_integer_exports_are_refused(tmp_path):
 def test_format_of_a_later_version_is_refused(tmp_path, monkeypatch):
     """Catches reading a layout this version does not know as if it did."""
     path = tmp_path / "later.safetensors"
-    monkeypatch.setattr(exports, "FORMAT_VERSION", 2)
-    export_params(make_params(), META, path)
+    with monkeypatch.context() as later:
+        later.setattr(leaves, "FORMAT_VERSION", 2)
+        export_params(make_params(), META, path)
     with pytest.raises(CheckpointError, match="later.safetensors has format 2.* reads format 1"):
         load_params(path)
 

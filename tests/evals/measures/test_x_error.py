@@ -34,7 +34,7 @@ class Gaussian(toys.Base):
     def batch_shapes(self, b):
         return {"image": None}
 
-    def denoiser(self, params):
+    def denoiser(self, params, dropout_key=None):
         def output(z, logsnr, cond):
             alpha, sigma = (levels(sign * logsnr)[:, None, None, None] for sign in (1, -1))
             x = alpha * S**2 / (S**2 * alpha**2 + sigma**2) * z + self.bias
