@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,6 +72,8 @@ def parse(argv: list[str]) -> list[str]:
 def cause(error: Exception) -> str:
     """What went wrong, without the traceback that reading a config file puts before it and the quotes of a KeyError."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):  # ml_collections, quoted twice
+        return f"the config has no field {near[2]!r}; did you mean {near[1]!r}?"
     if isinstance(error, (KeyError, AttributeError)) and (name := text.strip("'\"")).isidentifier():
         return f"the config has no field {name!r}"
     _, traceback, after = text.rpartition("Traceback (most recent call last):")

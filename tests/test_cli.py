@@ -17,7 +17,7 @@ MISTAKES = {
     "no arguments": ("imagen_jax.train", [], "--config FILE and --workdir DIR"),
     "no config file": ("imagen_jax.train", ["--config=configs/base_65.py", "--workdir=w"], "base_65.py"),
     "unknown variant": ("imagen_jax.train", ["--config=configs/base_64.py:tinny", "--workdir=w"], "error: ValueError: base_64 has no variant 'tinny'; use"),
-    "unknown field": ("imagen_jax.train", [TINY, "--config.optim.lrr=1", "--workdir=w"], 'Did you mean "lr"'),
+    "unknown field": ("imagen_jax.train", [TINY, "--config.optim.lrr=1", "--workdir=w"], "no field 'lrr'; did you mean 'lr'?"),
     "not a number": ("imagen_jax.train", [TINY, "--config.optim.lr=fast", "--workdir=w"], "could not convert string to float: 'fast'"),
     "unknown option": ("imagen_jax.train", [TINY, "--wokdir=w"], "wokdir"),
     "stray word": ("imagen_jax.train", [TINY, "--workdir=w", "resume"], "unexpected argument 'resume'"),
