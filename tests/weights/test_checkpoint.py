@@ -549,6 +549,9 @@ def test_load_params(saved, where, which):
 
 
 def test_load_params_names_what_there_is(saved):
-    """Catches an empty tree returned for a subtree that is not there."""
-    with pytest.raises(ValueError, match="has no 'weights'; it holds bad, ema, opt_state, params, step"):
-        load_params(saved, which="weights")
+    """Catches an empty tree returned for a subtree that is not there, and a part of the state that is no weights read as such."""
+    with pytest.raises(ValueError, match="has no 'ema_1'; it holds ema, params"):
+        load_params(saved, which="ema_1")
+    for part in ("weights", "opt_state", "ema_tracks"):
+        with pytest.raises(ValueError, match=f"weights '{part}' are unknown: choose ema, params, or ema_1"):
+            load_params(saved, which=part)
