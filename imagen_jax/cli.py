@@ -176,9 +176,12 @@ def define_compile_cache() -> None:
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[COMPILE_CACHE])  # --help lists the verb's own flags only
 
 
-def use_compile_cache() -> None:
-    """Compiled programs are kept in --compile_cache and found there again."""
+def set_up_jax() -> None:
+    """Before a verb's first computation: programs are kept in --compile_cache, and the CPU is a device beside those of $JAX_PLATFORMS."""
     directory = flags.FLAGS[COMPILE_CACHE].value
     import jax
 
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory) or None)
+    platforms = jax.config.jax_platforms
+    if platforms and "cpu" not in platforms.split(","):  # one that is listed later is not computed on by itself
+        jax.config.update("jax_platforms", f"{platforms},cpu")

@@ -83,7 +83,7 @@ def main() -> int:
     checkpoint, output = Path(resolve(args.checkpoint)), Path(args.output)
     if not (args.follow or checkpoint.exists()):
         raise ValueError(f"--checkpoint {checkpoint} does not exist")
-    cli.use_compile_cache()
+    cli.set_up_jax()
     numbers = {name: args[name].value for name in ("rows", "samples", "gallery", "bins", "batch_size", "seed", "lowres_from")}
     numbers["samples"] = numbers["samples"] or numbers["rows"]
     overrides = {name: args[flag].value for name, flag in schema.EVALUATE_FLAGS.items()}

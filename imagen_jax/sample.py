@@ -36,7 +36,7 @@ def define_flags() -> None:
 def main() -> int:
     args = flags.FLAGS
     cli.log_to_stderr()
-    cli.use_compile_cache()
+    cli.set_up_jax()
     if not args.output:
         raise ValueError("--output DIR is needed")
     cli.check_directory("output", args.output)

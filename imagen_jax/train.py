@@ -51,7 +51,7 @@ def main() -> int:
     config = cli.data_config(args.config)
     cli.check_directory("workdir", args.workdir)
     profile = read_profile(args.profile)
-    cli.use_compile_cache()
+    cli.set_up_jax()
     distributed.start(args.host_timeout, args.host_lost)
     with Watch(args.host_lost) as watch:
         if args.overfit:

@@ -18,7 +18,7 @@ for path in (ROOT, ROOT / "tests"):
 from tests import xla  # noqa: E402
 
 PLATFORM = os.environ.get("IMAGEN_JAX_TEST_PLATFORM", "cpu")
-os.environ["JAX_PLATFORMS"] = PLATFORM
+os.environ["JAX_PLATFORMS"] = PLATFORM if PLATFORM == "cpu" else f"{PLATFORM},cpu"
 if PLATFORM == "cpu" and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla.flags(devices=8)}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))

@@ -82,3 +82,12 @@ def test_traceback_on_request(tmp_path, monkeypatch):
     """Wrong: IMAGEN_JAX_TRACEBACK hides the place of an error from those who look for it."""
     monkeypatch.setenv("IMAGEN_JAX_TRACEBACK", "1")
     assert "Traceback" in run("imagen_jax.train", cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize("platforms, expected", [("cuda", "cuda,cpu"), ("tpu,cpu", "tpu,cpu"), ("", "None")])
+def test_the_cpu_stays_beside_the_accelerator(platforms, expected):
+    """Catches JAX_PLATFORMS=cuda that leaves no CPU to count a step's FLOPs."""
+    code = "import jax; from absl import flags; from imagen_jax import cli; cli.define_compile_cache(); flags.FLAGS(['x']); "
+    code += "cli.set_up_jax(); print(jax.config.jax_platforms)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": platforms})
+    assert ran.stdout.strip() == expected, ran.stderr

@@ -162,9 +162,11 @@ class TrainProgram:
 def forward_flops(stage: Stage) -> float:
     """FLOPs of the loss of one sample, forward only, as the compiler counts the traced program. A training step costs three times that.
 
-    `stage` is to be on no mesh: the inside of a TPU's kernel would not be counted.
+    `stage` is to be on no mesh: the inside of a TPU's kernel would not be counted. The CPU counts: plugins, which GPUs and TPUs are, cannot
+    before they compile (`cli.set_up_jax` sees to it that there is a CPU).
     """
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in stage.batch_shapes(1).items()}
     params = jax.eval_shape(stage.init, jax.random.key(0))
     loss = lambda params, batch, key: stage.per_sample_loss(params, batch, stage.draw(key, 1))
-    return float(jax.jit(loss).lower(params, batch, jax.random.key(0)).cost_analysis()["flops"])
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return float(jax.jit(loss).lower(params, batch, jax.random.key(0)).cost_analysis()["flops"])

@@ -180,3 +180,16 @@ def test_forward_flops_by_shapes(name):
     batch = {field: jax.ShapeDtypeStruct(*shape) for field, shape in stage.batch_shapes(1).items()}
     traced = jax.make_jaxpr(lambda params, batch: stage.per_sample_loss(params, batch, stage.draw(jax.random.key(0), 1)))(params, batch)
     assert 0.85 < forward_flops(stage) / (2 * multiplications(traced.jaxpr)) < 1.1  # padding is not multiplied; norms and swishes are counted
+
+
+def test_forward_flops_are_counted_by_the_cpu(monkeypatch):
+    """Catches a count asked of the accelerator's plugin, which has none before it compiles: every training on a GPU or TPU ended there."""
+    counted = jax.stages.Lowered.cost_analysis
+
+    def as_a_plugin(lowered):
+        device = jax.config.jax_default_device
+        return counted(lowered) if device is not None and device.platform == "cpu" else None
+
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", as_a_plugin)
+    stage, _, _ = tiny.stage_and_step(tiny.config())
+    assert forward_flops(stage) > 0

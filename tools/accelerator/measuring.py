@@ -4,6 +4,7 @@ import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -74,6 +75,13 @@ def median(times: list[float]) -> dict[str, float]:
     """Median and extremes of times in seconds."""
     middle = statistics.median(times)
     return {"seconds": middle, "fastest": min(times), "slowest": max(times), "repeats": len(times)}
+
+
+def wait_for(gate: str) -> float:
+    """The time.monotonic() until which this process may measure, once the file `gate` says so."""
+    while gate and not Path(gate).exists():
+        time.sleep(0.05)
+    return time.monotonic() + (float(Path(gate).read_text()) if gate else 0.0)
 
 
 def tried(call: Callable[[], Any]) -> tuple[Any, str]:

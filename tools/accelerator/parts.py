@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.accelerator import tables
-from tools.accelerator.running import Process, Session
+from tools.accelerator.running import Outcome, Process, Session
 
 TESTS = (
     "tests/diffusion/test_schedule.py", "tests/diffusion/test_process.py",
@@ -33,7 +33,7 @@ TRIALS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 # Seconds of each part of nine minutes; what one leaves over goes to the last.
 SECONDS = {
-    "correct": 60.0, "train_speed": 180.0, "sampling": 90.0, "side_by_side": 90.0,
+    "correct": 150.0, "train_speed": 120.0, "sampling": 90.0, "side_by_side": 60.0,
     "pictures": 540.0,
 }  # fmt: skip
 LEAST = 15.0  # seconds below which a trial is not started
@@ -48,23 +48,49 @@ class Parts:
     def __init__(self, session: Session, models: Sequence[str], trials: int):
         """`trials`: how many of TRIALS, in order."""
         self.session, self.models, self.trials = session, models, trials
-        self._tracing: dict[str, Process] = {}
+        self._compiling: dict[str, Process] = {}
         self._data: Process | None = None
 
     def prepare(self, selected: Sequence[str]) -> None:
-        """Starts what needs no device time: tracing the train steps, preparing the pictures."""
+        """Starts what leaves the device free: compiling, which takes longest, and the data.
+
+        Everything compiles at the same time; `_open` then lets one process after another measure.
+        """
         if "train_speed" in selected:
             for model in self.models:
-                arguments = {"model": model, "gate": str(self._gate(model))}
-                self._tracing[model] = self._start_task(model, "train_speed", arguments)
+                self._compile(model, "train_speed", {"model": model})
+        if "sampling" in selected:
+            batches = [2, 1] if self.session.tiny else [16, 1]
+            for model in self._stages():
+                self._compile(f"draw {model}", "sampling", {"model": model, "batches": batches})
+        if "side_by_side" in selected:
+            self._compile("imagen_jax", "side_by_side", self._compared("jax"))
         if "pictures" in selected:
             data = [sys.executable, "-m", "imagen_jax.prepare_data", "--source", "emoji"]
             data += ["--output", self.session.work / "data", "--encoder", "t5_tiny"]
             data += ["--max_length", "32"]
             self._data = self.session.start("data", data, {"JAX_PLATFORMS": "cpu"})
 
-    def _gate(self, model: str) -> Path:
-        return self.session.work / f"{model}.gate"
+    def _compile(self, name: str, module: str, arguments: dict[str, Any]) -> None:
+        """Starts a task that waits for its gate when it has compiled."""
+        given = arguments | {"gate": str(self._gate(name))}
+        self._compiling[name] = self._start_task(name, module, given)
+
+    def _open(self, part: str, model: str, name: str = "") -> Outcome:
+        """Lets the task that `_compile` started as `name` measure; its outcome."""
+        process, limit = self._compiling.pop(name or model), self.session.left()
+        self._gate(name or model).write_text(f"{limit:.0f}")
+        return self.session.finish(part, model, process, limit)
+
+    def _gate(self, name: str) -> Path:
+        return self.session.work / f"{name.replace(' ', '_')}.gate"
+
+    def _stages(self) -> list[str]:
+        return [model for model in tables.STAGES if model in self.models]
+
+    def _compared(self, framework: str, compiled: bool = False) -> dict[str, Any]:
+        batches = [2] if self.session.tiny else [16, 64]
+        return {"framework": framework, "batches": batches, "compiled": compiled}
 
     def _start_task(self, name: str, module: str, arguments: dict[str, Any]) -> Process:
         given = json.dumps({**arguments, "tiny": self.session.tiny})
@@ -77,7 +103,7 @@ class Parts:
         report = session.work / "tests.xml"
         platform = "cpu" if session.tiny else "cuda"
         workers = [] if session.tiny else ["-n", "6"]
-        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers]
+        tests = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *workers]
         tests += ["-m", "not slow and not parity", f"--junitxml={report}"]
         tests += TINY_TESTS if session.tiny else TESTS
         started["tests"] = session.start(
@@ -97,9 +123,7 @@ class Parts:
         """The train step of each network, one after another, then trials with the slowest."""
         found, known = {}, {}
         for model in self.models:
-            process, limit = self._tracing.pop(model), self.session.left()
-            self._gate(model).write_text(f"{limit:.0f}")
-            outcome = self.session.finish("train_speed", model, process, limit)
+            outcome = self._open("train_speed", model)
             known[model] = {k: v for k, v in outcome.last("facts").items() if k != "what"}
             if steps := [r for r in outcome.records if r["what"] == "step"]:
                 found[model] = max(steps, key=lambda step: step["images_per_s"])
@@ -119,24 +143,18 @@ class Parts:
 
     def sampling(self) -> None:
         """Each stage of the paper's cascade."""
-        batches = [2, 1] if self.session.tiny else [16, 1]
-        for model in tables.STAGES:
-            if model in self.models:
-                arguments = {"model": model, "batches": batches}
-                self.session.task("sampling", model, "sampling", arguments, self.session.left())
+        for model in self._stages():
+            self._open("sampling", model, f"draw {model}")
 
     def side_by_side(self) -> None:
         """IF-I-M's U-Net: PyTorch eager, ours, and PyTorch compiled if time is left."""
-        batches = [2] if self.session.tiny else [16, 64]
-        for name, framework, compiled in (
-            ("PyTorch", "torch", False),
-            ("imagen_jax", "jax", False),
-            ("PyTorch, compiled", "torch", True),
-        ):
-            if compiled and self.session.tiny:
-                continue
-            arguments = {"framework": framework, "batches": batches, "compiled": compiled}
-            self.session.task("side_by_side", name, "side_by_side", arguments, self.session.left())
+        run = lambda name, given: self.session.task(
+            "side_by_side", name, "side_by_side", given, self.session.left()
+        )
+        run("PyTorch", self._compared("torch"))
+        self._open("side_by_side", "imagen_jax")
+        if not self.session.tiny:
+            run("PyTorch, compiled", self._compared("torch", compiled=True))
 
     def pictures(self) -> None:
         """Trains the demo cascade, its stages side by side, exports and draws it."""

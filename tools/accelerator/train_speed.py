@@ -18,7 +18,7 @@ from tools.accelerator import analytic, kernels, measuring, models, package
 
 RUNGS = (512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 UNKNOWN = 16  # the first batch where the device's memory is not known
-FILL = 0.95  # share of the memory that the analytic estimate may fill
+FILL = 0.8  # share of the memory that the analytic estimate may fill; processes beside hold some
 STEPS, EARLY = 20, 5
 AGAIN = 1.5  # times the seconds of the first batch size that a second one may need
 
@@ -35,7 +35,7 @@ def run(
 ) -> None:
     """Measures `model` at the largest batch that fits, or at `batch` only, without a profile.
 
-    Traces first, then waits for the file `gate` to name the seconds that it has from then on.
+    Compiles first, then waits for the file `gate` to name the seconds that it has from then on.
     `known` are its `analytic.facts`, if another process has them; `fields` replace fields of the
     model's config; `attention` "cudnn" replaces the attention function.
     """
@@ -51,9 +51,14 @@ def run(
         started = time.monotonic()
         lowered = program.lower()
         trace_s = time.monotonic() - started
-        end = wait_for(gate)
+        end = 0.0
+
+        def opened():
+            nonlocal end
+            end = measuring.wait_for(gate)
+
         started = time.monotonic()
-        best = measured(emit, program, lowered, trace_s, known, profile=not batch)
+        best = measured(emit, program, lowered, trace_s, known, not batch, opened)
         took = time.monotonic() - started
         while not best and not batch and (rows := smaller(rows)):
             best = at_batch(emit, model, tiny, rows, known, fields, profile=True)
@@ -71,13 +76,6 @@ def create(
     config = models.stage_config(model, tiny, rows, **fields)
     mesh = package.make_mesh(config["mesh"], jax.devices()[:1])
     return config, package.TrainProgram.create(config, mesh)
-
-
-def wait_for(gate: str) -> float:
-    """The time.monotonic() until which this process may measure, once `gate` says so."""
-    while gate and not Path(gate).exists():
-        time.sleep(0.05)
-    return time.monotonic() + (float(Path(gate).read_text()) if gate else 0.0)
 
 
 def first_batch(known: dict[str, Any], tiny: bool) -> int:
@@ -131,6 +129,7 @@ def measured(
     trace_s: float,
     known: dict[str, Any],
     profile: bool,
+    before_timing: Callable[[], None] = lambda: None,
 ) -> dict[str, Any] | None:
     """Compiles and times one batch size; its last record, or None if it does not fit."""
     rows = next(iter(program.batch.values())).shape[0]
@@ -143,6 +142,7 @@ def measured(
     if compiled is None or not measuring.fits(memory):
         emit("too_large", batch=rows, message=message)
         return None
+    before_timing()
     result, message = measuring.tried(lambda: timed(emit, program, compiled, found, known))
     if result is None:
         emit("too_large", batch=rows, message=message)
