@@ -84,7 +84,7 @@ def test_traceback_on_request(tmp_path, monkeypatch):
     assert "Traceback" in run("imagen_jax.train", cwd=tmp_path).stderr
 
 
-@pytest.mark.parametrize("platforms, expected", [("cuda", "cuda,cpu"), ("tpu,cpu", "tpu,cpu"), ("", "None")])
+@pytest.mark.parametrize("platforms, expected", [("cuda", "cuda,cpu"), ("tpu,cpu", "tpu,cpu"), ("", "")])
 def test_the_cpu_stays_beside_the_accelerator(platforms, expected):
     """Catches JAX_PLATFORMS=cuda that leaves no CPU to count a step's FLOPs."""
     code = "import jax; from absl import flags; from imagen_jax import cli; cli.define_compile_cache(); flags.FLAGS(['x']); "

@@ -169,7 +169,7 @@ def test_conftest_leaves_the_platform_to_the_caller():
         [sys.executable, "-c", code], cwd=tiny.ROOT, capture_output=True, text=True,
         env=variables | {"IMAGEN_JAX_TEST_PLATFORM": "cuda"},
     )  # fmt: skip
-    assert done.stdout.split() == ["cuda", "None"], done.stderr
+    assert done.stdout.split() == ["cuda,cpu", "None"], done.stderr
 
 
 def numbers(value):
