@@ -168,6 +168,11 @@ class Session:
         print(f"   {name}: {status}, {took:.1f} s", flush=True)
         return Outcome(status, records)
 
+    def stop(self, process: Process) -> None:
+        """Ends a started command without a result."""
+        stop(process.popen)
+        self._running.remove(process)
+
     def stop_all(self) -> None:
         """Ends what still runs."""
         for process in self._running:
