@@ -1,6 +1,7 @@
 # make demo       pictures from the embedded cascade, then the same cascade trained from scratch (ARGS="--prompt 'a red apple' --minutes 5")
 # make test       the test suite (PYTEST_ARGS="-k sampler")
 # make test-slow  several processes stopped, killed and continued; plan with the TPU and GPU compilers, 1.2 GB to install: a quarter of an hour
+# make lint       ruff: rules and format (pyproject.toml)
 # make parity     comparisons with the reference implementations; installs torch
 # Each installs what it needs into $(VENV) first. PYTHON is any Python >= 3.11.
 
@@ -13,7 +14,7 @@ PYTEST_ARGS ?=
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test test-slow parity clean
+.PHONY: demo test test-slow parity lint clean
 
 demo: $(VENV)/installed
 	$(RUN) -m imagen_jax.demo $(ARGS)
@@ -26,6 +27,15 @@ test-slow: $(VENV)/installed-slow
 
 parity: $(VENV)/installed-parity
 	$(RUN) -m pytest -q -m parity $(PYTEST_ARGS)
+
+lint: $(VENV)/linter
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/linter: setup.py
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) "$$(sed -n 's/.*"lint": \["\(.*\)"\].*/\1/p' setup.py)"
+	@touch $@
 
 $(VENV)/installed: setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python {v[0]}.{v[1]} is too old: make $(MAKECMDGOALS) PYTHON=python3.11")'

@@ -1,4 +1,6 @@
-"""Packaging of imagen_jax. Floors are what the tests run on: jax 0.10.2 is the newest for Python 3.11, jax 0.11 and 0.12 need 3.12."""
+"""Packaging of imagen_jax. Floors are what the tests run on: jax 0.10.2 is the newest for Python
+3.11, jax 0.11 and 0.12 need 3.12.
+"""
 
 import pathlib
 import re
@@ -6,12 +8,16 @@ import re
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "imagen_jax" / "__init__.py").read_text(), re.M)[1]
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "imagen_jax" / "__init__.py").read_text(), re.M
+)[1]
 
 setup(
     name="imagen_jax",
     version=VERSION,
-    description="Imagen in JAX: text-to-image diffusion cascades, from a laptop demo to pod-scale training",
+    description=(
+        "Imagen in JAX: text-to-image diffusion cascades, from a laptop demo to pod-scale training"
+    ),
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -44,17 +50,28 @@ setup(
         "orbax-checkpoint==0.12.8",  # its v1 interface is still experimental: one version, tested
         "Pillow>=11.0",
         "safetensors>=0.8.0",
-        "sentencepiece>=0.2.1",  # tokenizers that are published as spiece.model alone, T5-XXL's among them
+        # tokenizers that are published as spiece.model alone, T5-XXL's among them
+        "sentencepiece>=0.2.1",
         "tensorboardX>=2.6.4",
-        "tensorflow-datasets>=4.9.10",  # without TensorFlow: only its readers and writers of ArrayRecord
+        # without TensorFlow: only its readers and writers of ArrayRecord
+        "tensorflow-datasets>=4.9.10",
         "tqdm>=4.66",
         "transformers>=5.23",  # tokenizers only
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda12": ["jax[cuda12]>=0.10.2,<0.13"],
-        "gpu-plan": ["jax-cuda12-plugin>=0.10.2,<0.13"],  # the compiler alone, for `imagen_jax.plan`; of the same version as jax
-        "test": ["beartype>=0.22", "jsonschema>=4.23", "pytest>=8.3", "pytest-timeout>=2.4", "pytest-xdist>=3.6"],
+        "gpu-plan": [
+            "jax-cuda12-plugin>=0.10.2,<0.13"
+        ],  # the compiler alone, for `imagen_jax.plan`; of the same version as jax
+        "test": [
+            "beartype>=0.22",
+            "jsonschema>=4.23",
+            "pytest>=8.3",
+            "pytest-timeout>=2.4",
+            "pytest-xdist>=3.6",
+        ],
+        "lint": ["ruff==0.17.6"],  # one version: another one formats differently
         "parity": ["torch==2.13.0"],
     },
 )

@@ -1,9 +1,12 @@
-"""The 64x64 base model (F.1): 2.26B parameters with text, 256 TPU v4 chips in the paper, 2.5M steps of 2048 images.
+r"""The 64x64 base model (F.1): 2.26B parameters with text, 256 TPU v4 chips in the paper, 2.5M
+steps of 2048 images.
 
-    python -m imagen_jax.train --config configs/base_64.py --config.data.path=PREPARED --workdir WORKDIR
+    python -m imagen_jax.train --config configs/base_64.py --config.data.path=PREPARED \
+        --workdir WORKDIR
 
-Arguments: `configs/base_64.py:width=256` for the ablation sizes (192: 300M, 256: 500M, 384: 1B; same recipe, cond_dim 512 up to 500M),
-`:demo` for the demo's base at 16x16 (two CPU cores, minutes), `:tiny` for tests (seconds).
+Arguments: `configs/base_64.py:width=256` for the ablation sizes (192: 300M, 256: 500M, 384: 1B;
+same recipe, cond_dim 512 up to 500M), `:demo` for the demo's base at 16x16 (two CPU cores,
+minutes), `:tiny` for tests (seconds).
 """
 
 from ml_collections import ConfigDict
@@ -57,16 +60,22 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def demo(c: ConfigDict) -> None:
-    """16x16, a quarter of the paper's resolution: two levels after folding 2x2 patches, text attention at 4x4."""
+    """16x16, a quarter of the paper's resolution: two levels after folding 2x2 patches, text
+    attention at 4x4.
+    """
     c.name = "base_16"
     c.data.update(image_size=16, batch_size=32, cache_mib=64)
     two_levels(c)
     c.model.update(channels=64, head_channels=32, cond_dim=160, pool_heads=5, patch=2)
-    # Both weigh high noise, where the caption decides, more than eps and cosine do: minutes suffice to learn a little text.
+    # Both weigh high noise, where the caption decides, more than eps and cosine do: minutes suffice
+    # to learn a little text.
     c.diffusion.update(prediction="x", schedule="linear")
-    # Dynamic thresholding divides by the brightest pixels, which greys a white background; static leaves it white.
+    # Dynamic thresholding divides by the brightest pixels, which greys a white background; static
+    # leaves it white.
     c.sampling.update(method="ddim", steps=16, w=2.0, threshold="static")
-    c.train.update(steps=40_000, log_every=50, sample_every=2_000, sample_rows=16, save_every=1_000, keep=2)
+    c.train.update(
+        steps=40_000, log_every=50, sample_every=2_000, sample_rows=16, save_every=1_000, keep=2
+    )
 
 
 def tiny(c: ConfigDict) -> None:

@@ -1,10 +1,12 @@
-"""The cascade: which checkpoint each stage uses and how it is sampled.
+r"""The cascade: which checkpoint each stage uses and how it is sampled.
 
-    python -m imagen_jax.sample --config configs/cascade.py --config.base.checkpoint=WORKDIR --config.sr_1.checkpoint=WORKDIR \
+    python -m imagen_jax.sample --config configs/cascade.py \
+        --config.base.checkpoint=WORKDIR --config.sr_1.checkpoint=WORKDIR \
         --config.sr_2.checkpoint=WORKDIR --config.encoder=T5_DIRECTORY --prompt "..." --output DIR
 
-Paper: 64 -> 256 -> 1024. `configs/cascade.py:demo` is the cascade that ships with the package, 16 -> 64 -> 256. A checkpoint is a
-workdir, a checkpoint's directory or an exported file; an empty one ends the cascade before that stage.
+Paper: 64 -> 256 -> 1024. `configs/cascade.py:demo` is the cascade that ships with the package, 16
+-> 64 -> 256. A checkpoint is a workdir, a checkpoint's directory or an exported file; an empty one
+ends the cascade before that stage.
 """
 
 from ml_collections import ConfigDict
@@ -31,4 +33,6 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def stage(config, arg: str, checkpoint: str) -> ConfigDict:
     """One stage's checkpoint and sampling."""
-    return ConfigDict(dict(checkpoint=checkpoint, sampling=config.get_config(arg).sampling.to_dict()))
+    return ConfigDict(
+        dict(checkpoint=checkpoint, sampling=config.get_config(arg).sampling.to_dict())
+    )

@@ -1,6 +1,7 @@
 """The config of an earlier run, to start another from it, with or without changes.
 
-    python -m imagen_jax.train --config configs/saved.py:runs/base/config.json --config.optim.lr=5e-4 --workdir runs/lower_rate
+python -m imagen_jax.train --config configs/saved.py:runs/base/config.json --config.optim.lr=5e-4
+--workdir runs/lower_rate
 """
 
 import json

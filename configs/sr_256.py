@@ -1,9 +1,11 @@
-"""The 64->256 super-resolution model (F.2): Efficient U-Net, 128 TPU v4 chips in the paper, 2.5M steps of 2048 images.
+r"""The 64->256 super-resolution model (F.2): Efficient U-Net, 128 TPU v4 chips in the paper, 2.5M
+steps of 2048 images.
 
-    python -m imagen_jax.train --config configs/sr_256.py --config.data.path=PREPARED --workdir WORKDIR
+    python -m imagen_jax.train --config configs/sr_256.py --config.data.path=PREPARED \
+        --workdir WORKDIR
 
-The paper's "600M" cannot be reproduced from its printed configuration; this is 473M (the trunk alone 451M).
-Arguments: `:demo` for the demo's 16->64 (two CPU cores), `:tiny` for tests.
+The paper's "600M" cannot be reproduced from its printed configuration; this is 473M (the trunk
+alone 451M). Arguments: `:demo` for the demo's 16->64 (two CPU cores), `:tiny` for tests.
 """
 
 from ml_collections import ConfigDict
@@ -53,10 +55,20 @@ def demo(c: ConfigDict) -> None:
     """16->64 on whole images, a quarter of the paper's resolution."""
     c.name = "sr_64"
     c.data.update(image_size=64, lowres_size=16, batch_size=8, cache_mib=64)
-    c.model.update(widths=(32, 64, 128), blocks=(1, 2, 3), attention=("none", "none", "fused"), heads=4, cond_dim=128, pool_heads=4)
-    c.diffusion.prediction = "x"  # eps and v make a small network carry the noise of every pixel through its half-size features
+    c.model.update(
+        widths=(32, 64, 128),
+        blocks=(1, 2, 3),
+        attention=("none", "none", "fused"),
+        heads=4,
+        cond_dim=128,
+        pool_heads=4,
+    )
+    # eps and v make a small network carry the noise of every pixel through its half-size features
+    c.diffusion.prediction = "x"
     c.sampling.update(steps=16, w=1.0, threshold="static")  # white stays white, see base_64
-    c.train.update(steps=100_000, log_every=20, sample_every=5_000, sample_rows=8, save_every=1_000, keep=2)
+    c.train.update(
+        steps=100_000, log_every=20, sample_every=5_000, sample_rows=8, save_every=1_000, keep=2
+    )
 
 
 def tiny(c: ConfigDict) -> None:
@@ -64,4 +76,11 @@ def tiny(c: ConfigDict) -> None:
     defaults.tiny(c)
     c.name = "sr_tiny"
     c.data.update(image_size=16, lowres_size=8)
-    c.model.update(widths=(16, 32), blocks=(1, 1), attention=("none", "fused"), heads=2, cond_dim=16, pool_heads=2)
+    c.model.update(
+        widths=(16, 32),
+        blocks=(1, 1),
+        attention=("none", "fused"),
+        heads=2,
+        cond_dim=16,
+        pool_heads=2,
+    )

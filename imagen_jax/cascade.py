@@ -1,10 +1,13 @@
-"""Stages chained: text -> base image -> super-resolution -> super-resolution, uint8 between stages as in training."""
+"""Stages chained: text -> base image -> super-resolution -> super-resolution, uint8 between stages
+as in training.
+"""
 
 import dataclasses
 import importlib.resources
 import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +15,16 @@ import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax import schema
-from imagen_jax.weights import checkpoint
 from imagen_jax.data.transforms import pad_text
 from imagen_jax.stage import Stage, check_sampling, create_stage, random_key, to_uint8
+from imagen_jax.weights import checkpoint
 
 STAGES = ("base", "sr_1", "sr_2")  # the names in a cascade config, in order
-SAME_TEXT = ("weights_sha256", "tokenizer_sha256", "dim")  # what makes two encoders the same, wherever they are stored
+SAME_TEXT = (
+    "weights_sha256",
+    "tokenizer_sha256",
+    "dim",
+)  # what makes two encoders the same, wherever they are stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,21 +44,32 @@ def resolve(path: str) -> str:
     name = path.removeprefix("embedded:")
     if name == path:
         return path
-    file = Path(str(importlib.resources.files("imagen_jax") / "assets" / "cascade" / f"{name}.safetensors"))
+    file = Path(
+        str(importlib.resources.files("imagen_jax") / "assets" / "cascade" / f"{name}.safetensors")
+    )
     if not file.exists():
-        raise ValueError(f"the package embeds no {name!r}; it has {sorted(f.stem for f in file.parent.glob('*.safetensors'))}")
+        raise ValueError(
+            f"the package embeds no {name!r}; it has"
+            f" {sorted(f.stem for f in file.parent.glob('*.safetensors'))}"
+        )
     return str(file)
 
 
 def load_stage(path: str, sampling: Mapping[str, Any], which: str) -> LoadedStage:
-    """One stage from a workdir, a checkpoint or an export; its config is the one it was trained with."""
+    """One stage from a workdir, a checkpoint or an export; its config is the one it was trained
+    with.
+    """
     sampling = schema.complete_sampling(sampling, f"sampling of {path}")
     check_sampling(sampling)
     params, meta = checkpoint.load_params(resolve(path), which)
     stage = create_stage(schema.complete(meta["config"], f"config of {path}"))
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
-    draw = jax.jit(lambda params, keys, batch: to_uint8(stage.sample(params, keys, batch, sampling)))
-    identity = {"checkpoint": path, "name": stage.name} | {key: meta[key] for key in ("step", "which", "manifest_hash", "sha256")}
+    draw = jax.jit(
+        lambda params, keys, batch: to_uint8(stage.sample(params, keys, batch, sampling))
+    )
+    identity = {"checkpoint": path, "name": stage.name} | {
+        key: meta[key] for key in ("step", "which", "manifest_hash", "sha256")
+    }
     return LoadedStage(stage, params, sampling, meta["encoder"], identity, draw)
 
 
@@ -64,26 +82,41 @@ def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> l
     config = schema.complete_cascade(config)
     names = list(itertools.takewhile(lambda name: config[name]["checkpoint"], wanted))
     if not names:
-        raise ValueError(f"stage {wanted[0]} has no checkpoint: give --config.{wanted[0]}.checkpoint=PATH")
-    stages = [load_stage(config[name]["checkpoint"], config[name]["sampling"], config["which"]) for name in names]
+        raise ValueError(
+            f"stage {wanted[0]} has no checkpoint: give --config.{wanted[0]}.checkpoint=PATH"
+        )
+    stages = [
+        load_stage(config[name]["checkpoint"], config[name]["sampling"], config["which"])
+        for name in names
+    ]
     for name, loaded in zip(names, stages):
         if bool(loaded.stage.lowres_size) != (name != STAGES[0]):
             kind = "a super-resolution stage" if loaded.stage.lowres_size else "a base stage"
             raise ValueError(f"{config[name]['checkpoint']} is {kind}, which cannot be {name}")
     for before, after in zip(stages, stages[1:]):
         if before.stage.image_size != after.stage.lowres_size:
-            raise ValueError(f"{before.stage.name} draws {before.stage.image_size} pixels, {after.stage.name} takes {after.stage.lowres_size}")
+            raise ValueError(
+                f"{before.stage.name} draws {before.stage.image_size} pixels, {after.stage.name}"
+                f" takes {after.stage.lowres_size}"
+            )
     readers = [loaded for loaded in stages if loaded.stage.text_dim]
     for before, after in zip(readers, readers[1:]):
-        check_encoder(before.encoder, after.encoder, f"stages {before.stage.name} and {after.stage.name}")
+        check_encoder(
+            before.encoder, after.encoder, f"stages {before.stage.name} and {after.stage.name}"
+        )
     return stages
 
 
 def check_encoder(a: Mapping[str, Any], b: Mapping[str, Any], who: str) -> None:
     """Raises ValueError unless two encoder identities are of the same weights and tokenizer."""
-    differ = [f"{key}: {a.get(key)} and {b.get(key)}" for key in SAME_TEXT if a.get(key) != b.get(key)]
+    differ = [
+        f"{key}: {a.get(key)} and {b.get(key)}" for key in SAME_TEXT if a.get(key) != b.get(key)
+    ]
     if differ:
-        raise ValueError(f"{who} do not share a text encoder ({'; '.join(differ)}); their text features mean different things")
+        raise ValueError(
+            f"{who} do not share a text encoder ({'; '.join(differ)}); their text features mean"
+            " different things"
+        )
 
 
 def sample_keys(seeds: Sequence[int], stage_index: int) -> jax.Array:
@@ -102,9 +135,10 @@ def generate(
 ) -> Iterator[list[UInt8[np.ndarray, "b s s 3"]]]:
     """Yields, a batch of pictures at a time, the images of every stage.
 
-    text: unpadded features [length, d], one a picture. lowres: input of the first stage if that is a super-resolution stage.
-    Batches are filled up to `batch_size` by repetition, so one program a stage serves all, and a picture depends on its own seed and
-    text alone. `first_stage` is the place of stages[0] in the cascade, so that a stage drawn alone draws the same noise.
+    text: unpadded features [length, d], one a picture. lowres: input of the first stage if that is
+    a super-resolution stage. Batches are filled up to `batch_size` by repetition, so one program a
+    stage serves all, and a picture depends on its own seed and text alone. `first_stage` is the
+    place of stages[0] in the cascade, so that a stage drawn alone draws the same noise.
     """
     for start in range(0, len(seeds), batch_size):
         rows = np.arange(start, start + batch_size)
@@ -122,7 +156,9 @@ def generate(
 
 
 def pad_rows(features: Sequence[np.ndarray], stage: Stage) -> dict[str, np.ndarray]:
-    """{"text": [b l d], "text_mask": [b l]} for a stage; nothing for one without text. Raises ValueError for a caption that is too long."""
+    """{"text": [b l d], "text_mask": [b l]} for a stage; nothing for one without text. Raises
+    ValueError for a caption that is too long.
+    """
     if not stage.text_dim:
         return {}
     text, mask = zip(*(pad_text(feature, stage.text_length) for feature in features))

@@ -1,4 +1,6 @@
-"""What every verb's command line has in common: errors of the user's making end in one line, not in a traceback; logging; the compile cache."""
+"""What every verb's command line has in common: errors of the user's making end in one line, not in
+a traceback; logging; the compile cache.
+"""
 
 import argparse
 import json
@@ -9,7 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from typing import Any, Callable, Iterable, Mapping, NoReturn, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags
 
@@ -18,16 +21,29 @@ from imagen_jax.storage import is_away
 
 COMPILE_CACHE = "compile_cache"
 # What flags, and a config file that they name, raise.
-FLAG_ERRORS = (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError, SyntaxError, ImportError, ArithmeticError)
+FLAG_ERRORS = (
+    flags.Error,
+    ValueError,
+    OSError,
+    AttributeError,
+    KeyError,
+    TypeError,
+    SyntaxError,
+    ImportError,
+    ArithmeticError,
+)
 
 
 def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> None:
-    """Parses the flags that `define_flags` defines, calls `main` and exits with what it returns (None: 0).
+    """Parses the flags that `define_flags` defines, calls `main` and exits with what it returns
+    (None: 0).
 
-    Flags are global and verbs have some of the same names, so a verb defines its own when it is run and not when it is imported.
+    Flags are global and verbs have some of the same names, so a verb defines its own when it is run
+    and not when it is imported.
 
-    A ValueError, a missing file, a loss that is not finite or the like is printed as one line and exits with 2, which no repetition mends; with 1
-    if a file system did not answer, which one may. IMAGEN_JAX_TRACEBACK=1 shows the traceback.
+    A ValueError, a missing file, a loss that is not finite or the like is printed as one line and
+    exits with 2, which no repetition mends; with 1 if a file system did not answer, which one may.
+    IMAGEN_JAX_TRACEBACK=1 shows the traceback.
     """
 
     define_flags()
@@ -48,7 +64,9 @@ def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> Non
 
 
 class Parser(argparse.ArgumentParser):
-    """For command lines without absl's flags: what is wrong with one is one line, without the usage."""
+    """For command lines without absl's flags: what is wrong with one is one line, without the
+    usage.
+    """
 
     def error(self, message: str) -> NoReturn:
         sys.exit(fail(message))
@@ -70,9 +88,13 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def cause(error: Exception) -> str:
-    """What went wrong, without the traceback that reading a config file puts before it and the quotes of a KeyError."""
+    """What went wrong, without the traceback that reading a config file puts before it and the
+    quotes of a KeyError.
+    """
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):  # ml_collections, quoted twice
+    if near := re.search(
+        r'Did you mean "(\w+)" instead of "(\w+)"', text
+    ):  # ml_collections, quoted twice
         return f"the config has no field {near[2]!r}; did you mean {near[1]!r}?"
     if isinstance(error, (KeyError, AttributeError)) and (name := text.strip("'\"")).isidentifier():
         return f"the config has no field {name!r}"
@@ -85,8 +107,12 @@ def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
 
     `flag` is the command-line flag that gave it.
     """
-    if not hasattr(config, "to_json") or not {"data", "model", "optim", "mesh", "train"} <= set(config):  # a config that cannot be read raises here
-        raise ValueError(f"{flag} is not the config of a stage, such as configs/base_64.py or configs/sr_256.py")
+    if not hasattr(config, "to_json") or not {"data", "model", "optim", "mesh", "train"} <= set(
+        config
+    ):  # a config that cannot be read raises here
+        raise ValueError(
+            f"{flag} is not the config of a stage, such as configs/base_64.py or configs/sr_256.py"
+        )
     plain = schema.complete(json.loads(config.to_json()), flag)
     check_sizes(plain)
     return plain
@@ -94,7 +120,9 @@ def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
 
 def check_sizes(config: Mapping[str, Any]) -> None:
     """Raises ValueError for a number of steps, checkpoints or examples that is less than 1."""
-    fields = [("train", name) for name in ("steps", "log_every", "save_every", "keep")] + [("data", "batch_size")]
+    fields = [("train", name) for name in ("steps", "log_every", "save_every", "keep")] + [
+        ("data", "batch_size")
+    ]
     for part, field in fields + [("train", "sample_rows")] * bool(config["train"]["sample_every"]):
         if config[part][field] < 1:
             raise ValueError(f"{part}.{field}={config[part][field]} is less than 1")
@@ -104,7 +132,9 @@ def data_config(config: Any, flag: str = "--config") -> dict[str, Any]:
     """`stage_config` of a run, which needs data. Raises ValueError if it names none."""
     plain = stage_config(config, flag)
     if not plain["data"]["path"]:
-        raise ValueError(f"{flag}.data.path is empty: give the directory that imagen_jax.prepare_data made")
+        raise ValueError(
+            f"{flag}.data.path is empty: give the directory that imagen_jax.prepare_data made"
+        )
     return plain
 
 
@@ -117,7 +147,9 @@ def check_directory(flag: str, path: str) -> None:
 
 
 def make_directory(flag: str, path: str) -> None:
-    """Makes the directory of results that take long, before they are computed. Raises ValueError if nothing can be written there."""
+    """Makes the directory of results that take long, before they are computed. Raises ValueError if
+    nothing can be written there.
+    """
     check_directory(flag, path)
     try:
         os.makedirs(path, exist_ok=True)
@@ -149,7 +181,8 @@ def log_to_stderr() -> None:
 def call(command: Sequence[str]) -> int:
     """Runs a process to its end and returns its exit code.
 
-    SIGINT and SIGTERM are passed on, so that a training can save, and raise KeyboardInterrupt when it has ended.
+    SIGINT and SIGTERM are passed on, so that a training can save, and raise KeyboardInterrupt when
+    it has ended.
     """
     received = []
     process = subprocess.Popen(command)
@@ -172,16 +205,27 @@ def call(command: Sequence[str]) -> int:
 def define_compile_cache() -> None:
     """The flag of verbs that compile."""
     default = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/imagen_jax")
-    flags.DEFINE_string(COMPILE_CACHE, default, "directory of compiled programs, empty for none; $JAX_COMPILATION_CACHE_DIR sets the default")
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[COMPILE_CACHE])  # --help lists the verb's own flags only
+    flags.DEFINE_string(
+        COMPILE_CACHE,
+        default,
+        "directory of compiled programs, empty for none; $JAX_COMPILATION_CACHE_DIR sets the"
+        " default",
+    )
+    flags.FLAGS.register_key_flag_for_module(
+        sys.argv[0], flags.FLAGS[COMPILE_CACHE]
+    )  # --help lists the verb's own flags only
 
 
 def set_up_jax() -> None:
-    """Before a verb's first computation: programs are kept in --compile_cache, and the CPU is a device beside those of $JAX_PLATFORMS."""
+    """Before a verb's first computation: programs are kept in --compile_cache, and the CPU is a
+    device beside those of $JAX_PLATFORMS.
+    """
     directory = flags.FLAGS[COMPILE_CACHE].value
     import jax
 
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory) or None)
     platforms = jax.config.jax_platforms
-    if platforms and "cpu" not in platforms.split(","):  # one that is listed later is not computed on by itself
+    if platforms and "cpu" not in platforms.split(
+        ","
+    ):  # one that is listed later is not computed on by itself
         jax.config.update("jax_platforms", f"{platforms},cpu")

@@ -1,9 +1,11 @@
-"""The whole system in one command, run as a user would run it: each step is another verb in a process of its own.
+"""The whole system in one command, run as a user would run it: each step is another verb in a
+process of its own.
 
     python -m imagen_jax.demo --output demo --prompt "a red apple"
 
-1 prepares the embedded images, 2 draws prompts with the embedded cascade, 3 trains the same cascade from scratch for --minutes,
-4 draws and measures with the fresh weights, and writes demo/report.html. The same command again continues where it stopped.
+1 prepares the embedded images, 2 draws prompts with the embedded cascade, 3 trains the same cascade
+from scratch for --minutes, 4 draws and measures with the fresh weights, and writes
+demo/report.html. The same command again continues where it stopped.
 """
 
 import base64
@@ -11,8 +13,9 @@ import html
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -24,7 +27,10 @@ from imagen_jax.storage import write_atomically
 STAGES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}  # cascade stage -> config file
 SHARE = {"base": 0.64, "sr_1": 0.2, "sr_2": 0.16}  # of the training time
 TEXT_LENGTH = 32
-STYLE = "body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{max-width:100%}td,th{padding:.2em .8em;text-align:left}"
+STYLE = (
+    "body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0"
+    " 1em}img{max-width:100%}td,th{padding:.2em .8em;text-align:left}"
+)
 SHOWN = {"heldout": 8, "train": 8}  # captions of the contact sheet besides the user's
 
 
@@ -32,7 +38,9 @@ def define_flags() -> None:
     """The command line, see `cli.run`."""
     flags.DEFINE_string("output", "demo", "directory for everything the demo makes")
     flags.DEFINE_multi_string("prompt", [], "a prompt of your own; may be given several times")
-    flags.DEFINE_float("minutes", 7.5, "training time for the three stages together", lower_bound=0.1)
+    flags.DEFINE_float(
+        "minutes", 7.5, "training time for the three stages together", lower_bound=0.1
+    )
     flags.DEFINE_integer("rows", 96, "captions drawn to measure each base model", lower_bound=2)
 
 
@@ -45,27 +53,60 @@ def main() -> int:
     started = time.monotonic()
     data = output / "data"
     if not (data / "manifest.json").exists():
-        verb("prepare_data", "--source", "emoji", "--output", data, "--encoder", "t5_tiny", "--max_length", TEXT_LENGTH)
+        verb(
+            "prepare_data",
+            "--source",
+            "emoji",
+            "--output",
+            data,
+            "--encoder",
+            "t5_tiny",
+            "--max_length",
+            TEXT_LENGTH,
+        )
     prompts = write_prompts(data, output, args.prompt)
     cascade = f"--config={root / 'configs' / 'cascade.py'}:demo"
     draw(cascade, output / "prompts.txt", output / "embedded")
-    announce(f"first pictures after {time.monotonic() - started:.0f} s: {output / 'embedded' / 'sheet_0000.png'}")
+    announce(
+        f"first pictures after {time.monotonic() - started:.0f} s:"
+        f" {output / 'embedded' / 'sheet_0000.png'}"
+    )
     for stage, name in STAGES.items():
         trained = output / f"{stage}.trained"
         if trained.exists():
-            announce(f"{stage} is trained already; delete {output / stage} and {trained} to train it again")
+            announce(
+                f"{stage} is trained already; delete {output / stage} and {trained} to train it"
+                " again"
+            )
             continue
         config = f"--config={root / 'configs' / name}.py:demo"
         budget = args.minutes * SHARE[stage]
-        verb("train", config, f"--config.data.path={data}", "--workdir", output / stage, "--minutes", f"{budget:.4f}")
+        verb(
+            "train",
+            config,
+            f"--config.data.path={data}",
+            "--workdir",
+            output / stage,
+            "--minutes",
+            f"{budget:.4f}",
+        )
         trained.touch()
     fresh = [f"--config.{stage}.checkpoint={output / stage}" for stage in STAGES]
     draw(cascade, output / "prompts.txt", output / "fresh", *fresh)
     for name, checkpoint in (("embedded", "embedded:base_16"), ("fresh", output / "base")):
         verb(
-            "evaluate", "--checkpoint", checkpoint, "--data", data, "--output", output / f"evaluate_{name}",
-            "--rows", args.rows, "--measures", "retrieval",
-        )  # fmt: skip
+            "evaluate",
+            "--checkpoint",
+            checkpoint,
+            "--data",
+            data,
+            "--output",
+            output / f"evaluate_{name}",
+            "--rows",
+            args.rows,
+            "--measures",
+            "retrieval",
+        )
     report = write_report(output, prompts, time.monotonic() - started)
     announce(f"done after {(time.monotonic() - started) / 60:.1f} minutes: open {report}")
     return 0
@@ -81,44 +122,77 @@ def verb(name: str, *arguments: object) -> None:
     announce(" ".join(["python", *command[1:]]))
     code = cli.call(command)
     if code:
-        raise ValueError(f"{name} failed with exit code {code}; mend it and run the same command again, it continues")
+        raise ValueError(
+            f"{name} failed with exit code {code}; mend it and run the same command again, it"
+            " continues"
+        )
 
 
 def draw(cascade: str, prompts: Path, output: Path, *options: str) -> None:
-    """Draws the prompts in place of earlier ones: pictures of another call's prompts would get into the report."""
-    for left in [*output.glob("[0-9]*_*.png"), *output.glob("[0-9]*_*.json"), *output.glob("sheet_*.png")]:
+    """Draws the prompts in place of earlier ones: pictures of another call's prompts would get into
+    the report.
+    """
+    for left in [
+        *output.glob("[0-9]*_*.png"),
+        *output.glob("[0-9]*_*.json"),
+        *output.glob("sheet_*.png"),
+    ]:
         left.unlink()
     verb("sample", cascade, *options, "--prompts", prompts, "--output", output)
 
 
 def write_prompts(data: Path, output: Path, own: Sequence[str]) -> list[str]:
-    """The user's prompts, then held-out and training captions evenly spread over the data; also written to prompts.txt."""
+    """The user's prompts, then held-out and training captions evenly spread over the data; also
+    written to prompts.txt.
+    """
     from imagen_jax.data.records import Prepared
 
     prepared = Prepared(data)
     captions, prompts = prepared.captions(), list(own)
     for split, count in SHOWN.items():
         images, total = prepared.images(split), prepared.num_images(split)
-        prompts += [captions[images[(2 * i + 1) * total // (2 * count)].caption_ids[0]].text for i in range(count)]
+        prompts += [
+            captions[images[(2 * i + 1) * total // (2 * count)].caption_ids[0]].text
+            for i in range(count)
+        ]
     (output / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     return prompts
 
 
 def write_report(output: Path, prompts: Sequence[str], seconds: float) -> Path:
     """The contact sheet of both cascades, the loss curves, and report.html with both inside."""
-    sheet = cascade_sheet(prompts, {"embedded": output / "embedded", "fresh": output / "fresh"}, output / "contact_sheet.png")
+    sheet = cascade_sheet(
+        prompts,
+        {"embedded": output / "embedded", "fresh": output / "fresh"},
+        output / "contact_sheet.png",
+    )
     curves = loss_curves({stage: output / stage for stage in STAGES}, output / "loss_curves.png")
-    measured = {name: json.loads((output / f"evaluate_{name}" / "evaluation.json").read_text()) for name in ("embedded", "fresh")}
-    return write_html(output / "report.html", prompts, sheet, curves, measured, {s: output / s for s in STAGES}, seconds)
+    measured = {
+        name: json.loads((output / f"evaluate_{name}" / "evaluation.json").read_text())
+        for name in ("embedded", "fresh")
+    }
+    return write_html(
+        output / "report.html",
+        prompts,
+        sheet,
+        curves,
+        measured,
+        {s: output / s for s in STAGES},
+        seconds,
+    )
 
 
 def cascade_sheet(prompts: Sequence[str], cascades: Mapping[str, Path], path: Path) -> Path:
-    """A row a prompt: the images of every stage of every cascade, as `sample` wrote them into its directories."""
+    """A row a prompt: the images of every stage of every cascade, as `sample` wrote them into its
+    directories.
+    """
     rows, headings = [], []
     for i in range(len(prompts)):
         row, headings = [], []
         for name, directory in cascades.items():
-            files = sorted(directory.glob(f"{i:04d}_*.png"), key=lambda file: Image.open(file).size[0])
+            files = sorted(
+                directory.glob(f"{i:04d}_*.png"), key=lambda file: Image.open(file).size[0]
+            )
             images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
             row += images
             headings += [f"{name} {image.shape[0]}" for image in images]
@@ -136,9 +210,21 @@ def loss_curves(workdirs: Mapping[str, Path], path: Path) -> Path:
         rows = run_log.read_metrics(workdir)
         axis.set(title=name, xlabel="step", ylabel="loss", yscale="log" if rows else "linear")
         if rows:
-            axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1, marker="." if len(rows) == 1 else "")
+            axis.plot(
+                [row["step"] for row in rows],
+                [row["loss"] for row in rows],
+                linewidth=1,
+                marker="." if len(rows) == 1 else "",
+            )
         else:
-            axis.text(0.5, 0.5, "it ended before\nthe first logged step", ha="center", va="center", transform=axis.transAxes)
+            axis.text(
+                0.5,
+                0.5,
+                "it ended before\nthe first logged step",
+                ha="center",
+                va="center",
+                transform=axis.transAxes,
+            )
             axis.set(xticks=[], yticks=[])
         axis.grid(alpha=0.3)
     write_atomically(path, pictures.figure_png(figure))
@@ -156,29 +242,46 @@ def write_html(
 ) -> Path:
     """One file without links to others."""
     parts = [
-        f"<h1>imagen_jax demo</h1><p>{len(prompts)} prompts, {seconds / 60:.1f} minutes in all.</p>",
-        "<h2>Pictures</h2><p>Left the weights that ship with the package, right those trained in this run; small sizes enlarged.</p>",
+        (
+            f"<h1>imagen_jax demo</h1><p>{len(prompts)} prompts, {seconds / 60:.1f} minutes in"
+            " all.</p>"
+        ),
+        (
+            "<h2>Pictures</h2><p>Left the weights that ship with the package, right those trained"
+            " in this run; small sizes enlarged.</p>"
+        ),
         embedded_image(sheet, "contact sheet"),
         "<h2>Does the picture belong to its caption?</h2>",
-        "<p>Share of drawn base images whose captioned image is among the nearest of all images, 95 % interval in brackets.</p>",
+        (
+            "<p>Share of drawn base images whose captioned image is among the nearest of all"
+            " images, 95 % interval in brackets.</p>"
+        ),
         retrieval_table(measured),
         "<h2>Training</h2>",
         training_table(workdirs),
         embedded_image(curves, "loss curves"),
     ]
-    page = f"<!doctype html><meta charset=utf-8><title>imagen_jax demo</title><style>{STYLE}</style>" + "\n".join(parts)
+    page = (
+        f"<!doctype html><meta charset=utf-8><title>imagen_jax demo</title><style>{STYLE}</style>"
+        + "\n".join(parts)
+    )
     write_atomically(path, page.encode())
     return path
 
 
 def embedded_image(path: Path, title: str) -> str:
     """An <img> with the file's content inside."""
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+    return (
+        f'<img alt="{html.escape(title)}"'
+        f' src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An HTML table of escaped cells."""
-    line = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    line = lambda tag, cells: (
+        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    )
     return "<table>" + line("th", header) + "".join(line("td", row) for row in rows) + "</table>"
 
 
@@ -190,8 +293,19 @@ def training_table(workdirs: Mapping[str, Path]) -> str:
         if not found:
             rows.append([name, "none logged", "-", "-", "-"])
         else:
-            speed = np.median([row["time/images_per_s"] for row in found if "time/images_per_s" in row] or [np.nan])
-            rows.append([name, f"{found[-1]['step']:,}", f"{found[0]['loss']:.4f}", f"{found[-1]['loss']:.4f}", f"{speed:.0f}"])
+            speed = np.median(
+                [row["time/images_per_s"] for row in found if "time/images_per_s" in row]
+                or [np.nan]
+            )
+            rows.append(
+                [
+                    name,
+                    f"{found[-1]['step']:,}",
+                    f"{found[0]['loss']:.4f}",
+                    f"{found[-1]['loss']:.4f}",
+                    f"{speed:.0f}",
+                ]
+            )
     return table(["stage", "steps", "first loss", "last loss", "images/s"], rows)
 
 
@@ -201,9 +315,14 @@ def retrieval_table(measured: Mapping[str, Mapping[str, Any]]) -> str:
     for name, evaluation in measured.items():
         for split, kinds in evaluation["retrieval"].items():
             for kind, result in kinds.items():
-                cell = lambda top: f"{100 * result[top]['rate']:.0f} % [{100 * result[top]['low']:.0f}, {100 * result[top]['high']:.0f}]"
+                cell = lambda top: (
+                    f"{100 * result[top]['rate']:.0f} % [{100 * result[top]['low']:.0f},"
+                    f" {100 * result[top]['high']:.0f}]"
+                )
                 rows.append([name, split, kind, str(result["n"]), cell("top1"), cell("top5")])
-    return table(["weights", "captions of", "caption given", "n", "nearest", "among 5 nearest"], rows)
+    return table(
+        ["weights", "captions of", "caption given", "n", "nearest", "among 5 nearest"], rows
+    )
 
 
 if __name__ == "__main__":

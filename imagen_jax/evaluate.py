@@ -32,22 +32,51 @@ log = logging.getLogger("imagen_jax.evaluate")
 def define_flags() -> None:
     """The command line, see `cli.run`."""
     cli.define_compile_cache()
-    flags.DEFINE_string("checkpoint", None, "a workdir (its newest intact checkpoint), one checkpoint, an exported file, or embedded:NAME")
-    flags.DEFINE_string("data", None, "directory made by imagen_jax.prepare_data with the checkpoint's text encoder")
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "a workdir (its newest intact checkpoint), one checkpoint, an exported file, or"
+        " embedded:NAME",
+    )
+    flags.DEFINE_string(
+        "data", None, "directory made by imagen_jax.prepare_data with the checkpoint's text encoder"
+    )
     flags.DEFINE_string("output", None, "directory for the results")
     known = ", ".join(NAMES)
     flags.DEFINE_list("measures", [], f"{known}; default: all that apply to the stage")
-    flags.DEFINE_string("which", "ema", "weights to evaluate: ema, params, or ema_1, ema_2 ... of optim.ema_tracks; an exported file holds one kind only")
+    flags.DEFINE_string(
+        "which",
+        "ema",
+        "weights to evaluate: ema, params, or ema_1, ema_2 ... of optim.ema_tracks; an exported"
+        " file holds one kind only",
+    )
     flags.DEFINE_integer("rows", 256, "images of each split to measure on")
-    flags.DEFINE_integer("samples", 0, "images of each split to draw samples for; 0: as many as --rows")
-    flags.DEFINE_integer("gallery", 20_000, "images that samples are compared with: all, or so many if there are more, chosen by the seed")
-    flags.DEFINE_integer("bins", 10, "bins of noise level, drawn equally often in training, that losses are taken in")
+    flags.DEFINE_integer(
+        "samples", 0, "images of each split to draw samples for; 0: as many as --rows"
+    )
+    flags.DEFINE_integer(
+        "gallery",
+        20_000,
+        "images that samples are compared with: all, or so many if there are more, chosen by the"
+        " seed",
+    )
+    flags.DEFINE_integer(
+        "bins", 10, "bins of noise level, drawn equally often in training, that losses are taken in"
+    )
     flags.DEFINE_integer("batch_size", 64, "rows at once; changes no number but by rounding")
     flags.DEFINE_integer("seed", 0, "of rows, noise and shuffling")
     for name, field in schema.SAMPLING.items():
         define_sampling_flag(name, field)
-    flags.DEFINE_string("lowres_from", "", "samples.npz of the stage before: draw from its samples instead of true low-res images")
-    flags.DEFINE_bool("follow", False, "evaluate each checkpoint of a running workdir as it appears, until the run is finished")
+    flags.DEFINE_string(
+        "lowres_from",
+        "",
+        "samples.npz of the stage before: draw from its samples instead of true low-res images",
+    )
+    flags.DEFINE_bool(
+        "follow",
+        False,
+        "evaluate each checkpoint of a running workdir as it appears, until the run is finished",
+    )
     flags.DEFINE_float("follow_minutes", 0.0, "stop following after this long; 0: no limit")
 
 
@@ -84,13 +113,24 @@ def main() -> int:
     if not (args.follow or checkpoint.exists()):
         raise ValueError(f"--checkpoint {checkpoint} does not exist")
     cli.set_up_jax()
-    numbers = {name: args[name].value for name in ("rows", "samples", "gallery", "bins", "batch_size", "seed", "lowres_from")}
+    numbers = {
+        name: args[name].value
+        for name in ("rows", "samples", "gallery", "bins", "batch_size", "seed", "lowres_from")
+    }
     numbers["samples"] = numbers["samples"] or numbers["rows"]
     overrides = {name: args[flag].value for name, flag in schema.EVALUATE_FLAGS.items()}
-    evaluator = Evaluator(args.data, args.which, args.measures, numbers, {k: v for k, v in overrides.items() if v is not None})
+    evaluator = Evaluator(
+        args.data,
+        args.which,
+        args.measures,
+        numbers,
+        {k: v for k, v in overrides.items() if v is not None},
+    )
     if args.follow:
         if checkpoint.is_file():
-            raise ValueError(f"--follow waits for the checkpoints of a workdir; {checkpoint} is a file")
+            raise ValueError(
+                f"--follow waits for the checkpoints of a workdir; {checkpoint} is a file"
+            )
         evaluator.check_continues(output / RECORD)
         follow(evaluator.run, checkpoint, output, args.follow_minutes)
     else:
@@ -99,9 +139,18 @@ def main() -> int:
 
 
 class Evaluator:
-    """Evaluates checkpoints one after another; rows and compiled programs are kept as long as the config stays the same."""
+    """Evaluates checkpoints one after another; rows and compiled programs are kept as long as the
+    config stays the same.
+    """
 
-    def __init__(self, data: str, which: str, names: list[str], numbers: Mapping[str, Any], sampling: Mapping[str, Any]):
+    def __init__(
+        self,
+        data: str,
+        which: str,
+        names: list[str],
+        numbers: Mapping[str, Any],
+        sampling: Mapping[str, Any],
+    ):
         """names: of measures, all that apply if empty. numbers: fields of `rows.Settings`.
         sampling: values that replace those of the checkpoint's config."""
         self._data, self._which, self._names = data, which, names
@@ -109,7 +158,9 @@ class Evaluator:
         self._config: Mapping[str, Any] | None = None
 
     def run(self, checkpoint: Path, output: Path) -> dict[str, Any]:
-        """Evaluates one checkpoint, writes everything to `output`, evaluation.json last, and returns its content."""
+        """Evaluates one checkpoint, writes everything to `output`, evaluation.json last, and
+        returns its content.
+        """
         from imagen_jax.evals import report
         from imagen_jax.evals.evaluation import Evaluation
         from imagen_jax.evals.measures import measure
@@ -140,7 +191,9 @@ class Evaluator:
         return result
 
     def check_continues(self, record: Path) -> None:
-        """Raises ValueError if the lines of an evaluations.jsonl were measured with other settings or data than this evaluator's."""
+        """Raises ValueError if the lines of an evaluations.jsonl were measured with other settings
+        or data than this evaluator's.
+        """
         from imagen_jax.data.records import Prepared
 
         lines = record.read_bytes().splitlines(keepends=True) if record.is_file() else []
@@ -153,12 +206,15 @@ class Evaluator:
             was |= {"data": then["data"]["manifest_hash"], "which": then["checkpoint"]["which"]}
             was |= {"sampling": schema.complete_sampling(then["sampling"], f"{record}")}
             changed = [
-                f"{name}: {was[name] if name in was else 'not recorded'}, now {now[name]}"
+                f"{name}: {was.get(name, 'not recorded')}, now {now[name]}"
                 for name in now
                 if name not in was or was[name] != now[name]
             ]
             if changed:
-                raise ValueError(f"{record} was made with other settings; give another --output: {'; '.join(changed)}")
+                raise ValueError(
+                    f"{record} was made with other settings; give another --output:"
+                    f" {'; '.join(changed)}"
+                )
 
     def _prepare(self, meta: Mapping[str, Any]) -> None:
         """Stage, rows and compiled functions for a checkpoint's config."""
@@ -177,9 +233,13 @@ class Evaluator:
         self._chosen = measure.choose(self._names, stage, settings)
         self._rows = Data(dict(config["data"]) | {"path": self._data}, settings)
         if stage.text_dim:
-            check_encoder(self._rows.prepared.encoder, meta["encoder"], f"{self._data} and the checkpoint")
+            check_encoder(
+                self._rows.prepared.encoder, meta["encoder"], f"{self._data} and the checkpoint"
+            )
         if "heldout" not in self._rows.counts:
-            log.warning("%s has no held-out images: everything is measured on the train split", self._data)
+            log.warning(
+                "%s has no held-out images: everything is measured on the train split", self._data
+            )
         if self._rows.prepared.hash != meta["manifest_hash"]:
             log.warning("%s is not the data that this checkpoint was trained on", self._data)
         self._probe, self._config = Probe(stage, settings), config
@@ -190,25 +250,54 @@ class Evaluator:
 
         from imagen_jax import __version__
 
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "grain")}
+        versions = {
+            name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "grain")
+        }
         settings, rows = self._probe.settings, self._rows
         return {
             "config": meta["config"],
             "encoder": meta["encoder"],
-            "data": {"manifest_hash": rows.prepared.hash, "trained_on": meta["manifest_hash"], "images": rows.counts},
-            **{name: getattr(settings, name) for name in ("rows", "samples", "gallery", "bins", "batch_size", "seed", "lowres_from")},
+            "data": {
+                "manifest_hash": rows.prepared.hash,
+                "trained_on": meta["manifest_hash"],
+                "images": rows.counts,
+            },
+            **{
+                name: getattr(settings, name)
+                for name in (
+                    "rows",
+                    "samples",
+                    "gallery",
+                    "bins",
+                    "batch_size",
+                    "seed",
+                    "lowres_from",
+                )
+            },
             "sampling": dict(settings.sampling),
             "lowres_samples": rows.origin,
-            "versions": {"imagen_jax": __version__, "python": platform.python_version(), **versions},
+            "versions": {
+                "imagen_jax": __version__,
+                "python": platform.python_version(),
+                **versions,
+            },
             "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
         }
 
 
-def follow(run: Callable[[Path, Path], dict[str, Any]], workdir: Path, output: Path, minutes: float, poll_s: float = POLL_S) -> None:
-    """Runs on each intact checkpoint of `workdir`, oldest first, that has no line in output/evaluations.jsonl, and adds the line.
+def follow(
+    run: Callable[[Path, Path], dict[str, Any]],
+    workdir: Path,
+    output: Path,
+    minutes: float,
+    poll_s: float = POLL_S,
+) -> None:
+    """Runs on each intact checkpoint of `workdir`, oldest first, that has no line in
+    output/evaluations.jsonl, and adds the line.
 
-    Returns when the run has reached its last step, or after `minutes` (0: no limit). The workdir may still be empty, and the trainer may
-    delete old checkpoints meanwhile. A damaged checkpoint is reported once and passed over.
+    Returns when the run has reached its last step, or after `minutes` (0: no limit). The workdir
+    may still be empty, and the trainer may delete old checkpoints meanwhile. A damaged checkpoint
+    is reported once and passed over.
     """
     from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints
 

@@ -1,4 +1,5 @@
-"""Writes the weights of a checkpoint to one bf16 safetensors file, config and provenance in its header.
+"""Writes the weights of a checkpoint to one bf16 safetensors file, config and provenance in its
+header.
 
     python -m imagen_jax.export --checkpoint WORKDIR --output base.safetensors
 
@@ -12,9 +13,13 @@ from imagen_jax import cli
 
 def define_flags() -> None:
     """The command line, see `cli.run`."""
-    flags.DEFINE_string("checkpoint", None, "a workdir (its newest intact checkpoint) or one checkpoint")
+    flags.DEFINE_string(
+        "checkpoint", None, "a workdir (its newest intact checkpoint) or one checkpoint"
+    )
     flags.DEFINE_string("output", None, "the file to write, ending in .safetensors")
-    flags.DEFINE_string("which", "ema", "which weights: ema, params, or ema_1, ema_2 ... for optim.ema_tracks")
+    flags.DEFINE_string(
+        "which", "ema", "which weights: ema, params, or ema_1, ema_2 ... for optim.ema_tracks"
+    )
 
 
 def main() -> int:
@@ -22,7 +27,9 @@ def main() -> int:
     if not args.checkpoint or not args.output:
         raise ValueError("--checkpoint PATH and --output FILE.safetensors are both needed")
     if not args.output.endswith(".safetensors"):
-        raise ValueError(f"--output {args.output} must end in .safetensors, which is what it will be")
+        raise ValueError(
+            f"--output {args.output} must end in .safetensors, which is what it will be"
+        )
     import jax
 
     from imagen_jax.weights import checkpoint, exports
@@ -31,7 +38,10 @@ def main() -> int:
     params, meta = checkpoint.load_params(args.checkpoint, args.which)
     exports.export_params(params, meta, args.output)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"{args.output}: {meta['config']['name']} at step {meta['step']}, {args.which}, {count:,} parameters")
+    print(
+        f"{args.output}: {meta['config']['name']} at step {meta['step']}, {args.which}, {count:,}"
+        " parameters"
+    )
     return 0
 
 

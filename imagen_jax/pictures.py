@@ -1,10 +1,13 @@
-"""Pictures for people: grids of images, contact sheets with captions, PNG files written whole or not at all."""
+"""Pictures for people: grids of images, contact sheets with captions, PNG files written whole or
+not at all.
+"""
 
 import io
 import os
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8

@@ -1,12 +1,16 @@
-"""Says, before anything is paid for, whether a config fits a TPU or GPU topology, how fast it will train there and what that costs in chip-hours.
+r"""Says, before anything is paid for, whether a config fits a TPU or GPU topology, how fast it will
+train there and what that costs in chip-hours.
 
     python -m imagen_jax.plan --config configs/base_64.py --topology v5e:16x16
-    python -m imagen_jax.plan --config configs/sr_1024.py --topology v5p-256 --config.data.batch_size=1024 --search --output plans/sr_1024
+    python -m imagen_jax.plan --config configs/sr_1024.py --topology v5p-256 \
+        --config.data.batch_size=1024 --search --output plans/sr_1024
     python -m imagen_jax.plan --text_encoder xxl --topology v5e-64 --captions 400000000
 
-Nothing runs and no accelerator is needed: the train step and the sampler are compiled ahead of time by the compiler of that hardware
-(pip install 'imagen_jax[tpu]' or '[cuda12]'; for GPUs that are not here '[gpu-plan]' is enough). The first time takes minutes; block costs
-are kept and read the next time. Of GPUs it reports memory, FLOPs and traffic: their compiler has no estimates of time. Exit code 1: it does not fit.
+Nothing runs and no accelerator is needed: the train step and the sampler are compiled ahead of time
+by the compiler of that hardware (pip install 'imagen_jax[tpu]' or '[cuda12]'; for GPUs that are not
+here '[gpu-plan]' is enough). The first time takes minutes; block costs are kept and read the next
+time. Of GPUs it reports memory, FLOPs and traffic: their compiler has no estimates of time. Exit
+code 1: it does not fit.
 """
 
 import dataclasses
@@ -38,26 +42,66 @@ log = logging.getLogger("imagen_jax.plan")
 
 def define_flags() -> None:
     """The command line, see `cli.run`."""
-    config_flags.DEFINE_config_file("config", None, "config file of a stage, with fields as --config.mesh.fsdp=32", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "config file of a stage, with fields as --config.mesh.fsdp=32",
+        lock_config=True,
+    )
     flags.FLAGS["config"].parser.parse = named(flags.FLAGS["config"].parser.parse)
-    flags.DEFINE_string("topology", None, "hardware: v5e:16x16, v5litepod-256, v4-512 (cores), 2xv5p:4x4x8 (two slices), h100-64, a100:32x8 (nodes x GPUs)")
-    flags.DEFINE_string("text_encoder", "", "instead of --config: xxl, xl, large, or a directory with a text encoder's config.json; plans encoding captions")
-    flags.DEFINE_list("tokens", ["16", "32", "64", "128"], "with --text_encoder: lengths of captions")
-    flags.DEFINE_integer("encode_batch", 64, "with --text_encoder: captions of up to 32 tokens at once on a chip, as prepare_data has it", lower_bound=1)
-    flags.DEFINE_integer("captions", 0, "with --text_encoder: how many there are, to state hours", lower_bound=0)
+    flags.DEFINE_string(
+        "topology",
+        None,
+        "hardware: v5e:16x16, v5litepod-256, v4-512 (cores), 2xv5p:4x4x8 (two slices), h100-64,"
+        " a100:32x8 (nodes x GPUs)",
+    )
+    flags.DEFINE_string(
+        "text_encoder",
+        "",
+        "instead of --config: xxl, xl, large, or a directory with a text encoder's config.json;"
+        " plans encoding captions",
+    )
+    flags.DEFINE_list(
+        "tokens", ["16", "32", "64", "128"], "with --text_encoder: lengths of captions"
+    )
+    flags.DEFINE_integer(
+        "encode_batch",
+        64,
+        "with --text_encoder: captions of up to 32 tokens at once on a chip, as prepare_data"
+        " has it",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "captions", 0, "with --text_encoder: how many there are, to state hours", lower_bound=0
+    )
     flags.DEFINE_string("output", "", "directory for plan.json and plan.png")
     flags.DEFINE_bool("json", False, "print JSON instead of text")
-    flags.DEFINE_bool("exact", False, "compile at the default level, as a run does: 10 minutes for sr_256, 30 minutes and 16 GB for base_64")
-    flags.DEFINE_bool("search", False, "if it does not fit, compile what is advised in turn until something fits")
+    flags.DEFINE_bool(
+        "exact",
+        False,
+        "compile at the default level, as a run does: 10 minutes for sr_256, 30 minutes and 16 GB"
+        " for base_64",
+    )
+    flags.DEFINE_bool(
+        "search", False, "if it does not fit, compile what is advised in turn until something fits"
+    )
     flags.DEFINE_bool("time", True, "predict the time of a step (TPUs)")
-    flags.DEFINE_bool("sampler", True, "compile the sampler too, as training draws train.sample_rows images")
-    flags.DEFINE_integer("processes", cli.cores(), "blocks to compile at once, each in 2 to 4 GB", lower_bound=1)
+    flags.DEFINE_bool(
+        "sampler", True, "compile the sampler too, as training draws train.sample_rows images"
+    )
+    flags.DEFINE_integer(
+        "processes", cli.cores(), "blocks to compile at once, each in 2 to 4 GB", lower_bound=1
+    )
     flags.DEFINE_string("cache", "~/.cache/imagen_jax/plan", "directory for block costs")
-    flags.DEFINE_float("price", 0.0, "money for a chip-hour, to state the cost of all steps", lower_bound=0.0)
+    flags.DEFINE_float(
+        "price", 0.0, "money for a chip-hour, to state the cost of all steps", lower_bound=0.0
+    )
 
 
 def named(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """What reads FILE[:ARG] of a config, with errors that say in which file, and on which line of it, they are."""
+    """What reads FILE[:ARG] of a config, with errors that say in which file, and on which line of
+    it, they are.
+    """
 
     def read(text: str) -> Any:
         file = text.partition(":")[0]
@@ -65,10 +109,27 @@ def named(parse: Callable[[str], Any]) -> Callable[[str], Any]:
             raise ValueError(f"the file {file} does not exist")
         try:
             return parse(text)
-        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, ImportError) as error:
-            own = error.__context__ if isinstance(error, (ValueError, TypeError)) and error.__context__ else error  # these two come wrapped
-            lines = [frame.lineno for frame in traceback.extract_tb(own.__traceback__) if os.path.realpath(frame.filename) == os.path.realpath(file)]
-            raise ValueError(f"{':'.join(map(str, [file, *lines[-1:]]))}: {type(own).__name__}: {own}") from error
+        except (
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            ImportError,
+        ) as error:
+            own = (
+                error.__context__
+                if isinstance(error, (ValueError, TypeError)) and error.__context__
+                else error
+            )  # these two come wrapped
+            lines = [
+                frame.lineno
+                for frame in traceback.extract_tb(own.__traceback__)
+                if os.path.realpath(frame.filename) == os.path.realpath(file)
+            ]
+            raise ValueError(
+                f"{':'.join(map(str, [file, *lines[-1:]]))}: {type(own).__name__}: {own}"
+            ) from error
 
     return read
 
@@ -78,9 +139,14 @@ def main() -> int:
     args = flags.FLAGS
     cli.log_to_stderr()
     if args.config is not None and args.text_encoder:
-        raise ValueError("--config and --text_encoder are both given; one thing is planned at a time")
+        raise ValueError(
+            "--config and --text_encoder are both given; one thing is planned at a time"
+        )
     if (args.config is None and not args.text_encoder) or args.topology is None:
-        raise ValueError("--topology NAME and either --config FILE or --text_encoder NAME are needed, such as --config configs/base_64.py --topology v5e:16x16")
+        raise ValueError(
+            "--topology NAME and either --config FILE or --text_encoder NAME are needed, such as"
+            " --config configs/base_64.py --topology v5e:16x16"
+        )
     config = cli.stage_config(args.config) if args.config else {}
     if not math.isfinite(args.price):
         raise ValueError(f"--price {args.price} is no amount of money")
@@ -98,13 +164,17 @@ def main() -> int:
 
 
 def end_on_signals() -> None:
-    """From here on SIGINT and SIGTERM, and the end of the process named in PARENT, end this one with one line, also in the midst of compiling.
+    """From here on SIGINT and SIGTERM, and the end of the process named in PARENT, end this one
+    with one line, also in the midst of compiling.
 
-    The signals are blocked in every thread that begins from here but the one that waits for them: the TPU compiler's own handler, which
-    prints what looks like a crash, gets none. Processes that compile blocks end with this one. multiprocessing's own helper, which removes what
-    they leave behind, and says so, is started first: its start unblocks signals.
+    The signals are blocked in every thread that begins from here but the one that waits for them:
+    the TPU compiler's own handler, which prints what looks like a crash, gets none. Processes that
+    compile blocks end with this one. multiprocessing's own helper, which removes what they leave
+    behind, and says so, is started first: its start unblocks signals.
     """
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")))
+    os.environ["PYTHONWARNINGS"] = ",".join(
+        filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker"))
+    )
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     threading.Thread(target=_end_on_signal, daemon=True).start()
@@ -128,21 +198,30 @@ def _end_with(parent: int) -> None:
 
 def encoder(place: Any, args: Any) -> int:
     """Plans encoding captions; the exit code."""
-    if not args.tokens or not all(text.isascii() and text.isdigit() and int(text) for text in args.tokens):
+    if not args.tokens or not all(
+        text.isascii() and text.isdigit() and int(text) for text in args.tokens
+    ):
         raise ValueError(f"--tokens {','.join(args.tokens)} are no lengths such as 16,32,64,128")
     only_here()
     from imagen_jax.planning import encoder_plan
 
     network = encoder_plan.find_network(args.text_encoder)
-    found = {"name": args.text_encoder} | encoder_plan.plan_encoder(network, place, [int(text) for text in args.tokens], args.encode_batch, args.captions)
-    print(json.dumps(found, indent=1) if args.json else "\n".join(encoder_plan.text(found)), flush=True)
+    found = {"name": args.text_encoder} | encoder_plan.plan_encoder(
+        network, place, [int(text) for text in args.tokens], args.encode_batch, args.captions
+    )
+    print(
+        json.dumps(found, indent=1) if args.json else "\n".join(encoder_plan.text(found)),
+        flush=True,
+    )
     if args.output:
         keep(found, args.output)
     return 0 if all(row["fits"] for row in found["passes"]) else 1
 
 
 def only_here() -> None:
-    """Nothing needs the devices of this machine; and the compile cache cannot read back programs for devices that are not there."""
+    """Nothing needs the devices of this machine; and the compile cache cannot read back programs
+    for devices that are not there.
+    """
     os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that compile blocks, too
     import jax
 
@@ -160,14 +239,23 @@ def plan(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
         return found
     tried: list[dict[str, Any]] = []
     hopeful = lambda row: row["estimated_peak"] <= HOPELESS * found["memory"]["limit"]
-    rows, again = itertools.tee(advice(config, place, found))  # an estimate that was made for the search is not made again
+    rows, again = itertools.tee(
+        advice(config, place, found)
+    )  # an estimate that was made for the search is not made again
     for row in filter(hopeful, rows) if args.search else ():
         log.info("trying %s", plan_report.options(row["overrides"]))
         other = examine(step_time.overridden(config, row["overrides"]), place, args)
         tried.append(row | {"peak": needed(other)})
         if fits(other):
-            return other | {"overrides": row["overrides"], "tried": tried, "asked": found["memory"] | {"fits": False, "peak": needed(found)}}
-    return found | {"advice": up_to_first_that_fits(again, found["memory"]["limit"]), "tried": tried}
+            return other | {
+                "overrides": row["overrides"],
+                "tried": tried,
+                "asked": found["memory"] | {"fits": False, "peak": needed(found)},
+            }
+    return found | {
+        "advice": up_to_first_that_fits(again, found["memory"]["limit"]),
+        "tried": tried,
+    }
 
 
 def fits(found: Mapping[str, Any]) -> bool:
@@ -181,9 +269,10 @@ def needed(found: Mapping[str, Any]) -> int:
 
 
 def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
-    """The report of one config: memory first, and if it fits, FLOPs, traffic, time and the sampler."""
-    from imagen_jax.planning import block_costs, step_time, whole_step
-    from imagen_jax.planning import cost
+    """The report of one config: memory first, and if it fits, FLOPs, traffic, time and
+    the sampler.
+    """
+    from imagen_jax.planning import block_costs, cost, step_time, whole_step
 
     program = step_time.make_program(config, place)
     if args.time and place.chip.platform == "tpu":
@@ -200,16 +289,32 @@ def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
         blocks = []
         for block in block_costs.block_costs(config, place, cache, args.processes):
             blocks.append(block)
-            log.info("%2d  %-28s %8.2f ms, %3.0f %% of peak", len(blocks), block.places[0], 1e3 * block.seconds, 100 * block.flops / block.seconds / place.chip.peak_flops)
+            log.info(
+                "%2d  %-28s %8.2f ms, %3.0f %% of peak",
+                len(blocks),
+                block.places[0],
+                1e3 * block.seconds,
+                100 * block.flops / block.seconds / place.chip.peak_flops,
+            )
         blocks.sort(key=lambda block: block.places)  # they come in the order they are done in
         log.info("optimizer and EMA, parameter by parameter")
-        update, update_bytes = block_costs.update_cost(config, place, step_time.shapes_on_a_chip(program), cache, args.processes)
-        found["memory_traffic"] = step_time.memory_traffic(place, step_time.blocks_bytes(program, blocks) + update_bytes)
-        found["time"] = step_time.predict(program, place, found["flops"]["per_chip_and_step"], blocks, update, traffic)
+        update, update_bytes = block_costs.update_cost(
+            config, place, step_time.shapes_on_a_chip(program), cache, args.processes
+        )
+        found["memory_traffic"] = step_time.memory_traffic(
+            place, step_time.blocks_bytes(program, blocks) + update_bytes
+        )
+        found["time"] = step_time.predict(
+            program, place, found["flops"]["per_chip_and_step"], blocks, update, traffic
+        )
         found["places"] = step_time.places(blocks, program.accumulation)
         if args.exact:
-            found["check"] = step_time.check(module, place, found["time"]) | step_time.schedule(traffic)
-        found["cost"] = step_time.expense(found["time"], place, config["train"]["steps"], args.price)
+            found["check"] = step_time.check(module, place, found["time"]) | step_time.schedule(
+                traffic
+            )
+        found["cost"] = step_time.expense(
+            found["time"], place, config["train"]["steps"], args.price
+        )
     elif place.chip.platform != "tpu":
         found["memory_traffic"] = step_time.memory_traffic(place, cost.memory_bytes(module))
     if args.sampler and config["train"]["sample_every"]:
@@ -219,7 +324,9 @@ def examine(config: Mapping[str, Any], place: Any, args: Any) -> dict[str, Any]:
     return found
 
 
-def describe(config: Mapping[str, Any], place: Any, program: Any, memory: Any, exact: bool) -> dict[str, Any]:
+def describe(
+    config: Mapping[str, Any], place: Any, program: Any, memory: Any, exact: bool
+) -> dict[str, Any]:
     """What is known of a config without its compiled text."""
     import jax
 
@@ -240,18 +347,34 @@ def describe(config: Mapping[str, Any], place: Any, program: Any, memory: Any, e
         "batch": images,
         "accumulation": program.accumulation,
         "remat": config["model"]["remat"],
-        "not_split": sharding.badly_split(program.abstract.params, program.mesh, config["mesh"]["rules"], config["mesh"]["fsdp_min_elements"]),
+        "not_split": sharding.badly_split(
+            program.abstract.params,
+            program.mesh,
+            config["mesh"]["rules"],
+            config["mesh"]["fsdp_min_elements"],
+        ),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(program.abstract.params)),
-        "flops": {"per_image": flops, "per_step": flops * images, "per_chip_and_step": flops * images / place.chips},
+        "flops": {
+            "per_image": flops,
+            "per_step": flops * images,
+            "per_chip_and_step": flops * images / place.chips,
+        },
         "memory": {
-            "fits": memory.fits, "peak": memory.peak, "limit": memory.limit, "level": whole_step.level(place, exact),
+            "fits": memory.fits,
+            "peak": memory.peak,
+            "limit": memory.limit,
+            "level": whole_step.level(place, exact),
             "parts": memory.parts | {"temporaries": memory.temporaries},
         },
-    }  # fmt: skip
+    }
 
 
-def sampler(config: Mapping[str, Any], place: Any, program: Any, parts: Mapping[str, int], exact: bool) -> dict[str, Any]:
-    """What drawing a sample grid needs in the midst of training, where parameters, optimizer state and a batch stay `beside` what the sampler itself needs."""
+def sampler(
+    config: Mapping[str, Any], place: Any, program: Any, parts: Mapping[str, int], exact: bool
+) -> dict[str, Any]:
+    """What drawing a sample grid needs in the midst of training, where parameters, optimizer state
+    and a batch stay `beside` what the sampler itself needs.
+    """
     from imagen_jax.planning import whole_step
 
     rows = config["train"]["sample_rows"]
@@ -260,21 +383,38 @@ def sampler(config: Mapping[str, Any], place: Any, program: Any, parts: Mapping[
     held = ("parameters", "optimizer", "batch", "EMA tracks")
     beside = sum(size for part, size in parts.items() if part in held)
     peak = alone + beside
-    return {"rows": rows, "steps": config["sampling"]["steps"], "peak": peak, "beside": beside, "fits": peak <= place.chip.memory_limit}
+    return {
+        "rows": rows,
+        "steps": config["sampling"]["steps"],
+        "peak": peak,
+        "beside": beside,
+        "fits": peak <= place.chip.memory_limit,
+    }
 
 
 def whole_images(place: Any, program: Any, exact: bool) -> dict[str, Any]:
-    """What drawing whole images needs, of a stage that is trained on crops; with no training beside it, so it decides nothing of that."""
+    """What drawing whole images needs, of a stage that is trained on crops; with no training beside
+    it, so it decides nothing of that.
+    """
     from imagen_jax.planning import whole_step
 
     size = program.stage.image_size
     log.info("compiling the sampler of whole images, %d pixels across", size)
     _, peak = whole_step.compile_text(whole_step.lower_whole_images(program), place, exact)
-    return {"size": size, "rows": program.mesh.shape["data"] * program.mesh.shape["fsdp"], "peak": peak, "fits": peak <= place.chip.memory_limit}
+    return {
+        "size": size,
+        "rows": program.mesh.shape["data"] * program.mesh.shape["fsdp"],
+        "peak": peak,
+        "fits": peak <= place.chip.memory_limit,
+    }
 
 
-def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What would need less memory, in the order to try it, each with an estimate: the compiled peak changed as the known parts change."""
+def advice(
+    config: Mapping[str, Any], place: Any, found: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """What would need less memory, in the order to try it, each with an estimate: the compiled peak
+    changed as the known parts change.
+    """
     from imagen_jax.planning import block_costs, step_time, whole_step
 
     if found["memory"]["fits"]:
@@ -286,13 +426,22 @@ def advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> I
             parts = whole_step.state_parts(step_time.make_program(changed, place))
         except ValueError:
             continue
-        share = changed["data"]["batch_size"] / changed["optim"]["accumulation"] / (config["data"]["batch_size"] / config["optim"]["accumulation"])
-        share *= block_costs.mesh_sizes(config, place)["spatial"] / block_costs.mesh_sizes(changed, place)["spatial"]
+        share = (
+            changed["data"]["batch_size"]
+            / changed["optim"]["accumulation"]
+            / (config["data"]["batch_size"] / config["optim"]["accumulation"])
+        )
+        share *= (
+            block_costs.mesh_sizes(config, place)["spatial"]
+            / block_costs.mesh_sizes(changed, place)["spatial"]
+        )
         peak = sum(parts.values()) + found["memory"]["parts"]["temporaries"] * share
         yield {"overrides": overrides, "estimated_peak": int(peak)}
 
 
-def sampler_advice(config: Mapping[str, Any], place: Any, found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def sampler_advice(
+    config: Mapping[str, Any], place: Any, found: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
     """`advice` for a training whose step fits: fewer images in a sample grid, or none."""
     from imagen_jax.planning import block_costs, step_time
 

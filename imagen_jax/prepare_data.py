@@ -1,20 +1,26 @@
-"""Turn captioned images into prepared data: images and text features in shards, under one manifest.
+r"""Turn captioned images into prepared data: images and text features in shards, under one
+manifest.
 
-    python -m imagen_jax.prepare_data --source emoji --output data/emoji --encoder t5_tiny --max_length 32
+    python -m imagen_jax.prepare_data --source emoji --output data/emoji --encoder t5_tiny \
+        --max_length 32
 
-Four passes: every image is decoded and checked, what is kept is decided, each distinct caption is encoded once, the images
-are written. All of it goes to OUTPUT.partial; OUTPUT appears, by one rename, when it is complete. Every finished piece has a
-line in the journal there, so the same command continues an interrupted run and ends with the same bytes, whatever the number
-of processes. The record is described in imagen_jax/data/records.py.
+Four passes: every image is decoded and checked, what is kept is decided, each distinct caption is
+encoded once, the images are written. All of it goes to OUTPUT.partial; OUTPUT appears, by one
+rename, when it is complete. Every finished piece has a line in the journal there, so the same
+command continues an interrupted run and ends with the same bytes, whatever the number of processes.
+The record is described in imagen_jax/data/records.py.
 
-On many hosts the same command is started once on each (imagen_jax/distributed says how they find each other), with an OUTPUT on a file
-system that all of them share and that renames and locks: NFS or Lustre, not a bucket. Every process has its share of each pass, checks,
-then caption shards, then image shards, dealt by their number, so that nobody asks who does what. The encoder runs on each process's own
-devices, apart from the others': XXL in bfloat16 (8.9 GiB) fits on one v5e chip or one H100, so a mesh across hosts would only add gathers
-between them and make all wait for the slowest at every batch. Process 0 publishes the result when the journal is full. If a process dies
-the others end within a minute or so, naming it, and the same command continues, on any number of processes. A feature's bits may depend
-on how many devices a process has (a batch is divided over them), nothing else does. Each process holds what was found about all images
-in memory, about 1 kB an image: see --dry_run.
+On many hosts the same command is started once on each (imagen_jax/distributed says how they find
+each other), with an OUTPUT on a file system that all of them share and that renames and locks: NFS
+or Lustre, not a bucket. Every process has its share of each pass, checks, then caption shards, then
+image shards, dealt by their number, so that nobody asks who does what. The encoder runs on each
+process's own devices, apart from the others': XXL in bfloat16 (8.9 GiB) fits on one v5e chip or one
+H100, so a mesh across hosts would only add gathers between them and make all wait for the slowest
+at every batch. Process 0 publishes the result when the journal is full. If a process dies the
+others end within a minute or so, naming it, and the same command continues, on any number of
+processes. A feature's bits may depend on how many devices a process has (a batch is divided over
+them), nothing else does. Each process holds what was found about all images in memory, about 1 kB
+an image: see --dry_run.
 """
 
 import argparse
@@ -39,13 +45,20 @@ from imagen_jax.storage import is_away
 
 
 def main() -> None:
-    """The command line; every foreseen error is one line on stderr and exit status 2, or LOST if it is another process's."""
+    """The command line; every foreseen error is one line on stderr and exit status 2, or LOST if it
+    is another process's.
+    """
     args = parser().parse_args()
     try:
         _run(args)
         end(0)
     except BrokenProcessPool:
-        end(cli.fail("a worker process was killed (out of memory?): the same command continues, try fewer --processes"))
+        end(
+            cli.fail(
+                "a worker process was killed (out of memory?): the same command continues, try"
+                " fewer --processes"
+            )
+        )
     except KeyboardInterrupt:
         end(cli.fail("interrupted, the same command continues", 130))
     except Lost as error:
@@ -60,7 +73,9 @@ def main() -> None:
 
 
 def end(code: int) -> NoReturn:
-    """Ends this process; one that was connected to others at once, as an orderly end of jax was seen to wait for ever (0.10.2, CPU)."""
+    """Ends this process; one that was connected to others at once, as an orderly end of jax was
+    seen to wait for ever (0.10.2, CPU).
+    """
     if hosts():
         sys.stdout.flush()
         os._exit(code)
@@ -68,7 +83,9 @@ def end(code: int) -> NoReturn:
 
 
 def _run(args: argparse.Namespace) -> None:
-    settings = Settings(args.shard_size, args.min_size, args.batch_size, args.processes or cli.cores())
+    settings = Settings(
+        args.shard_size, args.min_size, args.batch_size, args.processes or cli.cores()
+    )
     if not 0 <= args.heldout < 1:
         raise ValueError(f"--heldout {args.heldout} is not a fraction in [0, 1)")
     for name in ("preview_captions", "captions_per_second", "chips", "price_per_gib_month"):
@@ -77,7 +94,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.preview_captions:
         return _preview_captions(args)
     if not args.dry_run:
-        cli.make_directory("output", str(args.output.parent))  # where it appears once it is complete
+        cli.make_directory(
+            "output", str(args.output.parent)
+        )  # where it appears once it is complete
     with _crew(args.output) as crew:
         source = open_source(args)
         encoder = _load_encoder(args.encoder, args.max_length)
@@ -101,30 +120,77 @@ def _crew(output: Path) -> Crew:
 
     run = int(multihost_utils.broadcast_one_to_all(np.uint32(int.from_bytes(os.urandom(4)))))
     jax.distributed.shutdown()  # it would end all processes, without a word, when one has died
-    return Crew(work_directory(output) / "crew", jax.process_index(), len(hosts()), f"{run:08x}", hosts())
+    return Crew(
+        work_directory(output) / "crew", jax.process_index(), len(hosts()), f"{run:08x}", hosts()
+    )
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cli.Parser(prog="python -m imagen_jax.prepare_data", description=__doc__.splitlines()[0])
+    parser = cli.Parser(
+        prog="python -m imagen_jax.prepare_data", description=__doc__.splitlines()[0]
+    )
     add_options(parser)
     parser.add_argument("--output", required=True, type=Path, help="directory to create")
-    parser.add_argument("--encoder", required=True, help="t5_tiny, a directory with a text encoder (config.json, weights, tokenizer), or a hub name")
-    parser.add_argument("--max_length", type=int, default=128, help="tokens kept of a caption (default 128; the paper gives none)")
-    parser.add_argument("--min_size", type=int, default=0, help="leave out images less than this many pixels across")
+    parser.add_argument(
+        "--encoder",
+        required=True,
+        help=(
+            "t5_tiny, a directory with a text encoder (config.json, weights, tokenizer), or a hub"
+            " name"
+        ),
+    )
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        default=128,
+        help="tokens kept of a caption (default 128; the paper gives none)",
+    )
+    parser.add_argument(
+        "--min_size", type=int, default=0, help="leave out images less than this many pixels across"
+    )
     parser.add_argument("--shard_size", type=int, default=4096, help="rows a shard")
-    parser.add_argument("--batch_size", type=int, default=64, help="captions of up to 32 tokens that a device encodes at once; fewer of longer ones")
-    parser.add_argument("--processes", type=int, default=0, help="for checking and writing images (default: all cores)")
-    parser.add_argument("--verify", action="store_true", help="at the end, or if it is done already, read every shard again and compare its checksum")
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=64,
+        help="captions of up to 32 tokens that a device encodes at once; fewer of longer ones",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        help="for checking and writing images (default: all cores)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help=(
+            "at the end, or if it is done already, read every shard again and compare its checksum"
+        ),
+    )
     parser.add_argument("--dry_run", action="store_true", help="only estimate size and time")
     parser.add_argument(
-        "--preview_captions", type=int, default=0, metavar="N",
+        "--preview_captions",
+        type=int,
+        default=0,
+        metavar="N",
         help="only estimate what a caption store of N captions like the source's takes; the encoder's tokenizer and config.json suffice",
-    )  # fmt: skip
-    rates = "for --preview_captions: captions a second of all chips together, as plan says or as measured"
+    )
+    rates = (
+        "for --preview_captions: captions a second of all chips together, as plan says or as"
+        " measured"
+    )
     parser.add_argument("--captions_per_second", type=float, default=0.0, help=rates)
-    parser.add_argument("--chips", type=int, default=0, help="for --preview_captions: how many chips that is")
-    parser.add_argument("--price_per_gib_month", type=float, default=0.0, help="for --preview_captions: what your storage takes")
+    parser.add_argument(
+        "--chips", type=int, default=0, help="for --preview_captions: how many chips that is"
+    )
+    parser.add_argument(
+        "--price_per_gib_month",
+        type=float,
+        default=0.0,
+        help="for --preview_captions: what your storage takes",
+    )
     return parser
 
 
@@ -132,7 +198,16 @@ def _preview_captions(args: argparse.Namespace) -> None:
     from imagen_jax.weights.text_encoders import load_tokenize
 
     tokenize, dim = load_tokenize(args.encoder, args.max_length)
-    preview_captions(open_source(args), tokenize, dim, args.preview_captions, args.shard_size, args.captions_per_second, args.chips, args.price_per_gib_month)
+    preview_captions(
+        open_source(args),
+        tokenize,
+        dim,
+        args.preview_captions,
+        args.shard_size,
+        args.captions_per_second,
+        args.chips,
+        args.price_per_gib_month,
+    )
 
 
 def _load_encoder(name: str, max_length: int):

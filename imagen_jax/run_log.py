@@ -1,6 +1,8 @@
-"""What a run writes down and shows: metrics.jsonl (the record), TensorBoard, image grids; the step clock; progress on a terminal or in a log.
+"""What a run writes down and shows: metrics.jsonl (the record), TensorBoard, image grids; the step
+clock; progress on a terminal or in a log.
 
-Nothing here imports jax, so a report or a launcher can use it; values may be anything `float()` accepts, device scalars included.
+Nothing here imports jax, so a report or a launcher can use it; values may be anything `float()`
+accepts, device scalars included.
 """
 
 import contextlib
@@ -26,12 +28,16 @@ log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Scalars to workdir/metrics.jsonl, one JSON object a line, and to workdir/tensorboard; images to workdir/images and TensorBoard."""
+    """Scalars to workdir/metrics.jsonl, one JSON object a line, and to workdir/tensorboard; images
+    to workdir/images and TensorBoard.
+    """
 
     def __init__(self, workdir: str | os.PathLike, start_step: int, enabled: bool = True):
-        """Opens the record of a run that goes on from `start_step`: rows of later steps, and broken ones, are dropped from it.
+        """Opens the record of a run that goes on from `start_step`: rows of later steps, and broken
+        ones, are dropped from it.
 
-        enabled: False makes every method do nothing (all processes but the first). Images of later steps stay until drawn again.
+        enabled: False makes every method do nothing (all processes but the first). Images of later
+        steps stay until drawn again.
         """
         self._enabled = enabled
         if not enabled:
@@ -52,7 +58,8 @@ class MetricsWriter:
         )
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends {"step": step, **values} and hands it to the operating system at once; NaN and Infinity are written as such.
+        """Appends {"step": step, **values} and hands it to the operating system at once; NaN and
+        Infinity are written as such.
 
         Raises ValueError if a value is not a scalar number.
         """
@@ -65,11 +72,15 @@ class MetricsWriter:
             self._board.add_scalar(name, row[name], step)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> Path | None:
-        """Writes workdir/images/<name>/<step>.png and returns its path. Raises ValueError if `image` is not uint8 [h w 3]."""
+        """Writes workdir/images/<name>/<step>.png and returns its path. Raises ValueError if
+        `image` is not uint8 [h w 3].
+        """
         if not self._enabled:
             return None
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"image {name} is {image.dtype}{list(image.shape)}; it must be uint8 [h w 3]")
+            raise ValueError(
+                f"image {name} is {image.dtype}{list(image.shape)}; it must be uint8 [h w 3]"
+            )
         from PIL import Image
 
         path, png = self._workdir / "images" / name / f"{step:08d}.png", io.BytesIO()
@@ -85,21 +96,33 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of workdir/metrics.jsonl in order, without broken ones; [] if there is no such file. Safe beside a running trainer."""
+    """The rows of workdir/metrics.jsonl in order, without broken ones; [] if there is no such file.
+    Safe beside a running trainer.
+    """
     path = Path(workdir) / METRICS
     return [row for row in map(parse_row, _lines(path)) if row is not None]
 
 
 def _truncate(path: Path, start_step: int) -> None:
-    """Rewrites the file, atomically and only if need be, without rows of steps after `start_step` and without broken lines."""
+    """Rewrites the file, atomically and only if need be, without rows of steps after `start_step`
+    and without broken lines.
+    """
     lines = _lines(path)
     rows = [parse_row(line) for line in lines]
     kept = [line for line, row in zip(lines, rows) if row is not None and row["step"] <= start_step]
     if len(kept) == len(lines) and all(line.endswith(b"\n") for line in lines):
         return
     broken = sum(row is None for row in rows)
-    log.warning("%s: dropped %d rows after step %d and %d broken lines", path, len(lines) - len(kept) - broken, start_step, broken)
-    write_atomically(path, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in kept))
+    log.warning(
+        "%s: dropped %d rows after step %d and %d broken lines",
+        path,
+        len(lines) - len(kept) - broken,
+        start_step,
+        broken,
+    )
+    write_atomically(
+        path, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in kept)
+    )
 
 
 def _lines(path: Path) -> list[bytes]:
@@ -125,10 +148,14 @@ def _scalar(name: str, value: Any) -> int | float:
 
 
 class StepClock:
-    """Seconds a step and images a second between two readings, not counting what ran inside `pause()` (evaluation, checkpoints)."""
+    """Seconds a step and images a second between two readings, not counting what ran inside
+    `pause()` (evaluation, checkpoints).
+    """
 
     def __init__(self, batch_size: int, step: int, now: Callable[[], float] = time.perf_counter):
-        """`batch_size`: images a step, over all processes; `step`: steps done when the clock starts, which is at once."""
+        """`batch_size`: images a step, over all processes; `step`: steps done when the clock
+        starts, which is at once.
+        """
         self._batch_size = batch_size
         self._now = now
         self._step = step
@@ -149,7 +176,9 @@ class StepClock:
                 self._paused += self._now() - start
 
     def read(self, step: int) -> dict[str, float]:
-        """{"time/step_s", "time/images_per_s"} since the last reading (or the start), which this one ends; {} if no step was done."""
+        """{"time/step_s", "time/images_per_s"} since the last reading (or the start), which this
+        one ends; {} if no step was done.
+        """
         if self._depth:
             raise RuntimeError("the clock is read while it is paused")
         now, steps = self._now(), step - self._step
@@ -157,14 +186,29 @@ class StepClock:
         self._step, self._start, self._paused = step, now, 0.0
         if steps <= 0 or seconds <= 0:
             return {}
-        return {"time/step_s": seconds / steps, "time/images_per_s": self._batch_size * steps / seconds}
+        return {
+            "time/step_s": seconds / steps,
+            "time/images_per_s": self._batch_size * steps / seconds,
+        }
 
 
 class Progress:
-    """How far along: a bar on a terminal, elsewhere one plain line every `interval_s` seconds and at the end. A context manager."""
+    """How far along: a bar on a terminal, elsewhere one plain line every `interval_s` seconds and
+    at the end. A context manager.
+    """
 
-    def __init__(self, name: str, total: int, start: int = 0, interval_s: float = 10.0, stream: io.TextIOBase | None = None, quiet: bool = False):
-        """`start` of `total` are done already, and do not count for the rate. `stream`: standard error if None. quiet: shows nothing."""
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        start: int = 0,
+        interval_s: float = 10.0,
+        stream: io.TextIOBase | None = None,
+        quiet: bool = False,
+    ):
+        """`start` of `total` are done already, and do not count for the rate. `stream`: standard
+        error if None. quiet: shows nothing.
+        """
         self._name, self._total, self._first, self._interval_s = name, total, start, interval_s
         self._stream = sys.stderr if stream is None else stream
         self._shown: dict[str, str] = {}
@@ -173,7 +217,9 @@ class Progress:
         if self._stream.isatty() and not quiet:
             from tqdm import tqdm
 
-            self._bar = tqdm(desc=name, total=total, initial=start, file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(
+                desc=name, total=total, initial=start, file=self._stream, dynamic_ncols=True
+            )
 
     def update(self, done: int, **values: Any) -> None:
         """`done` of `total` are done; `values` stay beside it until given anew."""

@@ -1,36 +1,69 @@
-"""Draws pictures from prompts with a cascade, or up-samples an image with a super-resolution stage alone.
+r"""Draws pictures from prompts with a cascade, or up-samples an image with a super-resolution stage
+alone.
 
-    python -m imagen_jax.sample --config configs/cascade.py:demo --prompt "a red apple" --output pictures
-    python -m imagen_jax.sample --config configs/cascade.py:demo --image small.png --stages sr_1 --prompt "a red apple" --output pictures
+    python -m imagen_jax.sample --config configs/cascade.py:demo --prompt "a red apple" \
+        --output pictures
+    python -m imagen_jax.sample --config configs/cascade.py:demo --image small.png --stages sr_1 \
+        --prompt "a red apple" --output pictures
 
-Each picture is a PNG with a JSON file beside it that reproduces it: `--reproduce pictures/0000_a_red_apple.json`.
+Each picture is a PNG with a JSON file beside it that reproduces it: `--reproduce
+pictures/0000_a_red_apple.json`.
 """
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import cli, schema
 
-RECORD = {"prompt", "seed", "stages", "image", "image_sha256", "config", "checkpoints", "encoder"}  # of a picture: what its JSON file holds
+RECORD = {
+    "prompt",
+    "seed",
+    "stages",
+    "image",
+    "image_sha256",
+    "config",
+    "checkpoints",
+    "encoder",
+}  # of a picture: what its JSON file holds
 
 
 def define_flags() -> None:
     """The command line, see `cli.run`."""
     cli.define_compile_cache()
-    config_flags.DEFINE_config_file("config", None, "cascade config, with fields as --config.base.sampling.w=5", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "cascade config, with fields as --config.base.sampling.w=5",
+        lock_config=True,
+    )
     flags.DEFINE_multi_string("prompt", [], "what to draw; may be given several times")
     flags.DEFINE_string("prompts", "", "a text file with one prompt a line")
     flags.DEFINE_string("output", None, "directory for the pictures")
-    flags.DEFINE_integer("seed", 0, "seed of the first picture; the next ones count up", lower_bound=0, upper_bound=2**31 - 1)
+    flags.DEFINE_integer(
+        "seed",
+        0,
+        "seed of the first picture; the next ones count up",
+        lower_bound=0,
+        upper_bound=2**31 - 1,
+    )
     flags.DEFINE_integer("count", 1, "pictures a prompt", lower_bound=1)
-    flags.DEFINE_list("stages", ["base", "sr_1", "sr_2"], "stages to run, in order; without base an --image is needed")
+    flags.DEFINE_list(
+        "stages",
+        ["base", "sr_1", "sr_2"],
+        "stages to run, in order; without base an --image is needed",
+    )
     flags.DEFINE_string("image", "", "image to up-sample, with --stages sr_1 or sr_1,sr_2")
-    flags.DEFINE_string("reproduce", "", "the JSON file of a picture to draw again; replaces --config, --prompt and --seed")
+    flags.DEFINE_string(
+        "reproduce",
+        "",
+        "the JSON file of a picture to draw again; replaces --config, --prompt and --seed",
+    )
 
 
 def main() -> int:
@@ -42,9 +75,19 @@ def main() -> int:
     cli.check_directory("output", args.output)
     if args.reproduce:
         record = read_record(Path(args.reproduce))
-        return sample(record["config"], [record["prompt"]], [record["seed"]], record["stages"], record["image"], Path(args.output), record)
+        return sample(
+            record["config"],
+            [record["prompt"]],
+            [record["seed"]],
+            record["stages"],
+            record["image"],
+            Path(args.output),
+            record,
+        )
     if args.config is None:
-        raise ValueError("--config FILE is needed, configs/cascade.py:demo for the embedded cascade")
+        raise ValueError(
+            "--config FILE is needed, configs/cascade.py:demo for the embedded cascade"
+        )
     if "base" not in args.config:
         raise ValueError("--config is not the config of a cascade, such as configs/cascade.py:demo")
     prompts = read_prompts(args.prompt, args.prompts)
@@ -60,13 +103,18 @@ def read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--reproduce {path} is not a picture's JSON file: {error}") from error
-    if not isinstance(record, dict) or not RECORD <= record.keys():
-        raise ValueError(f"--reproduce {path} is not a picture's JSON file: it lacks {sorted(RECORD - set(record))}")
+    if not isinstance(record, dict) or not record.keys() >= RECORD:
+        raise ValueError(
+            f"--reproduce {path} is not a picture's JSON file: it lacks"
+            f" {sorted(RECORD - set(record))}"
+        )
     return record | {"config": schema.complete_cascade(record["config"], f"--reproduce {path}")}
 
 
 def read_prompts(given: Sequence[str], file: str) -> list[str]:
-    """Prompts of the command line and of a file. Raises ValueError for none, an empty one or one that is not text."""
+    """Prompts of the command line and of a file. Raises ValueError for none, an empty one or one
+    that is not text.
+    """
     prompts = list(given) + (Path(file).read_text(encoding="utf-8").splitlines() if file else [])
     prompts = [prompt for prompt in prompts if prompt.strip()] if file else prompts
     if not prompts:
@@ -84,7 +132,9 @@ def sample(
     output: Path,
     expected: Mapping[str, Any] | None = None,
 ) -> int:
-    """Draws all prompts and writes pictures as they are done. `expected` is a picture's record that must be met."""
+    """Draws all prompts and writes pictures as they are done. `expected` is a picture's record that
+    must be met.
+    """
     from imagen_jax import cascade, pictures, run_log
     from imagen_jax.storage import sha256_file
     from imagen_jax.weights.text_encoders import load_text_encoder
@@ -99,7 +149,9 @@ def sample(
     encoder = load_text_encoder(config["encoder"], length, config["encoder_dtype"])
     for stage in loaded:
         if stage.stage.text_dim:
-            cascade.check_encoder(stage.encoder, encoder.identity, f"{stage.stage.name} and {config['encoder']}")
+            cascade.check_encoder(
+                stage.encoder, encoder.identity, f"{stage.stage.name} and {config['encoder']}"
+            )
     _, cut = encoder.tokenize(list(prompts))
     for prompt in [p for p, c in zip(prompts, cut) if c]:
         print(f"warning: prompt is longer than {encoder.max_length} tokens and was cut: {prompt!r}")
@@ -108,47 +160,77 @@ def sample(
     first_stage = cascade.STAGES.index(stages[0])
     rows, done, first = [], 0, next_index(output)
     with run_log.Progress("pictures", len(prompts)) as progress:
-        for images in cascade.generate(loaded, seeds, text, config["batch_size"], lowres, first_stage):
+        for images in cascade.generate(
+            loaded, seeds, text, config["batch_size"], lowres, first_stage
+        ):
             for row in zip(*images):
                 record = {
-                    "prompt": prompts[done], "seed": seeds[done], "stages": list(stages), "image": image,
-                    "image_sha256": image_sha256, "config": dict(config), "checkpoints": identities, "encoder": encoder.identity,
-                }  # fmt: skip
+                    "prompt": prompts[done],
+                    "seed": seeds[done],
+                    "stages": list(stages),
+                    "image": image,
+                    "image_sha256": image_sha256,
+                    "config": dict(config),
+                    "checkpoints": identities,
+                    "encoder": encoder.identity,
+                }
                 write(output, first + done, row, record)
                 rows.append(([lowres[done]] if image else []) + list(row))
                 done += 1
             progress.update(done)
-    headings = ([f"input {lowres.shape[1]}"] if image else []) + [f"{s.stage.image_size}" for s in loaded]
-    sheet = pictures.contact_sheet(prompts, rows, headings, min(256, max(64, loaded[-1].stage.image_size)))
-    print(f"{done} pictures added to {output}; all of them: {pictures.write_png(output / f'sheet_{first:04d}.png', sheet)}")
+    headings = ([f"input {lowres.shape[1]}"] if image else []) + [
+        f"{s.stage.image_size}" for s in loaded
+    ]
+    sheet = pictures.contact_sheet(
+        prompts, rows, headings, min(256, max(64, loaded[-1].stage.image_size))
+    )
+    print(
+        f"{done} pictures added to {output}; all of them:"
+        f" {pictures.write_png(output / f'sheet_{first:04d}.png', sheet)}"
+    )
     return 0
 
 
 def check_stages(stages: Sequence[str], image: str) -> None:
-    """Raises ValueError for stages that are unknown, not consecutive, or lack an image to start from."""
+    """Raises ValueError for stages that are unknown, not consecutive, or lack an image to start
+    from.
+    """
     from imagen_jax.cascade import STAGES as known
 
     places = [known.index(stage) if stage in known else -1 for stage in stages]
     if not stages or -1 in places or places != list(range(places[0], places[0] + len(places))):
-        raise ValueError(f"--stages {','.join(stages)}: give consecutive stages of {','.join(known)}")
+        raise ValueError(
+            f"--stages {','.join(stages)}: give consecutive stages of {','.join(known)}"
+        )
     if bool(image) != (stages[0] != "base"):
         raise ValueError("--image goes with --stages that begin after base, and those need one")
 
 
-def check_same(expected: Mapping[str, Any], identities: Sequence[Mapping[str, Any]], image_sha256: str) -> None:
-    """Raises ValueError unless weights and image are those of a picture's record, wherever they are stored now."""
+def check_same(
+    expected: Mapping[str, Any], identities: Sequence[Mapping[str, Any]], image_sha256: str
+) -> None:
+    """Raises ValueError unless weights and image are those of a picture's record, wherever they are
+    stored now.
+    """
     for then, now in zip(expected["checkpoints"], identities, strict=True):
         if then["sha256"] != now["sha256"] or then["which"] != now["which"]:
-            was, found = (f"step {one['step']} ({one['which']}, sha256 {one['sha256'][:12]})" for one in (then, now))
-            raise ValueError(f"{now['checkpoint']} does not hold the weights of the picture to reproduce: {was}, but now {found}")
+            was, found = (
+                f"step {one['step']} ({one['which']}, sha256 {one['sha256'][:12]})"
+                for one in (then, now)
+            )
+            raise ValueError(
+                f"{now['checkpoint']} does not hold the weights of the picture to reproduce: {was},"
+                f" but now {found}"
+            )
     if expected["image_sha256"] != image_sha256:
-        raise ValueError(f"{expected['image']} is not the image that was up-sampled: its content has changed")
+        raise ValueError(
+            f"{expected['image']} is not the image that was up-sampled: its content has changed"
+        )
 
 
 def read_image(path: str, size: int, n: int) -> Any:
     """The user's image, cut square and brought to `size` pixels, n times: uint8 [n size size 3]."""
     import numpy as np
-
     from PIL import Image
 
     from imagen_jax.data.prepare.checks import stored_bytes
@@ -159,7 +241,9 @@ def read_image(path: str, size: int, n: int) -> Any:
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"--image {path} cannot be used: {error}") from error
     except OSError as error:
-        raise ValueError(f"--image {path} cannot be read: {error.strerror or 'it is not an image'}") from error
+        raise ValueError(
+            f"--image {path} cannot be read: {error.strerror or 'it is not an image'}"
+        ) from error
     return np.repeat(image[None], n, axis=0)
 
 

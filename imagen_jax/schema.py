@@ -115,7 +115,10 @@ FAMILIES = {
 
 DIFFUSION = {
     "schedule": Field(
-        "Log-SNR as a function of time, for the density uniform and the grid t.", str, "F.1-F.3", choices=("cosine", "linear", "flow")
+        "Log-SNR as a function of time, for the density uniform and the grid t.",
+        str,
+        "F.1-F.3",
+        choices=("cosine", "linear", "flow"),
     ),
     "aug_schedule": Field(
         "The same for the noise of the low-res image.", str, choices=("cosine", "linear", "flow")
@@ -203,7 +206,11 @@ SAMPLING = {
         resume=True,
     ),
     "grid_rho": Field(
-        "Used by the grid karras: its exponent.", float, "Karras et al. 2022", older=7.0, resume=True
+        "Used by the grid karras: its exponent.",
+        float,
+        "Karras et al. 2022",
+        older=7.0,
+        resume=True,
     ),
     "w_interval": Field(
         "Log-SNR interval in which w is used; outside it w = 1.",
@@ -228,7 +235,9 @@ OPTIM = {
     "beta2": Field("Adam's decay of the second moment.", float, "F.2, F.3"),
     "eps": Field("Adam's epsilon.", float, "F.2, F.3"),
     "weight_decay": Field("Weight decay.", float, "F.1-F.3"),
-    "clip": Field("Largest global norm of the gradient; a large number, such as 1e9: no clipping.", float),
+    "clip": Field(
+        "Largest global norm of the gradient; a large number, such as 1e9: no clipping.", float
+    ),
     "ema": Field("Decay of the EMA of the parameters.", float),
     "accumulation": Field(
         "Parts in which a batch is computed; with dropout each part has masks of its own.",

@@ -1,4 +1,5 @@
-"""config -> Stage: one diffusion model of the cascade. The same object trains, samples and is evaluated.
+"""config -> Stage: one diffusion model of the cascade. The same object trains, samples and is
+evaluated.
 
 The only place that turns a config into objects. Config sub-dicts go straight into
 constructors, once imagen_jax/schema.py has checked them.
@@ -6,7 +7,8 @@ constructors, once imagen_jax/schema.py has checked them.
 
 import dataclasses
 import functools
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +42,9 @@ Params = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A network with its process. Sizes in pixels; `lowres_size` is 0 in a base stage; images are uint8 in batches, [-1, 1] inside."""
+    """A network with its process. Sizes in pixels; `lowres_size` is 0 in a base stage; images are
+    uint8 in batches, [-1, 1] inside.
+    """
 
     name: str
     model: UNet | EfficientUNet
@@ -74,37 +78,60 @@ class Stage:
         size, low = self.train_size, self.train_lowres_size
         shapes = {"image": ((b, size, size, 3), jnp.uint8)}
         if self.text_dim:
-            shapes |= {"text": ((b, self.text_length, self.text_dim), jnp.bfloat16), "text_mask": ((b, self.text_length), jnp.bool_)}
+            shapes |= {
+                "text": ((b, self.text_length, self.text_dim), jnp.bfloat16),
+                "text_mask": ((b, self.text_length), jnp.bool_),
+            }
         return shapes | ({"lowres": ((b, low, low, 3), jnp.uint8)} if low else {})
 
     def cond(self, batch: Batch) -> conditioning.Cond:
-        """What the network is told, from a batch with `text`, `text_mask` and, in super-resolution, a clean uint8 `lowres`."""
+        """What the network is told, from a batch with `text`, `text_mask` and, in super-resolution,
+        a clean uint8 `lowres`.
+        """
         cond = {"text": batch["text"], "text_mask": batch["text_mask"]} if self.text_dim else {}
         return cond | ({"lowres": to_unit(batch["lowres"])} if self.lowres_size else {})
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh fp32 parameters. Meant to be traced: `jax.eval_shape`, or jit with output shardings."""
-        batch = {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in self.batch_shapes(1).items()}
+        """Fresh fp32 parameters. Meant to be traced: `jax.eval_shape`, or jit with output
+        shardings.
+        """
+        batch = {
+            name: jnp.zeros(shape, dtype) for name, (shape, dtype) in self.batch_shapes(1).items()
+        }
         cond = self.cond(batch) | ({"lowres_logsnr": jnp.zeros(1)} if self.lowres_size else {})
         with PINNED():
             return self.model.init(key, to_unit(batch["image"]), jnp.zeros(1), cond)["params"]
 
     def draw(self, key: Key[Array, ""], b: int, size: int | None = None) -> dict[str, Array]:
-        """The random numbers of a training step for `b` images of `size` pixels, by default as it trains on (see `loss.draw`)."""
+        """The random numbers of a training step for `b` images of `size` pixels, by default as it
+        trains on (see `loss.draw`).
+        """
         size = size or self.train_size
         low = size * self.lowres_size // self.image_size
         with PINNED():
-            return loss.draw(key, (b, size, size, 3), (b, low, low, 3) if low else None, self.text_drop, self.aug_max)
+            return loss.draw(
+                key,
+                (b, size, size, 3),
+                (b, low, low, 3) if low else None,
+                self.text_drop,
+                self.aug_max,
+            )
 
     def denoiser(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> loss.DenoiseFn:
         """The network as a denoise_fn(z, logsnr, cond); with a `dropout_key`, in training mode."""
         train = dropout_key is not None
         rngs = {"dropout": dropout_key} if train else None
         params = self.gather(params)
-        return lambda z, logsnr, cond: self.model.apply({"params": params}, z, logsnr, cond, train, rngs=rngs)
+        return lambda z, logsnr, cond: self.model.apply(
+            {"params": params}, z, logsnr, cond, train, rngs=rngs
+        )
 
     def per_sample_loss(
-        self, params: Params, batch: Batch, draws: dict[str, Array], dropout_key: Key[Array, ""] | None = None
+        self,
+        params: Params,
+        batch: Batch,
+        draws: dict[str, Array],
+        dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b"]:
         """The denoising loss of each row of a batch for given random draws."""
         logsnr = self.density(draws["u"])
@@ -119,7 +146,12 @@ class Stage:
         return loss.x_error(output, z, x, logsnr, self.process)
 
     def _noised_output(
-        self, params: Params, batch: Batch, draws: dict[str, Array], logsnr: Array, dropout_key: Array | None = None
+        self,
+        params: Params,
+        batch: Batch,
+        draws: dict[str, Array],
+        logsnr: Array,
+        dropout_key: Array | None = None,
     ) -> tuple[Array, Array, Array]:
         """(x, z, the network's output for z), all [b h w 3]."""
         x = to_unit(batch["image"])
@@ -127,16 +159,25 @@ class Stage:
         return x, z, self.denoiser(params, dropout_key)(z, logsnr, cond)
 
     def sample(
-        self, params: Params, keys: Key[Array, "b"], batch: Batch, sampling: Mapping[str, Any], size: int | None = None
+        self,
+        params: Params,
+        keys: Key[Array, "b"],
+        batch: Batch,
+        sampling: Mapping[str, Any],
+        size: int | None = None,
     ) -> Float[Array, "b h w 3"]:
-        """Images in about [-1, 1] for the text (and clean uint8 `lowres`) of `batch`; `size` defaults to the stage's image size.
+        """Images in about [-1, 1] for the text (and clean uint8 `lowres`) of `batch`; `size`
+        defaults to the stage's image size.
 
-        The low-res image is noised to `sampling["aug_level"]` with noise from the samples' own keys (section 2.4).
+        The low-res image is noised to `sampling["aug_level"]` with noise from the samples' own keys
+        (section 2.4).
         """
         with PINNED():
             return self._sample(params, keys, batch, sampling, size or self.image_size)
 
-    def _sample(self, params: Params, keys: Array, batch: Batch, sampling: Mapping[str, Any], size: int) -> Array:
+    def _sample(
+        self, params: Params, keys: Array, batch: Batch, sampling: Mapping[str, Any], size: int
+    ) -> Array:
         cond = self.cond(batch)
         if "lowres" in cond:
             aug_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
@@ -147,12 +188,20 @@ class Stage:
         rules = drawing(sampling, self.schedule)
         levels = rules.pop("grid")(sampling["steps"])
         return sampler.sample(
-            self.denoiser(params), keys, (size, size, 3), cond, process=self.process, levels=levels, **rules
+            self.denoiser(params),
+            keys,
+            (size, size, 3),
+            cond,
+            process=self.process,
+            levels=levels,
+            **rules,
         )
 
 
 def random_key(seed: Any) -> Key[Array, ""]:
-    """The key of a seed: Threefry, as numbers of the "rbg" generator depend on the place in a batch."""
+    """The key of a seed: Threefry, as numbers of the "rbg" generator depend on the place in a
+    batch.
+    """
     return jax.random.key(seed, impl=RNG)
 
 
@@ -167,15 +216,25 @@ def to_uint8(x: Float[Array, "*d"]) -> Array:
 
 
 def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
-    """The stage a config describes, to run on one device or on `mesh`. Raises ValueError naming the field that is wrong."""
+    """The stage a config describes, to run on one device or on `mesh`. Raises ValueError naming the
+    field that is wrong.
+    """
     config = schema.complete(config)
-    model, diffusion, data, text = (dict(config[part]) for part in ("model", "diffusion", "data", "text"))
+    model, diffusion, data, text = (
+        dict(config[part]) for part in ("model", "diffusion", "data", "text")
+    )
     check_sizes(data)
     if bool(text["dim"]) != bool(model["cond_dim"]):
-        raise ValueError(f"text.dim={text['dim']} and model.cond_dim={model['cond_dim']}: both are 0 (no text) or neither is")
+        raise ValueError(
+            f"text.dim={text['dim']} and model.cond_dim={model['cond_dim']}: both are 0 (no text)"
+            " or neither is"
+        )
     check_sampling(config["sampling"])
     family = model.pop("family")
-    model = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in model.items()}
+    model = {
+        name: tuple(value) if isinstance(value, (list, tuple)) else value
+        for name, value in model.items()
+    }
     model["dtype"] = jnp.dtype(model["dtype"])
     return Stage(
         name=config["name"],
@@ -203,14 +262,20 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
 
 
 def attention_on(mesh: Mesh | None, remat: str) -> Attend:
-    """Attention on a mesh: on TPUs the kernel, where it takes the shapes, on each device's own rows, pixels and heads; else `attend`.
+    """Attention on a mesh: on TPUs the kernel, where it takes the shapes, on each device's own
+    rows, pixels and heads; else `attend`.
 
-    The kernel keeps no attention weights for the backward pass; neither does `attend`, unless `remat` is "none".
+    The kernel keeps no attention weights for the backward pass; neither does `attend`, unless
+    `remat` is "none".
     """
-    plain = lambda q, keys, heads: checkpointed("none" if remat == "none" else "block", lambda q, keys: attend(q, keys, heads))(q, keys)
+    plain = lambda q, keys, heads: checkpointed(
+        "none" if remat == "none" else "block", lambda q, keys: attend(q, keys, heads)
+    )(q, keys)
     if mesh is None or mesh.devices.flat[0].platform != "tpu":
         return plain
-    return lambda q, keys, heads: sharding.attend_in_parts(mesh, flash_attend, plain, q, keys, heads)
+    return lambda q, keys, heads: sharding.attend_in_parts(
+        mesh, flash_attend, plain, q, keys, heads
+    )
 
 
 def build(kind: Callable[..., Any], section: Mapping[str, Any]) -> Any:

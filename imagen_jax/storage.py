@@ -1,4 +1,6 @@
-"""Files that appear whole or not at all, and directories that can tell whether any of their bytes changed: SHA256SUMS lists every other file, so `sha256sum -c SHA256SUMS` checks one too."""
+"""Files that appear whole or not at all, and directories that can tell whether any of their bytes
+changed: SHA256SUMS lists every other file, so `sha256sum -c SHA256SUMS` checks one too.
+"""
 
 import concurrent.futures
 import contextlib
@@ -17,11 +19,24 @@ from typing import Any
 CHECKSUMS = "SHA256SUMS"
 LOCK = "lock"
 LOOKS = 10  # `is_kept` has the lock for an instant, so one look does not tell
-HASH_THREADS = 4  # hashlib releases the interpreter; one thread does about 1.2 GB/s where the CPU has SHA instructions
+# hashlib releases the interpreter; one thread does about 1.2 GB/s where the CPU has SHA
+# instructions
+HASH_THREADS = 4
 
 # What a network's file system says while it is away: the file may well be there the next time.
 AWAY = frozenset(
-    (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH)
+    (
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENOTCONN,
+        errno.ETIMEDOUT,
+        errno.ECONNRESET,
+        errno.ECONNABORTED,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+    )
 )
 
 
@@ -31,7 +46,9 @@ def is_away(error: BaseException) -> bool:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file, and the directories above it, so that its name appears only once all of it is on the disk."""
+    """Writes a file, and the directories above it, so that its name appears only once all of it is
+    on the disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
@@ -55,7 +72,9 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def only_process(directory: Path, doing: str) -> Iterator[None]:
-    """Keeps `directory`, which is made, to this process; the lock goes with the process, however it ends. ValueError if another has it."""
+    """Keeps `directory`, which is made, to this process; the lock goes with the process, however it
+    ends. ValueError if another has it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / LOCK, "w") as file:
         for _ in range(LOOKS):
@@ -68,7 +87,9 @@ def only_process(directory: Path, doing: str) -> Iterator[None]:
 
 
 def is_kept(directory: Path) -> bool:
-    """Whether a process is inside `only_process(directory)`, as far as this machine can tell: a network file system may not pass locks on."""
+    """Whether a process is inside `only_process(directory)`, as far as this machine can tell: a
+    network file system may not pass locks on.
+    """
     try:
         with open(directory / LOCK) as file:
             return not try_lock(file, fcntl.LOCK_SH)
@@ -86,7 +107,9 @@ def try_lock(file: Any, kind: int) -> bool:
 
 
 def seal(directory: Path) -> None:
-    """Forces every file of `directory` to the disk, then adds SHA256SUMS, last. The caller renames the directory to its final name."""
+    """Forces every file of `directory` to the disk, then adds SHA256SUMS, last. The caller renames
+    the directory to its final name.
+    """
     for path in directory.rglob("*"):
         flush(path)
     (directory / CHECKSUMS).write_bytes(_render(_checksums(directory)))
@@ -95,7 +118,9 @@ def seal(directory: Path) -> None:
 
 
 def find_damage(directory: Path) -> str | None:
-    """None if the files of a sealed directory are exactly those listed, byte for byte, else the first fault, naming the file."""
+    """None if the files of a sealed directory are exactly those listed, byte for byte, else the
+    first fault, naming the file.
+    """
     try:
         recorded = (directory / CHECKSUMS).read_bytes()
         sums = _checksums(directory)
@@ -135,7 +160,9 @@ def _checksums(directory: Path) -> dict[str, str]:
 
     files = sorted(p for p in directory.rglob("*") if not p.is_dir() and p != directory / CHECKSUMS)
     with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
-        return dict(zip([p.relative_to(directory).as_posix() for p in files], pool.map(sha256_file, files)))
+        return dict(
+            zip([p.relative_to(directory).as_posix() for p in files], pool.map(sha256_file, files))
+        )
 
 
 def _render(sums: dict[str, str]) -> bytes:

@@ -1,10 +1,12 @@
-"""Trains one stage of the cascade, any of them, from a config.
+r"""Trains one stage of the cascade, any of them, from a config.
 
-    python -m imagen_jax.train --config configs/base_64.py:demo --config.data.path=PREPARED --workdir WORKDIR
+    python -m imagen_jax.train --config configs/base_64.py:demo --config.data.path=PREPARED \
+        --workdir WORKDIR
 
-The same command again resumes: the run goes on from its newest intact checkpoint as if it had never stopped. SIGTERM saves and exits.
-On several hosts the same command runs on each, with the same WORKDIR on a file system they share (see imagen_jax/distributed/startup.py);
-a signal to any of them stops all after the same step. The exit code is 75 where nothing was wrong but with another process.
+The same command again resumes: the run goes on from its newest intact checkpoint as if it had never
+stopped. SIGTERM saves and exits. On several hosts the same command runs on each, with the same
+WORKDIR on a file system they share (see imagen_jax/distributed/startup.py); a signal to any of them
+stops all after the same step. The exit code is 75 where nothing was wrong but with another process.
 """
 
 import collections
@@ -15,8 +17,9 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -26,21 +29,48 @@ from imagen_jax.distributed import agreement
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.storage import only_process, write_json
 
-IN_FLIGHT = 2  # steps the device may be behind the host: it never waits for work, and a signal is answered within this many steps
+# steps the device may be behind the host: it never waits for work, and a signal is answered within
+# this many steps
+IN_FLIGHT = 2
 log = logging.getLogger("imagen_jax.train")
 
 
 def define_flags() -> None:
     """The command line, see `cli.run`."""
     cli.define_compile_cache()
-    config_flags.DEFINE_config_file("config", None, "config file, with fields as --config.optim.lr=3e-4", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config", None, "config file, with fields as --config.optim.lr=3e-4", lock_config=True
+    )
     flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics.jsonl, images")
-    flags.DEFINE_integer("overfit", 0, "self-test: train this many steps on one batch, saving nothing; fails unless the loss falls to a quarter", lower_bound=0)
-    flags.DEFINE_string("profile", "", "FIRST:COUNT, writes a profiler trace of these steps to workdir/profile")
-    flags.DEFINE_float("minutes", 0.0, "stop after this long, saving, as if by SIGTERM; 0: no limit")
-    flags.DEFINE_float("host_timeout", 300.0, "seconds to wait at the start for the other processes", lower_bound=1)
-    flags.DEFINE_float("host_lost", 100.0, "seconds without a sign of life until a process is given up; after half of them it is named", lower_bound=4)
-    flags.DEFINE_string("init_from", "", "start a new run from these weights: a workdir, a checkpoint, an exported file, or embedded:NAME")
+    flags.DEFINE_integer(
+        "overfit",
+        0,
+        "self-test: train this many steps on one batch, saving nothing; fails unless the loss falls"
+        " to a quarter",
+        lower_bound=0,
+    )
+    flags.DEFINE_string(
+        "profile", "", "FIRST:COUNT, writes a profiler trace of these steps to workdir/profile"
+    )
+    flags.DEFINE_float(
+        "minutes", 0.0, "stop after this long, saving, as if by SIGTERM; 0: no limit"
+    )
+    flags.DEFINE_float(
+        "host_timeout", 300.0, "seconds to wait at the start for the other processes", lower_bound=1
+    )
+    flags.DEFINE_float(
+        "host_lost",
+        100.0,
+        "seconds without a sign of life until a process is given up; after half of them it is"
+        " named",
+        lower_bound=4,
+    )
+    flags.DEFINE_string(
+        "init_from",
+        "",
+        "start a new run from these weights: a workdir, a checkpoint, an exported file, or"
+        " embedded:NAME",
+    )
 
 
 def main() -> int:
@@ -67,20 +97,47 @@ def read_profile(text: str) -> tuple[int, int]:
     return int(first), int(count)
 
 
-def train(config: Mapping[str, Any], workdir: Path, profile: tuple[int, int], minutes: float, init_from: str, watch: Watch) -> int:
-    """Trains until config["train"]["steps"], a signal or the time limit; 0 if all is saved. `init_from` is where a new run begins."""
+def train(
+    config: Mapping[str, Any],
+    workdir: Path,
+    profile: tuple[int, int],
+    minutes: float,
+    init_from: str,
+    watch: Watch,
+) -> int:
+    """Trains until config["train"]["steps"], a signal or the time limit; 0 if all is saved.
+    `init_from` is where a new run begins.
+    """
     import jax
 
     run = Run.create(config)
-    same = {"config": json.dumps(config), "prepared data": run.meta["manifest_hash"], "--init_from": init_from, "--workdir": str(workdir.absolute())}
+    same = {
+        "config": json.dumps(config),
+        "prepared data": run.meta["manifest_hash"],
+        "--init_from": init_from,
+        "--workdir": str(workdir.absolute()),
+    }
     agreement.check(same)
-    with only_process(workdir, "training in") if jax.process_index() == 0 else contextlib.nullcontext():
+    with (
+        only_process(workdir, "training in")
+        if jax.process_index() == 0
+        else contextlib.nullcontext()
+    ):
         agreement.check_shared(workdir)
         return advance(run, workdir, profile, stop_requests(minutes), init_from, watch)
 
 
-def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[[int], bool], init_from: str, watch: Watch) -> int:
-    """`train` in a workdir that no other run writes to. With several processes, all do the same in the same order; process 0 alone writes the record."""
+def advance(
+    run: "Run",
+    workdir: Path,
+    profile: tuple[int, int],
+    stop: Callable[[int], bool],
+    init_from: str,
+    watch: Watch,
+) -> int:
+    """`train` in a workdir that no other run writes to. With several processes, all do the same in
+    the same order; process 0 alone writes the record.
+    """
     import jax
 
     from imagen_jax import run_log
@@ -100,14 +157,20 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
     if newest is None:
         state, begun, unlogged = *run.fresh_state(init_from), []
     else:
-        saved = {"rng": RNG} | checkpoints.meta(newest)  # older ones were made with JAX's default, the same
+        saved = {"rng": RNG} | checkpoints.meta(
+            newest
+        )  # older ones were made with JAX's default, the same
         for line in resume.check({k: saved[k] for k in run.meta}, run.meta):
             log.info("changed since the checkpoint: %s", line)
         begun, unlogged = {k: saved[k] for k in ("init_from",) if k in saved}, saved["unlogged"]
         if init_from and begun.get("init_from", {}).get("path") != init_from:
-            raise ValueError(f"{workdir} holds a run that did not start from {init_from}; give a new --workdir")
+            raise ValueError(
+                f"{workdir} holds a run that did not start from {init_from}; give a new --workdir"
+            )
         if newest >= total:
-            log.info("%s has %d steps already, train.steps is %d: nothing to do", workdir, newest, total)
+            log.info(
+                "%s has %d steps already, train.steps is %d: nothing to do", workdir, newest, total
+            )
             return 0
         state, _ = checkpoints.restore(newest, run.program.abstract)
         log.info("resuming from step %d", newest)
@@ -120,21 +183,34 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
     started = time.monotonic()
     step = run.program.lower().compile()
     log.info("step compiled in %.0f s", time.monotonic() - started)
-    agreement.gather()  # the first step waits for the slowest compilation, for which collective operations may be too impatient
+    # the first step waits for the slowest compilation, for which collective operations may be too
+    # impatient
+    agreement.gather()
 
     data = pipeline.batches(config["data"], config["seed"], done, "train", run.rows)
-    grid = SampleGrid(config, run.program.stage, run.program.mesh) if settings["sample_every"] else None
+    grid = (
+        SampleGrid(config, run.program.stage, run.program.mesh)
+        if settings["sample_every"]
+        else None
+    )
     copies = replicas.Replicas(run.program.mesh, run.program.abstract, run.program.shardings)
-    log.info("%.0f %% of the state's bytes are on several devices, and compared before every save", 100 * copies.compared)
+    log.info(
+        "%.0f %% of the state's bytes are on several devices, and compared before every save",
+        100 * copies.compared,
+    )
 
     def save() -> None:
         watch.at(done, "saving")
-        record.settle()  # nothing is saved before every step's metrics were seen to be finite, and all copies to agree
+        # nothing is saved before every step's metrics were seen to be finite, and all copies to
+        # agree
+        record.settle()
         with record.clock.pause(), jax.transfer_guard("allow"):
             copies.check(state, done)
             try:
                 checkpoints.wait()
-            except checkpoint.CheckpointError as error:  # a full disk now need not end a run that may save later
+            except (
+                checkpoint.CheckpointError
+            ) as error:  # a full disk now need not end a run that may save later
                 log.error("%s; training goes on, the next save is step %d", error, done)
             checkpoints.save(done, state, run.meta | begun | {"unlogged": record.unlogged})
 
@@ -170,9 +246,11 @@ def advance(run: "Run", workdir: Path, profile: tuple[int, int], stop: Callable[
 
 @contextlib.contextmanager
 def finishing(checkpoints: Any) -> Iterator[None]:
-    """Lets a save that is under way end before an error that all processes have at the same step ends them: a loss that is not finite, copies that differ."""
-    from imagen_jax.weights import checkpoint
+    """Lets a save that is under way end before an error that all processes have at the same step
+    ends them: a loss that is not finite, copies that differ.
+    """
     from imagen_jax.training import replicas
+    from imagen_jax.weights import checkpoint
 
     try:
         yield
@@ -185,13 +263,17 @@ def finishing(checkpoints: Any) -> Iterator[None]:
 
 
 class Record:
-    """Metrics of the steps, fetched IN_FLIGHT steps late so that the device always has work queued; a row is the mean over `log_every`.
+    """Metrics of the steps, fetched IN_FLIGHT steps late so that the device always has work queued;
+    a row is the mean over `log_every`.
 
-    `unlogged` are the steps since the last row. They are saved with a checkpoint, so that the first row after a resume is the one an
-    undisturbed run writes; a run that stops between two rows writes what it has, and a resume replaces that.
+    `unlogged` are the steps since the last row. They are saved with a checkpoint, so that the first
+    row after a resume is the one an undisturbed run writes; a run that stops between two rows
+    writes what it has, and a resume replaces that.
     """
 
-    def __init__(self, run: "Run", workdir: Path, done: int, unlogged: list[dict[str, float]], progress: Any):
+    def __init__(
+        self, run: "Run", workdir: Path, done: int, unlogged: list[dict[str, float]], progress: Any
+    ):
         import jax
 
         from imagen_jax import run_log
@@ -199,7 +281,9 @@ class Record:
         self._run, self._workdir, self._progress = run, workdir, progress
         self._pending: collections.deque = collections.deque()
         self._seen, self._settling, self.unlogged = done, False, list(unlogged)
-        self.writer = run_log.MetricsWriter(workdir, done - len(unlogged), enabled=jax.process_index() == 0)
+        self.writer = run_log.MetricsWriter(
+            workdir, done - len(unlogged), enabled=jax.process_index() == 0
+        )
         self.clock = run_log.StepClock(run.config["data"]["batch_size"], done)
 
     def add(self, step: int, device_metrics: Mapping[str, Any]) -> None:
@@ -230,10 +314,16 @@ class Record:
             self.unlogged = []
 
     def _write(self) -> None:
-        means = {name: sum(values[name] for values in self.unlogged) / len(self.unlogged) for name in self.unlogged[0]}
-        # When all steps in flight are fetched at once, the time between two of them is not the time a step takes.
+        means = {
+            name: sum(values[name] for values in self.unlogged) / len(self.unlogged)
+            for name in self.unlogged[0]
+        }
+        # When all steps in flight are fetched at once, the time between two of them is not the time
+        # a step takes.
         timed = not self._settling or len(self.unlogged) > IN_FLIGHT
-        self.writer.scalars(self._seen, means | (self._run.rates(self.clock.read(self._seen)) if timed else {}))
+        self.writer.scalars(
+            self._seen, means | (self._run.rates(self.clock.read(self._seen)) if timed else {})
+        )
 
     def __enter__(self) -> "Record":
         return self
@@ -245,7 +335,9 @@ class Record:
 
 
 class Profile:
-    """A profiler trace of `count` steps after step `first`, or of those that this process does of them."""
+    """A profiler trace of `count` steps after step `first`, or of those that this process does of
+    them.
+    """
 
     def __init__(self, directory: Path, first: int, count: int):
         self._directory, self._first, self._last, self._on = directory, first, first + count, False
@@ -289,7 +381,9 @@ class Run:
 
     @classmethod
     def create(cls, config: Mapping[str, Any]) -> "Run":
-        """Checks config against data and devices, before anything is allocated. Raises ValueError."""
+        """Checks config against data and devices, before anything is allocated. Raises
+        ValueError.
+        """
         from imagen_jax import sharding
         from imagen_jax.data.pipeline import open_prepared
         from imagen_jax.hardware import chips
@@ -306,7 +400,12 @@ class Run:
         peak, source = chips.peak_flops(program.mesh.devices.flat[0])
         run = cls(
             config=config,
-            meta={"config": config, "encoder": data.encoder, "manifest_hash": data.hash, "rng": RNG},
+            meta={
+                "config": config,
+                "encoder": data.encoder,
+                "manifest_hash": data.hash,
+                "rng": RNG,
+            },
             program=program,
             flops_per_image=3 * forward_flops(create_stage(config)),
             peak_flops=peak * program.mesh.size,
@@ -315,18 +414,24 @@ class Run:
         return run
 
     def fresh_state(self, init_from: str = "") -> tuple[Any, dict[str, Any]]:
-        """State before the first step, and what is to be remembered of `init_from`: if given, parameters and EMA are those weights, which must fit."""
+        """State before the first step, and what is to be remembered of `init_from`: if given,
+        parameters and EMA are those weights, which must fit.
+        """
         from imagen_jax import cascade
-        from imagen_jax.weights import checkpoint
         from imagen_jax.training import state
+        from imagen_jax.weights import checkpoint
 
         program = self.program
-        fresh = state.create_state(program.stage, program.optimizer, self.config["seed"], program.shardings)
+        fresh = state.create_state(
+            program.stage, program.optimizer, self.config["seed"], program.shardings
+        )
         if not init_from:
             return fresh, {}
         params, meta = checkpoint.load_params(cascade.resolve(init_from))
         if program.stage.text_dim:
-            cascade.check_encoder(meta["encoder"], self.meta["encoder"], f"{init_from} and the data")
+            cascade.check_encoder(
+                meta["encoder"], self.meta["encoder"], f"{init_from} and the data"
+            )
         begun = {name: meta[name] for name in ("step", "which", "sha256")} | {"path": init_from}
         return state.with_params(fresh, params, program.shardings), {"init_from": begun}
 
@@ -344,11 +449,17 @@ class Run:
         return place_batch({name: batch[name] for name in self.program.batch}, self.program.mesh)
 
     def rates(self, times: Mapping[str, float]) -> dict[str, float]:
-        """Times of an interval, and the share of the devices' peak that the model's own FLOPs are (recomputation not counted)."""
+        """Times of an interval, and the share of the devices' peak that the model's own FLOPs are
+        (recomputation not counted).
+        """
         if not times:
             return {}
         flops = self.flops_per_image * times["time/images_per_s"]
-        return {**times, "time/model_tflops_per_s": flops / 1e12, "time/mfu": flops / self.peak_flops}
+        return {
+            **times,
+            "time/model_tflops_per_s": flops / 1e12,
+            "time/mfu": flops / self.peak_flops,
+        }
 
 
 def describe(run: Run, peak_source: str) -> None:
@@ -358,23 +469,43 @@ def describe(run: Run, peak_source: str) -> None:
     from imagen_jax.sharding import badly_split, bytes_table
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.program.abstract.params))
-    shape = {axis: size for axis, size in run.program.mesh.shape.items() if size > 1} or "one device"
+    shape = {
+        axis: size for axis, size in run.program.mesh.shape.items() if size > 1
+    } or "one device"
     log.info("%s: %s parameters on %s", run.config["name"], f"{parameters:,}", shape)
-    log.info("%.4g GFLOP an image and step; peak %.4g TFLOP/s (%s)", run.flops_per_image / 1e9, run.peak_flops / 1e12, peak_source)
+    log.info(
+        "%.4g GFLOP an image and step; peak %.4g TFLOP/s (%s)",
+        run.flops_per_image / 1e9,
+        run.peak_flops / 1e12,
+        peak_source,
+    )
     for row in bytes_table(run.program.abstract, run.program.shardings):
         if row["bytes"] > 1024:
             share = row["sharded_bytes"] / row["bytes"]
-            log.info("  %-10s %9.2f MiB, %9.2f MiB a device, %3.0f %% sharded", row["part"], row["bytes"] / 2**20, row["bytes_per_device"] / 2**20, 100 * share)
+            log.info(
+                "  %-10s %9.2f MiB, %9.2f MiB a device, %3.0f %% sharded",
+                row["part"],
+                row["bytes"] / 2**20,
+                row["bytes_per_device"] / 2**20,
+                100 * share,
+            )
     settings = run.config["mesh"]
-    for line in badly_split(run.program.abstract.params, run.program.mesh, settings["rules"], settings["fsdp_min_elements"]):
+    for line in badly_split(
+        run.program.abstract.params,
+        run.program.mesh,
+        settings["rules"],
+        settings["fsdp_min_elements"],
+    ):
         log.warning("not split: %s", line)
 
 
 def stop_requests(minutes: float) -> Callable[[int], bool]:
-    """A function of the steps done that says whether to stop: after SIGTERM or SIGINT, or when the time is over.
+    """A function of the steps done that says whether to stop: after SIGTERM or SIGINT, or when the
+    time is over.
 
-    With several processes it has to be asked by all at every step, and says yes to all at the same: jax tells each of a SIGTERM to one
-    and settles on a step that none has passed. Everything else that stops a run is made a SIGTERM.
+    With several processes it has to be asked by all at every step, and says yes to all at the same:
+    jax tells each of a SIGTERM to one and settles on a step that none has passed. Everything else
+    that stops a run is made a SIGTERM.
     """
     import jax
     from jax.experimental import multihost_utils
@@ -398,7 +529,9 @@ def stop_requests(minutes: float) -> Callable[[int], bool]:
 
 
 def report_bad_step(run: Run, workdir: Path, bad: int) -> str:
-    """Writes workdir/nonfinite.json with what is needed to look at the step again, and returns the message."""
+    """Writes workdir/nonfinite.json with what is needed to look at the step again, and returns the
+    message.
+    """
     import jax
 
     from imagen_jax.data import pipeline
@@ -406,17 +539,25 @@ def report_bad_step(run: Run, workdir: Path, bad: int) -> str:
     data = pipeline.batches(run.config["data"], run.config["seed"], bad)
     batch = next(data)
     data.close()
-    found = {"step": bad, "seed": run.config["seed"], "images": batch["index"].tolist(), "captions": batch["caption_id"].tolist()}
+    found = {
+        "step": bad,
+        "seed": run.config["seed"],
+        "images": batch["index"].tolist(),
+        "captions": batch["caption_id"].tolist(),
+    }
     if jax.process_index() == 0:
         write_json(workdir / "nonfinite.json", found)
     return (
-        f"loss, gradient or update of step {bad} is not finite; the update was skipped and nothing was saved after it. "
-        f"Seed {found['seed']}, images {found['images'][:8]}...: all in {workdir / 'nonfinite.json'}"
+        f"loss, gradient or update of step {bad} is not finite; the update was skipped and nothing"
+        f" was saved after it. Seed {found['seed']}, images {found['images'][:8]}...: all in"
+        f" {workdir / 'nonfinite.json'}"
     )
 
 
 def overfit(config: Mapping[str, Any], steps: int, watch: Watch) -> int:
-    """Trains on the first batch only: model, loss, optimizer and data agree if the loss falls to a quarter of what it starts with."""
+    """Trains on the first batch only: model, loss, optimizer and data agree if the loss falls to a
+    quarter of what it starts with.
+    """
     import jax
     import numpy as np
 
@@ -436,7 +577,12 @@ def overfit(config: Mapping[str, Any], steps: int, watch: Watch) -> int:
             progress.update(i + 1, loss=losses[-1])
     tenth = max(1, steps // 10)
     first, last = losses[0], float(np.mean(losses[-tenth:]))
-    log.info("overfit: loss %.4f at first, %.4f at the end: %s", first, last, "passed" if last < first / 4 else "FAILED")
+    log.info(
+        "overfit: loss %.4f at first, %.4f at the end: %s",
+        first,
+        last,
+        "passed" if last < first / 4 else "FAILED",
+    )
     return 0 if last < first / 4 else 1
 
 

@@ -1,6 +1,8 @@
-"""Runs jobs on this machine: each as several processes that find one another over the loopback address, started again when one of them dies.
+"""Runs jobs on this machine: each as several processes that find one another over the loopback
+address, started again when one of them dies.
 
-Processes on CPU get --devices virtual devices each. A machine's GPUs or TPU chips are one process's (--processes=1, the default).
+Processes on CPU get --devices virtual devices each. A machine's GPUs or TPU chips are one process's
+(--processes=1, the default).
 """
 
 import argparse
@@ -39,40 +41,69 @@ PORTS = range(21_000, 29_000)  # below those that Linux gives to whoever asks fo
 def define_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("--where local")
     group.add_argument("--processes", type=int, default=1, help="of each job")
-    group.add_argument("--devices", type=int, default=0, help="virtual CPU devices of each process; 0: the devices that the machine has")
+    group.add_argument(
+        "--devices",
+        type=int,
+        default=0,
+        help="virtual CPU devices of each process; 0: the devices that the machine has",
+    )
 
 
 def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:
     if options.processes < 1 or options.devices < 0:
-        raise ValueError(f"--processes={options.processes} --devices={options.devices}: at least one process, with no negative number of devices")
+        raise ValueError(
+            f"--processes={options.processes} --devices={options.devices}: at least one process,"
+            " with no negative number of devices"
+        )
     if options.processes > 1 and not options.devices:
-        raise ValueError("--processes needs --devices: several processes on one machine share no GPU or TPU, so they run on virtual CPU devices")
+        raise ValueError(
+            "--processes needs --devices: several processes on one machine share no GPU or TPU, so"
+            " they run on virtual CPU devices"
+        )
 
 
 def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
     """What will be run, as shell lines; the port is chosen when it is."""
     lines = []
     for job in jobs:
-        lines += [f"# {job.title}", *([f"({'; '.join([*exports(job.environment), job.setup])})"] if job.setup else [])]
+        lines += [
+            f"# {job.title}",
+            *([f"({'; '.join([*exports(job.environment), job.setup])})"] if job.setup else []),
+        ]
         for process in range(options.processes):
             variables = {**job.environment, **_variables(options, process, "PORT")}
-            lines.append(" ".join([f"{name}={shlex.join([value])}" for name, value in variables.items()] + [shlex.join(job.command("python"))]))
+            lines.append(
+                " ".join(
+                    [f"{name}={shlex.join([value])}" for name, value in variables.items()]
+                    + [shlex.join(job.command("python"))]
+                )
+            )
     return "\n".join(lines)
 
 
 def _variables(options: argparse.Namespace, process: int, port: int | str) -> dict[str, str]:
-    """What tells a process its place: the coordinator, which listens on this machine only, and its devices."""
-    found = {"JAX_NUM_PROCESSES": str(options.processes)}  # 1: alone, whatever cluster this machine is in
+    """What tells a process its place: the coordinator, which listens on this machine only, and its
+    devices.
+    """
+    found = {
+        "JAX_NUM_PROCESSES": str(options.processes)
+    }  # 1: alone, whatever cluster this machine is in
     if options.processes > 1:
         address = f"127.0.0.1:{port}"
-        found |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address, "JAX_PROCESS_ID": str(process)}
+        found |= {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_COORDINATOR_BIND_ADDRESS": address,
+            "JAX_PROCESS_ID": str(process),
+        }
     if options.devices:
         found |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options.devices)}
     return found
 
 
 def _take_port(kept: contextlib.ExitStack) -> int:
-    """A free port that nobody else is given until `kept` is closed: not one that the system hands out, and no other launcher's on this machine."""
+    """A free port that nobody else is given until `kept` is closed: not one that the system hands
+    out, and no other launcher's on this machine.
+    """
     directory = Path(tempfile.gettempdir()) / f"imagen_jax_ports_{os.getuid()}"
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
         with contextlib.suppress(ValueError, OSError), contextlib.ExitStack() as taken:
@@ -84,48 +115,75 @@ def _take_port(kept: contextlib.ExitStack) -> int:
 
 
 class Group:
-    """The processes of one attempt at a job. What they print goes to `write` line by line, with the process's number before it."""
+    """The processes of one attempt at a job. What they print goes to `write` line by line, with the
+    process's number before it.
+    """
 
     def __init__(self, job: Job, options: argparse.Namespace, write: Any):
         self._first: int | None = None  # exit code of the first process that ended
         self._deadline = float("inf")
         self._kept = contextlib.ExitStack()
         port = _take_port(self._kept)
-        inherited = {name: value for name, value in os.environ.items() if not re.match("JAX_(COORDINATOR|NUM_PROC|PROCESS)", name)}
-        if options.devices:  # an older way to ask for virtual devices, which would say something else
-            flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", inherited.get("XLA_FLAGS", "")).strip()
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not re.match("JAX_(COORDINATOR|NUM_PROC|PROCESS)", name)
+        }
+        if (
+            options.devices
+        ):  # an older way to ask for virtual devices, which would say something else
+            flags = re.sub(
+                r"--xla_force_host_platform_device_count=\d+", "", inherited.get("XLA_FLAGS", "")
+            ).strip()
             inherited |= {"XLA_FLAGS": flags}
         self._processes: list[subprocess.Popen] = []
         self._readers: list[threading.Thread] = []
         self._running: set[int] = set()
         for i in range(options.processes):
-            environment = {**inherited, **job.environment, **_variables(options, i, port), "PYTHONUNBUFFERED": "1"}
+            environment = {
+                **inherited,
+                **job.environment,
+                **_variables(options, i, port),
+                "PYTHONUNBUFFERED": "1",
+            }
             process = subprocess.Popen(
-                job.command(sys.executable), env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                process_group=0, preexec_fn=_end_with_launcher(),
-            )  # fmt: skip
+                job.command(sys.executable),
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+                preexec_fn=_end_with_launcher(),
+            )
             prefix = f"[{i}] ".encode() if options.processes > 1 else b""
-            reader = threading.Thread(target=_pass_lines, args=(process.stdout, prefix, write), daemon=True)
+            reader = threading.Thread(
+                target=_pass_lines, args=(process.stdout, prefix, write), daemon=True
+            )
             reader.start()
             self._processes.append(process)
             self._running.add(process.pid)
             self._readers.append(reader)
 
     def poll(self) -> int | None:
-        """None while a process runs, else the exit code: that of the first process that failed, negative if a signal ended it."""
+        """None while a process runs, else the exit code: that of the first process that failed,
+        negative if a signal ended it.
+        """
         codes = [process.poll() for process in self._processes]
         for process, code in zip(self._processes, codes):
             if code is not None:
                 self._end_children(process)
         ended = [code for code in codes if code is not None]
-        # Of several at once the cause comes first: what a signal ended, then what failed by itself, then what only noticed.
+        # Of several at once the cause comes first: what a signal ended, then what failed by itself,
+        # then what only noticed.
         failed = sorted((code for code in ended if code), key=lambda code: (code == LOST, code))
         if ended and self._first in (None, 0) and (self._first is None or failed):
             self._first = failed[0] if failed else 0
             self._deadline = time.monotonic() + (GRACE_S if failed else END_S)
             if failed:
                 self.send(signal.SIGTERM)
-        elif self._first == LOST:  # it noticed before the one that failed had ended, which no signal of ours explains
+        elif (
+            self._first == LOST
+        ):  # it noticed before the one that failed had ended, which no signal of ours explains
             self._first = next((code for code in failed if code > 0), LOST)
         if len(ended) == len(codes):
             self.close()
@@ -151,7 +209,9 @@ class Group:
         self._kept.close()
 
     def _end_children(self, process: subprocess.Popen) -> None:
-        """Kills a process with all that it started, such as data workers. Once: afterwards the number may be another's."""
+        """Kills a process with all that it started, such as data workers. Once: afterwards the
+        number may be another's.
+        """
         if process.pid in self._running:
             self._running.remove(process.pid)
             with contextlib.suppress(ProcessLookupError):
@@ -164,7 +224,9 @@ def _pass_lines(stream: BinaryIO, prefix: bytes, write: Any) -> None:
 
 
 def _end_with_launcher() -> Any:
-    """For a new process: SIGTERM, upon which a training saves and ends, when the launcher dies without a word. Linux only."""
+    """For a new process: SIGTERM, upon which a training saves and ends, when the launcher dies
+    without a word. Linux only.
+    """
     if sys.platform != "linux":
         return None
     prctl, set_death_signal = _libc().prctl, 1
@@ -180,14 +242,27 @@ class Attempts:
     """A job, from its first start to its last end. `code` is None until then."""
 
     def __init__(self, job: Job, options: argparse.Namespace, echo: bool):
-        self.job, self.code, self._options, self._attempt, self._retries, self._stopped = job, None, options, 0, job.retries, False
+        self.job, self.code, self._options, self._attempt, self._retries, self._stopped = (
+            job,
+            None,
+            options,
+            0,
+            job.retries,
+            False,
+        )
         self._log = open(job.record / LOG, "ab", buffering=0)
         self._sinks = [self._log, *([sys.stdout.buffer] if echo else [])]
         self._start()
 
     def _start(self) -> None:
         self._last_error = b""
-        status.record(self.job, "local", "running", f"attempt {self._attempt + 1}" if self._attempt else "", self._attempt)
+        status.record(
+            self.job,
+            "local",
+            "running",
+            f"attempt {self._attempt + 1}" if self._attempt else "",
+            self._attempt,
+        )
         self._group = Group(self.job, self._options, self._write)
 
     def poll(self) -> None:
@@ -199,17 +274,30 @@ class Attempts:
             self.code = code
             error = self._last_error.decode(errors="replace")
             if code:
-                state = "stopped" if self._stopped and (code < 0 or code == INTERRUPTED) else "failed"
+                state = (
+                    "stopped" if self._stopped and (code < 0 or code == INTERRUPTED) else "failed"
+                )
             else:
                 state = "finished" if self._ended() else "stopped"
-            status.record(self.job, "local", state, f"{why}{f'; {error}' if error else ''}" if code else "", self._attempt)
+            status.record(
+                self.job,
+                "local",
+                state,
+                f"{why}{f'; {error}' if error else ''}" if code else "",
+                self._attempt,
+            )
             return
         self._attempt += 1
-        self._write(f"{self.job.title}: {why}; starting again from its newest checkpoint, attempt {self._attempt + 1} of {self._retries + 1}\n".encode())
+        self._write(
+            f"{self.job.title}: {why}; starting again from its newest checkpoint, attempt"
+            f" {self._attempt + 1} of {self._retries + 1}\n".encode()
+        )
         self._start()
 
     def _ended(self) -> bool:
-        """Whether processes that ended in order are at their end: they also do when asked to stop, which only a training's files tell from its end."""
+        """Whether processes that ended in order are at their end: they also do when asked to stop,
+        which only a training's files tell from its end.
+        """
         return status.read(self.job).ended if self.job.steps else not self._stopped
 
     def stop(self, number: int) -> None:
@@ -217,8 +305,13 @@ class Attempts:
         self._retries, self._stopped = 0, True
         if self.code is None:
             at_once = "its processes are ended at once"
-            asked = "its processes are told to save and end, which they do after the step that they are at; a second signal ends them at once"
-            self._write(f"{self.job.title}: {at_once if number == signal.SIGKILL else asked}\n".encode())
+            asked = (
+                "its processes are told to save and end, which they do after the step that they are"
+                " at; a second signal ends them at once"
+            )
+            self._write(
+                f"{self.job.title}: {at_once if number == signal.SIGKILL else asked}\n".encode()
+            )
             self._group.send(number)
 
     def close(self) -> None:
@@ -231,25 +324,35 @@ class Attempts:
         if re.search(rb"[Ee]rror: ", line):
             self._last_error = line.strip()
         for sink in self._sinks:
-            with contextlib.suppress(OSError):  # whoever read the output has gone, or the disk is full; the job goes on
+            with contextlib.suppress(
+                OSError
+            ):  # whoever read the output has gone, or the disk is full; the job goes on
                 sink.write(line)
                 sink.flush()
 
 
 def run(jobs: Sequence[Job], options: argparse.Namespace) -> int:
-    """Runs all jobs to their end, side by side, and shows them in a table if they are several. 0 if all ended well, else the first bad exit code.
+    """Runs all jobs to their end, side by side, and shows them in a table if they are several. 0 if
+    all ended well, else the first bad exit code.
 
-    SIGINT and SIGTERM go on to all processes, which save and end, and the exit code is 130; a second one ends them at once.
+    SIGINT and SIGTERM go on to all processes, which save and end, and the exit code is 130; a
+    second one ends them at once.
     """
     received: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     with contextlib.ExitStack() as stack:
         for number, handler in before.items():
             stack.callback(signal.signal, number, handler)
         for job in jobs:
             stack.enter_context(only_process(job.record, "launching in"))
             _set_up(job)
-        attempts = [stack.enter_context(contextlib.closing(Attempts(job, options, echo=len(jobs) == 1))) for job in jobs]
+        attempts = [
+            stack.enter_context(contextlib.closing(Attempts(job, options, echo=len(jobs) == 1)))
+            for job in jobs
+        ]
         _watch(attempts, received, Board(jobs) if len(jobs) > 1 else None)
         if received:
             return INTERRUPTED
@@ -258,7 +361,12 @@ def run(jobs: Sequence[Job], options: argparse.Namespace) -> int:
 
 
 def _set_up(job: Job) -> None:
-    if job.setup and subprocess.run(job.setup, shell=True, executable="/bin/bash", env=os.environ | dict(job.environment)).returncode:
+    if (
+        job.setup
+        and subprocess.run(
+            job.setup, shell=True, executable="/bin/bash", env=os.environ | dict(job.environment)
+        ).returncode
+    ):
         raise ValueError(f"--setup of {job.title} failed: {job.setup}")
 
 

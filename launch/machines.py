@@ -1,4 +1,5 @@
-"""How many hosts a topology has, and what the clouds call it: accelerator types, node labels, runtime images, each with its source.
+"""How many hosts a topology has, and what the clouds call it: accelerator types, node labels,
+runtime images, each with its source.
 
 Chip counts and tori are those of imagen_jax.hardware.topology.
 """
@@ -13,7 +14,9 @@ CLOUD = "docs.cloud.google.com/"
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """`accelerator_type`: without the count, of `gcloud compute tpus`. `gke`: value of the node label that GKE selects by. `sky`: SkyPilot's, without count."""
+    """`accelerator_type`: without the count, of `gcloud compute tpus`. `gke`: value of the node
+    label that GKE selects by. `sky`: SkyPilot's, without count.
+    """
 
     accelerator_type: str
     runtime: str
@@ -21,7 +24,8 @@ class Names:
     sky: str
 
 
-# Runtimes: CLOUD + tpu/docs/runtimes. Labels: CLOUD + kubernetes-engine/docs/concepts/plan-tpus, and .../how-to/gpus for GPUs. SkyPilot: `sky gpus list`.
+# Runtimes: CLOUD + tpu/docs/runtimes. Labels: CLOUD + kubernetes-engine/docs/concepts/plan-tpus,
+# and .../how-to/gpus for GPUs. SkyPilot: `sky gpus list`.
 NAMES = {
     "v4": Names("v4", "tpu-ubuntu2204-base", "tpu-v4-podslice", "tpu-v4"),
     "v5e": Names("v5litepod", "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "tpu-v5litepod"),
@@ -31,12 +35,16 @@ NAMES = {
     "h100": Names("", "", "nvidia-h100-80gb", "H100"),
     "h200": Names("", "", "nvidia-h200-141gb", "H200"),
 }
-ONE_HOST = 8  # a 2x4 slice of v5e or v6e is one machine of eight chips; of larger ones a machine has four (CLOUD + tpu/docs/v5e, v6e)
+# a 2x4 slice of v5e or v6e is one machine of eight chips; of larger ones a machine has four (CLOUD
+# + tpu/docs/v5e, v6e)
+ONE_HOST = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Machines:
-    """`slices` times `hosts` machines with `chips` chips each. Of a GPU cluster: one slice of its nodes."""
+    """`slices` times `hosts` machines with `chips` chips each. Of a GPU cluster: one slice of its
+    nodes.
+    """
 
     slices: int
     hosts: int
@@ -56,7 +64,9 @@ def of(topology: Topology) -> Machines:
     whole = len(topology.shape) == 2 and chips <= ONE_HOST
     a_host = chips if whole else topology.chip.chips_per_host
     if chips % a_host:
-        raise ValueError(f"--topology {topology}: {chips} chips are no whole number of machines of {a_host}")
+        raise ValueError(
+            f"--topology {topology}: {chips} chips are no whole number of machines of {a_host}"
+        )
     return Machines(topology.slices, chips // a_host, a_host)
 
 
@@ -68,7 +78,11 @@ def accelerator_type(topology: Topology) -> str:
 def sky_accelerator(topology: Topology) -> str:
     """One slice, or the GPUs of one node, as SkyPilot names it: tpu-v5litepod-256:1, H100:8."""
     name = NAMES[topology.chip.name].sky
-    return f"{name}-{_count(topology)}:1" if topology.chip.platform == "tpu" else f"{name}:{topology.shape[1]}"
+    return (
+        f"{name}-{_count(topology)}:1"
+        if topology.chip.platform == "tpu"
+        else f"{name}:{topology.shape[1]}"
+    )
 
 
 def _count(topology: Topology) -> int:

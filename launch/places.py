@@ -1,4 +1,6 @@
-"""Where jobs can run, the options that all launchers share, and the rule that a run is not started twice."""
+"""Where jobs can run, the options that all launchers share, and the rule that a run is not started
+twice.
+"""
 
 import argparse
 import dataclasses
@@ -11,27 +13,80 @@ from imagen_jax import cli
 from launch import gke, local, sky, slurm, status, tpu_pod
 from launch.job import Job, check_inputs, check_mesh, check_secrets, environment_of, in_bucket
 
-PLACES: dict[str, ModuleType] = {"local": local, "tpu": tpu_pod, "gke": gke, "slurm": slurm, "sky": sky}
+PLACES: dict[str, ModuleType] = {
+    "local": local,
+    "tpu": tpu_pod,
+    "gke": gke,
+    "slurm": slurm,
+    "sky": sky,
+}
 WATCHED = ("local", "tpu")  # the launcher stays until the job has ended; the others hand it over
 RETRIES = 3
 
 
 def define_options(parser: argparse.ArgumentParser, required: bool) -> None:
     """`required`: whether the place must be given."""
-    parser.add_argument("--where", choices=list(PLACES), required=required, help="this machine, Cloud TPU, GKE, SLURM or SkyPilot")
-    parser.add_argument("--topology", default="", help="machines of a job: v5e:16x16, 2xv5p:4x4x8, v4-512 (cores), h100:4x8 (nodes x GPUs)")
-    parser.add_argument("--setup", default="", help="shell commands on every machine before the job; default: on bare machines what installs it")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for every process; may be repeated")
-    parser.add_argument("--secret", action="append", default=[], metavar="NAME", help="a variable of your environment, passed on and never shown")
-    parser.add_argument("--retries", type=int, default=RETRIES, help="starts after a failure; preemptions of cloud machines are not counted")
-    parser.add_argument("--spot", action="store_true", help="tpu, gke, sky: cheaper machines that can be taken away")
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="only print what would be run, and what is running or finished already")
+    parser.add_argument(
+        "--where",
+        choices=list(PLACES),
+        required=required,
+        help="this machine, Cloud TPU, GKE, SLURM or SkyPilot",
+    )
+    parser.add_argument(
+        "--topology",
+        default="",
+        help="machines of a job: v5e:16x16, 2xv5p:4x4x8, v4-512 (cores), h100:4x8 (nodes x GPUs)",
+    )
+    parser.add_argument(
+        "--setup",
+        default="",
+        help=(
+            "shell commands on every machine before the job; default: on bare machines what"
+            " installs it"
+        ),
+    )
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="for every process; may be repeated",
+    )
+    parser.add_argument(
+        "--secret",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a variable of your environment, passed on and never shown",
+    )
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=RETRIES,
+        help="starts after a failure; preemptions of cloud machines are not counted",
+    )
+    parser.add_argument(
+        "--spot", action="store_true", help="tpu, gke, sky: cheaper machines that can be taken away"
+    )
+    parser.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="only print what would be run, and what is running or finished already",
+    )
     for place in PLACES.values():
         place.define_options(parser)
 
 
-def completed(jobs: Sequence[Job], options: argparse.Namespace, topologies: Sequence[str] = (), environments: Sequence[Sequence[str]] = ()) -> list[Job]:
-    """The jobs with what the options say, and, for each job, a topology and variables of its own. Raises ValueError before anything is started."""
+def completed(
+    jobs: Sequence[Job],
+    options: argparse.Namespace,
+    topologies: Sequence[str] = (),
+    environments: Sequence[Sequence[str]] = (),
+) -> list[Job]:
+    """The jobs with what the options say, and, for each job, a topology and variables of its own.
+    Raises ValueError before anything is started.
+    """
     if options.retries < 0:
         raise ValueError(f"--retries={options.retries} is negative")
     shared, secrets = environment_of(options.env), check_secrets(options.secret)
@@ -41,15 +96,33 @@ def completed(jobs: Sequence[Job], options: argparse.Namespace, topologies: Sequ
     made = []
     for i, job in enumerate(jobs):
         own = environment_of(environments[i]) if environments else {}
-        topology = _topology(topologies[i] if topologies and topologies[i] else options.topology, options.where, job)
-        made.append(dataclasses.replace(job, topology=topology, setup=options.setup, environment=shared | own, secrets=secrets, retries=options.retries))
+        topology = _topology(
+            topologies[i] if topologies and topologies[i] else options.topology, options.where, job
+        )
+        made.append(
+            dataclasses.replace(
+                job,
+                topology=topology,
+                setup=options.setup,
+                environment=shared | own,
+                secrets=secrets,
+                retries=options.retries,
+            )
+        )
     for job in made:
         if options.where == "local" and (in_bucket(job.workdir) or job.unmounted):
-            raise ValueError(f"{job.title}: a bucket is no directory of this machine; mount it and give the directory")
+            raise ValueError(
+                f"{job.title}: a bucket is no directory of this machine; mount it and give the"
+                " directory"
+            )
         if not in_bucket(job.workdir):
             cli.check_directory("workdir", job.workdir)
         if job.topology:
-            check_mesh(job, job.topology.chips, job.topology.slices if job.topology.chip.platform == "tpu" else 1)
+            check_mesh(
+                job,
+                job.topology.chips,
+                job.topology.slices if job.topology.chip.platform == "tpu" else 1,
+            )
         elif options.devices:
             check_mesh(job, options.processes * options.devices, 1)
     PLACES[options.where].check(made, options)
@@ -60,7 +133,9 @@ def completed(jobs: Sequence[Job], options: argparse.Namespace, topologies: Sequ
 
 
 def check_own_options(options: argparse.Namespace) -> None:
-    """Raises ValueError for an option of another place than the one that was chosen, where it would do nothing."""
+    """Raises ValueError for an option of another place than the one that was chosen, where it would
+    do nothing.
+    """
     for name, place in PLACES.items():
         parser = argparse.ArgumentParser(add_help=False)
         place.define_options(parser)
@@ -84,21 +159,32 @@ def _topology(text: str, where: str, job: Job):
 
     if where == "local":
         if text:
-            raise ValueError(f"--topology {text} is not for --where local, which uses --processes and --devices")
+            raise ValueError(
+                f"--topology {text} is not for --where local, which uses --processes and --devices"
+            )
         return None
     if not text:
-        raise ValueError(f"--where {where} needs --topology{f' for {job.stage}' if job.stage else ''}, such as v5e:16x16 or h100:4x8")
+        raise ValueError(
+            f"--where {where} needs --topology{f' for {job.stage}' if job.stage else ''}, such as"
+            " v5e:16x16 or h100:4x8"
+        )
     return parse(text)
 
 
 def start(jobs: Sequence[Job], options: argparse.Namespace) -> int:
-    """Starts those jobs that neither run nor are finished, or prints what that would be; the exit code."""
+    """Starts those jobs that neither run nor are finished, or prints what that would be; the exit
+    code.
+    """
     place = PLACES[options.where]
     todo = []
     for job in jobs:
         state, detail = standing(job, options)
         if state in ("finished", "running", "waiting"):
-            print(f"{job.title}: {state} already{f' ({detail})' if detail else ''}, not started again; its workdir: {job.workdir}", flush=True)
+            print(
+                f"{job.title}: {state} already{f' ({detail})' if detail else ''}, not started"
+                f" again; its workdir: {job.workdir}",
+                flush=True,
+            )
         else:
             todo.append(job)
     if not todo:
@@ -120,7 +206,9 @@ def start(jobs: Sequence[Job], options: argparse.Namespace) -> int:
 
 
 def check_can_be_made(directory: Path) -> None:
-    """Raises ValueError if nothing can be written to a directory, or to where it would be. Makes nothing that stays."""
+    """Raises ValueError if nothing can be written to a directory, or to where it would be. Makes
+    nothing that stays.
+    """
     there = next(path for path in (directory, *directory.parents) if path.exists())
     try:
         tempfile.TemporaryFile(dir=there).close()
@@ -129,9 +217,11 @@ def check_can_be_made(directory: Path) -> None:
 
 
 def standing(job: Job, options: argparse.Namespace) -> tuple[str, str]:
-    """(state, detail) by the workdir, and, unless that says it all, by the scheduler that the job would be given to.
+    """(state, detail) by the workdir, and, unless that says it all, by the scheduler that the job
+    would be given to.
 
-    With --dry_run a tool that is not installed, or a cluster that does not answer, is no error: then only the workdir is looked at.
+    With --dry_run a tool that is not installed, or a cluster that does not answer, is no error:
+    then only the workdir is looked at.
     """
     row = status.read(job)
     guessed = row.state == "running" and in_bucket(job.workdir)  # by how old its newest row is

@@ -1,7 +1,8 @@
-"""SkyPilot: a managed job, which SkyPilot moves to other machines, zones or clouds when it is preempted.
+"""SkyPilot: a managed job, which SkyPilot moves to other machines, zones or clouds when it is
+preempted.
 
-SkyPilot copies this directory to every machine. On GPUs one process runs on each node and finds the others by SkyPilot's variables; on the
-hosts of a TPU slice JAX finds them by itself.
+SkyPilot copies this directory to every machine. On GPUs one process runs on each node and finds the
+others by SkyPilot's variables; on the hosts of a TPU slice JAX finds them by itself.
 """
 
 import argparse
@@ -27,15 +28,24 @@ export JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"
 
 def define_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("--where sky")
-    group.add_argument("--infra", default="", help="cloud[/region[/zone]], such as gcp/us-west4; default: SkyPilot chooses by price")
+    group.add_argument(
+        "--infra",
+        default="",
+        help="cloud[/region[/zone]], such as gcp/us-west4; default: SkyPilot chooses by price",
+    )
 
 
 def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:
     for job in jobs:
         if not in_bucket(job.workdir):
-            raise ValueError(f"--workdir {job.workdir} would be lost with its machine: give gs://BUCKET/PATH")
+            raise ValueError(
+                f"--workdir {job.workdir} would be lost with its machine: give gs://BUCKET/PATH"
+            )
         if job.topology.chip.platform == "tpu" and job.topology.slices > 1:
-            raise ValueError(f"--topology {job.topology}: SkyPilot starts one slice; use --where tpu or gke for several")
+            raise ValueError(
+                f"--topology {job.topology}: SkyPilot starts one slice; use --where tpu or gke for"
+                " several"
+            )
 
 
 def task(job: Job, options: argparse.Namespace) -> dict[str, Any]:
@@ -49,7 +59,9 @@ def task(job: Job, options: argparse.Namespace) -> dict[str, Any]:
     if options.infra:
         resources["infra"] = options.infra
     if tpu:
-        resources["accelerator_args"] = {"runtime_version": machines.NAMES[job.topology.chip.name].runtime}
+        resources["accelerator_args"] = {
+            "runtime_version": machines.NAMES[job.topology.chip.name].runtime
+        }
     place = "" if tpu else NODES.format(port=COORDINATOR_PORT)
     made: dict[str, Any] = {
         "name": job.name,
@@ -57,14 +69,20 @@ def task(job: Job, options: argparse.Namespace) -> dict[str, Any]:
         "workdir": ".",
         "resources": resources,
         "setup": f"set -e\n{job.install}",
-        "run": f'{place}export PATH="$HOME/{ENVIRONMENT}/bin:$PATH"\nexec {shlex.join(job.command("python"))}\n',
+        "run": (
+            f'{place}export PATH="$HOME/{ENVIRONMENT}/bin:$PATH"\nexec'
+            f" {shlex.join(job.command('python'))}\n"
+        ),
     }
     if job.environment:
         made["envs"] = dict(job.environment)
     if job.secrets:
         made["secrets"] = dict.fromkeys(job.secrets)
     if job.buckets:
-        made["file_mounts"] = {f"{MOUNT}/{bucket}": {"source": f"{BUCKET}{bucket}", "mode": "MOUNT"} for bucket in job.buckets}
+        made["file_mounts"] = {
+            f"{MOUNT}/{bucket}": {"source": f"{BUCKET}{bucket}", "mode": "MOUNT"}
+            for bucket in job.buckets
+        }
     return made
 
 
@@ -73,19 +91,39 @@ def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
 
 
 def find(job: Job, options: argparse.Namespace) -> str:
-    """The managed job's state: running, or waiting, which recovering is too; "" if none of that name is in progress."""
+    """The managed job's state: running, or waiting, which recovering is too; "" if none of that
+    name is in progress.
+    """
     done = ask(("sky", "jobs", "queue", "--skip-finished", "--all", "--output=json"), TOOL)
     refuse(done, "sky jobs queue")
-    states = [found["status"] for found in json.loads(done.stdout[done.stdout.find("[") :] or "[]") if found["job_name"] == job.name]
-    return "" if not states else "running" if any("RUNNING" in state for state in states) else "waiting"
+    states = [
+        found["status"]
+        for found in json.loads(done.stdout[done.stdout.find("[") :] or "[]")
+        if found["job_name"] == job.name
+    ]
+    return (
+        ""
+        if not states
+        else "running"
+        if any("RUNNING" in state for state in states)
+        else "waiting"
+    )
 
 
 def submit(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     for job in jobs:
         path = job.record / TASK
         path.write_text(render([job], options))
-        secrets = [part for name in job.secrets for part in ("--secret", name)]  # by name: sky takes the value from the environment
-        refuse(ask(("sky", "jobs", "launch", "--yes", "--detach-run", *secrets, str(path)), TOOL), "sky jobs launch")
+        secrets = [
+            part for name in job.secrets for part in ("--secret", name)
+        ]  # by name: sky takes the value from the environment
+        refuse(
+            ask(("sky", "jobs", "launch", "--yes", "--detach-run", *secrets, str(path)), TOOL),
+            "sky jobs launch",
+        )
         status.record(job, "sky", "submitted", f"managed job {job.name}")
-        print(f"{job.title}: managed job {job.name} submitted; sky jobs cancel --name {job.name} ends it")
+        print(
+            f"{job.title}: managed job {job.name} submitted; sky jobs cancel --name {job.name}"
+            " ends it"
+        )
     return 0

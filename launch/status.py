@@ -2,7 +2,8 @@
 
     python -m launch.status WORKDIR [WORKDIR ...]
 
-A workdir may be in a bucket (gs://...) if gcloud is on PATH. Whether a training in a bucket runs is told by how old its newest row is.
+A workdir may be in a bucket (gs://...) if gcloud is on PATH. Whether a training in a bucket runs is
+told by how old its newest row is.
 """
 
 import calendar
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from imagen_jax import cli
-from imagen_jax.storage import CHECKSUMS, is_kept, write_json
 from imagen_jax.run_log import METRICS, parse_row
+from imagen_jax.storage import CHECKSUMS, is_kept, write_json
 from launch.job import Job, ask, check_path, in_bucket, name_of, said
 
-RECORD = "launch.json"  # what a launcher last did: {"where", "name", "state", "detail", "attempt", "steps", "time"}
+# what a launcher last did: {"where", "name", "state", "detail", "attempt", "steps", "time"}
+RECORD = "launch.json"
 TAIL_BYTES = 65_536  # of metrics.jsonl: enough rows for the rate
 RATE_ROWS = 10
 LARGEST = 2**63  # no number of steps or images reaches it
@@ -33,10 +35,13 @@ COLUMNS = ("stage", "state", "step", "loss", "images/s", "left", "checkpoint", "
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One training. `left`: seconds to its end at the present rate. `checkpoint`: step of the newest; -1: none. Numbers not known are nan."""
+    """One training. `left`: seconds to its end at the present rate. `checkpoint`: step of the
+    newest; -1: none. Numbers not known are nan.
+    """
 
     name: str
-    state: str = "not started"  # or running, finished, failed, preempted, waiting, submitted, stopped, unreadable
+    # or running, finished, failed, preempted, waiting, submitted, stopped, unreadable
+    state: str = "not started"
     step: int = 0
     steps: int = 0
     loss: float = math.nan
@@ -47,7 +52,9 @@ class Row:
 
     @property
     def ended(self) -> bool:
-        """Whether the last step is saved. A checkpoint alone says it: the trainer has nothing to do then, and makes no lost rows of metrics again."""
+        """Whether the last step is saved. A checkpoint alone says it: the trainer has nothing to do
+        then, and makes no lost rows of metrics again.
+        """
         return bool(self.steps) and self.checkpoint >= self.steps
 
 
@@ -64,11 +71,17 @@ class Place:
         return self._gcloud("cat", f"--range=-{TAIL_BYTES}", f"{self._workdir}/{name}").encode()
 
     def checkpoints(self) -> list[int]:
-        """Steps of the checkpoints that are sealed, which is done when all else of them is written; their bytes are the trainer's to check."""
+        """Steps of the checkpoints that are sealed, which is done when all else of them is written;
+        their bytes are the trainer's to check.
+        """
         if in_bucket(self._workdir):
             sealed = self._gcloud("ls", f"{self._workdir}/checkpoints/*/{CHECKSUMS}").splitlines()
         else:
-            sealed = [str(path) for path in Path(self._workdir).glob(f"checkpoints/*/{CHECKSUMS}") if path.is_file()]
+            sealed = [
+                str(path)
+                for path in Path(self._workdir).glob(f"checkpoints/*/{CHECKSUMS}")
+                if path.is_file()
+            ]
         names = (path.split("/")[-2] for path in sealed if "/" in path)
         return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
@@ -78,7 +91,11 @@ class Place:
             text = self._gcloud("ls", "--json", f"{self._workdir}/{METRICS}")
             with _reading("what gcloud says of " + METRICS):
                 found = json.loads(text)[0]["metadata"]["updated"] if text.strip() else ""
-                return time.time() - calendar.timegm(time.strptime(found[:19], "%Y-%m-%dT%H:%M:%S")) if found else math.inf
+                return (
+                    time.time() - calendar.timegm(time.strptime(found[:19], "%Y-%m-%dT%H:%M:%S"))
+                    if found
+                    else math.inf
+                )
         path = Path(self._workdir) / METRICS
         return time.time() - path.stat().st_mtime if path.exists() else math.inf
 
@@ -91,7 +108,9 @@ class Place:
 
 
 def read(job: Job) -> Row:
-    """What a job's files tell. A lock that is held says running; the launcher's record says why a training that does not run does not."""
+    """What a job's files tell. A lock that is held says running; the launcher's record says why a
+    training that does not run does not.
+    """
     try:
         place = Place(job.workdir)
         last, loss, rate = _metrics(place)
@@ -101,23 +120,55 @@ def read(job: Job) -> Row:
         launching = is_kept(job.record) and recorded in ("running", "preempted", "waiting")
         # Another machine's lock may not be seen here; then a row that was written just now tells.
         elsewhere = in_bucket(job.workdir) or recorded == "submitted"
-        held = launching or (not in_bucket(job.workdir) and is_kept(Path(job.workdir))) or (elsewhere and place.age() < SILENT_S)
+        held = (
+            launching
+            or (not in_bucket(job.workdir) and is_kept(Path(job.workdir)))
+            or (elsewhere and place.age() < SILENT_S)
+        )
     except (ValueError, OSError) as error:
         return Row(job.title, "unreadable", detail=str(error))
     steps, step = job.steps or asked or total, max(last, checkpoint)  # rows may have been lost
     left = max(0, steps - step) * batch / rate if batch and rate > 0 else math.nan
-    found = Row(job.title, step=step, steps=steps, loss=loss, images_per_s=rate, left=left, checkpoint=checkpoint)
+    found = Row(
+        job.title,
+        step=step,
+        steps=steps,
+        loss=loss,
+        images_per_s=rate,
+        left=left,
+        checkpoint=checkpoint,
+    )
     if found.ended:
-        return dataclasses.replace(found, state="finished", detail=f"{METRICS} ends at step {last:,}" if last < steps else "")
+        return dataclasses.replace(
+            found,
+            state="finished",
+            detail=f"{METRICS} ends at step {last:,}" if last < steps else "",
+        )
     if held:
-        return dataclasses.replace(found, state=recorded if launching else "running", detail=detail if launching else "")
-    state = {"running": "stopped", "finished": "stopped" if steps else "finished"}.get(recorded, recorded)
-    return dataclasses.replace(found, state=state or ("stopped" if step or checkpoint >= 0 else "not started"), detail=detail)
+        return dataclasses.replace(
+            found, state=recorded if launching else "running", detail=detail if launching else ""
+        )
+    state = {"running": "stopped", "finished": "stopped" if steps else "finished"}.get(
+        recorded, recorded
+    )
+    return dataclasses.replace(
+        found,
+        state=state or ("stopped" if step or checkpoint >= 0 else "not started"),
+        detail=detail,
+    )
 
 
 def record(job: Job, where: str, state: str, detail: str = "", attempt: int = 0) -> None:
     """Writes down what a launcher does, for `read`."""
-    content = {"where": where, "name": job.name, "state": state, "detail": detail, "attempt": attempt, "steps": job.steps, "time": time.time()}
+    content = {
+        "where": where,
+        "name": job.name,
+        "state": state,
+        "detail": detail,
+        "attempt": attempt,
+        "steps": job.steps,
+        "time": time.time(),
+    }
     write_json(job.record / RECORD, content)
 
 
@@ -127,8 +178,16 @@ def _metrics(place: Place) -> tuple[int, float, float]:
     with _reading(METRICS):
         rows = [row for row in map(parse_row, content.splitlines()) if row]
         last = rows[-1] if rows else {}
-        rates = [_field(row, "time/images_per_s", math.nan) for row in rows[-RATE_ROWS:] if "time/images_per_s" in row]
-        return _field(last, "step", 0), _field(last, "loss", math.nan), sum(rates) / len(rates) if rates else math.nan
+        rates = [
+            _field(row, "time/images_per_s", math.nan)
+            for row in rows[-RATE_ROWS:]
+            if "time/images_per_s" in row
+        ]
+        return (
+            _field(last, "step", 0),
+            _field(last, "loss", math.nan),
+            sum(rates) / len(rates) if rates else math.nan,
+        )
 
 
 def _config(place: Place) -> tuple[int, int]:
@@ -136,7 +195,9 @@ def _config(place: Place) -> tuple[int, int]:
     content = place.tail("config.json")
     with _reading("config.json"):
         found = _object(content)
-        return _field(_field(found, "train", {}), "steps", 0), _field(_field(found, "data", {}), "batch_size", 0)
+        return _field(_field(found, "train", {}), "steps", 0), _field(
+            _field(found, "data", {}), "batch_size", 0
+        )
 
 
 def _record(job: Job) -> tuple[str, str, int]:
@@ -167,7 +228,9 @@ def _object(content: bytes) -> dict[str, Any]:
 
 
 def _field(found: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    """A field of the type of `otherwise`, which it is if it is not there. Raises ValueError for another type, and for a count that is none."""
+    """A field of the type of `otherwise`, which it is if it is not there. Raises ValueError for
+    another type, and for a count that is none.
+    """
     value = found.get(name, otherwise)
     fits = isinstance(value, (int, float) if isinstance(otherwise, float) else type(otherwise))
     if not fits or (isinstance(otherwise, int) and not 0 <= value < LARGEST):
@@ -188,7 +251,9 @@ def table(rows: Iterable[Row]) -> str:
     """The rows under their headings."""
     cells = [COLUMNS, *(_cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells
+    )
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -196,7 +261,16 @@ def _cells(row: Row) -> tuple[str, ...]:
     steps = f"{row.step:,}/{row.steps:,}" if row.steps else f"{row.step:,}"
     left = span(row.left) if math.isfinite(row.left) and not row.ended else "-"
     checkpoint = f"{row.checkpoint:,}" if row.checkpoint >= 0 else "-"
-    return (row.name, row.state, steps, number(row.loss, "{:.4f}"), number(row.images_per_s, "{:.4g}"), left, checkpoint, " ".join(row.detail.split()))
+    return (
+        row.name,
+        row.state,
+        steps,
+        number(row.loss, "{:.4f}"),
+        number(row.images_per_s, "{:.4g}"),
+        left,
+        checkpoint,
+        " ".join(row.detail.split()),
+    )
 
 
 def span(seconds: float) -> str:
@@ -219,19 +293,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def jobs(argv: Sequence[str] | None) -> list[Job]:
     """The trainings in the workdirs of a command line. Raises ValueError for a mistake in it."""
-    parser = cli.Parser(prog="python -m launch.status", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a training, or the directory of several (a cascade's, a sweep's)")
+    parser = cli.Parser(
+        prog="python -m launch.status", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument(
+        "workdirs",
+        nargs="+",
+        metavar="WORKDIR",
+        help="of a training, or the directory of several (a cascade's, a sweep's)",
+    )
     args = parser.parse_args(argv)
     for workdir in args.workdirs:
         check_path(workdir, "WORKDIR")
         if not in_bucket(workdir) and not Path(workdir).is_dir():
             raise ValueError(f"{workdir} is no directory")
-    return [Job(name_of(path), (), path, stage=title) for workdir in args.workdirs for title, path in inside(workdir)]
+    return [
+        Job(name_of(path), (), path, stage=title)
+        for workdir in args.workdirs
+        for title, path in inside(workdir)
+    ]
 
 
 def inside(workdir: str) -> list[tuple[str, str]]:
     """[(title, workdir)] of the trainings in a directory: itself, or those below it."""
-    found = [] if in_bucket(workdir) else sorted({path.parent for name in (METRICS, f"launch/{RECORD}") for path in Path(workdir).rglob(name)})
+    found = (
+        []
+        if in_bucket(workdir)
+        else sorted(
+            {
+                path.parent
+                for name in (METRICS, f"launch/{RECORD}")
+                for path in Path(workdir).rglob(name)
+            }
+        )
+    )
     trainings = sorted({path.parent if path.name == "launch" else path for path in found})
     if not trainings or Path(workdir) in trainings:
         return [(workdir.rstrip("/").rpartition("/")[2], workdir)]

@@ -1,12 +1,16 @@
-"""Runs every arm of an ablation, on this machine one process at a time or as jobs of a cluster, and compares the arms pair by pair.
+r"""Runs every arm of an ablation, on this machine one process at a time or as jobs of a cluster,
+and compares the arms pair by pair.
 
-    python -m launch.sweep --config configs/ablations/text_conditioning.py:demo --config.data.path=PREPARED --seeds 0,1 --workdir DIR
+    python -m launch.sweep --config configs/ablations/text_conditioning.py:demo \
+        --config.data.path=PREPARED --seeds 0,1 --workdir DIR
     python -m launch.sweep ... --where slurm --topology h100:1x8
 
-The config file has get_config(arg), what the arms share, and sweep(arg), which yields {"name": ..., "config.optim.lr": ...} for each
-arm. All arms of a seed see the same batches with the same noise and are evaluated on the same rows with the same noise, so their
-differences are paired. Arms that differ in `config.sampling` only share one training. The same command again continues: with --where it
-starts the trainings that neither run nor are finished, and once all are finished it evaluates them here, which compares the arms.
+The config file has get_config(arg), what the arms share, and sweep(arg), which yields {"name": ...,
+"config.optim.lr": ...} for each arm. All arms of a seed see the same batches with the same noise
+and are evaluated on the same rows with the same noise, so their differences are paired. Arms that
+differ in `config.sampling` only share one training. The same command again continues: with --where
+it starts the trainings that neither run nor are finished, and once all are finished it evaluates
+them here, which compares the arms.
 """
 
 import argparse
@@ -41,7 +45,11 @@ class Arm:
     @property
     def training(self) -> dict[str, Any]:
         """The part that training depends on."""
-        return {field: value for field, value in self.overrides.items() if not field.startswith("sampling.")}
+        return {
+            field: value
+            for field, value in self.overrides.items()
+            if not field.startswith("sampling.")
+        }
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -60,7 +68,9 @@ def sampling_of(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One process: what it is called, its command, and the directory in which `finished.json` says that it is done."""
+    """One process: what it is called, its command, and the directory in which `finished.json` says
+    that it is done.
+    """
 
     label: str
     command: tuple[str, ...]
@@ -78,7 +88,10 @@ class Step:
             return False
         made, wanted = json.loads(marker.read_text()), list(self.command[1:])
         if made != wanted and not restates(made, wanted, self.directory / "evaluation.json"):
-            raise ValueError(f"{self.directory} was made by another command: give the one that began it, or another --workdir")
+            raise ValueError(
+                f"{self.directory} was made by another command: give the one that began it, or"
+                " another --workdir"
+            )
         return True
 
 
@@ -118,10 +131,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.where and not trained(args, [step for step in steps if step.trains]):
             return 0
         if args.dry_run and args.bucket:
-            print(f"# trainings are the jobs above; evaluations run on a machine where the buckets are mounted at {mounted('gs://')}")
+            print(
+                "# trainings are the jobs above; evaluations run on a machine where the buckets"
+                f" are mounted at {mounted('gs://')}"
+            )
         for i, step in enumerate(steps):
-            job = bool(args.where) and step.trains  # of which a call that goes on from here has none to run
-            state = "finished" if step.finished else "a job" if job else "to run" if args.dry_run else "running"
+            job = (
+                bool(args.where) and step.trains
+            )  # of which a call that goes on from here has none to run
+            state = (
+                "finished"
+                if step.finished
+                else "a job"
+                if job
+                else "to run"
+                if args.dry_run
+                else "running"
+            )
             print(f"[{i + 1}/{len(steps)}] {step.label}: {state}", flush=True)
             if args.dry_run and not job:
                 print("  " + shlex.join(("python", *step.command[1:])))
@@ -141,19 +167,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
     """The options, and the config fields that all arms share as {"data.path": "..."}."""
-    parser = cli.Parser(prog="python -m launch.sweep", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--config", required=True, help="ablation file, FILE.py or FILE.py:ARG; fields for all arms as --config.train.steps=1000")
-    parser.add_argument("--workdir", required=True, help="directory for all runs and sweep.json; with --where tpu, gke or sky gs://BUCKET/PATH")
-    parser.add_argument("--seeds", default="0", help="comma-separated; every arm runs once for each")
+    parser = cli.Parser(
+        prog="python -m launch.sweep", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        help=(
+            "ablation file, FILE.py or FILE.py:ARG; fields for all arms as"
+            " --config.train.steps=1000"
+        ),
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        help="directory for all runs and sweep.json; with --where tpu, gke or sky gs://BUCKET/PATH",
+    )
+    parser.add_argument(
+        "--seeds", default="0", help="comma-separated; every arm runs once for each"
+    )
     parser.add_argument(
         "--checkpoint",
         default="",
-        help="for ablations of sampling: a trained model that all arms evaluate, with the sampling "
-        "settings of --config",
+        help=(
+            "for ablations of sampling: a trained model that all arms evaluate, with the sampling "
+            "settings of --config"
+        ),
     )
-    parser.add_argument("--measures", default="", help="of imagen_jax.evaluate, comma-separated; default: all that apply")
+    parser.add_argument(
+        "--measures",
+        default="",
+        help="of imagen_jax.evaluate, comma-separated; default: all that apply",
+    )
     parser.add_argument("--rows", type=int, default=256, help="images a split to measure on")
-    parser.add_argument("--samples", type=int, default=0, help="images a split that samples are drawn for; 0: as many as --rows")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        help="images a split that samples are drawn for; 0: as many as --rows",
+    )
     places.define_options(parser, required=False)
     args, rest = parser.parse_known_args(argv)
     check_path(args.workdir)
@@ -163,19 +215,27 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str
     for option in rest:
         field, equals, value = option.removeprefix("--config.").partition("=")
         if not option.startswith("--config.") or not equals:
-            parser.error(f"{option!r} is no option of sweep, and fields of all arms are written --config.optim.lr=3e-4")
+            parser.error(
+                f"{option!r} is no option of sweep, and fields of all arms are written"
+                " --config.optim.lr=3e-4"
+            )
         shared[field] = value
     try:
         args.seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         parser.error(f"--seeds {args.seeds} is not a list of whole numbers such as 0,1,2")
     if len(set(args.seeds)) < len(args.seeds):
-        parser.error("--seeds: the same seed twice would be the same training twice, with a difference of nothing between them")
+        parser.error(
+            "--seeds: the same seed twice would be the same training twice, with a difference of"
+            " nothing between them"
+        )
     return args, shared
 
 
 def load(config: str) -> tuple[Mapping[str, Any], list[Arm]]:
-    """(flat config, arms) of an ablation file. Raises ValueError if there is no sweep, or an arm sets a field that does not exist."""
+    """(flat config, arms) of an ablation file. Raises ValueError if there is no sweep, or an arm
+    sets a field that does not exist.
+    """
     path, _, arg = config.partition(":")
     if not Path(path).is_file():
         raise ValueError(f"--config {path} does not exist")
@@ -183,10 +243,20 @@ def load(config: str) -> tuple[Mapping[str, Any], list[Arm]]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "sweep"):
-        raise ValueError(f"{path} has no sweep(arg): it is a config of one run, for imagen_jax.train")
+        raise ValueError(
+            f"{path} has no sweep(arg): it is a config of one run, for imagen_jax.train"
+        )
     fields = schema.flat(module.get_config(arg).to_dict())
-    arms = [Arm(arm["name"], {key.removeprefix("config."): value for key, value in arm.items() if key != "name"}) for arm in module.sweep(arg)]
-    repeated = [name for name, n in zip(*np.unique([arm.name for arm in arms], return_counts=True)) if n > 1]
+    arms = [
+        Arm(
+            arm["name"],
+            {key.removeprefix("config."): value for key, value in arm.items() if key != "name"},
+        )
+        for arm in module.sweep(arg)
+    ]
+    repeated = [
+        name for name, n in zip(*np.unique([arm.name for arm in arms], return_counts=True)) if n > 1
+    ]
     if repeated:
         raise ValueError(f"{path}: several arms are called {', '.join(repeated)}")
     for arm in arms:
@@ -201,20 +271,29 @@ def check_fields(overrides: Mapping[str, Any], fields: Mapping[str, Any], who: s
 
 
 def plan(args: argparse.Namespace, shared: Mapping[str, str]) -> tuple[list[Arm], list[Step]]:
-    """The arms and all processes in order: seed by seed, each training before the evaluations that need it."""
+    """The arms and all processes in order: seed by seed, each training before the evaluations that
+    need it.
+    """
     fields, arms = load(args.config)
     check_fields(shared, fields, "the command line")
     for arm in arms:
         both = sorted(arm.overrides.keys() & shared.keys() | arm.overrides.keys() & {"seed"})
         if both:
-            raise ValueError(f"{', '.join(both)}: set by arm {arm.name}, so it cannot be shared by all arms")
+            raise ValueError(
+                f"{', '.join(both)}: set by arm {arm.name}, so it cannot be shared by all arms"
+            )
     if "seed" in shared:
         raise ValueError("give seeds as --seeds 0,1, not as --config.seed")
     data = shared.get("data.path") or fields["data.path"]
     if not data:
-        raise ValueError("--config.data.path is needed: a directory made by imagen_jax.prepare_data")
+        raise ValueError(
+            "--config.data.path is needed: a directory made by imagen_jax.prepare_data"
+        )
     if args.checkpoint and any(arm.training for arm in arms):
-        raise ValueError("--checkpoint is for ablations of sampling; the arms of this one are trained differently")
+        raise ValueError(
+            "--checkpoint is for ablations of sampling; the arms of this one are trained"
+            " differently"
+        )
     sampling = sampling_of(shared)
     if args.checkpoint:  # a model that is trained here has the config's settings already
         sampling = schema.complete_sampling(sampling_of(fields), args.config) | sampling
@@ -222,19 +301,28 @@ def plan(args: argparse.Namespace, shared: Mapping[str, str]) -> tuple[list[Arm]
     for seed in args.seeds:
         trained: dict[str, Path] = {}
         for arm in arms:
-            key, place = json.dumps(arm.training, sort_keys=True), args.workdir / arm.name / f"seed_{seed}"
+            key, place = (
+                json.dumps(arm.training, sort_keys=True),
+                args.workdir / arm.name / f"seed_{seed}",
+            )
             if args.checkpoint:
                 trained[key] = Path(args.checkpoint)
             elif key not in trained:
                 trained[key] = place / "train"
-                steps.append(train_step(args.config, seed, {**shared, **arm.training}, trained[key], arm.name))
+                steps.append(
+                    train_step(
+                        args.config, seed, {**shared, **arm.training}, trained[key], arm.name
+                    )
+                )
             output = place / "evaluation"
             steps.append(evaluate_step(args, seed, arm, sampling, trained[key], data, output))
     return arms, steps
 
 
 def check(args: argparse.Namespace, shared: Mapping[str, str], arms: Sequence[Arm]) -> None:
-    """Raises ValueError for what would be found after the first training: an arm's config, a measure or setting that evaluate refuses, no place to write."""
+    """Raises ValueError for what would be found after the first training: an arm's config, a
+    measure or setting that evaluate refuses, no place to write.
+    """
     from imagen_jax.evals.measures import measure
     from imagen_jax.evals.rows import Settings
     from imagen_jax.stage import create_stage
@@ -260,16 +348,27 @@ def check(args: argparse.Namespace, shared: Mapping[str, str], arms: Sequence[Ar
 
 def check_here(path: str) -> None:
     if in_bucket(path):
-        raise ValueError(f"{path}: a bucket is no directory of this machine; mount it and give the directory")
+        raise ValueError(
+            f"{path}: a bucket is no directory of this machine; mount it and give the directory"
+        )
 
 
 def options_of(fields: Mapping[str, Any]) -> list[str]:
     return [f"--config.{field}={value}" for field, value in fields.items()]
 
 
-def train_step(config: str, seed: int, overrides: Mapping[str, Any], workdir: Path, name: str) -> Step:
+def train_step(
+    config: str, seed: int, overrides: Mapping[str, Any], workdir: Path, name: str
+) -> Step:
     options = options_of({**overrides, "seed": seed})
-    command = (sys.executable, "-m", "imagen_jax.train", f"--config={config}", f"--workdir={workdir}", *options)
+    command = (
+        sys.executable,
+        "-m",
+        "imagen_jax.train",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *options,
+    )
     return Step(f"train {name}, seed {seed}", command, workdir)
 
 
@@ -290,17 +389,32 @@ def evaluate_step(
     options = [f"--{schema.EVALUATE_FLAGS[field]}={value}" for field, value in settings.items()]
     options += [f"--rows={args.rows}", f"--samples={args.samples}"]
     options += [f"--measures={args.measures}"] if args.measures else []
-    command = (sys.executable, "-m", "imagen_jax.evaluate", f"--checkpoint={checkpoint}", f"--data={mounted(data)}", f"--output={output}", *options)
+    command = (
+        sys.executable,
+        "-m",
+        "imagen_jax.evaluate",
+        f"--checkpoint={checkpoint}",
+        f"--data={mounted(data)}",
+        f"--output={output}",
+        *options,
+    )
     return Step(f"evaluate {arm.name}, seed {seed}", command, output)
 
 
 def trained(args: argparse.Namespace, steps: Sequence[Step]) -> bool:
-    """Starts the trainings that neither run nor are finished where --where says. Whether all are finished and their files are here."""
+    """Starts the trainings that neither run nor are finished where --where says. Whether all are
+    finished and their files are here.
+    """
     open_steps = [step for step in steps if not step.finished]
     jobs = places.completed([job_of(args, step) for step in open_steps], args)
-    for group in [jobs] * bool(jobs) if args.where == "tpu" else [[job] for job in jobs]:  # which is looked after to its end; of local jobs one at a time
+    for group in (
+        [jobs] * bool(jobs) if args.where == "tpu" else [[job] for job in jobs]
+    ):  # which is looked after to its end; of local jobs one at a time
         if code := places.start(group, args):
-            raise ValueError(f"{', '.join(job.title for job in group)}: ended with exit code {code}; the same command continues")
+            raise ValueError(
+                f"{', '.join(job.title for job in group)}: ended with exit code {code}; the same"
+                " command continues"
+            )
     rows = [status.read(job) for job in jobs]
     for step, row in zip(open_steps, rows):
         if row.state == "finished" and step.directory.exists() and not args.dry_run:
@@ -326,15 +440,26 @@ def execute(step: Step) -> None:
     """Runs a process to its end (see `cli.call`). Raises ValueError if it fails."""
     code = cli.call(step.command)
     if code:
-        raise ValueError(f"{step.label} ended with exit code {code}; its command: {shlex.join(step.command)}")
-    row = status.read(Job(step.label, (), str(step.directory)))  # a training exits in order also when it is asked to stop
+        raise ValueError(
+            f"{step.label} ended with exit code {code}; its command: {shlex.join(step.command)}"
+        )
+    row = status.read(
+        Job(step.label, (), str(step.directory))
+    )  # a training exits in order also when it is asked to stop
     if row.state == "unreadable" or (row.steps and not row.ended):
-        raise ValueError(f"{step.label} was stopped before its last step; the same command continues{f': {row.detail}' if row.detail else ''}")
+        raise ValueError(
+            f"{step.label} was stopped before its last step; the same command"
+            f" continues{f': {row.detail}' if row.detail else ''}"
+        )
     write_json(step.directory / FINISHED, step.command[1:])
 
 
-def read_evaluations(workdir: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-    """{arm: one evaluation a seed}: {"measures": evaluation.json, "rows": {place: value of each row} if evaluate wrote them}."""
+def read_evaluations(
+    workdir: Path, arms: Sequence[Arm], seeds: Sequence[int]
+) -> dict[str, list[dict[str, Any]]]:
+    """{arm: one evaluation a seed}: {"measures": evaluation.json, "rows": {place: value of each
+    row} if evaluate wrote them}.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for arm in arms:
         for seed in seeds:
@@ -342,18 +467,26 @@ def read_evaluations(workdir: Path, arms: Sequence[Arm], seeds: Sequence[int]) -
             rows = {}
             if (directory / "rows.npz").exists():
                 with np.load(directory / "rows.npz") as file:
-                    rows = {name: file[name].astype(float) for name in file.files}  # hits are booleans
-            found.setdefault(arm.name, []).append({"measures": json.loads((directory / "evaluation.json").read_text()), "rows": rows})
+                    rows = {
+                        name: file[name].astype(float) for name in file.files
+                    }  # hits are booleans
+            found.setdefault(arm.name, []).append(
+                {"measures": json.loads((directory / "evaluation.json").read_text()), "rows": rows}
+            )
     return found
 
 
-def compare(arms: Sequence[Arm], seeds: Sequence[int], found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """{"seeds", "reference", "columns": [{"name", "place", "less_is_better", "arms": {arm: ...}}]} with the first arm as reference.
+def compare(
+    arms: Sequence[Arm], seeds: Sequence[int], found: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """{"seeds", "reference", "columns": [{"name", "place", "less_is_better", "arms": {arm: ...}}]}
+    with the first arm as reference.
 
-    An arm has "values" (one a seed) and their "mean"; the others have "difference", the mean of value minus the reference's of the same
-    seed, with the standard error over seeds (None for one seed) and over rows (None where evaluate wrote no rows).
-    An arm without a column's number is left out of it; a column that the reference lacks is left
-    out. So is a column that needs a field to be the same, if an arm sets that field.
+    An arm has "values" (one a seed) and their "mean"; the others have "difference", the mean of
+    value minus the reference's of the same seed, with the standard error over seeds (None for one
+    seed) and over rows (None where evaluate wrote no rows). An arm without a column's number is
+    left out of it; a column that the reference lacks is left out. So is a column that needs a field
+    to be the same, if an arm sets that field.
     """
     from imagen_jax.evals.measures.measure import columns
 
@@ -389,18 +522,29 @@ def at(measures: Mapping[str, Any], place: str) -> Any:
     return measures
 
 
-def against(these: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], place: str) -> dict[str, Any]:
-    """Values of one arm and their paired differences to the reference, seed by seed and row by row."""
+def against(
+    these: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], place: str
+) -> dict[str, Any]:
+    """Values of one arm and their paired differences to the reference, seed by seed and
+    row by row.
+    """
     values = [at(one["measures"], place) for one in these]
     out = {"values": values, "mean": statistics.mean(values)}
     if these is reference:
         return out
     differences = [value - at(other["measures"], place) for value, other in zip(values, reference)]
-    pairs = [(one["rows"].get(place), other["rows"].get(place)) for one, other in zip(these, reference)]
+    pairs = [
+        (one["rows"].get(place), other["rows"].get(place)) for one, other in zip(these, reference)
+    ]
     complete = all(a is not None and b is not None and len(a) == len(b) for a, b in pairs)
-    # All seeds are measured on the same rows, so a row is one observation, however many seeds there are.
+    # All seeds are measured on the same rows, so a row is one observation, however many seeds there
+    # are.
     by_row = np.mean([a - b for a, b in pairs], axis=0).tolist() if complete else []
-    return out | {"difference": statistics.mean(differences), "se_seeds": standard_error(differences), "se_rows": standard_error(by_row)}
+    return out | {
+        "difference": statistics.mean(differences),
+        "se_seeds": standard_error(differences),
+        "se_rows": standard_error(by_row),
+    }
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -408,16 +552,33 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """One block a column: arm, mean over seeds, paired difference to the first arm, its standard errors."""
+    """One block a column: arm, mean over seeds, paired difference to the first arm, its standard
+    errors.
+    """
     text = lambda number, sign="": "-" if number is None else f"{number:{sign}.4f}"
     width = max(len("arm"), *(len(arm) for arm in result["overrides"]))
     lines = []
     for column in result["columns"]:
-        lines += ["", f"{column['name']} ({column['place']}; {'less' if column['less_is_better'] else 'more'} is better), seeds {result['seeds']}"]
+        lines += [
+            "",
+            (
+                f"{column['name']} ({column['place']};"
+                f" {'less' if column['less_is_better'] else 'more'} is better), seeds"
+                f" {result['seeds']}"
+            ),
+        ]
         lines += [f"{'arm':<{width}} {'mean':>9} {'difference':>11} {'se rows':>9} {'se seeds':>9}"]
         for arm, found in column["arms"].items():
-            difference = (text(found.get("difference"), "+"), text(found.get("se_rows")), text(found.get("se_seeds")))
-            lines.append("{:<{}} {:>9} {:>11} {:>9} {:>9}".format(arm, width, text(found["mean"]), *difference))
+            difference = (
+                text(found.get("difference"), "+"),
+                text(found.get("se_rows")),
+                text(found.get("se_seeds")),
+            )
+            lines.append(
+                "{:<{}} {:>9} {:>11} {:>9} {:>9}".format(
+                    arm, width, text(found["mean"]), *difference
+                )
+            )
     return "\n".join(lines)
 
 

@@ -1,4 +1,6 @@
-"""Stages chained: pictures that depend on their own seed and prompt only, sizes and encoders that must agree, weights that must fit."""
+"""Stages chained: pictures that depend on their own seed and prompt only, sizes and encoders that
+must agree, weights that must fit.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,8 @@ import numpy as np
 import pytest
 
 from imagen_jax import cascade
-from imagen_jax.weights import checkpoint, exports
 from imagen_jax.training import resume, state
+from imagen_jax.weights import checkpoint, exports
 from tests import tiny
 
 ENCODER = {"name": "fake", "weights_sha256": "w", "tokenizer_sha256": "t", "dim": tiny.DIM}
@@ -26,7 +28,15 @@ def config(tmp_path_factory):
         params = tiny.perturbed(jax.jit(stage.init)(jax.random.key(0)), 0.05)
         meta = {"config": stage_config, "encoder": ENCODER, "manifest_hash": "m", "step": 1}
         exports.export_params(jax.device_get(params), meta, root / f"{name}.safetensors")
-        sampling = dict(method="ancestral", steps=3, gamma=0.2, w=2.0, threshold="dynamic", percentile=99.5, aug_level=0.2)
+        sampling = dict(
+            method="ancestral",
+            steps=3,
+            gamma=0.2,
+            w=2.0,
+            threshold="dynamic",
+            percentile=99.5,
+            aug_level=0.2,
+        )
         made[name] = {"checkpoint": str(root / f"{name}.safetensors"), "sampling": sampling}
     return made
 
@@ -38,7 +48,10 @@ def stages(config):
 
 def features(*captions: int) -> list[np.ndarray]:
     """Unpadded features of made-up captions, each known by a number."""
-    return [np.random.default_rng(c).standard_normal((1 + c % 6, tiny.DIM)).astype(ml_dtypes.bfloat16) for c in captions]
+    return [
+        np.random.default_rng(c).standard_normal((1 + c % 6, tiny.DIM)).astype(ml_dtypes.bfloat16)
+        for c in captions
+    ]
 
 
 def pictures(stages, seeds, text, batch_size, **more) -> list[list[np.ndarray]]:
@@ -48,14 +61,18 @@ def pictures(stages, seeds, text, batch_size, **more) -> list[list[np.ndarray]]:
 
 
 def test_sizes_and_variety(stages):
-    """Catches stages in the wrong order, rows lost with the padding of the last batch, one seed for all."""
+    """Catches stages in the wrong order, rows lost with the padding of the last batch, one seed for
+    all.
+    """
     got = pictures(stages, [1, 2, 3], features(1, 2, 3), 2)
     assert [g.shape for g in got] == [(3, 8, 8, 3), (3, 16, 16, 3), (3, 32, 32, 3)]
     assert all(g.dtype == np.uint8 and g.std() > 5 and (g[0] != g[1]).any() for g in got)
 
 
 def test_other_prompts_change_nothing(stages):
-    """Silent bug 3 and its kin: catches anything shared in a batch, thresholds, noise or norms. Bit for bit."""
+    """Silent bug 3 and its kin: catches anything shared in a batch, thresholds, noise or norms. Bit
+    for bit.
+    """
     mine = pictures(stages, [7, 1, 2, 3], features(5, 1, 2, 3), 4)
     theirs = pictures(stages, [7, 4, 5, 6], features(5, 8, 9, 10), 4)
     for a, b in zip(mine, theirs):
@@ -65,33 +82,49 @@ def test_other_prompts_change_nothing(stages):
 
 def test_other_batch_size_moves_no_pixel_by_more_than_one(stages):
     """Catches keys that depend on the place in the batch."""
-    for a, b in zip(pictures(stages, [7, 8, 9], features(5, 6, 7), 4), pictures(stages, [7, 8, 9], features(5, 6, 7), 1)):
+    for a, b in zip(
+        pictures(stages, [7, 8, 9], features(5, 6, 7), 4),
+        pictures(stages, [7, 8, 9], features(5, 6, 7), 1),
+    ):
         assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
 def test_a_stage_alone_draws_what_it_draws_in_the_cascade(config, stages):
     """Catches noise keyed to the position in the list of stages that run, not to the stage."""
     whole = pictures(stages, [7, 8], features(5, 6), 2)
-    alone = pictures(cascade.load_cascade(config, ["sr_1", "sr_2"]), [7, 8], features(5, 6), 2, lowres=whole[0], first_stage=1)
+    alone = pictures(
+        cascade.load_cascade(config, ["sr_1", "sr_2"]),
+        [7, 8],
+        features(5, 6),
+        2,
+        lowres=whole[0],
+        first_stage=1,
+    )
     np.testing.assert_array_equal(alone[1], whole[2])
 
 
 def test_super_resolution_reads_the_image_before_it(stages):
     """Silent bug 1: catches a stage that never looks at its low-res input."""
     images = np.stack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)])
-    got = pictures(stages[1:2], [7, 7], features(5, 5), 2, lowres=images, first_stage=1)[0].astype(float)
+    got = pictures(stages[1:2], [7, 7], features(5, 5), 2, lowres=images, first_stage=1)[0].astype(
+        float
+    )
     assert np.abs(got[0] - got[1]).mean() > 1
 
 
 def test_what_does_not_chain_is_refused(config, tmp_path):
     """Catches a cascade of other sizes, of another text encoder, or of nothing."""
     with pytest.raises(ValueError, match="draws 8 pixels, .* takes 16"):
-        cascade.load_cascade(config | {"sr_1": config["sr_2"], "sr_2": config["sr_2"] | {"checkpoint": ""}})
+        cascade.load_cascade(
+            config | {"sr_1": config["sr_2"], "sr_2": config["sr_2"] | {"checkpoint": ""}}
+        )
     params, meta = checkpoint.load_params(config["sr_1"]["checkpoint"])
     meta["encoder"] = ENCODER | {"weights_sha256": "other"}
     exports.export_params(params, meta, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="text encoder"):
-        cascade.load_cascade(config | {"sr_1": config["sr_1"] | {"checkpoint": str(tmp_path / "other.safetensors")}})
+        cascade.load_cascade(
+            config | {"sr_1": config["sr_1"] | {"checkpoint": str(tmp_path / "other.safetensors")}}
+        )
     with pytest.raises(ValueError, match="stage base has no checkpoint"):
         cascade.load_cascade(SHARED | {name: config[name] | {"checkpoint": ""} for name in NAMES})
     with pytest.raises(ValueError, match="embeds no 'nothing'"):
@@ -105,7 +138,9 @@ def test_too_long_a_caption_is_refused(stages):
 
 
 def test_start_from_other_weights():
-    """Catches a warm start that changes only some of the EMAs, or takes weights of another model."""
+    """Catches a warm start that changes only some of the EMAs, or takes weights of
+    another model.
+    """
     stage, optimizer, _ = tiny.stage_and_step(tiny.config())
     fresh = jax.jit(lambda: state.initial_state(stage, optimizer, 0, 2))()
     device = jax.tree.map(lambda leaf: leaf.sharding, fresh)
@@ -119,7 +154,9 @@ def test_start_from_other_weights():
 
 
 def test_resume_check():
-    """Catches a changed experiment that goes on under the old name, and a harmless change that is refused."""
+    """Catches a changed experiment that goes on under the old name, and a harmless change that is
+    refused.
+    """
     saved = {"config": tiny.config(), "manifest_hash": "a", "encoder": ENCODER}
     same = {"config": tiny.config(), "manifest_hash": "a", "encoder": ENCODER}
     assert resume.check(saved, same) == []
@@ -128,10 +165,26 @@ def test_resume_check():
     assert resume.check(saved, same) == ["mesh.fsdp: 1 -> 4", "train.steps: 8 -> 99"]
     same["config"]["optim"]["accumulation"] = 2
     assert "optim.accumulation: 1 -> 2" in resume.check(saved, same)
-    older = {**saved, "config": {**saved["config"], "sampling": {k: v for k, v in saved["config"]["sampling"].items() if k != "grid"}}}
+    older = {
+        **saved,
+        "config": {
+            **saved["config"],
+            "sampling": {k: v for k, v in saved["config"]["sampling"].items() if k != "grid"},
+        },
+    }
     assert resume.check(older, saved) == []
-    for part, field, value in (("optim", "lr", 0.5), ("data", "batch_size", 16), ("model", "channels", 32), ("diffusion", "text_drop", 0.2), ("diffusion", "process", "flow")):
-        other = {"config": tiny.config(**{f"{part}__{field}": value}), "manifest_hash": "a", "encoder": ENCODER}
+    for part, field, value in (
+        ("optim", "lr", 0.5),
+        ("data", "batch_size", 16),
+        ("model", "channels", 32),
+        ("diffusion", "text_drop", 0.2),
+        ("diffusion", "process", "flow"),
+    ):
+        other = {
+            "config": tiny.config(**{f"{part}__{field}": value}),
+            "manifest_hash": "a",
+            "encoder": ENCODER,
+        }
         with pytest.raises(ValueError, match=f"{part}.{field}"):
             resume.check(saved, other)
     with pytest.raises(ValueError, match="manifest_hash"):

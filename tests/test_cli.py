@@ -11,54 +11,183 @@ import pytest
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-VERBS = ("imagen_jax.prepare_data", "imagen_jax.train", "imagen_jax.sample", "imagen_jax.evaluate", "imagen_jax.export", "imagen_jax.demo", "imagen_jax.plan", "launch.sweep")
+VERBS = (
+    "imagen_jax.prepare_data",
+    "imagen_jax.train",
+    "imagen_jax.sample",
+    "imagen_jax.evaluate",
+    "imagen_jax.export",
+    "imagen_jax.demo",
+    "imagen_jax.plan",
+    "launch.sweep",
+)
 TINY = "--config=configs/base_64.py:tiny"
 MISTAKES = {
     "no arguments": ("imagen_jax.train", [], "--config FILE and --workdir DIR"),
-    "no config file": ("imagen_jax.train", ["--config=configs/base_65.py", "--workdir=w"], "base_65.py"),
-    "unknown variant": ("imagen_jax.train", ["--config=configs/base_64.py:tinny", "--workdir=w"], "error: ValueError: base_64 has no variant 'tinny'; use"),
-    "unknown field": ("imagen_jax.train", [TINY, "--config.optim.lrr=1", "--workdir=w"], "no field 'lrr'; did you mean 'lr'?"),
-    "not a number": ("imagen_jax.train", [TINY, "--config.optim.lr=fast", "--workdir=w"], "could not convert string to float: 'fast'"),
+    "no config file": (
+        "imagen_jax.train",
+        ["--config=configs/base_65.py", "--workdir=w"],
+        "base_65.py",
+    ),
+    "unknown variant": (
+        "imagen_jax.train",
+        ["--config=configs/base_64.py:tinny", "--workdir=w"],
+        "error: ValueError: base_64 has no variant 'tinny'; use",
+    ),
+    "unknown field": (
+        "imagen_jax.train",
+        [TINY, "--config.optim.lrr=1", "--workdir=w"],
+        "no field 'lrr'; did you mean 'lr'?",
+    ),
+    "not a number": (
+        "imagen_jax.train",
+        [TINY, "--config.optim.lr=fast", "--workdir=w"],
+        "could not convert string to float: 'fast'",
+    ),
     "unknown option": ("imagen_jax.train", [TINY, "--wokdir=w"], "wokdir"),
-    "stray word": ("imagen_jax.train", [TINY, "--workdir=w", "resume"], "unexpected argument 'resume'"),
+    "stray word": (
+        "imagen_jax.train",
+        [TINY, "--workdir=w", "resume"],
+        "unexpected argument 'resume'",
+    ),
     "no data": ("imagen_jax.train", [TINY, "--workdir=w"], "--config.data.path is empty"),
-    "data not prepared": ("imagen_jax.train", [TINY, "--config.data.path=nowhere", "--workdir=w"], "nowhere is not prepared data"),
-    "mesh that does not fit": ("imagen_jax.train", [TINY, "--config.mesh.data=3", "--config.data.path=gone", "--workdir=w"], "does not fit"),
-    "no prompt": ("imagen_jax.sample", ["--config=configs/cascade.py:demo", "--output=o"], "--prompt"),
-    "empty prompt": ("imagen_jax.sample", ["--config=configs/cascade.py:demo", "--output=o", "--prompt= "], "prompt ' ' is empty"),
-    "no such stage": ("imagen_jax.sample", ["--config=configs/cascade.py:demo", "--output=o", "--prompt=a", "--stages=sr_3"], "--stages sr_3"),
-    "no such sampler": ("imagen_jax.sample", ["--config=configs/cascade.py:demo", "--config.base.sampling.method=heun", "--output=o", "--prompt=a"], "'heun'"),
-    "empty prompt of the demo": ("imagen_jax.demo", ["--output=o", "--prompt= "], "prompt ' ' is empty"),
+    "data not prepared": (
+        "imagen_jax.train",
+        [TINY, "--config.data.path=nowhere", "--workdir=w"],
+        "nowhere is not prepared data",
+    ),
+    "mesh that does not fit": (
+        "imagen_jax.train",
+        [TINY, "--config.mesh.data=3", "--config.data.path=gone", "--workdir=w"],
+        "does not fit",
+    ),
+    "no prompt": (
+        "imagen_jax.sample",
+        ["--config=configs/cascade.py:demo", "--output=o"],
+        "--prompt",
+    ),
+    "empty prompt": (
+        "imagen_jax.sample",
+        ["--config=configs/cascade.py:demo", "--output=o", "--prompt= "],
+        "prompt ' ' is empty",
+    ),
+    "no such stage": (
+        "imagen_jax.sample",
+        ["--config=configs/cascade.py:demo", "--output=o", "--prompt=a", "--stages=sr_3"],
+        "--stages sr_3",
+    ),
+    "no such sampler": (
+        "imagen_jax.sample",
+        [
+            "--config=configs/cascade.py:demo",
+            "--config.base.sampling.method=heun",
+            "--output=o",
+            "--prompt=a",
+        ],
+        "'heun'",
+    ),
+    "empty prompt of the demo": (
+        "imagen_jax.demo",
+        ["--output=o", "--prompt= "],
+        "prompt ' ' is empty",
+    ),
     "no time to train": ("imagen_jax.demo", ["--output=o", "--minutes=0"], "0.1"),
-    "profile of no steps": ("imagen_jax.train", [TINY, "--config.data.path=gone", "--workdir=w", "--profile=20"], "FIRST:COUNT"),
-    "config of a cascade": ("imagen_jax.train", ["--config=configs/cascade.py:demo", "--workdir=w"], "not the config of a stage"),
-    "config of a stage": ("imagen_jax.sample", [TINY, "--output=o", "--prompt=a"], "not the config of a cascade"),
-    "no picture's record": ("imagen_jax.sample", ["--output=o", "--reproduce=configs/base_64.py"], "configs/base_64.py is not a picture's JSON file"),
-    "directory that is a file": ("imagen_jax.sample", ["--config=configs/cascade.py:demo", "--output=configs/base_64.py", "--prompt=a"], "is a file; give a directory"),
-    "other ending": ("imagen_jax.export", ["--checkpoint=gone", "--output=base.bin"], "must end in .safetensors"),
-    "nothing to reproduce": ("imagen_jax.sample", ["--output=o", "--reproduce=gone.json"], "gone.json"),
-    "no checkpoint": ("imagen_jax.evaluate", ["--checkpoint=gone", "--data=gone", "--output=o"], "gone"),
-    "no source": ("imagen_jax.prepare_data", ["--source=folder:gone", "--output=o", "--encoder=t5_tiny"], "gone is not a directory"),
-    "no encoder": ("imagen_jax.prepare_data", ["--source=emoji", "--output=o", "--encoder=./gone"], "gone"),
+    "profile of no steps": (
+        "imagen_jax.train",
+        [TINY, "--config.data.path=gone", "--workdir=w", "--profile=20"],
+        "FIRST:COUNT",
+    ),
+    "config of a cascade": (
+        "imagen_jax.train",
+        ["--config=configs/cascade.py:demo", "--workdir=w"],
+        "not the config of a stage",
+    ),
+    "config of a stage": (
+        "imagen_jax.sample",
+        [TINY, "--output=o", "--prompt=a"],
+        "not the config of a cascade",
+    ),
+    "no picture's record": (
+        "imagen_jax.sample",
+        ["--output=o", "--reproduce=configs/base_64.py"],
+        "configs/base_64.py is not a picture's JSON file",
+    ),
+    "directory that is a file": (
+        "imagen_jax.sample",
+        ["--config=configs/cascade.py:demo", "--output=configs/base_64.py", "--prompt=a"],
+        "is a file; give a directory",
+    ),
+    "other ending": (
+        "imagen_jax.export",
+        ["--checkpoint=gone", "--output=base.bin"],
+        "must end in .safetensors",
+    ),
+    "nothing to reproduce": (
+        "imagen_jax.sample",
+        ["--output=o", "--reproduce=gone.json"],
+        "gone.json",
+    ),
+    "no checkpoint": (
+        "imagen_jax.evaluate",
+        ["--checkpoint=gone", "--data=gone", "--output=o"],
+        "gone",
+    ),
+    "no source": (
+        "imagen_jax.prepare_data",
+        ["--source=folder:gone", "--output=o", "--encoder=t5_tiny"],
+        "gone is not a directory",
+    ),
+    "no encoder": (
+        "imagen_jax.prepare_data",
+        ["--source=emoji", "--output=o", "--encoder=./gone"],
+        "gone",
+    ),
     "no topology": ("imagen_jax.plan", [TINY], "--topology NAME"),
-    "no such topology": ("imagen_jax.plan", [TINY, "--topology=v5e-17"], "17 chips of v5e are no slice"),
-    "nowhere to write": ("imagen_jax.plan", [TINY, "--topology=v5e-4", "--output=/proc/plan"], "--output /proc/plan cannot be written to"),
+    "no such topology": (
+        "imagen_jax.plan",
+        [TINY, "--topology=v5e-17"],
+        "17 chips of v5e are no slice",
+    ),
+    "nowhere to write": (
+        "imagen_jax.plan",
+        [TINY, "--topology=v5e-4", "--output=/proc/plan"],
+        "--output /proc/plan cannot be written to",
+    ),
     "no such chip": ("imagen_jax.plan", [TINY, "--topology=v9-8"], "known are v4, v5e"),
-    "argument forgotten": ("imagen_jax.prepare_data", ["--source=emoji", "--output=o"], "required: --encoder"),
-    "no ablation": ("launch.sweep", ["--config=configs/sr_256.py:tiny", "--workdir=w"], "has no sweep"),
-}  # fmt: skip
+    "argument forgotten": (
+        "imagen_jax.prepare_data",
+        ["--source=emoji", "--output=o"],
+        "required: --encoder",
+    ),
+    "no ablation": (
+        "launch.sweep",
+        ["--config=configs/sr_256.py:tiny", "--workdir=w"],
+        "has no sweep",
+    ),
+}
 
 
 def run(verb, *options, cwd):
-    """The finished process of a verb, run from a checkout as a user would, but with another working directory to write to."""
+    """The finished process of a verb, run from a checkout as a user would, but with another working
+    directory to write to.
+    """
     (cwd / "configs").symlink_to(ROOT / "configs")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", verb, *options], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", verb, *options],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_is_quick(verb, tmp_path):
-    """Wrong: jax, flax or transformers imported before the command line is read (3 s of processor time, whatever else the machine does)."""
+    """Wrong: jax, flax or transformers imported before the command line is read (3 s of processor
+    time, whatever else the machine does).
+    """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run(verb, "--help", cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -69,7 +198,9 @@ def test_help_is_quick(verb, tmp_path):
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_clear_line(mistake, tmp_path):
-    """Wrong: a traceback, an exit code of 0, a line that does not name what is wrong, or something written before the mistake was found."""
+    """Wrong: a traceback, an exit code of 0, a line that does not name what is wrong, or something
+    written before the mistake was found.
+    """
     verb, options, message = MISTAKES[mistake]
     done = run(verb, *options, cwd=tmp_path)
     assert done.returncode == 2
@@ -84,10 +215,21 @@ def test_traceback_on_request(tmp_path, monkeypatch):
     assert "Traceback" in run("imagen_jax.train", cwd=tmp_path).stderr
 
 
-@pytest.mark.parametrize("platforms, expected", [("cuda", "cuda,cpu"), ("tpu,cpu", "tpu,cpu"), ("", "")])
+@pytest.mark.parametrize(
+    "platforms, expected", [("cuda", "cuda,cpu"), ("tpu,cpu", "tpu,cpu"), ("", "")]
+)
 def test_the_cpu_stays_beside_the_accelerator(platforms, expected):
     """Catches JAX_PLATFORMS=cuda that leaves no CPU to count a step's FLOPs."""
-    code = "import jax; from absl import flags; from imagen_jax import cli; cli.define_compile_cache(); flags.FLAGS(['x']); "
+    code = (
+        "import jax; from absl import flags; from imagen_jax import cli;"
+        " cli.define_compile_cache(); flags.FLAGS(['x']); "
+    )
     code += "cli.set_up_jax(); print(jax.config.jax_platforms)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": platforms})
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": platforms},
+    )
     assert ran.stdout.strip() == expected, ran.stderr

@@ -1,4 +1,6 @@
-"""Every config file, in every variant: loads, is locked, describes a network that can be built; the paper's are what the paper prints."""
+"""Every config file, in every variant: loads, is locked, describes a network that can be built; the
+paper's are what the paper prints.
+"""
 
 import importlib
 import json
@@ -10,8 +12,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from imagen_jax import sharding
-from imagen_jax.training import optim, state, step
 from imagen_jax.stage import create_stage
+from imagen_jax.training import optim, state, step
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 SMALL = ("demo", "tiny")
@@ -60,7 +62,11 @@ def count(tree):
 
 def test_every_config_file_is_tested():
     """Wrong: a config file added without a line in this test."""
-    files = {".".join(path.relative_to(CONFIGS).with_suffix("").parts) for path in CONFIGS.rglob("*.py") if path.stem != "__init__"}
+    files = {
+        ".".join(path.relative_to(CONFIGS).with_suffix("").parts)
+        for path in CONFIGS.rglob("*.py")
+        if path.stem != "__init__"
+    }
     assert files - OTHERS == set(VARIANTS)
 
 
@@ -68,18 +74,28 @@ def test_every_config_file_is_tested():
 def test_config_is_locked(name, arg):
     """Wrong: a config returned unlocked, in which a mistyped field is silently a new one."""
     config = module(name).get_config(arg)
-    parts = [config] + [config[part] for part in ("text", "data", "model", "diffusion", "sampling", "optim", "mesh", "train")]
+    parts = [config] + [
+        config[part]
+        for part in ("text", "data", "model", "diffusion", "sampling", "optim", "mesh", "train")
+    ]
     for part in parts:
         with pytest.raises((AttributeError, KeyError), match="locked|does not exist"):
             part.batchsize = 1
 
 
 def test_config_of_an_earlier_run(tmp_path):
-    """Wrong: a saved config that is not the run's, that cannot be changed on the command line, or whose tuples have become lists."""
+    """Wrong: a saved config that is not the run's, that cannot be changed on the command line, or
+    whose tuples have become lists.
+    """
     config = module("sr_1024").get_config("tiny")
     (tmp_path / "config.json").write_text(json.dumps(resolved(config)))
     saved = module("saved").get_config(str(tmp_path / "config.json"))
-    assert saved == config and saved.is_locked and isinstance(saved.model.widths, tuple) and saved.mesh.rules == config.mesh.rules
+    assert (
+        saved == config
+        and saved.is_locked
+        and isinstance(saved.model.widths, tuple)
+        and saved.mesh.rules == config.mesh.rules
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -89,15 +105,21 @@ def test_unknown_variant_is_refused(name):
         module(name).get_config("demp")
 
 
-@pytest.mark.parametrize("name, arg", [(name, arg) for name, arg in ALL if arg in SMALL and name not in ABLATIONS])
+@pytest.mark.parametrize(
+    "name, arg", [(name, arg) for name, arg in ALL if arg in SMALL and name not in ABLATIONS]
+)
 def test_small_variant_builds(name, arg):
-    """Wrong: a demo or test size whose widths do not divide into groups or heads, or that is no longer small."""
+    """Wrong: a demo or test size whose widths do not divide into groups or heads, or that is no
+    longer small.
+    """
     assert count(parameters(module(name).get_config(arg))) < (16e6 if arg == "demo" else 3e5)
 
 
 @pytest.mark.parametrize("name, arg", COUNTS)
 def test_parameter_count_is_the_stated_one(name, arg):
-    """Wrong: an edit of a network or config that changes the paper's sizes unnoticed, or a docstring that states another."""
+    """Wrong: an edit of a network or config that changes the paper's sizes unnoticed, or a
+    docstring that states another.
+    """
     found = count(parameters(module(name).get_config(arg)))
     assert found == COUNTS[name, arg]
     if not arg:
@@ -108,15 +130,52 @@ def test_parameter_count_is_the_stated_one(name, arg):
 @pytest.mark.parametrize(
     "name, expected",
     {
-        "base_64": dict(optimizer="adafactor", schedule="cosine", image_size=64, lowres_size=0, crop_size=0, channels=512, multipliers=(1, 2, 3, 4), blocks=3),
-        "sr_256": dict(optimizer="adam", schedule="cosine", image_size=256, lowres_size=64, crop_size=0, widths=(128, 256, 512, 1024), blocks=(2, 4, 8, 8)),
-        "sr_1024": dict(optimizer="adam", schedule="linear", image_size=1024, lowres_size=256, crop_size=256, widths=(128, 256, 512, 1024), blocks=(2, 4, 8, 8)),
+        "base_64": dict(
+            optimizer="adafactor",
+            schedule="cosine",
+            image_size=64,
+            lowres_size=0,
+            crop_size=0,
+            channels=512,
+            multipliers=(1, 2, 3, 4),
+            blocks=3,
+        ),
+        "sr_256": dict(
+            optimizer="adam",
+            schedule="cosine",
+            image_size=256,
+            lowres_size=64,
+            crop_size=0,
+            widths=(128, 256, 512, 1024),
+            blocks=(2, 4, 8, 8),
+        ),
+        "sr_1024": dict(
+            optimizer="adam",
+            schedule="linear",
+            image_size=1024,
+            lowres_size=256,
+            crop_size=256,
+            widths=(128, 256, 512, 1024),
+            blocks=(2, 4, 8, 8),
+        ),
     }.items(),
 )
 def test_paper_hyperparameters(name, expected):
-    """Wrong: a setting of the demo that leaks into the paper's recipe (section 4.1, listings of Appendix F)."""
+    """Wrong: a setting of the demo that leaks into the paper's recipe (section 4.1, listings of
+    Appendix F).
+    """
     config = module(name).get_config()
-    common = dict(lr=1e-4, warmup=10_000, batch_size=2048, steps=2_500_000, text_drop=0.1, percentile=99.5, dim=4096, dropout=0.0, dtype="bfloat16")
+    common = dict(
+        lr=1e-4,
+        warmup=10_000,
+        batch_size=2048,
+        steps=2_500_000,
+        text_drop=0.1,
+        percentile=99.5,
+        dim=4096,
+        dropout=0.0,
+        dtype="bfloat16",
+    )
     fields = {}
     for part in ("text", "train", "data", "model", "diffusion", "optim"):
         fields |= dict(config[part])
@@ -126,7 +185,9 @@ def test_paper_hyperparameters(name, expected):
 
 @pytest.mark.parametrize("arg", ("", "demo"))
 def test_cascade_sets_what_its_stages_sample_with(arg):
-    """Wrong: a cascade that lacks a sampling field of its stages or has one of its own; an unlocked or mistyped cascade."""
+    """Wrong: a cascade that lacks a sampling field of its stages or has one of its own; an unlocked
+    or mistyped cascade.
+    """
     cascade = module("cascade").get_config(arg)
     for stage, name in {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}.items():
         assert cascade[stage].sampling.to_dict() == module(name).get_config(arg).sampling.to_dict()
@@ -139,20 +200,36 @@ def test_cascade_sets_what_its_stages_sample_with(arg):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["base_64", "sr_256", "sr_1024"])
 def test_full_size_step_traces_on_eight_devices(name):
-    """Wrong: a network, a rule or a step that works at test size only; state that is not split over `fsdp`; output placed elsewhere than input."""
+    """Wrong: a network, a rule or a step that works at test size only; state that is not split over
+    `fsdp`; output placed elsewhere than input.
+    """
     config = resolved(module(name).get_config())
     fsdp, total, seed = 4, config["train"]["steps"], config["seed"]
     mesh = sharding.make_mesh(config["mesh"] | {"fsdp": fsdp})
     stage = create_stage(config, mesh)
     optimizer = optim.make_optimizer(config["optim"], total)
     rules = [tuple(rule) for rule in config["mesh"]["rules"]]
-    abstract, shardings = state.abstract_state(stage, optimizer, mesh, rules, config["mesh"]["fsdp_min_elements"])
+    abstract, shardings = state.abstract_state(
+        stage, optimizer, mesh, rules, config["mesh"]["fsdp_min_elements"]
+    )
     rows = sharding.batch_sharding(mesh)
-    batch = {name: jax.ShapeDtypeStruct(*shape, sharding=rows) for name, shape in stage.batch_shapes(config["data"]["batch_size"]).items()}
-    train_step = step.make_step(stage, optimizer, optim.learning_rate(config["optim"], total), config["optim"], seed)
-    placed = dict(in_shardings=(shardings, rows), out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
-    new_state, metrics = jax.jit(train_step, donate_argnums=0, **placed).trace(abstract, batch).out_info
-    as_placed = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding.spec), tree)
+    batch = {
+        name: jax.ShapeDtypeStruct(*shape, sharding=rows)
+        for name, shape in stage.batch_shapes(config["data"]["batch_size"]).items()
+    }
+    train_step = step.make_step(
+        stage, optimizer, optim.learning_rate(config["optim"], total), config["optim"], seed
+    )
+    placed = dict(
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+    )
+    new_state, metrics = (
+        jax.jit(train_step, donate_argnums=0, **placed).trace(abstract, batch).out_info
+    )
+    as_placed = lambda tree: jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding.spec), tree
+    )
     assert as_placed(new_state) == as_placed(abstract)
     assert metrics["loss"].shape == ()
     table = {row["part"]: row for row in sharding.bytes_table(abstract, shardings)}
@@ -163,7 +240,9 @@ def test_full_size_step_traces_on_eight_devices(name):
 @pytest.mark.parametrize("name", ABLATIONS)
 @pytest.mark.parametrize("arg", ("", *SMALL))
 def test_ablation_changes_fields_that_exist(name, arg):
-    """Wrong: an arm that sets a field no network reads, repeats another arm, or only fits one variant."""
+    """Wrong: an arm that sets a field no network reads, repeats another arm, or only fits one
+    variant.
+    """
     arms = list(module(name).sweep(arg))
     assert len({arm["name"] for arm in arms}) == len(arms) >= 2
     configs = [apply_arm(name, arg, arm) for arm in arms]
@@ -171,12 +250,17 @@ def test_ablation_changes_fields_that_exist(name, arg):
     for config in configs:
         create_stage(resolved(config))  # refuses settings that nothing can be drawn with
     if arg == "tiny":
-        for network in {json.dumps({**resolved(config), "sampling": resolved(configs[0])["sampling"]}) for config in configs}:
+        for network in {
+            json.dumps({**resolved(config), "sampling": resolved(configs[0])["sampling"]})
+            for config in configs
+        }:
             jax.eval_shape(create_stage(json.loads(network)).init, jax.random.key(0))
 
 
 def apply_arm(name, arg, arm):
     """The config of one arm; setting a field of another type or one that is not there raises."""
     config = module(name).get_config(arg)
-    config.update_from_flattened_dict({key.removeprefix("config."): value for key, value in arm.items() if key != "name"})
+    config.update_from_flattened_dict(
+        {key.removeprefix("config."): value for key, value in arm.items() if key != "name"}
+    )
     return config

@@ -1,4 +1,6 @@
-"""The verb: one stage from an exported file to its report, the cascade's second stage on samples of the first, and the follower."""
+"""The verb: one stage from an exported file to its report, the cascade's second stage on samples of
+the first, and the follower.
+"""
 
 import json
 from pathlib import Path
@@ -9,36 +11,64 @@ import pytest
 from PIL import Image
 
 from imagen_jax import evaluate, storage
-from imagen_jax.weights import checkpoint, exports
 from imagen_jax.data import records
 from imagen_jax.data.transforms import shrink
 from imagen_jax.evals import superres
 from imagen_jax.stage import create_stage
+from imagen_jax.weights import checkpoint, exports
 from tests import tiny
 from tests.data import synthetic
 
 COUNTS = {"train": 10, "heldout": 6}
-NUMBERS = {"rows": 5, "samples": 3, "gallery": 16, "bins": 2, "batch_size": 8, "seed": 0, "lowres_from": ""}
-ENCODER = {"name": "fake", "weights_sha256": "ab", "tokenizer_sha256": "cd", "dim": synthetic.DIM, "max_length": synthetic.TEXT_LENGTH}
+NUMBERS = {
+    "rows": 5,
+    "samples": 3,
+    "gallery": 16,
+    "bins": 2,
+    "batch_size": 8,
+    "seed": 0,
+    "lowres_from": "",
+}
+ENCODER = {
+    "name": "fake",
+    "weights_sha256": "ab",
+    "tokenizer_sha256": "cd",
+    "dim": synthetic.DIM,
+    "max_length": synthetic.TEXT_LENGTH,
+}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A prepared directory of noise images of 32 pixels, each with a caption of its own."""
     root, rng, shards = tmp_path_factory.mktemp("prepared"), np.random.default_rng(0), {}
-    captions = [records.CaptionRow(f"caption {i}", synthetic.embedding(i, 2)) for i in range(sum(COUNTS.values()))]
+    captions = [
+        records.CaptionRow(f"caption {i}", synthetic.embedding(i, 2))
+        for i in range(sum(COUNTS.values()))
+    ]
     caption_ids = iter(range(len(captions)))
     for split, count in COUNTS.items():
         pixels = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
-        rows = [records.ImageRow(synthetic.encode(image), 32, 32, f"{split}-{i}", (next(caption_ids),)) for i, image in enumerate(pixels)]
+        rows = [
+            records.ImageRow(synthetic.encode(image), 32, 32, f"{split}-{i}", (next(caption_ids),))
+            for i, image in enumerate(pixels)
+        ]
         name = records.shard_name("images", split, 0, 1)
-        shards[name] = records.write_shard(root, name, [records.serialize_image(row) for row in rows])
+        shards[name] = records.write_shard(
+            root, name, [records.serialize_image(row) for row in rows]
+        )
     name = records.shard_name("captions", "train", 0, 1)
-    shards[name] = records.write_shard(root, name, [records.serialize_caption(row) for row in captions])
+    shards[name] = records.write_shard(
+        root, name, [records.serialize_caption(row) for row in captions]
+    )
     manifest = {
-        "format_version": records.FORMAT_VERSION, "encoder": ENCODER, "counts": {"images": COUNTS}, "shards": shards,
-        "embedding": {"length": {"max": 2}}, "image_sizes": {"min_side": 32},
-    }  # fmt: skip
+        "format_version": records.FORMAT_VERSION,
+        "encoder": ENCODER,
+        "counts": {"images": COUNTS},
+        "shards": shards,
+        "embedding": {"length": {"max": 2}},
+        "image_sizes": {"min_side": 32},
+    }
     manifest["hash"] = records.manifest_hash(manifest)
     storage.write_atomically(root / records.MANIFEST, json.dumps(manifest).encode())
     return root
@@ -60,53 +90,94 @@ def evaluator(data: Path, *names: str, sampling=None, **numbers) -> evaluate.Eva
 
 @pytest.fixture(scope="module")
 def base(data, tmp_path_factory):
-    """(result, output) of a base stage that draws 16 pixels, as the low-res images of the next have."""
+    """(result, output) of a base stage that draws 16 pixels, as the low-res images of the next
+    have.
+    """
     output = tmp_path_factory.mktemp("base")
-    config = tiny.config(data__image_size=16, model__multipliers=[1], model__attention=[True], model__text_attention=[True])
-    return evaluator(data, "loss", "retrieval", sampling={"steps": 2}).run(export(output / "base.safetensors", config), output), output
+    config = tiny.config(
+        data__image_size=16,
+        model__multipliers=[1],
+        model__attention=[True],
+        model__text_attention=[True],
+    )
+    return (
+        evaluator(data, "loss", "retrieval", sampling={"steps": 2}).run(
+            export(output / "base.safetensors", config), output
+        ),
+        output,
+    )
 
 
 def test_result_is_whole_and_reads_back(data, base):
-    """Catches a file that differs from what was measured, numbers JSON cannot hold, and provenance that would not give the numbers again."""
+    """Catches a file that differs from what was measured, numbers JSON cannot hold, and provenance
+    that would not give the numbers again.
+    """
     result, output = base
     assert json.loads((output / "evaluation.json").read_text()) == result
     assert result["step"] == 7 and result["provenance"]["data"] == {
         "manifest_hash": records.Prepared(data).hash, "trained_on": "other", "images": COUNTS
     }  # fmt: skip
-    assert result["provenance"]["sampling"]["steps"] == 2 and result["provenance"]["sampling"]["w"] == 5.0
-    assert result["provenance"]["checkpoint"]["sha256"] == records.sha256_file(output / "base.safetensors")
+    assert (
+        result["provenance"]["sampling"]["steps"] == 2
+        and result["provenance"]["sampling"]["w"] == 5.0
+    )
+    assert result["provenance"]["checkpoint"]["sha256"] == records.sha256_file(
+        output / "base.safetensors"
+    )
     for split in COUNTS:
-        assert result["loss"][split]["overall"]["n"] == 5 and len(result["loss"][split]["bins"]) == 2
+        assert (
+            result["loss"][split]["overall"]["n"] == 5 and len(result["loss"][split]["bins"]) == 2
+        )
         assert set(result["retrieval"][split]) == {"right", "shuffled", "null"}
-        assert result["retrieval"][split]["right"]["n"] == 3 and result["retrieval"][split]["right"]["gallery"] == 16
+        assert (
+            result["retrieval"][split]["right"]["n"] == 3
+            and result["retrieval"][split]["right"]["gallery"] == 16
+        )
         assert Image.open(output / f"samples_{split}.png").width > 6 * 96
     assert Image.open(output / "loss.png").size[0] > 100
 
 
 def test_a_cascade_is_measured_on_what_its_first_stage_drew(data, base, tmp_path):
-    """Catches --lowres_from read but not used, rows that differ between the stages, and crops where whole images are drawn."""
+    """Catches --lowres_from read but not used, rows that differ between the stages, and crops where
+    whole images are drawn.
+    """
     result, output = base
     found = tmp_path / "sr"
-    path = export(tmp_path / "sr.safetensors", tiny.config("sr_1024", model__widths=[16], model__blocks=[1], model__attention=["cross"]))
+    path = export(
+        tmp_path / "sr.safetensors",
+        tiny.config("sr_1024", model__widths=[16], model__blocks=[1], model__attention=["cross"]),
+    )
     drawn = {"lowres_from": str(output / "samples.npz")}
     names = ("sensitivity", "denoising", "consistency", "retrieval", "x_error")
     second = evaluator(data, *names, sampling={"steps": 1}, **drawn).run(path, found)
     samples, lowres = np.load(found / "samples.npz"), np.load(output / "samples.npz")
-    assert samples["heldout_right"].shape == (3, 32, 32, 3) and lowres["heldout_right"].shape == (3, 16, 16, 3)
+    assert samples["heldout_right"].shape == (3, 32, 32, 3) and lowres["heldout_right"].shape == (
+        3,
+        16,
+        16,
+        3,
+    )
     np.testing.assert_array_equal(samples["heldout_index"], lowres["heldout_index"])
     shrunk = np.stack([shrink(image, 16) for image in samples["heldout_right"]])
     assert second["consistency"]["samples"] == superres.consistency(shrunk, lowres["heldout_right"])
     assert set(second["sensitivity"]) == {"split", "text", "lowres_drawn", "lowres_clean"}
     assert second["denoising"]["drawn"]["gain"]["overall"]["n"] == 5
-    errors = np.load(found / "rows.npz")["x_error.heldout.overall.mean"]  # of crops, as the stage trains on
-    assert len(errors) == 5 and second["x_error"]["heldout"]["overall"]["mean"] == pytest.approx(errors.mean())
+    errors = np.load(found / "rows.npz")[
+        "x_error.heldout.overall.mean"
+    ]  # of crops, as the stage trains on
+    assert len(errors) == 5 and second["x_error"]["heldout"]["overall"]["mean"] == pytest.approx(
+        errors.mean()
+    )
     assert len(second["x_error"]["train"]["bins"]) == 14
     with pytest.raises(ValueError, match="compares with true low-res"):
         evaluator(data, "detail", **drawn).run(path, found)
     with pytest.raises(ValueError, match="does not hold samples drawn"):
         evaluator(data, "consistency", **(drawn | {"seed": 1})).run(path, found)
     origin = second["provenance"]["lowres_samples"]
-    assert origin["checkpoint_sha256"] == result["provenance"]["checkpoint"]["sha256"] and json.loads(origin["sampling"])["steps"] == 2
+    assert (
+        origin["checkpoint_sha256"] == result["provenance"]["checkpoint"]["sha256"]
+        and json.loads(origin["sampling"])["steps"] == 2
+    )
     (tmp_path / "broken.npz").write_bytes((output / "samples.npz").read_bytes()[:-100])
     with pytest.raises(ValueError, match="broken.npz is not a samples.npz"):
         evaluator(data, "consistency", lowres_from=str(tmp_path / "broken.npz")).run(path, found)
@@ -120,15 +191,24 @@ def test_a_record_is_continued_with_the_same_settings_only(data, base, tmp_path)
     line["provenance"]["checkpoint"]["which"] = "ema"  # as from a workdir's checkpoint
     evaluate.append(record, line)
     evaluator(data, sampling={"steps": 2}).check_continues(record)
-    for sampling, numbers, message in (({}, {}, "sampling: "), ({"steps": 2}, {"rows": 4}, "rows: 5, now 4")):
-        with pytest.raises(ValueError, match=f"made with other settings; give another --output: {message}"):
+    for sampling, numbers, message in (
+        ({}, {}, "sampling: "),
+        ({"steps": 2}, {"rows": 4}, "rows: 5, now 4"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"made with other settings; give another --output: {message}"
+        ):
             evaluator(data, sampling=sampling, **numbers).check_continues(record)
 
 
 def test_data_of_another_encoder_is_refused(data, tmp_path):
     """Catches features of the right width and the wrong meaning."""
-    path = export(tmp_path / "a.safetensors", tiny.config(), encoder=ENCODER | {"weights_sha256": "other"})
-    with pytest.raises(ValueError, match="do not share a text encoder .weights_sha256: ab and other"):
+    path = export(
+        tmp_path / "a.safetensors", tiny.config(), encoder=ENCODER | {"weights_sha256": "other"}
+    )
+    with pytest.raises(
+        ValueError, match="do not share a text encoder .weights_sha256: ab and other"
+    ):
         evaluator(data, "loss").run(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -158,7 +238,9 @@ def lines(output: Path) -> list[dict]:
 
 
 def test_follower_takes_each_checkpoint_once_and_ends_with_the_run(tmp_path):
-    """Catches only the newest being evaluated, a save under way taken for a checkpoint, and a follower that never ends."""
+    """Catches only the newest being evaluated, a save under way taken for a checkpoint, and a
+    follower that never ends.
+    """
     trainer = Trainer(tmp_path, 30)
     trainer.save(10)
     (trainer.checkpoints.directory / "15.writing").mkdir()
@@ -173,11 +255,16 @@ def test_follower_takes_each_checkpoint_once_and_ends_with_the_run(tmp_path):
 
 
 def test_damaged_and_deleted_checkpoints_are_passed_over(tmp_path, caplog):
-    """Catches numbers from damaged weights, a follower that a deletion kills, and one that asks for the same checkpoint for ever."""
+    """Catches numbers from damaged weights, a follower that a deletion kills, and one that asks for
+    the same checkpoint for ever.
+    """
     trainer = Trainer(tmp_path, 30)
     for step in (10, 20, 30):
         directory = trainer.save(step)
-    array = max((p for p in (directory.parent / "10" / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    array = max(
+        (p for p in (directory.parent / "10" / "state").rglob("*") if p.is_file()),
+        key=lambda p: p.stat().st_size,
+    )
     array.write_bytes(array.read_bytes()[:-1] + b"\x01")
 
     def run(directory, output):
@@ -191,13 +278,17 @@ def test_damaged_and_deleted_checkpoints_are_passed_over(tmp_path, caplog):
 
 
 def test_killed_follower_goes_on_where_it_was(tmp_path):
-    """Catches a repeated evaluation, and a line cut short by the kill that makes the record unreadable."""
+    """Catches a repeated evaluation, and a line cut short by the kill that makes the record
+    unreadable.
+    """
     trainer, output = Trainer(tmp_path, 20), tmp_path / "out"
     trainer.save(10), trainer.save(20)
     output.mkdir()
     (output / evaluate.RECORD).write_text('{"step": 10, "weight": 10.0}\n{"step": 20, "wei')
     asked = []
-    evaluate.follow(lambda d, o: asked.append(o.name) or weight(d, o), tmp_path, output, minutes=0, poll_s=0.0)
+    evaluate.follow(
+        lambda d, o: asked.append(o.name) or weight(d, o), tmp_path, output, minutes=0, poll_s=0.0
+    )
     assert asked == ["20"] and [line["step"] for line in lines(output)] == [10, 20]
 
 

@@ -1,4 +1,6 @@
-"""Runs of several processes over loopback with virtual CPU devices: stopped, killed, continued by another number."""
+"""Runs of several processes over loopback with virtual CPU devices: stopped, killed, continued by
+another number.
+"""
 
 import json
 import os
@@ -25,29 +27,71 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return synthetic.write_prepared(tmp_path_factory.mktemp("prepared") / "data", images=20, size=32)
+    return synthetic.write_prepared(
+        tmp_path_factory.mktemp("prepared") / "data", images=20, size=32
+    )
 
 
 class Team:
     """The processes of one run, started."""
 
-    def __init__(self, data: Path, workdir: Path, count: int, *more: str, programs: dict[int, str] | None = None, leave_out: tuple[int, ...] = (), devices: int = DEVICES):
-        """programs: Python that a process runs instead of `-m imagen_jax.train`. leave_out: processes that are not started. devices: of all together."""
+    def __init__(
+        self,
+        data: Path,
+        workdir: Path,
+        count: int,
+        *more: str,
+        programs: dict[int, str] | None = None,
+        leave_out: tuple[int, ...] = (),
+        devices: int = DEVICES,
+    ):
+        """programs: Python that a process runs instead of `-m imagen_jax.train`. leave_out:
+        processes that are not started. devices: of all together.
+        """
         self.logs = [workdir.with_suffix(f".{i}.log") for i in range(count)]
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         command = [
-            f"--config={tiny.ROOT}/configs/sr_1024.py:tiny", f"--workdir={workdir}", f"--config.data.path={data}", "--config.train.save_every=4",
-            f"--config.text.dim={synthetic.DIM}", "--config.mesh.data=2", f"--config.mesh.fsdp={devices // 2}", "--config.mesh.fsdp_min_elements=64",
-            f"--host_lost={LOST_S}", "--host_timeout=60", *tiny.ONE_LEVEL, *more,
-        ]  # fmt: skip
+            f"--config={tiny.ROOT}/configs/sr_1024.py:tiny",
+            f"--workdir={workdir}",
+            f"--config.data.path={data}",
+            "--config.train.save_every=4",
+            f"--config.text.dim={synthetic.DIM}",
+            "--config.mesh.data=2",
+            f"--config.mesh.fsdp={devices // 2}",
+            "--config.mesh.fsdp_min_elements=64",
+            f"--host_lost={LOST_S}",
+            "--host_timeout=60",
+            *tiny.ONE_LEVEL,
+            *more,
+        ]
         self.processes = {}
         for i in set(range(count)) - set(leave_out):
-            place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)} if count > 1 else {}
-            env = os.environ | {"XLA_FLAGS": xla.flags(devices=devices // count), "PYTHONPATH": str(tiny.ROOT)} | place
-            program = ["-c", programs[i]] if programs and i in programs else ["-m", "imagen_jax.train"]
+            place = (
+                {
+                    "JAX_COORDINATOR_ADDRESS": address,
+                    "JAX_NUM_PROCESSES": str(count),
+                    "JAX_PROCESS_ID": str(i),
+                }
+                if count > 1
+                else {}
+            )
+            env = (
+                os.environ
+                | {"XLA_FLAGS": xla.flags(devices=devices // count), "PYTHONPATH": str(tiny.ROOT)}
+                | place
+            )
+            program = (
+                ["-c", programs[i]] if programs and i in programs else ["-m", "imagen_jax.train"]
+            )
             with open(self.logs[i], "w") as log:
-                self.processes[i] = subprocess.Popen([sys.executable, *program, *command], env=env, stdout=log, stderr=log, start_new_session=True)
+                self.processes[i] = subprocess.Popen(
+                    [sys.executable, *program, *command],
+                    env=env,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
 
     def __enter__(self) -> "Team":
         return self
@@ -63,19 +107,26 @@ class Team:
     def wait(self, seconds: float = 600) -> dict[int, int]:
         """Exit codes by process, of all that are still there."""
         end = time.monotonic() + seconds
-        return {i: process.wait(timeout=max(0.1, end - time.monotonic())) for i, process in self.processes.items()}
+        return {
+            i: process.wait(timeout=max(0.1, end - time.monotonic()))
+            for i, process in self.processes.items()
+        }
 
     def until(self, condition, seconds: float = 600) -> None:
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end and all(p.poll() is None for p in self.processes.values()), "\n".join(self.log(i)[-3000:] for i in self.processes)
+            assert time.monotonic() < end and all(
+                p.poll() is None for p in self.processes.values()
+            ), "\n".join(self.log(i)[-3000:] for i in self.processes)
             time.sleep(0.01)
 
 
 def finish(data: Path, workdir: Path, count: int, *more: str, **others) -> Team:
     """A run that comes to its end, with exit code 0 in every process."""
     with Team(data, workdir, count, *more, **others) as team:
-        assert set(team.wait().values()) == {0}, "\n".join(team.log(i)[-3000:] for i in range(count))
+        assert set(team.wait().values()) == {0}, "\n".join(
+            team.log(i)[-3000:] for i in range(count)
+        )
     return team
 
 
@@ -87,7 +138,9 @@ def losses(workdir: Path) -> list[float]:
 
 
 def saved(workdir: Path) -> list[int]:
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    return sorted(
+        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
+    )
 
 
 def last_line(log: str) -> str:
@@ -97,8 +150,9 @@ def last_line(log: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim, next_count", [(1, 1), (0, 4)])
 def test_stopped_killed_and_continued_by_another_number(data, tmp_path, victim, next_count):
-    """Catches: a signal that each process answers after a step of its own; survivors that wait for ever, or do not say for whom; checkpoints,
-    data or noise that depend on the number of processes."""
+    """Catches: a signal that each process answers after a step of its own; survivors that wait for
+    ever, or do not say for whom; checkpoints, data or noise that depend on the number of processes.
+    """
     workdir = tmp_path / "run"
     with Team(data, workdir, 2, "--config.train.steps=100000", devices=8) as team:
         team.until(lambda: len(read_metrics(workdir)) >= 3)
@@ -123,22 +177,35 @@ def test_stopped_killed_and_continued_by_another_number(data, tmp_path, victim, 
 
 
 def test_missing_and_unlike_processes_are_named(data, tmp_path):
-    """Catches: a start that waits for ever, or ends without a name; and hosts with another config or version that train together all the same."""
+    """Catches: a start that waits for ever, or ends without a name; and hosts with another config
+    or version that train together all the same.
+    """
     with Team(data, tmp_path / "missing", 3, "--host_timeout=30", leave_out=(1,)) as team:
         assert team.wait() == {0: 2, 2: 2}
         for i in (0, 2):
-            assert "1 of 3 processes did not report within 30 s: process 1; there are 0 (" in last_line(team.log(i))
-    other = "import runpy, sys; sys.argv += ['--config.optim.lr=0.5']; runpy.run_module('imagen_jax.train', run_name='__main__')"
+            assert (
+                "1 of 3 processes did not report within 30 s: process 1; there are 0 ("
+                in last_line(team.log(i))
+            )
+    other = (
+        "import runpy, sys; sys.argv += ['--config.optim.lr=0.5'];"
+        " runpy.run_module('imagen_jax.train', run_name='__main__')"
+    )
     with Team(data, tmp_path / "unlike", 2, programs={1: other}) as team:
         assert team.wait() == {0: 2, 1: 2}
         for i in (0, 1):
-            assert f"process 1 ({socket.gethostname()}) has another config than process 0" in last_line(team.log(i))
+            assert (
+                f"process 1 ({socket.gethostname()}) has another config than process 0"
+                in last_line(team.log(i))
+            )
     assert not (tmp_path / "unlike").exists()
 
 
 @pytest.mark.slow
 def test_stalled_process_is_named_and_given_up(data, tmp_path):
-    """Catches: a stall that nobody explains, one that ends a run which could go on, and one that is waited for without end."""
+    """Catches: a stall that nobody explains, one that ends a run which could go on, and one that is
+    waited for without end.
+    """
     workdir, host = tmp_path / "run", socket.gethostname()
     with Team(data, workdir, 2, "--config.train.steps=100000", "--host_lost=20") as team:
         for time_ in (1, 2):
@@ -202,31 +269,49 @@ runpy.run_module("imagen_jax.train", run_name="__main__")
 
 @pytest.mark.slow
 def test_failure_of_one_ends_all_with_its_reason(data, tmp_path):
-    """Catches: processes that wait in a collective operation for one that has ended with an error, and logs that do not say which."""
+    """Catches: processes that wait in a collective operation for one that has ended with an error,
+    and logs that do not say which.
+    """
     with Team(data, tmp_path / "run", 2, programs={1: DAMAGED_DATA}) as team:
         assert team.wait() == {0: LOST, 1: 2}
         assert last_line(team.log(1)) == "error: shard 7 is damaged"
-        assert f"process 1 ({socket.gethostname()}) failed: shard 7 is damaged" in last_line(team.log(0))
+        assert f"process 1 ({socket.gethostname()}) failed: shard 7 is damaged" in last_line(
+            team.log(0)
+        )
 
 
 @pytest.mark.slow
 def test_copies_that_differ_stop_the_run_before_it_saves(data, tmp_path):
-    """Catches: a fault of one device that spoils a run in silence, and a check that names the wrong process, or nothing."""
+    """Catches: a fault of one device that spoils a run in silence, and a check that names the wrong
+    process, or nothing.
+    """
     workdir = tmp_path / "run"
     four_copies = ["--config.mesh.data=4", "--config.mesh.fsdp=1"]
     with Team(data, workdir, 2, *four_copies, programs={1: DRIFTING}) as team:
         assert team.wait() == {0: 2, 1: 2}
         for i in (0, 1):
             line = last_line(team.log(i))
-            assert line.startswith("error: after step 4 the copies of params/") and f"differ: on process 1 ({socket.gethostname()}), devices" in line
+            assert (
+                line.startswith("error: after step 4 the copies of params/")
+                and f"differ: on process 1 ({socket.gethostname()}), devices" in line
+            )
     assert not (workdir / "checkpoints").exists()
 
 
 @pytest.mark.slow
 def test_non_finite_loss_stops_all_alike(data, tmp_path):
-    """Catches: processes that go on while others stop, a report that several write, a save under way that is cut off."""
+    """Catches: processes that go on while others stop, a report that several write, a save under
+    way that is cut off.
+    """
     workdir = tmp_path / "run"
-    with Team(data, workdir, 2, "--config.optim.lr=1e38", "--config.optim.clip=1e38", "--config.train.save_every=1") as team:
+    with Team(
+        data,
+        workdir,
+        2,
+        "--config.optim.lr=1e38",
+        "--config.optim.clip=1e38",
+        "--config.train.save_every=1",
+    ) as team:
         assert team.wait() == {0: 2, 1: 2}
         assert all("is not finite" in last_line(team.log(i)) for i in (0, 1))
     step = json.loads((workdir / "nonfinite.json").read_text())["step"]
@@ -235,48 +320,77 @@ def test_non_finite_loss_stops_all_alike(data, tmp_path):
 
 @pytest.mark.slow
 def test_failed_save_fails_in_all_and_the_run_goes_on(data, tmp_path):
-    """Catches: a failed save of one process that the others wait for, or count as done; samples drawn by one process alone; a profile that stops it."""
-    workdir, more = tmp_path / "run", ["--config.train.sample_every=4", "--config.train.sample_rows=4", "--profile=5:2"]
+    """Catches: a failed save of one process that the others wait for, or count as done; samples
+    drawn by one process alone; a profile that stops it.
+    """
+    workdir, more = (
+        tmp_path / "run",
+        ["--config.train.sample_every=4", "--config.train.sample_rows=4", "--profile=5:2"],
+    )
     team = finish(data, workdir, 2, "--config.train.steps=12", *more, programs={0: tiny.FULL_ONCE})
     for i in (0, 1):
-        assert f"checkpoint 4 was not saved in {workdir / 'checkpoints'}: [Errno 28] No space left on device" in team.log(i)
+        assert (
+            f"checkpoint 4 was not saved in {workdir / 'checkpoints'}: [Errno 28] No space left on"
+            " device" in team.log(i)
+        )
     assert saved(workdir) == [8, 12] and list((workdir / "profile").rglob("*.xplane.pb"))
-    assert sorted(path.name for path in (workdir / "images" / "ema").iterdir()) == [f"{n:08d}.png" for n in (4, 8, 12)]
+    assert sorted(path.name for path in (workdir / "images" / "ema").iterdir()) == [
+        f"{n:08d}.png" for n in (4, 8, 12)
+    ]
 
 
 @pytest.mark.slow
 def test_all_fall_back_to_the_same_checkpoint(data, tmp_path):
-    """Catches: processes that each look for the newest checkpoint and find different ones; one that is damaged used by the process that did not look."""
+    """Catches: processes that each look for the newest checkpoint and find different ones; one that
+    is damaged used by the process that did not look.
+    """
     workdir = tmp_path / "run"
     finish(data, workdir, 2, "--config.train.steps=8")
     (workdir / "checkpoints" / "8" / "meta.json").write_text("{}")
     team = finish(data, workdir, 2, "--config.train.steps=12")
-    assert all("resuming from step 4" in team.log(i) for i in (0, 1)) and "CHECKPOINT REJECTED" in team.log(0)
+    assert all(
+        "resuming from step 4" in team.log(i) for i in (0, 1)
+    ) and "CHECKPOINT REJECTED" in team.log(0)
     finish(data, tmp_path / "straight", 1, "--config.train.steps=12")
     np.testing.assert_allclose(losses(workdir), losses(tmp_path / "straight"), rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_new_run_from_weights_ends_for_all_at_the_same_time(data, tmp_path):
-    """Catches: weights loaded by one process alone, a time limit that each process keeps for itself."""
+    """Catches: weights loaded by one process alone, a time limit that each process keeps for
+    itself.
+    """
     workdir, later = tmp_path / "run", tmp_path / "later"
     finish(data, workdir, 1, "--config.train.steps=4")
-    team = finish(data, later, 2, "--config.train.steps=100000", "--minutes=0.05", f"--init_from={workdir}")
+    team = finish(
+        data, later, 2, "--config.train.steps=100000", "--minutes=0.05", f"--init_from={workdir}"
+    )
     newest = max(saved(later))
-    assert json.loads((later / "checkpoints" / str(newest) / "meta.json").read_text())["meta"]["init_from"]["step"] == 4
+    assert (
+        json.loads((later / "checkpoints" / str(newest) / "meta.json").read_text())["meta"][
+            "init_from"
+        ]["step"]
+        == 4
+    )
     assert all(f"{newest} of 100000 steps done, saved" in team.log(i) for i in (0, 1))
 
 
 @pytest.mark.slow
 def test_image_split_over_processes(data, tmp_path):
     """Catches: processes that share an image's rows but read different ones."""
-    split = ["--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.spatial=4", "--config.train.steps=4"]
+    split = [
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=1",
+        "--config.mesh.spatial=4",
+        "--config.train.steps=4",
+    ]
     finish(data, tmp_path / "four", 4, *split)
     finish(data, tmp_path / "one", 1, *split)
     np.testing.assert_allclose(losses(tmp_path / "four"), losses(tmp_path / "one"), rtol=1e-5)
 
 
-# The devices of a process are a block of the mesh, as those of a TPU host are, not neighbours in the order of the batch.
+# The devices of a process are a block of the mesh, as those of a TPU host are, not neighbours in
+# the order of the batch.
 BLOCKS = """
 import runpy
 import jax
@@ -289,7 +403,9 @@ runpy.run_module("imagen_jax.train", run_name="__main__")
 
 @pytest.mark.slow
 def test_rows_that_are_not_neighbours(data, tmp_path):
-    """Catches: rows in another order, with other noise, than on one host, where a process's devices are not neighbours."""
+    """Catches: rows in another order, with other noise, than on one host, where a process's devices
+    are not neighbours.
+    """
     finish(data, tmp_path / "two", 2, "--config.train.steps=4", programs={0: BLOCKS, 1: BLOCKS})
     finish(data, tmp_path / "one", 1, "--config.train.steps=4")
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
@@ -301,8 +417,15 @@ def test_overfit_on_several_processes(data, tmp_path):
     found = []
     for count in (1, 2):
         with Team(data, tmp_path / str(count), count, "--overfit=3") as team:
-            assert set(team.wait().values()) == {1}  # three steps do not bring the loss to a quarter
-        found += [line for i in range(count) for line in team.log(i).splitlines() if line.startswith("overfit: loss")]
+            assert set(team.wait().values()) == {
+                1
+            }  # three steps do not bring the loss to a quarter
+        found += [
+            line
+            for i in range(count)
+            for line in team.log(i).splitlines()
+            if line.startswith("overfit: loss")
+        ]
     assert len(found) == 3 and len(set(found)) == 1
 
 
@@ -311,12 +434,29 @@ def test_slurm_is_detected(data, tmp_path):
     """Catches: a cluster that jax knows but we do not ask about."""
     number = os.getpid()
     port = number % 2**12 + (65535 - 2**12 + 1)  # as jax makes it
-    env = os.environ | {"SLURM_JOB_ID": str(number), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "PYTHONPATH": str(tiny.ROOT)}
-    program = "import logging; logging.basicConfig(level=20); from imagen_jax import distributed; distributed.start(60); import jax; print('devices', jax.device_count())"
+    env = os.environ | {
+        "SLURM_JOB_ID": str(number),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "PYTHONPATH": str(tiny.ROOT),
+    }
+    program = (
+        "import logging; logging.basicConfig(level=20); from imagen_jax import distributed;"
+        " distributed.start(60); import jax; print('devices', jax.device_count())"
+    )
     start = lambda i: subprocess.Popen(
-        [sys.executable, "-c", program], env=env | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "XLA_FLAGS": xla.flags(devices=2)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", program],
+        env=env
+        | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "XLA_FLAGS": xla.flags(devices=2)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     for i, process in enumerate([start(0), start(1)]):
         out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0 and "devices 4" in out and f"process {i} of 2 (slurm)" in out and f":{port}" in out, out
+        assert (
+            process.returncode == 0
+            and "devices 4" in out
+            and f"process {i} of 2 (slurm)" in out
+            and f":{port}" in out
+        ), out

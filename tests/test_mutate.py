@@ -33,15 +33,30 @@ def sites(tmp_path, monkeypatch):
 
 
 def test_every_operator_and_constant_is_a_site_and_nothing_else(sites):
-    """Catches operators or constants that are never drawn, and annotations, docstrings, messages and plain strings that are."""
+    """Catches operators or constants that are never drawn, and annotations, docstrings, messages
+    and plain strings that are.
+    """
     choices = {choice for site in sites for choice in site.choices}
-    signs_and_numbers = {"(6)", "(4)", "(+7)", "(8)", "(6)", "y = (y - 8.0)", "(9.0)", "(16.0)", "(1.5)", "(1.0)", "(False)"}
+    signs_and_numbers = {
+        "(6)",
+        "(4)",
+        "(+7)",
+        "(8)",
+        "y = (y - 8.0)",
+        "(9.0)",
+        "(16.0)",
+        "(1.5)",
+        "(1.0)",
+        "(False)",
+    }
     logic = {"(kind == 'b' or not x)", "(kind != 'b')", "('b_')", "(x)", "(x <= 0.5)", "(x >= 0.5)"}
     assert choices == signs_and_numbers | logic
 
 
 def test_each_fault_changes_the_program_at_its_own_line(sites):
-    """Catches a replacement that lands elsewhere, breaks the syntax, or leaves the program as it was."""
+    """Catches a replacement that lands elsewhere, breaks the syntax, or leaves the program as it
+    was.
+    """
     original = ast.dump(ast.parse(SOURCE))
     for site in sites:
         for text in site.choices:
@@ -54,6 +69,8 @@ def test_each_fault_changes_the_program_at_its_own_line(sites):
 
 def test_every_source_has_targets_that_exist():
     """Catches a renamed test file: its faults would all look killed, or the script would stop."""
-    files = [str(path.relative_to(ROOT)) for pattern in mutate.SOURCES for path in ROOT.glob(pattern)]
+    files = [
+        str(path.relative_to(ROOT)) for pattern in mutate.SOURCES for path in ROOT.glob(pattern)
+    ]
     assert len(files) > 10
     assert all((ROOT / target).exists() for file in files for target in mutate.targets_of(file))

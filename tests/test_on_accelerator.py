@@ -212,7 +212,10 @@ def test_train_step_is_measured(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif("IMAGEN_JAX_EVERY_PART" not in os.environ, reason="takes half an hour; set IMAGEN_JAX_EVERY_PART=1")
+@pytest.mark.skipif(
+    "IMAGEN_JAX_EVERY_PART" not in os.environ,
+    reason="takes half an hour; set IMAGEN_JAX_EVERY_PART=1",
+)
 def test_every_part_at_a_tiny_size(tmp_path):
     """Catches a part that cannot run from its command to its rows and files."""
     output = tmp_path / "output"

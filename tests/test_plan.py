@@ -1,4 +1,6 @@
-"""plan with the TPU compiler itself: its estimates against ideal times, the verb on a tiny config, advice that works when followed."""
+"""plan with the TPU compiler itself: its estimates against ideal times, the verb on a tiny config,
+advice that works when followed.
+"""
 
 import json
 import os
@@ -13,9 +15,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imagen_jax import sharding
-from imagen_jax.planning import block_costs
 from imagen_jax.hardware import topology
-from imagen_jax.planning import cost, hlo, links
+from imagen_jax.planning import block_costs, cost, hlo, links
 
 pytest.importorskip("libtpu", reason="the TPU compiler comes with the extra `tpu`")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -24,26 +25,44 @@ BF16 = jnp.bfloat16
 
 
 def convolution(x, w):
-    return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 # (program, shapes, FLOPs or 0, bytes or 0, how many times the ideal time the estimate may be)
 OPERATIONS = {
     "matrix product": (lambda a, b: a @ b, [(4096, 4096), (4096, 4096)], 2 * 4096**3, 0, 1.2),
-    "3x3 convolution": (convolution, [(8, 64, 64, 512), (3, 3, 512, 512)], 2 * 8 * 64 * 64 * 9 * 512 * 512, 0, 1.6),
-    "sum of two arrays": (lambda a, b: a + b, [(16384, 8192), (16384, 8192)], 0, 3 * 2 * 16384 * 8192, 4.5),
+    "3x3 convolution": (
+        convolution,
+        [(8, 64, 64, 512), (3, 3, 512, 512)],
+        2 * 8 * 64 * 64 * 9 * 512 * 512,
+        0,
+        1.6,
+    ),
+    "sum of two arrays": (
+        lambda a, b: a + b,
+        [(16384, 8192), (16384, 8192)],
+        0,
+        3 * 2 * 16384 * 8192,
+        4.5,
+    ),
 }
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_estimates_against_ideal_times(name, operation):
-    """Wrong: a clock, a peak or a sum of cycles that makes an operation faster than the chip, or several times slower than it should be."""
+    """Wrong: a clock, a peak or a sum of cycles that makes an operation faster than the chip, or
+    several times slower than it should be.
+    """
     program, shapes, flops, size, slack = OPERATIONS[operation]
     place = topology.parse(name)
     whole = NamedSharding(Mesh(place.devices()[:1], "x"), PartitionSpec())
     arguments = [jax.ShapeDtypeStruct(shape, BF16, sharding=whole) for shape in shapes]
-    items = list(cost.items(hlo.parse(jax.jit(program).lower(*arguments).compile().as_text()), place.chip))
+    items = list(
+        cost.items(hlo.parse(jax.jit(program).lower(*arguments).compile().as_text()), place.chip)
+    )
     ideal = max(flops / place.chip.peak_flops, size / place.chip.memory_bandwidth)
     times = sum(item.seconds for item in items) / ideal
     print(f"{name} {operation}: {times:.2f} times the ideal time")
@@ -53,23 +72,42 @@ def test_estimates_against_ideal_times(name, operation):
 
 @pytest.mark.parametrize("name", ["v5e-1", "v6e-1", "2xv6e-1"])
 def test_slices_of_one_chip(name):
-    """Wrong: a compiler that knows no slice smaller than a host, whose four chips are then planned for."""
+    """Wrong: a compiler that knows no slice smaller than a host, whose four chips are then planned
+    for.
+    """
     assert len(topology.parse(name).devices()) == topology.parse(name).chips
 
 
 def test_a_mesh_for_blocks_over_eight_chips():
-    """Wrong: a row of the batch that eight chips compute, timed on the four of the smallest slice."""
+    """Wrong: a row of the batch that eight chips compute, timed on the four of the
+    smallest slice.
+    """
     place = block_costs._smallest(topology.parse("v5p:4x4x8"), 8)
     mesh = block_costs.block_mesh(place, {"model": 1, "spatial": 8})
     x = jax.ShapeDtypeStruct((2, 64, 8, 128), BF16, sharding=sharding.image_sharding(mesh))
-    text = jax.jit(convolution).lower(x, jax.ShapeDtypeStruct((3, 3, 128, 128), BF16)).compile().as_text()
-    assert mesh.shape["spatial"] == 8 and [c.kind for c in hlo.collectives(hlo.parse(text), 8)] == ["collective-permute"] * 2
+    text = (
+        jax.jit(convolution)
+        .lower(x, jax.ShapeDtypeStruct((3, 3, 128, 128), BF16))
+        .compile()
+        .as_text()
+    )
+    assert (
+        mesh.shape["spatial"] == 8
+        and [c.kind for c in hlo.collectives(hlo.parse(text), 8)] == ["collective-permute"] * 2
+    )
 
 
 def test_gathers_run_beside_what_computes():
-    """Wrong: options that this compiler does not take for what they were, or pieces of a gather that it marks in another way: then plan counts each."""
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 16, "model": 1, "spatial": 1}, topology.parse("v5p:4x4x8").devices())
-    rows, over_fsdp = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, None, "fsdp", None))
+    """Wrong: options that this compiler does not take for what they were, or pieces of a gather
+    that it marks in another way: then plan counts each.
+    """
+    mesh = sharding.make_mesh(
+        {"data": -1, "fsdp": 16, "model": 1, "spatial": 1}, topology.parse("v5p:4x4x8").devices()
+    )
+    rows, over_fsdp = (
+        sharding.batch_sharding(mesh),
+        NamedSharding(mesh, PartitionSpec(None, None, "fsdp", None)),
+    )
 
     def loss(kernels, x):
         for kernel in kernels:
@@ -79,53 +117,113 @@ def test_gathers_run_beside_what_computes():
 
     kernels = [jax.ShapeDtypeStruct((3, 3, 512, 512), BF16, sharding=over_fsdp)] * 4
     x = jax.ShapeDtypeStruct((128 * 8, 32, 32, 512), BF16, sharding=rows)
-    gradient = jax.jit(jax.grad(loss), out_shardings=[over_fsdp] * 4, compiler_options=sharding.compiler_options(mesh))
+    gradient = jax.jit(
+        jax.grad(loss),
+        out_shardings=[over_fsdp] * 4,
+        compiler_options=sharding.compiler_options(mesh),
+    )
     found = list(hlo.collectives(hlo.parse(gradient.lower(kernels, x).compile().as_text()), 128))
-    gathers, sums = ([c for c in found if c.kind == kind] for kind in ("all-gather", "reduce-scatter"))
+    gathers, sums = (
+        [c for c in found if c.kind == kind] for kind in ("all-gather", "reduce-scatter")
+    )
     assert 4 <= len(gathers) <= 8, "a kernel is gathered at most once forward and once backward"
-    assert sum(c.beside for c in gathers) >= 0.75 * len(gathers) and sums and not any(c.beside for c in sums)
+    assert (
+        sum(c.beside for c in gathers) >= 0.75 * len(gathers)
+        and sums
+        and not any(c.beside for c in sums)
+    )
 
 
 def test_traffic_between_slices():
-    """Wrong: a compiler that writes what crosses slices in another way, so that the slowest traffic is passed over."""
+    """Wrong: a compiler that writes what crosses slices in another way, so that the slowest traffic
+    is passed over.
+    """
     place = topology.parse("4xv5e:2x2")
     mesh = sharding.make_mesh({"data": -1, "fsdp": 2, "model": 1, "spatial": 1}, place.devices())
     over = lambda *axes: NamedSharding(mesh, PartitionSpec(axes or None))
-    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)), in_shardings=(over("fsdp"), over("data", "fsdp")), out_shardings=over("fsdp"))
-    text = gradient.lower(jax.ShapeDtypeStruct((1024, 1024), jnp.float32), jax.ShapeDtypeStruct((1024, 1024), BF16)).compile().as_text()
+    gradient = jax.jit(
+        jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)),
+        in_shardings=(over("fsdp"), over("data", "fsdp")),
+        out_shardings=over("fsdp"),
+    )
+    text = (
+        gradient.lower(
+            jax.ShapeDtypeStruct((1024, 1024), jnp.float32),
+            jax.ShapeDtypeStruct((1024, 1024), BF16),
+        )
+        .compile()
+        .as_text()
+    )
     devices = list(mesh.devices.flat)
-    across = [c for c in hlo.collectives(hlo.parse(text), 16) if len({sharding.slice_of(devices[i]) for i in c.groups[0]}) == 4]
+    across = [
+        c
+        for c in hlo.collectives(hlo.parse(text), 16)
+        if len({sharding.slice_of(devices[i]) for i in c.groups[0]}) == 4
+    ]
     assert [(c.kind, c.bytes) for c in across] == [("all-reduce", 1024 * 1024 * 4 // 4)]
-    assert links.seconds(across[0], devices, place) == pytest.approx(2 * 3 / 4 * 2**20 / place.chip.network_bandwidth)
+    assert links.seconds(across[0], devices, place) == pytest.approx(
+        2 * 3 / 4 * 2**20 / place.chip.network_bandwidth
+    )
 
 
 def level(attention: bool) -> list[str]:
-    """base_64:tiny with one level, half of the compiler's work: every kind of block but resampling, or no attention either."""
+    """base_64:tiny with one level, half of the compiler's work: every kind of block but resampling,
+    or no attention either.
+    """
     fields = ("multipliers=(1,)", f"attention=({attention},)", f"text_attention=({attention},)")
     return ["--config=configs/base_64.py:tiny", *(f"--config.model.{field}" for field in fields)]
 
 
 def plan(tmp_path, *options, what=tuple(level(attention=True)), topology="v5e-4"):
-    """(exit code, the JSON) of the verb for a network of one level on four v5e chips, or for another thing on another topology."""
-    command = [sys.executable, "-m", "imagen_jax.plan", *what, f"--topology={topology}", "--json", f"--cache={tmp_path}/cache", *options]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DEFAULT_MATMUL_PRECISION": "default"}  # as a user has it; the tests' "highest" compiles longer
+    """(exit code, the JSON) of the verb for a network of one level on four v5e chips, or for
+    another thing on another topology.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "imagen_jax.plan",
+        *what,
+        f"--topology={topology}",
+        "--json",
+        f"--cache={tmp_path}/cache",
+        *options,
+    ]
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_DEFAULT_MATMUL_PRECISION": "default",
+    }  # as a user has it; the tests' "highest" compiles longer
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
 
 def test_plan_of_a_tiny_config(tmp_path):
-    """Wrong: a part of the report that is missing, a time without its blocks, a second run that compiles blocks again."""
-    code, found = plan(tmp_path, f"--output={tmp_path}/plan", "--price=1", "--config.train.sample_every=4")
-    assert code == 0 and found["memory"]["fits"] and found["chips"] == 4 and found["sampler"]["fits"]
-    assert found["sampler"]["peak"] > sum(found["memory"]["parts"][part] for part in ("parameters", "EMA", "optimizer"))
+    """Wrong: a part of the report that is missing, a time without its blocks, a second run that
+    compiles blocks again.
+    """
+    code, found = plan(
+        tmp_path, f"--output={tmp_path}/plan", "--price=1", "--config.train.sample_every=4"
+    )
+    assert (
+        code == 0 and found["memory"]["fits"] and found["chips"] == 4 and found["sampler"]["fits"]
+    )
+    assert found["sampler"]["peak"] > sum(
+        found["memory"]["parts"][part] for part in ("parameters", "EMA", "optimizer")
+    )
     assert sum(found["memory"]["parts"].values()) >= found["memory"]["peak"]
-    assert 0 < found["time"]["mfu"] < 1 and sum(found["time"]["kinds_s"].values()) == pytest.approx(found["time"]["compute_s"])
+    assert 0 < found["time"]["mfu"] < 1 and sum(found["time"]["kinds_s"].values()) == pytest.approx(
+        found["time"]["compute_s"]
+    )
     parameters = 4 * found["parameters"] / found["mesh"]["fsdp"]
-    assert 6 * parameters < found["memory_traffic"]["bytes"] and found["memory_traffic"]["seconds"] < found["time"]["step_s"]
+    assert (
+        6 * parameters < found["memory_traffic"]["bytes"]
+        and found["memory_traffic"]["seconds"] < found["time"]["step_s"]
+    )
     assert found["places"][0]["place"].split("/")[0] in ("down_0", "mid", "up_0")
     assert found["cost"]["money"] == pytest.approx(found["cost"]["chip_hours"])
-    assert (tmp_path / "plan" / "plan.png").read_bytes()[:4] == b"\x89PNG" and json.loads((tmp_path / "plan" / "plan.json").read_text()) == found
+    assert (tmp_path / "plan" / "plan.png").read_bytes()[:4] == b"\x89PNG" and json.loads(
+        (tmp_path / "plan" / "plan.json").read_text()
+    ) == found
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
     assert kept and plan(tmp_path, "--nosampler")[1]["time"] == found["time"]
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == kept
@@ -134,7 +232,15 @@ def test_plan_of_a_tiny_config(tmp_path):
 def begin(*command):
     """A process of which the whole step is being compiled."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     while "compiling the whole step" not in (line := process.stderr.readline()):
         assert line, process.wait()
     return process
@@ -142,53 +248,112 @@ def begin(*command):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_plan_at_once(tmp_path, number):
-    """Wrong: the compiler's handler, which prints what looks like its crash; a signal that waits for the compiler."""
-    process = begin("imagen_jax.plan", *level(attention=True), "--topology=v5e-4", f"--cache={tmp_path}")
+    """Wrong: the compiler's handler, which prints what looks like its crash; a signal that waits
+    for the compiler.
+    """
+    process = begin(
+        "imagen_jax.plan", *level(attention=True), "--topology=v5e-4", f"--cache={tmp_path}"
+    )
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 128 + number and errors.splitlines()[-1] == "error: interrupted, the same command continues" and "received by PID" not in errors
+    assert (
+        process.returncode == 128 + number
+        and errors.splitlines()[-1] == "error: interrupted, the same command continues"
+        and "received by PID" not in errors
+    )
 
 
 def test_a_plan_ends_with_scaling(tmp_path):
     """Wrong: a plan that goes on for an hour when the process that wants it was killed."""
-    process = begin("tools.scaling", *level(attention=True), "--chip=v5e", "--chips=4", "--rows=2", f"--output={tmp_path}", f"--cache={tmp_path}/cache")
+    process = begin(
+        "tools.scaling",
+        *level(attention=True),
+        "--chip=v5e",
+        "--chips=4",
+        "--rows=2",
+        f"--output={tmp_path}",
+        f"--cache={tmp_path}/cache",
+    )
     process.kill()
     _, errors = process.communicate(timeout=60)  # until the plan, too, has closed its end
     assert "error: interrupted" in errors and not list(tmp_path.rglob("plan.json"))
 
 
 def test_advice_works_when_followed(tmp_path):
-    """Wrong: a program that does not fit reported as a crash, advice that does not fit either when it is compiled."""
+    """Wrong: a program that does not fit reported as a crash, advice that does not fit either when
+    it is compiled.
+    """
     big = [*level(attention=False), "--config.data.batch_size=1048576", "--notime", "--nosampler"]
     code, searched = plan(tmp_path, "--search", what=big)
     asked, tried = searched["asked"], searched["tried"]
-    assert code == 0 and not asked["fits"] and asked["peak"] > asked["limit"] and tried[-1]["peak"] == searched["memory"]["peak"] < asked["limit"]
+    assert (
+        code == 0
+        and not asked["fits"]
+        and asked["peak"] > asked["limit"]
+        and tried[-1]["peak"] == searched["memory"]["peak"] < asked["limit"]
+    )
     followed = [f"--config.{field}={value}" for field, value in searched["overrides"].items()]
     code, again = plan(tmp_path, *followed, what=big)
     assert code == 0 and again["memory"]["peak"] == searched["memory"]["peak"]
 
 
 def test_plan_of_a_text_encoder(tmp_path):
-    """Wrong: a rate without its rows, hours of one chip for those of all, a pass of another length."""
+    """Wrong: a rate without its rows, hours of one chip for those of all, a pass of
+    another length.
+    """
     assets = f"--text_encoder={ROOT}/imagen_jax/assets/t5_tiny"
     code, found = plan(tmp_path, "--tokens=16,64", "--captions=1000000", what=[assets])
     short, long = found["passes"]
-    assert code == 0 and (short["tokens"], short["rows"], long["tokens"], long["rows"]) == (16, 64, 64, 32)
-    assert short["fits"] and 0 < short["flops"] / short["seconds"] < topology.parse("v5e-4").chip.peak_flops
+    assert code == 0 and (short["tokens"], short["rows"], long["tokens"], long["rows"]) == (
+        16,
+        64,
+        64,
+        32,
+    )
+    assert (
+        short["fits"]
+        and 0 < short["flops"] / short["seconds"] < topology.parse("v5e-4").chip.peak_flops
+    )
     assert short["captions_per_s_per_chip"] > 1.5 * long["captions_per_s_per_chip"]
     assert short["hours"] * 3600 * 4 * short["captions_per_s_per_chip"] == pytest.approx(1e6)
 
 
 @pytest.mark.parametrize("slices, fsdp", [("2xv5e:4x4", 8), ("v4-512", 16)])
 def test_meshes_of_real_tori(slices, fsdp):
-    """Wrong: a group of fsdp over two slices, and a torus whose sides do not multiply to an axis (16 of 4x8x8) refused."""
-    mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp, "model": 1, "spatial": 1}, topology.parse(slices).devices())
-    assert all(len({sharding.slice_of(device) for device in group}) == 1 for group in mesh.devices.reshape(-1, fsdp))
+    """Wrong: a group of fsdp over two slices, and a torus whose sides do not multiply to an axis
+    (16 of 4x8x8) refused.
+    """
+    mesh = sharding.make_mesh(
+        {"data": -1, "fsdp": fsdp, "model": 1, "spatial": 1}, topology.parse(slices).devices()
+    )
+    assert all(
+        len({sharding.slice_of(device) for device in group}) == 1
+        for group in mesh.devices.reshape(-1, fsdp)
+    )
 
 
 def test_plan_of_gpus(tmp_path):
-    """Wrong: a GPU's compiler that looks for a GPU, loops over the parts of a batch that cannot be read, memory that is not compared with the card's, times that nobody estimated."""
-    pytest.importorskip("jax_cuda12_plugin", reason="the GPU compiler comes with the extra `gpu-plan`")
-    code, found = plan(tmp_path, "--nosampler", "--config.optim.accumulation=2", "--config.data.batch_size=16", topology="h100-8")
-    assert code == 0 and found["chips"] == 8 and found["memory"]["level"] == "default" and "time" not in found
-    assert 0 < found["memory"]["peak"] < found["memory"]["limit"] and found["collectives"] and found["memory_traffic"]["bytes"] > found["memory"]["parts"]["parameters"]
+    """Wrong: a GPU's compiler that looks for a GPU, loops over the parts of a batch that cannot be
+    read, memory that is not compared with the card's, times that nobody estimated.
+    """
+    pytest.importorskip(
+        "jax_cuda12_plugin", reason="the GPU compiler comes with the extra `gpu-plan`"
+    )
+    code, found = plan(
+        tmp_path,
+        "--nosampler",
+        "--config.optim.accumulation=2",
+        "--config.data.batch_size=16",
+        topology="h100-8",
+    )
+    assert (
+        code == 0
+        and found["chips"] == 8
+        and found["memory"]["level"] == "default"
+        and "time" not in found
+    )
+    assert (
+        0 < found["memory"]["peak"] < found["memory"]["limit"]
+        and found["collectives"]
+        and found["memory_traffic"]["bytes"] > found["memory"]["parts"]["parameters"]
+    )

@@ -1,4 +1,6 @@
-"""metrics.jsonl through kills and resumes, TensorBoard's purge, images, the step clock, progress without a terminal."""
+"""metrics.jsonl through kills and resumes, TensorBoard's purge, images, the step clock, progress
+without a terminal.
+"""
 
 import io
 import json
@@ -39,7 +41,9 @@ def test_rows_hold_exact_values(tmp_path):
 
 
 def test_resume_drops_later_rows_and_only_those(tmp_path):
-    """Catches appending after a resume without truncation (duplicates), and dropping the resumed step itself (a gap)."""
+    """Catches appending after a resume without truncation (duplicates), and dropping the resumed
+    step itself (a gap).
+    """
     write(tmp_path, 0, range(1, 8))
     write(tmp_path, 5, [6, 7, 8])
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -47,9 +51,13 @@ def test_resume_drops_later_rows_and_only_those(tmp_path):
     assert steps_of(tmp_path) == [1]
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 4, "lo', b'{"step": 4', b"4", b"\xff\x00\x00", b"null", b'{"loss": 1}'])
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 4, "lo', b'{"step": 4', b"4", b"\xff\x00\x00", b"null", b'{"loss": 1}']
+)
 def test_torn_last_line_is_dropped(tmp_path, torn):
-    """Catches a reader that raises on a line cut short by a kill, and a writer that appends the next row to its stump."""
+    """Catches a reader that raises on a line cut short by a kill, and a writer that appends the
+    next row to its stump.
+    """
     write(tmp_path, 0, [1, 2, 3])
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(torn)
@@ -87,11 +95,13 @@ def test_truncation_is_atomic(tmp_path, monkeypatch):
 def test_rows_survive_kill_and_no_jax_is_imported(tmp_path):
     """Catches rows that sit in a buffer until close, and an import of jax by the module."""
     code = (
-        "import os, signal, sys; from imagen_jax.run_log import MetricsWriter; w = MetricsWriter(sys.argv[1], 0)\n"
-        "for n in (1, 2, 3): w.scalars(n, {'loss': n})\n"
-        "assert 'jax' not in sys.modules; os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, sys; from imagen_jax.run_log import MetricsWriter; w ="
+        " MetricsWriter(sys.argv[1], 0)\nfor n in (1, 2, 3): w.scalars(n, {'loss': n})\nassert"
+        " 'jax' not in sys.modules; os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert steps_of(tmp_path) == [1, 2, 3]
 
@@ -110,18 +120,27 @@ def board_events(workdir):
 
 
 def test_tensorboard_gets_scalars_and_forgets_later_steps(tmp_path):
-    """Catches curves that run twice over the steps between the checkpoint and the kill: no purge, or one from the wrong step."""
+    """Catches curves that run twice over the steps between the checkpoint and the kill: no purge,
+    or one from the wrong step.
+    """
     write(tmp_path, 0, [1, 2, 3])
     write(tmp_path, 2, [3])
     events = board_events(tmp_path)
     start = type(events[0].session_log).START
     assert [e.step for e in events if e.session_log.status == start] == [1, 3]
     scalars = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value if v.tag]
-    assert scalars == [(1, "loss", 0.125), (2, "loss", 0.25), (3, "loss", 0.375), (3, "loss", 0.375)]
+    assert scalars == [
+        (1, "loss", 0.125),
+        (2, "loss", 0.25),
+        (3, "loss", 0.375),
+        (3, "loss", 0.375),
+    ]
 
 
 def test_image_is_written_as_png(tmp_path):
-    """Catches swapped axes or channels, a lossy format, and a half-written file under the final name."""
+    """Catches swapped axes or channels, a lossy format, and a half-written file under the final
+    name.
+    """
     image = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
     writer = MetricsWriter(tmp_path, 0)
     path = writer.image(40, "samples/ema", image)
@@ -132,11 +151,17 @@ def test_image_is_written_as_png(tmp_path):
     with Image.open(path) as stored:
         assert stored.format == "PNG" and np.array_equal(np.asarray(stored), image)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-    assert any(v.tag == "samples/ema" and v.image.width == 9 for e in board_events(tmp_path) for v in e.summary.value)
+    assert any(
+        v.tag == "samples/ema" and v.image.width == 9
+        for e in board_events(tmp_path)
+        for v in e.summary.value
+    )
 
 
 def test_values_that_are_no_scalars_are_refused(tmp_path):
-    """Catches an array or a text slipping into the record, and a refused row leaving a part of itself."""
+    """Catches an array or a text slipping into the record, and a refused row leaving a part of
+    itself.
+    """
     writer = MetricsWriter(tmp_path, 0)
     for bad in (np.zeros(2), np.zeros(1), "text", None):
         with pytest.raises(ValueError, match="metric grad/norm"):
@@ -164,7 +189,9 @@ class Clock:
 
 
 def test_step_clock_divides_by_steps_and_leaves_pauses_out():
-    """Catches counting evaluation time, counting a nested pause twice, a pause leaking into the next reading, steps counted from zero."""
+    """Catches counting evaluation time, counting a nested pause twice, a pause leaking into the
+    next reading, steps counted from zero.
+    """
     now = Clock()
     clock = StepClock(batch_size=32, step=50, now=now)
     now.time += 10
@@ -202,12 +229,19 @@ def test_progress_without_terminal_is_plain_lines():
             progress.update(done, loss=0.125) if done == 50 else progress.update(done)
         progress.note("saved")
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 2 and lines[0].startswith("train: 100/100, ") and lines[0].endswith("loss 0.125") and lines[1] == "saved"
+    assert (
+        len(lines) == 2
+        and lines[0].startswith("train: 100/100, ")
+        and lines[0].endswith("loss 0.125")
+        and lines[1] == "saved"
+    )
     assert not set("\r\x1b") & set(stream.getvalue())
 
 
 def test_progress_prints_once_an_interval(monkeypatch):
-    """Catches an interval counted from the start, and a rate or a remaining time that counts steps done before a resume."""
+    """Catches an interval counted from the start, and a rate or a remaining time that counts steps
+    done before a resume.
+    """
     now = Clock()
     monkeypatch.setattr("time.monotonic", now)
     stream = io.StringIO()
@@ -216,7 +250,12 @@ def test_progress_prints_once_an_interval(monkeypatch):
         now.time += 2
         progress.update(done)
     lines = stream.getvalue().splitlines()
-    assert [line.split(",")[0] for line in lines] == ["train: 45/100", "train: 50/100", "train: 55/100", "train: 60/100"]
+    assert [line.split(",")[0] for line in lines] == [
+        "train: 45/100",
+        "train: 50/100",
+        "train: 55/100",
+        "train: 60/100",
+    ]
     assert lines[-1] == "train: 60/100, 0.5/s, 80 s left"
 
 
@@ -230,4 +269,8 @@ def test_progress_on_a_terminal_is_a_bar():
     stream = Terminal()
     with Progress("train", total=100, start=40, stream=stream) as progress:
         progress.update(100, loss=0.5)
-    assert "100/100" in stream.getvalue() and "40/100" in stream.getvalue() and "\r" in stream.getvalue()
+    assert (
+        "100/100" in stream.getvalue()
+        and "40/100" in stream.getvalue()
+        and "\r" in stream.getvalue()
+    )

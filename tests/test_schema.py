@@ -231,7 +231,9 @@ def test_a_network_has_the_fields_of_its_family(family):
 
 
 def test_choices_are_those_with_code_behind_them():
-    """Wrong: an option with code behind it that the schema refuses, or one that it offers and nothing implements."""
+    """Wrong: an option with code behind it that the schema refuses, or one that it offers and
+    nothing implements.
+    """
     known = {
         "diffusion.process": process.ALPHA_SIGMA,
         "diffusion.density": density.DENSITIES,
@@ -248,7 +250,9 @@ def test_choices_are_those_with_code_behind_them():
         "model.remat": remat.KINDS,
     }
     fields = schema.flat(schema.STAGE)
-    assert {name: set(fields[name].choices) for name in known} == {n: set(c) for n, c in known.items()}
+    assert {name: set(fields[name].choices) for name in known} == {
+        n: set(c) for n, c in known.items()
+    }
     families = schema.FAMILIES
     assert set(families["unet"]["res_block"].choices) == set(unet.RES_BLOCKS)
     assert set(families["efficient_unet"]["attention"].choices) == {"none", *attention.KINDS}

@@ -1,4 +1,6 @@
-"""Meshes of eight virtual devices against one: same losses, gradients and samples; rules that are used, or refused."""
+"""Meshes of eight virtual devices against one: same losses, gradients and samples; rules that are
+used, or refused.
+"""
 
 import functools
 
@@ -15,13 +17,22 @@ from imagen_jax.training.state import abstract_state, create_state
 from imagen_jax.training.step import TrainProgram, loss_and_grad
 from tests import tiny
 
-MESHES = [dict(data=8, fsdp=1, model=1, spatial=1), dict(data=2, fsdp=4, model=1, spatial=1), dict(data=2, fsdp=2, model=1, spatial=2), dict(data=2, fsdp=2, model=2, spatial=1)]
+MESHES = [
+    dict(data=8, fsdp=1, model=1, spatial=1),
+    dict(data=2, fsdp=4, model=1, spatial=1),
+    dict(data=2, fsdp=2, model=1, spatial=2),
+    dict(data=2, fsdp=2, model=2, spatial=1),
+]
 RULES = ((".*", "fsdp"),)
-# Features over `model`: what a block's first layer makes, what its second reads, and heads of attention.
+# Features over `model`: what a block's first layer makes, what its second reads, and heads of
+# attention.
 MODEL_RULES = (
-    ("conv_0/kernel", [None, None, "fsdp", "model"]), ("conv_1/kernel", [None, None, "model", "fsdp"]), ("kv/kernel", ["fsdp", "model"]),
-    ("(attn|attn_0)/out/kernel", ["model", "fsdp"]), *RULES,
-)  # fmt: skip
+    ("conv_0/kernel", [None, None, "fsdp", "model"]),
+    ("conv_1/kernel", [None, None, "model", "fsdp"]),
+    ("kv/kernel", ["fsdp", "model"]),
+    ("(attn|attn_0)/out/kernel", ["model", "fsdp"]),
+    *RULES,
+)
 
 
 def rules_for(mesh):
@@ -29,25 +40,36 @@ def rules_for(mesh):
 
 
 def loss_on(name, mesh, params=None):
-    """(loss, gradients, parameters) of a tiny stage on a mesh, from given host parameters or from its own initial ones, perturbed."""
+    """(loss, gradients, parameters) of a tiny stage on a mesh, from given host parameters or from
+    its own initial ones, perturbed.
+    """
     stage, optimizer, _ = tiny.stage_and_step(tiny.config(name), mesh)
     _, shardings = abstract_state(stage, optimizer, mesh, rules_for(mesh), 8)
     if params is None:
         params = tiny.perturbed(jax.device_get(create_state(stage, optimizer, 0, shardings).params))
-    placed, batch = jax.device_put(params, shardings.params), sharding.place_batch(tiny.batch(stage, 8), mesh)
-    loss, grads = jax.device_get(jax.jit(lambda p, b: loss_and_grad(stage, p, b, jax.random.key(1), 1))(placed, batch))
+    placed, batch = (
+        jax.device_put(params, shardings.params),
+        sharding.place_batch(tiny.batch(stage, 8), mesh),
+    )
+    loss, grads = jax.device_get(
+        jax.jit(lambda p, b: loss_and_grad(stage, p, b, jax.random.key(1), 1))(placed, batch)
+    )
     return loss, grads, params
 
 
 @functools.cache
 def on_one_device(name):
-    return loss_on(name, sharding.make_mesh(dict(data=1, fsdp=1, model=1, spatial=1), jax.devices()[:1]))
+    return loss_on(
+        name, sharding.make_mesh(dict(data=1, fsdp=1, model=1, spatial=1), jax.devices()[:1])
+    )
 
 
 @pytest.mark.parametrize("name", ["base_64", "sr_1024"])
 @pytest.mark.parametrize("sizes", MESHES)
 def test_mesh_changes_nothing(name, sizes):
-    """Catches a loss averaged per device, noise that depends on the mesh, a halo that is not exchanged."""
+    """Catches a loss averaged per device, noise that depends on the mesh, a halo that is not
+    exchanged.
+    """
     loss, grads, params = on_one_device(name)
     mesh_loss, mesh_grads, _ = loss_on(name, sharding.make_mesh(sizes), params)
     np.testing.assert_allclose(loss, mesh_loss, rtol=1e-5)
@@ -57,7 +79,9 @@ def test_mesh_changes_nothing(name, sizes):
 
 @pytest.mark.parametrize("name", ["base_64", "sr_1024"])
 def test_state_is_born_sharded(name):
-    """Catches a state that is replicated although a rule shards it, and initial parameters that depend on the mesh."""
+    """Catches a state that is replicated although a rule shards it, and initial parameters that
+    depend on the mesh.
+    """
     mesh = sharding.make_mesh(MESHES[1])
     stage, optimizer, _ = tiny.stage_and_step(tiny.config(name), mesh)
     abstract, shardings = abstract_state(stage, optimizer, mesh, RULES, 8)
@@ -66,13 +90,22 @@ def test_state_is_born_sharded(name):
     state = create_state(stage, optimizer, 0, shardings)
     kernel = state.params["down_1"]["block_0"]["conv_0"]["kernel"]
     assert kernel.addressable_shards[0].data.size * MESHES[1]["fsdp"] == kernel.size
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tiny.perturbed(jax.device_get(state.params)), on_one_device(name)[2])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        tiny.perturbed(jax.device_get(state.params)),
+        on_one_device(name)[2],
+    )
 
 
-# Stem; each residual block: both convolutions and its end, in a resampling one both inputs; strided convolution, up-sampling; MLP: two.
-@pytest.mark.parametrize("name, count", [("base_64", 1 + 3 * 8 + 5 * 2), ("sr_1024", 1 + 4 * 4 + 2 * 2)])
+# Stem; each residual block: both convolutions and its end, in a resampling one both inputs; strided
+# convolution, up-sampling; MLP: two.
+@pytest.mark.parametrize(
+    "name, count", [("base_64", 1 + 3 * 8 + 5 * 2), ("sr_1024", 1 + 4 * 4 + 2 * 2)]
+)
 def test_every_block_is_split_by_rows_and_height(name, count):
-    """Catches a constraint that never reaches the network: every result stays right, and a large image no longer fits."""
+    """Catches a constraint that never reaches the network: every result stays right, and a large
+    image no longer fits.
+    """
     stage, _, _ = tiny.stage_and_step(tiny.config(name), sharding.make_mesh(MESHES[2]))
     params = jax.eval_shape(stage.init, jax.random.key(0))
     loss = lambda p, b: loss_and_grad(stage, p, b, jax.random.key(1), 1)[0]
@@ -81,10 +114,15 @@ def test_every_block_is_split_by_rows_and_height(name, count):
 
 
 def sample_on(name, mesh, sampling):
-    """Eight samples of a tiny stage, whose parameters do not depend on the mesh. sampling: changed settings."""
+    """Eight samples of a tiny stage, whose parameters do not depend on the mesh. sampling: changed
+    settings.
+    """
     stage, _, _ = tiny.stage_and_step(tiny.config(name), mesh)
     params = tiny.perturbed(jax.device_get(jax.jit(stage.init)(jax.random.key(0))), 0.05)
-    placed, rows = jax.device_put(params, sharding.tree_shardings(params, mesh, rules_for(mesh), 8)), sharding.batch_sharding(mesh)
+    placed, rows = (
+        jax.device_put(params, sharding.tree_shardings(params, mesh, rules_for(mesh), 8)),
+        sharding.batch_sharding(mesh),
+    )
     keys = jax.device_put(jax.random.split(jax.random.key(1), 8), rows)
     draw = jax.jit(lambda p, k, b: stage.sample(p, k, b, {**stage.sampling, **sampling}))
     return np.asarray(draw(placed, keys, sharding.place_batch(tiny.batch(stage, 8), mesh)))
@@ -95,31 +133,58 @@ SECOND_ORDER = {"method": "dpmpp_2m", "grid": "logsnr", "w_interval": (-2.0, 2.0
 
 @pytest.mark.parametrize(
     "name, sizes, sampling",
-    [("sr_256", MESHES[1], {}), ("sr_1024", MESHES[2], {}), ("sr_256", MESHES[3], {}), ("sr_1024", MESHES[2], SECOND_ORDER)],
+    [
+        ("sr_256", MESHES[1], {}),
+        ("sr_1024", MESHES[2], {}),
+        ("sr_256", MESHES[3], {}),
+        ("sr_1024", MESHES[2], SECOND_ORDER),
+    ],
 )
 def test_sample_is_the_same_on_a_mesh(name, sizes, sampling):
-    """Catches noise drawn per device, and halos of the sampler that are not exchanged: no fp32 pixel may move by more than 1/255."""
-    alone = sample_on(name, sharding.make_mesh(dict(data=1, fsdp=1, model=1, spatial=1), jax.devices()[:1]), sampling)
+    """Catches noise drawn per device, and halos of the sampler that are not exchanged: no fp32
+    pixel may move by more than 1/255.
+    """
+    alone = sample_on(
+        name,
+        sharding.make_mesh(dict(data=1, fsdp=1, model=1, spatial=1), jax.devices()[:1]),
+        sampling,
+    )
     assert np.abs(alone - sample_on(name, sharding.make_mesh(sizes), sampling)).max() <= 2 / 255
     assert alone.std() > 0.05
 
 
 def test_slices_lie_along_data(monkeypatch):
-    """Catches a group of fsdp that reaches over the network between slices, results that depend on the order of devices, a slice that is cut."""
+    """Catches a group of fsdp that reaches over the network between slices, results that depend on
+    the order of devices, a slice that is cut.
+    """
     monkeypatch.setattr(sharding, "slice_of", lambda device: device.id % 2)
     mesh = sharding.make_mesh(dict(data=-1, fsdp=2, model=1, spatial=1))
-    assert [[device.id % 2 for device in row] for row in mesh.devices.reshape(4, 2)] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert [[device.id % 2 for device in row] for row in mesh.devices.reshape(4, 2)] == [
+        [0, 0],
+        [0, 0],
+        [1, 1],
+        [1, 1],
+    ]
     loss, grads, params = on_one_device("sr_1024")
     mesh_loss, mesh_grads, _ = loss_on("sr_1024", mesh, params)
     np.testing.assert_allclose(loss, mesh_loss, rtol=1e-5)
-    assert optax.tree.norm(jax.tree.map(np.subtract, grads, mesh_grads)) < 1e-5 * optax.tree.norm(grads)
-    with pytest.raises(ValueError, match="cuts through 2 slices of 4 devices: `data` must be a multiple of 2"):
+    assert optax.tree.norm(jax.tree.map(np.subtract, grads, mesh_grads)) < 1e-5 * optax.tree.norm(
+        grads
+    )
+    with pytest.raises(
+        ValueError, match="cuts through 2 slices of 4 devices: `data` must be a multiple of 2"
+    ):
         sharding.make_mesh(dict(data=1, fsdp=8, model=1, spatial=1))
 
 
 def test_mesh_sizes():
     """Catches a mesh that silently leaves devices out."""
-    assert dict(sharding.make_mesh(dict(data=-1, fsdp=2, model=1, spatial=1)).shape) == {"data": 4, "fsdp": 2, "model": 1, "spatial": 1}
+    assert dict(sharding.make_mesh(dict(data=-1, fsdp=2, model=1, spatial=1)).shape) == {
+        "data": 4,
+        "fsdp": 2,
+        "model": 1,
+        "spatial": 1,
+    }
     for wrong, choices in (
         (dict(data=3, fsdp=1, model=1, spatial=1), "data may be 8"),
         (dict(data=-1, fsdp=3, model=2, spatial=1), "fsdp may be 1, 2, 4$"),
@@ -139,26 +204,47 @@ def test_batch_that_does_not_divide():
 def test_fsdp_spec():
     """Catches sharding of the smallest dimension, of scalars, and of what does not divide."""
     assert sharding.fsdp_spec((3, 3, 16, 64), 8, 1) == P(None, None, None, "fsdp")
-    assert sharding.fsdp_spec((64, 16), 8, 1) == P("fsdp", None) and sharding.fsdp_spec((3, 3, 64, 64), 8, 1) == P(None, None, "fsdp", None)
-    assert sharding.fsdp_spec((60, 16), 8, 1) == P(None, "fsdp"), "the largest dimension does not divide"
-    assert sharding.fsdp_spec((3, 5), 8, 1) == P() and sharding.fsdp_spec((), 8, 1) == P() and sharding.fsdp_spec((64,), 8, 100) == P()
+    assert sharding.fsdp_spec((64, 16), 8, 1) == P("fsdp", None) and sharding.fsdp_spec(
+        (3, 3, 64, 64), 8, 1
+    ) == P(None, None, "fsdp", None)
+    assert sharding.fsdp_spec((60, 16), 8, 1) == P(None, "fsdp"), (
+        "the largest dimension does not divide"
+    )
+    assert (
+        sharding.fsdp_spec((3, 5), 8, 1) == P()
+        and sharding.fsdp_spec((), 8, 1) == P()
+        and sharding.fsdp_spec((64,), 8, 100) == P()
+    )
 
 
 def test_rules():
     """Catches rules applied out of order, typos that match nothing, and axes that do not exist."""
     mesh = sharding.make_mesh(dict(data=1, fsdp=2, model=4, spatial=1))
-    tree = {"params": {"qkv": {"kernel": jnp.zeros((16, 24))}, "out": {"kernel": jnp.zeros((16, 24)), "bias": jnp.zeros(24)}}}
+    tree = {
+        "params": {
+            "qkv": {"kernel": jnp.zeros((16, 24))},
+            "out": {"kernel": jnp.zeros((16, 24)), "bias": jnp.zeros(24)},
+        }
+    }
     rules = [("qkv/kernel", [None, "model"]), ("bias", "replicate"), (".*", "fsdp")]
     made = sharding.tree_shardings(tree, mesh, rules, 1)["params"]
-    assert (made["qkv"]["kernel"].spec, made["out"]["kernel"].spec, made["out"]["bias"].spec) == (P(None, "model"), P(None, "fsdp"), P())
+    assert (made["qkv"]["kernel"].spec, made["out"]["kernel"].spec, made["out"]["bias"].spec) == (
+        P(None, "model"),
+        P(None, "fsdp"),
+        P(),
+    )
     with pytest.raises(ValueError, match="match no leaf: \\['typo'\\]"):
         sharding.tree_shardings(tree, mesh, [*rules, ("typo", "fsdp")], 1)
     with pytest.raises(ValueError, match="use 'fsdp'"):
         sharding.tree_shardings(tree, mesh, [*rules[:1], (".*", "everywhere")], 1)
     for wrong, message in (
-        ([("(", "fsdp")], "no regular expression"), ([(".*", 3)], "a rule is"), ("abc", "a rule is"), ([(".*",)], "a rule is"),
-        ([("kernel", ["model", "model"])], "names an axis twice"), ([(".*", "fsdp")], "mesh.model is 4, but no rule splits anything over it"),
-    ):  # fmt: skip
+        ([("(", "fsdp")], "no regular expression"),
+        ([(".*", 3)], "a rule is"),
+        ("abc", "a rule is"),
+        ([(".*",)], "a rule is"),
+        ([("kernel", ["model", "model"])], "names an axis twice"),
+        ([(".*", "fsdp")], "mesh.model is 4, but no rule splits anything over it"),
+    ):
         with pytest.raises(ValueError, match=message):
             sharding.tree_shardings(tree, mesh, wrong, 1)
     with pytest.raises(ValueError, match="no sharding rule matches params/out"):
@@ -166,13 +252,18 @@ def test_rules():
 
 
 def test_what_no_rule_can_split_is_named():
-    """Catches a large parameter that is whole on every device without a word, and sizes named that would not split it either."""
+    """Catches a large parameter that is whole on every device without a word, and sizes named that
+    would not split it either.
+    """
     mesh = sharding.make_mesh(dict(data=1, fsdp=4, model=2, spatial=1))
     shapes = {"odd": (6, 9), "even": (8, 9), "small": (3,), "qkv": (8, 9), "heads": (8, 6)}
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     found = sharding.badly_split(params, mesh, [("qkv|heads", [None, "model"]), (".*", "fsdp")], 8)
     assert [line.partition(":")[0] for line in found] == ["params/odd [6, 9]", "params/qkv [8, 9]"]
-    assert "no dimension is a multiple of fsdp 4; fsdp 2 would split it" in found[0] and "multiples of the axes' sizes" in found[1]
+    assert (
+        "no dimension is a multiple of fsdp 4; fsdp 2 would split it" in found[0]
+        and "multiples of the axes' sizes" in found[1]
+    )
     assert not sharding.badly_split(params, mesh, [(".*", "replicate")], 8)
 
 
@@ -186,12 +277,16 @@ def test_bytes_table():
 
 @pytest.mark.parametrize("name", ["base_64", "sr_256"])
 def test_no_feature_map_is_gathered(name):
-    """Wrong: a partitioner left to follow kernels' shards, so that feature maps of all devices travel where kernels should."""
+    """Wrong: a partitioner left to follow kernels' shards, so that feature maps of all devices
+    travel where kernels should.
+    """
     config = tiny.config(name, data__batch_size=64)
     config["mesh"] |= {"data": 2, "fsdp": 4, "fsdp_min_elements": 256}
     program = TrainProgram.create(config, sharding.make_mesh(config["mesh"]))
     found = list(hlo.collectives(hlo.parse(program.lower().compile().as_text()), 8))
-    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract.params))
+    largest = max(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract.params)
+    )
     assert any(c.kind == "all-gather" for c in found)
     assert max(c.bytes for c in found if c.kind in ("all-gather", "all-to-all")) <= largest
 
@@ -199,20 +294,38 @@ def test_no_feature_map_is_gathered(name):
 @pytest.mark.parametrize(
     "sizes, hosts, rows",
     [
-        (dict(data=2, fsdp=4), [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]]),
-        (dict(data=2, fsdp=4), [[0, 1, 4, 5], [2, 3, 6, 7]], [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]),
-        (dict(data=1, fsdp=2, spatial=4), [[0, 1], [2, 3], [4, 5, 6, 7]], [[*range(8)], [*range(8)], [*range(8, 16)]]),
+        (
+            dict(data=2, fsdp=4),
+            [[0, 1, 2, 3], [4, 5, 6, 7]],
+            [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]],
+        ),
+        (
+            dict(data=2, fsdp=4),
+            [[0, 1, 4, 5], [2, 3, 6, 7]],
+            [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]],
+        ),
+        (
+            dict(data=1, fsdp=2, spatial=4),
+            [[0, 1], [2, 3], [4, 5, 6, 7]],
+            [[*range(8)], [*range(8)], [*range(8, 16)]],
+        ),
     ],
 )
 def test_each_process_reads_the_rows_that_its_devices_hold(sizes, hosts, rows):
-    """Catches: the n-th slice for the n-th process, wrong where its devices are a block of the mesh or share an image with another's."""
+    """Catches: the n-th slice for the n-th process, wrong where its devices are a block of the mesh
+    or share an image with another's.
+    """
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "model": 1, "spatial": 1} | sizes)
-    assert [sharding.rows_on([mesh.devices.flat[i] for i in host], 16, mesh) for host in hosts] == rows
+    assert [
+        sharding.rows_on([mesh.devices.flat[i] for i in host], 16, mesh) for host in hosts
+    ] == rows
     assert sharding.process_rows(16, mesh) == list(range(16))
 
 
 def test_a_training_is_compiled_with_what_the_compiler_is_to_be_told(monkeypatch):
-    """Wrong: a train step that plan compiles with options of the compiler and a training without."""
+    """Wrong: a train step that plan compiles with options of the compiler and a training
+    without.
+    """
     config = tiny.config("sr_256", data__batch_size=8)
     mesh = sharding.make_mesh({"data": 8, "fsdp": 1, "model": 1, "spatial": 1})
     assert sharding.compiler_options(mesh) == {}, "on CPUs there is nothing to tell"

@@ -1,4 +1,6 @@
-"""The sweep launcher: which processes it starts, that it goes on where it stopped, and the paired comparison."""
+"""The sweep launcher: which processes it starts, that it goes on where it stopped, and the paired
+comparison.
+"""
 
 import json
 import signal
@@ -36,7 +38,9 @@ def ablation(tmp_path):
 
 
 def planned(ablation, tmp_path, *options):
-    args, shared = sweep.parse(["--config", f"{ablation}:x", "--workdir", str(tmp_path / "runs"), *options])
+    args, shared = sweep.parse(
+        ["--config", f"{ablation}:x", "--workdir", str(tmp_path / "runs"), *options]
+    )
     return sweep.plan(args, shared)[1]
 
 
@@ -53,37 +57,81 @@ def compared(found):
 
 
 def test_every_arm_and_seed_is_trained_once_with_its_own_settings(ablation, tmp_path):
-    """Wrong: sampling arms train again; an arm loses the shared fields or its own; a seed is not the same for all arms."""
+    """Wrong: sampling arms train again; an arm loses the shared fields or its own; a seed is not
+    the same for all arms.
+    """
     steps = planned(ablation, tmp_path, "--seeds", "0,7", "--config.data.path=/data")
     assert [step.label for step in steps if step.label.endswith("seed 7")] == [
-        "train slow, seed 7", "evaluate slow, seed 7", "evaluate guided, seed 7", "train fast, seed 7", "evaluate fast, seed 7",
-    ]  # fmt: skip
+        "train slow, seed 7",
+        "evaluate slow, seed 7",
+        "evaluate guided, seed 7",
+        "train fast, seed 7",
+        "evaluate fast, seed 7",
+    ]
     train = steps[3 + 5].command
     assert train[1:3] == ("-m", "imagen_jax.train")
-    assert set(train[5:]) == {"--config.data.path=/data", "--config.optim.lr=0.001", "--config.model.text_attention=(True, True)", "--config.seed=7"}
+    assert set(train[5:]) == {
+        "--config.data.path=/data",
+        "--config.optim.lr=0.001",
+        "--config.model.text_attention=(True, True)",
+        "--config.seed=7",
+    }
     guided, slow = steps[2].command, steps[1].command
     assert "--w=3.0" in guided and "--data=/data" in guided
-    measured = lambda step: [option for option in step.command[3:] if not option.startswith(("--checkpoint=", "--output="))]
-    assert measured(steps[1]) == measured(steps[1 + 5])  # the same rows with the same noise for both seeds
-    assert [option for option in guided if "checkpoint" in option] == [option for option in slow if "checkpoint" in option]
+    measured = lambda step: [
+        option
+        for option in step.command[3:]
+        if not option.startswith(("--checkpoint=", "--output="))
+    ]
+    assert measured(steps[1]) == measured(
+        steps[1 + 5]
+    )  # the same rows with the same noise for both seeds
+    assert [option for option in guided if "checkpoint" in option] == [
+        option for option in slow if "checkpoint" in option
+    ]
     assert guided[5] != slow[5]
 
 
 def test_a_given_model_is_only_evaluated(ablation, tmp_path):
-    """Wrong: --checkpoint trains all the same, or hides that the arms would have been trained differently."""
+    """Wrong: --checkpoint trains all the same, or hides that the arms would have been trained
+    differently.
+    """
     with pytest.raises(ValueError, match="trained differently"):
         planned(ablation, tmp_path, "--checkpoint", "model")
     ablation.write_text(ABLATION.rsplit("    yield", 1)[0])
-    assert {step.command[2] for step in planned(ablation, tmp_path, "--checkpoint", "model")} == {"imagen_jax.evaluate"}
+    assert {step.command[2] for step in planned(ablation, tmp_path, "--checkpoint", "model")} == {
+        "imagen_jax.evaluate"
+    }
 
 
 def test_a_given_model_samples_as_the_ablation_says(ablation, tmp_path):
-    """Wrong: with --checkpoint, get_config's sampling is ignored; its fields replace the arm's or the command line's; they are passed without --checkpoint too."""
-    ablation.write_text(ABLATION.rsplit("    yield", 1)[0].replace('path="prepared")', 'path="prepared")\n    config.sampling.update(steps=7, gamma=0.5)'))
-    slow, guided = planned(ablation, tmp_path, "--checkpoint", "model", "--config.sampling.gamma=0.75")
-    assert {"--steps=7", "--sampler=ancestral", "--gamma=0.75", "--grid=t", "--w_interval=[-20.0, 20.0]", "--w=1.0"} <= set(slow.command)
-    assert "--w=3.0" in guided.command and len(schema.SAMPLING) == sum(option.split("=")[0][2:] in schema.EVALUATE_FLAGS.values() for option in guided.command)
-    assert not any(option.startswith("--steps") for step in planned(ablation, tmp_path) for option in step.command)
+    """Wrong: with --checkpoint, get_config's sampling is ignored; its fields replace the arm's or
+    the command line's; they are passed without --checkpoint too.
+    """
+    ablation.write_text(
+        ABLATION.rsplit("    yield", 1)[0].replace(
+            'path="prepared")', 'path="prepared")\n    config.sampling.update(steps=7, gamma=0.5)'
+        )
+    )
+    slow, guided = planned(
+        ablation, tmp_path, "--checkpoint", "model", "--config.sampling.gamma=0.75"
+    )
+    assert {
+        "--steps=7",
+        "--sampler=ancestral",
+        "--gamma=0.75",
+        "--grid=t",
+        "--w_interval=[-20.0, 20.0]",
+        "--w=1.0",
+    } <= set(slow.command)
+    assert "--w=3.0" in guided.command and len(schema.SAMPLING) == sum(
+        option.split("=")[0][2:] in schema.EVALUATE_FLAGS.values() for option in guided.command
+    )
+    assert not any(
+        option.startswith("--steps")
+        for step in planned(ablation, tmp_path)
+        for option in step.command
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,8 +146,12 @@ def test_a_given_model_samples_as_the_ablation_says(ablation, tmp_path):
     ],
 )
 def test_options_that_restate_what_was_used_change_nothing(tmp_path, made, wanted, finished):
-    """Wrong: a sweep from before a setting was passed, or existed, starts over; or one that ignored the config's settings counts as finished."""
-    used = dict(method="ddim", steps=4, gamma=0.2, w=3.0, threshold="static", percentile=99.5, aug_level=0.0)  # older than grid and w_interval
+    """Wrong: a sweep from before a setting was passed, or existed, starts over; or one that ignored
+    the config's settings counts as finished.
+    """
+    used = dict(
+        method="ddim", steps=4, gamma=0.2, w=3.0, threshold="static", percentile=99.5, aug_level=0.0
+    )  # older than grid and w_interval
     (tmp_path / "evaluation.json").write_text(json.dumps({"provenance": {"sampling": used}}))
     command = ["-m", "imagen_jax.evaluate", "--data=d"]
     (tmp_path / sweep.FINISHED).write_text(json.dumps(command + made))
@@ -122,9 +174,19 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, made, wante
         ("", "", ("--config.optim.rate=2",), "optim.rate, which the config does not have"),
         ("", "", ("--config.seed=2",), "--seeds"),
         ("1e-3", "'fast'", (), "fast"),
-        ("config.sampling.w\": 3.0", 'config.sampling.method": "heun"', (), "sampling.method is 'heun'"),
+        (
+            'config.sampling.w": 3.0',
+            'config.sampling.method": "heun"',
+            (),
+            "sampling.method is 'heun'",
+        ),
         ("", "", ("--measures=nope",), "--measures nope is unknown"),
-        ("", "", ("--measures=loss,detail",), "--measures detail does not apply: base_tiny is a base stage"),
+        (
+            "",
+            "",
+            ("--measures=loss,detail",),
+            "--measures detail does not apply: base_tiny is a base stage",
+        ),
         ("", "", ("--rows=-1",), "--rows -1 is less than 1"),
         ("", "", ("--samples=-1",), "--samples -1 is less than 1"),
         ("", "", ("--workdir=/dev/null",), "--workdir: /dev/null cannot be made: Not a directory"),
@@ -132,39 +194,76 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, made, wante
         ("", "", ("--workdir=",), "--workdir is empty"),
         ("", "", ("--workdir=gs://b/s",), "gs://b/s: a bucket is no directory of this machine"),
         ('path="prepared"', 'path="gs://b/d"', (), "gs://b/d: a bucket is no directory"),
-        ("", "", ("--config.data.path=gs://b/d",), "gs://b/d: a bucket is no directory of this machine"),
+        (
+            "",
+            "",
+            ("--config.data.path=gs://b/d",),
+            "gs://b/d: a bucket is no directory of this machine",
+        ),
         ("", "", ("--topology=v5e:2x4",), "--topology needs --where"),
         ("", "", ("--spot",), "--spot needs --where"),
         ("", "", ("--env=A=1",), "--env needs --where"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_runs(ablation, tmp_path, capsys, old, new, options, message):
-    """Wrong: a typo is found hours later by the last arm, or by the first evaluation; a shared field silently overrides what an arm is about."""
+def test_mistakes_are_one_line_before_anything_runs(
+    ablation, tmp_path, capsys, old, new, options, message
+):
+    """Wrong: a typo is found hours later by the last arm, or by the first evaluation; a shared
+    field silently overrides what an arm is about.
+    """
     ablation.write_text(ABLATION.replace(old, new) if old else ABLATION)
     for dry in ([], ["--dry-run"]):
-        assert sweep.main(["--config", str(ablation), "--workdir", str(tmp_path / "runs"), *options, *dry]) == 2
+        assert (
+            sweep.main(
+                ["--config", str(ablation), "--workdir", str(tmp_path / "runs"), *options, *dry]
+            )
+            == 2
+        )
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
 def test_measures_of_a_given_model_are_those_of_its_stage(ablation, tmp_path, capsys):
-    """Wrong: what applies to the model is refused because the ablation's own config is of another stage; or an unknown measure is not."""
+    """Wrong: what applies to the model is refused because the ablation's own config is of another
+    stage; or an unknown measure is not.
+    """
     ablation.write_text(ABLATION.rsplit("    yield", 1)[0])
-    command = ["--config", str(ablation), "--workdir", str(tmp_path / "runs"), "--checkpoint=model", "--dry-run"]
+    command = [
+        "--config",
+        str(ablation),
+        "--workdir",
+        str(tmp_path / "runs"),
+        "--checkpoint=model",
+        "--dry-run",
+    ]
     assert sweep.main([*command, "--measures=detail"]) == 0
     assert sweep.main([*command, "--measures=nope"]) == 2
 
 
 def test_checking_takes_no_device(ablation, tmp_path):
     """Wrong: the launcher has the accelerator, or its memory, that the trainings need."""
-    source = "import sys; from launch import sweep; assert not sweep.main(sys.argv[1:]); from jax._src import xla_bridge; print(len(xla_bridge._backends))"
-    command = [sys.executable, "-c", source, "--config", str(ablation), "--workdir", str(tmp_path / "runs"), "--dry-run"]
+    source = (
+        "import sys; from launch import sweep; assert not sweep.main(sys.argv[1:]); from jax._src"
+        " import xla_bridge; print(len(xla_bridge._backends))"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        source,
+        "--config",
+        str(ablation),
+        "--workdir",
+        str(tmp_path / "runs"),
+        "--dry-run",
+    ]
     done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0", done.stderr
 
 
 def test_finished_steps_are_not_run_again(ablation, tmp_path, monkeypatch, capsys):
-    """Wrong: the same command starts over; or another command takes the results in the directory for its own."""
+    """Wrong: the same command starts over; or another command takes the results in the directory
+    for its own.
+    """
     ran = []
 
     def execute(step):
@@ -173,22 +272,36 @@ def test_finished_steps_are_not_run_again(ablation, tmp_path, monkeypatch, capsy
             raise ValueError("out of memory")
         step.directory.mkdir(parents=True)
         if step.label.startswith("evaluate"):
-            (step.directory / "evaluation.json").write_text(json.dumps(evaluation(0.25)["measures"]))
+            (step.directory / "evaluation.json").write_text(
+                json.dumps(evaluation(0.25)["measures"])
+            )
         (step.directory / sweep.FINISHED).write_text(json.dumps(step.command[1:]))
 
     monkeypatch.setattr(sweep, "execute", execute)
     command = ["--config", str(ablation), "--workdir", str(tmp_path / "runs")]
     assert sweep.main(command) == 2
     assert sweep.main(command) == 0
-    assert ran == ["train slow, seed 0", "evaluate slow, seed 0", "evaluate guided, seed 0", "train fast, seed 0"] + 2 * ["evaluate fast, seed 0"]
+    assert ran == [
+        "train slow, seed 0",
+        "evaluate slow, seed 0",
+        "evaluate guided, seed 0",
+        "train fast, seed 0",
+    ] + 2 * ["evaluate fast, seed 0"]
     assert json.loads((tmp_path / "runs" / "sweep.json").read_text())["reference"] == "slow"
     assert sweep.main([*command, "--rows", "3"]) == 2
     assert "made by another command" in capsys.readouterr().err
 
 
 def test_differences_are_paired_by_seed():
-    """Wrong: the standard error of unpaired values, which the spread between seeds would drown; or reference minus arm."""
-    found = compared({"a": [evaluation(1.0), evaluation(5.0), evaluation(9.0)], "b": [evaluation(1.5), evaluation(5.6), evaluation(9.7)]})
+    """Wrong: the standard error of unpaired values, which the spread between seeds would drown; or
+    reference minus arm.
+    """
+    found = compared(
+        {
+            "a": [evaluation(1.0), evaluation(5.0), evaluation(9.0)],
+            "b": [evaluation(1.5), evaluation(5.6), evaluation(9.7)],
+        }
+    )
     assert found["b"]["difference"] == pytest.approx(0.6)
     assert found["b"]["se_seeds"] == pytest.approx(0.1 / np.sqrt(3))
     assert found["b"]["se_rows"] is None
@@ -196,9 +309,13 @@ def test_differences_are_paired_by_seed():
 
 
 def test_differences_are_paired_by_row():
-    """Wrong: the error of the rows themselves instead of that of their differences; a standard error over one seed."""
+    """Wrong: the error of the rows themselves instead of that of their differences; a standard
+    error over one seed.
+    """
     rows = np.array([0.0, 10.0, 20.0, 30.0])
-    found = compared({"a": [evaluation(0, rows)], "b": [evaluation(0, rows + [1.0, 1.2, 0.8, 1.0])]})
+    found = compared(
+        {"a": [evaluation(0, rows)], "b": [evaluation(0, rows + [1.0, 1.2, 0.8, 1.0])]}
+    )
     assert found["b"]["difference"] == pytest.approx(1.0)
     assert found["b"]["se_rows"] == pytest.approx(np.std([1.0, 1.2, 0.8, 1.0], ddof=1) / 2)
     assert found["b"]["se_seeds"] is None
@@ -207,28 +324,42 @@ def test_differences_are_paired_by_row():
 def test_the_same_seed_twice_is_refused(ablation, tmp_path, capsys):
     """Wrong: copies of one training are averaged, and say that the seed makes no difference."""
     with pytest.raises(SystemExit):
-        sweep.main(["--config", str(ablation), "--workdir", str(tmp_path / "runs"), "--seeds", "0,1,0"])
+        sweep.main(
+            ["--config", str(ablation), "--workdir", str(tmp_path / "runs"), "--seeds", "0,1,0"]
+        )
     assert "the same seed twice" in capsys.readouterr().err
 
 
 def test_seeds_share_their_rows():
-    """Wrong: rows of several seeds counted as independent images, so that each further seed shrinks the error of the same images."""
+    """Wrong: rows of several seeds counted as independent images, so that each further seed shrinks
+    the error of the same images.
+    """
     rows = np.array([0.0, 1.0, 2.0, 3.0])
-    one, three = (compared({"a": [evaluation(0, 0 * rows)] * seeds, "b": [evaluation(0, rows)] * seeds})["b"] for seeds in (1, 3))
+    one, three = (
+        compared({"a": [evaluation(0, 0 * rows)] * seeds, "b": [evaluation(0, rows)] * seeds})["b"]
+        for seeds in (1, 3)
+    )
     assert one["se_rows"] == three["se_rows"] == pytest.approx(np.std(rows, ddof=1) / 2)
 
 
 def test_losses_of_other_noise_are_not_compared():
-    """Wrong: a difference of two losses that do not measure the same thing, with a standard error that makes it look like a result."""
+    """Wrong: a difference of two losses that do not measure the same thing, with a standard error
+    that makes it look like a result.
+    """
     arms = [sweep.Arm("a", {}), sweep.Arm("b", {"diffusion.aug_max": 0.0})]
-    assert sweep.compare(arms, [0], {"a": [evaluation(1.0)], "b": [evaluation(0.5)]})["columns"] == []
+    assert (
+        sweep.compare(arms, [0], {"a": [evaluation(1.0)], "b": [evaluation(0.5)]})["columns"] == []
+    )
 
 
 @pytest.mark.parametrize(
-    "field, compared", [("prediction", True), ("schedule", True), ("aug_max", False), ("aug_schedule", False)]
+    "field, compared",
+    [("prediction", True), ("schedule", True), ("aug_max", False), ("aug_schedule", False)],
 )
 def test_errors_of_x_hat_compare_arms_of_other_diffusion(field, compared):
-    """Wrong: no column at all for arms that differ in what the network predicts; or errors from low-res images of other noise compared."""
+    """Wrong: no column at all for arms that differ in what the network predicts; or errors from
+    low-res images of other noise compared.
+    """
     arms = [sweep.Arm("a", {}), sweep.Arm("b", {f"diffusion.{field}": "other"})]
     found = {}
     for arm, value in zip(arms, (0.5, 0.25)):
@@ -238,20 +369,29 @@ def test_errors_of_x_hat_compare_arms_of_other_diffusion(field, compared):
         found[arm.name] = [one]
     columns = sweep.compare(arms, [0], found)["columns"]
     assert [column["place"] for column in columns] == ["x_error.heldout.overall.mean"] * compared
-    assert all(column["arms"]["b"]["difference"] == -0.25 and column["arms"]["b"]["se_rows"] == 0 for column in columns)
+    assert all(
+        column["arms"]["b"]["difference"] == -0.25 and column["arms"]["b"]["se_rows"] == 0
+        for column in columns
+    )
 
 
 def test_evaluations_are_read_with_their_rows(tmp_path):
-    """Wrong: hits, which are booleans, cannot be subtracted; an evaluation without rows is an error."""
+    """Wrong: hits, which are booleans, cannot be subtracted; an evaluation without rows is an
+    error.
+    """
     for name, hits in {"a": [True, False], "b": [True, True], "c": None}.items():
         directory = tmp_path / name / "seed_4" / "evaluation"
         directory.mkdir(parents=True)
         rate = {"retrieval": {"heldout": {"right": {"top5": {"rate": float(np.mean(hits or 0))}}}}}
         (directory / "evaluation.json").write_text(json.dumps(rate))
         if hits:
-            np.savez(directory / "rows.npz", **{"retrieval.heldout.right.top5.rate": np.array(hits)})
+            np.savez(
+                directory / "rows.npz", **{"retrieval.heldout.right.top5.rate": np.array(hits)}
+            )
     arms = [sweep.Arm(name, {}) for name in "abc"]
-    found = sweep.compare(arms, [4], sweep.read_evaluations(tmp_path, arms, [4]))["columns"][0]["arms"]
+    found = sweep.compare(arms, [4], sweep.read_evaluations(tmp_path, arms, [4]))["columns"][0][
+        "arms"
+    ]
     assert found["b"]["difference"] == found["b"]["se_rows"] == 0.5
     assert found["c"]["se_rows"] is None
 
@@ -259,9 +399,16 @@ def test_evaluations_are_read_with_their_rows(tmp_path):
 def test_table_shows_every_arm():
     """Wrong: an arm without a measure, or a lone seed, breaks the table."""
     arms = [sweep.Arm("reference", {}), sweep.Arm("b", {"optim.lr": 1.0}), sweep.Arm("no_loss", {})]
-    found = {"reference": [evaluation(1.0)], "b": [evaluation(0.5)], "no_loss": [{"measures": {"retrieval": {}}, "rows": {}}]}
+    found = {
+        "reference": [evaluation(1.0)],
+        "b": [evaluation(0.5)],
+        "no_loss": [{"measures": {"retrieval": {}}, "rows": {}}],
+    }
     lines = sweep.table(sweep.compare(arms, [0], found)).splitlines()
-    assert [line.split() for line in lines[-2:]] == [["reference", "1.0000", "-", "-", "-"], ["b", "0.5000", "-0.5000", "-", "-"]]
+    assert [line.split() for line in lines[-2:]] == [
+        ["reference", "1.0000", "-", "-", "-"],
+        ["b", "0.5000", "-0.5000", "-", "-"],
+    ]
 
 
 def step(tmp_path, code):
@@ -276,9 +423,13 @@ def test_a_failed_process_is_not_finished(tmp_path):
     assert not failing.finished
 
 
-@pytest.mark.parametrize("rows, saved, finished", [(8, 8, True), (5, 5, False), (8, 4, False), (4, 8, True)])
+@pytest.mark.parametrize(
+    "rows, saved, finished", [(8, 8, True), (5, 5, False), (8, 4, False), (4, 8, True)]
+)
 def test_a_training_that_stopped_early_is_not_finished(tmp_path, rows, saved, finished):
-    """Wrong: exit code 0, which a training asked to stop also gives, taken for the end of the training; or lost rows that nobody makes again for a stop."""
+    """Wrong: exit code 0, which a training asked to stop also gives, taken for the end of the
+    training; or lost rows that nobody makes again for a stop.
+    """
     (tmp_path / "config.json").write_text('{"train": {"steps": 8}}')
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": {rows}}}\n')
     (tmp_path / "checkpoints" / str(saved)).mkdir(parents=True)
@@ -293,11 +444,25 @@ def test_a_training_that_stopped_early_is_not_finished(tmp_path, rows, saved, fi
 
 
 def test_a_signal_lets_the_process_save(tmp_path):
-    """Wrong: SIGTERM ends the launcher and leaves its training running, or kills the training before it has saved."""
-    saving = "import signal, time, sys; signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'w').close(), sys.exit(0))); open('ready', 'w').close(); time.sleep(60)"
-    launcher = f"import pathlib; from launch import sweep; sweep.execute(sweep.Step('x', ({sys.executable!r}, '-c', {saving!r}), pathlib.Path('.')))"
+    """Wrong: SIGTERM ends the launcher and leaves its training running, or kills the training
+    before it has saved.
+    """
+    saving = (
+        "import signal, time, sys; signal.signal(signal.SIGTERM, lambda *_: (open('saved',"
+        " 'w').close(), sys.exit(0))); open('ready', 'w').close(); time.sleep(60)"
+    )
+    launcher = (
+        "import pathlib; from launch import sweep; sweep.execute(sweep.Step('x',"
+        f" ({sys.executable!r}, '-c', {saving!r}), pathlib.Path('.')))"
+    )
     environment = {"PYTHONPATH": ":".join(sys.path)}
-    process = subprocess.Popen([sys.executable, "-c", launcher], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

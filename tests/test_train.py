@@ -1,4 +1,6 @@
-"""The trainer as a user runs it, in processes of their own: killed at bad moments, resumed, asked to stop, given bad data or settings."""
+"""The trainer as a user runs it, in processes of their own: killed at bad moments, resumed, asked
+to stop, given bad data or settings.
+"""
 
 import json
 import os
@@ -14,9 +16,9 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.weights.checkpoint import load_params
 from imagen_jax.run_log import read_metrics
 from imagen_jax.train import Run
+from imagen_jax.weights.checkpoint import load_params
 from tests import tiny, xla
 from tests.data import synthetic
 
@@ -29,22 +31,42 @@ PROGRAM = (sys.executable, "-m", "imagen_jax.train")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return synthetic.write_prepared(tmp_path_factory.mktemp("prepared") / "data", images=24, size=32)
+    return synthetic.write_prepared(
+        tmp_path_factory.mktemp("prepared") / "data", images=24, size=32
+    )
 
 
 def command(data: Path, workdir: Path, *more: str, program: Sequence[str] = PROGRAM) -> list[str]:
-    """Everything on that can disturb a resume: accumulation, crops, data workers, frequent saves."""
+    """Everything on that can disturb a resume: accumulation, crops, data workers,
+    frequent saves.
+    """
     return [
-        *program, f"--config={tiny.ROOT}/configs/sr_1024.py:tiny", f"--workdir={workdir}",
-        f"--config.data.path={data}", f"--config.text.dim={synthetic.DIM}", f"--config.train.steps={STEPS}", "--config.train.save_every=5",
-        "--config.data.workers=1", "--config.optim.accumulation=2", "--config.optim.ema_tracks=(0.5,)",
-        "--config.mesh.data=1", *more,
-    ]  # fmt: skip
+        *program,
+        f"--config={tiny.ROOT}/configs/sr_1024.py:tiny",
+        f"--workdir={workdir}",
+        f"--config.data.path={data}",
+        f"--config.text.dim={synthetic.DIM}",
+        f"--config.train.steps={STEPS}",
+        "--config.train.save_every=5",
+        "--config.data.workers=1",
+        "--config.optim.accumulation=2",
+        "--config.optim.ema_tracks=(0.5,)",
+        "--config.mesh.data=1",
+        *more,
+    ]
 
 
-def start(data: Path, workdir: Path, *more: str, program: Sequence[str] = PROGRAM) -> subprocess.Popen:
+def start(
+    data: Path, workdir: Path, *more: str, program: Sequence[str] = PROGRAM
+) -> subprocess.Popen:
     log = open(workdir.with_suffix(".log"), "a")
-    return subprocess.Popen(command(data, workdir, *more, program=program), env=ENV, stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen(
+        command(data, workdir, *more, program=program),
+        env=ENV,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
 
 
 def run(data: Path, workdir: Path, *more: str, program: Sequence[str] = PROGRAM) -> tuple[int, str]:
@@ -85,7 +107,9 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> bool
 
 
 def kill_at(moment: str, data: Path, workdir: Path, rng: random.Random) -> None:
-    """Starts the run and kills its whole process group at a moment: in compilation, inside a save, or after some steps."""
+    """Starts the run and kills its whole process group at a moment: in compilation, inside a save,
+    or after some steps.
+    """
     process = start(data, workdir)
     seen = lambda text: text in workdir.with_suffix(".log").read_text()[before:]
     before = len(workdir.with_suffix(".log").read_text())
@@ -102,32 +126,49 @@ def kill_at(moment: str, data: Path, workdir: Path, rng: random.Random) -> None:
 
 
 def test_killed_runs_resume_bit_for_bit(data, straight, straight_run, tmp_path):
-    """Catches any state outside the checkpoint, a half-written checkpoint that is used, rows written twice, data that starts over."""
+    """Catches any state outside the checkpoint, a half-written checkpoint that is used, rows
+    written twice, data that starts over.
+    """
     rng, workdir = random.Random(0), tmp_path / "run"
-    moments = ["compile", "save", "steps"] + ["save", "save"] * (KILLS >= 5) + ["steps"] * max(0, KILLS - 5)
+    moments = (
+        ["compile", "save", "steps"]
+        + ["save", "save"] * (KILLS >= 5)
+        + ["steps"] * max(0, KILLS - 5)
+    )
     for moment in moments[:KILLS]:
         kill_at(moment, data, workdir, rng)
     code, log = run(data, workdir)
     assert code == 0, log
     assert losses(workdir) == straight
     for which in ("ema", "ema_1"):
-        jax.tree.map(np.testing.assert_array_equal, *(load_params(run, which)[0] for run in (workdir, straight_run)))
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            *(load_params(run, which)[0] for run in (workdir, straight_run)),
+        )
 
 
 def test_sigterm_saves_and_exits(data, straight, tmp_path):
-    """Catches a signal that loses the steps since the last save, or one that is answered with a failure; and a second trainer in the same workdir."""
+    """Catches a signal that loses the steps since the last save, or one that is answered with a
+    failure; and a second trainer in the same workdir.
+    """
     workdir = tmp_path / "run"
-    process = start(data, workdir, "--config.train.save_every=100000", "--config.train.steps=100000")
+    process = start(
+        data, workdir, "--config.train.save_every=100000", "--config.train.steps=100000"
+    )
     assert wait_for(lambda: len(read_metrics(workdir)) >= 3, process)
     code, log = run(data, workdir)
-    assert code == 2 and "another process is training in" in log, "two processes write one run's metrics and checkpoints"
+    assert code == 2 and "another process is training in" in log, (
+        "two processes write one run's metrics and checkpoints"
+    )
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     saved = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     assert len(saved) == 1 and saved[0] >= 3
     got = losses(workdir)
     assert list(got) == list(range(1, saved[0] + 1))
-    assert [got[step] for step in range(1, min(saved[0], STEPS) + 1)] == [straight[step] for step in range(1, min(saved[0], STEPS) + 1)]
+    assert [got[step] for step in range(1, min(saved[0], STEPS) + 1)] == [
+        straight[step] for step in range(1, min(saved[0], STEPS) + 1)
+    ]
 
 
 def test_resume_on_another_mesh_and_refusal_of_other_settings(data, straight, tmp_path):
@@ -136,11 +177,24 @@ def test_resume_on_another_mesh_and_refusal_of_other_settings(data, straight, tm
     assert run(data, workdir, "--config.train.steps=15")[0] == 0
     for change in ("optim.lr=0.5", "model.cond_dim=32"):
         code, log = run(data, workdir, f"--config.{change}")
-        assert code == 2 and f"started with other settings; restore them, or use a new --workdir: {change.split('=')[0]}: " in log and "Traceback" not in log
+        assert (
+            code == 2
+            and f"started with other settings; restore them, or use a new --workdir: {change.split('=')[0]}: "
+            in log
+            and "Traceback" not in log
+        )
     more = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.fsdp_min_elements=64"]
-    subprocess.run(command(data, workdir, *more), env=ENV | {"XLA_FLAGS": xla.flags(devices=4)}, check=True, timeout=400, capture_output=True)
+    subprocess.run(
+        command(data, workdir, *more),
+        env=ENV | {"XLA_FLAGS": xla.flags(devices=4)},
+        check=True,
+        timeout=400,
+        capture_output=True,
+    )
     got = losses(workdir)
-    np.testing.assert_allclose([got[n] for n in range(1, STEPS + 1)], [straight[n] for n in range(1, STEPS + 1)], rtol=1e-5)
+    np.testing.assert_allclose(
+        [got[n] for n in range(1, STEPS + 1)], [straight[n] for n in range(1, STEPS + 1)], rtol=1e-5
+    )
 
 
 def test_failed_save_does_not_end_the_run(data, straight, tmp_path):
@@ -149,13 +203,21 @@ def test_failed_save_does_not_end_the_run(data, straight, tmp_path):
     code, log = run(data, workdir, program=(sys.executable, "-c", tiny.FULL_ONCE))
     assert code == 0 and "checkpoint 5 was not saved" in log and "No space left" in log
     assert losses(workdir) == straight
-    assert (workdir / "checkpoints" / str(STEPS)).is_dir() and not (workdir / "checkpoints" / "5").exists()
+    assert (workdir / "checkpoints" / str(STEPS)).is_dir() and not (
+        workdir / "checkpoints" / "5"
+    ).exists()
 
 
 def test_non_finite_loss_stops_the_run(data, tmp_path):
     """Catches a run that goes on, or saves, after a NaN; the report names step, seed and images."""
     workdir = tmp_path / "run"
-    code, log = run(data, workdir, "--config.optim.lr=1e38", "--config.optim.clip=1e38", "--config.train.save_every=1")
+    code, log = run(
+        data,
+        workdir,
+        "--config.optim.lr=1e38",
+        "--config.optim.clip=1e38",
+        "--config.train.save_every=1",
+    )
     assert code not in (0, None) and "not finite" in log
     report = json.loads((workdir / "nonfinite.json").read_text())
     assert report["seed"] == 0 and len(report["images"]) == 8
@@ -163,14 +225,23 @@ def test_non_finite_loss_stops_the_run(data, tmp_path):
     assert saved and all(step <= report["step"] for step in saved)
     for which in ("params", "ema", "ema_1"):
         params, _ = load_params(workdir / "checkpoints" / str(max(saved)), which)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)), f"{which} of the newest checkpoint are not finite"
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)), (
+            f"{which} of the newest checkpoint are not finite"
+        )
 
 
 def test_overfit_passes_and_can_fail(data, tmp_path):
-    """Catches a self-test that passes whatever happens: with a learning rate of nothing it must fail."""
+    """Catches a self-test that passes whatever happens: with a learning rate of nothing it must
+    fail.
+    """
     workdir = tmp_path / "run"
     assert run(data, workdir, "--overfit=5", "--config.optim.lr=0.0")[0] == 1
-    base = [f"--config={tiny.ROOT}/configs/base_64.py:tiny", f"--config.data.path={data}", f"--config.text.dim={synthetic.DIM}", "--config.mesh.data=1"]
+    base = [
+        f"--config={tiny.ROOT}/configs/base_64.py:tiny",
+        f"--config.data.path={data}",
+        f"--config.text.dim={synthetic.DIM}",
+        "--config.mesh.data=1",
+    ]
     able = [*PROGRAM, *base, f"--workdir={workdir}", "--overfit=150", "--config.optim.lr=1e-2"]
     done = subprocess.run(able, env=ENV, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0 and "passed" in done.stderr + done.stdout, done.stderr
@@ -196,7 +267,9 @@ def test_overfit_passes_and_can_fail(data, tmp_path):
 )
 def test_wrong_settings_are_found_first(data, field, value, message):
     """Catches a setting that is looked at only after state was allocated and the step compiled."""
-    config = tiny.config("sr_1024", **{"data__path": str(data), "optim__accumulation": 2, field: value})
+    config = tiny.config(
+        "sr_1024", **{"data__path": str(data), "optim__accumulation": 2, field: value}
+    )
     with pytest.raises(ValueError, match=message) as error:
         Run.create(config)
     assert "\n" not in str(error.value)

@@ -1,4 +1,6 @@
-"""What a user does with a run, one verb after another: rows and grids while it trains, export, a warm start, pictures, the same picture again."""
+"""What a user does with a run, one verb after another: rows and grids while it trains, export, a
+warm start, pictures, the same picture again.
+"""
 
 import json
 from pathlib import Path
@@ -8,10 +10,10 @@ import numpy as np
 import pytest
 
 from imagen_jax import demo, sample, train
-from imagen_jax.weights import checkpoint, exports
 from imagen_jax.distributed.watch import Watch
-from imagen_jax.run_log import read_metrics
 from imagen_jax.pictures import write_png
+from imagen_jax.run_log import read_metrics
+from imagen_jax.weights import checkpoint, exports
 from tests import tiny
 from tests.data import synthetic
 
@@ -20,7 +22,9 @@ PLAIN = dict(profile=(0, 0), minutes=0.0, init_from="", watch=Watch(100.0))
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return synthetic.write_prepared(tmp_path_factory.mktemp("prepared") / "data", images=24, size=32)
+    return synthetic.write_prepared(
+        tmp_path_factory.mktemp("prepared") / "data", images=24, size=32
+    )
 
 
 def config(data: Path, steps: int, **changes) -> dict:
@@ -38,26 +42,37 @@ def straight(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(data, tmp_path_factory):
-    """A run that stops between two rows; its directory is called as checkpoints are, by a number."""
+    """A run that stops between two rows; its directory is called as checkpoints are, by a
+    number.
+    """
     workdir = tmp_path_factory.mktemp("stopped") / "7"
     assert train.train(config(data, 6), workdir, **PLAIN) == 0
     return workdir
 
 
 def logged(workdir: Path) -> dict[int, dict]:
-    return {row["step"]: {name: value for name, value in row.items() if not name.startswith("time/")} for row in read_metrics(workdir)}
+    return {
+        row["step"]: {name: value for name, value in row.items() if not name.startswith("time/")}
+        for row in read_metrics(workdir)
+    }
 
 
 def test_rows_are_those_of_an_undisturbed_run(data, straight, stopped):
-    """Catches steps lost from the record at a stop, a first row after a resume that averages too few steps, a trace that ends the run."""
+    """Catches steps lost from the record at a stop, a first row after a resume that averages too
+    few steps, a trace that ends the run.
+    """
     assert list(logged(stopped)) == [4, 6]
-    assert train.train(config(data, 12), stopped, **PLAIN | {"profile": (5, 2)}) == 0  # step 5 was before the stop
+    assert (
+        train.train(config(data, 12), stopped, **PLAIN | {"profile": (5, 2)}) == 0
+    )  # step 5 was before the stop
     assert list((stopped / "profile").rglob("*.xplane.pb"))
     assert list(logged(stopped)) == [4, 8, 12]
     assert logged(stopped) == logged(straight)
     with pytest.raises(ValueError, match="did not start from embedded:base_16"):
         train.train(config(data, 20), stopped, **PLAIN | {"init_from": "embedded:base_16"})
-    assert train.train(config(data, 9), stopped, **PLAIN) == 0  # it has more steps than that: nothing to do
+    assert (
+        train.train(config(data, 9), stopped, **PLAIN) == 0
+    )  # it has more steps than that: nothing to do
     assert logged(stopped) == logged(straight)
 
 
@@ -68,15 +83,32 @@ def test_grids_follow_training(straight):
 
 
 def test_a_warm_start_has_the_weights_and_says_so(data, straight, tmp_path):
-    """Catches weights that are read and dropped, and a run that looks as if trained from scratch."""
+    """Catches weights that are read and dropped, and a run that looks as if trained from
+    scratch.
+    """
     params, meta = checkpoint.load_params(straight)
     exports.export_params(params, meta, tmp_path / "base.safetensors")
     assert config(data, 1)["optim"]["warmup"] == 1  # so the first step has a rate of zero
-    assert train.train(config(data, 1), tmp_path / "warm", **PLAIN | {"init_from": str(tmp_path / "base.safetensors")}) == 0
+    assert (
+        train.train(
+            config(data, 1),
+            tmp_path / "warm",
+            **PLAIN | {"init_from": str(tmp_path / "base.safetensors")},
+        )
+        == 0
+    )
     exported, _ = checkpoint.load_params(tmp_path / "base.safetensors")
     warm, warm_meta = checkpoint.load_params(tmp_path / "warm")
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)), exported, warm)
-    assert warm_meta["init_from"]["step"] == 12 and warm_meta["init_from"]["path"] == str(tmp_path / "base.safetensors")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(
+            np.asarray(a, np.float32), np.asarray(b, np.float32)
+        ),
+        exported,
+        warm,
+    )
+    assert warm_meta["init_from"]["step"] == 12 and warm_meta["init_from"]["path"] == str(
+        tmp_path / "base.safetensors"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +120,29 @@ def cascade_config():
 
 
 def test_a_picture_is_drawn_again_from_its_record(cascade_config, tmp_path, monkeypatch):
-    """Catches a record that lacks what the picture depends on, and other weights or another image taken for the same."""
+    """Catches a record that lacks what the picture depends on, and other weights or another image
+    taken for the same.
+    """
     out, again = tmp_path / "out", tmp_path / "again"
-    assert sample.sample(cascade_config, ["a red apple", "a cat"], [3, 4], ["base", "sr_1"], "", out) == 0
+    assert (
+        sample.sample(cascade_config, ["a red apple", "a cat"], [3, 4], ["base", "sr_1"], "", out)
+        == 0
+    )
     record = json.loads((out / "0001_a_cat.json").read_text())
-    redraw = lambda record, output: sample.sample(record["config"], [record["prompt"]], [record["seed"]], record["stages"], record["image"], output, record)
+    redraw = lambda record, output: sample.sample(
+        record["config"],
+        [record["prompt"]],
+        [record["seed"]],
+        record["stages"],
+        record["image"],
+        output,
+        record,
+    )
     assert redraw(record, again) == 0
     for kind in ("", "_16"):
-        assert (again / f"0000_a_cat{kind}.png").read_bytes() == (out / f"0001_a_cat{kind}.png").read_bytes()
+        assert (again / f"0000_a_cat{kind}.png").read_bytes() == (
+            out / f"0001_a_cat{kind}.png"
+        ).read_bytes()
     assert (out / "0000_a_red_apple.png").read_bytes() != (out / "0001_a_cat.png").read_bytes()
     assert redraw(record, out) == 0 and (out / "0002_a_cat.png").exists(), "earlier pictures stay"
     record["checkpoints"][1]["sha256"] = "0" * 64
@@ -107,46 +154,79 @@ def test_an_image_of_the_user_is_up_sampled(cascade_config, tmp_path):
     """Catches an image that is not looked at, and a record that does not know which it was."""
     for name, value in {"dark": 0, "light": 255}.items():
         write_png(tmp_path / f"{name}.png", np.full((20, 30, 3), value, np.uint8))
-        assert sample.sample(cascade_config, ["a cat"], [3], ["sr_1"], str(tmp_path / f"{name}.png"), tmp_path / name) == 0
-    assert (tmp_path / "dark" / "0000_a_cat.png").read_bytes() != (tmp_path / "light" / "0000_a_cat.png").read_bytes()
+        assert (
+            sample.sample(
+                cascade_config,
+                ["a cat"],
+                [3],
+                ["sr_1"],
+                str(tmp_path / f"{name}.png"),
+                tmp_path / name,
+            )
+            == 0
+        )
+    assert (tmp_path / "dark" / "0000_a_cat.png").read_bytes() != (
+        tmp_path / "light" / "0000_a_cat.png"
+    ).read_bytes()
     record = json.loads((tmp_path / "dark" / "0000_a_cat.json").read_text())
     write_png(tmp_path / "dark.png", np.full((20, 30, 3), 9, np.uint8))
     with pytest.raises(ValueError, match="dark.png is not the image that was up-sampled"):
-        sample.sample(record["config"], ["a cat"], [3], ["sr_1"], record["image"], tmp_path / "x", record)
+        sample.sample(
+            record["config"], ["a cat"], [3], ["sr_1"], record["image"], tmp_path / "x", record
+        )
 
 
 def test_a_cascade_ends_before_its_first_empty_stage(cascade_config):
-    """Catches a stage that is left out in the middle, whose successor then has no image to start from."""
+    """Catches a stage that is left out in the middle, whose successor then has no image to start
+    from.
+    """
     from imagen_jax.cascade import load_cascade
 
     cut = cascade_config | {"sr_1": cascade_config["sr_1"] | {"checkpoint": ""}}
     assert [loaded.stage.image_size for loaded in load_cascade(cut)] == [16]
     with pytest.raises(ValueError, match="stage sr_1 has no checkpoint"):
         load_cascade(cut, ["sr_1", "sr_2"])
-    with pytest.raises(ValueError, match="embedded:sr_64 is a super-resolution stage, which cannot be base"):
+    with pytest.raises(
+        ValueError, match="embedded:sr_64 is a super-resolution stage, which cannot be base"
+    ):
         load_cascade(cascade_config | {"base": cascade_config["sr_1"]}, ["base"])
 
 
 def test_the_report_shows_this_calls_pictures(tmp_path, monkeypatch):
-    """Catches pictures of another call's prompts, left in the directory, that shift every column of the contact sheet."""
+    """Catches pictures of another call's prompts, left in the directory, that shift every column of
+    the contact sheet.
+    """
 
     def fake(name, *arguments):
-        for i, prompt in enumerate(Path(arguments[arguments.index("--prompts") + 1]).read_text().split()):
+        for i, prompt in enumerate(
+            Path(arguments[arguments.index("--prompts") + 1]).read_text().split()
+        ):
             for size in (16, 64):
-                write_png(arguments[arguments.index("--output") + 1] / f"{i:04d}_{prompt}_{size}.png", np.full((size, size, 3), 10, np.uint8))
+                write_png(
+                    arguments[arguments.index("--output") + 1] / f"{i:04d}_{prompt}_{size}.png",
+                    np.full((size, size, 3), 10, np.uint8),
+                )
 
     monkeypatch.setattr(demo, "verb", fake)
     for prompts in (["cat", "dog", "cow"], ["apple", "pear"]):
         (tmp_path / "prompts.txt").write_text("\n".join(prompts))
         demo.draw("--config=x", tmp_path / "prompts.txt", tmp_path / "embedded")
     assert len(list((tmp_path / "embedded").iterdir())) == 4
-    sheet = demo.cascade_sheet(["apple", "pear"], {"embedded": tmp_path / "embedded"}, tmp_path / "sheet.png")
+    sheet = demo.cascade_sheet(
+        ["apple", "pear"], {"embedded": tmp_path / "embedded"}, tmp_path / "sheet.png"
+    )
     assert sheet.exists()
 
 
 def test_the_report_names_a_stage_that_logged_no_step(tmp_path):
-    """Catches an empty plot without a word, and a stage that is left out of the table, after a training of seconds."""
-    rows = {"base": '{"step": 50, "loss": 1.0}\n{"step": 100, "loss": 0.5}\n', "sr_1": '{"step": 50, "loss": 1.0}\n', "sr_2": ""}
+    """Catches an empty plot without a word, and a stage that is left out of the table, after a
+    training of seconds.
+    """
+    rows = {
+        "base": '{"step": 50, "loss": 1.0}\n{"step": 100, "loss": 0.5}\n',
+        "sr_1": '{"step": 50, "loss": 1.0}\n',
+        "sr_2": "",
+    }
     for name, text in rows.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(text)

@@ -1,4 +1,6 @@
-"""Small stages and batches for the tests of the joints: configs/*.py:tiny on random pixels and text."""
+"""Small stages and batches for the tests of the joints: configs/*.py:tiny on random pixels and
+text.
+"""
 
 import copy
 import functools
@@ -11,14 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax.training import optim
 from imagen_jax.stage import Stage, create_stage
+from imagen_jax.training import optim
 from imagen_jax.training.step import make_step
 
 ROOT = Path(__file__).parent.parent
 DIM = 8
-# Fields of sr_256:tiny and sr_1024:tiny for runs of several processes: one level of the two compiles in half the time.
-ONE_LEVEL = ("--config.model.widths=(16,)", "--config.model.blocks=(1,)", "--config.model.attention=('cross',)")
+# Fields of sr_256:tiny and sr_1024:tiny for runs of several processes: one level of the two
+# compiles in half the time.
+ONE_LEVEL = (
+    "--config.model.widths=(16,)",
+    "--config.model.blocks=(1,)",
+    "--config.model.attention=('cross',)",
+)
 # The trainer with a disk that is full at the first save and has room at the next.
 FULL_ONCE = """
 import runpy
@@ -32,7 +39,8 @@ runpy.run_module("imagen_jax.train", run_name="__main__")
 """
 
 
-# What JAX's plugin for GPUs writes when it is installed (make test-slow does it) and there is no GPU.
+# What JAX's plugin for GPUs writes when it is installed (make test-slow does it) and there is no
+# GPU.
 PLUGIN = re.compile(r"WARNING: All log messages before absl|I\d{4} .* cudart_stub")
 
 
@@ -71,7 +79,9 @@ def batch(stage: Stage, b: int, seed: int = 0) -> dict[str, np.ndarray]:
     made = {"image": rng.integers(0, 256, shapes["image"][0], np.uint8)}
     lengths = rng.integers(1, stage.text_length + 1, b)
     made["text_mask"] = np.arange(stage.text_length) < lengths[:, None]
-    made["text"] = (rng.standard_normal(shapes["text"][0]) * made["text_mask"][..., None]).astype(jnp.bfloat16)
+    made["text"] = (rng.standard_normal(shapes["text"][0]) * made["text_mask"][..., None]).astype(
+        jnp.bfloat16
+    )
     if "lowres" in shapes:
         made["lowres"] = rng.integers(0, 256, shapes["lowres"][0], np.uint8)
     return made
@@ -89,4 +99,10 @@ def perturbed(params, scale: float = 0.1, seed: int = 0):
     """Parameters away from their zero-initialised start."""
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(tree, [leaf + jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves])
+    return jax.tree.unflatten(
+        tree,
+        [
+            leaf + jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype)
+            for leaf in leaves
+        ],
+    )

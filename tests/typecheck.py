@@ -1,4 +1,6 @@
-"""The run-time type checker that tests/conftest.py puts on every function of the package: beartype, with ints accepted where a float is declared."""
+"""The run-time type checker that tests/conftest.py puts on every function of the package: beartype,
+with ints accepted where a float is declared.
+"""
 
 from beartype import BeartypeConf, beartype
 

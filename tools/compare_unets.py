@@ -1,10 +1,13 @@
-"""The Efficient U-Net against the ordinary U-Net as 64->256 networks, at a quarter of the paper's super-resolution width (128): speed, FLOPs, parameters, memory.
+"""The Efficient U-Net against the ordinary U-Net as 64->256 networks, at a quarter of the paper's
+super-resolution width (128): speed, FLOPs, parameters, memory.
 
     python -m tools.compare_unets --batch 2 --steps 10
 
-Both take whole 256x256 images, the same text and the same low-res input, and do full training steps (Adam, EMA), in turn, in one process.
-The ordinary one is the recipe of F.1 (multipliers 1, 2, 3, 4, three blocks a level, attention at 32), which at 256x256 keeps its
-first level at full resolution; the Efficient one is F.2 with widths 32, 64, 128, 256. The paper: 2-3 times more steps a second (B.1).
+Both take whole 256x256 images, the same text and the same low-res input, and do full training steps
+(Adam, EMA), in turn, in one process. The ordinary one is the recipe of F.1 (multipliers 1, 2, 3, 4,
+three blocks a level, attention at 32), which at 256x256 keeps its first level at full resolution;
+the Efficient one is F.2 with widths 32, 64, 128, 256. The paper: 2-3 times more steps a second
+(B.1).
 """
 
 import argparse
@@ -16,20 +19,44 @@ import jax
 import numpy as np
 
 from configs import sr_256
-from imagen_jax.training import optim
 from imagen_jax.stage import create_stage
+from imagen_jax.training import optim
 from imagen_jax.training.state import initial_state
 from imagen_jax.training.step import forward_flops, make_step
 
 ORDINARY = dict(
-    family="unet", channels=32, multipliers=(1, 2, 3, 4), blocks=3, attention=(False, False, False, True),
-    text_attention=(False, False, False, True), head_channels=32, cond_dim=128, pooling="attention", pool_heads=4, res_block="biggan",
-    scale_shift=True, patch=1, dropout=0.0, dtype="float32", remat="none",
-)  # fmt: skip
+    family="unet",
+    channels=32,
+    multipliers=(1, 2, 3, 4),
+    blocks=3,
+    attention=(False, False, False, True),
+    text_attention=(False, False, False, True),
+    head_channels=32,
+    cond_dim=128,
+    pooling="attention",
+    pool_heads=4,
+    res_block="biggan",
+    scale_shift=True,
+    patch=1,
+    dropout=0.0,
+    dtype="float32",
+    remat="none",
+)
 EFFICIENT = dict(
-    family="efficient_unet", widths=(32, 64, 128, 256), blocks=(2, 4, 8, 8), attention=("none", "none", "none", "fused"), heads=8,
-    cond_dim=128, pooling="attention", pool_heads=4, residual_scale=2**-0.5, scale_shift=True, dropout=0.0, dtype="float32", remat="none",
-)  # fmt: skip
+    family="efficient_unet",
+    widths=(32, 64, 128, 256),
+    blocks=(2, 4, 8, 8),
+    attention=("none", "none", "none", "fused"),
+    heads=8,
+    cond_dim=128,
+    pooling="attention",
+    pool_heads=4,
+    residual_scale=2**-0.5,
+    scale_shift=True,
+    dropout=0.0,
+    dtype="float32",
+    remat="none",
+)
 
 
 def main() -> None:
@@ -45,9 +72,25 @@ def main() -> None:
             run["seconds"].append(advance(run))
     ratios = [a / b for a, b in zip(runs["ordinary"]["seconds"], runs["efficient"]["seconds"])]
     for name, run in runs.items():
-        report = {key: run[key] for key in ("parameters", "gflop_forward_an_image", "temporaries_mib")}
-        print(json.dumps({"network": name, **report, "step_s": round(statistics.median(run["seconds"]), 3)}))
-    print(json.dumps({"steps_a_second_efficient_over_ordinary": {"median": round(statistics.median(ratios), 2), "min": round(min(ratios), 2), "max": round(max(ratios), 2)}}))
+        report = {
+            key: run[key] for key in ("parameters", "gflop_forward_an_image", "temporaries_mib")
+        }
+        print(
+            json.dumps(
+                {"network": name, **report, "step_s": round(statistics.median(run["seconds"]), 3)}
+            )
+        )
+    print(
+        json.dumps(
+            {
+                "steps_a_second_efficient_over_ordinary": {
+                    "median": round(statistics.median(ratios), 2),
+                    "min": round(min(ratios), 2),
+                    "max": round(max(ratios), 2),
+                }
+            }
+        )
+    )
 
 
 def prepare(model: dict, b: int) -> dict:
@@ -56,10 +99,15 @@ def prepare(model: dict, b: int) -> dict:
     config["text"]["dim"], config["data"]["text_length"] = 256, 32
     stage = create_stage(config)
     optimizer = optim.make_optimizer(config["optim"], 100)
-    step = make_step(stage, optimizer, optim.learning_rate(config["optim"], 100), config["optim"], 0)
+    step = make_step(
+        stage, optimizer, optim.learning_rate(config["optim"], 100), config["optim"], 0
+    )
     state = jax.jit(lambda: initial_state(stage, optimizer, 0))()
     rng = np.random.default_rng(0)
-    batch = {name: rng.integers(0, 2, shape).astype(dtype) for name, (shape, dtype) in stage.batch_shapes(b).items()}
+    batch = {
+        name: rng.integers(0, 2, shape).astype(dtype)
+        for name, (shape, dtype) in stage.batch_shapes(b).items()
+    }
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     return {
         "step": compiled,

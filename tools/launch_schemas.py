@@ -2,9 +2,11 @@
 
     pip install skypilot==0.14.1 kubeflow-trainer-api==2.3.0 && python tools/launch_schemas.py
 
-Both packages are under the Apache License 2.0. kubeflow-trainer-api holds models of JobSet and the Kubernetes API, made from their sources;
-the models say nothing of enumerations, which are added here from the documentation of the fields. Descriptions are left out, and so are
-parts of a pod that launch does not render (they are {"type": "object"}). SkyPilot's schemas are its own, without the block `config`.
+Both packages are under the Apache License 2.0. kubeflow-trainer-api holds models of JobSet and the
+Kubernetes API, made from their sources; the models say nothing of enumerations, which are added
+here from the documentation of the fields. Descriptions are left out, and so are parts of a pod that
+launch does not render (they are {"type": "object"}). SkyPilot's schemas are its own, without the
+block `config`.
 """
 
 import json
@@ -17,12 +19,31 @@ from sky.utils import schemas
 HERE = Path(__file__).resolve().parent.parent / "tests" / "launch"
 PROSE = {"description", "title", "default", "examples", "$schema"}
 LEFT_OUT = (
-    "Affinity", "Probe", "Lifecycle", "EphemeralContainer", "SecurityContext", "Status", "DNSConfig", "TopologySpreadConstraint", "EnvFromSource",
-    "VolumeSource", "ResourceClaim", "SchedulingGate", "ReadinessGate", "LabelSelector", "VolumeClaim", "HostAlias", "ManagedFieldsEntry",
-)  # fmt: skip
+    "Affinity",
+    "Probe",
+    "Lifecycle",
+    "EphemeralContainer",
+    "SecurityContext",
+    "Status",
+    "DNSConfig",
+    "TopologySpreadConstraint",
+    "EnvFromSource",
+    "VolumeSource",
+    "ResourceClaim",
+    "SchedulingGate",
+    "ReadinessGate",
+    "LabelSelector",
+    "VolumeClaim",
+    "HostAlias",
+    "ManagedFieldsEntry",
+)
 KEPT = ("EmptyDirVolumeSource", "CSIVolumeSource")
 ENUMS = {
-    ("JobsetV1alpha2FailurePolicyRule", "action"): ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"],
+    ("JobsetV1alpha2FailurePolicyRule", "action"): [
+        "FailJobSet",
+        "RestartJobSet",
+        "RestartJobSetAndIgnoreMaxRestarts",
+    ],
     ("JobsetV1alpha2FailurePolicy", "restartStrategy"): ["Recreate", "BlockingRecreate"],
     ("IoK8sApiBatchV1JobSpec", "completionMode"): ["NonIndexed", "Indexed"],
     ("IoK8sApiBatchV1PodFailurePolicyRule", "action"): ["FailJob", "FailIndex", "Ignore", "Count"],
@@ -34,12 +55,18 @@ ENUMS = {
 
 
 def bare(schema: Any, names: bool = False) -> Any:
-    """A schema without prose, in which an object has no properties but those listed. `names`: the keys are names of properties."""
+    """A schema without prose, in which an object has no properties but those listed. `names`: the
+    keys are names of properties.
+    """
     if isinstance(schema, list):
         return [bare(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {key: bare(value, key in ("properties", "$defs")) for key, value in schema.items() if names or key not in PROSE}
+    made = {
+        key: bare(value, key in ("properties", "$defs"))
+        for key, value in schema.items()
+        if names or key not in PROSE
+    }
     if not names and "anyOf" in made:
         choices = [choice for choice in made.pop("anyOf") if choice != {"type": "null"}]
         made |= choices[0] if len(choices) == 1 else {"anyOf": choices}
@@ -53,14 +80,20 @@ def references(schema: Any) -> set[str]:
         return {name for item in schema for name in references(item)}
     if not isinstance(schema, dict):
         return set()
-    return {value.rpartition("/")[2] if key == "$ref" else name for key, value in schema.items() for name in ([""] if key == "$ref" else references(value))}
+    return {
+        value.rpartition("/")[2] if key == "$ref" else name
+        for key, value in schema.items()
+        for name in ([""] if key == "$ref" else references(value))
+    }
 
 
 def jobset() -> dict[str, Any]:
     schema = bare(JobsetV1alpha2JobSet.model_json_schema(by_alias=True))
     parts = schema.pop("$defs")
     for name in parts:
-        if "actual_instance" in parts[name].get("properties", {}):  # a quantity, or a number or a string
+        if "actual_instance" in parts[name].get(
+            "properties", {}
+        ):  # a quantity, or a number or a string
             parts[name] = {"type": ["number", "string"]}
         if any(word in name for word in LEFT_OUT) and not any(word in name for word in KEPT):
             parts[name] = {"type": "object"}
@@ -70,14 +103,28 @@ def jobset() -> dict[str, Any]:
     while todo:
         used |= todo
         todo = {name for part in todo for name in references(parts[part])} - used
-    return {"$comment": "kubeflow-trainer-api 2.3.0, Apache-2.0; made by tools/launch_schemas.py", **schema, "$defs": {name: parts[name] for name in sorted(used)}}
+    return {
+        "$comment": "kubeflow-trainer-api 2.3.0, Apache-2.0; made by tools/launch_schemas.py",
+        **schema,
+        "$defs": {name: parts[name] for name in sorted(used)},
+    }
 
 
 def sky() -> dict[str, Any]:
-    task, resources, storage = (bare(schema) for schema in (schemas.get_task_schema(), schemas.get_resources_schema(), schemas.get_storage_schema()))
+    task, resources, storage = (
+        bare(schema)
+        for schema in (
+            schemas.get_task_schema(),
+            schemas.get_resources_schema(),
+            schemas.get_storage_schema(),
+        )
+    )
     task["properties"].pop("config")
     task["properties"]["resources"] = resources
-    task["properties"]["file_mounts"] = {"type": "object", "additionalProperties": {"anyOf": [{"type": "string"}, storage]}}
+    task["properties"]["file_mounts"] = {
+        "type": "object",
+        "additionalProperties": {"anyOf": [{"type": "string"}, storage]},
+    }
     for choice in task["properties"]["resources"]["properties"]["job_recovery"]["anyOf"]:
         if choice["type"] == "object":
             choice["additionalProperties"] = False  # more is for plugins

@@ -1,12 +1,16 @@
-"""Mutation test: draw small faults by seed, put each into a copy of the tree, and see whether the tests of that file notice.
+"""Mutation test: draw small faults by seed, put each into a copy of the tree, and see whether the
+tests of that file notice.
 
     python tools/mutate.py --seed 0 --count 10
     python tools/mutate.py --seed 1 --count 30 --files imagen_jax/diffusion/*.py
 
-Drawn from, uniformly: every arithmetic, comparison and boolean operator, every sign, every number and boolean, and every string that something is
-compared with, in imagen_jax/diffusion/, imagen_jax/models/ and imagen_jax/sharding.py. Docstrings, annotations and the text of messages are left alone.
-The working tree is never touched. Each fault runs the tests that TARGETS names for its file, until the first failure; a fault that no test notices is
-reported as a survivor, also where it changes nothing that could be noticed. Prints one line a fault, a summary, and the same as one line of JSON.
+Drawn from, uniformly: every arithmetic, comparison and boolean operator, every sign, every number
+and boolean, and every string that something is compared with, in imagen_jax/diffusion/,
+imagen_jax/models/ and imagen_jax/sharding.py. Docstrings, annotations and the text of messages are
+left alone. The working tree is never touched. Each fault runs the tests that TARGETS names for its
+file, until the first failure; a fault that no test notices is reported as a survivor, also where it
+changes nothing that could be noticed. Prints one line a fault, a summary, and the same as one line
+of JSON.
 """
 
 import argparse
@@ -24,14 +28,27 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = ("imagen_jax/diffusion/*.py", "imagen_jax/models/*.py", "imagen_jax/sharding.py")
-TREE = ("imagen_jax", "configs", "tests", "tools", "launch", "pytest.ini", "setup.py")  # what the tests need of the tree
+TREE = (
+    "imagen_jax",
+    "configs",
+    "tests",
+    "tools",
+    "launch",
+    "pyproject.toml",
+    "setup.py",
+)  # what the tests need of the tree
 
-# Tests of a file: its own first, because they are quick and most likely to fail, then those of what is built on it.
+# Tests of a file: its own first, because they are quick and most likely to fail, then those of what
+# is built on it.
 WHOLE_SAMPLER = ["tests/diffusion/test_sampler.py", "tests/diffusion/test_exact_scores.py"]
 TARGETS = {
     "imagen_jax/diffusion/schedule.py": ["tests/diffusion/test_schedule.py", *WHOLE_SAMPLER],
     "imagen_jax/diffusion/process.py": ["tests/diffusion/test_process.py", *WHOLE_SAMPLER],
-    "imagen_jax/diffusion/conditioning.py": ["tests/diffusion/test_conditioning.py", "tests/diffusion/test_loss.py", *WHOLE_SAMPLER],
+    "imagen_jax/diffusion/conditioning.py": [
+        "tests/diffusion/test_conditioning.py",
+        "tests/diffusion/test_loss.py",
+        *WHOLE_SAMPLER,
+    ],
     "imagen_jax/diffusion/guidance.py": ["tests/diffusion/test_guidance.py", *WHOLE_SAMPLER],
     "imagen_jax/diffusion/loss.py": ["tests/diffusion/test_loss.py"],
     "imagen_jax/diffusion/sampler.py": WHOLE_SAMPLER,
@@ -42,17 +59,41 @@ TARGETS = {
 
 # Each operator and what it may become.
 OPERATORS = {
-    ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult], ast.FloorDiv: [ast.Mult], ast.Mod: [ast.FloorDiv],
-    ast.Pow: [ast.Mult], ast.MatMult: [ast.Mult], ast.BitOr: [ast.BitAnd], ast.BitAnd: [ast.BitOr], ast.LShift: [ast.RShift], ast.RShift: [ast.LShift],
-    ast.Lt: [ast.LtE, ast.GtE], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.LtE], ast.GtE: [ast.Gt, ast.Lt], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq],
-    ast.Is: [ast.IsNot], ast.IsNot: [ast.Is], ast.In: [ast.NotIn], ast.NotIn: [ast.In], ast.And: [ast.Or], ast.Or: [ast.And],
-    ast.USub: [ast.UAdd], ast.Not: [None], ast.Invert: [None],
-}  # fmt: skip
+    ast.Add: [ast.Sub],
+    ast.Sub: [ast.Add],
+    ast.Mult: [ast.Div],
+    ast.Div: [ast.Mult],
+    ast.FloorDiv: [ast.Mult],
+    ast.Mod: [ast.FloorDiv],
+    ast.Pow: [ast.Mult],
+    ast.MatMult: [ast.Mult],
+    ast.BitOr: [ast.BitAnd],
+    ast.BitAnd: [ast.BitOr],
+    ast.LShift: [ast.RShift],
+    ast.RShift: [ast.LShift],
+    ast.Lt: [ast.LtE, ast.GtE],
+    ast.LtE: [ast.Lt, ast.Gt],
+    ast.Gt: [ast.GtE, ast.LtE],
+    ast.GtE: [ast.Gt, ast.Lt],
+    ast.Eq: [ast.NotEq],
+    ast.NotEq: [ast.Eq],
+    ast.Is: [ast.IsNot],
+    ast.IsNot: [ast.Is],
+    ast.In: [ast.NotIn],
+    ast.NotIn: [ast.In],
+    ast.And: [ast.Or],
+    ast.Or: [ast.And],
+    ast.USub: [ast.UAdd],
+    ast.Not: [None],
+    ast.Invert: [None],
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A place in a file that can be mutated: the span of an expression and the texts that may stand there instead."""
+    """A place in a file that can be mutated: the span of an expression and the texts that may stand
+    there instead.
+    """
 
     file: str
     line: int
@@ -63,13 +104,17 @@ class Site:
 
 
 def rewritten(node: ast.expr, **changes) -> str:
-    """Source of `node` with some of its fields changed, in parentheses so that it may stand anywhere."""
+    """Source of `node` with some of its fields changed, in parentheses so that it may stand
+    anywhere.
+    """
     fields = {name: getattr(node, name) for name in node._fields} | changes
     return f"({ast.unparse(ast.fix_missing_locations(type(node)(**fields)))})"
 
 
 def new_constants(value: object) -> list[object]:
-    """What a number or boolean may become: a neighbour, or twice itself; nothing for other constants."""
+    """What a number or boolean may become: a neighbour, or twice itself; nothing for other
+    constants.
+    """
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
@@ -80,25 +125,41 @@ def new_constants(value: object) -> list[object]:
 
 
 def choices_of(node: ast.AST) -> list[str]:
-    """The source texts that may replace this expression; empty where it is not of a kind that is mutated."""
+    """The source texts that may replace this expression; empty where it is not of a kind that is
+    mutated.
+    """
     match node:
         case ast.BinOp():
             return [rewritten(node, op=op()) for op in OPERATORS[type(node.op)]]
         case ast.BoolOp():
             return [rewritten(node, op=op()) for op in OPERATORS[type(node.op)]]
         case ast.UnaryOp(op=op) if type(op) in OPERATORS:
-            return [rewritten(node, op=new()) if new else f"({ast.unparse(node.operand)})" for new in OPERATORS[type(op)]]
+            return [
+                rewritten(node, op=new()) if new else f"({ast.unparse(node.operand)})"
+                for new in OPERATORS[type(op)]
+            ]
         case ast.Compare():
             swapped = lambda i, op: node.ops[:i] + [op()] + node.ops[i + 1 :]
-            return [rewritten(node, ops=swapped(i, new)) for i, op in enumerate(node.ops) for new in OPERATORS[type(op)]]
+            return [
+                rewritten(node, ops=swapped(i, new))
+                for i, op in enumerate(node.ops)
+                for new in OPERATORS[type(op)]
+            ]
         case ast.Constant():
             return [f"({value!r})" for value in new_constants(node.value)]
     return []
 
 
 def is_optional_type(node: ast.AST) -> bool:
-    """Whether an expression is a type that may be None, as in `Text = Float[Array, "b l e"] | None`."""
-    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr) and isinstance(node.right, ast.Constant) and node.right.value is None
+    """Whether an expression is a type that may be None, as in `Text = Float[Array, "b l e"] |
+    None`.
+    """
+    return (
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.BitOr)
+        and isinstance(node.right, ast.Constant)
+        and node.right.value is None
+    )
 
 
 class SiteFinder(ast.NodeVisitor):
@@ -115,11 +176,22 @@ class SiteFinder(ast.NodeVisitor):
 
     def add(self, node: ast.AST, choices: list[str]):
         if choices:
-            self.sites.append(Site(self.file, node.lineno, node.end_lineno, node.col_offset, node.end_col_offset, tuple(choices)))
+            self.sites.append(
+                Site(
+                    self.file,
+                    node.lineno,
+                    node.end_lineno,
+                    node.col_offset,
+                    node.end_col_offset,
+                    tuple(choices),
+                )
+            )
 
     def visit_AugAssign(self, node: ast.AugAssign):
         as_expression = ast.BinOp(left=node.target, op=node.op, right=node.value)
-        self.add(node, [f"{ast.unparse(node.target)} = {text}" for text in choices_of(as_expression)])
+        self.add(
+            node, [f"{ast.unparse(node.target)} = {text}" for text in choices_of(as_expression)]
+        )
         self.visit(node.value)
 
     def visit_Compare(self, node: ast.Compare):
@@ -136,7 +208,12 @@ class SiteFinder(ast.NodeVisitor):
         pass
 
     def visit_FunctionDef(self, node: ast.FunctionDef):
-        for child in [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults), *node.body]:
+        for child in [
+            *node.decorator_list,
+            *node.args.defaults,
+            *filter(None, node.args.kw_defaults),
+            *node.body,
+        ]:
             self.visit(child)
 
     def visit_JoinedStr(self, node: ast.JoinedStr):
@@ -153,10 +230,18 @@ def find_sites(files: list[str]) -> list[Site]:
 
 
 def mutate(source: bytes, site: Site, text: str) -> bytes:
-    """The source with the site's span replaced by `text`; still parses, or this raises SyntaxError."""
+    """The source with the site's span replaced by `text`; still parses, or this raises
+    SyntaxError.
+    """
     lines = source.splitlines(keepends=True)
     before, after = lines[site.line - 1][: site.start], lines[site.end_line - 1][site.end :]
-    changed = b"".join(lines[: site.line - 1]) + before + text.encode() + after + b"".join(lines[site.end_line :])
+    changed = (
+        b"".join(lines[: site.line - 1])
+        + before
+        + text.encode()
+        + after
+        + b"".join(lines[site.end_line :])
+    )
     ast.parse(changed)
     return changed
 
@@ -165,27 +250,51 @@ def targets_of(file: str) -> list[str]:
     for prefix, tests in TARGETS.items():
         if file.startswith(prefix):
             return tests
-    raise SystemExit(f"no tests are named for {file}: add it to TARGETS in {pathlib.Path(__file__).name}")
+    raise SystemExit(
+        f"no tests are named for {file}: add it to TARGETS in {pathlib.Path(__file__).name}"
+    )
 
 
 def run_tests(tree: pathlib.Path, tests: list[str], limit: float | None) -> tuple[str, float, str]:
-    """("passed" | "failed" | "timeout", seconds, first failure) of the tests in a tree. Another outcome of pytest, such as no tests found, ends the program."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree), "JAX_COMPILATION_CACHE_DIR": str(tree.parent / "jax_cache")}
+    """("passed" | "failed" | "timeout", seconds, first failure) of the tests in a tree. Another
+    outcome of pytest, such as no tests found, ends the program.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--tb=no",
+        "-p",
+        "no:cacheprovider",
+        *tests,
+    ]
+    environment = os.environ | {
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": str(tree),
+        "JAX_COMPILATION_CACHE_DIR": str(tree.parent / "jax_cache"),
+    }
     start = time.monotonic()
     try:
-        result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=limit)
+        result = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=limit
+        )
     except subprocess.TimeoutExpired:
         return "timeout", time.monotonic() - start, f"ran longer than {limit:.0f} s"
     seconds = time.monotonic() - start
     reasons = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if result.returncode not in (0, 1, 2) or (result.returncode == 2 and not reasons):
-        raise SystemExit(f"pytest could not run {' '.join(tests)}:\n{result.stdout}\n{result.stderr}")
+        raise SystemExit(
+            f"pytest could not run {' '.join(tests)}:\n{result.stdout}\n{result.stderr}"
+        )
     return "passed" if result.returncode == 0 else "failed", seconds, reasons[0] if reasons else ""
 
 
 def run_baselines(tree: pathlib.Path, files: set[str]) -> dict[str, float]:
-    """Seconds of each file's tests without a fault. Raises SystemExit where they fail, because every fault would then count as killed."""
+    """Seconds of each file's tests without a fault. Raises SystemExit where they fail, because
+    every fault would then count as killed.
+    """
     seconds: dict[tuple[str, ...], float] = {}
     for tests in sorted({tuple(targets_of(file)) for file in files}):
         outcome, seconds[tests], reason = run_tests(tree, list(tests), None)
@@ -195,10 +304,14 @@ def run_baselines(tree: pathlib.Path, files: set[str]) -> dict[str, float]:
     return {file: seconds[tuple(targets_of(file))] for file in files}
 
 
-def judge(tree: pathlib.Path, path: pathlib.Path, fault: bytes, tests: list[str], baseline: float) -> tuple[bool, float, str]:
-    """(killed, seconds, reason) of one faulty file. Running six times as long as without the fault counts as killed.
+def judge(
+    tree: pathlib.Path, path: pathlib.Path, fault: bytes, tests: list[str], baseline: float
+) -> tuple[bool, float, str]:
+    """(killed, seconds, reason) of one faulty file. Running six times as long as without the fault
+    counts as killed.
 
-    Since a busy machine is slow too, a run that is out of time is held against the unmutated tests timed again just then.
+    Since a busy machine is slow too, a run that is out of time is held against the unmutated tests
+    timed again just then.
     """
     source, limit = path.read_bytes(), max(60.0, 6 * baseline)
     while True:
@@ -220,32 +333,58 @@ def try_fault(tree: pathlib.Path, site: Site, text: str, baseline: float) -> dic
     source = (tree / site.file).read_bytes()
     fault = mutate(source, site, text)
     killed, seconds, reason = judge(tree, tree / site.file, fault, targets_of(site.file), baseline)
-    old = b" ".join(line.strip() for line in source.splitlines()[site.line - 1 : site.end_line]).decode()
+    old = b" ".join(
+        line.strip() for line in source.splitlines()[site.line - 1 : site.end_line]
+    ).decode()
     new = fault.splitlines()[site.line - 1].strip().decode()
-    return {"file": site.file, "line": site.line, "old": old, "new": new, "killed": killed, "by": reason, "seconds": round(seconds, 1)}
+    return {
+        "file": site.file,
+        "line": site.line,
+        "old": old,
+        "new": new,
+        "killed": killed,
+        "by": reason,
+        "seconds": round(seconds, 1),
+    }
 
 
 def copy_tree(destination: pathlib.Path) -> pathlib.Path:
     destination.mkdir()
     for name in TREE:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, destination / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            shutil.copytree(
+                ROOT / name,
+                destination / name,
+                ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"),
+            )
         elif (ROOT / name).exists():
             shutil.copy2(ROOT / name, destination / name)
     return destination
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=10)
-    parser.add_argument("--files", nargs="+", help="draw from these files only, given from the root of the tree")
+    parser.add_argument(
+        "--files", nargs="+", help="draw from these files only, given from the root of the tree"
+    )
     args = parser.parse_args()
-    files = sorted(args.files or (str(path.relative_to(ROOT)) for pattern in SOURCES for path in ROOT.glob(pattern)))
+    files = sorted(
+        args.files
+        or (str(path.relative_to(ROOT)) for pattern in SOURCES for path in ROOT.glob(pattern))
+    )
     sites = find_sites(files)
     rng = random.Random(args.seed)
-    drawn = [(site, rng.choice(site.choices)) for site in rng.sample(sites, min(args.count, len(sites)))]
-    print(f"{len(drawn)} faults of {len(sites)} places in {len(files)} files, seed {args.seed}", flush=True)
+    drawn = [
+        (site, rng.choice(site.choices)) for site in rng.sample(sites, min(args.count, len(sites)))
+    ]
+    print(
+        f"{len(drawn)} faults of {len(sites)} places in {len(files)} files, seed {args.seed}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(prefix="mutate_") as scratch:
         tree = copy_tree(pathlib.Path(scratch) / "tree")
         baselines = run_baselines(tree, {site.file for site, _ in drawn})
@@ -253,11 +392,19 @@ def main():
         for site, text in drawn:
             result = try_fault(tree, site, text, baselines[site.file])
             results.append(result)
-            print(f"{'killed  ' if result['killed'] else 'SURVIVED'} {site.file}:{site.line}\n    - {result['old']}\n    + {result['new']}\n    {result['by']}", flush=True)
+            print(
+                f"{'killed  ' if result['killed'] else 'SURVIVED'} {site.file}:{site.line}\n    -"
+                f" {result['old']}\n    + {result['new']}\n    {result['by']}",
+                flush=True,
+            )
     killed = sum(result["killed"] for result in results)
-    survivors = ", ".join(f"{result['file']}:{result['line']}" for result in results if not result["killed"])
+    survivors = ", ".join(
+        f"{result['file']}:{result['line']}" for result in results if not result["killed"]
+    )
     print(f"{killed} of {len(results)} killed; survivors: {survivors or 'none'}")
-    print(json.dumps({"seed": args.seed, "killed": killed, "count": len(results), "faults": results}))
+    print(
+        json.dumps({"seed": args.seed, "killed": killed, "count": len(results), "faults": results})
+    )
 
 
 if __name__ == "__main__":

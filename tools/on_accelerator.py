@@ -1,4 +1,4 @@
-"""Checks and measures the package on one GPU, within nine minutes, in one command.
+r"""Checks and measures the package on one GPU, within nine minutes, in one command.
 
     python -m tools.on_accelerator --output DIR
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{len(list(Path(args.wheels).glob('*.whl')))} wheels, {size / 2**20:.1f} MiB")
         return 0
     about = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": args.commit or commit(),
         "command": shlex.join(["python", "-m", "tools.on_accelerator", *argv]),
         "python": platform.python_version(),

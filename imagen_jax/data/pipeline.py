@@ -1,8 +1,8 @@
 """Batches for training and evaluation from a prepared directory.
 
-The global batch of step n is a pure function of (seed, n): nothing is filtered, the order is Grain's index shuffle, and
-every random choice is drawn from a generator keyed by the example's position. A run therefore resumes by its step number
-alone, on any number of hosts and workers.
+The global batch of step n is a pure function of (seed, n): nothing is filtered, the order is
+Grain's index shuffle, and every random choice is drawn from a generator keyed by the example's
+position. A run therefore resumes by its step number alone, on any number of hosts and workers.
 """
 
 import dataclasses
@@ -23,9 +23,11 @@ _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
 class _PixelCache:
-    """Whole images at the stage's size with their caption ids, kept as read until a number of bytes is reached.
+    """Whole images at the stage's size with their caption ids, kept as read until a number of bytes
+    is reached.
 
-    Never evicts: in a shuffled epoch every image is as likely to be needed as any other. A copy in a worker starts empty.
+    Never evicts: in a shuffled epoch every image is as likely to be needed as any other. A copy in
+    a worker starts empty.
     """
 
     def __init__(self, limit_bytes: int):
@@ -62,16 +64,26 @@ class _Examples(grain.transforms.RandomMap):
     cache: _PixelCache
 
     def random_map(self, row: int, rng: np.random.Generator) -> Batch:
-        # All four are always drawn, so that switching one choice off leaves the others as they were.
+        # All four are always drawn, so that switching one choice off leaves the others as they
+        # were.
         caption, top, left, mirror = rng.random(4).tolist()
-        return self.make(row, caption if self.random_caption else 0.0, (top, left), self.flip and mirror < 0.5)
+        return self.make(
+            row, caption if self.random_caption else 0.0, (top, left), self.flip and mirror < 0.5
+        )
 
     def make(self, row: int, caption: float, place: tuple[float, float], mirror: bool) -> Batch:
-        """The example of an image, with its choices given: caption and crop place as fractions in [0, 1)."""
+        """The example of an image, with its choices given: caption and crop place as fractions in
+        [0, 1).
+        """
         whole, caption_ids = self._whole(row)
         caption_id = caption_ids[int(caption * len(caption_ids))]
         text, mask = transforms.pad_text(self.captions[caption_id].embedding, self.text_length)
-        example = {"text": text, "text_mask": mask, "index": np.int64(row), "caption_id": np.int64(caption_id)}
+        example = {
+            "text": text,
+            "text_mask": mask,
+            "index": np.int64(row),
+            "caption_id": np.int64(caption_id),
+        }
         for name, pixels in self._pair(whole, place).items():
             example[name] = np.ascontiguousarray(pixels[:, ::-1] if mirror else pixels)
         return example
@@ -82,7 +94,9 @@ class _Examples(grain.transforms.RandomMap):
 
     def _pair(self, whole: np.ndarray, place: tuple[float, float]) -> Batch:
         small_size = self.lowres_size or self.image_size
-        image, lowres = transforms.crop_pair(whole, small_size, self.crop_size or self.image_size, place)
+        image, lowres = transforms.crop_pair(
+            whole, small_size, self.crop_size or self.image_size, place
+        )
         return {"image": image, "lowres": lowres} if self.lowres_size else {"image": image}
 
     def _whole(self, row: int) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -113,7 +127,9 @@ class _Part:
 
 
 def open_prepared(data_cfg: Mapping[str, Any]) -> Prepared:
-    """The data at data_cfg["path"]; ValueError, in one line, if there is none or if it does not fit the other fields."""
+    """The data at data_cfg["path"]; ValueError, in one line, if there is none or if it does not fit
+    the other fields.
+    """
     transforms.check_sizes(data_cfg)
     prepared = Prepared(data_cfg["path"])
     prepared.check_length(data_cfg["text_length"])
@@ -143,29 +159,40 @@ def batches(
     split: str = "train",
     rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """`rows` of the batches of steps start_step, start_step + 1, ... without end; call `.close()` when done.
+    """`rows` of the batches of steps start_step, start_step + 1, ... without end; call `.close()`
+    when done.
 
-    All that processes read of a step, put in its place, is the same global batch for any number of them. Each image appears once an
-    epoch; an epoch may end inside a batch.
+    All that processes read of a step, put in its place, is the same global batch for any number of
+    them. Each image appears once an epoch; an epoch may end inside a batch.
 
     Args:
-      data_cfg: path; image_size s; lowres_size r (0: no low-res pair); crop_size (0: whole images); text_length l;
-        batch_size (global); workers (processes; 0 reads in threads of this one); flip; caption ("random" or "first");
+      data_cfg: path; image_size s; lowres_size r (0: no low-res pair); crop_size (0: whole images);
+      text_length l;
+        batch_size (global); workers (processes; 0 reads in threads of this one); flip;
+        caption ("random" or "first");
         cache_mib (memory for decoded images in this process or over all its workers; changes no batch).
       seed: of the order and of every random choice, in [0, 2^32).
       start_step: the first step wanted.
       rows: which rows of each global batch this process reads, in this order; None: all of them.
 
     Yields:
-      image uint8 [b s s 3], lowres uint8 [b r r 3] (if lowres_size), text bfloat16 [b l d] padded with zeros,
-      text_mask bool [b l], index int64 [b] (row in the image store), caption_id int64 [b].
+      image uint8 [b s s 3], lowres uint8 [b r r 3] (if lowres_size), text bfloat16 [b l d] padded
+      with zeros, text_mask bool [b l], index int64 [b] (row in the image store), caption_id int64
+      [b].
 
     Raises:
-      ValueError: in one line, for data that is not prepared or does not fit data_cfg, and, when read, for a damaged shard.
+      ValueError: in one line, for data that is not prepared or does not fit data_cfg, and, when
+      read, for a damaged shard.
     """
     size = data_cfg["batch_size"]
     examples = _examples(data_cfg, split)
-    stream = grain.MapDataset.range(len(examples.images)).seed(seed).shuffle().repeat().random_map(examples)
+    stream = (
+        grain.MapDataset.range(len(examples.images))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(examples)
+    )
     part = _Part(stream, size, start_step, tuple(range(size) if rows is None else rows))
     stream = grain.MapDataset.source(part).batch(len(part.rows), drop_remainder=True)
     reader = stream.to_iter_dataset(_READ)
@@ -190,7 +217,9 @@ def eval_images(data_cfg: Mapping[str, Any], indices: Sequence[int], split: str)
 
 
 def eval_rows(data_cfg: Mapping[str, Any], indices: Sequence[int], split: str) -> Batch:
-    """The chosen rows as one batch as from `batches`, nothing random: first caption, centre crop, not mirrored."""
+    """The chosen rows as one batch as from `batches`, nothing random: first caption, centre crop,
+    not mirrored.
+    """
     examples = _examples(data_cfg, split)
     made = [examples.make(int(row), 0.0, _CENTRE, False) for row in indices]
     return {name: np.stack([example[name] for example in made]) for name in made[0]}

@@ -1,7 +1,8 @@
-"""From encoded bytes to the arrays of one example: decode, square, shrink, crop, low-res pair, padded text.
+"""From encoded bytes to the arrays of one example: decode, square, shrink, crop, low-res pair,
+padded text.
 
-Shrinking is PIL's BOX filter (the area average), so that the low-res picture a super-resolution stage trains on is the
-picture the stage before it learns to draw.
+Shrinking is PIL's BOX filter (the area average), so that the low-res picture a super-resolution
+stage trains on is the picture the stage before it learns to draw.
 """
 
 import io
@@ -22,7 +23,10 @@ def check_sizes(data_cfg: Mapping[str, Any]) -> None:
     if crop > size:
         raise ValueError(f"data.crop_size={crop} is larger than data.image_size={size}")
     if lowres and crop % (size // lowres):
-        raise ValueError(f"data.crop_size={crop} is not a whole number of low-res pixels of {size // lowres} pixels each")
+        raise ValueError(
+            f"data.crop_size={crop} is not a whole number of low-res pixels of {size // lowres}"
+            " pixels each"
+        )
 
 
 def decode_square(encoded: bytes, size: int) -> UInt8[np.ndarray, "s s 3"]:
@@ -65,7 +69,9 @@ def crop_pair(
 def pad_text(
     embedding: BFloat16[np.ndarray, "n d"], length: int
 ) -> tuple[BFloat16[np.ndarray, "l d"], Bool[np.ndarray, " l"]]:
-    """Token features padded with zeros to `length` tokens, and the mask of the real ones. n must not exceed `length`."""
+    """Token features padded with zeros to `length` tokens, and the mask of the real ones. n must
+    not exceed `length`.
+    """
     tokens, dim = embedding.shape
     if tokens > length:
         raise ValueError(f"a caption has {tokens} tokens, more than the text length {length}")

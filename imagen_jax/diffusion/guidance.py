@@ -1,4 +1,6 @@
-"""Classifier-free guidance (eq. 2) and the thresholding of x-hat that makes large weights usable (section 2.3)."""
+"""Classifier-free guidance (eq. 2) and the thresholding of x-hat that makes large weights usable
+(section 2.3).
+"""
 
 import dataclasses
 import math
@@ -61,7 +63,8 @@ class Guidance:
 def guide(denoise_fn: DenoiseFn, guidance: Guidance) -> DenoiseFn:
     """A denoise_fn that guides. Both evaluations run as one batch of twice the size.
 
-    Without text, with w = 1 and where no sample is in the interval it costs one evaluation, not two.
+    Without text, with w = 1 and where no sample is in the interval it costs one evaluation, not
+    two.
     """
     if guidance.w == 1.0:
         return denoise_fn
@@ -75,7 +78,9 @@ def guide(denoise_fn: DenoiseFn, guidance: Guidance) -> DenoiseFn:
         return denoise_fn(z, logsnr, cond).astype(jnp.float32)
 
     def guided(z: Array, logsnr: Array, cond: Cond) -> Array:
-        if "text" not in cond:  # nothing to drop: both evaluations are the same, the weights sum to 1
+        if (
+            "text" not in cond
+        ):  # nothing to drop: both evaluations are the same, the weights sum to 1
             return denoise_fn(z, logsnr, cond)
         if guidance.everywhere:
             return both(z, logsnr, cond)
@@ -96,11 +101,15 @@ class Threshold:
             message = f"sampling.threshold is {self.threshold!r}; it must be one of {THRESHOLDS}"
             raise ValueError(message)
         if not 0.0 < self.percentile <= 100.0:
-            message = f"sampling.percentile is {self.percentile}; it must be above 0 and at most 100"
+            message = (
+                f"sampling.percentile is {self.percentile}; it must be above 0 and at most 100"
+            )
             raise ValueError(message)
 
     def __call__(self, x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
-        """none: x. static: clipped to [-1, 1]. dynamic: s = the percentile of |x| of each sample, at least 1; clip to [-s, s], divide by s."""
+        """none: x. static: clipped to [-1, 1]. dynamic: s = the percentile of |x| of each sample,
+        at least 1; clip to [-s, s], divide by s.
+        """
         if self.threshold == "none":
             return x
         if self.threshold == "static":

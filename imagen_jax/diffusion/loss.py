@@ -1,8 +1,8 @@
 """The training loss: squared error of the prediction (eq. 1; Appendix A).
 
-All randomness of a step is drawn first, for the whole batch (`draw`), and the loss is a deterministic
-function of it: gradient accumulation and another mesh then see the same numbers, and an evaluation
-can fix the noise level.
+All randomness of a step is drawn first, for the whole batch (`draw`), and the loss is a
+deterministic function of it: gradient accumulation and another mesh then see the same numbers, and
+an evaluation can fix the noise level.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,9 @@ from imagen_jax.diffusion.process import Process
 from imagen_jax.diffusion.schedule import Schedule
 from imagen_jax.diffusion.weighting import Weight
 
-DenoiseFn = Callable[[Float[Array, "b *d"], Float[Array, "b"], conditioning.Cond], Float[Array, "b *d"]]
+DenoiseFn = Callable[
+    [Float[Array, "b *d"], Float[Array, "b"], conditioning.Cond], Float[Array, "b *d"]
+]
 
 
 def draw(
@@ -69,7 +71,9 @@ def per_sample_loss(
     process: Process,
     weight: Weight | None = None,
 ) -> Float[Array, "b"]:
-    """Mean squared error of the network's output over pixels and channels, in fp32, times its weight if any."""
+    """Mean squared error of the network's output over pixels and channels, in fp32, times its
+    weight if any.
+    """
     error = output.astype(jnp.float32) - process.target(x, eps, logsnr)
     squared = jnp.mean(jnp.square(error), axis=tuple(range(1, x.ndim)))
     return squared if weight is None else squared * weight(logsnr) / process.output_scale(logsnr)

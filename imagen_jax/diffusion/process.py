@@ -1,4 +1,5 @@
-"""The forward process z = alpha x + sigma eps, and how a network states its estimate of x (Appendix A).
+"""The forward process z = alpha x + sigma eps, and how a network states its estimate of x (Appendix
+A).
 
 A path says how alpha and sigma follow from the log-SNR lambda = log(alpha^2 / sigma^2):
 
@@ -6,9 +7,9 @@ A path says how alpha and sigma follow from the log-SNR lambda = log(alpha^2 / s
     flow    alpha = sigmoid(lambda/2) = 1 - t, sigma = sigmoid(-lambda/2) = t: the straight path from
             data to noise (Lipman et al. 2023, Liu et al. 2023)
 
-A prediction says what the network outputs: the paper's eps in every stage; x; v = alpha eps - sigma x
-(Salimans & Ho 2022, eq. 10); u = eps - x, the velocity of the flow path. At fixed z each of the four
-is an affine function of any other.
+A prediction says what the network outputs: the paper's eps in every stage; x; v = alpha eps - sigma
+x (Salimans & Ho 2022, eq. 10); u = eps - x, the velocity of the flow path. At fixed z each of the
+four is an affine function of any other.
 """
 
 import dataclasses
@@ -26,7 +27,9 @@ Images = Float[Array, "b *d"]
 
 @runtime_checkable
 class Process(Protocol):
-    """All that loss, samplers and evaluation know of a forward process and of a network's output."""
+    """All that loss, samplers and evaluation know of a forward process and of a network's
+    output.
+    """
 
     def alpha_sigma(self, logsnr: Level, ndim: int) -> tuple[Array, Array]:
         """(alpha, sigma) in fp32, shaped [b, 1, ..., 1] to broadcast against `ndim` dimensions."""
@@ -62,7 +65,9 @@ class GaussianProcess:
             if (value := getattr(self, field)) not in known:
                 raise ValueError(f"diffusion.{field} is {value!r}; it must be one of {known}")
 
-    def alpha_sigma(self, logsnr: Level, ndim: int) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+    def alpha_sigma(
+        self, logsnr: Level, ndim: int
+    ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
         """(alpha, sigma) in fp32, shaped [b, 1, ..., 1] to broadcast against `ndim` dimensions."""
         logsnr = logsnr.astype(jnp.float32).reshape(logsnr.shape + (1,) * (ndim - 1))
         return ALPHA_SIGMA[self.process](logsnr)
@@ -88,7 +93,9 @@ class GaussianProcess:
         return alpha * eps - sigma * x
 
     def x_from_output(self, output: Images, z: Images, logsnr: Level) -> Images:
-        """x-hat from the network's output; for eps, (z - sigma eps) / alpha, the division in fp32."""
+        """x-hat from the network's output; for eps, (z - sigma eps) / alpha, the division
+        in fp32.
+        """
         alpha, sigma = self.alpha_sigma(logsnr, z.ndim)
         output = output.astype(jnp.float32)
         if self.prediction == "eps":
@@ -106,7 +113,9 @@ class GaussianProcess:
         return (z - alpha * x) / sigma
 
     def output_scale(self, logsnr: Level) -> Level:
-        """Squared error of the output over squared error of eps: an error e of eps is -sigma/alpha e of x."""
+        """Squared error of the output over squared error of eps: an error e of eps is -sigma/alpha
+        e of x.
+        """
         alpha, sigma = self.alpha_sigma(logsnr, 1)
         per_eps = {"eps": 1.0, "x": sigma / alpha, "u": 1.0 + sigma / alpha}
         per_eps["v"] = alpha + sigma**2 / alpha

@@ -35,7 +35,9 @@ class Step:
 
 
 class Sampler:
-    """What a sampler may define; `process` and `predict`, which gives x-hat, come from the caller."""
+    """What a sampler may define; `process` and `predict`, which gives x-hat, come from
+    the caller.
+    """
 
     def init(self, z: Float[Array, "b *d"]) -> Carry:
         """What is carried beside z, before the first step."""
@@ -58,7 +60,9 @@ class Sampler:
 class DDIM(Sampler):
     """Deterministic (eq. 6; Song et al. 2021), first order."""
 
-    def step(self, process: Process, predict: Predict, z: Array, carry: Carry, at: Step) -> tuple[Array, Carry]:
+    def step(
+        self, process: Process, predict: Predict, z: Array, carry: Carry, at: Step
+    ) -> tuple[Array, Carry]:
         return ddim_step(process, z, predict(z, at.t), at.t, at.s), carry
 
 
@@ -72,23 +76,28 @@ class Ancestral(Sampler):
         if not 0.0 <= self.gamma <= 1.0:
             raise ValueError(f"sampling.gamma is {self.gamma}; it must be from 0 to 1")
 
-    def step(self, process: Process, predict: Predict, z: Array, carry: Carry, at: Step) -> tuple[Array, Carry]:
+    def step(
+        self, process: Process, predict: Predict, z: Array, carry: Carry, at: Step
+    ) -> tuple[Array, Carry]:
         x = predict(z, at.t)
         return ancestral_step(process, z, x, at.t, at.s, at.noise(), self.gamma), carry
 
 
 @dataclasses.dataclass(frozen=True)
 class DPMSolver2M(Sampler):
-    """DPM-Solver++ 2M (Lu et al. 2022, 2211.01095, algorithm 2): second order, one evaluation a step.
+    """DPM-Solver++ 2M (Lu et al. 2022, 2211.01095, algorithm 2): second order, one evaluation a
+    step.
 
-    Carries x-hat of the step before and the width of that step in log(alpha / sigma). The first step
-    is first-order.
+    Carries x-hat of the step before and the width of that step in log(alpha / sigma). The first
+    step is first-order.
     """
 
     def init(self, z: Array) -> Carry:
         return jnp.zeros_like(z), jnp.full(z.shape[0], jnp.inf, z.dtype)
 
-    def step(self, process: Process, predict: Predict, z: Array, carry: Carry, at: Step) -> tuple[Array, Carry]:
+    def step(
+        self, process: Process, predict: Predict, z: Array, carry: Carry, at: Step
+    ) -> tuple[Array, Carry]:
         x_before, h_before = carry
         x, h = predict(z, at.t), 0.5 * (at.s - at.t)
         slope = (0.5 * h / h_before).reshape(h.shape + (1,) * (z.ndim - 1))
@@ -106,7 +115,9 @@ def ddim_step(
     logsnr_t: Float[Array, "b"],
     logsnr_s: Float[Array, "b"],
 ) -> Float[Array, "b *d"]:
-    """z_s = alpha_s x + sigma_s eps, eps recomputed from the (guided, thresholded) x-hat (eq. 6)."""
+    """z_s = alpha_s x + sigma_s eps, eps recomputed from the (guided, thresholded) x-hat
+    (eq. 6).
+    """
     alpha_s, sigma_s = process.alpha_sigma(logsnr_s, z.ndim)
     return alpha_s * x + sigma_s * process.eps_from_x(x, z, logsnr_t)
 
@@ -120,7 +131,8 @@ def ancestral_step(
     noise: Float[Array, "b *d"],
     gamma: float,
 ) -> Float[Array, "b *d"]:
-    """One step of eq. 5: mean r (alpha_s/alpha_t) z + (1 - r) alpha_s x, r = exp(lambda_t - lambda_s), plus noise.
+    """One step of eq. 5: mean r (alpha_s/alpha_t) z + (1 - r) alpha_s x, r = exp(lambda_t -
+    lambda_s), plus noise.
 
     Its variance is (1-r) sigma_s^2 raised to 1 - gamma times (1-r) sigma_t^2 raised to gamma.
     """

@@ -1,7 +1,9 @@
-"""The roll call before jax.distributed starts, on the coordinator's port: each process says who and where it is, process 0 tells all who is missing.
+"""The roll call before jax.distributed starts, on the coordinator's port: each process says who and
+where it is, process 0 tells all who is missing.
 
-jax waits for every process too, but when its time is over it ends the process from C++ without a word on who did not come. A message
-is one JSON object on one line: {"index", "count", "host", "about"} to process 0, and {"hosts": [...]} or {"error": ...} back.
+jax waits for every process too, but when its time is over it ends the process from C++ without a
+word on who did not come. A message is one JSON object on one line: {"index", "count", "host",
+"about"} to process 0, and {"hosts": [...]} or {"error": ...} back.
 """
 
 import contextlib
@@ -16,13 +18,18 @@ RETRY_S = 0.2  # between two attempts to reach process 0, which may start last
 LONGEST = 4096  # bytes of a message to process 0; whoever sends more is no process of ours
 
 
-def lead(port: int, count: int, about: str, timeout_s: float, name: Callable[[int], str], bind: str = "") -> list[str]:
-    """Process 0's part: waits for the others on `port` of `bind`, an address of this host (all of them if empty), and returns the hosts' names by process.
+def lead(
+    port: int, count: int, about: str, timeout_s: float, name: Callable[[int], str], bind: str = ""
+) -> list[str]:
+    """Process 0's part: waits for the others on `port` of `bind`, an address of this host (all of
+    them if empty), and returns the hosts' names by process.
 
-    about: what has to be the same everywhere, versions for example. name: how to call a process that did not come.
+    about: what has to be the same everywhere, versions for example. name: how to call a process
+    that did not come.
 
-    Raises ValueError, here and in all that did come, for a process that is missing after `timeout_s` seconds, one that is there twice,
-    and one that knows of another number of processes or differs in `about`.
+    Raises ValueError, here and in all that did come, for a process that is missing after
+    `timeout_s` seconds, one that is there twice, and one that knows of another number of processes
+    or differs in `about`.
     """
     end = time.monotonic() + timeout_s
     with contextlib.ExitStack() as opened:
@@ -35,14 +42,23 @@ def lead(port: int, count: int, about: str, timeout_s: float, name: Callable[[in
         missing = [name(index) for index in range(count) if index not in roll.hosts]
         if missing and not roll.error:
             present = ", ".join(f"{index} ({roll.hosts[index]})" for index in sorted(roll.hosts))
-            roll.error = f"{count - len(roll.hosts)} of {count} processes did not report within {timeout_s:g} s: {', '.join(missing)}; there are {present}"
-        answer = {"error": roll.error} if roll.error else {"hosts": [roll.hosts[index] for index in range(count)]}
+            roll.error = (
+                f"{count - len(roll.hosts)} of {count} processes did not report within"
+                f" {timeout_s:g} s: {', '.join(missing)}; there are {present}"
+            )
+        answer = (
+            {"error": roll.error}
+            if roll.error
+            else {"hosts": [roll.hosts[index] for index in range(count)]}
+        )
         roll.answer(answer)
     return _hosts(answer)
 
 
 def report(host: str, port: int, index: int, count: int, about: str, timeout_s: float) -> list[str]:
-    """Every other process's part: reports to process 0 at host:port and returns the hosts' names by process. Raises as `lead` does."""
+    """Every other process's part: reports to process 0 at host:port and returns the hosts' names by
+    process. Raises as `lead` does.
+    """
     me = _line({"index": index, "count": count, "host": socket.gethostname(), "about": about})
     end, failure = time.monotonic() + timeout_s, "nobody there"
     while (left := end - time.monotonic()) > 0:
@@ -54,7 +70,11 @@ def report(host: str, port: int, index: int, count: int, about: str, timeout_s: 
                     return _hosts(json.loads(answers.readline() or b"null"))
         except OSError as error:
             failure = error.strerror or str(error)
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError):  # a run that is still going on, or process 0 was stopped
+        except (
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+            TypeError,
+        ):  # a run that is still going on, or process 0 was stopped
             failure = "what listens there is not a process 0 that waits for others"
         time.sleep(min(RETRY_S, max(0.0, end - time.monotonic())))
     raise ValueError(f"process 0 did not answer at {host}:{port} within {timeout_s:g} s: {failure}")
@@ -63,7 +83,9 @@ def report(host: str, port: int, index: int, count: int, about: str, timeout_s: 
 class _Roll:
     """Who has come so far, with the connections over which they wait."""
 
-    def __init__(self, selector: selectors.BaseSelector, opened: contextlib.ExitStack, count: int, about: str):
+    def __init__(
+        self, selector: selectors.BaseSelector, opened: contextlib.ExitStack, count: int, about: str
+    ):
         self.selector, self.error = selector, ""
         self.hosts = {0: socket.gethostname()}
         self._opened, self._count, self._about = opened, count, about
@@ -75,7 +97,9 @@ class _Roll:
         self.selector.register(connection, selectors.EVENT_READ, bytearray())
 
     def read(self, connection: socket.socket, received: bytearray) -> None:
-        """What has come over a connection: a part of a message, a message, or its end, after which the process may come again."""
+        """What has come over a connection: a part of a message, a message, or its end, after which
+        the process may come again.
+        """
         try:
             new = connection.recv(LONGEST)
         except OSError:
@@ -84,7 +108,9 @@ class _Roll:
         if not new or len(received) > LONGEST:
             self.selector.unregister(connection)
             connection.close()
-            for index in [index for index, waiting in self._waiting.items() if waiting is connection]:
+            for index in [
+                index for index, waiting in self._waiting.items() if waiting is connection
+            ]:
                 del self._waiting[index], self.hosts[index]
         elif received.endswith(b"\n"):
             self._note(connection, received)
@@ -92,15 +118,29 @@ class _Roll:
     def _note(self, connection: socket.socket, received: bytearray) -> None:
         try:
             message = json.loads(received)
-            index, count, host, about = int(message["index"]), int(message["count"]), str(message["host"]), message["about"]
+            index, count, host, about = (
+                int(message["index"]),
+                int(message["count"]),
+                str(message["host"]),
+                message["about"],
+            )
         except (ValueError, TypeError, KeyError):
             return  # not one of ours; it gets no answer
         if count != self._count or not 0 <= index < count:
-            self.error = f"process {index} ({host}) is one of {count} processes, process 0 ({self.hosts[0]}) one of {self._count}"
+            self.error = (
+                f"process {index} ({host}) is one of {count} processes, process 0 ({self.hosts[0]})"
+                f" one of {self._count}"
+            )
         elif index in self.hosts:
-            self.error = f"two processes say that they are process {index}: on {self.hosts[index]} and on {host}"
+            self.error = (
+                f"two processes say that they are process {index}: on {self.hosts[index]} and on"
+                f" {host}"
+            )
         elif about != self._about:
-            self.error = f"process {index} ({host}) runs {about}, process 0 ({self.hosts[0]}) runs {self._about}"
+            self.error = (
+                f"process {index} ({host}) runs {about}, process 0 ({self.hosts[0]}) runs"
+                f" {self._about}"
+            )
         self.hosts.setdefault(index, host)
         self._waiting.setdefault(index, connection)
         if self._waiting[index] is not connection:
@@ -117,10 +157,22 @@ def _listen(bind: str, port: int) -> socket.socket:
     both = socket.has_dualstack_ipv6()
     try:
         if bind:
-            return socket.create_server((bind, port), family=socket.AF_INET6 if ":" in bind else socket.AF_INET, backlog=4096)
-        return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both, backlog=4096)
+            return socket.create_server(
+                (bind, port),
+                family=socket.AF_INET6 if ":" in bind else socket.AF_INET,
+                backlog=4096,
+            )
+        return socket.create_server(
+            ("", port),
+            family=socket.AF_INET6 if both else socket.AF_INET,
+            dualstack_ipv6=both,
+            backlog=4096,
+        )
     except OSError as error:
-        raise ValueError(f"process 0 cannot listen on port {port} of {socket.gethostname()}: {error.strerror}; is another run using it?") from error
+        raise ValueError(
+            f"process 0 cannot listen on port {port} of {socket.gethostname()}: {error.strerror};"
+            " is another run using it?"
+        ) from error
 
 
 def _hosts(answer: Mapping[str, Any]) -> list[str]:

@@ -1,9 +1,11 @@
-"""Who holds the others up: processes of a run tell each other where they are, and each says in its log whom it is waiting for.
+"""Who holds the others up: processes of a run tell each other where they are, and each says in its
+log whom it is waiting for.
 
-A process that is stopped, cut off or slow makes all others wait inside a collective operation, where nothing can be said. So a thread
-publishes what its process is doing, through the key-value store of jax's coordination service, and looks at the others when its own
-process gets no further. A process that ends with an error publishes the error, and the others end with it instead of waiting; one that
-just disappears is given up by jax after `lost_s`, and named here in one last line.
+A process that is stopped, cut off or slow makes all others wait inside a collective operation,
+where nothing can be said. So a thread publishes what its process is doing, through the key-value
+store of jax's coordination service, and looks at the others when its own process gets no further. A
+process that ends with an error publishes the error, and the others end with it instead of waiting;
+one that just disappears is given up by jax after `lost_s`, and named here in one last line.
 """
 
 import contextlib
@@ -23,8 +25,14 @@ from typing import Any
 from imagen_jax.distributed import startup
 from imagen_jax.storage import is_away
 
-LOST = 75  # exit code (EX_TEMPFAIL) of a process that ends because another one did: nothing is wrong with it, start all again
-FORESEEN = (ValueError, OSError, FloatingPointError)  # errors that are one line; others come with a traceback
+# exit code (EX_TEMPFAIL) of a process that ends because another one did: nothing is wrong with it,
+# start all again
+LOST = 75
+FORESEEN = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+)  # errors that are one line; others come with a traceback
 FINISHED = "finished"
 AGAIN = "start all processes again, the run goes on from its last checkpoint"
 BEATS = 20  # in `lost_s`: how often a process tells where it is
@@ -34,7 +42,9 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Sign:
-    """What was last heard of a process: its step, what it was doing, its how manieth doing that was, how often it has told, and when that last changed here."""
+    """What was last heard of a process: its step, what it was doing, its how manieth doing that
+    was, how often it has told, and when that last changed here.
+    """
 
     step: int
     doing: str
@@ -43,30 +53,46 @@ class Sign:
     heard: float
 
 
-def verdict(signs: Mapping[int, Sign], hosts: Sequence[str], now: float, silent_s: float) -> tuple[list[int], str]:
-    """(processes that hold the others up, in words): the silent ones, else those that have done least, of what all do in the same order.
+def verdict(
+    signs: Mapping[int, Sign], hosts: Sequence[str], now: float, silent_s: float
+) -> tuple[list[int], str]:
+    """(processes that hold the others up, in words): the silent ones, else those that have done
+    least, of what all do in the same order.
 
     A process from which nothing came for `silent_s` is silent, unless it had finished.
     """
-    words = lambda i: f"process {i} ({hosts[i]}), " + (f"silent for {now - signs[i].heard:.0f} s, last " if i in silent else "") + place(signs[i])
+    words = lambda i: (
+        f"process {i} ({hosts[i]}), "
+        + (f"silent for {now - signs[i].heard:.0f} s, last " if i in silent else "")
+        + place(signs[i])
+    )
     place = lambda sign: f"at step {sign.step}, {sign.doing}"
-    silent = [i for i, sign in signs.items() if now - sign.heard >= silent_s and sign.doing != FINISHED]
+    silent = [
+        i for i, sign in signs.items() if now - sign.heard >= silent_s and sign.doing != FINISHED
+    ]
     least = min(sign.turn for sign in signs.values())
     behind = silent or [i for i, sign in signs.items() if sign.turn == least]
     if len(behind) == len(signs) and not silent:
-        return [], f"nobody: all {len(hosts)} processes are alive and {place(next(iter(signs.values())))}"
+        return (
+            [],
+            f"nobody: all {len(hosts)} processes are alive and {place(next(iter(signs.values())))}",
+        )
     return behind, "; ".join(words(i) for i in behind)
 
 
 class Watch:
-    """Around everything that processes do together. Of a process that is alone it wants nothing and does nothing.
+    """Around everything that processes do together. Of a process that is alone it wants nothing and
+    does nothing.
 
-    An exception that leaves it is published and ends the process at once, with exit code 2 (1 if it has a traceback, or is of a file system
-    that did not answer; LOST if the cause is another process): an orderly end would wait for the others, who wait for this one.
+    An exception that leaves it is published and ends the process at once, with exit code 2 (1 if it
+    has a traceback, or is of a file system that did not answer; LOST if the cause is another
+    process): an orderly end would wait for the others, who wait for this one.
     """
 
     def __init__(self, lost_s: float, store: Any = None, end: Callable[[int], None] = os._exit):
-        """lost_s: as in `startup.start`; who is waited for is logged after half of it. store, end: others are given by tests only."""
+        """lost_s: as in `startup.start`; who is waited for is logged after half of it. store, end:
+        others are given by tests only.
+        """
         self._hosts, self._place = startup.hosts(), startup.place()
         self._several = self._place is not None
         self._index = self._place.index if self._place else 0
@@ -78,8 +104,14 @@ class Watch:
         self._ended, self._leaving = threading.Event(), threading.Event()
 
     def at(self, step: int, doing: str) -> None:
-        """This process has done `step` steps and now begins `doing`. Cheap. All processes have to call it in the same order."""
-        self._now, self._since, self._patience = (self._now[0] + 1, step, doing), time.monotonic(), self._lost_s / 2
+        """This process has done `step` steps and now begins `doing`. Cheap. All processes have to
+        call it in the same order.
+        """
+        self._now, self._since, self._patience = (
+            (self._now[0] + 1, step, doing),
+            time.monotonic(),
+            self._lost_s / 2,
+        )
 
     def __enter__(self) -> "Watch":
         if self._several:
@@ -100,7 +132,9 @@ class Watch:
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            with contextlib.suppress(RuntimeError):  # the store is gone: jax is about to end this process
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the store is gone: jax is about to end this process
                 self._tell()
                 self._look()
             self._ended.wait(self._interval)
@@ -114,13 +148,19 @@ class Watch:
         self._store.key_value_set(f"{SIGNS}{self._index}", json.dumps(sign), allow_overwrite=True)
 
     def _look(self) -> None:
-        """Whether another process has failed, and, if this one has been getting no further for a while, who is behind."""
-        self._failures = {int(key.rpartition("/")[2]): text for key, text in self._store.key_value_dir_get(FAILURES)}
+        """Whether another process has failed, and, if this one has been getting no further for a
+        while, who is behind.
+        """
+        self._failures = {
+            int(key.rpartition("/")[2]): text
+            for key, text in self._store.key_value_dir_get(FAILURES)
+        }
         others = {i: text for i, text in self._failures.items() if i != self._index}
         if others and not self._leaving.is_set():
             # It may have the same reason to fail, and be about to say so itself.
-            if not self._leaving.wait(3 * self._interval) and not self._ended.is_set():
-                self._finish(LOST, others[min(others)], others[min(others)])
+            self._leaving.wait(3 * self._interval)
+        if others and not self._leaving.is_set() and not self._ended.is_set():
+            self._finish(LOST, others[min(others)], others[min(others)])
         waiting = time.monotonic() - self._since
         if waiting < self._lost_s / 6 and not self._leaving.is_set():
             self._signs = {}
@@ -130,15 +170,25 @@ class Watch:
             self._patience *= 2
             _, step, doing = self._now
             behind, words = verdict(self._signs, self._hosts, time.monotonic(), self._lost_s / 4)
-            words = "the others wait for this process" if self._index in behind else f"waiting for {words}"
+            words = (
+                "the others wait for this process"
+                if self._index in behind
+                else f"waiting for {words}"
+            )
             log.warning("step %d, %s for %.0f s, %s", step, doing, waiting, words)
 
     def _listen(self) -> None:
         now, before, signs = time.monotonic(), self._signs, {}
-        told = {int(key.rpartition("/")[2]): json.loads(text) for key, text in self._store.key_value_dir_get(SIGNS)}
+        told = {
+            int(key.rpartition("/")[2]): json.loads(text)
+            for key, text in self._store.key_value_dir_get(SIGNS)
+        }
         for i in range(len(self._hosts)):
             sign = told.get(i, {"step": 0, "doing": "starting", "turn": 0, "beat": 0})
-            signs[i] = Sign(**sign, heard=before[i].heard if i in before and before[i].beat == sign["beat"] else now)
+            signs[i] = Sign(
+                **sign,
+                heard=before[i].heard if i in before and before[i].beat == sign["beat"] else now,
+            )
         self._signs = signs
 
     def _leave(self, error: BaseException) -> None:
@@ -148,17 +198,25 @@ class Watch:
         self._leaving.set()
         line = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, jax.errors.JaxRuntimeError):
-            reason = self._fault_of_another()  # a collective operation fails when another process goes away
+            reason = (
+                self._fault_of_another()
+            )  # a collective operation fails when another process goes away
             if reason:
                 log.warning("%s", line)
                 return self._finish(LOST, reason, reason)
         foreseen = isinstance(error, FORESEEN)
         if not foreseen or os.environ.get("IMAGEN_JAX_TRACEBACK"):
             traceback.print_exception(error)
-        self._finish(2 if foreseen and not is_away(error) else 1, line, f"process {self._index} ({self._hosts[self._index]}) failed: {line}")
+        self._finish(
+            2 if foreseen and not is_away(error) else 1,
+            line,
+            f"process {self._index} ({self._hosts[self._index]}) failed: {line}",
+        )
 
     def _fault_of_another(self) -> str:
-        """What another process did that makes an operation fail here, "" if there is no such thing; takes up to a third of `lost_s`."""
+        """What another process did that makes an operation fail here, "" if there is no such thing;
+        takes up to a third of `lost_s`.
+        """
         until = time.monotonic() + self._lost_s / 3
         while time.monotonic() < until:
             others = [text for i, text in self._failures.items() if i != self._index]
@@ -169,16 +227,24 @@ class Watch:
         return ""
 
     def _finish(self, code: int, line: str, told: str) -> None:
-        """Tells the other processes why this one ends and waits, if it is the one that keeps the store, until they know; then ends it."""
+        """Tells the other processes why this one ends and waits, if it is the one that keeps the
+        store, until they know; then ends it.
+        """
         end = time.monotonic() + 6 * self._interval
         with contextlib.suppress(RuntimeError):
             self._store.key_value_set(f"{FAILURES}{self._index}", told, allow_overwrite=True)
-            while self._index == 0 and len(self._store.key_value_dir_get(FAILURES)) < len(self._hosts) and time.monotonic() < end:
+            while (
+                self._index == 0
+                and len(self._store.key_value_dir_get(FAILURES)) < len(self._hosts)
+                and time.monotonic() < end
+            ):
                 time.sleep(self._interval / 4)
         self._die(code, line)
 
     def _lost(self, silent_s: float) -> str:
-        """Names the processes that are silent, or process 0 if it cannot be reached; "" if all are there."""
+        """Names the processes that are silent, or process 0 if it cannot be reached; "" if all are
+        there.
+        """
         now = time.monotonic()
         signs = {i: sign for i, sign in self._signs.items() if i != self._index}
         if any(now - sign.heard >= silent_s and sign.doing != FINISHED for sign in signs.values()):
@@ -188,7 +254,9 @@ class Watch:
         return ""
 
     def _last_words(self) -> None:
-        """Called when jax ends this process, which it does from C++ when it has given up another one or process 0 is gone."""
+        """Called when jax ends this process, which it does from C++ when it has given up another
+        one or process 0 is gone.
+        """
         failures = [text for i, text in self._failures.items() if i != self._index]
         reason = failures[0] if failures else self._lost(self._lost_s / 4)
         if reason and not self._ended.is_set():
@@ -211,7 +279,9 @@ _handlers: list[Any] = []  # kept: C has only their address
 
 
 def _on_abort(say: Callable[[], None]) -> None:
-    """Calls `say` when this process is aborted. Python's own handlers run between two bytecodes, too late for abort(); libc's run at once."""
+    """Calls `say` when this process is aborted. Python's own handlers run between two bytecodes,
+    too late for abort(); libc's run at once.
+    """
     libc = ctypes.CDLL(None)
     kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
     libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, kind], ctypes.c_void_p

@@ -49,7 +49,7 @@ class Probe:
 
     def __init__(self, stage: Stage, settings: Settings):
         self.stage, self.settings = stage, settings
-        axes = {axis: 1 for axis in AXES} | {"data": -1}
+        axes = dict.fromkeys(AXES, 1) | {"data": -1}
         self._mesh = make_mesh(axes, jax.local_devices())
         self._fields = tuple(stage.batch_shapes(0))
         self._errors: dict[Hashable, Callable] = {}
@@ -144,7 +144,8 @@ class Probe:
 class Evaluation:
     """One set of parameters on the rows of `data`.
 
-    texts: the captions that samples are drawn from. bins: of the training noise, as many as the settings say.
+    texts: the captions that samples are drawn from. bins: of the training noise, as many as the
+    settings say.
     """
 
     def __init__(self, probe: Probe, data: Data, params: Params):

@@ -1,7 +1,9 @@
-"""Whether a sample is nearer to the image its caption belongs to than to the other images of the data set.
+"""Whether a sample is nearer to the image its caption belongs to than to the other images of the
+data set.
 
-The distance is the root mean square difference of pixel values in [0, 255] at the samples' own size. There is no learned feature in
-it, so it can be stated in a line and does not move with a library.
+The distance is the root mean square difference of pixel values in [0, 255] at the samples' own
+size. There is no learned feature in it, so it can be stated in a line and does not move with a
+library.
 """
 
 from typing import Any
@@ -14,8 +16,12 @@ from imagen_jax.evals.statistics import proportion, summary
 COLUMNS = 4096  # pixel values converted to float64 at once
 
 
-def distances(samples: UInt8[np.ndarray, "n s s 3"], gallery: UInt8[np.ndarray, "m s s 3"]) -> Float[np.ndarray, "n m"]:
-    """Root mean square difference in [0, 255] of every sample to every image. Sums are exact, so equal images have equal distances."""
+def distances(
+    samples: UInt8[np.ndarray, "n s s 3"], gallery: UInt8[np.ndarray, "m s s 3"]
+) -> Float[np.ndarray, "n m"]:
+    """Root mean square difference in [0, 255] of every sample to every image. Sums are exact, so
+    equal images have equal distances.
+    """
     a, b = samples.reshape(len(samples), -1), gallery.reshape(len(gallery), -1)
     squares = np.zeros((len(a), len(b)))
     for start in range(0, a.shape[1], COLUMNS):
@@ -25,14 +31,25 @@ def distances(samples: UInt8[np.ndarray, "n s s 3"], gallery: UInt8[np.ndarray, 
 
 
 def score(distance: Float[np.ndarray, "n m"], wanted: Int[np.ndarray, " n"]) -> dict[str, Any]:
-    """{"top1", "top5": proportions with intervals, "n", "gallery": m, "median_rank", "distance": to the right image} of a distance matrix."""
+    """{"top1", "top5": proportions with intervals, "n", "gallery": m, "median_rank", "distance": to
+    the right image} of a distance matrix.
+    """
     rank = ranks(distance, wanted)
     top = {f"top{k}": proportion(int((rank <= k).sum()), len(rank)) for k in (1, 5)}
     right = summary(distance[np.arange(len(wanted)), wanted])
-    return top | {"n": len(rank), "gallery": distance.shape[1], "median_rank": float(np.median(rank)), "distance": right}
+    return top | {
+        "n": len(rank),
+        "gallery": distance.shape[1],
+        "median_rank": float(np.median(rank)),
+        "distance": right,
+    }
 
 
-def ranks(distance: Float[np.ndarray, "n m"], wanted: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """1 for the nearest. Ties count against the sample, so images that equal the right one make its rank worse, never better."""
+def ranks(
+    distance: Float[np.ndarray, "n m"], wanted: Int[np.ndarray, " n"]
+) -> Int[np.ndarray, " n"]:
+    """1 for the nearest. Ties count against the sample, so images that equal the right one make its
+    rank worse, never better.
+    """
     own = distance[np.arange(len(wanted)), wanted]
     return (distance <= own[:, None]).sum(axis=1)

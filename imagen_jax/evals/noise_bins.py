@@ -1,7 +1,8 @@
 """Bins of noise levels: where each lies, how a noise level is drawn in it, and numbers by bin.
 
-`TrainingBins` are drawn equally often in training, so they depend on its noise density. `LogsnrBins` are fixed
-intervals of log-SNR, the same for every recipe. Every row has one value in every bin.
+`TrainingBins` are drawn equally often in training, so they depend on its noise density.
+`LogsnrBins` are fixed intervals of log-SNR, the same for every recipe. Every row has one value in
+every bin.
 """
 
 import dataclasses

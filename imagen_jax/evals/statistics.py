@@ -1,6 +1,7 @@
 """Means with their uncertainty, and the permutation that controls are made with.
 
-A number that cannot be stated (the standard error of one value, the mean of a NaN) is None, so that every result is valid JSON.
+A number that cannot be stated (the standard error of one value, the mean of a NaN) is None, so that
+every result is valid JSON.
 """
 
 import math
@@ -13,7 +14,9 @@ Z95 = 1.959964  # two-sided 95 % of the normal distribution
 
 
 def summary(values: Float[np.ndarray, " n"]) -> dict[str, Any]:
-    """{"mean", "se", "n"}: se is the sample's standard deviation (n - 1) over sqrt(n). The values must be independent: one an image."""
+    """{"mean", "se", "n"}: se is the sample's standard deviation (n - 1) over sqrt(n). The values
+    must be independent: one an image.
+    """
     values = np.asarray(values, np.float64)
     n = len(values)
     if n == 0:
@@ -23,9 +26,13 @@ def summary(values: Float[np.ndarray, " n"]) -> dict[str, Any]:
 
 
 def difference(values: Float[np.ndarray, " n"]) -> dict[str, Any]:
-    """`summary` of paired differences with "ratio", the mean in standard errors: beyond 3 it is no accident."""
+    """`summary` of paired differences with "ratio", the mean in standard errors: beyond 3 it is no
+    accident.
+    """
     out = summary(values)
-    out["ratio"] = number(out["mean"] / out["se"]) if out["se"] and out["mean"] is not None else None
+    out["ratio"] = (
+        number(out["mean"] / out["se"]) if out["se"] and out["mean"] is not None else None
+    )
     return out
 
 
@@ -36,7 +43,9 @@ def proportion(hits: int, n: int) -> dict[str, Any]:
 
 
 def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927), right also near 0 and 1, where the normal one has no width."""
+    """Wilson's score interval of a proportion (Wilson 1927), right also near 0 and 1, where the
+    normal one has no width.
+    """
     if not 0 <= hits <= n or n == 0:
         raise ValueError(f"{hits} hits of {n} are not a proportion")
     p, shrink = hits / n, 1 + z**2 / n
@@ -46,15 +55,19 @@ def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
 
 
 def derangement(labels: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"]:
-    """A random permutation that gives every row a row with another label: what a "shuffled" control uses.
+    """A random permutation that gives every row a row with another label: what a "shuffled" control
+    uses.
 
-    Rows sorted by label, labels and rows within one in random order, are rotated by the size of the largest group.
-    Raises ValueError if one label has more than half of the rows.
+    Rows sorted by label, labels and rows within one in random order, are rotated by the size of the
+    largest group. Raises ValueError if one label has more than half of the rows.
     """
     n = len(labels)
     _, groups, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     if n < 2 or 2 * sizes.max() > n:
-        raise ValueError(f"{n} rows cannot be shuffled: every row needs another caption, and one caption has {sizes.max() if n else 0} rows")
+        raise ValueError(
+            f"{n} rows cannot be shuffled: every row needs another caption, and one caption has"
+            f" {sizes.max() if n else 0} rows"
+        )
     rng = np.random.default_rng(seed)
     place = rng.permutation(len(sizes))
     order = np.lexsort((rng.random(n), place[groups]))

@@ -1,4 +1,6 @@
-"""What a super-resolution stage is held against: bicubic up-sampling, its own input, and the detail of other images."""
+"""What a super-resolution stage is held against: bicubic up-sampling, its own input, and the detail
+of other images.
+"""
 
 import math
 from typing import Any
@@ -15,32 +17,59 @@ PEAK = 255.0
 
 def bicubic(lowres: UInt8[np.ndarray, "n r r 3"], size: int) -> UInt8[np.ndarray, "n s s 3"]:
     """Up-sampled to `size` pixels square with PIL's bicubic filter (a = -0.5)."""
-    return np.stack([np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)) for image in lowres])
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+            for image in lowres
+        ]
+    )
 
 
-def mean_square(a: UInt8[np.ndarray, "n s s 3"], b: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, " n"]:
+def mean_square(
+    a: UInt8[np.ndarray, "n s s 3"], b: UInt8[np.ndarray, "n s s 3"]
+) -> Float[np.ndarray, " n"]:
     """Mean squared difference of each pair of images, on the scale [-1, 1] of losses."""
-    return np.array([np.mean(np.square((x.astype(np.float64) - y) / (PEAK / 2))) for x, y in zip(a, b, strict=True)])
+    return np.array(
+        [
+            np.mean(np.square((x.astype(np.float64) - y) / (PEAK / 2)))
+            for x, y in zip(a, b, strict=True)
+        ]
+    )
 
 
-def consistency(shrunk: UInt8[np.ndarray, "n r r 3"], lowres: UInt8[np.ndarray, "n r r 3"]) -> dict[str, Any]:
-    """How far samples, shrunk with the filter that made the data's low-res images, are from the low-res images they were drawn from.
+def consistency(
+    shrunk: UInt8[np.ndarray, "n r r 3"], lowres: UInt8[np.ndarray, "n r r 3"]
+) -> dict[str, Any]:
+    """How far samples, shrunk with the filter that made the data's low-res images, are from the
+    low-res images they were drawn from.
 
-    {"mae": in 0-255, "psnr": in dB, from the mean squared error over all images; None if there is none}.
+    {"mae": in 0-255, "psnr": in dB, from the mean squared error over all images; None if there is
+    none}.
     """
-    error = np.array([np.mean(np.abs(x.astype(np.float64) - y)) for x, y in zip(shrunk, lowres, strict=True)])
+    error = np.array(
+        [np.mean(np.abs(x.astype(np.float64) - y)) for x, y in zip(shrunk, lowres, strict=True)]
+    )
     square = float(np.mean(mean_square(shrunk, lowres))) * (PEAK / 2) ** 2
-    return {"mae": summary(error), "psnr": number(10 * math.log10(PEAK**2 / square)) if square else None}
+    return {
+        "mae": summary(error),
+        "psnr": number(10 * math.log10(PEAK**2 / square)) if square else None,
+    }
 
 
 def residual_correlations(
-    samples: UInt8[np.ndarray, "n s s 3"], images: UInt8[np.ndarray, "n s s 3"], upsampled: UInt8[np.ndarray, "n s s 3"]
+    samples: UInt8[np.ndarray, "n s s 3"],
+    images: UInt8[np.ndarray, "n s s 3"],
+    upsampled: UInt8[np.ndarray, "n s s 3"],
 ) -> Float[np.ndarray, "n n"]:
-    """Correlation of the detail that sample i adds to its up-sampled input with the detail that image j has beyond its own."""
+    """Correlation of the detail that sample i adds to its up-sampled input with the detail that
+    image j has beyond its own.
+    """
     return _residuals(samples, upsampled) @ _residuals(images, upsampled).T
 
 
-def _residuals(images: UInt8[np.ndarray, "n s s 3"], upsampled: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n p"]:
+def _residuals(
+    images: UInt8[np.ndarray, "n s s 3"], upsampled: UInt8[np.ndarray, "n s s 3"]
+) -> Float[np.ndarray, "n p"]:
     """images - upsampled, each of mean 0 and norm 1; zero where there is no detail at all."""
     residual = (images.astype(np.float32) - upsampled).reshape(len(images), -1)
     residual -= residual.mean(axis=1, keepdims=True)
@@ -48,8 +77,10 @@ def _residuals(images: UInt8[np.ndarray, "n s s 3"], upsampled: UInt8[np.ndarray
 
 
 def detail(correlation: Float[np.ndarray, "n n"]) -> dict[str, Any]:
-    """From `residual_correlations`: the correlation with the right image's detail ("own"), with the other images' ("other"), the paired
-    difference, and how often the right image is the nearest of the n, or among the 5 nearest."""
+    """From `residual_correlations`: the correlation with the right image's detail ("own"), with the
+    other images' ("other"), the paired difference, and how often the right image is the nearest of
+    the n, or among the 5 nearest.
+    """
     n = len(correlation)
     if n < 2:
         raise ValueError("detail is measured against other images: at least two samples are needed")
@@ -57,4 +88,8 @@ def detail(correlation: Float[np.ndarray, "n n"]) -> dict[str, Any]:
     other = (correlation.sum(axis=1) - own) / (n - 1)
     rank = ranks(-correlation, np.arange(n))
     top = {f"top{k}": proportion(int((rank <= k).sum()), n) for k in (1, 5)}
-    return {"own": summary(own), "other": summary(other), "difference": difference(own - other)} | top
+    return {
+        "own": summary(own),
+        "other": summary(other),
+        "difference": difference(own - other),
+    } | top

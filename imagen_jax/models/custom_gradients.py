@@ -1,4 +1,6 @@
-"""Operations whose gradients, or whose form on a platform, are written by hand because XLA's own are slow: bias and transposed convolution."""
+"""Operations whose gradients, or whose form on a platform, are written by hand because XLA's own
+are slow: bias and transposed convolution.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +11,21 @@ from imagen_jax.models.resampling import depth_to_space
 
 @jax.custom_vjp
 def add_bias(h: Float[Array, "*d c"], bias: Float[Array, "c"]) -> Float[Array, "*d c"]:
-    """h + bias. The bias's gradient, a sum over all rows, is a matrix product with ones, summed in fp32: the matrix units do it in passing."""
+    """h + bias. The bias's gradient, a sum over all rows, is a matrix product with ones, summed in
+    fp32: the matrix units do it in passing.
+    """
     return h + bias.astype(h.dtype).reshape((1,) * (h.ndim - 1) + bias.shape)
 
 
 def _add_bias_backward(bias: Array, d_out: Array) -> tuple[Array, Array]:
-    ones = jnp.ones((8, *d_out.shape[:-1]), d_out.dtype)  # with fewer rows the compiler makes a sum of it again
+    ones = jnp.ones(
+        (8, *d_out.shape[:-1]), d_out.dtype
+    )  # with fewer rows the compiler makes a sum of it again
     precision = jax.lax.Precision.HIGHEST if d_out.dtype == jnp.float32 else None
     # Not flattened: that would gather a feature map whose height is split over chips.
-    total = jnp.tensordot(ones, d_out, d_out.ndim - 1, precision=precision, preferred_element_type=jnp.float32)
+    total = jnp.tensordot(
+        ones, d_out, d_out.ndim - 1, precision=precision, preferred_element_type=jnp.float32
+    )
     return d_out, total[0].astype(bias.dtype)
 
 
@@ -26,14 +34,24 @@ add_bias.defvjp(lambda h, bias: (add_bias(h, bias), bias), _add_bias_backward)
 
 def _strided(image: Array, kernel: Array) -> Array:
     """[b 2h 2w f] -> [b h w c] by the kernel [3 3 c f] of its adjoint."""
-    return jax.lax.conv_general_dilated(image, kernel.swapaxes(2, 3), (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        image,
+        kernel.swapaxes(2, 3),
+        (2, 2),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 @jax.custom_vjp
-def conv_adjoint(h: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) -> Float[Array, "b h2 w2 f"]:
-    """The transposed convolution as the image gradient of the strided one: for TPUs, whose convolutions skip the zeros between inputs.
+def conv_adjoint(
+    h: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]
+) -> Float[Array, "b h2 w2 f"]:
+    """The transposed convolution as the image gradient of the strided one: for TPUs, whose
+    convolutions skip the zeros between inputs.
 
-    Its own gradients are the strided convolution and that one's kernel gradient; left to itself the compiler reverses whole feature maps.
+    Its own gradients are the strided convolution and that one's kernel gradient; left to itself the
+    compiler reverses whole feature maps.
     """
     b, height, width, _ = h.shape
     image = jnp.zeros((b, 2 * height, 2 * width, kernel.shape[3]), h.dtype)
@@ -46,20 +64,32 @@ def _conv_adjoint_backward(residuals: tuple[Array, Array], d_out: Array) -> tupl
     return d_h, kernel_gradient(h)[0]
 
 
-conv_adjoint.defvjp(lambda h, kernel: (conv_adjoint(h, kernel), (h, kernel)), _conv_adjoint_backward)
+conv_adjoint.defvjp(
+    lambda h, kernel: (conv_adjoint(h, kernel), (h, kernel)), _conv_adjoint_backward
+)
 
 
-def conv_phases(h: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) -> Float[Array, "b h2 w2 f"]:
-    """The transposed convolution as a 2x2 convolution at the input's size that makes all four output phases, then `depth_to_space`.
+def conv_phases(
+    h: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]
+) -> Float[Array, "b h2 w2 f"]:
+    """The transposed convolution as a 2x2 convolution at the input's size that makes all four
+    output phases, then `depth_to_space`.
 
-    On a CPU XLA's own transposed convolution runs four times slower; on TPUs the interleaving costs more than the convolution.
+    On a CPU XLA's own transposed convolution runs four times slower; on TPUs the interleaving costs
+    more than the convolution.
     """
     phases = jax.vmap(jax.vmap(_phases))(_phases(kernel))  # [py ay px ax c f]
     phases = phases.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, h.shape[-1], 4 * kernel.shape[-1])
-    out = jax.lax.conv_general_dilated(h, phases, (1, 1), ((0, 1), (0, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    out = jax.lax.conv_general_dilated(
+        h, phases, (1, 1), ((0, 1), (0, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     return depth_to_space(out, 2)
 
 
 def _phases(kernel: Float[Array, "3 *d"]) -> Float[Array, "2 2 *d"]:
-    """[phase, tap] along one axis: out[2i] = k[1] in[i] and out[2i + 1] = k[2] in[i] + k[0] in[i + 1]."""
-    return jnp.stack([jnp.stack([kernel[1], jnp.zeros_like(kernel[1])]), jnp.stack([kernel[2], kernel[0]])])
+    """[phase, tap] along one axis: out[2i] = k[1] in[i] and out[2i + 1] = k[2] in[i] + k[0] in[i +
+    1].
+    """
+    return jnp.stack(
+        [jnp.stack([kernel[1], jnp.zeros_like(kernel[1])]), jnp.stack([kernel[2], kernel[0]])]
+    )

@@ -1,7 +1,9 @@
-"""The Efficient U-Net of the super-resolution stages (Appendix B.1, Figs. A.27-A.30, configurations F.2 and F.3).
+"""The Efficient U-Net of the super-resolution stages (Appendix B.1, Figs. A.27-A.30, configurations
+F.2 and F.3).
 
-Against the ordinary U-Net: most residual blocks stand at low resolution, a level down-samples before its blocks and up-samples after
-them, and residual sums are scaled by 1/sqrt(2) (`residual_scale`). Skips are added. Four levels, each of stride 2 (F.2 prints four).
+Against the ordinary U-Net: most residual blocks stand at low resolution, a level down-samples
+before its blocks and up-samples after them, and residual sums are scaled by 1/sqrt(2)
+(`residual_scale`). Skips are added. Four levels, each of stride 2 (F.2 prints four).
 """
 
 from functools import partial
@@ -17,10 +19,12 @@ from imagen_jax.models.remat import check_kind, checkpointed_module
 
 
 class Blocks(nn.Module):
-    """The body of a DBlock or UBlock: residual blocks, then attention and an MLP of width 2c where the level attends.
+    """The body of a DBlock or UBlock: residual blocks, then attention and an MLP of width 2c where
+    the level attends.
 
-    A DBlock starts with a strided convolution (`down`); a UBlock ends with a 3x3 convolution of stride 1/2 (`up_features` wide, as
-    the level above). Nearest up-sampling before a plain convolution would give neighbouring pixels almost the same weights.
+    A DBlock starts with a strided convolution (`down`); a UBlock ends with a 3x3 convolution of
+    stride 1/2 (`up_features` wide, as the level above). Nearest up-sampling before a plain
+    convolution would give neighbouring pixels almost the same weights.
     """
 
     features: int
@@ -50,13 +54,24 @@ class Blocks(nn.Module):
             h = self.constrain(Conv(self.features, self.dtype, stride=2, name="resample")(h))
         for i in range(self.blocks):
             block = checkpointed_module(self.remat, ResBlock, static_argnums=(3,))(
-                self.features, self.dtype, self.scale_shift, project_shortcut=True, residual_scale=self.residual_scale,
-                dropout=self.dropout, constrain=self.constrain, name=f"block_{i}",
-            )  # fmt: skip
+                self.features,
+                self.dtype,
+                self.scale_shift,
+                project_shortcut=True,
+                residual_scale=self.residual_scale,
+                dropout=self.dropout,
+                constrain=self.constrain,
+                name=f"block_{i}",
+            )
             h = self.constrain(block(h, emb, train))
         if self.attention != "none":
-            attention, mlp = (checkpointed_module(self.remat, module, keeps_itself=True) for module in (Attention, FeedForward))
-            h = attention(self.heads, self.attention, self.dtype, self.attend, self.constrain, name="attn")(h, text, mask)
+            attention, mlp = (
+                checkpointed_module(self.remat, module, keeps_itself=True)
+                for module in (Attention, FeedForward)
+            )
+            h = attention(
+                self.heads, self.attention, self.dtype, self.attend, self.constrain, name="attn"
+            )(h, text, mask)
             h = self.constrain(mlp(2 * self.features, self.dtype, self.constrain, name="mlp")(h))
         if self.up_features:
             h = self.constrain(ConvTranspose(self.up_features, self.dtype, name="upsample")(h))
@@ -64,10 +79,11 @@ class Blocks(nn.Module):
 
 
 class EfficientUNet(nn.Module):
-    """eps (or x, v) from (z, logsnr, cond) with cond["lowres"] [b h' w' 3] and cond["lowres_logsnr"] [b] if `lowres`.
+    """eps (or x, v) from (z, logsnr, cond) with cond["lowres"] [b h' w' 3] and
+    cond["lowres_logsnr"] [b] if `lowres`.
 
-    `attention[i]` is "none", "fused", "self" or "cross" (text only: the 1024 stage, which trains on crops and runs on whole images).
-    The embedding is 4 * widths[0] wide.
+    `attention[i]` is "none", "fused", "self" or "cross" (text only: the 1024 stage, which trains on
+    crops and runs on whole images). The embedding is 4 * widths[0] wide.
     """
 
     widths: tuple[int, ...]
@@ -87,33 +103,68 @@ class EfficientUNet(nn.Module):
     attend: Attend = attend
 
     @nn.compact
-    def __call__(self, z: Float[Array, "b h w 3"], logsnr: Float[Array, "b"], cond: dict[str, Array], train: bool = False) -> Float[Array, "b h w 3"]:
+    def __call__(
+        self,
+        z: Float[Array, "b h w 3"],
+        logsnr: Float[Array, "b"],
+        cond: dict[str, Array],
+        train: bool = False,
+    ) -> Float[Array, "b h w 3"]:
         self._check(z)
         emb, text, mask = Conditioning(
-            self.widths[0], 4 * self.widths[0], self.cond_dim, self.pooling, self.pool_heads, self.lowres, self.dtype, self.constrain, name="conditioning"
+            self.widths[0],
+            4 * self.widths[0],
+            self.cond_dim,
+            self.pooling,
+            self.pool_heads,
+            self.lowres,
+            self.dtype,
+            self.constrain,
+            name="conditioning",
         )(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
         h = self.constrain(Conv(self.widths[0], self.dtype, name="stem")(h.astype(self.dtype)))
         level = partial(
-            Blocks, heads=self.heads, residual_scale=self.residual_scale, scale_shift=self.scale_shift,
-            dropout=self.dropout, dtype=self.dtype, remat=self.remat, constrain=self.constrain, attend=self.attend,
-        )  # fmt: skip
+            Blocks,
+            heads=self.heads,
+            residual_scale=self.residual_scale,
+            scale_shift=self.scale_shift,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            remat=self.remat,
+            constrain=self.constrain,
+            attend=self.attend,
+        )
         per_level = list(zip(self.widths, self.blocks, self.attention))
         skips = []
         for i, (width, blocks, attention) in enumerate(per_level):
-            h = level(width, blocks, attention, down=True, up_features=0, name=f"down_{i}")(h, emb, text, mask, train)
+            h = level(width, blocks, attention, down=True, up_features=0, name=f"down_{i}")(
+                h, emb, text, mask, train
+            )
             skips.append(h)
-        skips.pop()  # the lowest UBlock continues from the lowest DBlock; every other one adds the DBlock of its size
+        # the lowest UBlock continues from the lowest DBlock; every other one adds the DBlock of its
+        # size
+        skips.pop()
         for i, (width, blocks, attention) in reversed(list(enumerate(per_level))):
             up_features = self.widths[max(i - 1, 0)]
-            h = level(width, blocks, attention, down=False, up_features=up_features, name=f"up_{i}")(h, emb, text, mask, train)
+            h = level(
+                width, blocks, attention, down=False, up_features=up_features, name=f"up_{i}"
+            )(h, emb, text, mask, train)
             h = h + skips.pop() if skips else h
-        return nn.Dense(3, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="out")(h.astype(jnp.float32))
+        return nn.Dense(3, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="out")(
+            h.astype(jnp.float32)
+        )
 
     def _check(self, z: Array) -> None:
         check_kind(self.remat)
         if not len(self.widths) == len(self.blocks) == len(self.attention):
-            raise ValueError(f"model.widths, model.blocks and model.attention have {len(self.widths)}, {len(self.blocks)} and {len(self.attention)} entries: one each a level")
+            raise ValueError(
+                f"model.widths, model.blocks and model.attention have {len(self.widths)},"
+                f" {len(self.blocks)} and {len(self.attention)} entries: one each a level"
+            )
         factor = 2 ** len(self.widths)
         if z.shape[1] % factor or z.shape[2] % factor:
-            raise ValueError(f"an Efficient U-Net of {len(self.widths)} levels takes sizes divisible by {factor}, not {z.shape[1:3]}")
+            raise ValueError(
+                f"an Efficient U-Net of {len(self.widths)} levels takes sizes divisible by"
+                f" {factor}, not {z.shape[1:3]}"
+            )

@@ -21,7 +21,9 @@ def space_to_depth(h: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2
     """Each patch x patch square of pixels becomes one position with patch^2 times the channels."""
     b, height, width, c = h.shape
     h = h.reshape(b, height // patch, patch, width // patch, patch, c)
-    return h.transpose(0, 1, 3, 2, 4, 5).reshape(b, height // patch, width // patch, patch * patch * c)
+    return h.transpose(0, 1, 3, 2, 4, 5).reshape(
+        b, height // patch, width // patch, patch * patch * c
+    )
 
 
 def depth_to_space(h: Float[Array, "b h w c"], patch: int) -> Float[Array, "b h2 w2 c2"]:

@@ -1,4 +1,6 @@
-"""Which blocks a network is made of, found by running it: for what is compiled or measured block by block."""
+"""Which blocks a network is made of, found by running it: for what is compiled or measured block by
+block.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,8 @@ CONTAINERS = (UNet, EfficientUNet, Level, Blocks)  # they only call what they ar
 
 
 def block_calls(run: Callable[[], Any]) -> dict[str, tuple[nn.Module, tuple[Any, ...]]]:
-    """{place: (module without a parent, arguments)} of every block that `run` calls; array arguments as their shapes.
+    """{place: (module without a parent, arguments)} of every block that `run` calls; array
+    arguments as their shapes.
 
     A block is what a container calls, whole: what it calls itself is part of it.
     """

@@ -1,7 +1,9 @@
-"""Reads the text of a compiled program: its instructions, how often each runs, what the TPU compiler estimates it costs, and its collectives.
+"""Reads the text of a compiled program: its instructions, how often each runs, what the TPU
+compiler estimates it costs, and its collectives.
 
-The TPU compiler writes a cost in cycles beside nearly every fusion, copy and convolution (`estimated_cycles` in `backend_config`). It
-is a property of the compiled program, the same on every run and on a machine without a TPU. 2^63 - 1 there means that it has none.
+The TPU compiler writes a cost in cycles beside nearly every fusion, copy and convolution
+(`estimated_cycles` in `backend_config`). It is a property of the compiled program, the same on
+every run and on a machine without a TPU. 2^63 - 1 there means that it has none.
 """
 
 import dataclasses
@@ -13,23 +15,35 @@ from collections.abc import Iterator
 import numpy as np
 
 NO_ESTIMATE = 2**63 - 1
-# What the TPU compiler calls the parts of collectives that cross slices, which it makes sends to and receives from the hosts' network.
+# What the TPU compiler calls the parts of collectives that cross slices, which it makes sends to
+# and receives from the hosts' network.
 BETWEEN_SLICES = {
-    "ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter", "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
-}  # fmt: skip
+    "ALL_GATHER": "all-gather",
+    "ALL_REDUCE": "all-reduce",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {f"{sign}{n}": n for sign in "su" for n in (8, 16, 32, 64)}
+ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {
+    f"{sign}{n}": n for sign in "su" for n in (8, 16, 32, 64)
+}
 
 _NAME = r"%?([\w.\-]+)"
 _DEFINITION = re.compile(rf"^\s+(?:ROOT )?{_NAME} = ")
 _COMPUTATION = re.compile(rf"^(ENTRY )?{_NAME} \(.*\) -> .*\{{$")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-_CALLED = re.compile(rf"\b(calls|to_apply|body|condition|true_computation|false_computation)={_NAME}|branch_computations=\{{([^}}]*)\}}")
+_CALLED = re.compile(
+    rf"\b(calls|to_apply|body|condition|true_computation|false_computation)={_NAME}"
+    r"|branch_computations=\{([^}]*)\}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. `type` is the result's, as written; `rest` what follows the operands."""
+    """One line of a computation. `type` is the result's, as written; `rest` what follows the
+    operands.
+    """
 
     name: str
     opcode: str
@@ -45,7 +59,9 @@ class Instruction:
 
     @functools.cached_property
     def op_name(self) -> str:
-        """Where in the traced program this is from: "jit(step)/transpose(jvp(UNet))/down_2/block_0/conv_1/conv_general_dilated"."""
+        """Where in the traced program this is from:
+        "jit(step)/transpose(jvp(UNet))/down_2/block_0/conv_1/conv_general_dilated".
+        """
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found[1] if found else ""
 
@@ -57,21 +73,29 @@ class Instruction:
             if branches:
                 found.setdefault("branches", []).extend(re.findall(_NAME, branches))
             else:
-                found.setdefault("branches" if attribute.endswith("_computation") else attribute, []).append(name)
+                found.setdefault(
+                    "branches" if attribute.endswith("_computation") else attribute, []
+                ).append(name)
         return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A compiled program: {name: {instruction name: instruction}} of its computations, and which one it starts with."""
+    """A compiled program: {name: {instruction name: instruction}} of its computations, and which
+    one it starts with.
+    """
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
 
-    def run(self, computation: str | None = None, times: float = 1) -> Iterator[tuple[Instruction, dict[str, Instruction], float]]:
-        """Each instruction that runs, its computation and how often: what a loop's body holds runs as often as the loop does.
+    def run(
+        self, computation: str | None = None, times: float = 1
+    ) -> Iterator[tuple[Instruction, dict[str, Instruction], float]]:
+        """Each instruction that runs, its computation and how often: what a loop's body holds runs
+        as often as the loop does.
 
-        Of a conditional's branches the one with the most instructions is taken. What a fusion calls is part of the fusion.
+        Of a conditional's branches the one with the most instructions is taken. What a fusion calls
+        is part of the fusion.
         """
         here = self.computations[computation or self.entry]
         for instruction in here.values():
@@ -82,29 +106,46 @@ class Module:
                 for name in called["body"]:
                     yield from self.run(name, times * trips)
             elif instruction.opcode == "conditional":
-                yield from self.run(max(called["branches"], key=lambda name: len(self.computations[name])), times)
+                yield from self.run(
+                    max(called["branches"], key=lambda name: len(self.computations[name])), times
+                )
             elif instruction.opcode in ("call", "async-start"):
                 for name in called.get("calls", []) + called.get("to_apply", []):
                     yield from self.run(name, times)
 
     def inside(self, instruction: Instruction) -> list[dict[str, Instruction]]:
         """The computations that a fusion is made of; none of another instruction."""
-        return [self.computations[name] for name in instruction.called.get("calls", [])] if instruction.opcode == "fusion" else []
+        return (
+            [self.computations[name] for name in instruction.called.get("calls", [])]
+            if instruction.opcode == "fusion"
+            else []
+        )
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a `while` runs: what the compiler says of it, or a constant that its condition compares a counter from 0 with. Raises ValueError for any other."""
+        """How often a `while` runs: what the compiler says of it, or a constant that its condition
+        compares a counter from 0 with. Raises ValueError for any other.
+        """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(known[1])
         (condition,) = loop.called["condition"]
-        constants = [re.match(r"[su]\d+\[\]", i.type) and re.search(r"^(\d+)", i.operands[0]) for i in self.computations[condition].values() if i.opcode == "constant"]
+        constants = [
+            re.match(r"[su]\d+\[\]", i.type) and re.search(r"^(\d+)", i.operands[0])
+            for i in self.computations[condition].values()
+            if i.opcode == "constant"
+        ]
         bounds = [int(found[1]) for found in constants if found]
         if len(bounds) != 1:
-            raise ValueError(f"the loop {loop.name} ({loop.op_name}) has no known trip count: constants {bounds} in its condition")
+            raise ValueError(
+                f"the loop {loop.name} ({loop.op_name}) has no known trip count: constants {bounds}"
+                " in its condition"
+            )
         return bounds[0]
 
 
 def parse(text: str) -> Module:
-    """The program that `Compiled.as_text()` prints. Raises ValueError if there is no entry computation in it."""
+    """The program that `Compiled.as_text()` prints. Raises ValueError if there is no entry
+    computation in it.
+    """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -123,7 +164,9 @@ def _instruction(name: str, text: str) -> Instruction:
     kind, text = _balanced(text) if text.startswith("(") else text.split(" ", 1)
     opcode, text = text.strip().split("(", 1)
     operands, rest = _balanced("(" + text)
-    return Instruction(name, opcode, kind, tuple(part.strip() for part in _top_level(operands[1:-1])), rest)
+    return Instruction(
+        name, opcode, kind, tuple(part.strip() for part in _top_level(operands[1:-1])), rest
+    )
 
 
 def _balanced(text: str) -> tuple[str, str]:
@@ -148,17 +191,27 @@ def _top_level(text: str) -> list[str]:
 
 
 def type_bytes(text: str, hbm_only: bool = False) -> int:
-    """Bytes of an array or tuple type; `hbm_only` leaves out what lives in on-chip memory (a layout that says S(1) or more)."""
+    """Bytes of an array or tuple type; `hbm_only` leaves out what lives in on-chip memory (a layout
+    that says S(1) or more).
+    """
     total = 0
     for item, dims, layout in _ARRAY.findall(text):
         if item in ITEM_BITS and not (hbm_only and re.search(r"S\([1-9]", layout)):
-            total += math.prod(map(int, dims.split(","))) * ITEM_BITS[item] // 8 if dims else ITEM_BITS[item] // 8
+            total += (
+                math.prod(map(int, dims.split(","))) * ITEM_BITS[item] // 8
+                if dims
+                else ITEM_BITS[item] // 8
+            )
     return total
 
 
 def traffic(instruction: Instruction, computation: dict[str, Instruction]) -> int:
-    """Bytes that an instruction reads and writes in device memory, each operand once: less than it really moves if it reads one twice."""
-    return type_bytes(instruction.type, hbm_only=True) + sum(type_bytes(o.type, hbm_only=True) for o in operands(instruction, computation))
+    """Bytes that an instruction reads and writes in device memory, each operand once: less than it
+    really moves if it reads one twice.
+    """
+    return type_bytes(instruction.type, hbm_only=True) + sum(
+        type_bytes(o.type, hbm_only=True) for o in operands(instruction, computation)
+    )
 
 
 def operands(instruction: Instruction, computation: dict[str, Instruction]) -> list[Instruction]:
@@ -169,30 +222,39 @@ def operands(instruction: Instruction, computation: dict[str, Instruction]) -> l
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation: its kind, the bytes that it takes or makes on a device, whichever is more, who talks to whom, how often.
+    """One collective operation: its kind, the bytes that it takes or makes on a device, whichever
+    is more, who talks to whom, how often.
 
     `beside`: the program goes on computing meanwhile, which the fast compile level never arranges.
     """
 
     kind: str
     bytes: int
-    groups: tuple[tuple[int, ...], ...]  # of positions in the mesh; of a collective-permute, its pairs
+    groups: tuple[
+        tuple[int, ...], ...
+    ]  # of positions in the mesh; of a collective-permute, its pairs
     times: float
     op_name: str
     beside: bool = False
 
 
 def collectives(module: Module, devices: int) -> Iterator[Collective]:
-    """Every collective of a program for so many devices, those inside fusions too; an all-reduce that is fused with the slice of it is a reduce-scatter.
+    """Every collective of a program for so many devices, those inside fusions too; an all-reduce
+    that is fused with the slice of it is a reduce-scatter.
 
-    A collective over several slices of TPUs is written as parts within a slice and between slices; each is one here. One that the
-    compiler spreads over what computes meanwhile stands whole in each fusion that carries it, with one `chain_id`, and is one here too.
+    A collective over several slices of TPUs is written as parts within a slice and between slices;
+    each is one here. One that the compiler spreads over what computes meanwhile stands whole in
+    each fusion that carries it, with one `chain_id`, and is one here too.
     """
     chains = set()
     for instruction, here, times in module.run():
         if instruction.opcode == "send" and "_xla_megascale_transfer_type" in instruction.rest:
             yield _between_slices(instruction, here, times)
-        parts = [(i, computation) for computation in module.inside(instruction) for i in computation.values()] or [(instruction, here)]
+        parts = [
+            (i, computation)
+            for computation in module.inside(instruction)
+            for i in computation.values()
+        ] or [(instruction, here)]
         for found, computation in parts:
             kind = found.opcode.removesuffix("-start")
             chain = re.search(r'channel_id=\d+.*\bchain_id="\d+"', found.rest)
@@ -202,48 +264,87 @@ def collectives(module: Module, devices: int) -> Iterator[Collective]:
                 chains.add(chain[0])
             scattered = kind == "all-reduce" and any(i.opcode == "dynamic-slice" for i, _ in parts)
             beside = bool(chain) or found.opcode.endswith("-start")
-            yield Collective("reduce-scatter" if scattered else kind, _payload(found, computation), _groups(found, devices), times, found.op_name, beside)
+            yield Collective(
+                "reduce-scatter" if scattered else kind,
+                _payload(found, computation),
+                _groups(found, devices),
+                times,
+                found.op_name,
+                beside,
+            )
 
 
-def _between_slices(send: Instruction, computation: dict[str, Instruction], times: float) -> Collective:
-    """What a chip exchanges with those of its place in other slices: as much as it sends or, in the receive of the same name, gets."""
+def _between_slices(
+    send: Instruction, computation: dict[str, Instruction], times: float
+) -> Collective:
+    """What a chip exchanges with those of its place in other slices: as much as it sends or, in the
+    receive of the same name, gets.
+    """
     attribute = lambda name: re.search(rf'{name}="([^"]*)"', send.rest)[1]
-    kind, meeting = BETWEEN_SLICES.get(attribute("_xla_megascale_transfer_type")), f'"{attribute("_xla_host_transfer_rendezvous")}"'
+    kind, meeting = (
+        BETWEEN_SLICES.get(attribute("_xla_megascale_transfer_type")),
+        f'"{attribute("_xla_host_transfer_rendezvous")}"',
+    )
     target = re.match(r"\{([\d,]+)\}x\{0:(\d+)\}", attribute("_xla_megascale_target"))
     if kind is None or target is None:
-        raise ValueError(f"{send.name}: cannot read this transfer between slices: {send.rest[:300]}")
+        raise ValueError(
+            f"{send.name}: cannot read this transfer between slices: {send.rest[:300]}"
+        )
     first = lambda instruction: type_bytes(_ARRAY.search(instruction.type)[0])
-    size = max(first(i) for i in computation.values() if i.opcode in ("send", "recv") and meeting in i.rest)
+    size = max(
+        first(i) for i in computation.values() if i.opcode in ("send", "recv") and meeting in i.rest
+    )
     chips = int(target[2]) + 1
-    groups = tuple(tuple(chip + i * chips for i, _ in enumerate(target[1].split(","))) for chip in range(chips))
+    groups = tuple(
+        tuple(chip + i * chips for i, _ in enumerate(target[1].split(","))) for chip in range(chips)
+    )
     return Collective(kind, size, groups, times, send.op_name)
 
 
 def _payload(instruction: Instruction, computation: dict[str, Instruction]) -> int:
-    """Bytes of all operands or of all results. A start's result lists the operands first, but that of an all-reduce."""
+    """Bytes of all operands or of all results. A start's result lists the operands first, but that
+    of an all-reduce.
+    """
     count = len(instruction.operands)
     results = [type_bytes(array[0]) for array in re.finditer(_ARRAY, instruction.type)]
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         results = results[count : 2 * count]
-    return max(sum(results), sum(type_bytes(operand.type) for operand in operands(instruction, computation)))
+    return max(
+        sum(results),
+        sum(type_bytes(operand.type) for operand in operands(instruction, computation)),
+    )
 
 
 def _groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
-    """Who talks to whom, in the three forms that XLA writes: {{0,1},{2,3}}, [2,2]<=[2,2]T(1,0), mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'x'}."""
-    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})?\}", instruction.rest)
+    """Who talks to whom, in the three forms that XLA writes: {{0,1},{2,3}}, [2,2]<=[2,2]T(1,0),
+    mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'x'}.
+    """
+    listed = re.search(
+        r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})?\}", instruction.rest
+    )
     if listed:
         groups = re.findall(r"\{([\d,]+)\}", listed[1] or "")
         return tuple(_numbers(group) for group in groups) or (tuple(range(devices)),)
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.rest):
+    if iota := re.search(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.rest
+    ):
         order = _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
-    elif mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", instruction.rest):
+    elif mesh := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+        r" \{([^}]*)\}",
+        instruction.rest,
+    ):
         axes = re.findall(r"'(\w+)'=(\d+)", mesh[1])
         shape, names = [int(size) for _, size in axes], re.findall(r"'(\w+)'", mesh[4])
         ids = (_iota(mesh[2], mesh[3]) if mesh[2] else np.arange(math.prod(shape))).reshape(shape)
         talking = [i for i, (name, _) in enumerate(axes) if name in names]
-        order = np.moveaxis(ids, talking, range(-len(talking), 0)).reshape(-1, math.prod(shape[i] for i in talking))
+        order = np.moveaxis(ids, talking, range(-len(talking), 0)).reshape(
+            -1, math.prod(shape[i] for i in talking)
+        )
     else:
-        raise ValueError(f"{instruction.name}: cannot read who takes part in this {instruction.opcode}")
+        raise ValueError(
+            f"{instruction.name}: cannot read who takes part in this {instruction.opcode}"
+        )
     return tuple(map(tuple, order.tolist()))
 
 

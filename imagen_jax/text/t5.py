@@ -1,8 +1,10 @@
-"""The T5 v1.1 encoder in Flax: a frozen text encoder (Imagen section 2.1; sizes in Raffel et al. 2020 and the v1.1 release).
+"""The T5 v1.1 encoder in Flax: a frozen text encoder (Imagen section 2.1; sizes in Raffel et al.
+2020 and the v1.1 release).
 
-Differences from an ordinary transformer: RMS norm without mean or bias, no biases anywhere, attention without the
-1/sqrt(d_kv) factor, one table of relative position biases shared by all layers, a gated tanh-GELU MLP.
-Parameters are a plain nested dict; `weights/t5.py` maps them one to one to the Hugging Face names.
+Differences from an ordinary transformer: RMS norm without mean or bias, no biases anywhere,
+attention without the 1/sqrt(d_kv) factor, one table of relative position biases shared by all
+layers, a gated tanh-GELU MLP. Parameters are a plain nested dict; `weights/t5.py` maps them one to
+one to the Hugging Face names.
 """
 
 import dataclasses
@@ -18,7 +20,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-MASKED = -1e10  # added to the logits of padding; finite, so that a row of nothing but padding stays finite
+MASKED = (
+    -1e10
+)  # added to the logits of padding; finite, so that a row of nothing but padding stays finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +46,18 @@ class T5Config:
 
     @classmethod
     def from_json(cls, source: str | pathlib.Path | Mapping) -> "T5Config":
-        """Reads a Hugging Face config.json (path or parsed); ValueError where it describes another architecture."""
-        raw = source if isinstance(source, Mapping) else json.loads(pathlib.Path(source).read_text())
+        """Reads a Hugging Face config.json (path or parsed); ValueError where it describes another
+        architecture.
+        """
+        raw = (
+            source if isinstance(source, Mapping) else json.loads(pathlib.Path(source).read_text())
+        )
         projection = raw.get("feed_forward_proj", "relu")
         if projection != "gated-gelu":
-            raise ValueError(f"feed_forward_proj is {projection!r}: only T5 v1.1 encoders have 'gated-gelu', and only they are supported")
+            raise ValueError(
+                f"feed_forward_proj is {projection!r}: only T5 v1.1 encoders have 'gated-gelu', and"
+                " only they are supported"
+            )
         fields = dataclasses.fields(cls)
         missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in raw]
         if missing:
@@ -69,16 +80,21 @@ class T5Config:
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "l l"]:
-    """Bucket of key position - query position, [query, key]; positions are static, so this is a compile-time constant.
+    """Bucket of key position - query position, [query, key]; positions are static, so this is a
+    compile-time constant.
 
-    Half of the buckets for keys after the query; of each half, half are exact distances and the rest log-spaced up to max_distance.
+    Half of the buckets for keys after the query; of each half, half are exact distances and the
+    rest log-spaced up to max_distance.
     """
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     per_side = num_buckets // 2
     exact = per_side // 2
     distance = np.abs(offset)
-    # float32 with a plain quotient, as in the reference: double precision moves distances that fall on an edge
-    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(max_distance / exact))
+    # float32 with a plain quotient, as in the reference: double precision moves distances that fall
+    # on an edge
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / np.float32(
+        math.log(max_distance / exact)
+    )
     spaced = exact + (ratio * np.float32(per_side - exact)).astype(np.int32)
     bucket = np.where(distance < exact, distance, np.minimum(spaced, per_side - 1))
     return (bucket + np.where(offset > 0, per_side, 0)).astype(np.int32)
@@ -99,18 +115,28 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention without 1/sqrt(d_kv): T5 folds that factor into the initialisation of the query."""
+    """Multi-head attention without 1/sqrt(d_kv): T5 folds that factor into the initialisation of
+    the query.
+    """
 
     config: T5Config
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"], bias: Float[Array, "b h l l"]) -> Float[Array, "b l d"]:
+    def __call__(
+        self, x: Float[Array, "b l d"], bias: Float[Array, "b h l l"]
+    ) -> Float[Array, "b l d"]:
         c = self.config
         inner = c.num_heads * c.d_kv
 
         def project(name, features, fan):
-            return nn.Dense(features, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(fan**-0.5), name=name)
+            return nn.Dense(
+                features,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.normal(fan**-0.5),
+                name=name,
+            )
 
         def heads(y):
             return y.reshape(*y.shape[:2], c.num_heads, c.d_kv)
@@ -118,7 +144,9 @@ class SelfAttention(nn.Module):
         query = heads(project("query", inner, c.d_model * c.d_kv)(x))
         key = heads(project("key", inner, c.d_model)(x))
         value = heads(project("value", inner, c.d_model)(x))
-        logits = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32) + bias
+        logits = (
+            jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32) + bias
+        )
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         mixed = jnp.einsum("bhqm,bmhk->bqhk", weights, value)
         return project("out", c.d_model, inner)(mixed.reshape(*x.shape[:2], inner))
@@ -135,40 +163,67 @@ class GatedMLP(nn.Module):
         c = self.config
 
         def project(name, features, fan):
-            return nn.Dense(features, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(fan**-0.5), name=name)
+            return nn.Dense(
+                features,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.normal(fan**-0.5),
+                name=name,
+            )
 
-        hidden = jax.nn.gelu(project("gate", c.d_ff, c.d_model)(x), approximate=True) * project("up", c.d_ff, c.d_model)(x)
+        hidden = jax.nn.gelu(project("gate", c.d_ff, c.d_model)(x), approximate=True) * project(
+            "up", c.d_ff, c.d_model
+        )(x)
         return project("down", c.d_model, c.d_ff)(hidden)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP. The residual stream stays fp32: in bf16 its large channels swallow small updates."""
+    """Pre-norm attention and MLP. The residual stream stays fp32: in bf16 its large channels
+    swallow small updates.
+    """
 
     config: T5Config
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"], bias: Float[Array, "b h l l"]) -> Float[Array, "b l d"]:
+    def __call__(
+        self, x: Float[Array, "b l d"], bias: Float[Array, "b h l l"]
+    ) -> Float[Array, "b l d"]:
         c = self.config
-        x = x + SelfAttention(c, self.dtype, name="attention")(RMSNorm(c.layer_norm_epsilon, self.dtype, name="attention_norm")(x), bias)
-        return x + GatedMLP(c, self.dtype, name="mlp")(RMSNorm(c.layer_norm_epsilon, self.dtype, name="mlp_norm")(x))
+        x = x + SelfAttention(c, self.dtype, name="attention")(
+            RMSNorm(c.layer_norm_epsilon, self.dtype, name="attention_norm")(x), bias
+        )
+        return x + GatedMLP(c, self.dtype, name="mlp")(
+            RMSNorm(c.layer_norm_epsilon, self.dtype, name="mlp_norm")(x)
+        )
 
 
 class T5Encoder(nn.Module):
-    """Token ids and mask (True = a real token) to features in `dtype`; features at masked positions are meaningless."""
+    """Token ids and mask (True = a real token) to features in `dtype`; features at masked positions
+    are meaningless.
+    """
 
     config: T5Config
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
+    def __call__(
+        self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]
+    ) -> Float[Array, "b l d"]:
         c = self.config
-        table = self.param("token_embedding", nn.initializers.normal(1.0), (c.vocab_size, c.d_model), jnp.float32)
+        table = self.param(
+            "token_embedding", nn.initializers.normal(1.0), (c.vocab_size, c.d_model), jnp.float32
+        )
         x = jnp.take(table, tokens, axis=0).astype(jnp.float32)
         per_bucket = self.param(
-            "relative_bias", nn.initializers.normal(c.d_model**-0.5), (c.relative_attention_num_buckets, c.num_heads), jnp.float32
+            "relative_bias",
+            nn.initializers.normal(c.d_model**-0.5),
+            (c.relative_attention_num_buckets, c.num_heads),
+            jnp.float32,
         )
-        buckets = relative_buckets(tokens.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance)
+        buckets = relative_buckets(
+            tokens.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance
+        )
         position = per_bucket.astype(jnp.float32)[buckets].transpose(2, 0, 1)  # [h l l]
         bias = position[None] + jnp.where(mask, 0.0, MASKED)[:, None, None, :]
         for i in range(c.num_layers):

@@ -1,4 +1,5 @@
-"""Averages of the parameters over training: any number of tracks in the state, each with a rule of its own.
+"""Averages of the parameters over training: any number of tracks in the state, each with a rule of
+its own.
 
 The first track is the EMA that samples are drawn from; more tracks cost their memory and one pass
 over the parameters each, and let an evaluation compare averaging horizons afterwards.
@@ -20,18 +21,24 @@ class Track(Protocol):
     """A rule by which an average of the parameters follows them."""
 
     def decay(self, step: Int[Array, ""]) -> Float[Array, ""]:
-        """The share of the old average that stays after this update, which is number `step` from 0."""
+        """The share of the old average that stays after this update, which is number
+        `step` from 0.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedDecay:
-    """min(most, (1 + step) / (10 + step)): a short memory at first, so that early samples are not those of the initial weights."""
+    """min(most, (1 + step) / (10 + step)): a short memory at first, so that early samples are not
+    those of the initial weights.
+    """
 
     most: float
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.most < 1.0:
-            raise ValueError(f"an EMA's decay is {self.most}; it must be at least 0 and less than 1")
+            raise ValueError(
+                f"an EMA's decay is {self.most}; it must be at least 0 and less than 1"
+            )
 
     def decay(self, step: Int[Array, ""]) -> Float[Array, ""]:
         step = step.astype(jnp.float32)
@@ -39,7 +46,9 @@ class FixedDecay:
 
 
 def tracks(optim: Mapping[str, Any]) -> tuple[Track, ...]:
-    """The tracks of a config's `optim`: `ema`, then those of `ema_tracks`. Raises ValueError for a decay out of range."""
+    """The tracks of a config's `optim`: `ema`, then those of `ema_tracks`. Raises ValueError for a
+    decay out of range.
+    """
     return tuple(FixedDecay(decay) for decay in (optim["ema"], *optim["ema_tracks"]))
 
 

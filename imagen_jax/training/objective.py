@@ -19,9 +19,15 @@ class Objective(Protocol):
         """Fresh parameters to train; meant to be traced."""
 
     def draw(self, key: Key[Array, ""], b: int) -> dict[str, Array]:
-        """The random numbers of a step for a whole batch of `b` rows, each array with a row for each."""
+        """The random numbers of a step for a whole batch of `b` rows, each array with a row for
+        each.
+        """
 
     def per_sample_loss(
-        self, params: Params, batch: Batch, draws: dict[str, Array], dropout_key: Key[Array, ""] | None
+        self,
+        params: Params,
+        batch: Batch,
+        draws: dict[str, Array],
+        dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "b"]:
         """The loss of each row; a deterministic function but for dropout."""

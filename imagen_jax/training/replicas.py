@@ -1,7 +1,9 @@
-"""Whether the copies of the state agree: what several devices hold of it has to be the same on all of them, bit for bit.
+"""Whether the copies of the state agree: what several devices hold of it has to be the same on all
+of them, bit for bit.
 
-Every step computes each copy anew from the same numbers, so a copy that differs is a fault of a device, its memory or a program, and it
-stays: it spoils the gradients of all from then on. What no other device holds (a state sharded over all of them) cannot be compared.
+Every step computes each copy anew from the same numbers, so a copy that differs is a fault of a
+device, its memory or a program, and it stays: it spoils the gradients of all from then on. What no
+other device holds (a state sharded over all of them) cannot be compared.
 """
 
 import math
@@ -11,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, UInt32
 
 from imagen_jax.distributed import startup
@@ -23,12 +26,22 @@ class Drift(ValueError):
 
 
 def digest(x: Array) -> UInt32[Array, ""]:
-    """A number that depends on every bit of `x` and on where it is. Sums modulo 2^32, so it is the same in whatever order it is computed."""
+    """A number that depends on every bit of `x` and on where it is. Sums modulo 2^32, so it is the
+    same in whatever order it is computed.
+    """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32).reshape(-1)
-    h = bits + jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(0x9E3779B9)  # the golden ratio in 32 bits: no two places alike
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)  # then the finalizer of MurmurHash3, so that no change cancels another
+    bits = (
+        jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        .astype(jnp.uint32)
+        .reshape(-1)
+    )
+    h = bits + jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(
+        0x9E3779B9
+    )  # the golden ratio in 32 bits: no two places alike
+    h = (h ^ (h >> 16)) * jnp.uint32(
+        0x85EBCA6B
+    )  # then the finalizer of MurmurHash3, so that no change cancels another
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
@@ -37,22 +50,35 @@ class Replicas:
     """Compares the copies of a state that is sharded over `mesh` as `shardings` says."""
 
     def __init__(self, mesh: Mesh, abstract: Any, shardings: Any):
-        """abstract: the state's shapes. `compared` is the share of its bytes that have a copy, from 0 to 1."""
+        """abstract: the state's shapes. `compared` is the share of its bytes that have a copy, from
+        0 to 1.
+        """
         self._mesh = mesh
         self._names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)]
         self._specs = [sharding.spec for sharding in jax.tree.leaves(shardings)]
         sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
-        self.compared = sum(size for size, spec in zip(sizes, self._specs) if self._copies(spec)) / sum(sizes)
-        each = lambda spec: jax.shard_map(lambda x: digest(x)[None], mesh=mesh, in_specs=spec, out_specs=P(AXES), check_vma=False)
-        # A program for each shape and placement: one for all leaves would take minutes to compile for a large network.
+        self.compared = sum(
+            size for size, spec in zip(sizes, self._specs) if self._copies(spec)
+        ) / sum(sizes)
+        each = lambda spec: jax.shard_map(
+            lambda x: digest(x)[None], mesh=mesh, in_specs=spec, out_specs=P(AXES), check_vma=False
+        )
+        # A program for each shape and placement: one for all leaves would take minutes to compile
+        # for a large network.
         self._digest = {spec: jax.jit(each(spec)) for spec in self._specs}
 
     def check(self, state: Any, step: int) -> None:
-        """Waits for `state` and raises Drift if copies of it differ, naming the first such leaf, how many there are, and whose differ."""
+        """Waits for `state` and raises Drift if copies of it differ, naming the first such leaf,
+        how many there are, and whose differ.
+        """
         if not self.compared:
             return
         table = self._table(state)
-        odd = {name: devices for i, name in enumerate(self._names) if (devices := self._odd(table[:, i], self._specs[i]))}
+        odd = {
+            name: devices
+            for i, name in enumerate(self._names)
+            if (devices := self._odd(table[:, i], self._specs[i]))
+        }
         if not odd:
             return
         name, devices = next(iter(odd.items()))
@@ -61,16 +87,29 @@ class Replicas:
         where = ", ".join(f"process {i}" + (f" ({hosts[i]})" if hosts else "") for i in processes)
         more = f" and of {len(odd) - 1} more arrays" if len(odd) > 1 else ""
         raise Drift(
-            f"after step {step} the copies of {name}{more} differ: on {where}, devices {', '.join(str(device.id) for device in devices)}. "
-            "A device or its memory is faulty; nothing was saved since: start again from the last checkpoint without that host"
+            f"after step {step} the copies of {name}{more} differ: on {where}, devices"
+            f" {', '.join(str(device.id) for device in devices)}. A device or its memory is faulty;"
+            " nothing was saved since: start again from the last checkpoint without that host"
         )
 
     def _table(self, state: Any) -> UInt32[np.ndarray, "devices leaves"]:
-        """The digest of each leaf's shard on each device of the mesh, in the mesh's order; every process gets all."""
-        digests = [self._digest[spec](leaf) for spec, leaf in zip(self._specs, jax.tree.leaves(state))]
-        shards = [{shard.device: shard.data for shard in array.addressable_shards} for array in digests]
-        here = [i for i, device in enumerate(self._mesh.devices.flat) if device.process_index == jax.process_index()]
-        values = jax.device_get([[by_device[self._mesh.devices.flat[i]] for by_device in shards] for i in here])
+        """The digest of each leaf's shard on each device of the mesh, in the mesh's order; every
+        process gets all.
+        """
+        digests = [
+            self._digest[spec](leaf) for spec, leaf in zip(self._specs, jax.tree.leaves(state))
+        ]
+        shards = [
+            {shard.device: shard.data for shard in array.addressable_shards} for array in digests
+        ]
+        here = [
+            i
+            for i, device in enumerate(self._mesh.devices.flat)
+            if device.process_index == jax.process_index()
+        ]
+        values = jax.device_get(
+            [[by_device[self._mesh.devices.flat[i]] for by_device in shards] for i in here]
+        )
         rows = np.asarray(values, np.uint32).reshape(len(here), len(self._names))
         if jax.process_count() > 1:
             here, rows = multihost_utils.process_allgather((np.asarray(here), rows), tiled=True)
@@ -84,11 +123,17 @@ class Replicas:
         return [i for i, axis in enumerate(AXES) if axis not in used and self._mesh.shape[axis] > 1]
 
     def _odd(self, digests: UInt32[np.ndarray, "devices"], spec: P) -> list[jax.Device]:
-        """Devices whose shard is not what most of its copies are; all of its copies if there is no majority."""
+        """Devices whose shard is not what most of its copies are; all of its copies if there is no
+        majority.
+        """
         axes = self._copies(spec)
         shape = tuple(self._mesh.shape.values())
         copies = math.prod(shape[i] for i in axes)
-        together = lambda flat: np.moveaxis(flat.reshape(shape), axes, range(-len(axes), 0)).reshape(-1, copies) if axes else flat.reshape(-1, 1)
+        together = lambda flat: (
+            np.moveaxis(flat.reshape(shape), axes, range(-len(axes), 0)).reshape(-1, copies)
+            if axes
+            else flat.reshape(-1, 1)
+        )
         odd = []
         for values, devices in zip(together(digests), together(self._mesh.devices.reshape(-1))):
             found, counts = np.unique(values, return_counts=True)

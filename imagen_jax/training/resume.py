@@ -1,6 +1,7 @@
 """Whether a run may go on with a changed config; imagen_jax/schema.py says what may change."""
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from imagen_jax import schema
 

@@ -1,4 +1,6 @@
-"""The training state, and how it is born: shapes first, then shardings by rule, then values, each shard on its own device."""
+"""The training state, and how it is born: shapes first, then shardings by rule, then values, each
+shard on its own device.
+"""
 
 from typing import Any
 
@@ -15,7 +17,8 @@ from imagen_jax.training.objective import Objective
 
 @flax.struct.dataclass
 class TrainState:
-    """All a run carries from step to step. Neither PRNG nor data position: both are functions of (seed, step).
+    """All a run carries from step to step. Neither PRNG nor data position: both are functions of
+    (seed, step).
 
     The leaves are arrays, or in a state's description their shapes or shardings.
     """
@@ -39,7 +42,9 @@ def initial_state(
     # Copies, not aliases: the step donates the whole state, and a buffer cannot be donated twice.
     ema, *more = (jax.tree.map(jnp.copy, params) for _ in range(1 + tracks))
     none = jnp.full((), -1, jnp.int32)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), none, tuple(more))
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), none, tuple(more)
+    )
 
 
 def abstract_state(
@@ -53,7 +58,9 @@ def abstract_state(
     """(shapes with shardings, shardings) of the state; nothing is allocated."""
     shapes = jax.eval_shape(lambda: initial_state(objective, optimizer, 0, tracks))
     shardings = tree_shardings(shapes, mesh, rules, min_elements)
-    with_shardings = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
+    with_shardings = jax.tree.map(
+        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings
+    )
     return with_shardings, shardings
 
 
@@ -66,13 +73,27 @@ def create_state(
 
 
 def with_params(state: TrainState, params: Any, shardings: TrainState) -> TrainState:
-    """`state` with other parameters, and every EMA starting there. Raises ValueError naming the first leaf that is missing, left over or misshapen."""
-    wanted = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
-    found = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    """`state` with other parameters, and every EMA starting there. Raises ValueError naming the
+    first leaf that is missing, left over or misshapen.
+    """
+    wanted = {
+        path_name(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+    }
+    found = {
+        path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    wrong = sorted(
+        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+    )
     if wrong:
         name = wrong[0]
-        raise ValueError(f"{len(wrong)} weights do not fit the model, {name} first: {found.get(name, 'missing')} where {wanted.get(name, 'none')} is wanted")
-    place = lambda tree: jax.device_put(jax.tree.map(lambda p, old: p.astype(old.dtype), params, state.params), tree)
+        raise ValueError(
+            f"{len(wrong)} weights do not fit the model, {name} first: {found.get(name, 'missing')}"
+            f" where {wanted.get(name, 'none')} is wanted"
+        )
+    place = lambda tree: jax.device_put(
+        jax.tree.map(lambda p, old: p.astype(old.dtype), params, state.params), tree
+    )
     more = tuple(map(place, shardings.ema_tracks))
     return state.replace(params=place(shardings.params), ema=place(shardings.ema), ema_tracks=more)

@@ -1,7 +1,8 @@
 """The train step of a stage. Pure; its randomness is fold_in(seed, step)."""
 
 import dataclasses
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from imagen_jax import sharding
+from imagen_jax.stage import PINNED, Batch, Params, Stage, create_stage, random_key
 from imagen_jax.training import ema
 from imagen_jax.training.objective import Objective
 from imagen_jax.training.optim import learning_rate, make_optimizer
-from imagen_jax.stage import PINNED, Batch, Params, Stage, create_stage, random_key
 from imagen_jax.training.state import TrainState, abstract_state
 
 Metrics = dict[str, Array]
@@ -22,11 +23,15 @@ Metrics = dict[str, Array]
 def check_accumulation(batch_size: int, parts: int) -> None:
     """Raises ValueError unless a batch can be computed in this many parts."""
     if parts < 1 or batch_size % parts:
-        raise ValueError(f"data.batch_size={batch_size} does not divide into optim.accumulation={parts} parts")
+        raise ValueError(
+            f"data.batch_size={batch_size} does not divide into optim.accumulation={parts} parts"
+        )
 
 
 def split_batch(tree: Any, parts: int) -> Any:
-    """[b, ...] -> [parts, b / parts, ...]; part i has rows i, i + parts, ..., so that rows of one device stay on it."""
+    """[b, ...] -> [parts, b / parts, ...]; part i has rows i, i + parts, ..., so that rows of one
+    device stay on it.
+    """
 
     def split(a):
         check_accumulation(a.shape[0], parts)
@@ -38,7 +43,8 @@ def split_batch(tree: Any, parts: int) -> Any:
 def loss_and_grad(
     objective: Objective, params: Params, batch: Batch, key: Key[Array, ""], accumulation: int
 ) -> tuple[Array, Params]:
-    """Mean loss and its gradient in fp32. Draws are made for the whole batch, so `accumulation` changes memory and not the result.
+    """Mean loss and its gradient in fp32. Draws are made for the whole batch, so `accumulation`
+    changes memory and not the result.
 
     (With dropout the parts have masks of their own.)
     """
@@ -68,13 +74,16 @@ def make_update(
 ) -> Callable[[TrainState, Float[Array, ""], Params], tuple[TrainState, Metrics]]:
     """(state, loss, gradients) -> (state, metrics): the part of a step in which no network is run.
 
-    `rate` is the optimizer's learning rate, for the record. If loss, gradient, or the parameters after the update are not finite, the
-    update is skipped on the device, and so is every later one: `bad_step` names the first.
+    `rate` is the optimizer's learning rate, for the record. If loss, gradient, or the parameters
+    after the update are not finite, the update is skipped on the device, and so is every later one:
+    `bad_step` names the first.
     """
 
     tracks = ema.tracks(optim)
 
-    def update(state: TrainState, loss: Float[Array, ""], grads: Params) -> tuple[TrainState, Metrics]:
+    def update(
+        state: TrainState, loss: Float[Array, ""], grads: Params
+    ) -> tuple[TrainState, Metrics]:
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -82,7 +91,9 @@ def make_update(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(params_norm)
         bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
         averages = (state.ema, *state.ema_tracks)
-        followed = (ema.follow(*pair, params, state.step) for pair in zip(tracks, averages, strict=True))
+        followed = (
+            ema.follow(*pair, params, state.step) for pair in zip(tracks, averages, strict=True)
+        )
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(bad_step < 0, n, o), new, old)
         metrics = {
             "loss": loss,
@@ -100,9 +111,15 @@ def make_update(
 
 
 def make_step(
-    objective: Objective, optimizer: optax.GradientTransformation, rate: optax.Schedule, optim: Mapping[str, Any], seed: int
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    rate: optax.Schedule,
+    optim: Mapping[str, Any],
+    seed: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch) -> (state, metrics), to be jitted with the state donated. See `make_update` for what a step that is not finite does."""
+    """(state, batch) -> (state, metrics), to be jitted with the state donated. See `make_update`
+    for what a step that is not finite does.
+    """
     update = make_update(optimizer, rate, optim)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -116,10 +133,11 @@ def make_step(
 
 @dataclasses.dataclass(frozen=True)
 class TrainProgram:
-    """The train step of a config on a mesh, before it is compiled: what train runs and plan compiles.
+    """The train step of a config on a mesh, before it is compiled: what train runs and plan
+    compiles.
 
-    `abstract` and `batch` are the step's arguments as shapes with shardings, `shardings` those of the state alone; the batch is computed
-    in `accumulation` parts.
+    `abstract` and `batch` are the step's arguments as shapes with shardings, `shardings` those of
+    the state alone; the batch is computed in `accumulation` parts.
     """
 
     stage: Stage
@@ -133,7 +151,9 @@ class TrainProgram:
 
     @classmethod
     def create(cls, config: Mapping[str, Any], mesh: Mesh) -> "TrainProgram":
-        """Nothing is allocated or compiled. Raises ValueError for a batch that does not divide, or a model or rules that cannot be."""
+        """Nothing is allocated or compiled. Raises ValueError for a batch that does not divide, or
+        a model or rules that cannot be.
+        """
         rows = config["data"]["batch_size"]
         check_accumulation(rows, config["optim"]["accumulation"])
         sharding.check_batch(rows, mesh.shape)
@@ -143,7 +163,13 @@ class TrainProgram:
         tracks = len(config["optim"]["ema_tracks"])
         abstract, shardings = abstract_state(stage, optimizer, mesh, rules, min_elements, tracks)
         over_rows = sharding.batch_sharding(mesh)
-        step = make_step(stage, optimizer, learning_rate(config["optim"], config["train"]["steps"]), config["optim"], config["seed"])
+        step = make_step(
+            stage,
+            optimizer,
+            learning_rate(config["optim"], config["train"]["steps"]),
+            config["optim"],
+            config["seed"],
+        )
         jitted = jax.jit(
             step,
             donate_argnums=0,
@@ -151,8 +177,20 @@ class TrainProgram:
             out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
             compiler_options=sharding.compiler_options(mesh),
         )
-        batch = {name: jax.ShapeDtypeStruct(*shape, sharding=over_rows) for name, shape in stage.batch_shapes(rows).items()}
-        return cls(stage, mesh, optimizer, jitted, abstract, shardings, batch, config["optim"]["accumulation"])
+        batch = {
+            name: jax.ShapeDtypeStruct(*shape, sharding=over_rows)
+            for name, shape in stage.batch_shapes(rows).items()
+        }
+        return cls(
+            stage,
+            mesh,
+            optimizer,
+            jitted,
+            abstract,
+            shardings,
+            batch,
+            config["optim"]["accumulation"],
+        )
 
     def lower(self) -> Any:
         """The step traced and lowered for its mesh; `.compile()` is what takes long."""
@@ -160,10 +198,12 @@ class TrainProgram:
 
 
 def forward_flops(stage: Stage) -> float:
-    """FLOPs of the loss of one sample, forward only, as the compiler counts the traced program. A training step costs three times that.
+    """FLOPs of the loss of one sample, forward only, as the compiler counts the traced program. A
+    training step costs three times that.
 
-    `stage` is to be on no mesh: the inside of a TPU's kernel would not be counted. The CPU counts: plugins, which GPUs and TPUs are, cannot
-    before they compile (`cli.set_up_jax` sees to it that there is a CPU).
+    `stage` is to be on no mesh: the inside of a TPU's kernel would not be counted. The CPU counts:
+    plugins, which GPUs and TPUs are, cannot before they compile (`cli.set_up_jax` sees to it that
+    there is a CPU).
     """
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in stage.batch_shapes(1).items()}
     params = jax.eval_shape(stage.init, jax.random.key(0))

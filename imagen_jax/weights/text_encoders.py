@@ -188,7 +188,7 @@ def _from_hub(name: str, cached: bool) -> pathlib.Path:
     absent = [shard for shard in shards if not _fetch(name, shard, cached)]
     if absent:
         raise FileNotFoundError(f"{lacking} {', '.join(absent)}")
-    if not any([_fetch(name, tokenizer, cached) for tokenizer in family.tokenizers]):
+    if not any(_fetch(name, tokenizer, cached) for tokenizer in family.tokenizers):
         raise FileNotFoundError(f"{lacking} its tokenizer ({' or '.join(family.tokenizers)})")
     for extra in TOKENIZER_EXTRAS:
         _fetch(name, extra, cached)

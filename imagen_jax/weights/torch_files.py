@@ -1,8 +1,9 @@
 """Reads the tensors of a torch.save file without torch and without running anything the file says.
 
-A torch.save file is a pickle (the names, and how each tensor lies in its storage) beside raw storages. The pickle is read by an
-unpickler that knows three kinds of names (tensor rebuild, storage types, OrderedDict) and refuses every other; storages are read
-one at a time, on request. Both layouts are understood: the zip archive (torch >= 1.6) and the older plain stream.
+A torch.save file is a pickle (the names, and how each tensor lies in its storage) beside raw
+storages. The pickle is read by an unpickler that knows three kinds of names (tensor rebuild,
+storage types, OrderedDict) and refuses every other; storages are read one at a time, on request.
+Both layouts are understood: the zip archive (torch >= 1.6) and the older plain stream.
 """
 
 import collections
@@ -65,33 +66,51 @@ def _is_counts(value) -> bool:
 
 
 def _rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=None) -> TensorRef:
-    """What the pickle's tensors become; every field is checked, since all of them come from the file."""
+    """What the pickle's tensors become; every field is checked, since all of them come from the
+    file.
+    """
     if not isinstance(storage, StorageRef) or not isinstance(offset, int) or offset < 0:
         raise pickle.UnpicklingError("a tensor without a proper storage")
     if not _is_counts(shape) or not _is_counts(strides) or len(shape) != len(strides):
         raise pickle.UnpicklingError(f"a tensor of impossible shape {shape} and strides {strides}")
-    if 0 not in shape and offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) >= storage.length:
-        raise pickle.UnpicklingError(f"a tensor of shape {shape} reaches beyond its storage of {storage.length} elements")
+    if (
+        0 not in shape
+        and offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) >= storage.length
+    ):
+        raise pickle.UnpicklingError(
+            f"a tensor of shape {shape} reaches beyond its storage of {storage.length} elements"
+        )
     return TensorRef(storage, offset, shape, strides)
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Resolves only what a dict of tensors needs. Stand-ins are made per file, so that a file cannot alter them for the next."""
+    """Resolves only what a dict of tensors needs. Stand-ins are made per file, so that a file
+    cannot alter them for the next.
+    """
 
     def __init__(self, file):
         super().__init__(file, encoding="utf-8")
         self._names = {("torch", name): type(name, (), {}) for name in STORAGE_DTYPES}
         self._names["torch._utils", "_rebuild_tensor_v2"] = lambda *args: _rebuild_tensor(*args)
-        self._names["collections", "OrderedDict"] = type("OrderedDict", (collections.OrderedDict,), {})
+        self._names["collections", "OrderedDict"] = type(
+            "OrderedDict", (collections.OrderedDict,), {}
+        )
 
     def find_class(self, module, name):
         try:
             return self._names[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}; only plain tensors are accepted") from None
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}; only plain tensors are accepted"
+            ) from None
 
     def persistent_load(self, pid):
-        well_formed = isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and pid[5:] in ((), (None,))
+        well_formed = (
+            isinstance(pid, tuple)
+            and len(pid) in (5, 6)
+            and pid[0] == "storage"
+            and pid[5:] in ((), (None,))
+        )
         kinds = [kind for (module, _), kind in self._names.items() if module == "torch"]
         if not well_formed or not any(pid[1] is kind for kind in kinds):
             raise pickle.UnpicklingError("a storage of unknown form")
@@ -102,7 +121,9 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def _load_restricted(file, path: pathlib.Path):
-    """One pickle from an open file. Whatever a hostile or damaged pickle raises becomes one ValueError."""
+    """One pickle from an open file. Whatever a hostile or damaged pickle raises becomes one
+    ValueError.
+    """
     try:
         return _TensorUnpickler(file).load()
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -110,7 +131,9 @@ def _load_restricted(file, path: pathlib.Path):
 
 
 class TorchFile:
-    """The tensors of a torch.save file: `tensors` maps names to TensorRef, `read` brings one into memory."""
+    """The tensors of a torch.save file: `tensors` maps names to TensorRef, `read` brings one into
+    memory.
+    """
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
@@ -119,10 +142,15 @@ class TorchFile:
         self._zip = zipfile.ZipFile(self.path) if zipfile.is_zipfile(self.path) else None
         content = self._open_zip() if self._zip else self._open_legacy()
         if not isinstance(content, dict):
-            raise ValueError(f"{self.path} is refused: it holds a {type(content).__name__}, not a dict of tensors")
+            raise ValueError(
+                f"{self.path} is refused: it holds a {type(content).__name__}, not a dict of"
+                " tensors"
+            )
         for name, value in content.items():
             if not isinstance(name, str) or not isinstance(value, TensorRef):
-                raise ValueError(f"{self.path} is refused: its entry {name!r} is not a named tensor")
+                raise ValueError(
+                    f"{self.path} is refused: its entry {name!r} is not a named tensor"
+                )
         self.tensors: dict[str, TensorRef] = dict(content)
         self.shapes = {name: ref.shape for name, ref in self.tensors.items()}
 
@@ -134,7 +162,9 @@ class TorchFile:
             self._zip.close()
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, read from disk now. ValueError where its bytes are missing or fail the archive's checksum."""
+        """One tensor, read from disk now. ValueError where its bytes are missing or fail the
+        archive's checksum.
+        """
         tensor = self.tensors[name]
         raw = self._read_zip(tensor.storage) if self._zip else self._read_legacy(tensor.storage)
         flat = np.frombuffer(raw, tensor.dtype)[tensor.offset :]
@@ -158,38 +188,57 @@ class TorchFile:
         entry = f"{self._prefix}data/{storage.key}"
         try:
             if self._zip.getinfo(entry).file_size != storage.nbytes:
-                raise ValueError(f"{self.path} is damaged: storage {storage.key} has not the {storage.nbytes} bytes its tensors need")
+                raise ValueError(
+                    f"{self.path} is damaged: storage {storage.key} has not the {storage.nbytes}"
+                    " bytes its tensors need"
+                )
             return self._zip.read(entry)
         except KeyError:
             raise ValueError(f"{self.path} is damaged: it lacks storage {storage.key}") from None
         except (zipfile.BadZipFile, EOFError, OSError) as error:
             raise ValueError(f"{self.path} is damaged: {error}") from error
 
-    # the stream: pickles of magic, protocol, system, content and storage keys; then for each key an int64 length and the elements
+    # the stream: pickles of magic, protocol, system, content and storage keys; then for each key an
+    # int64 length and the elements
 
     def _open_legacy(self):
         with open(self.path, "rb") as file:
             header = [_load_restricted(file, self.path) for _ in range(3)]
-            if header[0] != LEGACY_MAGIC or header[1] != LEGACY_PROTOCOL or not isinstance(header[2], dict):
+            if (
+                header[0] != LEGACY_MAGIC
+                or header[1] != LEGACY_PROTOCOL
+                or not isinstance(header[2], dict)
+            ):
                 raise ValueError(f"{self.path} is refused: not a file of torch.save")
             if header[2].get("little_endian") is not True:
                 raise ValueError(f"{self.path} is refused: its tensors are big-endian")
             content = _load_restricted(file, self.path)
             keys = _load_restricted(file, self.path)
-            refs = {t.storage.key: t.storage for t in content.values() if isinstance(t, TensorRef)} if isinstance(content, dict) else {}
+            refs = (
+                {t.storage.key: t.storage for t in content.values() if isinstance(t, TensorRef)}
+                if isinstance(content, dict)
+                else {}
+            )
             if not isinstance(keys, list) or set(map(str, keys)) != set(refs):
-                raise ValueError(f"{self.path} is refused: its list of storages does not match its tensors")
+                raise ValueError(
+                    f"{self.path} is refused: its list of storages does not match its tensors"
+                )
             self._positions, position = {}, file.tell()
             for key in keys:
                 self._positions[key] = position
                 position += 8 + refs[key].nbytes
         if position > os.path.getsize(self.path):
-            raise ValueError(f"{self.path} is cut: {position} bytes expected, {os.path.getsize(self.path)} found")
+            raise ValueError(
+                f"{self.path} is cut: {position} bytes expected, {os.path.getsize(self.path)} found"
+            )
         return content
 
     def _read_legacy(self, storage: StorageRef) -> bytes:
         with open(self.path, "rb") as file:
             file.seek(self._positions[storage.key])
             if struct.unpack("<q", file.read(8))[0] != storage.length:
-                raise ValueError(f"{self.path} is damaged: storage {storage.key} has another length than its tensors say")
+                raise ValueError(
+                    f"{self.path} is damaged: storage {storage.key} has another length than its"
+                    " tensors say"
+                )
             return file.read(storage.nbytes)

@@ -1,4 +1,6 @@
-"""A small prepared directory written by hand, and generated images, for the tests of the data part."""
+"""A small prepared directory written by hand, and generated images, for the tests of the
+data part.
+"""
 
 import io
 import json
@@ -16,7 +18,9 @@ TEXT_LENGTH = 6
 
 
 def gradient(size: int, tag: int = 0) -> np.ndarray:
-    """uint8 [size size 3]: red is the column, green the row (both scaled to 0..255), blue is `tag`."""
+    """uint8 [size size 3]: red is the column, green the row (both scaled to 0..255), blue
+    is `tag`.
+    """
     ramp = (np.arange(size) * 256 // size).astype(np.uint8)
     image = np.empty((size, size, 3), np.uint8)
     image[..., 0], image[..., 1], image[..., 2] = ramp[None, :], ramp[:, None], tag % 256
@@ -31,12 +35,20 @@ def encode(image: np.ndarray, kind: str = "PNG", **options) -> bytes:
 
 
 def embedding(caption_id: int, length: int) -> np.ndarray:
-    """Recognisable token features [length DIM] bfloat16: every token is caption_id + position / 8."""
-    return np.repeat(caption_id + np.arange(length)[:, None] / 8, DIM, axis=1).astype(ml_dtypes.bfloat16)
+    """Recognisable token features [length DIM] bfloat16: every token is caption_id +
+    position / 8.
+    """
+    return np.repeat(caption_id + np.arange(length)[:, None] / 8, DIM, axis=1).astype(
+        ml_dtypes.bfloat16
+    )
 
 
-def write_prepared(root: Path, images: int = 10, size: int = 64, heldout: int = 3, shard_rows: int = 4) -> Path:
-    """A complete prepared directory: image i of `train` has captions 2i and 2i+1, the held-out ones caption 0."""
+def write_prepared(
+    root: Path, images: int = 10, size: int = 64, heldout: int = 3, shard_rows: int = 4
+) -> Path:
+    """A complete prepared directory: image i of `train` has captions 2i and 2i+1, the held-out ones
+    caption 0.
+    """
     captions = [f"caption {i}" for i in range(2 * images)]
     lengths = [1 + i % TEXT_LENGTH for i in range(len(captions))]
     rows = {
@@ -45,16 +57,34 @@ def write_prepared(root: Path, images: int = 10, size: int = 64, heldout: int = 
     }
     shards = {}
     for split, split_rows in rows.items():
-        _write(root, shards, "images", split, [records.serialize_image(row) for row in split_rows], shard_rows)
+        _write(
+            root,
+            shards,
+            "images",
+            split,
+            [records.serialize_image(row) for row in split_rows],
+            shard_rows,
+        )
     stored = [records.CaptionRow(text, embedding(i, lengths[i])) for i, text in enumerate(captions)]
-    _write(root, shards, "captions", "train", [records.serialize_caption(row) for row in stored], shard_rows)
+    _write(
+        root,
+        shards,
+        "captions",
+        "train",
+        [records.serialize_caption(row) for row in stored],
+        shard_rows,
+    )
     records.write_tfds_metadata(root, "images", records.image_features(), shards)
     records.write_tfds_metadata(root, "captions", records.caption_features(DIM), shards)
     manifest = {
         "format_version": records.FORMAT_VERSION,
         "encoder": {"name": "fake", "dim": DIM, "max_length": TEXT_LENGTH},
         "max_length": TEXT_LENGTH,
-        "counts": {"images": {"train": images, "heldout": heldout}, "captions": len(captions), "skipped": {}},
+        "counts": {
+            "images": {"train": images, "heldout": heldout},
+            "captions": len(captions),
+            "skipped": {},
+        },
         "embedding": {"length": {"min": 1, "max": max(lengths)}},
         "image_sizes": {"min_side": size},
         "shards": shards,
@@ -68,8 +98,12 @@ def _image(tag: int, size: int, caption_ids: tuple[int, ...]) -> records.ImageRo
     return records.ImageRow(encode(gradient(size, tag)), size, size, f"image-{tag}", caption_ids)
 
 
-def _write(root: Path, shards: dict, store: str, split: str, rows: list[bytes], shard_rows: int) -> None:
+def _write(
+    root: Path, shards: dict, store: str, split: str, rows: list[bytes], shard_rows: int
+) -> None:
     count = -(-len(rows) // shard_rows)
     for index in range(count):
         name = records.shard_name(store, split, index, count)
-        shards[name] = records.write_shard(root, name, rows[index * shard_rows : (index + 1) * shard_rows])
+        shards[name] = records.write_shard(
+            root, name, rows[index * shard_rows : (index + 1) * shard_rows]
+        )

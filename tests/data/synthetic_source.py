@@ -1,4 +1,6 @@
-"""A stand-in for the text encoder, folders of generated images, and a program that prepares one (to be killed by a test)."""
+"""A stand-in for the text encoder, folders of generated images, and a program that prepares one (to
+be killed by a test).
+"""
 
 import hashlib
 import json
@@ -20,19 +22,29 @@ SETTINGS = {"shard_size": 8, "min_size": 0, "batch_size": 4, "processes": 1}
 
 
 class FakeEncoder:
-    """A text.encoder.TextEncoder; a token is a word, its features are drawn from a generator seeded by the text."""
+    """A text.encoder.TextEncoder; a token is a word, its features are drawn from a generator seeded
+    by the text.
+    """
 
     dim = 8
 
     def __init__(self, max_length: int = 6, pause: float = 0.0, log: Path | None = None):
         self.max_length = max_length
-        self.identity = {"name": "fake", "weights_sha256": "0", "max_length": max_length, "dtype": "bfloat16", "dim": self.dim}
+        self.identity = {
+            "name": "fake",
+            "weights_sha256": "0",
+            "max_length": max_length,
+            "dtype": "bfloat16",
+            "dim": self.dim,
+        }
         self.encoded: list[str] = []
         self._pause, self._log = pause, log
 
     def tokenize(self, texts):
         words = [[5] * len(text.split()) + [1] for text in texts]
-        return [row[-self.max_length :] for row in words], [len(row) > self.max_length for row in words]
+        return [row[-self.max_length :] for row in words], [
+            len(row) > self.max_length for row in words
+        ]
 
     def encode(self, texts, batch_size, fill=False):
         time.sleep(self._pause)
@@ -45,7 +57,9 @@ class FakeEncoder:
     def features(self, text):
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
         length = len(self.tokenize([text])[0][0])
-        return np.random.default_rng(seed).normal(size=(length, self.dim)).astype(ml_dtypes.bfloat16)
+        return (
+            np.random.default_rng(seed).normal(size=(length, self.dim)).astype(ml_dtypes.bfloat16)
+        )
 
 
 def write_folder(directory: Path, images: int = 20) -> Path:
@@ -62,11 +76,15 @@ def write_folder(directory: Path, images: int = 20) -> Path:
 def tree(directory: Path) -> dict[str, str]:
     """SHA-256 of every file under a directory, by relative path."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def kill_at_rename(count: int) -> None:
-    """From now on the `count`-th call of os.replace or os.rename kills this process: before it if count is even, else after.
+    """From now on the `count`-th call of os.replace or os.rename kills this process: before it if
+    count is even, else after.
 
     A crew's signs of life do not count.
     """
@@ -89,18 +107,30 @@ def kill_at_rename(count: int) -> None:
 
 
 def crew_of(spec: str, output: Path) -> crew.Crew:
-    """"" for a process alone, "environment" for what the environment says, "1:3:run" for process 1 of 3 of that start."""
+    """ "" for a process alone, "environment" for what the environment says, "1:3:run" for process 1
+    of 3 of that start.
+    """
     if not spec:
         return crew.ALONE
     crew.BEAT_S, crew.SILENT_S = 0.2, 6.0
     if spec == "environment":
         return prepare_data._crew(output)
     index, count, run = spec.split(":")
-    return crew.Crew(passes.work_directory(output) / "crew", int(index), int(count), run, [f"host-{i}" for i in range(int(count))])
+    return crew.Crew(
+        passes.work_directory(output) / "crew",
+        int(index),
+        int(count),
+        run,
+        [f"host-{i}" for i in range(int(count))],
+    )
 
 
-def main(folder: str, output: Path, processes: int, kill_at: int, spec: str = "", log: Path | None = None) -> None:
-    """Prepares `folder`; `log` gets the captions as they are encoded, without those of a preview."""
+def main(
+    folder: str, output: Path, processes: int, kill_at: int, spec: str = "", log: Path | None = None
+) -> None:
+    """Prepares `folder`; `log` gets the captions as they are encoded, without those of a
+    preview.
+    """
     if kill_at:
         kill_at_rename(kill_at)
     passes._CHUNK = 4
@@ -108,12 +138,21 @@ def main(folder: str, output: Path, processes: int, kill_at: int, spec: str = ""
         passes.preview = lambda *_: 0
     settings = passes.Settings(**SETTINGS | {"processes": processes})
     with crew_of(spec, output) as member:
-        passes.prepare(FolderSource(folder, 0.2), FakeEncoder(pause=0.05, log=log), output, settings, member)
+        passes.prepare(
+            FolderSource(folder, 0.2), FakeEncoder(pause=0.05, log=log), output, settings, member
+        )
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:6], *map(Path, sys.argv[6:7]))
+        main(
+            sys.argv[1],
+            Path(sys.argv[2]),
+            int(sys.argv[3]),
+            int(sys.argv[4]),
+            *sys.argv[5:6],
+            *map(Path, sys.argv[6:7]),
+        )
         prepare_data.end(0)
     except crew.Lost as error:
         prepare_data.end(cli.fail(str(error), prepare_data.LOST))

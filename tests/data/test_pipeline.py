@@ -49,11 +49,15 @@ def assert_same(got, wanted):
     for a, b in zip(got, wanted, strict=True):
         assert a.keys() == b.keys()
         for name in a:
-            np.testing.assert_array_equal(a[name].astype(np.float32), b[name].astype(np.float32), err_msg=name)
+            np.testing.assert_array_equal(
+                a[name].astype(np.float32), b[name].astype(np.float32), err_msg=name
+            )
 
 
 def test_shapes_and_types(path):
-    """Catches: a missing key, float images, padded text in another type, rows that were not asked for."""
+    """Catches: a missing key, float images, padded text in another type, rows that were not asked
+    for.
+    """
     batch = take(1, config(path, **SR), rows=(2, 3))[0]
     shapes = {name: (value.shape, value.dtype) for name, value in batch.items()}
     assert shapes == {
@@ -67,39 +71,67 @@ def test_shapes_and_types(path):
     assert "lowres" not in take(1, config(path))[0]
 
 
-# Rows of the global batch of 4 that 1, 2 and 4 processes read; in the last, a process's devices do not hold neighbouring rows.
-SHARES = {"1": [(0, 1, 2, 3)], "2": [(0, 1), (2, 3)], "4": [(0,), (1,), (2,), (3,)], "2 apart": [(0, 2), (1, 3)]}
+# Rows of the global batch of 4 that 1, 2 and 4 processes read; in the last, a process's devices do
+# not hold neighbouring rows.
+SHARES = {
+    "1": [(0, 1, 2, 3)],
+    "2": [(0, 1), (2, 3)],
+    "4": [(0,), (1,), (2,), (3,)],
+    "2 apart": [(0, 2), (1, 3)],
+}
 
 
 @pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
 def test_global_batch_does_not_depend_on_processes(path, shares):
-    """Catches: each process shuffling on its own, rows of another process, random choices keyed by place in the share."""
+    """Catches: each process shuffling on its own, rows of another process, random choices keyed by
+    place in the share.
+    """
     whole = take(6, config(path, **SR))
     parts = [take(6, config(path, **SR), rows=rows) for rows in shares]
     place = np.argsort(np.concatenate(shares))
-    joined = [{k: np.concatenate([part[n][k] for part in parts])[place] for k in whole[n]} for n in range(6)]
+    joined = [
+        {k: np.concatenate([part[n][k] for part in parts])[place] for k in whole[n]}
+        for n in range(6)
+    ]
     assert_same(joined, whole)
 
 
 @pytest.mark.parametrize("start_step", [0, 3])
 @pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
 def test_processes_read_every_row_once_an_epoch_together(path, shares, start_step):
-    """Catches: rows lost or read twice between processes, where an epoch (10 images) ends inside a batch, or after a resume by another number of them."""
+    """Catches: rows lost or read twice between processes, where an epoch (10 images) ends inside a
+    batch, or after a resume by another number of them.
+    """
     before = take(start_step, config(path))
-    after = [take(10 - start_step, config(path), start_step=start_step, rows=rows) for rows in shares]
-    steps = [batch["index"].tolist() for batch in before] + [[i for part in after for i in part[n]["index"].tolist()] for n in range(10 - start_step)]
-    stream = [steps[n][place] for n in range(10) for place in (np.argsort(np.concatenate(shares)) if n >= start_step else range(4))]
+    after = [
+        take(10 - start_step, config(path), start_step=start_step, rows=rows) for rows in shares
+    ]
+    steps = [batch["index"].tolist() for batch in before] + [
+        [i for part in after for i in part[n]["index"].tolist()] for n in range(10 - start_step)
+    ]
+    stream = [
+        steps[n][place]
+        for n in range(10)
+        for place in (np.argsort(np.concatenate(shares)) if n >= start_step else range(4))
+    ]
     assert (np.sort(np.reshape(stream, (4, 10)), axis=1) == np.arange(10)).all()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_do_not_depend_on_workers(path, workers):
-    """Catches: random state held by a worker, batches handed over in the order they are finished."""
-    assert_same(take(5, config(path, **SR, workers=workers), start_step=1), take(5, config(path, **SR), start_step=1))
+    """Catches: random state held by a worker, batches handed over in the order they are
+    finished.
+    """
+    assert_same(
+        take(5, config(path, **SR, workers=workers), start_step=1),
+        take(5, config(path, **SR), start_step=1),
+    )
 
 
 def test_start_step_is_skipping(path):
-    """Catches: a resumed run starting the epoch again, or random choices counted from the start of the run."""
+    """Catches: a resumed run starting the epoch again, or random choices counted from the start of
+    the run.
+    """
     assert_same(take(3, config(path, **SR), start_step=4), take(7, config(path, **SR))[4:])
 
 
@@ -111,7 +143,9 @@ def test_seed_changes_order_and_choices(path):
 
 
 def test_every_row_once_an_epoch(path):
-    """Catches: sampling with replacement, dropping the last short batch of an epoch, the same order in every epoch."""
+    """Catches: sampling with replacement, dropping the last short batch of an epoch, the same order
+    in every epoch.
+    """
     rows = np.concatenate([batch["index"] for batch in take(10, config(path))])
     epochs = rows.reshape(4, 10)
     assert (np.sort(epochs, axis=1) == np.arange(10)).all()
@@ -119,12 +153,18 @@ def test_every_row_once_an_epoch(path):
 
 
 def test_captions_are_covered_and_belong_to_their_image(path):
-    """Catches: always the first caption, a caption of another image, text of another caption than caption_id says."""
+    """Catches: always the first caption, a caption of another image, text of another caption than
+    caption_id says.
+    """
     batches = take(40, config(path))
-    rows, ids = (np.concatenate([batch[name] for batch in batches]) for name in ("index", "caption_id"))
+    rows, ids = (
+        np.concatenate([batch[name] for batch in batches]) for name in ("index", "caption_id")
+    )
     assert set(ids) == set(range(20)) and (ids // 2 == rows).all()
     for batch in batches[:5]:
-        for text, mask, caption_id in zip(batch["text"], batch["text_mask"], batch["caption_id"], strict=True):
+        for text, mask, caption_id in zip(
+            batch["text"], batch["text_mask"], batch["caption_id"], strict=True
+        ):
             length = 1 + caption_id % 6
             np.testing.assert_array_equal(text[:length], synthetic.embedding(caption_id, length))
             assert mask.sum() == length and mask[:length].all() and not text[length:].any()
@@ -132,7 +172,9 @@ def test_captions_are_covered_and_belong_to_their_image(path):
 
 
 def test_choices_are_independent_of_one_another(path):
-    """Catches: switching one random choice off changing another, so that an ablation changes more than one thing."""
+    """Catches: switching one random choice off changing another, so that an ablation changes more
+    than one thing.
+    """
     full, still = take(4, config(path, **SR)), take(4, config(path, **SR, flip=False))
     single = take(4, config(path, **SR, caption="first"))
     for a, b, c in zip(full, still, single, strict=True):
@@ -143,10 +185,14 @@ def test_choices_are_independent_of_one_another(path):
 
 
 def test_crop_and_lowres_show_the_same_window(path):
-    """Catches: low-res and target cropped at different places or scales, a low-res picture made from the crop or from another size."""
+    """Catches: low-res and target cropped at different places or scales, a low-res picture made
+    from the crop or from another size.
+    """
     corners = set()
     for batch in take(20, config(path, **SR, flip=False)):
-        for image, lowres in zip(batch["image"].astype(int), batch["lowres"].astype(float), strict=True):
+        for image, lowres in zip(
+            batch["image"].astype(int), batch["lowres"].astype(float), strict=True
+        ):
             window = image.reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))
             assert np.abs(window - lowres).max() <= 0.5
             assert (np.diff(image[0, :, 0]) == 4).all() and (np.diff(image[:, 0, 1]) == 4).all()
@@ -159,7 +205,9 @@ def test_flip_mirrors_target_and_lowres_together(path):
     """Catches: only one of the pair mirrored, or mirrored top to bottom."""
     seen = set()
     for batch in take(6, config(path, image_size=64, lowres_size=16)):
-        for image, lowres in zip(batch["image"].astype(int), batch["lowres"].astype(int), strict=True):
+        for image, lowres in zip(
+            batch["image"].astype(int), batch["lowres"].astype(int), strict=True
+        ):
             seen.add(bool(image[0, 0, 0] > image[0, -1, 0]))
             assert (image[0, 0, 0] > image[0, -1, 0]) == (lowres[0, 0, 0] > lowres[0, -1, 0])
             assert image[0, 0, 1] < image[-1, 0, 1]
@@ -167,7 +215,9 @@ def test_flip_mirrors_target_and_lowres_together(path):
 
 
 def test_cache_changes_no_batch(path):
-    """Catches: cached pixels that were cropped, mirrored or modified in place, or captions cached with the image."""
+    """Catches: cached pixels that were cropped, mirrored or modified in place, or captions cached
+    with the image.
+    """
     assert_same(take(12, config(path, **SR, cache_mib=8)), take(12, config(path, **SR)))
     assert_same(take(12, config(path, **SR, cache_mib=8, workers=2)), take(12, config(path, **SR)))
 
@@ -178,7 +228,9 @@ def test_cache_decodes_once_and_keeps_its_limit(path, monkeypatch):
     original = pipeline.transforms.decode_square
 
     def decode(encoded, size):
-        decoded.append(threading.current_thread())  # a reader closed by an earlier test may still finish a batch
+        decoded.append(
+            threading.current_thread()
+        )  # a reader closed by an earlier test may still finish a batch
         return original(encoded, size)
 
     monkeypatch.setattr(pipeline.transforms, "decode_square", decode)
@@ -194,7 +246,9 @@ def test_cache_decodes_once_and_keeps_its_limit(path, monkeypatch):
 
 
 def test_eval_rows_are_plain(path):
-    """Catches: random choices in evaluation, a corner instead of the centre, rows of the wrong split."""
+    """Catches: random choices in evaluation, a corner instead of the centre, rows of the wrong
+    split.
+    """
     batch = pipeline.eval_rows(config(path, **SR), [2, 0], "heldout")
     assert batch["index"].tolist() == [2, 0] and batch["caption_id"].tolist() == [0, 0]
     assert (batch["image"][:, 0, 0] == [[64, 64, 102], [64, 64, 100]]).all()
@@ -215,13 +269,19 @@ def test_close_leaves_nothing_running(path, workers):
     """Catches: worker processes or reading threads that live on after close()."""
     import multiprocessing
 
-    for _ in range(2):  # the first reader starts Grain's one thread pool for unlinking shared memory, which lives as long as the process
+    for _ in range(
+        2
+        # the first reader starts Grain's one thread pool for unlinking shared memory, which lives
+        # as long as the process
+    ):
         threads = threading.active_count()
         reader = pipeline.batches(config(path, workers=workers), 0, 0)
         next(reader)
         reader.close()
     deadline = time.monotonic() + 10
-    while (multiprocessing.active_children() or threading.active_count() > threads) and time.monotonic() < deadline:
+    while (
+        multiprocessing.active_children() or threading.active_count() > threads
+    ) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not multiprocessing.active_children() and threading.active_count() <= threads
 
@@ -246,12 +306,17 @@ def test_damaged_shard_is_a_clear_error(tmp_path, workers):
         ({"image_size": 128}, "only 64 pixels across"),
         ({"text_length": 5}, "captions of up to 6 tokens"),
         ({"image_size": 64, "lowres_size": 24}, "not a multiple"),
-        ({"image_size": 64, "lowres_size": 16, "crop_size": 30}, "not a whole number of low-res pixels"),
+        (
+            {"image_size": 64, "lowres_size": 16, "crop_size": 30},
+            "not a whole number of low-res pixels",
+        ),
         ({"crop_size": 32}, "larger than data.image_size"),
     ],
 )
 def test_config_that_does_not_fit_is_one_clear_line(path, changes, message):
-    """Catches: enlarged images, captions cut after encoding, crops that cannot be aligned, all silently accepted."""
+    """Catches: enlarged images, captions cut after encoding, crops that cannot be aligned, all
+    silently accepted.
+    """
     with pytest.raises(ValueError, match=message) as error:
         pipeline.batches(config(path, **changes), 0, 0)
     assert "\n" not in str(error.value)

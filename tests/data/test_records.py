@@ -26,7 +26,11 @@ def test_rows_come_back(path):
     for row in range(10):
         image = images[row]
         assert image.image == synthetic.encode(synthetic.gradient(64, row))
-        assert (image.id, image.caption_ids, image.height) == (f"image-{row}", (2 * row, 2 * row + 1), 64)
+        assert (image.id, image.caption_ids, image.height) == (
+            f"image-{row}",
+            (2 * row, 2 * row + 1),
+            64,
+        )
     assert captions[13].text == "caption 13" and captions[13].embedding.dtype == "bfloat16"
     np.testing.assert_array_equal(captions[13].embedding, synthetic.embedding(13, 2))
     with pytest.raises(IndexError, match="rows 0 to 9, row 10"):
@@ -50,7 +54,9 @@ assert "tensorflow" not in sys.modules
 
 
 def test_shard_bytes_depend_on_the_records_alone(tmp_path):
-    """Catches: time stamps or threads that make two equal runs differ; a temporary file left behind."""
+    """Catches: time stamps or threads that make two equal runs differ; a temporary file left
+    behind.
+    """
     rows = [np.random.default_rng(i).bytes(2000) for i in range(30)]
     name = records.shard_name("captions", "train", 0, 1)
     first, second = (records.write_shard(tmp_path / side, name, iter(rows)) for side in "ab")
@@ -66,7 +72,9 @@ class Away:
 
 
 def test_a_file_system_that_is_away_is_waited_for(path, monkeypatch):
-    """Catches: a shard called damaged because its file system did not answer, and a run that ends for it at once."""
+    """Catches: a shard called damaged because its file system did not answer, and a run that ends
+    for it at once.
+    """
     monkeypatch.setattr(records, "PAUSES_S", (0.0, 0.0))
     store = records.Prepared(path).images("train")
     whole, store._source = store._source, Away()
@@ -74,7 +82,9 @@ def test_a_file_system_that_is_away_is_waited_for(path, monkeypatch):
     assert store._record(7) == whole[7]
     monkeypatch.setattr(store, "_open", Away)
     store._source = Away()
-    with pytest.raises(OSError, match="row 7 could not be read, though the file is as it was written") as caught:
+    with pytest.raises(
+        OSError, match="row 7 could not be read, though the file is as it was written"
+    ) as caught:
         store._record(7)
     assert storage.is_away(caught.value)
     away = OSError(errno.ESTALE, "Stale file handle")
@@ -84,26 +94,37 @@ def test_a_file_system_that_is_away_is_waited_for(path, monkeypatch):
 
 
 def test_incomplete_or_foreign_directories_are_refused(path, tmp_path):
-    """Catches: training on a directory without manifest, of another format, edited, or with a shard cut short."""
+    """Catches: training on a directory without manifest, of another format, edited, or with a shard
+    cut short.
+    """
     with pytest.raises(ValueError, match="is not prepared data"):
         records.Prepared(tmp_path)
     manifest = json.loads((path / "manifest.json").read_text())
-    for change, message in [({"format_version": 0}, "has format 0"), ({"max_length": 7}, "was changed after")]:
+    for change, message in [
+        ({"format_version": 0}, "has format 0"),
+        ({"max_length": 7}, "was changed after"),
+    ]:
         (tmp_path / "manifest.json").write_text(json.dumps(manifest | change))
         with pytest.raises(ValueError, match=message):
             records.Prepared(tmp_path)
     root = synthetic.write_prepared(tmp_path / "cut")
     shard = root / records.shard_name("captions", "train", 2, 5)
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="captions-train.array_record-00002-of-00005 is missing or cut short"):
+    with pytest.raises(
+        ValueError, match="captions-train.array_record-00002-of-00005 is missing or cut short"
+    ):
         records.Prepared(root)
 
 
 def test_text_that_does_not_fit_is_refused(path):
-    """Catches: a model of another text width, or a shorter text length, found out inside the jitted step or never."""
+    """Catches: a model of another text width, or a shorter text length, found out inside the jitted
+    step or never.
+    """
     prepared = records.Prepared(path)
     prepared.check_text(synthetic.DIM)
     with pytest.raises(ValueError, match="width 8 .fake., the config asks for 16"):
         prepared.check_text(16)
-    with pytest.raises(ValueError, match="captions of up to 6 tokens, the config's text length is 4"):
+    with pytest.raises(
+        ValueError, match="captions of up to 6 tokens, the config's text length is 4"
+    ):
         prepared.check_length(4)

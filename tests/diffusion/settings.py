@@ -5,7 +5,13 @@ from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.stage import drawing
 
 # No guidance, no threshold, four deterministic steps; all else as configs have it.
-PLAIN = defaults.sampling() | {"method": "ddim", "steps": 4, "gamma": 0.0, "w": 1.0, "threshold": "none"}
+PLAIN = defaults.sampling() | {
+    "method": "ddim",
+    "steps": 4,
+    "gamma": 0.0,
+    "w": 1.0,
+    "threshold": "none",
+}
 
 
 def settings(schedule="cosine", prediction="x", process="vp", **sampling):

@@ -12,7 +12,9 @@ from imagen_jax.diffusion.schedule import cosine, linear
 def text_cond(lengths, width=4, length=6, seed=0, dtype=jnp.float32):
     """cond with random text features, zero beyond each of `lengths`, and the mask of them."""
     mask = np.arange(length)[None] < np.asarray(lengths)[:, None]
-    text = np.random.default_rng(seed).standard_normal((len(lengths), length, width)) * mask[..., None]
+    text = (
+        np.random.default_rng(seed).standard_normal((len(lengths), length, width)) * mask[..., None]
+    )
     return {"text": jnp.asarray(text, dtype), "text_mask": jnp.asarray(mask)}
 
 
@@ -28,7 +30,9 @@ def test_drop_text_drops_only_where_told():
 
 
 def test_null_text_does_not_know_the_dropped_caption():
-    """Catches a null text that keeps the caption's mask, so that its length leaks; and an empty mask, whose softmax is NaN."""
+    """Catches a null text that keeps the caption's mask, so that its length leaks; and an empty
+    mask, whose softmax is NaN.
+    """
     short, long = (conditioning.null_text(text_cond([n, n], seed=n)) for n in (1, 6))
     jax.tree.map(np.testing.assert_array_equal, short, long)
     assert np.all(np.sum(short["text_mask"], axis=1) == 1)
@@ -44,8 +48,13 @@ def test_null_text_of_padding_features_is_zero():
 
 
 def test_null_text_keeps_everything_else():
-    """Catches an unconditional evaluation that also loses the low-res image or its noise level; and one that changes its input."""
-    cond = text_cond([2, 3], dtype=jnp.bfloat16) | {"lowres": jnp.ones((2, 2, 2, 3)), "lowres_logsnr": jnp.array([1.0, 2.0])}
+    """Catches an unconditional evaluation that also loses the low-res image or its noise level; and
+    one that changes its input.
+    """
+    cond = text_cond([2, 3], dtype=jnp.bfloat16) | {
+        "lowres": jnp.ones((2, 2, 2, 3)),
+        "lowres_logsnr": jnp.array([1.0, 2.0]),
+    }
     before = dict(cond)
     null = conditioning.null_text(cond)
     assert null["lowres"] is cond["lowres"] and null["lowres_logsnr"] is cond["lowres_logsnr"]
@@ -61,7 +70,9 @@ def test_no_text_means_nothing_to_drop():
 
 @pytest.mark.parametrize("schedule", [cosine, linear])
 def test_augmentation_noises_each_image_at_its_own_level(schedule):
-    """Catches one level for the batch, the noised image under a key the network does not read, and a level reported other than applied."""
+    """Catches one level for the batch, the noised image under a key the network does not read, and
+    a level reported other than applied.
+    """
     rng = np.random.default_rng(0)
     lowres, eps = (jnp.asarray(rng.standard_normal((3, 4, 4, 3)), jnp.float32) for _ in range(2))
     level = jnp.array([0.1, 0.5, 0.9])
@@ -70,7 +81,9 @@ def test_augmentation_noises_each_image_at_its_own_level(schedule):
     logsnr = np.asarray(schedule(level), np.float64)
     np.testing.assert_allclose(cond["lowres_logsnr"], logsnr, rtol=1e-6)
     alpha, sigma = ((1 / (1 + np.exp(sign * logsnr))) ** 0.5 for sign in (-1, 1))
-    expected = alpha[:, None, None, None] * np.asarray(lowres) + sigma[:, None, None, None] * np.asarray(eps)
+    expected = alpha[:, None, None, None] * np.asarray(lowres) + sigma[
+        :, None, None, None
+    ] * np.asarray(eps)
     np.testing.assert_allclose(cond["lowres"], expected, atol=1e-5)
 
 

@@ -1,7 +1,10 @@
-"""The sampler on data whose score is known in closed form: Gaussians with full covariance, and a mixture of three.
+"""The sampler on data whose score is known in closed form: Gaussians with full covariance, and a
+mixture of three.
 
-The images are [2 1 2]: four numbers. Where the network is the exact posterior mean E[x | z], a Gaussian stays Gaussian through every step, so mean and
-covariance of the samples are known exactly for any number of steps (`expected_moments`, float64), and equal those of the data in the limit of many.
+The images are [2 1 2]: four numbers. Where the network is the exact posterior mean E[x | z], a
+Gaussian stays Gaussian through every step, so mean and covariance of the samples are known exactly
+for any number of steps (`expected_moments`, float64), and equal those of the data in the limit of
+many.
 """
 
 import functools
@@ -18,7 +21,9 @@ from tests.diffusion.settings import settings
 
 SHAPE, D, B = (2, 1, 2), 4, 30_000
 MEAN = np.array([0.3, -0.2, 0.1, 0.0])
-ROOT = np.array([[0.5, 0.0, 0.0, 0.0], [0.3, 0.4, 0.0, 0.0], [-0.2, 0.1, 0.3, 0.0], [0.1, -0.3, 0.2, 0.1]])
+ROOT = np.array(
+    [[0.5, 0.0, 0.0, 0.0], [0.3, 0.4, 0.0, 0.0], [-0.2, 0.1, 0.3, 0.0], [0.1, -0.3, 0.2, 0.1]]
+)
 COVARIANCE = ROOT @ ROOT.T
 
 
@@ -28,7 +33,10 @@ def as_prediction(prediction, x, z, alpha, sigma):
     return {"x": x, "eps": eps, "v": alpha * eps - sigma * x, "u": eps - x}[prediction]
 
 
-POWER = {"vp": (1.0, 0.5), "flow": (0.5, 1.0)}  # of a path: alpha = sigmoid(first * logsnr) ** second
+POWER = {
+    "vp": (1.0, 0.5),
+    "flow": (0.5, 1.0),
+}  # of a path: alpha = sigmoid(first * logsnr) ** second
 
 
 def levels(logsnr, path="vp"):
@@ -37,7 +45,9 @@ def levels(logsnr, path="vp"):
 
 
 def gaussian_network(prediction, path="vp"):
-    """Exact for N(MEAN + first text feature, COVARIANCE): E[x | z] = m + alpha S (alpha^2 S + sigma^2)^-1 (z - alpha m), in the eigenbasis of S."""
+    """Exact for N(MEAN + first text feature, COVARIANCE): E[x | z] = m + alpha S (alpha^2 S +
+    sigma^2)^-1 (z - alpha m), in the eigenbasis of S.
+    """
     values, vectors = np.linalg.eigh(COVARIANCE)
     values, vectors = values.astype(np.float32)[None], vectors.astype(np.float32)
 
@@ -62,29 +72,47 @@ def draw_samples(denoise_fn, b=B, cond=None, seed=0, **options):
 
 
 def expected_moments(schedule, method, steps, gamma, mean=MEAN, path="vp"):
-    """Mean and covariance of what `steps` steps make of standard normal noise, by linear algebra in float64 (spec: eqs. 5 and 6)."""
+    """Mean and covariance of what `steps` steps make of standard normal noise, by linear algebra in
+    float64 (spec: eqs. 5 and 6).
+    """
     logsnr = np.asarray(SCHEDULES[schedule](jnp.linspace(1.0, 0.0, steps + 1)), np.float64)
     scale, power = POWER[path]
     alpha, sigma = ((1 / (1 + np.exp(-sign * scale * logsnr))) ** power for sign in (1, -1))
     mu, cov = np.zeros(D), np.eye(D)
     for t in range(steps):
-        gain = alpha[t] * COVARIANCE @ np.linalg.inv(alpha[t] ** 2 * COVARIANCE + sigma[t] ** 2 * np.eye(D))
+        gain = (
+            alpha[t]
+            * COVARIANCE
+            @ np.linalg.inv(alpha[t] ** 2 * COVARIANCE + sigma[t] ** 2 * np.eye(D))
+        )
         offset = mean - alpha[t] * gain @ mean
         if t == steps - 1:
             return gain @ mu + offset, gain @ cov @ gain.T
         s = t + 1
         if method == "ddim":
-            keep, toward, noise = sigma[s] / sigma[t], alpha[s] - sigma[s] / sigma[t] * alpha[t], 0.0
+            keep, toward, noise = (
+                sigma[s] / sigma[t],
+                alpha[s] - sigma[s] / sigma[t] * alpha[t],
+                0.0,
+            )
         else:
             one_step = sigma[t] ** 2 - (alpha[t] / alpha[s]) ** 2 * sigma[s] ** 2
-            keep, toward = alpha[t] / alpha[s] * sigma[s] ** 2 / sigma[t] ** 2, alpha[s] * one_step / sigma[t] ** 2
+            keep, toward = (
+                alpha[t] / alpha[s] * sigma[s] ** 2 / sigma[t] ** 2,
+                alpha[s] * one_step / sigma[t] ** 2,
+            )
             noise = one_step * (sigma[s] / sigma[t]) ** (2 * (1 - gamma))
         transform = keep * np.eye(D) + toward * gain
-        mu, cov = transform @ mu + toward * offset, transform @ cov @ transform.T + noise * np.eye(D)
+        mu, cov = (
+            transform @ mu + toward * offset,
+            transform @ cov @ transform.T + noise * np.eye(D),
+        )
 
 
 def assert_moments(samples, mean, cov, bias=0.0):
-    """Sample mean and covariance within five standard errors of (mean, cov), plus `bias` of the largest variance."""
+    """Sample mean and covariance within five standard errors of (mean, cov), plus `bias` of the
+    largest variance.
+    """
     n, variances = len(samples), np.diag(cov)
     scale = bias * variances.max()
     assert np.all(np.abs(samples.mean(axis=0) - mean) < 5 * np.sqrt(variances / n) + scale + 1e-3)
@@ -97,7 +125,9 @@ METHODS = [("ddim", 0.0), ("ancestral", 0.0), ("ancestral", 0.2), ("ancestral", 
 
 @pytest.mark.parametrize("method, gamma", METHODS)
 def test_few_steps_make_exactly_the_gaussian_they_should(method, gamma):
-    """Catches any error in a step, however small: with 5 steps, gamma 0, 0.2 and 1 and DDIM all make different covariances, each known exactly."""
+    """Catches any error in a step, however small: with 5 steps, gamma 0, 0.2 and 1 and DDIM all
+    make different covariances, each known exactly.
+    """
     samples = gaussian_samples(method, gamma, 5)
     assert_moments(samples, *expected_moments("cosine", method, 5, gamma))
     for other in METHODS:
@@ -108,35 +138,64 @@ def test_few_steps_make_exactly_the_gaussian_they_should(method, gamma):
 
 @functools.cache
 def gaussian_samples(method, gamma, steps, schedule="cosine"):
-    return draw_samples(gaussian_network("eps"), steps=steps, method=method, gamma=gamma, schedule=schedule)
+    return draw_samples(
+        gaussian_network("eps"), steps=steps, method=method, gamma=gamma, schedule=schedule
+    )
 
 
-@pytest.mark.parametrize("method, gamma, schedule", [("ddim", 0.0, "cosine"), ("ancestral", 0.0, "cosine"), ("ancestral", 1.0, "linear")])
+@pytest.mark.parametrize(
+    "method, gamma, schedule",
+    [("ddim", 0.0, "cosine"), ("ancestral", 0.0, "cosine"), ("ancestral", 1.0, "linear")],
+)
 def test_many_steps_make_the_data(method, gamma, schedule):
-    """Catches a sampler that is consistent with itself but converges to another distribution than the data's."""
+    """Catches a sampler that is consistent with itself but converges to another distribution than
+    the data's.
+    """
     assert_moments(gaussian_samples(method, gamma, 200, schedule), MEAN, COVARIANCE, bias=0.04)
 
 
 @pytest.mark.parametrize("method, gamma", METHODS)
 @pytest.mark.parametrize("prediction", ["u", "x"])
 def test_the_flow_path_makes_exactly_the_gaussian_it_should(prediction, method, gamma):
-    """Catches a step or a reading of the output that is right where alpha^2 + sigma^2 = 1 alone: six steps on the straight path."""
-    network, options = gaussian_network(prediction, "flow"), {"method": method, "gamma": gamma, "steps": 6}
-    samples = draw_samples(network, b=15_000, prediction=prediction, process="flow", schedule="flow", **options)
+    """Catches a step or a reading of the output that is right where alpha^2 + sigma^2 = 1 alone:
+    six steps on the straight path.
+    """
+    network, options = (
+        gaussian_network(prediction, "flow"),
+        {"method": method, "gamma": gamma, "steps": 6},
+    )
+    samples = draw_samples(
+        network, b=15_000, prediction=prediction, process="flow", schedule="flow", **options
+    )
     assert_moments(samples, *expected_moments("flow", method, 6, gamma, path="flow"))
 
 
 @pytest.mark.parametrize("path, grid", [("vp", "logsnr"), ("vp", "karras"), ("flow", "t")])
 def test_second_order_steps_make_the_data(path, grid):
-    """Catches a second-order sampler that is wrong on one path or grid: 20 steps come as near as the first-order ones in 200."""
-    options = {"process": path, "method": "dpmpp_2m", "grid": grid, "steps": 20, "schedule": "cosine" if path == "vp" else "flow"}
+    """Catches a second-order sampler that is wrong on one path or grid: 20 steps come as near as
+    the first-order ones in 200.
+    """
+    options = {
+        "process": path,
+        "method": "dpmpp_2m",
+        "grid": grid,
+        "steps": 20,
+        "schedule": "cosine" if path == "vp" else "flow",
+    }
     samples = draw_samples(gaussian_network("eps", path), b=15_000, **options)
     assert_moments(samples, MEAN, COVARIANCE, bias=0.04)
 
 
 def test_errors_shrink_and_samplers_agree_as_steps_grow():
-    """Catches an error that does not vanish with the step size, such as noise of the wrong size at every step: 40 times the steps, a tenth of the error."""
-    covariances = np.array([[np.cov(gaussian_samples(*method, steps).T) for method in METHODS[:2]] for steps in (5, 200)])
+    """Catches an error that does not vanish with the step size, such as noise of the wrong size at
+    every step: 40 times the steps, a tenth of the error.
+    """
+    covariances = np.array(
+        [
+            [np.cov(gaussian_samples(*method, steps).T) for method in METHODS[:2]]
+            for steps in (5, 200)
+        ]
+    )
     few, many = np.abs(covariances - COVARIANCE).max(axis=(2, 3)) / COVARIANCE.max()
     assert np.all(few > 0.3) and np.all(many < 0.1 * few), (few, many)
     gap = np.abs(covariances[:, 0] - covariances[:, 1]).max(axis=(1, 2)) / COVARIANCE.max()
@@ -144,9 +203,13 @@ def test_errors_shrink_and_samplers_agree_as_steps_grow():
 
 
 def test_x_and_eps_make_the_same_samples():
-    """Catches a parametrisation that does not describe the same x-hat inside the loop: from the same keys, the same pictures. (v: the mixture below.)"""
+    """Catches a parametrisation that does not describe the same x-hat inside the loop: from the
+    same keys, the same pictures. (v: the mixture below.)
+    """
     x = draw_samples(gaussian_network("x"), prediction="x", steps=5)
-    np.testing.assert_allclose(gaussian_samples("ddim", 0.0, 5), x, atol=1e-2)  # eps at alpha = 4.5e-5 carries fp32 rounding of 3e-3
+    np.testing.assert_allclose(
+        gaussian_samples("ddim", 0.0, 5), x, atol=1e-2
+    )  # eps at alpha = 4.5e-5 carries fp32 rounding of 3e-3
 
 
 CENTRES = np.array([[0.6, 0.6, -0.6, 0.0], [-0.6, 0.2, 0.5, 0.6], [0.1, -0.7, 0.4, -0.6]])
@@ -154,23 +217,36 @@ WEIGHTS, SPREADS = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.15, 0.2])
 
 
 def mixture_network(z, logsnr, cond):
-    """Exact for a mixture of isotropic Gaussians (prediction v): E[x | z] is the posterior means weighted by the posterior probabilities."""
+    """Exact for a mixture of isotropic Gaussians (prediction v): E[x | z] is the posterior means
+    weighted by the posterior probabilities.
+    """
     alpha, sigma = (a[:, None] for a in levels(logsnr))
-    centres, spread = jnp.asarray(CENTRES, jnp.float32)[None], jnp.asarray(SPREADS, jnp.float32)[None, :, None]
+    centres, spread = (
+        jnp.asarray(CENTRES, jnp.float32)[None],
+        jnp.asarray(SPREADS, jnp.float32)[None, :, None],
+    )
     flat = z.reshape(z.shape[0], D)
     residual = flat[:, None] - alpha * centres
     variance = alpha**2 * spread**2 + sigma**2
-    log_density = -0.5 * jnp.sum(residual**2 / variance, axis=-1) - 0.5 * D * jnp.log(variance[..., 0])
-    posterior = jax.nn.softmax(jnp.log(jnp.asarray(WEIGHTS, jnp.float32))[None] + log_density)[..., None]
+    log_density = -0.5 * jnp.sum(residual**2 / variance, axis=-1) - 0.5 * D * jnp.log(
+        variance[..., 0]
+    )
+    posterior = jax.nn.softmax(jnp.log(jnp.asarray(WEIGHTS, jnp.float32))[None] + log_density)[
+        ..., None
+    ]
     x = jnp.sum(posterior * (centres + alpha * spread**2 / variance * residual), axis=1)
     return as_prediction("v", x, flat, alpha[:, 0], sigma[:, 0]).reshape(z.shape)
 
 
 @pytest.mark.parametrize("method, gamma", [("ddim", 0.0), ("ancestral", 0.2)])
 def test_mixture(method, gamma):
-    """Catches a sampler that drops or favours modes, or blurs them: weights, centres and spreads of three modes come out right."""
+    """Catches a sampler that drops or favours modes, or blurs them: weights, centres and spreads of
+    three modes come out right.
+    """
     b = 20_000
-    samples = draw_samples(mixture_network, b=b, prediction="v", steps=100, method=method, gamma=gamma)
+    samples = draw_samples(
+        mixture_network, b=b, prediction="v", steps=100, method=method, gamma=gamma
+    )
     distance = np.linalg.norm(samples[:, None] - CENTRES, axis=-1)
     mode = distance.argmin(axis=1)
     assert np.mean(distance.min(axis=1) < 0.9) > 0.999
@@ -179,12 +255,20 @@ def test_mixture(method, gamma):
         error = np.sqrt(WEIGHTS[k] * (1 - WEIGHTS[k]) / b)
         assert abs(len(cluster) / b - WEIGHTS[k]) < 5 * error + 0.01
         assert np.abs(cluster.mean(axis=0) - CENTRES[k]).max() < 0.015
-        assert abs(cluster.std(axis=0).mean() / SPREADS[k] - 1) < 0.1  # the last of 100 steps costs 2 to 9 %
+        assert (
+            abs(cluster.std(axis=0).mean() / SPREADS[k] - 1) < 0.1
+        )  # the last of 100 steps costs 2 to 9 %
 
 
 def text_cond(offsets):
-    """cond whose captions move the mean of `gaussian_network` by `offsets` [b 4]; null text moves it by nothing."""
-    text = jnp.broadcast_to(jnp.asarray(offsets, jnp.float32)[:, None], (len(offsets), 3, D)).at[:, 1:].set(7.0)
+    """cond whose captions move the mean of `gaussian_network` by `offsets` [b 4]; null text moves
+    it by nothing.
+    """
+    text = (
+        jnp.broadcast_to(jnp.asarray(offsets, jnp.float32)[:, None], (len(offsets), 3, D))
+        .at[:, 1:]
+        .set(7.0)
+    )
     return {"text": text, "text_mask": jnp.ones((len(offsets), 3), bool)}
 
 
@@ -192,19 +276,28 @@ OFFSET = np.array([0.4, 0.0, -0.2, 0.3])
 
 
 def test_guided_samples_follow_the_guided_score_of_their_own_text():
-    """Catches w shifted by one, null and conditional exchanged, and text averaged over, or taken from another row of, the batch.
+    """Catches w shifted by one, null and conditional exchanged, and text averaged over, or taken
+    from another row of, the batch.
 
     With one covariance, w score_c + (1 - w) score_null is the score of N(m + w offset, S).
     """
     b, w = 8_000, 3.0
-    samples = draw_samples(gaussian_network("eps"), b=2 * b, cond=text_cond(np.repeat([OFFSET, -OFFSET], b, axis=0)), w=w, steps=12)
+    samples = draw_samples(
+        gaussian_network("eps"),
+        b=2 * b,
+        cond=text_cond(np.repeat([OFFSET, -OFFSET], b, axis=0)),
+        w=w,
+        steps=12,
+    )
     for half, mean in ((samples[:b], MEAN + w * OFFSET), (samples[b:], MEAN - w * OFFSET)):
         assert_moments(half, *expected_moments("cosine", "ddim", 12, 0.0, mean))
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x", "v"])
 def test_guided_x_of_one_evaluation(prediction):
-    """Catches guidance applied to x- or v-outputs with other weights than to eps: the guided x-hat is that of the mean m + w offset."""
+    """Catches guidance applied to x- or v-outputs with other weights than to eps: the guided x-hat
+    is that of the mean m + w offset.
+    """
     b, w = 64, 4.0
     z = jnp.asarray(np.random.default_rng(0).standard_normal((b, *SHAPE)), jnp.float32)
     logsnr = jnp.asarray(np.linspace(-8.0, 8.0, b), jnp.float32)
@@ -212,7 +305,16 @@ def test_guided_x_of_one_evaluation(prediction):
 
     @jax.jit
     def x_hats(z, logsnr):
-        guided, plain = (f(z, logsnr, text_cond(np.tile(scale * OFFSET, (b, 1)))) for f, scale in ((guidance.guide(network, guidance.Guidance(w, (-20.0, 20.0))), 1.0), (network, w)))
-        return [GaussianProcess("vp", prediction).x_from_output(output, z, logsnr) for output in (guided, plain)]
+        guided, plain = (
+            f(z, logsnr, text_cond(np.tile(scale * OFFSET, (b, 1))))
+            for f, scale in (
+                (guidance.guide(network, guidance.Guidance(w, (-20.0, 20.0))), 1.0),
+                (network, w),
+            )
+        )
+        return [
+            GaussianProcess("vp", prediction).x_from_output(output, z, logsnr)
+            for output in (guided, plain)
+        ]
 
     np.testing.assert_allclose(*x_hats(z, logsnr), rtol=1e-3, atol=2e-3)

@@ -11,7 +11,9 @@ from imagen_jax.diffusion.schedule import linear
 
 def test_uniform_time():
     """Catches a grid that is off by one, does not start at t = 1, or evaluates at t = 0."""
-    np.testing.assert_allclose(grid.TimeGrid("linear")(5), linear(jnp.array([1.0, 0.8, 0.6, 0.4, 0.2])), rtol=1e-5)
+    np.testing.assert_allclose(
+        grid.TimeGrid("linear")(5), linear(jnp.array([1.0, 0.8, 0.6, 0.4, 0.2])), rtol=1e-5
+    )
 
 
 def test_uniform_logsnr():
@@ -21,7 +23,9 @@ def test_uniform_logsnr():
 
 
 def test_karras():
-    """Catches rho inverted and log-SNR taken for log sigma: the published sigmas of 18 steps from 80 to .002 with rho 7."""
+    """Catches rho inverted and log-SNR taken for log sigma: the published sigmas of 18 steps from
+    80 to .002 with rho 7.
+    """
     ends = (-2 * math.log(80), -2 * math.log(0.002))
     levels = np.asarray(grid.KarrasGrid(ends, 7.0)(18))
     sigmas = np.exp(-levels[[0, 1, 2, 9, 16, 17]] / 2)

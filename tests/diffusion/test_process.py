@@ -37,7 +37,9 @@ def test_alpha_sigma_are_variance_preserving():
 
 
 def test_alpha_sigma_in_fp32():
-    """Catches the noise levels computed in bf16 when a network hands its log-SNR back in low precision."""
+    """Catches the noise levels computed in bf16 when a network hands its log-SNR back in low
+    precision.
+    """
     alpha, sigma = VP.alpha_sigma(jnp.array([4.0], jnp.bfloat16), 2)
     assert alpha.dtype == sigma.dtype == jnp.float32
     np.testing.assert_allclose(sigma, [[np.sqrt(sigmoid(-4.0))]], rtol=1e-5)
@@ -51,7 +53,9 @@ def test_diffuse(arrays):
 
 
 def test_diffuse_keeps_unit_variance():
-    """Catches a variance-exploding process (z = x + sigma eps): unit-variance data stays at variance 1 at every level."""
+    """Catches a variance-exploding process (z = x + sigma eps): unit-variance data stays at
+    variance 1 at every level.
+    """
     x, eps = np.random.default_rng(1).standard_normal((2, 4, 4000)).astype(np.float32)
     z = VP.diffuse(jnp.asarray(x), jnp.asarray(eps), jnp.array([-8.0, -1.0, 1.0, 8.0]))
     np.testing.assert_allclose(np.var(z, axis=1), 1.0, atol=5 * np.sqrt(2 / 4000))
@@ -60,7 +64,9 @@ def test_diffuse_keeps_unit_variance():
 def test_targets(arrays):
     """Catches v with the wrong sign (sigma x - alpha eps) or with alpha and sigma swapped."""
     x, eps, alpha, sigma = arrays
-    target = lambda kind: GaussianProcess("vp", kind).target(jnp.asarray(x), jnp.asarray(eps), jnp.asarray(LOGSNR, jnp.float32))
+    target = lambda kind: GaussianProcess("vp", kind).target(
+        jnp.asarray(x), jnp.asarray(eps), jnp.asarray(LOGSNR, jnp.float32)
+    )
     np.testing.assert_array_equal(target("eps"), eps)
     np.testing.assert_array_equal(target("x"), x)
     np.testing.assert_allclose(target("v"), alpha * eps - sigma * x, atol=2e-6)
@@ -78,7 +84,9 @@ def levels(path):
 
 @pytest.mark.parametrize("path, prediction", EVERY)
 def test_a_perfect_output_gives_x_back(path, prediction, arrays):
-    """Catches an inverse that is not the inverse of `target`, for each path and prediction; 1/alpha = 400 at the noisiest level sets the tolerance."""
+    """Catches an inverse that is not the inverse of `target`, for each path and prediction; 1/alpha
+    = 400 at the noisiest level sets the tolerance.
+    """
     x, eps, *_ = arrays
     alpha, sigma = levels(path)
     made, logsnr = GaussianProcess(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
@@ -86,12 +94,17 @@ def test_a_perfect_output_gives_x_back(path, prediction, arrays):
     output = made.target(jnp.asarray(x), jnp.asarray(eps), logsnr)
     x_hat = made.x_from_output(output, z, logsnr)
     np.testing.assert_array_less(np.abs(x_hat - x), 1e-6 + 1e-6 / alpha * np.ones_like(x))
-    np.testing.assert_array_less(np.abs(made.eps_from_x(jnp.asarray(x), z, logsnr) - eps), 1e-6 + 1e-6 / sigma * np.ones_like(x))
+    np.testing.assert_array_less(
+        np.abs(made.eps_from_x(jnp.asarray(x), z, logsnr) - eps),
+        1e-6 + 1e-6 / sigma * np.ones_like(x),
+    )
 
 
 @pytest.mark.parametrize("path, prediction", EVERY)
 def test_any_output_is_read_as_the_formula_says(path, prediction, arrays):
-    """Catches a conversion that is right only for consistent (x, eps, z): here the output is arbitrary."""
+    """Catches a conversion that is right only for consistent (x, eps, z): here the output is
+    arbitrary.
+    """
     z, output, *_ = arrays
     alpha, sigma = levels(path)
     v = (alpha * z - sigma * output) / (alpha**2 + sigma**2)
@@ -106,7 +119,9 @@ def test_any_output_is_read_as_the_formula_says(path, prediction, arrays):
 
 
 def test_the_flow_path_is_straight():
-    """Catches alpha = t, and a log-SNR that is not log(alpha^2 / sigma^2): at time t, z = (1 - t) x + t eps."""
+    """Catches alpha = t, and a log-SNR that is not log(alpha^2 / sigma^2): at time t, z = (1 - t) x
+    + t eps.
+    """
     t = np.array([0.1, 0.25, 0.5, 0.9])
     alpha, sigma = FLOW.alpha_sigma(jnp.asarray(2 * np.log((1 - t) / t), jnp.float32), 1)
     np.testing.assert_allclose(alpha, 1 - t, rtol=1e-6)
@@ -115,12 +130,19 @@ def test_the_flow_path_is_straight():
 
 @pytest.mark.parametrize("path, prediction", EVERY)
 def test_output_scale_is_the_ratio_of_squared_errors(path, prediction, arrays):
-    """Catches a conversion of errors with alpha and sigma exchanged or not squared: an eps off by 0.1 moves the output so much."""
+    """Catches a conversion of errors with alpha and sigma exchanged or not squared: an eps off by
+    0.1 moves the output so much.
+    """
     x, eps, *_ = arrays
     made, logsnr = GaussianProcess(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
     alpha, sigma = levels(path)
     off = x - sigma / alpha * 0.1  # the x-hat that goes with eps + 0.1 at the same z
-    wrong = {"eps": eps + 0.1, "x": off, "v": alpha * (eps + 0.1) - sigma * off, "u": eps + 0.1 - off}[prediction]
+    wrong = {
+        "eps": eps + 0.1,
+        "x": off,
+        "v": alpha * (eps + 0.1) - sigma * off,
+        "u": eps + 0.1 - off,
+    }[prediction]
     right = {"eps": eps, "x": x, "v": alpha * eps - sigma * x, "u": eps - x}[prediction]
     ratio = np.mean(((wrong - right) / 0.1) ** 2, axis=(1, 2, 3))
     np.testing.assert_allclose(made.output_scale(logsnr), ratio, rtol=1e-3)
@@ -130,11 +152,15 @@ def test_prior_has_the_variance_of_noise_at_that_level():
     """Catches unit noise where the flow path has less, and another start of the paper's process."""
     noise, logsnr = jnp.ones((1, 2)), jnp.array([-8.764])
     np.testing.assert_array_equal(VP.prior(noise, logsnr), noise)
-    np.testing.assert_allclose(FLOW.prior(noise, logsnr), sigmoid(8.764 / 2) * np.ones((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(
+        FLOW.prior(noise, logsnr), sigmoid(8.764 / 2) * np.ones((1, 2)), rtol=1e-5
+    )
 
 
 def test_division_by_alpha_near_t_1_is_in_fp32():
-    """Catches x-hat computed in the network's bf16: alpha is 4.5e-5 at log-SNR -20 and the error would be of the order of 100."""
+    """Catches x-hat computed in the network's bf16: alpha is 4.5e-5 at log-SNR -20 and the error
+    would be of the order of 100.
+    """
     z, eps = jnp.array([[0.75]]), jnp.array([[0.75]], jnp.bfloat16)
     x_hat = GaussianProcess("vp", "eps").x_from_output(eps, z, jnp.array([-20.0]))
     assert x_hat.dtype == jnp.float32
@@ -146,7 +172,12 @@ def test_division_by_alpha_near_t_1_is_in_fp32():
 def test_low_precision_outputs_become_fp32(prediction):
     """Catches a sampler state that falls to bf16 because the network computes in bf16."""
     one = jnp.ones((1, 2))
-    assert GaussianProcess("vp", prediction).x_from_output(one.astype(jnp.bfloat16), one, jnp.zeros(1)).dtype == jnp.float32
+    assert (
+        GaussianProcess("vp", prediction)
+        .x_from_output(one.astype(jnp.bfloat16), one, jnp.zeros(1))
+        .dtype
+        == jnp.float32
+    )
 
 
 def test_unknown_prediction_is_one_clear_line():
@@ -158,14 +189,18 @@ def test_unknown_prediction_is_one_clear_line():
 
 
 def test_wrong_shape_fails_with_a_named_dimension():
-    """Catches one log-SNR for two images, which would broadcast; the checker of the test session names the dimension b."""
+    """Catches one log-SNR for two images, which would broadcast; the checker of the test session
+    names the dimension b.
+    """
     with pytest.raises(jaxtyping.TypeCheckError, match=r"b=2"):
         VP.diffuse(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.zeros(1))
 
 
 def test_gradients_are_finite_at_both_ends():
     """Catches a square root or a logarithm whose derivative is infinite at log-SNR +-20."""
-    loss = lambda x, logsnr: jnp.sum(GaussianProcess("vp", "v").target(x, x, logsnr) + VP.diffuse(x, x, logsnr))
+    loss = lambda x, logsnr: jnp.sum(
+        GaussianProcess("vp", "v").target(x, x, logsnr) + VP.diffuse(x, x, logsnr)
+    )
     for value in (-20.0, 20.0):
         grads = jax.grad(loss, argnums=(0, 1))(jnp.ones((1, 2)), jnp.array([value]))
         assert all(np.all(np.isfinite(g)) for g in grads)

@@ -1,4 +1,6 @@
-"""Single sampler steps against float64 NumPy, the path through the whole loop, and what a picture may depend on."""
+"""Single sampler steps against float64 NumPy, the path through the whole loop, and what a picture
+may depend on.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +24,34 @@ def alpha_sigma(logsnr):
 def step_inputs():
     """z, x, noise [5 3], log-SNR at t and at the later s < t."""
     z, x, noise = np.random.default_rng(0).standard_normal((3, 5, 3)).astype(np.float32)
-    return z, x, noise, np.array([-18.0, -4.0, -0.5, 1.0, 9.0], np.float32), np.array([-7.0, -3.9, 0.0, 6.0, 20.0], np.float32)
+    return (
+        z,
+        x,
+        noise,
+        np.array([-18.0, -4.0, -0.5, 1.0, 9.0], np.float32),
+        np.array([-7.0, -3.9, 0.0, 6.0, 20.0], np.float32),
+    )
 
 
 def test_ddim_step(step_inputs):
-    """Catches s and t exchanged and eps scaled by sigma_t: z_s = alpha_s x + (sigma_s / sigma_t)(z_t - alpha_t x)."""
+    """Catches s and t exchanged and eps scaled by sigma_t: z_s = alpha_s x + (sigma_s /
+    sigma_t)(z_t - alpha_t x).
+    """
     z, x, _, logsnr_t, logsnr_s = step_inputs
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
     out = jax.jit(sampler.ddim_step, static_argnums=0)(VP, z, x, logsnr_t, logsnr_s)
-    np.testing.assert_allclose(out, alpha_s * x + sigma_s / sigma_t * (z - alpha_t * x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        out, alpha_s * x + sigma_s / sigma_t * (z - alpha_t * x), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.2, 1.0])
 def test_ancestral_step(gamma, step_inputs):
-    """Catches gamma reversed, a mix of variances for one of log-variances, and a variance used as a standard deviation.
+    """Catches gamma reversed, a mix of variances for one of log-variances, and a variance used as a
+    standard deviation.
 
-    The reference is Bayes' rule for q(z_s | z_t, x), written with the one-step variance sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2.
+    The reference is Bayes' rule for q(z_s | z_t, x), written with the one-step variance sigma_t^2 -
+    (alpha_t/alpha_s)^2 sigma_s^2.
     """
     z, x, noise, logsnr_t, logsnr_s = step_inputs
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
@@ -45,7 +59,9 @@ def test_ancestral_step(gamma, step_inputs):
     mean = (alpha_t / alpha_s) * sigma_s**2 / sigma_t**2 * z + alpha_s * one_step / sigma_t**2 * x
     small, large = one_step * sigma_s**2 / sigma_t**2, one_step
     expected = mean + np.sqrt(np.exp((1 - gamma) * np.log(small) + gamma * np.log(large))) * noise
-    out = jax.jit(sampler.ancestral_step, static_argnums=(0, 6))(VP, z, x, logsnr_t, logsnr_s, noise, gamma)
+    out = jax.jit(sampler.ancestral_step, static_argnums=(0, 6))(
+        VP, z, x, logsnr_t, logsnr_s, noise, gamma
+    )
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -53,12 +69,18 @@ def test_a_step_that_goes_nowhere_stays():
     """Catches noise added between two equal times, as happens where a schedule is clipped."""
     z, x, logsnr = jnp.ones((1, 2)), jnp.zeros((1, 2)), jnp.array([3.0])
     np.testing.assert_allclose(sampler.ddim_step(VP, z, x, logsnr, logsnr), z, rtol=1e-6)
-    np.testing.assert_allclose(sampler.ancestral_step(VP, z, x, logsnr, logsnr, z, 0.2), z, rtol=1e-6)
+    np.testing.assert_allclose(
+        sampler.ancestral_step(VP, z, x, logsnr, logsnr, z, 0.2), z, rtol=1e-6
+    )
 
 
 def test_noise_is_standard_normal_and_one_key_a_sample():
     """Catches uniform noise, and noise that repeats between samples or inside one."""
-    noise = jax.device_get(jax.jit(sampler.sample_noise, static_argnums=1)(jax.random.split(jax.random.key(0), 20_000), (2, 2)))
+    noise = jax.device_get(
+        jax.jit(sampler.sample_noise, static_argnums=1)(
+            jax.random.split(jax.random.key(0), 20_000), (2, 2)
+        )
+    )
     flat, n = noise.reshape(20_000, 4), noise.size
     assert noise.shape == (20_000, 2, 2)
     assert abs(flat.mean()) < 5 / n**0.5 and abs(flat.var() - 1) < 5 * (2 / n) ** 0.5
@@ -72,11 +94,15 @@ def trace(denoise_fn, b, shape=(3,), cond=None, **options):
     seen = []
 
     def traced(z, logsnr, cond):
-        jax.debug.callback(lambda *call: seen.append(tuple(map(np.asarray, call))), z, logsnr, ordered=True)
+        jax.debug.callback(
+            lambda *call: seen.append(tuple(map(np.asarray, call))), z, logsnr, ordered=True
+        )
         return denoise_fn(z, logsnr, cond)
 
     keys = jax.random.split(jax.random.key(1), b)
-    x = jax.jit(lambda keys, cond: sampler.sample(traced, keys, shape, cond, **settings(**options)))(keys, cond or {})
+    x = jax.jit(
+        lambda keys, cond: sampler.sample(traced, keys, shape, cond, **settings(**options))
+    )(keys, cond or {})
     jax.effects_barrier()
     return seen, np.asarray(x)
 
@@ -87,27 +113,40 @@ def toward_half(z, logsnr, cond):
 
 
 def test_network_is_evaluated_once_a_step_on_the_uniform_grid():
-    """Catches a grid that is off by one, ends before t = 1 or evaluates at t = 0, and a wasted evaluation."""
+    """Catches a grid that is off by one, ends before t = 1 or evaluates at t = 0, and a wasted
+    evaluation.
+    """
     seen, _ = trace(toward_half, 2, schedule="linear", steps=5)
     expected = linear(jnp.asarray([1.0, 0.8, 0.6, 0.4, 0.2], jnp.float32))
     assert len(seen) == 5
-    np.testing.assert_allclose([logsnr for _, logsnr in seen], np.stack([expected, expected], axis=1), rtol=1e-3)
+    np.testing.assert_allclose(
+        [logsnr for _, logsnr in seen], np.stack([expected, expected], axis=1), rtol=1e-3
+    )
 
 
 def test_ddim_path():
-    """Catches a loop that steps with the wrong pair of times or a stale x-hat, and a last step that does not return x-hat."""
+    """Catches a loop that steps with the wrong pair of times or a stale x-hat, and a last step that
+    does not return x-hat.
+    """
     seen, x = trace(toward_half, 4, steps=5)
     for (z, logsnr_t), (z_next, logsnr_s) in zip(seen, seen[1:]):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
         x_hat = toward_half(z, logsnr_t, {})
-        np.testing.assert_allclose(z_next, alpha_s * x_hat + sigma_s / sigma_t * (z - alpha_t * x_hat), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            z_next,
+            alpha_s * x_hat + sigma_s / sigma_t * (z - alpha_t * x_hat),
+            rtol=1e-4,
+            atol=1e-5,
+        )
     np.testing.assert_allclose(x, toward_half(*seen[-1], {}), rtol=1e-5)
 
 
 def test_ancestral_path():
-    """Catches noise reused between steps or taken from the initial noise, noise at the last step, and gamma lost on the way.
+    """Catches noise reused between steps or taken from the initial noise, noise at the last step,
+    and gamma lost on the way.
 
-    The noise of each step is recovered from the path: standard normal, and independent of every other and of the start.
+    The noise of each step is recovered from the path: standard normal, and independent of every
+    other and of the start.
     """
     b, gamma = 8_000, 0.7
     seen, x = trace(toward_half, b, method="ancestral", gamma=gamma)
@@ -115,8 +154,14 @@ def test_ancestral_path():
     for (z, logsnr_t), (z_next, logsnr_s) in zip(seen, seen[1:]):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
         one_step = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
-        mean = (alpha_t / alpha_s) * sigma_s**2 / sigma_t**2 * z + alpha_s * one_step / sigma_t**2 * toward_half(z, logsnr_t, {})
-        noises.append((z_next - mean) / np.sqrt(one_step * (sigma_s**2 / sigma_t**2) ** (1 - gamma)))
+        mean = (
+            alpha_t / alpha_s
+        ) * sigma_s**2 / sigma_t**2 * z + alpha_s * one_step / sigma_t**2 * toward_half(
+            z, logsnr_t, {}
+        )
+        noises.append(
+            (z_next - mean) / np.sqrt(one_step * (sigma_s**2 / sigma_t**2) ** (1 - gamma))
+        )
     noises = np.concatenate(noises, axis=1)
     assert noises.shape == (b, 12)
     assert np.abs(noises.mean(axis=0)).max() < 5 / b**0.5
@@ -133,45 +178,69 @@ def from_text(z, logsnr, cond):
 
 
 def test_thresholding_acts_on_the_guided_x_and_eps_follows_it():
-    """Catches thresholding before guidance (the result would be 3.6), and DDIM with the eps of the x-hat before thresholding."""
+    """Catches thresholding before guidance (the result would be 3.6), and DDIM with the eps of the
+    x-hat before thresholding.
+    """
     seen, x = trace(from_text, 2, cond=TEXT, w=4.0, steps=3, threshold="dynamic")
     for (z, logsnr_t), (z_next, logsnr_s) in zip(seen, seen[1:]):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
         x_hat = np.array([[1.0, -1.0, 0.0]])
-        np.testing.assert_allclose(z_next, alpha_s * x_hat + sigma_s / sigma_t * (z - alpha_t * x_hat), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            z_next,
+            alpha_s * x_hat + sigma_s / sigma_t * (z - alpha_t * x_hat),
+            rtol=1e-4,
+            atol=1e-5,
+        )
         np.testing.assert_array_equal(z[:2], z[2:])
     np.testing.assert_allclose(x, [[1.0, -1.0, 0.0]] * 2, atol=1e-6)
 
 
 def test_guidance_in_an_interval_runs_one_pass_outside_it():
-    """Catches an interval that is ignored, that guides outside, or that saves nothing: with w = 3 inside log-SNR -1 to 2 alone."""
+    """Catches an interval that is ignored, that guides outside, or that saves nothing: with w = 3
+    inside log-SNR -1 to 2 alone.
+    """
     seen, x = trace(from_text, 2, cond=TEXT, w=3.0, w_interval=(-1.0, 2.0), steps=6)
     levels = np.asarray(settings(steps=6)["levels"])
     assert [len(z) for z, _ in seen] == [4 if -1.0 <= level < 2.0 else 2 for level in levels]
-    np.testing.assert_allclose(x, [[0.9, -0.9, 0.0]] * 2, atol=1e-5)  # the last evaluation is outside
+    np.testing.assert_allclose(
+        x, [[0.9, -0.9, 0.0]] * 2, atol=1e-5
+    )  # the last evaluation is outside
 
 
 @pytest.mark.parametrize("w, rows", [(1.0, 2), (3.0, 4)])
 def test_guidance_costs_twice_the_batch_and_none_costs_nothing(w, rows):
-    """Catches an unconditional evaluation at w = 1, and two evaluations a step in place of one of twice the size."""
+    """Catches an unconditional evaluation at w = 1, and two evaluations a step in place of one of
+    twice the size.
+    """
     seen, x = trace(from_text, 2, cond=TEXT, w=w, steps=2)
     assert [z.shape for z, _ in seen] == 2 * [(rows, 3)]
     np.testing.assert_allclose(x, [[w * 0.9, -w * 0.9, 0.0]] * 2, atol=1e-5)
 
 
 def test_percentile_reaches_the_threshold_of_a_single_step():
-    """Catches a percentile that is fixed or rescaled, and a sampler that cannot take one step: the median of |x-hat| = (3.6, 1.8, 0.9) is 1.8."""
-    network = lambda z, logsnr, cond: jnp.broadcast_to(cond["text"][:, 0], z.shape) * jnp.array([[1.0, 0.5, 0.25]])
+    """Catches a percentile that is fixed or rescaled, and a sampler that cannot take one step: the
+    median of |x-hat| = (3.6, 1.8, 0.9) is 1.8.
+    """
+    network = lambda z, logsnr, cond: (
+        jnp.broadcast_to(cond["text"][:, 0], z.shape) * jnp.array([[1.0, 0.5, 0.25]])
+    )
     seen, x = trace(network, 2, cond=TEXT, w=4.0, steps=1, threshold="dynamic", percentile=50.0)
     assert len(seen) == 1
     np.testing.assert_allclose(x, [[1.0, 1.0, 0.5]] * 2, atol=1e-6)
 
 
 def conv_network(z, logsnr, cond):
-    """A small fixed convolution network on images [b 6 6 3] that reads text, low-res image and both noise levels (prediction eps)."""
+    """A small fixed convolution network on images [b 6 6 3] that reads text, low-res image and both
+    noise levels (prediction eps).
+    """
     rng = np.random.default_rng(7)
-    first, last, from_tokens = (rng.normal(0, 0.3, shape).astype(np.float32) for shape in [(3, 3, 6, 8), (3, 3, 8, 3), (4, 8)])
-    conv = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    first, last, from_tokens = (
+        rng.normal(0, 0.3, shape).astype(np.float32)
+        for shape in [(3, 3, 6, 8), (3, 3, 8, 3), (4, 8)]
+    )
+    conv = lambda x, kernel: jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     weights = cond["text_mask"] / jnp.sum(cond["text_mask"], axis=1, keepdims=True)
     text = jnp.einsum("bld,bl->bd", cond["text"], weights) @ from_tokens
     shift = text + 0.1 * (logsnr + cond["lowres_logsnr"])[:, None]
@@ -185,21 +254,43 @@ def picture_inputs(seeds):
     for seed in seeds:
         rng = np.random.default_rng(seed)
         mask = np.arange(5) < rng.integers(1, 6)
-        rows.append((rng.standard_normal((5, 4)) * mask[:, None], mask, rng.uniform(-1, 1, (6, 6, 3)), rng.uniform(-3, 3)))
+        rows.append(
+            (
+                rng.standard_normal((5, 4)) * mask[:, None],
+                mask,
+                rng.uniform(-1, 1, (6, 6, 3)),
+                rng.uniform(-3, 3),
+            )
+        )
     text, mask, lowres, logsnr = (np.stack(column) for column in zip(*rows))
-    cond = {"text": text.astype(np.float32), "text_mask": mask, "lowres": lowres.astype(np.float32), "lowres_logsnr": logsnr.astype(np.float32)}
+    cond = {
+        "text": text.astype(np.float32),
+        "text_mask": mask,
+        "lowres": lowres.astype(np.float32),
+        "lowres_logsnr": logsnr.astype(np.float32),
+    }
     return jax.vmap(jax.random.key)(jnp.asarray(seeds)), jax.tree.map(jnp.asarray, cond)
 
 
 @jax.jit
 def draw_pictures(keys, cond):
     """Everything a picture passes through: guidance, dynamic threshold, noise at every step."""
-    options = settings(prediction="eps", method="ancestral", steps=6, gamma=0.2, w=3.0, threshold="dynamic", percentile=90.0)
+    options = settings(
+        prediction="eps",
+        method="ancestral",
+        steps=6,
+        gamma=0.2,
+        w=3.0,
+        threshold="dynamic",
+        percentile=90.0,
+    )
     return sampler.sample(conv_network, keys, (6, 6, 3), cond, **options)
 
 
 def test_a_picture_does_not_depend_on_its_batch_mates():
-    """Catches one key for the batch and statistics over it: with other mates, bit for bit the same; elsewhere in the batch or in another size, within 1/255."""
+    """Catches one key for the batch and statistics over it: with other mates, bit for bit the same;
+    elsewhere in the batch or in another size, within 1/255.
+    """
     pictures = np.asarray(draw_pictures(*picture_inputs([3, 5, 8, 13])))
     assert np.all(np.isfinite(pictures)) and np.abs(pictures[0] - pictures[1]).max() > 0.1
     others = np.asarray(draw_pictures(*picture_inputs([3, 21, 34, 55])))
@@ -248,7 +339,8 @@ def gaussian_x_hat(z, logsnr):
     return 0.25 * alpha / (0.25 * alpha**2 + sigma**2) * z
 
 
-# Relative error at log-SNR 6, from z = 1 at -10, against the exact .5018595848 (std of z there over std at -10).
+# Relative error at log-SNR 6, from z = 1 at -10, against the exact .5018595848 (std of z there over
+# std at -10).
 ERRORS = {
     "ddim": {8: -0.2195, 16: -0.1164, 32: -0.0600, 64: -0.0305},
     "dpmpp_2m": {8: 0.0068, 16: 0.0116, 32: 0.00348, 64: 0.000904},
@@ -257,7 +349,9 @@ ERRORS = {
 
 @pytest.mark.parametrize("method", ERRORS)
 def test_order_of_convergence(method):
-    """Catches a second-order sampler that is of first order, a carry that is lost or of the wrong step, and another first step."""
+    """Catches a second-order sampler that is of first order, a carry that is lost or of the wrong
+    step, and another first step.
+    """
     run = jax.jit(sampler.integrate, static_argnums=(0, 1, 2))
     for steps, expected in ERRORS[method].items():
         levels, keys = jnp.linspace(-10.0, 6.0, steps + 1), jax.random.split(jax.random.key(0), 1)
@@ -266,16 +360,25 @@ def test_order_of_convergence(method):
 
 
 def test_dpm_solver_step():
-    """Catches the extrapolation in the wrong direction or by the wrong ratio: from log-SNR -2 to 0 after -4, D = .4 and z = .932228."""
+    """Catches the extrapolation in the wrong direction or by the wrong ratio: from log-SNR -2 to 0
+    after -4, D = .4 and z = .932228.
+    """
     at = sampler.Step(jnp.array([-2.0]), jnp.array([0.0]), lambda: None)
     carry = jnp.full((1, 1), 0.1), jnp.array([1.0])
-    z, (x, h) = sampler.DPMSolver2M().step(VP, lambda z, logsnr: jnp.full_like(z, 0.3), jnp.ones((1, 1)), carry, at)
+    z, (x, h) = sampler.DPMSolver2M().step(
+        VP, lambda z, logsnr: jnp.full_like(z, 0.3), jnp.ones((1, 1)), carry, at
+    )
     np.testing.assert_allclose([z[0, 0], x[0, 0], h[0]], [0.932228, 0.3, 1.0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"method": "ancestral"}, {"method": "ddim"}, {"method": "dpmpp_2m", "grid": "logsnr"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "ancestral"}, {"method": "ddim"}, {"method": "dpmpp_2m", "grid": "logsnr"}],
+)
 def test_from_a_noised_image_the_way_is_back_to_it(options):
-    """Catches a run that cannot start in the middle: from an image noised to log-SNR 3, a network that knows the image returns it."""
+    """Catches a run that cannot start in the middle: from an image noised to log-SNR 3, a network
+    that knows the image returns it.
+    """
     image = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (3, 4)), jnp.float32)
     made, keys = settings(steps=12, **options), jax.random.split(jax.random.key(0), 3)
     start = jnp.full(3, 3.0)

@@ -62,14 +62,19 @@ def together(monkeypatch):
     def run(function):
         store.clear(), store.barriers.clear()  # new threads begin with round 0
         with concurrent.futures.ThreadPoolExecutor(COUNT) as pool:
-            return [future.result() for future in [pool.submit(process, function, index) for index in range(COUNT)]]
+            return [
+                future.result()
+                for future in [pool.submit(process, function, index) for index in range(COUNT)]
+            ]
 
     run.store = store
     return run
 
 
 def test_all_hear_what_all_say(together):
-    """Catches: an answer of an earlier round, one read before all have spoken, keys that are kept for ever."""
+    """Catches: an answer of an earlier round, one read before all have spoken, keys that are kept
+    for ever.
+    """
 
     def talk(index):
         heard = []
@@ -84,25 +89,40 @@ def test_all_hear_what_all_say(together):
 
 
 def test_unlike_processes_are_named_in_all(together):
-    """Catches: an error in the odd process alone, after which the others wait for it, and one that does not say what differs."""
+    """Catches: an error in the odd process alone, after which the others wait for it, and one that
+    does not say what differs.
+    """
 
     def start(index):
         agreement.check({"config": "same", "data": "same"})
-        with pytest.raises(ValueError, match=r"^the processes were not started alike: process 2 \(c\) has another data than process 0 \(a\)$"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                r"^the processes were not started alike: process 2 \(c\) has another data than"
+                r" process 0 \(a\)$"
+            ),
+        ):
             agreement.check({"config": "same", "data": "other" if index == 2 else "same"})
 
     together(start)
 
 
 def test_directories_that_are_not_shared(together, tmp_path):
-    """Catches: hosts that each write their part of a checkpoint to a disk of their own, and a file left by an earlier run taken for a sign that they share."""
+    """Catches: hosts that each write their part of a checkpoint to a disk of their own, and a file
+    left by an earlier run taken for a sign that they share.
+    """
     for index in range(COUNT):
         (tmp_path / str(index)).mkdir()
         (tmp_path / str(index) / "hosts.json").write_text('{"start": "earlier"}')
     together(lambda index: agreement.check_shared(tmp_path / "0", 5))
 
     def apart(index):
-        with pytest.raises(ValueError, match=r"is another directory on process 1 \(b\), process 2 \(c\) than on process 0 \(a\)"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                r"is another directory on process 1 \(b\), process 2 \(c\) than on process 0 \(a\)"
+            ),
+        ):
             agreement.check_shared(tmp_path / str(index), 0.5)
 
     together(apart)

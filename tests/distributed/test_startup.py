@@ -10,13 +10,21 @@ ALL = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476", "JAX_NUM_PROCESSES": "4", "JA
 def test_explicit_place():
     """Catches: swapped variables, an IPv6 address cut at its first colon."""
     place = startup.from_environment(ALL, 1)
-    assert (place.host, place.port, place.count, place.index, place.local_devices) == ("10.0.0.2", 8476, 4, 3, None)
+    assert (place.host, place.port, place.count, place.index, place.local_devices) == (
+        "10.0.0.2",
+        8476,
+        4,
+        3,
+        None,
+    )
     place = startup.from_environment(ALL | {"JAX_COORDINATOR_ADDRESS": "[fe80::2]:8476"}, 1)
     assert (place.host, place.port) == ("fe80::2", 8476)
 
 
 def test_alone():
-    """Catches: a service started, or a cluster asked, for a process that is alone or wants to be."""
+    """Catches: a service started, or a cluster asked, for a process that is alone or
+    wants to be.
+    """
     assert startup.from_environment({}, 1) is None
     assert startup.from_environment({"JAX_NUM_PROCESSES": "1"}, 1) is None
     assert startup.hosts() == [] and startup.place() is None
@@ -28,7 +36,13 @@ def test_alone():
         ({"JAX_PROCESS_ID": "4"}, "process 4 of 4 .*: the processes of 4 are 0 to 3"),
         ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID='-1' is not a number"),
         ({"JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES='four' is not a number"),
-        ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID not set beside JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES: set all three"),
+        (
+            {"JAX_PROCESS_ID": ""},
+            (
+                "JAX_PROCESS_ID not set beside JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES: set"
+                " all three"
+            ),
+        ),
         ({"JAX_COORDINATOR_ADDRESS": ""}, "JAX_COORDINATOR_ADDRESS not set beside"),
         ({"JAX_COORDINATOR_ADDRESS": "10.0.0.2"}, "'10.0.0.2' .* is not host:port"),
         ({"JAX_COORDINATOR_ADDRESS": ":8476"}, "is not host:port"),
@@ -53,7 +67,11 @@ class Cluster:
     get_process_count = classmethod(lambda cls: cls.count)
     get_process_id = classmethod(lambda cls: cls.index)
     get_local_process_id = classmethod(lambda cls: cls.local)
-    get_coordinator_address = classmethod(lambda cls, timeout_secs, override_coordinator_port: f"head:{override_coordinator_port or 1234}")
+    get_coordinator_address = classmethod(
+        lambda cls, timeout_secs, override_coordinator_port: (
+            f"head:{override_coordinator_port or 1234}"
+        )
+    )
     _get_worker_list_in_slice = staticmethod(lambda: ["head", "b", "c", "d"])
 
 
@@ -68,10 +86,18 @@ def cluster(monkeypatch):
 
 
 def test_detected_cluster(cluster, monkeypatch):
-    """Catches: a detected place that is not used, hosts known by name and called by number, one process a device forgotten."""
+    """Catches: a detected place that is not used, hosts known by name and called by number, one
+    process a device forgotten.
+    """
     cluster()
     place = startup.from_environment({}, 1)
-    assert (place.coordinator, place.count, place.index, place.how, place.local_devices) == ("head:1234", 4, 0, "pod", None)
+    assert (place.coordinator, place.count, place.index, place.how, place.local_devices) == (
+        "head:1234",
+        4,
+        0,
+        "pod",
+        None,
+    )
     assert place.name(2) == "process 2 (c)"
     cluster(index=3, local=1)
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "99")
@@ -88,5 +114,8 @@ def test_cluster_that_does_not_answer(cluster):
         raise RuntimeError("no\nmetadata")
 
     cluster(get_process_id=classmethod(fails))
-    with pytest.raises(ValueError, match="pod was detected, but not this process's place in it: .*set JAX_COORDINATOR_ADDRESS"):
+    with pytest.raises(
+        ValueError,
+        match="pod was detected, but not this process's place in it: .*set JAX_COORDINATOR_ADDRESS",
+    ):
         startup.from_environment({}, 1)

@@ -1,4 +1,6 @@
-"""Who is said to hold the others up, with a store in this process's memory; processes that really die are in tests/test_multihost.py."""
+"""Who is said to hold the others up, with a store in this process's memory; processes that really
+die are in tests/test_multihost.py.
+"""
 
 import json
 import time
@@ -13,7 +15,9 @@ LOST_S = 1.0
 
 
 def signs(**changes):
-    """Three processes that do the same, the last heard of 1 s ago; changes by process: p1=dict(step=3)."""
+    """Three processes that do the same, the last heard of 1 s ago; changes by process:
+    p1=dict(step=3).
+    """
     made = {i: Sign(step=5, doing="training", turn=11, beat=7, heard=99.0) for i in range(3)}
     for name, change in changes.items():
         for field, value in change.items():
@@ -25,13 +29,29 @@ def signs(**changes):
     "found, behind, words",
     [
         (signs(), [], "nobody: all 3 processes are alive and at step 5, training"),
-        (signs(p1=dict(heard=60.0)), [1], "process 1 (b), silent for 40 s, last at step 5, training"),
+        (
+            signs(p1=dict(heard=60.0)),
+            [1],
+            "process 1 (b), silent for 40 s, last at step 5, training",
+        ),
         (signs(p1=dict(heard=60.0, doing="finished")), [], "nobody: "),
-        (signs(p2=dict(step=4, doing="reading a batch", turn=9)), [2], "process 2 (c), at step 4, reading a batch"),
-        (signs(p2=dict(doing="reading a batch", turn=10)), [2], "process 2 (c), at step 5, reading a batch"),
+        (
+            signs(p2=dict(step=4, doing="reading a batch", turn=9)),
+            [2],
+            "process 2 (c), at step 4, reading a batch",
+        ),
+        (
+            signs(p2=dict(doing="reading a batch", turn=10)),
+            [2],
+            "process 2 (c), at step 5, reading a batch",
+        ),
         (signs(p0=dict(turn=12), p1=dict(turn=12)), [2], "process 2 (c), at step 5, training"),
         (signs(p1=dict(heard=60.0), p2=dict(turn=9)), [1], "process 1 (b), silent"),
-        (signs(p0=dict(heard=60.0), p1=dict(heard=60.0), p2=dict(heard=60.0)), [0, 1, 2], "process 0 (a), silent for 40 s, last at step 5, training; process 1 (b)"),
+        (
+            signs(p0=dict(heard=60.0), p1=dict(heard=60.0), p2=dict(heard=60.0)),
+            [0, 1, 2],
+            "process 0 (a), silent for 40 s, last at step 5, training; process 1 (b)",
+        ),
     ],
 )
 def test_who_is_behind(found, behind, words):
@@ -50,7 +70,9 @@ class Store(dict):
         return [(key, value) for key, value in list(self.items()) if key.startswith(directory)]
 
     def beat(self, index, beat, **changes):
-        self[f"{watch.SIGNS}{index}"] = json.dumps({"step": 0, "doing": "training", "turn": 1, "beat": beat} | changes)
+        self[f"{watch.SIGNS}{index}"] = json.dumps(
+            {"step": 0, "doing": "training", "turn": 1, "beat": beat} | changes
+        )
 
 
 @pytest.fixture
@@ -89,7 +111,9 @@ class Clock:
 
 
 def test_waiting_is_explained(processes, caplog, monkeypatch):
-    """Catches: a warning while all goes well, none while nothing does, and one that blames a process for its own waiting."""
+    """Catches: a warning while all goes well, none while nothing does, and one that blames a
+    process for its own waiting.
+    """
     monkeypatch.setattr(watch, "time", clock := Clock())
     watching, store, codes = processes(1)
 
@@ -103,19 +127,31 @@ def test_waiting_is_explained(processes, caplog, monkeypatch):
             watching._look()
 
     stay = lambda beat: None
-    go(range(60), lambda beat: watching.at(beat, "training"), p0=dict(step=60, turn=120), p2=dict(step=60, turn=120))
+    go(
+        range(60),
+        lambda beat: watching.at(beat, "training"),
+        p0=dict(step=60, turn=120),
+        p2=dict(step=60, turn=120),
+    )
     assert not caplog.records
     go(range(100, 150), stay, p2=dict(step=60, turn=122))
-    assert "step 59, training for" in caplog.messages[0] and "waiting for process 0 (a), silent for" in caplog.messages[0]
+    assert (
+        "step 59, training for" in caplog.messages[0]
+        and "waiting for process 0 (a), silent for" in caplog.messages[0]
+    )
     caplog.clear()
     watching.at(59, "reading a batch")
     go(range(200, 260), stay, p0=dict(step=61, turn=130), p2=dict(step=61, turn=130))
-    assert "step 59, reading a batch for" in caplog.messages[0] and caplog.messages[0].endswith("the others wait for this process")
+    assert "step 59, reading a batch for" in caplog.messages[0] and caplog.messages[0].endswith(
+        "the others wait for this process"
+    )
     assert codes == []
 
 
 def test_another_process_that_failed_ends_this_one(processes, capfd):
-    """Catches: waiting in a collective operation for a process that has ended, and an exit code that blames this one."""
+    """Catches: waiting in a collective operation for a process that has ended, and an exit code
+    that blames this one.
+    """
     watching, store, codes = processes(2)
     with watching:
         time.sleep(LOST_S / 5)
@@ -126,9 +162,18 @@ def test_another_process_that_failed_ends_this_one(processes, capfd):
     assert "error: process 1 (b) failed: no space left\n" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("error, code, trace", [(ValueError("wrong\nfield"), 2, False), (KeyError("x"), 1, True), (OSError(116, "Stale file handle"), 1, False)])
+@pytest.mark.parametrize(
+    "error, code, trace",
+    [
+        (ValueError("wrong\nfield"), 2, False),
+        (KeyError("x"), 1, True),
+        (OSError(116, "Stale file handle"), 1, False),
+    ],
+)
 def test_own_failure_is_published(processes, capfd, error, code, trace):
-    """Catches: an error that the others never hear of, a foreseen one with a traceback, another without; a file system that was away taken for a mistake, which no launcher repeats."""
+    """Catches: an error that the others never hear of, a foreseen one with a traceback, another
+    without; a file system that was away taken for a mistake, which no launcher repeats.
+    """
     watching, store, codes = processes(1)
     with pytest.raises(type(error)), watching:
         raise error
@@ -140,7 +185,9 @@ def test_own_failure_is_published(processes, capfd, error, code, trace):
 
 
 def test_failed_operation_is_blamed_on_the_process_that_went(processes, capfd):
-    """Catches: a long traceback of a collective operation where another process has died; and a process blamed that is there."""
+    """Catches: a long traceback of a collective operation where another process has died; and a
+    process blamed that is there.
+    """
     import jax
 
     watching, store, codes = processes(1)
@@ -150,7 +197,9 @@ def test_failed_operation_is_blamed_on_the_process_that_went(processes, capfd):
     assert codes[0] == watch.LOST
     err = capfd.readouterr().err
     assert "Traceback" not in err and "error: lost process 0 (a), silent for" in err
-    assert store[f"{watch.FAILURES}1"].startswith("lost process 0 (a), silent for")  # so that nobody takes the next to leave for the one that was lost
+    assert store[f"{watch.FAILURES}1"].startswith(
+        "lost process 0 (a), silent for"
+    )  # so that nobody takes the next to leave for the one that was lost
 
     watching, store, codes = processes(1)
     with pytest.raises(jax.errors.JaxRuntimeError), watching:

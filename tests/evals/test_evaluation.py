@@ -123,7 +123,11 @@ def test_x_hat_error_follows_from_the_error_of_eps(t, size):
     eps = jnp.asarray(noise, jnp.float32)
     logsnr = schedule.cosine(jnp.full(2, t))
     alpha, sigma = GaussianProcess("vp", "eps").alpha_sigma(logsnr, 1)
-    found = x_hat_error(toys.Base(eps, size), {}, batch, {"eps": eps, "drop": jnp.zeros(2, bool)}, logsnr)
+    found = x_hat_error(
+        toys.Base(eps, size), {}, batch, {"eps": eps, "drop": jnp.zeros(2, bool)}, logsnr
+    )
     np.testing.assert_allclose(found, (sigma / alpha * size) ** 2, rtol=1e-4)
-    bounded = x_hat_error(toys.Base(eps, -1000.0), {}, batch, {"eps": eps, "drop": jnp.zeros(2, bool)}, logsnr)
+    bounded = x_hat_error(
+        toys.Base(eps, -1000.0), {}, batch, {"eps": eps, "drop": jnp.zeros(2, bool)}, logsnr
+    )
     np.testing.assert_allclose(bounded, (1 - 128 / 127.5 + 1) ** 2, rtol=1e-4)

@@ -12,7 +12,9 @@ def flat(*values, size=4):
 
 
 def test_distance_is_the_root_mean_square_in_grey_levels():
-    """Catches uint8 arithmetic that wraps around, a sum instead of a mean, and pixels left out at the end of a block."""
+    """Catches uint8 arithmetic that wraps around, a sum instead of a mean, and pixels left out at
+    the end of a block.
+    """
     rng = np.random.default_rng(0)
     a, b = (rng.integers(0, 256, (n, 40, 40, 3), np.uint8) for n in (3, 5))
     wanted = [[np.sqrt(np.mean((x.astype(float) - y) ** 2)) for y in b] for x in a]
@@ -32,7 +34,13 @@ def test_planted_answers_are_counted():
 
 
 def test_ties_count_against_the_sample():
-    """Catches a strict comparison: a grey nothing, equally far from all, would find everything; a duplicate of the right image too."""
-    found = nearest.score(nearest.distances(flat(20, 20), flat(10, 30, 10, 30, 10, 30)), np.array([0, 1]))
+    """Catches a strict comparison: a grey nothing, equally far from all, would find everything; a
+    duplicate of the right image too.
+    """
+    found = nearest.score(
+        nearest.distances(flat(20, 20), flat(10, 30, 10, 30, 10, 30)), np.array([0, 1])
+    )
     assert found["top5"]["hits"] == 0 and found["median_rank"] == 6.0
-    assert nearest.ranks(nearest.distances(flat(11), flat(10, 10, 40)), np.array([0])).tolist() == [2]
+    assert nearest.ranks(nearest.distances(flat(11), flat(10, 10, 40)), np.array([0])).tolist() == [
+        2
+    ]

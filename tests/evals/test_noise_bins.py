@@ -27,7 +27,7 @@ def test_bins_without_times_lie_between_their_edges():
     found = noise_bins.by_bin(SAME, EDGES)["bins"]
     assert all("t" not in entry for entry in found)
     assert [entry["logsnr_centre"] for entry in found] == [12.0, 2.0, -2.0, -12.0]
-    assert [entry["logsnr"] for entry in found][0] == [20.0, 4.0]
+    assert next(entry["logsnr"] for entry in found) == [20.0, 4.0]
 
 
 @pytest.mark.parametrize("edges, centres", [(EDGES[:4], CENTRES), (EDGES, CENTRES[:3])])
@@ -37,10 +37,13 @@ def test_edges_of_other_bins_are_refused(edges, centres):
         noise_bins.by_bin(SAME, edges, centres)
 
 
-@pytest.mark.parametrize("density", [UniformTime("cosine"), UniformTime("linear"), LogitNormal(-0.8, 0.8)])
+@pytest.mark.parametrize(
+    "density", [UniformTime("cosine"), UniformTime("linear"), LogitNormal(-0.8, 0.8)]
+)
 def test_training_bins_are_drawn_equally_often(density):
-    """Catches bins of equal log-SNR, a noise level that is not that of the draw, and edges in the reverse
-    order of the values."""
+    """Catches bins of equal log-SNR, a noise level that is not that of the draw, and edges in the
+    reverse order of the values.
+    """
     bins = TrainingBins(density, 4)
     draws, logsnr = bins.noise_level({"u": jnp.array([0.0, 0.5]), "eps": jnp.ones(2)}, 1)
     assert draws["u"].tolist() == [0.25, 0.375] and draws["eps"].tolist() == [1.0, 1.0]

@@ -10,10 +10,18 @@ from imagen_jax.evals import statistics
 
 @pytest.mark.parametrize(
     "hits, n, low, high",
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718), (20, 20, 0.8389, 1.0)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 0.8389, 1.0),
+    ],
 )
 def test_wilson_interval_is_the_published_one(hits, n, low, high):
-    """Catches the normal interval (no width at 0 of 20), a continuity correction, or z of another level: Newcombe 1998, table I, method 3."""
+    """Catches the normal interval (no width at 0 of 20), a continuity correction, or z of another
+    level: Newcombe 1998, table I, method 3.
+    """
     assert statistics.wilson(hits, n) == pytest.approx((low, high), abs=6e-5)
 
 
@@ -25,22 +33,34 @@ def test_what_is_no_proportion_is_refused(hits, n):
 
 
 def test_standard_error_is_that_of_the_mean():
-    """Catches the population's deviation (ddof 0: 1.118 / 2), and the deviation itself in place of the mean's error."""
+    """Catches the population's deviation (ddof 0: 1.118 / 2), and the deviation itself in place of
+    the mean's error.
+    """
     found = statistics.summary(np.array([1.0, 2.0, 3.0, 4.0]))
     assert found == {"mean": 2.5, "se": pytest.approx(1.2909944 / 2), "n": 4}
-    assert statistics.difference(np.array([1.0, 2.0, 3.0, 4.0]))["ratio"] == pytest.approx(2.5 / 0.6454972)
+    assert statistics.difference(np.array([1.0, 2.0, 3.0, 4.0]))["ratio"] == pytest.approx(
+        2.5 / 0.6454972
+    )
 
 
 def test_the_undefined_is_null_in_json():
-    """Catches NaN or Infinity in the result, which JSON readers refuse: one value, no spread, a diverged loss."""
-    found = [statistics.difference(np.array(values)) for values in ([2.0], [1.0, 1.0], [np.nan, 1.0])]
+    """Catches NaN or Infinity in the result, which JSON readers refuse: one value, no spread, a
+    diverged loss.
+    """
+    found = [
+        statistics.difference(np.array(values)) for values in ([2.0], [1.0, 1.0], [np.nan, 1.0])
+    ]
     assert [(f["se"], f["ratio"]) for f in found] == [(None, None), (0.0, None), (None, None)]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 3, 4], [7, 7, 7, 1, 2, 3], [5, 5, 6, 6], [0, 0, 1, 1, 1, 2, 2]])
+@pytest.mark.parametrize(
+    "labels", [[0, 1], [0, 1, 2, 3, 4], [7, 7, 7, 1, 2, 3], [5, 5, 6, 6], [0, 0, 1, 1, 1, 2, 2]]
+)
 def test_nobody_keeps_his_own_caption(labels):
-    """Catches a plain permutation (fixed points dilute the control), and one that gives a row the same caption from another row."""
+    """Catches a plain permutation (fixed points dilute the control), and one that gives a row the
+    same caption from another row.
+    """
     labels = np.array(labels)
     seen = set()
     for seed in range(50):

@@ -14,7 +14,9 @@ def test_bicubic_is_smooth_and_in_place():
     """Catches nearest or bilinear up-sampling, and an image shifted by half a pixel."""
     ramp = np.broadcast_to((np.arange(8, dtype=np.uint8) * 32)[None, None, :, None], (1, 8, 8, 3))
     found = superres.bicubic(ramp, 32)[0, 16, :, 0].astype(int)
-    inner = 32 * ((np.arange(8, 24) + 0.5) / 4 - 0.5)  # pixel centres of the large image, in small pixels
+    inner = 32 * (
+        (np.arange(8, 24) + 0.5) / 4 - 0.5
+    )  # pixel centres of the large image, in small pixels
     assert np.abs(found[8:24] - inner).max() <= 1
     step = np.zeros((1, 8, 8, 3), np.uint8)
     step[:, :, 4:] = 200
@@ -39,19 +41,27 @@ def test_consistency_in_grey_levels_and_decibels():
 
 
 def test_detail_tells_right_from_other_images():
-    """Catches images compared instead of residuals: all share one up-sampled image, and only the small detail differs."""
+    """Catches images compared instead of residuals: all share one up-sampled image, and only the
+    small detail differs.
+    """
     upsampled = np.repeat(noise(1, 16, 0) // 2 + 60, 8, axis=0)
     detail = noise(8, 16, 1) // 16
     images = upsampled + detail
     found = superres.detail(superres.residual_correlations(images, images, upsampled))
-    assert found["own"]["mean"] == pytest.approx(1.0, abs=1e-6) and abs(found["other"]["mean"]) < 0.05
+    assert (
+        found["own"]["mean"] == pytest.approx(1.0, abs=1e-6) and abs(found["other"]["mean"]) < 0.05
+    )
     assert found["top1"]["hits"] == 8 and found["difference"]["ratio"] > 3
-    wrong = superres.detail(superres.residual_correlations(np.roll(images, 1, axis=0), images, upsampled))
+    wrong = superres.detail(
+        superres.residual_correlations(np.roll(images, 1, axis=0), images, upsampled)
+    )
     assert wrong["top1"]["hits"] == 0 and abs(wrong["own"]["mean"]) < 0.1
 
 
 def test_no_detail_finds_nothing():
     """Catches NaN, or every image found, for a stage that only up-samples."""
     upsampled = noise(6, 8, 2) // 2
-    found = superres.detail(superres.residual_correlations(upsampled, upsampled + noise(6, 8, 3) // 4, upsampled))
+    found = superres.detail(
+        superres.residual_correlations(upsampled, upsampled + noise(6, 8, 3) // 4, upsampled)
+    )
     assert found["own"]["mean"] == 0.0 and found["top5"]["hits"] == 0

@@ -27,15 +27,28 @@ MEANT = {
 
 @pytest.mark.parametrize("name", MEANT)
 def test_names_as_people_write_them(name):
-    """Catches cores taken for chips (v4-512 is 256 chips), slices left out of the count, an alias that is not known."""
+    """Catches cores taken for chips (v4-512 is 256 chips), slices left out of the count, an alias
+    that is not known.
+    """
     found = topology.parse(name)
     assert (found.chip.name, found.shape, found.slices, found.chips) == MEANT[name]
 
 
 @pytest.mark.parametrize(
     "name, message",
-    [("v5e:3x5", "no such slice of v5e; slices are 1x1, 2x2"), ("0xv5e:4x4", "0 slices"), ("v5e:32x32", "no such slice"), ("v4:4x4x6", "and other multiples of 4x4x4"),
-     ("h100:2x16", "up to 8"), ("h100:8x8x8", "nodes x GPUs"), ("v5e", "write v5e:16x16"), ("v9-8", "no facts about a chip 'v9'"), ("v5e-100", "100 chips of v5e are no slice"), ("v5p:16x16", "has 3 sides"), ("h100-12", "no whole number of nodes")],
+    [
+        ("v5e:3x5", "no such slice of v5e; slices are 1x1, 2x2"),
+        ("0xv5e:4x4", "0 slices"),
+        ("v5e:32x32", "no such slice"),
+        ("v4:4x4x6", "and other multiples of 4x4x4"),
+        ("h100:2x16", "up to 8"),
+        ("h100:8x8x8", "nodes x GPUs"),
+        ("v5e", "write v5e:16x16"),
+        ("v9-8", "no facts about a chip 'v9'"),
+        ("v5e-100", "100 chips of v5e are no slice"),
+        ("v5p:16x16", "has 3 sides"),
+        ("h100-12", "no whole number of nodes"),
+    ],
 )
 def test_other_names_are_explained(name, message):
     """Catches a compiler's error in place of the names there are."""
@@ -44,8 +57,12 @@ def test_other_names_are_explained(name, message):
 
 
 def test_clocks():
-    """Catches matrix units miscounted: the clocks that follow from the peaks are those of the TPU papers and pages, 0.94 GHz to 1.75 GHz."""
-    clocks = {chip.name: round(chip.clock / 1e9, 2) for chip in chips.CHIPS if chip.platform == "tpu"}
+    """Catches matrix units miscounted: the clocks that follow from the peaks are those of the TPU
+    papers and pages, 0.94 GHz to 1.75 GHz.
+    """
+    clocks = {
+        chip.name: round(chip.clock / 1e9, 2) for chip in chips.CHIPS if chip.platform == "tpu"
+    }
     assert clocks == {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75}
 
 
@@ -53,7 +70,11 @@ def test_facts_are_complete():
     """Catches a chip without a source, and units mixed up by a thousand."""
     for chip in chips.CHIPS:
         assert chip.source and 1e11 < chip.peak_flops < 1e16 and 1e11 < chip.memory_bandwidth < 1e13
-        assert 1e10 < chip.memory_limit < 2e11 and 1e10 < chip.link_bandwidth < 1e12 and 1e9 < chip.network_bandwidth < 1e11
+        assert (
+            1e10 < chip.memory_limit < 2e11
+            and 1e10 < chip.link_bandwidth < 1e12
+            and 1e9 < chip.network_bandwidth < 1e11
+        )
 
 
 @pytest.mark.parametrize(
@@ -63,21 +84,32 @@ def test_facts_are_complete():
      ("gpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", math.nan)],
 )  # fmt: skip
 def test_peaks_of_devices(platform, kind, peak):
-    """Catches the peak of the SXM card for another card of its generation, or for a seventh of one: MFU would look too low by as much."""
-    found, source = chips.peak_flops(mock.Mock(spec=jax.Device, platform=platform, device_kind=kind))
+    """Catches the peak of the SXM card for another card of its generation, or for a seventh of one:
+    MFU would look too low by as much.
+    """
+    found, source = chips.peak_flops(
+        mock.Mock(spec=jax.Device, platform=platform, device_kind=kind)
+    )
     assert found == pytest.approx(peak, nan_ok=True) and (kind in source) == math.isnan(peak)
 
 
 def test_gpus_are_described():
-    """Catches a GPU of the table that cannot be planned for, and units: bytes of memory and of bandwidth as they are in the table."""
+    """Catches a GPU of the table that cannot be planned for, and units: bytes of memory and of
+    bandwidth as they are in the table.
+    """
     for chip in chips.CHIPS:
         if chip.platform == "cuda":
             described = gpus.target(chip)
-            assert f"memory_bandwidth: {int(chip.memory_bandwidth)}\n" in described and f"device_memory_size: {int(chip.memory)}\n" in described
+            assert (
+                f"memory_bandwidth: {int(chip.memory_bandwidth)}\n" in described
+                and f"device_memory_size: {int(chip.memory)}\n" in described
+            )
             assert described.count("{") == described.count("}") == 4
 
 
-@pytest.mark.parametrize("name, shape", [("h100-64", "1x8x8"), ("a100:32x8", "1x32x8"), ("h100:4", "1x1x4")])
+@pytest.mark.parametrize(
+    "name, shape", [("h100-64", "1x8x8"), ("a100:32x8", "1x32x8"), ("h100:4", "1x1x4")]
+)
 def test_gpus_as_the_compiler_says(name, shape):
     """Catches nodes and GPUs of a node exchanged."""
     assert topology.parse(name)._as_the_compiler_says()[1]["topology"] == shape

@@ -17,14 +17,39 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(autouse=True)
 def no_tools(tmp_path, monkeypatch):
-    """Nothing here finds a real gcloud, kubectl, sbatch or sky, nor leaves records in a real home directory."""
+    """Nothing here finds a real gcloud, kubectl, sbatch or sky, nor leaves records in a real home
+    directory.
+    """
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("bash", "git", "tar", "gzip", "mkdir", "cat", "cp", "rm", "touch", "tail", "setsid", "nohup", "flock", "sleep", "dirname", "env", "grep"):
-        os.symlink(f"/usr/bin/{name}" if Path(f"/usr/bin/{name}").exists() else f"/bin/{name}", tools / name)
+    for name in (
+        "bash",
+        "git",
+        "tar",
+        "gzip",
+        "mkdir",
+        "cat",
+        "cp",
+        "rm",
+        "touch",
+        "tail",
+        "setsid",
+        "nohup",
+        "flock",
+        "sleep",
+        "dirname",
+        "env",
+        "grep",
+    ):
+        os.symlink(
+            f"/usr/bin/{name}" if Path(f"/usr/bin/{name}").exists() else f"/bin/{name}",
+            tools / name,
+        )
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(tpu_pod, "uncommitted", lambda path: False)  # of this checkout's files, whoever is working at them
+    monkeypatch.setattr(
+        tpu_pod, "uncommitted", lambda path: False
+    )  # of this checkout's files, whoever is working at them
     return tools
 
 
@@ -62,6 +87,16 @@ def options(where: str, *more: str) -> argparse.Namespace:
 
 def job(workdir, steps: int = 0, **fields) -> Job:
     """A job that trains so many steps, with everything in its arguments that has to be quoted."""
-    made = dict(name="run-1", arguments=("-m", "imagen_jax.train", "--config.name=it's a \"$HOME\" `x`", f"--workdir={workdir}"), workdir=str(workdir), retries=2)
+    made = dict(
+        name="run-1",
+        arguments=(
+            "-m",
+            "imagen_jax.train",
+            '--config.name=it\'s a "$HOME" `x`',
+            f"--workdir={workdir}",
+        ),
+        workdir=str(workdir),
+        retries=2,
+    )
     config = tiny.config() | {"train": {"steps": steps}} if steps else {}
     return Job(**made | {"config": config} | fields)

@@ -1,10 +1,12 @@
-"""A stand-in for gcloud: queued resources in a directory, whose workers are directories too, in which ssh runs commands and scp leaves files.
+"""A stand-in for gcloud: queued resources in a directory, whose workers are directories too, in
+which ssh runs commands and scp leaves files.
 
-FAKE_GCLOUD names the directory. Its plan.json has one entry for each resource that is created: {"create": "" or an error, "states": those
-that describe reports, one a call, the last for ever, "preempt": whether the machines are taken away once the job prints something,
-"drops": how often the connection to a running job is lost, "unreachable": no ssh at all}. What is listed in a file errors, a line each, is said
-instead of an answer, one a call of describe, create or delete, "-" being the true answer.
-Options that the real tool (528.0) does not have are refused as it refuses them.
+FAKE_GCLOUD names the directory. Its plan.json has one entry for each resource that is created:
+{"create": "" or an error, "states": those that describe reports, one a call, the last for ever,
+"preempt": whether the machines are taken away once the job prints something, "drops": how often the
+connection to a running job is lost, "unreachable": no ssh at all}. What is listed in a file errors,
+a line each, is said instead of an answer, one a call of describe, create or delete, "-" being the
+true answer. Options that the real tool (528.0) does not have are refused as it refuses them.
 """
 
 import json
@@ -16,7 +18,16 @@ import time
 from pathlib import Path
 
 OPTIONS = {
-    "queued-resources create": {"zone", "project", "node-id", "node-count", "node-prefix", "accelerator-type", "runtime-version", "spot"},
+    "queued-resources create": {
+        "zone",
+        "project",
+        "node-id",
+        "node-count",
+        "node-prefix",
+        "accelerator-type",
+        "runtime-version",
+        "spot",
+    },
     "queued-resources describe": {"zone", "project", "format"},
     "queued-resources delete": {"zone", "project", "force", "quiet"},
     "tpu-vm describe": {"zone", "project", "format"},
@@ -38,7 +49,9 @@ def main(argv: list[str]) -> None:
     with open(HERE / "calls", "a") as file:
         file.write(json.dumps(argv) + "\n")
     words = [word for word in argv if not word.startswith("--")]
-    options = dict(word.removeprefix("--").partition("=")[::2] for word in argv if word.startswith("--"))
+    options = dict(
+        word.removeprefix("--").partition("=")[::2] for word in argv if word.startswith("--")
+    )
     command = " ".join(words[:2] if words[0] == "storage" else words[2:4])
     if unknown := options.keys() - OPTIONS[command]:
         fail(f"unrecognized arguments: {sorted(unknown)}", 2)
@@ -48,7 +61,15 @@ def main(argv: list[str]) -> None:
         (HERE / "errors").write_text("\n".join(later))
         if error != "-":
             fail(error)
-    {"create": create, "describe": describe, "delete": delete, "scp": scp, "ssh": ssh, "cat": cat, "ls": ls}[command.split()[1]](command, rest, options)
+    {
+        "create": create,
+        "describe": describe,
+        "delete": delete,
+        "scp": scp,
+        "ssh": ssh,
+        "cat": cat,
+        "ls": ls,
+    }[command.split()[1]](command, rest, options)
 
 
 def plan() -> dict:
@@ -63,11 +84,17 @@ def create(command: str, rest: list[str], options: dict) -> None:
     (HERE / "made").write_text(str(made + 1))
     if plan()["create"]:
         fail(plan()["create"])
-    nodes = [options["node-id"]] if "node-id" in options else [f"{options['node-prefix']}-{i}" for i in range(int(options["node-count"]))]
+    nodes = (
+        [options["node-id"]]
+        if "node-id" in options
+        else [f"{options['node-prefix']}-{i}" for i in range(int(options["node-count"]))]
+    )
     for node in nodes:
         for worker in range(WORKERS):
             (HERE / "nodes" / node / str(worker)).mkdir(parents=True)
-    (HERE / "resource").write_text(json.dumps({"name": rest[0], "nodes": nodes, "states": plan()["states"]}))
+    (HERE / "resource").write_text(
+        json.dumps({"name": rest[0], "nodes": nodes, "states": plan()["states"]})
+    )
 
 
 def resource() -> dict:
@@ -79,7 +106,11 @@ def resource() -> dict:
 def describe(command: str, rest: list[str], options: dict) -> None:
     found = resource()
     if command.startswith("tpu-vm"):
-        print(json.dumps({"state": "READY" if (HERE / "nodes" / rest[0]).exists() else fail("NOT_FOUND")}))
+        print(
+            json.dumps(
+                {"state": "READY" if (HERE / "nodes" / rest[0]).exists() else fail("NOT_FOUND")}
+            )
+        )
         return
     state, found["states"] = found["states"][0], found["states"][1:] or found["states"]
     (HERE / "resource").write_text(json.dumps(found))
@@ -111,10 +142,20 @@ def ssh(command: str, rest: list[str], options: dict) -> None:
     assert options["worker"] == "all"
     if plan().get("unreachable"):
         fail("[/usr/bin/ssh] exited with return code [255].", 255)
-    running = [subprocess.Popen(["bash", "-c", options["command"]], cwd=home, env=os.environ | {"HOME": str(home)}) for home in workers(rest[0])]
+    running = [
+        subprocess.Popen(
+            ["bash", "-c", options["command"]], cwd=home, env=os.environ | {"HOME": str(home)}
+        )
+        for home in workers(rest[0])
+    ]
     dropped = len((HERE / "dropped").read_text()) if (HERE / "dropped").exists() else 0
-    if "watch.sh" in options["command"] and (plan().get("preempt") or dropped < plan().get("drops", 0)):
-        logs = [home / options["command"].split()[1].rpartition("/")[0] / "log" for home in workers(rest[0])]
+    if "watch.sh" in options["command"] and (
+        plan().get("preempt") or dropped < plan().get("drops", 0)
+    ):
+        logs = [
+            home / options["command"].split()[1].rpartition("/")[0] / "log"
+            for home in workers(rest[0])
+        ]
         while not all(log.exists() and log.read_text() for log in logs):
             time.sleep(0.02)
         if not plan().get("preempt"):
@@ -144,7 +185,10 @@ def ls(command: str, rest: list[str], options: dict) -> None:
     if not found:
         fail("One or more URLs matched no objects.")
     if "json" in options:
-        updated = [time.strftime("%Y-%m-%dT%H:%M:%S+0000", time.gmtime(path.stat().st_mtime)) for path in found]
+        updated = [
+            time.strftime("%Y-%m-%dT%H:%M:%S+0000", time.gmtime(path.stat().st_mtime))
+            for path in found
+        ]
         print(json.dumps([{"metadata": {"updated": when}} for when in updated]))
     else:
         print("\n".join(f"gs://{path.relative_to(HERE / 'buckets')}" for path in found))

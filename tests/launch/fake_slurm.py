@@ -1,6 +1,8 @@
-"""A stand-in for SLURM: sbatch runs the script here, srun its tasks with SLURM's variables; scontrol, squeue and scancel do what the script needs.
+"""A stand-in for SLURM: sbatch runs the script here, srun its tasks with SLURM's variables;
+scontrol, squeue and scancel do what the script needs.
 
-FAKE_SLURM names a directory for its state. Options that are not in the manuals of sbatch and srun 22.05 are refused.
+FAKE_SLURM names a directory for its state. Options that are not in the manuals of sbatch and srun
+22.05 are refused.
 """
 
 import json
@@ -13,15 +15,28 @@ import sys
 from pathlib import Path
 
 SBATCH = set(
-    "account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint container contiguous core-spec "
-    "cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot dependency error exclude exclusive export export-file "
-    "extra-node-info get-user-env gid gpu-bind gpu-freq gpus gpus-per-node gpus-per-socket gpus-per-task gres gres-flags hint hold input "
-    "job-name kill-on-invalid-dep licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice no-kill "
-    "no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket open-mode output overcommit "
-    "oversubscribe parsable partition power prefer priority profile propagate qos quiet reboot requeue reservation signal sockets-per-node "
-    "spread-job switches thread-spec threads-per-core time time-min tmp uid use-min-nodes verbose wait wait-all-nodes wckey wrap".split()
+    "account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment"
+    " constraint container contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu"
+    " cpus-per-task deadline delay-boot dependency error exclude exclusive export export-file"
+    " extra-node-info get-user-env gid gpu-bind gpu-freq gpus gpus-per-node gpus-per-socket"
+    " gpus-per-task gres gres-flags hint hold input job-name kill-on-invalid-dep licenses mail-type"
+    " mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice no-kill"
+    " no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node"
+    " ntasks-per-socket open-mode output overcommit oversubscribe parsable partition power prefer"
+    " priority profile propagate qos quiet reboot requeue reservation signal sockets-per-node"
+    " spread-job switches thread-spec threads-per-core time time-min tmp uid use-min-nodes verbose"
+    " wait wait-all-nodes wckey wrap".split()
 )
-SRUN = {"nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpu-bind", "kill-on-bad-exit", "label", "nodelist"}
+SRUN = {
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "gpus-per-node",
+    "cpu-bind",
+    "kill-on-bad-exit",
+    "label",
+    "nodelist",
+}
 HERE = Path(os.environ["FAKE_SLURM"])
 
 
@@ -35,7 +50,11 @@ def known(words: list[str], options: set[str]) -> dict[str, str]:
 def sbatch(argv: list[str]) -> None:
     """Puts the job in the queue; `run` runs it."""
     lines = Path(argv[-1]).read_text().splitlines()
-    words = [shlex.split(line.removeprefix("#SBATCH "))[0] for line in lines if line.startswith("#SBATCH ")]
+    words = [
+        shlex.split(line.removeprefix("#SBATCH "))[0]
+        for line in lines
+        if line.startswith("#SBATCH ")
+    ]
     found = known([*argv[:-1], *words], SBATCH)
     (HERE / "job.json").write_text(json.dumps({"script": argv[-1], **found}))
     print("17")
@@ -46,9 +65,15 @@ def run(argv: list[str]) -> None:
     job = json.loads((HERE / "job.json").read_text())
     count = int(job["nodes"])
     for restart in range(10):
-        environment = os.environ | {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": f"n[0-{count - 1}]", "SLURM_RESTART_COUNT": str(restart)}
+        environment = os.environ | {
+            "SLURM_JOB_ID": "17",
+            "SLURM_JOB_NODELIST": f"n[0-{count - 1}]",
+            "SLURM_RESTART_COUNT": str(restart),
+        }
         with open(job["output"].replace("%j", "17"), "a") as output:
-            process = subprocess.Popen(["bash", job["script"]], env=environment, stdout=output, stderr=output)
+            process = subprocess.Popen(
+                ["bash", job["script"]], env=environment, stdout=output, stderr=output
+            )
             (HERE / "shell").write_text(str(process.pid))
             code = process.wait()
         if not (HERE / "requeue").exists():
@@ -63,8 +88,17 @@ def srun(argv: list[str]) -> None:
     nodes = options.get("nodelist", ",".join(f"n{i}" for i in range(tasks)))
     running = []
     for i in range(tasks):
-        place = {"SLURM_PROCID": i, "SLURM_NTASKS": tasks, "SLURM_LOCALID": 0, "SLURM_STEP_NODELIST": nodes}
-        running.append(subprocess.Popen(argv[at:], env=os.environ | {name: str(value) for name, value in place.items()}))
+        place = {
+            "SLURM_PROCID": i,
+            "SLURM_NTASKS": tasks,
+            "SLURM_LOCALID": 0,
+            "SLURM_STEP_NODELIST": nodes,
+        }
+        running.append(
+            subprocess.Popen(
+                argv[at:], env=os.environ | {name: str(value) for name, value in place.items()}
+            )
+        )
         with open(HERE / "tasks", "a") as file:
             file.write(f"{running[-1].pid}\n")
     sys.exit(max(process.wait() for process in running))

@@ -1,4 +1,6 @@
-"""A training of two processes under the local launcher, one of which is killed in the middle. Minutes, so only in `make test-slow`."""
+"""A training of two processes under the local launcher, one of which is killed in the middle.
+Minutes, so only in `make test-slow`.
+"""
 
 import contextlib
 import os
@@ -23,17 +25,34 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return synthetic.write_prepared(tmp_path_factory.mktemp("prepared") / "data", images=24, size=32)
+    return synthetic.write_prepared(
+        tmp_path_factory.mktemp("prepared") / "data", images=24, size=32
+    )
 
 
 @contextlib.contextmanager
 def launch(data: Path, workdir: Path) -> Iterator[subprocess.Popen]:
     """The launcher, which is ended with its processes if the test ends first."""
     command = [
-        sys.executable, "-m", "launch", "--where=local", "--processes=2", "--devices=2", f"--workdir={workdir}", "--config=configs/sr_1024.py:tiny",
-        f"--config.data.path={data}", f"--config.text.dim={synthetic.DIM}", f"--config.train.steps={STEPS}", "--config.train.save_every=5", *tiny.ONE_LEVEL,
-    ]  # fmt: skip
-    process = subprocess.Popen(command, cwd=tiny.ROOT, env=os.environ | {"XLA_FLAGS": xla.flags(), "PYTHONPATH": str(tiny.ROOT)})
+        sys.executable,
+        "-m",
+        "launch",
+        "--where=local",
+        "--processes=2",
+        "--devices=2",
+        f"--workdir={workdir}",
+        "--config=configs/sr_1024.py:tiny",
+        f"--config.data.path={data}",
+        f"--config.text.dim={synthetic.DIM}",
+        f"--config.train.steps={STEPS}",
+        "--config.train.save_every=5",
+        *tiny.ONE_LEVEL,
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=tiny.ROOT,
+        env=os.environ | {"XLA_FLAGS": xla.flags(), "PYTHONPATH": str(tiny.ROOT)},
+    )
     try:
         yield process
     finally:
@@ -64,7 +83,9 @@ def undisturbed(data, tmp_path_factory):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_killed_in_the_middle_changes_no_loss(data, undisturbed, tmp_path, index):
-    """Wrong: the run stays down, hangs with the process that is left, starts over, or goes on with other batches, noise or optimizer state."""
+    """Wrong: the run stays down, hangs with the process that is left, starts over, or goes on with
+    other batches, noise or optimizer state.
+    """
     workdir = tmp_path / "run"
     with launch(data, workdir) as running:
         end = time.monotonic() + 600

@@ -22,9 +22,14 @@ def read(*argv):
     return command_line.read(argv)
 
 
-@pytest.mark.parametrize("workdir", ["/runs/a", "gs://bucket/team/base 64 (new)", "/" + "long/" * 30 + "Name_" * 20, "/1/2"])
+@pytest.mark.parametrize(
+    "workdir",
+    ["/runs/a", "gs://bucket/team/base 64 (new)", "/" + "long/" * 30 + "Name_" * 20, "/1/2"],
+)
 def test_a_name_is_a_label_of_its_workdir_alone(workdir):
-    """Wrong: a name that Kubernetes or Google Cloud refuses, that two workdirs share, or that changes with how the path is written."""
+    """Wrong: a name that Kubernetes or Google Cloud refuses, that two workdirs share, or that
+    changes with how the path is written.
+    """
     name = jobs.name_of(workdir)
     assert re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", name) and len(name) <= jobs.NAME_LENGTH
     assert name == jobs.name_of(workdir + "/") != jobs.name_of(workdir + "x")
@@ -33,14 +38,37 @@ def test_a_name_is_a_label_of_its_workdir_alone(workdir):
 
 
 def test_names_differ_where_only_the_hash_can_tell():
-    """Wrong: two runs with equal last directories get one job, so the second is taken for the first, running already."""
+    """Wrong: two runs with equal last directories get one job, so the second is taken for the
+    first, running already.
+    """
     assert jobs.name_of("/a/runs/base") != jobs.name_of("/b/runs/base")
 
 
 def test_a_bucket_is_a_directory_on_the_machines():
-    """Wrong: the trainer, which knows files only, makes a directory called gs: and its checkpoints go with the machine."""
-    job = jobs.Job("n", ("-m", "x", "--workdir=gs://b/r", "gs://c", "--config.data.path=gs://b/d", "--prompt=a gs://not"), "gs://b/r")
-    assert job.command("p") == ("p", "-m", "x", "--workdir=/mnt/gs/b/r", "/mnt/gs/c", "--config.data.path=/mnt/gs/b/d", "--prompt=a gs://not")
+    """Wrong: the trainer, which knows files only, makes a directory called gs: and its checkpoints
+    go with the machine.
+    """
+    job = jobs.Job(
+        "n",
+        (
+            "-m",
+            "x",
+            "--workdir=gs://b/r",
+            "gs://c",
+            "--config.data.path=gs://b/d",
+            "--prompt=a gs://not",
+        ),
+        "gs://b/r",
+    )
+    assert job.command("p") == (
+        "p",
+        "-m",
+        "x",
+        "--workdir=/mnt/gs/b/r",
+        "/mnt/gs/c",
+        "--config.data.path=/mnt/gs/b/d",
+        "--prompt=a gs://not",
+    )
     assert job.buckets == ("b", "c")
 
 
@@ -48,8 +76,14 @@ def test_a_bucket_is_a_directory_on_the_machines():
     "argv, message",
     [
         ((*LOCAL, "--workdir="), "--workdir is empty"),
-        (("--where=gke", "--image=i", "--topology=v5e:2x4", "--workdir=gs://", *LOCAL[2:]), "--workdir gs:// names no bucket"),
-        (("--where=gke", "--image=i", "--topology=v5e:2x4", "--workdir=gs:///x", *LOCAL[2:]), "--workdir gs:///x names no bucket"),
+        (
+            ("--where=gke", "--image=i", "--topology=v5e:2x4", "--workdir=gs://", *LOCAL[2:]),
+            "--workdir gs:// names no bucket",
+        ),
+        (
+            ("--where=gke", "--image=i", "--topology=v5e:2x4", "--workdir=gs:///x", *LOCAL[2:]),
+            "--workdir gs:///x names no bucket",
+        ),
         ((*LOCAL, "--workdir=r", "--config.optim.lrr=1"), "lrr"),
         ((*LOCAL, "--workdir=r", "--config.optim.lr=fast"), "fast"),
         ((*LOCAL, "--workdir=r", "--proceses=2"), "'--proceses=2' is no option"),
@@ -64,52 +98,170 @@ def test_a_bucket_is_a_directory_on_the_machines():
         (("--where=local", "--workdir=r"), "give one of"),
         (("--where=local", "--workdir=r", "--config=missing.py"), "missing.py does not exist"),
         (("--where=local", "--workdir=r", f"--config={CONFIG}"), "data.path is empty"),
-        (("--where=local", "--workdir=r", f"--config={CONFIG.replace('base_64.py:tiny', 'cascade.py')}"), "not the config of a stage"),
+        (
+            (
+                "--where=local",
+                "--workdir=r",
+                f"--config={CONFIG.replace('base_64.py:tiny', 'cascade.py')}",
+            ),
+            "not the config of a stage",
+        ),
         (("--where=local", "--workdir=r", f"--stage=A={CONFIG}"), "not NAME=CONFIG"),
         ((*LOCAL, "--workdir=r", "--env=HF_TOKEN=hf_x"), "give --secret HF_TOKEN"),
         ((*LOCAL, "--workdir=r", "--env=A"), "not NAME=VALUE"),
         ((*LOCAL, "--workdir=r", "--secret=UNSET_HERE"), "set in your environment"),
         (("--where=tpu", "--workdir=gs://b/r", *LOCAL[2:]), "needs --topology"),
         (("--where=tpu", "--topology=v5e:2x4", "--workdir=gs://b/r", *LOCAL[2:]), "needs --zone"),
-        (("--where=tpu", "--topology=v5e:2x4", "--zone=z", "--workdir=r", *LOCAL[2:]), "would be lost with its machine"),
-        (("--where=tpu", "--topology=h100:8", "--zone=z", "--workdir=gs://b/r", *LOCAL[2:]), "has no TPUs"),
-        (("--where=tpu", "--topology=v5e:4x5x6", "--zone=z", "--workdir=gs://b/r", *LOCAL[2:]), "torus"),
+        (
+            ("--where=tpu", "--topology=v5e:2x4", "--zone=z", "--workdir=r", *LOCAL[2:]),
+            "would be lost with its machine",
+        ),
+        (
+            ("--where=tpu", "--topology=h100:8", "--zone=z", "--workdir=gs://b/r", *LOCAL[2:]),
+            "has no TPUs",
+        ),
+        (
+            ("--where=tpu", "--topology=v5e:4x5x6", "--zone=z", "--workdir=gs://b/r", *LOCAL[2:]),
+            "torus",
+        ),
         (("--where=gke", "--topology=v5e:2x4", "--workdir=gs://b/r", *LOCAL[2:]), "needs --image"),
-        (("--where=gke", "--topology=v5e:2x4", "--image=i", "--workdir=gs://b/r", *LOCAL[2:-1], "--config.data.path=data/emoji"), "give gs://BUCKET/PATH"),
+        (
+            (
+                "--where=gke",
+                "--topology=v5e:2x4",
+                "--image=i",
+                "--workdir=gs://b/r",
+                *LOCAL[2:-1],
+                "--config.data.path=data/emoji",
+            ),
+            "give gs://BUCKET/PATH",
+        ),
         ((*LOCAL, "--workdir=/dev/null"), "--workdir /dev/null is a file; give a directory"),
-        ((*LOCAL, "--workdir=/dev/null", "--dry-run"), "--workdir /dev/null is a file; give a directory"),
-        ((*LOCAL, "--workdir=/proc/foo"), "--workdir: /proc/foo/launch cannot be made: No such file or directory"),
-        ((*LOCAL, "--workdir=/proc/foo", "--dry-run"), "--workdir: /proc/foo/launch cannot be made: No such file or directory"),
+        (
+            (*LOCAL, "--workdir=/dev/null", "--dry-run"),
+            "--workdir /dev/null is a file; give a directory",
+        ),
+        (
+            (*LOCAL, "--workdir=/proc/foo"),
+            "--workdir: /proc/foo/launch cannot be made: No such file or directory",
+        ),
+        (
+            (*LOCAL, "--workdir=/proc/foo", "--dry-run"),
+            "--workdir: /proc/foo/launch cannot be made: No such file or directory",
+        ),
         ((*LOCAL, "--workdir=r", "--zone=z"), "--zone is for --where tpu, not for local"),
-        (("--where=slurm", "--topology=h100:8", "--devices=2", "--workdir=r", *LOCAL[2:]), "--devices is for --where local, not for slurm"),
-        (("--where=gke", "--topology=v5e:2x4", "--image=a b", "--workdir=gs://b/r", *LOCAL[2:]), "'a b' is no name of an image"),
-        (("--where=sky", "--topology=2xv5e:2x2", "--workdir=gs://b/r", *LOCAL[2:]), "starts one slice"),
-        (("--where=slurm", "--topology=h100:8", "--workdir=gs://b/r", *LOCAL[2:]), "directories that all nodes share"),
-        (("--where=slurm", "--topology=v5e:2x4", "--workdir=r", *LOCAL[2:]), "SLURM clusters have GPUs"),
-        (("--where=slurm", "--topology=h100:8", "--sbatch=Rm -rf", "--workdir=r", *LOCAL[2:]), "not OPTION=VALUE"),
-        (("--where=slurm", "--topology=h100:8", "--sbatch=qos", "--workdir=r", *LOCAL[2:]), "--sbatch=qos is not OPTION=VALUE"),
-        (("--where=slurm", "--topology=h100:8", "--sbatch=exclusive", "--sbatch=nodes=3", "--workdir=r", *LOCAL[2:]), "launch sets nodes itself"),
-        (("--where=slurm", "--topology=h100:8", "--sbatch=nodes=3", "--workdir=r", *LOCAL[2:]), "launch sets nodes itself"),
-        (("--where=slurm", "--topology=h100:8", "--sbatch=time=10", "--workdir=r", *LOCAL[2:]), "give --time"),
-        (("--where=slurm", "--topology=h100:8", "--time=tomorrow", "--workdir=r", *LOCAL[2:]), "no time limit of sbatch"),
-        (("--where=slurm", "--topology=h100:8", "--time=0:05:00", "--workdir=r", *LOCAL[2:]), "leaves no time"),
-        (("--where=slurm", "--topology=h100:3x8", "--workdir=r", *LOCAL[2:]), "a batch of 8 does not divide over data x fsdp = 24"),
-        ((*LOCAL, "--workdir=r", "--processes=2", "--devices=4", "--config.mesh.fsdp=3"), "does not fit 8 devices"),
+        (
+            ("--where=slurm", "--topology=h100:8", "--devices=2", "--workdir=r", *LOCAL[2:]),
+            "--devices is for --where local, not for slurm",
+        ),
+        (
+            ("--where=gke", "--topology=v5e:2x4", "--image=a b", "--workdir=gs://b/r", *LOCAL[2:]),
+            "'a b' is no name of an image",
+        ),
+        (
+            ("--where=sky", "--topology=2xv5e:2x2", "--workdir=gs://b/r", *LOCAL[2:]),
+            "starts one slice",
+        ),
+        (
+            ("--where=slurm", "--topology=h100:8", "--workdir=gs://b/r", *LOCAL[2:]),
+            "directories that all nodes share",
+        ),
+        (
+            ("--where=slurm", "--topology=v5e:2x4", "--workdir=r", *LOCAL[2:]),
+            "SLURM clusters have GPUs",
+        ),
+        (
+            ("--where=slurm", "--topology=h100:8", "--sbatch=Rm -rf", "--workdir=r", *LOCAL[2:]),
+            "not OPTION=VALUE",
+        ),
+        (
+            ("--where=slurm", "--topology=h100:8", "--sbatch=qos", "--workdir=r", *LOCAL[2:]),
+            "--sbatch=qos is not OPTION=VALUE",
+        ),
+        (
+            (
+                "--where=slurm",
+                "--topology=h100:8",
+                "--sbatch=exclusive",
+                "--sbatch=nodes=3",
+                "--workdir=r",
+                *LOCAL[2:],
+            ),
+            "launch sets nodes itself",
+        ),
+        (
+            ("--where=slurm", "--topology=h100:8", "--sbatch=nodes=3", "--workdir=r", *LOCAL[2:]),
+            "launch sets nodes itself",
+        ),
+        (
+            ("--where=slurm", "--topology=h100:8", "--sbatch=time=10", "--workdir=r", *LOCAL[2:]),
+            "give --time",
+        ),
+        (
+            ("--where=slurm", "--topology=h100:8", "--time=tomorrow", "--workdir=r", *LOCAL[2:]),
+            "no time limit of sbatch",
+        ),
+        (
+            ("--where=slurm", "--topology=h100:8", "--time=0:05:00", "--workdir=r", *LOCAL[2:]),
+            "leaves no time",
+        ),
+        (
+            ("--where=slurm", "--topology=h100:3x8", "--workdir=r", *LOCAL[2:]),
+            "a batch of 8 does not divide over data x fsdp = 24",
+        ),
+        (
+            (*LOCAL, "--workdir=r", "--processes=2", "--devices=4", "--config.mesh.fsdp=3"),
+            "does not fit 8 devices",
+        ),
         ((*LOCAL, "--workdir=r", "--devices=2", "--config.mesh.model=4"), "does not fit 2 devices"),
-        (("--where=gke", "--image=i", "--topology=2xv5e:2x2", "--config.mesh.data=1", "--config.mesh.fsdp=8", "--workdir=gs://b/r", *LOCAL[2:]), "cuts through 2 slices"),
-        ((*LOCAL, "--workdir=r", "--", "--init_form=x"), "options of train: Unknown command line flag 'init_form'"),
-        ((*LOCAL, "--workdir=r", "--", "--workdir=x"), "'--workdir=x' after -- would replace what launch has checked"),
+        (
+            (
+                "--where=gke",
+                "--image=i",
+                "--topology=2xv5e:2x2",
+                "--config.mesh.data=1",
+                "--config.mesh.fsdp=8",
+                "--workdir=gs://b/r",
+                *LOCAL[2:],
+            ),
+            "cuts through 2 slices",
+        ),
+        (
+            (*LOCAL, "--workdir=r", "--", "--init_form=x"),
+            "options of train: Unknown command line flag 'init_form'",
+        ),
+        (
+            (*LOCAL, "--workdir=r", "--", "--workdir=x"),
+            "'--workdir=x' after -- would replace what launch has checked",
+        ),
         ((*LOCAL, "--workdir=r", "--", "-workdir", "x"), "'-workdir' after -- would replace"),
         ((*LOCAL, "--workdir=r", "--", "--config", CONFIG), "'--config' after -- would replace"),
-        ((*LOCAL, "--workdir=r", "--", f"--config={CONFIG}", "--config.train.steps=3"), "after -- would replace"),
-        ((*LOCAL, "--workdir=r", "--", "--overfit=3", "--flagfile=f"), "'--flagfile=f' after -- would replace"),
-        (("--where=local", "--workdir=r", "--", "prepare", "--output=x"), "'prepare' is no verb of imagen_jax; after -- give one of demo, evaluate"),
-        (("--where=local", "--workdir=r", "--", "prepare_data", "--output=x"), "options of prepare_data: the following arguments are required: --source"),
-        (("--where=local", "--workdir=r", "--", "sample", "--count=many"), "options of sample: flag --count=many"),
+        (
+            (*LOCAL, "--workdir=r", "--", f"--config={CONFIG}", "--config.train.steps=3"),
+            "after -- would replace",
+        ),
+        (
+            (*LOCAL, "--workdir=r", "--", "--overfit=3", "--flagfile=f"),
+            "'--flagfile=f' after -- would replace",
+        ),
+        (
+            ("--where=local", "--workdir=r", "--", "prepare", "--output=x"),
+            "'prepare' is no verb of imagen_jax; after -- give one of demo, evaluate",
+        ),
+        (
+            ("--where=local", "--workdir=r", "--", "prepare_data", "--output=x"),
+            "options of prepare_data: the following arguments are required: --source",
+        ),
+        (
+            ("--where=local", "--workdir=r", "--", "sample", "--count=many"),
+            "options of sample: flag --count=many",
+        ),
     ],
 )
 def test_mistakes_are_one_line_before_anything_starts(argv, message, capsys):
-    """Wrong: a typo is found by the last of 64 hosts, after an hour in a queue, or a secret is written into a manifest."""
+    """Wrong: a typo is found by the last of 64 hosts, after an hour in a queue, or a secret is
+    written into a manifest.
+    """
     assert command_line.main(argv) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "hf_x" not in error
@@ -118,7 +270,14 @@ def test_mistakes_are_one_line_before_anything_starts(argv, message, capsys):
 def test_a_config_elsewhere_is_not_promised_to_other_machines(tmp_path, capsys):
     """Wrong: the machines are paid for, then cannot find a config that only this one has."""
     (tmp_path / "c.py").write_text((tiny.ROOT / "configs" / "base_64.py").read_text())
-    argv = ("--where=tpu", "--topology=v5e:2x4", "--zone=z", "--workdir=gs://b/r", f"--config={tmp_path}/c.py:tiny", "--config.data.path=gs://b/d")
+    argv = (
+        "--where=tpu",
+        "--topology=v5e:2x4",
+        "--zone=z",
+        "--workdir=gs://b/r",
+        f"--config={tmp_path}/c.py:tiny",
+        "--config.data.path=gs://b/d",
+    )
     assert command_line.main(argv) == 2
     assert "other machines do not have it" in capsys.readouterr().err
     (job,), _ = read(*argv[:4], f"--config={CONFIG}", argv[5])
@@ -126,8 +285,15 @@ def test_a_config_elsewhere_is_not_promised_to_other_machines(tmp_path, capsys):
 
 
 def test_what_is_not_in_the_commit_is_not_promised_to_other_machines(tmp_path, monkeypatch, capsys):
-    """Wrong: the workers get the commit, in which a new or changed config is missing or another one."""
-    git = lambda *words: subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *words], cwd=tmp_path, check=True, capture_output=True)
+    """Wrong: the workers get the commit, in which a new or changed config is missing or another
+    one.
+    """
+    git = lambda *words: subprocess.run(
+        ["git", "-c", "user.name=n", "-c", "user.email=e", *words],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
     (tmp_path / "kept.py").write_text("1")
     (tmp_path / ".gitignore").write_text("ignored.py")
     git("init")
@@ -140,48 +306,98 @@ def test_what_is_not_in_the_commit_is_not_promised_to_other_machines(tmp_path, m
         (tmp_path / "kept.py").write_text("3")
         assert jobs.uncommitted("kept.py")
     monkeypatch.setattr(tpu_pod, "uncommitted", lambda path: path == "configs/base_64.py")
-    argv = ("--where=tpu", "--topology=v5e:2x4", "--zone=z", "--workdir=gs://b/r", f"--config={CONFIG}", "--config.data.path=gs://b/d")
+    argv = (
+        "--where=tpu",
+        "--topology=v5e:2x4",
+        "--zone=z",
+        "--workdir=gs://b/r",
+        f"--config={CONFIG}",
+        "--config.data.path=gs://b/d",
+    )
     assert command_line.main(argv) == 2
     assert "configs/base_64.py is not as in the commit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["tpu", "gke", "sky"])
 def test_data_of_this_machine_is_not_promised_to_others(where, capsys):
-    """Wrong: hundreds of chips are asked for, and find that the data, or the weights to begin from, are on somebody's laptop."""
-    argv = ("--dry-run", f"--where={where}", "--topology=v5e:2x4", *NEEDED.get(where, []), "--workdir=gs://b/r", f"--config={CONFIG}")
+    """Wrong: hundreds of chips are asked for, and find that the data, or the weights to begin from,
+    are on somebody's laptop.
+    """
+    argv = (
+        "--dry-run",
+        f"--where={where}",
+        "--topology=v5e:2x4",
+        *NEEDED.get(where, []),
+        "--workdir=gs://b/r",
+        f"--config={CONFIG}",
+    )
     good = ["gs://B/d", "/mnt/gs/c/d", *["/app/data/emoji"] * (where == "gke")]
-    bad = ["/data", "data", "/mnt/gs", "/mnt/gs/../data", "/application", "/app", "gs:///d", *["/app/data/emoji"] * (where != "gke")]
+    bad = [
+        "/data",
+        "data",
+        "/mnt/gs",
+        "/mnt/gs/../data",
+        "/application",
+        "/app",
+        "gs:///d",
+        *["/app/data/emoji"] * (where != "gke"),
+    ]
     for path in good + bad:
-        assert command_line.main([*argv, f"--config.data.path={path}"]) == (0 if path in good else 2), path
-        out, error = capsys.readouterr()
-        assert path in good or (f"--config.data.path={path} " in error or "names no bucket" in error) and "give gs://BUCKET/PATH" in error
+        assert command_line.main([*argv, f"--config.data.path={path}"]) == (
+            0 if path in good else 2
+        ), path
+        _out, error = capsys.readouterr()
+        assert path in good or (
+            (f"--config.data.path={path} " in error or "names no bucket" in error)
+            and "give gs://BUCKET/PATH" in error
+        )
     for more in (["--init_from=/old"], ["--init_from=gs://b/o", "--init_from", "old"]):
         assert command_line.main([*argv, "--config.data.path=gs://b/d", "--", *more]) == 2
-        assert f"--init_from={more[-1].removeprefix('--init_from=')} is a path of this machine" in capsys.readouterr().err
+        assert (
+            f"--init_from={more[-1].removeprefix('--init_from=')} is a path of this machine"
+            in capsys.readouterr().err
+        )
     for more in (["--init_from=embedded:base_16"], ["--init_from", "gs://b/o"]):
         assert command_line.main([*argv, "--config.data.path=gs://b/d", "--", *more]) == 0
 
 
 def test_buckets_that_a_training_reads_are_mounted(tmp_path, monkeypatch):
-    """Wrong: a bucket that only the config's file names, or that is named by where it is mounted, is not there when the trainer looks."""
+    """Wrong: a bucket that only the config's file names, or that is named by where it is mounted,
+    is not there when the trainer looks.
+    """
     config = {"data": {"path": "gs://c/d"}}
     monkeypatch.setattr(jobs, "read_config", lambda *_: config)
     made = jobs.training("", "configs/base_64.py", ["--config.seed=1"], "gs://b/r", "tpu")
     assert made.command()[-1] == "--config.data.path=/mnt/gs/c/d" and made.buckets == ("b", "c")
     config["data"]["path"] = "/mnt/gs/e/d"
-    made = jobs.training("", "configs/base_64.py", ["--config.data.path=/mnt/gs/e/d"], "gs://b/r", "tpu")
+    made = jobs.training(
+        "", "configs/base_64.py", ["--config.data.path=/mnt/gs/e/d"], "gs://b/r", "tpu"
+    )
     assert made.command()[-1] == "--config.data.path=/mnt/gs/e/d" and made.buckets == ("b", "e")
 
 
 def test_stages_have_their_own_fields_and_topologies():
-    """Wrong: a stage loses what all share or gets what another was given; a field of its own is overruled by the shared one."""
+    """Wrong: a stage loses what all share or gets what another was given; a field of its own is
+    overruled by the shared one.
+    """
     stages = (f"--stage=base={CONFIG}", f"--stage=sr={CONFIG.replace('base_64', 'sr_256')}")
-    fields = ("--sr.config.data.path=gs://b/sr", "--config.data.path=gs://b/d", "--config.train.steps=7", "--base.config.train.steps=9")
+    fields = (
+        "--sr.config.data.path=gs://b/sr",
+        "--config.data.path=gs://b/d",
+        "--config.train.steps=7",
+        "--base.config.train.steps=9",
+    )
     places_ = ("--topology=v5e:2x4", "--sr.topology=v5e:2x2", "--env=A=1", "--sr.env", "A=2")
-    (base, sr), options = read("--where=tpu", "--zone=z", "--workdir=gs://b/r", *stages, *fields, *places_)
+    (base, sr), _options = read(
+        "--where=tpu", "--zone=z", "--workdir=gs://b/r", *stages, *fields, *places_
+    )
     assert (base.workdir, sr.workdir) == ("gs://b/r/base", "gs://b/r/sr") and base.name != sr.name
     assert (base.steps, sr.steps) == (9, 7)
-    assert base.arguments[4:] == ("--config.data.path=gs://b/d", "--config.train.steps=7", "--config.train.steps=9")
+    assert base.arguments[4:] == (
+        "--config.data.path=gs://b/d",
+        "--config.train.steps=7",
+        "--config.train.steps=9",
+    )
     assert sr.arguments[-1] == "--config.data.path=gs://b/sr"
     assert (str(base.topology), str(sr.topology)) == ("v5e:2x4", "v5e:2x2")
     assert (base.environment, sr.environment) == ({"A": "1"}, {"A": "2"})
@@ -193,7 +409,10 @@ def test_any_verb_can_be_launched():
     (job,), options = read("--where=local", "--workdir=/r", "--dry-run", "--", *verb)
     assert job.arguments == ("-m", f"imagen_jax.{verb[0]}", *verb[1:]) and options.dry_run
     (job,), _ = read(*LOCAL, "--workdir=/r", "--", "--init_from=embedded:base_16")
-    assert job.arguments[-1] == "--init_from=embedded:base_16" and job.arguments[1] == "imagen_jax.train"
+    assert (
+        job.arguments[-1] == "--init_from=embedded:base_16"
+        and job.arguments[1] == "imagen_jax.train"
+    )
 
 
 @pytest.mark.parametrize(
@@ -210,7 +429,9 @@ def test_any_verb_can_be_launched():
     ],
 )
 def test_machines_of_a_topology(topology, slices, hosts, chips, cloud, sky):
-    """Wrong: chips where v4 and v5p count cores, four-chip hosts for an eight-chip machine, slices counted as hosts: all of them hang at start."""
+    """Wrong: chips where v4 and v5p count cores, four-chip hosts for an eight-chip machine, slices
+    counted as hosts: all of them hang at start.
+    """
     size = machines.of(parse(topology))
     assert (size.slices, size.hosts, size.chips) == (slices, hosts, chips)
     assert slices * hosts * chips == parse(topology).chips
@@ -227,24 +448,42 @@ def test_a_chip_that_topology_knows_has_names():
 
 @pytest.mark.parametrize("where", places.PLACES)
 def test_dry_run_starts_nothing_and_shows_no_secret(where, monkeypatch, capsys, tmp_path):
-    """Wrong: --dry-run submits; or the value of a secret is in what it prints; or it needs the cluster's tool, which a laptop does not have."""
+    """Wrong: --dry-run submits; or the value of a secret is in what it prints; or it needs the
+    cluster's tool, which a laptop does not have.
+    """
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     workdir = str(tmp_path / "r") if where in ("local", "slurm") else "gs://b/r"
     topology = {"local": [], "slurm": ["--topology=h100:2x4"]}.get(where, ["--topology=v5e:2x4"])
     data = "/d" if where in ("local", "slurm") else "gs://b/d"
-    argv = [f"--where={where}", f"--workdir={workdir}", *topology, *NEEDED.get(where, []), f"--config={CONFIG}", f"--config.data.path={data}"]
+    argv = [
+        f"--where={where}",
+        f"--workdir={workdir}",
+        *topology,
+        *NEEDED.get(where, []),
+        f"--config={CONFIG}",
+        f"--config.data.path={data}",
+    ]
     assert command_line.main([*argv, "--secret=HF_TOKEN", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "imagen_jax.train" in out and "hf_secret" not in out and not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("where, tool", [("tpu", "gcloud"), ("gke", "kubectl"), ("slurm", "squeue"), ("sky", "sky")])
+@pytest.mark.parametrize(
+    "where, tool", [("tpu", "gcloud"), ("gke", "kubectl"), ("slurm", "squeue"), ("sky", "sky")]
+)
 def test_a_missing_tool_is_one_line(where, tool, capsys, tmp_path):
     """Wrong: a traceback, or a tool that is taken for a cluster without jobs."""
     workdir = str(tmp_path / "r") if where == "slurm" else "gs://b/r"
     topology = "--topology=h100:2x4" if where == "slurm" else "--topology=v5e:2x4"
     data = "/d" if where == "slurm" else "gs://b/d"
-    argv = [f"--where={where}", f"--workdir={workdir}", topology, *NEEDED.get(where, []), f"--config={CONFIG}", f"--config.data.path={data}"]
+    argv = [
+        f"--where={where}",
+        f"--workdir={workdir}",
+        topology,
+        *NEEDED.get(where, []),
+        f"--config={CONFIG}",
+        f"--config.data.path={data}",
+    ]
     assert command_line.main(argv) == 2
     error = capsys.readouterr().err
     assert f"error: {tool} is not on PATH: " in error and error.count("\n") == 1
@@ -252,13 +491,18 @@ def test_a_missing_tool_is_one_line(where, tool, capsys, tmp_path):
 
 @pytest.mark.parametrize("main", [command_line.main, status.main, sweep.main])
 def test_help(main, capsys):
-    """Wrong: a percent sign in a help text, over which argparse stumbles only when it is asked for help."""
+    """Wrong: a percent sign in a help text, over which argparse stumbles only when it is asked for
+    help.
+    """
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0 and "python -m launch" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("main, argv", [(command_line.main, ["--where=moon"]), (sweep.main, ["--rows=x"]), (status.main, [])])
+@pytest.mark.parametrize(
+    "main, argv",
+    [(command_line.main, ["--where=moon"]), (sweep.main, ["--rows=x"]), (status.main, [])],
+)
 def test_a_mistake_is_not_hidden_below_the_usage(main, argv, capsys):
     """Wrong: fifteen lines of options before the one that says what is wrong."""
     with pytest.raises(SystemExit) as ended:
@@ -279,10 +523,21 @@ If you have already logged in with a different account, run:
 
   $ gcloud config set account ACCOUNT
 """
-KLOG = 'E1125 14:02:31.000000   77 memcache.go:265] "Unhandled Error" err="couldn\'t get the list"\n'
+KLOG = (
+    'E1125 14:02:31.000000   77 memcache.go:265] "Unhandled Error" err="couldn\'t get the list"\n'
+)
 SAID = [
-    (LOGGED_OUT, "ERROR: (gcloud.storage.cat) You do not currently have an active account selected. Please run: $ gcloud auth login to obtain"),
-    (3 * KLOG + "The connection to the server localhost:8080 was refused\n", "The connection to the server localhost:8080 was refused"),
+    (
+        LOGGED_OUT,
+        (
+            "ERROR: (gcloud.storage.cat) You do not currently have an active account selected."
+            " Please run: $ gcloud auth login to obtain"
+        ),
+    ),
+    (
+        3 * KLOG + "The connection to the server localhost:8080 was refused\n",
+        "The connection to the server localhost:8080 was refused",
+    ),
     (KLOG, '"Unhandled Error" err="couldn\'t get the list"'),
     ("1\n2\n3\n4\n", "2 3 4"),
     ("", "it said nothing"),
@@ -291,9 +546,15 @@ SAID = [
 
 @pytest.mark.parametrize("text, shown", SAID)
 def test_a_tools_complaint_says_what_to_do(text, shown):
-    """Wrong: the end of a message without its beginning, which has the command to run; or a log of times and source lines."""
+    """Wrong: the end of a message without its beginning, which has the command to run; or a log of
+    times and source lines.
+    """
     told = jobs.said(subprocess.CompletedProcess((), 1, stdout="", stderr=text))
-    assert told.startswith(shown) and len(told) <= jobs.LONGEST and (len(told) == len(shown) or text == LOGGED_OUT)
+    assert (
+        told.startswith(shown)
+        and len(told) <= jobs.LONGEST
+        and (len(told) == len(shown) or text == LOGGED_OUT)
+    )
 
 
 def test_the_verbs_are_those_there_are():
@@ -305,7 +566,15 @@ def test_the_verbs_are_those_there_are():
 
 @pytest.mark.parametrize(
     "limit, seconds",
-    [("90", 5400), ("90:30", 5430), ("1:30:00", 5400), ("1-2", 93_600), ("1-2:30", 95_400), ("1-02:30:05", 95_405), ("0", float("inf"))],
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("1:30:00", 5400),
+        ("1-2", 93_600),
+        ("1-2:30", 95_400),
+        ("1-02:30:05", 95_405),
+        ("0", float("inf")),
+    ],
 )
 def test_time_limits_are_read_as_sbatch_reads_them(limit, seconds):
     """Wrong: minutes taken for hours, so that a limit too short to train is let through."""

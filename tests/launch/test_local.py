@@ -1,4 +1,6 @@
-"""The local launcher: processes that find one another, end together, and are started again; with programs of a few lines in the place of trainings."""
+"""The local launcher: processes that find one another, end together, and are started again; with
+programs of a few lines in the place of trainings.
+"""
 
 import json
 import os
@@ -14,7 +16,8 @@ from launch import local, status
 from tests import tiny
 from tests.launch.conftest import job, options
 
-# Each attempt writes a line of what it was told; then does as the test says for this process and attempt.
+# Each attempt writes a line of what it was told; then does as the test says for this process and
+# attempt.
 PROGRAM = """
 import json, os, pathlib, signal, subprocess, sys, time
 here, script = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -53,9 +56,15 @@ def soon(monkeypatch):
 
 
 def program(tmp_path: Path, *attempts: list, name: str = "run", **fields):
-    """A job whose process i does attempts[n][i] in its attempt n: an exit code, or kill, wait, late (2 when told to end), interrupted (130), stubborn, child."""
+    """A job whose process i does attempts[n][i] in its attempt n: an exit code, or kill, wait, late
+    (2 when told to end), interrupted (130), stubborn, child.
+    """
     (tmp_path / name).mkdir(exist_ok=True)
-    return job(tmp_path / name, arguments=("-c", PROGRAM, str(tmp_path / name), json.dumps(attempts)), **fields)
+    return job(
+        tmp_path / name,
+        arguments=("-c", PROGRAM, str(tmp_path / name), json.dumps(attempts)),
+        **fields,
+    )
 
 
 def told(workdir: Path, process: int) -> list[dict]:
@@ -68,30 +77,51 @@ def two(*more: str):
 
 
 def test_processes_are_told_their_place(tmp_path, capfdbinary, monkeypatch):
-    """Wrong: an address that others can reach, or that differs; the parent's flags, which give other devices; output nobody can tell apart."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_enable_fast_math=false")
+    """Wrong: an address that others can reach, or that differs; the parent's flags, which give
+    other devices; output nobody can tell apart.
+    """
+    monkeypatch.setenv(
+        "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_enable_fast_math=false"
+    )
     monkeypatch.setenv("JAX_NUM_PROCESSES", "7")
     assert local.run([program(tmp_path, [0, 0])], two()) == 0
     first, second = (told(tmp_path / "run", i)[0] for i in (0, 1))
     host, port = first["JAX_COORDINATOR_ADDRESS"].split(":")
     assert host == "127.0.0.1" and int(port) in local.PORTS
-    assert [found.pop("JAX_PROCESS_ID") for found in (first, second)] == ["0", "1"] and first == second
-    assert (first["JAX_NUM_PROCESSES"], first["JAX_PLATFORMS"], first["JAX_NUM_CPU_DEVICES"]) == ("2", "cpu", "3")
+    assert [found.pop("JAX_PROCESS_ID") for found in (first, second)] == [
+        "0",
+        "1",
+    ] and first == second
+    assert (first["JAX_NUM_PROCESSES"], first["JAX_PLATFORMS"], first["JAX_NUM_CPU_DEVICES"]) == (
+        "2",
+        "cpu",
+        "3",
+    )
     assert first["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=false"
-    assert set(capfdbinary.readouterr().out.splitlines()) == {b"[0] hello from 0 0", b"[1] hello from 1 0"}
+    assert set(capfdbinary.readouterr().out.splitlines()) == {
+        b"[0] hello from 0 0",
+        b"[1] hello from 1 0",
+    }
 
 
 def test_one_process_needs_no_coordinator(tmp_path, monkeypatch):
-    """Wrong: a lone process waits for others, which the environment that it is launched from tells it of."""
+    """Wrong: a lone process waits for others, which the environment that it is launched from tells
+    it of.
+    """
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "10.0.0.1:1")
     assert local.run([program(tmp_path, [0])], options("local")) == 0
     (environment,) = told(tmp_path / "run", 0)
-    assert environment["JAX_NUM_PROCESSES"] == "1" and not {"JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"} & set(environment)
+    assert environment["JAX_NUM_PROCESSES"] == "1" and not {
+        "JAX_COORDINATOR_ADDRESS",
+        "JAX_PROCESS_ID",
+    } & set(environment)
 
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_when_one_dies_all_end_and_start_again(tmp_path, dies):
-    """Wrong: the others wait for ever for a process that is gone; they keep the old port; or the job stays down."""
+    """Wrong: the others wait for ever for a process that is gone; they keep the old port; or the
+    job stays down.
+    """
     first = ["stubborn", "stubborn"]
     first[dies] = "kill"
     assert local.run([program(tmp_path, first, [0, 0])], two()) == 0
@@ -99,10 +129,15 @@ def test_when_one_dies_all_end_and_start_again(tmp_path, dies):
 
 
 def test_failures_are_repeated_so_often_and_mistakes_never(tmp_path):
-    """Wrong: starts for ever, once too often or too rarely; repeats what no repetition mends; or an exit code of 0 for a failure."""
+    """Wrong: starts for ever, once too often or too rarely; repeats what no repetition mends; or an
+    exit code of 0 for a failure.
+    """
     assert local.run([program(tmp_path, [5], name="a", retries=2)], options("local")) == 5
     assert len(told(tmp_path / "a", 0)) == 3
-    assert local.run([program(tmp_path, ["kill"], name="b", retries=0)], options("local")) == 128 + signal.SIGKILL
+    assert (
+        local.run([program(tmp_path, ["kill"], name="b", retries=0)], options("local"))
+        == 128 + signal.SIGKILL
+    )
     assert local.run([program(tmp_path, [2], name="c", retries=2)], options("local")) == 2
     assert len(told(tmp_path / "c", 0)) == 1
     row = status.read(job(tmp_path / "c"))
@@ -110,7 +145,9 @@ def test_failures_are_repeated_so_often_and_mistakes_never(tmp_path):
 
 
 def test_the_cause_decides_and_not_who_noticed(tmp_path, monkeypatch):
-    """Wrong: a mistake is repeated because the other process, which ended for want of the first, says that nothing was wrong with it."""
+    """Wrong: a mistake is repeated because the other process, which ended for want of the first,
+    says that nothing was wrong with it.
+    """
 
     class Late(local.Group):
         def poll(self):
@@ -124,7 +161,9 @@ def test_the_cause_decides_and_not_who_noticed(tmp_path, monkeypatch):
 
 
 def test_the_cause_decides_also_if_it_ends_last(tmp_path, monkeypatch):
-    """Wrong: a mistake is repeated because the process that made it took longer to end than the one that noticed."""
+    """Wrong: a mistake is repeated because the process that made it took longer to end than the one
+    that noticed.
+    """
     monkeypatch.setattr(local, "GRACE_S", 60.0)
     assert local.run([program(tmp_path, [75, "late"])], two()) == 2
     assert len(told(tmp_path / "run", 0)) == 1
@@ -138,16 +177,28 @@ def test_a_process_that_never_ends_does_not_hold_the_others(tmp_path, monkeypatc
 
 def test_what_a_process_started_ends_with_it(tmp_path):
     """Wrong: data workers of a killed trainer go on and hold its memory and files."""
-    assert local.run([program(tmp_path, ["child", "kill"], retries=0)], two()) == 128 + signal.SIGKILL
+    assert (
+        local.run([program(tmp_path, ["child", "kill"], retries=0)], two()) == 128 + signal.SIGKILL
+    )
     child = int((tmp_path / "run" / "child").read_text())
-    assert not Path(f"/proc/{child}/stat").exists() or " Z " in Path(f"/proc/{child}/stat").read_text()
+    assert (
+        not Path(f"/proc/{child}/stat").exists() or " Z " in Path(f"/proc/{child}/stat").read_text()
+    )
 
 
 def test_jobs_side_by_side_do_not_end_one_another(tmp_path, capfd):
-    """Wrong: one stage's failure ends the other two, or is lost in their success; two jobs get one port."""
-    jobs = [program(tmp_path, [2, 2], name="base", stage="base"), program(tmp_path, [0, 0], name="sr", stage="sr")]
+    """Wrong: one stage's failure ends the other two, or is lost in their success; two jobs get one
+    port.
+    """
+    jobs = [
+        program(tmp_path, [2, 2], name="base", stage="base"),
+        program(tmp_path, [0, 0], name="sr", stage="sr"),
+    ]
     assert local.run(jobs, two()) == 2
-    assert told(tmp_path / "base", 0)[0]["JAX_COORDINATOR_ADDRESS"] != told(tmp_path / "sr", 0)[0]["JAX_COORDINATOR_ADDRESS"]
+    assert (
+        told(tmp_path / "base", 0)[0]["JAX_COORDINATOR_ADDRESS"]
+        != told(tmp_path / "sr", 0)[0]["JAX_COORDINATOR_ADDRESS"]
+    )
     lines = capfd.readouterr().out.splitlines()
     assert lines[-3].split()[:2] == ["stage", "state"]
     assert [line.split()[:2] for line in lines[-2:]] == [["base", "failed"], ["sr", "finished"]]
@@ -163,12 +214,20 @@ from tests.launch.conftest import job, options
 sys.exit(local.run([job({made.workdir!r}, arguments={made.arguments!r})], options("local", *{more!r})))
 """
     environment = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
-    return subprocess.Popen([sys.executable, "-c", source], cwd=tiny.ROOT, stdout=stdout, stderr=subprocess.DEVNULL, env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-c", source],
+        cwd=tiny.ROOT,
+        stdout=stdout,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
 
 
 def launcher(tmp_path: Path, *attempts: list) -> subprocess.Popen:
     """A launcher in a process of its own, whose processes are ready."""
-    process = start(program(tmp_path, *attempts), subprocess.DEVNULL, "--processes=2", "--devices=1")
+    process = start(
+        program(tmp_path, *attempts), subprocess.DEVNULL, "--processes=2", "--devices=1"
+    )
     wait_for(lambda: all((tmp_path / "run" / f"ready_{i}").exists() for i in (0, 1)))
     return process
 
@@ -181,7 +240,9 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 def test_a_signal_reaches_every_process_and_starts_nothing_again(tmp_path):
-    """Wrong: Ctrl-C leaves processes behind, or is taken for a failure and the job starts again; and a second launcher in the same workdir."""
+    """Wrong: Ctrl-C leaves processes behind, or is taken for a failure and the job starts again;
+    and a second launcher in the same workdir.
+    """
     process = launcher(tmp_path, ["wait", "wait"])
     with pytest.raises(ValueError, match="another process is launching in"):
         local.run([program(tmp_path, [0, 0])], two())
@@ -194,7 +255,9 @@ def test_a_signal_reaches_every_process_and_starts_nothing_again(tmp_path):
 
 @pytest.mark.parametrize("saved, state", [(8, "finished"), (4, "stopped")])
 def test_exit_code_0_is_the_end_only_at_the_last_step(tmp_path, saved, state):
-    """Wrong: a training that was asked to stop, saved and exited with 0 is written down as finished."""
+    """Wrong: a training that was asked to stop, saved and exited with 0 is written down as
+    finished.
+    """
     made = program(tmp_path, [0], steps=8)
     (tmp_path / "run" / "checkpoints" / str(saved)).mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / str(saved) / "SHA256SUMS").touch()
@@ -204,11 +267,15 @@ def test_exit_code_0_is_the_end_only_at_the_last_step(tmp_path, saved, state):
 
 @pytest.mark.parametrize("does", ["wait", "interrupted"])
 def test_what_is_told_to_end_is_stopped(tmp_path, does):
-    """Wrong: a verb that exits with 0 when it is told to is finished and never started again, or one that says 130 has failed."""
+    """Wrong: a verb that exits with 0 when it is told to is finished and never started again, or
+    one that says 130 has failed.
+    """
     process = launcher(tmp_path, [does, does])
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == local.INTERRUPTED
-    assert json.loads((tmp_path / "run" / "launch" / status.RECORD).read_text())["state"] == "stopped"
+    assert (
+        json.loads((tmp_path / "run" / "launch" / status.RECORD).read_text())["state"] == "stopped"
+    )
 
 
 def test_setup_has_the_variables_of_the_job(tmp_path, capfd):
@@ -216,7 +283,12 @@ def test_setup_has_the_variables_of_the_job(tmp_path, capfd):
     made = program(tmp_path, [0], setup='echo "word is $WORD"', environment={"WORD": "a 'b'"})
     assert local.run([made], options("local")) == 0
     assert "word is a 'b'\n" in capfd.readouterr().out
-    shown = subprocess.run(["bash", "-c", local.render([made], options("local")).splitlines()[1]], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        ["bash", "-c", local.render([made], options("local")).splitlines()[1]],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert shown.stdout == "word is a 'b'\n"
 
 
@@ -233,9 +305,13 @@ def test_a_second_signal_ends_what_does_not_listen(tmp_path):
     assert "told to save and end" in log and "are ended at once" in log
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells a process that its parent died"
+)
 def test_a_killed_launcher_leaves_nothing_running(tmp_path):
-    """Wrong: kill -9 of the launcher leaves trainings that nobody looks after, which the next launcher stumbles over."""
+    """Wrong: kill -9 of the launcher leaves trainings that nobody looks after, which the next
+    launcher stumbles over.
+    """
     process = launcher(tmp_path, ["wait", "wait"])
     process.kill()
     process.wait()
@@ -246,7 +322,9 @@ def test_a_killed_launcher_leaves_nothing_running(tmp_path):
 
 def test_output_that_nobody_reads_any_more_holds_nothing_up(tmp_path):
     """Wrong: `python -m launch ... | head` blocks the training once the pipe is full."""
-    made = job(tmp_path / "run", arguments=("-c", "for i in range(20_000): print('a line of the log', i)"))
+    made = job(
+        tmp_path / "run", arguments=("-c", "for i in range(20_000): print('a line of the log', i)")
+    )
     process = start(made, subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()

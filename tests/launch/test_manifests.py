@@ -17,7 +17,10 @@ from imagen_jax.hardware.topology import parse
 from launch import gke, places, sky, slurm, status
 from tests.launch.conftest import HERE, job, options
 
-SCHEMAS = {name: jsonschema.Draft202012Validator(json.loads((HERE / f"{name}.schema.json").read_text())) for name in ("jobset", "sky")}
+SCHEMAS = {
+    name: jsonschema.Draft202012Validator(json.loads((HERE / f"{name}.schema.json").read_text()))
+    for name in ("jobset", "sky")
+}
 SECRETS = dict(secrets=("HF_TOKEN",), environment={"WORD": "a 'b' $c"})
 
 
@@ -41,10 +44,21 @@ def sky_task(made, *more: str) -> dict:
 def replicated(read: dict) -> tuple[dict, dict, dict]:
     """(replicated job, its job, its container)."""
     (found,) = read["spec"]["replicatedJobs"]
-    return found, found["template"]["spec"], found["template"]["spec"]["template"]["spec"]["containers"][0]
+    return (
+        found,
+        found["template"]["spec"],
+        found["template"]["spec"]["template"]["spec"]["containers"][0],
+    )
 
 
-@pytest.mark.parametrize("kind, path", [("jobset", ("spec", "replicatedJobs", 0, "template", "spec")), ("sky", ("resources",)), ("sky", ())])
+@pytest.mark.parametrize(
+    "kind, path",
+    [
+        ("jobset", ("spec", "replicatedJobs", 0, "template", "spec")),
+        ("sky", ("resources",)),
+        ("sky", ()),
+    ],
+)
 def test_the_schemas_refuse_what_does_not_exist(kind, path):
     """Wrong: a schema that lets everything pass, so that the tests below say nothing."""
     read = jobset(bucket_job("v5e:4x4")) if kind == "jobset" else sky_task(bucket_job("v5e:4x4"))
@@ -66,92 +80,194 @@ def test_the_schemas_refuse_what_does_not_exist(kind, path):
         ("v6e-256", 1, 64, 4, "tpu-v6e-slice", "16x16"),
     ],
 )
-def test_a_jobset_asks_for_all_hosts_of_a_slice_at_once(topology, slices, hosts, chips, accelerator, torus):
-    """Wrong: pods for half of a slice, which wait for ever; two slices in one node pool; a label that no node has."""
+def test_a_jobset_asks_for_all_hosts_of_a_slice_at_once(
+    topology, slices, hosts, chips, accelerator, torus
+):
+    """Wrong: pods for half of a slice, which wait for ever; two slices in one node pool; a label
+    that no node has.
+    """
     read = jobset(bucket_job(topology))
     found, inner, container = replicated(read)
     assert (found["replicas"], inner["parallelism"], inner["completions"]) == (slices, hosts, hosts)
-    assert container["resources"]["limits"] == {"google.com/tpu": chips} == container["resources"]["requests"]
+    assert (
+        container["resources"]["limits"]
+        == {"google.com/tpu": chips}
+        == container["resources"]["requests"]
+    )
     selector = inner["template"]["spec"]["nodeSelector"]
-    assert selector == {"cloud.google.com/gke-tpu-accelerator": accelerator, "cloud.google.com/gke-tpu-topology": torus}
-    assert read["metadata"]["annotations"] == {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-    assert not {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"} & {entry["name"] for entry in container["env"]}  # JAX finds its place by itself
+    assert selector == {
+        "cloud.google.com/gke-tpu-accelerator": accelerator,
+        "cloud.google.com/gke-tpu-topology": torus,
+    }
+    assert read["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
+    assert not {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"} & {
+        entry["name"] for entry in container["env"]
+    }  # JAX finds its place by itself
 
 
 def test_a_jobset_starts_again_and_does_not_count_preemptions():
-    """Wrong: the third preemption ends a run of weeks; or a pod that starts alone again, without the others."""
+    """Wrong: the third preemption ends a run of weeks; or a pod that starts alone again, without
+    the others.
+    """
     read = jobset(bucket_job("v5e:4x4", retries=4), "--spot")
     _, inner, _ = replicated(read)
     (rule,) = read["spec"]["failurePolicy"]["rules"]
-    assert read["spec"]["failurePolicy"]["maxRestarts"] == 4 and rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
-    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"] and inner["podFailurePolicy"]["rules"][0]["onPodConditions"][0]["type"] == "DisruptionTarget"
+    assert (
+        read["spec"]["failurePolicy"]["maxRestarts"] == 4
+        and rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    )
+    assert (
+        rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+        and inner["podFailurePolicy"]["rules"][0]["onPodConditions"][0]["type"]
+        == "DisruptionTarget"
+    )
     assert inner["backoffLimit"] == 0 and inner["template"]["spec"]["restartPolicy"] == "Never"
-    assert inner["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-spot"] == "true" and inner["template"]["spec"]["tolerations"]
+    assert (
+        inner["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+        and inner["template"]["spec"]["tolerations"]
+    )
 
 
 def test_gpu_pods_find_the_first():
-    """Wrong: every pod is process 0; the address is none that JobSet gives a pod; or jax needs rights in the cluster to find it."""
+    """Wrong: every pod is process 0; the address is none that JobSet gives a pod; or jax needs
+    rights in the cluster to find it.
+    """
     _, inner, container = replicated(jobset(bucket_job("h100:4x8")))
-    environment = {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container["env"]}
-    assert environment["JAX_COORDINATOR_ADDRESS"] == "run-1-slice-0-0.run-1:8476" and environment["JAX_NUM_PROCESSES"] == "4"
-    assert environment["JAX_PROCESS_ID"] == {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
+    environment = {
+        entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container["env"]
+    }
+    assert (
+        environment["JAX_COORDINATOR_ADDRESS"] == "run-1-slice-0-0.run-1:8476"
+        and environment["JAX_NUM_PROCESSES"] == "4"
+    )
+    assert environment["JAX_PROCESS_ID"] == {
+        "fieldRef": {
+            "fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+        }
+    }
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-    (alone,) = (entry for entry in replicated(jobset(bucket_job("h100:8")))[2]["env"] if entry["name"].startswith("JAX_"))
+    (alone,) = (
+        entry
+        for entry in replicated(jobset(bucket_job("h100:8")))[2]["env"]
+        if entry["name"].startswith("JAX_")
+    )
     assert alone == {"name": "JAX_NUM_PROCESSES", "value": "1"}
-    assert inner["template"]["spec"]["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
+    assert inner["template"]["spec"]["nodeSelector"] == {
+        "cloud.google.com/gke-accelerator": "nvidia-h100-80gb"
+    }
 
 
 def test_pods_have_the_buckets_and_the_secrets_by_name(monkeypatch):
-    """Wrong: the bucket is not mounted where the command looks; the value of a secret is in the manifest; an argument loses its quotes."""
+    """Wrong: the bucket is not mounted where the command looks; the value of a secret is in the
+    manifest; an argument loses its quotes.
+    """
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     made = bucket_job("v5e:4x4", setup="echo $PWD")
     read = jobset(made, "--service_account=writer")
     _, inner, container = replicated(read)
     pod = inner["template"]
-    assert pod["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"} and pod["spec"]["serviceAccountName"] == "writer"
+    assert (
+        pod["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+        and pod["spec"]["serviceAccountName"] == "writer"
+    )
     volume = next(volume for volume in pod["spec"]["volumes"] if volume["name"] == "bucket-0")
-    assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io" and volume["csi"]["volumeAttributes"]["bucketName"] == "b"
+    assert (
+        volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+        and volume["csi"]["volumeAttributes"]["bucketName"] == "b"
+    )
     assert {"name": "bucket-0", "mountPath": "/mnt/gs/b"} in container["volumeMounts"]
     assert "hf_secret" not in json.dumps(read)
-    assert {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "imagen-jax", "key": "HF_TOKEN"}}} in container["env"]
-    shown = subprocess.run(["bash", "-c", container["command"][2].replace("exec python3", "printf '%s|'")], capture_output=True, text=True, check=True).stdout
-    assert shown.endswith("\n-m|imagen_jax.train|--config.name=it's a \"$HOME\" `x`|--workdir=/mnt/gs/b/r|")
+    assert {
+        "name": "HF_TOKEN",
+        "valueFrom": {"secretKeyRef": {"name": "imagen-jax", "key": "HF_TOKEN"}},
+    } in container["env"]
+    shown = subprocess.run(
+        ["bash", "-c", container["command"][2].replace("exec python3", "printf '%s|'")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown.endswith(
+        '\n-m|imagen_jax.train|--config.name=it\'s a "$HOME" `x`|--workdir=/mnt/gs/b/r|'
+    )
 
 
 def test_jobsets_are_created_once(tool, tmp_path, monkeypatch, capsys):
-    """Wrong: a run that is going on is created again or deleted; one that failed is not started again; apply, which changes a running one."""
+    """Wrong: a run that is going on is created again or deleted; one that failed is not started
+    again; apply, which changes a running one.
+    """
     calls, answer = tmp_path / "calls", tmp_path / "answer"
-    tool("kubectl", f"import sys; open({str(calls)!r}, 'a').write(sys.argv[1] + ' '); print(open({str(answer)!r}).read() if sys.argv[1] == 'get' else '')")
+    tool(
+        "kubectl",
+        f"import sys; open({str(calls)!r}, 'a').write(sys.argv[1] + ' ');"
+        f" print(open({str(answer)!r}).read() if sys.argv[1] == 'get' else '')",
+    )
     made, given = bucket_job("v5e:4x4", secrets=()), options("gke", "--image=i")
-    for state, expected in {None: "get get create ", "": "get ", "Completed": "get ", "Failed": "get get delete create "}.items():
+    for state, expected in {
+        None: "get get create ",
+        "": "get ",
+        "Completed": "get ",
+        "Failed": "get get delete create ",
+    }.items():
         answer.write_text("" if state is None else json.dumps({"status": {"terminalState": state}}))
         calls.write_text("")
         assert places.start([made], given) == 0
         assert calls.read_text() == expected, state
 
 
-@pytest.mark.parametrize("topology, nodes, accelerators", [("v5e:4x4", 1, "tpu-v5litepod-16:1"), ("h100:4x8", 4, "H100:8")])
+@pytest.mark.parametrize(
+    "topology, nodes, accelerators",
+    [("v5e:4x4", 1, "tpu-v5litepod-16:1"), ("h100:4x8", 4, "H100:8")],
+)
 def test_a_sky_task(topology, nodes, accelerators, monkeypatch):
-    """Wrong: hosts of a slice counted as nodes; a preemption that ends the job; GPUs' processes that do not find one another."""
+    """Wrong: hosts of a slice counted as nodes; a preemption that ends the job; GPUs' processes
+    that do not find one another.
+    """
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     read = sky_task(bucket_job(topology, retries=4), "--spot", "--infra=gcp/us-west4")
     assert (read["num_nodes"], read["resources"]["accelerators"]) == (nodes, accelerators)
-    assert read["resources"]["use_spot"] and read["resources"]["job_recovery"] == {"max_restarts_on_errors": 4} and read["resources"]["infra"] == "gcp/us-west4"
-    assert read["file_mounts"] == {"/mnt/gs/b": {"source": "gs://b", "mode": "MOUNT"}} and read["envs"] == {"WORD": "a 'b' $c"}
+    assert (
+        read["resources"]["use_spot"]
+        and read["resources"]["job_recovery"] == {"max_restarts_on_errors": 4}
+        and read["resources"]["infra"] == "gcp/us-west4"
+    )
+    assert read["file_mounts"] == {"/mnt/gs/b": {"source": "gs://b", "mode": "MOUNT"}} and read[
+        "envs"
+    ] == {"WORD": "a 'b' $c"}
     assert read["secrets"] == {"HF_TOKEN": None} and "hf_secret" not in json.dumps(read)
-    run = read["run"].replace("exec python", 'printf "%s|" "${JAX_COORDINATOR_ADDRESS-}" "${JAX_NUM_PROCESSES-}" "${JAX_PROCESS_ID-}"')
-    variables = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "4", "SKYPILOT_NODE_RANK": "3", "HOME": "/h"}
-    shown = subprocess.run(["bash", "-c", run], capture_output=True, text=True, check=True, env=os.environ | variables).stdout.split("|")
-    assert shown[:3] == (["10.0.0.1:8476", "4", "3"] if topology.startswith("h100") else ["", "", ""])
+    run = read["run"].replace(
+        "exec python",
+        'printf "%s|" "${JAX_COORDINATOR_ADDRESS-}" "${JAX_NUM_PROCESSES-}" "${JAX_PROCESS_ID-}"',
+    )
+    variables = {
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        "SKYPILOT_NUM_NODES": "4",
+        "SKYPILOT_NODE_RANK": "3",
+        "HOME": "/h",
+    }
+    shown = subprocess.run(
+        ["bash", "-c", run], capture_output=True, text=True, check=True, env=os.environ | variables
+    ).stdout.split("|")
+    assert shown[:3] == (
+        ["10.0.0.1:8476", "4", "3"] if topology.startswith("h100") else ["", "", ""]
+    )
     assert shown[3:5] == ["-m", "imagen_jax.train"] and "--workdir=/mnt/gs/b/r" in shown
 
 
 def test_sky_jobs_are_submitted_once(tool, tmp_path, monkeypatch):
-    """Wrong: a job that is being recovered is taken for none; a job of another name for this one; a secret's value on the command line."""
+    """Wrong: a job that is being recovered is taken for none; a job of another name for this one; a
+    secret's value on the command line.
+    """
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     calls, answer = tmp_path / "calls", tmp_path / "answer"
     note = f"open({str(calls)!r}, 'a').write(' '.join(sys.argv))"
-    tool("sky", f"import sys; print('Fetching', open({str(answer)!r}).read() if sys.argv[2] == 'queue' else {note})")
+    tool(
+        "sky",
+        f"import sys; print('Fetching', open({str(answer)!r}).read() if sys.argv[2] == 'queue' else"
+        f" {note})",
+    )
     made, given = bucket_job("v5e:4x4"), options("sky")
     for found, starts in {"run-1": False, "run-2": True}.items():
         answer.write_text(json.dumps([{"job_name": found, "status": "RECOVERING"}]))
@@ -172,7 +288,8 @@ def cluster(tmp_path, tool, no_tools, monkeypatch):
     return state
 
 
-# Each task says what it was told; in the first run of the job it does as told, in the second it is well.
+# Each task says what it was told; in the first run of the job it does as told, in the second it is
+# well.
 TASK = """
 import os, signal, sys, time
 def told(*_):
@@ -191,7 +308,13 @@ sys.exit({"crash": 5, "mistake": 2, "well": 0}[sys.argv[2]])
 
 
 def task(workdir, does: str, topology: str = "h100:2x4", **fields):
-    return job(workdir, arguments=("-c", TASK, "it's $HOME", does), topology=parse(topology), environment={"WORD": "a 'b' $c"}, **fields)
+    return job(
+        workdir,
+        arguments=("-c", TASK, "it's $HOME", does),
+        topology=parse(topology),
+        environment={"WORD": "a 'b' $c"},
+        **fields,
+    )
 
 
 def submitted(made: list, *more: str) -> Path:
@@ -203,19 +326,36 @@ def submitted(made: list, *more: str) -> Path:
 
 @pytest.mark.parametrize("does, code, times", [("well", 0, 1), ("crash", 0, 2), ("mistake", 2, 1)])
 def test_a_slurm_job(cluster, tmp_path, does, code, times):
-    """Wrong: an option that sbatch does not have; tasks without their GPUs, variables or quotes; a crash that ends the run, a mistake that is repeated."""
-    output = submitted([task(tmp_path / "a b", does)], "--partition=main", "--time=1-00", "--sbatch=constraint=h100", "--sbatch=contiguous")
+    """Wrong: an option that sbatch does not have; tasks without their GPUs, variables or quotes; a
+    crash that ends the run, a mistake that is repeated.
+    """
+    output = submitted(
+        [task(tmp_path / "a b", does)],
+        "--partition=main",
+        "--time=1-00",
+        "--sbatch=constraint=h100",
+        "--sbatch=contiguous",
+    )
     made = json.loads((cluster / "job.json").read_text())
-    assert (made["nodes"], made["ntasks-per-node"], made["gpus-per-node"], made["time"]) == ("2", "1", "4", "1-00") and "contiguous" in made
+    assert (made["nodes"], made["ntasks-per-node"], made["gpus-per-node"], made["time"]) == (
+        "2",
+        "1",
+        "4",
+        "1-00",
+    ) and "contiguous" in made
     assert subprocess.run(["run"]).returncode == code
     lines = [line for line in output.read_text().splitlines() if line.startswith("task")]
-    assert sorted(lines) == sorted(f"task {i} of 2 on n0,n1 n0:61457 a 'b' $c it's $HOME" for i in (0, 1) for _ in range(times))
+    assert sorted(lines) == sorted(
+        f"task {i} of 2 on n0,n1 n0:61457 a 'b' $c it's $HOME" for i in (0, 1) for _ in range(times)
+    )
 
 
 def test_slurm_retries_end(cluster, tmp_path):
     """Wrong: a job that always fails is queued again for ever."""
     submitted([task(tmp_path / "a", "mistake", retries=0)])
-    text = (tmp_path / "a" / "launch" / slurm.SCRIPT).read_text().replace("-ne 2", "-ne 77")  # a mistake now counts as a crash
+    text = (
+        (tmp_path / "a" / "launch" / slurm.SCRIPT).read_text().replace("-ne 2", "-ne 77")
+    )  # a mistake now counts as a crash
     (tmp_path / "a" / "launch" / slurm.SCRIPT).write_text(text.replace("-lt 0", "-lt 1"))
     assert subprocess.run(["run"]).returncode == 2
     assert (tmp_path / "a" / "launch" / "slurm-17.out").read_text().count("task 0") == 2
@@ -223,7 +363,9 @@ def test_slurm_retries_end(cluster, tmp_path):
 
 @pytest.mark.parametrize("does, times", [("wait", 2), ("wait_crash", 3)])
 def test_the_time_limit_saves_and_queues_again(cluster, tmp_path, does, times):
-    """Wrong: the hours since the last save are lost at the time limit, the run ends there, or a time limit is counted among the crashes."""
+    """Wrong: the hours since the last save are lost at the time limit, the run ends there, or a
+    time limit is counted among the crashes.
+    """
     output = submitted([task(tmp_path / "a", does, retries=1)])
     running = subprocess.Popen(["run"])
     end = time.monotonic() + 60
@@ -235,21 +377,32 @@ def test_the_time_limit_saves_and_queues_again(cluster, tmp_path, does, times):
 
 
 def test_stages_share_one_allocation(cluster, tmp_path):
-    """Wrong: stages one after the other, on the same nodes, or one's failure hidden by another's success."""
-    stages = [task(tmp_path / name, "well", topology, name=name, stage=name) for name, topology in {"base": "h100:2x4", "sr": "h100:1x4"}.items()]
+    """Wrong: stages one after the other, on the same nodes, or one's failure hidden by another's
+    success.
+    """
+    stages = [
+        task(tmp_path / name, "well", topology, name=name, stage=name)
+        for name, topology in {"base": "h100:2x4", "sr": "h100:1x4"}.items()
+    ]
     stages.append(task(tmp_path / "last", "mistake", "h100:1x4", name="last", stage="last"))
     submitted(stages)
     assert json.loads((cluster / "job.json").read_text())["nodes"] == "4"
     assert subprocess.run(["run"]).returncode == 2
     printed = {stage.title: (stage.record / "output.log").read_text() for stage in stages}
-    assert [sorted(text.split(" on ")[1].split()[0] for text in printed[name].splitlines()) for name in printed] == [["n0,n1", "n0,n1"], ["n2"], ["n3"]]
+    assert [
+        sorted(text.split(" on ")[1].split()[0] for text in printed[name].splitlines())
+        for name in printed
+    ] == [["n0,n1", "n0,n1"], ["n2"], ["n3"]]
     assert [text.split()[6] for text in printed.values()] == ["n0:61457", "n2:61457", "n3:61457"]
     assert slurm.find(stages[2], options("slurm")) == "running"
 
 
 def test_a_mistake_of_one_stage_does_not_end_another(cluster, tmp_path):
     """Wrong: a stage that crashed is not started again because another one ended with a mistake."""
-    stages = [task(tmp_path / does, does, "h100:1x4", name=does, stage=does) for does in ("crash", "mistake")]
+    stages = [
+        task(tmp_path / does, does, "h100:1x4", name=does, stage=does)
+        for does in ("crash", "mistake")
+    ]
     submitted(stages)
     assert subprocess.run(["run"]).returncode == 2
     assert [(stage.record / "output.log").read_text().count("task 0") for stage in stages] == [2, 2]
@@ -261,12 +414,17 @@ def test_a_queued_slurm_job_is_not_submitted_again(cluster, tmp_path, capsys):
     submitted([made])
     first = (cluster / "job.json").stat().st_mtime_ns
     assert places.start([made], options("slurm")) == 0
-    assert "running already (slurm), not started again" in capsys.readouterr().out and (cluster / "job.json").stat().st_mtime_ns == first
+    assert (
+        "running already (slurm), not started again" in capsys.readouterr().out
+        and (cluster / "job.json").stat().st_mtime_ns == first
+    )
     assert status.read(made).state == "submitted"
 
 
 def test_jobs_with_names_that_nothing_quotes_are_quoted():
     """Wrong: a directory with a space ends an option of sbatch."""
     text = slurm.script([task("/a b/c", "well")], options("slurm"))
-    (output,) = [shlex.split(line)[1] for line in text.splitlines() if line.startswith("#SBATCH --output")]
+    (output,) = [
+        shlex.split(line)[1] for line in text.splitlines() if line.startswith("#SBATCH --output")
+    ]
     assert output == "--output=/a b/c/launch/slurm-%j.out" and sys.executable in text

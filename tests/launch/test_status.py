@@ -15,10 +15,17 @@ from tests.launch.conftest import job, options
 
 
 def workdir(path: Path, step: int, steps: int = 100, checkpoints=()) -> Path:
-    """A run that has done `step` steps, 20 images each, at 10 images a second in the end, with these checkpoints."""
+    """A run that has done `step` steps, 20 images each, at 10 images a second in the end, with
+    these checkpoints.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps({"train": {"steps": steps}, "data": {"batch_size": 20}}))
-    rows = [{"step": n, "loss": 1 / n, "time/images_per_s": 1000 if n < 20 else 10} for n in range(1, step + 1)]
+    (path / "config.json").write_text(
+        json.dumps({"train": {"steps": steps}, "data": {"batch_size": 20}})
+    )
+    rows = [
+        {"step": n, "loss": 1 / n, "time/images_per_s": 1000 if n < 20 else 10}
+        for n in range(1, step + 1)
+    ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in checkpoints:
         (path / "checkpoints" / name).mkdir(parents=True)
@@ -27,40 +34,68 @@ def workdir(path: Path, step: int, steps: int = 100, checkpoints=()) -> Path:
 
 
 def test_a_running_training(tmp_path):
-    """Wrong: a lock that nobody reads; the rate of the first steps in the estimate; a checkpoint that is still being written counted as one."""
+    """Wrong: a lock that nobody reads; the rate of the first steps in the estimate; a checkpoint
+    that is still being written counted as one.
+    """
     run = workdir(tmp_path / "base", 50, checkpoints=("20", "40", "50.writing"))
     with only_process(run, "training in"):
         row = status.read(job(run, stage="base"))
-    assert (row.name, row.state, row.step, row.steps, row.checkpoint) == ("base", "running", 50, 100, 40)
+    assert (row.name, row.state, row.step, row.steps, row.checkpoint) == (
+        "base",
+        "running",
+        50,
+        100,
+        40,
+    )
     assert row.loss == 1 / 50 and row.images_per_s == 10 and row.left == 50 * 20 / 10
     assert status.read(job(run)).state == "stopped"
 
 
 def test_the_ends_of_a_training(tmp_path):
-    """Wrong: a run that was asked to stop, or is still saving, is called finished, or a finished one stopped; a failure without its reason."""
+    """Wrong: a run that was asked to stop, or is still saving, is called finished, or a finished
+    one stopped; a failure without its reason.
+    """
     assert status.read(job(tmp_path / "none")).state == "not started"
     done = job(workdir(tmp_path / "done", 100))
     assert status.read(done).state == "stopped"  # before the last checkpoint was whole
-    assert status.read(job(workdir(tmp_path / "done", 100, checkpoints=("100",)))).state == "finished"
+    assert (
+        status.read(job(workdir(tmp_path / "done", 100, checkpoints=("100",)))).state == "finished"
+    )
     stopped = job(workdir(tmp_path / "stopped", 60))
-    status.record(stopped, "local", "finished")  # its process exited with 0, as it does when asked to stop
+    status.record(
+        stopped, "local", "finished"
+    )  # its process exited with 0, as it does when asked to stop
     assert status.read(stopped).state == "stopped"
     failed = job(workdir(tmp_path / "failed", 60))
     status.record(failed, "local", "failed", "exit code 2; error: out of paper")
-    assert (status.read(failed).state, status.read(failed).detail) == ("failed", "exit code 2; error: out of paper")
-    assert status.read(job(tmp_path / "done", steps=200)).state == "stopped"  # the same run, now asked for more
+    assert (status.read(failed).state, status.read(failed).detail) == (
+        "failed",
+        "exit code 2; error: out of paper",
+    )
+    assert (
+        status.read(job(tmp_path / "done", steps=200)).state == "stopped"
+    )  # the same run, now asked for more
 
 
 def test_lost_rows_do_not_undo_a_training(tmp_path):
     """Wrong: a finished run whose metrics were cut off is submitted again, for ever."""
     run = job(workdir(tmp_path / "run", 30, checkpoints=("100",)))
-    assert (status.read(run).state, status.read(run).step, status.read(run).detail) == ("finished", 100, "metrics.jsonl ends at step 30")
+    assert (status.read(run).state, status.read(run).step, status.read(run).detail) == (
+        "finished",
+        100,
+        "metrics.jsonl ends at step 30",
+    )
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    assert (status.read(run).state, status.read(run).detail) == ("finished", "metrics.jsonl ends at step 0")
+    assert (status.read(run).state, status.read(run).detail) == (
+        "finished",
+        "metrics.jsonl ends at step 0",
+    )
 
 
 def test_an_emptied_checkpoint_does_not_end_a_training(tmp_path):
-    """Wrong: a directory by the name of the last step is enough, so that the trainer, which would go on from the one before, is never started."""
+    """Wrong: a directory by the name of the last step is enough, so that the trainer, which would
+    go on from the one before, is never started.
+    """
     run = workdir(tmp_path / "run", 100, checkpoints=("80", "100"))
     (run / "checkpoints" / "100" / CHECKSUMS).unlink()
     assert (status.read(job(run)).state, status.read(job(run)).checkpoint) == ("stopped", 80)
@@ -77,7 +112,10 @@ DAMAGE = [
     ("launch/launch.json", '{"state": ["running"]}'),
     ("launch/launch.json", '{"state": "failed", "detail": 3}'),
     ("launch/launch.json", "[" * 50_000),
-    ("metrics.jsonl", '{"step": 12, "loss": "abc", "time/images_per_s": "x"}\n{"step": 13, "loss": [1]}\n'),
+    (
+        "metrics.jsonl",
+        '{"step": 12, "loss": "abc", "time/images_per_s": "x"}\n{"step": 13, "loss": [1]}\n',
+    ),
     ("metrics.jsonl", '{"step": 13, "time/images_per_s": "x"}\n'),
     ("metrics.jsonl", '{"step": 1' + "0" * 400 + "}\n"),
 ]
@@ -85,7 +123,9 @@ DAMAGE = [
 
 @pytest.mark.parametrize("file, content", DAMAGE)
 def test_a_damaged_file_is_named_and_hides_no_other_run(tmp_path, capsys, file, content):
-    """Wrong: a traceback in the place of the table, or a complaint that does not say of which file."""
+    """Wrong: a traceback in the place of the table, or a complaint that does not say of
+    which file.
+    """
     workdir(tmp_path / "good", 10)
     (workdir(tmp_path / "bad", 10) / "launch").mkdir()
     (tmp_path / "bad" / file).write_text(content)
@@ -96,7 +136,9 @@ def test_a_damaged_file_is_named_and_hides_no_other_run(tmp_path, capsys, file, 
 
 @pytest.mark.parametrize("file", ["config.json", "launch/launch.json", "metrics.jsonl"])
 def test_a_directory_in_the_place_of_a_file_is_named(tmp_path, capsys, file):
-    """Wrong: a traceback in the place of the table, or of the dry run of a launch that goes on with the run."""
+    """Wrong: a traceback in the place of the table, or of the dry run of a launch that goes on with
+    the run.
+    """
     workdir(tmp_path / "good", 10)
     (workdir(tmp_path / "bad", 10) / file).unlink(missing_ok=True)
     (tmp_path / "bad" / file).mkdir(parents=True)
@@ -115,9 +157,18 @@ def test_numbers_without_bounds_are_no_traceback(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["run", "stopped", "1/100", "-"]
 
 
-@pytest.mark.parametrize("text, message", [("", "WORKDIR is empty"), ("gs://", "names no bucket"), ("nowhere", "nowhere is no directory")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "WORKDIR is empty"),
+        ("gs://", "names no bucket"),
+        ("nowhere", "nowhere is no directory"),
+    ],
+)
 def test_a_workdir_that_is_none_is_one_line(text, message, capsys):
-    """Wrong: an unset variable is taken for the present directory, or a bucket without a name is asked for."""
+    """Wrong: an unset variable is taken for the present directory, or a bucket without a name is
+    asked for.
+    """
     assert status.main([text]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
@@ -127,13 +178,19 @@ def test_a_failed_job_is_failed_while_its_launcher_looks_after_others(tmp_path):
     """Wrong: the launcher's own lock makes every job of it a running one."""
     made = job(workdir(tmp_path / "run", 10))
     with only_process(made.record, "launching in"):
-        for state, shown in {"failed": "failed", "running": "running", "preempted": "preempted"}.items():
+        for state, shown in {
+            "failed": "failed",
+            "running": "running",
+            "preempted": "preempted",
+        }.items():
             status.record(made, "tpu", state)
             assert status.read(made).state == shown
 
 
 def test_half_a_line_is_passed_over(tmp_path):
-    """Wrong: a table that fails whenever it is read in the moment of a write, or whose tail of the file begins within a row."""
+    """Wrong: a table that fails whenever it is read in the moment of a write, or whose tail of the
+    file begins within a row.
+    """
     run = workdir(tmp_path / "run", 2000, steps=9000)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 2001, "lo')
@@ -142,9 +199,15 @@ def test_half_a_line_is_passed_over(tmp_path):
 
 
 def test_the_table(tmp_path, capsys):
-    """Wrong: a column without its value; a directory of stages whose checkpoints or logs are taken for trainings; a path with a space."""
+    """Wrong: a column without its value; a directory of stages whose checkpoints or logs are taken
+    for trainings; a path with a space.
+    """
     for name, step in {"base": 50, "sr 256": 0, "sr_1024": 100}.items():
-        workdir(tmp_path / name, step, checkpoints=["40", str(step)] if step == 100 else ["40"] * (step > 0))
+        workdir(
+            tmp_path / name,
+            step,
+            checkpoints=["40", str(step)] if step == 100 else ["40"] * (step > 0),
+        )
     (tmp_path / "base" / "checkpoints" / "40" / "config.json").touch()
     assert status.main([str(tmp_path)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -154,7 +217,9 @@ def test_the_table(tmp_path, capsys):
     assert lines[3] == ["sr_1024", "finished", "100/100", "0.0100", "10", "-", "100"]
 
 
-@pytest.mark.parametrize("seconds, text", [(59.9, "0 min 59 s"), (3600, "1 h 00 min"), (90061, "1 d 01 h")])
+@pytest.mark.parametrize(
+    "seconds, text", [(59.9, "0 min 59 s"), (3600, "1 h 00 min"), (90061, "1 d 01 h")]
+)
 def test_spans(seconds, text):
     """Wrong: hours that are days."""
     assert status.span(seconds) == text
@@ -162,7 +227,10 @@ def test_spans(seconds, text):
 
 def test_looking_does_not_disturb(tmp_path):
     """Wrong: whoever looks whether a run is going on keeps it, for that instant, from starting."""
-    source = "import sys, time; from pathlib import Path; from imagen_jax import storage\nwhile True: storage.is_kept(Path(sys.argv[1])); time.sleep(0.001)"
+    source = (
+        "import sys, time; from pathlib import Path; from imagen_jax import storage\nwhile True:"
+        " storage.is_kept(Path(sys.argv[1])); time.sleep(0.001)"
+    )
     looking = subprocess.Popen([sys.executable, "-c", source, str(tmp_path)])
     try:
         end = time.monotonic() + 1
@@ -175,10 +243,16 @@ def test_looking_does_not_disturb(tmp_path):
     assert not is_kept(tmp_path) and not is_kept(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("state, starts", [("finished", False), ("running", False), ("stopped", True)])
+@pytest.mark.parametrize(
+    "state, starts", [("finished", False), ("running", False), ("stopped", True)]
+)
 def test_nothing_is_started_twice(tmp_path, monkeypatch, capsys, state, starts):
     """Wrong: the same command again trains a finished run's workdir, or a running one's."""
-    made = job(workdir(tmp_path / "run", 100, checkpoints=["100"]) if state == "finished" else workdir(tmp_path / "run", 50))
+    made = job(
+        workdir(tmp_path / "run", 100, checkpoints=["100"])
+        if state == "finished"
+        else workdir(tmp_path / "run", 50)
+    )
     ran = []
     monkeypatch.setattr(places.local, "run", lambda jobs, _: ran.extend(jobs) or 0)
     with only_process(tmp_path / ("run" if state == "running" else "other"), "training in"):
@@ -188,4 +262,13 @@ def test_nothing_is_started_twice(tmp_path, monkeypatch, capsys, state, starts):
 
 def test_numbers_that_are_not_known():
     """Wrong: nan in the table, or a division by a rate of nothing."""
-    assert status.table([status.Row("a", left=math.nan)]).splitlines()[1].split() == ["a", "not", "started", "0", "-", "-", "-", "-"]
+    assert status.table([status.Row("a", left=math.nan)]).splitlines()[1].split() == [
+        "a",
+        "not",
+        "started",
+        "0",
+        "-",
+        "-",
+        "-",
+        "-",
+    ]

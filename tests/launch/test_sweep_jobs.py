@@ -1,4 +1,6 @@
-"""The sweep launcher with --where: trainings as jobs, none twice, and the comparison once all are finished."""
+"""The sweep launcher with --where: trainings as jobs, none twice, and the comparison once all are
+finished.
+"""
 
 import subprocess
 from pathlib import Path
@@ -25,15 +27,38 @@ def sweep(arg=""):
 def command(tmp_path, tool, monkeypatch):
     """The sweep's options; sbatch and squeue, which remember the jobs' scripts and names."""
     (tmp_path / "ablation.py").write_text(ABLATION)
-    tool("sbatch", f"import sys; open({str(tmp_path / 'submitted')!r}, 'a').write(sys.argv[-1] + '\\n'); print(1)")
-    tool("squeue", f"import pathlib; p = pathlib.Path({str(tmp_path / 'queue')!r}); print(p.read_text() if p.exists() else '')")
-    return ["--config", str(tmp_path / "ablation.py"), "--workdir", str(tmp_path / "runs"), "--config.data.path=/data", "--where=slurm", "--topology=h100:1x8"]
+    tool(
+        "sbatch",
+        f"import sys; open({str(tmp_path / 'submitted')!r}, 'a').write(sys.argv[-1] + '\\n');"
+        " print(1)",
+    )
+    tool(
+        "squeue",
+        f"import pathlib; p = pathlib.Path({str(tmp_path / 'queue')!r}); print(p.read_text() if"
+        " p.exists() else '')",
+    )
+    return [
+        "--config",
+        str(tmp_path / "ablation.py"),
+        "--workdir",
+        str(tmp_path / "runs"),
+        "--config.data.path=/data",
+        "--where=slurm",
+        "--topology=h100:1x8",
+    ]
 
 
 def submitted(tmp_path: Path) -> list[str]:
     """Which workdirs' scripts were, and the list begins anew."""
     path = tmp_path / "submitted"
-    found = [str(Path(line).parent.parent.relative_to(tmp_path / "runs")) for line in path.read_text().splitlines()] if path.exists() else []
+    found = (
+        [
+            str(Path(line).parent.parent.relative_to(tmp_path / "runs"))
+            for line in path.read_text().splitlines()
+        ]
+        if path.exists()
+        else []
+    )
     path.write_text("")
     return found
 
@@ -47,24 +72,41 @@ def finish(tmp_path: Path, arm: str) -> None:
 
 
 def test_each_training_is_one_job_until_all_are_finished(command, tmp_path, monkeypatch, capsys):
-    """Wrong: a finished or queued training is submitted again; arms share a job; evaluation begins before the last training has ended, or never."""
+    """Wrong: a finished or queued training is submitted again; arms share a job; evaluation begins
+    before the last training has ended, or never.
+    """
     evaluated = []
     monkeypatch.setattr(sweep, "execute", lambda step: evaluated.append(step.label))
     assert sweep.main(command) == 0
     assert submitted(tmp_path) == ["slow/seed_0/train", "fast/seed_0/train"]
     script = (tmp_path / "runs/fast/seed_0/train/launch/job.sbatch").read_text()
-    assert "--config.optim.lr=0.001" in script and "--config.seed=0" in script and "sampling" not in script
+    assert (
+        "--config.optim.lr=0.001" in script
+        and "--config.seed=0" in script
+        and "sampling" not in script
+    )
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    (tmp_path / "queue").write_text(f"PENDING {next(line for line in script.splitlines() if '--comment=' in line).partition('=')[2]}\n")
+    (tmp_path / "queue").write_text(
+        "PENDING"
+        f" {next(line for line in script.splitlines() if '--comment=' in line).partition('=')[2]}\n"
+    )
     finish(tmp_path, "slow")
     assert sweep.main(command) == 0
     assert submitted(tmp_path) == [] and evaluated == []
     assert "waiting already (slurm)" in capsys.readouterr().out
     finish(tmp_path, "fast")
     (tmp_path / "queue").write_text("")
-    monkeypatch.setattr(sweep, "read_evaluations", lambda *_: {name: [{"measures": {}, "rows": {}}] for name in ("slow", "fast", "fast_guided")})
+    monkeypatch.setattr(
+        sweep,
+        "read_evaluations",
+        lambda *_: {
+            name: [{"measures": {}, "rows": {}}] for name in ("slow", "fast", "fast_guided")
+        },
+    )
     assert sweep.main(command) == 0
-    assert submitted(tmp_path) == [] and evaluated == [f"evaluate {arm}, seed 0" for arm in ("slow", "fast", "fast_guided")]
+    assert submitted(tmp_path) == [] and evaluated == [
+        f"evaluate {arm}, seed 0" for arm in ("slow", "fast", "fast_guided")
+    ]
 
 
 @pytest.mark.parametrize("flag", ["--dry-run", "--dry_run"])
@@ -77,25 +119,51 @@ def test_dry_run_submits_nothing(command, tmp_path, capsys, flag):
 
 
 def test_a_sweep_in_a_bucket(tmp_path, capsys):
-    """Wrong: the bucket's name becomes a directory here, or the trainings get the path at which this machine would have it."""
-    command = ["--config", f"{tiny.ROOT}/configs/ablations/noise_augmentation.py:demo", "--workdir=gs://b/sweep", "--config.data.path=gs://b/data"]
-    assert sweep.main([*command, "--where=gke", "--image=i", "--topology=v5e:2x4", "--dry-run"]) == 0
+    """Wrong: the bucket's name becomes a directory here, or the trainings get the path at which
+    this machine would have it.
+    """
+    command = [
+        "--config",
+        f"{tiny.ROOT}/configs/ablations/noise_augmentation.py:demo",
+        "--workdir=gs://b/sweep",
+        "--config.data.path=gs://b/data",
+    ]
+    assert (
+        sweep.main([*command, "--where=gke", "--image=i", "--topology=v5e:2x4", "--dry-run"]) == 0
+    )
     out = capsys.readouterr().out
-    assert "--workdir=/mnt/gs/b/sweep/" in out and "--config=configs/ablations/noise_augmentation.py:demo" in out
+    assert (
+        "--workdir=/mnt/gs/b/sweep/" in out
+        and "--config=configs/ablations/noise_augmentation.py:demo" in out
+    )
     assert "bucketName: b\n" in out and "gs:/b" not in out.replace("gs://b", "")
-    assert "--data=/mnt/gs/b/data" in out and "evaluations run on a machine where the buckets are mounted at /mnt/gs/" in out
-    assert "=gs://" not in out and "seed 0: a job\n" in out  # the trainings' commands are those of the jobs
+    assert (
+        "--data=/mnt/gs/b/data" in out
+        and "evaluations run on a machine where the buckets are mounted at /mnt/gs/" in out
+    )
+    assert (
+        "=gs://" not in out and "seed 0: a job\n" in out
+    )  # the trainings' commands are those of the jobs
 
 
 def test_data_of_this_machine_is_not_promised_to_the_jobs(capsys):
     """Wrong: the check of a launch is left out where a sweep launches."""
-    command = ["--config", f"{tiny.ROOT}/configs/ablations/noise_augmentation.py:demo", "--workdir=gs://b/sweep", "--config.data.path=/data"]
-    assert sweep.main([*command, "--where=gke", "--image=i", "--topology=v5e:2x4", "--dry-run"]) == 2
+    command = [
+        "--config",
+        f"{tiny.ROOT}/configs/ablations/noise_augmentation.py:demo",
+        "--workdir=gs://b/sweep",
+        "--config.data.path=/data",
+    ]
+    assert (
+        sweep.main([*command, "--where=gke", "--image=i", "--topology=v5e:2x4", "--dry-run"]) == 2
+    )
     assert "--config.data.path=/data is a path of this machine" in capsys.readouterr().err
 
 
 def test_mistakes_are_found_before_the_first_job(command, tmp_path, capsys):
-    """Wrong: the second arm's bad value is found on the cluster, after the first arm's job was submitted."""
+    """Wrong: the second arm's bad value is found on the cluster, after the first arm's job was
+    submitted.
+    """
     (tmp_path / "ablation.py").write_text(ABLATION.replace("1e-3", "'fast'"))
     assert sweep.main(command) == 2
     assert "fast" in capsys.readouterr().err and submitted(tmp_path) == []

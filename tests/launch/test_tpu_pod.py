@@ -1,4 +1,6 @@
-"""Cloud TPU, against a stand-in for gcloud whose workers are directories in which the scripts really run."""
+"""Cloud TPU, against a stand-in for gcloud whose workers are directories in which the scripts
+really run.
+"""
 
 import dataclasses
 import json
@@ -37,7 +39,11 @@ def checkout(tmp_path, monkeypatch):
     root = tmp_path / "checkout"
     root.mkdir()
     (root / "code_here").write_text("the code")
-    for arguments in (["init", "-q"], ["add", "."], ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "c"]):
+    for arguments in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "c"],
+    ):
         subprocess.run(["git", *arguments], cwd=root, check=True)
     monkeypatch.setattr(tpu_pod, "ROOT", root)
 
@@ -45,9 +51,13 @@ def checkout(tmp_path, monkeypatch):
 def counting(tmp_path, codes: str, topology: str = "v5e:4x4", **fields):
     """A job that exits with these codes, run by run."""
     return job(
-        "gs://b/r", arguments=("-c", COUNTING, str(tmp_path), "it's $HOME", codes), topology=parse(topology), environment={"WORD": "a 'b' $c"},
-        setup=f"mkdir -p ~/bin; export PATH={Path(sys.executable).parent}:$PATH", **fields,
-    )  # fmt: skip
+        "gs://b/r",
+        arguments=("-c", COUNTING, str(tmp_path), "it's $HOME", codes),
+        topology=parse(topology),
+        environment={"WORD": "a 'b' $c"},
+        setup=f"mkdir -p ~/bin; export PATH={Path(sys.executable).parent}:$PATH",
+        **fields,
+    )
 
 
 def runs(tmp_path) -> list[int]:
@@ -56,20 +66,43 @@ def runs(tmp_path) -> list[int]:
 
 
 def calls(cloud, word: str) -> list[list[str]]:
-    return [found for line in (cloud / "calls").read_text().splitlines() if word in (found := json.loads(line))]
+    return [
+        found
+        for line in (cloud / "calls").read_text().splitlines()
+        if word in (found := json.loads(line))
+    ]
 
 
-def test_waits_runs_on_every_worker_and_gives_the_machines_back(tmp_path, gcloud, checkout, capfd, monkeypatch):
-    """Wrong: starts before the machines are there; misses a worker; arguments lose their quotes; machines are left behind; a secret is shown."""
+def test_waits_runs_on_every_worker_and_gives_the_machines_back(
+    tmp_path, gcloud, checkout, capfd, monkeypatch
+):
+    """Wrong: starts before the machines are there; misses a worker; arguments lose their quotes;
+    machines are left behind; a secret is shown.
+    """
     monkeypatch.setenv("HF_TOKEN", "hf_'secret")
     cloud = gcloud(ACTIVE)
-    assert tpu_pod.supervise(counting(tmp_path, "0", "2xv5e:4x4", secrets=("HF_TOKEN",)), options("tpu", *OPTIONS), poll_s=0) == 0
+    assert (
+        tpu_pod.supervise(
+            counting(tmp_path, "0", "2xv5e:4x4", secrets=("HF_TOKEN",)),
+            options("tpu", *OPTIONS),
+            poll_s=0,
+        )
+        == 0
+    )
     assert runs(tmp_path) == [1, 1, 1, 1]  # two slices of two workers
     out = capfd.readouterr().out
-    assert out.count("hello a 'b' $c hf_'secret the code it's $HOME") == 4  # what the job itself prints
+    assert (
+        out.count("hello a 'b' $c hf_'secret the code it's $HOME") == 4
+    )  # what the job itself prints
     assert not (cloud / "resource").exists()
     (create,) = calls(cloud, "create")
-    assert {"--node-count=2", "--node-prefix=run-1", "--accelerator-type=v5litepod-16", "--spot", "--project=p"} <= set(create)
+    assert {
+        "--node-count=2",
+        "--node-prefix=run-1",
+        "--accelerator-type=v5litepod-16",
+        "--spot",
+        "--project=p",
+    } <= set(create)
     assert "--runtime-version=v2-alpha-tpuv5-lite" in create
     assert "hf_" not in (cloud / "calls").read_text()
     for state in ("WAITING_FOR_RESOURCES", "PROVISIONING", "finished"):
@@ -77,38 +110,72 @@ def test_waits_runs_on_every_worker_and_gives_the_machines_back(tmp_path, gcloud
 
 
 def test_a_preempted_pod_is_asked_for_again(tmp_path, gcloud, checkout, capfd):
-    """Wrong: a preemption ends the run, is counted as a failure, or waits for ever on machines that are gone."""
+    """Wrong: a preemption ends the run, is counted as a failure, or waits for ever on machines that
+    are gone.
+    """
     cloud = gcloud(ACTIVE | {"preempt": True}, ACTIVE | {"preempt": True}, ACTIVE)
-    assert tpu_pod.supervise(counting(tmp_path, "-1,-1,0", retries=0), options("tpu", *OPTIONS), poll_s=0) == 0
-    assert runs(tmp_path) == [3, 3] and len(calls(cloud, "create")) == 3 == len(calls(cloud, "delete"))
+    assert (
+        tpu_pod.supervise(
+            counting(tmp_path, "-1,-1,0", retries=0), options("tpu", *OPTIONS), poll_s=0
+        )
+        == 0
+    )
+    assert runs(tmp_path) == [3, 3] and len(calls(cloud, "create")) == 3 == len(
+        calls(cloud, "delete")
+    )
     assert "preempted, its machines were taken away" in capfd.readouterr().out
 
 
 def test_requests_that_are_never_served_end(tmp_path, gcloud, checkout, capfd):
     """Wrong: a request that cannot be served is repeated for ever, or its reason is not told."""
     cloud = gcloud({"create": "", "states": ["PROVISIONING", "FAILED"]})
-    assert tpu_pod.supervise(counting(tmp_path, "0", retries=1), options("tpu", *OPTIONS), poll_s=0) == 1
+    assert (
+        tpu_pod.supervise(counting(tmp_path, "0", retries=1), options("tpu", *OPTIONS), poll_s=0)
+        == 1
+    )
     assert len(calls(cloud, "create")) == 2 and "no capacity" in capfd.readouterr().out
 
 
 def test_a_quota_error_is_told_and_not_repeated(tmp_path, gcloud, checkout, capfd):
     """Wrong: a request beyond the quota is sent again and again, or ends in a traceback."""
-    cloud = gcloud({"create": "Quota limit 'TPUV5sPreemptibleLitepodPerProjectPerZoneForTPUAPI' has been exceeded. Limit: 0", "states": []})
+    cloud = gcloud(
+        {
+            "create": (
+                "Quota limit 'TPUV5sPreemptibleLitepodPerProjectPerZoneForTPUAPI' has been"
+                " exceeded. Limit: 0"
+            ),
+            "states": [],
+        }
+    )
     assert tpu_pod.run([counting(tmp_path, "0")], options("tpu", *OPTIONS)) == 2
     out = capfd.readouterr().out
-    assert "failed, gcloud could not create" in out and "has been exceeded" in out and len(calls(cloud, "create")) == 1
+    assert (
+        "failed, gcloud could not create" in out
+        and "has been exceeded" in out
+        and len(calls(cloud, "create")) == 1
+    )
 
 
 @pytest.mark.parametrize("codes, expected, times", [("1,0", 0, 2), ("1,1,1", 1, 3), ("2,0", 2, 1)])
-def test_a_crash_is_repeated_on_the_same_machines_and_a_mistake_is_not(tmp_path, gcloud, checkout, codes, expected, times):
-    """Wrong: a crash gives the machines back, and a place in the queue with them; a wrong config is tried as often as a crash."""
+def test_a_crash_is_repeated_on_the_same_machines_and_a_mistake_is_not(
+    tmp_path, gcloud, checkout, codes, expected, times
+):
+    """Wrong: a crash gives the machines back, and a place in the queue with them; a wrong config is
+    tried as often as a crash.
+    """
     cloud = gcloud(ACTIVE)
-    assert tpu_pod.supervise(counting(tmp_path, codes), options("tpu", *OPTIONS), poll_s=0) == expected
-    assert runs(tmp_path) == [times, times] and len(calls(cloud, "create")) == 1 == len(calls(cloud, "delete"))
+    assert (
+        tpu_pod.supervise(counting(tmp_path, codes), options("tpu", *OPTIONS), poll_s=0) == expected
+    )
+    assert runs(tmp_path) == [times, times] and len(calls(cloud, "create")) == 1 == len(
+        calls(cloud, "delete")
+    )
 
 
 def test_a_second_launcher_takes_up_what_runs(tmp_path, gcloud, checkout, capfd):
-    """Wrong: the launcher that comes back after a lost connection starts the job a second time on machines that run it."""
+    """Wrong: the launcher that comes back after a lost connection starts the job a second time on
+    machines that run it.
+    """
     gcloud(ACTIVE)
     workers = tmp_path / "workers"
     workers.mkdir()
@@ -116,47 +183,89 @@ def test_a_second_launcher_takes_up_what_runs(tmp_path, gcloud, checkout, capfd)
     with tpu_pod._written(made) as files:
         for name in tpu_pod._files(made):
             (workers / name).write_bytes((files / name).read_bytes())
-    (workers / "run.sh").write_text("echo run >> count; until [ -f end ]; do sleep 0.05; done; echo 7 > exit")
-    watch = lambda attempt: subprocess.Popen(["bash", workers / "watch.sh", attempt], stdout=subprocess.PIPE)
+    (workers / "run.sh").write_text(
+        "echo run >> count; until [ -f end ]; do sleep 0.05; done; echo 7 > exit"
+    )
+    watch = lambda attempt: subprocess.Popen(
+        ["bash", workers / "watch.sh", attempt], stdout=subprocess.PIPE
+    )
     watchers = [watch(attempt) for attempt in "aab"]
-    while not (workers / "attempts").exists() or sorted((workers / "attempts").read_text().split()) != ["a", "a", "b"]:
+    while not (workers / "attempts").exists() or sorted(
+        (workers / "attempts").read_text().split()
+    ) != ["a", "a", "b"]:
         time.sleep(0.02)
     (workers / "end").touch()
     assert [watcher.wait(timeout=60) for watcher in watchers] == [7, 7, 7]
-    assert [watch(attempt).wait(timeout=60) for attempt in "ab"] == [7, 7], "too late to see it end, they are told how it did"
+    assert [watch(attempt).wait(timeout=60) for attempt in "ab"] == [
+        7,
+        7,
+    ], "too late to see it end, they are told how it did"
     assert (workers / "count").read_text() == "run\n"
-    assert watch("c").wait(timeout=60) == 7 and (workers / "count").read_text() == "run\nrun\n", "a new attempt is a new run"
+    assert watch("c").wait(timeout=60) == 7 and (workers / "count").read_text() == "run\nrun\n", (
+        "a new attempt is a new run"
+    )
 
 
-UNAVAILABLE = "HttpError accessing <https://tpu.googleapis.com/>: response: <{'status': '503'}>, Service Unavailable"
+UNAVAILABLE = (
+    "HttpError accessing <https://tpu.googleapis.com/>: response: <{'status': '503'}>, Service"
+    " Unavailable"
+)
 
 
 def test_questions_that_get_no_answer_are_asked_again(tmp_path, gcloud, checkout, capfd):
-    """Wrong: one failed request of the days that a launcher asks ends it, and leaves the machines to nobody; or machines that could not be
-    asked for are taken for machines that are gone, and a healthy pod is deleted."""
+    """Wrong: one failed request of the days that a launcher asks ends it, and leaves the machines
+    to nobody; or machines that could not be asked for are taken for machines that are gone, and a
+    healthy pod is deleted.
+    """
     cloud = gcloud(ACTIVE | {"drops": 1})
-    answers = ["-", UNAVAILABLE, "-", "-", "Reauthentication failed. cannot prompt during non-interactive execution.", UNAVAILABLE, "-", "-"]
-    (cloud / "errors").write_text("\n".join([*answers, UNAVAILABLE, "cannot resolve host", UNAVAILABLE]))
-    assert tpu_pod.supervise(counting(tmp_path, "0", retries=0), options("tpu", *OPTIONS), poll_s=0) == 0
+    answers = [
+        "-",
+        UNAVAILABLE,
+        "-",
+        "-",
+        "Reauthentication failed. cannot prompt during non-interactive execution.",
+        UNAVAILABLE,
+        "-",
+        "-",
+    ]
+    (cloud / "errors").write_text(
+        "\n".join([*answers, UNAVAILABLE, "cannot resolve host", UNAVAILABLE])
+    )
+    assert (
+        tpu_pod.supervise(counting(tmp_path, "0", retries=0), options("tpu", *OPTIONS), poll_s=0)
+        == 0
+    )
     assert runs(tmp_path) == [1, 1] and not (cloud / "resource").exists()
-    assert len({tuple(call) for call in calls(cloud, "create")}) == 1 and "503" in capfd.readouterr().out
+    assert (
+        len({tuple(call) for call in calls(cloud, "create")}) == 1
+        and "503" in capfd.readouterr().out
+    )
     (cloud / "errors").write_text("PERMISSION_DENIED: no access to project p")
     with pytest.raises(ValueError, match="PERMISSION_DENIED"):
         tpu_pod.supervise(counting(tmp_path, "0"), options("tpu", *OPTIONS), poll_s=0)
 
 
 @pytest.mark.parametrize("codes, times", [("0", 1), ("1,0", 2)])
-def test_a_lost_connection_is_made_again_and_the_job_runs_once(tmp_path, gcloud, checkout, monkeypatch, codes, times):
-    """Wrong: connections lost over days add up to a crash; a job that ended while nobody was connected is run again, or its exit code is lost."""
+def test_a_lost_connection_is_made_again_and_the_job_runs_once(
+    tmp_path, gcloud, checkout, monkeypatch, codes, times
+):
+    """Wrong: connections lost over days add up to a crash; a job that ended while nobody was
+    connected is run again, or its exit code is lost.
+    """
     monkeypatch.setattr(tpu_pod, "RECONNECTS", 2)
     gcloud(ACTIVE | {"drops": 4})
-    assert tpu_pod.supervise(counting(tmp_path, codes, retries=1), options("tpu", *OPTIONS), poll_s=0) == 0
+    assert (
+        tpu_pod.supervise(counting(tmp_path, codes, retries=1), options("tpu", *OPTIONS), poll_s=0)
+        == 0
+    )
     assert runs(tmp_path) == [times, times]
 
 
 @pytest.mark.parametrize("there", [False, True])
 def test_machines_that_ssh_never_reaches(tmp_path, gcloud, checkout, monkeypatch, there):
-    """Wrong: machines nobody can use are paid for without end; or those that run what an earlier launcher started are deleted."""
+    """Wrong: machines nobody can use are paid for without end; or those that run what an earlier
+    launcher started are deleted.
+    """
     monkeypatch.setattr(tpu_pod, "RECONNECTS", 2)
     cloud = gcloud(ACTIVE | {"unreachable": True})
     made, chosen = counting(tmp_path, "0", retries=0), options("tpu", *OPTIONS)
@@ -167,28 +276,52 @@ def test_machines_that_ssh_never_reaches(tmp_path, gcloud, checkout, monkeypatch
 
 
 def test_an_installation_that_fails_is_tried_again(tmp_path, gcloud, checkout):
-    """Wrong: uv's exit code 2, when a package index does not answer, is taken for a mistake in the config, and the pod is given back."""
+    """Wrong: uv's exit code 2, when a package index does not answer, is taken for a mistake in the
+    config, and the pod is given back.
+    """
     cloud = gcloud(ACTIVE)
     made = counting(tmp_path, "0", retries=1)
-    made = dataclasses.replace(made, setup=f"[ -f ~/tried ] || {{ touch ~/tried; exit 2; }}\n{made.setup}")
+    made = dataclasses.replace(
+        made, setup=f"[ -f ~/tried ] || {{ touch ~/tried; exit 2; }}\n{made.setup}"
+    )
     assert tpu_pod.supervise(made, options("tpu", *OPTIONS), poll_s=0) == 0
     assert runs(tmp_path) == [1, 1] and len(calls(cloud, "create")) == 1
 
 
 def test_the_table_reads_a_bucket(tmp_path, gcloud, capsys):
-    """Wrong: a run in a bucket is shown as not started, or an unreachable bucket as an empty one."""
+    """Wrong: a run in a bucket is shown as not started, or an unreachable bucket as an
+    empty one.
+    """
     cloud = gcloud(ACTIVE)
     workdir = cloud / "buckets" / "b" / "r"
-    for name, files in {"40": ["meta.json", "SHA256SUMS"], "45": ["meta.json"], "50.writing": ["SHA256SUMS"]}.items():
+    for name, files in {
+        "40": ["meta.json", "SHA256SUMS"],
+        "45": ["meta.json"],
+        "50.writing": ["SHA256SUMS"],
+    }.items():
         (workdir / "checkpoints" / name).mkdir(parents=True)
         for file in files:
             (workdir / "checkpoints" / name / file).touch()
     (workdir / "config.json").write_text('{"train": {"steps": 100}, "data": {"batch_size": 10}}')
-    (workdir / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "loss": {1 / step}, "time/images_per_s": 5}}\n' for step in range(1, 51)))
+    (workdir / "metrics.jsonl").write_text(
+        "".join(
+            f'{{"step": {step}, "loss": {1 / step}, "time/images_per_s": 5}}\n'
+            for step in range(1, 51)
+        )
+    )
     row = status.read(job("gs://b/r"))
-    assert (row.state, row.step, row.steps, row.loss, row.checkpoint, row.left) == ("running", 50, 100, 0.02, 40, 100.0)
+    assert (row.state, row.step, row.steps, row.loss, row.checkpoint, row.left) == (
+        "running",
+        50,
+        100,
+        0.02,
+        40,
+        100.0,
+    )
     assert status.read(job("gs://b/other")).state == "not started"
     (cloud / "plan.json").unlink()
-    (cloud.parent / "bin" / "gcloud").write_text("#!/bin/bash\necho 'ERROR: 403 forbidden' >&2; exit 1\n")
+    (cloud.parent / "bin" / "gcloud").write_text(
+        "#!/bin/bash\necho 'ERROR: 403 forbidden' >&2; exit 1\n"
+    )
     row = status.read(job("gs://b/r"))
     assert row.state == "unreadable" and row.detail == "cannot read gs://b/r: ERROR: 403 forbidden"

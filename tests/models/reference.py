@@ -1,4 +1,6 @@
-"""The blocks written again in numpy float64, straight from the formulas, for the tests to compare with."""
+"""The blocks written again in numpy float64, straight from the formulas, for the tests to compare
+with.
+"""
 
 import numpy as np
 
@@ -47,7 +49,9 @@ def res_block(p, h, emb, resample, residual_scale, scale_shift, groups):
     shortcut = RESAMPLE[resample](h)
     if "shortcut" in p:
         shortcut = dense(shortcut, p["shortcut"])
-    out = RESAMPLE[resample](swish(group_norm(h, groups(h.shape[-1]), p["norm_0"]["scale"], p["norm_0"]["bias"])))
+    out = RESAMPLE[resample](
+        swish(group_norm(h, groups(h.shape[-1]), p["norm_0"]["scale"], p["norm_0"]["bias"]))
+    )
     out = conv3x3(out, p["conv_0"]["kernel"], p["conv_0"]["bias"])
     film = dense(swish(emb), p["film"])[:, None, None, :]
     norm = lambda x: group_norm(x, groups(x.shape[-1]), p["norm_1"]["scale"], p["norm_1"]["bias"])
@@ -74,7 +78,7 @@ def attend(q, k, v, valid, heads):
 
 
 def attention(p, h, text, mask, heads, kind, groups):
-    b, height, width, c = h.shape
+    b, _height, _width, c = h.shape
     pixels = group_norm(h, groups(c), p["norm"]["scale"], p["norm"]["bias"]).reshape(b, -1, c)
     out = np.zeros_like(pixels)
     for i in range(b):
@@ -88,7 +92,9 @@ def attention(p, h, text, mask, heads, kind, groups):
             context = layer_norm(text[i], p["text_norm"]["scale"], p["text_norm"]["bias"])
             k, v = np.split(dense(context, p["text_kv"]), 2, axis=-1)
             keys, values, valid = keys + [k], values + [v], valid + [mask[i]]
-        out[i] = attend(q, np.concatenate(keys), np.concatenate(values), np.concatenate(valid), heads)
+        out[i] = attend(
+            q, np.concatenate(keys), np.concatenate(values), np.concatenate(valid), heads
+        )
     return h + dense(out, p["out"]).reshape(h.shape)
 
 
@@ -104,7 +110,9 @@ def text_pool(p, text, mask, heads):
 
 
 def conv_half_stride(x, kernel, bias):
-    """3x3, stride 1/2: every input pixel adds its kernel to the nine outputs around twice its place."""
+    """3x3, stride 1/2: every input pixel adds its kernel to the nine outputs around twice its
+    place.
+    """
     b, h, w, _ = x.shape
     out = np.zeros((b, 2 * h + 2, 2 * w + 2, kernel.shape[-1]))
     for i in range(3):
@@ -115,13 +123,22 @@ def conv_half_stride(x, kernel, bias):
 
 def noise_level(p, logsnr):
     n = p["dense_0"]["kernel"].shape[0] // 2
-    angle = 1000 * np.arctan(np.exp(-logsnr / 2))[:, None] / (np.pi / 2) * 10_000.0 ** (-np.arange(n) / n)
-    return dense(swish(dense(np.concatenate([np.sin(angle), np.cos(angle)], -1), p["dense_0"])), p["dense_1"])
+    angle = (
+        1000
+        * np.arctan(np.exp(-logsnr / 2))[:, None]
+        / (np.pi / 2)
+        * 10_000.0 ** (-np.arange(n) / n)
+    )
+    return dense(
+        swish(dense(np.concatenate([np.sin(angle), np.cos(angle)], -1), p["dense_0"])), p["dense_1"]
+    )
 
 
 def conditioning(p, logsnr, cond, pool_heads):
     emb = noise_level(p["time"], logsnr) + noise_level(p["lowres_noise"], cond["lowres_logsnr"])
-    text = dense(layer_norm(cond["text"], p["text_norm"]["scale"], p["text_norm"]["bias"]), p["text_proj"])
+    text = dense(
+        layer_norm(cond["text"], p["text_norm"]["scale"], p["text_norm"]["bias"]), p["text_proj"]
+    )
     return emb + text_pool(p["text_pool"], text, cond["text_mask"], pool_heads), text
 
 
@@ -134,7 +151,11 @@ def unet(p, x, logsnr, cond, *, blocks, kinds, head_channels, pool_heads, groups
 
     def attend_to(h, level, i, kind):
         heads = h.shape[-1] // head_channels
-        return attention(p[level][f"attn_{i}"], h, text, cond["text_mask"], heads, kind, groups) if kind else h
+        return (
+            attention(p[level][f"attn_{i}"], h, text, cond["text_mask"], heads, kind, groups)
+            if kind
+            else h
+        )
 
     h = conv3x3(x, p["stem"]["kernel"], p["stem"]["bias"])
     skips = [h]
@@ -157,7 +178,9 @@ def unet(p, x, logsnr, cond, *, blocks, kinds, head_channels, pool_heads, groups
 
 
 def efficient_unet(p, x, logsnr, cond, *, blocks, kinds, heads, pool_heads, residual_scale, groups):
-    """The Efficient U-Net on its concatenated input, with a kind of attention or None for each level."""
+    """The Efficient U-Net on its concatenated input, with a kind of attention or None for each
+    level.
+    """
     emb, text = conditioning(p["conditioning"], logsnr, cond, pool_heads)
 
     def body(h, q, level):
@@ -165,7 +188,9 @@ def efficient_unet(p, x, logsnr, cond, *, blocks, kinds, heads, pool_heads, resi
             h = res_block(q[f"block_{i}"], h, emb, "none", residual_scale, True, groups)
         if kinds[level]:
             h = attention(q["attn"], h, text, cond["text_mask"], heads, kinds[level], groups)
-            normed = group_norm(h, groups(h.shape[-1]), q["mlp"]["norm"]["scale"], q["mlp"]["norm"]["bias"])
+            normed = group_norm(
+                h, groups(h.shape[-1]), q["mlp"]["norm"]["scale"], q["mlp"]["norm"]["bias"]
+            )
             h = h + dense(swish(dense(normed, q["mlp"]["dense_0"])), q["mlp"]["dense_1"])
         return h
 

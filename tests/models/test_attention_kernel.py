@@ -1,4 +1,6 @@
-"""The TPU's attention kernel, interpreted: the same numbers and gradients as `attend`, whole and on parts of a mesh."""
+"""The TPU's attention kernel, interpreted: the same numbers and gradients as `attend`, whole and on
+parts of a mesh.
+"""
 
 import functools
 
@@ -20,7 +22,9 @@ def case(n, image_keys, text_keys, heads, channels, b=2, dtype=jnp.float32):
     wide = heads * channels
     keys = jax.random.split(jax.random.key(n), 5)
     lengths = (n, image_keys, image_keys, text_keys, text_keys)
-    q, *kv = (jax.random.normal(key, (b, length, wide), dtype) for key, length in zip(keys, lengths))
+    q, *kv = (
+        jax.random.normal(key, (b, length, wide), dtype) for key, length in zip(keys, lengths)
+    )
     valid = jnp.arange(text_keys)[None] < jnp.maximum(1, text_keys - 3 * jnp.arange(b))[:, None]
     return q, kv, valid
 
@@ -36,32 +40,48 @@ def grouped(kv, valid):
     ids=["two heads a vector, padded text", "two blocks of queries", "padded pixels", "no text"],
 )
 def test_kernel_is_attend(n, image_keys, text_keys, heads, channels):
-    """Wrong: lanes of another head, padding that is attended to, one softmax for each group of keys, sums of one block of queries only."""
+    """Wrong: lanes of another head, padding that is attended to, one softmax for each group of
+    keys, sums of one block of queries only.
+    """
     q, kv, valid = case(n, image_keys, text_keys, heads, channels)
     plain, plain_vjp = jax.vjp(lambda q, kv: attend(q, grouped(kv, valid), heads), q, kv)
     kernel, kernel_vjp = jax.vjp(lambda q, kv: interpreted(q, grouped(kv, valid), heads), q, kv)
     np.testing.assert_allclose(kernel, plain, atol=3e-6)
     given = jax.random.normal(jax.random.key(1), plain.shape)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), kernel_vjp(given), plain_vjp(given))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        kernel_vjp(given),
+        plain_vjp(given),
+    )
 
 
 def test_kernel_in_bf16_is_as_near_as_attend():
-    """Wrong: scores or sums kept in bf16, which errs several times as much as rounding what goes in and comes out."""
+    """Wrong: scores or sums kept in bf16, which errs several times as much as rounding what goes in
+    and comes out.
+    """
     q, kv, valid = case(128, 128, 64, 2, 64)
     cast = lambda tree, dtype: jax.tree.map(lambda a: a.astype(dtype), tree)
     q, kv = cast((q, kv), jnp.bfloat16)
     exact = attend(cast(q, jnp.float32), grouped(cast(kv, jnp.float32), valid), 2)
-    error = lambda f: float(jnp.sqrt(jnp.mean((f(q, grouped(kv, valid), 2).astype(jnp.float32) - exact) ** 2)))
+    error = lambda f: float(
+        jnp.sqrt(jnp.mean((f(q, grouped(kv, valid), 2).astype(jnp.float32) - exact) ** 2))
+    )
     assert error(interpreted) < 1.2 * error(attend)
 
 
-@pytest.mark.parametrize("sizes", [(4, 2, 1, 1), (1, 2, 2, 2)], ids=["rows", "rows, heads and pixels"])
+@pytest.mark.parametrize(
+    "sizes", [(4, 2, 1, 1), (1, 2, 2, 2)], ids=["rows", "rows, heads and pixels"]
+)
 def test_parts_of_a_mesh(sizes):
-    """Wrong: heads counted for the whole width, a device's keys limited to its own pixels, rows of the mask of another device."""
+    """Wrong: heads counted for the whole width, a device's keys limited to its own pixels, rows of
+    the mask of another device.
+    """
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
     q, kv, valid = case(64, 64, 16, 4, 64, b=8)
     never = lambda *_: pytest.fail("the shapes fit, but the kernel was not used")
-    on_mesh = jax.jit(lambda q, kv: attend_in_parts(mesh, interpreted, never, q, grouped(kv, valid), 4))
+    on_mesh = jax.jit(
+        lambda q, kv: attend_in_parts(mesh, interpreted, never, q, grouped(kv, valid), 4)
+    )
     np.testing.assert_allclose(on_mesh(q, kv), attend(q, grouped(kv, valid), 4), atol=3e-6)
 
 
@@ -73,4 +93,9 @@ def test_what_does_not_fit_is_computed_plainly():
         q, kv, valid = case(16, 16, 8, heads, 64, b=b)
         found = attend_in_parts(mesh, kernel, attend, q, grouped(kv, valid), heads)
         np.testing.assert_array_equal(found, attend(q, grouped(kv, valid), heads))
-    assert fits(1024, 1152, 1024, 16) and not fits(1024, 1152, 1024, 5) and not fits(8, 64, 128, 2) and not fits(1024, 9000, 1024, 16)
+    assert (
+        fits(1024, 1152, 1024, 16)
+        and not fits(1024, 1152, 1024, 5)
+        and not fits(8, 64, 128, 2)
+        and not fits(1024, 9000, 1024, 16)
+    )

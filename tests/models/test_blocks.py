@@ -15,11 +15,15 @@ groups = lambda c: min(32, c // 4)
 
 
 def randomized(module, seed, *args):
-    """Parameters in which nothing is zero, so that every branch counts; and their float64 copies."""
+    """Parameters in which nothing is zero, so that every branch counts; and their float64
+    copies.
+    """
     params = module.init(jax.random.key(0), *args)["params"]
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
-    params = jax.tree.unflatten(tree, [np.float32(leaf + 0.2 * rng.standard_normal(leaf.shape)) for leaf in leaves])
+    params = jax.tree.unflatten(
+        tree, [np.float32(leaf + 0.2 * rng.standard_normal(leaf.shape)) for leaf in leaves]
+    )
     return params, jax.tree.map(np.float64, params)
 
 
@@ -39,7 +43,9 @@ def f64(a):
 @pytest.mark.parametrize("resample", ["none", "down", "up"])
 @pytest.mark.parametrize("scale_shift", [True, False])
 def test_res_block(resample, scale_shift):
-    """Catches a FiLM without the 1, swapped scale and shift, resampling of one branch only, a misplaced residual scale."""
+    """Catches a FiLM without the 1, swapped scale and shift, resampling of one branch only, a
+    misplaced residual scale.
+    """
     block = ResBlock(24, F32, scale_shift, resample=resample, residual_scale=0.6)
     h, emb = normal(1, 2, 4, 6, 16), normal(2, 2, 12)
     params, p64 = randomized(block, 3, h, emb, False)
@@ -49,23 +55,39 @@ def test_res_block(resample, scale_shift):
 
 
 def test_res_block_shortcut_is_projected_where_asked():
-    """Catches a projection always or never: the base model has it only where the width changes, the Efficient U-Net always."""
+    """Catches a projection always or never: the base model has it only where the width changes, the
+    Efficient U-Net always.
+    """
     h, emb = normal(1, 1, 2, 2, 16), normal(2, 1, 8)
-    tree = lambda features, **kw: ResBlock(features, F32, True, **kw).init(jax.random.key(0), h, emb, False)["params"]
-    assert "shortcut" not in tree(16) and "shortcut" in tree(32) and "shortcut" in tree(16, project_shortcut=True)
+    tree = lambda features, **kw: ResBlock(features, F32, True, **kw).init(
+        jax.random.key(0), h, emb, False
+    )["params"]
+    assert (
+        "shortcut" not in tree(16)
+        and "shortcut" in tree(32)
+        and "shortcut" in tree(16, project_shortcut=True)
+    )
 
 
 @pytest.mark.parametrize("options, scale", [({}, 1.0), ({"residual_scale": 0.5}, 0.5)])
 def test_res_block_starts_as_its_shortcut(options, scale):
-    """Catches a second convolution that does not start at zero, and a base network (whose blocks set no scale) that scales its sums."""
+    """Catches a second convolution that does not start at zero, and a base network (whose blocks
+    set no scale) that scales its sums.
+    """
     block = ResBlock(16, F32, True, **options)
     h, emb = normal(1, 1, 2, 2, 16), normal(2, 1, 8)
-    np.testing.assert_allclose(block.apply(block.init(jax.random.key(0), h, emb, False), h, emb, False), scale * h, rtol=1e-6)
+    np.testing.assert_allclose(
+        block.apply(block.init(jax.random.key(0), h, emb, False), h, emb, False),
+        scale * h,
+        rtol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("kind", ["fused", "self", "cross"])
 def test_attention(kind):
-    """Catches a wrong softmax scale, unmasked padding, text normalised over tokens, heads split across the wrong axis."""
+    """Catches a wrong softmax scale, unmasked padding, text normalised over tokens, heads split
+    across the wrong axis.
+    """
     layer = Attention(3, kind, F32)
     h, text = normal(1, 2, 2, 3, 24), normal(2, 2, 5, 10)
     mask = lengths(5, 2, 5)
@@ -77,13 +99,17 @@ def test_attention(kind):
 
 @pytest.mark.parametrize("kind", ["fused", "cross"])
 def test_attention_ignores_padding(kind):
-    """Catches masks that are additive but finite, and norms that run over padding: padded features are changed wildly."""
+    """Catches masks that are additive but finite, and norms that run over padding: padded features
+    are changed wildly.
+    """
     layer = Attention(2, kind, F32)
     h, text = normal(1, 1, 2, 2, 16), normal(2, 1, 6, 8)
     mask = lengths(6, 3)
     params, _ = randomized(layer, 4, h, text, mask)
     apply = jax.jit(lambda text: layer.apply({"params": params}, h, text, mask))
-    np.testing.assert_array_equal(apply(text), apply(jnp.where(mask[..., None], text, 50 * text + 7)))
+    np.testing.assert_array_equal(
+        apply(text), apply(jnp.where(mask[..., None], text, 50 * text + 7))
+    )
 
 
 def test_text_pool():
@@ -93,12 +119,18 @@ def test_text_pool():
     mask = lengths(5, 3, 1)
     params, p64 = randomized(layer, 5, text, mask)
     got = jax.jit(lambda p: layer.apply({"params": p}, text, mask))(params)
-    np.testing.assert_allclose(got, reference.text_pool(p64, f64(text), np.asarray(mask), 2), atol=1e-4)
+    np.testing.assert_allclose(
+        got, reference.text_pool(p64, f64(text), np.asarray(mask), 2), atol=1e-4
+    )
 
 
 def test_learned_query_starts_small():
-    """Catches a query that drowns the tokens' mean, or vanishes beside it, at the start: it has length 1 whatever the width."""
-    params = TextPool("attention", 2, 6, F32).init(jax.random.key(0), jnp.zeros((1, 3, 400)), lengths(3, 3))["params"]
+    """Catches a query that drowns the tokens' mean, or vanishes beside it, at the start: it has
+    length 1 whatever the width.
+    """
+    params = TextPool("attention", 2, 6, F32).init(
+        jax.random.key(0), jnp.zeros((1, 3, 400)), lengths(3, 3)
+    )["params"]
     assert 0.9 < np.linalg.norm(params["query"]) < 1.1
 
 
@@ -108,7 +140,11 @@ def test_mean_pool():
     text, mask = normal(1, 1, 5, 8), lengths(5, 2)
     params, p64 = randomized(layer, 5, text, mask)
     normed = reference.layer_norm(f64(text[0]), p64["norm"]["scale"], p64["norm"]["bias"])
-    np.testing.assert_allclose(layer.apply({"params": params}, text, mask)[0], reference.dense(normed[:2].mean(0), p64["out"]), atol=1e-5)
+    np.testing.assert_allclose(
+        layer.apply({"params": params}, text, mask)[0],
+        reference.dense(normed[:2].mean(0), p64["out"]),
+        atol=1e-5,
+    )
 
 
 def test_feed_forward():
@@ -116,20 +152,36 @@ def test_feed_forward():
     layer = FeedForward(24, F32)
     h = normal(1, 1, 2, 3, 16)
     params, p = randomized(layer, 6, h)
-    hidden = reference.swish(reference.dense(reference.group_norm(f64(h), 4, p["norm"]["scale"], p["norm"]["bias"]), p["dense_0"]))
-    np.testing.assert_allclose(layer.apply({"params": params}, h), f64(h) + reference.dense(hidden, p["dense_1"]), atol=1e-4)
+    hidden = reference.swish(
+        reference.dense(
+            reference.group_norm(f64(h), 4, p["norm"]["scale"], p["norm"]["bias"]), p["dense_0"]
+        )
+    )
+    np.testing.assert_allclose(
+        layer.apply({"params": params}, h),
+        f64(h) + reference.dense(hidden, p["dense_1"]),
+        atol=1e-4,
+    )
 
 
 def test_conv_stride_and_padding():
-    """Catches SAME padding of a strided convolution, which XLA puts on the other side than the paper's frameworks do."""
+    """Catches SAME padding of a strided convolution, which XLA puts on the other side than the
+    paper's frameworks do.
+    """
     layer = layers.Conv(5, F32, stride=2)
     x = normal(1, 1, 6, 4, 3)
     params, p = randomized(layer, 7, x)
-    np.testing.assert_allclose(layer.apply({"params": params}, x), reference.conv3x3(f64(x), p["kernel"], p["bias"], 2), atol=1e-4)
+    np.testing.assert_allclose(
+        layer.apply({"params": params}, x),
+        reference.conv3x3(f64(x), p["kernel"], p["bias"], 2),
+        atol=1e-4,
+    )
 
 
 def test_group_norm_groups():
-    """Catches groups of one channel in narrow layers, and other than 32 groups where the paper's widths have them."""
+    """Catches groups of one channel in narrow layers, and other than 32 groups where the paper's
+    widths have them.
+    """
     wanted = {16: 4, 96: 24, 128: 32, 144: 24, 240: 30, 512: 32, 1536: 32, 2: 1}
     assert {c: layers.group_norm(c, F32, "n").num_groups for c in wanted} == wanted
 
@@ -151,14 +203,18 @@ def test_space_to_depth():
 
 
 def test_pool_and_upsample():
-    """Catches a pooling of another window, and an up-sampling that interleaves rows and columns wrongly."""
+    """Catches a pooling of another window, and an up-sampling that interleaves rows and columns
+    wrongly.
+    """
     x = normal(1, 1, 4, 6, 2)
     np.testing.assert_allclose(resampling.average_pool(x), reference.pool(np.asarray(x)), atol=1e-6)
     np.testing.assert_array_equal(resampling.upsample_nearest(x), reference.up(np.asarray(x)))
 
 
 def test_conv_transpose_is_the_adjoint_of_the_strided_convolution():
-    """Catches phases, taps or offsets exchanged, rows taken for columns, and a kernel that is mirrored."""
+    """Catches phases, taps or offsets exchanged, rows taken for columns, and a kernel that is
+    mirrored.
+    """
     up, h, image = layers.ConvTranspose(4, F32), normal(1, 2, 3, 5, 6), normal(2, 2, 6, 10, 4)
     params = jax.tree.map(lambda a: normal(3, *a.shape), up.init(jax.random.key(0), h)["params"])
     down = {"kernel": params["kernel"].swapaxes(2, 3), "bias": jnp.zeros(6)}
@@ -168,7 +224,9 @@ def test_conv_transpose_is_the_adjoint_of_the_strided_convolution():
 
 
 def test_conv_transpose_keeps_the_variance():
-    """Catches an initialiser with the fan-in of all nine weights, of which an output pixel gets 9/4 on average."""
+    """Catches an initialiser with the fan-in of all nine weights, of which an output pixel gets 9/4
+    on average.
+    """
     up, h = layers.ConvTranspose(64, F32), normal(1, 4, 8, 8, 64)
     out = up.apply(up.init(jax.random.key(0), h), h)
     assert 0.9 < float(out[:, :-2, :-2].var()) < 1.1
@@ -187,5 +245,9 @@ def test_concat_lowres():
     z, low = jnp.zeros((1, 8, 8, 3)), normal(1, 1, 2, 2, 3)
     out = concat_lowres(z, low)
     np.testing.assert_array_equal(out[..., :3], z)
-    np.testing.assert_allclose(out[0, 0, 0, 3:], low[0, 0, 0], atol=1e-6)  # corners are kept by half-pixel bilinear
-    np.testing.assert_allclose(out[0, 0, 3, 3:], low[0, 0, 0] * 0.625 + low[0, 0, 1] * 0.375, atol=1e-5)
+    np.testing.assert_allclose(
+        out[0, 0, 0, 3:], low[0, 0, 0], atol=1e-6
+    )  # corners are kept by half-pixel bilinear
+    np.testing.assert_allclose(
+        out[0, 0, 3, 3:], low[0, 0, 0] * 0.625 + low[0, 0, 1] * 0.375, atol=1e-5
+    )

@@ -1,4 +1,6 @@
-"""The two U-Nets whole: sizes to the unit, names, conditioning that arrives, padding that does not, remat."""
+"""The two U-Nets whole: sizes to the unit, names, conditioning that arrives, padding that does not,
+remat.
+"""
 
 import collections
 
@@ -15,20 +17,47 @@ from tests import tiny
 from tests.models import reference
 
 BASE = dict(
-    channels=16, multipliers=(1, 2), blocks=1, attention=(False, True), text_attention=(False, True), head_channels=16,
-    cond_dim=16, pooling="attention", pool_heads=2, res_block="biggan", scale_shift=True, patch=1, lowres=False, dropout=0.0,
-)  # fmt: skip
+    channels=16,
+    multipliers=(1, 2),
+    blocks=1,
+    attention=(False, True),
+    text_attention=(False, True),
+    head_channels=16,
+    cond_dim=16,
+    pooling="attention",
+    pool_heads=2,
+    res_block="biggan",
+    scale_shift=True,
+    patch=1,
+    lowres=False,
+    dropout=0.0,
+)
 EFFICIENT = dict(
-    widths=(16, 32), blocks=(1, 2), attention=("none", "fused"), heads=2, cond_dim=16, pooling="attention", pool_heads=2,
-    residual_scale=2**-0.5, scale_shift=True, lowres=True, dropout=0.0,
-)  # fmt: skip
+    widths=(16, 32),
+    blocks=(1, 2),
+    attention=("none", "fused"),
+    heads=2,
+    cond_dim=16,
+    pooling="attention",
+    pool_heads=2,
+    residual_scale=2**-0.5,
+    scale_shift=True,
+    lowres=True,
+    dropout=0.0,
+)
 
 
 def inputs(size=8, lowres=0, length=5, dim=8, b=2):
     key = lambda i: jax.random.key(i)
-    cond = {"text": jax.random.normal(key(1), (b, length, dim)), "text_mask": jnp.arange(length)[None] < jnp.array([2, length])[:b, None]}
+    cond = {
+        "text": jax.random.normal(key(1), (b, length, dim)),
+        "text_mask": jnp.arange(length)[None] < jnp.array([2, length])[:b, None],
+    }
     if lowres:
-        cond |= {"lowres": jax.random.normal(key(2), (b, lowres, lowres, 3)), "lowres_logsnr": jnp.array([1.0, 3.0])[:b]}
+        cond |= {
+            "lowres": jax.random.normal(key(2), (b, lowres, lowres, 3)),
+            "lowres_logsnr": jnp.array([1.0, 3.0])[:b],
+        }
     return jax.random.normal(key(3), (b, size, size, 3)), jnp.array([0.5, -2.0])[:b], cond
 
 
@@ -39,21 +68,38 @@ def perturbed(model, args):
 
 @pytest.fixture(scope="module", params=["unet", "efficient_unet"])
 def network(request):
-    """(jitted apply(params, z, logsnr, cond), params, inputs) of a small super-resolution network of each family."""
-    model = UNet(**(BASE | {"lowres": True})) if request.param == "unet" else EfficientUNet(**EFFICIENT)
+    """(jitted apply(params, z, logsnr, cond), params, inputs) of a small super-resolution network
+    of each family.
+    """
+    model = (
+        UNet(**(BASE | {"lowres": True})) if request.param == "unet" else EfficientUNet(**EFFICIENT)
+    )
     args = inputs(lowres=4)
     return jax.jit(lambda p, *a: model.apply({"params": p}, *a)), perturbed(model, args), args
 
 
 def test_network_is_its_formulas(network):
-    """Catches blocks wired otherwise: skips in another order, a level without its attention, an up-sampling at another place."""
+    """Catches blocks wired otherwise: skips in another order, a level without its attention, an
+    up-sampling at another place.
+    """
     apply, params, (z, logsnr, cond) = network
-    p, cond64 = jax.tree.map(np.float64, params), {name: np.asarray(value) if name == "text_mask" else np.float64(value) for name, value in cond.items()}
-    x, more = np.float64(concat_lowres(z, cond["lowres"])), dict(kinds=(None, "fused"), pool_heads=2, groups=lambda c: min(32, c // 4))
+    p, cond64 = (
+        jax.tree.map(np.float64, params),
+        {
+            name: np.asarray(value) if name == "text_mask" else np.float64(value)
+            for name, value in cond.items()
+        },
+    )
+    x, more = (
+        np.float64(concat_lowres(z, cond["lowres"])),
+        dict(kinds=(None, "fused"), pool_heads=2, groups=lambda c: min(32, c // 4)),
+    )
     if "out_norm" in params:
         want = reference.unet(p, x, np.float64(logsnr), cond64, blocks=1, head_channels=16, **more)
     else:
-        want = reference.efficient_unet(p, x, np.float64(logsnr), cond64, blocks=(1, 2), heads=2, residual_scale=2**-0.5, **more)
+        want = reference.efficient_unet(
+            p, x, np.float64(logsnr), cond64, blocks=(1, 2), heads=2, residual_scale=2**-0.5, **more
+        )
     np.testing.assert_allclose(apply(params, z, logsnr, cond), want, atol=1e-4 * np.abs(want).max())
 
 
@@ -71,33 +117,80 @@ def count(tree):
 
 
 @pytest.mark.parametrize(
-    "width, wanted", [(192, 295_131_267), (256, 524_563_971), (320, 819_524_483), (384, 1_180_012_803), (512, 2_097_572_867)]
+    "width, wanted",
+    [
+        (192, 295_131_267),
+        (256, 524_563_971),
+        (320, 819_524_483),
+        (384, 1_180_012_803),
+        (512, 2_097_572_867),
+    ],
 )
 def test_base_parameter_counts(width, wanted):
     """Catches any layer too many or too few in the base U-Net (without text)."""
     model = UNet(
-        channels=width, multipliers=(1, 2, 3, 4), blocks=3, attention=(False, True, True, True), text_attention=(False,) * 4,
-        head_channels=64, cond_dim=0, pooling="attention", pool_heads=8, res_block="biggan", scale_shift=True, patch=1, lowres=False,
+        channels=width,
+        multipliers=(1, 2, 3, 4),
+        blocks=3,
+        attention=(False, True, True, True),
+        text_attention=(False,) * 4,
+        head_channels=64,
+        cond_dim=0,
+        pooling="attention",
+        pool_heads=8,
+        res_block="biggan",
+        scale_shift=True,
+        patch=1,
+        lowres=False,
         dropout=0.0,
-    )  # fmt: skip
+    )
     assert count(parameters(model, 64)) == wanted
 
 
 def test_efficient_parameter_count():
-    """Catches a fifth level, concatenated skips, a missing 1x1 shortcut: the trunk of F.2 without text."""
+    """Catches a fifth level, concatenated skips, a missing 1x1 shortcut: the trunk of F.2 without
+    text.
+    """
     model = EfficientUNet(
-        widths=(128, 256, 512, 1024), blocks=(2, 4, 8, 8), attention=("none",) * 4, heads=8, cond_dim=0, pooling="attention",
-        pool_heads=8, residual_scale=2**-0.5, scale_shift=True, lowres=True, dropout=0.0,
-    )  # fmt: skip
+        widths=(128, 256, 512, 1024),
+        blocks=(2, 4, 8, 8),
+        attention=("none",) * 4,
+        heads=8,
+        cond_dim=0,
+        pooling="attention",
+        pool_heads=8,
+        residual_scale=2**-0.5,
+        scale_shift=True,
+        lowres=True,
+        dropout=0.0,
+    )
     assert count(parameters(model, 256, 64)) == 451_046_019
 
 
 def test_names():
     """Catches renamed levels: sharding rules, checkpoints and profiles read these names."""
     tree = parameters(UNet(**(BASE | {"blocks": 2})), 8, dim=8)
-    assert sorted(tree) == ["conditioning", "down_0", "down_1", "mid", "out", "out_norm", "stem", "up_0", "up_1"]
+    assert sorted(tree) == [
+        "conditioning",
+        "down_0",
+        "down_1",
+        "mid",
+        "out",
+        "out_norm",
+        "stem",
+        "up_0",
+        "up_1",
+    ]
     assert sorted(tree["down_1"]) == ["attn_0", "attn_1", "block_0", "block_1"]
-    assert sorted(tree["up_1"]) == ["attn_0", "attn_1", "attn_2", "block_0", "block_1", "block_2", "resample"]
+    assert sorted(tree["up_1"]) == [
+        "attn_0",
+        "attn_1",
+        "attn_2",
+        "block_0",
+        "block_1",
+        "block_2",
+        "resample",
+    ]
     assert sorted(tree["mid"]) == ["attn_0", "block_0", "block_1"]
     tree = parameters(EfficientUNet(**EFFICIENT), 8, 4, 8)
     assert sorted(tree["up_1"]) == ["attn", "block_0", "block_1", "mlp", "upsample"]
@@ -112,10 +205,14 @@ def test_output_starts_at_zero():
 
 @pytest.mark.parametrize("name", ["text", "lowres", "lowres_logsnr"])
 def test_conditioning_arrives(network, name):
-    """Catches conditioning that is read under another key, or not at all; and mixing of samples in a batch."""
+    """Catches conditioning that is read under another key, or not at all; and mixing of samples in
+    a batch.
+    """
     apply, params, (z, logsnr, cond) = network
     before = apply(params, z, logsnr, cond)
-    changed = cond[name][0] + jax.random.normal(jax.random.key(9), cond[name][0].shape)  # a LayerNorm would undo a constant
+    changed = cond[name][0] + jax.random.normal(
+        jax.random.key(9), cond[name][0].shape
+    )  # a LayerNorm would undo a constant
     after = apply(params, z, logsnr, cond | {name: cond[name].at[0].set(changed)})
     assert np.abs(after[0] - before[0]).max() > 1e-3
     np.testing.assert_array_equal(after[1], before[1])
@@ -128,19 +225,26 @@ def test_noise_level_arrives(network):
 
 
 def test_padding_does_not_change_the_output(network):
-    """Silent bug 6: catches attention, pooling or norms that see padding; here padding holds large numbers, and then there is more of it."""
+    """Silent bug 6: catches attention, pooling or norms that see padding; here padding holds large
+    numbers, and then there is more of it.
+    """
     apply, params, (z, logsnr, cond) = network
     before = apply(params, z, logsnr, cond)
     filled = jnp.where(cond["text_mask"][..., None], cond["text"], 100.0)
     np.testing.assert_array_equal(apply(params, z, logsnr, cond | {"text": filled}), before)
-    longer = {"text": jnp.pad(cond["text"], ((0, 0), (0, 3), (0, 0))), "text_mask": jnp.pad(cond["text_mask"], ((0, 0), (0, 3)))}
+    longer = {
+        "text": jnp.pad(cond["text"], ((0, 0), (0, 3), (0, 0))),
+        "text_mask": jnp.pad(cond["text_mask"], ((0, 0), (0, 3))),
+    }
     np.testing.assert_allclose(apply(params, z, logsnr, cond | longer), before, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["matrix", "block"])
 @pytest.mark.parametrize("family", [UNet, EfficientUNet])
 def test_remat_recomputes_and_changes_nothing(family, kind):
-    """Silent bug 7: the traced programs are compared, so a remat flag that does nothing is caught; then the gradients."""
+    """Silent bug 7: the traced programs are compared, so a remat flag that does nothing is caught;
+    then the gradients.
+    """
     options = BASE if family is UNet else EFFICIENT
     args = inputs(lowres=0 if family is UNet else 4)
     plain, remat = family(**options), family(**options, remat=kind)
@@ -149,7 +253,12 @@ def test_remat_recomputes_and_changes_nothing(family, kind):
     rematted = lambda model: str(jax.make_jaxpr(jax.grad(loss(model)))(params)).count("remat")
     assert rematted(plain) == 0 and rematted(remat) >= 4
     grads = [jax.jit(jax.grad(loss(model)))(params) for model in (plain, remat)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(a).max() + 1e-6)), *grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(a).max() + 1e-6)
+        ),
+        *grads,
+    )
 
 
 def primitives(jaxpr):
@@ -161,14 +270,22 @@ def primitives(jaxpr):
 
 
 def test_remat_keeps_what_it_says():
-    """Catches a policy that keeps everything or nothing: convolutions run again under "block" only, activations under both."""
+    """Catches a policy that keeps everything or nothing: convolutions run again under "block" only,
+    activations under both.
+    """
     counts = {}
     for kind in ("none", "matrix", "block"):
         model, args = UNet(**BASE, remat=kind), inputs()
         params = perturbed(model, args)
-        traced = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, *args) ** 2)))(params).jaxpr
+        traced = jax.make_jaxpr(
+            jax.grad(lambda p: jnp.sum(model.apply({"params": p}, *args) ** 2))
+        )(params).jaxpr
         counts[kind] = collections.Counter(primitives(traced))
-    assert counts["none"]["conv_general_dilated"] == counts["matrix"]["conv_general_dilated"] < counts["block"]["conv_general_dilated"]
+    assert (
+        counts["none"]["conv_general_dilated"]
+        == counts["matrix"]["conv_general_dilated"]
+        < counts["block"]["conv_general_dilated"]
+    )
     assert counts["none"]["logistic"] < counts["matrix"]["logistic"] <= counts["block"]["logistic"]
 
 
@@ -186,13 +303,22 @@ def test_bf16_computes_near_fp32():
 def test_patch_and_plain_blocks_keep_the_size():
     """Catches patches that are not unfolded, and plain resampling that halves on one side only."""
     args = inputs(size=8)
-    for options in ({"patch": 2}, {"res_block": "plain"}, {"scale_shift": False}, {"pooling": "mean"}):
+    for options in (
+        {"patch": 2},
+        {"res_block": "plain"},
+        {"scale_shift": False},
+        {"pooling": "mean"},
+    ):
         model = UNet(**(BASE | options))
-        assert jax.eval_shape(lambda p: model.apply(p, *args), jax.eval_shape(model.init, jax.random.key(0), *args)).shape == (2, 8, 8, 3)
+        assert jax.eval_shape(
+            lambda p: model.apply(p, *args), jax.eval_shape(model.init, jax.random.key(0), *args)
+        ).shape == (2, 8, 8, 3)
 
 
 def test_non_square_and_larger_images():
-    """Catches sizes baked into the super-resolution network, which trains on crops and draws whole images."""
+    """Catches sizes baked into the super-resolution network, which trains on crops and draws whole
+    images.
+    """
     model = EfficientUNet(**(EFFICIENT | {"attention": ("none", "cross")}))
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs(8, 4))
     z, cond = jnp.zeros((2, 16, 24, 3)), inputs(8, 4)[2] | {"lowres": jnp.zeros((2, 8, 12, 3))}
@@ -201,7 +327,12 @@ def test_non_square_and_larger_images():
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"attention": (True,)}, "one entry a level"), ({"cond_dim": 0}, "needs text"), ({"res_block": "x"}, "res_block"), ({"pooling": "max"}, "pooling")],
+    [
+        ({"attention": (True,)}, "one entry a level"),
+        ({"cond_dim": 0}, "needs text"),
+        ({"res_block": "x"}, "res_block"),
+        ({"pooling": "max"}, "pooling"),
+    ],
 )
 def test_wrong_fields_are_named(options, message):
     """Catches settings that are accepted and then ignored."""
@@ -213,8 +344,24 @@ def test_wrong_fields_are_named(options, message):
 @pytest.mark.parametrize(
     "model",
     [
-        EfficientUNet(**(EFFICIENT | dict(widths=(8, 8, 8), blocks=(1, 1, 1), attention=("none",) * 3, heads=1))),
-        UNet(**(BASE | dict(multipliers=(1, 1, 1), attention=(False,) * 3, text_attention=(False,) * 3, patch=2, lowres=True))),
+        EfficientUNet(
+            **(
+                EFFICIENT
+                | dict(widths=(8, 8, 8), blocks=(1, 1, 1), attention=("none",) * 3, heads=1)
+            )
+        ),
+        UNet(
+            **(
+                BASE
+                | dict(
+                    multipliers=(1, 1, 1),
+                    attention=(False,) * 3,
+                    text_attention=(False,) * 3,
+                    patch=2,
+                    lowres=True,
+                )
+            )
+        ),
     ],
     ids=["efficient_unet", "unet"],
 )
@@ -222,4 +369,6 @@ def test_indivisible_size_is_named(model, height, width):
     """Catches a reshape error from the depths of the network in place of the size that would do."""
     _, logsnr, cond = inputs(8, 4)
     with pytest.raises(ValueError, match="divisible by 8"):
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, height, width, 3)), logsnr, cond)
+        jax.eval_shape(
+            model.init, jax.random.key(0), jnp.zeros((2, height, width, 3)), logsnr, cond
+        )

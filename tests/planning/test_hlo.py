@@ -1,4 +1,6 @@
-"""Reading a compiled program: a text in the compiler's format whose answers are known, and programs compiled here."""
+"""Reading a compiled program: a text in the compiler's format whose answers are known, and programs
+compiled here.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,19 +8,24 @@ import pytest
 
 from imagen_jax.planning import hlo
 
-# As libtpu 0.0.42 prints it, shortened: a loop of five turns, an asynchronous gather and copy, a reduce-scatter written as a fusion.
-TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,128]{1,0:T(8,128)}}
+# As libtpu 0.0.42 prints it, shortened: a loop of five turns, an asynchronous gather and copy, a
+# reduce-scatter written as a fusion.
+TEXT = """HloModule jit_step, is_scheduled=true, \
+entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,128]{1,0:T(8,128)}}
 
 %fused_computation (param_0: f32[8,128]) -> bf16[8,128] {
   %param_0 = f32[8,128]{1,0:T(8,128)} parameter(0)
-  ROOT %convert.1 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} convert(%param_0), metadata={op_name="jit(step)/jvp(UNet)/down_0/block_0/convert"}
+  ROOT %convert.1 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} convert(%param_0), \
+metadata={op_name="jit(step)/jvp(UNet)/down_0/block_0/convert"}
 }
 
 %all-reduce-scatter (input: f32[16,128]) -> f32[4,128] {
   %input = f32[16,128]{1,0:T(8,128)} parameter(0)
-  %all-reduce.1 = f32[16,128]{1,0:T(8,128)} all-reduce(%input), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add, metadata={op_name="g"}
+  %all-reduce.1 = f32[16,128]{1,0:T(8,128)} all-reduce(%input), channel_id=1, \
+replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add, metadata={op_name="g"}
   %zero = s32[] constant(0)
-  ROOT %dynamic-slice.1 = f32[4,128]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={4,128}
+  ROOT %dynamic-slice.1 = f32[4,128]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %zero, %zero), \
+dynamic_slice_sizes={4,128}
 }
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -31,8 +38,11 @@ TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[
   %state = (s32[]{:T(128)}, /*index=1*/f32[8,128]{1,0:T(8,128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%state), index=0
   %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%state), index=1
-  %fusion.1 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} fusion(%x), kind=kLoop, calls=%fused_computation, metadata={op_name="jit(step)/jvp(UNet)/down_0/block_0/convert"}, backend_config={"window_config":{"estimated_cycles":"100"}}
-  %copy.1 = f32[8,128]{1,0:T(8,128)} copy(%x), backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
+  %fusion.1 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} fusion(%x), kind=kLoop, calls=%fused_computation, \
+metadata={op_name="jit(step)/jvp(UNet)/down_0/block_0/convert"}, \
+backend_config={"window_config":{"estimated_cycles":"100"}}
+  %copy.1 = f32[8,128]{1,0:T(8,128)} copy(%x), \
+backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
   ROOT %tuple.1 = (s32[], f32[8,128]{1,0:T(8,128)}) tuple(%i, %copy.1)
 }
 
@@ -45,11 +55,13 @@ TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[
 
 ENTRY %main (p: f32[8,128]) -> f32[8,128] {
   %p = f32[8,128]{1,0:T(8,128)} parameter(0)
-  %start = (f32[8,128]{1,0:T(8,128)}, f32[16,128]{1,0:T(8,128)}) all-gather-start(%p), channel_id=2, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+  %start = (f32[8,128]{1,0:T(8,128)}, f32[16,128]{1,0:T(8,128)}) all-gather-start(%p), \
+channel_id=2, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
   %done = f32[16,128]{1,0:T(8,128)} all-gather-done(%start)
   %fetch = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p)
   %fetched = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%fetch)
-  %scattered = f32[4,128]{1,0:T(8,128)} fusion(%done), kind=kCustom, calls=%all-reduce-scatter, backend_config={"window_config":{"estimated_cycles":"7"}}
+  %scattered = f32[4,128]{1,0:T(8,128)} fusion(%done), kind=kCustom, calls=%all-reduce-scatter, \
+backend_config={"window_config":{"estimated_cycles":"7"}}
   %init = s32[] constant(0)
   %tuple.2 = (s32[], f32[8,128]{1,0:T(8,128)}) tuple(%init, %p)
   %while.1 = (s32[], f32[8,128]{1,0:T(8,128)}) while(%tuple.2), condition=%condition, body=%body
@@ -66,7 +78,9 @@ def module():
 def test_a_loop_counts_as_often_as_it_runs(module):
     """Catches a loop's body counted once, and the compiler's "no estimate" taken for a number."""
     runs = {i.name: (i.cycles, times) for i, _, times in module.run()}
-    assert runs["fusion.1"] == (100, 5) and runs["copy.1"] == (None, 5) and runs["scattered"] == (7, 1)
+    assert (
+        runs["fusion.1"] == (100, 5) and runs["copy.1"] == (None, 5) and runs["scattered"] == (7, 1)
+    )
     assert "convert.1" not in runs, "what a fusion calls is part of the fusion"
 
 
@@ -77,46 +91,68 @@ def test_loops_that_count_without_a_sign():
 
 
 def test_collectives(module):
-    """Catches an asynchronous gather counted by its operand or twice, a reduce-scatter taken for an all-reduce, groups misread."""
+    """Catches an asynchronous gather counted by its operand or twice, a reduce-scatter taken for an
+    all-reduce, groups misread.
+    """
     gather, scatter = sorted(hlo.collectives(module, 8), key=lambda c: c.kind)
-    assert (gather.kind, gather.bytes, gather.groups) == ("all-gather", 16 * 128 * 4, ((0, 1), (2, 3), (4, 5), (6, 7)))
-    assert (scatter.kind, scatter.bytes, scatter.groups) == ("reduce-scatter", 16 * 128 * 4, ((0, 2, 4, 6), (1, 3, 5, 7)))
+    assert (gather.kind, gather.bytes, gather.groups) == (
+        "all-gather",
+        16 * 128 * 4,
+        ((0, 1), (2, 3), (4, 5), (6, 7)),
+    )
+    assert (scatter.kind, scatter.bytes, scatter.groups) == (
+        "reduce-scatter",
+        16 * 128 * 4,
+        ((0, 2, 4, 6), (1, 3, 5, 7)),
+    )
 
 
 def test_combined_collectives():
-    """Catches the largest of several arrays that travel together taken for all of them, and operands counted with results."""
-    both = TEXT.replace("%start = (f32[8,128]{1,0:T(8,128)}, f32[16,128]{1,0:T(8,128)}) all-gather-start(%p)",
-                        "%start = ((f32[8,128]{1,0}, bf16[8,128]{1,0}), (f32[16,128]{1,0}, bf16[16,128]{1,0})) all-gather-start(%p, %q)")  # fmt: skip
+    """Catches the largest of several arrays that travel together taken for all of them, and
+    operands counted with results.
+    """
+    both = TEXT.replace(
+        "%start = (f32[8,128]{1,0:T(8,128)}, f32[16,128]{1,0:T(8,128)}) all-gather-start(%p)",
+        "%start = ((f32[8,128]{1,0}, bf16[8,128]{1,0}), (f32[16,128]{1,0}, bf16[16,128]{1,0})) all-gather-start(%p, %q)",
+    )
     gather, _ = sorted(hlo.collectives(hlo.parse(both), 8), key=lambda c: c.kind)
     assert gather.bytes == 16 * 128 * (4 + 2)
 
 
-# One gather in three pieces, as the default compile level carries it along with what computes, and one that nothing carries; shortened.
-CHAINED = """HloModule jit_step, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,128]{1,0:T(8,128)}}
+# One gather in three pieces, as the default compile level carries it along with what computes, and
+# one that nothing carries; shortened.
+CHAINED = """HloModule jit_step, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,\
+128]{1,0:T(8,128)}}
 
 %begin (a: f32[8,128]) -> f32[16,128] {
   %a = f32[8,128]{1,0:T(8,128)} parameter(0)
-  ROOT %all-gather.1 = f32[16,128]{1,0:T(8,128)} all-gather(%a), channel_id=3, replica_groups={{0,1}}, dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %all-gather.1 = f32[16,128]{1,0:T(8,128)} all-gather(%a), channel_id=3, \
+replica_groups={{0,1}}, dimensions={0}, frontend_attributes={chain_id="7"}
 }
 
 %go_on (b: f32[8,128]) -> f32[8,128] {
   %b = f32[8,128]{1,0:T(8,128)} parameter(0)
-  %all-gather.2 = f32[16,128]{1,0:T(8,128)} all-gather(%b), channel_id=3, replica_groups={{0,1}}, dimensions={0}, frontend_attributes={chain_id="7"}
+  %all-gather.2 = f32[16,128]{1,0:T(8,128)} all-gather(%b), channel_id=3, replica_groups={{0,1}}, \
+dimensions={0}, frontend_attributes={chain_id="7"}
   ROOT %convolution.1 = f32[8,128]{1,0:T(8,128)} convolution(%b, %b), dim_labels=bf_io->bf
 }
 
 ENTRY %main (p: f32[8,128]) -> f32[16,128] {
   %p = f32[8,128]{1,0:T(8,128)} parameter(0)
   %async-collective-start = f32[16,128]{1,0:T(8,128)} fusion(%p), kind=kCustom, calls=%begin
-  %fusion.1 = f32[8,128]{1,0:T(8,128)} fusion(%p), kind=kOutput, calls=%go_on, backend_config={"window_config":{"estimated_cycles":"300"}}
+  %fusion.1 = f32[8,128]{1,0:T(8,128)} fusion(%p), kind=kOutput, calls=%go_on, \
+backend_config={"window_config":{"estimated_cycles":"300"}}
   %async-collective-done = f32[16,128]{1,0:T(8,128)} fusion(%p), kind=kCustom, calls=%begin
-  ROOT %all-gather.4 = f32[32,128]{1,0:T(8,128)} all-gather(%p), channel_id=4, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %all-gather.4 = f32[32,128]{1,0:T(8,128)} all-gather(%p), channel_id=4, \
+replica_groups={{0,1,2,3}}, dimensions={0}
 }
 """
 
 
 def test_a_collective_in_pieces_is_one():
-    """Catches a gather counted once for each operation that carries a part of it, and one that stands alone taken for hidden."""
+    """Catches a gather counted once for each operation that carries a part of it, and one that
+    stands alone taken for hidden.
+    """
     found = list(hlo.collectives(hlo.parse(CHAINED), 4))
     assert [(c.bytes, c.beside) for c in found] == [(16 * 128 * 4, True), (32 * 128 * 4, False)]
 
@@ -126,26 +162,42 @@ def test_a_collective_in_pieces_is_one():
     [
         ("mesh['a'=2,'b'=4] {'b'}", ((0, 1, 2, 3), (4, 5, 6, 7))),
         ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", ((0, 1, 2, 3), (4, 5, 6, 7))),
-        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", ((0, 4), (1, 5), (2, 6), (3, 7))),
+        (
+            "mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}",
+            ((0, 4), (1, 5), (2, 6), (3, 7)),
+        ),
         ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", ((0, 1, 4, 5), (2, 3, 6, 7))),
     ],
 )
 def test_groups_written_as_a_mesh(written, groups):
-    """Catches device ids left in the mesh's order, and axes in braces read as those that do not talk."""
+    """Catches device ids left in the mesh's order, and axes in braces read as those that do not
+    talk.
+    """
     text = TEXT.replace("replica_groups={{0,1},{2,3},{4,5},{6,7}}", f"replica_groups={written}")
     assert groups in [c.groups for c in hlo.collectives(hlo.parse(text), 8)]
 
 
 def test_traffic_leaves_out_on_chip_memory(module):
-    """Catches bytes of what never leaves the chip's own memory (S(1)), and of other than 16 bits for bfloat16."""
+    """Catches bytes of what never leaves the chip's own memory (S(1)), and of other than 16 bits
+    for bfloat16.
+    """
     body = module.computations["body"]
-    assert hlo.traffic(body["fusion.1"], body) == 8 * 128 * 4 and hlo.traffic(body["copy.1"], body) == 2 * 8 * 128 * 4
+    assert (
+        hlo.traffic(body["fusion.1"], body) == 8 * 128 * 4
+        and hlo.traffic(body["copy.1"], body) == 2 * 8 * 128 * 4
+    )
     assert hlo.type_bytes("(bf16[3,5]{1,0}, /*index=1*/pred[7]{0}, s32[])") == 30 + 7 + 4
 
 
 def test_a_program_compiled_here():
-    """Catches a reader that follows one text only: the CPU compiler's has other layouts, and its own way to write a loop."""
-    turns = jax.jit(lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c) @ c, None), x, length=7)[0]).lower(jnp.ones((16, 16))).compile()
+    """Catches a reader that follows one text only: the CPU compiler's has other layouts, and its
+    own way to write a loop.
+    """
+    turns = (
+        jax.jit(lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c) @ c, None), x, length=7)[0])
+        .lower(jnp.ones((16, 16)))
+        .compile()
+    )
     module = hlo.parse(turns.as_text())
     assert max(times for _, _, times in module.run()) == 7
 
@@ -157,43 +209,71 @@ def test_not_a_program():
 
 
 # As libtpu 0.0.42 prints a gather and a sum over four slices of four chips, shortened.
-SLICES = """HloModule jit_step, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[32,128]{1,0:T(8,128)}}
+SLICES = """HloModule jit_step, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[32,\
+128]{1,0:T(8,128)}}
 
 ENTRY %main (p: f32[8,128]) -> f32[32,128] {
   %p = f32[8,128]{1,0:T(8,128)} parameter(0)
   %after-all = token[] after-all()
-  %send = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) send(%p, %after-all), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-gather_0",_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
-  %recv = (f32[32,128]{1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-gather_0",_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
-  %send.1 = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) send(%p, %after-all), channel_id=5, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce_0",_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
-  %recv.1 = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce_0",_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) send(%p, %after-all), channel_id=3, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-gather_0",\
+_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %recv = (f32[32,128]{1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-gather_0",\
+_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %send.1 = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) send(%p, %after-all), channel_id=5, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce_0",\
+_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=4, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce_0",\
+_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %out = f32[32,128]{1,0:T(8,128)} get-tuple-element(%recv), index=0
 }
 """
 
 
 def test_what_crosses_slices_is_a_collective():
-    """Wrong: traffic between slices, the slowest there is, left out because it is written as sends; or a gather taken for what one chip sends."""
+    """Wrong: traffic between slices, the slowest there is, left out because it is written as sends;
+    or a gather taken for what one chip sends.
+    """
     gather, total = hlo.collectives(hlo.parse(SLICES), 16)
-    assert (gather.kind, gather.bytes, total.kind, total.bytes) == ("all-gather", 4 * 4096, "all-reduce", 4096)
-    assert gather.groups == total.groups == ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15))
+    assert (gather.kind, gather.bytes, total.kind, total.bytes) == (
+        "all-gather",
+        4 * 4096,
+        "all-reduce",
+        4096,
+    )
+    assert (
+        gather.groups
+        == total.groups
+        == ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15))
+    )
     with pytest.raises(ValueError, match="cannot read this transfer between slices"):
         list(hlo.collectives(hlo.parse(SLICES.replace("ALL_GATHER", "NEW_KIND")), 16))
 
 
-# As the GPU compiler of jax 0.10.2 prints a loop of seven turns with an exchange and a sum in it, shortened: it fuses the comparison away from the loop's condition.
-GPU = """HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[128,1024]{1,0})->f32[128,1024]{1,0}}
+# As the GPU compiler of jax 0.10.2 prints a loop of seven turns with an exchange and a sum in it,
+# shortened: it fuses the comparison away from the loop's condition.
+GPU = """HloModule jit_f, is_scheduled=true, \
+entry_computation_layout={(f32[128,1024]{1,0})->f32[128,1024]{1,0}}
 
 %region_0 (state: (s32[], f32[128,1024])) -> (s32[], f32[128,1024]) {
   %state = (s32[], f32[128,1024]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%state), index=0
   %x = f32[128,1024]{1,0} get-tuple-element(%state), index=1
-  %all-to-all-start = ((f32[128,1024]{0,1}), f32[128,1024]{0,1}) all-to-all-start(%x), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={1}
+  %all-to-all-start = ((f32[128,1024]{0,1}), f32[128,1024]{0,1}) all-to-all-start(%x), \
+channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={1}
   %all-to-all-done = f32[128,1024]{0,1} all-to-all-done(%all-to-all-start)
-  %all-gather-start = (f32[128,1024]{0,1}, f32[1024,1024]{0,1}) all-gather-start(%all-to-all-done), channel_id=2, replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}, dimensions={0}
+  %all-gather-start = (f32[128,1024]{0,1}, f32[1024,1024]{0,1}) \
+all-gather-start(%all-to-all-done), channel_id=2, replica_groups=mesh['axis_0'=1,'axis_1'=8] \
+{'axis_1'}, dimensions={0}
   %all-gather-done = f32[1024,1024]{0,1} all-gather-done(%all-gather-start)
-  %reduce-scatter-start = ((f32[1024,1024]{1,0}), f32[128,1024]{1,0}) reduce-scatter-start(%all-gather-done), channel_id=3, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%sum
+  %reduce-scatter-start = ((f32[1024,1024]{1,0}), f32[128,1024]{1,0}) \
+reduce-scatter-start(%all-gather-done), channel_id=3, replica_groups={{0,1,2,3,4,5,6,7}}, \
+dimensions={0}, to_apply=%sum
   %reduce-scatter-done = f32[128,1024]{1,0} reduce-scatter-done(%reduce-scatter-start)
-  %all-reduce-start = (f32[128,1024]{1,0}, f32[64]{0}) all-reduce-start(%reduce-scatter-done, %y), channel_id=4, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%sum
+  %all-reduce-start = (f32[128,1024]{1,0}, f32[64]{0}) all-reduce-start(%reduce-scatter-done, %y), \
+channel_id=4, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%sum
   ROOT %tuple = (s32[], f32[128,1024]{1,0}) tuple(%i, %reduce-scatter-done)
 }
 
@@ -213,14 +293,18 @@ ENTRY %main (p: f32[128,1024]) -> f32[128,1024] {
   %p = f32[128,1024]{1,0} parameter(0)
   %zero = s32[] constant(0)
   %tuple.6 = (s32[], f32[128,1024]{1,0}) tuple(%zero, %p)
-  %while.8 = (s32[], f32[128,1024]{1,0}) while(%tuple.6), condition=%region_2, body=%region_0, metadata={op_name="jit(f)/while"}, backend_config={"known_trip_count":{"n":"7"},"known_init_step":{"init":"0","step":"1"},"dynamic_variables":[]}
+  %while.8 = (s32[], f32[128,1024]{1,0}) while(%tuple.6), condition=%region_2, body=%region_0, \
+metadata={op_name="jit(f)/while"}, backend_config={"known_trip_count":{"n":"7"},\
+"known_init_step":{"init":"0","step":"1"},"dynamic_variables":[]}
   ROOT %out = f32[128,1024]{1,0} get-tuple-element(%while.8), index=1
 }
 """
 
 
 def test_loops_and_collectives_of_gpus():
-    """Wrong: a loop whose bound is not in its condition, as of an accumulated batch, refused; operands of an exchange or a scatter counted with its results, or those of a sum left out."""
+    """Wrong: a loop whose bound is not in its condition, as of an accumulated batch, refused;
+    operands of an exchange or a scatter counted with its results, or those of a sum left out.
+    """
     found = {c.kind: c for c in hlo.collectives(hlo.parse(GPU), 8)}
     assert {c.times for c in found.values()} == {7} and len(found) == 4
     assert found["all-to-all"].bytes == 128 * 1024 * 4

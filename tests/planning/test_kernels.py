@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from imagen_jax.hardware import chips
-from imagen_jax.planning import kernels
 from imagen_jax.models.attention_kernel import flash_attend
+from imagen_jax.planning import kernels
 
 
 def calls(b, c, times=1):
@@ -21,8 +21,13 @@ def test_calls_in_loops_count():
     assert [times for _, times in calls(2, 128, times=3)] == [3]
 
 
-@pytest.mark.parametrize("b, c, name, cores", [(2, 128, "v4", 2), (1, 256, "v5p", 2), (1, 128, "v4", 1), (2, 128, "v5e", 1)])
+@pytest.mark.parametrize(
+    "b, c, name, cores",
+    [(2, 128, "v4", 2), (1, 256, "v5p", 2), (1, 128, "v4", 1), (2, 128, "v5e", 1)],
+)
 def test_cores_share_a_grid(b, c, name, cores):
-    """Wrong: both cores of a v4 or v5p at work on a grid that does not divide, one where it does."""
+    """Wrong: both cores of a v4 or v5p at work on a grid that does not divide, one where
+    it does.
+    """
     ((call, _),) = calls(b, c)
     assert kernels.cores_at_work(call, chips.by_name(name)) == cores

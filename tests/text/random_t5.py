@@ -1,4 +1,6 @@
-"""Random T5 weights that depend on (name, shape, seed) alone, so that a golden need not carry its weights, and small encoders on disk."""
+"""Random T5 weights that depend on (name, shape, seed) alone, so that a golden need not carry its
+weights, and small encoders on disk.
+"""
 
 import json
 import pathlib
@@ -16,14 +18,38 @@ TOKENIZER = GOLDENS / "t5_tokenizer"
 # name -> (config fields, scale of the embedding); the last two make a wrong epsilon visible
 CASES = {
     "deep": (dict(d_model=32, d_ff=48, d_kv=8, num_heads=3, num_layers=4, vocab_size=100), 1.0),
-    "far": (dict(d_model=16, d_ff=40, d_kv=5, num_heads=4, num_layers=2, vocab_size=60, relative_attention_num_buckets=16,
-                 relative_attention_max_distance=20), 1.0),
-    "epsilon": (dict(d_model=24, d_ff=16, d_kv=16, num_heads=2, num_layers=3, vocab_size=50, layer_norm_epsilon=0.1), 1.0),
+    "far": (
+        dict(
+            d_model=16,
+            d_ff=40,
+            d_kv=5,
+            num_heads=4,
+            num_layers=2,
+            vocab_size=60,
+            relative_attention_num_buckets=16,
+            relative_attention_max_distance=20,
+        ),
+        1.0,
+    ),
+    "epsilon": (
+        dict(
+            d_model=24,
+            d_ff=16,
+            d_kv=16,
+            num_heads=2,
+            num_layers=3,
+            vocab_size=50,
+            layer_norm_epsilon=0.1,
+        ),
+        1.0,
+    ),
     "faint": (dict(d_model=16, d_ff=24, d_kv=8, num_heads=2, num_layers=1, vocab_size=50), 1e-3),
 }
 
 
-def random_tensor(name: str, shape: tuple[int, ...], seed: int, embedding_scale: float = 1.0) -> np.ndarray:
+def random_tensor(
+    name: str, shape: tuple[int, ...], seed: int, embedding_scale: float = 1.0
+) -> np.ndarray:
     """fp32 values for the Hugging Face tensor `name`, scaled so that features stay of unit size."""
     x = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(shape)
     if name.endswith("norm.weight"):
@@ -35,9 +61,14 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int, embedding_scale:
     return x.astype(np.float32)
 
 
-def random_weights(config: T5Config, seed: int, embedding_scale: float = 1.0) -> dict[str, np.ndarray]:
+def random_weights(
+    config: T5Config, seed: int, embedding_scale: float = 1.0
+) -> dict[str, np.ndarray]:
     """Every encoder tensor under its Hugging Face name."""
-    return {name: random_tensor(name, slot.shape, seed, embedding_scale) for name, slot in name_map(config).slots.items()}
+    return {
+        name: random_tensor(name, slot.shape, seed, embedding_scale)
+        for name, slot in name_map(config).slots.items()
+    }
 
 
 def as_params(config: T5Config, weights: dict[str, np.ndarray]) -> dict:
@@ -54,14 +85,18 @@ def put(params: dict, slot: Slot, value: np.ndarray) -> None:
     params[slot.path[-1]] = value
 
 
-def random_tokens(config: T5Config, seed: int, lengths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def random_tokens(
+    config: T5Config, seed: int, lengths: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """Token ids with noise in the padding too, and the mask of the given lengths."""
     rng = np.random.RandomState(seed)
     tokens = rng.randint(2, config.vocab_size, (len(lengths), max(lengths))).astype(np.int32)
     return tokens, np.arange(max(lengths))[None, :] < np.array(lengths)[:, None]
 
 
-def write_encoder(directory: pathlib.Path, config: T5Config, weights: dict[str, np.ndarray]) -> pathlib.Path:
+def write_encoder(
+    directory: pathlib.Path, config: T5Config, weights: dict[str, np.ndarray]
+) -> pathlib.Path:
     """config.json and model.safetensors, no tokenizer."""
     from safetensors.numpy import save_file
 

@@ -1,4 +1,6 @@
-"""The encoder's pass on a mesh, before any weight is there: how work, weights and bytes are divided over eight devices."""
+"""The encoder's pass on a mesh, before any weight is there: how work, weights and bytes are divided
+over eight devices.
+"""
 
 import jax
 import numpy as np
@@ -6,7 +8,13 @@ import pytest
 
 from imagen_jax.hardware import topology
 from imagen_jax.text import program
-from imagen_jax.text.program import EncodeProgram, fewest_parts, make_mesh, parameter_shapes, weight_bytes
+from imagen_jax.text.program import (
+    EncodeProgram,
+    fewest_parts,
+    make_mesh,
+    parameter_shapes,
+    weight_bytes,
+)
 from imagen_jax.text.t5 import T5Config, T5Encoder
 
 CONFIG = T5Config(d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=2, vocab_size=128)
@@ -24,11 +32,15 @@ def size(config: T5Config, dtype: str) -> int:
 
 
 def compiled(fsdp: int, devices: int = 8):
-    return create(CONFIG, "float32", make_mesh(jax.devices()[:devices], fsdp)).lower(16, 32).compile()
+    return (
+        create(CONFIG, "float32", make_mesh(jax.devices()[:devices], fsdp)).lower(16, 32).compile()
+    )
 
 
 def test_each_device_does_its_part():
-    """Wrong: a batch that every device computes whole, which gives the same features in eight times the time."""
+    """Wrong: a batch that every device computes whole, which gives the same features in eight times
+    the time.
+    """
     whole = compiled(1, devices=1).cost_analysis()["flops"]
     for fsdp in (1, 2, 8):
         assert compiled(fsdp).cost_analysis()["flops"] == pytest.approx(whole / 8, rel=0.05)
@@ -36,28 +48,43 @@ def test_each_device_does_its_part():
 
 @pytest.mark.parametrize(("fsdp", "communicates"), [(1, False), (2, True), (8, True)])
 def test_only_divided_weights_are_sent(fsdp, communicates):
-    """Wrong: features gathered onto every device, or anything else sent between devices that have all weights."""
+    """Wrong: features gathered onto every device, or anything else sent between devices that have
+    all weights.
+    """
     text = compiled(fsdp).as_text()
     assert ("all-gather(" in text) == communicates and "all-reduce(" not in text
 
 
 def test_weights_are_divided_over_fsdp_alone():
-    """Wrong: vectors or nothing divided, weights divided over `data` too, or a shape, dtype or leaf unlike the model's."""
+    """Wrong: vectors or nothing divided, weights divided over `data` too, or a shape, dtype or leaf
+    unlike the model's.
+    """
     abstract = create(XXL, "bfloat16", make_mesh(jax.devices(), 4)).params
     leaves = jax.tree.leaves(abstract)
     total = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-    held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-    assert total == size(XXL, "bfloat16") == 2 * (24 * (4 * 4096 * 4096 + 3 * 4096 * 10240 + 2 * 4096) + 32128 * 4096 + 32 * 64 + 4096)
+    held = sum(
+        np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
+    assert (
+        total
+        == size(XXL, "bfloat16")
+        == 2
+        * (24 * (4 * 4096 * 4096 + 3 * 4096 * 10240 + 2 * 4096) + 32128 * 4096 + 32 * 64 + 4096)
+    )
     assert total / 4 <= held < 1.001 * total / 4
 
 
 def test_as_few_parts_as_fit():
-    """Wrong: weights divided that need not be (each layer then waits for the others'), or put where no batch fits beside them."""
+    """Wrong: weights divided that need not be (each layer then waits for the others'), or put where
+    no batch fits beside them.
+    """
     xxl = size(XXL, "bfloat16")
     assert fewest_parts(xxl, int(15.75 * GIB), 8) == 1  # v5e
     assert fewest_parts(2 * xxl, int(15.75 * GIB), 8) == 2
     assert fewest_parts(xxl, 11 * GIB, 6) == 2 and fewest_parts(xxl, None, 8) == 1
-    with pytest.raises(ValueError, match="8.9 GiB do not fit on 1 devices of 8.0 GiB: take more devices"):
+    with pytest.raises(
+        ValueError, match="8.9 GiB do not fit on 1 devices of 8.0 GiB: take more devices"
+    ):
         fewest_parts(xxl, 8 * GIB, 1)
     with pytest.raises(ValueError, match="in 3 parts: 8 devices do not divide by it"):
         make_mesh(jax.devices(), 3)
@@ -72,12 +99,18 @@ def test_local_mesh_asks_the_devices(monkeypatch):
     assert dict(program.local_mesh(10).shape) == {"data": 2, "fsdp": 4}
 
 
-@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # it cannot hold programs for absent devices
+@pytest.mark.filterwarnings(
+    "ignore:Error reading persistent compilation cache"
+)  # it cannot hold programs for absent devices
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_it_compiles_for_devices_that_are_not_there(fsdp):
     """Wrong: a program that needs weights or its devices before it can be planned."""
     pytest.importorskip("libtpu")
     program = create(CONFIG, "bfloat16", make_mesh(topology.parse("v5e:2x2").devices(), fsdp))
-    memory = program.lower(8, 16).compile(compiler_options={"optimization_level": 9}).memory_analysis()
+    memory = (
+        program.lower(8, 16).compile(compiler_options={"optimization_level": 9}).memory_analysis()
+    )
     whole = size(CONFIG, "bfloat16")
-    assert whole / fsdp <= memory.argument_size_in_bytes < 3 * whole / fsdp + 2**16  # arrays are padded to tiles
+    assert (
+        whole / fsdp <= memory.argument_size_in_bytes < 3 * whole / fsdp + 2**16
+    )  # arrays are padded to tiles

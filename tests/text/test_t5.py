@@ -1,4 +1,6 @@
-"""The Flax T5 encoder against transformers (goldens, and live where torch is), and the properties the pipeline relies on."""
+"""The Flax T5 encoder against transformers (goldens, and live where torch is), and the properties
+the pipeline relies on.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,8 @@ from tests.text.random_t5 import CASES, GOLDENS, as_params, random_tokens, rando
 
 SEED = 7  # of tools/make_t5_goldens.py
 
-# v1.1 sizes: d_model, heads, d_ff, layers -> parameters without the embedding, with it (imagen-spec section 1)
+# v1.1 sizes: d_model, heads, d_ff, layers -> parameters without the embedding, with it (imagen-spec
+# section 1)
 SIZES = {
     "small": (512, 6, 1024, 8, 18_883_264, 35_332_800),
     "base": (768, 12, 2048, 12, 84_954_240, 109_628_544),
@@ -26,11 +29,17 @@ def run(config, params, tokens, mask, dtype=jnp.float32):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts(size):
-    """Fails for a bias or a norm bias too many, a relative table per layer, an ungated MLP, or an untied second embedding."""
+    """Fails for a bias or a norm bias too many, a relative table per layer, an ungated MLP, or an
+    untied second embedding.
+    """
     d_model, heads, d_ff, layers, body, total = SIZES[size]
-    config = T5Config(d_model=d_model, d_ff=d_ff, d_kv=64, num_heads=heads, num_layers=layers, vocab_size=32128)
+    config = T5Config(
+        d_model=d_model, d_ff=d_ff, d_kv=64, num_heads=heads, num_layers=layers, vocab_size=32128
+    )
     init = T5Encoder(config).init
-    params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool))["params"]
+    params = jax.eval_shape(
+        init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool)
+    )["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == total
     assert count - params["token_embedding"].size == body
@@ -38,7 +47,9 @@ def test_parameter_counts(size):
 
 @pytest.mark.parametrize("case", CASES)
 def test_features_equal_the_reference(case):
-    """Fails for a mask, bias bucket, GELU, epsilon, norm, attention scale or layer order other than transformers' (goldens)."""
+    """Fails for a mask, bias bucket, GELU, epsilon, norm, attention scale or layer order other than
+    transformers' (goldens).
+    """
     fields, scale = CASES[case]
     config = T5Config(**fields)
     golden = np.load(GOLDENS / "t5_features.npz")
@@ -52,48 +63,91 @@ def test_features_equal_the_reference(case):
 @pytest.mark.parity
 @pytest.mark.parametrize("seed", range(4))
 def test_features_equal_transformers(seed):
-    """Fails where the goldens' configurations hide a difference: sizes, buckets, lengths and padding are drawn anew by seed."""
+    """Fails where the goldens' configurations hide a difference: sizes, buckets, lengths and
+    padding are drawn anew by seed.
+    """
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     rng = np.random.RandomState(100 + seed)
     fields = dict(
-        d_model=int(rng.choice([16, 32, 64])), d_ff=int(rng.randint(10, 100)), d_kv=int(rng.randint(4, 20)),
-        num_heads=int(rng.randint(1, 6)), num_layers=int(rng.randint(1, 6)), vocab_size=int(rng.randint(30, 200)),
-        relative_attention_num_buckets=int(rng.choice([8, 16, 32])), relative_attention_max_distance=int(rng.choice([20, 64, 128])),
-    )  # fmt: skip
+        d_model=int(rng.choice([16, 32, 64])),
+        d_ff=int(rng.randint(10, 100)),
+        d_kv=int(rng.randint(4, 20)),
+        num_heads=int(rng.randint(1, 6)),
+        num_layers=int(rng.randint(1, 6)),
+        vocab_size=int(rng.randint(30, 200)),
+        relative_attention_num_buckets=int(rng.choice([8, 16, 32])),
+        relative_attention_max_distance=int(rng.choice([20, 64, 128])),
+    )
     config = T5Config(**fields)
     weights = random_weights(config, seed)
-    model = transformers.T5EncoderModel(transformers.T5Config(feed_forward_proj="gated-gelu", **fields)).eval()
+    model = transformers.T5EncoderModel(
+        transformers.T5Config(feed_forward_proj="gated-gelu", **fields)
+    ).eval()
     state = {name: torch.tensor(value) for name, value in weights.items()}
     model.load_state_dict(state | {"encoder.embed_tokens.weight": state["shared.weight"]})
     tokens, mask = random_tokens(config, seed, (150, 61, 2, 1))
     with torch.no_grad():
-        want = model(input_ids=torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()).last_hidden_state.numpy()
-    np.testing.assert_allclose(run(config, as_params(config, weights), tokens, mask)[mask], want[mask], rtol=0, atol=1e-5)
+        want = model(
+            input_ids=torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()
+        ).last_hidden_state.numpy()
+    np.testing.assert_allclose(
+        run(config, as_params(config, weights), tokens, mask)[mask], want[mask], rtol=0, atol=1e-5
+    )
 
 
 def test_relative_buckets():
-    """Fails for the causal variant, swapped directions, log spacing that starts elsewhere, or an edge (16, 32, 64) that rounds down."""
+    """Fails for the causal variant, swapped directions, log spacing that starts elsewhere, or an
+    edge (16, 32, 64) that rounds down.
+    """
     buckets = relative_buckets(200, 32, 128)
-    after = {0: 0, 1: 17, 7: 23, 8: 24, 11: 24, 12: 25, 15: 25, 16: 26, 22: 26, 23: 27, 32: 28, 46: 29, 64: 30, 91: 31, 128: 31, 199: 31}
+    after = {
+        0: 0,
+        1: 17,
+        7: 23,
+        8: 24,
+        11: 24,
+        12: 25,
+        15: 25,
+        16: 26,
+        22: 26,
+        23: 27,
+        32: 28,
+        46: 29,
+        64: 30,
+        91: 31,
+        128: 31,
+        199: 31,
+    }
     assert {d: int(buckets[0, d]) for d in after} == after
-    assert {d: int(buckets[d, 0]) for d in after} == {d: b - 16 if d else 0 for d, b in after.items()}
+    assert {d: int(buckets[d, 0]) for d in after} == {
+        d: b - 16 if d else 0 for d, b in after.items()
+    }
     assert all(len(np.unique(np.diagonal(buckets, k))) == 1 for k in (-150, -3, 0, 9, 100))
 
 
 def test_padding_changes_nothing():
-    """Fails if padding is attended to, counted in a norm, or shifts positions: the sample must not move when pads are appended."""
+    """Fails if padding is attended to, counted in a norm, or shifts positions: the sample must not
+    move when pads are appended.
+    """
     config = T5Config(**CASES["deep"][0])
     params = as_params(config, random_weights(config, 1))
     tokens, _ = random_tokens(config, 1, (9, 9))
     short = run(config, params, tokens, np.ones((2, 9), bool))
     noise = np.random.RandomState(2).randint(0, 100, (2, 23)).astype(np.int32)
-    long = run(config, params, np.concatenate([tokens, noise], 1), np.arange(32)[None, :] < np.array([[9], [9]]))
+    long = run(
+        config,
+        params,
+        np.concatenate([tokens, noise], 1),
+        np.arange(32)[None, :] < np.array([[9], [9]]),
+    )
     np.testing.assert_allclose(long[:, :9], short, rtol=0, atol=1e-5)
 
 
 def test_position_and_order_matter():
-    """Fails if the relative bias is dropped: without it the encoder cannot tell 'red on blue' from 'blue on red'."""
+    """Fails if the relative bias is dropped: without it the encoder cannot tell 'red on blue' from
+    'blue on red'.
+    """
     config = T5Config(**CASES["deep"][0])
     params = as_params(config, random_weights(config, 1))
     tokens, mask = random_tokens(config, 1, (9,))
@@ -104,25 +158,41 @@ def test_position_and_order_matter():
 def test_no_valid_token_is_finite():
     """Fails for a mask of -inf, whose softmax over nothing is NaN."""
     config = T5Config(**CASES["deep"][0])
-    out = run(config, as_params(config, random_weights(config, 1)), np.zeros((1, 4), np.int32), np.zeros((1, 4), bool))
+    out = run(
+        config,
+        as_params(config, random_weights(config, 1)),
+        np.zeros((1, 4), np.int32),
+        np.zeros((1, 4), bool),
+    )
     assert np.isfinite(out).all()
 
 
 def test_bfloat16_stays_close():
-    """Fails if the norm leaves fp32 when computing in bf16 (error 0.028 instead of 0.017), or if bf16 is not used at all."""
+    """Fails if the norm leaves fp32 when computing in bf16 (error 0.028 instead of 0.017), or if
+    bf16 is not used at all.
+    """
     config = T5Config(**CASES["deep"][0])
     params = as_params(config, random_weights(config, 1))
     tokens, mask = random_tokens(config, 1, (32, 20))
-    exact, half = (run(config, params, tokens, mask, dtype).astype(np.float32)[mask] for dtype in (jnp.float32, jnp.bfloat16))
+    exact, half = (
+        run(config, params, tokens, mask, dtype).astype(np.float32)[mask]
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
     error = np.sqrt(np.mean((half - exact) ** 2) / np.mean(exact**2))
     assert 1e-3 < error < 0.022
 
 
 def test_config_json():
-    """Fails if an original (ReLU) T5 or another model passes for v1.1, or if fields older configs lack get other defaults."""
+    """Fails if an original (ReLU) T5 or another model passes for v1.1, or if fields older configs
+    lack get other defaults.
+    """
     raw = dict(CASES["deep"][0], feed_forward_proj="gated-gelu")
     config = T5Config.from_json(raw)
-    assert (config.relative_attention_num_buckets, config.relative_attention_max_distance, config.layer_norm_epsilon) == (32, 128, 1e-6)
+    assert (
+        config.relative_attention_num_buckets,
+        config.relative_attention_max_distance,
+        config.layer_norm_epsilon,
+    ) == (32, 128, 1e-6)
     assert T5Config.from_json(config.to_json()) == config
     with pytest.raises(ValueError, match="gated-gelu"):
         T5Config.from_json(raw | {"feed_forward_proj": "relu"})

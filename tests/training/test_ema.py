@@ -23,7 +23,9 @@ def test_a_decay_out_of_range_is_refused():
 
 
 def test_every_track_follows_the_parameters_by_its_own_decay():
-    """Catches tracks that share one decay, are swapped, follow the old parameters or follow one another."""
+    """Catches tracks that share one decay, are swapped, follow the old parameters or follow one
+    another.
+    """
     made = tiny.config(optim__ema=0.9, optim__ema_tracks=(0.5, 0.0))
     stage, optimizer, step = tiny.stage_and_step(made)
     state = jax.jit(lambda: initial_state(stage, optimizer, 0, 2))()
@@ -33,7 +35,14 @@ def test_every_track_follows_the_parameters_by_its_own_decay():
         before, (state, _) = state, step(state, batch)
     leaf = lambda tree: np.asarray(tree["stem"]["kernel"], np.float64)
     warm = 12 / 21  # of step 11
-    for decay, old, new in zip((min(0.9, warm), 0.5, 0.0), (before.ema, *before.ema_tracks), (state.ema, *state.ema_tracks), strict=True):
-        np.testing.assert_allclose(leaf(new), decay * leaf(old) + (1 - decay) * leaf(state.params), rtol=1e-5, atol=1e-7)
+    for decay, old, new in zip(
+        (min(0.9, warm), 0.5, 0.0),
+        (before.ema, *before.ema_tracks),
+        (state.ema, *state.ema_tracks),
+        strict=True,
+    ):
+        np.testing.assert_allclose(
+            leaf(new), decay * leaf(old) + (1 - decay) * leaf(state.params), rtol=1e-5, atol=1e-7
+        )
     np.testing.assert_array_equal(leaf(state.ema_tracks[1]), leaf(state.params))
     assert np.abs(leaf(state.ema) - leaf(state.ema_tracks[0])).max() > 0

@@ -28,7 +28,10 @@ def test_accumulation_equals_the_full_batch():
     stage, _, _ = tiny.stage_and_step(tiny.config("sr_256"))
     params = tiny.perturbed(jax.jit(stage.init)(jax.random.key(0)))
     batch = tiny.batch(stage, 8)
-    results = [jax.jit(lambda p, b, n=n: loss_and_grad(stage, p, b, jax.random.key(5), n))(params, batch) for n in (1, 4)]
+    results = [
+        jax.jit(lambda p, b, n=n: loss_and_grad(stage, p, b, jax.random.key(5), n))(params, batch)
+        for n in (1, 4)
+    ]
     (loss, grads), (split_loss, split_grads) = results
     np.testing.assert_allclose(loss, split_loss, rtol=1e-6)
     norm = optax.tree.norm(grads)
@@ -45,7 +48,9 @@ def test_split_batch_keeps_every_row_once():
 
 
 def test_step_is_a_function_of_seed_and_step(base):
-    """Catches randomness from anywhere else: a resumed run must draw what the undisturbed one draws."""
+    """Catches randomness from anywhere else: a resumed run must draw what the undisturbed one
+    draws.
+    """
     _, stage, step, state = base
     batch = tiny.batch(stage, 8)
     _, first = step(state, batch)
@@ -55,7 +60,9 @@ def test_step_is_a_function_of_seed_and_step(base):
 
 
 def test_random_numbers_do_not_depend_on_the_sites_defaults():
-    """Catches a generator, or its way of dividing numbers over devices, that a site's default changes on a resume without a word."""
+    """Catches a generator, or its way of dividing numbers over devices, that a site's default
+    changes on a resume without a word.
+    """
     made = tiny.config("sr_256")
 
     def first_loss():
@@ -69,7 +76,9 @@ def test_random_numbers_do_not_depend_on_the_sites_defaults():
 
 
 def test_update_moves_parameters_and_ema(base):
-    """Catches an EMA of the old parameters, a decay that is swapped with its complement, and an update with the wrong sign."""
+    """Catches an EMA of the old parameters, a decay that is swapped with its complement, and an
+    update with the wrong sign.
+    """
     made, stage, step, state = base
     batch = jax.device_put(tiny.batch(stage, 8))
     new, metrics = step(state, batch)
@@ -78,13 +87,19 @@ def test_update_moves_parameters_and_ema(base):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.ema, expected)
     assert int(new.step) == 1 and float(metrics["optim/lr"]) == pytest.approx(made["optim"]["lr"])
     key = jax.random.fold_in(jax.random.key(made["seed"]), 0)
-    loss = jax.jit(lambda params: stage.per_sample_loss(params, batch, stage.draw(jax.random.split(key)[0], 8)).mean())
+    loss = jax.jit(
+        lambda params: stage.per_sample_loss(
+            params, batch, stage.draw(jax.random.split(key)[0], 8)
+        ).mean()
+    )
     np.testing.assert_allclose(loss(state.params), metrics["loss"], rtol=1e-5)
     assert loss(new.params) < loss(state.params)
 
 
 def test_non_finite_update_is_skipped_for_good(base):
-    """Catches NaNs that reach parameters, EMA or optimizer, and a flag that a later finite step clears."""
+    """Catches NaNs that reach parameters, EMA or optimizer, and a flag that a later finite step
+    clears.
+    """
     _, stage, step, state = base
     bad = tiny.batch(stage, 8)
     bad["text"][0, 0, 0] = np.nan
@@ -98,7 +113,9 @@ def test_non_finite_update_is_skipped_for_good(base):
 
 @pytest.mark.parametrize("field", ["text", "lowres"])
 def test_loss_reads_what_the_batch_tells(field):
-    """Catches a stage that trains on its own target in place of the low-res image or the caption it is given: the loss looks the better for it."""
+    """Catches a stage that trains on its own target in place of the low-res image or the caption it
+    is given: the loss looks the better for it.
+    """
     stage, _, _ = tiny.stage_and_step(tiny.config("sr_256"))
     batch, other = tiny.batch(stage, 2), tiny.batch(stage, 2, seed=1)
     params = tiny.perturbed(jax.jit(stage.init)(jax.random.key(0)))
@@ -109,7 +126,9 @@ def test_loss_reads_what_the_batch_tells(field):
 
 
 def test_learning_rate():
-    """Catches warm-up of the wrong length and a cosine that ends anywhere but at 0 on the last step."""
+    """Catches warm-up of the wrong length and a cosine that ends anywhere but at 0 on the last
+    step.
+    """
     settings = dict(lr=2.0, warmup=10, decay="constant")
     rate = optim.learning_rate(settings, 100)
     np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(99)], [0, 1, 2, 2], atol=1e-6)
@@ -120,17 +139,23 @@ def test_learning_rate():
 
 
 def test_clipping_is_by_global_norm():
-    """Catches clipping of each leaf alone: after it, Adam's first moments keep the leaves' proportion."""
+    """Catches clipping of each leaf alone: after it, Adam's first moments keep the leaves'
+    proportion.
+    """
     settings = tiny.config()["optim"] | {"warmup": 0, "clip": 1.0}
     optimizer = optim.make_optimizer(settings, 10)
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
-    _, state = optimizer.update({"a": jnp.array([30.0]), "b": jnp.array([40.0])}, optimizer.init(params), params)
+    _, state = optimizer.update(
+        {"a": jnp.array([30.0]), "b": jnp.array([40.0])}, optimizer.init(params), params
+    )
     mu = optax.tree_utils.tree_get(state, "mu")
     np.testing.assert_allclose([mu["a"][0], mu["b"][0]], [0.06, 0.08], rtol=1e-5)
 
 
 def test_adafactor_is_optax_default():
-    """Catches an Adafactor that was tuned: the paper's listing calls optax.adafactor with its defaults."""
+    """Catches an Adafactor that was tuned: the paper's listing calls optax.adafactor with its
+    defaults.
+    """
     settings = tiny.config()["optim"] | {"optimizer": "adafactor", "warmup": 0, "clip": 1e9}
     params = {"w": jnp.ones((130, 140))}
     grads = {"w": jax.random.normal(jax.random.key(0), (130, 140))}
@@ -153,7 +178,9 @@ def test_dropout_acts_in_training_only():
 
 
 def multiplications(jaxpr) -> int:
-    """Multiply-adds of all convolutions and matrix products of a traced program, by their shapes."""
+    """Multiply-adds of all convolutions and matrix products of a traced program, by their
+    shapes.
+    """
     total = 0
     for equation in jaxpr.eqns:
         shapes = [v.aval.shape for v in equation.invars if hasattr(v, "aval")]
@@ -163,27 +190,39 @@ def multiplications(jaxpr) -> int:
         elif equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             total += out * int(np.prod([shapes[0][axis] for axis in contracted]))
-        inside = [multiplications(getattr(inner, "jaxpr", inner)) for inner in jaxprs_in_params(equation.params)]
-        # Of what is written in one way for each platform, a CPU runs the one that multiplies no zeros between pixels.
+        inside = [
+            multiplications(getattr(inner, "jaxpr", inner))
+            for inner in jaxprs_in_params(equation.params)
+        ]
+        # Of what is written in one way for each platform, a CPU runs the one that multiplies no
+        # zeros between pixels.
         total += min(inside) if equation.primitive.name == "cond" else sum(inside)
     return total
 
 
 @pytest.mark.parametrize("name", ["base_64", "sr_256"])
 def test_forward_flops_by_shapes(name):
-    """Catches FLOPs that are off by a factor: 2 a multiply-add of convolutions and matrix products, which are nearly all of a wide network's."""
+    """Catches FLOPs that are off by a factor: 2 a multiply-add of convolutions and matrix products,
+    which are nearly all of a wide network's.
+    """
     made = tiny.config(name)
     made["data"] |= {"image_size": 32, "lowres_size": 16 if made["data"]["lowres_size"] else 0}
     made["model"] |= {"channels": 64} if name == "base_64" else {"widths": (64, 64)}
     stage, _, _ = tiny.stage_and_step(made)
     params = jax.eval_shape(stage.init, jax.random.key(0))
     batch = {field: jax.ShapeDtypeStruct(*shape) for field, shape in stage.batch_shapes(1).items()}
-    traced = jax.make_jaxpr(lambda params, batch: stage.per_sample_loss(params, batch, stage.draw(jax.random.key(0), 1)))(params, batch)
-    assert 0.85 < forward_flops(stage) / (2 * multiplications(traced.jaxpr)) < 1.1  # padding is not multiplied; norms and swishes are counted
+    traced = jax.make_jaxpr(
+        lambda params, batch: stage.per_sample_loss(params, batch, stage.draw(jax.random.key(0), 1))
+    )(params, batch)
+    assert (
+        0.85 < forward_flops(stage) / (2 * multiplications(traced.jaxpr)) < 1.1
+    )  # padding is not multiplied; norms and swishes are counted
 
 
 def test_forward_flops_are_counted_by_the_cpu(monkeypatch):
-    """Catches a count asked of the accelerator's plugin, which has none before it compiles: every training on a GPU or TPU ended there."""
+    """Catches a count asked of the accelerator's plugin, which has none before it compiles: every
+    training on a GPU or TPU ended there.
+    """
     counted = jax.stages.Lowered.cost_analysis
 
     def as_a_plugin(lowered):

@@ -1,4 +1,6 @@
-"""Checkpoints: exact restores on any mesh, refusal of anything damaged, kills at every moment of a save, params-only loads."""
+"""Checkpoints: exact restores on any mesh, refusal of anything damaged, kills at every moment of a
+save, params-only loads.
+"""
 
 import hashlib
 import json
@@ -25,7 +27,11 @@ from imagen_jax import storage
 from imagen_jax.weights import checkpoint
 from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints, load_params
 
-META = {"config": {"seed": 3, "model": {"width": 64, "levels": [1, 2]}}, "encoder": {"name": "t5_tiny"}, "manifest": "ab12"}
+META = {
+    "config": {"seed": 3, "model": {"width": 64, "levels": [1, 2]}},
+    "encoder": {"name": "t5_tiny"},
+    "manifest": "ab12",
+}
 
 
 @struct.dataclass
@@ -40,28 +46,44 @@ class State:
 
 
 def make_state(step):
-    """A state whose every leaf depends on `step`, with bf16, fp32, int32, bool and Adam's state with empty parts."""
+    """A state whose every leaf depends on `step`, with bf16, fp32, int32, bool and Adam's state
+    with empty parts.
+    """
     rng = np.random.default_rng(step)
     params = {
-        "down_0": {"block_0": {"conv_1": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 8, 16)), jnp.float32)}}},
+        "down_0": {
+            "block_0": {
+                "conv_1": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 8, 16)), jnp.float32)}
+            }
+        },
         "text": {"norm.scale": jnp.asarray(rng.normal(size=(16,)), jnp.bfloat16)},
     }
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.constant_schedule(1e-3)), optax.masked(optax.scale(1.0), False))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adam(optax.constant_schedule(1e-3)),
+        optax.masked(optax.scale(1.0), False),
+    )
     opt_state = jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), optimizer.init(params))
     ema = jax.tree.map(lambda x: x * 2, params)
-    return State(jnp.int32(step), params, ema, opt_state, {"step": jnp.int32(-1), "any": jnp.bool_(step % 2)})
+    return State(
+        jnp.int32(step), params, ema, opt_state, {"step": jnp.int32(-1), "any": jnp.bool_(step % 2)}
+    )
 
 
 def place(state, devices=1):
     """(state, abstract) with the last axis that divides sharded over `devices`."""
-    mesh = jax.make_mesh((devices,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    mesh = jax.make_mesh(
+        (devices,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    )
 
     def sharding(x):
         split = x.ndim > 0 and x.shape[-1] % devices == 0
         return NamedSharding(mesh, P(*[None] * (x.ndim - 1), "fsdp") if split else P())
 
     state = jax.tree.map(lambda x: jax.device_put(x, sharding(x)), state)
-    return state, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    return state, jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
 
 
 def save(checkpoints, *steps):
@@ -84,7 +106,11 @@ def assert_restores(directory, step):
 def assert_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
-        assert x.dtype == y.dtype and x.shape == y.shape and np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
+        assert (
+            x.dtype == y.dtype
+            and x.shape == y.shape
+            and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        ), path
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +127,9 @@ def saved(two_steps, tmp_path):
 
 
 def test_state_comes_back_exactly(two_steps):
-    """Catches lost dtypes, optax tuples restored as lists or dicts, dropped empty states, meta not stored."""
+    """Catches lost dtypes, optax tuples restored as lists or dicts, dropped empty states, meta not
+    stored.
+    """
     assert_restores(two_steps, 20)
     state, abstract = place(make_state(10))
     restored, meta = Checkpoints(two_steps, keep=1).restore(10, abstract)
@@ -112,7 +140,9 @@ def test_state_comes_back_exactly(two_steps):
 
 @pytest.mark.parametrize("before,after", [(8, 1), (1, 8), (8, 2)])
 def test_any_mesh_to_any_mesh(tmp_path, before, after):
-    """Catches restoring the saved sharding instead of the asked one, and shards put together in the wrong order."""
+    """Catches restoring the saved sharding instead of the asked one, and shards put together in the
+    wrong order.
+    """
     state, _ = place(make_state(4), before)
     expected, abstract = place(make_state(4), after)
     checkpoints = Checkpoints(tmp_path, keep=1)
@@ -128,21 +158,35 @@ def test_any_mesh_to_any_mesh(tmp_path, before, after):
 
 
 def test_each_ema_track_is_read_by_its_number(tmp_path):
-    """Catches tracks counted from 0, the first average returned for every track, and a missing track that is not named."""
-    arrays = {name: jnp.full((3,), value) for name, value in (("params", 0.0), ("ema", 1.0), ("first", 2.0), ("second", 3.0))}
+    """Catches tracks counted from 0, the first average returned for every track, and a missing
+    track that is not named.
+    """
+    arrays = {
+        name: jnp.full((3,), value)
+        for name, value in (("params", 0.0), ("ema", 1.0), ("first", 2.0), ("second", 3.0))
+    }
     tree = lambda name: {"w": arrays[name]}
-    state = {"params": tree("params"), "ema": tree("ema"), "ema_tracks": (tree("first"), tree("second"))}
+    state = {
+        "params": tree("params"),
+        "ema": tree("ema"),
+        "ema_tracks": (tree("first"), tree("second")),
+    }
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, state, META)
     checkpoints.wait()
-    found = {which: load_params(tmp_path, which)[0]["w"][0] for which in ("params", "ema", "ema_1", "ema_2")}
+    found = {
+        which: load_params(tmp_path, which)[0]["w"][0]
+        for which in ("params", "ema", "ema_1", "ema_2")
+    }
     assert found == {"params": 0.0, "ema": 1.0, "ema_1": 2.0, "ema_2": 3.0}
     with pytest.raises(ValueError, match="has no 'ema_3'; it holds ema, ema_1, ema_2, params"):
         load_params(tmp_path, "ema_3")
 
 
 def test_save_holds_what_the_state_was_at_the_call(tmp_path):
-    """Catches an async save that still reads buffers which the next step, having been given them, overwrites."""
+    """Catches an async save that still reads buffers which the next step, having been given them,
+    overwrites.
+    """
     sharding = place(jnp.zeros(()))[1].sharding
     rows = [np.random.default_rng(i).normal(size=(256, 1024)).astype(np.float32) for i in range(16)]
     state = {f"w_{i}": jax.device_put(row, sharding) for i, row in enumerate(rows)}
@@ -155,8 +199,12 @@ def test_save_holds_what_the_state_was_at_the_call(tmp_path):
         for _ in range(6):
             state = step(state)
         checkpoints.wait()
-    restored, _ = checkpoints.restore(1, {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for k, x in state.items()})
-    assert all(np.array_equal(restored[f"w_{i}"], row + np.float32(1)) for i, row in enumerate(rows))
+    restored, _ = checkpoints.restore(
+        1, {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for k, x in state.items()}
+    )
+    assert all(
+        np.array_equal(restored[f"w_{i}"], row + np.float32(1)) for i, row in enumerate(rows)
+    )
 
 
 def changed(abstract, change):
@@ -166,7 +214,9 @@ def changed(abstract, change):
 
 
 def test_leaves_that_do_not_fit_are_named(two_steps):
-    """Catches a restore that pads, truncates, casts or invents leaves, or that fails without the path."""
+    """Catches a restore that pads, truncates, casts or invents leaves, or that fails without the
+    path.
+    """
     checkpoints = Checkpoints(two_steps, keep=2)
     _, abstract = place(make_state(20))
     scale = abstract.params["text"]["norm.scale"]
@@ -176,11 +226,17 @@ def test_leaves_that_do_not_fit_are_named(two_steps):
 
     cases = {
         r"leaf params/text/extra is missing from it": lambda t: t.update(extra=like()),
-        r"it has a leaf params/text/norm\.scale that the state does not have": lambda t: t.pop("norm.scale"),
-        r"leaf params/text/norm\.scale is bfloat16\[16\] in it, but the state needs bfloat16\[8\]": lambda t: t.update({"norm.scale": like((8,))}),
+        r"it has a leaf params/text/norm\.scale that the state does not have": lambda t: t.pop(
+            "norm.scale"
+        ),
+        r"leaf params/text/norm\.scale is bfloat16\[16\] in it, but the state needs bfloat16\[8\]": lambda t: (
+            t.update({"norm.scale": like((8,))})
+        ),
         r"needs bfloat16\[1, 16\]": lambda t: t.update({"norm.scale": like((1, 16))}),
         r"needs float32\[16\]": lambda t: t.update({"norm.scale": like(dtype=jnp.float32)}),
-        r"leaf params/text/norm\.scale of the abstract state has no sharding": lambda t: t.update({"norm.scale": like(sharding=None)}),
+        r"leaf params/text/norm\.scale of the abstract state has no sharding": lambda t: t.update(
+            {"norm.scale": like(sharding=None)}
+        ),
     }
     for message, change in cases.items():
         with pytest.raises(ValueError, match=message) as caught:
@@ -212,7 +268,9 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_checkpoint_is_never_used(two_steps, saved, kind, caplog):
-    """Catches any file of a checkpoint left out of the checks, and a rejection that does not say which step and file."""
+    """Catches any file of a checkpoint left out of the checks, and a rejection that does not say
+    which step and file.
+    """
     rng = np.random.default_rng(0)
     originals = files_of(two_steps / "20")
     names = [p.relative_to(two_steps / "20").as_posix() for p in originals]
@@ -234,7 +292,9 @@ def test_damaged_checkpoint_is_never_used(two_steps, saved, kind, caplog):
 
 
 def test_added_file_and_empty_directory_are_rejected(saved, caplog):
-    """Catches a check that looks only at the files it lists, and one that a directory without any file passes."""
+    """Catches a check that looks only at the files it lists, and one that a directory without any
+    file passes.
+    """
     (saved / "20" / "state" / "d" / "more").write_bytes(b"x")
     (saved / "30").mkdir()
     assert Checkpoints(saved, keep=2).latest_good() == 10
@@ -242,7 +302,9 @@ def test_added_file_and_empty_directory_are_rejected(saved, caplog):
 
 
 def test_flipped_bit_would_be_restored_silently_without_the_checks(saved, monkeypatch):
-    """Catches a corruption test that proves nothing: without checksums, this damage reaches the arrays unnoticed."""
+    """Catches a corruption test that proves nothing: without checksums, this damage reaches the
+    arrays unnoticed.
+    """
     path = max(files_of(saved / "20"), key=lambda p: p.stat().st_size)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -258,9 +320,13 @@ def test_flipped_bit_would_be_restored_silently_without_the_checks(saved, monkey
 
 
 def test_restore_and_load_verify_a_named_step(saved):
-    """Catches verification in `latest_good` only: a step asked for by number or path must be checked too."""
+    """Catches verification in `latest_good` only: a step asked for by number or path must be
+    checked too.
+    """
     flip_bit(saved / "20" / "meta.json", np.random.default_rng(0))
-    with pytest.raises(CheckpointError, match="20 cannot be used: meta.json does not match its checksum"):
+    with pytest.raises(
+        CheckpointError, match="20 cannot be used: meta.json does not match its checksum"
+    ):
         Checkpoints(saved, keep=2).restore(20, place(make_state(20))[1])
     with pytest.raises(CheckpointError, match="20 cannot be used: meta.json"):
         load_params(saved / "20")
@@ -270,7 +336,9 @@ def test_restore_and_load_verify_a_named_step(saved):
 
 
 def test_damage_after_the_save_is_seen_by_the_same_object(tmp_path):
-    """Catches a writer that trusts its own checkpoint for ever and restores what the disk has made of it since."""
+    """Catches a writer that trusts its own checkpoint for ever and restores what the disk has made
+    of it since.
+    """
     checkpoints = save(Checkpoints(tmp_path, keep=2), 10, 20)
     flip_bit(tmp_path / "20" / "meta.json", np.random.default_rng(0))
     with pytest.raises(CheckpointError, match="meta.json"):
@@ -279,7 +347,9 @@ def test_damage_after_the_save_is_seen_by_the_same_object(tmp_path):
 
 
 def test_all_damaged_is_an_error_and_none_is_none(saved, tmp_path):
-    """Catches a run that silently starts from scratch because none of its checkpoints is readable."""
+    """Catches a run that silently starts from scratch because none of its checkpoints is
+    readable.
+    """
     for step in ("10", "20"):
         (saved / step / "SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint in .* is intact .20: .*SHA256SUMS"):
@@ -290,7 +360,9 @@ def test_all_damaged_is_an_error_and_none_is_none(saved, tmp_path):
 
 
 def test_keeps_the_newest_and_never_counts_a_damaged_one(saved):
-    """Catches a policy that, with a damaged step in the list, deletes the last good one; or that deletes the damaged one."""
+    """Catches a policy that, with a damaged step in the list, deletes the last good one; or that
+    deletes the damaged one.
+    """
     flip_bit(saved / "20" / "meta.json", np.random.default_rng(0))
     checkpoints = Checkpoints(saved, keep=2)
     assert checkpoints.latest_good() == 10
@@ -313,8 +385,15 @@ def test_keeps_the_newest_and_never_counts_a_damaged_one(saved):
 
 
 def test_leftovers_are_ignored_then_removed(saved, caplog):
-    """Catches orbax's own temporary names left for ever, a leftover taken for a step, and one that makes the next save fail."""
-    leftovers = ["30.writing", "30.writing.orbax-checkpoint-tmp", "31.writing.orbax-checkpoint-tmp-17", "5.deleting"]
+    """Catches orbax's own temporary names left for ever, a leftover taken for a step, and one that
+    makes the next save fail.
+    """
+    leftovers = [
+        "30.writing",
+        "30.writing.orbax-checkpoint-tmp",
+        "31.writing.orbax-checkpoint-tmp-17",
+        "5.deleting",
+    ]
     for name in leftovers:
         shutil.copytree(saved / "20", saved / name)
     checkpoints = Checkpoints(saved, keep=3)
@@ -326,23 +405,37 @@ def test_leftovers_are_ignored_then_removed(saved, caplog):
 
 
 def test_damaged_ones_are_kept_apart(saved, caplog):
-    """Catches the second damaged directory of a step replacing the first, or a save that fails because of it."""
+    """Catches the second damaged directory of a step replacing the first, or a save that fails
+    because of it.
+    """
     for n in (1, 2, 3):
         flip_bit(saved / "20" / "meta.json", np.random.default_rng(n))
         save(Checkpoints(saved, keep=2), 20)
-    assert sorted(p.name for p in saved.iterdir()) == ["10", "20", "20.damaged", "20.damaged_2", "20.damaged_3"]
+    assert sorted(p.name for p in saved.iterdir()) == [
+        "10",
+        "20",
+        "20.damaged",
+        "20.damaged_2",
+        "20.damaged_3",
+    ]
     assert "kept as 20.damaged_3" in caplog.text
 
 
 def test_step_deleted_while_it_is_read_is_no_fault(saved, monkeypatch, caplog):
-    """Catches an evaluator that calls a checkpoint damaged, or gives up, because the trainer deleted it in that moment."""
+    """Catches an evaluator that calls a checkpoint damaged, or gives up, because the trainer
+    deleted it in that moment.
+    """
     find_damage = checkpoint.find_damage
 
     def trainer_deletes(directory):
         shutil.rmtree(directory)
         return find_damage(directory)
 
-    monkeypatch.setattr(checkpoint, "find_damage", lambda d: trainer_deletes(d) if d.name == "20" else find_damage(d))
+    monkeypatch.setattr(
+        checkpoint,
+        "find_damage",
+        lambda d: trainer_deletes(d) if d.name == "20" else find_damage(d),
+    )
     assert Checkpoints(saved, keep=2).latest_good() == 10
     assert not caplog.records
 
@@ -364,7 +457,9 @@ def test_old_ones_stay_until_a_new_one_is_whole(tmp_path, monkeypatch):
 
 
 def test_saving_twice(saved):
-    """Catches a SIGTERM save failing because the step is on disk already, and a run that overwrites a good checkpoint of another."""
+    """Catches a SIGTERM save failing because the step is on disk already, and a run that overwrites
+    a good checkpoint of another.
+    """
     checkpoints = Checkpoints(saved, keep=5)
     state, abstract = place(make_state(20))
     checkpoints.restore(20, abstract)
@@ -380,7 +475,9 @@ def test_saving_twice(saved):
 
 
 def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):
-    """Catches a save that hangs or fails in the background, long after the call: orbax waits five minutes on an empty array."""
+    """Catches a save that hangs or fails in the background, long after the call: orbax waits five
+    minutes on an empty array.
+    """
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
     x = jnp.zeros(2)
     cases = {
@@ -405,22 +502,30 @@ def test_format_of_a_later_version_is_refused(saved):
     (saved / "20" / "meta.json").write_text(json.dumps(document | {"format_version": 2}))
     (saved / "20" / "SHA256SUMS").unlink()
     storage.seal(saved / "20")
-    with pytest.raises(CheckpointError, match="has format 2; this version of imagen_jax reads format 1"):
+    with pytest.raises(
+        CheckpointError, match="has format 2; this version of imagen_jax reads format 1"
+    ):
         load_params(saved / "20")
 
 
 def test_checksums_are_those_of_sha256sum(two_steps):
     """Catches a checksum file that only we can check, or that leaves a file out."""
-    done = subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=two_steps / "20", capture_output=True, text=True)
+    done = subprocess.run(
+        ["sha256sum", "-c", "--strict", "SHA256SUMS"],
+        cwd=two_steps / "20",
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(files_of(two_steps / "20")) - 1
 
 
 def test_every_moment_of_our_part_of_a_save_is_safe(saved, monkeypatch):
-    """Catches a wrong order of seal, rename and deletion: each system call is a place where the process may die.
+    """Catches a wrong order of seal, rename and deletion: each system call is a place where the
+    process may die.
 
-    Before each of them the directory is copied, as a kill there would leave it; every copy must hold a good checkpoint and take
-    the next save.
+    Before each of them the directory is copied, as a kill there would leave it; every copy must
+    hold a good checkpoint and take the next save.
     """
     copies = []
 
@@ -479,7 +584,13 @@ raise FloatingPointError("the loss is not finite")
 
 
 def child(ending, directory):
-    return [sys.executable, "-c", CHILD + ending, str(directory), str(Path(__file__).resolve().parents[2])]
+    return [
+        sys.executable,
+        "-c",
+        CHILD + ending,
+        str(directory),
+        str(Path(__file__).resolve().parents[2]),
+    ]
 
 
 def assert_child_state(directory, step):
@@ -487,14 +598,21 @@ def assert_child_state(directory, step):
     params, meta = load_params(directory)
     assert meta["step"] == step and len(params) == 24
     for i in range(24):
-        assert np.array_equal(params[f"w_{i}"], np.random.default_rng(i).normal(size=(512, 512)).astype(np.float32) + np.float32(step))
+        assert np.array_equal(
+            params[f"w_{i}"],
+            np.random.default_rng(i).normal(size=(512, 512)).astype(np.float32) + np.float32(step),
+        )
 
 
 def test_sigkill_inside_saves(tmp_path, caplog):
-    """Catches a half-written checkpoint taken for a whole one, and leftovers that stop the next run or stay for ever."""
+    """Catches a half-written checkpoint taken for a whole one, and leftovers that stop the next run
+    or stay for ever.
+    """
     directory, newest, interrupted = tmp_path / "checkpoints", 0, 0
     for delay_s in (0.0, 0.03, 0.09):
-        process = subprocess.Popen(child(SAVES_FOR_EVER, directory), stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            child(SAVES_FOR_EVER, directory), stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout.readline() == "ready\n"
         checkpoints = Checkpoints(directory, keep=2)
         wait_for(lambda: checkpoints.steps()[-1:] > [newest + 1])
@@ -516,9 +634,15 @@ def test_sigkill_inside_saves(tmp_path, caplog):
 
 
 def test_program_that_ends_inside_a_save_finishes_it(tmp_path):
-    """Catches the hang of an exit with a save under way (orbax waits for a thread pool that is shut down), and losing that save."""
-    done = subprocess.run(child(ENDS_INSIDE_A_SAVE, tmp_path), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.strip().endswith("FloatingPointError: the loss is not finite")
+    """Catches the hang of an exit with a save under way (orbax waits for a thread pool that is shut
+    down), and losing that save.
+    """
+    done = subprocess.run(
+        child(ENDS_INSIDE_A_SAVE, tmp_path), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and done.stderr.strip().endswith(
+        "FloatingPointError: the loss is not finite"
+    )
     assert_child_state(tmp_path, 20)
 
 
@@ -537,7 +661,9 @@ def wait_for(condition, timeout_s=60):
 @pytest.mark.parametrize("where", ["workdir", "workdir/checkpoints", "workdir/checkpoints/20"])
 @pytest.mark.parametrize("which", ["ema", "params"])
 def test_load_params(saved, where, which):
-    """Catches EMA and parameters mixed up, the oldest step taken, arrays left on a device, bf16 lost on the way."""
+    """Catches EMA and parameters mixed up, the oldest step taken, arrays left on a device, bf16
+    lost on the way.
+    """
     params, meta = load_params(saved.parent.parent / where, which=which)
     want = jax.tree.map(np.asarray, getattr(make_state(20), which))
     assert_equal(params, want)
@@ -549,9 +675,13 @@ def test_load_params(saved, where, which):
 
 
 def test_load_params_names_what_there_is(saved):
-    """Catches an empty tree returned for a subtree that is not there, and a part of the state that is no weights read as such."""
+    """Catches an empty tree returned for a subtree that is not there, and a part of the state that
+    is no weights read as such.
+    """
     with pytest.raises(ValueError, match="has no 'ema_1'; it holds ema, params"):
         load_params(saved, which="ema_1")
     for part in ("weights", "opt_state", "ema_tracks"):
-        with pytest.raises(ValueError, match=f"weights '{part}' are unknown: choose ema, params, or ema_1"):
+        with pytest.raises(
+            ValueError, match=f"weights '{part}' are unknown: choose ema, params, or ema_1"
+        ):
             load_params(saved, which=part)

@@ -1,4 +1,6 @@
-"""One-file exports: bfloat16 and their meta, refusal of damaged and foreign files, interrupted writes."""
+"""One-file exports: bfloat16 and their meta, refusal of damaged and foreign files, interrupted
+writes.
+"""
 
 import hashlib
 import os

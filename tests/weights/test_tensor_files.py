@@ -19,7 +19,7 @@ def every(name: str) -> bool:
 def test_every_layout_has_the_same_tensors(tmp_path, layout):
     """Catches a layout that is not read, a tensor read from another's shard, a lost shape."""
     with open_tensors(layouts.write(tmp_path, WEIGHTS, layout), every) as tensors:
-        assert tensors.shapes == {name: (2, 3) for name in WEIGHTS}
+        assert tensors.shapes == dict.fromkeys(WEIGHTS, (2, 3))
         for name, array in WEIGHTS.items():
             np.testing.assert_array_equal(tensors.read(name), array)
 

@@ -8,16 +8,24 @@ import numpy as np
 import pytest
 
 from imagen_jax.weights.torch_files import TorchFile
-from tests.weights import torch_files
 from tests.text.random_t5 import GOLDENS
+from tests.weights import torch_files
 from tests.weights.torch_files import Call
 
-DTYPES = {"bfloat16": "bfloat16", "half": "float16", "double": "float64", "long": "int64", "bool": "bool"}
+DTYPES = {
+    "bfloat16": "bfloat16",
+    "half": "float16",
+    "double": "float64",
+    "long": "int64",
+    "bool": "bool",
+}
 
 
 @pytest.mark.parametrize("layout", ["zip", "legacy"])
 def test_reads_what_torch_wrote(layout):
-    """Fails for ignored strides or offsets, a wrong element type, or storages read in the wrong order (files by torch 2.13)."""
+    """Fails for ignored strides or offsets, a wrong element type, or storages read in the wrong
+    order (files by torch 2.13).
+    """
     values = np.load(GOLDENS / "t5_torch_values.npz")
     with TorchFile(GOLDENS / f"t5_torch_{layout}.bin") as file:
         assert set(file.shapes) == set(values)
@@ -29,7 +37,9 @@ def test_reads_what_torch_wrote(layout):
 
 
 def test_stand_in_writer_is_read(tmp_path):
-    """Fails if the hostile files below are refused for being malformed, not for what they do: their writer must write readable files."""
+    """Fails if the hostile files below are refused for being malformed, not for what they do: their
+    writer must write readable files.
+    """
     arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, np.float32)}
     with TorchFile(torch_files.write(tmp_path / "x.bin", *torch_files.plain(arrays))) as file:
         for name, array in arrays.items():
@@ -49,14 +59,29 @@ def _evil(tmp_path: pathlib.Path) -> dict[str, object]:
         "numpy": {"w": Call("numpy.core.multiarray", "_reconstruct")},
         "inside a list": {"a": good, "w": [Call("subprocess", "call", ["touch", mark])]},
         "as a key": {Call("os", "system", f"touch {mark}"): good},
-        "eval in a tensor's hooks": {"w": Call("torch._utils", "_rebuild_tensor_v2", 0, 0, (), (), False, Call("builtins", "eval", "1"))},
+        "eval in a tensor's hooks": {
+            "w": Call(
+                "torch._utils",
+                "_rebuild_tensor_v2",
+                0,
+                0,
+                (),
+                (),
+                False,
+                Call("builtins", "eval", "1"),
+            )
+        },
     }
 
 
 @pytest.mark.parametrize("attack", _evil(pathlib.Path()))
 def test_code_is_refused_and_never_runs(tmp_path, attack):
-    """Fails for a reader that resolves any global outside its list (plain pickle.load creates the file)."""
-    path = torch_files.write(tmp_path / "x.bin", _evil(tmp_path)[attack], {"0": np.zeros(2, np.float32)})
+    """Fails for a reader that resolves any global outside its list (plain pickle.load creates the
+    file).
+    """
+    path = torch_files.write(
+        tmp_path / "x.bin", _evil(tmp_path)[attack], {"0": np.zeros(2, np.float32)}
+    )
     with pytest.raises(ValueError, match="refused.*only plain tensors"):
         TorchFile(path)
     assert os.listdir(tmp_path) == ["x.bin"]
@@ -71,7 +96,18 @@ def test_the_attack_would_work(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"w": 3}, {"w": "text"}, {5: torch_files.tensor("0", 2, 0, (2,), (1,))}, {"w": {"deeper": 1}}, b"junk", b""])
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        {"w": 3},
+        {"w": "text"},
+        {5: torch_files.tensor("0", 2, 0, (2,), (1,))},
+        {"w": {"deeper": 1}},
+        b"junk",
+        b"",
+    ],
+)
 def test_anything_but_named_tensors_is_refused(tmp_path, content):
     """Fails for a reader that hands through whatever the pickle holds."""
     with pytest.raises(ValueError, match="refused"):
@@ -79,17 +115,29 @@ def test_anything_but_named_tensors_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "layout", [(8, 0, (3, 3), (3, 1)), (8, 1, (8,), (1,)), (8, -1, (2,), (1,)), (8, 4, (2, 2), (-1, 1)), (8, 0, (2, 2), (1,)), (-8, 0, (), ())]
+    "layout",
+    [
+        (8, 0, (3, 3), (3, 1)),
+        (8, 1, (8,), (1,)),
+        (8, -1, (2,), (1,)),
+        (8, 4, (2, 2), (-1, 1)),
+        (8, 0, (2, 2), (1,)),
+        (-8, 0, (), ()),
+    ],
 )
 def test_tensors_stay_inside_their_storage(tmp_path, layout):
     """Fails for a strided view made on trust: it would read memory outside the storage."""
-    path = torch_files.write(tmp_path / "x.bin", {"w": torch_files.tensor("0", *layout)}, {"0": np.zeros(8, np.float32)})
+    path = torch_files.write(
+        tmp_path / "x.bin", {"w": torch_files.tensor("0", *layout)}, {"0": np.zeros(8, np.float32)}
+    )
     with pytest.raises(ValueError, match="refused"):
         TorchFile(path)
 
 
 def test_one_file_cannot_poison_the_next(tmp_path):
-    """Fails if stand-ins are shared between files: the BUILD opcode may set attributes on whatever a name resolved to."""
+    """Fails if stand-ins are shared between files: the BUILD opcode may set attributes on whatever
+    a name resolved to.
+    """
     poison = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x0c\x00\x00\x00__defaults__K\x05sb."
     build = b"\x80\x02ctorch\nFloatStorage\nN}X\x05\x00\x00\x00dtypeK\x05s\x86b."
     for content in (poison, build):
@@ -115,11 +163,21 @@ def test_damage_is_an_error(tmp_path, layout):
 
 
 def test_storage_of_another_length_is_an_error(tmp_path):
-    """Fails if a storage shorter or longer than the pickle says is read anyway (or unpacked without limit)."""
-    path = torch_files.write(tmp_path / "x.bin", {"w": torch_files.tensor("0", 4, 0, (4,), (1,))}, {"0": np.zeros(9, np.float32)})
+    """Fails if a storage shorter or longer than the pickle says is read anyway (or unpacked without
+    limit).
+    """
+    path = torch_files.write(
+        tmp_path / "x.bin",
+        {"w": torch_files.tensor("0", 4, 0, (4,), (1,))},
+        {"0": np.zeros(9, np.float32)},
+    )
     with pytest.raises(ValueError, match="damaged"):
         TorchFile(path).read("w")
-    path = torch_files.write(tmp_path / "y.bin", {"w": torch_files.tensor("1", 4, 0, (4,), (1,))}, {"0": np.zeros(4, np.float32)})
+    path = torch_files.write(
+        tmp_path / "y.bin",
+        {"w": torch_files.tensor("1", 4, 0, (4,), (1,))},
+        {"0": np.zeros(4, np.float32)},
+    )
     with pytest.raises(ValueError, match="lacks storage"):
         TorchFile(path).read("w")
 

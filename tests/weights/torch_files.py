@@ -1,4 +1,6 @@
-"""Writes files in the layout of torch.save without torch, so that tests can write hostile and damaged ones."""
+"""Writes files in the layout of torch.save without torch, so that tests can write hostile and
+damaged ones.
+"""
 
 import collections
 import io
@@ -38,11 +40,24 @@ class Call:
 def tensor(key: str, length: int, offset: int, shape: tuple, strides: tuple) -> Call:
     """The pickle of a float tensor; its storage is `key`."""
     storage = ("storage", _stub("torch", "FloatStorage"), key, "cpu", length)
-    return Call("torch._utils", "_rebuild_tensor_v2", storage, offset, shape, strides, False, Call("collections", "OrderedDict"))
+    return Call(
+        "torch._utils",
+        "_rebuild_tensor_v2",
+        storage,
+        offset,
+        shape,
+        strides,
+        False,
+        Call("collections", "OrderedDict"),
+    )
 
 
-def write(path: pathlib.Path, content, storages: dict[str, np.ndarray] | None = None) -> pathlib.Path:
-    """A zip archive like torch.save's around any content; `content` may be the bytes of a pickle."""
+def write(
+    path: pathlib.Path, content, storages: dict[str, np.ndarray] | None = None
+) -> pathlib.Path:
+    """A zip archive like torch.save's around any content; `content` may be the bytes of a
+    pickle.
+    """
     if not isinstance(content, bytes):
         buffer = io.BytesIO()
         _Pickler(buffer, protocol=2).dump(content)

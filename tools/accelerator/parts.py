@@ -117,7 +117,16 @@ class Parts:
         report = session.work / "tests.xml"
         platform = "cpu" if session.tiny else "cuda"
         workers = [] if session.tiny else ["-n", "6"]
-        tests = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *workers]
+        tests = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-v",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            *workers,
+        ]
         tests += ["-m", "not slow and not parity", f"--junitxml={report}"]
         tests += TINY_TESTS if session.tiny else TESTS
         started["tests"] = session.start(

@@ -4,6 +4,7 @@ A process that raises, hangs or runs out of memory costs its own measurement onl
 appends JSON lines to a file while it runs, so an ended one keeps what it had.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -183,10 +184,8 @@ class Session:
 def stop(popen: subprocess.Popen) -> None:
     """Ends a process and its children: SIGTERM, then SIGKILL."""
     for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(popen.pid, number)
-        except ProcessLookupError:
-            pass
         try:
             popen.wait(patience)
             if number == signal.SIGKILL:

@@ -15,9 +15,7 @@ from tools.accelerator import measuring, models, package
 STEPS, REPEATS = 8, 3
 
 
-def run(
-    emit: Callable, model: str, batches: Sequence[int], tiny: bool, gate: str = ""
-) -> None:
+def run(emit: Callable, model: str, batches: Sequence[int], tiny: bool, gate: str = "") -> None:
     """Times STEPS guided steps of a stage for each batch, halved until it fits.
 
     The program of the first batch is compiled before the file `gate` opens the device.

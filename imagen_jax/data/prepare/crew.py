@@ -1,8 +1,10 @@
-"""Processes, usually on as many hosts, that share one work directory: which part of the work is whose, and whether the others still live.
+"""Processes, usually on as many hosts, that share one work directory: which part of the work is
+whose, and whether the others still live.
 
-They talk through small files in that directory, one written by each process, every few seconds. Process 0 leads: it reads everyone's,
-the others only its, and what it learns of one it passes on to all. Nothing else binds them, so no process waits for another within a
-pass, and none is ended by a library because another has gone.
+They talk through small files in that directory, one written by each process, every few seconds.
+Process 0 leads: it reads everyone's, the others only its, and what it learns of one it passes on to
+all. Nothing else binds them, so no process waits for another within a pass, and none is ended by a
+library because another has gone.
 """
 
 import contextlib
@@ -29,13 +31,22 @@ class Lost(ValueError):
 
 
 class Crew:
-    """This process's place, `index` of `count`, in a crew that works in `directory`; a crew of one writes no file and starts no thread.
+    """This process's place, `index` of `count`, in a crew that works in `directory`; a crew of one
+    writes no file and starts no thread.
 
-    run: a word that all processes of this start have and those of no other. hosts: their names, by index. As a context manager it
-    gives signs of life; an exception that leaves it is told to the others.
+    run: a word that all processes of this start have and those of no other. hosts: their names, by
+    index. As a context manager it gives signs of life; an exception that leaves it is told to the
+    others.
     """
 
-    def __init__(self, directory: Path | None = None, index: int = 0, count: int = 1, run: str = "", hosts: Sequence[str] = ()):
+    def __init__(
+        self,
+        directory: Path | None = None,
+        index: int = 0,
+        count: int = 1,
+        run: str = "",
+        hosts: Sequence[str] = (),
+    ):
         self.index, self.count = index, count
         self._directory, self._run, self._hosts = directory, run, hosts
         self._state, self._message, self._fault = "here", "", ""
@@ -50,7 +61,9 @@ class Crew:
         return self.index == 0
 
     def mine(self, tasks: Sequence[Any]) -> list[Any]:
-        """This process's part: every `count`-th. It depends on nothing but the place, so no process has to know what another has done."""
+        """This process's part: every `count`-th. It depends on nothing but the place, so no process
+        has to know what another has done.
+        """
         return list(tasks[self.index :: self.count])
 
     def __enter__(self) -> "Crew":
@@ -66,12 +79,16 @@ class Crew:
         with contextlib.suppress(OSError):  # the directory goes when all is done
             if error:
                 cause = " ".join(str(error).split()) or kind.__name__
-                self.say("failed", self._fault or f"{self._name(self.index)} stopped: {cause}; {AGAIN}")
+                self.say(
+                    "failed", self._fault or f"{self._name(self.index)} stopped: {cause}; {AGAIN}"
+                )
             else:
                 self.say("done")
 
     def say(self, state: str, message: str = "") -> None:
-        """Tells the others: "here", "go" (by the leader: begin), "done" or "failed", with the line they are to end with."""
+        """Tells the others: "here", "go" (by the leader: begin), "done" or "failed", with the line
+        they are to end with.
+        """
         self._state, self._message = state, message
         if self.count > 1:
             self._beat()
@@ -95,17 +112,26 @@ class Crew:
         return self._last[0]["state"]
 
     def dismiss(self) -> None:
-        """By the leader: tells all that the result is published, and waits until they have heard it or have been silent for long."""
+        """By the leader: tells all that the result is published, and waits until they have heard it
+        or have been silent for long.
+        """
         self.say("done")
         end = time.monotonic() + SILENT_S
-        while any(last.get("state") != "done" for last in self._last.values()) and time.monotonic() < end:
+        while (
+            any(last.get("state") != "done" for last in self._last.values())
+            and time.monotonic() < end
+        ):
             time.sleep(POLL_S)
         self._stop.set()
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Holds a lock that all but the leader share, so that the leader of a later start can wait for them (`wait_for_stragglers`)."""
-        with open(self._directory / "lock", "a+") as file:  # NFS wants it open for reading to share it
+        """Holds a lock that all but the leader share, so that the leader of a later start can wait
+        for them (`wait_for_stragglers`).
+        """
+        with open(
+            self._directory / "lock", "a+"
+        ) as file:  # NFS wants it open for reading to share it
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             yield
 
@@ -114,14 +140,22 @@ class Crew:
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(BEAT_S):
-            with contextlib.suppress(OSError):  # the shared directory may be away for a moment, or removed when all is done
+            with contextlib.suppress(
+                OSError
+            ):  # the shared directory may be away for a moment, or removed when all is done
                 self._beat()
                 self._listen()
 
     def _beat(self) -> None:
         with self._lock:
             self._number += 1
-            content = {"run": self._run, "host": socket.gethostname(), "number": self._number, "state": self._state, "message": self._message}
+            content = {
+                "run": self._run,
+                "host": socket.gethostname(),
+                "number": self._number,
+                "state": self._state,
+                "message": self._message,
+            }
             new = self._directory / f"{self.index}.new"
             new.write_text(json.dumps(content))
             os.replace(new, self._directory / f"{self.index}.json")
@@ -136,7 +170,10 @@ class Crew:
             if self._last[other].get("state") == "failed":
                 self._fault = self._last[other]["message"]
             elif time.monotonic() - self._heard[other] > SILENT_S:
-                self._fault = f"{self._name(other)} has not been heard of for {SILENT_S:g} s: it died, or does not see {self._directory.parent}; {AGAIN}"
+                self._fault = (
+                    f"{self._name(other)} has not been heard of for {SILENT_S:g} s: it died, or"
+                    f" does not see {self._directory.parent}; {AGAIN}"
+                )
         if self._fault and self.leads:
             self.say("failed", self._fault)
 
@@ -150,14 +187,19 @@ class Crew:
 
 
 def wait_for_stragglers(directory: Path) -> None:
-    """By a leader, before its "go": until no process of an earlier start works here; ValueError if one still does after SILENT_S."""
+    """By a leader, before its "go": until no process of an earlier start works here; ValueError if
+    one still does after SILENT_S.
+    """
     if not (directory / "lock").exists():
         return
     end = time.monotonic() + SILENT_S + BEAT_S
     with open(directory / "lock", "a+") as file:
         while not try_lock(file, fcntl.LOCK_EX):
             if time.monotonic() > end:
-                raise ValueError(f"processes of an earlier start still work in {directory.parent}: end them first")
+                raise ValueError(
+                    f"processes of an earlier start still work in {directory.parent}: end them"
+                    " first"
+                )
             time.sleep(POLL_S)
 
 

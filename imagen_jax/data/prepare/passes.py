@@ -1,7 +1,9 @@
-"""The four passes of preparing data: check every image, decide what is kept, encode each distinct caption once, write the images.
+"""The four passes of preparing data: check every image, decide what is kept, encode each distinct
+caption once, write the images.
 
-All of it goes to OUTPUT.partial; OUTPUT appears, by one rename, when it is complete. Every finished piece has a line in the journal
-there, so the same call continues an interrupted run and ends with the same bytes, whatever the number of processes.
+All of it goes to OUTPUT.partial; OUTPUT appears, by one rename, when it is complete. Every finished
+piece has a line in the journal there, so the same call continues an interrupted run and ends with
+the same bytes, whatever the number of processes.
 """
 
 import contextlib
@@ -27,15 +29,20 @@ from imagen_jax.data.sources.source import Source
 from imagen_jax.storage import only_process, write_atomically
 
 _CHUNK = 256  # images checked in one task; the unit in which checking is resumed
-_WRITERS = 6  # caption shards in memory at once; one core writes some 800 captions of XXL's width a second
-# What the written bytes depend on, each a key of the manifest; a run is continued only if all of them are the same.
+_WRITERS = (
+    6  # caption shards in memory at once; one core writes some 800 captions of XXL's width a second
+)
+# What the written bytes depend on, each a key of the manifest; a run is continued only if all of
+# them are the same.
 _REQUEST = ("source", "encoder", "max_length", "shard_size", "min_size", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """shard_size: rows a shard. min_size: images under so many pixels across are left out. batch_size: captions that a device
-    encodes at once, as text.encoder.TextEncoder.encode says. processes: for checking and writing images; changes no byte of the result."""
+    """shard_size: rows a shard. min_size: images under so many pixels across are left out.
+    batch_size: captions that a device encodes at once, as text.encoder.TextEncoder.encode says.
+    processes: for checking and writing images; changes no byte of the result.
+    """
 
     shard_size: int
     min_size: int
@@ -43,17 +50,25 @@ class Settings:
     processes: int
 
     def __post_init__(self):
-        for name, least in {"shard_size": 1, "min_size": 0, "batch_size": 1, "processes": 1}.items():
+        for name, least in {
+            "shard_size": 1,
+            "min_size": 0,
+            "batch_size": 1,
+            "processes": 1,
+        }.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)} is less than {least}")
 
 
-def prepare(source: Source, encoder, output: Path, settings: Settings, crew: Crew = ALONE) -> dict[str, Any]:
-    """Write the prepared directory `output`, or go on with it, together with the others of the crew; returns its manifest.
+def prepare(
+    source: Source, encoder, output: Path, settings: Settings, crew: Crew = ALONE
+) -> dict[str, Any]:
+    """Write the prepared directory `output`, or go on with it, together with the others of the
+    crew; returns its manifest.
 
-    encoder is a text.encoder.TextEncoder. Raises ValueError if `output` or its unfinished
-    part was made with other settings, if nothing usable is in the source, if there is no room for the result, or if another process
-    has failed.
+    encoder is a text.encoder.TextEncoder. Raises ValueError if `output` or its unfinished part was
+    made with other settings, if nothing usable is in the source, if there is no room for the
+    result, or if another process has failed.
     """
     started = time.monotonic()
     request = _request(source, encoder, settings)
@@ -61,7 +76,9 @@ def prepare(source: Source, encoder, output: Path, settings: Settings, crew: Cre
     if not crew.leads:
         if crew.wait_for_leader("go", "done") == "go":
             with crew.at_work():
-                _refuse_changes(partial, json.loads((partial / "request.json").read_text()), request)
+                _refuse_changes(
+                    partial, json.loads((partial / "request.json").read_text()), request
+                )
                 _work(source, encoder, partial, settings, crew)
                 crew.wait_for_leader("done")
         crew.wait((output / records.MANIFEST).is_file)
@@ -100,8 +117,12 @@ def work_directory(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
-def _work(source: Source, encoder, partial: Path, settings: Settings, crew: Crew) -> tuple[Selection, list[str], list[str]]:
-    """This process's share of the four passes. Returns what is kept of all, and the names of all caption and image shards."""
+def _work(
+    source: Source, encoder, partial: Path, settings: Settings, crew: Crew
+) -> tuple[Selection, list[str], list[str]]:
+    """This process's share of the four passes. Returns what is kept of all, and the names of all
+    caption and image shards.
+    """
     with Workers(source, settings.processes) as workers:
         selected = _check_all(workers, partial, len(source), settings, crew)
         if not any(selected.images.values()):
@@ -113,12 +134,18 @@ def _work(source: Source, encoder, partial: Path, settings: Settings, crew: Crew
 
 def _request(source: Source, encoder, settings: Settings) -> dict[str, Any]:
     sizes = {name: getattr(settings, name) for name in ("shard_size", "min_size", "batch_size")}
-    request = {"source": source.describe(), "encoder": dict(encoder.identity), "max_length": encoder.max_length} | sizes
+    request = {
+        "source": source.describe(),
+        "encoder": dict(encoder.identity),
+        "max_length": encoder.max_length,
+    } | sizes
     return json.loads(json.dumps(request))
 
 
 def _is_complete(output: Path, request: Mapping) -> bool:
-    """Whether `output` is the finished result of this request; ValueError if it is anything else but absent or empty."""
+    """Whether `output` is the finished result of this request; ValueError if it is anything else
+    but absent or empty.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     if not (output / records.MANIFEST).is_file():
@@ -128,7 +155,9 @@ def _is_complete(output: Path, request: Mapping) -> bool:
 
 
 def _continues(partial: Path, request: Mapping) -> bool:
-    """Whether `partial` holds unfinished work for this request; ValueError if it does for another one."""
+    """Whether `partial` holds unfinished work for this request; ValueError if it does for another
+    one.
+    """
     file = partial / "request.json"
     if not file.is_file():
         return False
@@ -137,17 +166,32 @@ def _continues(partial: Path, request: Mapping) -> bool:
 
 
 def _refuse_changes(place: Path, before: Mapping, request: Mapping) -> None:
-    changed = [f"{key} was {before[key]}, is {request[key]}" for key in _REQUEST if before[key] != request[key]]
+    changed = [
+        f"{key} was {before[key]}, is {request[key]}"
+        for key in _REQUEST
+        if before[key] != request[key]
+    ]
     if changed:
-        raise ValueError(f"{place} was made with other settings ({'; '.join(changed)}): choose another --output or remove it")
+        raise ValueError(
+            f"{place} was made with other settings ({'; '.join(changed)}): choose another --output"
+            " or remove it"
+        )
 
 
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """The work directory, created and kept to this process."""
     parts = ("checked", "journal", "result")
-    if partial.exists() and {path.name for path in partial.iterdir()} - {*parts, "crew", "lock", "request.json"}:
-        raise ValueError(f"{partial} is in the way, it is no unfinished work of prepare_data: choose another --output")
+    if partial.exists() and {path.name for path in partial.iterdir()} - {
+        *parts,
+        "crew",
+        "lock",
+        "request.json",
+    }:
+        raise ValueError(
+            f"{partial} is in the way, it is no unfinished work of prepare_data: choose another"
+            " --output"
+        )
     for name in parts:
         (partial / name).mkdir(parents=True, exist_ok=True)
     with only_process(partial, "preparing data in"):
@@ -156,20 +200,28 @@ def _locked(partial: Path) -> Iterator[None]:
         yield
 
 
-def _check_all(workers: Workers, partial: Path, count: int, settings: Settings, crew: Crew) -> Selection:
-    """First pass, and the decision what is kept, which every process makes by itself from what all have found."""
+def _check_all(
+    workers: Workers, partial: Path, count: int, settings: Settings, crew: Crew
+) -> Selection:
+    """First pass, and the decision what is kept, which every process makes by itself from what all
+    have found.
+    """
     spans = [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
     files = {span: partial / "checked" / f"{span[0]:012d}.json" for span in spans}
     mine = crew.mine(spans)
     tasks = [(files[span], *span, settings.min_size) for span in mine if not files[span].is_file()]
     total = sum(stop - start for start, stop in mine)
-    with _bar("check images", total, total - sum(stop - start for _, start, stop, _ in tasks)) as bar:
+    with _bar(
+        "check images", total, total - sum(stop - start for _, start, stop, _ in tasks)
+    ) as bar:
         for checked in workers.each(_check_chunk, tasks, 4 * settings.processes):
             bar.update(checked)
             crew.check()
     for file in files.values():
         crew.wait(file.is_file)
-    return select(checks.Checked(**row) for file in files.values() for row in json.loads(file.read_text()))
+    return select(
+        checks.Checked(**row) for file in files.values() for row in json.loads(file.read_text())
+    )
 
 
 def _check_chunk(source: Source, file: Path, start: int, stop: int, min_size: int) -> int:
@@ -178,13 +230,22 @@ def _check_chunk(source: Source, file: Path, start: int, stop: int, min_size: in
     return len(rows)
 
 
-def _encode_all(workers: Workers, encoder, partial: Path, selected: Selection, settings: Settings, crew: Crew) -> list[str]:
-    """Third pass: the caption shards, encoded in this process, where the devices are, and written by the workers. Returns the names of all."""
+def _encode_all(
+    workers: Workers, encoder, partial: Path, selected: Selection, settings: Settings, crew: Crew
+) -> list[str]:
+    """Third pass: the caption shards, encoded in this process, where the devices are, and written
+    by the workers. Returns the names of all.
+    """
     shards = _shards("captions", "train", selected.captions, settings.shard_size)
     mine = crew.mine(list(enumerate(shards)))
     todo = [(index, name) for index, name in mine if not _finished(partial, name)]
     total, left = (sum(len(shards[name]) for _, name in part) for part in (mine, todo))
-    tasks = (_encode_shard(encoder, partial, name, shards[name], index * settings.shard_size, settings.batch_size) for index, name in todo)
+    tasks = (
+        _encode_shard(
+            encoder, partial, name, shards[name], index * settings.shard_size, settings.batch_size
+        )
+        for index, name in todo
+    )
     with _bar("encode captions", total, total - left) as bar:
         for written in workers.each(_write_captions, tasks, min(settings.processes, _WRITERS)):
             bar.update(written)
@@ -192,18 +253,43 @@ def _encode_all(workers: Workers, encoder, partial: Path, selected: Selection, s
     return list(shards)
 
 
-def _encode_shard(encoder, partial: Path, name: str, texts: list[str], first_id: int, batch_size: int) -> tuple:
+def _encode_shard(
+    encoder, partial: Path, name: str, texts: list[str], first_id: int, batch_size: int
+) -> tuple:
     """A caption shard as the task of writing it."""
     _, cut = encoder.tokenize(texts)
-    return partial, name, texts, encoder.encode(texts, batch_size), [first_id + i for i, was_cut in enumerate(cut) if was_cut]
+    return (
+        partial,
+        name,
+        texts,
+        encoder.encode(texts, batch_size),
+        [first_id + i for i, was_cut in enumerate(cut) if was_cut],
+    )
 
 
-def _write_captions(_: Source, partial: Path, name: str, texts: list[str], features: list[np.ndarray], cut: list[int]) -> int:
-    norms = np.concatenate([np.linalg.norm(feature.astype(np.float64), axis=1) for feature in features])
+def _write_captions(
+    _: Source,
+    partial: Path,
+    name: str,
+    texts: list[str],
+    features: list[np.ndarray],
+    cut: list[int],
+) -> int:
+    norms = np.concatenate(
+        [np.linalg.norm(feature.astype(np.float64), axis=1) for feature in features]
+    )
     if not np.isfinite(norms).all():
-        bad = next(text for text, feature in zip(texts, features, strict=True) if not np.isfinite(feature.astype(np.float32)).all())
-        raise ValueError(f"the text encoder gives features that are not finite for the caption {bad!r}")
-    rows = (records.CaptionRow(text, feature) for text, feature in zip(texts, features, strict=True))
+        bad = next(
+            text
+            for text, feature in zip(texts, features, strict=True)
+            if not np.isfinite(feature.astype(np.float32)).all()
+        )
+        raise ValueError(
+            f"the text encoder gives features that are not finite for the caption {bad!r}"
+        )
+    rows = (
+        records.CaptionRow(text, feature) for text, feature in zip(texts, features, strict=True)
+    )
     entry = records.write_shard(partial / "result", name, map(records.serialize_caption, rows))
     lengths = [len(feature) for feature in features]
     entry["cut"] = cut
@@ -213,7 +299,9 @@ def _write_captions(_: Source, partial: Path, name: str, texts: list[str], featu
     return len(texts)
 
 
-def _write_all(workers: Workers, partial: Path, selected: Selection, settings: Settings, crew: Crew) -> list[str]:
+def _write_all(
+    workers: Workers, partial: Path, selected: Selection, settings: Settings, crew: Crew
+) -> list[str]:
     """Fourth pass: the image shards. Returns the names of all."""
     shards = {}
     for split, images in selected.images.items():
@@ -237,20 +325,32 @@ def _all_finished(partial: Path, names: list[str], crew: Crew) -> dict[str, dict
 
 def _write_shard(source: Source, partial: Path, name: str, images: list[KeptImage]) -> int:
     rows = (_image_row(source, image) for image in images)
-    _journal(partial, name, records.write_shard(partial / "result", name, map(records.serialize_image, rows)))
+    _journal(
+        partial,
+        name,
+        records.write_shard(partial / "result", name, map(records.serialize_image, rows)),
+    )
     return len(images)
 
 
 def _image_row(source: Source, image: KeptImage) -> records.ImageRow:
     data, found = source[image.index].image, image.checked
     if checks.content_hash(data) != found.content:
-        raise ValueError(f"image {found.id} changed while it was being prepared: remove the .partial directory and start again")
-    return records.ImageRow(checks.stored_bytes(data), found.height, found.width, found.id, tuple(image.caption_ids))
+        raise ValueError(
+            f"image {found.id} changed while it was being prepared: remove the .partial directory"
+            " and start again"
+        )
+    return records.ImageRow(
+        checks.stored_bytes(data), found.height, found.width, found.id, tuple(image.caption_ids)
+    )
 
 
 def _shards(store: str, split: str, rows: list, size: int) -> dict[str, list]:
     count = -(-len(rows) // size)
-    return {records.shard_name(store, split, i, count): rows[i * size : (i + 1) * size] for i in range(count)}
+    return {
+        records.shard_name(store, split, i, count): rows[i * size : (i + 1) * size]
+        for i in range(count)
+    }
 
 
 def _journal(partial: Path, name: str, entry: Mapping) -> None:
@@ -266,17 +366,34 @@ def _finished(partial: Path, name: str) -> dict | None:
     return entry if shard.stat().st_size == entry["bytes"] else None
 
 
-def _finish(result: Path, request: Mapping, selected: Selection, captions: Mapping, images: Mapping) -> dict[str, Any]:
+def _finish(
+    result: Path, request: Mapping, selected: Selection, captions: Mapping, images: Mapping
+) -> dict[str, Any]:
     """The files beside the shards, the manifest last."""
-    shards = {name: {key: entry[key] for key in ("rows", "bytes", "sha256")} for name, entry in (captions | images).items()}
+    shards = {
+        name: {key: entry[key] for key in ("rows", "bytes", "sha256")}
+        for name, entry in (captions | images).items()
+    }
     records.write_tfds_metadata(result, "images", records.image_features(), shards)
-    records.write_tfds_metadata(result, "captions", records.caption_features(request["encoder"]["dim"]), shards)
+    records.write_tfds_metadata(
+        result, "captions", records.caption_features(request["encoder"]["dim"]), shards
+    )
     cut = [caption_id for entry in captions.values() for caption_id in entry["cut"]]
-    noted = [{"id": f"caption {i}", "reason": "truncated_caption", "caption": selected.captions[i]} for i in cut]
+    noted = [
+        {"id": f"caption {i}", "reason": "truncated_caption", "caption": selected.captions[i]}
+        for i in cut
+    ]
     lines = [json.dumps(line) + "\n" for line in selected.skipped + noted]
     write_atomically(result / "skipped.jsonl", "".join(lines).encode())
-    sizes = [(image.checked.height, image.checked.width) for kept in selected.images.values() for image in kept]
-    counts = {"images": {split: len(kept) for split, kept in selected.images.items()}, "captions": len(selected.captions)}
+    sizes = [
+        (image.checked.height, image.checked.width)
+        for kept in selected.images.values()
+        for image in kept
+    ]
+    counts = {
+        "images": {split: len(kept) for split, kept in selected.images.items()},
+        "captions": len(selected.captions),
+    }
     manifest = {
         "format_version": records.FORMAT_VERSION,
         **request,
@@ -307,5 +424,11 @@ def _report(manifest: Mapping, output: Path, seconds: float) -> None:
     counts = manifest["counts"]
     size = sum(entry["bytes"] for entry in manifest["shards"].values())
     images = ", ".join(f"{count} {split}" for split, count in counts["images"].items())
-    print(f"{output}: {images} images, {counts['captions']} captions, {size / 2**20:.1f} MiB, {seconds:.0f} s")
-    print(f"left out or noted in skipped.jsonl: {_told(counts['skipped'])}, {counts['truncated_captions']} truncated_caption")
+    print(
+        f"{output}: {images} images, {counts['captions']} captions, {size / 2**20:.1f} MiB,"
+        f" {seconds:.0f} s"
+    )
+    print(
+        f"left out or noted in skipped.jsonl: {_told(counts['skipped'])},"
+        f" {counts['truncated_captions']} truncated_caption"
+    )

@@ -13,10 +13,11 @@ _source: Source | None = None  # of this worker process
 
 
 class Workers:
-    """Runs function(source, *task) for tasks in `processes` processes, or in this one if it is a single one.
+    """Runs function(source, *task) for tasks in `processes` processes, or in this one if it is a
+    single one.
 
-    Workers are spawned, not forked (this process may have started JAX's threads), and end with this process even if it is
-    killed.
+    Workers are spawned, not forked (this process may have started JAX's threads), and end with this
+    process even if it is killed.
     """
 
     def __init__(self, source: Source, processes: int):
@@ -24,7 +25,9 @@ class Workers:
         self._pool = None
         if processes > 1:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=(source,))
+            self._pool = ProcessPoolExecutor(
+                processes, context, initializer=_start, initargs=(source,)
+            )
 
     def __enter__(self) -> "Workers":
         return self
@@ -33,9 +36,12 @@ class Workers:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def each(self, function: Callable[..., Any], tasks: Iterable[tuple], ahead: int) -> Iterator[Any]:
-        """The results as they are ready, in no order; an exception in a task is raised here. `tasks` are asked for one by one, at most
-        `ahead` more than have results."""
+    def each(
+        self, function: Callable[..., Any], tasks: Iterable[tuple], ahead: int
+    ) -> Iterator[Any]:
+        """The results as they are ready, in no order; an exception in a task is raised here.
+        `tasks` are asked for one by one, at most `ahead` more than have results.
+        """
         if self._pool is None:
             yield from (function(self._source, *task) for task in tasks)
             return
@@ -56,7 +62,9 @@ def _start(source: Source) -> None:
 
 
 def end_with_parent() -> None:
-    """For a thread of a worker: ends the worker as soon as the process that started it has ended, however that was."""
+    """For a thread of a worker: ends the worker as soon as the process that started it has ended,
+    however that was.
+    """
     multiprocessing.parent_process().join()
     os._exit(1)
 

@@ -22,10 +22,11 @@ def open_source(name: str, args: argparse.Namespace) -> "FolderSource":
 class FolderSource:
     """Images under a directory with their captions in one of three forms.
 
-    captions.jsonl: one object a line, {"file": "a.png", "caption": "..."} or {"file": ..., "captions": [...]}, optionally
-    "split": "train" or "heldout"; captions.csv: columns file, caption and optionally split; otherwise a.txt beside a.png,
-    one caption a line. A file may come on several lines. Every image in the directory and every file named is an item, so
-    that images without captions and captions without images are reported by prepare_data.
+    captions.jsonl: one object a line, {"file": "a.png", "caption": "..."} or {"file": ...,
+    "captions": [...]}, optionally "split": "train" or "heldout"; captions.csv: columns file,
+    caption and optionally split; otherwise a.txt beside a.png, one caption a line. A file may come
+    on several lines. Every image in the directory and every file named is an item, so that images
+    without captions and captions without images are reported by prepare_data.
     """
 
     def __init__(self, directory: str | Path, heldout: float):
@@ -40,14 +41,20 @@ class FolderSource:
             if split and splits.setdefault(file, split) != split:
                 raise ValueError(f"{self._directory}: {file} is in both splits")
         if splits and heldout:
-            raise ValueError(f"{self._directory}: the captions file names its own splits, leave --heldout at 0")
+            raise ValueError(
+                f"{self._directory}: the captions file names its own splits, leave --heldout at 0"
+            )
         for path in sorted(self._directory.rglob("*")):
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 captions.setdefault(path.relative_to(self._directory).as_posix(), [])
         if not captions:
-            raise ValueError(f"{self._directory} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no captions file")
+            raise ValueError(
+                f"{self._directory} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no captions"
+                " file"
+            )
         self._items = [
-            (file, texts, splits.get(file) or hashed_split(file, heldout)) for file, texts in sorted(captions.items())
+            (file, texts, splits.get(file) or hashed_split(file, heldout))
+            for file, texts in sorted(captions.items())
         ]
 
     def __len__(self) -> int:
@@ -61,13 +68,23 @@ class FolderSource:
     def describe(self) -> dict[str, Any]:
         listing = hashlib.sha256(json.dumps(self._items).encode()).hexdigest()
         name = self._directory.resolve().name
-        return {"kind": "folder", "name": name, "items": len(self), "heldout": self._heldout, "listing_sha256": listing}
+        return {
+            "kind": "folder",
+            "name": name,
+            "items": len(self),
+            "heldout": self._heldout,
+            "listing_sha256": listing,
+        }
 
     def _listed(self) -> Iterable[tuple[str, list[str], str]]:
-        """(file, captions, split or "") from the captions file, or from the .txt files beside the images."""
+        """(file, captions, split or "") from the captions file, or from the .txt files beside the
+        images.
+        """
         jsonl, table = self._directory / "captions.jsonl", self._directory / "captions.csv"
         if jsonl.is_file() and table.is_file():
-            raise ValueError(f"{self._directory} has both captions.jsonl and captions.csv: keep one")
+            raise ValueError(
+                f"{self._directory} has both captions.jsonl and captions.csv: keep one"
+            )
         if jsonl.is_file():
             return _read_jsonl(jsonl)
         if table.is_file():
@@ -78,7 +95,11 @@ class FolderSource:
         for path in sorted(self._directory.rglob("*")):
             text = path.with_suffix(".txt")
             if path.suffix.lower() in IMAGE_SUFFIXES and text.is_file():
-                yield path.relative_to(self._directory).as_posix(), text.read_text("utf-8").splitlines(), ""
+                yield (
+                    path.relative_to(self._directory).as_posix(),
+                    text.read_text("utf-8").splitlines(),
+                    "",
+                )
 
 
 def _read_jsonl(path: Path) -> Iterable[tuple[str, list[str], str]]:
@@ -87,10 +108,14 @@ def _read_jsonl(path: Path) -> Iterable[tuple[str, list[str], str]]:
             continue
         try:
             row = json.loads(line)
-            captions = row["captions"] if "captions" in row else [row["caption"] or ""]  # null: reported as empty
+            captions = (
+                row["captions"] if "captions" in row else [row["caption"] or ""]
+            )  # null: reported as empty
             yield _listing(row["file"], captions, row.get("split") or "")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}:{number} is not an object with file and caption(s): {error}") from error
+            raise ValueError(
+                f"{path}:{number} is not an object with file and caption(s): {error}"
+            ) from error
 
 
 def _read_csv(path: Path) -> Iterable[tuple[str, list[str], str]]:
@@ -106,7 +131,11 @@ def _read_csv(path: Path) -> Iterable[tuple[str, list[str], str]]:
 
 
 def _listing(file: Any, captions: Any, split: str) -> tuple[str, list[str], str]:
-    if not isinstance(file, str) or not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+    if (
+        not isinstance(file, str)
+        or not isinstance(captions, list)
+        or not all(isinstance(c, str) for c in captions)
+    ):
         raise ValueError("file and captions must be text")
     if Path(file).is_absolute() or ".." in Path(file).parts:
         raise ValueError(f"{file} is not in the directory of the captions file")

@@ -23,7 +23,9 @@ from imagen_jax.data import sources
 
 @dataclasses.dataclass(frozen=True)
 class SourceItem:
-    """One image as the source has it: id, encoded bytes (None if the file is missing), captions, train or heldout."""
+    """One image as the source has it: id, encoded bytes (None if the file is missing), captions,
+    train or heldout.
+    """
 
     id: str
     image: bytes | None
@@ -43,7 +45,9 @@ class Source(Protocol):
 
 
 def hashed_split(item_id: str, heldout: float) -> str:
-    """`heldout` for that fraction of all ids, the same ids on every machine and in every order, else `train`."""
+    """`heldout` for that fraction of all ids, the same ids on every machine and in every order,
+    else `train`.
+    """
     place = int.from_bytes(hashlib.sha256(item_id.encode()).digest()[:8], "big") / 2**64
     return "heldout" if place < heldout else "train"
 
@@ -52,25 +56,38 @@ def kinds() -> dict[str, ModuleType]:
     """{kind: the module that opens it}, one for each module of this folder but this one."""
     names = (module.name for module in pkgutil.iter_modules(sources.__path__))
     found = {name: importlib.import_module(f"{sources.__name__}.{name}") for name in names}
-    return {name: module for name, module in found.items() if hasattr(module, "open_source") and name != "source"}
+    return {
+        name: module
+        for name, module in found.items()
+        if hasattr(module, "open_source") and name != "source"
+    }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """`--source`, `--heldout` and the options of every kind of source."""
     usages = ", ".join(module.USAGE for module in kinds().values())
     parser.add_argument("--source", required=True, help=usages)
-    parser.add_argument("--heldout", type=float, default=0.0, help="fraction of images for the held-out split, chosen by id")
+    parser.add_argument(
+        "--heldout",
+        type=float,
+        default=0.0,
+        help="fraction of images for the held-out split, chosen by id",
+    )
     for module in kinds().values():
         if hasattr(module, "add_options"):
             module.add_options(parser)
 
 
 def open_source(args: argparse.Namespace) -> Source:
-    """The source that `args.source` names. Raises ValueError if there is no such kind, or it cannot be opened."""
+    """The source that `args.source` names. Raises ValueError if there is no such kind, or it cannot
+    be opened.
+    """
     kind, _, name = args.source.partition(":")
     known = kinds()
     takes_name = kind in known and ":" in known[kind].USAGE
     if kind not in known or takes_name != bool(name):
         usages = [module.USAGE for module in known.values()]
-        raise ValueError(f"--source {args.source!r} is not {', '.join(usages[:-1])} or {usages[-1]}")
+        raise ValueError(
+            f"--source {args.source!r} is not {', '.join(usages[:-1])} or {usages[-1]}"
+        )
     return known[kind].open_source(name, args)

@@ -14,39 +14,57 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tfds_dir", default=None, help="TFDS data directory")
     parser.add_argument("--tfds_split", default="train", help="split to read")
     parser.add_argument("--tfds_image", default="image", help="image feature")
-    parser.add_argument("--tfds_caption", default="caption", help="caption feature, a path such as captions/text is fine")
+    parser.add_argument(
+        "--tfds_caption",
+        default="caption",
+        help="caption feature, a path such as captions/text is fine",
+    )
 
 
 def open_source(name: str, args: argparse.Namespace) -> "TfdsSource":
     """The dataset `name`, or the one in the directory `name`."""
-    return TfdsSource(name, args.tfds_dir, args.tfds_split, args.tfds_image, args.tfds_caption, args.heldout)
+    return TfdsSource(
+        name, args.tfds_dir, args.tfds_split, args.tfds_image, args.tfds_caption, args.heldout
+    )
 
 
 class TfdsSource:
-    """A split of a TFDS dataset that is already on disk in ArrayRecord format; images are taken as stored, not decoded.
+    """A split of a TFDS dataset that is already on disk in ArrayRecord format; images are taken as
+    stored, not decoded.
 
     `caption` may be a path such as captions/text; a sequence gives several captions.
     """
 
-    def __init__(self, name: str, data_dir: str | None, split: str, image: str, caption: str, heldout: float):
+    def __init__(
+        self, name: str, data_dir: str | None, split: str, image: str, caption: str, heldout: float
+    ):
         import tensorflow_datasets as tfds
 
         is_directory = (Path(name) / "dataset_info.json").is_file()
         try:
             options = {"data_dir": data_dir, "file_format": "array_record"}
-            builder = tfds.builder_from_directory(name) if is_directory else tfds.builder(name, **options)
+            builder = (
+                tfds.builder_from_directory(name) if is_directory else tfds.builder(name, **options)
+            )
         except (tfds.core.DatasetNotFoundError, ModuleNotFoundError) as error:
             cause = str(error).splitlines()[0]
-            raise ValueError(f"tfds:{name} is not a TFDS dataset or a directory of one ({cause})") from error
+            raise ValueError(
+                f"tfds:{name} is not a TFDS dataset or a directory of one ({cause})"
+            ) from error
         if split not in builder.info.splits:
-            found = ", ".join(builder.info.splits) or "none: download_and_prepare it first, file_format='array_record'"
+            found = (
+                ", ".join(builder.info.splits)
+                or "none: download_and_prepare it first, file_format='array_record'"
+            )
             raise ValueError(f"tfds:{name} has no split {split!r} on disk (found {found})")
         for feature in (image, caption):
             _check_feature(f"tfds:{name}", builder.info.features, feature)
         try:
             self._rows = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
         except NotImplementedError as error:
-            raise ValueError(f"tfds:{name} is not in the array_record format, which random access needs") from error
+            raise ValueError(
+                f"tfds:{name} is not in the array_record format, which random access needs"
+            ) from error
         self._name = f"{builder.info.name}/{builder.info.version}"
         self._split, self._image, self._caption, self._heldout = split, image, caption, heldout
 
@@ -73,6 +91,6 @@ def _check_feature(label: str, features: Any, path: str) -> None:
     inside = features
     for key in path.split("/"):
         inside = getattr(inside, "feature", inside)  # a Sequence holds the features of its items
-        if not hasattr(inside, "keys") or key not in inside.keys():
+        if not hasattr(inside, "keys") or key not in inside:
             raise ValueError(f"{label} has no feature {path!r} (it has {', '.join(features)})")
         inside = inside[key]

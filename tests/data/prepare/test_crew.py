@@ -1,4 +1,6 @@
-"""Several processes prepare one directory: the same bytes as one process, through deaths and restarts, and a word from whoever is left."""
+"""Several processes prepare one directory: the same bytes as one process, through deaths and
+restarts, and a word from whoever is left.
+"""
 
 import fcntl
 import json
@@ -26,14 +28,25 @@ CAPTIONS = {"a colour ramp"} | {f"picture number {i}" for i in range(20)}
 
 
 def start(folder, output, count, run, victim=None, kill_at=0):
-    """`count` processes of one start; `victim` kills itself at a rename. Each logs what it encodes to RUN.INDEX beside `output`."""
+    """`count` processes of one start; `victim` kills itself at a rename. Each logs what it encodes
+    to RUN.INDEX beside `output`.
+    """
     base = [sys.executable, "-m", "tests.data.synthetic_source", str(folder), str(output), "1"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     address, started = f"127.0.0.1:{free_port()}", []
     for index in range(count):
-        joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+        joined = {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(index),
+        }
         spec = run if run == "environment" else f"{index}:{count}:{run}"
-        command = [*base, str(kill_at if index == victim else 0), spec, str(output.parent / f"{run}.{index}")]
+        command = [
+            *base,
+            str(kill_at if index == victim else 0),
+            spec,
+            str(output.parent / f"{run}.{index}"),
+        ]
         started.append(subprocess.Popen(command, env=os.environ | joined, **pipes))
     return started
 
@@ -44,7 +57,9 @@ def free_port() -> int:
 
 
 def finish(processes) -> list[str]:
-    """Their standard errors, once all have ended well, which takes seconds if the machine has nothing else to do."""
+    """Their standard errors, once all have ended well, which takes seconds if the machine has
+    nothing else to do.
+    """
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), errors
     return errors
@@ -55,20 +70,33 @@ def encoded(output, run) -> list[str]:
 
 
 def test_two_processes_make_what_one_makes(folder, whole, tmp_path):
-    """Wrong: two processes, joined as a launcher joins them, that both encode a caption, leave one out, or change a byte or the manifest's hash."""
+    """Wrong: two processes, joined as a launcher joins them, that both encode a caption, leave one
+    out, or change a byte or the manifest's hash.
+    """
     output = tmp_path / "data"
     finish(start(folder, output, 2, "environment"))
     assert tree(output) == tree(whole)
     texts = encoded(output, "environment")
     assert len(texts) == len(CAPTIONS) and set(texts) == CAPTIONS
-    assert all((tmp_path / f"environment.{index}").stat().st_size for index in (0, 1)) and not (tmp_path / "data.partial").exists()
+    assert (
+        all((tmp_path / f"environment.{index}").stat().st_size for index in (0, 1))
+        and not (tmp_path / "data.partial").exists()
+    )
 
 
-# The rename at which each dies: process 1 with a caption shard written and not in the journal, process 0 just after it has written its second.
-@pytest.mark.parametrize(("run", "victim", "kill_at", "restarted"), [("first", 1, 4, 1), pytest.param("environment", 0, 7, 3, marks=pytest.mark.slow)])
-def test_killed_in_the_middle_others_say_so_and_a_restart_continues(folder, whole, tmp_path, run, victim, kill_at, restarted):
-    """Wrong: a survivor that waits for ever or that jax ends with a stack trace, a half-written file under a final name, finished shards encoded
-    again or lost when the number of processes changes, an exit code by which a launcher takes the survivor for the culprit."""
+# The rename at which each dies: process 1 with a caption shard written and not in the journal,
+# process 0 just after it has written its second.
+@pytest.mark.parametrize(
+    ("run", "victim", "kill_at", "restarted"),
+    [("first", 1, 4, 1), pytest.param("environment", 0, 7, 3, marks=pytest.mark.slow)],
+)
+def test_killed_in_the_middle_others_say_so_and_a_restart_continues(
+    folder, whole, tmp_path, run, victim, kill_at, restarted
+):
+    """Wrong: a survivor that waits for ever or that jax ends with a stack trace, a half-written
+    file under a final name, finished shards encoded again or lost when the number of processes
+    changes, an exit code by which a launcher takes the survivor for the culprit.
+    """
     output, partial = tmp_path / "data", tmp_path / "data.partial"
     processes = start(folder, output, 2, run, victim, kill_at)
     errors = [process.communicate(timeout=120)[1] for process in processes]
@@ -76,11 +104,20 @@ def test_killed_in_the_middle_others_say_so_and_a_restart_continues(folder, whol
     assert processes[1 - victim].returncode == LOST, errors[1 - victim]
     name = socket.gethostname() if run == "environment" else f"host-{victim}"
     last = errors[1 - victim].splitlines()[-1]
-    assert last.startswith(f"error: process {victim} ({name}) has not been heard of for 6 s: it died") and "Traceback" not in errors[1 - victim]
+    assert (
+        last.startswith(f"error: process {victim} ({name}) has not been heard of for 6 s: it died")
+        and "Traceback" not in errors[1 - victim]
+    )
     assert not output.exists()
     written, complete = tree(partial / "result"), tree(whole)
-    assert written and all(complete[name] == digest for name, digest in written.items() if not Path(name).name.startswith("."))
-    journalled = sum(json.loads(path.read_text())["rows"] for path in (partial / "journal").glob("captions-*"))
+    assert written and all(
+        complete[name] == digest
+        for name, digest in written.items()
+        if not Path(name).name.startswith(".")
+    )
+    journalled = sum(
+        json.loads(path.read_text())["rows"] for path in (partial / "journal").glob("captions-*")
+    )
     assert 0 < journalled < len(CAPTIONS)
     finish(start(folder, output, restarted, "second"))
     assert tree(output) == complete and not partial.exists()
@@ -120,7 +157,9 @@ def preparing(folder, output, index, count, encoder=None, run="one", late_s=0.0,
 
     def prepare():
         time.sleep(late_s)
-        with Crew(partial / "crew", index, count, run, [f"host-{i}" for i in range(count)]) as member:
+        with Crew(
+            partial / "crew", index, count, run, [f"host-{i}" for i in range(count)]
+        ) as member:
             source, settings = FolderSource(folder, 0.2), passes.Settings(**SETTINGS | changes)
             passes.prepare(source, encoder or FakeEncoder(), output, settings, member)
 
@@ -129,18 +168,24 @@ def preparing(folder, output, index, count, encoder=None, run="one", late_s=0.0,
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_any_number_ends_together_and_again_at_once(folder, whole, tmp_path, quick, count):
-    """Wrong: more processes than shards that wait for ever, a member that ends before the result is there, a finished run done again."""
+    """Wrong: more processes than shards that wait for ever, a member that ends before the result is
+    there, a finished run done again.
+    """
     output = tmp_path / "data"
     for run in ("one", "two"):
         encoders = [FakeEncoder() for _ in range(count)]
-        members = [preparing(folder, output, index, count, encoders[index], run) for index in range(count)]
+        members = [
+            preparing(folder, output, index, count, encoders[index], run) for index in range(count)
+        ]
         assert together(*members) == [None] * count
         assert tree(output) == tree(whole) and not (tmp_path / "data.partial").exists()
     assert not any(encoder.encoded for encoder in encoders)
 
 
 def test_a_process_at_work_holds_the_lock(folder, tmp_path, quick):
-    """Wrong: nothing by which the leader of a restart could tell that a process of the start before still writes."""
+    """Wrong: nothing by which the leader of a restart could tell that a process of the start before
+    still writes.
+    """
     seen = []
 
     class Looks(FakeEncoder):
@@ -152,7 +197,10 @@ def test_a_process_at_work_holds_the_lock(folder, tmp_path, quick):
                     seen.append(texts)
             return super().encode(texts, batch_size)
 
-    assert together(preparing(folder, tmp_path / "data", 0, 2), preparing(folder, tmp_path / "data", 1, 2, Looks())) == [None, None]
+    assert together(
+        preparing(folder, tmp_path / "data", 0, 2),
+        preparing(folder, tmp_path / "data", 1, 2, Looks()),
+    ) == [None, None]
     assert seen
 
 
@@ -163,51 +211,92 @@ def test_a_mistake_of_one_ends_all_with_its_words(folder, tmp_path, quick):
         def encode(self, texts, batch_size):
             raise ValueError("no features today")
 
-    members = [preparing(folder, tmp_path / "data", i, 3, Broken() if i == 1 else None) for i in range(3)]
+    members = [
+        preparing(folder, tmp_path / "data", i, 3, Broken() if i == 1 else None) for i in range(3)
+    ]
     ends = together(*members)
-    assert str(ends[1]) == "no features today" and [isinstance(end, Lost) for end in ends] == [True, False, True]
-    assert str(ends[0]) == str(ends[2]) and "process 1 (host-1) stopped: no features today; start all processes again" in str(ends[0])
+    assert str(ends[1]) == "no features today" and [isinstance(end, Lost) for end in ends] == [
+        True,
+        False,
+        True,
+    ]
+    assert str(ends[0]) == str(
+        ends[2]
+    ) and "process 1 (host-1) stopped: no features today; start all processes again" in str(ends[0])
 
 
 def test_other_settings_in_one_process_are_refused(folder, tmp_path, quick):
-    """Wrong: shards of two sizes in one directory, because a process was started with another command line."""
-    ends = together(preparing(folder, tmp_path / "data", 0, 2), preparing(folder, tmp_path / "data", 1, 2, shard_size=9))
+    """Wrong: shards of two sizes in one directory, because a process was started with another
+    command line.
+    """
+    ends = together(
+        preparing(folder, tmp_path / "data", 0, 2),
+        preparing(folder, tmp_path / "data", 1, 2, shard_size=9),
+    )
     assert "shard_size was 8, is 9" in str(ends[1]) and "process 1 (host-1) stopped" in str(ends[0])
 
 
 def test_a_directory_that_is_not_shared_is_noticed(folder, tmp_path, quick):
     """Wrong: processes on hosts with directories of their own that wait for each other for ever."""
     (tmp_path / "elsewhere").mkdir()
-    ends = together(preparing(folder, tmp_path / "data", 0, 2), preparing(folder, tmp_path / "elsewhere" / "data", 1, 2))
-    assert "process 1 (host-1) has not been heard of for 1.5 s: it died, or does not see" in str(ends[0])
+    ends = together(
+        preparing(folder, tmp_path / "data", 0, 2),
+        preparing(folder, tmp_path / "elsewhere" / "data", 1, 2),
+    )
+    assert "process 1 (host-1) has not been heard of for 1.5 s: it died, or does not see" in str(
+        ends[0]
+    )
     assert "process 0 (host-0) has not been heard of" in str(ends[1])
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_processes_of_an_earlier_start_are_waited_for(folder, whole, tmp_path, quick, monkeypatch, count):
-    """Wrong: a new start beside processes of the old one that still write, or that takes their signs of life for its own."""
-    monkeypatch.setattr(crew, "SILENT_S", 4.0)  # two processes write the same file in turn, and each has to be heard
+def test_processes_of_an_earlier_start_are_waited_for(
+    folder, whole, tmp_path, quick, monkeypatch, count
+):
+    """Wrong: a new start beside processes of the old one that still write, or that takes their
+    signs of life for its own.
+    """
+    monkeypatch.setattr(
+        crew, "SILENT_S", 4.0
+    )  # two processes write the same file in turn, and each has to be heard
     with Crew(tmp_path / "data.partial" / "crew", 1, 2, "old") as old:
         with old.at_work():
-            ends = together(*[preparing(folder, tmp_path / "data", index, count) for index in range(count)])
+            ends = together(
+                *[preparing(folder, tmp_path / "data", index, count) for index in range(count)]
+            )
             assert all("processes of an earlier start still work in" in str(end) for end in ends)
         ends_soon = ExitStack()
         ends_soon.enter_context(old.at_work())
         threading.Timer(0.3, ends_soon.close).start()
         start = time.monotonic()
-        assert together(*[preparing(folder, tmp_path / "data", index, count) for index in range(count)]) == [None] * count
+        assert (
+            together(
+                *[preparing(folder, tmp_path / "data", index, count) for index in range(count)]
+            )
+            == [None] * count
+        )
         assert time.monotonic() - start > 0.3
     assert tree(tmp_path / "data") == tree(whole)
 
 
 def test_what_an_earlier_start_said_is_old(folder, whole, tmp_path, quick):
-    """Wrong: a process that ends, or begins, because the leader of an earlier start once said so."""
+    """Wrong: a process that ends, or begins, because the leader of an earlier start once
+    said so.
+    """
     crew_directory = tmp_path / "data.partial" / "crew"
     for state in ("failed", "done", "go"):
         crew_directory.mkdir(parents=True)
-        said = {"run": "old", "host": "host-0", "number": 9, "state": state, "message": "out of memory"}
+        said = {
+            "run": "old",
+            "host": "host-0",
+            "number": 9,
+            "state": state,
+            "message": "out of memory",
+        }
         (crew_directory / "0.json").write_text(json.dumps(said))
         output = tmp_path / "data"
-        assert together(preparing(folder, output, 0, 2, late_s=0.25), preparing(folder, output, 1, 2)) == [None, None]
+        assert together(
+            preparing(folder, output, 0, 2, late_s=0.25), preparing(folder, output, 1, 2)
+        ) == [None, None]
         assert tree(output) == tree(whole)
         shutil.rmtree(output)

@@ -1,4 +1,6 @@
-"""prepare_data: what it keeps, what it reports, and that neither processes nor kills change a byte of it."""
+"""prepare_data: what it keeps, what it reports, and that neither processes nor kills change a byte
+of it.
+"""
 
 import io
 import json
@@ -12,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import prepare_data
 from imagen_jax.data import pipeline, records
 from imagen_jax.data.prepare import passes
 from imagen_jax.data.sources.folder import FolderSource
@@ -33,7 +34,9 @@ def skipped(output):
 
 
 def test_everything_is_stored_once_and_linked(folder, whole):
-    """Catches: captions stored per image, wrong caption ids, re-encoded images, features of another caption, padding."""
+    """Catches: captions stored per image, wrong caption ids, re-encoded images, features of another
+    caption, padding.
+    """
     prepared = records.Prepared(whole)
     prepared.verify()
     captions, encoder, source = prepared.captions(), FakeEncoder(), FolderSource(folder, 0.2)
@@ -53,13 +56,25 @@ def test_everything_is_stored_once_and_linked(folder, whole):
 def test_manifest_tells_what_is_there(whole):
     """Catches: counts of something else, norms over padding or captions, a missing identity."""
     manifest = records.Prepared(whole).manifest
-    features = np.concatenate([FakeEncoder().features(t) for t in ["a colour ramp"] + [f"picture number {i}" for i in range(20)]])
+    features = np.concatenate(
+        [
+            FakeEncoder().features(t)
+            for t in ["a colour ramp"] + [f"picture number {i}" for i in range(20)]
+        ]
+    )
     norms = np.linalg.norm(features.astype(np.float64), axis=1)
-    assert manifest["embedding"]["norm"] == pytest.approx({"min": norms.min(), "mean": norms.mean(), "max": norms.max()})
-    assert manifest["embedding"]["length"] == {"min": 4, "mean": 4, "max": 4} and manifest["embedding"]["tokens"] == 84
+    assert manifest["embedding"]["norm"] == pytest.approx(
+        {"min": norms.min(), "mean": norms.mean(), "max": norms.max()}
+    )
+    assert (
+        manifest["embedding"]["length"] == {"min": 4, "mean": 4, "max": 4}
+        and manifest["embedding"]["tokens"] == 84
+    )
     assert manifest["counts"]["captions"] == 21 and sum(manifest["counts"]["images"].values()) == 20
     assert manifest["counts"]["skipped"] == {"duplicate_caption": 19}
-    assert manifest["encoder"] == FakeEncoder().identity and manifest["image_sizes"]["min_side"] == 32
+    assert (
+        manifest["encoder"] == FakeEncoder().identity and manifest["image_sizes"]["min_side"] == 32
+    )
     assert str(ROOT) not in json.dumps(manifest) and manifest["source"]["name"] == "ramps"
 
 
@@ -67,19 +82,30 @@ def test_trained_on_as_it_is(whole):
     """Catches: a prepared directory the pipeline or TFDS cannot read."""
     import tensorflow_datasets as tfds
 
-    size = {"image_size": 16, "lowres_size": 4, "crop_size": 8, "text_length": 6, "batch_size": 4, "workers": 0}
+    size = {
+        "image_size": 16,
+        "lowres_size": 4,
+        "crop_size": 8,
+        "text_length": 6,
+        "batch_size": 4,
+        "workers": 0,
+    }
     cfg = {"path": str(whole), **size, "flip": False, "caption": "random", "cache_mib": 0}
     reader = pipeline.batches(cfg, 0, 0)
     assert next(reader)["image"].shape == (4, 8, 8, 3)
     reader.close()
     images = tfds.builder_from_directory(whole / "images").as_data_source("train")
-    assert images[0]["image"].shape == (32, 32, 3) and len(images) == records.Prepared(whole).num_images("train")
+    assert images[0]["image"].shape == (32, 32, 3) and len(images) == records.Prepared(
+        whole
+    ).num_images("train")
     assert len(tfds.builder_from_directory(whole / "captions").as_data_source("train")) == 21
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_change_no_byte(folder, whole, tmp_path, processes, monkeypatch):
-    """Catches: order of completion, time stamps, paths or process ids in the output; results of tasks swapped."""
+    """Catches: order of completion, time stamps, paths or process ids in the output; results of
+    tasks swapped.
+    """
     monkeypatch.setattr(passes, "_CHUNK", 3)
     prepare(folder, tmp_path / "data", processes=processes)
     assert tree(tmp_path / "data") == tree(whole)
@@ -87,13 +113,25 @@ def test_processes_change_no_byte(folder, whole, tmp_path, processes, monkeypatc
 
 
 def run_as_a_program(folder, output, processes, kill_at):
-    """The same in a process of its own, which kills itself at the `kill_at`-th rename (half of them just before it)."""
-    command = [sys.executable, "-m", "tests.data.synthetic_source", str(folder), str(output), str(processes), str(kill_at)]
+    """The same in a process of its own, which kills itself at the `kill_at`-th rename (half of them
+    just before it).
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "tests.data.synthetic_source",
+        str(folder),
+        str(output),
+        str(processes),
+        str(kill_at),
+    ]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def test_killed_at_any_rename_it_continues_to_the_same_bytes(folder, whole, tmp_path):
-    """Catches: half-written files under final names, work counted as done too early, done twice, or lost after SIGKILL."""
+    """Catches: half-written files under final names, work counted as done too early, done twice, or
+    lost after SIGKILL.
+    """
     output, rng, killed = tmp_path / "data", random.Random(0), 0
     for _ in range(20):
         process = run_as_a_program(folder, output, 1, rng.randint(2, 12))
@@ -108,7 +146,9 @@ def test_killed_at_any_rename_it_continues_to_the_same_bytes(folder, whole, tmp_
 
 
 def test_killed_at_any_time_with_workers(folder, whole, tmp_path):
-    """Catches: workers that outlive a killed parent and spoil the next run, and what the test above catches, in parallel."""
+    """Catches: workers that outlive a killed parent and spoil the next run, and what the test above
+    catches, in parallel.
+    """
     output = tmp_path / "data"
     for seconds in (0.8, 1.6, 2.4):
         process = run_as_a_program(folder, output, 2, 0)
@@ -128,9 +168,13 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("last", ["_write_shard", "_encode_shard", "_finish", "_check_chunk", "_journal"])
+@pytest.mark.parametrize(
+    "last", ["_write_shard", "_encode_shard", "_finish", "_check_chunk", "_journal"]
+)
 def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, last, monkeypatch):
-    """Catches: a pass that starts again from nothing, trusts what the pass before left unfinished, or publishes early."""
+    """Catches: a pass that starts again from nothing, trusts what the pass before left unfinished,
+    or publishes early.
+    """
     output, original, calls = tmp_path / "data", getattr(passes, last), []
 
     def stopping(*args):
@@ -148,19 +192,32 @@ def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, last, mo
     encoder = FakeEncoder()
     prepare(folder, output, encoder)
     # Three caption shards of 8, 8 and 5; what was journalled is not encoded again.
-    assert len(encoder.encoded) == {"_write_shard": 0, "_finish": 0, "_encode_shard": 13, "_journal": 13, "_check_chunk": 21}[last]
+    assert (
+        len(encoder.encoded)
+        == {
+            "_write_shard": 0,
+            "_finish": 0,
+            "_encode_shard": 13,
+            "_journal": 13,
+            "_check_chunk": 21,
+        }[last]
+    )
     assert tree(output) == tree(whole)
 
 
 def test_other_arguments_are_refused(folder, tmp_path, monkeypatch):
-    """Catches: two settings mixed in one directory, before or after it is complete; a finished run done again."""
+    """Catches: two settings mixed in one directory, before or after it is complete; a finished run
+    done again.
+    """
     output = tmp_path / "data"
     with monkeypatch.context() as patch:
         patch.setattr(passes, "_finish", lambda *a: (_ for _ in ()).throw(Stop()))
         with pytest.raises(Stop):
             prepare(folder, output)
     for changes in ({"shard_size": 9}, {"encoder": FakeEncoder(max_length=3)}, {"heldout": 0.5}):
-        with pytest.raises(ValueError, match="was made with other settings .*choose another --output or remove it"):
+        with pytest.raises(
+            ValueError, match="was made with other settings .*choose another --output or remove it"
+        ):
             prepare(folder, output, **changes)
     first = prepare(folder, output)
     with pytest.raises(ValueError, match="shard_size was 8, is 9"):
@@ -172,8 +229,13 @@ def test_other_arguments_are_refused(folder, tmp_path, monkeypatch):
 
 
 def test_one_at_a_time(folder, tmp_path):
-    """Catches: two runs writing the same work directory; a foreign directory taken for unfinished work and removed."""
-    with passes._locked(tmp_path / "data.partial"), pytest.raises(ValueError, match="another process is preparing data in"):
+    """Catches: two runs writing the same work directory; a foreign directory taken for unfinished
+    work and removed.
+    """
+    with (
+        passes._locked(tmp_path / "data.partial"),
+        pytest.raises(ValueError, match="another process is preparing data in"),
+    ):
         prepare(folder, tmp_path / "data")
     (tmp_path / "mine.partial").mkdir()
     (tmp_path / "mine.partial" / "thesis.txt").write_text("keep")
@@ -187,13 +249,30 @@ def messy(tmp_path):
     folder = tmp_path / "messy"
     folder.mkdir()
     image = synthetic.encode(synthetic.gradient(32, 1))
-    files = {"good.png": image, "twin.png": image, "cut.png": image[: len(image) // 2], "text.png": b"no image", "empty.png": b""}
-    files |= {"small.png": synthetic.encode(synthetic.gradient(8)), "mute.png": synthetic.encode(synthetic.gradient(32, 2))}
-    files |= {"blank.png": synthetic.encode(synthetic.gradient(32, 3)), "unlisted.png": synthetic.encode(synthetic.gradient(32, 4))}
+    files = {
+        "good.png": image,
+        "twin.png": image,
+        "cut.png": image[: len(image) // 2],
+        "text.png": b"no image",
+        "empty.png": b"",
+    }
+    files |= {
+        "small.png": synthetic.encode(synthetic.gradient(8)),
+        "mute.png": synthetic.encode(synthetic.gradient(32, 2)),
+    }
+    files |= {
+        "blank.png": synthetic.encode(synthetic.gradient(32, 3)),
+        "unlisted.png": synthetic.encode(synthetic.gradient(32, 4)),
+    }
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    captions = {name: ["a ramp"] for name in ("cut.png", "text.png", "empty.png", "small.png", "gone.png")}
-    captions |= {"good.png": ["a  ramp ", "a ramp", "one two three four five six seven"], "twin.png": ["the same ramp"]}
+    captions = {
+        name: ["a ramp"] for name in ("cut.png", "text.png", "empty.png", "small.png", "gone.png")
+    }
+    captions |= {
+        "good.png": ["a  ramp ", "a ramp", "one two three four five six seven"],
+        "twin.png": ["the same ramp"],
+    }
     captions |= {"mute.png": [], "blank.png": [" \t", "", "bad \ud83d", "fine"]}
     lines = [json.dumps({"file": name, "captions": texts}) for name, texts in captions.items()]
     (folder / "captions.jsonl").write_text("\n".join(lines))
@@ -201,7 +280,9 @@ def messy(tmp_path):
 
 
 def test_nothing_is_dropped_silently(messy, tmp_path):
-    """Catches: broken, missing, small, mute or double images and empty, invalid, cut or double captions lost or not counted."""
+    """Catches: broken, missing, small, mute or double images and empty, invalid, cut or double
+    captions lost or not counted.
+    """
     output = tmp_path / "data"
     manifest = prepare(messy, output, heldout=0.0, min_size=16)
     lines = {(line["id"], line["reason"]) for line in skipped(output)}
@@ -219,12 +300,25 @@ def test_nothing_is_dropped_silently(messy, tmp_path):
         ("good.png", "duplicate_caption"),
         ("caption 2", "truncated_caption"),
     }
-    counted = {"broken_image": 3, "missing_image": 1, "small_image": 1, "no_caption": 2, "duplicate_image": 1}
+    counted = {
+        "broken_image": 3,
+        "missing_image": 1,
+        "small_image": 1,
+        "no_caption": 2,
+        "duplicate_image": 1,
+    }
     counted |= {"empty_caption": 2, "invalid_caption": 1, "duplicate_caption": 1}
-    assert manifest["counts"]["skipped"] == counted and manifest["counts"]["truncated_captions"] == 1
-    assert not [line for line in skipped(output) if "0x" in line.get("detail", "")], "an address, which changes from run to run"
+    assert (
+        manifest["counts"]["skipped"] == counted and manifest["counts"]["truncated_captions"] == 1
+    )
+    assert not [line for line in skipped(output) if "0x" in line.get("detail", "")], (
+        "an address, which changes from run to run"
+    )
     prepared = records.Prepared(output)
-    rows = {row.id: row.caption_ids for row in (prepared.images("train")[i] for i in range(prepared.num_images("train")))}
+    rows = {
+        row.id: row.caption_ids
+        for row in (prepared.images("train")[i] for i in range(prepared.num_images("train")))
+    }
     texts = [prepared.captions()[i].text for i in range(manifest["counts"]["captions"])]
     assert {name: [texts[i] for i in ids] for name, ids in rows.items()} == {
         "good.png": ["a ramp", "one two three four five six seven", "the same ramp"],
@@ -233,16 +327,28 @@ def test_nothing_is_dropped_silently(messy, tmp_path):
 
 
 def test_a_double_in_the_other_split_is_not_trained_on(tmp_path):
-    """Catches: the captions of a held-out picture merged into the training split, or the other way round."""
+    """Catches: the captions of a held-out picture merged into the training split, or the other way
+    round.
+    """
     folder = tmp_path / "twins"
     folder.mkdir()
     for name in ("a.png", "b.png"):
         (folder / name).write_bytes(synthetic.encode(synthetic.gradient(32)))
-    (folder / "captions.csv").write_text("file,caption,split\na.png,first,heldout\nb.png,second,train\n")
+    (folder / "captions.csv").write_text(
+        "file,caption,split\na.png,first,heldout\nb.png,second,train\n"
+    )
     manifest = prepare(folder, tmp_path / "data", heldout=0.0)
-    assert manifest["counts"]["images"] == {"train": 0, "heldout": 1} and manifest["counts"]["captions"] == 1
+    assert (
+        manifest["counts"]["images"] == {"train": 0, "heldout": 1}
+        and manifest["counts"]["captions"] == 1
+    )
     assert skipped(tmp_path / "data") == [
-        {"id": "b.png", "reason": "duplicate_image_in_other_split", "of": "a.png", "captions": ["second"]}
+        {
+            "id": "b.png",
+            "reason": "duplicate_image_in_other_split",
+            "of": "a.png",
+            "captions": ["second"],
+        }
     ]
 
 
@@ -258,7 +364,9 @@ def test_no_good_image_is_a_clear_error(tmp_path):
 
 
 def test_odd_images_are_stored_so_that_any_reader_sees_the_same(tmp_path):
-    """Catches: transparency read as black, a turned photograph, grey or palette images stored as such, 16 bits cut off to white, JPEGs encoded again."""
+    """Catches: transparency read as black, a turned photograph, grey or palette images stored as
+    such, 16 bits cut off to white, JPEGs encoded again.
+    """
     folder = tmp_path / "odd"
     folder.mkdir()
     clear = np.zeros((20, 20, 4), np.uint8)
@@ -269,7 +377,9 @@ def test_odd_images_are_stored_so_that_any_reader_sees_the_same(tmp_path):
     Image.fromarray(synthetic.gradient(24)[:12]).save(folder / "turned.jpg", exif=turned)
     Image.fromarray(synthetic.gradient(20, 9)).convert("L").save(folder / "grey.png")
     Image.fromarray(synthetic.gradient(20, 8)).save(folder / "plain.jpg")
-    Image.fromarray(np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)).save(folder / "deep.png")
+    Image.fromarray(np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)).save(
+        folder / "deep.png"
+    )
     for path in list(folder.iterdir()):
         path.with_suffix(".txt").write_text(path.stem)
     prepare(folder, tmp_path / "data", heldout=0.0)
@@ -279,8 +389,12 @@ def test_odd_images_are_stored_so_that_any_reader_sees_the_same(tmp_path):
     assert {image.mode for image in images.values()} == {"RGB"}
     pixels = np.asarray(images["clear.png"])
     assert (pixels[:10] == (255, 0, 0)).all() and (pixels[10:] == 255).all()
-    np.testing.assert_allclose(np.asarray(images["deep.png"])[..., 0].reshape(-1), np.linspace(0, 255, 400), atol=1.01)
-    assert (rows["turned.jpg"].height, rows["turned.jpg"].width) == (24, 12) and images["turned.jpg"].size == (12, 24)
+    np.testing.assert_allclose(
+        np.asarray(images["deep.png"])[..., 0].reshape(-1), np.linspace(0, 255, 400), atol=1.01
+    )
+    assert (rows["turned.jpg"].height, rows["turned.jpg"].width) == (24, 12) and images[
+        "turned.jpg"
+    ].size == (12, 24)
     assert rows["plain.jpg"].image == (folder / "plain.jpg").read_bytes()
 
 
@@ -312,7 +426,9 @@ def test_preview_is_near_the_truth_and_writes_nothing(folder, whole, capsys):
     before = set(folder.parent.rglob("*"))
     estimate = passes.preview(FolderSource(folder, 0.2), FakeEncoder(), passes.Settings(**SETTINGS))
     images = sum(len((folder / f"{i:03d}.png").read_bytes()) for i in range(20))
-    texts = 40 * 4 * FakeEncoder.dim * 2 + sum(len(f"picture number {i}") + len("a colour ramp") for i in range(20))
+    texts = 40 * 4 * FakeEncoder.dim * 2 + sum(
+        len(f"picture number {i}") + len("a colour ramp") for i in range(20)
+    )
     assert estimate == images + texts
     printed = capsys.readouterr().out
     assert "20 usable, 40 captions, 0 of them cut" in printed and "time      about" in printed
@@ -321,8 +437,20 @@ def test_preview_is_near_the_truth_and_writes_nothing(folder, whole, capsys):
 
 def test_command_line_errors_are_one_line(tmp_path):
     """Catches: tracebacks for foreseeable mistakes."""
-    base = [sys.executable, "-m", "imagen_jax.prepare_data", "--output", str(tmp_path / "x"), "--encoder", "t5_tiny", "--source"]
-    for source, message in [("cloud", "is not emoji, folder:DIR"), (f"folder:{tmp_path}/no", "is not a directory of images")]:
+    base = [
+        sys.executable,
+        "-m",
+        "imagen_jax.prepare_data",
+        "--output",
+        str(tmp_path / "x"),
+        "--encoder",
+        "t5_tiny",
+        "--source",
+    ]
+    for source, message in [
+        ("cloud", "is not emoji, folder:DIR"),
+        (f"folder:{tmp_path}/no", "is not a directory of images"),
+    ]:
         done = subprocess.run([*base, source], cwd=ROOT, capture_output=True, text=True)
         (line,) = tiny.said(done.stderr)
         assert done.returncode == 2 and message in line

@@ -1,4 +1,6 @@
-"""The preview of a caption store: against one that was written, and against numbers worked out by hand."""
+"""The preview of a caption store: against one that was written, and against numbers worked out by
+hand.
+"""
 
 import shutil
 import subprocess
@@ -20,30 +22,60 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.mark.parametrize(("dim", "rows"), [(256, 2048), (1024, 500)])
 def test_size_of_a_store_that_was_written(tmp_path, dim, rows):
-    """Wrong: float32 or padded features, or compression, records' frames or the shards' last blocks forgotten."""
+    """Wrong: float32 or padded features, or compression, records' frames or the shards' last blocks
+    forgotten.
+    """
     rng = np.random.default_rng(0)
-    captions = [records.CaptionRow(f"picture {i} of a red house", rng.normal(size=(5 + i % 20, dim)).astype(ml_dtypes.bfloat16)) for i in range(rows)]
+    captions = [
+        records.CaptionRow(
+            f"picture {i} of a red house",
+            rng.normal(size=(5 + i % 20, dim)).astype(ml_dtypes.bfloat16),
+        )
+        for i in range(rows)
+    ]
     size = rows // 2
     parts = [map(records.serialize_caption, captions[start : start + size]) for start in (0, size)]
-    written = sum(records.write_shard(tmp_path, records.shard_name("captions", "train", i, 2), part)["bytes"] for i, part in enumerate(parts))
+    written = sum(
+        records.write_shard(tmp_path, records.shard_name("captions", "train", i, 2), part)["bytes"]
+        for i, part in enumerate(parts)
+    )
     tokens = np.mean([len(row.embedding) for row in captions])
     store = CaptionStore(rows, tokens, np.mean([len(row.text) for row in captions]), dim, size)
     assert store.shards == 2 and store.bytes == pytest.approx(written, rel=0.04)
-    assert store.uncompressed == pytest.approx(sum(row.embedding.nbytes + len(row.text) for row in captions))
+    assert store.uncompressed == pytest.approx(
+        sum(row.embedding.nbytes + len(row.text) for row in captions)
+    )
 
 
 def test_four_hundred_million(tmp_path, capsys):
-    """Wrong: a time that forgets the rate or the chips, captions counted per image, a price nobody gave."""
+    """Wrong: a time that forgets the rate or the chips, captions counted per image, a price nobody
+    gave.
+    """
     source = FolderSource(write_folder(tmp_path / "ramps"), 0.0)
     tokenize = FakeEncoder(max_length=6).tokenize
-    store = preview_captions(source, tokenize, 4096, 400_000_000, 4096, rate=8000, chips=64, price=0.5)
+    store = preview_captions(
+        source, tokenize, 4096, 400_000_000, 4096, rate=8000, chips=64, price=0.5
+    )
     told = capsys.readouterr().out
     texts = {"a colour ramp"} | {f"picture number {i}" for i in range(20)}
-    assert store.tokens == 4 and store.text_bytes == pytest.approx(np.mean([len(text) for text in texts]))
-    assert store.bytes == pytest.approx(400e6 * (0.78 * 4 * 8192 + store.text_bytes + 250) + 97_657 * 2**15)
-    assert "400,000,000 of 4.0 +- 0.0 tokens (measured on 21 of the source's, 0.0 % of them cut)" in told
-    assert "in 97,657 shards of 4,096 captions" in told and "13.9 h at 8,000 captions a second, 889 chip-hours on 64 chips" in told
-    assert f"price     {store.bytes / 2**30 / 2:,.0f} a month" in told and "of 200,000,000 images" in told
+    assert store.tokens == 4 and store.text_bytes == pytest.approx(
+        np.mean([len(text) for text in texts])
+    )
+    assert store.bytes == pytest.approx(
+        400e6 * (0.78 * 4 * 8192 + store.text_bytes + 250) + 97_657 * 2**15
+    )
+    assert (
+        "400,000,000 of 4.0 +- 0.0 tokens (measured on 21 of the source's, 0.0 % of them cut)"
+        in told
+    )
+    assert (
+        "in 97,657 shards of 4,096 captions" in told
+        and "13.9 h at 8,000 captions a second, 889 chip-hours on 64 chips" in told
+    )
+    assert (
+        f"price     {store.bytes / 2**30 / 2:,.0f} a month" in told
+        and "of 200,000,000 images" in told
+    )
     preview_captions(source, tokenize, 4096, 1000, 4096, rate=0, chips=0, price=0)
     told = capsys.readouterr().out
     assert "price" not in told and "time" not in told and "1 shards" in told
@@ -55,10 +87,27 @@ def test_a_preview_needs_no_weights_and_writes_nothing(tmp_path):
     encoder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         shutil.copy(find_encoder("t5_tiny") / name, encoder)
-    options = ["--source", "emoji", "--output", str(tmp_path / "o"), "--encoder", str(encoder), "--preview_captions"]
-    run = lambda *more: subprocess.run([sys.executable, "-m", "imagen_jax.prepare_data", *options, *more], cwd=ROOT, capture_output=True, text=True)
+    options = [
+        "--source",
+        "emoji",
+        "--output",
+        str(tmp_path / "o"),
+        "--encoder",
+        str(encoder),
+        "--preview_captions",
+    ]
+    run = lambda *more: subprocess.run(
+        [sys.executable, "-m", "imagen_jax.prepare_data", *options, *more],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     done = run("6659", "--shard_size", "512")
-    assert done.returncode == 0 and "26.8 MiB in 14 shards" in done.stdout, done.stderr  # written, it has 27.2 MiB
+    assert done.returncode == 0 and "26.8 MiB in 14 shards" in done.stdout, (
+        done.stderr
+    )  # written, it has 27.2 MiB
     assert {path.name for path in tmp_path.iterdir()} == {"encoder"}
     done = run("-5")
-    assert done.returncode == 2 and done.stderr.endswith("error: --preview_captions -5 is less than 0\n")
+    assert done.returncode == 2 and done.stderr.endswith(
+        "error: --preview_captions -5 is less than 0\n"
+    )

@@ -16,7 +16,9 @@ def later(source, number):
 
 @pytest.mark.parametrize(("processes", "ahead"), [(1, 1), (2, 3)])
 def test_tasks_are_asked_for_one_by_one(tmp_path, processes, ahead):
-    """Wrong: all tasks taken at once, which for caption shards is every feature of the data set in memory; a result lost or given twice."""
+    """Wrong: all tasks taken at once, which for caption shards is every feature of the data set in
+    memory; a result lost or given twice.
+    """
     asked, most = 0, 0
 
     def tasks():
@@ -26,7 +28,9 @@ def test_tasks_are_asked_for_one_by_one(tmp_path, processes, ahead):
             yield (number,)
 
     received = []
-    with Workers(FolderSource(write_folder(tmp_path / "ramps", images=1), 0.0), processes) as workers:
+    with Workers(
+        FolderSource(write_folder(tmp_path / "ramps", images=1), 0.0), processes
+    ) as workers:
         for result in workers.each(later, tasks(), ahead):
             received.append(result)
             most = max(most, asked - len(received))

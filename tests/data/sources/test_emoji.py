@@ -1,4 +1,6 @@
-"""The embedded emoji: their content, and that the held-out split asks for new compositions of known parts."""
+"""The embedded emoji: their content, and that the held-out split asks for new compositions of known
+parts.
+"""
 
 import collections
 import io
@@ -32,7 +34,9 @@ def thumbs(items):
 
 
 def subject_and_tone(caption):
-    """("man with red hair", "dark") of "man with dark skin tone and red hair"; a caption that names no tone is yellow."""
+    """("man with red hair", "dark") of "man with dark skin tone and red hair"; a caption that names
+    no tone is yellow.
+    """
     tone = re.search(TONE, caption)
     subject = re.sub(f" with {TONE}$", "", re.sub(f"{TONE} and ", "", caption))
     return subject, tone[1] if tone else "yellow"
@@ -49,14 +53,22 @@ def families(items, split=None):
 
 
 def words(items, split):
-    return {w for item in items if item.split == split for c in item.captions for w in re.findall(r"[\w']+", c.lower())}
+    return {
+        w
+        for item in items
+        if item.split == split
+        for c in item.captions
+        for w in re.findall(r"[\w']+", c.lower())
+    }
 
 
 def test_content(items):
     """Catches lost or doubled items, file names that meet no label, and spellings outside ASCII."""
     assert collections.Counter(item.split for item in items) == {"train": 3065, "heldout": 326}
     assert len({item.id for item in items}) == 3391
-    assert all(len(item.captions) == 2 and all(c and c.isascii() for c in item.captions) for item in items)
+    assert all(
+        len(item.captions) == 2 and all(c and c.isascii() for c in item.captions) for item in items
+    )
     captions = {item.id: item.captions for item in items}
     assert captions["1f469-1f3fe-200d-1f692"] == [
         "woman firefighter with medium-dark skin tone",
@@ -67,7 +79,9 @@ def test_content(items):
 
 
 def test_images_decode_on_white(items):
-    """Catches broken bytes, a lost crop (four originals are 256x264) and transparency composited on black."""
+    """Catches broken bytes, a lost crop (four originals are 256x264) and transparency composited on
+    black.
+    """
     corners = []
     for item in items:
         image = Image.open(io.BytesIO(item.image))
@@ -77,7 +91,9 @@ def test_images_decode_on_white(items):
 
 
 def test_named_tones_are_shown(items, thumbs):
-    """Catches captions that follow the archive's file names, most of which exchange medium-light and medium."""
+    """Catches captions that follow the archive's file names, most of which exchange medium-light
+    and medium.
+    """
     checked = 0
     for subject, tones in families(items).items():
         if len(tones) < 6:
@@ -97,7 +113,9 @@ def test_heldout_words_are_known(items):
 
 
 def test_heldout_parts_are_known(items):
-    """Catches a subject or tone that is never trained, but for one gender of a role, whose other genders then must be."""
+    """Catches a subject or tone that is never trained, but for one gender of a role, whose other
+    genders then must be.
+    """
     train, heldout = families(items, "train"), families(items, "heldout")
     whole = [s for s, tones in heldout.items() if len(tones) == 6]
     assert len(whole) == 12
@@ -113,24 +131,37 @@ def test_heldout_parts_are_known(items):
 
 
 def test_no_near_identical_picture_on_both_sides(items, thumbs):
-    """Catches a held-out picture with a twin in training: a plain copy, or the unisex version of the man's."""
+    """Catches a held-out picture with a twin in training: a plain copy, or the unisex version of
+    the man's.
+    """
     held = np.array([item.split == "heldout" for item in items])
     assert not build_emoji.near_identical(thumbs[held], thumbs[~held]).any()
 
 
 def test_near_identity_tells_tones_apart(items, thumbs):
-    """Catches a measure so coarse that skin tones collide, or so fine that a re-encoded or shifted copy passes."""
+    """Catches a measure so coarse that skin tones collide, or so fine that a re-encoded or shifted
+    copy passes.
+    """
     at = {item.id: i for i, item in enumerate(items)}
     pair = lambda a, b: build_emoji.near_identical(thumbs[[at[a]]], thumbs[[at[b]]]).item()
-    assert pair("1f431", "1f63a") and pair("34-fe0f-20e3", "0034-fe0f-20e3") and pair("00a9-fe0f", "a9-fe0f")
+    assert (
+        pair("1f431", "1f63a")
+        and pair("34-fe0f-20e3", "0034-fe0f-20e3")
+        and pair("00a9-fe0f", "a9-fe0f")
+    )
     hands = [f"1f44b-1f3f{c}" for c in "bcdef"]
     assert not any(pair(a, b) for a in hands for b in hands if a != b)
 
 
 def test_near_identity_measures():
-    """Catches a difference that is summed, or averaged over one channel, instead of over all, and a hash that sees the mean."""
+    """Catches a difference that is summed, or averaged over one channel, instead of over all, and a
+    hash that sees the mean.
+    """
     a = np.random.default_rng(0).uniform(50, 200, (1, 32, 32, 3)).astype(np.float32)
-    assert build_emoji.near_identical(a, a + 2.4).item() and build_emoji.near_identical(a, a + 4.9).item()
+    assert (
+        build_emoji.near_identical(a, a + 2.4).item()
+        and build_emoji.near_identical(a, a + 4.9).item()
+    )
     assert not build_emoji.near_identical(a, a + 5.1).item()
     assert (build_emoji.perceptual_hash(a) == build_emoji.perceptual_hash(a + 30)).all()
     assert build_emoji.perceptual_hash(a).shape == (1, 189)
@@ -142,17 +173,29 @@ def test_reads_as_a_tfds_directory(items):
     row = builder.as_data_source("heldout")[0]
     first = next(item for item in items if item.split == "heldout")
     assert row["image"].shape == (256, 256, 3) and row["image"].dtype == np.uint8
-    assert row["id"].decode() == first.id and [c.decode() for c in row["captions"]] == first.captions
+    assert (
+        row["id"].decode() == first.id and [c.decode() for c in row["captions"]] == first.captions
+    )
 
 
 def test_source(items):
-    """Catches an index that runs over the end or wraps, splits out of order, and a source that cannot be sent to a worker."""
+    """Catches an index that runs over the end or wraps, splits out of order, and a source that
+    cannot be sent to a worker.
+    """
     source = pickle.loads(pickle.dumps(EmojiSource()))
-    assert source[3390] == items[3390] and [items[i].split for i in (0, 3064, 3065)] == ["train", "train", "heldout"]
+    assert source[3390] == items[3390] and [items[i].split for i in (0, 3064, 3065)] == [
+        "train",
+        "train",
+        "heldout",
+    ]
     for index in (-1, 3391):
         with pytest.raises(IndexError, match="0 to 3390"):
             source[index]
-    assert source.describe() == {"kind": "embedded", "name": "emoji", "images": {"train": 3065, "heldout": 326}}
+    assert source.describe() == {
+        "kind": "embedded",
+        "name": "emoji",
+        "images": {"train": 3065, "heldout": 326},
+    }
 
 
 @pytest.mark.parametrize(

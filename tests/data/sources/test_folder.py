@@ -22,17 +22,31 @@ def captions(source):
 
 
 def test_captions_in_jsonl(folder):
-    """Catches: several lines or several captions of one file lost, images the file does not name forgotten, order of the disk."""
-    lines = [{"file": "b.png", "caption": "one"}, {"file": "deep/c.PNG", "captions": ["x", "y"]}, {"file": "b.png", "caption": "two"}]
+    """Catches: several lines or several captions of one file lost, images the file does not name
+    forgotten, order of the disk.
+    """
+    lines = [
+        {"file": "b.png", "caption": "one"},
+        {"file": "deep/c.PNG", "captions": ["x", "y"]},
+        {"file": "b.png", "caption": "two"},
+    ]
     (folder / "captions.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
     source = FolderSource(folder, 0.0)
-    assert list(captions(source).items()) == [("a.png", []), ("b.png", ["one", "two"]), ("deep/c.PNG", ["x", "y"])]
-    assert source[1].image == (folder / "b.png").read_bytes() and {source[i].split for i in range(3)} == {"train"}
+    assert list(captions(source).items()) == [
+        ("a.png", []),
+        ("b.png", ["one", "two"]),
+        ("deep/c.PNG", ["x", "y"]),
+    ]
+    assert source[1].image == (folder / "b.png").read_bytes() and {
+        source[i].split for i in range(3)
+    } == {"train"}
 
 
 def test_captions_in_csv(folder):
     """Catches: quoted commas split, the split column ignored."""
-    (folder / "captions.csv").write_text('file,caption,split\na.png,"red, round",heldout\nb.png,blue,\n', encoding="utf-8")
+    (folder / "captions.csv").write_text(
+        'file,caption,split\na.png,"red, round",heldout\nb.png,blue,\n', encoding="utf-8"
+    )
     source = FolderSource(folder, 0.0)
     assert captions(source) == {"a.png": ["red, round"], "b.png": ["blue"], "deep/c.PNG": []}
     assert [source[i].split for i in range(3)] == ["heldout", "train", "train"]
@@ -41,25 +55,49 @@ def test_captions_in_csv(folder):
 
 
 def test_captions_in_text_files(folder):
-    """Catches: text files beside images in sub-directories missed, several lines taken as one caption."""
+    """Catches: text files beside images in sub-directories missed, several lines taken as one
+    caption.
+    """
     (folder / "a.txt").write_text("first\nsecond\n")
     (folder / "deep" / "c.txt").write_text("dög", "utf-8")
-    assert captions(FolderSource(folder, 0.0)) == {"a.png": ["first", "second"], "b.png": [], "deep/c.PNG": ["dög"]}
+    assert captions(FolderSource(folder, 0.0)) == {
+        "a.png": ["first", "second"],
+        "b.png": [],
+        "deep/c.PNG": ["dög"],
+    }
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"captions.jsonl": '{"file": "a.png", "caption": "x"}\n{"file": "b.png"}'}, "captions.jsonl:2 is not an object with"),
+        (
+            {"captions.jsonl": '{"file": "a.png", "caption": "x"}\n{"file": "b.png"}'},
+            "captions.jsonl:2 is not an object with",
+        ),
         ({"captions.jsonl": "not json"}, "captions.jsonl:1 is not an object with"),
-        ({"captions.jsonl": '{"file": "a.png", "captions": "x"}'}, "file and captions must be text"),
-        ({"captions.jsonl": '{"file": "a.png", "caption": "x", "split": "test"}'}, "neither train nor heldout"),
-        ({"captions.jsonl": '{"file": "../b.png", "caption": "x"}'}, "../b.png is not in the directory"),
+        (
+            {"captions.jsonl": '{"file": "a.png", "captions": "x"}'},
+            "file and captions must be text",
+        ),
+        (
+            {"captions.jsonl": '{"file": "a.png", "caption": "x", "split": "test"}'},
+            "neither train nor heldout",
+        ),
+        (
+            {"captions.jsonl": '{"file": "../b.png", "caption": "x"}'},
+            "../b.png is not in the directory",
+        ),
         ({"captions.csv": "file,caption\n/etc/a.png,x\n"}, "/etc/a.png is not in the directory"),
         ({"captions.csv": "name,text\na.png,x\n"}, "must name the columns file and caption"),
-        ({"captions.csv": "file,caption\na.png\n"}, "captions.csv:2: file and captions must be text"),
+        (
+            {"captions.csv": "file,caption\na.png\n"},
+            "captions.csv:2: file and captions must be text",
+        ),
         ({"captions.csv": "file,caption\n", "captions.jsonl": ""}, "keep one"),
-        ({"captions.csv": "file,caption,split\na.png,x,train\na.png,y,heldout\n"}, "a.png is in both splits"),
+        (
+            {"captions.csv": "file,caption,split\na.png,x,train\na.png,y,heldout\n"},
+            "a.png is in both splits",
+        ),
     ],
 )
 def test_bad_captions_files_are_one_clear_line(folder, files, message):

@@ -1,4 +1,6 @@
-"""Sources by name: each module of the folder is found, and a name that is none is one clear line."""
+"""Sources by name: each module of the folder is found, and a name that is none is one
+clear line.
+"""
 
 import argparse
 
@@ -9,10 +11,19 @@ from imagen_jax.data.sources.folder import FolderSource
 
 
 def test_heldout_fraction_is_by_id():
-    """Catches: a split that depends on order or run, or whose fraction is off; growing it must only add ids."""
+    """Catches: a split that depends on order or run, or whose fraction is off; growing it must only
+    add ids.
+    """
     ids = [f"{i}.png" for i in range(4000)]
-    small, large = ({i for i in ids if source.hashed_split(i, fraction) == "heldout"} for fraction in (0.1, 0.25))
-    assert abs(len(small) / 4000 - 0.1) < 0.02 and abs(len(large) / 4000 - 0.25) < 0.03 and small < large
+    small, large = (
+        {i for i in ids if source.hashed_split(i, fraction) == "heldout"}
+        for fraction in (0.1, 0.25)
+    )
+    assert (
+        abs(len(small) / 4000 - 0.1) < 0.02
+        and abs(len(large) / 4000 - 0.25) < 0.03
+        and small < large
+    )
     assert not any(source.hashed_split(i, 0.0) == "heldout" for i in ids)
 
 
@@ -23,11 +34,18 @@ def opened(spec, *options):
 
 
 def test_open_source_by_name(tmp_path):
-    """Catches: a name taken for another kind of source, a held-out fraction that would overrule the emoji's own split."""
+    """Catches: a name taken for another kind of source, a held-out fraction that would overrule the
+    emoji's own split.
+    """
     (tmp_path / "a.png").write_bytes(b"")
     assert isinstance(opened(f"folder:{tmp_path}", "--heldout=0.1"), FolderSource)
     assert opened("emoji").describe()["name"] == "emoji"
-    for spec, message in [("emoji:x", "is not emoji, folder:DIR"), ("folder:", "is not emoji"), ("source", "is not emoji"), ("emoji", "leave --heldout at 0")]:
+    for spec, message in [
+        ("emoji:x", "is not emoji, folder:DIR"),
+        ("folder:", "is not emoji"),
+        ("source", "is not emoji"),
+        ("emoji", "leave --heldout at 0"),
+    ]:
         with pytest.raises(ValueError, match=message):
             opened(spec, "--heldout=0.1")
 

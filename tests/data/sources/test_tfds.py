@@ -14,20 +14,28 @@ from tests.data.synthetic_source import SETTINGS, FakeEncoder
 
 @pytest.fixture
 def dataset(tmp_path):
-    """A TFDS directory of four images, with a single caption, a list of captions, and captions inside objects."""
+    """A TFDS directory of four images, with a single caption, a list of captions, and captions
+    inside objects.
+    """
     import tensorflow_datasets as tfds
 
     text = tfds.features.Text()
     objects = tfds.features.Sequence({"text": text, "area": np.float32})
     image = tfds.features.Image(shape=(None, None, 3))
-    features = tfds.features.FeaturesDict({"image": image, "title": text, "many": tfds.features.Sequence(text), "objects": objects})
+    features = tfds.features.FeaturesDict(
+        {"image": image, "title": text, "many": tfds.features.Sequence(text), "objects": objects}
+    )
     rows = []
     for i in range(4):
         picture = synthetic.encode(synthetic.gradient(16, i), "JPEG")
         parts = [{"text": f"part {i}.{k}", "area": 1.0} for k in range(2)]
-        rows.append({"image": picture, "title": f"title {i}", "many": [f"m{i}"] * i, "objects": parts})
+        rows.append(
+            {"image": picture, "title": f"title {i}", "many": [f"m{i}"] * i, "objects": parts}
+        )
     name = records.shard_name("captions", "train", 0, 1)
-    shards = {name: records.write_shard(tmp_path, name, [features.serialize_example(row) for row in rows])}
+    shards = {
+        name: records.write_shard(tmp_path, name, [features.serialize_example(row) for row in rows])
+    }
     records.write_tfds_metadata(tmp_path, "captions", features, shards)
     return tmp_path / "captions"
 
@@ -37,8 +45,12 @@ def dataset(tmp_path):
     [("title", ["title 2"]), ("many", ["m2", "m2"]), ("objects/text", ["part 2.0", "part 2.1"])],
 )
 def test_tfds_captions(dataset, feature, expected):
-    """Catches: bytes instead of text, one letter a caption, nested captions unreachable, images decoded and encoded again."""
-    source = pickle.loads(pickle.dumps(TfdsSource(str(dataset), None, "train", "image", feature, 0.0)))
+    """Catches: bytes instead of text, one letter a caption, nested captions unreachable, images
+    decoded and encoded again.
+    """
+    source = pickle.loads(
+        pickle.dumps(TfdsSource(str(dataset), None, "train", "image", feature, 0.0))
+    )
     item = source[2]
     assert len(source) == 4 and item.captions == expected and item.id == "train-000000002"
     assert item.image == synthetic.encode(synthetic.gradient(16, 2), "JPEG")
@@ -49,7 +61,10 @@ def test_tfds_is_prepared_in_processes(dataset, tmp_path):
     source = TfdsSource(str(dataset), None, "train", "image", "title", 0.0)
     settings = passes.Settings(**SETTINGS | {"processes": 2})
     manifest = passes.prepare(source, FakeEncoder(), tmp_path / "data", settings)
-    assert manifest["counts"]["images"] == {"train": 4, "heldout": 0} and manifest["counts"]["captions"] == 4
+    assert (
+        manifest["counts"]["images"] == {"train": 4, "heldout": 0}
+        and manifest["counts"]["captions"] == 4
+    )
     assert records.Prepared(tmp_path / "data").captions()[3].text == "title 3"
 
 
@@ -65,7 +80,14 @@ def test_tfds_is_prepared_in_processes(dataset, tmp_path):
 )
 def test_tfds_mistakes_are_one_clear_line(dataset, changes, message):
     """Catches: tracebacks out of TFDS for a misspelt split, feature or name."""
-    options = {"name": str(dataset), "data_dir": None, "split": "train", "image": "image", "caption": "title", "heldout": 0.0}
+    options = {
+        "name": str(dataset),
+        "data_dir": None,
+        "split": "train",
+        "image": "image",
+        "caption": "title",
+        "heldout": 0.0,
+    }
     with pytest.raises(ValueError, match=message) as error:
         TfdsSource(**options | changes)
     assert "\n" not in str(error.value)
