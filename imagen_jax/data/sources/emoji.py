@@ -43,17 +43,17 @@ class EmojiSource:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"the embedded data set has items 0 to {len(self) - 1}, not {index}")
-        for split, rows in self._splits:
+        for _split, rows in self._splits:
             if index < len(rows):
-                row = rows[index]
-                return SourceItem(
-                    id=row["id"].decode(),
-                    image=row["image"],
-                    captions=[c.decode() for c in row["captions"]],
-                    split=split,
-                )
+                break
             index -= len(rows)
-        raise AssertionError("the lengths of the splits add up to len(self)")
+        row = rows[index]
+        return SourceItem(
+            id=row["id"].decode(),
+            image=row["image"],
+            captions=[c.decode() for c in row["captions"]],
+            split=split,
+        )
 
     def describe(self) -> dict:
         """What the manifest of a prepared directory records of its source."""
