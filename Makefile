@@ -1,9 +1,12 @@
-# make demo       pictures from the embedded cascade, then the same cascade trained from scratch (ARGS="--prompt 'a red apple' --minutes 5")
-# make test       the test suite (PYTEST_ARGS="-k sampler")
-# make test-slow  several processes stopped, killed and continued; plan with the TPU and GPU compilers, 1.2 GB to install: a quarter of an hour
+# make demo       draws with the embedded cascade, then trains it from scratch
+#                 (ARGS="--prompt 'a red apple' --minutes 5")
+# make test       the test suite (PYTEST_ARGS="-k sampler", WORKERS=8)
+# make test-slow  several processes, stopped, killed and resumed; plan with the TPU and GPU
+#                 compilers: 1.2 GB to install, a quarter of an hour
 # make lint       ruff: rules and format (pyproject.toml)
 # make parity     comparisons with the reference implementations; installs torch
-# Each installs what it needs into $(VENV) first. PYTHON is any Python >= 3.11.
+# make clean      removes $(VENV) and build output
+# Each installs its requirements into $(VENV) first. PYTHON is any Python >= 3.11.
 
 PYTHON ?= python3
 VENV ?= .venv
