@@ -73,6 +73,17 @@ def write_folder(directory: Path, images: int = 20) -> Path:
     return directory
 
 
+def prepare(folder: Path, output: Path, encoder=None, heldout: float = 0.2, **changes):
+    """Prepares a folder with SETTINGS and these changes; returns the manifest."""
+    settings = passes.Settings(**SETTINGS | changes)
+    return passes.prepare(FolderSource(folder, heldout), encoder or FakeEncoder(), output, settings)
+
+
+def skipped(output: Path) -> list[dict]:
+    """The lines of skipped.jsonl."""
+    return [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+
+
 def tree(directory: Path) -> dict[str, str]:
     """SHA-256 of every file under a directory, by relative path."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())

@@ -243,8 +243,9 @@ def test_a_directory_that_is_not_shared_is_noticed(folder, tmp_path, quick):
         preparing(folder, tmp_path / "data", 0, 2),
         preparing(folder, tmp_path / "elsewhere" / "data", 1, 2),
     )
-    assert "process 1 (host-1) has not been heard of for 1.5 s: it died, or does not see" in str(
-        ends[0]
+    assert (
+        "process 1 (host-1) has not been heard of for 1.5 s: it died, or has no access to"
+        in str(ends[0])
     )
     assert "process 0 (host-0) has not been heard of" in str(ends[1])
 

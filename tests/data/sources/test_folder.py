@@ -91,7 +91,7 @@ def test_captions_in_text_files(folder):
         ({"captions.csv": "name,text\na.png,x\n"}, "must name the columns file and caption"),
         (
             {"captions.csv": "file,caption\na.png\n"},
-            "captions.csv:2: file and captions must be text",
+            "captions.csv:2: 1 columns, but the first line names 2",
         ),
         ({"captions.csv": "file,caption\n", "captions.jsonl": ""}, "keep one"),
         (
@@ -127,3 +127,15 @@ def test_description_is_the_listing_not_the_place(folder, tmp_path):
     assert FolderSource(moved, 0.0).describe() == before
     (moved / "a.txt").write_text("changed")
     assert FolderSource(moved, 0.0).describe() != before
+
+
+def test_one_text_file_that_is_not_utf8_costs_one_item(folder):
+    """Catches a .txt in another encoding that ends the run, without its name."""
+    (folder / "a.txt").write_bytes("the painter\u2019s square".encode("cp1252"))
+    (folder / "b.txt").write_bytes(b"\xef\xbb\xbfone\x0cpart\r\n\r\ntwo\xe2\x80\xa8lines\r\n")
+    source = FolderSource(folder, 0.0)
+    assert source[0].fault == (
+        "unreadable_captions",
+        "a.txt:1 is not UTF-8 text (byte 0x92): save the file as UTF-8",
+    )
+    assert source[1].captions == ["one\x0cpart", "", "two\u2028lines"] and not source[1].fault
