@@ -72,8 +72,8 @@ def read_csv(path: Path, files: Collection[str] = ()) -> Iterator[Listed]:
             raise ValueError(f"{path}:{line}: {error}") from error
     if long:
         raise ValueError(
-            f"{path}:{long[0]} has more columns than the first line names, the first of"
-            f" {len(long)} such rows: put captions with commas in double quotes"
+            f"{path}:{long[0]} has more columns than the first line names (rows with too many:"
+            f" {len(long)}): put captions with commas in double quotes"
         )
 
 

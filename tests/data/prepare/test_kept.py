@@ -14,7 +14,7 @@ from tests.data.synthetic_source import prepare, skipped
 
 @pytest.fixture
 def messy(tmp_path):
-    """A folder with one of everything that can be wrong."""
+    """A folder with one of every kind of unusable item."""
     folder = tmp_path / "messy"
     folder.mkdir()
     image = synthetic.encode(synthetic.gradient(32, 1))
@@ -49,9 +49,7 @@ def messy(tmp_path):
 
 
 def test_nothing_is_dropped_silently(messy, tmp_path):
-    """Catches: broken, missing, small, mute or double images and empty, invalid, cut or double
-    captions lost or not counted.
-    """
+    """Catches unusable images and captions that are lost or not counted."""
     output = tmp_path / "data"
     manifest = prepare(messy, output, heldout=0.0, min_size=16)
     lines = {(line["id"], line["reason"]) for line in skipped(output)}
@@ -96,9 +94,7 @@ def test_nothing_is_dropped_silently(messy, tmp_path):
 
 
 def test_a_double_in_the_other_split_is_not_trained_on(tmp_path):
-    """Catches: the captions of a held-out picture merged into the training split, or the other way
-    round.
-    """
+    """Catches captions of a held-out picture merged into the training split, or vice versa."""
     folder = tmp_path / "twins"
     folder.mkdir()
     for name in ("a.png", "b.png"):
@@ -122,7 +118,7 @@ def test_a_double_in_the_other_split_is_not_trained_on(tmp_path):
 
 
 def test_no_good_image_is_a_clear_error(tmp_path):
-    """Catches: an empty data set written as if all were well."""
+    """Catches an empty data set that is written as if it were complete."""
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"nothing")
@@ -133,9 +129,7 @@ def test_no_good_image_is_a_clear_error(tmp_path):
 
 
 def test_odd_images_are_stored_so_that_any_reader_sees_the_same(tmp_path):
-    """Catches: transparency read as black, a turned photograph, grey or palette images stored as
-    such, 16 bits cut off to white, JPEGs encoded again.
-    """
+    """Catches black transparency, turned photographs, clipped 16 bits, JPEGs encoded again."""
     folder = tmp_path / "odd"
     folder.mkdir()
     clear = np.zeros((20, 20, 4), np.uint8)

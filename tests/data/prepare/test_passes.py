@@ -24,9 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_everything_is_stored_once_and_linked(folder, whole):
-    """Catches: captions stored per image, wrong caption ids, re-encoded images, features of another
-    caption, padding.
-    """
+    """Catches captions stored per image, wrong ids or features, padding, re-encoded images."""
     prepared = records.Prepared(whole)
     prepared.verify()
     captions, encoder, source = prepared.captions(), FakeEncoder(), FolderSource(folder, 0.2)
@@ -44,7 +42,7 @@ def test_everything_is_stored_once_and_linked(folder, whole):
 
 
 def test_manifest_tells_what_is_there(whole):
-    """Catches: counts of something else, norms over padding or captions, a missing identity."""
+    """Catches wrong counts, norms over padding or captions, a missing identity."""
     manifest = records.Prepared(whole).manifest
     features = np.concatenate(
         [
@@ -69,7 +67,7 @@ def test_manifest_tells_what_is_there(whole):
 
 
 def test_trained_on_as_it_is(whole):
-    """Catches: a prepared directory the pipeline or TFDS cannot read."""
+    """Catches a prepared directory that the pipeline or TFDS cannot read."""
     import tensorflow_datasets as tfds
 
     size = {
@@ -93,9 +91,7 @@ def test_trained_on_as_it_is(whole):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_change_no_byte(folder, whole, tmp_path, processes, monkeypatch):
-    """Catches: order of completion, time stamps, paths or process ids in the output; results of
-    tasks swapped.
-    """
+    """Catches completion order, time stamps, paths or process ids in the output."""
     monkeypatch.setattr(passes, "_CHUNK", 3)
     prepare(folder, tmp_path / "data", processes=processes)
     assert tree(tmp_path / "data") == tree(whole)
@@ -103,9 +99,7 @@ def test_processes_change_no_byte(folder, whole, tmp_path, processes, monkeypatc
 
 
 def run_as_a_program(folder, output, processes, kill_at):
-    """The same in a process of its own, which kills itself at the `kill_at`-th rename (half of them
-    just before it).
-    """
+    """Prepares in a process that kills itself at the `kill_at`-th rename, or just before it."""
     command = [
         sys.executable,
         "-m",
@@ -119,9 +113,7 @@ def run_as_a_program(folder, output, processes, kill_at):
 
 
 def test_killed_at_any_rename_it_continues_to_the_same_bytes(folder, whole, tmp_path):
-    """Catches: half-written files under final names, work counted as done too early, done twice, or
-    lost after SIGKILL.
-    """
+    """Catches half-written files under final names, and work done twice or lost after SIGKILL."""
     output, rng, killed = tmp_path / "data", random.Random(0), 0
     for _ in range(20):
         process = run_as_a_program(folder, output, 1, rng.randint(2, 12))
@@ -136,9 +128,7 @@ def test_killed_at_any_rename_it_continues_to_the_same_bytes(folder, whole, tmp_
 
 
 def test_killed_at_any_time_with_workers(folder, whole, tmp_path):
-    """Catches: workers that outlive a killed parent and spoil the next run, and what the test above
-    catches, in parallel.
-    """
+    """Catches workers that outlive a killed parent and spoil the next run."""
     output = tmp_path / "data"
     for seconds in (0.8, 1.6, 2.4):
         process = run_as_a_program(folder, output, 2, 0)
@@ -162,9 +152,7 @@ class Stop(Exception):
     "last", ["_write_shard", "_encode_shard", "finish", "_check_chunk", "_journal"]
 )
 def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, last, monkeypatch):
-    """Catches: a pass that starts again from nothing, trusts what the pass before left unfinished,
-    or publishes early.
-    """
+    """Catches a pass that starts over, trusts unfinished work, or publishes early."""
     output, original, calls = tmp_path / "data", getattr(passes, last), []
 
     def stopping(*args):
@@ -196,9 +184,7 @@ def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, last, mo
 
 
 def test_other_arguments_are_refused(folder, tmp_path, monkeypatch):
-    """Catches: two settings mixed in one directory, before or after it is complete; a finished run
-    done again.
-    """
+    """Catches two settings mixed in one directory, and a complete run done again."""
     output = tmp_path / "data"
     with monkeypatch.context() as patch:
         patch.setattr(passes, "finish", lambda *a: (_ for _ in ()).throw(Stop()))
@@ -219,9 +205,7 @@ def test_other_arguments_are_refused(folder, tmp_path, monkeypatch):
 
 
 def test_one_at_a_time(folder, tmp_path):
-    """Catches: two runs writing the same work directory; a foreign directory taken for unfinished
-    work and removed.
-    """
+    """Catches two runs in one work directory, and a foreign directory that is removed."""
     with (
         passes._locked(tmp_path / "data.partial"),
         pytest.raises(ValueError, match="another process is preparing data in"),
@@ -234,7 +218,7 @@ def test_one_at_a_time(folder, tmp_path):
 
 
 def test_features_that_are_not_finite_stop_the_run(folder, tmp_path):
-    """Catches: an encoder that overflows and poisons the training set."""
+    """Catches an encoder that overflows and poisons the training set."""
     encoder = FakeEncoder()
     features = encoder.features
     encoder.features = lambda text: features(text) * (np.inf if text == "picture number 11" else 1)
@@ -243,7 +227,7 @@ def test_features_that_are_not_finite_stop_the_run(folder, tmp_path):
 
 
 def test_an_image_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
-    """Catches: an image stored with the size, split and captions of what it was before."""
+    """Catches an image stored with the size, split and captions of its earlier content."""
     folder = write_folder(tmp_path / "source")
     original = passes._encode_all
 
@@ -257,7 +241,7 @@ def test_an_image_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
 
 
 def test_preview_is_near_the_truth_and_writes_nothing(folder, whole, capsys):
-    """Catches: an estimate of something else, or files left by --dry_run."""
+    """Catches a wrong estimate, and files left by --dry_run."""
     before = set(folder.parent.rglob("*"))
     estimate = passes.preview(FolderSource(folder, 0.2), FakeEncoder(), passes.Settings(**SETTINGS))
     images = sum(len((folder / f"{i:03d}.png").read_bytes()) for i in range(20))
@@ -350,7 +334,7 @@ def test_urls_are_refused_at_once(folder, tmp_path, monkeypatch, changes, messag
 
 
 def test_command_line_errors_are_one_line(tmp_path):
-    """Catches: tracebacks for foreseeable mistakes."""
+    """Catches tracebacks for foreseeable mistakes."""
     base = [
         sys.executable,
         "-m",

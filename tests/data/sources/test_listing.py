@@ -74,7 +74,7 @@ def test_quoted_captions_are_read_whole(write):
     [
         (
             "file,caption\na.png,x\nb.png,green, by hand, on white\nc.png,y\na.png,u,v\n",
-            "captions.csv:3 has more columns .* the first of 2 such rows: put captions with commas",
+            "captions.csv:3 has more columns .*too many: 2.: put captions with commas",
         ),
         ("file,split,caption\na.png,train\n", "captions.csv:2: 2 columns, but .* names 3"),
         ('file,caption\na.png,x\nb.png,"green\nc.png,y\n', "captions.csv:3 cannot be read .*close"),
