@@ -21,6 +21,7 @@ which a batch is divided; nothing else does. Each process holds about 1 kB of me
 """
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -63,7 +64,9 @@ def main() -> None:
     except Lost as error:
         end(cli.fail(str(error), LOST))
     except (ValueError, OSError) as error:
-        end(cli.fail(str(error), 1 if is_away(error) else 2))
+        is_full = getattr(error, "errno", None) == errno.ENOSPC
+        advice = ": make room, then the same command continues" if is_full else ""
+        end(cli.fail(f"{error}{advice}", 1 if is_away(error) else 2))
     except Exception:
         if not hosts():
             raise
@@ -164,9 +167,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help=(
-            "at the end, or if the data is complete, read every shard and compare its checksum"
-        ),
+        help=("at the end, or if the data is complete, read every shard and compare its checksum"),
     )
     parser.add_argument("--dry_run", action="store_true", help="only estimate size and time")
     parser.add_argument(

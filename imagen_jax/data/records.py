@@ -11,6 +11,7 @@ Both stores are ArrayRecord shards in TFDS directories. `tfds.builder_from_direc
 after `import ml_dtypes`, which teaches NumPy the name bfloat16. Nothing here imports TensorFlow.
 """
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -19,7 +20,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,25 +163,42 @@ def write_shard(root: Path, name: str, records: Iterable[bytes]) -> dict:
 
     Returns:
       The shard's entry for the manifest: rows, bytes, sha256.
+
+    Raises:
+      OSError: the file cannot be written, for example because the disk is full.
     """
     from array_record.python import array_record_module
 
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    writer = array_record_module.ArrayRecordWriter(
-        str(temporary), WRITER_OPTIONS[name.split("/")[0]]
-    )
+    with _as_os_error(temporary):
+        writer = array_record_module.ArrayRecordWriter(
+            str(temporary), WRITER_OPTIONS[name.split("/")[0]]
+        )
     rows = 0
     for record in records:
-        writer.write(record)
+        with _as_os_error(temporary):
+            writer.write(record)
         rows += 1
-    writer.close()
+    with _as_os_error(temporary):
+        writer.close()
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     entry = {"rows": rows, "bytes": temporary.stat().st_size, "sha256": sha256_file(temporary)}
     os.replace(temporary, path)
     return entry
+
+
+@contextlib.contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """Turns the RuntimeError with which ArrayRecord reports a full or failing disk into OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_full = os.strerror(errno.ENOSPC) in str(error)
+        number = errno.ENOSPC if is_full else errno.EIO
+        raise OSError(number, str(error).partition(";")[0], str(path)) from error
 
 
 def write_tfds_metadata(root: Path, store: str, features, shards: Mapping[str, Mapping]) -> None:
@@ -217,26 +235,6 @@ def write_tfds_metadata(root: Path, store: str, features, shards: Mapping[str, M
         check_data=False,
         filename_template=_TEMPLATE,
     )
-
-
-def embedding_stats(captions: Mapping[str, Mapping]) -> dict:
-    """Statistics over the journal's entries of caption shards.
-
-    Lengths in tokens are over captions, norms over tokens. All values are finite: shards with other
-    features were rejected earlier.
-    """
-    rows = sum(entry["rows"] for entry in captions.values())
-    tokens = sum(entry["tokens"]["sum"] for entry in captions.values())
-    stats = {}
-    for name, key, count in (("length", "tokens", rows), ("norm", "norm", tokens)):
-        parts = [entry[key] for entry in captions.values()]
-        mean = sum(part["sum"] for part in parts) / count
-        stats[name] = {
-            "min": min(part["min"] for part in parts),
-            "mean": mean,
-            "max": max(part["max"] for part in parts),
-        }
-    return stats | {"tokens": tokens, "finite": True}
 
 
 def manifest_hash(content: Mapping) -> str:

@@ -62,6 +62,25 @@ def test_shard_bytes_depend_on_the_records_alone(tmp_path):
     assert [p.name for p in (tmp_path / "a" / "captions").iterdir()] == [name.split("/")[1]]
 
 
+@pytest.mark.parametrize(
+    ("text", "number"), [("write() failed: No space left on device; x", 28), ("failed; x", 5)]
+)
+def test_a_disk_that_is_full_is_an_os_error(tmp_path, monkeypatch, text, number):
+    """Catches a full disk in a traceback, as ArrayRecord raises RuntimeError."""
+    from array_record.python import array_record_module
+
+    class Full:
+        def __init__(self, *_): ...
+
+        def write(self, record):
+            raise RuntimeError(text)
+
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Full)
+    with pytest.raises(OSError, match="shard") as caught:
+        records.write_shard(tmp_path, "images/shard", [b"x"])
+    assert caught.value.errno == number and "; x" not in str(caught.value)
+
+
 class Away:
     """A reader whose file could not be opened."""
 

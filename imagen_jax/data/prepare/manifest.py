@@ -29,7 +29,7 @@ def finish(
         "format_version": records.FORMAT_VERSION,
         **request,
         "counts": _counts(selected, len(cut)),
-        "embedding": records.embedding_stats(captions),
+        "embedding": _embedding_stats(captions),
         "image_sizes": _image_sizes(selected),
         "shards": shards,
     }
@@ -68,6 +68,26 @@ def _image_sizes(selected: Selection) -> dict[str, float]:
         "mean_height": sum(height for height, _ in sizes) / len(sizes),
         "mean_width": sum(width for _, width in sizes) / len(sizes),
     }
+
+
+def _embedding_stats(captions: Entries) -> dict[str, Any]:
+    """Statistics over the journal's entries of caption shards.
+
+    Lengths in tokens are over captions, norms over tokens. All values are finite: shards with other
+    features were rejected earlier.
+    """
+    rows = sum(entry["rows"] for entry in captions.values())
+    tokens = sum(entry["tokens"]["sum"] for entry in captions.values())
+    stats = {}
+    for name, key, count in (("length", "tokens", rows), ("norm", "norm", tokens)):
+        parts = [entry[key] for entry in captions.values()]
+        mean = sum(part["sum"] for part in parts) / count
+        stats[name] = {
+            "min": min(part["min"] for part in parts),
+            "mean": mean,
+            "max": max(part["max"] for part in parts),
+        }
+    return stats | {"tokens": tokens, "finite": True}
 
 
 def listed(reasons: Mapping[str, int]) -> str:
