@@ -16,8 +16,10 @@ from typing import Any, NoReturn
 
 from absl import app, flags
 
-from imagen_jax import schema
+from imagen_jax import caption_text, schema
 from imagen_jax.storage import is_away
+
+log = logging.getLogger(__name__)
 
 COMPILE_CACHE = "compile_cache"
 # What flags, and a config file that they name, raise.
@@ -158,11 +160,23 @@ def make_directory(flag: str, path: str) -> None:
         raise ValueError(f"--{flag} {path} cannot be written to: {error.strerror}") from error
 
 
-def check_prompts(prompts: Iterable[str]) -> None:
-    """Raises ValueError for a prompt that nothing can be drawn from."""
+def check_prompts(prompts: Iterable[str]) -> list[str]:
+    """Returns the prompts, cleaned by the rules of `caption_text`; warns of removed characters.
+
+    Raises:
+      ValueError: a prompt is empty or not valid Unicode.
+    """
+    cleaned = []
     for prompt in prompts:
-        if not prompt.strip() or not prompt.isprintable():
-            raise ValueError(f"prompt {prompt!r} is empty or not printable text")
+        text, removed = caption_text.clean(prompt)
+        if not text:
+            raise ValueError(f"prompt {prompt!r} is empty: give some text")
+        if not caption_text.is_text(text):
+            raise ValueError(f"prompt {prompt!r} is not valid Unicode: give it as UTF-8")
+        if removed:
+            log.warning("warning: removed %s from the prompt %r", removed, text)
+        cleaned.append(text)
+    return cleaned
 
 
 def fail(message: str, code: int = 2) -> int:

@@ -49,7 +49,7 @@ def main() -> int:
     root, output = Path(__file__).parent.parent, Path(args.output)
     if not (root / "configs").is_dir():
         raise ValueError(f"{root} has no configs/: run the demo from a checkout of the project")
-    cli.check_prompts(args.prompt)
+    own_prompts = cli.check_prompts(args.prompt)
     started = time.monotonic()
     data = output / "data"
     if not (data / "manifest.json").exists():
@@ -64,7 +64,7 @@ def main() -> int:
             "--max_length",
             TEXT_LENGTH,
         )
-    prompts = write_prompts(data, output, args.prompt)
+    prompts = write_prompts(data, output, own_prompts)
     cascade = f"--config={root / 'configs' / 'cascade.py'}:demo"
     draw(cascade, output / "prompts.txt", output / "embedded")
     announce(

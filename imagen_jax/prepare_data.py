@@ -1,29 +1,27 @@
-r"""Turn captioned images into prepared data: images and text features in shards, under one
-manifest.
+r"""Turns captioned images into prepared data: images and text features in shards with a manifest.
 
     python -m imagen_jax.prepare_data --source emoji --output data/emoji --encoder t5_tiny \
         --max_length 32
 
-Four passes: every image is decoded and checked, what is kept is decided, each distinct caption is
-encoded once, the images are written. All of it goes to OUTPUT.partial; OUTPUT appears, by one
-rename, when it is complete. Every finished piece has a line in the journal there, so the same
-command continues an interrupted run and ends with the same bytes, whatever the number of processes.
-The record is described in imagen_jax/data/records.py.
+Four passes: check every image, select, encode each distinct caption once, write the images. All of
+it goes to OUTPUT.partial; one rename makes it OUTPUT when it is complete. Every finished piece has
+a line in the journal there, so the same command continues an interrupted run and ends with the same
+bytes, whatever the number of processes. imagen_jax/data/records.py describes the result.
+skipped.jsonl there lists everything that was left out or changed, with the reason.
 
-On many hosts the same command is started once on each (imagen_jax/distributed says how they find
-each other), with an OUTPUT on a file system that all of them share and that renames and locks: NFS
-or Lustre, not a bucket. Every process has its share of each pass, checks, then caption shards, then
-image shards, dealt by their number, so that nobody asks who does what. The encoder runs on each
-process's own devices, apart from the others': XXL in bfloat16 (8.9 GiB) fits on one v5e chip or one
-H100, so a mesh across hosts would only add gathers between them and make all wait for the slowest
-at every batch. Process 0 publishes the result when the journal is full. If a process dies the
-others end within a minute or so, naming it, and the same command continues, on any number of
-processes. A feature's bits may depend on how many devices a process has (a batch is divided over
-them), nothing else does. Each process holds what was found about all images in memory, about 1 kB
-an image: see --dry_run.
+On several hosts, start the same command once on each; imagen_jax/distributed explains how they find
+each other. All of them need OUTPUT on one shared file system that renames and locks, such as NFS or
+Lustre, not a bucket. Each process has a fixed share of every pass. It encodes on its own devices:
+XXL in bfloat16 (8.9 GiB) fits on one v5e chip or one H100, and a mesh across hosts would add
+all-gathers between them and wait for the slowest at every batch. Process 0 publishes the result. If
+a process dies, the others name it and end within about a minute; the same command continues, on any
+number of processes. The bits of a feature may depend on the number of devices of a process, among
+which a batch is divided; nothing else does. Each process holds about 1 kB of memory an image, see
+--dry_run.
 """
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -36,17 +34,19 @@ import numpy as np
 from imagen_jax import cli
 from imagen_jax.data import records
 from imagen_jax.data.prepare.crew import ALONE, Crew, Lost
-from imagen_jax.data.prepare.passes import Settings, prepare, work_directory
+from imagen_jax.data.prepare.passes import Settings, check_output, prepare, work_directory
 from imagen_jax.data.prepare.preview import preview, preview_captions
 from imagen_jax.data.sources.source import add_options, open_source
 from imagen_jax.distributed.startup import hosts, start
 from imagen_jax.distributed.watch import LOST
-from imagen_jax.storage import is_away
+from imagen_jax.storage import check_local, is_away
 
 
 def main() -> None:
-    """The command line; every foreseen error is one line on stderr and exit status 2, or LOST if it
-    is another process's.
+    """Runs the command line; a foreseen error is one line on stderr and an exit code.
+
+    The codes: 2 for invalid input, 1 for a file system that did not answer, LOST if another process
+    failed.
     """
     args = parser().parse_args()
     try:
@@ -55,16 +55,18 @@ def main() -> None:
     except BrokenProcessPool:
         end(
             cli.fail(
-                "a worker process was killed (out of memory?): the same command continues, try"
-                " fewer --processes"
+                "a worker process was killed, perhaps for want of memory: run the same command"
+                " again with fewer --processes, it continues"
             )
         )
     except KeyboardInterrupt:
-        end(cli.fail("interrupted, the same command continues", 130))
+        end(cli.fail("interrupted: the same command continues", 130))
     except Lost as error:
         end(cli.fail(str(error), LOST))
     except (ValueError, OSError) as error:
-        end(cli.fail(str(error), 1 if is_away(error) else 2))
+        is_full = getattr(error, "errno", None) == errno.ENOSPC
+        advice = ": make room, then the same command continues" if is_full else ""
+        end(cli.fail(f"{error}{advice}", 1 if is_away(error) else 2))
     except Exception:
         if not hosts():
             raise
@@ -73,9 +75,7 @@ def main() -> None:
 
 
 def end(code: int) -> NoReturn:
-    """Ends this process; one that was connected to others at once, as an orderly end of jax was
-    seen to wait for ever (0.10.2, CPU).
-    """
+    """Ends this process. One of several ends without cleanup: JAX's can hang (0.10.2, CPU)."""
     if hosts():
         sys.stdout.flush()
         os._exit(code)
@@ -91,26 +91,28 @@ def _run(args: argparse.Namespace) -> None:
     for name in ("preview_captions", "captions_per_second", "chips", "price_per_gib_month"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} {getattr(args, name)} is less than 0")
+    check_local("--encoder", args.encoder)
+    check_local("--output", args.output)
+    output = Path(args.output).resolve()
     if args.preview_captions:
         return _preview_captions(args)
     if not args.dry_run:
-        cli.make_directory(
-            "output", str(args.output.parent)
-        )  # where it appears once it is complete
-    with _crew(args.output) as crew:
+        check_output(output)
+        cli.make_directory("output", str(output.parent))
+    with _crew(output) as crew:
         source = open_source(args)
         encoder = _load_encoder(args.encoder, args.max_length)
         if not args.dry_run:
-            prepare(source, encoder, args.output, settings, crew)
+            prepare(source, encoder, output, settings, crew)
         elif crew.leads:
             preview(source, encoder, settings, crew.count)
     if args.verify and crew.leads and not args.dry_run:
-        records.Prepared(args.output).verify()
+        records.Prepared(output).verify()
         print("every shard matches its checksum")
 
 
 def _crew(output: Path) -> Crew:
-    """This process's place among those that the environment names."""
+    """This process as one of those that the environment names."""
     cli.log_to_stderr()
     start()
     if not hosts():
@@ -119,7 +121,7 @@ def _crew(output: Path) -> Crew:
     from jax.experimental import multihost_utils
 
     run = int(multihost_utils.broadcast_one_to_all(np.uint32(int.from_bytes(os.urandom(4)))))
-    jax.distributed.shutdown()  # it would end all processes, without a word, when one has died
+    jax.distributed.shutdown()  # it would end all processes without a message when one dies
     return Crew(
         work_directory(output) / "crew", jax.process_index(), len(hosts()), f"{run:08x}", hosts()
     )
@@ -131,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m imagen_jax.prepare_data", description=__doc__.splitlines()[0]
     )
     add_options(parser)
-    parser.add_argument("--output", required=True, type=Path, help="directory to create")
+    parser.add_argument("--output", required=True, help="directory to create")
     parser.add_argument(
         "--encoder",
         required=True,
@@ -144,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
         "--max_length",
         type=int,
         default=128,
-        help="tokens kept of a caption (default 128; the paper gives none)",
+        help="tokens to which a caption is cut (default 128; the paper gives no number)",
     )
     parser.add_argument(
         "--min_size", type=int, default=0, help="leave out images less than this many pixels across"
@@ -154,20 +156,18 @@ def parser() -> argparse.ArgumentParser:
         "--batch_size",
         type=int,
         default=64,
-        help="captions of up to 32 tokens that a device encodes at once; fewer of longer ones",
+        help="captions of up to 32 tokens that a device encodes at once; fewer if longer",
     )
     parser.add_argument(
         "--processes",
         type=int,
         default=0,
-        help="for checking and writing images (default: all cores)",
+        help="worker processes that check and write images (default: all cores)",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help=(
-            "at the end, or if it is done already, read every shard again and compare its checksum"
-        ),
+        help=("at the end, or if the data is complete, read every shard and compare its checksum"),
     )
     parser.add_argument("--dry_run", action="store_true", help="only estimate size and time")
     parser.add_argument(
@@ -175,21 +175,24 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="only estimate what a caption store of N captions like the source's takes; the encoder's tokenizer and config.json suffice",
+        help=(
+            "only estimate the size and time of a caption store of N captions like the source's;"
+            " needs only the encoder's tokenizer and config.json"
+        ),
     )
     rates = (
-        "for --preview_captions: captions a second of all chips together, as plan says or as"
+        "for --preview_captions: captions a second of all chips together, from the verb plan or"
         " measured"
     )
     parser.add_argument("--captions_per_second", type=float, default=0.0, help=rates)
     parser.add_argument(
-        "--chips", type=int, default=0, help="for --preview_captions: how many chips that is"
+        "--chips", type=int, default=0, help="for --preview_captions: number of those chips"
     )
     parser.add_argument(
         "--price_per_gib_month",
         type=float,
         default=0.0,
-        help="for --preview_captions: what your storage takes",
+        help="for --preview_captions: price of your storage",
     )
     return parser
 
@@ -211,7 +214,7 @@ def _preview_captions(args: argparse.Namespace) -> None:
 
 
 def _load_encoder(name: str, max_length: int):
-    """The text encoder on all devices of this process."""
+    """Loads the text encoder on all devices of this process."""
     from imagen_jax.text.program import local_mesh
     from imagen_jax.weights.text_encoders import load_text_encoder
 

@@ -19,7 +19,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli, schema
+from imagen_jax import caption_text, cli, schema
+from imagen_jax.storage import check_local
 
 RECORD = {
     "prompt",
@@ -111,16 +112,20 @@ def read_record(path: Path) -> dict[str, Any]:
     return record | {"config": schema.complete_cascade(record["config"], f"--reproduce {path}")}
 
 
-def read_prompts(given: Sequence[str], file: str) -> list[str]:
-    """Prompts of the command line and of a file. Raises ValueError for none, an empty one or one
-    that is not text.
+def read_prompts(options: Sequence[str], file: str) -> list[str]:
+    """Returns the prompts of the command line and of a file, cleaned; blank lines are left out.
+
+    Raises:
+      ValueError: there is none, one is empty, or the file is not UTF-8.
     """
-    prompts = list(given) + (Path(file).read_text(encoding="utf-8").splitlines() if file else [])
-    prompts = [prompt for prompt in prompts if prompt.strip()] if file else prompts
+    prompts = list(options)
+    if file:
+        check_local("--prompts", file)
+        lines = caption_text.lines(caption_text.read_text(file))
+        prompts = [prompt for prompt in [*prompts, *lines] if caption_text.clean(prompt)[0]]
     if not prompts:
         raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
-    cli.check_prompts(prompts)
-    return prompts
+    return cli.check_prompts(prompts)
 
 
 def sample(

@@ -45,6 +45,14 @@ def is_away(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in AWAY
 
 
+def check_local(label: str, path: str | os.PathLike) -> None:
+    """Raises ValueError for a URL; pathlib turns "gs://bucket" into the local path "gs:/bucket"."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise ValueError(
+            f"{label} {path} is a URL, only local paths work: mount the bucket or copy the files"
+        )
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file, and the directories above it, so that its name appears only once all of it is
     on the disk.

@@ -1,6 +1,5 @@
-"""Captioned images: where they come from (`sources/`), how they are prepared (`prepare/`), how they
-lie on disk, how a step gets its batch.
+"""Captioned images: sources (`sources/`), preparation (`prepare/`), the format on disk, batches.
 
-It must not know networks, diffusion or meshes: a batch is a dict of host arrays, text features are
-arrays of some width.
+It must not know networks, diffusion or meshes: a batch is a dict of host arrays, and text features
+are arrays of some width.
 """

@@ -1,8 +1,8 @@
 """Batches for training and evaluation from a prepared directory.
 
-The global batch of step n is a pure function of (seed, n): nothing is filtered, the order is
-Grain's index shuffle, and every random choice is drawn from a generator keyed by the example's
-position. A run therefore resumes by its step number alone, on any number of hosts and workers.
+The global batch of step n is a pure function of (seed, n): nothing is filtered, Grain's index
+shuffle gives the order, and a generator keyed by the example's position draws every random choice.
+So a run resumes by its step number alone, on any number of hosts and workers.
 """
 
 import dataclasses
@@ -18,16 +18,15 @@ from imagen_jax.data.records import CaptionStore, ImageStore, Prepared
 
 Batch = dict[str, np.ndarray]
 _CENTRE = (0.5, 0.5)
-# Batches being made at once, and batches ready, in each process that reads.
+# In each process that reads: batches in the making, and batches that are ready.
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
 class _PixelCache:
-    """Whole images at the stage's size with their caption ids, kept as read until a number of bytes
-    is reached.
+    """Decoded images at the stage's size with their caption ids, up to a number of bytes.
 
-    Never evicts: in a shuffled epoch every image is as likely to be needed as any other. A copy in
-    a worker starts empty.
+    Never evicts: in a shuffled epoch every image is equally likely to be needed next. A copy in a
+    worker starts empty.
     """
 
     def __init__(self, limit_bytes: int):
@@ -51,7 +50,11 @@ class _PixelCache:
 
 @dataclasses.dataclass(frozen=True)
 class _Examples(grain.transforms.RandomMap):
-    """Row number of an image -> the arrays of one example."""
+    """Maps the row of an image to the arrays of one example.
+
+    The sizes, `flip` and `text_length` are fields of the config's section `data`.
+    random_caption: whether one of an image's captions is drawn; otherwise it is the first.
+    """
 
     images: ImageStore
     captions: CaptionStore
@@ -64,17 +67,14 @@ class _Examples(grain.transforms.RandomMap):
     cache: _PixelCache
 
     def random_map(self, row: int, rng: np.random.Generator) -> Batch:
-        # All four are always drawn, so that switching one choice off leaves the others as they
-        # were.
+        # All four are always drawn, so that switching off one choice does not change the others.
         caption, top, left, mirror = rng.random(4).tolist()
         return self.make(
             row, caption if self.random_caption else 0.0, (top, left), self.flip and mirror < 0.5
         )
 
-    def make(self, row: int, caption: float, place: tuple[float, float], mirror: bool) -> Batch:
-        """The example of an image, with its choices given: caption and crop place as fractions in
-        [0, 1).
-        """
+    def make(self, row: int, caption: float, corner: tuple[float, float], mirror: bool) -> Batch:
+        """Returns one example; `caption` and the crop's `corner` are fractions in [0, 1)."""
         whole, caption_ids = self._whole(row)
         caption_id = caption_ids[int(caption * len(caption_ids))]
         text, mask = transforms.pad_text(self.captions[caption_id].embedding, self.text_length)
@@ -84,7 +84,7 @@ class _Examples(grain.transforms.RandomMap):
             "index": np.int64(row),
             "caption_id": np.int64(caption_id),
         }
-        for name, pixels in self._pair(whole, place).items():
+        for name, pixels in self._pair(whole, corner).items():
             example[name] = np.ascontiguousarray(pixels[:, ::-1] if mirror else pixels)
         return example
 
@@ -92,10 +92,10 @@ class _Examples(grain.transforms.RandomMap):
         """The image of `eval_rows`."""
         return self._pair(self._whole(row)[0], _CENTRE)["image"]
 
-    def _pair(self, whole: np.ndarray, place: tuple[float, float]) -> Batch:
+    def _pair(self, whole: np.ndarray, corner: tuple[float, float]) -> Batch:
         small_size = self.lowres_size or self.image_size
         image, lowres = transforms.crop_pair(
-            whole, small_size, self.crop_size or self.image_size, place
+            whole, small_size, self.crop_size or self.image_size, corner
         )
         return {"image": image, "lowres": lowres} if self.lowres_size else {"image": image}
 
@@ -111,7 +111,7 @@ class _Examples(grain.transforms.RandomMap):
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Some rows of every global batch of `size` from step `start` on, as a source for Grain."""
+    """The given rows of every global batch of `size` from step `start` on, a source for Grain."""
 
     stream: grain.MapDataset
     size: int
@@ -122,13 +122,15 @@ class _Part:
         return (len(self.stream) // self.size - self.start) * len(self.rows)
 
     def __getitem__(self, i: int) -> Batch:
-        step, place = divmod(i, len(self.rows))
-        return self.stream[(self.start + step) * self.size + self.rows[place]]
+        step, row = divmod(i, len(self.rows))
+        return self.stream[(self.start + step) * self.size + self.rows[row]]
 
 
 def open_prepared(data_cfg: Mapping[str, Any]) -> Prepared:
-    """The data at data_cfg["path"]; ValueError, in one line, if there is none or if it does not fit
-    the other fields.
+    """Opens the data at data_cfg["path"].
+
+    Raises:
+      ValueError: there is none, or it does not fit the other fields.
     """
     transforms.check_sizes(data_cfg)
     prepared = Prepared(data_cfg["path"])
@@ -159,30 +161,29 @@ def batches(
     split: str = "train",
     rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """`rows` of the batches of steps start_step, start_step + 1, ... without end; call `.close()`
-    when done.
+    """Yields the batches of steps start_step, start_step + 1, ... without end.
 
-    All that processes read of a step, put in its place, is the same global batch for any number of
-    them. Each image appears once an epoch; an epoch may end inside a batch.
+    The rows that all processes read of a step make up the same global batch for any number of
+    processes. Each image appears once an epoch; an epoch may end inside a batch. Call `.close()` at
+    the end.
 
     Args:
-      data_cfg: path; image_size s; lowres_size r (0: no low-res pair); crop_size (0: whole images);
-      text_length l;
-        batch_size (global); workers (processes; 0 reads in threads of this one); flip;
-        caption ("random" or "first");
-        cache_mib (memory for decoded images in this process or over all its workers; changes no batch).
+      data_cfg: the config's section `data`:
+        path, image_size s, lowres_size r (0: no low-res pair), crop_size (0: whole images),
+        text_length l, batch_size (global), workers (processes; 0 reads in threads of this one),
+        flip, caption ("random" or "first"), cache_mib (memory for decoded images in this process,
+        or in all its workers together; changes no batch).
       seed: of the order and of every random choice, in [0, 2^32).
-      start_step: the first step wanted.
-      rows: which rows of each global batch this process reads, in this order; None: all of them.
+      start_step: the first step.
+      rows: the rows of each global batch that this process reads, in this order; None: all of them.
 
     Yields:
       image uint8 [b s s 3], lowres uint8 [b r r 3] (if lowres_size), text bfloat16 [b l d] padded
       with zeros, text_mask bool [b l], index int64 [b] (row in the image store), caption_id int64
-      [b].
+      [b]. With a crop_size c, s is c and r is c r / s.
 
     Raises:
-      ValueError: in one line, for data that is not prepared or does not fit data_cfg, and, when
-      read, for a damaged shard.
+      ValueError: the data is not prepared or does not fit data_cfg, or a shard is damaged.
     """
     size = data_cfg["batch_size"]
     examples = _examples(data_cfg, split)
@@ -203,7 +204,7 @@ def batches(
 
 
 def _mark_flags_parsed() -> None:
-    """Grain's workers read absl flags, which outside absl.app.run nobody has parsed."""
+    """Grain's workers read absl flags, which only absl.app.run parses."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -211,15 +212,17 @@ def _mark_flags_parsed() -> None:
 
 
 def eval_images(data_cfg: Mapping[str, Any], indices: Sequence[int], split: str) -> np.ndarray:
-    """The "image" of `eval_rows` alone, uint8 [n s s 3]; no text is read."""
+    """Returns only the "image" of `eval_rows`, uint8 [n s s 3]; reads no text."""
     examples = _examples(data_cfg, split)
     return np.stack([examples.image(int(row)) for row in indices])
 
 
 def eval_rows(data_cfg: Mapping[str, Any], indices: Sequence[int], split: str) -> Batch:
-    """The chosen rows as one batch as from `batches`, nothing random: first caption, centre crop,
-    not mirrored.
+    """Returns the given rows as one batch, without random choices.
+
+    The keys are those of `batches`. Captions are the first ones, crops are central, nothing is
+    mirrored.
     """
     examples = _examples(data_cfg, split)
-    made = [examples.make(int(row), 0.0, _CENTRE, False) for row in indices]
-    return {name: np.stack([example[name] for example in made]) for name in made[0]}
+    rows = [examples.make(int(row), 0.0, _CENTRE, False) for row in indices]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

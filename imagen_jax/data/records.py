@@ -1,5 +1,4 @@
-"""The on-disk record: an image store and a caption store (ArrayRecord shards in TFDS directories)
-under one manifest.
+"""Prepared data on disk: an image store and a caption store under one manifest.
 
     DIR/manifest.json   written last: the directory is complete if and only if it is there
     DIR/images/         splits train and heldout: image (encoded bytes), height, width, id,
@@ -8,10 +7,11 @@ under one manifest.
                         a caption's id is its row
     DIR/skipped.jsonl   one line for every item that was left out or noted, with the reason
 
-Both stores open with `tfds.builder_from_directory` (`import ml_dtypes` first, which teaches NumPy
-the name bfloat16); nothing here imports TensorFlow.
+Both stores are ArrayRecord shards in TFDS directories. `tfds.builder_from_directory` opens them
+after `import ml_dtypes`, which teaches NumPy the name bfloat16. Nothing here imports TensorFlow.
 """
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -20,19 +20,19 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from imagen_jax.storage import is_away, sha256_file
+from imagen_jax.storage import check_local, is_away, sha256_file
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
-PAUSES_S = (1.0, 5.0, 25.0)  # before a shard that its file system did not give is read again
-# One record a group gives random access. Images are already compressed; zstd takes a fifth off
+PAUSES_S = (1.0, 5.0, 25.0)  # between attempts to read a row when the file system does not answer
+# One record a group gives random access. Images are compressed already; zstd saves a fifth of
 # bfloat16 embeddings.
 WRITER_OPTIONS = {"images": "group_size:1,uncompressed", "captions": "group_size:1,zstd:3"}
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -41,9 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ImageRow:
-    """One image: encoded bytes (a format PIL reads), size in pixels, the source's id, rows of its
-    captions.
-    """
+    """One image: encoded bytes that PIL reads, size in pixels, the source's id, caption ids."""
 
     image: bytes
     height: int
@@ -54,7 +52,7 @@ class ImageRow:
 
 @dataclasses.dataclass(frozen=True)
 class CaptionRow:
-    """One distinct caption: its text and its token features [length d] bfloat16, unpadded."""
+    """One distinct caption: text and token features [length d] bfloat16, unpadded."""
 
     text: str
     embedding: np.ndarray
@@ -62,7 +60,7 @@ class CaptionRow:
 
 @functools.cache
 def image_features():
-    """The TFDS features of the image store; the image is given and kept as encoded bytes."""
+    """The TFDS features of the image store; the image stays encoded."""
     import tensorflow_datasets as tfds
 
     return tfds.features.FeaturesDict(
@@ -95,11 +93,10 @@ def caption_features(dim: int):
 
 @functools.cache
 def import_tfds() -> None:
-    """Makes TFDS import all that reading needs, by reading a record of each kind. To be called
-    before threads read.
+    """Makes TFDS import everything that reading needs, by reading a record of each kind.
 
-    TFDS imports its parts when they are first used; two threads that do so at once wait for each
-    other for ever.
+    To be called before threads read: TFDS imports its parts on first use, and two threads that do
+    so at once deadlock.
     """
     import io
 
@@ -113,12 +110,12 @@ def import_tfds() -> None:
 
 
 def serialize_image(row: ImageRow) -> bytes:
-    """ImageRow -> the bytes of its record."""
+    """Returns the record of an image."""
     return _canonical(image_features().serialize_example(dataclasses.asdict(row)))
 
 
 def serialize_caption(row: CaptionRow) -> bytes:
-    """CaptionRow -> the bytes of its record."""
+    """Returns the record of a caption."""
     length, dim = row.embedding.shape
     example = {"text": row.text, "embedding": row.embedding, "length": length}
     return _canonical(caption_features(dim).serialize_example(example))
@@ -148,39 +145,44 @@ def parse_caption(record: bytes, dim: int) -> CaptionRow:
 
 
 def _canonical(example: bytes) -> bytes:
-    """A serialised tf.Example with its features in sorted order; protobuf's own order differs from
-    process to process.
-    """
+    """A serialised tf.Example with sorted features; protobuf's order differs between processes."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
 
 
 def shard_name(store: str, split: str, index: int, count: int) -> str:
-    """File name, relative to the prepared directory, of shard `index` of `count` of a store's
-    split.
-    """
+    """Path, relative to the prepared directory, of shard `index` of `count`."""
     return f"{store}/{store}-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
 def write_shard(root: Path, name: str, records: Iterable[bytes]) -> dict:
-    """Write one ArrayRecord shard `root/name` atomically.
+    """Writes the ArrayRecord shard `root/name` atomically.
 
-    Returns its entry for the manifest: rows, bytes, sha256. The bytes depend on the records alone.
+    The bytes depend on the records alone.
+
+    Returns:
+      The shard's entry for the manifest: rows, bytes, sha256.
+
+    Raises:
+      OSError: the file cannot be written, for example because the disk is full.
     """
     from array_record.python import array_record_module
 
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    writer = array_record_module.ArrayRecordWriter(
-        str(temporary), WRITER_OPTIONS[name.split("/")[0]]
-    )
+    with _as_os_error(temporary):
+        writer = array_record_module.ArrayRecordWriter(
+            str(temporary), WRITER_OPTIONS[name.split("/")[0]]
+        )
     rows = 0
     for record in records:
-        writer.write(record)
+        with _as_os_error(temporary):
+            writer.write(record)
         rows += 1
-    writer.close()
+    with _as_os_error(temporary):
+        writer.close()
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     entry = {"rows": rows, "bytes": temporary.stat().st_size, "sha256": sha256_file(temporary)}
@@ -188,10 +190,19 @@ def write_shard(root: Path, name: str, records: Iterable[bytes]) -> dict:
     return entry
 
 
+@contextlib.contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """Turns the RuntimeError with which ArrayRecord reports a full or failing disk into OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_full = os.strerror(errno.ENOSPC) in str(error)
+        number = errno.ENOSPC if is_full else errno.EIO
+        raise OSError(number, str(error).partition(";")[0], str(path)) from error
+
+
 def write_tfds_metadata(root: Path, store: str, features, shards: Mapping[str, Mapping]) -> None:
-    """Write the JSON files by which `tfds.builder_from_directory(root/store)` knows the shards in
-    `shards`.
-    """
+    """Writes the JSON files from which `tfds.builder_from_directory(root/store)` reads `shards`."""
     import tensorflow_datasets as tfds
 
     directory = root / store
@@ -226,26 +237,8 @@ def write_tfds_metadata(root: Path, store: str, features, shards: Mapping[str, M
     )
 
 
-def embedding_stats(captions: Mapping[str, Mapping]) -> dict:
-    """Of the journal's entries of caption shards: lengths in tokens over captions, norms over
-    tokens. All are finite, or there were no entry.
-    """
-    rows = sum(entry["rows"] for entry in captions.values())
-    tokens = sum(entry["tokens"]["sum"] for entry in captions.values())
-    stats = {}
-    for name, key, count in (("length", "tokens", rows), ("norm", "norm", tokens)):
-        parts = [entry[key] for entry in captions.values()]
-        mean = sum(part["sum"] for part in parts) / count
-        stats[name] = {
-            "min": min(part["min"] for part in parts),
-            "mean": mean,
-            "max": max(part["max"] for part in parts),
-        }
-    return stats | {"tokens": tokens, "finite": True}
-
-
 def manifest_hash(content: Mapping) -> str:
-    """SHA-256 over the canonical JSON of a manifest without its own `hash`."""
+    """SHA-256 of the canonical JSON of a manifest without its field `hash`."""
     body = {key: value for key, value in content.items() if key != "hash"}
     return hashlib.sha256(
         json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
@@ -253,7 +246,7 @@ def manifest_hash(content: Mapping) -> str:
 
 
 class _Store:
-    """Random access to the raw records of one split; picklable, safe to share between threads."""
+    """Random access to the records of one split; picklable, safe to share between threads."""
 
     def __init__(self, root: Path, store: str, split: str, shards: Mapping[str, Mapping]):
         names = sorted(name for name in shards if name.startswith(f"{store}/{store}-{split}."))
@@ -261,7 +254,7 @@ class _Store:
         self._ends = np.cumsum([shards[name]["rows"] for name in names])
         self._paths = [str(root / name) for name in names]
         self._sums = [shards[name]["sha256"] for name in names]
-        # Naming the rows of each file lets it be opened when first read, not here.
+        # With the number of its rows in the name, a file is opened on its first read, not here.
         self._spans = [
             f"{path}[0:{shards[name]['rows']}]"
             for path, name in zip(self._paths, names, strict=True)
@@ -283,15 +276,11 @@ class _Store:
 
     def _record(self, row: int) -> bytes:
         if not 0 <= row < len(self):
-            raise IndexError(
-                f"{self._label} has rows 0 to {len(self) - 1}, row {row} was asked for"
-            )
+            raise IndexError(f"{self._label} has rows 0 to {len(self) - 1}, not {row}")
         return self._read(row, PAUSES_S)
 
     def _read(self, row: int, pauses: tuple[float, ...]) -> bytes:
-        """A record; if its file system does not give it, again after each of `pauses`, in
-        seconds.
-        """
+        """Reads a record; tries again after each of `pauses`, in seconds, if none was returned."""
         try:
             return self._source[row]
         except (RuntimeError, ValueError, OSError, IndexError) as error:
@@ -300,12 +289,14 @@ class _Store:
                 raise fault from error
         log.warning("%s; trying again in %g s", fault, pauses[0])
         time.sleep(pauses[0])
-        self._source = self._open()  # a reader that has failed once fails for ever
+        self._source = self._open()  # a reader that failed once keeps failing
         return self._read(row, pauses[1:])
 
     def _fault(self, row: int, error: Exception) -> Exception:
-        """Why a row cannot be read: its shard is not what was written (ValueError), or is, or
-        cannot be looked at (OSError): then it was the file system.
+        """The reason why a row cannot be read.
+
+        ValueError: the shard differs from its checksum. OSError: it does not, or cannot be opened,
+        so the file system failed.
         """
         shard = int(np.searchsorted(self._ends, row, side="right"))
         path, cause = self._paths[shard], (str(error) or type(error).__name__).splitlines()[0]
@@ -316,7 +307,7 @@ class _Store:
         if whole:
             return OSError(
                 errno.EIO,
-                f"row {row} could not be read, though the file is as it was written ({cause})",
+                f"row {row} could not be read, though the file matches its checksum ({cause})",
                 path,
             )
         return ValueError(
@@ -344,14 +335,14 @@ class CaptionStore(_Store):
 
 
 class Prepared:
-    """A prepared directory, opened: manifest and stores.
+    """An open prepared directory: manifest and stores.
 
-    Raises ValueError, in one line, where the directory is missing, incomplete, of another format
-    version, or has shards whose sizes are not those in its manifest. `verify` also compares their
-    content.
+    Raises ValueError if the directory is missing, incomplete, of another format version, or has
+    shards of other sizes than its manifest says. `verify` also compares their content.
     """
 
     def __init__(self, path: str | os.PathLike):
+        check_local("prepared data", path)
         self.path = Path(path)
         file = self.path / MANIFEST
         if not file.is_file():
@@ -364,10 +355,10 @@ class Prepared:
         except ValueError as error:
             raise ValueError(f"{file} is damaged ({error}): prepare the data again") from error
         if self.manifest["format_version"] != FORMAT_VERSION:
-            found = self.manifest["format_version"]
+            version = self.manifest["format_version"]
             raise ValueError(
-                f"{file} has format {found}, this program reads {FORMAT_VERSION}: prepare the data"
-                " again"
+                f"{file} has format {version}, this program reads {FORMAT_VERSION}: prepare the"
+                " data again"
             )
         if self.manifest["hash"] != manifest_hash(self.manifest):
             raise ValueError(f"{file} was changed after it was written: prepare the data again")
@@ -378,9 +369,7 @@ class Prepared:
 
     @property
     def hash(self) -> str:
-        """Identity of the whole data set: SHA-256 over the manifest, which holds the hash of every
-        shard.
-        """
+        """Identity of the data: SHA-256 of the manifest, which holds the hash of every shard."""
         return self.manifest["hash"]
 
     @property
@@ -398,32 +387,33 @@ class Prepared:
         return self.manifest["counts"]["images"][split]
 
     def images(self, split: str) -> ImageStore:
-        """The image store of a split; ValueError where the split has no images."""
+        """Opens the image store of a split. Raises ValueError if the split has no images."""
         if self.manifest["counts"]["images"].get(split, 0) == 0:
             raise ValueError(f"{self.path} has no images in split {split!r}")
         return ImageStore(self.path, "images", split, self.manifest["shards"])
 
     @property
     def evaluation_split(self) -> str:
-        """The held-out images, or, if none are held out, those trained on."""
+        """The name of the split to evaluate: "heldout", or "train" if no image is held out."""
         return "heldout" if self.manifest["counts"]["images"].get("heldout", 0) else "train"
 
     def captions(self) -> CaptionStore:
-        """The caption store, shared by all splits."""
+        """Opens the caption store, which all splits share."""
         return CaptionStore(self.path, self.text_dim, self.manifest["shards"])
 
     def check_text(self, dim: int) -> None:
-        """ValueError unless the stored features have width `dim`."""
+        """Raises ValueError unless the stored features have width `dim`."""
         if dim != self.text_dim:
             name = self.encoder["name"]
             raise ValueError(
                 f"{self.path} has text features of width {self.text_dim} ({name}), the config asks"
-                f" for {dim}"
+                f" for {dim}: use the config's text encoder"
             )
 
     def check_length(self, length: int) -> None:
-        """ValueError if a stored caption is longer than `length` tokens: cutting features is not
-        encoding less text.
+        """Raises ValueError if a stored caption is longer than `length` tokens.
+
+        It is not cut: the first features of a long text are not those of a shorter text.
         """
         longest = self.manifest["embedding"]["length"]["max"]
         if longest > length:
@@ -433,7 +423,7 @@ class Prepared:
             )
 
     def check_image_size(self, size: int) -> None:
-        """ValueError if some image would have to be enlarged to be `size` pixels square."""
+        """Raises ValueError if an image is smaller than `size` pixels."""
         smallest = self.manifest["image_sizes"]["min_side"]
         if smallest < size:
             raise ValueError(
@@ -442,7 +432,7 @@ class Prepared:
             )
 
     def verify(self) -> None:
-        """ValueError naming the first shard whose content is not what was written."""
+        """Raises ValueError that names the first shard whose content differs from its checksum."""
         for name, entry in self.manifest["shards"].items():
             if sha256_file(self.path / name) != entry["sha256"]:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""What the tests of prepare_data share."""
+"""Fixtures that the tests of prepare_data share."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(folder, tmp_path_factory):
-    """What one process makes of it."""
+    """The directory that one process prepares."""
     output = tmp_path_factory.mktemp("whole") / "data"
     passes.prepare(FolderSource(folder, 0.2), FakeEncoder(), output, passes.Settings(**SETTINGS))
     return output

@@ -1,6 +1,4 @@
-"""A small prepared directory written by hand, and generated images, for the tests of the
-data part.
-"""
+"""Generated images and a small prepared directory, written by hand, for the tests of data."""
 
 import io
 import json
@@ -18,9 +16,7 @@ TEXT_LENGTH = 6
 
 
 def gradient(size: int, tag: int = 0) -> np.ndarray:
-    """uint8 [size size 3]: red is the column, green the row (both scaled to 0..255), blue
-    is `tag`.
-    """
+    """uint8 [size size 3]: red is the column, green the row, scaled to 0..255; blue is `tag`."""
     ramp = (np.arange(size) * 256 // size).astype(np.uint8)
     image = np.empty((size, size, 3), np.uint8)
     image[..., 0], image[..., 1], image[..., 2] = ramp[None, :], ramp[:, None], tag % 256
@@ -35,9 +31,7 @@ def encode(image: np.ndarray, kind: str = "PNG", **options) -> bytes:
 
 
 def embedding(caption_id: int, length: int) -> np.ndarray:
-    """Recognisable token features [length DIM] bfloat16: every token is caption_id +
-    position / 8.
-    """
+    """Token features [length DIM] bfloat16: token i is caption_id + i / 8 throughout."""
     return np.repeat(caption_id + np.arange(length)[:, None] / 8, DIM, axis=1).astype(
         ml_dtypes.bfloat16
     )
@@ -46,8 +40,9 @@ def embedding(caption_id: int, length: int) -> np.ndarray:
 def write_prepared(
     root: Path, images: int = 10, size: int = 64, heldout: int = 3, shard_rows: int = 4
 ) -> Path:
-    """A complete prepared directory: image i of `train` has captions 2i and 2i+1, the held-out ones
-    caption 0.
+    """Writes a complete prepared directory.
+
+    Image i of `train` has captions 2i and 2i+1, each held-out image has caption 0.
     """
     captions = [f"caption {i}" for i in range(2 * images)]
     lengths = [1 + i % TEXT_LENGTH for i in range(len(captions))]

@@ -1,5 +1,6 @@
-"""A stand-in for the text encoder, folders of generated images, and a program that prepares one (to
-be killed by a test).
+"""A fake text encoder, folders of generated images, and a program that prepares one.
+
+Tests run the program to kill it.
 """
 
 import hashlib
@@ -22,9 +23,7 @@ SETTINGS = {"shard_size": 8, "min_size": 0, "batch_size": 4, "processes": 1}
 
 
 class FakeEncoder:
-    """A text.encoder.TextEncoder; a token is a word, its features are drawn from a generator seeded
-    by the text.
-    """
+    """A text.encoder.TextEncoder: a token is a word, the text seeds its features."""
 
     dim = 8
 
@@ -63,7 +62,7 @@ class FakeEncoder:
 
 
 def write_folder(directory: Path, images: int = 20) -> Path:
-    """Good images with two captions each, one of them shared by all, in a captions.jsonl."""
+    """Writes images with two captions each, one of them shared by all, in captions.jsonl."""
     directory.mkdir(parents=True)
     lines = []
     for i in range(images):
@@ -71,6 +70,17 @@ def write_folder(directory: Path, images: int = 20) -> Path:
         lines.append({"file": f"{i:03d}.png", "captions": [f"picture number {i}", "a colour ramp"]})
     (directory / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return directory
+
+
+def prepare(folder: Path, output: Path, encoder=None, heldout: float = 0.2, **changes):
+    """Prepares a folder with SETTINGS and these changes; returns the manifest."""
+    settings = passes.Settings(**SETTINGS | changes)
+    return passes.prepare(FolderSource(folder, heldout), encoder or FakeEncoder(), output, settings)
+
+
+def skipped(output: Path) -> list[dict]:
+    """The lines of skipped.jsonl."""
+    return [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
 
 
 def tree(directory: Path) -> dict[str, str]:
@@ -83,10 +93,9 @@ def tree(directory: Path) -> dict[str, str]:
 
 
 def kill_at_rename(count: int) -> None:
-    """From now on the `count`-th call of os.replace or os.rename kills this process: before it if
-    count is even, else after.
+    """Makes the `count`-th call of os.replace or os.rename kill this process.
 
-    A crew's signs of life do not count.
+    It dies before the rename if count is even, else after. Heartbeats of a crew do not count.
     """
     left = [count]
 
@@ -107,8 +116,10 @@ def kill_at_rename(count: int) -> None:
 
 
 def crew_of(spec: str, output: Path) -> crew.Crew:
-    """ "" for a process alone, "environment" for what the environment says, "1:3:run" for process 1
-    of 3 of that start.
+    """Returns the crew of a specification.
+
+    "" is a process alone, "environment" reads the environment, "1:3:run" is process 1 of 3 of that
+    start.
     """
     if not spec:
         return crew.ALONE
@@ -128,9 +139,7 @@ def crew_of(spec: str, output: Path) -> crew.Crew:
 def main(
     folder: str, output: Path, processes: int, kill_at: int, spec: str = "", log: Path | None = None
 ) -> None:
-    """Prepares `folder`; `log` gets the captions as they are encoded, without those of a
-    preview.
-    """
+    """Prepares `folder`; logs the captions that are encoded, those of a preview excepted."""
     if kill_at:
         kill_at_rename(kill_at)
     passes._CHUNK = 4

@@ -1,4 +1,4 @@
-"""The pipeline: what a batch holds, and that it depends on (seed, step) alone."""
+"""The pipeline: the content of a batch, which depends on (seed, step) alone."""
 
 import itertools
 import threading
@@ -55,9 +55,7 @@ def assert_same(got, wanted):
 
 
 def test_shapes_and_types(path):
-    """Catches: a missing key, float images, padded text in another type, rows that were not asked
-    for.
-    """
+    """Catches a missing key, float images, text of another type, other rows."""
     batch = take(1, config(path, **SR), rows=(2, 3))[0]
     shapes = {name: (value.shape, value.dtype) for name, value in batch.items()}
     assert shapes == {
@@ -83,9 +81,7 @@ SHARES = {
 
 @pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
 def test_global_batch_does_not_depend_on_processes(path, shares):
-    """Catches: each process shuffling on its own, rows of another process, random choices keyed by
-    place in the share.
-    """
+    """Catches processes that shuffle alone, read others' rows, or key choices by their share."""
     whole = take(6, config(path, **SR))
     parts = [take(6, config(path, **SR), rows=rows) for rows in shares]
     place = np.argsort(np.concatenate(shares))
@@ -99,8 +95,9 @@ def test_global_batch_does_not_depend_on_processes(path, shares):
 @pytest.mark.parametrize("start_step", [0, 3])
 @pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
 def test_processes_read_every_row_once_an_epoch_together(path, shares, start_step):
-    """Catches: rows lost or read twice between processes, where an epoch (10 images) ends inside a
-    batch, or after a resume by another number of them.
+    """Catches rows lost or read twice by several processes.
+
+    An epoch (10 images) ends inside a batch, and a resume changes the number of processes.
     """
     before = take(start_step, config(path))
     after = [
@@ -119,9 +116,7 @@ def test_processes_read_every_row_once_an_epoch_together(path, shares, start_ste
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_do_not_depend_on_workers(path, workers):
-    """Catches: random state held by a worker, batches handed over in the order they are
-    finished.
-    """
+    """Catches random state of a worker, and batches in the order in which they are finished."""
     assert_same(
         take(5, config(path, **SR, workers=workers), start_step=1),
         take(5, config(path, **SR), start_step=1),
@@ -129,23 +124,19 @@ def test_batches_do_not_depend_on_workers(path, workers):
 
 
 def test_start_step_is_skipping(path):
-    """Catches: a resumed run starting the epoch again, or random choices counted from the start of
-    the run.
-    """
+    """Catches a resume that restarts the epoch, or choices counted from the start of the run."""
     assert_same(take(3, config(path, **SR), start_step=4), take(7, config(path, **SR))[4:])
 
 
 def test_seed_changes_order_and_choices(path):
-    """Catches: a seed that is not used; and that the same one gives the same batches."""
+    """Catches an unused seed, and one that does not repeat its batches."""
     assert_same(take(2, config(path), seed=3), take(2, config(path), seed=3))
     first, second = take(2, config(path), seed=3), take(2, config(path), seed=4)
     assert any((a["index"] != b["index"]).any() for a, b in zip(first, second, strict=True))
 
 
 def test_every_row_once_an_epoch(path):
-    """Catches: sampling with replacement, dropping the last short batch of an epoch, the same order
-    in every epoch.
-    """
+    """Catches sampling with replacement, a dropped last batch, the same order every epoch."""
     rows = np.concatenate([batch["index"] for batch in take(10, config(path))])
     epochs = rows.reshape(4, 10)
     assert (np.sort(epochs, axis=1) == np.arange(10)).all()
@@ -153,9 +144,7 @@ def test_every_row_once_an_epoch(path):
 
 
 def test_captions_are_covered_and_belong_to_their_image(path):
-    """Catches: always the first caption, a caption of another image, text of another caption than
-    caption_id says.
-    """
+    """Catches only first captions, and captions of another image or another caption_id."""
     batches = take(40, config(path))
     rows, ids = (
         np.concatenate([batch[name] for batch in batches]) for name in ("index", "caption_id")
@@ -172,9 +161,7 @@ def test_captions_are_covered_and_belong_to_their_image(path):
 
 
 def test_choices_are_independent_of_one_another(path):
-    """Catches: switching one random choice off changing another, so that an ablation changes more
-    than one thing.
-    """
+    """Catches an ablation of one random choice that changes another."""
     full, still = take(4, config(path, **SR)), take(4, config(path, **SR, flip=False))
     single = take(4, config(path, **SR, caption="first"))
     for a, b, c in zip(full, still, single, strict=True):
@@ -185,9 +172,7 @@ def test_choices_are_independent_of_one_another(path):
 
 
 def test_crop_and_lowres_show_the_same_window(path):
-    """Catches: low-res and target cropped at different places or scales, a low-res picture made
-    from the crop or from another size.
-    """
+    """Catches crops at different places or scales, and a low-res picture made from the crop."""
     corners = set()
     for batch in take(20, config(path, **SR, flip=False)):
         for image, lowres in zip(
@@ -202,7 +187,7 @@ def test_crop_and_lowres_show_the_same_window(path):
 
 
 def test_flip_mirrors_target_and_lowres_together(path):
-    """Catches: only one of the pair mirrored, or mirrored top to bottom."""
+    """Catches only one of the pair mirrored, or mirrored top to bottom."""
     seen = set()
     for batch in take(6, config(path, image_size=64, lowres_size=16)):
         for image, lowres in zip(
@@ -215,15 +200,13 @@ def test_flip_mirrors_target_and_lowres_together(path):
 
 
 def test_cache_changes_no_batch(path):
-    """Catches: cached pixels that were cropped, mirrored or modified in place, or captions cached
-    with the image.
-    """
+    """Catches cached pixels that are cropped, mirrored or changed in place, and cached captions."""
     assert_same(take(12, config(path, **SR, cache_mib=8)), take(12, config(path, **SR)))
     assert_same(take(12, config(path, **SR, cache_mib=8, workers=2)), take(12, config(path, **SR)))
 
 
 def test_cache_decodes_once_and_keeps_its_limit(path, monkeypatch):
-    """Catches: a cache that is never hit, and one that grows past its limit."""
+    """Catches a cache that is never hit, and one that grows past its limit."""
     decoded = []
     original = pipeline.transforms.decode_square
 
@@ -246,9 +229,7 @@ def test_cache_decodes_once_and_keeps_its_limit(path, monkeypatch):
 
 
 def test_eval_rows_are_plain(path):
-    """Catches: random choices in evaluation, a corner instead of the centre, rows of the wrong
-    split.
-    """
+    """Catches random choices, corner crops or rows of the wrong split in evaluation."""
     batch = pipeline.eval_rows(config(path, **SR), [2, 0], "heldout")
     assert batch["index"].tolist() == [2, 0] and batch["caption_id"].tolist() == [0, 0]
     assert (batch["image"][:, 0, 0] == [[64, 64, 102], [64, 64, 100]]).all()
@@ -257,7 +238,7 @@ def test_eval_rows_are_plain(path):
 
 
 def test_one_image_is_enough(tmp_path):
-    """Catches: a shuffle or an epoch that needs more rows than a batch has."""
+    """Catches a shuffle or an epoch that needs more rows than a batch has."""
     single = synthetic.write_prepared(tmp_path, images=1, heldout=0)
     assert (take(3, config(single))[2]["index"] == 0).all()
     with pytest.raises(ValueError, match="no images in split 'heldout'"):
@@ -266,7 +247,7 @@ def test_one_image_is_enough(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_close_leaves_nothing_running(path, workers):
-    """Catches: worker processes or reading threads that live on after close()."""
+    """Catches worker processes or reading threads that survive close()."""
     import multiprocessing
 
     for _ in range(
@@ -288,7 +269,7 @@ def test_close_leaves_nothing_running(path, workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damaged_shard_is_a_clear_error(tmp_path, workers):
-    """Catches: a flipped bit read as data, skipped, or reported without the file's name."""
+    """Catches a flipped bit read as data, skipped, or reported without the file's name."""
     root = synthetic.write_prepared(tmp_path, shard_rows=100)
     shard = root / records.shard_name("images", "train", 0, 1)
     content = bytearray(shard.read_bytes())
@@ -308,15 +289,13 @@ def test_damaged_shard_is_a_clear_error(tmp_path, workers):
         ({"image_size": 64, "lowres_size": 24}, "not a multiple"),
         (
             {"image_size": 64, "lowres_size": 16, "crop_size": 30},
-            "not a whole number of low-res pixels",
+            "is not a multiple of data.image_size . data.lowres_size, 4",
         ),
         ({"crop_size": 32}, "larger than data.image_size"),
     ],
 )
 def test_config_that_does_not_fit_is_one_clear_line(path, changes, message):
-    """Catches: enlarged images, captions cut after encoding, crops that cannot be aligned, all
-    silently accepted.
-    """
+    """Catches enlarged images, cut features and crops that do not align, all accepted."""
     with pytest.raises(ValueError, match=message) as error:
         pipeline.batches(config(path, **changes), 0, 0)
     assert "\n" not in str(error.value)

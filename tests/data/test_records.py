@@ -1,4 +1,4 @@
-"""The prepared directory on disk: what is refused, and that TFDS opens it without TensorFlow."""
+"""Prepared data on disk: TFDS opens it without TensorFlow, and damage is refused."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ def path(tmp_path_factory):
 
 
 def test_rows_come_back(path):
-    """Catches: a row read from the wrong shard, changed bytes, padded or converted embeddings."""
+    """Catches a row from the wrong shard, changed bytes, padded or converted embeddings."""
     prepared = records.Prepared(path)
     images, captions = prepared.images("train"), prepared.captions()
     assert (len(images), len(captions), len(prepared.images("heldout"))) == (10, 20, 3)
@@ -33,12 +33,12 @@ def test_rows_come_back(path):
         )
     assert captions[13].text == "caption 13" and captions[13].embedding.dtype == "bfloat16"
     np.testing.assert_array_equal(captions[13].embedding, synthetic.embedding(13, 2))
-    with pytest.raises(IndexError, match="rows 0 to 9, row 10"):
+    with pytest.raises(IndexError, match="rows 0 to 9, not 10"):
         images[10]
 
 
 def test_tfds_opens_both_stores_without_tensorflow(path):
-    """Catches: metadata TFDS cannot read, features that need TensorFlow to encode or decode."""
+    """Catches metadata that TFDS cannot read, and features that need TensorFlow."""
     program = f"""
 import sys, ml_dtypes, tensorflow_datasets as tfds
 images = tfds.builder_from_directory({str(path / "images")!r})
@@ -54,14 +54,31 @@ assert "tensorflow" not in sys.modules
 
 
 def test_shard_bytes_depend_on_the_records_alone(tmp_path):
-    """Catches: time stamps or threads that make two equal runs differ; a temporary file left
-    behind.
-    """
+    """Catches time stamps or threads that make equal runs differ, and a temporary file left."""
     rows = [np.random.default_rng(i).bytes(2000) for i in range(30)]
     name = records.shard_name("captions", "train", 0, 1)
     first, second = (records.write_shard(tmp_path / side, name, iter(rows)) for side in "ab")
     assert first == second and first["rows"] == 30
     assert [p.name for p in (tmp_path / "a" / "captions").iterdir()] == [name.split("/")[1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("write() failed: No space left on device; x", 28), ("failed; x", 5)]
+)
+def test_a_disk_that_is_full_is_an_os_error(tmp_path, monkeypatch, text, number):
+    """Catches a full disk in a traceback, as ArrayRecord raises RuntimeError."""
+    from array_record.python import array_record_module
+
+    class Full:
+        def __init__(self, *_): ...
+
+        def write(self, record):
+            raise RuntimeError(text)
+
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Full)
+    with pytest.raises(OSError, match="shard") as caught:
+        records.write_shard(tmp_path, "images/shard", [b"x"])
+    assert caught.value.errno == number and "; x" not in str(caught.value)
 
 
 class Away:
@@ -72,9 +89,7 @@ class Away:
 
 
 def test_a_file_system_that_is_away_is_waited_for(path, monkeypatch):
-    """Catches: a shard called damaged because its file system did not answer, and a run that ends
-    for it at once.
-    """
+    """Catches a shard called damaged because its file system did not answer."""
     monkeypatch.setattr(records, "PAUSES_S", (0.0, 0.0))
     store = records.Prepared(path).images("train")
     whole, store._source = store._source, Away()
@@ -83,7 +98,7 @@ def test_a_file_system_that_is_away_is_waited_for(path, monkeypatch):
     monkeypatch.setattr(store, "_open", Away)
     store._source = Away()
     with pytest.raises(
-        OSError, match="row 7 could not be read, though the file is as it was written"
+        OSError, match="row 7 could not be read, though the file matches its checksum"
     ) as caught:
         store._record(7)
     assert storage.is_away(caught.value)
@@ -94,9 +109,7 @@ def test_a_file_system_that_is_away_is_waited_for(path, monkeypatch):
 
 
 def test_incomplete_or_foreign_directories_are_refused(path, tmp_path):
-    """Catches: training on a directory without manifest, of another format, edited, or with a shard
-    cut short.
-    """
+    """Catches training on data without manifest, of another format, edited or cut short."""
     with pytest.raises(ValueError, match="is not prepared data"):
         records.Prepared(tmp_path)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -117,9 +130,7 @@ def test_incomplete_or_foreign_directories_are_refused(path, tmp_path):
 
 
 def test_text_that_does_not_fit_is_refused(path):
-    """Catches: a model of another text width, or a shorter text length, found out inside the jitted
-    step or never.
-    """
+    """Catches another text width or length that is found in the jitted step, or never."""
     prepared = records.Prepared(path)
     prepared.check_text(synthetic.DIM)
     with pytest.raises(ValueError, match="width 8 .fake., the config asks for 16"):

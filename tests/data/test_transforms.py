@@ -1,4 +1,4 @@
-"""Image and text transforms against values worked out by hand."""
+"""Image and text transforms against values computed by hand."""
 
 import ml_dtypes
 import numpy as np
@@ -9,9 +9,7 @@ from tests.data import synthetic
 
 
 def test_centre_square_is_kept():
-    """Catches: a squeezed instead of cropped picture, a corner instead of the centre, rows and
-    columns exchanged.
-    """
+    """Catches a squeezed picture, a corner crop, rows and columns exchanged."""
     wide = np.zeros((4, 10, 3), np.uint8)
     wide[:, :, 0] = np.arange(10)
     wide[:, :, 1] = np.arange(4)[:, None]
@@ -22,9 +20,7 @@ def test_centre_square_is_kept():
 
 
 def test_shrinking_is_the_area_average():
-    """Catches: nearest, bilinear or bicubic shrinking, which alias or reach beyond the area of a
-    pixel.
-    """
+    """Catches nearest, bilinear or bicubic shrinking."""
     image = np.random.default_rng(0).integers(0, 256, (24, 24, 3)).astype(np.uint8)
     wanted = image.reshape(6, 4, 6, 4, 3).mean(axis=(1, 3))
     for got in (transforms.shrink(image, 6), transforms.decode_square(synthetic.encode(image), 6)):
@@ -34,9 +30,7 @@ def test_shrinking_is_the_area_average():
 
 
 def test_window_reaches_every_edge():
-    """Catches: a window that never touches the last row or column, runs over the edge, or is off by
-    one low-res pixel.
-    """
+    """Catches a window that misses the last row or column, or is off by a low-res pixel."""
     image = synthetic.gradient(32)
     for place, start in [((0.0, 0.0), 0), ((0.999, 0.999), 16), ((0.5, 0.5), 8)]:
         crop, small = transforms.crop_pair(image, 8, 16, place)
@@ -50,7 +44,7 @@ def test_window_reaches_every_edge():
 
 
 def test_text_is_padded_behind():
-    """Catches: padding in front, a mask off by one, features cut without a word."""
+    """Catches padding in front, a mask off by one, features cut in silence."""
     features = np.arange(1, 7).reshape(3, 2).astype(ml_dtypes.bfloat16)
     text, mask = transforms.pad_text(features, 5)
     assert (text == np.array([[1, 2], [3, 4], [5, 6], [0, 0], [0, 0]])).all() and mask.tolist() == [

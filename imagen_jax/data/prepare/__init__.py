@@ -1,5 +1,5 @@
-"""The work of prepare_data on a source: checks of each image, the selection of what is kept,
-estimates, worker processes, several hosts.
+"""The passes of prepare_data over a source: check, select, encode, write.
 
-It must not know the command line, nor any kind of source by name.
+Estimates, worker processes and work on several hosts are here too. It must not know the command
+line, nor any kind of source by name.
 """

@@ -1,10 +1,9 @@
-"""Processes, usually on as many hosts, that share one work directory: which part of the work is
-whose, and whether the others still live.
+"""Processes, usually one a host, that share a work directory: their shares and their liveness.
 
-They talk through small files in that directory, one written by each process, every few seconds.
-Process 0 leads: it reads everyone's, the others only its, and what it learns of one it passes on to
-all. Nothing else binds them, so no process waits for another within a pass, and none is ended by a
-library because another has gone.
+They communicate through small files in that directory: each process writes one every few seconds.
+Process 0 leads. It reads the files of all others and passes failures on; the others read only its
+file. Nothing else connects them, so no process waits for another within a pass, and no library ends
+a process because another one died.
 """
 
 import contextlib
@@ -20,23 +19,24 @@ from typing import Any
 
 from imagen_jax.storage import try_lock
 
-BEAT_S = 2.0  # between two signs of life
-SILENT_S = 60.0  # without one, after which a process counts as dead
+BEAT_S = 2.0  # between two heartbeats
+SILENT_S = 60.0  # a process without a heartbeat for this long counts as dead
 POLL_S = 0.1
 AGAIN = "start all processes again, the same command continues"
 
 
 class Lost(ValueError):
-    """Another process has failed or gone silent."""
+    """Another process failed or stopped sending heartbeats."""
 
 
 class Crew:
-    """This process's place, `index` of `count`, in a crew that works in `directory`; a crew of one
-    writes no file and starts no thread.
+    """Process `index` of `count` that work in `directory`.
 
-    run: a word that all processes of this start have and those of no other. hosts: their names, by
-    index. As a context manager it gives signs of life; an exception that leaves it is told to the
-    others.
+    A crew of one writes no file and starts no thread. As a context manager it sends heartbeats, and
+    reports an exception that leaves it to the others.
+
+    run: a word shared by all processes of this start, and by those of no other start.
+    hosts: their names, by index.
     """
 
     def __init__(
@@ -57,13 +57,11 @@ class Crew:
 
     @property
     def leads(self) -> bool:
-        """Whether this is process 0, which decides, and which publishes the result."""
+        """Whether this is process 0, which decides and publishes the result."""
         return self.index == 0
 
     def mine(self, tasks: Sequence[Any]) -> list[Any]:
-        """This process's part: every `count`-th. It depends on nothing but the place, so no process
-        has to know what another has done.
-        """
+        """This process's share: every `count`-th task, whatever the others have done."""
         return list(tasks[self.index :: self.count])
 
     def __enter__(self) -> "Crew":
@@ -76,7 +74,7 @@ class Crew:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._stop.set()
-        with contextlib.suppress(OSError):  # the directory goes when all is done
+        with contextlib.suppress(OSError):  # the directory is removed at the end
             if error:
                 cause = " ".join(str(error).split()) or kind.__name__
                 self.say(
@@ -86,34 +84,36 @@ class Crew:
                 self.say("done")
 
     def say(self, state: str, message: str = "") -> None:
-        """Tells the others: "here", "go" (by the leader: begin), "done" or "failed", with the line
-        they are to end with.
+        """Tells the others a state: "here", "go" (from the leader: begin), "done" or "failed".
+
+        message: of a failure, the error line with which the others end.
         """
         self._state, self._message = state, message
         if self.count > 1:
             self._beat()
 
     def check(self) -> None:
-        """Raises Lost if another process has failed or gone silent."""
+        """Raises Lost if another process failed or stopped sending heartbeats."""
         if self._fault:
             raise Lost(self._fault)
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Until `ready()`; raises Lost as soon as another process has failed."""
+        """Waits until `ready()`; raises Lost as soon as another process fails."""
         while not ready():
             self.check()
             if self.count == 1:
-                raise ValueError(f"finished work has gone from the work directory; {AGAIN}")
+                raise ValueError(f"finished work was removed from the work directory; {AGAIN}")
             time.sleep(POLL_S)
 
     def wait_for_leader(self, *states: str) -> str:
-        """Until process 0 has said one of these; returns which."""
+        """Waits until process 0 says one of these states; returns it."""
         self.wait(lambda: self._last[0].get("state") in states)
         return self._last[0]["state"]
 
     def dismiss(self) -> None:
-        """By the leader: tells all that the result is published, and waits until they have heard it
-        or have been silent for long.
+        """Called by the leader: tells all that the result is published.
+
+        Waits until they confirm it, at most SILENT_S.
         """
         self.say("done")
         end = time.monotonic() + SILENT_S
@@ -126,12 +126,13 @@ class Crew:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Holds a lock that all but the leader share, so that the leader of a later start can wait
-        for them (`wait_for_stragglers`).
+        """Holds a lock that all followers share.
+
+        By it the leader of a later start waits for them, see `wait_for_stragglers`.
         """
         with open(
             self._directory / "lock", "a+"
-        ) as file:  # NFS wants it open for reading to share it
+        ) as file:  # NFS needs read access for a shared lock
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             yield
 
@@ -142,7 +143,7 @@ class Crew:
         while not self._stop.wait(BEAT_S):
             with contextlib.suppress(
                 OSError
-            ):  # the shared directory may be away for a moment, or removed when all is done
+            ):  # the shared directory may not answer for a moment, or is removed at the end
                 self._beat()
                 self._listen()
 
@@ -162,9 +163,9 @@ class Crew:
 
     def _listen(self) -> None:
         for other, last in self._last.items():
-            said = self._read(other)
-            if said and said != last:
-                self._last[other], self._heard[other] = said, time.monotonic()
+            message = self._read(other)
+            if message and message != last:
+                self._last[other], self._heard[other] = message, time.monotonic()
             if self._fault or self._last[other].get("state") == "done":
                 continue
             if self._last[other].get("state") == "failed":
@@ -172,23 +173,25 @@ class Crew:
             elif time.monotonic() - self._heard[other] > SILENT_S:
                 self._fault = (
                     f"{self._name(other)} has not been heard of for {SILENT_S:g} s: it died, or"
-                    f" does not see {self._directory.parent}; {AGAIN}"
+                    f" has no access to {self._directory.parent}; {AGAIN}"
                 )
         if self._fault and self.leads:
             self.say("failed", self._fault)
 
     def _read(self, other: int) -> Mapping[str, Any]:
-        """What another process of this start said last; {} for nothing yet."""
+        """The last message of another process of this start; {} before the first."""
         try:
-            said = json.loads((self._directory / f"{other}.json").read_text())
+            message = json.loads((self._directory / f"{other}.json").read_text())
         except (OSError, ValueError):
             return {}
-        return said if said["run"] == self._run else {}
+        return message if message["run"] == self._run else {}
 
 
 def wait_for_stragglers(directory: Path) -> None:
-    """By a leader, before its "go": until no process of an earlier start works here; ValueError if
-    one still does after SILENT_S.
+    """Waits until no process of an earlier start works here. Called by the leader before "go".
+
+    Raises:
+      ValueError: one still works after SILENT_S.
     """
     if not (directory / "lock").exists():
         return

@@ -1,13 +1,13 @@
-"""The four passes of preparing data: check every image, decide what is kept, encode each distinct
-caption once, write the images.
+"""The four passes of prepare_data: check every image, select, encode each caption, write images.
 
-All of it goes to OUTPUT.partial; OUTPUT appears, by one rename, when it is complete. Every finished
+All of it goes to OUTPUT.partial; one rename makes it OUTPUT when it is complete. Every finished
 piece has a line in the journal there, so the same call continues an interrupted run and ends with
 the same bytes, whatever the number of processes.
 """
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -22,25 +22,27 @@ from tqdm import tqdm
 from imagen_jax.data import records
 from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.crew import ALONE, Crew, wait_for_stragglers
+from imagen_jax.data.prepare.manifest import finish, listed
 from imagen_jax.data.prepare.preview import preview
 from imagen_jax.data.prepare.selection import KeptImage, Selection, select
 from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.sources.source import Source
 from imagen_jax.storage import only_process, write_atomically
 
-_CHUNK = 256  # images checked in one task; the unit in which checking is resumed
-_WRITERS = (
-    6  # caption shards in memory at once; one core writes some 800 captions of XXL's width a second
-)
-# What the written bytes depend on, each a key of the manifest; a run is continued only if all of
-# them are the same.
+_CHUNK = 256  # images in one task of the first pass, the unit in which it is resumed
+# Caption shards in memory at once; one core writes about 800 captions of XXL's width a second.
+_WRITERS = 6
+# Everything that the written bytes depend on, each a key of the manifest. A run continues only if
+# all of them are equal.
 _REQUEST = ("source", "encoder", "max_length", "shard_size", "min_size", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """shard_size: rows a shard. min_size: images under so many pixels across are left out.
-    batch_size: captions that a device encodes at once, as text.encoder.TextEncoder.encode says.
+    """Options of the passes.
+
+    shard_size: rows a shard. min_size: images less than this many pixels across are left out.
+    batch_size: captions that a device encodes at once, see text.encoder.TextEncoder.encode.
     processes: for checking and writing images; changes no byte of the result.
     """
 
@@ -50,83 +52,134 @@ class Settings:
     processes: int
 
     def __post_init__(self):
-        for name, least in {
-            "shard_size": 1,
-            "min_size": 0,
-            "batch_size": 1,
-            "processes": 1,
-        }.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)} is less than {least}")
+        least = {"shard_size": 1, "min_size": 0, "batch_size": 1, "processes": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"--{name} {getattr(self, name)} is less than {value}")
 
 
 def prepare(
     source: Source, encoder, output: Path, settings: Settings, crew: Crew = ALONE
 ) -> dict[str, Any]:
-    """Write the prepared directory `output`, or go on with it, together with the others of the
-    crew; returns its manifest.
+    """Writes the prepared directory `output`, or continues it, together with the rest of the crew.
 
-    encoder is a text.encoder.TextEncoder. Raises ValueError if `output` or its unfinished part was
-    made with other settings, if nothing usable is in the source, if there is no room for the
-    result, or if another process has failed.
+    Args:
+      encoder: a text.encoder.TextEncoder.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      ValueError: `output` or its unfinished part was made with other settings, `output` cannot be
+        replaced, nothing in the source is usable, the disk has no room for the result, or another
+        process failed.
     """
     started = time.monotonic()
     request = _request(source, encoder, settings)
     partial = work_directory(output)
     if not crew.leads:
-        if crew.wait_for_leader("go", "done") == "go":
-            with crew.at_work():
-                _refuse_changes(
-                    partial, json.loads((partial / "request.json").read_text()), request
-                )
-                _work(source, encoder, partial, settings, crew)
-                crew.wait_for_leader("done")
-        crew.wait((output / records.MANIFEST).is_file)
-        return records.Prepared(output).manifest
-    if _is_complete(output, request):
+        _follow(source, encoder, output, settings, crew, request)
+    elif _is_complete(output, request):
         print(f"{output} is already complete")
         crew.dismiss()
         if partial.exists():
             with _locked(partial):
                 shutil.rmtree(partial)
-        return records.Prepared(output).manifest
+    else:
+        _remove_empty(output)
+        manifest = _lead(source, encoder, output, settings, crew, request)
+        shutil.rmtree(partial, ignore_errors=crew.count > 1)
+        _report(manifest, output, time.monotonic() - started)
+        return manifest
+    return records.Prepared(output).manifest
+
+
+def work_directory(output: Path) -> Path:
+    """The directory that holds everything until `output` is complete; on the same file system."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def check_output(output: Path) -> None:
+    """Raises ValueError if the finished data cannot become `output` by a rename."""
+    if (output / records.MANIFEST).is_file() or not output.exists():
+        return
+    if os.path.ismount(output):
+        raise ValueError(_mounted(output))
+    if not output.is_dir() or any(output.iterdir()):
+        raise ValueError(f"{output} exists and is not prepared data: choose another --output")
+
+
+def _mounted(output: Path) -> str:
+    return f"{output} is a mount point and cannot be replaced: give --output {output / 'data'}"
+
+
+def _remove_empty(output: Path) -> None:
+    """Removes an empty directory from where the result will be, before the work."""
+    if output.exists():
+        try:
+            output.rmdir()
+        except OSError as error:
+            reason = _mounted(output) if error.errno == errno.EBUSY else str(error)
+            raise ValueError(reason) from error
+
+
+def _lead(
+    source: Source, encoder, output: Path, settings: Settings, crew: Crew, request: Mapping
+) -> dict[str, Any]:
+    """The part of process 0: starts the others, works, publishes. Returns the manifest."""
+    partial = work_directory(output)
     with _locked(partial):
         wait_for_stragglers(partial / "crew")
         if _continues(partial, request):
             print(f"continuing {partial}")
         else:
-            room = shutil.disk_usage(partial).free
-            if preview(source, encoder, settings, crew.count) > room:
-                raise ValueError(f"only {room / 2**20:.0f} MiB are free in {partial.parent}")
+            _check_room(source, encoder, partial, settings, crew)
             write_atomically(partial / "request.json", json.dumps(request).encode())
         crew.say("go")
         selected, captions, images = _work(source, encoder, partial, settings, crew)
         captions, images = (_all_finished(partial, names, crew) for names in (captions, images))
-        manifest = _finish(partial / "result", request, selected, captions, images)
-        if output.exists():
-            output.rmdir()  # empty, as _is_complete has seen
+        manifest = finish(partial / "result", request, selected, captions, images)
         os.rename(partial / "result", output)
         crew.dismiss()
-    shutil.rmtree(partial, ignore_errors=crew.count > 1)
-    _report(manifest, output, time.monotonic() - started)
     return manifest
 
 
-def work_directory(output: Path) -> Path:
-    """Where everything is written until `output` is complete."""
-    return output.with_name(f"{output.name}.partial")
+def _follow(
+    source: Source, encoder, output: Path, settings: Settings, crew: Crew, request: Mapping
+) -> None:
+    """The part of every other process: works once process 0 has said so."""
+    partial = work_directory(output)
+    if crew.wait_for_leader("go", "done") == "go":
+        with crew.at_work():
+            _refuse_changes(partial, json.loads((partial / "request.json").read_text()), request)
+            _work(source, encoder, partial, settings, crew)
+            crew.wait_for_leader("done")
+    crew.wait((output / records.MANIFEST).is_file)
+
+
+def _check_room(source: Source, encoder, partial: Path, settings: Settings, crew: Crew) -> None:
+    room = shutil.disk_usage(partial).free
+    if preview(source, encoder, settings, crew.count) > room:
+        raise ValueError(
+            f"only {room / 2**20:.0f} MiB are free in {partial.parent}: make room or choose"
+            " another --output"
+        )
 
 
 def _work(
     source: Source, encoder, partial: Path, settings: Settings, crew: Crew
 ) -> tuple[Selection, list[str], list[str]]:
-    """This process's share of the four passes. Returns what is kept of all, and the names of all
-    caption and image shards.
+    """This process's share of the four passes.
+
+    Returns the selection, and the names of all caption shards and of all image shards.
     """
     with Workers(source, settings.processes) as workers:
         selected = _check_all(workers, partial, len(source), settings, crew)
+        selected.skipped += source.notes()
         if not any(selected.images.values()):
-            raise ValueError(f"no usable image in {source.describe()}: {_told(selected.reasons())}")
+            raise ValueError(
+                f"no usable image in {source.describe()}: {listed(selected.reasons())}"
+            )
         captions = _encode_all(workers, encoder, partial, selected, settings, crew)
         images = _write_all(workers, partial, selected, settings, crew)
     return selected, captions, images
@@ -143,21 +196,20 @@ def _request(source: Source, encoder, settings: Settings) -> dict[str, Any]:
 
 
 def _is_complete(output: Path, request: Mapping) -> bool:
-    """Whether `output` is the finished result of this request; ValueError if it is anything else
-    but absent or empty.
+    """Whether `output` is the finished result of this request; False if absent or empty.
+
+    Raises:
+      ValueError: it is anything else, or cannot be replaced.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
+    check_output(output)
     if not (output / records.MANIFEST).is_file():
-        raise ValueError(f"{output} exists and is not prepared data: choose another --output")
+        return False
     _refuse_changes(output, records.Prepared(output).manifest, request)
     return True
 
 
 def _continues(partial: Path, request: Mapping) -> bool:
-    """Whether `partial` holds unfinished work for this request; ValueError if it does for another
-    one.
-    """
+    """Whether `partial` holds unfinished work of this request; ValueError if of another one."""
     file = partial / "request.json"
     if not file.is_file():
         return False
@@ -165,7 +217,7 @@ def _continues(partial: Path, request: Mapping) -> bool:
     return True
 
 
-def _refuse_changes(place: Path, before: Mapping, request: Mapping) -> None:
+def _refuse_changes(directory: Path, before: Mapping, request: Mapping) -> None:
     changed = [
         f"{key} was {before[key]}, is {request[key]}"
         for key in _REQUEST
@@ -173,14 +225,14 @@ def _refuse_changes(place: Path, before: Mapping, request: Mapping) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{place} was made with other settings ({'; '.join(changed)}): choose another --output"
-            " or remove it"
+            f"{directory} was made with other settings ({'; '.join(changed)}): choose another"
+            " --output or remove it"
         )
 
 
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """The work directory, created and kept to this process."""
+    """Creates the work directory and locks it for this process."""
     parts = ("checked", "journal", "result")
     if partial.exists() and {path.name for path in partial.iterdir()} - {
         *parts,
@@ -189,7 +241,7 @@ def _locked(partial: Path) -> Iterator[None]:
         "request.json",
     }:
         raise ValueError(
-            f"{partial} is in the way, it is no unfinished work of prepare_data: choose another"
+            f"{partial} is in the way and is not unfinished work of prepare_data: choose another"
             " --output"
         )
     for name in parts:
@@ -203,9 +255,7 @@ def _locked(partial: Path) -> Iterator[None]:
 def _check_all(
     workers: Workers, partial: Path, count: int, settings: Settings, crew: Crew
 ) -> Selection:
-    """First pass, and the decision what is kept, which every process makes by itself from what all
-    have found.
-    """
+    """First pass, then the selection, which every process makes from the checks of all."""
     spans = [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
     files = {span: partial / "checked" / f"{span[0]:012d}.json" for span in spans}
     mine = crew.mine(spans)
@@ -233,8 +283,9 @@ def _check_chunk(source: Source, file: Path, start: int, stop: int, min_size: in
 def _encode_all(
     workers: Workers, encoder, partial: Path, selected: Selection, settings: Settings, crew: Crew
 ) -> list[str]:
-    """Third pass: the caption shards, encoded in this process, where the devices are, and written
-    by the workers. Returns the names of all.
+    """Third pass: caption shards, encoded in this process and written by the workers.
+
+    Returns the names of all.
     """
     shards = _shards("captions", "train", selected.captions, settings.shard_size)
     mine = crew.mine(list(enumerate(shards)))
@@ -256,7 +307,7 @@ def _encode_all(
 def _encode_shard(
     encoder, partial: Path, name: str, texts: list[str], first_id: int, batch_size: int
 ) -> tuple:
-    """A caption shard as the task of writing it."""
+    """Encodes a caption shard; returns the task of writing it."""
     _, cut = encoder.tokenize(texts)
     return (
         partial,
@@ -285,7 +336,7 @@ def _write_captions(
             if not np.isfinite(feature.astype(np.float32)).all()
         )
         raise ValueError(
-            f"the text encoder gives features that are not finite for the caption {bad!r}"
+            f"the text encoder returns features that are not finite for the caption {bad!r}"
         )
     rows = (
         records.CaptionRow(text, feature) for text, feature in zip(texts, features, strict=True)
@@ -317,7 +368,7 @@ def _write_all(
 
 
 def _all_finished(partial: Path, names: list[str], crew: Crew) -> dict[str, dict]:
-    """The journal's entries of all shards, waited for where other processes still write them."""
+    """The journal's entries of all shards; waits while other processes write some."""
     for name in names:
         crew.wait(lambda: _finished(partial, name))
     return {name: _finished(partial, name) for name in names}
@@ -334,14 +385,18 @@ def _write_shard(source: Source, partial: Path, name: str, images: list[KeptImag
 
 
 def _image_row(source: Source, image: KeptImage) -> records.ImageRow:
-    data, found = source[image.index].image, image.checked
-    if checks.content_hash(data) != found.content:
+    data, checked = source[image.index].image or b"", image.checked
+    if checks.content_hash(data) != checked.content:
         raise ValueError(
-            f"image {found.id} changed while it was being prepared: remove the .partial directory"
+            f"image {checked.id} changed while it was being prepared: remove the .partial directory"
             " and start again"
         )
     return records.ImageRow(
-        checks.stored_bytes(data), found.height, found.width, found.id, tuple(image.caption_ids)
+        checks.stored_bytes(data),
+        checked.height,
+        checked.width,
+        checked.id,
+        tuple(image.caption_ids),
     )
 
 
@@ -358,7 +413,7 @@ def _journal(partial: Path, name: str, entry: Mapping) -> None:
 
 
 def _finished(partial: Path, name: str) -> dict | None:
-    """The journal's entry of a shard, if it is finished and there."""
+    """The journal's entry of a shard, None if the shard is not finished."""
     file, shard = partial / "journal" / f"{Path(name).name}.json", partial / "result" / name
     if not file.is_file() or not shard.is_file():
         return None
@@ -366,58 +421,8 @@ def _finished(partial: Path, name: str) -> dict | None:
     return entry if shard.stat().st_size == entry["bytes"] else None
 
 
-def _finish(
-    result: Path, request: Mapping, selected: Selection, captions: Mapping, images: Mapping
-) -> dict[str, Any]:
-    """The files beside the shards, the manifest last."""
-    shards = {
-        name: {key: entry[key] for key in ("rows", "bytes", "sha256")}
-        for name, entry in (captions | images).items()
-    }
-    records.write_tfds_metadata(result, "images", records.image_features(), shards)
-    records.write_tfds_metadata(
-        result, "captions", records.caption_features(request["encoder"]["dim"]), shards
-    )
-    cut = [caption_id for entry in captions.values() for caption_id in entry["cut"]]
-    noted = [
-        {"id": f"caption {i}", "reason": "truncated_caption", "caption": selected.captions[i]}
-        for i in cut
-    ]
-    lines = [json.dumps(line) + "\n" for line in selected.skipped + noted]
-    write_atomically(result / "skipped.jsonl", "".join(lines).encode())
-    sizes = [
-        (image.checked.height, image.checked.width)
-        for kept in selected.images.values()
-        for image in kept
-    ]
-    counts = {
-        "images": {split: len(kept) for split, kept in selected.images.items()},
-        "captions": len(selected.captions),
-    }
-    manifest = {
-        "format_version": records.FORMAT_VERSION,
-        **request,
-        "counts": counts | {"skipped": selected.reasons(), "truncated_captions": len(cut)},
-        "embedding": records.embedding_stats(captions),
-        "image_sizes": {
-            "min_side": min(map(min, sizes)),
-            "max_side": max(map(max, sizes)),
-            "mean_height": sum(height for height, _ in sizes) / len(sizes),
-            "mean_width": sum(width for _, width in sizes) / len(sizes),
-        },
-        "shards": shards,
-    }
-    manifest["hash"] = records.manifest_hash(manifest)
-    write_atomically(result / records.MANIFEST, json.dumps(manifest, indent=1).encode())
-    return manifest
-
-
 def _bar(name: str, total: int, done: int) -> tqdm:
     return tqdm(desc=name, total=total, initial=done, unit="", disable=None)
-
-
-def _told(reasons: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "nothing"
 
 
 def _report(manifest: Mapping, output: Path, seconds: float) -> None:
@@ -429,6 +434,6 @@ def _report(manifest: Mapping, output: Path, seconds: float) -> None:
         f" {seconds:.0f} s"
     )
     print(
-        f"left out or noted in skipped.jsonl: {_told(counts['skipped'])},"
+        f"left out or noted in skipped.jsonl: {listed(counts['skipped'])},"
         f" {counts['truncated_captions']} truncated_caption"
     )

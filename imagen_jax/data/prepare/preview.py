@@ -1,5 +1,7 @@
-"""What preparing data will take: of a source, from a sample of it; of a caption store of any size,
-from the lengths of some captions.
+"""Estimates of the size and time of prepared data, before it is prepared.
+
+`preview` measures a sample of a source. `preview_captions` scales a caption store to any size from
+the lengths of some captions.
 """
 
 import dataclasses
@@ -13,47 +15,39 @@ import numpy as np
 from imagen_jax.data.prepare import checks
 from imagen_jax.data.sources.source import Source
 
-_IMAGES = 64  # decoded and encoded for the preview of a source
-_CAPTIONS = (
-    4096  # items of the source whose captions are measured for the preview of a caption store
-)
-# a process's memory for an image and its captions when it decides what is kept (measured: 970 with
-# one caption, 1110 with two)
+_IMAGES = 64  # items that `preview` decodes and encodes
+_CAPTIONS = 4096  # items whose captions `preview_captions` measures
+# Memory of a process for an image and its captions during the selection (measured: 970 with one
+# caption, 1110 with two).
 PLAN_BYTES = 1000
-# Measured on stores of 64 to 4096 features a token: what zstd leaves of bfloat16 features (of
-# t5_tiny's and of normal noise alike), a record's frame, a shard's last block.
+# Measured on stores of 64 to 4096 features a token: zstd's compressed fraction of bfloat16 features
+# (the same for t5_tiny's and for normal noise), a record's frame, a shard's last block.
 ZSTD_LEAVES = 0.78
 RECORD_BYTES = 250
 SHARD_BYTES = 2**15
 
 
 def preview(source: Source, encoder, settings: Any, crew: int = 1) -> int:
-    """Check and encode a sample, print what the whole will take with `crew` such processes as this
-    one, return the estimated bytes.
+    """Checks and encodes a sample, and prints size and time of the whole.
 
-    settings: `processes` for images in each, `min_size`, `batch_size`.
+    Args:
+      settings: `processes` (for images, in each process of the crew), `min_size`, `batch_size`.
+      crew: number of processes such as this one.
+
+    Returns:
+      The estimated bytes.
     """
     if not len(source):
         raise ValueError(f"the source is empty: {source.describe()}")
     indices = _spread(source, _IMAGES)
     start = time.monotonic()
-    found = [checks.check(source[i], settings.min_size) for i in indices]
-    check_time = 2 * (time.monotonic() - start)  # a second time when the images are written
-    usable = [item for item in found if not item.reason]
+    checked = [checks.check(source[i], settings.min_size) for i in indices]
+    check_time = 2 * (time.monotonic() - start)  # images are decoded again when they are written
+    usable = [item for item in checked if not item.reason]
     captions = [caption for item in usable for caption in item.captions]
-    cut, text_time, text_bytes = 0, 0.0, 0
-    if captions:
-        cut = sum(encoder.tokenize(captions)[1])
-        encoder.encode(captions, settings.batch_size)  # compiles
-        start = time.monotonic()
-        features = encoder.encode(captions, settings.batch_size)
-        text_time = time.monotonic() - start
-        text_bytes = sum(feature.nbytes for feature in features) + sum(
-            len(text.encode()) for text in captions
-        )
+    cut, text_time, text_bytes = _measure_encoding(encoder, captions, settings.batch_size)
     scale = len(source) / len(indices)
     image_bytes = sum(item.size for item in usable)
-    total = int(scale * (image_bytes + text_bytes))
     seconds = scale * (check_time / settings.processes + text_time) / crew
     print(
         f"sample    {len(indices)} of {len(source)} images: {len(usable)} usable, {len(captions)}"
@@ -64,18 +58,37 @@ def preview(source: Source, encoder, settings: Any, crew: int = 1) -> int:
         f"captions  at most {scale * len(captions):.0f}, {scale * text_bytes / 2**20:.1f} MiB"
         f" ({encoder.dim} features a token)"
     )
-    print(
-        f"memory    about {len(source) * PLAN_BYTES / 2**30:.2f} GiB in each process for what is"
-        " known of the images"
-    )
+    memory = len(source) * PLAN_BYTES / 2**30
+    print(f"memory    about {memory:.2f} GiB in each process for the list of images")
+    _print_notes(source)
     print(f"time      about {seconds:.0f} s with {crew} x {settings.processes} processes")
-    return total
+    return int(scale * (image_bytes + text_bytes))
+
+
+def _measure_encoding(encoder, captions: list[str], batch_size: int) -> tuple[int, float, int]:
+    """Returns the number of cut captions, seconds, and bytes of features and text."""
+    if not captions:
+        return 0, 0.0, 0
+    cut = sum(encoder.tokenize(captions)[1])
+    encoder.encode(captions, batch_size)  # compiles
+    start = time.monotonic()
+    features = encoder.encode(captions, batch_size)
+    seconds = time.monotonic() - start
+    text_bytes = sum(len(text.encode()) for text in captions)
+    return cut, seconds, sum(feature.nbytes for feature in features) + text_bytes
+
+
+def _print_notes(source: Source) -> None:
+    for note in source.notes():
+        detail = note.get("detail") or f"{note['count']} files, such as {note['files'][0]}"
+        print(f"not read  {note['id']}: {note['reason']}, {detail}")
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionStore:
-    """A caption store that does not exist: so many captions of so many tokens and bytes of text on
-    average, `dim` features a token.
+    """The estimate of a caption store.
+
+    tokens, text_bytes: means over the captions. dim: features a token.
     """
 
     captions: int
@@ -86,14 +99,12 @@ class CaptionStore:
 
     @property
     def uncompressed(self) -> float:
-        """Bytes of features and text; the store is never larger by more than its records'
-        frames.
-        """
+        """Bytes of features and text: an upper bound without the records' frames."""
         return self.captions * (2 * self.dim * self.tokens + self.text_bytes)
 
     @property
     def bytes(self) -> float:
-        """Bytes on disk, with what zstd is assumed to leave of the features."""
+        """Bytes on disk, with the features compressed to ZSTD_LEAVES of their size."""
         return (
             self.captions
             * (ZSTD_LEAVES * 2 * self.dim * self.tokens + self.text_bytes + RECORD_BYTES)
@@ -115,20 +126,18 @@ def preview_captions(
     chips: int,
     price: float,
 ) -> CaptionStore:
-    """Print what a store of `captions` distinct captions like the source's takes; nothing is
-    encoded.
+    """Prints the size of a store of `captions` distinct captions like the source's.
 
-    tokenize: as text.encoder.TextEncoder's. rate: captions a second of all `chips` together, 0: not
-    known. price: of a GiB for a month, 0: not known; none is assumed.
+    Nothing is encoded.
+
+    Args:
+      tokenize: as that of text.encoder.TextEncoder.
+      rate: captions a second of all `chips` together, 0 if unknown.
+      price: of a GiB for a month, 0 if unknown.
     """
     indices = _spread(source, _CAPTIONS)
-    checked = [
-        caption
-        for i in indices
-        for caption in (" ".join(text.split()) for text in source[i].captions)
-        if caption and checks.is_text(caption)
-    ]
-    texts = list(dict.fromkeys(checked))
+    usable = [text for i in indices for text in checks.usable_captions(source[i].captions)[0]]
+    texts = list(dict.fromkeys(usable))
     if not texts:
         raise ValueError(f"no caption in {len(indices)} items of {source.describe()}")
     rows, cut = tokenize(texts)
@@ -139,35 +148,40 @@ def preview_captions(
     error = lengths.std() / np.sqrt(len(lengths))
     measured = f"measured on {len(texts):,} of the source's, {100 * np.mean(cut):.1f} % of them cut"
     print(f"captions  {captions:,} of {store.tokens:.1f} +- {error:.1f} tokens ({measured})")
-    print(
-        f"store     {_told(store.bytes)} in {store.shards:,} shards of {shard_size:,} captions,"
-        f" {_told(store.bytes / store.shards)} each"
-    )
-    print(
-        f"          {dim} features a token in bfloat16, {_told(store.uncompressed)}, of which zstd"
-        f" is assumed to leave {ZSTD_LEAVES:g}"
-    )
-    images = captions * len(indices) / len(checked)
-    print(
-        f"memory    about {images * PLAN_BYTES / 2**30:,.1f} GiB in each process for what is known"
-        f" of {images:,.0f} images"
-    )
+    _print_store(store, images=captions * len(indices) / len(usable))
     if rate:
-        hours = captions / rate / 3600
-        print(
-            f"time      {hours:,.1f} h at {rate:,g} captions a second"
-            + (f", {hours * chips:,.0f} chip-hours on {chips} chips" if chips else "")
-        )
-        print(f"          which is {_told(store.bytes / captions * rate)} a second to be written")
+        _print_time(store, rate, chips)
     if price:
         print(f"price     {store.bytes / 2**30 * price:,.0f} a month at {price:g} a GiB and month")
     return store
+
+
+def _print_store(store: CaptionStore, images: float) -> None:
+    print(
+        f"store     {_size(store.bytes)} in {store.shards:,} shards of {store.shard_size:,}"
+        f" captions, {_size(store.bytes / store.shards)} each"
+    )
+    print(
+        f"          {store.dim} features a token in bfloat16, {_size(store.uncompressed)}"
+        f" uncompressed; zstd leaves about {ZSTD_LEAVES:g} of it"
+    )
+    memory = images * PLAN_BYTES / 2**30
+    print(f"memory    about {memory:,.1f} GiB in each process for the list of {images:,.0f} images")
+
+
+def _print_time(store: CaptionStore, rate: float, chips: int) -> None:
+    hours = store.captions / rate / 3600
+    print(
+        f"time      {hours:,.1f} h at {rate:,g} captions a second"
+        + (f", {hours * chips:,.0f} chip-hours on {chips} chips" if chips else "")
+    )
+    print(f"          and {_size(store.bytes / store.captions * rate)} a second to write")
 
 
 def _spread(source: Source, count: int) -> list[int]:
     return np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
 
 
-def _told(size: float) -> str:
+def _size(size: float) -> str:
     unit = min(max(int(math.log2(max(size, 1)) // 10), 2), 4)
     return f"{size / 2 ** (10 * unit):,.1f} {('MiB', 'GiB', 'TiB')[unit - 2]}"

@@ -1,6 +1,4 @@
-"""Which images and captions of a source are kept, in which order: decided once all of them have
-been checked.
-"""
+"""Selects the images and captions to keep, and their order, once all of them are checked."""
 
 import dataclasses
 from collections import Counter
@@ -12,9 +10,7 @@ from imagen_jax.data.records import SPLITS
 
 @dataclasses.dataclass(slots=True)
 class KeptImage:
-    """An image to be stored: its position in the source, what was found about it, its
-    caption ids.
-    """
+    """An image to be stored: its index in the source, its check, its caption ids."""
 
     index: int
     checked: Checked
@@ -23,8 +19,10 @@ class KeptImage:
 
 @dataclasses.dataclass
 class Selection:
-    """images: the kept images by split, in the source's order. captions: the distinct captions by
-    id. skipped: one dictionary for everything left out or noted, each with id and reason.
+    """The result of `select`.
+
+    images: the kept images by split, in the source's order. captions: the distinct captions by id.
+    skipped: the lines of skipped.jsonl, each with an id and a reason.
     """
 
     images: dict[str, list[KeptImage]]
@@ -32,59 +30,67 @@ class Selection:
     skipped: list[dict]
 
     def reasons(self) -> dict[str, int]:
-        """How many lines of `skipped` there are of each reason."""
-        return dict(sorted(Counter(line["reason"] for line in self.skipped).items()))
+        """The number of files, items or captions that `skipped` lists under each reason."""
+        counts: Counter[str] = Counter()
+        for line in self.skipped:
+            counts[line["reason"]] += line.get("count", 1)
+        return dict(sorted(counts.items()))
 
 
 def select(checked: Iterable[Checked]) -> Selection:
-    """Drop what cannot be used and what comes twice; the result depends on the order of the source
-    alone.
+    """Leaves out unusable and duplicate images; depends on the order of the source alone.
 
-    An image that equals an earlier one (same pixels) gives its captions to that one. If the earlier
-    one is in the other split nothing of it is used, so that no held-out picture or caption pair is
-    trained on. A caption that another image has too is stored once and noted.
+    An image with the same pixels as an earlier one gives its captions to that one. If the earlier
+    one is in the other split, it is left out with its captions, so that no held-out picture or
+    caption pair is trained on. A caption of several images is stored once and noted.
     """
     selected = Selection({split: [] for split in SPLITS}, [], [])
     by_pixels: dict[str, KeptImage] = {}
     first_use: dict[str, tuple[int, str]] = {}  # caption -> its id and the image that first had it
-    for index, found in enumerate(checked):
-        selected.skipped.extend({"id": found.id, "reason": reason} for reason in found.bad_captions)
-        if found.reason:
-            selected.skipped.append(
-                {"id": found.id, "reason": found.reason, "detail": found.detail}
-            )
+    for index, item in enumerate(checked):
+        selected.skipped += _caption_notes(item)
+        if item.reason:
+            selected.skipped.append({"id": item.id, "reason": item.reason, "detail": item.detail})
             continue
-        image = by_pixels.get(found.pixels)
+        image = by_pixels.get(item.pixels)
         if image is None:
-            image = by_pixels[found.pixels] = KeptImage(index, found, [])
-            selected.images[found.split].append(image)
-        else:
-            same_split = image.checked.split == found.split
-            reason = "duplicate_image" if same_split else "duplicate_image_in_other_split"
-            selected.skipped.append(
-                {
-                    "id": found.id,
-                    "reason": reason,
-                    "of": image.checked.id,
-                    "captions": found.captions,
-                }
-            )
-            if not same_split:
-                continue
-        _add_captions(selected, image, found, first_use)
+            image = by_pixels[item.pixels] = KeptImage(index, item, [])
+            selected.images[item.split].append(image)
+        elif not _merge(selected, image.checked, item):
+            continue
+        _add_captions(selected, image, item, first_use)
     return selected
 
 
+def _caption_notes(item: Checked) -> list[dict]:
+    bad = [{"id": item.id, "reason": reason} for reason in item.bad_captions]
+    removed = [
+        {"id": item.id, "reason": "removed_characters", "detail": note, "caption": caption}
+        for caption, note in zip(item.captions, item.removed)
+        if note
+    ]
+    return bad + removed
+
+
+def _merge(selected: Selection, first: Checked, item: Checked) -> bool:
+    """Notes a duplicate of `first`; returns whether its captions are used."""
+    same_split = first.split == item.split
+    reason = "duplicate_image" if same_split else "duplicate_image_in_other_split"
+    line = {"id": item.id, "reason": reason, "of": first.id, "captions": item.captions}
+    selected.skipped.append(line)
+    return same_split
+
+
 def _add_captions(
-    selected: Selection, image: KeptImage, found: Checked, first_use: dict[str, tuple[int, str]]
+    selected: Selection, image: KeptImage, item: Checked, first_use: dict[str, tuple[int, str]]
 ) -> None:
-    for caption in found.captions:
+    for caption in item.captions:
         if caption not in first_use:
-            first_use[caption] = (len(selected.captions), found.id)
+            first_use[caption] = (len(selected.captions), item.id)
             selected.captions.append(caption)
         else:
             line = {
-                "id": found.id,
+                "id": item.id,
                 "reason": "duplicate_caption",
                 "of": first_use[caption][1],
                 "caption": caption,

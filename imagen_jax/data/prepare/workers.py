@@ -1,4 +1,4 @@
-"""Processes that each hold the source, for work on images."""
+"""A pool of processes that each hold the source, for work on images."""
 
 import multiprocessing
 import os
@@ -9,15 +9,14 @@ from typing import Any
 
 from imagen_jax.data.sources.source import Source
 
-_source: Source | None = None  # of this worker process
+_source: Source | None = None  # in a worker process
 
 
 class Workers:
-    """Runs function(source, *task) for tasks in `processes` processes, or in this one if it is a
-    single one.
+    """Runs function(source, *task) in `processes` processes; in this process if there is one.
 
-    Workers are spawned, not forked (this process may have started JAX's threads), and end with this
-    process even if it is killed.
+    Workers are spawned, not forked, because this process may have started JAX's threads. They end
+    with this process, even if it is killed.
     """
 
     def __init__(self, source: Source, processes: int):
@@ -39,8 +38,9 @@ class Workers:
     def each(
         self, function: Callable[..., Any], tasks: Iterable[tuple], ahead: int
     ) -> Iterator[Any]:
-        """The results as they are ready, in no order; an exception in a task is raised here.
-        `tasks` are asked for one by one, at most `ahead` more than have results.
+        """Yields the results as they are ready, in no order; raises an exception of a task.
+
+        Draws `tasks` one by one, at most `ahead` more than have results.
         """
         if self._pool is None:
             yield from (function(self._source, *task) for task in tasks)
@@ -62,9 +62,7 @@ def _start(source: Source) -> None:
 
 
 def end_with_parent() -> None:
-    """For a thread of a worker: ends the worker as soon as the process that started it has ended,
-    however that was.
-    """
+    """Runs in a thread of a worker: ends the worker when the process that started it ends."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

@@ -1,5 +1,5 @@
-"""Where captioned images come from: one module for each kind of source, found by its name.
+"""Sources of captioned images: one module for each kind, found by its name.
 
-A source gives encoded images and captions as they are; it must not know what is kept of them, nor
+A source returns encoded images and captions unchanged; it must not know which of them are kept, nor
 how prepared data are stored.
 """

@@ -1,11 +1,12 @@
-"""The data set that ships with the package: 3,391 emoji, 256x256, captioned, with a split that
-tests composition.
+"""The embedded data set: 3,391 captioned emoji at 256x256; its split tests composition.
 
 `tools/build_emoji.py` makes it and documents the split; `assets/emoji/NOTICE` names its origins.
 """
 
 import argparse
 import importlib.resources
+from collections.abc import Mapping
+from typing import Any
 
 from imagen_jax.data.sources.source import SourceItem
 
@@ -13,15 +14,16 @@ USAGE = "emoji"
 
 
 def open_source(name: str, args: argparse.Namespace) -> "EmojiSource":
-    """The embedded set. Raises ValueError for a held-out fraction: it has a split of its own."""
+    """Opens the embedded set. Raises ValueError for --heldout: the set has its own split."""
     if args.heldout:
         raise ValueError("the emoji have their own held-out compositions: leave --heldout at 0")
     return EmojiSource()
 
 
 class EmojiSource:
-    """The embedded emoji as a source: items of `train`, then those of `heldout`; the id is the
-    emoji's hexcode.
+    """The embedded emoji: the items of `train`, then those of `heldout`.
+
+    The id of an item is the emoji's hexcode.
     """
 
     def __init__(self):
@@ -38,27 +40,29 @@ class EmojiSource:
         return sum(len(rows) for _, rows in self._splits)
 
     def __getitem__(self, index: int) -> SourceItem:
-        """Item `index` as WebP bytes with two captions: the label in words; the label with
-        keywords. IndexError past the end.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"the embedded data set has items 0 to {len(self) - 1}, not {index}")
-        for _split, rows in self._splits:
-            if index < len(rows):
-                break
-            index -= len(rows)
-        row = rows[index]
-        return SourceItem(
-            id=row["id"].decode(),
-            image=row["image"],
-            captions=[c.decode() for c in row["captions"]],
-            split=split,
-        )
+        """Returns an item: WebP bytes and two captions, the label in words and with keywords.
 
-    def describe(self) -> dict:
-        """What the manifest of a prepared directory records of its source."""
+        Raises:
+          IndexError: there is no such item.
+        """
+        start = 0
+        for split, rows in self._splits:
+            if start <= index < start + len(rows):
+                return _item(rows[index - start], split)
+            start += len(rows)
+        raise IndexError(f"the embedded data set has items 0 to {start - 1}, not {index}")
+
+    def describe(self) -> dict[str, Any]:
         return {
             "kind": "embedded",
             "name": "emoji",
             "images": {name: len(rows) for name, rows in self._splits},
         }
+
+    def notes(self) -> list[dict[str, Any]]:
+        return []
+
+
+def _item(row: Mapping[str, Any], split: str) -> SourceItem:
+    captions = [caption.decode() for caption in row["captions"]]
+    return SourceItem(row["id"].decode(), row["image"], captions, split)

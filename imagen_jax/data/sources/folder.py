@@ -1,57 +1,63 @@
 """A folder of images with their captions in one of three forms."""
 
 import argparse
-import csv
+import errno
 import hashlib
 import json
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from imagen_jax.data.sources.source import SourceItem, hashed_split
+from imagen_jax.caption_text import lines, read_text
+from imagen_jax.data.sources.listing import Listed, read_csv, read_jsonl
+from imagen_jax.data.sources.source import Fault, SourceItem, hashed_split
+from imagen_jax.data.sources.walk import Note, files_below
+from imagen_jax.storage import check_local, is_away
 
 USAGE = "folder:DIR (with captions.jsonl, captions.csv or .txt files)"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# macOS stores a file's attributes beside it under this prefix where a disk has no room for them.
+_APPLE_DOUBLE = "._"
+_KINDS = 50  # kinds of ignored files with a note of their own
+# Failures of the machine, not of the file that was opened.
+_OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 def open_source(name: str, args: argparse.Namespace) -> "FolderSource":
-    """The folder `name`."""
-    return FolderSource(name, args.heldout)
+    """Opens the folder `name`. An output inside it is not a part of the source."""
+    output = getattr(args, "output", None)
+    return FolderSource(name, args.heldout, Path(output) if output else None)
 
 
 class FolderSource:
-    """Images under a directory with their captions in one of three forms.
+    """Images below a directory, with their captions in one of three forms.
 
     captions.jsonl: one object a line, {"file": "a.png", "caption": "..."} or {"file": ...,
-    "captions": [...]}, optionally "split": "train" or "heldout"; captions.csv: columns file,
-    caption and optionally split; otherwise a.txt beside a.png, one caption a line. A file may come
-    on several lines. Every image in the directory and every file named is an item, so that images
-    without captions and captions without images are reported by prepare_data.
+    "captions": [...]}, optionally "split": "train" or "heldout". captions.csv: columns file,
+    caption and optionally split. Otherwise a.txt next to a.png, one caption a line. A file may
+    have several rows.
+
+    Every image below the directory is an item, and so is every file that has a row. So
+    prepare_data reports images without captions and captions without images. Links to directories
+    are followed. `notes` lists the files and folders that were not read.
     """
 
-    def __init__(self, directory: str | Path, heldout: float):
+    def __init__(self, directory: str | Path, heldout: float, output: Path | None = None):
+        check_local("the source", directory)
         self._directory, self._heldout = Path(directory), heldout
         if not self._directory.is_dir():
             raise ValueError(f"{self._directory} is not a directory of images")
-        listed = list(self._listed())
-        captions: dict[str, list[str]] = {}
-        splits: dict[str, str] = {}
-        for file, texts, split in listed:
-            captions.setdefault(file, []).extend(texts)
-            if split and splits.setdefault(file, split) != split:
-                raise ValueError(f"{self._directory}: {file} is in both splits")
-        if splits and heldout:
-            raise ValueError(
-                f"{self._directory}: the captions file names its own splits, leave --heldout at 0"
-            )
-        for path in sorted(self._directory.rglob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                captions.setdefault(path.relative_to(self._directory).as_posix(), [])
+        files, self._notes = files_below(self._directory, _work_of(output))
+        images = [file for file in files if _is_image(file)]
+        self._faults: dict[str, Fault] = {}
+        used = set(images)
+        captions, splits = self._read(images, set(files), used)
+        for file in images:
+            captions.setdefault(file, [])
+        self._notes += _ignored(file for file in files if file not in used)
         if not captions:
-            raise ValueError(
-                f"{self._directory} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no captions"
-                " file"
-            )
+            raise ValueError(self._empty())
         self._items = [
             (file, texts, splits.get(file) or hashed_split(file, heldout))
             for file, texts in sorted(captions.items())
@@ -62,8 +68,8 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> SourceItem:
         file, captions, split = self._items[index]
-        path = self._directory / file
-        return SourceItem(file, path.read_bytes() if path.is_file() else None, captions, split)
+        image, fault = _read_image(self._directory / file)
+        return SourceItem(file, image, captions, split, fault or self._faults.get(file))
 
     def describe(self) -> dict[str, Any]:
         listing = hashlib.sha256(json.dumps(self._items).encode()).hexdigest()
@@ -76,69 +82,106 @@ class FolderSource:
             "listing_sha256": listing,
         }
 
-    def _listed(self) -> Iterable[tuple[str, list[str], str]]:
-        """(file, captions, split or "") from the captions file, or from the .txt files beside the
-        images.
-        """
-        jsonl, table = self._directory / "captions.jsonl", self._directory / "captions.csv"
-        if jsonl.is_file() and table.is_file():
+    def notes(self) -> list[Note]:
+        return list(self._notes)
+
+    def _read(
+        self, images: Sequence[str], files: set[str], used: set[str]
+    ) -> tuple[dict[str, list[str]], dict[str, str]]:
+        """Returns {file: captions} and {file: split}; adds the files it reads to `used`."""
+        captions: dict[str, list[str]] = {}
+        splits: dict[str, str] = {}
+        for file, texts, split in self._listed(images, files, used):
+            captions.setdefault(file, []).extend(texts)
+            if split and splits.setdefault(file, split) != split:
+                raise ValueError(f"{self._directory}: {file} is in both splits")
+        if splits and self._heldout:
+            raise ValueError(
+                f"{self._directory}: the captions file names its own splits, leave --heldout at 0"
+            )
+        return captions, splits
+
+    def _listed(self, images: Sequence[str], files: set[str], used: set[str]) -> Iterable[Listed]:
+        """Rows of the captions file; without one, of the .txt files next to the images."""
+        readers = {"captions.jsonl": read_jsonl, "captions.csv": partial(read_csv, files=files)}
+        tables = [name for name in readers if name in files]
+        if len(tables) > 1:
             raise ValueError(
                 f"{self._directory} has both captions.jsonl and captions.csv: keep one"
             )
-        if jsonl.is_file():
-            return _read_jsonl(jsonl)
-        if table.is_file():
-            return _read_csv(table)
-        return self._sidecars()
+        used.update(tables)
+        for name in tables:
+            return readers[name](self._directory / name)
+        return self._sidecars(images, files, used)
 
-    def _sidecars(self) -> Iterable[tuple[str, list[str], str]]:
-        for path in sorted(self._directory.rglob("*")):
-            text = path.with_suffix(".txt")
-            if path.suffix.lower() in IMAGE_SUFFIXES and text.is_file():
-                yield (
-                    path.relative_to(self._directory).as_posix(),
-                    text.read_text("utf-8").splitlines(),
-                    "",
-                )
+    def _sidecars(self, images: Sequence[str], files: set[str], used: set[str]) -> Iterator[Listed]:
+        for file in images:
+            text = PurePosixPath(file).with_suffix(".txt").as_posix()
+            if text in files:
+                used.add(text)
+                yield file, self._captions(file, text), ""
 
-
-def _read_jsonl(path: Path) -> Iterable[tuple[str, list[str], str]]:
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    def _captions(self, file: str, text: str) -> list[str]:
         try:
-            row = json.loads(line)
-            captions = (
-                row["captions"] if "captions" in row else [row["caption"] or ""]
-            )  # null: reported as empty
-            yield _listing(row["file"], captions, row.get("split") or "")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}:{number} is not an object with file and caption(s): {error}"
-            ) from error
+            return list(lines(read_text(self._directory / text)))
+        except (ValueError, OSError) as error:
+            _raise_unless_of_the_file(error)
+            cause = getattr(error, "strerror", None)
+            detail = f"{text}: {cause}" if cause else str(error)
+            self._faults[file] = Fault(
+                "unreadable_captions", detail.replace(f"{self._directory}/", "")
+            )
+            return []
+
+    def _empty(self) -> str:
+        ignored = ", ".join(f"{note['id']} {note['reason']}" for note in self._notes[:10])
+        return (
+            f"{self._directory} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no captions file"
+            + (f"; not read: {ignored}" if ignored else "")
+        )
 
 
-def _read_csv(path: Path) -> Iterable[tuple[str, list[str], str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not {"file", "caption"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path}: the first line must name the columns file and caption")
-        for row in reader:
-            try:
-                yield _listing(row["file"], [row["caption"]], row.get("split") or "")
-            except ValueError as error:
-                raise ValueError(f"{path}:{reader.line_num}: {error}") from error
+def _work_of(output: Path | None) -> set[str]:
+    """Real paths of the output and of the directory in which it is made."""
+    if output is None:
+        return set()
+    output = output.resolve()
+    return {str(output), f"{output}.partial"}
 
 
-def _listing(file: Any, captions: Any, split: str) -> tuple[str, list[str], str]:
-    if (
-        not isinstance(file, str)
-        or not isinstance(captions, list)
-        or not all(isinstance(c, str) for c in captions)
-    ):
-        raise ValueError("file and captions must be text")
-    if Path(file).is_absolute() or ".." in Path(file).parts:
-        raise ValueError(f"{file} is not in the directory of the captions file")
-    if split not in ("", "train", "heldout"):
-        raise ValueError(f"split {split!r} is neither train nor heldout")
-    return file, captions, split
+def _is_image(file: str) -> bool:
+    path = PurePosixPath(file)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(_APPLE_DOUBLE)
+
+
+def _ignored(files: Iterable[str]) -> list[Note]:
+    """One note for each kind of file that is not looked at: its suffix, their number, examples."""
+    kinds: dict[str, Note] = {}
+    for file in files:
+        path = PurePosixPath(file)
+        kind = f"{_APPLE_DOUBLE}*" if path.name.startswith(_APPLE_DOUBLE) else f"*{path.suffix}"
+        if kind not in kinds and len(kinds) >= _KINDS:
+            kind = "other files"
+        empty = {"id": kind, "reason": "ignored_file", "count": 0, "files": []}
+        note = kinds.setdefault(kind, empty)
+        note["count"] += 1
+        if len(note["files"]) < 3:
+            note["files"].append(file)
+    return list(kinds.values())
+
+
+def _read_image(path: Path) -> tuple[bytes | None, Fault | None]:
+    """The file's content, None if there is no such file; and why it cannot be read."""
+    try:
+        return (path.read_bytes() if path.is_file() else None), None
+    except FileNotFoundError:
+        return None, None
+    except OSError as error:
+        _raise_unless_of_the_file(error)
+        return None, Fault("unreadable_image", error.strerror or str(error))
+
+
+def _raise_unless_of_the_file(error: Exception) -> None:
+    """Raises an error that the next file would meet too: trying again may help."""
+    if is_away(error) or getattr(error, "errno", None) in _OF_THE_MACHINE:
+        raise error

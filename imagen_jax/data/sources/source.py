@@ -1,13 +1,13 @@
 """The interface of a source of captioned images, and the discovery of sources by name.
 
-A source is one module of this folder, and its name is the kind: `--source folder:DIR` is opened by
-`folder.py`. The module has
+A source is one module of this folder, and its name is the kind: `folder.py` opens
+`--source folder:DIR`. The module has
 
-    USAGE                      what follows `--source`, for messages: "folder:DIR"
-    open_source(name, args)    the source; `name` is what stands after the colon, `args` the options
-    add_options(parser)        only if the kind has options of its own
+    USAGE                      the value of `--source`, for messages: "folder:DIR"
+    open_source(name, args)    opens it; `name` is the text after the colon, `args` the options
+    add_options(parser)        optional: options of this kind
 
-so a new kind of source is one new file here, and nothing else learns its name.
+A new kind of source is one new file here; no other file names it.
 """
 
 import argparse
@@ -16,55 +16,79 @@ import hashlib
 import importlib
 import pkgutil
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from imagen_jax.data import sources
 
 
+class Fault(NamedTuple):
+    """Why an item cannot be used: a reason of skipped.jsonl, and details."""
+
+    reason: str
+    detail: str
+
+
 @dataclasses.dataclass(frozen=True)
 class SourceItem:
-    """One image as the source has it: id, encoded bytes (None if the file is missing), captions,
-    train or heldout.
+    """One image as the source has it.
+
+    image: encoded bytes, None if the file is missing. split: "train" or "heldout". fault: set if
+    the source cannot read a part of the item.
     """
 
     id: str
     image: bytes | None
     captions: list[str]
     split: str
+    fault: Fault | None = None
 
 
 @runtime_checkable
 class Source(Protocol):
-    """What prepare_data needs of a source."""
+    """Captioned images by index.
+
+    A damaged item has a fault and raises nothing, so that it costs only itself. An error that
+    another attempt may not meet, such as a file system that does not answer, is raised.
+    """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> SourceItem: ...
 
-    def describe(self) -> dict[str, Any]: ...
+    def describe(self) -> dict[str, Any]:
+        """JSON for the manifest; equal for equal items."""
+        ...
+
+    def notes(self) -> list[dict[str, Any]]:
+        """Lines for skipped.jsonl on files that are not items: "id", "reason" and details.
+
+        A "count" in a line says how many files it stands for; without it, one.
+        """
+        ...
 
 
 def hashed_split(item_id: str, heldout: float) -> str:
-    """`heldout` for that fraction of all ids, the same ids on every machine and in every order,
-    else `train`.
+    """Returns "heldout" for the fraction `heldout` of all ids, else "train".
+
+    It depends on the id alone, so it is the same on every machine and in every order.
     """
-    place = int.from_bytes(hashlib.sha256(item_id.encode()).digest()[:8], "big") / 2**64
-    return "heldout" if place < heldout else "train"
+    fraction = int.from_bytes(hashlib.sha256(item_id.encode()).digest()[:8], "big") / 2**64
+    return "heldout" if fraction < heldout else "train"
 
 
 def kinds() -> dict[str, ModuleType]:
-    """{kind: the module that opens it}, one for each module of this folder but this one."""
-    names = (module.name for module in pkgutil.iter_modules(sources.__path__))
-    found = {name: importlib.import_module(f"{sources.__name__}.{name}") for name in names}
+    """Returns {kind: module} for the modules of this folder that open a source."""
+    names = [module.name for module in pkgutil.iter_modules(sources.__path__)]
+    modules = {name: importlib.import_module(f"{sources.__name__}.{name}") for name in names}
     return {
         name: module
-        for name, module in found.items()
+        for name, module in modules.items()
         if hasattr(module, "open_source") and name != "source"
     }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """`--source`, `--heldout` and the options of every kind of source."""
+    """Adds `--source`, `--heldout` and the options of every kind of source."""
     usages = ", ".join(module.USAGE for module in kinds().values())
     parser.add_argument("--source", required=True, help=usages)
     parser.add_argument(
@@ -79,15 +103,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def open_source(args: argparse.Namespace) -> Source:
-    """The source that `args.source` names. Raises ValueError if there is no such kind, or it cannot
-    be opened.
+    """Opens the source that `args.source` names.
+
+    Raises:
+      ValueError: there is no such kind, or the source cannot be opened.
     """
     kind, _, name = args.source.partition(":")
-    known = kinds()
-    takes_name = kind in known and ":" in known[kind].USAGE
-    if kind not in known or takes_name != bool(name):
-        usages = [module.USAGE for module in known.values()]
+    modules = kinds()
+    takes_name = kind in modules and ":" in modules[kind].USAGE
+    if kind not in modules or takes_name != bool(name):
+        usages = [module.USAGE for module in modules.values()]
         raise ValueError(
             f"--source {args.source!r} is not {', '.join(usages[:-1])} or {usages[-1]}"
         )
-    return known[kind].open_source(name, args)
+    return modules[kind].open_source(name, args)

@@ -4,13 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from imagen_jax.data.sources.source import SourceItem, hashed_split
+from imagen_jax.data.sources.source import Fault, SourceItem, hashed_split
+from imagen_jax.storage import check_local
 
 USAGE = "tfds:NAME or tfds:DIR"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Which split and features of the dataset are read."""
+    """Adds the options that choose a split and features of the dataset."""
     parser.add_argument("--tfds_dir", default=None, help="TFDS data directory")
     parser.add_argument("--tfds_split", default="train", help="split to read")
     parser.add_argument("--tfds_image", default="image", help="image feature")
@@ -22,15 +23,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def open_source(name: str, args: argparse.Namespace) -> "TfdsSource":
-    """The dataset `name`, or the one in the directory `name`."""
+    """Opens the dataset `name`, or the one in the directory `name`."""
     return TfdsSource(
         name, args.tfds_dir, args.tfds_split, args.tfds_image, args.tfds_caption, args.heldout
     )
 
 
 class TfdsSource:
-    """A split of a TFDS dataset that is already on disk in ArrayRecord format; images are taken as
-    stored, not decoded.
+    """A split of a TFDS dataset on disk in the ArrayRecord format; images stay encoded.
 
     `caption` may be a path such as captions/text; a sequence gives several captions.
     """
@@ -40,6 +40,8 @@ class TfdsSource:
     ):
         import tensorflow_datasets as tfds
 
+        for path in (name, data_dir or ""):
+            check_local("the TFDS dataset", path)
         is_directory = (Path(name) / "dataset_info.json").is_file()
         try:
             options = {"data_dir": data_dir, "file_format": "array_record"}
@@ -47,16 +49,16 @@ class TfdsSource:
                 tfds.builder_from_directory(name) if is_directory else tfds.builder(name, **options)
             )
         except (tfds.core.DatasetNotFoundError, ModuleNotFoundError) as error:
-            cause = str(error).splitlines()[0]
+            cause = str(error).partition("\n")[0]
             raise ValueError(
                 f"tfds:{name} is not a TFDS dataset or a directory of one ({cause})"
             ) from error
         if split not in builder.info.splits:
-            found = (
+            splits = (
                 ", ".join(builder.info.splits)
                 or "none: download_and_prepare it first, file_format='array_record'"
             )
-            raise ValueError(f"tfds:{name} has no split {split!r} on disk (found {found})")
+            raise ValueError(f"tfds:{name} has no split {split!r} on disk (found {splits})")
         for feature in (image, caption):
             _check_feature(f"tfds:{name}", builder.info.features, feature)
         try:
@@ -72,19 +74,40 @@ class TfdsSource:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> SourceItem:
-        row = self._rows[index]
+        row = self._row(index)
         item_id = f"{self._split}-{index:09d}"
         captions = row
         for key in self._caption.split("/"):
             captions = captions[key]
         captions = [captions] if isinstance(captions, bytes | str) else list(captions)
-        texts = [text.decode() if isinstance(text, bytes) else str(text) for text in captions]
-        return SourceItem(item_id, row[self._image], texts, hashed_split(item_id, self._heldout))
+        texts, fault = _decoded(captions)
+        split = hashed_split(item_id, self._heldout)
+        return SourceItem(item_id, row[self._image], texts, split, fault)
+
+    def _row(self, index: int) -> Any:
+        """Raises ValueError that names the dataset: a damaged shard is not one bad item."""
+        try:
+            return self._rows[index]
+        except OSError:
+            raise
+        except Exception as error:
+            cause = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{self._name}: row {index} cannot be read: {cause}") from error
 
     def describe(self) -> dict[str, Any]:
         features = {"image": self._image, "caption": self._caption}
         options = {"split": self._split, "heldout": self._heldout}
         return {"kind": "tfds", "name": self._name, "items": len(self)} | features | options
+
+    def notes(self) -> list[dict[str, Any]]:
+        return []
+
+
+def _decoded(captions: list[Any]) -> tuple[list[str], Fault | None]:
+    try:
+        return [c.decode() if isinstance(c, bytes) else str(c) for c in captions], None
+    except UnicodeDecodeError as error:
+        return [], Fault("unreadable_captions", f"not UTF-8 text ({error.reason})")
 
 
 def _check_feature(label: str, features: Any, path: str) -> None:

@@ -1,6 +1,4 @@
-"""Several processes prepare one directory: the same bytes as one process, through deaths and
-restarts, and a word from whoever is left.
-"""
+"""Several processes prepare one directory: the bytes of one process, through any kill."""
 
 import fcntl
 import json
@@ -28,8 +26,9 @@ CAPTIONS = {"a colour ramp"} | {f"picture number {i}" for i in range(20)}
 
 
 def start(folder, output, count, run, victim=None, kill_at=0):
-    """`count` processes of one start; `victim` kills itself at a rename. Each logs what it encodes
-    to RUN.INDEX beside `output`.
+    """Starts `count` processes; `victim` kills itself at a rename.
+
+    Each logs the captions that it encodes to RUN.INDEX next to `output`.
     """
     base = [sys.executable, "-m", "tests.data.synthetic_source", str(folder), str(output), "1"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
@@ -57,9 +56,7 @@ def free_port() -> int:
 
 
 def finish(processes) -> list[str]:
-    """Their standard errors, once all have ended well, which takes seconds if the machine has
-    nothing else to do.
-    """
+    """Waits until all have succeeded; returns their standard errors."""
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), errors
     return errors
@@ -70,9 +67,7 @@ def encoded(output, run) -> list[str]:
 
 
 def test_two_processes_make_what_one_makes(folder, whole, tmp_path):
-    """Wrong: two processes, joined as a launcher joins them, that both encode a caption, leave one
-    out, or change a byte or the manifest's hash.
-    """
+    """Catches two joined processes that encode a caption twice or never, or change a byte."""
     output = tmp_path / "data"
     finish(start(folder, output, 2, "environment"))
     assert tree(output) == tree(whole)
@@ -93,9 +88,10 @@ def test_two_processes_make_what_one_makes(folder, whole, tmp_path):
 def test_killed_in_the_middle_others_say_so_and_a_restart_continues(
     folder, whole, tmp_path, run, victim, kill_at, restarted
 ):
-    """Wrong: a survivor that waits for ever or that jax ends with a stack trace, a half-written
-    file under a final name, finished shards encoded again or lost when the number of processes
-    changes, an exit code by which a launcher takes the survivor for the culprit.
+    """Catches a survivor that hangs, or whose exit code makes a launcher blame it.
+
+    Also a half-written file under a final name, and finished shards encoded again or lost when the
+    number of processes changes.
     """
     output, partial = tmp_path / "data", tmp_path / "data.partial"
     processes = start(folder, output, 2, run, victim, kill_at)
@@ -133,7 +129,7 @@ def quick(monkeypatch):
 
 
 def together(*members):
-    """Runs functions in threads of their own; the exception each ended with, or None."""
+    """Runs functions in threads; returns the exception that ended each, or None."""
     ends = [None] * len(members)
 
     def run(i):
@@ -152,7 +148,7 @@ def together(*members):
 
 
 def preparing(folder, output, index, count, encoder=None, run="one", late_s=0.0, **changes):
-    """A function that is process `index` of `count`, started `late_s` later."""
+    """Returns a function that is process `index` of `count`, started `late_s` later."""
     partial = output.with_name(f"{output.name}.partial")
 
     def prepare():
@@ -168,9 +164,7 @@ def preparing(folder, output, index, count, encoder=None, run="one", late_s=0.0,
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_any_number_ends_together_and_again_at_once(folder, whole, tmp_path, quick, count):
-    """Wrong: more processes than shards that wait for ever, a member that ends before the result is
-    there, a finished run done again.
-    """
+    """Catches idle processes that hang or end before the result is there, and work done twice."""
     output = tmp_path / "data"
     for run in ("one", "two"):
         encoders = [FakeEncoder() for _ in range(count)]
@@ -183,9 +177,7 @@ def test_any_number_ends_together_and_again_at_once(folder, whole, tmp_path, qui
 
 
 def test_a_process_at_work_holds_the_lock(folder, tmp_path, quick):
-    """Wrong: nothing by which the leader of a restart could tell that a process of the start before
-    still writes.
-    """
+    """Catches a restart that cannot tell that a process of an earlier start still writes."""
     seen = []
 
     class Looks(FakeEncoder):
@@ -205,7 +197,7 @@ def test_a_process_at_work_holds_the_lock(folder, tmp_path, quick):
 
 
 def test_a_mistake_of_one_ends_all_with_its_words(folder, tmp_path, quick):
-    """Wrong: the others waiting out the silence, or ending without the reason."""
+    """Catches others that end without the reason, or only after the silence."""
 
     class Broken(FakeEncoder):
         def encode(self, texts, batch_size):
@@ -226,9 +218,7 @@ def test_a_mistake_of_one_ends_all_with_its_words(folder, tmp_path, quick):
 
 
 def test_other_settings_in_one_process_are_refused(folder, tmp_path, quick):
-    """Wrong: shards of two sizes in one directory, because a process was started with another
-    command line.
-    """
+    """Catches shards of two sizes in one directory, from processes with other options."""
     ends = together(
         preparing(folder, tmp_path / "data", 0, 2),
         preparing(folder, tmp_path / "data", 1, 2, shard_size=9),
@@ -237,14 +227,15 @@ def test_other_settings_in_one_process_are_refused(folder, tmp_path, quick):
 
 
 def test_a_directory_that_is_not_shared_is_noticed(folder, tmp_path, quick):
-    """Wrong: processes on hosts with directories of their own that wait for each other for ever."""
+    """Catches hosts with separate directories that wait for each other for ever."""
     (tmp_path / "elsewhere").mkdir()
     ends = together(
         preparing(folder, tmp_path / "data", 0, 2),
         preparing(folder, tmp_path / "elsewhere" / "data", 1, 2),
     )
-    assert "process 1 (host-1) has not been heard of for 1.5 s: it died, or does not see" in str(
-        ends[0]
+    assert (
+        "process 1 (host-1) has not been heard of for 1.5 s: it died, or has no access to"
+        in str(ends[0])
     )
     assert "process 0 (host-0) has not been heard of" in str(ends[1])
 
@@ -253,9 +244,7 @@ def test_a_directory_that_is_not_shared_is_noticed(folder, tmp_path, quick):
 def test_processes_of_an_earlier_start_are_waited_for(
     folder, whole, tmp_path, quick, monkeypatch, count
 ):
-    """Wrong: a new start beside processes of the old one that still write, or that takes their
-    signs of life for its own.
-    """
+    """Catches a new start next to writing processes of an old one, or that mixes up heartbeats."""
     monkeypatch.setattr(
         crew, "SILENT_S", 4.0
     )  # two processes write the same file in turn, and each has to be heard
@@ -280,9 +269,7 @@ def test_processes_of_an_earlier_start_are_waited_for(
 
 
 def test_what_an_earlier_start_said_is_old(folder, whole, tmp_path, quick):
-    """Wrong: a process that ends, or begins, because the leader of an earlier start once
-    said so.
-    """
+    """Catches a process that begins or ends on a message of an earlier start's leader."""
     crew_directory = tmp_path / "data.partial" / "crew"
     for state in ("failed", "done", "go"):
         crew_directory.mkdir(parents=True)

@@ -1,9 +1,8 @@
-"""prepare_data: what it keeps, what it reports, and that neither processes nor kills change a byte
-of it.
-"""
+"""prepare_data: what it stores, and that neither processes nor kills change a byte of it."""
 
-import io
+import errno
 import json
+import os
 import random
 import signal
 import subprocess
@@ -12,31 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from imagen_jax import prepare_data
 from imagen_jax.data import pipeline, records
 from imagen_jax.data.prepare import passes
 from imagen_jax.data.sources.folder import FolderSource
 from tests import tiny
 from tests.data import synthetic
-from tests.data.synthetic_source import SETTINGS, FakeEncoder, tree, write_folder
+from tests.data.synthetic_source import SETTINGS, FakeEncoder, prepare, tree, write_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def prepare(folder, output, encoder=None, heldout=0.2, **changes):
-    settings = passes.Settings(**SETTINGS | changes)
-    return passes.prepare(FolderSource(folder, heldout), encoder or FakeEncoder(), output, settings)
-
-
-def skipped(output):
-    return [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
-
-
 def test_everything_is_stored_once_and_linked(folder, whole):
-    """Catches: captions stored per image, wrong caption ids, re-encoded images, features of another
-    caption, padding.
-    """
+    """Catches captions stored per image, wrong ids or features, padding, re-encoded images."""
     prepared = records.Prepared(whole)
     prepared.verify()
     captions, encoder, source = prepared.captions(), FakeEncoder(), FolderSource(folder, 0.2)
@@ -54,7 +42,7 @@ def test_everything_is_stored_once_and_linked(folder, whole):
 
 
 def test_manifest_tells_what_is_there(whole):
-    """Catches: counts of something else, norms over padding or captions, a missing identity."""
+    """Catches wrong counts, norms over padding or captions, a missing identity."""
     manifest = records.Prepared(whole).manifest
     features = np.concatenate(
         [
@@ -79,7 +67,7 @@ def test_manifest_tells_what_is_there(whole):
 
 
 def test_trained_on_as_it_is(whole):
-    """Catches: a prepared directory the pipeline or TFDS cannot read."""
+    """Catches a prepared directory that the pipeline or TFDS cannot read."""
     import tensorflow_datasets as tfds
 
     size = {
@@ -103,9 +91,7 @@ def test_trained_on_as_it_is(whole):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_change_no_byte(folder, whole, tmp_path, processes, monkeypatch):
-    """Catches: order of completion, time stamps, paths or process ids in the output; results of
-    tasks swapped.
-    """
+    """Catches completion order, time stamps, paths or process ids in the output."""
     monkeypatch.setattr(passes, "_CHUNK", 3)
     prepare(folder, tmp_path / "data", processes=processes)
     assert tree(tmp_path / "data") == tree(whole)
@@ -113,9 +99,7 @@ def test_processes_change_no_byte(folder, whole, tmp_path, processes, monkeypatc
 
 
 def run_as_a_program(folder, output, processes, kill_at):
-    """The same in a process of its own, which kills itself at the `kill_at`-th rename (half of them
-    just before it).
-    """
+    """Prepares in a process that kills itself at the `kill_at`-th rename, or just before it."""
     command = [
         sys.executable,
         "-m",
@@ -129,9 +113,7 @@ def run_as_a_program(folder, output, processes, kill_at):
 
 
 def test_killed_at_any_rename_it_continues_to_the_same_bytes(folder, whole, tmp_path):
-    """Catches: half-written files under final names, work counted as done too early, done twice, or
-    lost after SIGKILL.
-    """
+    """Catches half-written files under final names, and work done twice or lost after SIGKILL."""
     output, rng, killed = tmp_path / "data", random.Random(0), 0
     for _ in range(20):
         process = run_as_a_program(folder, output, 1, rng.randint(2, 12))
@@ -146,9 +128,7 @@ def test_killed_at_any_rename_it_continues_to_the_same_bytes(folder, whole, tmp_
 
 
 def test_killed_at_any_time_with_workers(folder, whole, tmp_path):
-    """Catches: workers that outlive a killed parent and spoil the next run, and what the test above
-    catches, in parallel.
-    """
+    """Catches workers that outlive a killed parent and spoil the next run."""
     output = tmp_path / "data"
     for seconds in (0.8, 1.6, 2.4):
         process = run_as_a_program(folder, output, 2, 0)
@@ -169,17 +149,15 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize(
-    "last", ["_write_shard", "_encode_shard", "_finish", "_check_chunk", "_journal"]
+    "last", ["_write_shard", "_encode_shard", "finish", "_check_chunk", "_journal"]
 )
 def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, last, monkeypatch):
-    """Catches: a pass that starts again from nothing, trusts what the pass before left unfinished,
-    or publishes early.
-    """
+    """Catches a pass that starts over, trusts unfinished work, or publishes early."""
     output, original, calls = tmp_path / "data", getattr(passes, last), []
 
     def stopping(*args):
         calls.append(args)
-        if len(calls) == (1 if last == "_finish" else 2):
+        if len(calls) == (1 if last == "finish" else 2):
             raise Stop
         return original(*args)
 
@@ -196,7 +174,7 @@ def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, last, mo
         len(encoder.encoded)
         == {
             "_write_shard": 0,
-            "_finish": 0,
+            "finish": 0,
             "_encode_shard": 13,
             "_journal": 13,
             "_check_chunk": 21,
@@ -206,12 +184,10 @@ def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, last, mo
 
 
 def test_other_arguments_are_refused(folder, tmp_path, monkeypatch):
-    """Catches: two settings mixed in one directory, before or after it is complete; a finished run
-    done again.
-    """
+    """Catches two settings mixed in one directory, and a complete run done again."""
     output = tmp_path / "data"
     with monkeypatch.context() as patch:
-        patch.setattr(passes, "_finish", lambda *a: (_ for _ in ()).throw(Stop()))
+        patch.setattr(passes, "finish", lambda *a: (_ for _ in ()).throw(Stop()))
         with pytest.raises(Stop):
             prepare(folder, output)
     for changes in ({"shard_size": 9}, {"encoder": FakeEncoder(max_length=3)}, {"heldout": 0.5}):
@@ -229,9 +205,7 @@ def test_other_arguments_are_refused(folder, tmp_path, monkeypatch):
 
 
 def test_one_at_a_time(folder, tmp_path):
-    """Catches: two runs writing the same work directory; a foreign directory taken for unfinished
-    work and removed.
-    """
+    """Catches two runs in one work directory, and a foreign directory that is removed."""
     with (
         passes._locked(tmp_path / "data.partial"),
         pytest.raises(ValueError, match="another process is preparing data in"),
@@ -243,163 +217,8 @@ def test_one_at_a_time(folder, tmp_path):
         prepare(folder, tmp_path / "mine")
 
 
-@pytest.fixture
-def messy(tmp_path):
-    """A folder with one of everything that can be wrong."""
-    folder = tmp_path / "messy"
-    folder.mkdir()
-    image = synthetic.encode(synthetic.gradient(32, 1))
-    files = {
-        "good.png": image,
-        "twin.png": image,
-        "cut.png": image[: len(image) // 2],
-        "text.png": b"no image",
-        "empty.png": b"",
-    }
-    files |= {
-        "small.png": synthetic.encode(synthetic.gradient(8)),
-        "mute.png": synthetic.encode(synthetic.gradient(32, 2)),
-    }
-    files |= {
-        "blank.png": synthetic.encode(synthetic.gradient(32, 3)),
-        "unlisted.png": synthetic.encode(synthetic.gradient(32, 4)),
-    }
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    captions = {
-        name: ["a ramp"] for name in ("cut.png", "text.png", "empty.png", "small.png", "gone.png")
-    }
-    captions |= {
-        "good.png": ["a  ramp ", "a ramp", "one two three four five six seven"],
-        "twin.png": ["the same ramp"],
-    }
-    captions |= {"mute.png": [], "blank.png": [" \t", "", "bad \ud83d", "fine"]}
-    lines = [json.dumps({"file": name, "captions": texts}) for name, texts in captions.items()]
-    (folder / "captions.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def test_nothing_is_dropped_silently(messy, tmp_path):
-    """Catches: broken, missing, small, mute or double images and empty, invalid, cut or double
-    captions lost or not counted.
-    """
-    output = tmp_path / "data"
-    manifest = prepare(messy, output, heldout=0.0, min_size=16)
-    lines = {(line["id"], line["reason"]) for line in skipped(output)}
-    assert lines == {
-        ("cut.png", "broken_image"),
-        ("text.png", "broken_image"),
-        ("empty.png", "broken_image"),
-        ("gone.png", "missing_image"),
-        ("small.png", "small_image"),
-        ("mute.png", "no_caption"),
-        ("unlisted.png", "no_caption"),
-        ("twin.png", "duplicate_image"),
-        ("blank.png", "empty_caption"),
-        ("blank.png", "invalid_caption"),
-        ("good.png", "duplicate_caption"),
-        ("caption 2", "truncated_caption"),
-    }
-    counted = {
-        "broken_image": 3,
-        "missing_image": 1,
-        "small_image": 1,
-        "no_caption": 2,
-        "duplicate_image": 1,
-    }
-    counted |= {"empty_caption": 2, "invalid_caption": 1, "duplicate_caption": 1}
-    assert (
-        manifest["counts"]["skipped"] == counted and manifest["counts"]["truncated_captions"] == 1
-    )
-    assert not [line for line in skipped(output) if "0x" in line.get("detail", "")], (
-        "an address, which changes from run to run"
-    )
-    prepared = records.Prepared(output)
-    rows = {
-        row.id: row.caption_ids
-        for row in (prepared.images("train")[i] for i in range(prepared.num_images("train")))
-    }
-    texts = [prepared.captions()[i].text for i in range(manifest["counts"]["captions"])]
-    assert {name: [texts[i] for i in ids] for name, ids in rows.items()} == {
-        "good.png": ["a ramp", "one two three four five six seven", "the same ramp"],
-        "blank.png": ["fine"],
-    }
-
-
-def test_a_double_in_the_other_split_is_not_trained_on(tmp_path):
-    """Catches: the captions of a held-out picture merged into the training split, or the other way
-    round.
-    """
-    folder = tmp_path / "twins"
-    folder.mkdir()
-    for name in ("a.png", "b.png"):
-        (folder / name).write_bytes(synthetic.encode(synthetic.gradient(32)))
-    (folder / "captions.csv").write_text(
-        "file,caption,split\na.png,first,heldout\nb.png,second,train\n"
-    )
-    manifest = prepare(folder, tmp_path / "data", heldout=0.0)
-    assert (
-        manifest["counts"]["images"] == {"train": 0, "heldout": 1}
-        and manifest["counts"]["captions"] == 1
-    )
-    assert skipped(tmp_path / "data") == [
-        {
-            "id": "b.png",
-            "reason": "duplicate_image_in_other_split",
-            "of": "a.png",
-            "captions": ["second"],
-        }
-    ]
-
-
-def test_no_good_image_is_a_clear_error(tmp_path):
-    """Catches: an empty data set written as if all were well."""
-    folder = tmp_path / "bad"
-    folder.mkdir()
-    (folder / "a.png").write_bytes(b"nothing")
-    (folder / "a.txt").write_text("a caption")
-    with pytest.raises(ValueError, match="no usable image in .*1 broken_image"):
-        prepare(folder, tmp_path / "data")
-    assert not (tmp_path / "data").exists()
-
-
-def test_odd_images_are_stored_so_that_any_reader_sees_the_same(tmp_path):
-    """Catches: transparency read as black, a turned photograph, grey or palette images stored as
-    such, 16 bits cut off to white, JPEGs encoded again.
-    """
-    folder = tmp_path / "odd"
-    folder.mkdir()
-    clear = np.zeros((20, 20, 4), np.uint8)
-    clear[:10] = (255, 0, 0, 255)
-    Image.fromarray(clear).save(folder / "clear.png")
-    turned = Image.Exif()
-    turned[0x0112] = 6  # to be turned a quarter clockwise to stand upright
-    Image.fromarray(synthetic.gradient(24)[:12]).save(folder / "turned.jpg", exif=turned)
-    Image.fromarray(synthetic.gradient(20, 9)).convert("L").save(folder / "grey.png")
-    Image.fromarray(synthetic.gradient(20, 8)).save(folder / "plain.jpg")
-    Image.fromarray(np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)).save(
-        folder / "deep.png"
-    )
-    for path in list(folder.iterdir()):
-        path.with_suffix(".txt").write_text(path.stem)
-    prepare(folder, tmp_path / "data", heldout=0.0)
-    store = records.Prepared(tmp_path / "data").images("train")
-    rows = {store[i].id: store[i] for i in range(len(store))}
-    images = {name: Image.open(io.BytesIO(row.image)) for name, row in rows.items()}
-    assert {image.mode for image in images.values()} == {"RGB"}
-    pixels = np.asarray(images["clear.png"])
-    assert (pixels[:10] == (255, 0, 0)).all() and (pixels[10:] == 255).all()
-    np.testing.assert_allclose(
-        np.asarray(images["deep.png"])[..., 0].reshape(-1), np.linspace(0, 255, 400), atol=1.01
-    )
-    assert (rows["turned.jpg"].height, rows["turned.jpg"].width) == (24, 12) and images[
-        "turned.jpg"
-    ].size == (12, 24)
-    assert rows["plain.jpg"].image == (folder / "plain.jpg").read_bytes()
-
-
 def test_features_that_are_not_finite_stop_the_run(folder, tmp_path):
-    """Catches: an encoder that overflows and poisons the training set."""
+    """Catches an encoder that overflows and poisons the training set."""
     encoder = FakeEncoder()
     features = encoder.features
     encoder.features = lambda text: features(text) * (np.inf if text == "picture number 11" else 1)
@@ -408,7 +227,7 @@ def test_features_that_are_not_finite_stop_the_run(folder, tmp_path):
 
 
 def test_an_image_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
-    """Catches: an image stored with the size, split and captions of what it was before."""
+    """Catches an image stored with the size, split and captions of its earlier content."""
     folder = write_folder(tmp_path / "source")
     original = passes._encode_all
 
@@ -422,7 +241,7 @@ def test_an_image_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
 
 
 def test_preview_is_near_the_truth_and_writes_nothing(folder, whole, capsys):
-    """Catches: an estimate of something else, or files left by --dry_run."""
+    """Catches a wrong estimate, and files left by --dry_run."""
     before = set(folder.parent.rglob("*"))
     estimate = passes.preview(FolderSource(folder, 0.2), FakeEncoder(), passes.Settings(**SETTINGS))
     images = sum(len((folder / f"{i:03d}.png").read_bytes()) for i in range(20))
@@ -435,8 +254,87 @@ def test_preview_is_near_the_truth_and_writes_nothing(folder, whole, capsys):
     assert set(folder.parent.rglob("*")) == before
 
 
+def test_an_output_that_cannot_be_replaced_is_refused_first(folder, tmp_path, monkeypatch):
+    """Catches all the work done before the rename onto a mount point fails, at every attempt."""
+    output, encoder = tmp_path / "volume", FakeEncoder()
+    output.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: Path(path) == output)
+        with pytest.raises(
+            ValueError, match="volume is a mount point .*give --output .*volume/data"
+        ):
+            prepare(folder, output, encoder)
+
+    def busy(path):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", busy)
+        with pytest.raises(ValueError, match="volume is a mount point"):
+            prepare(folder, output, encoder)
+    (output / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="exists and is not prepared data"):
+        prepare(folder, output, encoder)
+    assert not encoder.encoded and [path.name for path in tmp_path.iterdir()] == ["volume"]
+
+
+def test_finished_data_on_a_mount_point_is_complete(folder, whole, monkeypatch):
+    """Catches data that is refused because a volume is mounted where it lies."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    assert prepare(folder, whole) == records.Prepared(whole).manifest
+
+
+def test_an_empty_output_is_filled(folder, whole, tmp_path):
+    """Catches an empty directory that is refused, or that fails at the end."""
+    (tmp_path / "data").mkdir()
+    prepare(folder, tmp_path / "data")
+    assert tree(tmp_path / "data") == tree(whole)
+
+
+def options(source, output, *more):
+    base = ["--encoder=t5_tiny", "--processes=1", f"--source={source}", f"--output={output}"]
+    return prepare_data.parser().parse_args([*base, *more])
+
+
+def test_the_work_is_on_the_file_system_of_a_linked_output(folder, whole, tmp_path, monkeypatch):
+    """Catches a link to an empty directory that cannot be replaced, with the work next to it."""
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "data").symlink_to(tmp_path / "disk" / "empty")
+    monkeypatch.setattr(prepare_data, "_load_encoder", lambda *_: FakeEncoder())
+    seen = []
+    original = passes._work
+    monkeypatch.setattr(passes, "_work", lambda *args: seen.append(args[2]) or original(*args))
+    prepare_data._run(options(f"folder:{folder}", tmp_path / "data", "--heldout=0.2"))
+    assert seen == [tmp_path / "disk" / "empty.partial"] and (tmp_path / "data").is_symlink()
+    assert records.Prepared(tmp_path / "data").num_images("train") > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output": "gs://bucket/data"}, "--output gs://bucket/data is a URL"),
+        ({"output": "gs:/bucket/data"}, "--output gs:/bucket/data is a URL"),
+        ({"source": "folder:s3://bucket/x"}, "source s3://bucket/x is a URL, only local paths"),
+        ({"source": "tfds:gs://bucket/x"}, "TFDS dataset gs://bucket/x is a URL: mount"),
+        ({"encoder": "gs://bucket/t5"}, "--encoder gs://bucket/t5 is a URL"),
+        ({"tfds_dir": "gs://bucket", "source": "tfds:coco"}, "TFDS dataset gs://bucket is a URL"),
+    ],
+)
+def test_urls_are_refused_at_once(folder, tmp_path, monkeypatch, changes, message):
+    """Catches a local folder "./gs:" that is filled as if it were the bucket."""
+    monkeypatch.setattr(prepare_data, "_load_encoder", lambda *_: FakeEncoder())
+    monkeypatch.chdir(tmp_path)
+    args = options(f"folder:{folder}", "data")
+    vars(args).update(changes)
+    with pytest.raises(ValueError, match=message.replace("URL: mount", "URL, only local paths")):
+        prepare_data._run(args)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="prepared data gs:/b/x is a URL"):
+        records.Prepared(Path("gs://b/x"))
+
+
 def test_command_line_errors_are_one_line(tmp_path):
-    """Catches: tracebacks for foreseeable mistakes."""
+    """Catches tracebacks for foreseeable mistakes."""
     base = [
         sys.executable,
         "-m",

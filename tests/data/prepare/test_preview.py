@@ -1,6 +1,4 @@
-"""The preview of a caption store: against one that was written, and against numbers worked out by
-hand.
-"""
+"""The estimate of a caption store, against a written one and against numbers computed by hand."""
 
 import shutil
 import subprocess
@@ -22,9 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.mark.parametrize(("dim", "rows"), [(256, 2048), (1024, 500)])
 def test_size_of_a_store_that_was_written(tmp_path, dim, rows):
-    """Wrong: float32 or padded features, or compression, records' frames or the shards' last blocks
-    forgotten.
-    """
+    """Catches float32 or padded features, and compression, frames or last blocks left out."""
     rng = np.random.default_rng(0)
     captions = [
         records.CaptionRow(
@@ -48,9 +44,7 @@ def test_size_of_a_store_that_was_written(tmp_path, dim, rows):
 
 
 def test_four_hundred_million(tmp_path, capsys):
-    """Wrong: a time that forgets the rate or the chips, captions counted per image, a price nobody
-    gave.
-    """
+    """Catches a time without rate or chips, captions counted per image, an assumed price."""
     source = FolderSource(write_folder(tmp_path / "ramps"), 0.0)
     tokenize = FakeEncoder(max_length=6).tokenize
     store = preview_captions(
@@ -82,7 +76,7 @@ def test_four_hundred_million(tmp_path, capsys):
 
 
 def test_a_preview_needs_no_weights_and_writes_nothing(tmp_path):
-    """Wrong: a preview that wants 9 GB of weights, or that leaves something behind."""
+    """Catches a preview that needs 9 GB of weights, or that leaves files behind."""
     encoder = tmp_path / "encoder"
     encoder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):

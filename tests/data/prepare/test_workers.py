@@ -1,4 +1,4 @@
-"""Tasks handed to processes one by one."""
+"""Tasks are handed to processes one by one."""
 
 import time
 
@@ -16,9 +16,7 @@ def later(source, number):
 
 @pytest.mark.parametrize(("processes", "ahead"), [(1, 1), (2, 3)])
 def test_tasks_are_asked_for_one_by_one(tmp_path, processes, ahead):
-    """Wrong: all tasks taken at once, which for caption shards is every feature of the data set in
-    memory; a result lost or given twice.
-    """
+    """Catches all tasks, so all features, in memory at once; a result lost or given twice."""
     asked, most = 0, 0
 
     def tasks():

@@ -1,6 +1,4 @@
-"""The embedded emoji: their content, and that the held-out split asks for new compositions of known
-parts.
-"""
+"""The embedded emoji: content, and a held-out split of new compositions of known parts."""
 
 import collections
 import io
@@ -34,8 +32,9 @@ def thumbs(items):
 
 
 def subject_and_tone(caption):
-    """("man with red hair", "dark") of "man with dark skin tone and red hair"; a caption that names
-    no tone is yellow.
+    """Splits "man with dark skin tone and red hair" into ("man with red hair", "dark").
+
+    A caption that names no tone is yellow.
     """
     tone = re.search(TONE, caption)
     subject = re.sub(f" with {TONE}$", "", re.sub(f"{TONE} and ", "", caption))
@@ -43,7 +42,7 @@ def subject_and_tone(caption):
 
 
 def families(items, split=None):
-    """Subject -> tone -> position of the items of a split (or of both)."""
+    """Subject -> tone -> index of the items of a split, or of both."""
     found = collections.defaultdict(dict)
     for i, item in enumerate(items):
         if split in (None, item.split):
@@ -63,7 +62,7 @@ def words(items, split):
 
 
 def test_content(items):
-    """Catches lost or doubled items, file names that meet no label, and spellings outside ASCII."""
+    """Catches lost or duplicate items, file names without a label, text outside ASCII."""
     assert collections.Counter(item.split for item in items) == {"train": 3065, "heldout": 326}
     assert len({item.id for item in items}) == 3391
     assert all(
@@ -79,9 +78,7 @@ def test_content(items):
 
 
 def test_images_decode_on_white(items):
-    """Catches broken bytes, a lost crop (four originals are 256x264) and transparency composited on
-    black.
-    """
+    """Catches broken bytes, a lost crop (four originals are 256x264), black transparency."""
     corners = []
     for item in items:
         image = Image.open(io.BytesIO(item.image))
@@ -91,9 +88,7 @@ def test_images_decode_on_white(items):
 
 
 def test_named_tones_are_shown(items, thumbs):
-    """Catches captions that follow the archive's file names, most of which exchange medium-light
-    and medium.
-    """
+    """Catches captions from the archive's file names, most of which swap two of the tones."""
     checked = 0
     for subject, tones in families(items).items():
         if len(tones) < 6:
@@ -113,8 +108,9 @@ def test_heldout_words_are_known(items):
 
 
 def test_heldout_parts_are_known(items):
-    """Catches a subject or tone that is never trained, but for one gender of a role, whose other
-    genders then must be.
+    """Catches a subject or tone that is never trained.
+
+    One gender of a role may be missing if its other genders are trained.
     """
     train, heldout = families(items, "train"), families(items, "heldout")
     whole = [s for s, tones in heldout.items() if len(tones) == 6]
@@ -131,17 +127,13 @@ def test_heldout_parts_are_known(items):
 
 
 def test_no_near_identical_picture_on_both_sides(items, thumbs):
-    """Catches a held-out picture with a twin in training: a plain copy, or the unisex version of
-    the man's.
-    """
+    """Catches a held-out picture with a twin in training: a copy, or the unisex version."""
     held = np.array([item.split == "heldout" for item in items])
     assert not build_emoji.near_identical(thumbs[held], thumbs[~held]).any()
 
 
 def test_near_identity_tells_tones_apart(items, thumbs):
-    """Catches a measure so coarse that skin tones collide, or so fine that a re-encoded or shifted
-    copy passes.
-    """
+    """Catches a measure under which tones collide, or re-encoded and shifted copies pass."""
     at = {item.id: i for i, item in enumerate(items)}
     pair = lambda a, b: build_emoji.near_identical(thumbs[[at[a]]], thumbs[[at[b]]]).item()
     assert (
@@ -154,9 +146,7 @@ def test_near_identity_tells_tones_apart(items, thumbs):
 
 
 def test_near_identity_measures():
-    """Catches a difference that is summed, or averaged over one channel, instead of over all, and a
-    hash that sees the mean.
-    """
+    """Catches a difference that is summed or of one channel, and a hash of the mean."""
     a = np.random.default_rng(0).uniform(50, 200, (1, 32, 32, 3)).astype(np.float32)
     assert (
         build_emoji.near_identical(a, a + 2.4).item()
@@ -179,9 +169,7 @@ def test_reads_as_a_tfds_directory(items):
 
 
 def test_source(items):
-    """Catches an index that runs over the end or wraps, splits out of order, and a source that
-    cannot be sent to a worker.
-    """
+    """Catches an index that wraps or overruns, swapped splits, a source that cannot be pickled."""
     source = pickle.loads(pickle.dumps(EmojiSource()))
     assert source[3390] == items[3390] and [items[i].split for i in (0, 3064, 3065)] == [
         "train",
@@ -215,7 +203,7 @@ def test_wording(label, said):
 
 
 def test_refuses_another_archive(tmp_path):
-    """Catches a build from an archive that is not the one whose hash is known."""
+    """Catches a build from an archive with another hash."""
     other = tmp_path / "other.tgz"
     other.write_bytes(b"something else")
     with pytest.raises(ValueError, match="not the expected emojibase-data"):

@@ -1,4 +1,4 @@
-"""The folder source: every form of captions is read, and what cannot be read is one clear line."""
+"""The folder source reads every form of captions; an unreadable one is one clear line."""
 
 import json
 
@@ -22,9 +22,7 @@ def captions(source):
 
 
 def test_captions_in_jsonl(folder):
-    """Catches: several lines or several captions of one file lost, images the file does not name
-    forgotten, order of the disk.
-    """
+    """Catches lost rows or captions of a file, forgotten images, the order of the disk."""
     lines = [
         {"file": "b.png", "caption": "one"},
         {"file": "deep/c.PNG", "captions": ["x", "y"]},
@@ -43,7 +41,7 @@ def test_captions_in_jsonl(folder):
 
 
 def test_captions_in_csv(folder):
-    """Catches: quoted commas split, the split column ignored."""
+    """Catches quoted commas that split a caption, and an ignored column split."""
     (folder / "captions.csv").write_text(
         'file,caption,split\na.png,"red, round",heldout\nb.png,blue,\n', encoding="utf-8"
     )
@@ -55,9 +53,7 @@ def test_captions_in_csv(folder):
 
 
 def test_captions_in_text_files(folder):
-    """Catches: text files beside images in sub-directories missed, several lines taken as one
-    caption.
-    """
+    """Catches text files missed in subfolders, and several lines read as one caption."""
     (folder / "a.txt").write_text("first\nsecond\n")
     (folder / "deep" / "c.txt").write_text("dög", "utf-8")
     assert captions(FolderSource(folder, 0.0)) == {
@@ -91,7 +87,7 @@ def test_captions_in_text_files(folder):
         ({"captions.csv": "name,text\na.png,x\n"}, "must name the columns file and caption"),
         (
             {"captions.csv": "file,caption\na.png\n"},
-            "captions.csv:2: file and captions must be text",
+            "captions.csv:2: 1 columns, but the first line names 2",
         ),
         ({"captions.csv": "file,caption\n", "captions.jsonl": ""}, "keep one"),
         (
@@ -101,7 +97,7 @@ def test_captions_in_text_files(folder):
     ],
 )
 def test_bad_captions_files_are_one_clear_line(folder, files, message):
-    """Catches: a caption read as letters, a wrong column or split name accepted, tracebacks."""
+    """Catches captions read as letters, wrong columns or splits accepted, tracebacks."""
     for name, text in files.items():
         (folder / name).write_text(text)
     with pytest.raises(ValueError, match=message) as error:
@@ -110,7 +106,7 @@ def test_bad_captions_files_are_one_clear_line(folder, files, message):
 
 
 def test_folder_without_images_or_missing(tmp_path):
-    """Catches: an empty or misspelt directory prepared as an empty data set."""
+    """Catches an empty or misspelt directory prepared as an empty data set."""
     with pytest.raises(ValueError, match="holds no images"):
         FolderSource(tmp_path, 0.0)
     with pytest.raises(ValueError, match="is not a directory"):
@@ -118,7 +114,7 @@ def test_folder_without_images_or_missing(tmp_path):
 
 
 def test_description_is_the_listing_not_the_place(folder, tmp_path):
-    """Catches: a moved folder taken for another source, or changed captions for the same."""
+    """Catches a moved folder taken for another source, or changed captions for the same."""
     (folder / "a.txt").write_text("first")
     moved = tmp_path / "elsewhere" / "pictures"
     before = FolderSource(folder, 0.0).describe()
@@ -127,3 +123,15 @@ def test_description_is_the_listing_not_the_place(folder, tmp_path):
     assert FolderSource(moved, 0.0).describe() == before
     (moved / "a.txt").write_text("changed")
     assert FolderSource(moved, 0.0).describe() != before
+
+
+def test_one_text_file_that_is_not_utf8_costs_one_item(folder):
+    """Catches a .txt in another encoding that ends the run, without its name."""
+    (folder / "a.txt").write_bytes("the painter\u2019s square".encode("cp1252"))
+    (folder / "b.txt").write_bytes(b"\xef\xbb\xbfone\x0cpart\r\n\r\ntwo\xe2\x80\xa8lines\r\n")
+    source = FolderSource(folder, 0.0)
+    assert source[0].fault == (
+        "unreadable_captions",
+        "a.txt:1 is not UTF-8 text (byte 0x92): save the file as UTF-8",
+    )
+    assert source[1].captions == ["one\x0cpart", "", "two\u2028lines"] and not source[1].fault

@@ -1,6 +1,4 @@
-"""Sources by name: each module of the folder is found, and a name that is none is one
-clear line.
-"""
+"""Sources are found by name; an unknown name is one clear line."""
 
 import argparse
 
@@ -11,9 +9,7 @@ from imagen_jax.data.sources.folder import FolderSource
 
 
 def test_heldout_fraction_is_by_id():
-    """Catches: a split that depends on order or run, or whose fraction is off; growing it must only
-    add ids.
-    """
+    """Catches a split that depends on order or run, or with a wrong fraction."""
     ids = [f"{i}.png" for i in range(4000)]
     small, large = (
         {i for i in ids if source.hashed_split(i, fraction) == "heldout"}
@@ -34,9 +30,7 @@ def opened(spec, *options):
 
 
 def test_open_source_by_name(tmp_path):
-    """Catches: a name taken for another kind of source, a held-out fraction that would overrule the
-    emoji's own split.
-    """
+    """Catches a name of another kind, and --heldout over the emoji's own split."""
     (tmp_path / "a.png").write_bytes(b"")
     assert isinstance(opened(f"folder:{tmp_path}", "--heldout=0.1"), FolderSource)
     assert opened("emoji").describe()["name"] == "emoji"
@@ -51,5 +45,5 @@ def test_open_source_by_name(tmp_path):
 
 
 def test_every_module_of_the_folder_is_a_kind():
-    """Catches: a new kind of source that has to be entered somewhere besides its own file."""
+    """Catches a kind of source that must be entered somewhere besides its own file."""
     assert {"emoji", "folder", "tfds"} <= source.kinds().keys() and "source" not in source.kinds()

@@ -14,9 +14,7 @@ from tests.data.synthetic_source import SETTINGS, FakeEncoder
 
 @pytest.fixture
 def dataset(tmp_path):
-    """A TFDS directory of four images, with a single caption, a list of captions, and captions
-    inside objects.
-    """
+    """A TFDS directory of four images with a caption, a list, and captions inside objects."""
     import tensorflow_datasets as tfds
 
     text = tfds.features.Text()
@@ -45,9 +43,7 @@ def dataset(tmp_path):
     [("title", ["title 2"]), ("many", ["m2", "m2"]), ("objects/text", ["part 2.0", "part 2.1"])],
 )
 def test_tfds_captions(dataset, feature, expected):
-    """Catches: bytes instead of text, one letter a caption, nested captions unreachable, images
-    decoded and encoded again.
-    """
+    """Catches bytes for text, a caption a letter, unreachable nested captions, decoded images."""
     source = pickle.loads(
         pickle.dumps(TfdsSource(str(dataset), None, "train", "image", feature, 0.0))
     )
@@ -57,7 +53,7 @@ def test_tfds_captions(dataset, feature, expected):
 
 
 def test_tfds_is_prepared_in_processes(dataset, tmp_path):
-    """Catches: a TFDS reader that cannot be sent to a worker."""
+    """Catches a TFDS reader that cannot be sent to a worker."""
     source = TfdsSource(str(dataset), None, "train", "image", "title", 0.0)
     settings = passes.Settings(**SETTINGS | {"processes": 2})
     manifest = passes.prepare(source, FakeEncoder(), tmp_path / "data", settings)
@@ -79,7 +75,7 @@ def test_tfds_is_prepared_in_processes(dataset, tmp_path):
     ],
 )
 def test_tfds_mistakes_are_one_clear_line(dataset, changes, message):
-    """Catches: tracebacks out of TFDS for a misspelt split, feature or name."""
+    """Catches tracebacks out of TFDS for a misspelt split, feature or name."""
     options = {
         "name": str(dataset),
         "data_dir": None,
