@@ -41,13 +41,13 @@ from imagen_jax.data.prepare.preview import preview, preview_captions
 from imagen_jax.data.sources.source import add_options, open_source
 from imagen_jax.distributed.startup import hosts, start
 from imagen_jax.distributed.watch import LOST
-from imagen_jax.storage import is_away
 
 
 def main() -> None:
     """The command line; every foreseen error is one line on stderr and exit status 2, or LOST if it
     is another process's.
     """
+    cli.escape_unprintable()
     args = parser().parse_args()
     try:
         _run(args)
@@ -63,9 +63,9 @@ def main() -> None:
         end(cli.fail("interrupted, the same command continues", 130))
     except Lost as error:
         end(cli.fail(str(error), LOST))
-    except (ValueError, OSError) as error:
-        end(cli.fail(str(error), 1 if is_away(error) else 2))
-    except Exception:
+    except Exception as error:
+        if explanation := cli.explain(error):
+            end(cli.fail(*explanation))
         if not hosts():
             raise
         traceback.print_exc()

@@ -8,9 +8,9 @@ import zlib
 
 import numpy as np
 
-from imagen_jax.text.t5 import T5Config
+from imagen_jax.text.t5_network import T5Config
 from imagen_jax.weights.name_map import Slot
-from imagen_jax.weights.t5 import name_map
+from imagen_jax.weights.t5_files import name_map
 
 GOLDENS = pathlib.Path(__file__).resolve().parent.parent / "goldens"
 TOKENIZER = GOLDENS / "t5_tokenizer"

@@ -12,8 +12,8 @@ import pytest
 
 from imagen_jax.text.encoder import FlaxEncoder, TextEncoder, bucket_length
 from imagen_jax.text.program import EncodeProgram, make_mesh, one_device, parameter_shapes
-from imagen_jax.text.t5 import T5Config, T5Encoder
-from imagen_jax.weights.t5 import load_tokenizer, save_encoder
+from imagen_jax.text.t5_network import T5Config, T5Encoder
+from imagen_jax.weights.t5_files import load_tokenizer, save_encoder
 from imagen_jax.weights.text_encoders import load_text_encoder
 from tests.data.synthetic_source import FakeEncoder
 from tests.text.random_t5 import TOKENIZER, as_params, random_weights

@@ -15,7 +15,7 @@ from imagen_jax.text.program import (
     parameter_shapes,
     weight_bytes,
 )
-from imagen_jax.text.t5 import T5Config, T5Encoder
+from imagen_jax.text.t5_network import T5Config, T5Encoder
 
 CONFIG = T5Config(d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=2, vocab_size=128)
 XXL = T5Config(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128)
@@ -83,10 +83,10 @@ def test_as_few_parts_as_fit():
     assert fewest_parts(2 * xxl, int(15.75 * GIB), 8) == 2
     assert fewest_parts(xxl, 11 * GIB, 6) == 2 and fewest_parts(xxl, None, 8) == 1
     with pytest.raises(
-        ValueError, match="8.9 GiB do not fit on 1 devices of 8.0 GiB: take more devices"
+        ValueError, match="8.9 GiB do not fit on 1 devices of 8.0 GiB: use more devices"
     ):
         fewest_parts(xxl, 8 * GIB, 1)
-    with pytest.raises(ValueError, match="in 3 parts: 8 devices do not divide by it"):
+    with pytest.raises(ValueError, match="sharded 3 ways: 8 devices are not a multiple of 3"):
         make_mesh(jax.devices(), 3)
 
 

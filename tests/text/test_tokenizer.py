@@ -1,4 +1,4 @@
-"""Tokenizers of directories, and texts to ids. T5's own rules are in weights/test_t5.py."""
+"""Tokenizers of directories, and texts to ids. T5's own rules are in weights/test_t5_files.py."""
 
 import hashlib
 import shutil
@@ -45,7 +45,7 @@ def test_the_preferred_file_and_its_checksum(tmp_path):
 
 def test_absent_tokenizer(tmp_path):
     """Catches an error that does not say which files are looked for."""
-    with pytest.raises(FileNotFoundError, match="no tokenizer: neither of tokenizer.json, spiece"):
+    with pytest.raises(FileNotFoundError, match="no tokenizer: none of tokenizer.json, spiece"):
         load_tokenizer(tmp_path, KINDS)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from imagen_jax.text.program import make_mesh, parameter_shapes, weight_bytes
-from imagen_jax.text.t5 import T5Config, T5Encoder
+from imagen_jax.text.t5_network import T5Config, T5Encoder
 from imagen_jax.weights.name_map import read_tree
-from imagen_jax.weights.t5 import load_tokenizer, name_map, save_encoder
+from imagen_jax.weights.t5_files import load_tokenizer, name_map, save_encoder
 from imagen_jax.weights.text_encoders import (
     find_encoder,
     load_text_encoder,
@@ -85,7 +85,7 @@ def test_the_family_is_read_from_the_config(directory):
     found = load_text_encoder(str(directory), 20).encode(["a red apple"], 1)[0]
     np.testing.assert_array_equal(found, expected)
     rewrite(config, lambda raw: raw.update(model_type="bert"))
-    with pytest.raises(ValueError, match=r"unknown text encoder \(bert\): the known families are"):
+    with pytest.raises(ValueError, match=r"unknown text encoder \(bert\): the supported families are"):
         load_text_encoder(str(directory), 20)
     config.write_text(json.dumps({"architectures": ["GPT"], "vocab_size": 128}))
     with pytest.raises(ValueError, match=r"unknown text encoder \(\['GPT'\]\).* are t5$"):

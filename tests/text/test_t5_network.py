@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.text.t5 import T5Config, T5Encoder, relative_buckets
+from imagen_jax.text.t5_network import T5Config, T5Encoder, relative_buckets
 from tests.text.random_t5 import CASES, GOLDENS, as_params, random_tokens, random_weights
 
 SEED = 7  # of tools/make_t5_goldens.py

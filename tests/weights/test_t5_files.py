@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from imagen_jax.text.program import EncodeProgram, make_mesh, parameter_shapes
-from imagen_jax.text.t5 import T5Config, T5Encoder
+from imagen_jax.text.t5_network import T5Config, T5Encoder
 from imagen_jax.weights import tensor_files
 from imagen_jax.weights.name_map import read_tree
-from imagen_jax.weights.t5 import is_t5, load_tokenizer, name_map, save_encoder
+from imagen_jax.weights.t5_files import is_t5, load_tokenizer, name_map, save_encoder
 from tests.text.random_t5 import (
     CASES,
     GOLDENS,
