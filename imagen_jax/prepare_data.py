@@ -41,6 +41,7 @@ from imagen_jax.data.prepare.preview import preview, preview_captions
 from imagen_jax.data.sources.source import add_options, open_source
 from imagen_jax.distributed.startup import hosts, start
 from imagen_jax.distributed.watch import LOST
+from imagen_jax.storage import check_local
 
 
 def main() -> None:
@@ -93,6 +94,7 @@ def _run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)} is less than 0")
     if args.preview_captions:
         return _preview_captions(args)
+    check_local("--output", args.output)
     if not args.dry_run:
         cli.make_directory(
             "output", str(args.output.parent)

@@ -80,6 +80,7 @@ def main() -> int:
         raise ValueError("--config FILE and --workdir DIR are both needed")
     config = cli.data_config(args.config)
     check_local("--config.data.path", config["data"]["path"])
+    check_local("--init_from", args.init_from)
     cli.check_directory("workdir", args.workdir)
     profile = read_profile(args.profile)
     cli.set_up_jax()

@@ -133,6 +133,10 @@ URLS = {
         "train",
         ["--config=configs/base_64.py:tiny", "--config.data.path=d", "--workdir=gs://b/run"],
     ),
+    "prepare_data": (
+        "prepare_data",
+        ["--source=emoji", "--encoder=t5_tiny", "--output=gs://data", "--dry_run"],
+    ),
     "train on": (
         "train",
         ["--config=configs/base_64.py:tiny", "--config.data.path=gs://b/d", "--workdir=w"],

@@ -1,4 +1,4 @@
-"""A training state of random arrays, and checkpoints of it, for the tests of checkpoints."""
+"""A random training state and checkpoints of it, for the tests of checkpoints."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ META = {
 
 @struct.dataclass
 class State:
-    """Like the trainer's: dicts, optax's named tuples with empty states inside, scalars."""
+    """Like the trainer's state: dicts, optax's named tuples with empty states, scalars."""
 
     step: object
     params: object
@@ -29,9 +29,7 @@ class State:
 
 
 def make_state(step):
-    """A state whose every leaf depends on `step`, with bf16, fp32, int32, bool and Adam's state
-    with empty parts.
-    """
+    """A state whose every leaf depends on `step`: bf16, fp32, int32, bool, Adam's state."""
     rng = np.random.default_rng(step)
     params = {
         "down_0": {
@@ -54,7 +52,7 @@ def make_state(step):
 
 
 def shard(state, devices=1):
-    """(state, abstract) with the last axis that divides sharded over `devices`."""
+    """(state, abstract), with the last axis sharded over `devices` where it divides."""
     mesh = jax.make_mesh(
         (devices,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
     )
@@ -77,7 +75,7 @@ def save(checkpoints, *steps):
 
 
 def assert_restores(directory, step):
-    """The checkpoint of `step` is found and is, bit for bit, what was saved."""
+    """Asserts that the newest checkpoint is `step` and restores bit for bit."""
     state, abstract = shard(make_state(step))
     checkpoints = Checkpoints(directory, keep=2)
     assert checkpoints.latest_good() == step

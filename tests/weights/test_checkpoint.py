@@ -15,9 +15,7 @@ from tests.weights.states import META, State, assert_equal, assert_restores, mak
 
 
 def test_state_comes_back_exactly(two_steps):
-    """Catches lost dtypes, optax tuples restored as lists or dicts, dropped empty states, meta not
-    stored.
-    """
+    """Catches lost dtypes, optax tuples restored as lists, dropped empty states, lost meta."""
     assert_restores(two_steps, 20)
     state, abstract = shard(make_state(10))
     restored, meta = Checkpoints(two_steps, keep=1).restore(10, abstract)
@@ -28,9 +26,7 @@ def test_state_comes_back_exactly(two_steps):
 
 @pytest.mark.parametrize("before,after", [(8, 1), (1, 8), (8, 2)])
 def test_any_mesh_to_any_mesh(tmp_path, before, after):
-    """Catches restoring the saved sharding instead of the asked one, and shards put together in the
-    wrong order.
-    """
+    """Catches a restore with the saved sharding, and shards joined in the wrong order."""
     state, _ = shard(make_state(4), before)
     expected, abstract = shard(make_state(4), after)
     checkpoints = Checkpoints(tmp_path, keep=1)
@@ -46,9 +42,7 @@ def test_any_mesh_to_any_mesh(tmp_path, before, after):
 
 
 def test_each_ema_track_is_read_by_its_number(tmp_path):
-    """Catches tracks counted from 0, the first average returned for every track, and a missing
-    track that is not named.
-    """
+    """Catches tracks counted from 0, the first track returned for all, a missing track unnamed."""
     arrays = {
         name: jnp.full((3,), value)
         for name, value in (("params", 0.0), ("ema", 1.0), ("first", 2.0), ("second", 3.0))
@@ -72,9 +66,7 @@ def test_each_ema_track_is_read_by_its_number(tmp_path):
 
 
 def test_save_holds_what_the_state_was_at_the_call(tmp_path):
-    """Catches an async save that still reads buffers which the next step, having been given them,
-    overwrites.
-    """
+    """Catches an async save that reads buffers which the next step overwrites by donation."""
     sharding = shard(jnp.zeros(()))[1].sharding
     rows = [np.random.default_rng(i).normal(size=(256, 1024)).astype(np.float32) for i in range(16)]
     state = {f"w_{i}": jax.device_put(row, sharding) for i, row in enumerate(rows)}
@@ -102,9 +94,7 @@ def changed(abstract, change):
 
 
 def test_leaves_that_do_not_fit_are_named(two_steps):
-    """Catches a restore that pads, truncates, casts or invents leaves, or that fails without the
-    path.
-    """
+    """Catches a restore that pads, cuts, casts or invents leaves, or an error without the path."""
     checkpoints = Checkpoints(two_steps, keep=2)
     _, abstract = shard(make_state(20))
     scale = abstract.params["text"]["norm.scale"]
@@ -134,8 +124,8 @@ def test_leaves_that_do_not_fit_are_named(two_steps):
 
 
 def test_saving_twice(saved):
-    """Catches a SIGTERM save failing because the step is on disk already, and a run that overwrites
-    a good checkpoint of another.
+    """Catches a SIGTERM save that fails because the step exists, and an overwritten checkpoint of
+    another run.
     """
     checkpoints = Checkpoints(saved, keep=5)
     state, abstract = shard(make_state(20))
@@ -152,9 +142,7 @@ def test_saving_twice(saved):
 
 
 def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):
-    """Catches a save that hangs or fails in the background, long after the call: orbax waits five
-    minutes on an empty array.
-    """
+    """Catches a save that fails in the background: orbax waits 5 minutes for an empty array."""
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
     x = jnp.zeros(2)
     cases = {
@@ -174,7 +162,7 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_format_of_a_later_version_is_refused(saved):
-    """Catches reading a layout this version does not know as if it did."""
+    """Catches a newer layout that is read as the current one."""
     document = json.loads((saved / "20" / "meta.json").read_text())
     (saved / "20" / "meta.json").write_text(json.dumps(document | {"format_version": 2}))
     (saved / "20" / "SHA256SUMS").unlink()
@@ -188,9 +176,7 @@ def test_format_of_a_later_version_is_refused(saved):
 @pytest.mark.parametrize("where", ["workdir", "workdir/checkpoints", "workdir/checkpoints/20"])
 @pytest.mark.parametrize("which", ["ema", "params"])
 def test_load_params(saved, where, which):
-    """Catches EMA and parameters mixed up, the oldest step taken, arrays left on a device, bf16
-    lost on the way.
-    """
+    """Catches EMA and parameters swapped, the oldest step, arrays on a device, lost bf16."""
     params, meta = load_params(saved.parent.parent / where, which=which)
     want = jax.tree.map(np.asarray, getattr(make_state(20), which))
     assert_equal(params, want)
@@ -202,9 +188,7 @@ def test_load_params(saved, where, which):
 
 
 def test_load_params_names_what_there_is(saved):
-    """Catches an empty tree returned for a subtree that is not there, and a part of the state that
-    is no weights read as such.
-    """
+    """Catches an empty tree for an absent subtree, and optimizer state read as weights."""
     with pytest.raises(ValueError, match="has no 'ema_1'; it holds ema, params"):
         load_params(saved, which="ema_1")
     for part in ("weights", "opt_state", "ema_tracks"):

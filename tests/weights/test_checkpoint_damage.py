@@ -1,4 +1,4 @@
-"""Checkpoints: damaged ones are rejected, named and kept apart; old ones are deleted last."""
+"""Damaged checkpoints are rejected, named and kept aside; old ones are deleted last."""
 
 import logging
 import shutil
@@ -31,9 +31,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_checkpoint_is_never_used(two_steps, saved, kind, caplog):
-    """Catches any file of a checkpoint left out of the checks, and a rejection that does not say
-    which step and file.
-    """
+    """Catches a file without a checksum, and a rejection that does not name step and file."""
     rng = np.random.default_rng(0)
     originals = files_of(two_steps / "20")
     names = [p.relative_to(two_steps / "20").as_posix() for p in originals]
@@ -55,9 +53,7 @@ def test_damaged_checkpoint_is_never_used(two_steps, saved, kind, caplog):
 
 
 def test_added_file_and_empty_directory_are_rejected(saved, caplog):
-    """Catches a check that looks only at the files it lists, and one that a directory without any
-    file passes.
-    """
+    """Catches a check of the listed files only, which an empty directory would pass."""
     (saved / "20" / "state" / "d" / "more").write_bytes(b"x")
     (saved / "30").mkdir()
     assert Checkpoints(saved, keep=2).latest_good() == 10
@@ -65,9 +61,7 @@ def test_added_file_and_empty_directory_are_rejected(saved, caplog):
 
 
 def test_flipped_bit_would_be_restored_silently_without_the_checks(saved, monkeypatch):
-    """Catches a corruption test that proves nothing: without checksums, this damage reaches the
-    arrays unnoticed.
-    """
+    """Catches a test of damage that proves nothing: without checksums it reaches the arrays."""
     path = max(files_of(saved / "20"), key=lambda p: p.stat().st_size)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -83,9 +77,7 @@ def test_flipped_bit_would_be_restored_silently_without_the_checks(saved, monkey
 
 
 def test_restore_and_load_verify_a_named_step(saved):
-    """Catches verification in `latest_good` only: a step asked for by number or path must be
-    checked too.
-    """
+    """Catches verification in `latest_good` alone, not of a step given by number or path."""
     flip_bit(saved / "20" / "meta.json", np.random.default_rng(0))
     with pytest.raises(
         CheckpointError, match="20 cannot be used: meta.json does not match its checksum"
@@ -99,9 +91,7 @@ def test_restore_and_load_verify_a_named_step(saved):
 
 
 def test_damage_after_the_save_is_seen_by_the_same_object(tmp_path):
-    """Catches a writer that trusts its own checkpoint for ever and restores what the disk has made
-    of it since.
-    """
+    """Catches a writer that trusts its own checkpoint after the disk has damaged it."""
     checkpoints = save(Checkpoints(tmp_path, keep=2), 10, 20)
     flip_bit(tmp_path / "20" / "meta.json", np.random.default_rng(0))
     with pytest.raises(CheckpointError, match="meta.json"):
@@ -110,9 +100,7 @@ def test_damage_after_the_save_is_seen_by_the_same_object(tmp_path):
 
 
 def test_all_damaged_is_an_error_and_none_is_none(saved, tmp_path):
-    """Catches a run that silently starts from scratch because none of its checkpoints is
-    readable.
-    """
+    """Catches a run that starts from scratch because all of its checkpoints are damaged."""
     for step in ("10", "20"):
         (saved / step / "SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint in .* is intact .20: .*SHA256SUMS"):
@@ -123,9 +111,7 @@ def test_all_damaged_is_an_error_and_none_is_none(saved, tmp_path):
 
 
 def test_keeps_the_newest_and_never_counts_a_damaged_one(saved):
-    """Catches a policy that, with a damaged step in the list, deletes the last good one; or that
-    deletes the damaged one.
-    """
+    """Catches the last intact step deleted because a damaged one was counted."""
     flip_bit(saved / "20" / "meta.json", np.random.default_rng(0))
     checkpoints = Checkpoints(saved, keep=2)
     assert checkpoints.latest_good() == 10
@@ -148,9 +134,7 @@ def test_keeps_the_newest_and_never_counts_a_damaged_one(saved):
 
 
 def test_damaged_ones_are_kept_apart(saved, caplog):
-    """Catches the second damaged directory of a step replacing the first, or a save that fails
-    because of it.
-    """
+    """Catches a second damaged directory that replaces the first or makes the save fail."""
     for n in (1, 2, 3):
         flip_bit(saved / "20" / "meta.json", np.random.default_rng(n))
         save(Checkpoints(saved, keep=2), 20)
@@ -165,9 +149,7 @@ def test_damaged_ones_are_kept_apart(saved, caplog):
 
 
 def test_step_deleted_while_it_is_read_is_no_fault(saved, monkeypatch, caplog):
-    """Catches an evaluator that calls a checkpoint damaged, or gives up, because the trainer
-    deleted it in that moment.
-    """
+    """Catches a checkpoint called damaged because the trainer deleted it meanwhile."""
     find_damage = checkpoint.find_damage
 
     def trainer_deletes(directory):
@@ -184,7 +166,7 @@ def test_step_deleted_while_it_is_read_is_no_fault(saved, monkeypatch, caplog):
 
 
 def test_old_ones_stay_until_a_new_one_is_whole(tmp_path, monkeypatch):
-    """Catches deleting first and saving afterwards, and a failed save that passes in silence."""
+    """Catches an old checkpoint deleted before the save, and a failed save without an error."""
     checkpoints = save(Checkpoints(tmp_path, keep=1), 10)
 
     def full(path):
@@ -200,7 +182,7 @@ def test_old_ones_stay_until_a_new_one_is_whole(tmp_path, monkeypatch):
 
 
 def test_checksums_are_those_of_sha256sum(two_steps):
-    """Catches a checksum file that only we can check, or that leaves a file out."""
+    """Catches a checksum file that sha256sum cannot check, or that omits a file."""
     done = subprocess.run(
         ["sha256sum", "-c", "--strict", "SHA256SUMS"],
         cwd=two_steps / "20",
