@@ -276,14 +276,12 @@ def read_image(path: str, size: int, n: int) -> Any:
     """
     import numpy as np
 
-    from imagen_jax.data.prepare.checks import upright_rgb
+    from imagen_jax.data.prepare.checks import stored_bytes
     from imagen_jax.data.transforms import decode_square
-    from imagen_jax.pictures import png_bytes
 
     data = Path(path).read_bytes()
     try:
-        # As PNG, without the metadata of the file, which not every reader accepts.
-        image = decode_square(png_bytes(np.asarray(upright_rgb(data)[0])), size)
+        image = decode_square(stored_bytes(data), size)
     except Exception as error:  # PIL raises many kinds of exceptions for damaged files
         raise ValueError(f"--image {path} cannot be used: {first_line(error)}") from error
     return np.repeat(image[None], n, axis=0)

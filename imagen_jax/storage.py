@@ -50,15 +50,15 @@ def is_away(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in AWAY
 
 
-def check_local(name: str, path: str | os.PathLike) -> None:
+def check_local(label: str, path: str | os.PathLike) -> None:
     """Raises ValueError if `path` is a URL, such as gs://BUCKET/PATH.
 
-    name: the path's name in the message, such as "--output".
+    label: what the message calls the path, such as "--output".
     """
     if URL.match(os.fspath(path)):
         raise ValueError(
-            f"{name} {os.fspath(path)} is a URL; mount the bucket (for example with gcsfuse) and"
-            " give the path of the mounted directory"
+            f"{label} {os.fspath(path)} is a URL, only local paths work: mount the bucket or copy"
+            " the files"
         )
 
 

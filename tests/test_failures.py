@@ -120,7 +120,7 @@ def test_directories_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--output .*/c cannot be written to: Read-only .*; give"):
         cli.make_directory("output", str(tmp_path / "c"))
     for check in (cli.check_directory, cli.make_directory):
-        with pytest.raises(ValueError, match="--output gs:/b/x is a URL; mount the bucket"):
+        with pytest.raises(ValueError, match="--output gs:/b/x is a URL, only local paths work"):
             check("output", str(Path("gs://b/x")))
 
 
@@ -157,5 +157,5 @@ def test_verbs_refuse_urls(case, tmp_path):
         text=True,
     )
     (line,) = tiny.said(done.stderr)
-    assert done.returncode == 2 and "is a URL; mount the bucket" in line, done.stderr
+    assert done.returncode == 2 and "is a URL, only local paths work" in line, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["configs"]

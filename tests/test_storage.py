@@ -16,7 +16,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 +
 )
 def test_urls_are_refused(path):
     """Catches a check for "://", which a Path does not contain: gs://b becomes the directory gs:"""
-    with pytest.raises(ValueError, match="--output .* is a URL; mount the bucket"):
+    with pytest.raises(ValueError, match="--output .* is a URL, only local paths work"):
         storage.check_local("--output", path)
 
 

@@ -140,7 +140,7 @@ def test_a_pointer_and_a_url_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="base.safetensors is a Git LFS pointer"):
         load_params(path)
     for url in ("gs://b/base.safetensors", Path("gs://b/base.safetensors")):
-        with pytest.raises(ValueError, match="is a URL; mount the bucket"):
+        with pytest.raises(ValueError, match="is a URL, only local paths work"):
             load_params(url)
-        with pytest.raises(ValueError, match="is a URL; mount the bucket"):
+        with pytest.raises(ValueError, match="is a URL, only local paths work"):
             export_params(make_params(), META, url)

@@ -236,5 +236,5 @@ def test_a_bad_config_is_named(directory, content, message):
 
 def test_a_url_is_no_encoder():
     """Catches a bucket taken for a hub name or a directory."""
-    with pytest.raises(ValueError, match="text encoder gs://b/t5 is a URL; mount the bucket"):
+    with pytest.raises(ValueError, match="text encoder gs://b/t5 is a URL, only local paths work"):
         find_encoder("gs://b/t5")
