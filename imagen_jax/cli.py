@@ -135,7 +135,8 @@ def _explain_device(error: BaseException) -> tuple[str, int] | None:
             return f"{first}; run the same command again", 1
     if first.startswith("Unable to initialize backend"):
         unknown = "not in the list of known backends" in text
-        return f"{first}; set JAX_PLATFORMS=cpu to run on the CPU", 2 if unknown else 1
+        reason = re.sub(r" \((set JAX_PLATFORMS|you may need).*", "", first)
+        return f"{reason}; set JAX_PLATFORMS=cpu to run on the CPU", 2 if unknown else 1
     if not first:  # jax asserts that it has initialised a device
         try:
             check_platform()
@@ -276,8 +277,17 @@ def fail(message: str, code: int = 2) -> int:
 def log_to_stderr() -> None:
     """Shows the package's log at INFO, others at WARNING: orbax logs every file at INFO."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger().handlers[0].addFilter(_shorten)
     logging.getLogger("imagen_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    """A logging filter: replaces JAX's traceback for a plugin that does not load by its message."""
+    if record.name.startswith("jax.") and record.exc_info:
+        record.msg, record.args = f"{record.getMessage()}: {record.exc_info[1]}", ()
+        record.exc_info = record.exc_text = None
+    return True
 
 
 def call(command: Sequence[str]) -> int:

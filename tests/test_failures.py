@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import re
 import subprocess
@@ -96,6 +97,17 @@ def test_a_platform_that_is_absent(capsys, monkeypatch):
         cli.check_platform()
         with pytest.raises(AssertionError):
             guarded(capsys, AssertionError())
+
+
+def test_a_plugin_that_does_not_load_is_one_line(capsys, monkeypatch):
+    """Catches the traceback that JAX logs if a driver is missing, before the error's own line."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own come back
+    cli.log_to_stderr()
+    try:
+        raise RuntimeError("Unable to load CUDA. Is it installed?")
+    except RuntimeError:
+        logging.getLogger("jax._src.xla_bridge").exception("plugin %s failed", "cuda")
+    assert capsys.readouterr().err == "plugin cuda failed: Unable to load CUDA. Is it installed?\n"
 
 
 def test_a_terminal_in_ascii_gets_escapes(monkeypatch):
