@@ -82,6 +82,20 @@ def demonstrate(root: Path, output: Path, prompts: Sequence[str], minutes: float
         f"first pictures after {time.monotonic() - started:.0f} s:"
         f" {output / 'embedded' / 'sheet_0000.png'}"
     )
+    train_stages(root, data, output, minutes)
+    fresh = [f"--config.{stage}.checkpoint={output / stage}" for stage in STAGES]
+    draw(cascade, output / "prompts.txt", output / "fresh", *fresh)
+    for name, checkpoint in (("embedded", "embedded:base_16"), ("fresh", output / "base")):
+        options = ("--rows", rows, "--measures", "retrieval")
+        to = output / f"evaluate_{name}"
+        verb("evaluate", "--checkpoint", checkpoint, "--data", data, "--output", to, *options)
+    report = write_report(output, prompts, time.monotonic() - started)
+    announce(f"done after {(time.monotonic() - started) / 60:.1f} minutes: open {report}")
+    return 0
+
+
+def train_stages(root: Path, data: Path, output: Path, minutes: float) -> None:
+    """Trains each stage that is not trained yet, for its share of `minutes`."""
     for stage, name in STAGES.items():
         trained = output / f"{stage}.trained"
         if trained.exists():
@@ -91,36 +105,10 @@ def demonstrate(root: Path, output: Path, prompts: Sequence[str], minutes: float
             )
             continue
         config = f"--config={root / 'configs' / name}.py:demo"
-        budget = minutes * SHARE[stage]
-        verb(
-            "train",
-            config,
-            f"--config.data.path={data}",
-            "--workdir",
-            output / stage,
-            "--minutes",
-            f"{budget:.4f}",
-        )
+        budget = f"{minutes * SHARE[stage]:.4f}"
+        options = ("--workdir", output / stage, "--minutes", budget)
+        verb("train", config, f"--config.data.path={data}", *options)
         trained.touch()
-    fresh = [f"--config.{stage}.checkpoint={output / stage}" for stage in STAGES]
-    draw(cascade, output / "prompts.txt", output / "fresh", *fresh)
-    for name, checkpoint in (("embedded", "embedded:base_16"), ("fresh", output / "base")):
-        verb(
-            "evaluate",
-            "--checkpoint",
-            checkpoint,
-            "--data",
-            data,
-            "--output",
-            output / f"evaluate_{name}",
-            "--rows",
-            rows,
-            "--measures",
-            "retrieval",
-        )
-    report = write_report(output, prompts, time.monotonic() - started)
-    announce(f"done after {(time.monotonic() - started) / 60:.1f} minutes: open {report}")
-    return 0
 
 
 def announce(text: str) -> None:

@@ -11,7 +11,7 @@ Each picture is a PNG file with a JSON record of the same name. The record repro
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ def sample(
     expected: the record of the picture to reproduce; other weights or another image raise
     ValueError.
     """
-    from imagen_jax import cascade, pictures, run_log
+    from imagen_jax import cascade
 
     check_stages(stages, image)
     image_sha256 = check_image(image)
@@ -154,10 +154,7 @@ def sample(
     cli.make_directory("output", str(output))
     warn_of_prompts(encoder, prompts)
     text = encoder.encode(list(prompts), config["batch_size"], fill=True)
-    batches = cascade.generate(
-        loaded, seeds, text, config["batch_size"], lowres, cascade.STAGES.index(stages[0])
-    )
-    shared = {
+    record = {
         "stages": list(stages),
         "image": image,
         "image_sha256": image_sha256,
@@ -165,25 +162,53 @@ def sample(
         "checkpoints": identities,
         "encoder": encoder.identity,
     }
-    rows, first = [], None
+    first_stage = cascade.STAGES.index(stages[0])
+    batches = cascade.generate(loaded, seeds, text, config["batch_size"], lowres, first_stage)
+    rows, first = write_batches(batches, prompts, seeds, record, output)
+    headings = [f"{stage.stage.image_size}" for stage in loaded]
+    if image:
+        rows = [[lowres[i], *row] for i, row in enumerate(rows)]
+        headings = [f"input {lowres.shape[1]}", *headings]
+    sheet = write_sheet(output / f"sheet_{first:04d}.png", prompts, rows, headings)
+    print(f"{len(rows)} pictures added to {output}; contact sheet: {sheet}")
+    return 0
+
+
+def write_batches(
+    batches: Iterable[Sequence[Any]],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    record: Mapping[str, Any],
+    output: Path,
+) -> tuple[list[Sequence[Any]], int]:
+    """Writes pictures as they are drawn: (images of all stages of each picture, first number).
+
+    record: the fields of the JSON records that all pictures share.
+    """
+    from imagen_jax import pictures, run_log
+
+    rows: list[Sequence[Any]] = []
+    first = -1
     with run_log.Progress("pictures", len(prompts)) as progress:
         for images in batches:
             with pictures.claim_numbers(output, len(images[0])) as numbers:
-                first = numbers[0] if first is None else first
+                first = first if rows else numbers[0]
                 for number, row in zip(numbers, zip(*images)):
-                    done = len(rows)
-                    own = {"prompt": prompts[done], "seed": seeds[done]}
-                    write(output, number, row, own | shared)
-                    rows.append(([lowres[done]] if image else []) + list(row))
+                    own = {"prompt": prompts[len(rows)], "seed": seeds[len(rows)]}
+                    write(output, number, row, own | record)
+                    rows.append(row)
             progress.update(len(rows))
-    headings = ([f"input {lowres.shape[1]}"] if image else []) + [
-        f"{s.stage.image_size}" for s in loaded
-    ]
-    cell = min(256, max(64, loaded[-1].stage.image_size))
-    sheet = pictures.contact_sheet(prompts, rows, headings, cell)
-    file = pictures.write_png(output / f"sheet_{first:04d}.png", sheet)
-    print(f"{len(rows)} pictures added to {output}; contact sheet: {file}")
-    return 0
+    return rows, first
+
+
+def write_sheet(
+    path: Path, prompts: Sequence[str], rows: Sequence[Sequence[Any]], headings: Sequence[str]
+) -> Path:
+    """Writes the contact sheet of all pictures of this command."""
+    from imagen_jax import pictures
+
+    cell = min(256, max(64, rows[-1][-1].shape[0]))
+    return pictures.write_png(path, pictures.contact_sheet(prompts, rows, headings, cell))
 
 
 def load_encoder(config: Mapping[str, Any], loaded: Sequence[Any]) -> Any:
