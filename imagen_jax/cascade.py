@@ -1,5 +1,6 @@
-"""Stages chained: text -> base image -> super-resolution -> super-resolution, uint8 between stages
-as in training.
+"""A cascade: text -> base image -> super-resolution -> super-resolution.
+
+Images are uint8 between stages, as in training.
 """
 
 import dataclasses
@@ -20,16 +21,19 @@ from imagen_jax.stage import Stage, check_sampling, create_stage, random_key, to
 from imagen_jax.weights import checkpoint
 
 STAGES = ("base", "sr_1", "sr_2")  # the names in a cascade config, in order
-SAME_TEXT = (
-    "weights_sha256",
-    "tokenizer_sha256",
-    "dim",
-)  # what makes two encoders the same, wherever they are stored
+# Fields of an encoder's identity that determine its features.
+SAME_TEXT = ("weights_sha256", "tokenizer_sha256", "dim")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedStage:
-    """A stage with parameters, ready to draw. `identity` says where they came from."""
+    """A stage with parameters, ready to draw.
+
+    sampling: the config section of that name.
+    encoder: identity of the text encoder that the stage was trained with.
+    identity: source of the parameters: path, step, checksum.
+    draw: jitted (params, keys [b], batch) -> uint8 images [b s s 3].
+    """
 
     stage: Stage
     params: Any
@@ -40,7 +44,7 @@ class LoadedStage:
 
 
 def resolve(path: str) -> str:
-    """A checkpoint path; "embedded:NAME" is a file of the package."""
+    """The path of a checkpoint; "embedded:NAME" names a file of the package."""
     name = path.removeprefix("embedded:")
     if name == path:
         return path
@@ -49,15 +53,17 @@ def resolve(path: str) -> str:
     )
     if not file.exists():
         raise ValueError(
-            f"the package embeds no {name!r}; it has"
+            f"the package embeds no {name!r}; choose one of"
             f" {sorted(f.stem for f in file.parent.glob('*.safetensors'))}"
         )
     return str(file)
 
 
 def load_stage(path: str, sampling: Mapping[str, Any], which: str) -> LoadedStage:
-    """One stage from a workdir, a checkpoint or an export; its config is the one it was trained
-    with.
+    """Loads one stage, with the config that it was trained with.
+
+    path: a workdir, a checkpoint, an exported file, or embedded:NAME. sampling: replaces that
+    section of the config. which: as in `checkpoint.load_params`.
     """
     sampling = schema.complete_sampling(sampling, f"sampling of {path}")
     check_sampling(sampling)
@@ -74,10 +80,11 @@ def load_stage(path: str, sampling: Mapping[str, Any], which: str) -> LoadedStag
 
 
 def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> list[LoadedStage]:
-    """The stages of a cascade config, in order, up to the first that has no checkpoint.
+    """Loads the stages of a cascade config, in order, up to the first one without a checkpoint.
 
-    Raises ValueError for a wrong config, if the first stage has no checkpoint, if sizes do not
-    chain, or if the stages were trained on another encoder's text.
+    Raises ValueError if the config is wrong, the first stage has no checkpoint, the output size of
+    a stage is not the input size of the next one, or two stages were trained with different text
+    encoders.
     """
     config = schema.complete_cascade(config)
     names = list(itertools.takewhile(lambda name: config[name]["checkpoint"], wanted))
@@ -108,19 +115,19 @@ def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> l
 
 
 def check_encoder(a: Mapping[str, Any], b: Mapping[str, Any], who: str) -> None:
-    """Raises ValueError unless two encoder identities are of the same weights and tokenizer."""
+    """Raises ValueError unless two encoder identities have the same weights and tokenizer."""
     differ = [
         f"{key}: {a.get(key)} and {b.get(key)}" for key in SAME_TEXT if a.get(key) != b.get(key)
     ]
     if differ:
         raise ValueError(
-            f"{who} do not share a text encoder ({'; '.join(differ)}); their text features mean"
-            " different things"
+            f"{who} do not share a text encoder ({'; '.join(differ)}); use stages and an encoder"
+            " that belong together"
         )
 
 
 def sample_keys(seeds: Sequence[int], stage_index: int) -> jax.Array:
-    """One key a picture: a function of its own seed and the stage alone."""
+    """One key per picture, a function of its seed and the stage's position in the cascade."""
     key = lambda seed: jax.random.fold_in(random_key(seed), stage_index)
     return jax.vmap(key)(jnp.asarray(seeds, jnp.uint32))
 
@@ -133,12 +140,14 @@ def generate(
     lowres: UInt8[np.ndarray, "n r r 3"] | None = None,
     first_stage: int = 0,
 ) -> Iterator[list[UInt8[np.ndarray, "b s s 3"]]]:
-    """Yields, a batch of pictures at a time, the images of every stage.
+    """Yields the images of every stage, one batch of pictures at a time.
 
-    text: unpadded features [length, d], one a picture. lowres: input of the first stage if that is
-    a super-resolution stage. Batches are filled up to `batch_size` by repetition, so one program a
-    stage serves all, and a picture depends on its own seed and text alone. `first_stage` is the
-    place of stages[0] in the cascade, so that a stage drawn alone draws the same noise.
+    seeds, text: one per picture; text is unpadded features [l d]. lowres: input of the first stage
+    if that is a super-resolution stage. first_stage: position of stages[0] in the cascade, so that
+    a stage draws the same noise alone as in the cascade.
+
+    The last batch is filled up to `batch_size` by repetition. So one compiled program per stage is
+    enough, and a picture depends on its own seed and text alone.
     """
     for start in range(0, len(seeds), batch_size):
         rows = np.arange(start, start + batch_size)
@@ -156,8 +165,9 @@ def generate(
 
 
 def pad_rows(features: Sequence[np.ndarray], stage: Stage) -> dict[str, np.ndarray]:
-    """{"text": [b l d], "text_mask": [b l]} for a stage; nothing for one without text. Raises
-    ValueError for a caption that is too long.
+    """{"text": [b l d], "text_mask": [b l]} for a stage; {} for a stage without text.
+
+    Raises ValueError if a caption has more tokens than the stage's text length.
     """
     if not stage.text_dim:
         return {}

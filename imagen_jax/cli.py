@@ -1,8 +1,7 @@
-"""What every verb's command line has in common: errors of the user's making end in one line, not in
-a traceback; logging; the compile cache.
-"""
+"""The command line of every verb: flags, one-line errors with exit codes, logging, JAX settings."""
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -17,12 +16,12 @@ from typing import Any, NoReturn
 from absl import app, flags
 
 from imagen_jax import caption_text, schema
-from imagen_jax.storage import is_away
+from imagen_jax.storage import check_local, is_away
 
 log = logging.getLogger(__name__)
 
 COMPILE_CACHE = "compile_cache"
-# What flags, and a config file that they name, raise.
+# Exceptions of flags, and of a config file that a flag names.
 FLAG_ERRORS = (
     flags.Error,
     ValueError,
@@ -34,53 +33,156 @@ FLAG_ERRORS = (
     ImportError,
     ArithmeticError,
 )
+# Errors of the file system: what to do about each.
+ADVICE = {
+    errno.ENOSPC: "free some space, then run the same command again",
+    errno.EDQUOT: "free some space, then run the same command again",
+    errno.EROFS: "give a directory that can be written to",
+    errno.EACCES: "check its permissions, or give another path",
+    errno.EPERM: "check its permissions, or give another path",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EMFILE: "raise the limit with `ulimit -n`",
+}
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# JAX reports these when another process or the network failed.
+UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 
 
 def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> None:
-    """Parses the flags that `define_flags` defines, calls `main` and exits with what it returns
-    (None: 0).
+    """Parses the flags of `define_flags`, calls `main` and exits with its result (None: 0).
 
-    Flags are global and verbs have some of the same names, so a verb defines its own when it is run
-    and not when it is imported.
-
-    A ValueError, a missing file, a loss that is not finite or the like is printed as one line and
-    exits with 2, which no repetition mends; with 1 if a file system did not answer, which one may.
-    IMAGEN_JAX_TRACEBACK=1 shows the traceback.
+    Flags are global and several verbs have flags of the same name, so a verb defines its flags when
+    it runs, not when it is imported. For errors see `guard`.
     """
-
+    escape_unprintable()
     define_flags()
 
     def guarded(argv):
         if len(argv) > 1:
             return fail(f"unexpected argument {argv[1]!r}; options start with --, see --help")
-        try:
-            return main() or 0
-        except KeyboardInterrupt:
-            return fail("interrupted", 130)
-        except (ValueError, OSError, FloatingPointError) as error:
-            if os.environ.get("IMAGEN_JAX_TRACEBACK"):
-                raise
-            return fail(str(error), 1 if is_away(error) else 2)
+        return guard(main)
 
     app.run(guarded, flags_parser=parse)
 
 
-class Parser(argparse.ArgumentParser):
-    """For command lines without absl's flags: what is wrong with one is one line, without the
-    usage.
+def guard(main: Callable[[], int | None]) -> int:
+    """Calls `main` and returns the exit code; an expected error is one line on standard error.
+
+    Exit code 2: invalid input, do not retry. Exit code 1: transient failure, retry. 130:
+    interrupted. An unexpected error is raised. IMAGEN_JAX_TRACEBACK=1 raises every error.
     """
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except Exception as error:
+        explanation = explain(error)
+        if explanation is None or os.environ.get("IMAGEN_JAX_TRACEBACK"):
+            raise
+        return fail(*explanation)
+
+
+def escape_unprintable() -> None:
+    """Lets print() escape characters that the terminal's encoding lacks instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """(message that says what to do, exit code) of an expected error, None for any other."""
+    if explanation := _explain_device(error):
+        return explanation
+    if isinstance(error, MemoryError):
+        reason = f" ({error})" if str(error) else ""
+        return f"out of host memory{reason}: use smaller batches or a machine with more memory", 1
+    if isinstance(error, OSError):
+        return describe(error), 1 if _is_transient(error) else 2
+    if isinstance(error, (ValueError, FloatingPointError, ImportError)):
+        return str(error), 1 if _is_transient(error) else 2
+    return None
+
+
+def describe(error: OSError) -> str:
+    """An error of the file system with the file's name and what to do about it."""
+    if error.strerror is None:
+        return str(error)
+    path = f"{error.filename}: " if error.filename is not None else ""
+    retry = "the file system did not answer; run the same command again"
+    advice = retry if is_away(error) else ADVICE.get(error.errno, "")
+    return f"{path}{error.strerror}" + (f"; {advice}" if advice else "")
+
+
+def _is_transient(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, may be gone at a retry."""
+    while error is not None:
+        if is_away(error) or (isinstance(error, OSError) and error.errno in FULL):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _explain_device(error: BaseException) -> tuple[str, int] | None:
+    """`explain` for the errors of JAX: absent devices, no device memory, lost connections."""
+    if not isinstance(error, (RuntimeError, AssertionError)) or "jax" not in sys.modules:
+        return None
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else ""
+    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+        if first.startswith("RESOURCE_EXHAUSTED"):
+            advice = "use a smaller batch size, or more or larger devices"
+            return f"out of device memory: {advice} ({first})", 2
+        if first.startswith(UNREACHABLE):
+            return f"{first}; run the same command again", 1
+    if first.startswith("Unable to initialize backend"):
+        unknown = "not in the list of known backends" in text
+        reason = re.sub(r" \((set JAX_PLATFORMS|you may need).*", "", first)
+        return f"{reason}; set JAX_PLATFORMS=cpu to run on the CPU", 2 if unknown else 1
+    if not first:  # jax asserts that it has initialised a device
+        try:
+            check_platform()
+        except ValueError as absent:
+            return str(absent), 2
+    return None
+
+
+def check_platform() -> None:
+    """Raises ValueError if no platform of $JAX_PLATFORMS has a device here.
+
+    With CUDA and no GPU, JAX would compute on the CPU without a warning. Initialises JAX, so in a
+    run of several processes it comes after jax.distributed.initialize.
+    """
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    if not wanted or "cpu" in wanted.split(","):
+        return
+    import jax
+
+    try:
+        absent = jax.default_backend() == "cpu"
+    except AssertionError:  # there is no other platform either
+        absent = True
+    if absent:
+        raise ValueError(
+            f"JAX_PLATFORMS={wanted}, but JAX finds no such device: install its driver and JAX's"
+            " plugin for it, or set JAX_PLATFORMS=cpu to run on the CPU"
+        )
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         sys.exit(fail(message))
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Flags and the config file they name; what is wrong with either is one line."""
+    """Parses flags and the config file they name; an error in either is one line."""
     try:
         return flags.FLAGS(argv)
     except FLAG_ERRORS as error:
@@ -90,13 +192,10 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def cause(error: Exception) -> str:
-    """What went wrong, without the traceback that reading a config file puts before it and the
-    quotes of a KeyError.
-    """
+    """The message of an error, without a config file's traceback and a KeyError's quotes."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if near := re.search(
-        r'Did you mean "(\w+)" instead of "(\w+)"', text
-    ):  # ml_collections, quoted twice
+    # ml_collections quotes its message twice.
+    if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
         return f"the config has no field {near[2]!r}; did you mean {near[1]!r}?"
     if isinstance(error, (KeyError, AttributeError)) and (name := text.strip("'\"")).isidentifier():
         return f"the config has no field {name!r}"
@@ -105,13 +204,13 @@ def cause(error: Exception) -> str:
 
 
 def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
-    """A stage's config, plain and complete. Raises ValueError for another config.
+    """A stage's config as a complete plain dict. Raises ValueError for any other config.
 
-    `flag` is the command-line flag that gave it.
+    flag: the command-line flag that gave it.
     """
-    if not hasattr(config, "to_json") or not {"data", "model", "optim", "mesh", "train"} <= set(
-        config
-    ):  # a config that cannot be read raises here
+    parts = {"data", "model", "optim", "mesh", "train"}
+    # set() raises for a config that cannot be read.
+    if not hasattr(config, "to_json") or not parts <= set(config):
         raise ValueError(
             f"{flag} is not the config of a stage, such as configs/base_64.py or configs/sr_256.py"
         )
@@ -121,7 +220,7 @@ def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for a number of steps, checkpoints or examples that is less than 1."""
+    """Raises ValueError if a number of steps, checkpoints or examples is less than 1."""
     fields = [("train", name) for name in ("steps", "log_every", "save_every", "keep")] + [
         ("data", "batch_size")
     ]
@@ -131,7 +230,7 @@ def check_sizes(config: Mapping[str, Any]) -> None:
 
 
 def data_config(config: Any, flag: str = "--config") -> dict[str, Any]:
-    """`stage_config` of a run, which needs data. Raises ValueError if it names none."""
+    """`stage_config` of a training. Raises ValueError if its data.path is empty."""
     plain = stage_config(config, flag)
     if not plain["data"]["path"]:
         raise ValueError(
@@ -141,7 +240,8 @@ def data_config(config: Any, flag: str = "--config") -> dict[str, Any]:
 
 
 def check_directory(flag: str, path: str) -> None:
-    """Raises ValueError if something other than a directory has this name, or a part of it."""
+    """Raises ValueError if `path` is a URL, a file, or inside a file. Creates nothing."""
+    check_local(f"--{flag}", path)
     while path and not os.path.exists(path):
         path = os.path.dirname(path.rstrip("/"))
     if path and not os.path.isdir(path):
@@ -149,15 +249,18 @@ def check_directory(flag: str, path: str) -> None:
 
 
 def make_directory(flag: str, path: str) -> None:
-    """Makes the directory of results that take long, before they are computed. Raises ValueError if
-    nothing can be written there.
+    """Creates the directory of results that take long to compute, before the computation.
+
+    Raises ValueError if no file can be written there.
     """
     check_directory(flag, path)
     try:
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise ValueError(f"--{flag} {path} cannot be written to: {error.strerror}") from error
+        raise ValueError(
+            f"--{flag} {path} cannot be written to: {error.strerror}; give another directory"
+        ) from error
 
 
 def check_prompts(prompts: Iterable[str]) -> list[str]:
@@ -180,23 +283,32 @@ def check_prompts(prompts: Iterable[str]) -> list[str]:
 
 
 def fail(message: str, code: int = 2) -> int:
-    """Prints `error: message`, on one line, on standard error and returns the exit code."""
+    """Prints `error: message` as one line on standard error and returns the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
 def log_to_stderr() -> None:
-    """The package's log at INFO, everything else at WARNING: orbax reports every file at INFO."""
+    """Shows the package's log at INFO, others at WARNING: orbax logs every file at INFO."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger().handlers[0].addFilter(_shorten)
     logging.getLogger("imagen_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    """A logging filter: replaces JAX's traceback for a plugin that does not load by its message."""
+    if record.name.startswith("jax.") and record.exc_info:
+        record.msg, record.args = f"{record.getMessage()}: {record.exc_info[1]}", ()
+        record.exc_info = record.exc_text = None
+    return True
 
 
 def call(command: Sequence[str]) -> int:
     """Runs a process to its end and returns its exit code.
 
-    SIGINT and SIGTERM are passed on, so that a training can save, and raise KeyboardInterrupt when
-    it has ended.
+    Passes SIGINT and SIGTERM on, so that a training can save, and raises KeyboardInterrupt after
+    the process has ended.
     """
     received = []
     process = subprocess.Popen(command)
@@ -217,7 +329,7 @@ def call(command: Sequence[str]) -> int:
 
 
 def define_compile_cache() -> None:
-    """The flag of verbs that compile."""
+    """Defines --compile_cache, for verbs that compile."""
     default = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/imagen_jax")
     flags.DEFINE_string(
         COMPILE_CACHE,
@@ -225,21 +337,20 @@ def define_compile_cache() -> None:
         "directory of compiled programs, empty for none; $JAX_COMPILATION_CACHE_DIR sets the"
         " default",
     )
-    flags.FLAGS.register_key_flag_for_module(
-        sys.argv[0], flags.FLAGS[COMPILE_CACHE]
-    )  # --help lists the verb's own flags only
+    # --help lists only the flags that belong to the verb's own module.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[COMPILE_CACHE])
 
 
 def set_up_jax() -> None:
-    """Before a verb's first computation: programs are kept in --compile_cache, and the CPU is a
-    device beside those of $JAX_PLATFORMS.
+    """Sets the compile cache, and adds the CPU to the platforms of $JAX_PLATFORMS.
+
+    Called before a verb's first computation.
     """
     directory = flags.FLAGS[COMPILE_CACHE].value
     import jax
 
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory) or None)
     platforms = jax.config.jax_platforms
-    if platforms and "cpu" not in platforms.split(
-        ","
-    ):  # one that is listed later is not computed on by itself
+    # The CPU comes last, so that nothing is computed there unless a program asks for it.
+    if platforms and "cpu" not in platforms.split(","):
         jax.config.update("jax_platforms", f"{platforms},cpu")

@@ -1,16 +1,19 @@
-"""The whole system in one command, run as a user would run it: each step is another verb in a
-process of its own.
+"""Demonstrates the whole system: prepares data, samples, trains, evaluates, writes a report.
 
     python -m imagen_jax.demo --output demo --prompt "a red apple"
 
-1 prepares the embedded images, 2 draws prompts with the embedded cascade, 3 trains the same cascade
-from scratch for --minutes, 4 draws and measures with the fresh weights, and writes
-demo/report.html. The same command again continues where it stopped.
+The demo runs each step as a process of its own, with the command that it prints:
+
+1. prepare the embedded images,
+2. draw the prompts with the embedded cascade,
+3. train the same cascade from scratch for --minutes,
+4. draw and evaluate with the new weights, and write demo/report.html.
+
+An interrupted demo continues when the same command is run again.
 """
 
 import base64
 import html
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +25,7 @@ from absl import flags
 from PIL import Image
 
 from imagen_jax import cli, pictures, run_log
-from imagen_jax.storage import write_atomically
+from imagen_jax.storage import only_process, read_json, write_atomically
 
 STAGES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}  # cascade stage -> config file
 SHARE = {"base": 0.64, "sr_1": 0.2, "sr_2": 0.16}  # of the training time
@@ -31,17 +34,17 @@ STYLE = (
     "body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0"
     " 1em}img{max-width:100%}td,th{padding:.2em .8em;text-align:left}"
 )
-SHOWN = {"heldout": 8, "train": 8}  # captions of the contact sheet besides the user's
+SHOWN = {"heldout": 8, "train": 8}  # captions per split in the contact sheet
 
 
 def define_flags() -> None:
-    """The command line, see `cli.run`."""
-    flags.DEFINE_string("output", "demo", "directory for everything the demo makes")
-    flags.DEFINE_multi_string("prompt", [], "a prompt of your own; may be given several times")
+    """Defines the command line, see `cli.run`."""
+    flags.DEFINE_string("output", "demo", "directory of all results")
+    flags.DEFINE_multi_string("prompt", [], "a prompt to draw; may be repeated")
     flags.DEFINE_float(
-        "minutes", 7.5, "training time for the three stages together", lower_bound=0.1
+        "minutes", 7.5, "training time of all three stages together", lower_bound=0.1
     )
-    flags.DEFINE_integer("rows", 96, "captions drawn to measure each base model", lower_bound=2)
+    flags.DEFINE_integer("rows", 96, "captions drawn to evaluate each base model", lower_bound=2)
 
 
 def main() -> int:
@@ -49,7 +52,15 @@ def main() -> int:
     root, output = Path(__file__).parent.parent, Path(args.output)
     if not (root / "configs").is_dir():
         raise ValueError(f"{root} has no configs/: run the demo from a checkout of the project")
-    own_prompts = cli.check_prompts(args.prompt)
+    cli.check_directory("output", str(output))
+    prompts = cli.check_prompts(args.prompt)
+    cli.make_directory("output", str(output))
+    with only_process(output, "running the demo in"):
+        return demonstrate(root, output, prompts, args.minutes, args.rows)
+
+
+def demonstrate(root: Path, output: Path, prompts: Sequence[str], minutes: float, rows: int) -> int:
+    """Runs all steps. root: the checkout. The other arguments are the flags."""
     started = time.monotonic()
     data = output / "data"
     if not (data / "manifest.json").exists():
@@ -64,52 +75,40 @@ def main() -> int:
             "--max_length",
             TEXT_LENGTH,
         )
-    prompts = write_prompts(data, output, own_prompts)
+    prompts = write_prompts(data, output, prompts)
     cascade = f"--config={root / 'configs' / 'cascade.py'}:demo"
     draw(cascade, output / "prompts.txt", output / "embedded")
     announce(
         f"first pictures after {time.monotonic() - started:.0f} s:"
         f" {output / 'embedded' / 'sheet_0000.png'}"
     )
+    train_stages(root, data, output, minutes)
+    fresh = [f"--config.{stage}.checkpoint={output / stage}" for stage in STAGES]
+    draw(cascade, output / "prompts.txt", output / "fresh", *fresh)
+    for name, checkpoint in (("embedded", "embedded:base_16"), ("fresh", output / "base")):
+        options = ("--rows", rows, "--measures", "retrieval")
+        to = output / f"evaluate_{name}"
+        verb("evaluate", "--checkpoint", checkpoint, "--data", data, "--output", to, *options)
+    report = write_report(output, prompts, time.monotonic() - started)
+    announce(f"done after {(time.monotonic() - started) / 60:.1f} minutes: open {report}")
+    return 0
+
+
+def train_stages(root: Path, data: Path, output: Path, minutes: float) -> None:
+    """Trains each stage that is not trained yet, for its share of `minutes`."""
     for stage, name in STAGES.items():
         trained = output / f"{stage}.trained"
         if trained.exists():
             announce(
-                f"{stage} is trained already; delete {output / stage} and {trained} to train it"
+                f"{stage} is already trained; delete {output / stage} and {trained} to train it"
                 " again"
             )
             continue
         config = f"--config={root / 'configs' / name}.py:demo"
-        budget = args.minutes * SHARE[stage]
-        verb(
-            "train",
-            config,
-            f"--config.data.path={data}",
-            "--workdir",
-            output / stage,
-            "--minutes",
-            f"{budget:.4f}",
-        )
+        budget = f"{minutes * SHARE[stage]:.4f}"
+        options = ("--workdir", output / stage, "--minutes", budget)
+        verb("train", config, f"--config.data.path={data}", *options)
         trained.touch()
-    fresh = [f"--config.{stage}.checkpoint={output / stage}" for stage in STAGES]
-    draw(cascade, output / "prompts.txt", output / "fresh", *fresh)
-    for name, checkpoint in (("embedded", "embedded:base_16"), ("fresh", output / "base")):
-        verb(
-            "evaluate",
-            "--checkpoint",
-            checkpoint,
-            "--data",
-            data,
-            "--output",
-            output / f"evaluate_{name}",
-            "--rows",
-            args.rows,
-            "--measures",
-            "retrieval",
-        )
-    report = write_report(output, prompts, time.monotonic() - started)
-    announce(f"done after {(time.monotonic() - started) / 60:.1f} minutes: open {report}")
-    return 0
 
 
 def announce(text: str) -> None:
@@ -117,33 +116,28 @@ def announce(text: str) -> None:
 
 
 def verb(name: str, *arguments: object) -> None:
-    """Runs another verb, its output shown; ends the demo if it fails."""
+    """Runs another verb and shows its output. If it fails, the demo exits with its code."""
     command = [sys.executable, "-m", f"imagen_jax.{name}", *map(str, arguments)]
     announce(" ".join(["python", *command[1:]]))
     code = cli.call(command)
     if code:
-        raise ValueError(
-            f"{name} failed with exit code {code}; mend it and run the same command again, it"
-            " continues"
-        )
+        message = f"{name} failed with exit code {code}; run the demo again to continue here"
+        raise SystemExit(cli.fail(message, max(code, 1)))  # negative: ended by a signal
 
 
 def draw(cascade: str, prompts: Path, output: Path, *options: str) -> None:
-    """Draws the prompts in place of earlier ones: pictures of another call's prompts would get into
-    the report.
+    """Draws the prompts, after deleting the pictures of an earlier call from the directory.
+
+    The report finds a prompt's pictures by their number.
     """
-    for left in [
-        *output.glob("[0-9]*_*.png"),
-        *output.glob("[0-9]*_*.json"),
-        *output.glob("sheet_*.png"),
-    ]:
-        left.unlink()
+    pictures.remove_numbered(output)
     verb("sample", cascade, *options, "--prompts", prompts, "--output", output)
 
 
 def write_prompts(data: Path, output: Path, own: Sequence[str]) -> list[str]:
-    """The user's prompts, then held-out and training captions evenly spread over the data; also
-    written to prompts.txt.
+    """The user's prompts, then evenly spaced held-out and training captions.
+
+    Also writes them to prompts.txt.
     """
     from imagen_jax.data.records import Prepared
 
@@ -160,7 +154,7 @@ def write_prompts(data: Path, output: Path, own: Sequence[str]) -> list[str]:
 
 
 def write_report(output: Path, prompts: Sequence[str], seconds: float) -> Path:
-    """The contact sheet of both cascades, the loss curves, and report.html with both inside."""
+    """Writes report.html with the contact sheet of both cascades and the loss curves."""
     sheet = cascade_sheet(
         prompts,
         {"embedded": output / "embedded", "fresh": output / "fresh"},
@@ -168,7 +162,7 @@ def write_report(output: Path, prompts: Sequence[str], seconds: float) -> Path:
     )
     curves = loss_curves({stage: output / stage for stage in STAGES}, output / "loss_curves.png")
     measured = {
-        name: json.loads((output / f"evaluate_{name}" / "evaluation.json").read_text())
+        name: read_json(output / f"evaluate_{name}" / "evaluation.json")
         for name in ("embedded", "fresh")
     }
     return write_html(
@@ -183,8 +177,9 @@ def write_report(output: Path, prompts: Sequence[str], seconds: float) -> Path:
 
 
 def cascade_sheet(prompts: Sequence[str], cascades: Mapping[str, Path], path: Path) -> Path:
-    """A row a prompt: the images of every stage of every cascade, as `sample` wrote them into its
-    directories.
+    """Writes a contact sheet with one row per prompt and all stages of all cascades.
+
+    cascades: name -> the --output directory of `sample`.
     """
     rows, headings = [], []
     for i in range(len(prompts)):
@@ -201,7 +196,7 @@ def cascade_sheet(prompts: Sequence[str], cascades: Mapping[str, Path], path: Pa
 
 
 def loss_curves(workdirs: Mapping[str, Path], path: Path) -> Path:
-    """Training loss of each stage against its steps."""
+    """Plots the training loss of each stage against its steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(workdirs), 3), layout="constrained")
@@ -220,7 +215,7 @@ def loss_curves(workdirs: Mapping[str, Path], path: Path) -> Path:
             axis.text(
                 0.5,
                 0.5,
-                "it ended before\nthe first logged step",
+                "ended before the\nfirst logged step",
                 ha="center",
                 va="center",
                 transform=axis.transAxes,
@@ -240,21 +235,21 @@ def write_html(
     workdirs: Mapping[str, Path],
     seconds: float,
 ) -> Path:
-    """One file without links to others."""
+    """Writes the report as one file without links to other files."""
     parts = [
         (
             f"<h1>imagen_jax demo</h1><p>{len(prompts)} prompts, {seconds / 60:.1f} minutes in"
             " all.</p>"
         ),
         (
-            "<h2>Pictures</h2><p>Left the weights that ship with the package, right those trained"
-            " in this run; small sizes enlarged.</p>"
+            "<h2>Pictures</h2><p>Left: the embedded weights. Right: the weights trained in this"
+            " run. Small images are enlarged.</p>"
         ),
         embedded_image(sheet, "contact sheet"),
         "<h2>Does the picture belong to its caption?</h2>",
         (
             "<p>Share of drawn base images whose captioned image is among the nearest of all"
-            " images, 95 % interval in brackets.</p>"
+            " images, with a 95 % interval in brackets.</p>"
         ),
         retrieval_table(measured),
         "<h2>Training</h2>",
@@ -270,7 +265,7 @@ def write_html(
 
 
 def embedded_image(path: Path, title: str) -> str:
-    """An <img> with the file's content inside."""
+    """An <img> element that contains the file."""
     return (
         f'<img alt="{html.escape(title)}"'
         f' src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
@@ -278,7 +273,7 @@ def embedded_image(path: Path, title: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table of escaped cells."""
+    """An HTML table with escaped cells."""
     line = lambda tag, cells: (
         "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
     )
@@ -286,23 +281,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def training_table(workdirs: Mapping[str, Path]) -> str:
-    """Steps, loss and speed of each stage, from its metrics."""
+    """A table of the steps, loss and speed of each stage, from its metrics."""
     rows = []
     for name, workdir in workdirs.items():
-        found = run_log.read_metrics(workdir)
-        if not found:
+        metrics = run_log.read_metrics(workdir)
+        if not metrics:
             rows.append([name, "none logged", "-", "-", "-"])
         else:
             speed = np.median(
-                [row["time/images_per_s"] for row in found if "time/images_per_s" in row]
+                [row["time/images_per_s"] for row in metrics if "time/images_per_s" in row]
                 or [np.nan]
             )
             rows.append(
                 [
                     name,
-                    f"{found[-1]['step']:,}",
-                    f"{found[0]['loss']:.4f}",
-                    f"{found[-1]['loss']:.4f}",
+                    f"{metrics[-1]['step']:,}",
+                    f"{metrics[0]['loss']:.4f}",
+                    f"{metrics[-1]['loss']:.4f}",
                     f"{speed:.0f}",
                 ]
             )
@@ -310,7 +305,7 @@ def training_table(workdirs: Mapping[str, Path]) -> str:
 
 
 def retrieval_table(measured: Mapping[str, Mapping[str, Any]]) -> str:
-    """Top-1 and top-5 of each weights, split and kind of caption."""
+    """A table of top-1 and top-5 retrieval by weights, split and kind of caption."""
     rows = []
     for name, evaluation in measured.items():
         for split, kinds in evaluation["retrieval"].items():

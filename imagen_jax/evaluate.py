@@ -23,6 +23,7 @@ from absl import flags
 
 from imagen_jax import cli, schema
 from imagen_jax.evals.measures import NAMES
+from imagen_jax.storage import check_local
 
 RECORD = "evaluations.jsonl"
 POLL_S = 10.0
@@ -105,6 +106,9 @@ def main() -> int:
     cli.log_to_stderr()
     if not (args.checkpoint and args.data and args.output):
         raise ValueError("--checkpoint, --data and --output are all needed")
+    for flag in ("checkpoint", "data", "lowres_from"):
+        check_local(f"--{flag}", args[flag].value)
+    cli.check_directory("output", args.output)
     if args.lowres_from and not Path(args.lowres_from).is_file():
         raise ValueError(f"--lowres_from {args.lowres_from} does not exist")
     from imagen_jax.cascade import resolve
@@ -113,6 +117,7 @@ def main() -> int:
     if not (args.follow or checkpoint.exists()):
         raise ValueError(f"--checkpoint {checkpoint} does not exist")
     cli.set_up_jax()
+    cli.check_platform()
     numbers = {
         name: args[name].value
         for name in ("rows", "samples", "gallery", "bins", "batch_size", "seed", "lowres_from")

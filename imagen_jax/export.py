@@ -1,22 +1,25 @@
-"""Writes the weights of a checkpoint to one bf16 safetensors file, config and provenance in its
-header.
+"""Exports the weights of a checkpoint as one bfloat16 safetensors file.
 
     python -m imagen_jax.export --checkpoint WORKDIR --output base.safetensors
 
-`sample`, `evaluate` and `train --init_from` take the file wherever they take a checkpoint.
+The file's header holds the config and the provenance. `sample`, `evaluate` and `train --init_from`
+accept the file in place of a checkpoint.
 """
+
+from pathlib import Path
 
 from absl import flags
 
 from imagen_jax import cli
+from imagen_jax.storage import check_local
 
 
 def define_flags() -> None:
-    """The command line, see `cli.run`."""
+    """Defines the command line, see `cli.run`."""
     flags.DEFINE_string(
         "checkpoint", None, "a workdir (its newest intact checkpoint) or one checkpoint"
     )
-    flags.DEFINE_string("output", None, "the file to write, ending in .safetensors")
+    flags.DEFINE_string("output", None, "the file to write; its name ends in .safetensors")
     flags.DEFINE_string(
         "which", "ema", "which weights: ema, params, or ema_1, ema_2 ... for optim.ema_tracks"
     )
@@ -27,9 +30,11 @@ def main() -> int:
     if not args.checkpoint or not args.output:
         raise ValueError("--checkpoint PATH and --output FILE.safetensors are both needed")
     if not args.output.endswith(".safetensors"):
-        raise ValueError(
-            f"--output {args.output} must end in .safetensors, which is what it will be"
-        )
+        raise ValueError(f"--output {args.output} must end in .safetensors, the file's format")
+    check_local("--checkpoint", args.checkpoint)
+    cli.check_directory("output", str(Path(args.output).parent))
+    if Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output} is a directory; give a file name")
     import jax
 
     from imagen_jax.weights import checkpoint, exports

@@ -1,11 +1,11 @@
-"""Pictures for people: grids of images, contact sheets with captions, PNG files written whole or
-not at all.
-"""
+"""Pictures for people: grids, contact sheets with captions, numbered PNG files."""
 
+import contextlib
 import io
 import os
+import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from imagen_jax.storage import write_atomically
 Picture = UInt8[np.ndarray, "_ _ 3"]  # each of its own height and width
 GAP = 4
 INK = (20, 20, 20)
+# Files that hold a number: 0007_a_red_apple.png, its record 0007_a_red_apple.json, sheet_0007.png.
+NUMBERED = re.compile(r"(?:sheet_(\d+)|(\d+)_.*)\.(?:png|json)")
+CLAIM = re.compile(r"\.\d+\.claim")
 
 
 def enlarge(image: Picture, size: int) -> Picture:
-    """Nearest-neighbour to `size` pixels high: small samples shown as they are, not smoothed."""
+    """Enlarges to `size` pixels high by nearest neighbour, so that nothing is smoothed."""
     width = round(image.shape[1] * size / image.shape[0])
     return np.asarray(Image.fromarray(image).resize((width, size), Image.Resampling.NEAREST))
 
@@ -40,16 +43,16 @@ def grid(rows: Sequence[Sequence[Picture]], cell: int) -> Picture:
 def contact_sheet(
     captions: Sequence[str], rows: Sequence[Sequence[Picture]], headings: Sequence[str], cell: int
 ) -> Picture:
-    """A table: a caption, then its images side by side under `headings`."""
-    font = ImageFont.load_default(size=max(11, cell // 8))
-    text_width, line = 2 * cell, int(1.3 * max(11, cell // 8))
+    """A table with one row per caption: the caption, then its images under `headings`."""
+    size = max(11, cell // 8)
+    font, text_width, line = ImageFont.load_default(size=size), 2 * cell, int(1.3 * size)
     body = grid(rows, cell)
     sheet = Image.new("RGB", (text_width + body.shape[1], line + GAP + body.shape[0]), "white")
     sheet.paste(Image.fromarray(body), (text_width, line + GAP))
     draw = ImageDraw.Draw(sheet)
     for j, heading in enumerate(headings):
         draw.text((text_width + GAP + j * (cell + GAP), GAP), heading, INK, font)
-    characters = max(8, int(text_width / (0.55 * max(11, cell // 8))))
+    characters = max(8, int(text_width / (0.55 * size)))
     for i, caption in enumerate(captions):
         wrapped = "\n".join(textwrap.wrap(caption, characters)[: max(1, cell // line)])
         draw.text((GAP, line + 2 * GAP + i * (cell + GAP)), wrapped, INK, font)
@@ -57,21 +60,80 @@ def contact_sheet(
 
 
 def figure_png(figure: Any) -> bytes:
-    """A matplotlib figure as a PNG file's content."""
+    """A matplotlib figure as the content of a PNG file, 110 pixels per inch.
+
+    The content does not depend on the version of matplotlib through its metadata.
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def png_bytes(image: Picture) -> bytes:
-    """The image as a PNG file's content."""
+    """An image as the content of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def write_png(path: str | os.PathLike, image: Picture) -> Path:
-    """Writes a PNG under its final name only when it is whole."""
+    """Writes a PNG file, whole or not at all, and returns its path."""
     path = Path(path)
     write_atomically(path, png_bytes(image))
     return path
+
+
+def numbers(directory: Path) -> set[int]:
+    """The numbers that pictures, records and contact sheets in a directory have."""
+    if not directory.is_dir():
+        return set()
+    matches = [NUMBERED.fullmatch(entry.name) for entry in os.scandir(directory)]
+    return {int(match[1] or match[2]) for match in matches if match}
+
+
+@contextlib.contextmanager
+def claim_numbers(directory: Path, count: int) -> Iterator[list[int]]:
+    """`count` ascending numbers for new pictures that no other process uses.
+
+    They follow the numbers of the pictures in `directory`. A number is claimed by creating the
+    file .NUMBER.claim exclusively, which also works on a network file system. Claims end with the
+    context; the pictures written inside it hold the numbers from then on. A killed process leaves
+    its claims behind, and their numbers stay unused.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    claimed: list[int] = []
+    try:
+        while len(claimed) < count:
+            number = max([*numbers(directory), *claimed], default=-1) + 1
+            while len(claimed) < count:
+                if _create(_claim(directory, number)):
+                    claimed.append(number)
+                number += 1
+            # Another process may have written pictures and ended its claims after the listing.
+            for number in numbers(directory).intersection(claimed):
+                claimed.remove(number)
+                _claim(directory, number).unlink()
+        yield claimed
+    finally:
+        for number in claimed:
+            _claim(directory, number).unlink(missing_ok=True)
+
+
+def _claim(directory: Path, number: int) -> Path:
+    return directory / f".{number:04d}.claim"
+
+
+def _create(path: Path) -> bool:
+    """Creates an empty file. False if it exists."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        return False
+    return True
+
+
+def remove_numbered(directory: Path) -> None:
+    """Deletes the pictures, records, contact sheets and abandoned claims of a directory."""
+    for path in list(directory.iterdir()) if directory.is_dir() else []:
+        if NUMBERED.fullmatch(path.name) or CLAIM.fullmatch(path.name):
+            path.unlink()

@@ -21,7 +21,6 @@ which a batch is divided; nothing else does. Each process holds about 1 kB of me
 """
 
 import argparse
-import errno
 import os
 import sys
 import traceback
@@ -39,7 +38,7 @@ from imagen_jax.data.prepare.preview import preview, preview_captions
 from imagen_jax.data.sources.source import add_options, open_source
 from imagen_jax.distributed.startup import hosts, start
 from imagen_jax.distributed.watch import LOST
-from imagen_jax.storage import check_local, is_away
+from imagen_jax.storage import check_local
 
 
 def main() -> None:
@@ -48,6 +47,7 @@ def main() -> None:
     The codes: 2 for invalid input, 1 for a file system that did not answer, LOST if another process
     failed.
     """
+    cli.escape_unprintable()
     args = parser().parse_args()
     try:
         _run(args)
@@ -63,11 +63,9 @@ def main() -> None:
         end(cli.fail("interrupted: the same command continues", 130))
     except Lost as error:
         end(cli.fail(str(error), LOST))
-    except (ValueError, OSError) as error:
-        is_full = getattr(error, "errno", None) == errno.ENOSPC
-        advice = ": make room, then the same command continues" if is_full else ""
-        end(cli.fail(f"{error}{advice}", 1 if is_away(error) else 2))
-    except Exception:
+    except Exception as error:
+        if explanation := cli.explain(error):
+            end(cli.fail(*explanation))
         if not hosts():
             raise
         traceback.print_exc()

@@ -1,8 +1,7 @@
-"""What a run writes down and shows: metrics.jsonl (the record), TensorBoard, image grids; the step
-clock; progress on a terminal or in a log.
+"""The log of a run: metrics.jsonl (the record), TensorBoard, images, step times, progress.
 
-Nothing here imports jax, so a report or a launcher can use it; values may be anything `float()`
-accepts, device scalars included.
+This module does not import jax, so that reports and launchers can use it. Values may be anything
+that `float()` accepts, device scalars included.
 """
 
 import contextlib
@@ -28,16 +27,17 @@ log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Scalars to workdir/metrics.jsonl, one JSON object a line, and to workdir/tensorboard; images
-    to workdir/images and TensorBoard.
+    """Writes scalars to workdir/metrics.jsonl and TensorBoard, images to workdir/images and
+    TensorBoard.
+
+    metrics.jsonl holds one JSON object per line. TensorBoard's files are in workdir/tensorboard.
     """
 
     def __init__(self, workdir: str | os.PathLike, start_step: int, enabled: bool = True):
-        """Opens the record of a run that goes on from `start_step`: rows of later steps, and broken
-        ones, are dropped from it.
+        """Opens the record of a run that continues from `start_step`.
 
-        enabled: False makes every method do nothing (all processes but the first). Images of later
-        steps stay until drawn again.
+        Drops rows of later steps and invalid rows. Images of later steps stay until they are drawn
+        again. enabled: False makes every method do nothing, for all processes except the first.
         """
         self._enabled = enabled
         if not enabled:
@@ -49,7 +49,7 @@ class MetricsWriter:
         path = self._workdir / METRICS
         _truncate(path, start_step)
         self._file = path.open("a", encoding="utf-8")
-        # purge_step makes TensorBoard forget what an earlier process wrote for the steps to come.
+        # purge_step makes TensorBoard drop the later steps of an earlier process.
         self._board = SummaryWriter(
             str(self._workdir / "tensorboard"),
             purge_step=start_step + 1,
@@ -58,10 +58,9 @@ class MetricsWriter:
         )
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends {"step": step, **values} and hands it to the operating system at once; NaN and
-        Infinity are written as such.
+        """Appends {"step": step, **values} and flushes it to the operating system.
 
-        Raises ValueError if a value is not a scalar number.
+        NaN and Infinity are written as such. Raises ValueError if a value is not one number.
         """
         if not self._enabled:
             return
@@ -72,8 +71,9 @@ class MetricsWriter:
             self._board.add_scalar(name, row[name], step)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> Path | None:
-        """Writes workdir/images/<name>/<step>.png and returns its path. Raises ValueError if
-        `image` is not uint8 [h w 3].
+        """Writes workdir/images/<name>/<step>.png and returns its path.
+
+        Raises ValueError if `image` is not uint8 [h w 3].
         """
         if not self._enabled:
             return None
@@ -96,29 +96,28 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of workdir/metrics.jsonl in order, without broken ones; [] if there is no such file.
-    Safe beside a running trainer.
+    """The valid rows of workdir/metrics.jsonl in order; [] if the file does not exist.
+
+    Can be called while a trainer writes the file.
     """
     path = Path(workdir) / METRICS
     return [row for row in map(parse_row, _lines(path)) if row is not None]
 
 
 def _truncate(path: Path, start_step: int) -> None:
-    """Rewrites the file, atomically and only if need be, without rows of steps after `start_step`
-    and without broken lines.
-    """
+    """Removes rows of steps after `start_step` and invalid lines from the file, atomically."""
     lines = _lines(path)
     rows = [parse_row(line) for line in lines]
     kept = [line for line, row in zip(lines, rows) if row is not None and row["step"] <= start_step]
     if len(kept) == len(lines) and all(line.endswith(b"\n") for line in lines):
         return
-    broken = sum(row is None for row in rows)
+    invalid = sum(row is None for row in rows)
     log.warning(
-        "%s: dropped %d rows after step %d and %d broken lines",
+        "%s: dropped %d rows after step %d and %d invalid lines",
         path,
-        len(lines) - len(kept) - broken,
+        len(lines) - len(kept) - invalid,
         start_step,
-        broken,
+        invalid,
     )
     write_atomically(
         path, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in kept)
@@ -130,7 +129,7 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
-    """A row, or None if the line is not one (a write cut short by a kill, say)."""
+    """The row in a line, None if the line is invalid, for example cut short by a kill."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -148,14 +147,13 @@ def _scalar(name: str, value: Any) -> int | float:
 
 
 class StepClock:
-    """Seconds a step and images a second between two readings, not counting what ran inside
-    `pause()` (evaluation, checkpoints).
+    """Seconds per step and images per second between two readings.
+
+    Time inside `pause()` (evaluation, checkpoints) is not counted.
     """
 
     def __init__(self, batch_size: int, step: int, now: Callable[[], float] = time.perf_counter):
-        """`batch_size`: images a step, over all processes; `step`: steps done when the clock
-        starts, which is at once.
-        """
+        """Starts the clock. batch_size: images per step of all processes. step: steps done."""
         self._batch_size = batch_size
         self._now = now
         self._step = step
@@ -165,7 +163,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Time inside is not counted; may be nested."""
+        """Excludes the time inside the context. May be nested."""
         start = self._now()
         self._depth += 1
         try:
@@ -176,8 +174,9 @@ class StepClock:
                 self._paused += self._now() - start
 
     def read(self, step: int) -> dict[str, float]:
-        """{"time/step_s", "time/images_per_s"} since the last reading (or the start), which this
-        one ends; {} if no step was done.
+        """{"time/step_s", "time/images_per_s"} since the last reading or the start.
+
+        {} if there was no step in between.
         """
         if self._depth:
             raise RuntimeError("the clock is read while it is paused")
@@ -193,8 +192,9 @@ class StepClock:
 
 
 class Progress:
-    """How far along: a bar on a terminal, elsewhere one plain line every `interval_s` seconds and
-    at the end. A context manager.
+    """Shows progress: a bar on a terminal, elsewhere one line every `interval_s` seconds.
+
+    A context manager. The last line comes at the end.
     """
 
     def __init__(
@@ -206,8 +206,9 @@ class Progress:
         stream: io.TextIOBase | None = None,
         quiet: bool = False,
     ):
-        """`start` of `total` are done already, and do not count for the rate. `stream`: standard
-        error if None. quiet: shows nothing.
+        """start: items done before, not counted in the rate. stream: None for standard error.
+
+        quiet: shows nothing.
         """
         self._name, self._total, self._first, self._interval_s = name, total, start, interval_s
         self._stream = sys.stderr if stream is None else stream
@@ -222,7 +223,7 @@ class Progress:
             )
 
     def update(self, done: int, **values: Any) -> None:
-        """`done` of `total` are done; `values` stay beside it until given anew."""
+        """Shows `done` of `total`, with the latest value of each name in `values`."""
         self._shown |= {key: f"{float(value):.4g}" for key, value in values.items()}
         if self._bar is not None:
             if values:
@@ -235,7 +236,7 @@ class Progress:
             self.note(self._line(done, now - self._began))
 
     def note(self, text: str) -> None:
-        """A line of text that stays, above the bar if there is one."""
+        """Prints a line of text, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:

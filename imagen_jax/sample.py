@@ -1,18 +1,17 @@
-r"""Draws pictures from prompts with a cascade, or up-samples an image with a super-resolution stage
-alone.
+r"""Draws pictures from text prompts, or up-samples an image with super-resolution stages alone.
 
     python -m imagen_jax.sample --config configs/cascade.py:demo --prompt "a red apple" \
         --output pictures
     python -m imagen_jax.sample --config configs/cascade.py:demo --image small.png --stages sr_1 \
         --prompt "a red apple" --output pictures
 
-Each picture is a PNG with a JSON file beside it that reproduces it: `--reproduce
-pictures/0000_a_red_apple.json`.
+Each picture is a PNG file with a JSON record of the same name. The record reproduces the picture:
+`--reproduce pictures/0000_a_red_apple.json`. Several processes may share one --output.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,23 @@ from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import caption_text, cli, schema
-from imagen_jax.storage import check_local
+from imagen_jax.storage import check_content, check_local, read_json, sha256_file, write_json
 
+# Fields of a picture's record, with their types.
 RECORD = {
-    "prompt",
-    "seed",
-    "stages",
-    "image",
-    "image_sha256",
-    "config",
-    "checkpoints",
-    "encoder",
-}  # of a picture: what its JSON file holds
+    "prompt": str,
+    "seed": int,
+    "stages": list,
+    "image": str,
+    "image_sha256": str,
+    "config": dict,
+    "checkpoints": list,
+    "encoder": dict,
+}
 
 
 def define_flags() -> None:
-    """The command line, see `cli.run`."""
+    """Defines the command line, see `cli.run`."""
     cli.define_compile_cache()
     config_flags.DEFINE_config_file(
         "config",
@@ -43,37 +43,38 @@ def define_flags() -> None:
         "cascade config, with fields as --config.base.sampling.w=5",
         lock_config=True,
     )
-    flags.DEFINE_multi_string("prompt", [], "what to draw; may be given several times")
-    flags.DEFINE_string("prompts", "", "a text file with one prompt a line")
-    flags.DEFINE_string("output", None, "directory for the pictures")
+    flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated")
+    flags.DEFINE_string("prompts", "", "a text file with one prompt per line")
+    flags.DEFINE_string("output", None, "directory of the pictures; earlier pictures stay")
     flags.DEFINE_integer(
         "seed",
         0,
-        "seed of the first picture; the next ones count up",
+        "seed of the first picture; the following pictures count up",
         lower_bound=0,
         upper_bound=2**31 - 1,
     )
-    flags.DEFINE_integer("count", 1, "pictures a prompt", lower_bound=1)
+    flags.DEFINE_integer("count", 1, "pictures per prompt", lower_bound=1)
     flags.DEFINE_list(
         "stages",
         ["base", "sr_1", "sr_2"],
-        "stages to run, in order; without base an --image is needed",
+        "consecutive stages to run; without base, --image is needed",
     )
     flags.DEFINE_string("image", "", "image to up-sample, with --stages sr_1 or sr_1,sr_2")
     flags.DEFINE_string(
         "reproduce",
         "",
-        "the JSON file of a picture to draw again; replaces --config, --prompt and --seed",
+        "JSON record of a picture to draw again; replaces --config, --prompt and --seed",
     )
 
 
 def main() -> int:
     args = flags.FLAGS
     cli.log_to_stderr()
-    cli.set_up_jax()
     if not args.output:
         raise ValueError("--output DIR is needed")
     cli.check_directory("output", args.output)
+    cli.set_up_jax()
+    cli.check_platform()
     if args.reproduce:
         record = read_record(Path(args.reproduce))
         return sample(
@@ -99,15 +100,17 @@ def main() -> int:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A picture's JSON file, its config completed. Raises ValueError if it is not one."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--reproduce {path} is not a picture's JSON file: {error}") from error
-    if not isinstance(record, dict) or not record.keys() >= RECORD:
+    """A picture's record with a completed config. Raises ValueError if the file holds none."""
+    check_local("--reproduce", path)
+    record = read_json(path)
+    wrong = [
+        name
+        for name, kind in RECORD.items()
+        if not isinstance(record, dict) or not isinstance(record.get(name), kind)
+    ]
+    if wrong:
         raise ValueError(
-            f"--reproduce {path} is not a picture's JSON file: it lacks"
-            f" {sorted(RECORD - set(record))}"
+            f"--reproduce {path} is not a picture's record: it has no valid {', '.join(wrong)}"
         )
     return record | {"config": schema.complete_cascade(record["config"], f"--reproduce {path}")}
 
@@ -137,95 +140,153 @@ def sample(
     output: Path,
     expected: Mapping[str, Any] | None = None,
 ) -> int:
-    """Draws all prompts and writes pictures as they are done. `expected` is a picture's record that
-    must be met.
+    """Draws all prompts and writes each picture as soon as its batch is done.
+
+    expected: the record of the picture to reproduce; other weights or another image raise
+    ValueError.
     """
-    from imagen_jax import cascade, pictures, run_log
-    from imagen_jax.storage import sha256_file
-    from imagen_jax.weights.text_encoders import load_text_encoder
+    from imagen_jax import cascade
 
     check_stages(stages, image)
+    image_sha256 = check_image(image)
     loaded = cascade.load_cascade(config, stages)
     identities = [dict(stage.identity) for stage in loaded]
-    image_sha256 = sha256_file(Path(image)) if image else ""
     if expected:
         check_same(expected, identities, image_sha256)
+    encoder = load_encoder(config, loaded)
+    lowres = None if not image else read_image(image, loaded[0].stage.lowres_size, len(prompts))
+    cli.make_directory("output", str(output))
+    warn_of_prompts(encoder, prompts)
+    text = encoder.encode(list(prompts), config["batch_size"], fill=True)
+    record = {
+        "stages": list(stages),
+        "image": image,
+        "image_sha256": image_sha256,
+        "config": dict(config),
+        "checkpoints": identities,
+        "encoder": encoder.identity,
+    }
+    first_stage = cascade.STAGES.index(stages[0])
+    batches = cascade.generate(loaded, seeds, text, config["batch_size"], lowres, first_stage)
+    rows, first = write_batches(batches, prompts, seeds, record, output)
+    headings = [f"{stage.stage.image_size}" for stage in loaded]
+    if image:
+        rows = [[lowres[i], *row] for i, row in enumerate(rows)]
+        headings = [f"input {lowres.shape[1]}", *headings]
+    sheet = write_sheet(output / f"sheet_{first:04d}.png", prompts, rows, headings)
+    print(f"{len(rows)} pictures added to {output}; contact sheet: {sheet}")
+    return 0
+
+
+def write_batches(
+    batches: Iterable[Sequence[Any]],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    record: Mapping[str, Any],
+    output: Path,
+) -> tuple[list[Sequence[Any]], int]:
+    """Writes pictures as they are drawn: (images of all stages of each picture, first number).
+
+    record: the fields of the JSON records that all pictures share.
+    """
+    from imagen_jax import pictures, run_log
+
+    rows: list[Sequence[Any]] = []
+    first = -1
+    with run_log.Progress("pictures", len(prompts)) as progress:
+        for images in batches:
+            with pictures.claim_numbers(output, len(images[0])) as numbers:
+                first = first if rows else numbers[0]
+                for number, row in zip(numbers, zip(*images)):
+                    own = {"prompt": prompts[len(rows)], "seed": seeds[len(rows)]}
+                    write(output, number, row, own | record)
+                    rows.append(row)
+            progress.update(len(rows))
+    return rows, first
+
+
+def write_sheet(
+    path: Path, prompts: Sequence[str], rows: Sequence[Sequence[Any]], headings: Sequence[str]
+) -> Path:
+    """Writes the contact sheet of all pictures of this command."""
+    from imagen_jax import pictures
+
+    cell = min(256, max(64, rows[-1][-1].shape[0]))
+    return pictures.write_png(path, pictures.contact_sheet(prompts, rows, headings, cell))
+
+
+def load_encoder(config: Mapping[str, Any], loaded: Sequence[Any]) -> Any:
+    """The text encoder of a cascade config, if it is the one its stages were trained with."""
+    from imagen_jax.cascade import check_encoder
+    from imagen_jax.weights.text_encoders import load_text_encoder
+
     length = max(s.stage.text_length for s in loaded)
     encoder = load_text_encoder(config["encoder"], length, config["encoder_dtype"])
     for stage in loaded:
         if stage.stage.text_dim:
-            cascade.check_encoder(
-                stage.encoder, encoder.identity, f"{stage.stage.name} and {config['encoder']}"
+            who = f"{stage.stage.name} and {config['encoder']}"
+            check_encoder(stage.encoder, encoder.identity, who)
+    return encoder
+
+
+def warn_of_prompts(encoder: Any, prompts: Sequence[str]) -> None:
+    """Prints a warning for each prompt that the encoder cuts or cannot read completely."""
+    distinct = list(dict.fromkeys(prompts))
+    _, cut = encoder.tokenize(distinct)
+    for prompt, is_cut, unknown in zip(distinct, cut, encoder.unknown(distinct)):
+        if is_cut:
+            print(
+                f"warning: prompt is longer than {encoder.max_length} tokens and was cut:"
+                f" {prompt!r}"
             )
-    _, cut = encoder.tokenize(list(prompts))
-    for prompt in [p for p, c in zip(prompts, cut) if c]:
-        print(f"warning: prompt is longer than {encoder.max_length} tokens and was cut: {prompt!r}")
-    text = encoder.encode(list(prompts), config["batch_size"], fill=True)
-    lowres = None if not image else read_image(image, loaded[0].stage.lowres_size, len(prompts))
-    first_stage = cascade.STAGES.index(stages[0])
-    rows, done, first = [], 0, next_index(output)
-    with run_log.Progress("pictures", len(prompts)) as progress:
-        for images in cascade.generate(
-            loaded, seeds, text, config["batch_size"], lowres, first_stage
-        ):
-            for row in zip(*images):
-                record = {
-                    "prompt": prompts[done],
-                    "seed": seeds[done],
-                    "stages": list(stages),
-                    "image": image,
-                    "image_sha256": image_sha256,
-                    "config": dict(config),
-                    "checkpoints": identities,
-                    "encoder": encoder.identity,
-                }
-                write(output, first + done, row, record)
-                rows.append(([lowres[done]] if image else []) + list(row))
-                done += 1
-            progress.update(done)
-    headings = ([f"input {lowres.shape[1]}"] if image else []) + [
-        f"{s.stage.image_size}" for s in loaded
-    ]
-    sheet = pictures.contact_sheet(
-        prompts, rows, headings, min(256, max(64, loaded[-1].stage.image_size))
-    )
-    print(
-        f"{done} pictures added to {output}; all of them:"
-        f" {pictures.write_png(output / f'sheet_{first:04d}.png', sheet)}"
-    )
-    return 0
+        if unknown:
+            print(
+                f"warning: the text encoder does not know {unknown!r} and reads it as the unknown"
+                f" token; use other words: {prompt!r}"
+            )
 
 
 def check_stages(stages: Sequence[str], image: str) -> None:
-    """Raises ValueError for stages that are unknown, not consecutive, or lack an image to start
-    from.
+    """Raises ValueError unless the stages are consecutive, with an image exactly if base is not
+    among them.
     """
-    from imagen_jax.cascade import STAGES as known
+    from imagen_jax.cascade import STAGES
 
-    places = [known.index(stage) if stage in known else -1 for stage in stages]
-    if not stages or -1 in places or places != list(range(places[0], places[0] + len(places))):
+    runs = [STAGES[i:j] for i in range(len(STAGES)) for j in range(i + 1, len(STAGES) + 1)]
+    if tuple(stages) not in runs:
         raise ValueError(
-            f"--stages {','.join(stages)}: give consecutive stages of {','.join(known)}"
+            f"--stages {','.join(stages)}: give consecutive stages of {','.join(STAGES)}"
         )
     if bool(image) != (stages[0] != "base"):
-        raise ValueError("--image goes with --stages that begin after base, and those need one")
+        raise ValueError("--image is needed by --stages without base, and cannot be used with base")
+
+
+def check_image(image: str) -> str:
+    """The SHA-256 of the --image, "" for none. Raises ValueError if it cannot be an image."""
+    if not image:
+        return ""
+    check_local("--image", image)
+    check_content(Path(image))
+    return sha256_file(Path(image))
 
 
 def check_same(
     expected: Mapping[str, Any], identities: Sequence[Mapping[str, Any]], image_sha256: str
 ) -> None:
-    """Raises ValueError unless weights and image are those of a picture's record, wherever they are
-    stored now.
+    """Raises ValueError unless weights and image are those of a picture's record.
+
+    Their paths may differ from the record's.
     """
-    for then, now in zip(expected["checkpoints"], identities, strict=True):
-        if then["sha256"] != now["sha256"] or then["which"] != now["which"]:
-            was, found = (
-                f"step {one['step']} ({one['which']}, sha256 {one['sha256'][:12]})"
-                for one in (then, now)
-            )
+    if len(expected["checkpoints"]) != len(identities):
+        raise ValueError(
+            f"the picture was drawn with {len(expected['checkpoints'])} stages, but its config"
+            f" has {len(identities)}: the record was changed"
+        )
+    for before, now in zip(expected["checkpoints"], identities):
+        if before.get("sha256") != now["sha256"] or before.get("which") != now["which"]:
             raise ValueError(
-                f"{now['checkpoint']} does not hold the weights of the picture to reproduce: {was},"
-                f" but now {found}"
+                f"{now['checkpoint']} does not hold the weights of the picture to reproduce:"
+                f" {_weights(before)} then, {_weights(now)} now"
             )
     if expected["image_sha256"] != image_sha256:
         raise ValueError(
@@ -233,38 +294,42 @@ def check_same(
         )
 
 
+def _weights(identity: Mapping[str, Any]) -> str:
+    sha256 = str(identity.get("sha256"))[:12]
+    return f"step {identity.get('step')} ({identity.get('which')}, sha256 {sha256})"
+
+
 def read_image(path: str, size: int, n: int) -> Any:
-    """The user's image, cut square and brought to `size` pixels, n times: uint8 [n size size 3]."""
+    """The --image upright, cut to its centre square, at `size` pixels, n times: uint8
+    [n size size 3].
+    """
     import numpy as np
-    from PIL import Image
 
     from imagen_jax.data.prepare.checks import stored_bytes
     from imagen_jax.data.transforms import decode_square
 
+    data = Path(path).read_bytes()
     try:
-        image = decode_square(stored_bytes(Path(path).read_bytes()), size)
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"--image {path} cannot be used: {error}") from error
-    except OSError as error:
-        raise ValueError(
-            f"--image {path} cannot be read: {error.strerror or 'it is not an image'}"
-        ) from error
+        image = decode_square(stored_bytes(data), size)
+    except Exception as error:  # PIL raises many kinds of exceptions for damaged files
+        raise ValueError(f"--image {path} cannot be used: {first_line(error)}") from error
     return np.repeat(image[None], n, axis=0)
 
 
-def next_index(output: Path) -> int:
-    """One more than the highest number of a picture in the directory: earlier pictures stay."""
-    numbers = [int(path.name.partition("_")[0]) for path in output.glob("[0-9]*_*.json")]
-    return max(numbers, default=-1) + 1
+def first_line(error: Exception) -> str:
+    """The first line of an error, without the address of PIL's buffer."""
+    text = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)).strip()
+    return text.split("\n")[0] or type(error).__name__
 
 
-def write(output: Path, index: int, row: Sequence[Any], record: Mapping[str, Any]) -> None:
-    """0000_prompt.png (last stage), 0000_prompt_16.png ... (earlier ones), and 0000_prompt.json."""
+def write(output: Path, number: int, row: Sequence[Any], record: Mapping[str, Any]) -> None:
+    """Writes 0000_prompt.png (last stage), 0000_prompt_16.png ... (earlier stages) and the record
+    0000_prompt.json.
+    """
     from imagen_jax import pictures
-    from imagen_jax.storage import write_json
 
     words = re.sub(r"[^a-z0-9]+", "_", record["prompt"].lower()).strip("_")[:60]
-    stem = f"{index:04d}_{words}"
+    stem = f"{number:04d}_{words}"
     for image in row[:-1]:
         pictures.write_png(output / f"{stem}_{image.shape[0]}.png", image)
     pictures.write_png(output / f"{stem}.png", row[-1])

@@ -79,7 +79,7 @@ MODEL = {
     ),
 }
 
-FAMILIES = {
+FAMILY_FIELDS = {
     "unet": {
         "channels": Field("Width of the first level.", int, "F.1"),
         "multipliers": Field(
@@ -311,7 +311,7 @@ EVALUATE_FLAGS = {name: field.flag or name for name, field in SAMPLING.items()} 
 
 def stage_fields(family: str) -> Fields:
     """The fields of a stage whose network is of this family."""
-    return {**STAGE, "model": {**MODEL, **FAMILIES[family]}}
+    return {**STAGE, "model": {**MODEL, **FAMILY_FIELDS[family]}}
 
 
 def complete(config: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
@@ -324,9 +324,9 @@ def complete(config: Mapping[str, Any], where: str = "config") -> dict[str, Any]
     try:
         family = config["model"]["family"]
     except (KeyError, TypeError):
-        choices = ", ".join(FAMILIES)
+        choices = ", ".join(FAMILY_FIELDS)
         raise ValueError(f"{where}: model.family is missing; it must be one of {choices}") from None
-    if family not in tuple(FAMILIES):
+    if family not in tuple(FAMILY_FIELDS):
         raise ValueError(f"{where}: model.family {_refusal(family, MODEL['family'])}")
     return _completed(config, stage_fields(family), where)
 

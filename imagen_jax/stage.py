@@ -32,7 +32,7 @@ from imagen_jax.models.layers import identity
 from imagen_jax.models.remat import checkpointed
 from imagen_jax.models.unet import UNet
 
-FAMILIES = {"unet": UNet, "efficient_unet": EfficientUNet}
+NETWORKS = {"unet": UNet, "efficient_unet": EfficientUNet}
 RNG = "threefry2x32"  # of all keys, whatever a site has as its default; recorded in checkpoints
 # Draws the same numbers whatever `jax_threefry_partitionable` is set to.
 PINNED = functools.partial(jax.threefry_partitionable, True)
@@ -238,7 +238,7 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
     model["dtype"] = jnp.dtype(model["dtype"])
     return Stage(
         name=config["name"],
-        model=FAMILIES[family](
+        model=NETWORKS[family](
             **model,
             lowres=bool(data["lowres_size"]),
             constrain=sharding.constrain_activations(mesh) if mesh else identity,

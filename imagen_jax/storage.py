@@ -1,5 +1,7 @@
-"""Files that appear whole or not at all, and directories that can tell whether any of their bytes
-changed: SHA256SUMS lists every other file, so `sha256sum -c SHA256SUMS` checks one too.
+"""Files that appear whole or not at all, and directories sealed with checksums. Local paths only.
+
+A sealed directory holds SHA256SUMS, which lists every other file of it: `sha256sum -c SHA256SUMS`
+checks it as well.
 """
 
 import concurrent.futures
@@ -18,12 +20,15 @@ from typing import Any
 
 CHECKSUMS = "SHA256SUMS"
 LOCK = "lock"
-LOOKS = 10  # `is_kept` has the lock for an instant, so one look does not tell
-# hashlib releases the interpreter; one thread does about 1.2 GB/s where the CPU has SHA
-# instructions
+# Attempts to take a lock. `is_kept` holds it for an instant, so one failure proves nothing.
+LOCK_ATTEMPTS = 10
+# hashlib releases the GIL; one thread hashes about 1.2 GB/s on a CPU with SHA instructions.
 HASH_THREADS = 4
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
+# gs://BUCKET/PATH, also after pathlib has changed it to gs:/BUCKET/PATH.
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
-# What a network's file system says while it is away: the file may well be there the next time.
+# Errors of a network file system that does not answer. The file may be there at the next attempt.
 AWAY = frozenset(
     (
         errno.EIO,
@@ -41,36 +46,84 @@ AWAY = frozenset(
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether an error is of a file system that did not answer, which trying again may mend."""
+    """Whether a file system did not answer, so that a retry may succeed."""
     return isinstance(error, OSError) and error.errno in AWAY
 
 
 def check_local(label: str, path: str | os.PathLike) -> None:
-    """Raises ValueError for a URL; pathlib turns "gs://bucket" into the local path "gs:/bucket"."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+    """Raises ValueError if `path` is a URL, such as gs://BUCKET/PATH.
+
+    label: what the message calls the path, such as "--output".
+    """
+    if URL.match(os.fspath(path)):
         raise ValueError(
-            f"{label} {path} is a URL, only local paths work: mount the bucket or copy the files"
+            f"{label} {os.fspath(path)} is a URL, only local paths work: mount the bucket or copy"
+            " the files"
         )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file, and the directories above it, so that its name appears only once all of it is
-    on the disk.
+def missing_content(path: Path) -> str:
+    """Why a file does not hold its content: it is empty or a Git LFS pointer. "" if it may hold it.
+
+    Reads the first bytes only. The text completes a sentence that begins with the file's name.
     """
+    with open(path, "rb") as file:
+        return _missing_content(file.read(len(LFS_POINTER)))
+
+
+def _missing_content(start: bytes) -> str:
+    if not start:
+        return "is empty; download or copy it again"
+    if start.startswith(LFS_POINTER):
+        return (
+            "is a Git LFS pointer instead of the file itself; run `git lfs pull` in its"
+            " repository, or download the file again"
+        )
+    return ""
+
+
+def check_content(path: Path) -> None:
+    """Raises ValueError if a file is empty or a Git LFS pointer."""
+    if reason := missing_content(path):
+        raise ValueError(f"{path} {reason}")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is empty, a Git LFS pointer, cut short or not JSON; the message names it.
+    """
+    check_content(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); download or copy it again"
+        ) from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file and its parent directories; its name appears when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    flush(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        flush(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # of a full disk, for example
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:
-    """An indented JSON file, whole or not at all."""
+    """Writes an indented JSON file, whole or not at all."""
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """A compressed .npz file, whole or not at all."""
+    """Writes a compressed .npz file, whole or not at all."""
     import numpy as np
 
     content = io.BytesIO()
@@ -80,12 +133,14 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def only_process(directory: Path, doing: str) -> Iterator[None]:
-    """Keeps `directory`, which is made, to this process; the lock goes with the process, however it
-    ends. ValueError if another has it.
+    """Creates `directory` and locks it for this process. The lock ends with the process.
+
+    doing: completes "another process is ... DIRECTORY". Raises ValueError if another process holds
+    the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / LOCK, "w") as file:
-        for _ in range(LOOKS):
+        for _ in range(LOCK_ATTEMPTS):
             if try_lock(file, fcntl.LOCK_EX):
                 break
             time.sleep(0.02)
@@ -95,8 +150,9 @@ def only_process(directory: Path, doing: str) -> Iterator[None]:
 
 
 def is_kept(directory: Path) -> bool:
-    """Whether a process is inside `only_process(directory)`, as far as this machine can tell: a
-    network file system may not pass locks on.
+    """Whether a process is inside `only_process(directory)`, as far as this machine can see.
+
+    A network file system may not share locks between machines.
     """
     try:
         with open(directory / LOCK) as file:
@@ -106,7 +162,7 @@ def is_kept(directory: Path) -> bool:
 
 
 def try_lock(file: Any, kind: int) -> bool:
-    """Whether the lock (fcntl.LOCK_SH or LOCK_EX) could be had; it goes when the file is closed."""
+    """Takes fcntl.LOCK_SH or LOCK_EX until `file` is closed. False if another process has it."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -115,8 +171,9 @@ def try_lock(file: Any, kind: int) -> bool:
 
 
 def seal(directory: Path) -> None:
-    """Forces every file of `directory` to the disk, then adds SHA256SUMS, last. The caller renames
-    the directory to its final name.
+    """Flushes every file of `directory` to the disk, then writes SHA256SUMS.
+
+    The caller renames the directory to its final name.
     """
     for path in directory.rglob("*"):
         flush(path)
@@ -126,8 +183,9 @@ def seal(directory: Path) -> None:
 
 
 def find_damage(directory: Path) -> str | None:
-    """None if the files of a sealed directory are exactly those listed, byte for byte, else the
-    first fault, naming the file.
+    """The first difference between a sealed directory and its checksums, None if there is none.
+
+    The text names the file: it is missing, not listed, or does not match its checksum.
     """
     try:
         recorded = (directory / CHECKSUMS).read_bytes()
@@ -136,6 +194,8 @@ def find_damage(directory: Path) -> str | None:
         return f"{error.filename or directory}: {error.strerror}"
     if recorded == _render(sums):
         return None
+    if reason := _missing_content(recorded):
+        return f"{CHECKSUMS} {reason}"
     lines = recorded.decode("utf-8", "replace").split("\n")
     listed = {line[66:]: line[:64] for line in lines if re.match(r"[0-9a-f]{64}  \S", line)}
     for name in sorted(listed.keys() | sums.keys()):
@@ -144,6 +204,9 @@ def find_damage(directory: Path) -> str | None:
         if name not in listed:
             return f"{name} is not listed in {CHECKSUMS}"
         if sums[name] != listed[name]:
+            with contextlib.suppress(OSError):  # a trainer may delete it meanwhile
+                if reason := missing_content(directory / name):
+                    return f"{name} does not match its checksum: it {reason}"
             return f"{name} does not match its checksum"
     return f"{CHECKSUMS} is malformed"
 
@@ -164,15 +227,13 @@ def flush(path: Path) -> None:
 
 
 def _checksums(directory: Path) -> dict[str, str]:
-    """sha256 of every file under `directory` but SHA256SUMS, by relative name."""
-
+    """SHA-256 of every file under `directory` except SHA256SUMS, by relative name."""
     files = sorted(p for p in directory.rglob("*") if not p.is_dir() and p != directory / CHECKSUMS)
+    names = [path.relative_to(directory).as_posix() for path in files]
     with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
-        return dict(
-            zip([p.relative_to(directory).as_posix() for p in files], pool.map(sha256_file, files))
-        )
+        return dict(zip(names, pool.map(sha256_file, files)))
 
 
 def _render(sums: dict[str, str]) -> bytes:
-    """As `sha256sum` writes it."""
+    """The checksums in the format of `sha256sum`."""
     return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()

@@ -27,7 +27,7 @@ from ml_collections import config_flags
 from imagen_jax import cli, distributed, schema
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.watch import Watch
-from imagen_jax.storage import only_process, write_json
+from imagen_jax.storage import check_local, only_process, write_json
 
 # steps the device may be behind the host: it never waits for work, and a signal is answered within
 # this many steps
@@ -79,10 +79,13 @@ def main() -> int:
     if args.config is None or args.workdir is None:
         raise ValueError("--config FILE and --workdir DIR are both needed")
     config = cli.data_config(args.config)
+    check_local("--config.data.path", config["data"]["path"])
+    check_local("--init_from", args.init_from)
     cli.check_directory("workdir", args.workdir)
     profile = read_profile(args.profile)
     cli.set_up_jax()
     distributed.start(args.host_timeout, args.host_lost)
+    cli.check_platform()
     with Watch(args.host_lost) as watch:
         if args.overfit:
             return overfit(config, args.overfit, watch)

@@ -1,6 +1,4 @@
-"""Stages chained: pictures that depend on their own seed and prompt only, sizes and encoders that
-must agree, weights that must fit.
-"""
+"""The cascade: pictures depend on their own seed and prompt only; stages must fit each other."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ NAMES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}  # tiny: 8, 8 -
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A cascade config over three exported stages with random weights."""
+    """A cascade config with three exported stages of random weights."""
     root, made = tmp_path_factory.mktemp("cascade"), dict(SHARED)
     for name, file in NAMES.items():
         stage_config = tiny.config(file)
@@ -47,7 +45,7 @@ def stages(config):
 
 
 def features(*captions: int) -> list[np.ndarray]:
-    """Unpadded features of made-up captions, each known by a number."""
+    """Random unpadded features, one array per caption number."""
     return [
         np.random.default_rng(c).standard_normal((1 + c % 6, tiny.DIM)).astype(ml_dtypes.bfloat16)
         for c in captions
@@ -61,18 +59,14 @@ def pictures(stages, seeds, text, batch_size, **more) -> list[list[np.ndarray]]:
 
 
 def test_sizes_and_variety(stages):
-    """Catches stages in the wrong order, rows lost with the padding of the last batch, one seed for
-    all.
-    """
+    """Catches stages in the wrong order, rows lost with the last batch, one seed for all rows."""
     got = pictures(stages, [1, 2, 3], features(1, 2, 3), 2)
     assert [g.shape for g in got] == [(3, 8, 8, 3), (3, 16, 16, 3), (3, 32, 32, 3)]
     assert all(g.dtype == np.uint8 and g.std() > 5 and (g[0] != g[1]).any() for g in got)
 
 
 def test_other_prompts_change_nothing(stages):
-    """Silent bug 3 and its kin: catches anything shared in a batch, thresholds, noise or norms. Bit
-    for bit.
-    """
+    """Catches thresholds, noise or norms that are shared within a batch (design bug 3)."""
     mine = pictures(stages, [7, 1, 2, 3], features(5, 1, 2, 3), 4)
     theirs = pictures(stages, [7, 4, 5, 6], features(5, 8, 9, 10), 4)
     for a, b in zip(mine, theirs):
@@ -81,7 +75,7 @@ def test_other_prompts_change_nothing(stages):
 
 
 def test_other_batch_size_moves_no_pixel_by_more_than_one(stages):
-    """Catches keys that depend on the place in the batch."""
+    """Catches keys that depend on the position in the batch."""
     for a, b in zip(
         pictures(stages, [7, 8, 9], features(5, 6, 7), 4),
         pictures(stages, [7, 8, 9], features(5, 6, 7), 1),
@@ -90,7 +84,7 @@ def test_other_batch_size_moves_no_pixel_by_more_than_one(stages):
 
 
 def test_a_stage_alone_draws_what_it_draws_in_the_cascade(config, stages):
-    """Catches noise keyed to the position in the list of stages that run, not to the stage."""
+    """Catches noise keyed to the position among the stages that run, not to the stage."""
     whole = pictures(stages, [7, 8], features(5, 6), 2)
     alone = pictures(
         cascade.load_cascade(config, ["sr_1", "sr_2"]),
@@ -104,7 +98,7 @@ def test_a_stage_alone_draws_what_it_draws_in_the_cascade(config, stages):
 
 
 def test_super_resolution_reads_the_image_before_it(stages):
-    """Silent bug 1: catches a stage that never looks at its low-res input."""
+    """Catches a stage that ignores its low-res input (design bug 1)."""
     images = np.stack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)])
     got = pictures(stages[1:2], [7, 7], features(5, 5), 2, lowres=images, first_stage=1)[0].astype(
         float
@@ -113,7 +107,7 @@ def test_super_resolution_reads_the_image_before_it(stages):
 
 
 def test_what_does_not_chain_is_refused(config, tmp_path):
-    """Catches a cascade of other sizes, of another text encoder, or of nothing."""
+    """Catches a cascade of stages with other sizes, another text encoder, or no stage."""
     with pytest.raises(ValueError, match="draws 8 pixels, .* takes 16"):
         cascade.load_cascade(
             config | {"sr_1": config["sr_2"], "sr_2": config["sr_2"] | {"checkpoint": ""}}
@@ -132,7 +126,7 @@ def test_what_does_not_chain_is_refused(config, tmp_path):
 
 
 def test_too_long_a_caption_is_refused(stages):
-    """Catches features that are cut silently."""
+    """Catches features that are cut without an error."""
     with pytest.raises(ValueError, match="tokens"):
         pictures(stages[:1], [0], [np.zeros((7, tiny.DIM), ml_dtypes.bfloat16)], 1)
 
@@ -154,9 +148,7 @@ def test_start_from_other_weights():
 
 
 def test_resume_check():
-    """Catches a changed experiment that goes on under the old name, and a harmless change that is
-    refused.
-    """
+    """Catches a changed experiment that resumes, and a harmless change that is refused."""
     saved = {"config": tiny.config(), "manifest_hash": "a", "encoder": ENCODER}
     same = {"config": tiny.config(), "manifest_hash": "a", "encoder": ENCODER}
     assert resume.check(saved, same) == []

@@ -1,4 +1,4 @@
-"""Each verb as a command: help at once, and one clear line for a mistake."""
+"""Each verb as a command: quick --help, and one clear line for invalid input."""
 
 import os
 import pathlib
@@ -110,7 +110,7 @@ MISTAKES = {
     "no picture's record": (
         "imagen_jax.sample",
         ["--output=o", "--reproduce=configs/base_64.py"],
-        "configs/base_64.py is not a picture's JSON file",
+        "configs/base_64.py is not valid JSON",
     ),
     "directory that is a file": (
         "imagen_jax.sample",
@@ -168,9 +168,7 @@ MISTAKES = {
 
 
 def run(verb, *options, cwd):
-    """The finished process of a verb, run from a checkout as a user would, but with another working
-    directory to write to.
-    """
+    """The finished process of a verb, run as a user would run it, in the directory `cwd`."""
     (cwd / "configs").symlink_to(ROOT / "configs")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
@@ -185,8 +183,8 @@ def run(verb, *options, cwd):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_is_quick(verb, tmp_path):
-    """Wrong: jax, flax or transformers imported before the command line is read (3 s of processor
-    time, whatever else the machine does).
+    """Catches jax, flax or transformers imported before the command line is read: 3 s of processor
+    time.
     """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run(verb, "--help", cwd=tmp_path)
@@ -198,8 +196,8 @@ def test_help_is_quick(verb, tmp_path):
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_clear_line(mistake, tmp_path):
-    """Wrong: a traceback, an exit code of 0, a line that does not name what is wrong, or something
-    written before the mistake was found.
+    """Catches a traceback, exit code 0, a line that does not name the mistake, and a file written
+    before the mistake was found.
     """
     verb, options, message = MISTAKES[mistake]
     done = run(verb, *options, cwd=tmp_path)
@@ -210,7 +208,7 @@ def test_a_mistake_is_one_clear_line(mistake, tmp_path):
 
 
 def test_traceback_on_request(tmp_path, monkeypatch):
-    """Wrong: IMAGEN_JAX_TRACEBACK hides the place of an error from those who look for it."""
+    """Catches IMAGEN_JAX_TRACEBACK=1 without a traceback."""
     monkeypatch.setenv("IMAGEN_JAX_TRACEBACK", "1")
     assert "Traceback" in run("imagen_jax.train", cwd=tmp_path).stderr
 

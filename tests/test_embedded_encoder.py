@@ -19,8 +19,8 @@ import safetensors
 
 from imagen_jax.data.sources.emoji import EmojiSource
 from imagen_jax.text.encoder import TextEncoder
-from imagen_jax.text.t5 import T5Config, T5Encoder
-from imagen_jax.weights.t5 import load_tokenizer, save_encoder
+from imagen_jax.text.t5_network import T5Config, T5Encoder
+from imagen_jax.weights.t5_files import load_tokenizer, save_encoder
 from imagen_jax.weights.text_encoders import find_encoder, load_text_encoder
 
 DIRECTORY = find_encoder("t5_tiny")

@@ -1,6 +1,4 @@
-"""metrics.jsonl through kills and resumes, TensorBoard's purge, images, the step clock, progress
-without a terminal.
-"""
+"""metrics.jsonl after kills and resumes, TensorBoard, images, step times, progress in logs."""
 
 import io
 import json
@@ -29,7 +27,7 @@ def steps_of(workdir):
 
 
 def test_rows_hold_exact_values(tmp_path):
-    """Catches rounding on the way to the record: an fp32 loss must come back bit for bit."""
+    """Catches rounding in the record: an fp32 loss must come back bit for bit."""
     loss = np.float32(0.1) / np.float32(3)
     write(tmp_path, 0, [])
     writer = MetricsWriter(tmp_path, 0)
@@ -41,9 +39,7 @@ def test_rows_hold_exact_values(tmp_path):
 
 
 def test_resume_drops_later_rows_and_only_those(tmp_path):
-    """Catches appending after a resume without truncation (duplicates), and dropping the resumed
-    step itself (a gap).
-    """
+    """Catches a resume that keeps later rows (duplicates) or drops the resumed step (a gap)."""
     write(tmp_path, 0, range(1, 8))
     write(tmp_path, 5, [6, 7, 8])
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -55,9 +51,7 @@ def test_resume_drops_later_rows_and_only_those(tmp_path):
     "torn", [b'{"step": 4, "lo', b'{"step": 4', b"4", b"\xff\x00\x00", b"null", b'{"loss": 1}']
 )
 def test_torn_last_line_is_dropped(tmp_path, torn):
-    """Catches a reader that raises on a line cut short by a kill, and a writer that appends the
-    next row to its stump.
-    """
+    """Catches a reader that raises on a line cut short by a kill, and one that appends to it."""
     write(tmp_path, 0, [1, 2, 3])
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(torn)
@@ -68,7 +62,7 @@ def test_torn_last_line_is_dropped(tmp_path, torn):
 
 
 def test_last_line_whole_but_for_its_newline_is_kept(tmp_path):
-    """Catches gluing the next row to a line whose newline never reached the disk."""
+    """Catches the next row appended to a complete line that lacks its newline."""
     write(tmp_path, 0, [1, 2])
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
@@ -93,7 +87,7 @@ def test_truncation_is_atomic(tmp_path, monkeypatch):
 
 
 def test_rows_survive_kill_and_no_jax_is_imported(tmp_path):
-    """Catches rows that sit in a buffer until close, and an import of jax by the module."""
+    """Catches rows that stay in a buffer until close, and an import of jax by the module."""
     code = (
         "import os, signal, sys; from imagen_jax.run_log import MetricsWriter; w ="
         " MetricsWriter(sys.argv[1], 0)\nfor n in (1, 2, 3): w.scalars(n, {'loss': n})\nassert"
@@ -120,9 +114,7 @@ def board_events(workdir):
 
 
 def test_tensorboard_gets_scalars_and_forgets_later_steps(tmp_path):
-    """Catches curves that run twice over the steps between the checkpoint and the kill: no purge,
-    or one from the wrong step.
-    """
+    """Catches curves that repeat the steps between the checkpoint and the kill."""
     write(tmp_path, 0, [1, 2, 3])
     write(tmp_path, 2, [3])
     events = board_events(tmp_path)
@@ -159,9 +151,7 @@ def test_image_is_written_as_png(tmp_path):
 
 
 def test_values_that_are_no_scalars_are_refused(tmp_path):
-    """Catches an array or a text slipping into the record, and a refused row leaving a part of
-    itself.
-    """
+    """Catches an array or a text in the record, and a refused row that is written in part."""
     writer = MetricsWriter(tmp_path, 0)
     for bad in (np.zeros(2), np.zeros(1), "text", None):
         with pytest.raises(ValueError, match="metric grad/norm"):
@@ -171,7 +161,7 @@ def test_values_that_are_no_scalars_are_refused(tmp_path):
 
 
 def test_disabled_writer_leaves_no_trace(tmp_path):
-    """Catches the second process of a run truncating or writing the first one's record."""
+    """Catches the second process of a run that truncates or writes the record of the first."""
     write(tmp_path, 0, [1, 2])
     before = sorted(tmp_path.rglob("*"))
     writer = MetricsWriter(tmp_path, 0, enabled=False)
@@ -189,7 +179,7 @@ class Clock:
 
 
 def test_step_clock_divides_by_steps_and_leaves_pauses_out():
-    """Catches counting evaluation time, counting a nested pause twice, a pause leaking into the
+    """Catches evaluation time that is counted, a nested pause counted twice, a pause counted in the
     next reading, steps counted from zero.
     """
     now = Clock()
@@ -222,7 +212,7 @@ def test_step_clock_pause_ends_when_its_body_raises():
 
 
 def test_progress_without_terminal_is_plain_lines():
-    """Catches control characters in a log file, a line a step, a missing last line."""
+    """Catches control characters in a log file, one line per step, a missing last line."""
     stream = io.StringIO()
     with Progress("train", total=100, start=40, interval_s=3600, stream=stream) as progress:
         for done in range(41, 101):
@@ -239,9 +229,7 @@ def test_progress_without_terminal_is_plain_lines():
 
 
 def test_progress_prints_once_an_interval(monkeypatch):
-    """Catches an interval counted from the start, and a rate or a remaining time that counts steps
-    done before a resume.
-    """
+    """Catches an interval counted from the start, and a rate that counts steps before a resume."""
     now = Clock()
     monkeypatch.setattr("time.monotonic", now)
     stream = io.StringIO()

@@ -227,7 +227,7 @@ def test_an_older_run_can_be_started_again_with_a_younger_field(tmp_path):
 def test_a_network_has_the_fields_of_its_family(family):
     """Wrong: a field of a network that no config can set, or one that no network reads."""
     own = set(NETWORKS[family].__dataclass_fields__) - GIVEN
-    assert own | {"family"} == schema.MODEL.keys() | schema.FAMILIES[family].keys()
+    assert own | {"family"} == schema.MODEL.keys() | schema.FAMILY_FIELDS[family].keys()
 
 
 def test_choices_are_those_with_code_behind_them():
@@ -253,7 +253,7 @@ def test_choices_are_those_with_code_behind_them():
     assert {name: set(fields[name].choices) for name in known} == {
         n: set(c) for n, c in known.items()
     }
-    families = schema.FAMILIES
+    families = schema.FAMILY_FIELDS
     assert set(families["unet"]["res_block"].choices) == set(unet.RES_BLOCKS)
     assert set(families["efficient_unet"]["attention"].choices) == {"none", *attention.KINDS}
 

@@ -1,6 +1,4 @@
-"""What a user does with a run, one verb after another: rows and grids while it trains, export, a
-warm start, pictures, the same picture again.
-"""
+"""Verbs one after another: training with rows and grids, export, warm start, sampling, report."""
 
 import json
 from pathlib import Path
@@ -42,9 +40,7 @@ def straight(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(data, tmp_path_factory):
-    """A run that stops between two rows; its directory is called as checkpoints are, by a
-    number.
-    """
+    """The workdir of a run that stops between two rows; named with a number like a checkpoint."""
     workdir = tmp_path_factory.mktemp("stopped") / "7"
     assert train.train(config(data, 6), workdir, **PLAIN) == 0
     return workdir
@@ -58,8 +54,8 @@ def logged(workdir: Path) -> dict[int, dict]:
 
 
 def test_rows_are_those_of_an_undisturbed_run(data, straight, stopped):
-    """Catches steps lost from the record at a stop, a first row after a resume that averages too
-    few steps, a trace that ends the run.
+    """Catches rows lost at a stop, a first row after a resume that averages too few steps, and a
+    profile that ends the run.
     """
     assert list(logged(stopped)) == [4, 6]
     assert (
@@ -77,15 +73,13 @@ def test_rows_are_those_of_an_undisturbed_run(data, straight, stopped):
 
 
 def test_grids_follow_training(straight):
-    """Catches a grid that is never drawn, or always the first one again."""
+    """Catches a grid that is never drawn, or that does not change."""
     grids = [path.read_bytes() for path in sorted((straight / "images" / "ema").glob("*.png"))]
     assert len(grids) == 3 and len(set(grids)) == 3
 
 
 def test_a_warm_start_has_the_weights_and_says_so(data, straight, tmp_path):
-    """Catches weights that are read and dropped, and a run that looks as if trained from
-    scratch.
-    """
+    """Catches weights that are read and dropped, and a record without the warm start."""
     params, meta = checkpoint.load_params(straight)
     exports.export_params(params, meta, tmp_path / "base.safetensors")
     assert config(data, 1)["optim"]["warmup"] == 1  # so the first step has a rate of zero
@@ -120,9 +114,7 @@ def cascade_config():
 
 
 def test_a_picture_is_drawn_again_from_its_record(cascade_config, tmp_path, monkeypatch):
-    """Catches a record that lacks what the picture depends on, and other weights or another image
-    taken for the same.
-    """
+    """Catches a record that lacks an input of the picture, and other weights accepted."""
     out, again = tmp_path / "out", tmp_path / "again"
     assert (
         sample.sample(cascade_config, ["a red apple", "a cat"], [3, 4], ["base", "sr_1"], "", out)
@@ -151,7 +143,7 @@ def test_a_picture_is_drawn_again_from_its_record(cascade_config, tmp_path, monk
 
 
 def test_an_image_of_the_user_is_up_sampled(cascade_config, tmp_path):
-    """Catches an image that is not looked at, and a record that does not know which it was."""
+    """Catches an --image that is ignored, and a record that does not identify it."""
     for name, value in {"dark": 0, "light": 255}.items():
         write_png(tmp_path / f"{name}.png", np.full((20, 30, 3), value, np.uint8))
         assert (
@@ -177,9 +169,7 @@ def test_an_image_of_the_user_is_up_sampled(cascade_config, tmp_path):
 
 
 def test_a_cascade_ends_before_its_first_empty_stage(cascade_config):
-    """Catches a stage that is left out in the middle, whose successor then has no image to start
-    from.
-    """
+    """Catches a missing stage that is skipped: its successor would get the wrong input."""
     from imagen_jax.cascade import load_cascade
 
     cut = cascade_config | {"sr_1": cascade_config["sr_1"] | {"checkpoint": ""}}
@@ -193,9 +183,7 @@ def test_a_cascade_ends_before_its_first_empty_stage(cascade_config):
 
 
 def test_the_report_shows_this_calls_pictures(tmp_path, monkeypatch):
-    """Catches pictures of another call's prompts, left in the directory, that shift every column of
-    the contact sheet.
-    """
+    """Catches pictures of an earlier call that shift the columns of the contact sheet."""
 
     def fake(name, *arguments):
         for i, prompt in enumerate(
@@ -219,9 +207,7 @@ def test_the_report_shows_this_calls_pictures(tmp_path, monkeypatch):
 
 
 def test_the_report_names_a_stage_that_logged_no_step(tmp_path):
-    """Catches an empty plot without a word, and a stage that is left out of the table, after a
-    training of seconds.
-    """
+    """Catches an empty plot without explanation, and a stage missing from the table."""
     rows = {
         "base": '{"step": 50, "loss": 1.0}\n{"step": 100, "loss": 0.5}\n',
         "sr_1": '{"step": 50, "loss": 1.0}\n',

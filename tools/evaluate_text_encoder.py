@@ -87,7 +87,7 @@ class StudentFeatures:
     """Mean and per-word features of a T5 encoder folder."""
 
     def __init__(self, folder: str):
-        from imagen_jax.weights.t5 import load_tokenizer
+        from imagen_jax.weights.t5_files import load_tokenizer
         from imagen_jax.weights.text_encoders import find_encoder, load_text_encoder
 
         self.encoder = load_text_encoder(folder, max_length=64, dtype="float32")
@@ -197,8 +197,8 @@ def random_weights(folder: str, out: pathlib.Path) -> str:
     import jax
     import jax.numpy as jnp
 
-    from imagen_jax.text.t5 import T5Config, T5Encoder
-    from imagen_jax.weights.t5 import load_tokenizer, save_encoder
+    from imagen_jax.text.t5_network import T5Config, T5Encoder
+    from imagen_jax.weights.t5_files import load_tokenizer, save_encoder
     from imagen_jax.weights.text_encoders import find_encoder
 
     source = find_encoder(folder)

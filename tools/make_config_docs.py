@@ -59,7 +59,7 @@ def text() -> str:
 def model_sections(values: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One table of the fields that all networks have, and one for each family."""
     parts = [section("model: all networks", "model.", schema.MODEL, values)]
-    for family, fields in schema.FAMILIES.items():
+    for family, fields in schema.FAMILY_FIELDS.items():
         own = {name: v for name, v in values.items() if v["model.family"] == family}
         parts.append(section(f"model: family {family}", "model.", fields, own))
     return parts

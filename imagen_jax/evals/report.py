@@ -1,8 +1,9 @@
 """An evaluation for people: numbers with their errors as text, a table of lines, and curves."""
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from imagen_jax.pictures import figure_png
 
 Result = Mapping[str, Any]
 
@@ -40,11 +41,9 @@ def plot(panels: Sequence[tuple[str, Mapping[str, Result]]]) -> bytes:
 
     Lines show means by log-SNR with one standard error; bins without a finite mean are left out.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for name, curve in lines.items():
             known = [b for b in curve["bins"] if b["mean"] is not None]
@@ -53,6 +52,4 @@ def plot(panels: Sequence[tuple[str, Mapping[str, Result]]]) -> bytes:
             axes.errorbar(x, y, yerr=error, label=name, marker="o", markersize=3, capsize=2)
         axes.set(title=title, xlabel="log-SNR")
         axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-    return buffer.getvalue()
+    return figure_png(figure)

@@ -19,7 +19,7 @@ from imagen_jax.hardware.topology import Topology, smallest_shape
 from imagen_jax.planning import cost, hlo, links, whole_step
 from imagen_jax.planning.step_time import SECONDS_PER_HOUR
 from imagen_jax.text import program
-from imagen_jax.text.t5 import T5Config, T5Encoder
+from imagen_jax.text.t5_network import T5Config, T5Encoder
 from imagen_jax.weights.text_encoders import read_network
 
 # Of google/t5-v1_1-NAME, by their config.json.

@@ -1,5 +1,6 @@
-"""Text to features: the interface of a frozen text encoder, its pass over a mesh, networks.
+"""Text to features: the interface of a frozen text encoder, its program on a mesh, and networks.
 
-`encoder.py` has the interface, and its implementation for any Flax network; `t5.py` is a network.
-It must not know where weights are stored (`weights` loads them), nor what features are used for.
+`encoder.py` has the interface and its implementation for any Flax network, `program.py` the jitted
+forward pass, `tokenizer.py` text to token ids, `t5_network.py` the T5 network. This folder must not
+know where weights are stored (`weights` loads them) or what features are used for.
 """

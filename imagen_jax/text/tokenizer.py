@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face directories, and texts to token ids."""
+"""Tokenizers in Hugging Face directories, and text to token ids."""
 
 import importlib.util
 import os
@@ -6,7 +6,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from imagen_jax.storage import sha256_file
+from imagen_jax.storage import check_content, sha256_file
+
+EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")  # read by transformers if present
 
 
 def load_tokenizer(
@@ -15,27 +17,38 @@ def load_tokenizer(
     """(transformers tokenizer, the file it was read from, that file's sha256).
 
     kinds: file name -> name of the transformers class that reads it, in order of preference.
-    tokenizer.json is read exactly as written only by PreTrainedTokenizerFast: T5Tokenizer would
-    replace its normaliser. A SentencePiece .model needs `sentencepiece`.
+    PreTrainedTokenizerFast reads tokenizer.json exactly as written; T5Tokenizer would replace its
+    normaliser. A SentencePiece .model needs the package `sentencepiece`.
 
     Raises:
         FileNotFoundError: the directory has none of the files.
-        ImportError: `sentencepiece` is not installed, but is needed.
+        ImportError: `sentencepiece` is needed and not installed.
+        ValueError: a file is empty, a Git LFS pointer, or cannot be read; the message names it.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice to install torch
     import transformers
 
     file = next((directory / name for name in kinds if (directory / name).is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"{directory} has no tokenizer: neither of {', '.join(kinds)}")
+        raise FileNotFoundError(f"{directory} has no tokenizer: none of {', '.join(kinds)}")
     # Without this check transformers would ask for tiktoken.
     if file.suffix == ".model" and importlib.util.find_spec("sentencepiece") is None:
         raise ImportError(
             f"{file} can only be read with the package sentencepiece: pip install sentencepiece"
         )
-    # Never AutoTokenizer: it imports torch where that is installed.
+    for path in (file, *(directory / name for name in EXTRAS)):
+        if path.is_file():
+            check_content(path)
+    # Never AutoTokenizer: it imports torch if that is installed.
     kind = getattr(transformers, kinds[file.name])
-    return kind.from_pretrained(directory, local_files_only=True), file, sha256_file(file)
+    try:
+        tokenizer = kind.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # tokenizers raises a bare Exception for an unknown format
+        raise ValueError(
+            f"the tokenizer {file} cannot be read ({' '.join(str(error).split())}): download it"
+            " again, or update the packages transformers and tokenizers"
+        ) from error
+    return tokenizer, file, sha256_file(file)
 
 
 def tokenize(
@@ -60,6 +73,25 @@ def tokenize(
         row[: max_length - 1] + end if cut else row for row, cut in zip(ids, truncated, strict=True)
     ]
     return rows, truncated
+
+
+def unknown_characters(tokenizer: Any, texts: list[str]) -> list[str]:
+    """The characters of each text that the vocabulary lacks, each once; "" if there are none.
+
+    The whole text where the unknown token stands for no single character of it.
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or not texts:
+        return [""] * len(texts)
+    rows = tokenizer(list(texts), verbose=False)["input_ids"]
+    affected = [text for text, row in zip(texts, rows, strict=True) if unknown in row]
+    characters = sorted(set("".join(affected)))
+    alone = tokenizer(characters, verbose=False)["input_ids"] if characters else []
+    lacking = {c for c, row in zip(characters, alone, strict=True) if unknown in row}
+    return [
+        "".join(c for c in dict.fromkeys(text) if c in lacking) or text if unknown in row else ""
+        for text, row in zip(texts, rows, strict=True)
+    ]
 
 
 def _is_unicode(text: str) -> bool:

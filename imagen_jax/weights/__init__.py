@@ -1,6 +1,5 @@
-"""Weights on disk: checkpoints of the training state and which of them are kept, one-file exports,
-readers of foreign files, name maps between a file and a parameter tree.
+"""Weights on disk: checkpoints, one-file exports, readers of foreign files, name maps.
 
-It must not know how a network is trained or sampled: it sees trees of arrays, their names and
-shapes, never a `Stage` or a config's meaning.
+This folder must not know how a network is trained or sampled: it sees trees of arrays with names
+and shapes, never a `Stage` or the meaning of a config.
 """

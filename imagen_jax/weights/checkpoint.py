@@ -1,17 +1,16 @@
-"""Checkpoints of the training state: directories in which a checksum covers every byte.
+"""Checkpoints of the training state: directories with a checksum of every file.
 
     workdir/checkpoints/1200/meta.json     {"format_version", "step", "meta": the caller's,
                                            "leaves": {path: [shape, dtype]}}
-    workdir/checkpoints/1200/state/...     orbax; one array a leaf, named by its path,
+    workdir/checkpoints/1200/state/...     orbax; one array per leaf, named by its path,
                                            "ema/down_0/block_0/conv_1/kernel"
-    workdir/checkpoints/1200/SHA256SUMS    every other file of the directory;
+    workdir/checkpoints/1200/SHA256SUMS    checksums of all other files of the directory;
                                            `sha256sum -c SHA256SUMS` checks it without Python
 
-A save is written under "1200.writing" and renamed when all of it, SHA256SUMS last, has reached the
-disk; a deletion first renames to "1200.deleting". So a kill at any moment leaves either a whole
-checkpoint or a directory that no reader looks at. What happens to the bytes later is what
-SHA256SUMS is for: orbax restores most flipped bits without an error. The directory has to be on a
-POSIX file system.
+A save writes to "1200.writing" and renames it when all files, SHA256SUMS last, have reached the
+disk. A deletion first renames to "1200.deleting". So a kill at any moment leaves a complete
+checkpoint or a directory that readers ignore. SHA256SUMS detects later damage: orbax restores most
+flipped bits without an error. The directory must be on a POSIX file system.
 """
 
 import concurrent.futures
@@ -31,7 +30,15 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from imagen_jax.distributed import agreement
-from imagen_jax.storage import CHECKSUMS, find_damage, flush, seal, sha256_file
+from imagen_jax.storage import (
+    CHECKSUMS,
+    check_local,
+    find_damage,
+    flush,
+    read_json,
+    seal,
+    sha256_file,
+)
 from imagen_jax.weights.exports import read_export
 from imagen_jax.weights.leaves import (
     FORMAT_VERSION,
@@ -50,46 +57,45 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run. With several processes, every method but `steps` is called by all
-    of them.
+    """The checkpoints of one run.
+
+    With several processes, all of them call every method except `steps`.
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int):
-        """`directory` is made on the first save. `keep`: how many of the newest checkpoints stay
-        (>= 1).
+        """directory: created by the first save. keep: the number of newest checkpoints to keep.
+
+        Raises ValueError if `directory` is a URL or `keep` is less than 1.
         """
-        if "://" in str(directory):
-            raise ValueError(
-                f"checkpoint directory {directory} is a URL; mount the bucket and give the mounted"
-                " path"
-            )
+        check_local("checkpoint directory", directory)
         if keep < 1:
             raise ValueError(f"keep={keep} would delete every checkpoint; it must be at least 1")
         self.directory = Path(directory).absolute()
         self.keep = keep
-        self._verified: int | None = None  # by `latest_good`, not yet restored
+        self._verified: int | None = None  # verified by `latest_good` and not yet restored
         self._rejected: set[int] = set()
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self._current: int | None = None  # the step last saved or restored
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
 
     def steps(self) -> list[int]:
-        """Steps that have a directory, oldest first; not necessarily intact (see `latest_good`)."""
+        """The steps that have a directory, oldest first. `latest_good` checks their content."""
         return _steps(self.directory)
 
     def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> None:
-        """Starts writing `state`; returns once its arrays are copied off the devices, so that the
-        caller may donate them.
+        """Starts a save and returns when the arrays of `state` are copied off the devices.
 
-        state: pytree of arrays, none of size zero, and of no dict key with a "/". meta: anything
-        JSON can hold; stored and returned by `restore` with `step` and `format_version` added.
-        Waits for the save before it. A call for the step last saved or restored by this object does
-        nothing. A damaged directory in the way is renamed to "<step>.damaged".
+        The caller may then donate them. Waits for the previous save. Does nothing for the step that
+        this object saved or restored last. Renames a damaged directory of `step` to
+        "<step>.damaged".
+
+        state: pytree of arrays, none of size zero; no key contains "/". meta: JSON; `restore`
+        returns it with `step` and `format_version` added.
 
         Raises:
-            ValueError: a leaf cannot be stored, meta is not JSON, or an intact checkpoint of `step` is
-                already there.
-            CheckpointError: the save before this one failed.
+            ValueError: a leaf cannot be stored, `meta` is not JSON, or an intact checkpoint of
+                `step` exists.
+            CheckpointError: the previous save failed.
         """
         self.wait()
         if step == self._current:
@@ -101,12 +107,11 @@ class Checkpoints:
             self._thread = concurrent.futures.ThreadPoolExecutor(
                 max_workers=1, thread_name_prefix="checkpoint"
             )
-            # A program that ends in the middle of a save finishes it first. A plain atexit runs too
-            # late: no thread pool takes work any more by then, and orbax waits for its own for
-            # ever.
+            # A program that ends during a save finishes the save first. An ordinary atexit handler
+            # runs too late: thread pools accept no work by then, and orbax waits for its own
+            # forever.
             threading._register_atexit(self.wait)
-        # Raw: compression saved 30 % of the bytes of fp32 weights and made the save three times
-        # slower.
+        # Compression saved 30 % of the bytes of fp32 weights and made the save three times slower.
         context = ocp.Context()
         context.array.saving.use_compression = False
         with context, jax.transfer_guard("allow"):
@@ -114,8 +119,9 @@ class Checkpoints:
         self._saving = step, self._thread.submit(self._commit, step, response.result, document)
 
     def wait(self) -> None:
-        """Returns when no save is under way. Raises CheckpointError, in every process, if the last
-        one failed in any.
+        """Waits for the save in progress.
+
+        Raises CheckpointError in every process if the save failed in any process.
         """
         if self._saving is None:
             return
@@ -131,41 +137,36 @@ class Checkpoints:
         self._current = step
 
     def latest_good(self) -> int | None:
-        """The newest step whose files all match their checksums, None if there is no checkpoint.
-        Each rejected one is logged.
+        """The newest step whose files match their checksums, None if there is no checkpoint.
 
-        Raises CheckpointError if there are checkpoints and all are damaged.
+        Logs each rejected step. Raises CheckpointError if all checkpoints are damaged.
         """
-        found, damaged = None, ""
+        newest, damage = None, ""
         if jax.process_index() == 0:
             try:
-                found = newest_intact(self.directory, self._rejected.add)
+                newest = newest_intact(self.directory, self._rejected.add)
             except CheckpointError as error:
-                damaged = str(error)
-        found, damaged = json.loads(agreement.gather(json.dumps([found, damaged]))[0])
-        if damaged:
-            raise CheckpointError(damaged)
-        if found is None:
-            return None
-        self._verified = found
-        return found
+                damage = str(error)
+        newest, damage = json.loads(agreement.gather(json.dumps([newest, damage]))[0])
+        if damage:
+            raise CheckpointError(damage)
+        if newest is not None:
+            self._verified = newest
+        return newest
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What `restore` returns beside the state, without reading the state; for a step that
-        `latest_good` returned.
-        """
+        """The meta of a step that `latest_good` returned, without reading the state."""
         return _meta(_read_document(self.directory / str(step)))
 
     def restore(self, step: int, abstract_state: Tree) -> tuple[Tree, dict[str, Any]]:
-        """(state, meta) of a checkpoint, verified first; each array on the sharding that its leaf
-        of `abstract_state` carries.
+        """Verifies and reads a checkpoint: (state, meta).
 
         abstract_state: the state's structure with jax.ShapeDtypeStruct (or arrays) as leaves, on
-        any mesh.
+        any mesh. Each array gets the sharding of its leaf.
 
         Raises:
             CheckpointError: the checkpoint does not exist, is damaged, or cannot be read.
-            ValueError: a leaf is missing, superfluous, or has another shape or dtype; or a leaf of
+            ValueError: a leaf is missing, unexpected, or has another shape or dtype; or a leaf of
                 `abstract_state` has no sharding.
         """
         directory = self.directory / str(step)
@@ -191,15 +192,13 @@ class Checkpoints:
         return self.directory / f"{step}.{suffix}"
 
     def _make_room(self, step: int) -> None:
-        """Removes what killed processes left behind, and moves a damaged directory of this step out
-        of the way.
-        """
+        """Removes leftovers of killed processes and moves a damaged directory of `step` away."""
         target = self.directory / str(step)
-        there = jax.process_index() == 0 and target.exists()
-        reason = find_damage(target) if there else None
-        if agreement.gather("intact" if there and reason is None else "")[0]:
+        exists = jax.process_index() == 0 and target.exists()
+        reason = find_damage(target) if exists else None
+        if agreement.gather("intact" if exists and reason is None else "")[0]:
             raise ValueError(
-                f"{target} already holds an intact checkpoint; remove it, or use another workdir"
+                f"{target} already holds an intact checkpoint; delete it, or use another workdir"
             )
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -210,11 +209,13 @@ class Checkpoints:
                 if re.fullmatch(r"\d+\.(writing|deleting).*", leftover.name):
                     log.warning("removing %s, left by an interrupted run", leftover)
                     shutil.rmtree(leftover)
-        agreement.gather()  # nobody writes before it is cleared
+        agreement.gather()  # no process writes before the leftovers are removed
 
     def _commit(self, step: int, written: Callable[[], None], document: str) -> None:
-        """In the background: once `written` returns (orbax is done, or it raises), seals the
-        directory, gives it its name, deletes old ones.
+        """Runs in the background: waits for orbax, seals and renames the directory, deletes old
+        checkpoints.
+
+        written: returns when orbax has written the arrays; raises its error.
         """
         written()
         if jax.process_index() != 0:
@@ -227,8 +228,9 @@ class Checkpoints:
         self._delete_old(step)
 
     def _delete_old(self, newest: int) -> None:
-        """Deletes all but `keep` of the steps up to `newest`; damaged ones neither count as kept
-        nor are deleted.
+        """Deletes old steps, so that `keep` intact steps up to `newest` remain.
+
+        Damaged steps are neither counted nor deleted.
         """
         older = [s for s in self.steps() if s < newest and s not in self._rejected]
         for step in older[: max(0, len(older) - (self.keep - 1))]:
@@ -244,11 +246,10 @@ class Checkpoints:
 def newest_intact(
     directory: Path, on_rejected: Callable[[int], None] = lambda step: None
 ) -> int | None:
-    """The newest undamaged step in a checkpoints directory, None if it has no steps; logs each
-    damaged one it passes.
+    """The newest intact step in a checkpoints directory, None if it has no steps.
 
-    Raises CheckpointError if all are damaged. A step that a running trainer deletes meanwhile is no
-    fault.
+    Logs each damaged step and passes it to `on_rejected`. Skips a step that a running trainer
+    deletes in the meantime. Raises CheckpointError if all steps are damaged.
     """
     newest_fault = None
     for step in reversed(_steps(directory)):
@@ -271,18 +272,21 @@ def newest_intact(
 def load_params(
     path: str | os.PathLike, which: str = "ema"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(one subtree of a state as nested dicts of host arrays, meta); reads no other array and needs
-    no device or mesh.
+    """Reads one tree of parameters to the host: (nested dict of numpy arrays, meta).
 
-    path: a workdir or its checkpoints directory (then the newest good step), one step's directory,
-    or a file by `export_params`. which: "ema", "params", or "ema_1", "ema_2" ... for a further EMA
-    of optim.ema_tracks; an exported file holds one tree only, returned whatever `which` says. meta
-    says "which" it is, and its "sha256": of the file, or of a checkpoint's SHA256SUMS. bfloat16
-    arrays are numpy arrays of ml_dtypes.bfloat16.
+    Reads no other array, and needs no device or mesh. bfloat16 arrays have the dtype
+    ml_dtypes.bfloat16. `meta` also has "which" and "sha256", that of the file or of the
+    checkpoint's SHA256SUMS.
 
-    Raises CheckpointError if there is nothing at `path`, or it is damaged or not ours; ValueError
-    if the state has no such subtree.
+    path: a workdir or its checkpoints directory (its newest intact step is read), the directory of
+    one step, or a file by `export_params`.
+    which: "ema", "params", or "ema_1", "ema_2" ... for an EMA of optim.ema_tracks. Ignored for an
+    exported file, which holds one tree.
+
+    Raises CheckpointError if `path` does not exist, is damaged or was not written by this package;
+    ValueError if the state has no such tree or `path` is a URL.
     """
+    check_local("checkpoint", path)
     path = Path(path).absolute()
     if path.is_file():
         return read_export(path)
@@ -295,7 +299,7 @@ def load_params(
     if not specs:
         held = _kinds(document["leaves"])
         raise ValueError(f"checkpoint {directory} has no {which!r}; it holds {', '.join(held)}")
-    # Stand-ins that tell orbax to restore to the host: the right shape and dtype, no memory.
+    # numpy arrays tell orbax to restore to the host; these have a shape and dtype and no memory.
     abstract = {
         name: np.broadcast_to(np.zeros((), _dtype(dtype)), shape)
         for name, (shape, dtype) in specs.items()
@@ -304,19 +308,21 @@ def load_params(
     try:
         sha256 = sha256_file(directory / CHECKSUMS)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{directory} was deleted while it was read") from error
+        raise CheckpointError(
+            f"{directory} was deleted while it was read; run the same command again"
+        ) from error
     params = unflatten({name.removeprefix(subtree): leaf for name, leaf in loaded.items()})
     return params, _meta(document) | {"which": which, "sha256": sha256}
 
 
 def _subtree(which: str) -> str:
-    """Beginning of the leaf names of one tree of parameters: "ema_2" is "ema_tracks/1/"."""
+    """The prefix of the leaf names of a parameter tree: "ema_tracks/1/" for "ema_2"."""
     track = re.fullmatch(r"ema_([1-9]\d*)", which)
     return f"ema_tracks/{int(track[1]) - 1}/" if track else f"{which}/"
 
 
 def _kinds(leaves: Iterable[str]) -> list[str]:
-    """The weights in a state by its leaf names, as `load_params` takes them."""
+    """The values of `which` in `load_params` that a state with these leaf names supports."""
     kinds = set()
     for name in leaves:
         first, _, rest = name.partition("/")
@@ -328,9 +334,7 @@ def _kinds(leaves: Iterable[str]) -> list[str]:
 
 
 def _find_step(path: Path) -> Path:
-    """The step directory that `path` (a workdir, a checkpoints directory or a step) stands for,
-    verified.
-    """
+    """The verified step directory of a workdir, a checkpoints directory or one step."""
     if path.name.isdigit() and path.is_dir() and not (path / "checkpoints").is_dir():
         reason = find_damage(path)
         if reason is not None:
@@ -340,14 +344,14 @@ def _find_step(path: Path) -> Path:
     step = newest_intact(directory)
     if step is None:
         raise CheckpointError(
-            f"{path} holds no checkpoint: give a workdir, its checkpoints, one of them, or an"
-            " exported .safetensors file"
+            f"{path} holds no checkpoint: give a workdir, its checkpoints directory, one"
+            " checkpoint, or an exported .safetensors file"
         )
     return directory / str(step)
 
 
 def _load(directory: Path, abstract: Mapping[str, Any], partial: bool) -> dict[str, Any]:
-    """Arrays of a step directory by path, as the leaves of `abstract` say (sharded, or numpy)."""
+    """The arrays of a step directory by path, each sharded or numpy like its leaf of `abstract`."""
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     try:
@@ -360,9 +364,7 @@ def _load(directory: Path, abstract: Mapping[str, Any], partial: bool) -> dict[s
 
 
 def _check_leaves(directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises ValueError naming the first leaf, by path, that `stored` and `wanted` disagree about,
-    and how many do.
-    """
+    """Raises ValueError naming the first leaf in which `stored` and `wanted` differ."""
     faults = []
     for path in sorted(stored.keys() | wanted.keys()):
         if path not in stored:
@@ -392,7 +394,7 @@ def _document(step: int, leaves: Mapping[str, Any], meta: Mapping[str, Any]) -> 
 
 
 def _read_document(directory: Path) -> dict[str, Any]:
-    document = json.loads((directory / META).read_text(encoding="utf-8"))
+    document = read_json(directory / META)
     check_version(directory, document)
     return document
 

@@ -1,4 +1,4 @@
-"""One-file exports of parameters: bfloat16 safetensors with meta and a checksum in the header."""
+"""One-file exports of parameters: bfloat16 safetensors with metadata and checksum in the header."""
 
 import hashlib
 import json
@@ -13,21 +13,22 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from imagen_jax.storage import flush
+from imagen_jax.storage import check_local, flush, missing_content
 from imagen_jax.weights import leaves
 
 HEADER_KEY = "imagen_jax"  # the one entry of an export's safetensors metadata
-NOT_EXPORTED = ("sha256", "unlogged")  # meta of a checkpoint that says nothing of its weights
+NOT_EXPORTED = ("sha256", "unlogged")  # meta of a checkpoint that does not describe its weights
 
 
 def export_params(params: leaves.Tree, meta: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Writes a nested dict of float arrays as one bfloat16 safetensors file, atomically.
 
-    meta and a checksum go into the file's header.
+    The file's header holds `meta` and a checksum.
 
     Raises:
-        ValueError: a leaf is not floating point, or meta is not JSON.
+        ValueError: a leaf is not floating point, `meta` is not JSON, or `path` is a URL.
     """
+    check_local("export", path)
     path = Path(path).absolute()
     arrays = {}
     for name, leaf in leaves.flatten(params).items():
@@ -44,7 +45,7 @@ def export_params(params: leaves.Tree, meta: Mapping[str, Any], path: str | os.P
     try:
         save_file(arrays, writing, metadata={HEADER_KEY: header})
         os.umask(mask := os.umask(0))
-        writing.chmod(0o666 & ~mask)  # safetensors gives access to the owner alone
+        writing.chmod(0o666 & ~mask)  # safetensors creates files that only the owner can read
         flush(writing)
         os.replace(writing, path)
     finally:
@@ -52,14 +53,16 @@ def export_params(params: leaves.Tree, meta: Mapping[str, Any], path: str | os.P
 
 
 def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(params as nested dicts of bfloat16 numpy arrays, meta) of a file by `export_params`.
+    """Reads a file by `export_params`: (nested dict of bfloat16 numpy arrays, meta).
 
-    meta also has "which" and the file's "sha256".
+    `meta` also has "which" and the file's "sha256".
 
     Raises:
         CheckpointError: the file is damaged, was not written by `export_params`, or has another
             format version.
     """
+    if reason := missing_content(path):
+        raise leaves.CheckpointError(f"{path} {reason}")
     data = path.read_bytes()
     try:
         tensors = safetensors.deserialize(data)
@@ -68,10 +71,10 @@ def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         header = header.get("__metadata__", {})
     except (safetensors.SafetensorError, ValueError) as error:
         reason = leaves.first_line(error)
-        message = f"{path} is not a readable safetensors file: {reason}"
+        message = f"{path} is not a readable safetensors file ({reason}): export or copy it again"
         raise leaves.CheckpointError(message) from error
     if HEADER_KEY not in header:
-        message = f"{path} is a safetensors file, but not one written by imagen_jax"
+        message = f"{path} is a safetensors file, but not one written by imagen_jax.export"
         raise leaves.CheckpointError(message)
     try:
         arrays = {
@@ -82,10 +85,13 @@ def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         meta = document["meta"]
         intact = document["sha256"] == _digest(arrays, meta)
     except (ValueError, KeyError, TypeError) as error:
-        raise leaves.CheckpointError(f"{path} is damaged: {leaves.first_line(error)}") from error
+        reason = leaves.first_line(error)
+        raise leaves.CheckpointError(
+            f"{path} is damaged ({reason}): export or copy it again"
+        ) from error
     if not intact:
         raise leaves.CheckpointError(
-            f"{path} is damaged: its contents do not match their checksum; export or fetch it again"
+            f"{path} is damaged: its content does not match its checksum; export or copy it again"
         )
     leaves.check_version(path, meta)
     sha256 = hashlib.sha256(data).hexdigest()
@@ -93,7 +99,7 @@ def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _digest(arrays: Mapping[str, np.ndarray], meta: dict[str, Any]) -> str:
-    """sha256 over names, shapes, bytes and meta; independent of the file's layout."""
+    """SHA-256 of names, shapes, bytes and meta, independent of the file's layout."""
     digest = hashlib.sha256(leaves.to_json(meta).encode())
     for name in sorted(arrays):
         digest.update(f"\n{name} {list(arrays[name].shape)}\n".encode())

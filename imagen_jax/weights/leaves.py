@@ -1,4 +1,4 @@
-"""Shared by checkpoints and exports: the format version, the error, the paths of leaves."""
+"""Paths of leaves, format version and error type, for checkpoints and exports."""
 
 import json
 from collections.abc import Mapping
@@ -18,18 +18,18 @@ class CheckpointError(ValueError):
 
 
 def check_version(path: Path, document: Mapping[str, Any]) -> None:
-    """Raises CheckpointError unless `document`, read from `path`, has this version's format."""
-    found = document["format_version"]
-    if found != FORMAT_VERSION:
+    """Raises CheckpointError unless `document`, the content of `path`, has FORMAT_VERSION."""
+    version = document["format_version"]
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format {found}; this version of imagen_jax reads format {FORMAT_VERSION}"
+            f"{path} has format {version}; this version of imagen_jax reads format {FORMAT_VERSION}"
         )
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Path ("ema/down_0/block_0/conv_1/kernel") -> leaf, in tree order.
+    """A tree as {"ema/down_0/block_0/conv_1/kernel": leaf, ...}, in tree order.
 
-    Subtrees without leaves (None, empty states) do not appear.
+    Subtrees without leaves (None, empty states) are omitted.
 
     Raises:
         ValueError: a leaf is not an array or has size zero (orbax cannot store one), or a path
@@ -53,7 +53,7 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts from "a/b/c" paths."""
+    """The inverse of `flatten` for nested dicts."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")
@@ -65,7 +65,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_json(value: Any) -> str:
-    """JSON with sorted keys. Raises ValueError if `value`, a caller's meta, is not JSON."""
+    """JSON with sorted keys. Raises ValueError if `value`, the caller's meta, is not JSON."""
     try:
         return json.dumps(value, indent=1, sort_keys=True)
     except TypeError as error:

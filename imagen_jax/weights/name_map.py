@@ -1,7 +1,7 @@
-"""Reads a parameter tree from a foreign file, and writes one, by a map from names to leaves.
+"""Reads and writes the parameter tree of a foreign file by a map from tensor names to leaves.
 
-Tensors are read one by one, cast and placed at once, so host memory holds one tensor beside the
-result. Every tensor of the map must be in the file with its shape, and no other may be there.
+Tensors are read, cast and placed one by one, so host memory holds the result and one tensor. The
+file must have every tensor of the map, with its shape, and no other.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from imagen_jax.weights.tensor_files import open_tensors
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A tensor's place: path in the parameter tree, shape in the file, transposed on the way.
+    """A tensor's path in the parameter tree, its shape in the file, whether it is transposed.
 
-    Flax kernels are [in, out]; torch's linear layers are [out, in], so they are transposed.
+    Flax kernels are [in, out] and torch's linear layers [out, in], so these are transposed.
     """
 
     path: tuple[str, ...]
@@ -37,18 +37,18 @@ class Slot:
 
 
 def everything(name: str) -> bool:
-    """A map of the whole file."""
+    """`NameMap.covers` of a map of the whole file."""
     return True
 
 
 @dataclasses.dataclass(frozen=True)
 class NameMap:
-    """Which tensors of a file are which leaves of a parameter tree.
+    """A map from the tensors of a file to the leaves of a parameter tree.
 
-    slots: by the tensor's name in the file.
-    covers: whether the map must explain a tensor, by its name: everything, or a part of the file
-        such as the encoder. Other tensors are not read.
-    aliases: other names of tensors; a file may have either or both.
+    slots: tensor name in the file -> slot.
+    covers: tensor name -> whether the map must have a slot for it. Other tensors, such as those of
+        a decoder, are not read.
+    aliases: alternative tensor name -> name in `slots`; a file may have either or both.
     """
 
     slots: Mapping[str, Slot]
@@ -59,16 +59,16 @@ class NameMap:
 def read_tree(
     path: pathlib.Path, names: NameMap, dtype: str, abstract: Mapping | None = None
 ) -> tuple[dict[str, Any], str]:
-    """(parameter tree in `dtype`, sha256 of the tensors of the map as they are stored).
+    """(parameter tree in `dtype`, SHA-256 of the tensors of the map as stored).
 
-    path: a file of tensors, or a directory in the Hugging Face layout. The sha256 is the same for
-    every file format and number of shards.
+    path: a file of tensors, or a directory in the Hugging Face layout. The SHA-256 does not depend
+    on the file format or the number of shards.
     abstract: the tree as shapes with shardings; without it all leaves are on the default device.
 
     Raises:
         FileNotFoundError: the weights or a shard are absent.
-        ValueError: a tensor is missing, misshapen, unexpected or not floating point (with its
-            name), or a file is damaged.
+        ValueError: a file is damaged, or a tensor is missing, unexpected, not floating point or has
+            another shape; the message names it.
     """
     shardings = {} if abstract is None else flatten(abstract)
     leaves, digests = {}, []
@@ -91,7 +91,7 @@ def write_tree(path: pathlib.Path, params: Mapping, names: NameMap, dtype: str) 
     """Writes a parameter tree as one safetensors file in `dtype`, atomically.
 
     Raises:
-        ValueError: a leaf of the map is missing or misshapen, or the map lacks a leaf of the tree.
+        ValueError: a leaf of the map is missing or has another shape, or the map lacks a leaf.
     """
     from safetensors.numpy import save_file
 
@@ -111,29 +111,34 @@ def write_tree(path: pathlib.Path, params: Mapping, names: NameMap, dtype: str) 
     os.replace(partial, path)
 
 
-def _stored_names(found: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
-    """Name in the map -> name in the file, in the order of the files."""
-    stored = {name: name for name in found if name not in aliases}
-    for alias in (name for name in found if name in aliases):
+def _stored_names(tensors: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
+    """{name in the map: name in the file}, in the order of the files."""
+    stored = {name: name for name in tensors if name not in aliases}
+    for alias in (name for name in tensors if name in aliases):
         stored.setdefault(aliases[alias], alias)
     return stored
 
 
-def _check(found: Mapping[str, tuple[int, ...]], names: NameMap, where: pathlib.Path) -> None:
-    """Raises ValueError with the names of missing, misshapen or unexpected tensors."""
+def _check(shapes: Mapping[str, tuple[int, ...]], names: NameMap, path: pathlib.Path) -> None:
+    """Raises ValueError naming tensors that are missing, unexpected or of another shape.
+
+    shapes: tensor name -> shape in the file `path`.
+    """
     slots = names.slots
     faults = {
-        "lacks": sorted(slots.keys() - found.keys()),
+        "lacks": sorted(slots.keys() - shapes.keys()),
         "has tensors whose shapes do not match the configuration:": [
-            f"{name} is {found[name]}, not {slot.shape}"
+            f"{name} is {shapes[name]}, not {slot.shape}"
             for name, slot in slots.items()
-            if name in found and found[name] != slot.shape
+            if name in shapes and shapes[name] != slot.shape
         ],
-        "has unexpected": sorted(n for n in found if n not in slots and names.covers(n)),
+        "has unexpected": sorted(
+            name for name in shapes if name not in slots and names.covers(name)
+        ),
     }
-    for what, faulty in faults.items():
-        if faulty:
-            raise ValueError(f"{where} {what} {_listed(faulty)}")
+    for fault, tensors in faults.items():
+        if tensors:
+            raise ValueError(f"{path} {fault} {_listed(tensors)}")
 
 
 def _listed(names: list[str]) -> str:
@@ -143,17 +148,17 @@ def _listed(names: list[str]) -> str:
 
 
 def _digest(name: str, array: np.ndarray) -> str:
-    """A tensor's line in the checksum: name, dtype, shape and sha256 of its bytes."""
+    """A tensor's line in the checksum: name, dtype, shape and SHA-256 of its bytes."""
     content = hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest()
     return f"{name} {array.dtype} {array.shape} {content}"
 
 
 def _place(array: np.ndarray, dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
-    """Casts to `dtype` and puts each device's part on it."""
+    """Casts an array to `dtype` and puts each shard on its device."""
     if sharding is None:
         return jax.device_put(np.array(array, dtype, order="C")).block_until_ready()
 
-    def part(index):
+    def shard(index):
         return np.array(array[index], dtype, order="C")
 
-    return jax.make_array_from_callback(array.shape, sharding, part).block_until_ready()
+    return jax.make_array_from_callback(array.shape, sharding, shard).block_until_ready()

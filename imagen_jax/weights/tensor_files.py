@@ -1,20 +1,20 @@
 """Named tensors of foreign files: safetensors or torch.save, one file or shards with an index.
 
-No torch, and no tensor is in memory before it is read.
+Needs no torch. A tensor is loaded only when it is read.
 """
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
+from imagen_jax.storage import check_content, read_json
 from imagen_jax.weights.torch_files import TorchFile
 
-# In a directory in the Hugging Face layout, in order of preference.
+# Files with weights in the Hugging Face layout, in order of preference.
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -24,17 +24,21 @@ WEIGHTS = (
 
 
 class SafetensorsFile:
-    """An open safetensors file: `shapes` by name, `read` copies one tensor out as it is stored."""
+    """An open safetensors file. `shapes`: by tensor name. `read`: one tensor as stored."""
 
     def __init__(self, path: str | os.PathLike):
         import safetensors
 
         if not pathlib.Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist")
+        check_content(pathlib.Path(path))
+        self._path = path
         try:
             self._file = safetensors.safe_open(path, framework="numpy").__enter__()
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+            raise ValueError(
+                f"{path} is not a readable safetensors file ({error}): download it again"
+            ) from error
         names = self._file.keys()
         self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
 
@@ -45,17 +49,24 @@ class SafetensorsFile:
         self._file.__exit__(*exc)
 
     def read(self, name: str) -> np.ndarray:
-        return self._file.get_tensor(name)
+        try:
+            return self._file.get_tensor(name)
+        except Exception as error:  # number types that numpy or this version lacks, for example
+            raise ValueError(
+                f"{self._path}: tensor {name} cannot be read ({error}): download the file again,"
+                " or update the package safetensors"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-    """The tensors of one or several open files, as if they were one file.
+    """The tensors of one or several open files.
 
-    Names are in the order of the files, so reading them in turn finishes one file after the other.
+    files: tensor name -> file. Names are in the order of the files, so reading the tensors in this
+        order reads one file after the other.
     """
 
-    files: Mapping[str, SafetensorsFile | TorchFile]  # by the name of the tensor
+    files: Mapping[str, SafetensorsFile | TorchFile]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -67,14 +78,14 @@ class Tensors:
 
 @contextlib.contextmanager
 def open_tensors(path: pathlib.Path, wanted: Callable[[str], bool]) -> Iterator[Tensors]:
-    """The tensors at `path`: a file, or a directory in the Hugging Face layout.
+    """Opens the tensors at `path`: a file, or a directory in the Hugging Face layout.
 
-    wanted: whether a tensor is needed, by its name. Shards that an index lists without a wanted
-    tensor are not opened and may be absent; the opened files may hold unwanted tensors too.
+    wanted: tensor name -> whether it is needed. Shards without a wanted tensor according to the
+    index are not opened and may be absent. The opened files may also hold other tensors.
 
     Raises:
         FileNotFoundError: the weights or a shard are absent.
-        ValueError: a file is damaged, or is not of its format.
+        ValueError: a file is empty, a Git LFS pointer, damaged or of another format.
     """
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(_open(file)) for file in _weight_files(path, wanted)]
@@ -82,10 +93,15 @@ def open_tensors(path: pathlib.Path, wanted: Callable[[str], bool]) -> Iterator[
 
 
 def shard_names(weights: pathlib.Path, wanted: Callable[[str], bool]) -> list[str]:
-    """Names of the files with wanted tensors: `weights` itself, or the shards that it lists."""
+    """Names of the files with wanted tensors: `weights` itself, or shards if it is an index."""
     if not weights.name.endswith(".index.json"):
         return [weights.name]
-    index = json.loads(weights.read_text()).get("weight_map", {})
+    content = read_json(weights)
+    index = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise ValueError(
+            f"{weights} is not an index of shards: it has no valid weight_map; download it again"
+        )
     return sorted({file for name, file in index.items() if wanted(name)})
 
 
@@ -96,13 +112,13 @@ def _open(path: pathlib.Path) -> SafetensorsFile | TorchFile:
 def _weight_files(path: pathlib.Path, wanted: Callable[[str], bool]) -> list[pathlib.Path]:
     if not path.is_dir():
         return [path]
-    found = next((name for name in WEIGHTS if (path / name).is_file()), None)
-    if found is None:
+    weights = next((name for name in WEIGHTS if (path / name).is_file()), None)
+    if weights is None:
         raise FileNotFoundError(f"{path} has no weights: none of {', '.join(WEIGHTS)}")
-    shards = shard_names(path / found, wanted)
+    shards = shard_names(path / weights, wanted)
     for shard in shards:
         if pathlib.Path(shard).name != shard or not (path / shard).is_file():
             raise FileNotFoundError(
-                f"{path / found} names the shard {shard!r}, which is not in {path}"
+                f"{path / weights} names the shard {shard!r}, which is not in {path}: download it"
             )
     return [path / shard for shard in shards]

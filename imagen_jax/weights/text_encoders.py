@@ -1,12 +1,11 @@
-"""Text encoders by name or directory: finds one, picks its family, loads it.
+"""Loads text encoders by hub name or directory, and recognises their architecture.
 
-A new family is a network in text/, a name map in this folder, and an entry in FAMILIES.
+A new family needs a network in text/, a name map in this folder and an entry in ENCODER_FAMILIES.
 """
 
 import dataclasses
 import functools
 import importlib.resources
-import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +14,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from imagen_jax.storage import check_local, read_json
 from imagen_jax.text.encoder import FlaxEncoder, TextEncoder
 from imagen_jax.text.program import EncodeProgram, one_device, parameter_shapes, weight_bytes
-from imagen_jax.text.t5 import T5Config, T5Encoder
+from imagen_jax.text.t5_network import T5Config, T5Encoder
 from imagen_jax.text.tokenizer import tokenize
-from imagen_jax.weights import t5
+from imagen_jax.weights import t5_files
 from imagen_jax.weights.name_map import NameMap, read_tree
 from imagen_jax.weights.tensor_files import WEIGHTS, shard_names
 
@@ -32,13 +32,13 @@ DTYPES = ("bfloat16", "float32")
 class Family:
     """The parts of a text encoder that depend on its architecture.
 
-    recognises: whether a parsed config.json is of this family.
-    read_config: parsed config.json -> sizes, with `.dim` and `.vocab_size`; ValueError for a
-        variant that is not supported.
+    recognises: parsed config.json -> whether it describes this family.
+    read_config: parsed config.json -> sizes, with `.dim` and `.vocab_size`. Raises ValueError for
+        a variant that is not supported.
     network: (sizes, dtype) -> Flax network, called (tokens, mask) -> features.
-    name_map: sizes -> the network's parameters in the files.
-    tokenizers: names of the tokenizer's file; one of them is needed.
-    load_tokenizer: directory -> (transformers tokenizer, sha256 of its file).
+    name_map: sizes -> map from tensor names to the network's parameters.
+    tokenizers: alternative names of the tokenizer's file.
+    load_tokenizer: directory -> (transformers tokenizer, SHA-256 of its file).
     """
 
     recognises: Callable[[Mapping[str, Any]], bool]
@@ -49,14 +49,14 @@ class Family:
     load_tokenizer: Callable[[pathlib.Path], tuple[Any, str]]
 
 
-FAMILIES = {
+ENCODER_FAMILIES = {
     "t5": Family(
-        recognises=t5.is_t5,
+        recognises=t5_files.is_t5,
         read_config=T5Config.from_json,
         network=T5Encoder,
-        name_map=t5.name_map,
-        tokenizers=tuple(t5.TOKENIZERS),
-        load_tokenizer=t5.load_tokenizer,
+        name_map=t5_files.name_map,
+        tokenizers=tuple(t5_files.TOKENIZERS),
+        load_tokenizer=t5_files.load_tokenizer,
     )
 }
 
@@ -67,17 +67,19 @@ def load_text_encoder(
     dtype: str = "bfloat16",
     place: Callable[[int], Mesh] = one_device,
 ) -> TextEncoder:
-    """Loads a Hugging Face directory, a hub name, or "t5_tiny" (the embedded encoder).
+    """Loads a text encoder from a Hugging Face directory or hub name, or "t5_tiny" (embedded).
 
-    max_length: tokens, with the final end-of-sequence.
-    place: bytes of weights -> mesh: `one_device` of this process, or all of them (`local_mesh`).
+    max_length: tokens, including the final end-of-sequence.
+    place: bytes of weights -> mesh: `one_device` of this process, or all its devices
+        (`local_mesh`).
 
-    Each process reads all weights, tensor by tensor, as their checksum needs them in any case, and
-    keeps its devices' part of each.
+    Each process reads all weights, tensor by tensor, because their checksum needs all of them, and
+    keeps the shards of its own devices.
 
     Raises:
         FileNotFoundError: there is no such encoder, or one of its files is absent.
-        ValueError: an argument is invalid, the family is unknown, or files do not fit together.
+        ValueError: an argument is invalid, the family is unknown, a file is damaged, or files do
+            not fit together.
     """
     if dtype not in DTYPES:
         raise ValueError(f"text encoder dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -112,7 +114,7 @@ def load_text_encoder(
 
 
 def load_tokenize(name_or_dir: str, max_length: int) -> tuple[Callable, int]:
-    """(TextEncoder.tokenize, TextEncoder.dim) of an encoder, without its weights."""
+    """(TextEncoder.tokenize, TextEncoder.dim) of an encoder; its weights may be absent."""
     directory = find_encoder(name_or_dir)
     family, config = _read_config(directory)
     tokenizer, _ = family.load_tokenizer(directory)
@@ -120,20 +122,22 @@ def load_tokenize(name_or_dir: str, max_length: int) -> tuple[Callable, int]:
 
 
 def read_network(directory: pathlib.Path, dtype: str) -> Any:
-    """The Flax network that a directory's config.json (or that file itself) describes."""
+    """The Flax network that `directory`, or a config.json, describes."""
     family, config = _read_config(directory)
     return family.network(config, jnp.dtype(dtype))
 
 
 def find_encoder(name_or_dir: str) -> pathlib.Path:
-    """The directory of an encoder: itself, the embedded one, or a hub name's in the cache.
+    """The directory of an encoder, embedded, local or in the cache of the Hugging Face hub.
 
     A hub name that is not in the cache is downloaded.
 
     Raises:
         FileNotFoundError: there is no such encoder, or the hub cannot be reached and its cache
             lacks the files.
+        ValueError: it is a URL.
     """
+    check_local("text encoder", name_or_dir)
     if name_or_dir == EMBEDDED:
         return pathlib.Path(str(importlib.resources.files("imagen_jax") / "assets" / EMBEDDED))
     directory = pathlib.Path(name_or_dir).expanduser()
@@ -142,7 +146,7 @@ def find_encoder(name_or_dir: str) -> pathlib.Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_dir):
         raise FileNotFoundError(
             f"text encoder {name_or_dir!r}: no such directory, and not a hub name of the form"
-            " owner/name"
+            " owner/name; check the path"
         )
     try:
         return _from_hub(name_or_dir, cached=True)  # a complete copy in the cache needs no network
@@ -153,24 +157,29 @@ def find_encoder(name_or_dir: str) -> pathlib.Path:
 def _read_config(path: pathlib.Path) -> tuple[Family, Any]:
     """(family, sizes) of a directory's config.json, or of that file itself.
 
-    Raises ValueError with the known families if none recognises it.
+    Raises ValueError if it is not valid JSON or no family recognises it.
     """
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"text encoder {path} has no config.json")
-    raw = json.loads(file.read_text())
-    for family in FAMILIES.values():
+    raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} is not a model's configuration: it holds no JSON object")
+    for family in ENCODER_FAMILIES.values():
         if family.recognises(raw):
-            return family, family.read_config(raw)
+            try:
+                return family, family.read_config(raw)
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
     kind = raw.get("model_type") or raw.get("architectures") or "no model_type"
     raise ValueError(
-        f"{file} describes an unknown text encoder ({kind}): the known families are "
-        f"{', '.join(FAMILIES)}"
+        f"{file} describes an unknown text encoder ({kind}): the supported families are "
+        f"{', '.join(ENCODER_FAMILIES)}"
     )
 
 
 def _from_hub(name: str, cached: bool) -> pathlib.Path:
-    """Finds or downloads an encoder's files, and only those shards that hold its tensors."""
+    """Finds or downloads an encoder's files, of its shards only those with its tensors."""
     file = _fetch(name, "config.json", cached)
     if file is None:
         raise FileNotFoundError(
@@ -196,7 +205,10 @@ def _from_hub(name: str, cached: bool) -> pathlib.Path:
 
 
 def _fetch(name: str, file: str, cached: bool) -> pathlib.Path | None:
-    """One file of a hub repository, from the cache or (unless `cached`) downloaded, or None."""
+    """The path of one file of a hub repository, None if it does not exist.
+
+    cached: only looks into the cache; otherwise the file is downloaded.
+    """
     import huggingface_hub
     from huggingface_hub import errors
 

@@ -1,9 +1,9 @@
-"""Reads the tensors of a torch.save file without torch and without running anything the file says.
+"""Reads the tensors of a torch.save file without torch and without executing code of the file.
 
-A torch.save file is a pickle (the names, and how each tensor lies in its storage) beside raw
-storages. The pickle is read by an unpickler that knows three kinds of names (tensor rebuild,
-storage types, OrderedDict) and refuses every other; storages are read one at a time, on request.
-Both layouts are understood: the zip archive (torch >= 1.6) and the older plain stream.
+A torch.save file is a pickle (tensor names, and the layout of each tensor in its storage) and raw
+storages. The unpickler accepts three kinds of globals (tensor rebuild, storage types, OrderedDict)
+and refuses all others. Storages are read one at a time, on request. Both layouts are supported: the
+zip archive (torch >= 1.6) and the older stream.
 """
 
 import collections
@@ -16,6 +16,8 @@ import zipfile
 
 import ml_dtypes
 import numpy as np
+
+from imagen_jax.storage import check_content
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
@@ -36,7 +38,7 @@ STORAGE_DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class StorageRef:
-    """A storage named by the pickle: `length` elements under `key`."""
+    """A storage that the pickle names: `length` elements under `key`."""
 
     key: str
     dtype: np.dtype
@@ -49,7 +51,7 @@ class StorageRef:
 
 @dataclasses.dataclass(frozen=True)
 class TensorRef:
-    """How a tensor lies in its storage; offset and strides in elements."""
+    """A tensor's layout in its storage; offset and strides count elements."""
 
     storage: StorageRef
     offset: int
@@ -66,9 +68,7 @@ def _is_counts(value) -> bool:
 
 
 def _rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=None) -> TensorRef:
-    """What the pickle's tensors become; every field is checked, since all of them come from the
-    file.
-    """
+    """Stands in for torch's function of that name. Checks every argument: the file gives them."""
     if not isinstance(storage, StorageRef) or not isinstance(offset, int) or offset < 0:
         raise pickle.UnpicklingError("a tensor without a proper storage")
     if not _is_counts(shape) or not _is_counts(strides) or len(shape) != len(strides):
@@ -84,8 +84,9 @@ def _rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Resolves only what a dict of tensors needs. Stand-ins are made per file, so that a file
-    cannot alter them for the next.
+    """Resolves only the globals that a dict of tensors needs.
+
+    Every file gets stand-ins of its own, so that no file can alter those of the next one.
     """
 
     def __init__(self, file):
@@ -121,26 +122,23 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def _load_restricted(file, path: pathlib.Path):
-    """One pickle from an open file. Whatever a hostile or damaged pickle raises becomes one
-    ValueError.
-    """
+    """Reads one pickle. Any exception of a hostile or damaged pickle becomes a ValueError."""
     try:
         return _TensorUnpickler(file).load()
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle can raise nearly any exception
         raise ValueError(f"{path} is refused: {error}") from error
 
 
 class TorchFile:
-    """The tensors of a torch.save file: `tensors` maps names to TensorRef, `read` brings one into
-    memory.
-    """
+    """The tensors of a torch.save file. `tensors`: by name. `read`: loads one into memory."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path} does not exist")
-        self._zip = zipfile.ZipFile(self.path) if zipfile.is_zipfile(self.path) else None
-        content = self._open_zip() if self._zip else self._open_legacy()
+        check_content(self.path)
+        self._zip = self._open_archive()
+        content = self._read_archive_pickle() if self._zip else self._open_legacy()
         if not isinstance(content, dict):
             raise ValueError(
                 f"{self.path} is refused: it holds a {type(content).__name__}, not a dict of"
@@ -162,18 +160,28 @@ class TorchFile:
             self._zip.close()
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, read from disk now. ValueError where its bytes are missing or fail the
-        archive's checksum.
-        """
+        """Reads one tensor. Raises ValueError if its bytes are missing or fail their checksum."""
         tensor = self.tensors[name]
         raw = self._read_zip(tensor.storage) if self._zip else self._read_legacy(tensor.storage)
         flat = np.frombuffer(raw, tensor.dtype)[tensor.offset :]
         strides = tuple(s * tensor.dtype.itemsize for s in tensor.strides)
         return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
 
-    # the zip archive: <prefix>/data.pkl, <prefix>/byteorder, <prefix>/data/<key>
+    # The zip archive: <prefix>/data.pkl, <prefix>/byteorder, <prefix>/data/<key>.
 
-    def _open_zip(self):
+    def _open_archive(self) -> zipfile.ZipFile | None:
+        """The file as a zip archive, None if it has the older layout."""
+        with open(self.path, "rb") as file:
+            if file.read(2) != b"PK":
+                return None
+        try:
+            return zipfile.ZipFile(self.path)
+        except zipfile.BadZipFile as error:
+            raise ValueError(
+                f"{self.path} is cut short or damaged ({error}): download it again"
+            ) from error
+
+    def _read_archive_pickle(self):
         pickles = [n for n in self._zip.namelist() if n.endswith("/data.pkl") and n.count("/") == 1]
         if len(pickles) != 1:
             raise ValueError(f"{self.path} is refused: a zip archive, but not one of torch.save")
@@ -189,17 +197,19 @@ class TorchFile:
         try:
             if self._zip.getinfo(entry).file_size != storage.nbytes:
                 raise ValueError(
-                    f"{self.path} is damaged: storage {storage.key} has not the {storage.nbytes}"
-                    " bytes its tensors need"
+                    f"{self.path} is damaged: storage {storage.key} does not have the"
+                    f" {storage.nbytes} bytes that its tensors need; download it again"
                 )
             return self._zip.read(entry)
         except KeyError:
-            raise ValueError(f"{self.path} is damaged: it lacks storage {storage.key}") from None
+            raise ValueError(
+                f"{self.path} is damaged: it lacks storage {storage.key}; download it again"
+            ) from None
         except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise ValueError(f"{self.path} is damaged: {error}") from error
+            raise ValueError(f"{self.path} is damaged ({error}): download it again") from error
 
-    # the stream: pickles of magic, protocol, system, content and storage keys; then for each key an
-    # int64 length and the elements
+    # The stream: pickles of magic, protocol, system, content and storage keys; then for each key an
+    # int64 length and the elements.
 
     def _open_legacy(self):
         with open(self.path, "rb") as file:
@@ -229,7 +239,8 @@ class TorchFile:
                 position += 8 + refs[key].nbytes
         if position > os.path.getsize(self.path):
             raise ValueError(
-                f"{self.path} is cut: {position} bytes expected, {os.path.getsize(self.path)} found"
+                f"{self.path} is cut short: {os.path.getsize(self.path)} of {position} bytes;"
+                " download it again"
             )
         return content
 
@@ -238,7 +249,7 @@ class TorchFile:
             file.seek(self._positions[storage.key])
             if struct.unpack("<q", file.read(8))[0] != storage.length:
                 raise ValueError(
-                    f"{self.path} is damaged: storage {storage.key} has another length than its"
-                    " tensors say"
+                    f"{self.path} is damaged: storage {storage.key} does not have the length that"
+                    " its tensors need; download it again"
                 )
             return file.read(storage.nbytes)

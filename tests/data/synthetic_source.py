@@ -45,6 +45,9 @@ class FakeEncoder:
             len(row) > self.max_length for row in words
         ]
 
+    def unknown(self, texts):
+        return [""] * len(texts)
+
     def encode(self, texts, batch_size, fill=False):
         time.sleep(self._pause)
         self.encoded += texts

@@ -18,5 +18,5 @@ def test_texts_of_a_table_stand_below_each_other():
 def test_each_panel_has_its_place():
     """Catches panels drawn over each other."""
     panels = [("loss", {"train": CURVE, "heldout": CURVE}), ("rise", {"null": CURVE})]
-    assert Image.open(io.BytesIO(report.plot(panels))).size == (1000, 360)
-    assert Image.open(io.BytesIO(report.plot(panels[:1]))).size == (500, 360)
+    assert Image.open(io.BytesIO(report.plot(panels))).size == (1100, 396)
+    assert Image.open(io.BytesIO(report.plot(panels[:1]))).size == (550, 396)

@@ -1,5 +1,5 @@
-"""Random T5 weights that depend on (name, shape, seed) alone, so that a golden need not carry its
-weights, and small encoders on disk.
+"""Random T5 weights and small encoders on disk. Weights depend on name, shape and seed alone, so
+goldens need not store them.
 """
 
 import json
@@ -8,9 +8,9 @@ import zlib
 
 import numpy as np
 
-from imagen_jax.text.t5 import T5Config
+from imagen_jax.text.t5_network import T5Config
 from imagen_jax.weights.name_map import Slot
-from imagen_jax.weights.t5 import name_map
+from imagen_jax.weights.t5_files import name_map
 
 GOLDENS = pathlib.Path(__file__).resolve().parent.parent / "goldens"
 TOKENIZER = GOLDENS / "t5_tokenizer"
@@ -50,7 +50,7 @@ CASES = {
 def random_tensor(
     name: str, shape: tuple[int, ...], seed: int, embedding_scale: float = 1.0
 ) -> np.ndarray:
-    """fp32 values for the Hugging Face tensor `name`, scaled so that features stay of unit size."""
+    """fp32 values of the Hugging Face tensor `name`, scaled so that features have unit size."""
     x = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(shape)
     if name.endswith("norm.weight"):
         x = 1 + 0.2 * x
@@ -64,7 +64,7 @@ def random_tensor(
 def random_weights(
     config: T5Config, seed: int, embedding_scale: float = 1.0
 ) -> dict[str, np.ndarray]:
-    """Every encoder tensor under its Hugging Face name."""
+    """All encoder tensors by their Hugging Face names."""
     return {
         name: random_tensor(name, slot.shape, seed, embedding_scale)
         for name, slot in name_map(config).slots.items()
@@ -72,7 +72,7 @@ def random_weights(
 
 
 def as_params(config: T5Config, weights: dict[str, np.ndarray]) -> dict:
-    """The parameter tree of T5Encoder, put together here without the loader."""
+    """The parameter tree of T5Encoder, built without the loader."""
     params: dict = {}
     for name, slot in name_map(config).slots.items():
         put(params, slot, weights[name].T if slot.transposed else weights[name])
@@ -88,7 +88,7 @@ def put(params: dict, slot: Slot, value: np.ndarray) -> None:
 def random_tokens(
     config: T5Config, seed: int, lengths: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids with noise in the padding too, and the mask of the given lengths."""
+    """(token ids, also random in the padding, and the mask of the given lengths)."""
     rng = np.random.RandomState(seed)
     tokens = rng.randint(2, config.vocab_size, (len(lengths), max(lengths))).astype(np.int32)
     return tokens, np.arange(max(lengths))[None, :] < np.array(lengths)[:, None]
@@ -97,7 +97,7 @@ def random_tokens(
 def write_encoder(
     directory: pathlib.Path, config: T5Config, weights: dict[str, np.ndarray]
 ) -> pathlib.Path:
-    """config.json and model.safetensors, no tokenizer."""
+    """Writes config.json and model.safetensors, without a tokenizer."""
     from safetensors.numpy import save_file
 
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The interface of text encoders, and the one for Flax networks: order, batches, meshes."""
+"""The interface of text encoders and its Flax implementation: order, batches, meshes."""
 
 import inspect
 import pathlib
@@ -12,8 +12,8 @@ import pytest
 
 from imagen_jax.text.encoder import FlaxEncoder, TextEncoder, bucket_length
 from imagen_jax.text.program import EncodeProgram, make_mesh, one_device, parameter_shapes
-from imagen_jax.text.t5 import T5Config, T5Encoder
-from imagen_jax.weights.t5 import load_tokenizer, save_encoder
+from imagen_jax.text.t5_network import T5Config, T5Encoder
+from imagen_jax.weights.t5_files import load_tokenizer, save_encoder
 from imagen_jax.weights.text_encoders import load_text_encoder
 from tests.data.synthetic_source import FakeEncoder
 from tests.text.random_t5 import TOKENIZER, as_params, random_weights
@@ -29,7 +29,7 @@ CAPTIONS = [
 
 
 class Lengths:
-    """A tokenizer with begin and end of sequence; a token is a word's length."""
+    """A tokenizer with begin and end of sequence; the id of a word is its length."""
 
     eos_token_id = 9
 
@@ -38,7 +38,7 @@ class Lengths:
 
 
 class MeanOfText(nn.Module):
-    """A network unlike T5: the table's rows, less their mean over the text."""
+    """A network unlike T5: rows of the table minus their mean over the text."""
 
     @nn.compact
     def __call__(self, tokens, mask):
@@ -69,11 +69,10 @@ def equal_up_to_rounding(a: list[np.ndarray], b: list[np.ndarray]) -> None:
 
 
 def test_every_encoder_has_the_interface(encoder):
-    """Catches a stand-in for tests that takes other arguments than the encoder it stands for, and
-    an interface that asks for nothing."""
+    """Catches a fake encoder with other arguments than the real one, and an empty interface."""
     for one in (encoder, FakeEncoder()):
         assert isinstance(one, TextEncoder)
-        for method in ("tokenize", "encode"):
+        for method in ("tokenize", "unknown", "encode"):
             wanted = inspect.signature(getattr(TextEncoder, method)).parameters
             found = inspect.signature(getattr(type(one), method)).parameters
             assert list(found) == list(wanted)
@@ -95,8 +94,7 @@ def test_every_encoder_keeps_its_promises(encoder):
 
 
 def test_a_network_that_is_not_t5():
-    """Catches an encoder or a program that knows of T5's sizes, parameters or tokenizer, and a mask
-    that does not reach the network."""
+    """Catches code that assumes T5's sizes, parameters or tokenizer, and an unused mask."""
     network = MeanOfText()
     shapes = parameter_shapes(network, "float32")
     table = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
@@ -110,8 +108,7 @@ def test_a_network_that_is_not_t5():
 
 
 def test_features_are_those_of_the_model(encoder):
-    """Catches texts in another order, with padding, cut short, or masked as if padding were
-    text."""
+    """Catches texts that are reordered, padded, cut short, or attend to padding."""
     params = as_params(CONFIG, random_weights(CONFIG, 5))
     apply = jax.jit(T5Encoder(CONFIG).apply)
     rows, _ = encoder.tokenize(CAPTIONS)
@@ -124,8 +121,7 @@ def test_features_are_those_of_the_model(encoder):
 
 
 def test_batch_mates_and_batch_size_change_nothing(encoder):
-    """Catches a feature that depends on the texts beside it, on their number, or on the length they
-    are padded to."""
+    """Catches a feature that depends on other texts, on their number, or on the padded length."""
     together = encoder.encode(CAPTIONS, batch_size=8)
     alone = [encoder.encode([text], batch_size=1)[0] for text in CAPTIONS]
     equal_up_to_rounding(together, alone)
@@ -136,7 +132,7 @@ def test_batch_mates_and_batch_size_change_nothing(encoder):
 
 
 def test_truncation_is_reported_and_keeps_the_end(encoder, directory):
-    """Catches a long caption that loses its end-of-sequence, is cut one off or is not counted."""
+    """Catches a long caption that loses end-of-sequence, is one token short or is not reported."""
     rows, truncated = encoder.tokenize(CAPTIONS)
     assert truncated == [False, False, False, True, False]
     assert [len(row) <= 20 and row[-1] == 1 and row.count(1) == 1 for row in rows] == [True] * 5
@@ -151,8 +147,7 @@ def test_truncation_is_reported_and_keeps_the_end(encoder, directory):
 
 
 def test_filled_batches_run_one_program(directory):
-    """Catches a text encoded by another program when it comes alone, which on some devices rounds
-    otherwise."""
+    """Catches a text that another program encodes when it comes alone, with other rounding."""
     fresh = load_text_encoder(str(directory), max_length=32)
     together = fresh.encode(["moon", "a sun", "stars"], batch_size=8, fill=True)
     alone = fresh.encode(["a sun"], batch_size=8, fill=True)
@@ -161,7 +156,7 @@ def test_filled_batches_run_one_program(directory):
 
 
 def test_few_programs_are_compiled(directory):
-    """Catches a program of its own for every length or for a smaller number of texts."""
+    """Catches one program per length or per number of texts."""
     lengths = (1, 16, 17, 32, 33, 65, 100)
     assert [bucket_length(n, 100) for n in lengths] == [16, 16, 32, 32, 64, 100, 100]
     assert bucket_length(5, 7) == 7
@@ -173,8 +168,9 @@ def test_few_programs_are_compiled(directory):
 
 @pytest.mark.parametrize(("fsdp", "devices"), [(1, 1), (4, 8)])
 def test_rows_of_a_batch(directory, monkeypatch, fsdp, devices):
-    """Catches as many rows of long texts as of short ones, a batch that leaves devices idle, rows
-    counted for all devices together."""
+    """Catches as many long rows as short ones, idle devices, and a batch size for all devices
+    together.
+    """
     batches, run = [], FlaxEncoder._run
 
     def noting(self, rows, size, length):
@@ -195,7 +191,7 @@ def test_rows_of_a_batch(directory, monkeypatch, fsdp, devices):
 
 @pytest.mark.parametrize(("fsdp", "batch_size"), [(1, 8), (4, 3), (8, 20)])
 def test_mesh_changes_nothing(encoder, directory, fsdp, batch_size):
-    """Catches sharded weights or a split batch that change the features."""
+    """Catches sharded weights or a sharded batch that change the features."""
     mesh = make_mesh(jax.devices(), fsdp)
     sharded = load_text_encoder(str(directory), 20, "float32", lambda weights: mesh)
     texts = CAPTIONS * 2

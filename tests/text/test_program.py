@@ -1,6 +1,4 @@
-"""The encoder's pass on a mesh, before any weight is there: how work, weights and bytes are divided
-over eight devices.
-"""
+"""The program of an encoder on a mesh, without weights: its sharding over eight devices."""
 
 import jax
 import numpy as np
@@ -15,7 +13,7 @@ from imagen_jax.text.program import (
     parameter_shapes,
     weight_bytes,
 )
-from imagen_jax.text.t5 import T5Config, T5Encoder
+from imagen_jax.text.t5_network import T5Config, T5Encoder
 
 CONFIG = T5Config(d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=2, vocab_size=128)
 XXL = T5Config(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128)
@@ -38,9 +36,7 @@ def compiled(fsdp: int, devices: int = 8):
 
 
 def test_each_device_does_its_part():
-    """Wrong: a batch that every device computes whole, which gives the same features in eight times
-    the time.
-    """
+    """Catches a batch that every device computes completely, in eight times the time."""
     whole = compiled(1, devices=1).cost_analysis()["flops"]
     for fsdp in (1, 2, 8):
         assert compiled(fsdp).cost_analysis()["flops"] == pytest.approx(whole / 8, rel=0.05)
@@ -48,16 +44,14 @@ def test_each_device_does_its_part():
 
 @pytest.mark.parametrize(("fsdp", "communicates"), [(1, False), (2, True), (8, True)])
 def test_only_divided_weights_are_sent(fsdp, communicates):
-    """Wrong: features gathered onto every device, or anything else sent between devices that have
-    all weights.
-    """
+    """Catches features gathered on every device, and communication with replicated weights."""
     text = compiled(fsdp).as_text()
     assert ("all-gather(" in text) == communicates and "all-reduce(" not in text
 
 
 def test_weights_are_divided_over_fsdp_alone():
-    """Wrong: vectors or nothing divided, weights divided over `data` too, or a shape, dtype or leaf
-    unlike the model's.
+    """Catches sharded vectors, replicated kernels, weights sharded over `data`, and a leaf that
+    differs from the model's.
     """
     abstract = create(XXL, "bfloat16", make_mesh(jax.devices(), 4)).params
     leaves = jax.tree.leaves(abstract)
@@ -75,23 +69,21 @@ def test_weights_are_divided_over_fsdp_alone():
 
 
 def test_as_few_parts_as_fit():
-    """Wrong: weights divided that need not be (each layer then waits for the others'), or put where
-    no batch fits beside them.
-    """
+    """Catches unnecessary sharding, and weights that leave no memory for a batch."""
     xxl = size(XXL, "bfloat16")
     assert fewest_parts(xxl, int(15.75 * GIB), 8) == 1  # v5e
     assert fewest_parts(2 * xxl, int(15.75 * GIB), 8) == 2
     assert fewest_parts(xxl, 11 * GIB, 6) == 2 and fewest_parts(xxl, None, 8) == 1
     with pytest.raises(
-        ValueError, match="8.9 GiB do not fit on 1 devices of 8.0 GiB: take more devices"
+        ValueError, match="8.9 GiB do not fit on 1 devices of 8.0 GiB: use more devices"
     ):
         fewest_parts(xxl, 8 * GIB, 1)
-    with pytest.raises(ValueError, match="in 3 parts: 8 devices do not divide by it"):
+    with pytest.raises(ValueError, match="sharded 3 ways: 8 devices are not a multiple of 3"):
         make_mesh(jax.devices(), 3)
 
 
 def test_local_mesh_asks_the_devices(monkeypatch):
-    """Wrong: a mesh that never divides the weights, or takes some of the devices only."""
+    """Catches a mesh that never shards weights, or uses only some of the devices."""
     assert dict(program.local_mesh(10).shape) == {"data": 8, "fsdp": 1}
     monkeypatch.setattr(
         program, "fewest_parts", lambda weights, memory, devices: 4 if weights == 10 else 1
@@ -104,7 +96,7 @@ def test_local_mesh_asks_the_devices(monkeypatch):
 )  # it cannot hold programs for absent devices
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_it_compiles_for_devices_that_are_not_there(fsdp):
-    """Wrong: a program that needs weights or its devices before it can be planned."""
+    """Catches a program that needs weights or real devices to be planned."""
     pytest.importorskip("libtpu")
     program = create(CONFIG, "bfloat16", make_mesh(topology.parse("v5e:2x2").devices(), fsdp))
     memory = (

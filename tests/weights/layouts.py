@@ -1,4 +1,4 @@
-"""Writes tensors in the four layouts in which weights are published, and a tensor file's index."""
+"""Writes tensors in the four layouts in which weights are published."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ from tests.weights import torch_files
 
 
 def write(directory: pathlib.Path, weights: dict[str, np.ndarray], layout: str) -> pathlib.Path:
-    """layout: "safetensors", "bin", or either with " shards" behind it."""
+    """Writes tensors. layout: "safetensors" or "bin", optionally followed by " shards"."""
     directory.mkdir(parents=True, exist_ok=True)
     suffix, _, shards = layout.partition(" ")
     stem = "model" if suffix == "safetensors" else "pytorch_model"

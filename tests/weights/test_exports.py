@@ -1,9 +1,8 @@
-"""One-file exports: bfloat16 and their meta, refusal of damaged and foreign files, interrupted
-writes.
-"""
+"""One-file exports: bfloat16, metadata, damaged and foreign files, interrupted writes."""
 
 import hashlib
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from imagen_jax.weights import leaves
 from imagen_jax.weights.checkpoint import CheckpointError, load_params
 from imagen_jax.weights.exports import export_params
+from tests.test_storage import POINTER
 
 # As `load_params` returns it of a checkpoint.
 META = {
@@ -43,8 +43,9 @@ def assert_equal(a, b):
 
 
 def test_export_is_bf16_and_carries_its_meta(tmp_path):
-    """Catches rounding other than jax's to bfloat16, lost nesting or meta, a file that changes
-    from one export to the next, and the checkpoint's checksum passed off as the file's."""
+    """Catches other rounding than jax's, lost nesting or meta, exports that differ from each other,
+    and the checkpoint's checksum in place of the file's.
+    """
     params, path = make_params(), tmp_path / "exports" / "base.safetensors"
     export_params(params, META | {"sha256": "the checkpoint's", "unlogged": [1]}, path)
     back, back_meta = load_params(path)
@@ -57,8 +58,9 @@ def test_export_is_bf16_and_carries_its_meta(tmp_path):
 
 
 def test_sharded_params_and_keys_that_are_numbers(tmp_path):
-    """Catches one device's part exported for the whole, and a checksum over meta as it was given:
-    JSON turns its keys into strings."""
+    """Catches one device's shard exported alone, and a checksum over meta before JSON turned its
+    keys into strings.
+    """
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     split = jax.device_put(make_params(), NamedSharding(mesh, P(None)))
     kernel = split["down_0"]["block_0"]["conv_1"]["kernel"]
@@ -92,7 +94,7 @@ def test_damaged_export_is_refused_in_one_line(tmp_path):
 
 
 def test_foreign_files_and_integer_exports_are_refused(tmp_path):
-    """Catches another program's weights loaded as ours, and integers rounded to bfloat16."""
+    """Catches another program's weights accepted, and integers rounded to bfloat16."""
     from safetensors.numpy import save_file
 
     path = tmp_path / "other.safetensors"
@@ -107,7 +109,7 @@ def test_foreign_files_and_integer_exports_are_refused(tmp_path):
 
 
 def test_format_of_a_later_version_is_refused(tmp_path, monkeypatch):
-    """Catches reading a layout this version does not know as if it did."""
+    """Catches a newer layout that is read as the current one."""
     path = tmp_path / "later.safetensors"
     with monkeypatch.context() as later:
         later.setattr(leaves, "FORMAT_VERSION", 2)
@@ -129,3 +131,16 @@ def test_interrupted_export_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         export_params(make_params(scale=2.0), META, path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_pointer_and_a_url_are_named(tmp_path):
+    """Catches "header too large" for a Git LFS pointer, and a bucket that becomes a directory."""
+    path = tmp_path / "base.safetensors"
+    path.write_text(POINTER)
+    with pytest.raises(CheckpointError, match="base.safetensors is a Git LFS pointer"):
+        load_params(path)
+    for url in ("gs://b/base.safetensors", Path("gs://b/base.safetensors")):
+        with pytest.raises(ValueError, match="is a URL, only local paths work"):
+            load_params(url)
+        with pytest.raises(ValueError, match="is a URL, only local paths work"):
+            export_params(make_params(), META, url)

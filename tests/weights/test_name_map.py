@@ -1,4 +1,4 @@
-"""Parameter trees by name map: values, checks that name the tensor, checksum, writing, memory."""
+"""Parameter trees by name map: values, named errors, checksum, writing, memory."""
 
 import tracemalloc
 
@@ -24,7 +24,7 @@ def make_weights(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def as_params(weights: dict[str, np.ndarray]) -> dict:
-    """The tree of SLOTS, put together here without the map."""
+    """The tree of SLOTS, built without the map."""
     block = {
         "dense": {"kernel": weights["text.layer.weight"].T},
         "norm": {"scale": weights["text.layer.scale"]},
@@ -38,8 +38,9 @@ def assert_same(params, expected):
 
 
 def test_all_layouts_read_alike(tmp_path):
-    """Catches a swapped or untransposed kernel in any layout, and a checksum that depends on how
-    the same weights are stored, or misses a changed one."""
+    """Catches a swapped or untransposed kernel in any layout, and a checksum that depends on the
+    layout or misses a change.
+    """
     weights, digests = make_weights(), set()
     for layout in layouts.LAYOUTS:
         directory = layouts.write(tmp_path / layout, weights, layout)
@@ -61,8 +62,9 @@ def test_checksum_is_of_the_stored_tensors(tmp_path):
 
 
 def test_a_part_of_a_file(tmp_path):
-    """Catches a map of a part that refuses, reads or sums up the rest of the file, and a map of the
-    whole file that overlooks it."""
+    """Catches a map of a part that refuses, reads or hashes the rest, and a map of the whole file
+    that ignores it.
+    """
     layouts.write(tmp_path, make_weights(), "safetensors")
     alone = read_tree(tmp_path, NAMES, "float32")
     rest = {"decoder.weight": np.ones(3, np.float32), "decoder.steps": np.ones(2, np.int64)}
@@ -76,8 +78,9 @@ def test_a_part_of_a_file(tmp_path):
 
 
 def test_aliases(tmp_path):
-    """Catches a tensor not found under its other name, both names taken for a surplus, and a
-    checksum that depends on the name."""
+    """Catches a tensor not found by its alias, both names refused, a checksum that depends on the
+    name.
+    """
     weights = make_weights()
     names = NameMap(SLOTS, aliases={"text.embedding": "text.table"})
     renamed = {"text.embedding" if n == "text.table" else n: w for n, w in weights.items()}
@@ -107,8 +110,7 @@ def test_aliases(tmp_path):
     ],
 )
 def test_wrong_tensors_are_named(tmp_path, change, message):
-    """Catches a missing, extra, misshapen or integer tensor that is filled in, ignored or reported
-    without its name."""
+    """Catches a missing, extra, misshapen or integer tensor that is ignored or not named."""
     weights = make_weights()
     change(weights)
     layouts.write(tmp_path, weights, "safetensors")
@@ -118,7 +120,7 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_written_trees_read_again(tmp_path, dtype):
-    """Catches a forgotten transpose, a rounding when asked for fp32, a file left half written."""
+    """Catches a forgotten transpose, fp32 that is rounded, a partial file."""
     weights = make_weights()
     path = tmp_path / "model.safetensors"
     write_tree(path, as_params(weights), NAMES, dtype)
@@ -128,7 +130,7 @@ def test_written_trees_read_again(tmp_path, dtype):
 
 
 def test_trees_that_do_not_fit_are_not_written(tmp_path):
-    """Catches a leaf that is silently dropped, left out or written with another shape."""
+    """Catches a leaf that is dropped, omitted or written with another shape."""
     path, params = tmp_path / "model.safetensors", as_params(make_weights())
     with pytest.raises(ValueError, match="has no place for head/kernel"):
         write_tree(path, params | {"head": {"kernel": np.ones((2, 2))}}, NAMES, "float32")
@@ -142,8 +144,7 @@ def test_trees_that_do_not_fit_are_not_written(tmp_path):
 
 @pytest.mark.parametrize("layout", ["safetensors", "bin shards"])
 def test_never_twice_in_memory(tmp_path, layout):
-    """Catches a whole checkpoint read before it is cast: beside the result only a few copies of one
-    tensor may exist."""
+    """Catches a checkpoint that is read completely before it is cast."""
     slots = {f"layer.{i}": Slot((f"block_{i}", "kernel"), (256, 512), True) for i in range(40)}
     rng = np.random.default_rng(0)
     weights = {n: rng.normal(size=slot.shape).astype(np.float32) for n, slot in slots.items()}

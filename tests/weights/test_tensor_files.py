@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.weights.tensor_files import open_tensors, shard_names
+from tests.test_storage import POINTER
 from tests.weights import layouts
 
 WEIGHTS = {f"part.{i}": np.arange(6, dtype=np.float32).reshape(2, 3) + i for i in range(5)}
@@ -17,7 +18,7 @@ def every(name: str) -> bool:
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_every_layout_has_the_same_tensors(tmp_path, layout):
-    """Catches a layout that is not read, a tensor read from another's shard, a lost shape."""
+    """Catches a layout that is not read, a tensor read from another shard, a lost shape."""
     with open_tensors(layouts.write(tmp_path, WEIGHTS, layout), every) as tensors:
         assert tensors.shapes == dict.fromkeys(WEIGHTS, (2, 3))
         for name, array in WEIGHTS.items():
@@ -26,7 +27,7 @@ def test_every_layout_has_the_same_tensors(tmp_path, layout):
 
 @pytest.mark.parametrize("name", ["any_name.safetensors", "any_name.pth"])
 def test_a_file_alone(tmp_path, name):
-    """Catches a reader that only takes directories, or torch files of one suffix."""
+    """Catches a reader of directories only, or of one suffix of torch files."""
     layouts.write_file(tmp_path / name, WEIGHTS)
     with open_tensors(tmp_path / name, every) as tensors:
         np.testing.assert_array_equal(tensors.read("part.3"), WEIGHTS["part.3"])
@@ -37,7 +38,7 @@ def test_a_file_alone(tmp_path, name):
 
 @pytest.mark.parametrize("layout", ["safetensors shards", "bin shards"])
 def test_only_wanted_shards_are_needed(tmp_path, layout):
-    """Catches a decoder's shard that must be there to read the encoder."""
+    """Catches a decoder shard that must exist to read the encoder."""
     directory = layouts.write(tmp_path, WEIGHTS, layout)
     index = next(directory.glob("*.index.json"))
     wanted = {"part.0", "part.3", "part.4"}.__contains__
@@ -54,7 +55,7 @@ def test_only_wanted_shards_are_needed(tmp_path, layout):
 
 
 def test_absent_files_are_named(tmp_path):
-    """Catches a directory without weights, or a lost shard, that ends in more than one line."""
+    """Catches missing weights or shards whose error does not name the file."""
 
     def opened():
         with open_tensors(tmp_path, every) as tensors:
@@ -73,3 +74,49 @@ def test_absent_files_are_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x" * 50)
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         opened()
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: POINTER.encode(), r"x\.\w+ is a Git LFS pointer .*`git lfs pull`"),
+        (lambda data: b"", r"x\.\w+ is empty; download"),
+        (lambda data: data[:-60], r"x\.\w+ is .*: download it again"),
+        (lambda data: data[:20], r"x\.\w+ is .*: download it again"),
+    ],
+)
+def test_files_without_their_content_are_named(tmp_path, name, change, message):
+    """Catches "header too large" for a Git LFS pointer, and a cut download without advice."""
+    layouts.write_file(tmp_path / name, WEIGHTS)
+    (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        with open_tensors(tmp_path / name, every):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER, "index.json is a Git LFS pointer"),
+        ('{"weight_map": {"a"', "index.json is not valid JSON"),
+        ("[]", "index.json is not an index of shards: it has no valid weight_map"),
+        ('{"weight_map": {"part.0": 3}}', "index.json is not an index of shards"),
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path, content, message):
+    """Catches a traceback, or a model without weights, from an index that is not whole."""
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        with open_tensors(tmp_path, every):
+            pass
+
+
+def test_a_number_type_that_numpy_lacks_is_named(tmp_path):
+    """Catches a KeyError of safetensors for a file with newer number types."""
+    header = b'{"w":{"dtype":"F8_E8M0","shape":[2],"data_offsets":[0,2]}}'
+    data = len(header).to_bytes(8, "little") + header + b"ab"
+    (tmp_path / "x.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="x.safetensors.*download"):
+        with open_tensors(tmp_path / "x.safetensors", every) as tensors:
+            print(tensors.read("w"))

@@ -1,4 +1,4 @@
-"""Text encoders by name: where they are found, which family they are, identity, clear errors."""
+"""Text encoders by name or directory: lookup, family, identity, errors in one line."""
 
 import json
 import pathlib
@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from imagen_jax.text.program import make_mesh, parameter_shapes, weight_bytes
-from imagen_jax.text.t5 import T5Config, T5Encoder
+from imagen_jax.text.t5_network import T5Config, T5Encoder
 from imagen_jax.weights.name_map import read_tree
-from imagen_jax.weights.t5 import load_tokenizer, name_map, save_encoder
+from imagen_jax.weights.t5_files import load_tokenizer, name_map, save_encoder
 from imagen_jax.weights.text_encoders import (
     find_encoder,
     load_text_encoder,
     load_tokenize,
     read_network,
 )
+from tests.test_storage import POINTER
 from tests.text.random_t5 import GOLDENS, TOKENIZER, as_params, random_weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -41,8 +42,9 @@ def rewrite(file: pathlib.Path, change) -> None:
 
 
 def test_identity(directory, tmp_path):
-    """Fails if the identity overlooks other weights, tokenizer, length or precision, or changes
-    with where the files lie."""
+    """Catches an identity that ignores weights, tokenizer, length or precision, or depends on the
+    path.
+    """
     identity = load_text_encoder(str(directory), 20, "float32").identity
     moved = tmp_path / "elsewhere" / "random_t5"
     shutil.copytree(directory, moved)
@@ -65,8 +67,9 @@ def test_identity(directory, tmp_path):
 
 
 def test_identity_of_the_embedded_encoder():
-    """Fails if a checksum is computed in another way: prepared data and trained models record it,
-    and are refused with an encoder of another identity."""
+    """Catches another way to compute a checksum: prepared data and models that record the old one
+    would be refused.
+    """
     assert load_text_encoder("t5_tiny", 32).identity == {
         "name": "t5_tiny",
         "weights_sha256": "29bff7d1af3ca0c74002bd2902d4571012f9ae70379598b2c847baed6bc005f6",
@@ -78,14 +81,16 @@ def test_identity_of_the_embedded_encoder():
 
 
 def test_the_family_is_read_from_the_config(directory):
-    """Fails if a T5 directory must say its model_type, or another model is taken for T5."""
+    """Catches a T5 directory that needs a model_type, and another model accepted as T5."""
     config = directory / "config.json"
     expected = load_text_encoder(str(directory), 20).encode(["a red apple"], 1)[0]
     rewrite(config, lambda raw: (raw.pop("model_type"), raw.pop("architectures")))
     found = load_text_encoder(str(directory), 20).encode(["a red apple"], 1)[0]
     np.testing.assert_array_equal(found, expected)
     rewrite(config, lambda raw: raw.update(model_type="bert"))
-    with pytest.raises(ValueError, match=r"unknown text encoder \(bert\): the known families are"):
+    with pytest.raises(
+        ValueError, match=r"unknown text encoder \(bert\): the supported families are"
+    ):
         load_text_encoder(str(directory), 20)
     config.write_text(json.dumps({"architectures": ["GPT"], "vocab_size": 128}))
     with pytest.raises(ValueError, match=r"unknown text encoder \(\['GPT'\]\).* are t5$"):
@@ -93,8 +98,7 @@ def test_the_family_is_read_from_the_config(directory):
 
 
 def test_tokenizer_and_network_without_weights(directory):
-    """Fails if a preview or a plan needs weights, or sees another tokenizer or network than the
-    loaded encoder has."""
+    """Catches a preview or plan that needs weights, or uses another tokenizer or network."""
     encoder = load_text_encoder(str(directory), 6)
     (directory / "model.safetensors").unlink()
     texts = ["a red apple on a blue plate", "moon"]
@@ -105,7 +109,7 @@ def test_tokenizer_and_network_without_weights(directory):
 
 
 def test_mesh_is_chosen_by_the_bytes_of_the_weights(directory):
-    """Fails if `place` is told another precision's bytes, or if its mesh is not used."""
+    """Catches `place` called with the bytes of another precision, or its mesh ignored."""
     told = []
 
     def place(weights):
@@ -118,7 +122,7 @@ def test_mesh_is_chosen_by_the_bytes_of_the_weights(directory):
 
 
 def test_mistakes_are_one_clear_line(directory, tmp_path):
-    """Fails if a bad argument or directory surfaces as an error from deep inside a library."""
+    """Catches an invalid argument or directory that causes an error deep inside a library."""
     with pytest.raises(ValueError, match="dtype 'float16': choose one of bfloat16, float32"):
         load_text_encoder(str(directory), 20, "float16")
     with pytest.raises(ValueError, match="max_length 0"):
@@ -139,8 +143,7 @@ def test_mistakes_are_one_clear_line(directory, tmp_path):
 
 
 def test_tokenizer_larger_than_the_embedding(tmp_path):
-    """Fails if ids beyond the embedding are looked up: out of range they come back as NaN or as
-    another token."""
+    """Catches ids beyond the embedding: their lookup gives NaN or another token."""
     config = T5Config(d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=1, vocab_size=40)
     params = as_params(config, random_weights(config, 5))
     save_encoder(tmp_path, config, params, load_tokenizer(TOKENIZER)[0])
@@ -149,7 +152,7 @@ def test_tokenizer_larger_than_the_embedding(tmp_path):
 
 
 def test_loading_imports_no_torch(directory):
-    """Fails if reading an encoder needs or imports torch or TensorFlow."""
+    """Catches an import of torch or TensorFlow."""
     code = (
         "import sys; from imagen_jax.weights.text_encoders import load_text_encoder as load\n"
         f"load({str(directory)!r}, 16, 'float32').encode(['a red apple'], 1)\n"
@@ -172,7 +175,7 @@ def fill_cache(cache: pathlib.Path, files: dict[str, pathlib.Path]) -> None:
 
 @pytest.fixture
 def hub_files(tmp_path, monkeypatch) -> dict[str, pathlib.Path]:
-    """The files of an encoder on the hub, whose cache is now `tmp_path`, without a network."""
+    """The files of an encoder on the hub. Its cache is `tmp_path`, and there is no network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     sources = (GOLDENS / "t5_bin", TOKENIZER)
@@ -180,7 +183,7 @@ def hub_files(tmp_path, monkeypatch) -> dict[str, pathlib.Path]:
 
 
 def test_hub_name_from_the_cache(tmp_path, hub_files):
-    """Fails if a cached encoder needs the network, its decoder shard, or both weight formats."""
+    """Catches a cached encoder that needs the network, the decoder shard or both formats."""
     fill_cache(tmp_path, hub_files)
     directory = find_encoder("someone/encoder")
     config = T5Config.from_json(directory / "config.json")
@@ -199,8 +202,7 @@ def test_hub_name_from_the_cache(tmp_path, hub_files):
     ],
 )
 def test_incomplete_cache_offline(tmp_path, hub_files, lost, message):
-    """Fails if an encoder that is only half in the cache is used, or the error does not say what is
-    absent."""
+    """Catches a partly cached encoder that is used, and an error without the missing file."""
     hub_files.pop(lost)
     fill_cache(tmp_path, hub_files)
     with pytest.raises(FileNotFoundError, match=message):
@@ -208,9 +210,31 @@ def test_incomplete_cache_offline(tmp_path, hub_files, lost, message):
 
 
 def test_names_that_are_neither(tmp_path):
-    """Fails if a mistyped path is sent to the hub."""
+    """Catches a mistyped path that is sent to the hub."""
     for name in ("nowhere", "./a/b", str(tmp_path / "x"), "a/b/c", "~/x"):
         with pytest.raises(FileNotFoundError, match="no such directory, and not a hub name"):
             find_encoder(name)
     assert find_encoder("t5_tiny").parts[-3:] == ("imagen_jax", "assets", "t5_tiny")
     assert find_encoder(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER, "config.json is a Git LFS pointer"),
+        ('{"model_type": "t5"', "config.json is not valid JSON"),
+        ("[]", "config.json is not a model's configuration"),
+        ('{"model_type": "t5", "feed_forward_proj": "gated-gelu"}', "config.json: not a T5 config"),
+    ],
+)
+def test_a_bad_config_is_named(directory, content, message):
+    """Catches an error that does not say which file is wrong."""
+    (directory / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_text_encoder(str(directory), 20)
+
+
+def test_a_url_is_no_encoder():
+    """Catches a bucket taken for a hub name or a directory."""
+    with pytest.raises(ValueError, match="text encoder gs://b/t5 is a URL, only local paths work"):
+        find_encoder("gs://b/t5")

@@ -1,4 +1,4 @@
-"""The tensors-only reader: real files of torch.save, hostile files, damaged files."""
+"""The reader of torch.save files: real, hostile and damaged files."""
 
 import os
 import pathlib
@@ -23,9 +23,7 @@ DTYPES = {
 
 @pytest.mark.parametrize("layout", ["zip", "legacy"])
 def test_reads_what_torch_wrote(layout):
-    """Fails for ignored strides or offsets, a wrong element type, or storages read in the wrong
-    order (files by torch 2.13).
-    """
+    """Catches ignored strides or offsets, wrong element types, and storages in the wrong order."""
     values = np.load(GOLDENS / "t5_torch_values.npz")
     with TorchFile(GOLDENS / f"t5_torch_{layout}.bin") as file:
         assert set(file.shapes) == set(values)
@@ -37,9 +35,7 @@ def test_reads_what_torch_wrote(layout):
 
 
 def test_stand_in_writer_is_read(tmp_path):
-    """Fails if the hostile files below are refused for being malformed, not for what they do: their
-    writer must write readable files.
-    """
+    """Catches hostile files below that are refused only because they are malformed."""
     arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, np.float32)}
     with TorchFile(torch_files.write(tmp_path / "x.bin", *torch_files.plain(arrays))) as file:
         for name, array in arrays.items():
@@ -76,9 +72,7 @@ def _evil(tmp_path: pathlib.Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("attack", _evil(pathlib.Path()))
 def test_code_is_refused_and_never_runs(tmp_path, attack):
-    """Fails for a reader that resolves any global outside its list (plain pickle.load creates the
-    file).
-    """
+    """Catches a reader that resolves other globals: plain pickle.load creates the file."""
     path = torch_files.write(
         tmp_path / "x.bin", _evil(tmp_path)[attack], {"0": np.zeros(2, np.float32)}
     )
@@ -88,7 +82,7 @@ def test_code_is_refused_and_never_runs(tmp_path, attack):
 
 
 def test_the_attack_would_work(tmp_path):
-    """Fails if the attacks above are harmless anyway, so that refusing them proves nothing."""
+    """Catches attacks above that are harmless, so that refusing them proves nothing."""
     import zipfile
 
     path = torch_files.write(tmp_path / "x.bin", _evil(tmp_path)["os.system"])
@@ -109,7 +103,7 @@ def test_the_attack_would_work(tmp_path):
     ],
 )
 def test_anything_but_named_tensors_is_refused(tmp_path, content):
-    """Fails for a reader that hands through whatever the pickle holds."""
+    """Catches a reader that returns whatever the pickle holds."""
     with pytest.raises(ValueError, match="refused"):
         TorchFile(torch_files.write(tmp_path / "x.bin", content, {"0": np.zeros(2, np.float32)}))
 
@@ -126,7 +120,7 @@ def test_anything_but_named_tensors_is_refused(tmp_path, content):
     ],
 )
 def test_tensors_stay_inside_their_storage(tmp_path, layout):
-    """Fails for a strided view made on trust: it would read memory outside the storage."""
+    """Catches a strided view without checks: it would read memory outside the storage."""
     path = torch_files.write(
         tmp_path / "x.bin", {"w": torch_files.tensor("0", *layout)}, {"0": np.zeros(8, np.float32)}
     )
@@ -135,9 +129,7 @@ def test_tensors_stay_inside_their_storage(tmp_path, layout):
 
 
 def test_one_file_cannot_poison_the_next(tmp_path):
-    """Fails if stand-ins are shared between files: the BUILD opcode may set attributes on whatever
-    a name resolved to.
-    """
+    """Catches stand-ins shared between files: the BUILD opcode may set attributes on them."""
     poison = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x0c\x00\x00\x00__defaults__K\x05sb."
     build = b"\x80\x02ctorch\nFloatStorage\nN}X\x05\x00\x00\x00dtypeK\x05s\x86b."
     for content in (poison, build):
@@ -148,7 +140,7 @@ def test_one_file_cannot_poison_the_next(tmp_path):
 
 @pytest.mark.parametrize("layout", ["zip", "legacy"])
 def test_damage_is_an_error(tmp_path, layout):
-    """Fails if a cut file, or in a zip archive one flipped bit, yields numbers."""
+    """Catches numbers from a cut file, or from a zip archive with one flipped bit."""
     raw = bytearray((GOLDENS / f"t5_torch_{layout}.bin").read_bytes())
     path = tmp_path / "x.bin"
     path.write_bytes(raw[:-40])
@@ -163,9 +155,7 @@ def test_damage_is_an_error(tmp_path, layout):
 
 
 def test_storage_of_another_length_is_an_error(tmp_path):
-    """Fails if a storage shorter or longer than the pickle says is read anyway (or unpacked without
-    limit).
-    """
+    """Catches a storage that is shorter or longer than the pickle's length and read anyway."""
     path = torch_files.write(
         tmp_path / "x.bin",
         {"w": torch_files.tensor("0", 4, 0, (4,), (1,))},
@@ -183,6 +173,6 @@ def test_storage_of_another_length_is_an_error(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    """Fails if an absent file is reported as a damaged one."""
+    """Catches an absent file that is reported as damaged."""
     with pytest.raises(FileNotFoundError, match="does not exist"):
         TorchFile(tmp_path / "x.bin")

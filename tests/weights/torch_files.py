@@ -1,6 +1,4 @@
-"""Writes files in the layout of torch.save without torch, so that tests can write hostile and
-damaged ones.
-"""
+"""Writes hostile, damaged and plain files in the layout of torch.save, without torch."""
 
 import collections
 import io
@@ -55,9 +53,7 @@ def tensor(key: str, length: int, offset: int, shape: tuple, strides: tuple) -> 
 def write(
     path: pathlib.Path, content, storages: dict[str, np.ndarray] | None = None
 ) -> pathlib.Path:
-    """A zip archive like torch.save's around any content; `content` may be the bytes of a
-    pickle.
-    """
+    """Writes a zip archive like torch.save's. content: any object, or the bytes of a pickle."""
     if not isinstance(content, bytes):
         buffer = io.BytesIO()
         _Pickler(buffer, protocol=2).dump(content)

@@ -16,7 +16,7 @@ TESTS = (
     "tests/diffusion/test_guidance.py", "tests/diffusion/test_sampler.py",
     "tests/diffusion/test_conditioning.py", "tests/diffusion/test_loss.py",
     "tests/diffusion/test_density.py", "tests/diffusion/test_grid.py",
-    "tests/models/test_blocks.py", "tests/models/test_networks.py", "tests/text/test_t5.py",
+    "tests/models/test_blocks.py", "tests/models/test_networks.py", "tests/text/test_t5_network.py",
 )  # fmt: skip
 TINY_TESTS = ("tests/diffusion/test_schedule.py", "tests/diffusion/test_process.py")
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # several processes use the device at once

@@ -1,13 +1,11 @@
-"""The Flax T5 encoder against transformers (goldens, and live where torch is), and the properties
-the pipeline relies on.
-"""
+"""The Flax T5 encoder against transformers, and the properties that the pipeline relies on."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.text.t5 import T5Config, T5Encoder, relative_buckets
+from imagen_jax.text.t5_network import T5Config, T5Encoder, relative_buckets
 from tests.text.random_t5 import CASES, GOLDENS, as_params, random_tokens, random_weights
 
 SEED = 7  # of tools/make_t5_goldens.py
@@ -29,9 +27,7 @@ def run(config, params, tokens, mask, dtype=jnp.float32):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts(size):
-    """Fails for a bias or a norm bias too many, a relative table per layer, an ungated MLP, or an
-    untied second embedding.
-    """
+    """Catches an extra bias, one relative table per layer, an ungated MLP, a second embedding."""
     d_model, heads, d_ff, layers, body, total = SIZES[size]
     config = T5Config(
         d_model=d_model, d_ff=d_ff, d_kv=64, num_heads=heads, num_layers=layers, vocab_size=32128
@@ -47,8 +43,8 @@ def test_parameter_counts(size):
 
 @pytest.mark.parametrize("case", CASES)
 def test_features_equal_the_reference(case):
-    """Fails for a mask, bias bucket, GELU, epsilon, norm, attention scale or layer order other than
-    transformers' (goldens).
+    """Catches a mask, bucket, GELU, epsilon, norm, attention scale or layer order that differs from
+    transformers'.
     """
     fields, scale = CASES[case]
     config = T5Config(**fields)
@@ -63,9 +59,7 @@ def test_features_equal_the_reference(case):
 @pytest.mark.parity
 @pytest.mark.parametrize("seed", range(4))
 def test_features_equal_transformers(seed):
-    """Fails where the goldens' configurations hide a difference: sizes, buckets, lengths and
-    padding are drawn anew by seed.
-    """
+    """Catches differences that the sizes of the goldens hide: sizes are drawn by seed."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     rng = np.random.RandomState(100 + seed)
@@ -97,8 +91,8 @@ def test_features_equal_transformers(seed):
 
 
 def test_relative_buckets():
-    """Fails for the causal variant, swapped directions, log spacing that starts elsewhere, or an
-    edge (16, 32, 64) that rounds down.
+    """Catches the causal variant, swapped directions, another start of the log spacing, and a
+    distance of 16, 32 or 64 that is rounded down.
     """
     buckets = relative_buckets(200, 32, 128)
     after = {
@@ -127,9 +121,7 @@ def test_relative_buckets():
 
 
 def test_padding_changes_nothing():
-    """Fails if padding is attended to, counted in a norm, or shifts positions: the sample must not
-    move when pads are appended.
-    """
+    """Catches padding that is attended to, counted in a norm, or shifts positions."""
     config = T5Config(**CASES["deep"][0])
     params = as_params(config, random_weights(config, 1))
     tokens, _ = random_tokens(config, 1, (9, 9))
@@ -145,9 +137,7 @@ def test_padding_changes_nothing():
 
 
 def test_position_and_order_matter():
-    """Fails if the relative bias is dropped: without it the encoder cannot tell 'red on blue' from
-    'blue on red'.
-    """
+    """Catches a dropped relative bias: 'red on blue' and 'blue on red' would be equal."""
     config = T5Config(**CASES["deep"][0])
     params = as_params(config, random_weights(config, 1))
     tokens, mask = random_tokens(config, 1, (9,))
@@ -156,7 +146,7 @@ def test_position_and_order_matter():
 
 
 def test_no_valid_token_is_finite():
-    """Fails for a mask of -inf, whose softmax over nothing is NaN."""
+    """Catches a mask of -inf: its softmax over padding alone is NaN."""
     config = T5Config(**CASES["deep"][0])
     out = run(
         config,
@@ -168,9 +158,7 @@ def test_no_valid_token_is_finite():
 
 
 def test_bfloat16_stays_close():
-    """Fails if the norm leaves fp32 when computing in bf16 (error 0.028 instead of 0.017), or if
-    bf16 is not used at all.
-    """
+    """Catches a norm in bf16 (error 0.028 instead of 0.017), and bf16 that is not used."""
     config = T5Config(**CASES["deep"][0])
     params = as_params(config, random_weights(config, 1))
     tokens, mask = random_tokens(config, 1, (32, 20))
@@ -183,9 +171,7 @@ def test_bfloat16_stays_close():
 
 
 def test_config_json():
-    """Fails if an original (ReLU) T5 or another model passes for v1.1, or if fields older configs
-    lack get other defaults.
-    """
+    """Catches an original (ReLU) T5 accepted as v1.1, and other defaults for missing fields."""
     raw = dict(CASES["deep"][0], feed_forward_proj="gated-gelu")
     config = T5Config.from_json(raw)
     assert (

@@ -1,14 +1,12 @@
-"""The T5 v1.1 encoder in Flax: a frozen text encoder (Imagen section 2.1; sizes in Raffel et al.
-2020 and the v1.1 release).
+"""The T5 v1.1 encoder network in Flax, Imagen's frozen text encoder (section 2.1).
 
-Differences from an ordinary transformer: RMS norm without mean or bias, no biases anywhere,
-attention without the 1/sqrt(d_kv) factor, one table of relative position biases shared by all
-layers, a gated tanh-GELU MLP. Parameters are a plain nested dict; `weights/t5.py` maps them one to
-one to the Hugging Face names.
+Sizes are in Raffel et al. 2020 and the v1.1 release. Differences from an ordinary transformer: RMS
+norm without mean or bias, no biases, attention without the 1/sqrt(d_kv) factor, one table of
+relative position biases shared by all layers, a gated tanh-GELU MLP. Parameters are a plain nested
+dict; `weights/t5_files.py` maps each to its Hugging Face name.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -20,14 +18,15 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-MASKED = (
-    -1e10
-)  # added to the logits of padding; finite, so that a row of nothing but padding stays finite
+from imagen_jax.storage import read_json
+
+# Added to the logits of padding. It is finite, so that a row of padding alone gives finite values.
+MASKED = -1e10
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes of a T5 v1.1 encoder, under the names of a Hugging Face config.json."""
+    """Sizes of a T5 v1.1 encoder, with the field names of a Hugging Face config.json."""
 
     d_model: int
     d_ff: int
@@ -41,22 +40,21 @@ class T5Config:
 
     @property
     def dim(self) -> int:
-        """Features of a token."""
+        """Features per token."""
         return self.d_model
 
     @classmethod
     def from_json(cls, source: str | pathlib.Path | Mapping) -> "T5Config":
-        """Reads a Hugging Face config.json (path or parsed); ValueError where it describes another
-        architecture.
+        """Reads a Hugging Face config.json, given as a path or parsed.
+
+        Raises ValueError if it is not valid JSON or describes another architecture.
         """
-        raw = (
-            source if isinstance(source, Mapping) else json.loads(pathlib.Path(source).read_text())
-        )
+        raw = source if isinstance(source, Mapping) else read_json(pathlib.Path(source))
         projection = raw.get("feed_forward_proj", "relu")
         if projection != "gated-gelu":
             raise ValueError(
-                f"feed_forward_proj is {projection!r}: only T5 v1.1 encoders have 'gated-gelu', and"
-                " only they are supported"
+                f"feed_forward_proj is {projection!r}: only T5 v1.1 encoders ('gated-gelu') are"
+                " supported"
             )
         fields = dataclasses.fields(cls)
         missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in raw]
@@ -65,7 +63,7 @@ class T5Config:
         return cls(**{f.name: raw[f.name] for f in fields if f.name in raw})
 
     def to_json(self) -> dict:
-        """The content of a Hugging Face config.json that `from_json` and transformers both read."""
+        """The content of a config.json for `from_json` and transformers."""
         return {
             "architectures": ["T5EncoderModel"],
             "model_type": "t5",
@@ -80,18 +78,16 @@ class T5Config:
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "l l"]:
-    """Bucket of key position - query position, [query, key]; positions are static, so this is a
-    compile-time constant.
+    """The bucket of key position - query position, [query, key]; a compile-time constant.
 
-    Half of the buckets for keys after the query; of each half, half are exact distances and the
-    rest log-spaced up to max_distance.
+    Half of the buckets are for keys after the query. In each half, one half are exact distances
+    and the others are log-spaced up to `max_distance`.
     """
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     per_side = num_buckets // 2
     exact = per_side // 2
     distance = np.abs(offset)
-    # float32 with a plain quotient, as in the reference: double precision moves distances that fall
-    # on an edge
+    # float32 and one division, as in the reference: float64 moves distances at a bucket's edge.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / np.float32(
         math.log(max_distance / exact)
     )
@@ -101,7 +97,7 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np
 
 
 class RMSNorm(nn.Module):
-    """Scales to unit root mean square in fp32; no mean, no bias."""
+    """Scales features to unit root mean square, in fp32; no mean, no bias."""
 
     epsilon: float
     dtype: DTypeLike
@@ -115,9 +111,7 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention without 1/sqrt(d_kv): T5 folds that factor into the initialisation of
-    the query.
-    """
+    """Multi-head attention without 1/sqrt(d_kv): the query's initialisation has that factor."""
 
     config: T5Config
     dtype: DTypeLike
@@ -153,7 +147,7 @@ class SelfAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """gelu(x gate) * (x up), then down; the GELU is the tanh approximation."""
+    """gelu(x gate) * (x up), then down, with the tanh approximation of the GELU."""
 
     config: T5Config
     dtype: DTypeLike
@@ -178,8 +172,9 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP. The residual stream stays fp32: in bf16 its large channels
-    swallow small updates.
+    """Pre-norm attention and MLP, with residuals in fp32.
+
+    In bf16, small updates to its large channels would be rounded away.
     """
 
     config: T5Config
@@ -199,8 +194,9 @@ class Block(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """Token ids and mask (True = a real token) to features in `dtype`; features at masked positions
-    are meaningless.
+    """Token ids and mask (True = a token) to features in `dtype`.
+
+    Features at masked positions are undefined.
     """
 
     config: T5Config

@@ -1,4 +1,4 @@
-"""T5 encoders on disk: files by torch and transformers, names of tensors, tokenizers, writing."""
+"""T5 encoders on disk: files of torch and transformers, tensor names, tokenizers, writing."""
 
 import json
 import os
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from imagen_jax.text.program import EncodeProgram, make_mesh, parameter_shapes
-from imagen_jax.text.t5 import T5Config, T5Encoder
+from imagen_jax.text.t5_network import T5Config, T5Encoder
 from imagen_jax.weights import tensor_files
 from imagen_jax.weights.name_map import read_tree
-from imagen_jax.weights.t5 import is_t5, load_tokenizer, name_map, save_encoder
+from imagen_jax.weights.t5_files import is_t5, load_tokenizer, name_map, save_encoder
 from tests.text.random_t5 import (
     CASES,
     GOLDENS,
@@ -51,8 +51,7 @@ def assert_same(params, expected):
 
 
 def test_full_checkpoint_by_torch_without_its_decoder_shard(monkeypatch):
-    """Fails if a decoder tensor is read, or its absent shard is asked for (encoder and decoder
-    written by torch 2.13)."""
+    """Catches a decoder tensor that is read, or an absent decoder shard that is needed."""
     directory = GOLDENS / "t5_bin"
     config = T5Config.from_json(directory / "config.json")
     index = json.loads((directory / "pytorch_model.bin.index.json").read_text())["weight_map"]
@@ -69,8 +68,9 @@ def test_full_checkpoint_by_torch_without_its_decoder_shard(monkeypatch):
 
 
 def test_embedding_under_its_other_name(tmp_path):
-    """Fails for encoder-only files that name the embedding encoder.embed_tokens.weight, or where
-    both names are taken for a surplus."""
+    """Catches an embedding named encoder.embed_tokens.weight that is not found, and both names
+    refused as unexpected.
+    """
     weights = random_weights(CONFIG, 3)
     other = "encoder.embed_tokens.weight"
     alias = {other if n == "shared.weight" else n: w for n, w in weights.items()}
@@ -101,7 +101,7 @@ def test_embedding_under_its_other_name(tmp_path):
     ],
 )
 def test_wrong_tensors_are_named(tmp_path, change, message):
-    """Fails if the encoder's names leave out a kernel, or take a block more for the decoder's."""
+    """Catches a name map without a kernel, and an extra block taken for a part of the decoder."""
     weights = random_weights(CONFIG, 3)
     change(weights)
     with pytest.raises(ValueError, match=message):
@@ -110,8 +110,7 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_born_sharded(tmp_path, dtype):
-    """Fails if a mesh leaves the weights whole on each device, splits the smaller dimension, or
-    changes a value."""
+    """Catches weights replicated on a mesh, sharded along the smaller dimension, or changed."""
     directory = write_encoder(tmp_path, CONFIG, random_weights(CONFIG, 3))
     whole = load(directory, CONFIG, dtype)
     network = T5Encoder(CONFIG, dtype)
@@ -127,8 +126,7 @@ def test_born_sharded(tmp_path, dtype):
 
 
 def test_written_encoder_loads_again(tmp_path):
-    """Fails if writing forgets a transpose, the config or the tokenizer, or rounds when asked for
-    fp32."""
+    """Catches a writer that omits a transpose, the config or the tokenizer, or rounds fp32."""
     params = as_params(CONFIG, random_weights(CONFIG, 3))
     tokenizer, _ = load_tokenizer(TOKENIZER)
     save_encoder(tmp_path, CONFIG, params, tokenizer, "float32")
@@ -143,7 +141,7 @@ def test_written_encoder_loads_again(tmp_path):
 
 @pytest.mark.parity
 def test_transformers_reads_what_we_write(tmp_path):
-    """Fails if the written directory is readable only here."""
+    """Catches a directory that transformers cannot read."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     weights = random_weights(CONFIG, 3)
@@ -158,15 +156,14 @@ def test_transformers_reads_what_we_write(tmp_path):
 
 
 def test_which_configs_are_t5():
-    """Fails if an older config without model_type is not T5, or another model's is."""
+    """Catches an older config without model_type that is refused, and another model's accepted."""
     assert is_t5({"model_type": "t5"}) and is_t5({"model_type": "mt5"})
     assert is_t5({"d_model": 8, "d_kv": 4}) and is_t5({"feed_forward_proj": "gated-gelu"})
     assert not is_t5({"model_type": "clip_text_model", "d_kv": 4}) and not is_t5({"d_model": 8})
 
 
 def test_not_a_t5_tokenizer(tmp_path):
-    """Fails if a tokenizer that does not append end-of-sequence passes: T5 saw one at the end of
-    every text."""
+    """Catches a tokenizer that appends no end-of-sequence: T5 was trained with it."""
     shutil.copytree(TOKENIZER, tmp_path / "t")
     path = tmp_path / "t" / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
@@ -175,8 +172,7 @@ def test_not_a_t5_tokenizer(tmp_path):
 
 
 def test_normaliser_of_the_file_is_kept(tmp_path):
-    """Fails for T5Tokenizer, which puts its own normaliser and splitter in place of those in
-    tokenizer.json."""
+    """Catches T5Tokenizer, which replaces normaliser and pre-tokenizer of tokenizer.json."""
     shutil.copytree(TOKENIZER, tmp_path / "t")
     path = tmp_path / "t" / "tokenizer.json"
     raw = json.loads(path.read_text())
@@ -187,8 +183,7 @@ def test_normaliser_of_the_file_is_kept(tmp_path):
 
 
 def test_spiece_model_alone(tmp_path):
-    """Fails if a directory with only spiece.model (as T5 v1.1 was published) is cut into other
-    pieces than SentencePiece does."""
+    """Catches a directory with only spiece.model that gives other ids than SentencePiece."""
     sentencepiece = pytest.importorskip("sentencepiece")
     long = "a woman doctor with dark skin tone, a man riding a brown horse"
     captions = ["a red apple on a blue plate", "", "two green birds", long, "moon"]

@@ -1,6 +1,6 @@
-"""T5 v1.1 encoders in the Hugging Face layout: config.json, tokenizer and names of tensors.
+"""T5 v1.1 encoders in the Hugging Face layout: config.json, tokenizer, tensor names.
 
-Only the encoder of a full checkpoint is read; shards that hold the decoder alone may be absent.
+Of a full checkpoint only the encoder is read; shards with decoder tensors alone may be absent.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from imagen_jax.text import tokenizer as tokenizers
-from imagen_jax.text.t5 import T5Config
+from imagen_jax.text.t5_network import T5Config
 from imagen_jax.weights.name_map import NameMap, Slot, write_tree
 
 MODEL_TYPES = ("t5", "mt5")  # mT5 is T5 v1.1 with another vocabulary
@@ -20,14 +20,14 @@ EMBEDDING_ALIAS = "encoder.embed_tokens.weight"  # the same tensor as shared.wei
 
 
 def is_t5(config: Mapping[str, Any]) -> bool:
-    """Whether a parsed config.json is of this family; one without model_type, by its fields."""
+    """Whether a parsed config.json describes a T5; without model_type, its fields decide."""
     if "model_type" in config:
         return config["model_type"] in MODEL_TYPES
     return any(field in config for field in OWN_FIELDS)
 
 
 def name_map(config: T5Config) -> NameMap:
-    """Hugging Face names of the encoder's tensors -> leaves of T5Encoder's parameters."""
+    """The map from Hugging Face tensor names to the leaves of T5Encoder's parameters."""
     bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     buckets = (config.relative_attention_num_buckets, config.num_heads)
     slots = {
@@ -42,18 +42,18 @@ def name_map(config: T5Config) -> NameMap:
 
 
 def load_tokenizer(directory: pathlib.Path) -> tuple[Any, str]:
-    """The tokenizer of a directory, and the sha256 of its file.
+    """(tokenizer of a directory, SHA-256 of its file).
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it does not end texts as T5's does.
+        FileNotFoundError: the directory has none.
+        ValueError: it cannot be read, or does not end every text with end-of-sequence.
     """
     tokenizer, file, sha256 = tokenizers.load_tokenizer(directory, TOKENIZERS)
     end = tokenizer.eos_token_id
     if end is None or tokenizer("")["input_ids"] != [end]:
         raise ValueError(
-            f"{file} is not a T5 tokenizer: it does not end every text with its end-of-sequence"
-            " token alone"
+            f"{file} is not a T5 tokenizer: it does not end every text with one end-of-sequence"
+            " token"
         )
     return tokenizer, sha256
 
@@ -70,7 +70,8 @@ def save_encoder(
     directory.mkdir(parents=True, exist_ok=True)
     write_tree(directory / "model.safetensors", params, name_map(config), dtype)
     fields = config.to_json() | {"torch_dtype": str(dtype)}
-    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    text = json.dumps(fields, indent=2) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
     tokenizer.save_pretrained(directory)
 
 
@@ -79,7 +80,7 @@ def _is_encoder(name: str) -> bool:
 
 
 def _block_slots(config: T5Config, block: str) -> dict[str, Slot]:
-    """Slots of one block, under names without the block's prefix and ".weight"."""
+    """The slots of one block; names lack the prefix of the block and ".weight"."""
     width, inner, hidden = config.d_model, config.num_heads * config.d_kv, config.d_ff
     kernels = {
         "layer.0.SelfAttention.q": (("attention", "query"), (inner, width)),

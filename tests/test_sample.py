@@ -1,0 +1,189 @@
+"""The verb `sample`: its inputs, warnings and output, without drawing."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from imagen_jax import cascade, demo, pictures, sample
+from imagen_jax.weights import text_encoders
+from tests.test_storage import POINTER
+
+RECORD = {
+    "prompt": "a cat",
+    "seed": 3,
+    "stages": ["base"],
+    "image": "",
+    "image_sha256": "",
+    "config": {},
+    "checkpoints": [{"checkpoint": "x", "which": "ema", "step": 1, "sha256": "ab"}],
+    "encoder": {"name": "t5_tiny"},
+}
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+
+
+def exif_with_a_bad_rational(orientation: int) -> bytes:
+    """EXIF data as some phones write it: an orientation and a resolution of -1/0."""
+    table = struct.pack("<H", 2)
+    table += struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
+    table += struct.pack("<HHII", 0x011A, 10, 1, 38)
+    return b"Exif\0\0II*\0\x08\0\0\0" + table + bytes(4) + struct.pack("<ii", -1, 0)
+
+
+def test_a_photo_with_a_bad_rational_is_used_or_named(tmp_path):
+    """Catches struct.error as a traceback, from PIL writing the EXIF data back."""
+    path = tmp_path / "phone.jpg"
+    gradient(40, 30).save(path, exif=exif_with_a_bad_rational(6))
+    try:
+        image = sample.read_image(str(path), 16, 2)
+    except ValueError as error:
+        assert "--image" in str(error) and "phone.jpg cannot be used" in str(error)
+    else:
+        assert image.shape == (2, 16, 16, 3) and image[0, 0, 0, 1] > 200  # turned upright
+
+
+def test_an_image_with_large_metadata_is_used_or_named(tmp_path):
+    """Catches a picture whose pixels are sound, called broken because of its metadata."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "node " * 300_000, zip=True)
+    path = tmp_path / "generated.png"
+    gradient(32, 32).save(path, pnginfo=info)
+    try:
+        image = sample.read_image(str(path), 32, 1)
+    except ValueError as error:
+        assert "generated.png cannot be used" in str(error)
+    else:
+        np.testing.assert_array_equal(image[0], np.asarray(gradient(32, 32)))
+
+
+def test_an_image_is_cut_square_and_shrunk(tmp_path):
+    """Catches an image that is squeezed, or taken from a corner."""
+    pictures.write_png(tmp_path / "x.png", np.asarray(gradient(60, 20)))
+    image = sample.read_image(str(tmp_path / "x.png"), 10, 3)
+    assert image.shape == (3, 10, 10, 3) and image.dtype == np.uint8
+    assert 80 < image[0, 0, 0, 0] < image[0, 0, -1, 0] < 175
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER.encode(), "x.png is a Git LFS pointer"),
+        (b"", "x.png is empty"),
+        (b"no image", "--image .*x.png cannot be used: cannot identify image file$"),
+    ],
+)
+def test_a_file_that_is_no_image_is_named(tmp_path, content, message):
+    """Catches an error of PIL that names a buffer instead of the file."""
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        sample.check_image(str(tmp_path / "x.png"))
+        sample.read_image(str(tmp_path / "x.png"), 16, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: POINTER, "cat.json is a Git LFS pointer"),
+        (lambda record: "", "cat.json is empty"),
+        (lambda record: json.dumps(record)[:-9], "cat.json is not valid JSON"),
+        (lambda record: "[]", "cat.json is not a picture's record"),
+        (lambda record: json.dumps(record | {"seed": "3"}), "it has no valid seed"),
+        (lambda record: json.dumps(record | {"checkpoints": {}}), "it has no valid checkpoints"),
+        (
+            lambda record: json.dumps({k: v for k, v in record.items() if k != "prompt"}),
+            "it has no valid prompt",
+        ),
+    ],
+)
+def test_a_record_that_is_not_whole_is_named(tmp_path, change, message):
+    """Catches a traceback, or pictures drawn from a record that lost a field."""
+    path = tmp_path / "cat.json"
+    path.write_text(change(RECORD))
+    with pytest.raises(ValueError, match=message):
+        sample.read_record(path)
+
+
+def test_a_changed_record_is_refused():
+    """Catches a record whose number of stages or weights was edited, and a traceback for one."""
+    identity = RECORD["checkpoints"][0]
+    sample.check_same(RECORD, [identity], "")
+    with pytest.raises(ValueError, match="drawn with 1 stages, but its config has 2"):
+        sample.check_same(RECORD, [identity, identity], "")
+    with pytest.raises(ValueError, match=r"weights .*: step 1 \(ema, sha256 cd\) then"):
+        changed = RECORD | {"checkpoints": [identity | {"sha256": "cd"}]}
+        sample.check_same(changed, [identity], "")
+
+
+class Encoder:
+    """Knows ASCII and at most 3 words."""
+
+    max_length = 3
+
+    def tokenize(self, texts):
+        return [[0]] * len(texts), [len(text.split()) > 3 for text in texts]
+
+    def unknown(self, texts):
+        return ["".join(c for c in text if not c.isascii()) for text in texts]
+
+
+def test_prompts_that_the_encoder_cannot_read_are_named(capsys):
+    """Catches unknown characters that pass in silence, and a warning for every repetition."""
+    sample.warn_of_prompts(Encoder(), ["一只红苹果", "a cat", "a b c d", "🍎 x", "🍎 x"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith("warning: ") for line in lines] == [True] * 3
+    assert "does not know '一只红苹果'" in lines[0]
+    assert "longer than 3 tokens and was cut: 'a b c d'" in lines[1]
+    assert "does not know '🍎'" in lines[2] and "'🍎 x'" in lines[2]
+
+
+def test_the_embedded_encoder_knows_what_it_lacks():
+    """Catches an encoder whose unknown token is not found: both prompts would be one token."""
+    encoder = text_encoders.load_text_encoder("t5_tiny", 32)
+    assert encoder.unknown(["一只红苹果", "a red apple", "🍎🍏"]) == ["一只红苹果", "", "🍎🍏"]
+
+
+@pytest.mark.parametrize("stages", ["base", "sr_1", "base,sr_1", "sr_1,sr_2", "base,sr_1,sr_2"])
+def test_consecutive_stages_pass(stages):
+    """Catches a run of stages that is refused although its stages follow each other."""
+    stages = stages.split(",")
+    sample.check_stages(stages, "" if stages[0] == "base" else "x.png")
+    with pytest.raises(ValueError, match="--image"):
+        sample.check_stages(stages, "x.png" if stages[0] == "base" else "")
+
+
+@pytest.mark.parametrize("stages", ["", "sr_3", "base,sr_2", "sr_1,base", "base,base"])
+def test_other_stages_are_refused(stages):
+    """Catches a stage that is skipped, repeated, unknown or in the wrong order."""
+    with pytest.raises(ValueError, match="give consecutive stages of base,sr_1,sr_2"):
+        sample.check_stages(stages.split(","), "")
+
+
+def test_a_read_only_output_is_refused_before_drawing(tmp_path, monkeypatch):
+    """Catches an output directory that is tried only after the first batch is drawn."""
+
+    def refuse(flag, path):
+        raise ValueError(f"--{flag} {path} cannot be written to")
+
+    loaded = [cascade.LoadedStage(None, None, {}, {}, {}, None)]
+    monkeypatch.setattr(cascade, "load_cascade", lambda *_: loaded)
+    monkeypatch.setattr(sample, "load_encoder", lambda *_: None)
+    monkeypatch.setattr(sample.cli, "make_directory", refuse)
+    with pytest.raises(ValueError, match="--output .* cannot be written to"):
+        sample.sample({"batch_size": 1}, ["a"], [0], ["base"], "", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("code", "expected"), [(2, 2), (1, 1), (75, 75), (-9, 1)])
+def test_the_demo_exits_as_its_step_did(monkeypatch, capsys, code, expected):
+    """Catches exit code 2, do not retry, for a step whose failure was transient."""
+    monkeypatch.setattr(demo.cli, "call", lambda command: code)
+    with pytest.raises(SystemExit) as end:
+        demo.verb("sample", "--output", Path("x"))
+    assert end.value.code == expected
+    assert f"sample failed with exit code {code}; run the demo again" in capsys.readouterr().err

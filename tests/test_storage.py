@@ -1,0 +1,81 @@
+"""Local paths, files without their content, atomic writes."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from imagen_jax import storage
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 11000\n"
+
+
+@pytest.mark.parametrize(
+    "path", ["gs://bucket/run", Path("gs://bucket/run"), "s3://b/x", "file:///tmp/x", "gs:/b"]
+)
+def test_urls_are_refused(path):
+    """Catches a check for "://", which a Path does not contain: gs://b becomes the directory gs:"""
+    with pytest.raises(ValueError, match="--output .* is a URL, only local paths work"):
+        storage.check_local("--output", path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "runs/base", "/mnt/gs/bucket/run", "embedded:base_16", "C:/x", "google/t5", "a:b/c"],
+)
+def test_local_paths_pass(path):
+    """Catches a check that refuses every path with a colon."""
+    storage.check_local("--output", path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "x.json is empty; download"),
+        (POINTER.encode(), "x.json is a Git LFS pointer .* `git lfs pull`"),
+        (b'{"a": [1, 2', "x.json is not valid JSON .* download or copy it again"),
+        (b"\xff\xfe{", "x.json is not valid JSON"),
+        (b"[" * 100_000, "x.json is not valid JSON"),
+    ],
+)
+def test_bad_json_is_named(tmp_path, content, message):
+    """Catches json's own error, which does not say which file is cut short or a pointer."""
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        storage.read_json(path)
+
+
+def test_json_with_a_byte_order_mark_is_read(tmp_path):
+    """Catches a reader that refuses the mark that Windows editors write."""
+    (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": 1}).encode())
+    assert storage.read_json(tmp_path / "x.json") == {"a": 1}
+
+
+def test_damage_names_a_pointer(tmp_path):
+    """Catches a checkpoint in a repository with Git LFS that is only called damaged."""
+    (tmp_path / "weights").write_bytes(b"weights")
+    storage.seal(tmp_path)
+    sums = (tmp_path / storage.CHECKSUMS).read_bytes()
+    (tmp_path / "weights").write_text(POINTER)
+    assert "weights does not match its checksum: it is a Git LFS" in storage.find_damage(tmp_path)
+    (tmp_path / "weights").write_bytes(b"weights")
+    (tmp_path / storage.CHECKSUMS).write_text(POINTER)
+    assert storage.find_damage(tmp_path).startswith("SHA256SUMS is a Git LFS pointer")
+    (tmp_path / storage.CHECKSUMS).write_bytes(sums)
+    assert storage.find_damage(tmp_path) is None
+
+
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    """Catches a temporary file that stays and keeps a full disk full."""
+    storage.write_atomically(tmp_path / "x", b"old")
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "flush", full)
+    with pytest.raises(OSError, match="No space left"):
+        storage.write_atomically(tmp_path / "x", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"old"
