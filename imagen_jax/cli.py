@@ -11,13 +11,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags
 
-from imagen_jax import schema
-from imagen_jax.storage import is_away
+from imagen_jax import exit_codes, schema
 
 COMPILE_CACHE = "compile_cache"
 # What flags, and a config file that they name, raise.
@@ -41,8 +40,7 @@ def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> Non
     Flags are global and verbs have some of the same names, so a verb defines its own when it is run
     and not when it is imported.
 
-    A ValueError, a missing file, a loss that is not finite or the like is printed as one line and
-    exits with 2, which no repetition mends; with 1 if a file system did not answer, which one may.
+    An expected error is printed as one line and exits with its code in imagen_jax/exit_codes.py.
     IMAGEN_JAX_TRACEBACK=1 shows the traceback.
     """
 
@@ -54,11 +52,11 @@ def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> Non
         try:
             return main() or 0
         except KeyboardInterrupt:
-            return fail("interrupted", 130)
-        except (ValueError, OSError, FloatingPointError) as error:
+            return fail("interrupted", exit_codes.INTERRUPTED)
+        except exit_codes.EXPECTED as error:
             if os.environ.get("IMAGEN_JAX_TRACEBACK"):
                 raise
-            return fail(str(error), 1 if is_away(error) else 2)
+            return fail(str(error), exit_codes.of(error))
 
     app.run(guarded, flags_parser=parse)
 
@@ -113,19 +111,7 @@ def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
         raise ValueError(
             f"{flag} is not the config of a stage, such as configs/base_64.py or configs/sr_256.py"
         )
-    plain = schema.complete(json.loads(config.to_json()), flag)
-    check_sizes(plain)
-    return plain
-
-
-def check_sizes(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for a number of steps, checkpoints or examples that is less than 1."""
-    fields = [("train", name) for name in ("steps", "log_every", "save_every", "keep")] + [
-        ("data", "batch_size")
-    ]
-    for part, field in fields + [("train", "sample_rows")] * bool(config["train"]["sample_every"]):
-        if config[part][field] < 1:
-            raise ValueError(f"{part}.{field}={config[part][field]} is less than 1")
+    return schema.complete(json.loads(config.to_json()), flag, new=True)
 
 
 def data_config(config: Any, flag: str = "--config") -> dict[str, Any]:
