@@ -20,7 +20,6 @@ import logging
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from imagen_jax.distributed import agreement
+from imagen_jax.exit_codes import HardwareFault
 from imagen_jax.storage import CHECKSUMS, find_damage, flush, seal, sha256_file
 from imagen_jax.weights.exports import read_export
 from imagen_jax.weights.leaves import (
@@ -45,6 +45,7 @@ from imagen_jax.weights.leaves import (
 )
 
 META = "meta.json"
+COMMON = (FloatingPointError, HardwareFault)  # raised in all processes after the same step
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run. With several processes, every method but `steps` is called by all
     of them.
+
+    A context manager: leaving it finishes a save that is under way. A save that is still running
+    when the interpreter exits never ends, because orbax's thread pools take no work by then.
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int):
@@ -87,8 +91,8 @@ class Checkpoints:
         nothing. A damaged directory in the way is renamed to "<step>.damaged".
 
         Raises:
-            ValueError: a leaf cannot be stored, meta is not JSON, or an intact checkpoint of `step` is
-                already there.
+            ValueError: a leaf cannot be stored, meta is not JSON, or an intact checkpoint of `step`
+                is already there.
             CheckpointError: the save before this one failed.
         """
         self.wait()
@@ -101,10 +105,6 @@ class Checkpoints:
             self._thread = concurrent.futures.ThreadPoolExecutor(
                 max_workers=1, thread_name_prefix="checkpoint"
             )
-            # A program that ends in the middle of a save finishes it first. A plain atexit runs too
-            # late: no thread pool takes work any more by then, and orbax waits for its own for
-            # ever.
-            threading._register_atexit(self.wait)
         # Raw: compression saved 30 % of the bytes of fp32 weights and made the save three times
         # slower.
         context = ocp.Context()
@@ -129,6 +129,20 @@ class Checkpoints:
                 f"checkpoint {step} was not saved in {self.directory}: {reasons[0]}"
             ) from error
         self._current = step
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """After an error in one of several processes nothing is awaited: the others may be gone."""
+        if error is None:
+            return self.wait()
+        if jax.process_count() > 1 and not isinstance(error, COMMON):
+            return
+        try:
+            self.wait()
+        except CheckpointError as failure:
+            log.error("%s", failure)
 
     def latest_good(self) -> int | None:
         """The newest step whose files all match their checksums, None if there is no checkpoint.
