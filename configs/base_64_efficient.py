@@ -1,12 +1,17 @@
-r"""The Efficient U-Net as 64x64 base model, beside the ordinary U-Net of base_64.py:width=256
-(everything but the network is its).
+r"""The Efficient U-Net as 64x64 base model, 450M parameters with text. Not in the paper.
 
     python -m imagen_jax.train --config configs/base_64_efficient.py --config.data.path=PREPARED \
         --workdir WORKDIR
 
-Not in the paper, which uses the Efficient U-Net for super-resolution only (Appendix B.1). 450M
-parameters with text (546M in the other). Levels at 32, 16 and 8, attention with text at 16 and 8.
-Arguments: `:demo` for 16x16 on two CPU cores, `:tiny` for tests.
+It differs from base_64.py:width=256 (546M) in the network only. The paper uses the Efficient U-Net
+for super-resolution only (Appendix B.1). Levels at 32, 16 and 8; attention with text at 16 and 8.
+
+Hardware: none was tried or planned at this size.
+Expect: not trained yet, so no loss or time is known.
+Recorded: nowhere yet. BENCHMARKS.md, "Efficient U-Net against the ordinary U-Net" compares the two
+networks at 64->256, at a quarter of the super-resolution width.
+
+Variants: `:demo` for 16x16 on two CPU cores, not trained yet; `:tiny` for tests, seconds.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +20,7 @@ from configs import base_64
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The run's complete record; `arg` is "", "demo" or "tiny"."""
+    """The complete config; `arg` is "", "demo" or "tiny"."""
     if arg not in SIZES:
         raise ValueError(f"base_64_efficient has no variant {arg!r}; use 'demo' or 'tiny'")
     c = base_64.get_config(arg or "width=256").unlock()

@@ -8,8 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-# Fields that are younger than the first runs, at the values that older records mean by absence (a
-# test compares them with imagen_jax/schema.py). configs/saved.py adds them to older records.
+# Fields that were added after the first runs, with the values that their absence means in older
+# records (a test compares them with imagen_jax/schema.py). configs/saved.py adds them to those.
 ADDED: dict[str, dict[str, Any]] = {
     "diffusion": dict(
         process="vp",
@@ -29,7 +29,7 @@ ADDED: dict[str, dict[str, Any]] = {
 
 
 def data() -> dict[str, Any]:
-    """How images and captions are read; the sizes are the config's own."""
+    """How images and captions are read; each config sets its sizes."""
     return dict(
         path="",  # a directory made by imagen_jax.prepare_data
         text_length=128,  # not in the paper; NeMo's choice
@@ -42,7 +42,7 @@ def data() -> dict[str, Any]:
 
 
 def diffusion() -> dict[str, Any]:
-    """What a base model is trained on."""
+    """The training problem of a base model."""
     return dict(
         schedule="cosine",
         aug_schedule="cosine",
@@ -54,7 +54,7 @@ def diffusion() -> dict[str, Any]:
 
 
 def sampling() -> dict[str, Any]:
-    """How samples are drawn; the number of steps is the config's own."""
+    """How samples are drawn; each config sets its number of steps."""
     return dict(
         method="ancestral",
         gamma=0.2,  # not in the paper
@@ -67,24 +67,24 @@ def sampling() -> dict[str, Any]:
 
 
 def optim() -> dict[str, Any]:
-    """How parameters are updated; the optimizer is the config's own."""
+    """How parameters are updated; each config sets its optimizer."""
     return dict(
         lr=1e-4,
         warmup=10_000,
-        decay="constant",  # the listing's cosine has an impossible end value
+        decay="constant",  # the end value of the listing's cosine is no learning rate
         beta1=0.9,  # Adam's, unused by Adafactor
         beta2=0.999,
         eps=1e-8,
         weight_decay=0.0,
-        clip=1.0,  # not in the paper; its authors' other code
-        ema=0.9999,  # likewise
+        clip=1.0,  # not in the paper; from its authors' other code
+        ema=0.9999,  # not in the paper; from its authors' other code
         accumulation=1,
         **ADDED["optim"],
     )
 
 
 def mesh() -> dict[str, Any]:
-    """Where arrays live."""
+    """How arrays are sharded."""
     return dict(
         data=-1,
         fsdp=16,
@@ -96,7 +96,7 @@ def mesh() -> dict[str, Any]:
 
 
 def train() -> dict[str, Any]:
-    """How long a run is and what it writes."""
+    """The length of a run and its output."""
     return dict(
         steps=2_500_000,
         log_every=100,
@@ -108,7 +108,7 @@ def train() -> dict[str, Any]:
 
 
 def small(c: ConfigDict) -> None:
-    """Changes for the demo and the tests: text of the embedded encoder, one device, a fast rate."""
+    """Changes for the demo and the tests: embedded text encoder, one device, high learning rate."""
     c.text.dim = 256
     c.data.update(text_length=32, workers=0)
     c.mesh.fsdp = 1
@@ -117,7 +117,7 @@ def small(c: ConfigDict) -> None:
 
 
 def tiny(c: ConfigDict) -> None:
-    """Changes for tests alone: a few steps of a few images."""
+    """Changes for tests only: a few steps of a few images."""
     c.data.batch_size = 8
     c.sampling.steps = 4
     c.train.update(steps=8, log_every=1, sample_every=0, save_every=4)

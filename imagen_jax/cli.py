@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags
 
-from imagen_jax import caption_text, schema
+from imagen_jax import caption_text, exit_codes, schema
 from imagen_jax.storage import check_local, is_away
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ ADVICE = {
     errno.ENOTDIR: "check the path",
     errno.EMFILE: "raise the limit with `ulimit -n`",
 }
-FULL = (errno.ENOSPC, errno.EDQUOT)
 # JAX reports these when another process or the network failed.
 UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 
@@ -69,13 +68,13 @@ def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> Non
 def guard(main: Callable[[], int | None]) -> int:
     """Calls `main` and returns the exit code; an expected error is one line on standard error.
 
-    Exit code 2: invalid input, do not retry. Exit code 1: transient failure, retry. 130:
-    interrupted. An unexpected error is raised. IMAGEN_JAX_TRACEBACK=1 raises every error.
+    The codes are those of imagen_jax/exit_codes.py. An unexpected error is raised.
+    IMAGEN_JAX_TRACEBACK=1 raises every error.
     """
     try:
         return main() or 0
     except KeyboardInterrupt:
-        return fail("interrupted", 130)
+        return fail("interrupted", exit_codes.INTERRUPTED)
     except Exception as error:
         explanation = explain(error)
         if explanation is None or os.environ.get("IMAGEN_JAX_TRACEBACK"):
@@ -96,11 +95,11 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return explanation
     if isinstance(error, MemoryError):
         reason = f" ({error})" if str(error) else ""
-        return f"out of host memory{reason}: use smaller batches or a machine with more memory", 1
-    if isinstance(error, OSError):
-        return describe(error), 1 if _is_transient(error) else 2
-    if isinstance(error, (ValueError, FloatingPointError, ImportError)):
-        return str(error), 1 if _is_transient(error) else 2
+        advice = "use smaller batches or a machine with more memory"
+        return f"out of host memory{reason}: {advice}", exit_codes.FAILED
+    if isinstance(error, exit_codes.EXPECTED):
+        message = describe(error) if isinstance(error, OSError) else str(error)
+        return message, exit_codes.of(error)
     return None
 
 
@@ -112,15 +111,6 @@ def describe(error: OSError) -> str:
     retry = "the file system did not answer; run the same command again"
     advice = retry if is_away(error) else ADVICE.get(error.errno, "")
     return f"{path}{error.strerror}" + (f"; {advice}" if advice else "")
-
-
-def _is_transient(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, may be gone at a retry."""
-    while error is not None:
-        if is_away(error) or (isinstance(error, OSError) and error.errno in FULL):
-            return True
-        error = error.__cause__
-    return False
 
 
 def _explain_device(error: BaseException) -> tuple[str, int] | None:
@@ -214,19 +204,7 @@ def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
         raise ValueError(
             f"{flag} is not the config of a stage, such as configs/base_64.py or configs/sr_256.py"
         )
-    plain = schema.complete(json.loads(config.to_json()), flag)
-    check_sizes(plain)
-    return plain
-
-
-def check_sizes(config: Mapping[str, Any]) -> None:
-    """Raises ValueError if a number of steps, checkpoints or examples is less than 1."""
-    fields = [("train", name) for name in ("steps", "log_every", "save_every", "keep")] + [
-        ("data", "batch_size")
-    ]
-    for part, field in fields + [("train", "sample_rows")] * bool(config["train"]["sample_every"]):
-        if config[part][field] < 1:
-            raise ValueError(f"{part}.{field}={config[part][field]} is less than 1")
+    return schema.complete(json.loads(config.to_json()), flag, new=True)
 
 
 def data_config(config: Any, flag: str = "--config") -> dict[str, Any]:

@@ -2,63 +2,58 @@
 
 A record (a run's config.json, the config of a checkpoint or of a picture) may be older than a
 field. Such a field declares the value that its absence means, so that older records stay readable.
-docs/config.md lists all fields.
+docs/config.md lists all fields; imagen_jax/field.py says which values a field accepts.
 """
 
-import ast
-import dataclasses
 import difflib
-import math
-import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-NEEDED = object()  # `older` of a field that every record has
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """One field of a config.
-
-    meaning: one sentence.
-    kind: int, float, bool, str, tuple[int, ...], tuple[float, float] and the like, or tuple.
-    source: where the paper, or another paper, has it; "" where the paper has nothing.
-    choices: the valid values, of a tuple the valid entries; () for any.
-    older: the value assumed for records written before the field existed.
-    resume: whether a resume may change it; (field, value): only while that field has that value.
-    flag: the flag of `evaluate` for a sampling field, where it has another name than the field.
-    """
-
-    meaning: str
-    kind: Any
-    source: str = ""
-    choices: tuple[str, ...] = ()
-    older: Any = NEEDED
-    resume: bool | tuple[str, Any] = False
-    flag: str = ""
-
+from imagen_jax.field import NEEDED, Field, read, within
+from imagen_jax.field import parse as parse
 
 Fields = Mapping[str, Any]  # {name: Field, or the Fields of a section}
+SEEDS = "[0, 2^32)"  # jax and the data order take 32 bits; larger seeds would wrap
 
 TEXT = {
-    "dim": Field("Width of the text features; 0: a model without text.", int, "section 2.1"),
+    "dim": Field(
+        "Width of the text features; 0: a model without text.",
+        int,
+        "section 2.1",
+        interval="[0, inf)",
+    ),
 }
 
 DATA = {
     "path": Field("Directory made by prepare_data.", str, resume=True),
-    "image_size": Field("Side of the images in pixels.", int, "section 2.5"),
+    "image_size": Field("Side of the images in pixels.", int, "section 2.5", interval="[1, inf)"),
     "lowres_size": Field(
-        "Side of the low-res input in pixels; 0: a base model.", int, "section 2.5"
+        "Side of the low-res input in pixels; 0: a base model.",
+        int,
+        "section 2.5",
+        interval="[0, inf)",
     ),
     "crop_size": Field(
-        "Side of the training crops in pixels; 0: whole images.", int, "section 2.5"
+        "Side of the training crops in pixels; 0: whole images.",
+        int,
+        "section 2.5",
+        interval="[0, inf)",
     ),
-    "text_length": Field("Tokens of a caption, padding included.", int),
-    "batch_size": Field("Images in a training step, over all devices.", int, "section 4.1"),
-    "caption": Field("Which caption of an image is used.", str, choices=("random", "first")),
+    "text_length": Field("Tokens of a caption, padding included.", int, interval="[1, inf)"),
+    "batch_size": Field(
+        "Images in a training step, over all devices.", int, "section 4.1", interval="[1, inf)"
+    ),
+    "caption": Field("Caption of an image that is used.", str, choices=("random", "first")),
     "flip": Field("Whether images are mirrored at random.", bool),
-    "workers": Field("Processes that read data; 0: threads of the trainer.", int, resume=True),
-    "cache_mib": Field("MiB of memory for decoded images; changes no batch.", int, resume=True),
+    "workers": Field(
+        "Processes that read data; 0: threads of the trainer.",
+        int,
+        resume=True,
+        interval="[0, inf)",
+    ),
+    "cache_mib": Field(
+        "MiB of memory for decoded images; changes no batch.", int, resume=True, interval="[0, inf)"
+    ),
 }
 
 MODEL = {
@@ -69,10 +64,10 @@ MODEL = {
     ),
     "pool_heads": Field("Heads of attention pooling.", int),
     "scale_shift": Field("Whether the embedding scales and shifts the norms.", bool, "F.1"),
-    "dropout": Field("Dropout rate in residual blocks.", float, "F.1"),
+    "dropout": Field("Dropout rate in residual blocks.", float, "F.1", interval="[0, 1)"),
     "dtype": Field("Type of the arithmetic.", str, choices=("bfloat16", "float32")),
     "remat": Field(
-        "Arrays that the backward pass computes again.",
+        "Arrays that the backward pass recomputes.",
         str,
         choices=("none", "matrix", "block"),
         resume=True,
@@ -92,7 +87,7 @@ FAMILY_FIELDS = {
         ),
         "head_channels": Field("Channels of an attention head.", int, "F.1"),
         "res_block": Field(
-            "How resolution changes: inside a residual block (biggan) or in a convolution.",
+            "How resolution changes: inside a residual block (biggan), or in a convolution.",
             str,
             "F.1",
             choices=("biggan", "plain"),
@@ -121,13 +116,22 @@ DIFFUSION = {
         choices=("cosine", "linear", "flow"),
     ),
     "aug_schedule": Field(
-        "The same for the noise of the low-res image.", str, choices=("cosine", "linear", "flow")
+        "Log-SNR as a function of time, for the noise of the low-res image.",
+        str,
+        choices=("cosine", "linear", "flow"),
     ),
-    "aug_max": Field("Highest noise level of the low-res image in training.", float, "section 2.4"),
+    "aug_max": Field(
+        "Highest noise level of the low-res image in training.",
+        float,
+        "section 2.4",
+        interval="[0, 1]",
+    ),
     "prediction": Field(
         "Output of the network; u = eps - x.", str, "Appendix A", choices=("eps", "x", "v", "u")
     ),
-    "text_drop": Field("Share of captions dropped in training.", float, "section 4.1"),
+    "text_drop": Field(
+        "Share of captions dropped in training.", float, "section 4.1", interval="[0, 1]"
+    ),
     "process": Field(
         "Path by which noise enters: variance preserving (vp) or straight (flow).",
         str,
@@ -153,6 +157,7 @@ DIFFUSION = {
         float,
         "Esser et al. 2024",
         older=1.0,
+        interval="(0, inf)",
     ),
     "weight": Field(
         "Weight of the squared error.",
@@ -170,7 +175,6 @@ SAMPLING = {
         "Appendix A; dpmpp_2m: Lu et al. 2022",
         choices=("ancestral", "ddim", "dpmpp_2m"),
         resume=True,
-        flag="sampler",
     ),
     "steps": Field("Sampling steps.", int, resume=True),
     "gamma": Field(
@@ -223,34 +227,45 @@ SAMPLING = {
 
 OPTIM = {
     "optimizer": Field("Optimizer.", str, "section 4.1", choices=("adam", "adafactor")),
-    "lr": Field("Learning rate after warm-up.", float, "section 4.1"),
-    "warmup": Field("Steps of linear warm-up.", int, "section 4.1"),
+    "lr": Field("Learning rate after warm-up.", float, "section 4.1", interval="[0, inf)"),
+    "warmup": Field("Steps of linear warm-up.", int, "section 4.1", interval="[0, 2^31)"),
     "decay": Field(
         "Learning rate after warm-up: constant, or a cosine to 0 at train.steps.",
         str,
         "F.1-F.3",
         choices=("constant", "cosine"),
     ),
-    "beta1": Field("Adam's decay of the first moment.", float, "F.2, F.3"),
-    "beta2": Field("Adam's decay of the second moment.", float, "F.2, F.3"),
-    "eps": Field("Adam's epsilon.", float, "F.2, F.3"),
-    "weight_decay": Field("Weight decay.", float, "F.1-F.3"),
-    "clip": Field(
-        "Largest global norm of the gradient; a large number, such as 1e9: no clipping.", float
+    "beta1": Field("Adam's decay of the first moment.", float, "F.2, F.3", interval="[0, 1)"),
+    "beta2": Field("Adam's decay of the second moment.", float, "F.2, F.3", interval="[0, 1)"),
+    "eps": Field("Adam's epsilon.", float, "F.2, F.3", interval="[0, inf)"),
+    "weight_decay": Field(
+        "Weight decay of the kernels; norms, biases and embeddings are not decayed.",
+        float,
+        "F.1-F.3",
+        interval="[0, inf)",
     ),
-    "ema": Field("Decay of the EMA of the parameters.", float),
+    "clip": Field(
+        "Largest global norm of the gradient; a large number, such as 1e9: no clipping.",
+        float,
+        interval="(0, inf)",
+    ),
+    "ema": Field("Decay of the EMA of the parameters.", float, interval="[0, 1)"),
     "accumulation": Field(
-        "Parts in which a batch is computed; with dropout each part has masks of its own.",
+        "Parts in which a batch is computed; with dropout, each part has its own masks.",
         int,
         resume=("model.dropout", 0.0),
+        interval="[1, inf)",
     ),
     "ema_tracks": Field(
-        "Decays of further EMAs kept beside optim.ema.", tuple[float, ...], older=()
+        "Decays of further EMAs, in addition to optim.ema.",
+        tuple[float, ...],
+        older=(),
+        interval="[0, 1)",
     ),
 }
 
 MESH = {
-    "data": Field("Devices along `data`; -1: all that are left.", int, resume=True),
+    "data": Field("Devices along `data`; -1: all remaining ones.", int, resume=True),
     "fsdp": Field("Devices along `fsdp`, which also splits the state.", int, resume=True),
     "model": Field("Devices along `model`, which splits features by rule.", int, resume=True),
     "spatial": Field("Devices along `spatial`, which splits image height.", int, resume=True),
@@ -263,17 +278,29 @@ MESH = {
 }
 
 TRAIN = {
-    "steps": Field("Training steps.", int, "section 4.1", resume=("optim.decay", "constant")),
-    "log_every": Field("Steps from one row of metrics to the next.", int, resume=True),
-    "sample_every": Field("Steps from one sample grid to the next; 0: none.", int, resume=True),
-    "sample_rows": Field("Images in a sample grid.", int, resume=True),
-    "save_every": Field("Steps from one checkpoint to the next.", int, resume=True),
-    "keep": Field("Checkpoints kept.", int, resume=True),
+    "steps": Field(
+        "Training steps.",
+        int,
+        "section 4.1",
+        resume=("optim.decay", "constant"),
+        interval="[1, 2^31)",
+    ),
+    "log_every": Field(
+        "Steps from one row of metrics to the next.", int, resume=True, interval="[1, inf)"
+    ),
+    "sample_every": Field(
+        "Steps from one sample grid to the next; 0: none.", int, resume=True, interval="[0, inf)"
+    ),
+    "sample_rows": Field("Images in a sample grid.", int, resume=True, interval="[1, inf)"),
+    "save_every": Field(
+        "Steps from one checkpoint to the next.", int, resume=True, interval="[1, inf)"
+    ),
+    "keep": Field("Checkpoints kept.", int, resume=True, interval="[1, inf)"),
 }
 
 STAGE: Fields = {
     "name": Field("Name of the stage.", str, resume=True),
-    "seed": Field("Seed of parameters, data order and noise.", int),
+    "seed": Field("Seed of parameters, data order and noise.", int, interval=SEEDS),
     "text": TEXT,
     "data": DATA,
     "model": MODEL,  # and those of its family
@@ -291,22 +318,15 @@ CASCADE_STAGE: Fields = {
 
 CASCADE: Fields = {
     "encoder": Field("Text encoder: a directory or a name.", str, "section 2.1"),
-    "encoder_dtype": Field("Its arithmetic.", str, choices=("bfloat16", "float32")),
+    "encoder_dtype": Field("Type of its arithmetic.", str, choices=("bfloat16", "float32")),
     "which": Field("Weights of a checkpoint: ema, params, or ema_1 ... of ema_tracks.", str),
     "batch_size": Field("Images drawn at once.", int),
     "base": CASCADE_STAGE,
     "sr_1": CASCADE_STAGE,
     "sr_2": CASCADE_STAGE,
 }
-
-WORDS = {
-    int: "an integer",
-    float: "a finite number",
-    bool: "a boolean",
-    str: "a string",
-    tuple: "a tuple",
-}
-EVALUATE_FLAGS = {name: field.flag or name for name, field in SAMPLING.items()}  # field: flag
+# {field of `sampling`: the flag of `evaluate` that replaces it}
+EVALUATE_FLAGS = {name: name for name in SAMPLING} | {"method": "sampler"}
 
 
 def stage_fields(family: str) -> Fields:
@@ -314,12 +334,16 @@ def stage_fields(family: str) -> Fields:
     return {**STAGE, "model": {**MODEL, **FAMILY_FIELDS[family]}}
 
 
-def complete(config: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
+def complete(config: Mapping[str, Any], where: str = "config", new: bool = False) -> dict[str, Any]:
     """A stage's config as a plain dict, with the values that an older record means by absence.
 
-    Values come as JSON returns them: tuples as lists, and ints of float fields as floats. Raises
-    ValueError for unknown and missing fields, wrong types and values outside their choices, each
-    with what was given and what is valid. `where` names the config in the message.
+    Values come as JSON returns them: tuples as lists, and ints of float fields as floats.
+
+    where: names the config in messages.
+    new: the config is of a run about to start, not a record, so numbers must be in their intervals.
+
+    Raises ValueError for unknown and missing fields, wrong types and invalid values, each with the
+    value and the valid ones.
     """
     try:
         family = config["model"]["family"]
@@ -327,8 +351,9 @@ def complete(config: Mapping[str, Any], where: str = "config") -> dict[str, Any]
         choices = ", ".join(FAMILY_FIELDS)
         raise ValueError(f"{where}: model.family is missing; it must be one of {choices}") from None
     if family not in tuple(FAMILY_FIELDS):
-        raise ValueError(f"{where}: model.family {_refusal(family, MODEL['family'])}")
-    return _completed(config, stage_fields(family), where)
+        choices = ", ".join(FAMILY_FIELDS)
+        raise ValueError(f"{where}: model.family is {family!r}; it must be one of {choices}")
+    return _completed(config, stage_fields(family), where, new)
 
 
 def complete_cascade(config: Mapping[str, Any], where: str = "cascade config") -> dict[str, Any]:
@@ -341,36 +366,38 @@ def complete_sampling(sampling: Mapping[str, Any], where: str = "config") -> dic
     return _completed({"sampling": sampling}, {"sampling": SAMPLING}, where)["sampling"]
 
 
-def _completed(given: Any, fields: Fields, where: str) -> dict[str, Any]:
+def _completed(config: Any, fields: Fields, where: str, new: bool = False) -> dict[str, Any]:
     problems: list[str] = []
-    made = _section(given, fields, "", problems)
+    completed = _section(config, fields, "", new, problems)
     if problems:
         raise ValueError(f"{where}: {'; '.join(problems)}")
-    return made
+    return completed
 
 
-def _section(given: Any, fields: Fields, prefix: str, problems: list[str]) -> dict[str, Any]:
-    """`given`, completed; problems found in it are added to the list."""
-    if not isinstance(given, Mapping):
-        section = prefix.removesuffix(".") or "it"
-        problems.append(f"{section} is {given!r}; it must have the fields {', '.join(fields)}")
+def _section(
+    section: Any, fields: Fields, prefix: str, new: bool, problems: list[str]
+) -> dict[str, Any]:
+    """A section, completed; its problems are added to the list."""
+    if not isinstance(section, Mapping):
+        name = prefix.removesuffix(".") or "it"
+        problems.append(f"{name} is {section!r}; it must have the fields {', '.join(fields)}")
         return {}
-    problems += [_unknown(name, fields, prefix) for name in given if name not in fields]
-    made = {}
+    problems += [_unknown(name, fields, prefix) for name in section if name not in fields]
+    completed = {}
     for name, field in fields.items():
         path = prefix + name
-        if name in given and isinstance(field, Mapping):
-            made[name] = _section(given[name], field, f"{path}.", problems)
-        elif name in given:
+        if name in section and isinstance(field, Mapping):
+            completed[name] = _section(section[name], field, f"{path}.", new, problems)
+        elif name in section:
             try:
-                made[name] = read(given[name], field)
+                completed[name] = read(section[name], field, new)
             except ValueError as error:
                 problems.append(f"{path} {error}")
         elif isinstance(field, Mapping) or field.older is NEEDED:
             problems.append(f"{path} is missing")
         else:
-            made[name] = read(field.older, field)
-    return made
+            completed[name] = read(field.older, field)
+    return completed
 
 
 def _unknown(name: str, fields: Fields, prefix: str) -> str:
@@ -379,68 +406,10 @@ def _unknown(name: str, fields: Fields, prefix: str) -> str:
     return f"{prefix}{name} is unknown, {hint}"
 
 
-def read(value: Any, field: Field) -> Any:
-    """A field's value as JSON returns it. Raises ValueError "is ...; it must be ..."."""
-    made = _of_kind(value, field.kind)
-    entries = made if isinstance(made, list) else [made]
-    if made is NEEDED or (field.choices and not set(entries) <= set(field.choices)):
-        raise ValueError(_refusal(value, field))
-    return made
-
-
-def _of_kind(value: Any, kind: Any) -> Any:
-    """`value` with tuples as lists and ints for floats as floats; NEEDED for another kind."""
-    if kind is tuple or typing.get_origin(kind) is tuple:
-        return _list(value, typing.get_args(kind))
-    if isinstance(value, bool) and kind is not bool:
-        return NEEDED
-    if kind is float and isinstance(value, (int, float)):
-        return float(value) if math.isfinite(value) else NEEDED  # JSON cannot hold it
-    return value if isinstance(value, kind) else NEEDED
-
-
-def _list(value: Any, kinds: tuple[Any, ...]) -> Any:
-    """`_of_kind` for a tuple with entries of these kinds; () for any entries."""
-    if not isinstance(value, (list, tuple)):
-        return NEEDED
-    if not kinds:
-        return [_list(entry, ()) if isinstance(entry, (list, tuple)) else entry for entry in value]
-    kinds = kinds[:1] * len(value) if Ellipsis in kinds else kinds
-    if len(kinds) != len(value):
-        return NEEDED
-    made = [_of_kind(entry, kind) for entry, kind in zip(value, kinds)]
-    return NEEDED if any(entry is NEEDED for entry in made) else made
-
-
-def _refusal(value: Any, field: Field) -> str:
-    return f"is {value!r}; it must be {valid(field)}"
-
-
-def valid(field: Field) -> str:
-    """The values that a field may have, in words."""
-    kinds = typing.get_args(field.kind)
-    if field.choices:
-        return f"{'a tuple of' if kinds else 'one of'} {', '.join(field.choices)}"
-    if not kinds:
-        return WORDS[field.kind]
-    number = "" if Ellipsis in kinds else f"{len(kinds)} "
-    return f"a tuple of {number}{WORDS[kinds[0]].rpartition(' ')[2]}s"
-
-
-def kind_name(kind: Any) -> str:
-    """int, or tuple[int, ...]."""
-    return str(kind) if typing.get_args(kind) else kind.__name__
-
-
-def parse(text: str, field: Field) -> Any:
-    """The value that a command line gives a field. Raises ValueError as `read` does."""
-    if field.kind is str:
-        return read(text, field)
-    try:
-        value = float(text) if field.kind is float else ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
-        raise ValueError(_refusal(text, field)) from None
-    return read(value, field)
+def check_seed(seed: int, where: str) -> None:
+    """Raises ValueError for a seed outside SEEDS, which would wrap. `where` names it."""
+    if not within(seed, SEEDS):
+        raise ValueError(f"{where} {seed} is not a seed; it must be an integer in {SEEDS}")
 
 
 def may_change(name: str, config: Mapping[str, Any]) -> bool:
@@ -470,6 +439,6 @@ def _frozen(value: Any) -> Any:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{field: (value before, value after)} of all that differs."""
+    """{field: (value before, value after)} of all fields that differ."""
     a, b = flat(before), flat(after)
     return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}

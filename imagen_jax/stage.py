@@ -1,8 +1,7 @@
-"""config -> Stage: one diffusion model of the cascade. The same object trains, samples and is
-evaluated.
+"""config -> Stage: one diffusion model of the cascade, which trains, samples and is evaluated.
 
-The only place that turns a config into objects. Config sub-dicts go straight into
-constructors, once imagen_jax/schema.py has checked them.
+This is the only module that turns a config into objects. It takes configs that
+imagen_jax/schema.py has completed, whose fields have valid types and choices.
 """
 
 import dataclasses
@@ -33,8 +32,8 @@ from imagen_jax.models.remat import checkpointed
 from imagen_jax.models.unet import UNet
 
 NETWORKS = {"unet": UNet, "efficient_unet": EfficientUNet}
-RNG = "threefry2x32"  # of all keys, whatever a site has as its default; recorded in checkpoints
-# Draws the same numbers whatever `jax_threefry_partitionable` is set to.
+RNG = "threefry2x32"  # of all keys, whatever jax's default is; recorded in checkpoints
+# Makes random numbers independent of the flag `jax_threefry_partitionable`.
 PINNED = functools.partial(jax.threefry_partitionable, True)
 Batch = Mapping[str, Array]
 Params = Mapping[str, Any]
@@ -42,8 +41,26 @@ Params = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A network with its process. Sizes in pixels; `lowres_size` is 0 in a base stage; images are
-    uint8 in batches, [-1, 1] inside.
+    """A network with its diffusion process, and what it trains on.
+
+    Images are uint8 in batches and fp32 in [-1, 1] inside.
+
+    name: of the stage, for logs and messages.
+    model: the network.
+    process: how noise enters and what the network predicts.
+    density: how log-SNR is drawn in training.
+    weight: of the squared error by log-SNR; None: 1.
+    schedule: name of the schedule of the sampling grid.
+    aug_schedule: of the noise added to the low-res image.
+    text_drop: share of captions dropped in training.
+    aug_max: highest noise level of the low-res image in training, 0 to 1.
+    image_size: side of the images in pixels.
+    lowres_size: side of the low-res input in pixels; 0 in a base stage.
+    crop_size: side of the training crops in pixels; 0: whole images.
+    text_dim: width of the text features; 0: no text.
+    text_length: tokens of a caption, padding included.
+    sampling: the config's `sampling`.
+    gather: all-gathers parameters that are sharded over the mesh.
     """
 
     name: str
@@ -65,16 +82,16 @@ class Stage:
 
     @property
     def train_size(self) -> int:
-        """Side of the images the network trains on: a crop, or the whole image."""
+        """Side of the training images in pixels: of a crop, or of the whole image."""
         return self.crop_size or self.image_size
 
     @property
     def train_lowres_size(self) -> int:
-        """Side of the low-res input in training (0 in a base stage)."""
+        """Side of the low-res input in training in pixels; 0 in a base stage."""
         return self.train_size * self.lowres_size // self.image_size
 
     def batch_shapes(self, b: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """{field: (shape, dtype)} of what a training step reads of a batch of `b`."""
+        """{field: (shape, dtype)} of a training batch of `b` images."""
         size, low = self.train_size, self.train_lowres_size
         shapes = {"image": ((b, size, size, 3), jnp.uint8)}
         if self.text_dim:
@@ -85,16 +102,15 @@ class Stage:
         return shapes | ({"lowres": ((b, low, low, 3), jnp.uint8)} if low else {})
 
     def cond(self, batch: Batch) -> conditioning.Cond:
-        """What the network is told, from a batch with `text`, `text_mask` and, in super-resolution,
-        a clean uint8 `lowres`.
+        """The conditioning of the network.
+
+        batch: `text` [b l d], `text_mask` [b l] and, in super-resolution, clean uint8 `lowres`.
         """
         cond = {"text": batch["text"], "text_mask": batch["text_mask"]} if self.text_dim else {}
         return cond | ({"lowres": to_unit(batch["lowres"])} if self.lowres_size else {})
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh fp32 parameters. Meant to be traced: `jax.eval_shape`, or jit with output
-        shardings.
-        """
+        """Fresh fp32 parameters. Call it under `jax.eval_shape`, or jit with output shardings."""
         batch = {
             name: jnp.zeros(shape, dtype) for name, (shape, dtype) in self.batch_shapes(1).items()
         }
@@ -103,8 +119,9 @@ class Stage:
             return self.model.init(key, to_unit(batch["image"]), jnp.zeros(1), cond)["params"]
 
     def draw(self, key: Key[Array, ""], b: int, size: int | None = None) -> dict[str, Array]:
-        """The random numbers of a training step for `b` images of `size` pixels, by default as it
-        trains on (see `loss.draw`).
+        """The random numbers of a training step for `b` images (see `loss.draw`).
+
+        size: side of the images in pixels, by default `train_size`.
         """
         size = size or self.train_size
         low = size * self.lowres_size // self.image_size
@@ -118,7 +135,7 @@ class Stage:
             )
 
     def denoiser(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> loss.DenoiseFn:
-        """The network as a denoise_fn(z, logsnr, cond); with a `dropout_key`, in training mode."""
+        """The network as denoise_fn(z, logsnr, cond), in training mode with a `dropout_key`."""
         train = dropout_key is not None
         rngs = {"dropout": dropout_key} if train else None
         params = self.gather(params)
@@ -133,7 +150,7 @@ class Stage:
         draws: dict[str, Array],
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b"]:
-        """The denoising loss of each row of a batch for given random draws."""
+        """The denoising loss of each row of a batch (Appendix A), for these random draws."""
         logsnr = self.density(draws["u"])
         x, _, output = self._noised_output(params, batch, draws, logsnr, dropout_key)
         return loss.per_sample_loss(output, x, draws["eps"], logsnr, self.process, self.weight)
@@ -141,7 +158,7 @@ class Stage:
     def x_error(
         self, params: Params, batch: Batch, draws: dict[str, Array], logsnr: Float[Array, "b"]
     ) -> Float[Array, "b"]:
-        """The squared error of x-hat of each row at given noise levels (see `loss.x_error`)."""
+        """The squared error of x-hat of each row at these log-SNRs (see `loss.x_error`)."""
         x, z, output = self._noised_output(params, batch, draws, logsnr)
         return loss.x_error(output, z, x, logsnr, self.process)
 
@@ -166,11 +183,12 @@ class Stage:
         sampling: Mapping[str, Any],
         size: int | None = None,
     ) -> Float[Array, "b h w 3"]:
-        """Images in about [-1, 1] for the text (and clean uint8 `lowres`) of `batch`; `size`
-        defaults to the stage's image size.
+        """Images in about [-1, 1] for the text, and clean uint8 `lowres`, of `batch`.
 
-        The low-res image is noised to `sampling["aug_level"]` with noise from the samples' own keys
-        (section 2.4).
+        The low-res image is noised to `sampling["aug_level"]` (section 2.4). A sample depends on
+        its own key and its own row of the batch only.
+
+        size: side of the images in pixels, by default the stage's image size.
         """
         with PINNED():
             return self._sample(params, keys, batch, sampling, size or self.image_size)
@@ -199,9 +217,13 @@ class Stage:
 
 
 def random_key(seed: Any) -> Key[Array, ""]:
-    """The key of a seed: Threefry, as numbers of the "rbg" generator depend on the place in a
-    batch.
+    """The key of a seed, an integer in [0, 2^32) or a traced uint32.
+
+    The generator is Threefry: numbers of "rbg" depend on the position in a batch. Raises ValueError
+    for a larger or negative seed, which would wrap.
     """
+    if isinstance(seed, int):
+        schema.check_seed(seed, "the seed")
     return jax.random.key(seed, impl=RNG)
 
 
@@ -216,18 +238,17 @@ def to_uint8(x: Float[Array, "*d"]) -> Array:
 
 
 def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
-    """The stage a config describes, to run on one device or on `mesh`. Raises ValueError naming the
-    field that is wrong.
+    """The stage of a complete config, on one device or on `mesh`. Raises ValueError with the field
+    for sizes or settings that do not fit together.
     """
-    config = schema.complete(config)
     model, diffusion, data, text = (
         dict(config[part]) for part in ("model", "diffusion", "data", "text")
     )
     check_sizes(data)
     if bool(text["dim"]) != bool(model["cond_dim"]):
         raise ValueError(
-            f"text.dim={text['dim']} and model.cond_dim={model['cond_dim']}: both are 0 (no text)"
-            " or neither is"
+            f"text.dim={text['dim']} and model.cond_dim={model['cond_dim']}: set both to 0 (no"
+            " text) or neither"
         )
     check_sampling(config["sampling"])
     family = model.pop("family")
@@ -262,11 +283,10 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
 
 
 def attention_on(mesh: Mesh | None, remat: str) -> Attend:
-    """Attention on a mesh: on TPUs the kernel, where it takes the shapes, on each device's own
-    rows, pixels and heads; else `attend`.
+    """The attention of a network: on TPUs the kernel if it supports the shapes, else `attend`.
 
-    The kernel keeps no attention weights for the backward pass; neither does `attend`, unless
-    `remat` is "none".
+    Each device computes its own rows, pixels and heads. Attention weights are recomputed in the
+    backward pass, except by `attend` with `remat` "none".
     """
     plain = lambda q, keys, heads: checkpointed(
         "none" if remat == "none" else "block", lambda q, keys: attend(q, keys, heads)
@@ -279,16 +299,16 @@ def attention_on(mesh: Mesh | None, remat: str) -> Attend:
 
 
 def build(kind: Callable[..., Any], section: Mapping[str, Any]) -> Any:
-    """An instance of a dataclass from the config fields that its own fields name."""
+    """An instance of a dataclass whose fields are named like config fields of a section."""
     value = lambda name: tuple(section[name]) if isinstance(section[name], list) else section[name]
     return kind(**{field.name: value(field.name) for field in dataclasses.fields(kind)})
 
 
 def drawing(sampling: Mapping[str, Any], schedule: str) -> dict[str, Any]:
-    """{grid, sampler, guidance, threshold}, from a config's `sampling`; nothing is computed.
+    """{grid, sampler, guidance, threshold} from a complete `sampling`; nothing is computed.
 
-    schedule: of the stage's `diffusion`, for the grid of uniform times. Raises ValueError naming
-    the field that cannot be used.
+    schedule: of the stage's `diffusion`, for the grid of uniform times. Raises ValueError with the
+    field for an invalid number.
     """
     section = {**sampling, "schedule": schedule}
     if section["steps"] < 1:
@@ -302,8 +322,7 @@ def drawing(sampling: Mapping[str, Any], schedule: str) -> dict[str, Any]:
 
 
 def check_sampling(sampling: Mapping[str, Any]) -> None:
-    """Raises ValueError unless `Stage.sample` can draw with these settings."""
-    section = schema.complete_sampling(sampling)
-    if not 0.0 <= section["aug_level"] <= 1.0:
-        raise ValueError(f"sampling.aug_level is {section['aug_level']}; it must be from 0 to 1")
-    drawing(section, schedule="cosine")  # whichever: it is not used before samples are drawn
+    """Raises ValueError unless `Stage.sample` can draw with these settings, a complete section."""
+    if not 0.0 <= sampling["aug_level"] <= 1.0:
+        raise ValueError(f"sampling.aug_level is {sampling['aug_level']}; it must be from 0 to 1")
+    drawing(sampling, schedule="cosine")  # any schedule: it is used only when samples are drawn

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import pathlib
+import re
 
 import jax
 import pytest
@@ -68,6 +69,21 @@ def test_every_config_file_is_tested():
         if path.stem != "__init__"
     }
     assert files - OTHERS == set(VARIANTS)
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "cascade"])
+def test_docstring_says_how_to_run_and_what_to_expect(name):
+    """Wrong: a config without its command, hardware, expected result or record, and a record that
+    is no section of BENCHMARKS.md.
+    """
+    doc = " ".join(module(name).__doc__.split())
+    parts = ["python -m ", "--config configs/" + name.replace(".", "/") + ".py"]
+    assert all(part in doc for part in [*parts, "Hardware: ", "Expect: ", "Recorded: "])
+    sections = (CONFIGS.parent / "BENCHMARKS.md").read_text(encoding="utf-8").splitlines()
+    heads = [line.lstrip("# ") for line in sections if line.startswith("#")]
+    for recorded in re.findall(r"BENCHMARKS.md, ([^.]*)", doc):
+        names = re.findall(r'"([^"]*)"', recorded)
+        assert names and all(any(head.startswith(n) for head in heads) for n in names), recorded
 
 
 @pytest.mark.parametrize("name, arg", ALL)

@@ -274,7 +274,7 @@ def test_damaged_and_deleted_checkpoints_are_passed_over(tmp_path, caplog):
 
     evaluate.follow(run, tmp_path, tmp_path / "out", minutes=0, poll_s=0.0)
     assert [line["step"] for line in lines(tmp_path / "out")] == [30]
-    assert "checkpoint 10 is passed over" in caplog.text and "checkpoint 20" not in caplog.text
+    assert "checkpoint 10 is skipped" in caplog.text and "checkpoint 20" not in caplog.text
 
 
 def test_killed_follower_goes_on_where_it_was(tmp_path):

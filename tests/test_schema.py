@@ -12,10 +12,13 @@ import pytest
 from configs import defaults
 from imagen_jax import cascade, cli, evaluate, sample, schema
 from imagen_jax.diffusion import density, grid, guidance, process, sampler, schedule, weighting
+from imagen_jax.field import NEEDED, parse, within
 from imagen_jax.models import attention, efficient_unet, remat, unet
+from imagen_jax.stage import random_key
 from imagen_jax.training import optim
 from imagen_jax.weights import checkpoint
 from tests import tiny
+from tests.evals.toys import settings
 from tests.test_configs import ALL, resolved
 from tools import make_config_docs
 
@@ -23,7 +26,7 @@ EMBEDDED = ("base_16", "sr_64", "sr_256")
 YOUNGER = {
     name: field.older
     for name, field in schema.flat(schema.STAGE).items()
-    if field.older is not schema.NEEDED
+    if field.older is not NEEDED
 }
 SECTIONS = ("text", "data", "model", "diffusion", "sampling", "optim", "mesh", "train")
 NETWORKS = {"unet": unet.UNet, "efficient_unet": efficient_unet.EfficientUNet}
@@ -140,6 +143,76 @@ def test_a_wrong_value_is_refused(change, message):
     assert str(error.value).startswith("RECORD: ") and message in str(error.value)
 
 
+OUTSIDE = {
+    "seed": [-1, 2**32],
+    "data.batch_size": [0, -8],
+    "data.workers": [-1],
+    "data.cache_mib": [-1],
+    "model.dropout": [1.0, -0.1],
+    "diffusion.text_drop": [1.5, -0.1],
+    "diffusion.aug_max": [1.5, -0.1],
+    "diffusion.density_std": [0.0],
+    "optim.lr": [-1.0],
+    "optim.warmup": [-1],
+    "optim.weight_decay": [-0.1],
+    "optim.clip": [0.0],
+    "optim.beta1": [1.0],
+    "optim.ema": [1.0, 1.5],
+    "optim.ema_tracks": [[0.9, 1.5]],
+    "optim.accumulation": [0],
+    "train.steps": [0, 2**31],
+    "train.log_every": [0],
+    "train.sample_every": [-1],
+    "train.sample_rows": [0],
+    "train.save_every": [0],
+    "train.keep": [0],
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_new_run_refuses_a_number_outside_its_interval(name):
+    """Wrong: a seed of 2^32 trains as seed 0 does, a count wraps around, a share above 1 is cut;
+    and a record of such a run that cannot be evaluated any more.
+    """
+    for value in OUTSIDE[name]:
+        config = changed(tiny.config(), **{name.replace(".", "__"): value})
+        with pytest.raises(ValueError) as error:
+            schema.complete(config, "--config", new=True)
+        assert str(error.value).startswith(f"--config: {name} is {value!r}; it must be ")
+        assert schema.flat(schema.complete(config))[name] is not None
+    ends = changed(tiny.config(), seed=2**32 - 1, optim__ema=0.0, diffusion__text_drop=1.0)
+    assert schema.complete(ends, new=True) == schema.complete(ends)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_every_seed_is_checked(seed):
+    """Wrong: a seed that wraps in evaluate or in code that calls the package."""
+    message = f"{seed} is not a seed"
+    with pytest.raises(ValueError, match=f"--seed {message}; it must be an integer in"):
+        settings(seed=seed)
+    with pytest.raises(ValueError, match=message):
+        random_key(seed)
+    assert random_key(2**32 - 1) is not None and settings(seed=2**32 - 1).seed == 2**32 - 1
+
+
+def test_every_interval_is_tested():
+    """Wrong: an interval without a number that it refuses in the test above."""
+    fields = schema.flat(schema.STAGE)
+    sizes = {f"data.{name}" for name in ("image_size", "lowres_size", "crop_size", "text_length")}
+    declared = {name for name, field in fields.items() if field.interval}
+    assert declared - sizes - {"text.dim", "optim.beta2", "optim.eps"} == OUTSIDE.keys()
+
+
+@pytest.mark.parametrize(
+    "interval, inside, outside",
+    [("[0, 2^32)", [0, 2**32 - 1], [-1, 2**32]), ("(0, inf)", [1e-9, 1e30], [0.0, float("inf")])],
+)
+def test_an_interval_has_the_ends_it_names(interval, inside, outside):
+    """Wrong: an end that is counted in although the bracket is round, or the reverse."""
+    assert all(within(number, interval) for number in inside)
+    assert not any(within(number, interval) for number in outside)
+
+
 def test_entries_of_a_tuple_have_choices():
     """Wrong: the kinds of attention are looked at when the network is built."""
     with pytest.raises(ValueError, match="a tuple of none, self, cross, fused"):
@@ -244,8 +317,6 @@ def test_choices_are_those_with_code_behind_them():
         "diffusion.aug_schedule": schedule.SCHEDULES,
         "sampling.method": sampler.SAMPLERS,
         "sampling.threshold": guidance.THRESHOLDS,
-        "optim.optimizer": optim.OPTIMIZERS,
-        "optim.decay": optim.DECAYS,
         "model.pooling": attention.POOLINGS,
         "model.remat": remat.KINDS,
     }
@@ -253,6 +324,10 @@ def test_choices_are_those_with_code_behind_them():
     assert {name: set(fields[name].choices) for name in known} == {
         n: set(c) for n, c in known.items()
     }
+    for optimizer in fields["optim.optimizer"].choices:
+        for decay in fields["optim.decay"].choices:
+            settings = tiny.config(optim__optimizer=optimizer, optim__decay=decay)["optim"]
+            optim.make_optimizer(settings, 10)
     families = schema.FAMILY_FIELDS
     assert set(families["unet"]["res_block"].choices) == set(unet.RES_BLOCKS)
     assert set(families["efficient_unet"]["attention"].choices) == {"none", *attention.KINDS}
@@ -285,7 +360,7 @@ def test_what_a_resume_may_change():
 )
 def test_a_flag_gives_the_value_of_the_field(field, text, value):
     """Wrong: a flag whose value differs in form from a record's, so --follow never continues."""
-    parsed = schema.parse(text, schema.SAMPLING[field])
+    parsed = parse(text, schema.SAMPLING[field])
     assert parsed == value and type(parsed) is type(value)
 
 
@@ -302,9 +377,9 @@ def test_a_flag_gives_the_value_of_the_field(field, text, value):
     ],
 )
 def test_a_wrong_flag_is_refused(field, text):
-    """Wrong: a flag that evaluate finds out after the checkpoint is loaded."""
+    """Wrong: a value that evaluate refuses only after it has loaded the checkpoint."""
     with pytest.raises(ValueError, match="it must be"):
-        schema.parse(text, schema.SAMPLING[field])
+        parse(text, schema.SAMPLING[field])
 
 
 def test_evaluate_has_a_flag_for_each_sampling_field():

@@ -1,3 +1,3 @@
-"""One file an ablation: `get_config(arg)` is what the arms share, `sweep(arg)` yields what they
-change. Run by launch/sweep.py.
+"""One file for each ablation: `get_config(arg)` is shared by the arms, `sweep(arg)` yields their
+changes. launch/sweep.py runs them.
 """

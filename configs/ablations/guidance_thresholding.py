@@ -1,13 +1,16 @@
-r"""Guidance weight against thresholding of x-hat (section 2.3, D.2, Figs. A.8 and A.10): sampling
-only, one model for all arms.
+r"""Guidance weight and thresholding of x-hat (section 2.3, D.2, Figs. A.8 and A.10).
 
     python -m launch.sweep --config configs/ablations/guidance_thresholding.py:demo \
         --config.data.path=PREPARED --workdir DIR
 
-The paper: without thresholding large weights saturate the pictures, static thresholding clips them,
-dynamic thresholding lets the weight grow and keeps them natural. The variants are those of
-base_64.py; a model that is trained already: --checkpoint WORKDIR. Losses do not depend on sampling:
---measures retrieval leaves them out.
+Sampling only, one model for all arms. The paper: without thresholding large weights saturate the
+pictures, static thresholding clips them, and dynamic thresholding keeps them natural at large
+weights. The variants are those of base_64.py. `--checkpoint WORKDIR` uses a trained model. Losses
+do not depend on sampling: --measures retrieval omits them.
+
+Hardware: `:demo` two CPU cores, `:tiny` seconds on a CPU; without a variant, that of base_64.py.
+Expect: not run yet, so no result or time is known.
+Recorded: nowhere yet; launch.sweep writes DIR/sweep.json.
 """
 
 from collections.abc import Iterator

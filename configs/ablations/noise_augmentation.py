@@ -1,13 +1,16 @@
-r"""Noise-conditioning augmentation in super-resolution: with and without it in training, and its
-level in sampling (D.2, Figs. A.11 and A.12).
+r"""Noise-conditioning augmentation of super-resolution, in training and sampling (D.2).
 
     python -m launch.sweep --config configs/ablations/noise_augmentation.py:demo \
         --config.data.path=PREPARED --workdir DIR
 
-Two trainings a seed. The paper: augmentation in training gives better FID and CLIP scores; level 0
-in sampling has the best FID, 0.1 to 0.3 looks best. Losses of the two are not comparable, since
-each is taken with the noise of its own training; the error of x-hat from a clean low-res image is.
-The variants are those of sr_256.py.
+Two trainings for each seed. The paper: augmentation in training gives better FID and CLIP scores;
+level 0 in sampling has the best FID, levels of 0.1 to 0.3 look best. Losses of the two are not
+comparable, since each is measured with the noise of its own training; the error of x-hat from a
+clean low-res image is (Figs. A.11 and A.12). The variants are those of sr_256.py.
+
+Hardware: `:demo` two CPU cores, `:tiny` seconds on a CPU; without a variant, that of sr_256.py.
+Expect: not run yet, so no result or time is known.
+Recorded: nowhere yet; launch.sweep writes DIR/sweep.json.
 """
 
 from collections.abc import Iterator
@@ -23,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
-    """Without augmentation first; a level that a model never saw in training is not asked of it."""
+    """Without augmentation first; that model is sampled at its only training level, 0."""
     yield {"name": "without", "config.diffusion.aug_max": 0.0, "config.sampling.aug_level": 0.0}
     for level in (0.0, 0.1, 0.2, 0.3):
         yield {

@@ -1,12 +1,15 @@
-r"""Samplers, grids of noise levels and intervals of guidance at equal steps: sampling only, one
-model for all arms.
+r"""Samplers, grids of noise levels and guidance intervals at equal steps.
 
     python -m launch.sweep --config configs/ablations/samplers.py:demo \
         --config.data.path=PREPARED --workdir DIR
 
-The paper uses ancestral sampling and DDIM on a uniform grid (Appendix A). The variants are those of
-base_64.py; a model that is trained already: --checkpoint WORKDIR. Losses do
-not depend on sampling: --measures retrieval leaves them out.
+Sampling only, one model for all arms. The paper uses ancestral sampling and DDIM on a uniform grid
+(Appendix A). The variants are those of base_64.py. `--checkpoint WORKDIR` uses a trained model.
+Losses do not depend on sampling: --measures retrieval omits them.
+
+Hardware: `:demo` two CPU cores, `:tiny` seconds on a CPU; without a variant, that of base_64.py.
+Expect: not run yet, so no result or time is known.
+Recorded: nowhere yet; launch.sweep writes DIR/sweep.json.
 """
 
 from collections.abc import Iterator
@@ -23,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
     """Every sampler with every grid, ancestral on the uniform grid first; then guidance in an
-    interval.
+    interval of log-SNR.
     """
     for method in ("ancestral", "ddim", "dpmpp_2m"):
         for grid in ("t", "logsnr", "karras"):

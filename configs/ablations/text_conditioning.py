@@ -1,11 +1,15 @@
-r"""How the base model is told the caption: attention over its tokens, one pooled vector, or nothing
-(section 2.5, Appendix D.3.1).
+r"""Text conditioning: attention over tokens, one pooled vector, or no text (section 2.5, D.3.1).
 
     python -m launch.sweep --config configs/ablations/text_conditioning.py:demo \
         --config.data.path=PREPARED --workdir DIR
 
-The paper: attention over the sequence is clearly better than a vector pooled either way. The
-variants are those of base_64.py; without one, the 300M model that the paper's text ablations use.
+One training for each arm. The paper: attention over the sequence is clearly better than a pooled
+vector of either kind. The variants are those of base_64.py; without one, the 300M model of the
+paper's text ablations.
+
+Hardware: `:demo` two CPU cores, `:tiny` seconds on a CPU; the 300M model was not planned.
+Expect: not run yet, so no result or time is known.
+Recorded: nowhere yet; launch.sweep writes DIR/sweep.json.
 """
 
 from collections.abc import Iterator

@@ -1,12 +1,15 @@
-r"""Which noise the base model is trained on and what it predicts, beside the paper's choice
-(Appendix A).
+r"""Training noise and prediction of the base model, compared with the paper's choice (Appendix A).
 
     python -m launch.sweep --config configs/ablations/training_noise.py:demo \
         --config.data.path=PREPARED --workdir DIR
 
-One training an arm. Their losses are not comparable; the table compares the error of x-hat in fixed
-bins of log-SNR. Samples are drawn with the arm's own schedule. The variants are those of
-base_64.py.
+One training for each arm. Their losses are not comparable; the table compares the error of x-hat in
+fixed bins of log-SNR. Samples are drawn with the schedule of the arm. The variants are those of
+base_64.py; without one, the 300M model.
+
+Hardware: `:demo` two CPU cores, `:tiny` seconds on a CPU; the 300M model was not planned.
+Expect: not run yet, so no result or time is known.
+Recorded: nowhere yet; launch.sweep writes DIR/sweep.json.
 """
 
 from collections.abc import Iterator

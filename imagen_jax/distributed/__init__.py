@@ -1,8 +1,7 @@
-"""Several processes, usually on as many hosts, that train as one: how they find each other, what
-they agree on, and who is at fault when they wait.
+"""Several processes, usually on several hosts, that train as one.
 
-It must not know what is trained; `start()` is all that a verb calls, and a single process starts
-nothing.
+They find each other, compare their settings, and name the process that the others wait for. It must
+not know what is trained. A verb calls `start()`, which does nothing in a single-process run.
 """
 
 from imagen_jax.distributed.startup import start

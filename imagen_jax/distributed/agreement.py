@@ -1,5 +1,6 @@
-"""What processes tell each other between steps, through jax's coordination service: without a
-program on the devices, so that nothing times out while one of them works.
+"""Messages between processes outside the training step, through jax's coordination service.
+
+They need no program on the devices, so no collective operation times out while one process works.
 """
 
 import hashlib
@@ -13,16 +14,13 @@ from pathlib import Path
 from imagen_jax.distributed import startup
 from imagen_jax.storage import write_json
 
-FOR_EVER_MS = (
-    1000 * 60 * 60 * 24
-)  # a process that is gone ends the wait; see watch.py for one that is stuck
+# A day. A lost process ends the wait earlier; watch.py names one that is stuck.
+FOR_EVER_MS = 1000 * 60 * 60 * 24
 _rounds = itertools.count()
 
 
 def gather(text: str = "") -> list[str]:
-    """What each process says, by process. Every process has to call it, in the same order, and
-    waits for all others.
-    """
+    """The texts of all processes, by process. A barrier: all call it in the same order."""
     place = startup.place()
     if place is None:
         return [text]
@@ -34,13 +32,14 @@ def gather(text: str = "") -> list[str]:
         int(key.rpartition("/")[2]): value for key, value in store.key_value_dir_get(said(number))
     }
     if place.index == 0 and number:
-        store.key_value_delete(said(number - 1))  # that all have read, or they would not be here
+        store.key_value_delete(said(number - 1))  # all processes have read it
     return [texts[i] for i in range(place.count)]
 
 
 def check(facts: Mapping[str, str]) -> None:
-    """To be called by all processes with the same names. Raises ValueError, in all of them, naming
-    what differs from process 0's and where.
+    """Raises ValueError in all processes if a fact differs from process 0's.
+
+    The message names the fact and the process. All processes call it with the same names.
     """
     hosts = startup.hosts()
     digests = [
@@ -51,21 +50,22 @@ def check(facts: Mapping[str, str]) -> None:
     ]
     faults = [
         f"process {i} ({hosts[i]}) has another {name}"
-        for i, found in enumerate(digests)
-        for name, here, first in zip(facts, found, digests[0])
+        for i, digests_there in enumerate(digests)
+        for name, here, first in zip(facts, digests_there, digests[0])
         if here != first
     ]
     if faults:
         raise ValueError(
-            f"the processes were not started alike: {'; '.join(faults)} than process 0 ({hosts[0]})"
+            f"the processes were not started alike: {'; '.join(faults)} than process 0"
+            f" ({hosts[0]}); start the same command everywhere"
         )
 
 
 def check_shared(directory: Path, patience_s: float = 60.0) -> None:
-    """Raises ValueError, in all processes, unless `directory` is the same for all: process 0 leaves
-    hosts.json in it, which the others must see.
+    """Raises ValueError in all processes unless `directory` is the same directory for all.
 
-    patience_s: how long they look for it; a network file system may show a new file late.
+    Process 0 writes hosts.json there, and the others look for it for up to `patience_s` seconds: a
+    network file system may show a new file late.
     """
     hosts, place = startup.hosts(), startup.place()
     if place is None:
@@ -84,7 +84,7 @@ def check_shared(directory: Path, patience_s: float = 60.0) -> None:
     if blind:
         raise ValueError(
             f"{directory} is another directory on {', '.join(blind)} than on process 0"
-            f" ({hosts[0]}): it has to be on a file system that all share"
+            f" ({hosts[0]}): give one on a file system that all processes share"
         )
 
 

@@ -1,9 +1,9 @@
-"""The roll call before jax.distributed starts, on the coordinator's port: each process says who and
-where it is, process 0 tells all who is missing.
+"""The roll call before jax.distributed starts: it names the processes that are missing.
 
-jax waits for every process too, but when its time is over it ends the process from C++ without a
-word on who did not come. A message is one JSON object on one line: {"index", "count", "host",
-"about"} to process 0, and {"hosts": [...]} or {"error": ...} back.
+Each process reports to process 0 on the coordinator's port, and process 0 answers all of them. jax
+waits for every process too, but after its timeout it ends the process from C++ without naming the
+missing ones. A message is one JSON object on one line: {"index", "count", "host", "about"} to
+process 0, and {"hosts": [...]} or {"error": ...} back.
 """
 
 import contextlib
@@ -15,21 +15,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 RETRY_S = 0.2  # between two attempts to reach process 0, which may start last
-LONGEST = 4096  # bytes of a message to process 0; whoever sends more is no process of ours
+LONGEST = 4096  # bytes of a message to process 0; a longer one is not from a process of a run
 
 
 def lead(
     port: int, count: int, about: str, timeout_s: float, name: Callable[[int], str], bind: str = ""
 ) -> list[str]:
-    """Process 0's part: waits for the others on `port` of `bind`, an address of this host (all of
-    them if empty), and returns the hosts' names by process.
+    """Process 0's part: waits for the other processes and returns the host names by process.
 
-    about: what has to be the same everywhere, versions for example. name: how to call a process
-    that did not come.
+    port, bind: where to listen; an empty `bind` means all addresses of this host.
+    about: text that must be equal in all processes, such as versions.
+    name: a missing process in words.
 
-    Raises ValueError, here and in all that did come, for a process that is missing after
-    `timeout_s` seconds, one that is there twice, and one that knows of another number of processes
-    or differs in `about`.
+    Raises ValueError, here and in all processes that reported, if a process is missing after
+    `timeout_s` seconds, reports twice, expects another number of processes or differs in `about`.
     """
     end = time.monotonic() + timeout_s
     with contextlib.ExitStack() as opened:
@@ -56,8 +55,8 @@ def lead(
 
 
 def report(host: str, port: int, index: int, count: int, about: str, timeout_s: float) -> list[str]:
-    """Every other process's part: reports to process 0 at host:port and returns the hosts' names by
-    process. Raises as `lead` does.
+    """The part of every other process: reports to process 0 at host:port and returns the host names
+    by process. Raises as `lead` does.
     """
     me = _line({"index": index, "count": count, "host": socket.gethostname(), "about": about})
     end, failure = time.monotonic() + timeout_s, "nobody there"
@@ -70,18 +69,15 @@ def report(host: str, port: int, index: int, count: int, about: str, timeout_s: 
                     return _hosts(json.loads(answers.readline() or b"null"))
         except OSError as error:
             failure = error.strerror or str(error)
-        except (
-            json.JSONDecodeError,
-            UnicodeDecodeError,
-            TypeError,
-        ):  # a run that is still going on, or process 0 was stopped
-            failure = "what listens there is not a process 0 that waits for others"
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
+            # another run, or process 0 was stopped
+            failure = "the program that listens there is not a process 0 that waits for others"
         time.sleep(min(RETRY_S, max(0.0, end - time.monotonic())))
     raise ValueError(f"process 0 did not answer at {host}:{port} within {timeout_s:g} s: {failure}")
 
 
 class _Roll:
-    """Who has come so far, with the connections over which they wait."""
+    """The processes that have reported, with the connections on which they wait."""
 
     def __init__(
         self, selector: selectors.BaseSelector, opened: contextlib.ExitStack, count: int, about: str
@@ -97,9 +93,7 @@ class _Roll:
         self.selector.register(connection, selectors.EVENT_READ, bytearray())
 
     def read(self, connection: socket.socket, received: bytearray) -> None:
-        """What has come over a connection: a part of a message, a message, or its end, after which
-        the process may come again.
-        """
+        """Reads from a connection. When it ends, its process may report again."""
         try:
             new = connection.recv(LONGEST)
         except OSError:
@@ -125,16 +119,15 @@ class _Roll:
                 message["about"],
             )
         except (ValueError, TypeError, KeyError):
-            return  # not one of ours; it gets no answer
+            return  # not from a process of a run; it gets no answer
         if count != self._count or not 0 <= index < count:
             self.error = (
-                f"process {index} ({host}) is one of {count} processes, process 0 ({self.hosts[0]})"
-                f" one of {self._count}"
+                f"process {index} ({host}) expects {count} processes, process 0 ({self.hosts[0]})"
+                f" expects {self._count}"
             )
         elif index in self.hosts:
             self.error = (
-                f"two processes say that they are process {index}: on {self.hosts[index]} and on"
-                f" {host}"
+                f"two processes report as process {index}: on {self.hosts[index]} and on {host}"
             )
         elif about != self._about:
             self.error = (

@@ -1,9 +1,10 @@
-"""jax.distributed, started from what the environment says.
+"""Starts jax.distributed from environment variables or a detected cluster.
 
-Explicitly: JAX_COORDINATOR_ADDRESS (host:port, a free port of process 0's host), JAX_NUM_PROCESSES
-and JAX_PROCESS_ID (0, 1, ...); all three, or JAX_NUM_PROCESSES=1 for a process that is to be alone
-whatever else is there. (jax itself reads only the first.) Otherwise what jax detects: Cloud TPU
-pods, TPUs on GKE, SLURM, Kubernetes Jobs and JobSets (with the package `kubernetes`), Open MPI.
+Explicit: JAX_COORDINATOR_ADDRESS (host:port, a free port of process 0's host), JAX_NUM_PROCESSES
+and JAX_PROCESS_ID (0, 1, ...). Set all three, or JAX_NUM_PROCESSES=1 for a single-process run
+inside a cluster. (jax itself reads only the first.)
+Otherwise jax detects the cluster: Cloud TPU pods, TPUs on GKE, SLURM, Kubernetes Jobs and JobSets
+(with the package `kubernetes`), Open MPI.
 """
 
 import dataclasses
@@ -17,16 +18,21 @@ from imagen_jax import __version__
 from imagen_jax.distributed import roll_call
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-# host:port where process 0 is to listen, if not on all of its addresses; jax reads it too
+# host:port where process 0 listens, by default on all of its addresses; jax reads it too
 BIND = "JAX_COORDINATOR_BIND_ADDRESS"
+TPU_HOSTS = "TPU_WORKER_HOSTNAMES"  # set by GKE and TPU VMs: the hosts of this process's slice
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """This process's place among `count`. local_devices: the ids of the devices it is to use, None
-    for all of its host. names: host names of processes, as far as the environment tells. how: where
-    all this was found.
+    """The position of this process among all processes of the run.
+
+    coordinator: host:port of process 0.
+    count, index: the number of processes, and this one's from 0.
+    how: where these values come from, for messages.
+    local_devices: ids of the devices that this process uses; None: all of its host.
+    names: host names by process, as far as the environment has them.
     """
 
     coordinator: str
@@ -58,7 +64,7 @@ class Place:
         return int(self.coordinator.rpartition(":")[2])
 
     def name(self, index: int) -> str:
-        """How a process is called that has not said its host's name."""
+        """A process in words, with its host name if the environment has it."""
         return f"process {index}" + (f" ({self.names[index]})" if index in self.names else "")
 
 
@@ -67,14 +73,15 @@ _hosts: list[str] = []  # by process, once started
 
 
 def start(timeout_s: float = 300.0, lost_s: float = 100.0) -> None:
-    """Joins the other processes, if the environment says that there are any; called again it does
-    nothing. To be called before jax is used.
+    """Joins the other processes of the run; does nothing in a single-process run or a second time.
 
-    timeout_s: how long to wait for them. lost_s: after how long without a sign of life from one jax
-    ends all the others.
+    Call it before jax initialises its devices.
 
-    Raises ValueError, in one line, for an environment that makes no sense, and after `timeout_s`
-    naming each process that did not come.
+    timeout_s: seconds to wait for the other processes.
+    lost_s: seconds without a sign of life after which `Watch` gives a process up.
+
+    Raises ValueError, in one line, for contradictory variables, and after `timeout_s` with the
+    processes that are missing.
     """
     global _place
     if _hosts:
@@ -86,7 +93,7 @@ def start(timeout_s: float = 300.0, lost_s: float = 100.0) -> None:
 
     about = f"imagen_jax {__version__} with jax {jax.__version__}"
     log.info(
-        "process %d of %d (%s) on %s waits for all at %s",
+        "process %d of %d (%s) on %s waits for the others at %s",
         place.index,
         place.count,
         place.how,
@@ -105,36 +112,37 @@ def start(timeout_s: float = 300.0, lost_s: float = 100.0) -> None:
         local_device_ids=place.local_devices,
         cluster_detection_method="deactivate",
         initialization_timeout=int(timeout_s),
-        heartbeat_timeout_seconds=int(lost_s),
+        # jax ends a process from C++ without naming the lost one. `Watch` comes first and names it.
+        heartbeat_timeout_seconds=int(1.5 * lost_s),
     )
     _place = place
     _hosts.extend(hosts)
     local = jax.local_devices()
-    kind = local[0].device_kind
     log.info(
         "process %d of %d: %d devices here (%s), %d in all; hosts %s",
         place.index,
         place.count,
         len(local),
-        kind,
+        local[0].device_kind,
         jax.device_count(),
         ", ".join(hosts),
     )
 
 
 def hosts() -> list[str]:
-    """Host names by process; [] in a process that is alone."""
+    """Host names by process; [] in a single-process run."""
     return list(_hosts)
 
 
 def place() -> Place | None:
-    """This process's place, None if it is alone."""
+    """The position of this process; None in a single-process run."""
     return _place
 
 
 def store() -> Any:
-    """The client of jax's coordination service, whose keys and barriers all processes share; there
-    is no public way to it.
+    """The client of jax's coordination service: keys and barriers that all processes share.
+
+    jax has no public access to it.
     """
     from jax._src.distributed import global_state
 
@@ -142,19 +150,19 @@ def store() -> Any:
 
 
 def from_environment(environ: Mapping[str, str], timeout_s: float) -> Place | None:
-    """This process's place, or None if it is alone. Raises ValueError, in one line, if the
-    variables make no sense.
+    """The position of this process; None in a single-process run. Raises ValueError, in one line,
+    for contradictory variables.
     """
     if environ.get(COUNT) == "1":
         return None
-    given = [name for name in (ADDRESS, COUNT, INDEX) if environ.get(name)]
-    if not given:
-        return _detected(timeout_s)
-    missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in given]
+    present = [name for name in (ADDRESS, COUNT, INDEX) if environ.get(name)]
+    if not present:
+        return _detected(environ, timeout_s)
+    missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in present]
     if missing:
         raise ValueError(
-            f"{' and '.join(missing)} not set beside {' and '.join(given)}: set all three, or none,"
-            f" or {COUNT}=1 to run alone"
+            f"{' and '.join(present)} is set, but {' and '.join(missing)} is not: set all three, or"
+            f" none, or {COUNT}=1 for a single-process run"
         )
     numbers = {}
     for name in (COUNT, INDEX):
@@ -164,42 +172,38 @@ def from_environment(environ: Mapping[str, str], timeout_s: float) -> Place | No
     return Place(environ[ADDRESS], numbers[COUNT], numbers[INDEX], "by JAX_* variables")
 
 
-def _detected(timeout_s: float) -> Place | None:
-    """What jax would find by itself; asked through its own classes, because the place is needed
-    before jax acts on it.
+def _detected(environ: Mapping[str, str], timeout_s: float) -> Place | None:
+    """The position that jax detects.
+
+    `jax.distributed.initialize` detects it too, but only together with the start, which must come
+    after the roll call. jax has no public access to its cluster classes.
     """
     from jax._src.clusters import ClusterEnv
 
+    kinds = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method)
     name = "the cluster"
     try:
-        found: Any = next(
-            (
-                env
-                for env in ClusterEnv._cluster_types
-                if not env.opt_in_only_method and env.is_env_present()
-            ),
-            None,
-        )
-        if found is None:
+        cluster: Any = next((env for env in kinds if env.is_env_present()), None)
+        if cluster is None:
             return None
-        name = found.name or found.__name__
-        count = int(found.get_process_count())
+        name = cluster.name or cluster.__name__
+        count = int(cluster.get_process_count())
         if count == 1:
             return None
-        address = found.get_coordinator_address(
+        address = cluster.get_coordinator_address(
             timeout_secs=int(timeout_s),
             override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT"),
         )
-        index, local = int(found.get_process_id()), found.get_local_process_id()
-    except Exception as error:  # each class raises what it likes
+        index, local = int(cluster.get_process_id()), cluster.get_local_process_id()
+    except Exception as error:  # each class raises its own errors
         raise ValueError(
-            f"{name} was detected, but not this process's place in it:"
-            f" {' '.join(str(error).split())}; set {ADDRESS}, {COUNT} and {INDEX}, or {COUNT}=1 to"
-            " run alone"
+            f"{name} was detected, but not the position of this process in it:"
+            f" {' '.join(str(error).split())}; set {ADDRESS}, {COUNT} and {INDEX}, or {COUNT}=1 for"
+            " a single-process run"
         ) from error
-    names = (
-        dict(enumerate(found._get_worker_list_in_slice()))
-        if hasattr(found, "_get_worker_list_in_slice") and index == 0
-        else {}
+    names = [host for host in environ.get(TPU_HOSTS, "").split(",") if host]
+    if index:  # only process 0 is known to be in the first slice
+        names = []
+    return Place(
+        address, count, index, name, None if local is None else (local,), dict(enumerate(names))
     )
-    return Place(address, count, index, name, None if local is None else (local,), names)

@@ -1,11 +1,10 @@
-"""Who holds the others up: processes of a run tell each other where they are, and each says in its
-log whom it is waiting for.
+"""Names the process that the others wait for, and ends all processes when one is lost.
 
 A process that is stopped, cut off or slow makes all others wait inside a collective operation,
-where nothing can be said. So a thread publishes what its process is doing, through the key-value
-store of jax's coordination service, and looks at the others when its own process gets no further. A
-process that ends with an error publishes the error, and the others end with it instead of waiting;
-one that just disappears is given up by jax after `lost_s`, and named here in one last line.
+where no code of ours runs. A thread of each process therefore publishes its step and activity in
+the key-value store of jax's coordination service, and reads those of the others while its own
+process makes no progress. A process that fails publishes its error, and the others end with that
+error instead of waiting. A process that disappears is given up after `lost_s` and named.
 """
 
 import contextlib
@@ -22,28 +21,24 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from imagen_jax import exit_codes
 from imagen_jax.distributed import startup
-from imagen_jax.storage import is_away
+from imagen_jax.exit_codes import LOST
 
-# exit code (EX_TEMPFAIL) of a process that ends because another one did: nothing is wrong with it,
-# start all again
-LOST = 75
-FORESEEN = (
-    ValueError,
-    OSError,
-    FloatingPointError,
-)  # errors that are one line; others come with a traceback
 FINISHED = "finished"
-AGAIN = "start all processes again, the run goes on from its last checkpoint"
-BEATS = 20  # in `lost_s`: how often a process tells where it is
-SIGNS, FAILURES = "imagen_jax/sign/", "imagen_jax/failure/"
+AGAIN = "restart all processes, the run resumes from its last checkpoint"
+BEATS = 20  # publications of a process within `lost_s`
+REQUEST_MS = 3000  # well under the 6 s by which `_delay_abort` delays an abort
+SIGNS, FAILURES, ENDED = "imagen_jax/sign/", "imagen_jax/failure/", "imagen_jax/ended/"
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class Sign:
-    """What was last heard of a process: its step, what it was doing, its how manieth doing that
-    was, how often it has told, and when that last changed here.
+    """The last publication of a process.
+
+    step: steps it has done. doing: its current activity. turn: the number of activities so far.
+    beat: the number of publications so far. heard: local time when `beat` last changed.
     """
 
     step: int
@@ -56,42 +51,41 @@ class Sign:
 def verdict(
     signs: Mapping[int, Sign], hosts: Sequence[str], now: float, silent_s: float
 ) -> tuple[list[int], str]:
-    """(processes that hold the others up, in words): the silent ones, else those that have done
-    least, of what all do in the same order.
+    """(processes that the others wait for, the same in words).
 
-    A process from which nothing came for `silent_s` is silent, unless it had finished.
+    These are the silent processes; if none is silent, those with the fewest activities, since all
+    processes do the same ones in the same order. A process is silent if it has not finished and
+    nothing came from it for `silent_s`.
     """
-    words = lambda i: (
-        f"process {i} ({hosts[i]}), "
-        + (f"silent for {now - signs[i].heard:.0f} s, last " if i in silent else "")
-        + place(signs[i])
-    )
-    place = lambda sign: f"at step {sign.step}, {sign.doing}"
     silent = [
         i for i, sign in signs.items() if now - sign.heard >= silent_s and sign.doing != FINISHED
     ]
-    least = min(sign.turn for sign in signs.values())
-    behind = silent or [i for i, sign in signs.items() if sign.turn == least]
+    where = lambda sign: f"at step {sign.step}, {sign.doing}"
+    words = lambda i: (
+        f"process {i} ({hosts[i]}), "
+        + (f"silent for {now - signs[i].heard:.0f} s, last " if i in silent else "")
+        + where(signs[i])
+    )
+    fewest = min(sign.turn for sign in signs.values())
+    behind = silent or [i for i, sign in signs.items() if sign.turn == fewest]
     if len(behind) == len(signs) and not silent:
-        return (
-            [],
-            f"nobody: all {len(hosts)} processes are alive and {place(next(iter(signs.values())))}",
-        )
+        alive = f"all {len(hosts)} processes are alive and {where(next(iter(signs.values())))}"
+        return [], f"nobody: {alive}"
     return behind, "; ".join(words(i) for i in behind)
 
 
 class Watch:
-    """Around everything that processes do together. Of a process that is alone it wants nothing and
-    does nothing.
+    """A context manager around all work that processes do together. Does nothing in a
+    single-process run.
 
-    An exception that leaves it is published and ends the process at once, with exit code 2 (1 if it
-    has a traceback, or is of a file system that did not answer; LOST if the cause is another
-    process): an orderly end would wait for the others, who wait for this one.
+    An exception that leaves it is published and ends the process at once with the exit code of
+    imagen_jax/exit_codes.py, or with LOST if another process is the cause. An orderly exit would
+    wait for the other processes, and they wait for this one.
     """
 
     def __init__(self, lost_s: float, store: Any = None, end: Callable[[int], None] = os._exit):
-        """lost_s: as in `startup.start`; who is waited for is logged after half of it. store, end:
-        others are given by tests only.
+        """lost_s: as in `startup.start`; waiting is logged after half of it. store, end: replaced
+        in tests only.
         """
         self._hosts, self._place = startup.hosts(), startup.place()
         self._several = self._place is not None
@@ -104,21 +98,24 @@ class Watch:
         self._ended, self._leaving = threading.Event(), threading.Event()
 
     def at(self, step: int, doing: str) -> None:
-        """This process has done `step` steps and now begins `doing`. Cheap. All processes have to
-        call it in the same order.
+        """Notes that this process has done `step` steps and begins the activity `doing`.
+
+        It only assigns to attributes. All processes call it in the same order.
         """
-        self._now, self._since, self._patience = (
-            (self._now[0] + 1, step, doing),
-            time.monotonic(),
-            self._lost_s / 2,
-        )
+        turn = self._now[0] + 1
+        self._now, self._since = (turn, step, doing), time.monotonic()
+        self._patience = self._lost_s / 2
 
     def __enter__(self) -> "Watch":
         if self._several:
             self._store = startup.store() if self._store is None else self._store
-            _on_abort(self._last_words)
-            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-            self._thread.start()
+            _delay_abort()
+            targets = (self._run, self._attend) if self._index else (self._run,)
+            self._threads = [
+                threading.Thread(target=target, name="watch", daemon=True) for target in targets
+            ]
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -128,18 +125,43 @@ class Watch:
             self._leave(error)
         self.at(self._now[1], FINISHED)
         self._ended.set()
-        self._thread.join(self._interval)
+        with contextlib.suppress(RuntimeError):
+            self._store.key_value_set(f"{ENDED}{self._index}", "", allow_overwrite=True)
+        for thread in self._threads:
+            thread.join(self._interval)
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            with contextlib.suppress(
-                RuntimeError
-            ):  # the store is gone: jax is about to end this process
+            with contextlib.suppress(RuntimeError):  # the store is gone, see `_attend`
                 self._tell()
                 self._look()
             self._ended.wait(self._interval)
         with contextlib.suppress(RuntimeError):
             self._tell()
+
+    def _attend(self) -> None:
+        """Ends this process when process 0 disappears.
+
+        jax then aborts every other process within milliseconds. A request that waits at process 0
+        fails at that moment, and `_delay_abort` leaves time to say why. If process 0's host does
+        not even refuse connections, it is given up after `lost_s`.
+        """
+        reached = time.monotonic()
+        while not self._ended.is_set():
+            try:
+                self._store.blocking_key_value_get(f"{ENDED}{self._index}", REQUEST_MS)
+                return
+            except RuntimeError:  # process 0 is gone, or REQUEST_MS are over
+                error = _connection_error(self._place.host, self._place.port)
+            if error is None:
+                reached = time.monotonic()
+            gone = isinstance(error, ConnectionRefusedError)
+            gone |= time.monotonic() - reached > self._lost_s
+            if gone and self._leaving.is_set():
+                time.sleep(1.0)  # `_leave` ends this process, unless its request to process 0 hangs
+            if gone and not self._ended.is_set():
+                others = [text for i, text in self._failures.items() if i != self._index]
+                self._die(LOST, others[0] if others else self._lost_leader())
 
     def _tell(self) -> None:
         self._beat += 1
@@ -148,8 +170,8 @@ class Watch:
         self._store.key_value_set(f"{SIGNS}{self._index}", json.dumps(sign), allow_overwrite=True)
 
     def _look(self) -> None:
-        """Whether another process has failed, and, if this one has been getting no further for a
-        while, who is behind.
+        """Ends this process if another one failed or is lost; logs who is behind if this process
+        has made no progress for a while.
         """
         self._failures = {
             int(key.rpartition("/")[2]): text
@@ -157,7 +179,7 @@ class Watch:
         }
         others = {i: text for i, text in self._failures.items() if i != self._index}
         if others and not self._leaving.is_set():
-            # It may have the same reason to fail, and be about to say so itself.
+            # This process may be about to fail for the same reason, and to say so itself.
             self._leaving.wait(3 * self._interval)
         if others and not self._leaving.is_set() and not self._ended.is_set():
             self._finish(LOST, others[min(others)], others[min(others)])
@@ -166,73 +188,72 @@ class Watch:
             self._signs = {}
             return
         self._listen()
+        # Signs are read from `lost_s / 6` on, so a process is given up after about `lost_s`.
+        reason = self._lost(self._lost_s * 5 / 6)
+        if reason and not self._leaving.is_set() and not self._ended.is_set():
+            self._finish(LOST, reason, reason)
         if waiting >= self._patience:
             self._patience *= 2
             _, step, doing = self._now
             behind, words = verdict(self._signs, self._hosts, time.monotonic(), self._lost_s / 4)
-            words = (
-                "the others wait for this process"
-                if self._index in behind
-                else f"waiting for {words}"
-            )
+            mine = self._index in behind
+            words = "the others wait for this process" if mine else f"waiting for {words}"
             log.warning("step %d, %s for %.0f s, %s", step, doing, waiting, words)
 
     def _listen(self) -> None:
+        """Reads the signs of all processes."""
         now, before, signs = time.monotonic(), self._signs, {}
-        told = {
+        published = {
             int(key.rpartition("/")[2]): json.loads(text)
             for key, text in self._store.key_value_dir_get(SIGNS)
         }
         for i in range(len(self._hosts)):
-            sign = told.get(i, {"step": 0, "doing": "starting", "turn": 0, "beat": 0})
-            signs[i] = Sign(
-                **sign,
-                heard=before[i].heard if i in before and before[i].beat == sign["beat"] else now,
-            )
+            sign = published.get(i, {"step": 0, "doing": "starting", "turn": 0, "beat": 0})
+            unchanged = i in before and before[i].beat == sign["beat"]
+            signs[i] = Sign(**sign, heard=before[i].heard if unchanged else now)
         self._signs = signs
 
     def _leave(self, error: BaseException) -> None:
-        """Says why this process ends, here and to the others, and ends it."""
+        """Publishes why this process fails, and ends it."""
         import jax
 
         self._leaving.set()
         line = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, jax.errors.JaxRuntimeError):
-            reason = (
-                self._fault_of_another()
-            )  # a collective operation fails when another process goes away
+            # A collective operation fails when another process disappears.
+            reason = self._fault_of_another()
             if reason:
                 log.warning("%s", line)
                 return self._finish(LOST, reason, reason)
-        foreseen = isinstance(error, FORESEEN)
-        if not foreseen or os.environ.get("IMAGEN_JAX_TRACEBACK"):
+        expected = isinstance(error, exit_codes.EXPECTED)
+        if not expected or os.environ.get("IMAGEN_JAX_TRACEBACK"):
             traceback.print_exception(error)
-        self._finish(
-            2 if foreseen and not is_away(error) else 1,
-            line,
-            f"process {self._index} ({self._hosts[self._index]}) failed: {line}",
-        )
+        host = self._hosts[self._index]
+        self._finish(exit_codes.of(error), line, f"process {self._index} ({host}) failed: {line}")
 
     def _fault_of_another(self) -> str:
-        """What another process did that makes an operation fail here, "" if there is no such thing;
-        takes up to a third of `lost_s`.
+        """The failure or loss of another process that makes an operation fail here; "" if there is
+        none. Waits for up to a third of `lost_s`.
         """
         until = time.monotonic() + self._lost_s / 3
         while time.monotonic() < until:
             others = [text for i, text in self._failures.items() if i != self._index]
             reason = others[0] if others else self._lost(self._lost_s / 6)
+            if not reason and self._index:
+                error = _connection_error(self._place.host, self._place.port)
+                reason = self._lost_leader() if error else ""
             if reason:
                 return reason
             time.sleep(self._interval / 2)
         return ""
 
-    def _finish(self, code: int, line: str, told: str) -> None:
-        """Tells the other processes why this one ends and waits, if it is the one that keeps the
-        store, until they know; then ends it.
+    def _finish(self, code: int, line: str, published: str) -> None:
+        """Publishes why this process ends, and ends it. Process 0, which keeps the store, first
+        waits until the others have read it.
         """
         end = time.monotonic() + 6 * self._interval
         with contextlib.suppress(RuntimeError):
-            self._store.key_value_set(f"{FAILURES}{self._index}", told, allow_overwrite=True)
+            self._store.key_value_set(f"{FAILURES}{self._index}", published, allow_overwrite=True)
             while (
                 self._index == 0
                 and len(self._store.key_value_dir_get(FAILURES)) < len(self._hosts)
@@ -242,48 +263,36 @@ class Watch:
         self._die(code, line)
 
     def _lost(self, silent_s: float) -> str:
-        """Names the processes that are silent, or process 0 if it cannot be reached; "" if all are
-        there.
-        """
+        """Names the processes that are silent; "" if none is."""
         now = time.monotonic()
         signs = {i: sign for i, sign in self._signs.items() if i != self._index}
         if any(now - sign.heard >= silent_s and sign.doing != FINISHED for sign in signs.values()):
             return f"lost {verdict(signs, self._hosts, now, silent_s)[1]}; {AGAIN}"
-        if self._index and not _reachable(self._place.host, self._place.port):
-            return f"lost process 0 ({self._hosts[0]}), to which all others are connected; {AGAIN}"
         return ""
 
-    def _last_words(self) -> None:
-        """Called when jax ends this process, which it does from C++ when it has given up another
-        one or process 0 is gone.
-        """
-        failures = [text for i, text in self._failures.items() if i != self._index]
-        reason = failures[0] if failures else self._lost(self._lost_s / 4)
-        if reason and not self._ended.is_set():
-            self._die(LOST, reason)
+    def _lost_leader(self) -> str:
+        return f"lost process 0 ({self._hosts[0]}), which all others are connected to; {AGAIN}"
 
     def _die(self, code: int, line: str) -> None:
         os.write(2, f"error: {line}\n".encode())
         self._end(code)
 
 
-def _reachable(host: str, port: int) -> bool:
+def _connection_error(host: str, port: int) -> OSError | None:
+    """Why no connection can be made; None if one can."""
     try:
         socket.create_connection((host, port), timeout=2).close()
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        return error
+    return None
 
 
-_handlers: list[Any] = []  # kept: C has only their address
+def _delay_abort() -> None:
+    """Makes abort() wait for six seconds, in which `_attend` can name the process that is lost.
 
-
-def _on_abort(say: Callable[[], None]) -> None:
-    """Calls `say` when this process is aborted. Python's own handlers run between two bytecodes,
-    too late for abort(); libc's run at once.
+    No Python may run in a handler of SIGABRT. The handler is libc's sleep itself, which POSIX
+    allows in a handler; its argument is the number of the signal, 6. Then the abort goes on.
     """
     libc = ctypes.CDLL(None)
-    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
-    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, kind], ctypes.c_void_p
-    _handlers.append(kind(lambda number: say()))
-    libc.signal(signal.SIGABRT, _handlers[-1])
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))

@@ -1,7 +1,7 @@
-"""One set of parameters on fixed rows with fixed noise: errors and samples, each computed once.
+"""Errors and samples of one set of parameters on fixed rows with fixed noise, each computed once.
 
-Measures read from an `Evaluation`. Everything that is compared saw the same rows, noise levels and
-noise, so differences are paired.
+Measures read an `Evaluation`. All compared values come from the same rows, noise levels and noise,
+so differences are paired.
 """
 
 import dataclasses
@@ -30,19 +30,19 @@ ErrorFn = Callable[[Stage, Params, Batch, Mapping[str, Array], Array], Array]
 def training_loss(
     stage: Stage, params: Params, batch: Batch, draws: Mapping[str, Array], logsnr: Array
 ) -> Float[Array, "b"]:
-    """The loss the stage trains on; its noise level is in `draws`, so for `TrainingBins` only."""
+    """The training loss of the stage. Its noise level is in `draws`: use `TrainingBins` only."""
     return stage.per_sample_loss(params, batch, draws)
 
 
 def x_hat_error(
     stage: Stage, params: Params, batch: Batch, draws: Mapping[str, Array], logsnr: Array
 ) -> Float[Array, "b"]:
-    """The squared error of x-hat, whatever the network outputs (see `Stage.x_error`)."""
+    """The squared error of x-hat, for any prediction of the network (see `Stage.x_error`)."""
     return stage.x_error(params, batch, draws, logsnr)
 
 
 class Probe:
-    """What a stage computes for given parameters and rows; rows are spread over all devices.
+    """Errors and samples of a stage for any parameters and rows; rows are split over all devices.
 
     Its functions are compiled once for all checkpoints of a config.
     """
@@ -72,13 +72,13 @@ class Probe:
         with Progress(label, -(-n // size) * k) as progress:
             for part_number, (start, stop, part) in enumerate(self._parts(rows, size)):
                 for i in range(k):
-                    found = np.asarray(compute(params, part, split, i, clean))
-                    out[start:stop, i] = found[: stop - start]
+                    values = np.asarray(compute(params, part, split, i, clean))
+                    out[start:stop, i] = values[: stop - start]
                     progress.update(part_number * k + i + 1)
         return out
 
     def samples(self, params: Params, rows: Rows, label: str) -> UInt8[np.ndarray, "n s s 3"]:
-        """An image for each row, from the row's own noise, whatever its caption."""
+        """One image for each row. Its noise depends on the row, not on its caption."""
         size, out = self._batch_size(rows), []
         with Progress(label, len(rows)) as progress:
             for start, stop, part in self._parts(rows, size):
@@ -88,7 +88,10 @@ class Probe:
         return np.concatenate(out)
 
     def _batch_size(self, rows: Rows) -> int:
-        """`batch_size`, or fewer whole images where the stage trains on crops: as many pixels."""
+        """`batch_size` images of the training size, or whole images with the same number of pixels.
+
+        A multiple of the number of devices.
+        """
         pixels = self.settings.batch_size * self.stage.train_size**2
         size = min(max(1, pixels // rows.batch["image"].shape[1] ** 2), len(rows))
         return size + -size % self._mesh.size
@@ -107,7 +110,7 @@ class Probe:
             yield start, min(start + size, n), place_batch(part, self._mesh)
 
     def _row_keys(self, purpose: int, split: Array, index: Int[Array, "b"]) -> Key[Array, "b"]:
-        """One key a row, a function of the seed, the split and the row's number in it."""
+        """One key for each row, a function of the seed, the split and the row's number."""
         key = jax.random.fold_in(random_key(self.settings.seed), purpose)
         key = jax.random.fold_in(key, split)
         return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
@@ -122,9 +125,9 @@ class Probe:
         i: Array,
         clean: Array,
     ) -> Float[Array, "b"]:
-        """`error` with noise levels in bin i and text always kept.
+        """`error` of each row with a noise level in bin i and with its text.
 
-        Everything else is drawn as in training, but for each row from its own key.
+        All other random numbers are distributed as in training, and come from the row's own key.
         """
         keys = self._row_keys(0, split, part["index"])
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
@@ -144,16 +147,18 @@ class Probe:
 class Evaluation:
     """One set of parameters on the rows of `data`.
 
-    texts: the captions that samples are drawn from. bins: of the training noise, as many as the
-    settings say.
+    bins: of the training noise; their number is in the settings.
     """
 
     def __init__(self, probe: Probe, data: Data, params: Params):
         self.probe, self.data, self.stage = probe, data, probe.stage
-        self.texts = TEXTS if probe.stage.text_dim else TEXTS[:1]
         self.bins = TrainingBins(probe.stage.density, probe.settings.bins)
         self._params = probe.place(params)
-        self._known: dict[Hashable, Any] = {}
+        self._computed: dict[Hashable, Any] = {}
+
+    def texts(self, split: str) -> tuple[str, ...]:
+        """The captions that samples of a split are drawn from: right, shuffled or null."""
+        return self.data.texts(split) if self.stage.text_dim else TEXTS[:1]
 
     def errors(
         self,
@@ -183,10 +188,10 @@ class Evaluation:
             label += ", clean low-res" * (level == "clean")
             return self.probe.errors(error, self._params, shown, bins, level == "clean", label)
 
-        return once(self._known, (error, bins, split, whole, text, lowres, level), compute)
+        return once(self._computed, (error, bins, split, whole, text, lowres, level), compute)
 
     def sampled(self, split: str, text: str) -> Rows:
-        """The rows that `samples` are drawn for, with the condition they are drawn under."""
+        """The rows of `samples`, with the text and low-res images that they are drawn from."""
         rows = self.data.wholes(split)
         batch = conditioned(rows, text, "right")
         if self.probe.settings.lowres_from:
@@ -194,20 +199,21 @@ class Evaluation:
         return dataclasses.replace(rows, batch=batch)
 
     def samples(self, split: str, text: str = "right") -> UInt8[np.ndarray, "n s s 3"]:
-        """Samples from right, shuffled or null text, and the true (or given) low-res images."""
+        """Samples from this text and the true low-res images, or those of `lowres_from`."""
         label = f"samples, {split}, {text} text"
         draw = lambda: self.probe.samples(self._params, self.sampled(split, text), label)
-        return once(self._known, ("samples", split, text), draw)
+        return once(self._computed, ("samples", split, text), draw)
 
     def distances(self) -> Mapping[tuple[str, str], Float[np.ndarray, "n m"]]:
-        """{(split, text): distances of its samples to all images}, in one pass over the images."""
+        """{(split, text): distances of its samples to all images}, in one pass over the gallery."""
 
         def compute():
-            wanted = [(split, text) for split in self.data.counts for text in self.texts]
-            drawn = {place: self.samples(*place) for place in wanted}
+            splits = self.data.counts
+            pairs = [(split, text) for split in splits for text in self.texts(split)]
+            drawn = {pair: self.samples(*pair) for pair in pairs}
             stacked = np.concatenate(list(drawn.values()))
             columns = [nearest.distances(stacked, chunk) for chunk in self.data.gallery()]
             ends = np.cumsum([len(samples) for samples in drawn.values()])[:-1]
             return dict(zip(drawn, np.split(np.concatenate(columns, axis=1), ends)))
 
-        return once(self._known, "distances", compute)
+        return once(self._computed, "distances", compute)

@@ -1,9 +1,7 @@
-"""Whether a sample is nearer to the image its caption belongs to than to the other images of the
-data set.
+"""The rank of the captioned image among all images of the data set, by distance to its sample.
 
-The distance is the root mean square difference of pixel values in [0, 255] at the samples' own
-size. There is no learned feature in it, so it can be stated in a line and does not move with a
-library.
+The distance is the root mean square difference of pixel values in [0, 255] at the samples' size. It
+uses no learned features, so it does not depend on the version of a feature network.
 """
 
 from typing import Any
@@ -19,8 +17,9 @@ COLUMNS = 4096  # pixel values converted to float64 at once
 def distances(
     samples: UInt8[np.ndarray, "n s s 3"], gallery: UInt8[np.ndarray, "m s s 3"]
 ) -> Float[np.ndarray, "n m"]:
-    """Root mean square difference in [0, 255] of every sample to every image. Sums are exact, so
-    equal images have equal distances.
+    """Root mean square difference in [0, 255] of every sample from every image.
+
+    Sums are exact, so equal images have equal distances.
     """
     a, b = samples.reshape(len(samples), -1), gallery.reshape(len(gallery), -1)
     squares = np.zeros((len(a), len(b)))
@@ -31,8 +30,10 @@ def distances(
 
 
 def score(distance: Float[np.ndarray, "n m"], wanted: Int[np.ndarray, " n"]) -> dict[str, Any]:
-    """{"top1", "top5": proportions with intervals, "n", "gallery": m, "median_rank", "distance": to
-    the right image} of a distance matrix.
+    """{"top1", "top5", "n", "gallery", "median_rank", "distance"} of a distance matrix.
+
+    wanted: the column of each sample's own image. "top1" and "top5" are proportions with intervals,
+    "gallery" is m, and "distance" is that to the own image.
     """
     rank = ranks(distance, wanted)
     top = {f"top{k}": proportion(int((rank <= k).sum()), len(rank)) for k in (1, 5)}
@@ -48,8 +49,9 @@ def score(distance: Float[np.ndarray, "n m"], wanted: Int[np.ndarray, " n"]) -> 
 def ranks(
     distance: Float[np.ndarray, "n m"], wanted: Int[np.ndarray, " n"]
 ) -> Int[np.ndarray, " n"]:
-    """1 for the nearest. Ties count against the sample, so images that equal the right one make its
-    rank worse, never better.
+    """The rank of each sample's own image, 1 for the nearest.
+
+    Ties count against the sample: images equal to its own make the rank worse, never better.
     """
     own = distance[np.arange(len(wanted)), wanted]
     return (distance <= own[:, None]).sum(axis=1)

@@ -1,4 +1,4 @@
-"""Bins of noise levels: where each lies, how a noise level is drawn in it, and numbers by bin.
+"""Bins of noise levels: their edges, how a noise level is drawn in a bin, and numbers by bin.
 
 `TrainingBins` are drawn equally often in training, so they depend on its noise density.
 `LogsnrBins` are fixed intervals of log-SNR, the same for every recipe. Every row has one value in
@@ -39,8 +39,8 @@ class Bins(Protocol):
 class TrainingBins:
     """Intervals that training draws equally often; "overall" of a loss estimates the training loss.
 
-    density: of the training noise; where time is uniform, the bins are equal intervals of t and
-    results say which. count: the number of bins.
+    density: of the training noise. If time is uniform, the bins are equal intervals of t, which
+    results then contain. count: the number of bins.
     """
 
     density: Density
@@ -67,7 +67,8 @@ class TrainingBins:
 class LogsnrBins:
     """Fixed intervals of log-SNR between k + 1 `edges`; log-SNR is uniform within each.
 
-    "overall" is the unweighted mean over the bins: over log-SNR, if they are of equal width.
+    "overall" is the unweighted mean over the bins, which is a mean over log-SNR if their widths are
+    equal.
     """
 
     edges: tuple[float, ...]
@@ -78,7 +79,7 @@ class LogsnrBins:
     def noise_level(self, draws: Draws, i: Any) -> tuple[dict[str, Array], Float[Array, "b"]]:
         edges = jnp.asarray(self.edges, jnp.float32)
         logsnr = edges[i] + (edges[i + 1] - edges[i]) * draws[LEVEL]
-        # Without the draw that this log-SNR does not follow from.
+        # The draw of training is removed: this log-SNR does not follow from it.
         return {name: value for name, value in draws.items() if name != LEVEL}, logsnr
 
     def by_bin(
@@ -113,7 +114,7 @@ def by_bin(
         )
     bins = []
     for i in range(k):
-        place = {"t": list(t[i : i + 2])} if t is not None else {}
-        place |= {"logsnr": edges[i : i + 2], "logsnr_centre": float(centres[i])}
-        bins.append(place | describe(values[:, i]))
+        interval = {"t": list(t[i : i + 2])} if t is not None else {}
+        interval |= {"logsnr": edges[i : i + 2], "logsnr_centre": float(centres[i])}
+        bins.append(interval | describe(values[:, i]))
     return {"overall": describe(values.mean(axis=1)), "bins": bins}

@@ -1,4 +1,4 @@
-"""An evaluation for people: numbers with their errors as text, a table of lines, and curves."""
+"""An evaluation as text and curves: numbers with their errors, a table of lines, a plot."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,27 +9,27 @@ Result = Mapping[str, Any]
 
 
 def table(lines: Iterable[tuple[str, str]]) -> str:
-    """(label, text) lines with the texts below each other."""
+    """(label, text) lines with aligned texts."""
     lines = list(lines)
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
 
-def mean(found: Result) -> str:
+def mean(result: Result) -> str:
     """A mean +- one standard error."""
-    return f"{_value(found['mean'])} +- {_value(found['se'])}"
+    return f"{_value(result['mean'])} +- {_value(result['se'])}"
 
 
-def difference(found: Result) -> str:
+def difference(result: Result) -> str:
     """A paired difference +- one standard error, and its size in standard errors."""
-    ratio = found["ratio"]
-    return mean(found) + ("" if ratio is None else f" ({ratio:.1f} standard errors)")
+    ratio = result["ratio"]
+    return mean(result) + ("" if ratio is None else f" ({ratio:.1f} standard errors)")
 
 
-def proportions(found: Result) -> str:
-    """The shares of a result's "top1" and "top5", in percent with 95 % intervals."""
+def proportions(result: Result) -> str:
+    """A result's "top1" and "top5" in percent with 95 % intervals."""
     percent = lambda p: f"{100 * p['rate']:.1f} % [{100 * p['low']:.1f}, {100 * p['high']:.1f}]"
-    return ", ".join(f"top-{k} {percent(found[f'top{k}'])}" for k in (1, 5))
+    return ", ".join(f"top-{k} {percent(result[f'top{k}'])}" for k in (1, 5))
 
 
 def _value(x: float | None) -> str:

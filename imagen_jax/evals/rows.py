@@ -1,6 +1,7 @@
-"""The rows an evaluation uses: their images, captions and low-res images, right or controlled.
+"""The rows of an evaluation: images, captions and low-res images, right, shuffled or null.
 
-Rows depend on the data and the seed alone, so all checkpoints and arms are measured on the same.
+Rows depend on the data and the seed alone, so all checkpoints and arms are measured on the same
+rows.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from imagen_jax import schema
 from imagen_jax.data import pipeline
 from imagen_jax.data.records import SPLITS, Prepared
 from imagen_jax.diffusion import conditioning
@@ -24,21 +26,21 @@ from imagen_jax.storage import sha256_file
 CONTROLS = ("shuffled", "null")  # another row's caption or low-res image; none at all
 TEXTS = ("right", *CONTROLS)
 LEVELS = ("drawn", "clean")  # noise of the low-res image: as in training, or none
-GREY = 128  # the null low-res image: grey, mid of 0..255
+GREY = 128  # the null low-res image: grey, the middle of 0..255
 KEPT_GALLERY_BYTES = 2**30  # a gallery of at most this size stays in memory between checkpoints
 _CHUNK = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What an evaluation is asked for. Raises ValueError for a number less than 1.
+    """The settings of an evaluation. Raises ValueError for a number less than 1 and a wrong seed.
 
     rows: images of each split that errors are taken of.
     samples: images of each split that samples are drawn for.
     gallery: the most images that samples are compared with.
     bins: of noise level, drawn equally often in training, that losses are taken in.
     batch_size: images computed at once, of the size the stage trains on.
-    seed: of rows, noise and shuffling.
+    seed: of rows, noise and shuffling, in [0, 2^32).
     sampling: settings as `Stage.sample` takes them.
     lowres_from: a samples.npz of the stage before, used instead of true low-res images.
     """
@@ -56,6 +58,7 @@ class Settings:
         for name in ("rows", "samples", "gallery", "bins", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} is less than 1")
+        schema.check_seed(self.seed, "--seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +74,29 @@ class Rows:
 
     @property
     def other(self) -> Int[np.ndarray, " n"]:
-        """For each row, the row that gives it a shuffled caption and low-res image.
+        """For each row, the row that its shuffled caption and low-res image come from.
 
         Raises ValueError if one caption has more than half of the rows.
         """
         return statistics.derangement(self.batch["caption_id"], self.seed)
 
+    @property
+    def unshufflable(self) -> str:
+        """Why these rows have no shuffled control; "" if they have one."""
+        return statistics.no_derangement(self.batch["caption_id"])
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The entries of CONTROLS that these rows allow."""
+        return CONTROLS[1:] if self.unshufflable else CONTROLS
+
 
 class Data:
-    """The rows an evaluation uses, read once for all checkpoints."""
+    """The rows of an evaluation, read once for all checkpoints.
+
+    counts: images of each split that has any. heldout: the split of held-out rows, which is train
+    if the data have none.
+    """
 
     def __init__(self, data_cfg: Mapping[str, Any], settings: Settings):
         self.prepared = Prepared(data_cfg["path"])
@@ -96,19 +113,32 @@ class Data:
         return once(self._kept, ("crops", split), make)
 
     def uncropped(self, split: str) -> Rows:
-        """The same rows, whole: for comparisons with other ways to make whole images."""
+        """The rows of `crops` as whole images, for comparisons with other ways to make those."""
         if not self._crops["crop_size"]:
             return self.crops(split)
         make = lambda: self._read(self._wholes, split, self._choose(split, self._settings.rows))
         return once(self._kept, ("uncropped", split), make)
 
     def wholes(self, split: str) -> Rows:
-        """Rows of whole images: for samples. Those of `lowres_from`, if given."""
+        """Rows of whole images, for samples: those of `lowres_from`, if given."""
         if self._settings.lowres_from:
             index = self.generated[f"{split}_index"]
         else:
             index = self._choose(split, self._settings.samples)
         return once(self._kept, ("wholes", split), lambda: self._read(self._wholes, split, index))
+
+    def texts(self, split: str) -> tuple[str, ...]:
+        """The entries of TEXTS that samples of a split can be drawn from."""
+        names = ("right", *self.wholes(split).controls)
+        if not self._settings.lowres_from:
+            return names
+        return tuple(name for name in names if f"{split}_{name}" in self.generated)
+
+    def no_shuffled_text(self, split: str) -> str:
+        """Why samples of a split cannot be drawn from shuffled text; "" if they can."""
+        if "shuffled" in self.texts(split):
+            return ""
+        return self.wholes(split).unshufflable or f"{self._settings.lowres_from} has none"
 
     @functools.cached_property
     def generated(self) -> Mapping[str, np.ndarray]:
@@ -123,7 +153,8 @@ class Data:
                 content = {name: file[name] for name in file.files}
         except (ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not a samples.npz of evaluate: {error}") from error
-        parts = {f"{split}_{part}" for split in self.counts for part in ("index", *TEXTS)}
+        needed = ("index", *(text for text in TEXTS if text != "shuffled"))
+        parts = {f"{split}_{part}" for split in self.counts for part in needed}
         missing = sorted({"manifest_hash", "seed", *parts} - content.keys())
         if missing:
             raise ValueError(
@@ -135,10 +166,10 @@ class Data:
                 f"{path} does not hold samples drawn by evaluate with this data"
                 f" and --seed {self._settings.seed}"
             )
-        found = content[f"{self.heldout}_right"].shape[1]
-        if found != size:
+        drawn = content[f"{self.heldout}_right"].shape[1]
+        if drawn != size:
             raise ValueError(
-                f"{path} holds images of {found} pixels; this stage's low-res images have {size}"
+                f"{path} holds images of {drawn} pixels; this stage's low-res images have {size}"
             )
         return content
 
@@ -148,14 +179,13 @@ class Data:
         if not self._settings.lowres_from:
             return None
         names = ("checkpoint_sha256", "sampling")
-        said = {name: str(self.generated[name]) for name in names if name in self.generated}
-        return {"sha256": sha256_file(Path(self._settings.lowres_from))} | said
+        recorded = {name: str(self.generated[name]) for name in names if name in self.generated}
+        return {"sha256": sha256_file(Path(self._settings.lowres_from))} | recorded
 
     @functools.cached_property
     def gallery_rows(self) -> dict[str, Int[np.ndarray, " k"]]:
-        """The rows of each split that samples are compared with.
-
-        All rows, or the sampled ones and others chosen by the seed.
+        """The rows of each split that samples are compared with: all of them, or the sampled ones
+        and others that the seed chooses.
         """
         total = sum(self.counts.values())
         if total <= self._settings.gallery:
@@ -167,10 +197,7 @@ class Data:
         return rows
 
     def gallery(self) -> Iterator[UInt8[np.ndarray, "k s s 3"]]:
-        """The images of `gallery_rows` at the stage's size, in chunks.
-
-        Their order is that of `gallery_row`.
-        """
+        """The images of `gallery_rows` at the stage's size, in chunks, in that order."""
         size, done = self._wholes["image_size"], 0
         total = sum(map(len, self.gallery_rows.values()))
         keep = total * size * size * 3 <= KEPT_GALLERY_BYTES
@@ -185,26 +212,23 @@ class Data:
                     progress.update(done)
 
     def gallery_row(self, split: str, index: Any) -> Any:
-        """The place in the gallery of row(s) `index` of a split."""
+        """The position in the gallery of row(s) `index` of a split."""
         first = next(iter(self.counts))
         before = 0 if split == first else len(self.gallery_rows[first])
         return np.searchsorted(self.gallery_rows[split], index) + before
 
-    def gallery_images(self, places: Int[np.ndarray, " n"]) -> list[UInt8[np.ndarray, "s s 3"]]:
-        """The images at some places of the gallery."""
+    def gallery_images(self, positions: Int[np.ndarray, " n"]) -> list[UInt8[np.ndarray, "s s 3"]]:
+        """The images at these positions of the gallery."""
         rows = [(split, row) for split, rows in self.gallery_rows.items() for row in rows.tolist()]
-        wanted = [rows[place] for place in places]
-        return [pipeline.eval_images(self._wholes, [row], split)[0] for split, row in wanted]
+        chosen = [rows[position] for position in positions]
+        return [pipeline.eval_images(self._wholes, [row], split)[0] for split, row in chosen]
 
     def caption(self, caption_id: int) -> str:
         """A caption's text."""
         return self.prepared.captions()[caption_id].text
 
     def _choose(self, split: str, count: int) -> np.ndarray:
-        """Random rows that depend on the seed alone.
-
-        A smaller count takes a part of the rows of a larger one.
-        """
+        """Random rows that depend on the seed alone. A smaller count takes a subset of a larger."""
         rng = np.random.default_rng([self._settings.seed, SPLITS.index(split)])
         return np.sort(rng.permutation(self.counts[split])[:count])
 
@@ -214,16 +238,13 @@ class Data:
 
 
 def conditioned(rows: Rows, text: str, lowres: str) -> Mapping[str, np.ndarray]:
-    """The batch of `rows` with its text and low-res image right, shuffled or null.
-
-    Shuffled: those of row `other`.
-    """
+    """The batch of `rows` with right, shuffled (those of row `other`) or null text and low-res."""
     batch, changed = rows.batch, {}
     if text == "shuffled":
         changed |= {name: batch[name][rows.other] for name in ("text", "text_mask")}
     if text == "null":
-        given = {name: jnp.asarray(batch[name]) for name in ("text", "text_mask")}
-        null = conditioning.null_text(given)
+        cond = {name: jnp.asarray(batch[name]) for name in ("text", "text_mask")}
+        null = conditioning.null_text(cond)
         changed |= {name: np.asarray(value) for name, value in null.items()}
     if lowres == "shuffled":
         changed["lowres"] = batch["lowres"][rows.other]
@@ -233,7 +254,7 @@ def conditioned(rows: Rows, text: str, lowres: str) -> Mapping[str, np.ndarray]:
 
 
 def once(kept: dict[Hashable, Any], key: Hashable, make: Callable[[], Any]) -> Any:
-    """kept[key], made if it is not there."""
+    """kept[key], made first if it is missing."""
     if key not in kept:
         kept[key] = make()
     return kept[key]

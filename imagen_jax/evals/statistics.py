@@ -1,7 +1,7 @@
-"""Means with their uncertainty, and the permutation that controls are made with.
+"""Means with their uncertainty, and the permutation of the "shuffled" controls.
 
-A number that cannot be stated (the standard error of one value, the mean of a NaN) is None, so that
-every result is valid JSON.
+An undefined number (the standard error of one value, the mean of a NaN) is None, so that every
+result is valid JSON.
 """
 
 import math
@@ -14,8 +14,9 @@ Z95 = 1.959964  # two-sided 95 % of the normal distribution
 
 
 def summary(values: Float[np.ndarray, " n"]) -> dict[str, Any]:
-    """{"mean", "se", "n"}: se is the sample's standard deviation (n - 1) over sqrt(n). The values
-    must be independent: one an image.
+    """{"mean", "se", "n"} of independent values, one an image.
+
+    "se" is the sample's standard deviation (n - 1) over sqrt(n). Raises ValueError for no values.
     """
     values = np.asarray(values, np.float64)
     n = len(values)
@@ -26,8 +27,9 @@ def summary(values: Float[np.ndarray, " n"]) -> dict[str, Any]:
 
 
 def difference(values: Float[np.ndarray, " n"]) -> dict[str, Any]:
-    """`summary` of paired differences with "ratio", the mean in standard errors: beyond 3 it is no
-    accident.
+    """`summary` of paired differences, with "ratio": the mean in standard errors.
+
+    A ratio above 3 is significant.
     """
     out = summary(values)
     out["ratio"] = (
@@ -43,8 +45,9 @@ def proportion(hits: int, n: int) -> dict[str, Any]:
 
 
 def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927), right also near 0 and 1, where the
-    normal one has no width.
+    """Wilson's score interval of a proportion (Wilson 1927).
+
+    It holds near 0 and 1 too, where the normal interval has no width.
     """
     if not 0 <= hits <= n or n == 0:
         raise ValueError(f"{hits} hits of {n} are not a proportion")
@@ -55,28 +58,35 @@ def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
 
 
 def derangement(labels: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"]:
-    """A random permutation that gives every row a row with another label: what a "shuffled" control
-    uses.
+    """A random permutation that maps every row to a row with another label.
 
-    Rows sorted by label, labels and rows within one in random order, are rotated by the size of the
-    largest group. Raises ValueError if one label has more than half of the rows.
+    Rows sorted by label, with labels and the rows of a label in random order, are rotated by the
+    size of the largest group. Raises ValueError if there is none (see `no_derangement`).
     """
+    if reason := no_derangement(labels):
+        raise ValueError(reason)
     n = len(labels)
     _, groups, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    if n < 2 or 2 * sizes.max() > n:
-        raise ValueError(
-            f"{n} rows cannot be shuffled: every row needs another caption, and one caption has"
-            f" {sizes.max() if n else 0} rows"
-        )
     rng = np.random.default_rng(seed)
-    place = rng.permutation(len(sizes))
-    order = np.lexsort((rng.random(n), place[groups]))
+    rank = rng.permutation(len(sizes))
+    order = np.lexsort((rng.random(n), rank[groups]))
     other = np.empty(n, np.int64)
     other[order] = np.roll(order, -sizes.max())
     return other
 
 
+def no_derangement(labels: Int[np.ndarray, " n"]) -> str:
+    """Why no permutation gives every row another label; "" if there is one."""
+    n, largest = len(labels), max(np.unique(labels, return_counts=True)[1], default=0)
+    if n >= 2 and 2 * largest <= n:
+        return ""
+    return (
+        f"{n} rows cannot be shuffled: every row needs another caption, and one caption has"
+        f" {largest} rows"
+    )
+
+
 def number(value: Any) -> float | None:
-    """A float JSON can hold, or None."""
+    """A finite float; None for any other number."""
     value = float(value)
     return value if math.isfinite(value) else None

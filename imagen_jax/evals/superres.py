@@ -1,6 +1,4 @@
-"""What a super-resolution stage is held against: bicubic up-sampling, its own input, and the detail
-of other images.
-"""
+"""Comparisons of super-resolution: with bicubic up-sampling, with its own input, and of detail."""
 
 import math
 from typing import Any
@@ -16,7 +14,7 @@ PEAK = 255.0
 
 
 def bicubic(lowres: UInt8[np.ndarray, "n r r 3"], size: int) -> UInt8[np.ndarray, "n s s 3"]:
-    """Up-sampled to `size` pixels square with PIL's bicubic filter (a = -0.5)."""
+    """Images up-sampled to `size` pixels with PIL's bicubic filter (a = -0.5)."""
     return np.stack(
         [
             np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
@@ -40,11 +38,11 @@ def mean_square(
 def consistency(
     shrunk: UInt8[np.ndarray, "n r r 3"], lowres: UInt8[np.ndarray, "n r r 3"]
 ) -> dict[str, Any]:
-    """How far samples, shrunk with the filter that made the data's low-res images, are from the
-    low-res images they were drawn from.
+    """The distance of down-sampled samples from the low-res images that they were drawn from.
 
-    {"mae": in 0-255, "psnr": in dB, from the mean squared error over all images; None if there is
-    none}.
+    shrunk: samples down-sampled with the filter that made the data's low-res images. Returns
+    {"mae": in 0-255, "psnr": in dB, from the mean squared error over all images}; "psnr" is None if
+    the error is 0.
     """
     error = np.array(
         [np.mean(np.abs(x.astype(np.float64) - y)) for x, y in zip(shrunk, lowres, strict=True)]
@@ -61,8 +59,9 @@ def residual_correlations(
     images: UInt8[np.ndarray, "n s s 3"],
     upsampled: UInt8[np.ndarray, "n s s 3"],
 ) -> Float[np.ndarray, "n n"]:
-    """Correlation of the detail that sample i adds to its up-sampled input with the detail that
-    image j has beyond its own.
+    """The correlation of the detail of sample i with that of image j.
+
+    Detail is the difference from the up-sampled low-res image.
     """
     return _residuals(samples, upsampled) @ _residuals(images, upsampled).T
 
@@ -70,16 +69,18 @@ def residual_correlations(
 def _residuals(
     images: UInt8[np.ndarray, "n s s 3"], upsampled: UInt8[np.ndarray, "n s s 3"]
 ) -> Float[np.ndarray, "n p"]:
-    """images - upsampled, each of mean 0 and norm 1; zero where there is no detail at all."""
+    """images - upsampled, each with mean 0 and norm 1; zero for an image without detail."""
     residual = (images.astype(np.float32) - upsampled).reshape(len(images), -1)
     residual -= residual.mean(axis=1, keepdims=True)
     return residual / np.maximum(np.linalg.norm(residual, axis=1, keepdims=True), 1e-6)
 
 
 def detail(correlation: Float[np.ndarray, "n n"]) -> dict[str, Any]:
-    """From `residual_correlations`: the correlation with the right image's detail ("own"), with the
-    other images' ("other"), the paired difference, and how often the right image is the nearest of
-    the n, or among the 5 nearest.
+    """{"own", "other", "difference", "top1", "top5"} of a result of `residual_correlations`.
+
+    "own" and "other" are the correlations with the detail of the right image and of the others, and
+    "difference" is paired. "top1" and "top5" are the rates at which the right image is the nearest
+    or of the 5 nearest. Raises ValueError for fewer than two samples.
     """
     n = len(correlation)
     if n < 2:

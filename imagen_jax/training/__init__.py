@@ -1,6 +1,6 @@
-"""Everything that only a training needs: the step, the objective it minimises, its state, the
-optimizer, EMA tracks, the rules of resuming, replica checks, sample grids.
+"""Training only: the step, its objective and state, the optimizer, EMA tracks, the rules of
+resuming, the record of metrics, replica checks, sample grids, traces.
 
-It must not know verbs or planning, nor how a measure is computed; networks, data and checkpoints
-reach it through `stage`, `data` and `weights`.
+It must not know verbs or planning, or how a measure is computed. It uses networks, data and
+checkpoints through `stage`, `data` and `weights`.
 """

@@ -1,4 +1,7 @@
-"""The objective interface: the loss that a training step minimises. Denoising is the only one."""
+"""The objective interface: the loss that a training step minimises.
+
+A `Stage` is the denoising objective.
+"""
 
 from typing import Protocol, runtime_checkable
 
@@ -9,19 +12,16 @@ from imagen_jax.stage import Batch, Params
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss of each row of a batch, its randomness drawn first.
+    """A loss of each row of a batch; all random numbers except dropout's are drawn before it.
 
-    A `Stage` is the denoising objective. Another one, such as distillation, holds a stage and the
-    frozen parameters of its teacher.
+    An objective such as distillation holds a stage and the frozen parameters of its teacher.
     """
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh parameters to train; meant to be traced."""
+        """Fresh trainable parameters. Call it under jit or `jax.eval_shape`."""
 
     def draw(self, key: Key[Array, ""], b: int) -> dict[str, Array]:
-        """The random numbers of a step for a whole batch of `b` rows, each array with a row for
-        each.
-        """
+        """The random numbers of a step for a whole batch: arrays [b ...]."""
 
     def per_sample_loss(
         self,
@@ -30,4 +30,4 @@ class Objective(Protocol):
         draws: dict[str, Array],
         dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "b"]:
-        """The loss of each row; a deterministic function but for dropout."""
+        """The loss of each row; deterministic without dropout."""

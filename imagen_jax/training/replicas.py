@@ -1,8 +1,7 @@
-"""Whether the copies of the state agree: what several devices hold of it has to be the same on all
-of them, bit for bit.
+"""Finds replica divergence: copies of the state on several devices that are not equal to the bit.
 
-Every step computes each copy anew from the same numbers, so a copy that differs is a fault of a
-device, its memory or a program, and it stays: it spoils the gradients of all from then on. What no
+Every step computes each copy from the same numbers, so a copy that differs is a fault of a device,
+its memory or a program. It persists and corrupts all later gradients. Parts of the state that no
 other device holds (a state sharded over all of them) cannot be compared.
 """
 
@@ -18,16 +17,18 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, UInt32
 
 from imagen_jax.distributed import startup
+from imagen_jax.exit_codes import HardwareFault
 from imagen_jax.sharding import AXES, path_name
 
 
-class Drift(ValueError):
-    """Copies of the state that differ. Raised in all processes alike."""
+class Drift(HardwareFault):
+    """Copies of the state differ. Raised in all processes alike."""
 
 
 def digest(x: Array) -> UInt32[Array, ""]:
-    """A number that depends on every bit of `x` and on where it is. Sums modulo 2^32, so it is the
-    same in whatever order it is computed.
+    """A hash of every bit of `x` and its position.
+
+    It is a sum modulo 2^32, so it does not depend on the order of computation.
     """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
@@ -36,22 +37,21 @@ def digest(x: Array) -> UInt32[Array, ""]:
         .astype(jnp.uint32)
         .reshape(-1)
     )
-    h = bits + jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(
-        0x9E3779B9
-    )  # the golden ratio in 32 bits: no two places alike
-    h = (h ^ (h >> 16)) * jnp.uint32(
-        0x85EBCA6B
-    )  # then the finalizer of MurmurHash3, so that no change cancels another
+    # The golden ratio in 32 bits makes positions differ; the finalizer of MurmurHash3 keeps two
+    # changes from cancelling.
+    h = bits + jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(0x9E3779B9)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
 
 class Replicas:
-    """Compares the copies of a state that is sharded over `mesh` as `shardings` says."""
+    """Compares the copies of a state with these `shardings` on `mesh`."""
 
     def __init__(self, mesh: Mesh, abstract: Any, shardings: Any):
-        """abstract: the state's shapes. `compared` is the share of its bytes that have a copy, from
-        0 to 1.
+        """abstract: the state's shapes.
+
+        The attribute `compared` is the share of the state's bytes that have a copy, from 0 to 1.
         """
         self._mesh = mesh
         self._names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)]
@@ -63,13 +63,13 @@ class Replicas:
         each = lambda spec: jax.shard_map(
             lambda x: digest(x)[None], mesh=mesh, in_specs=spec, out_specs=P(AXES), check_vma=False
         )
-        # A program for each shape and placement: one for all leaves would take minutes to compile
-        # for a large network.
+        # One program for each shape and placement: a single one for all leaves of a large network
+        # takes minutes to compile.
         self._digest = {spec: jax.jit(each(spec)) for spec in self._specs}
 
     def check(self, state: Any, step: int) -> None:
-        """Waits for `state` and raises Drift if copies of it differ, naming the first such leaf,
-        how many there are, and whose differ.
+        """Waits for `state` and raises Drift if copies differ, with the first such leaf, the number
+        of others, and the devices.
         """
         if not self.compared:
             return
@@ -88,13 +88,13 @@ class Replicas:
         more = f" and of {len(odd) - 1} more arrays" if len(odd) > 1 else ""
         raise Drift(
             f"after step {step} the copies of {name}{more} differ: on {where}, devices"
-            f" {', '.join(str(device.id) for device in devices)}. A device or its memory is faulty;"
-            " nothing was saved since: start again from the last checkpoint without that host"
+            f" {', '.join(str(device.id) for device in devices)}. A device or its memory is faulty."
+            " This step was not saved: restart from the last checkpoint without that host"
         )
 
     def _table(self, state: Any) -> UInt32[np.ndarray, "devices leaves"]:
-        """The digest of each leaf's shard on each device of the mesh, in the mesh's order; every
-        process gets all.
+        """The digest of each leaf's shard on each device, in the mesh's order; the same in every
+        process.
         """
         digests = [
             self._digest[spec](leaf) for spec, leaf in zip(self._specs, jax.tree.leaves(state))
@@ -118,14 +118,12 @@ class Replicas:
         return table
 
     def _copies(self, spec: P) -> list[int]:
-        """Axes of the mesh over which an array of this PartitionSpec is copied."""
+        """The mesh axes over which an array with this PartitionSpec is replicated."""
         used = {axis for part in spec for axis in (part if isinstance(part, tuple) else (part,))}
         return [i for i, axis in enumerate(AXES) if axis not in used and self._mesh.shape[axis] > 1]
 
     def _odd(self, digests: UInt32[np.ndarray, "devices"], spec: P) -> list[jax.Device]:
-        """Devices whose shard is not what most of its copies are; all of its copies if there is no
-        majority.
-        """
+        """Devices whose shard differs from the majority of its copies; all of them without one."""
         axes = self._copies(spec)
         shape = tuple(self._mesh.shape.values())
         copies = math.prod(shape[i] for i in axes)
@@ -136,8 +134,8 @@ class Replicas:
         )
         odd = []
         for values, devices in zip(together(digests), together(self._mesh.devices.reshape(-1))):
-            found, counts = np.unique(values, return_counts=True)
-            if len(found) > 1:
-                most = found[counts.argmax()] if counts.max() * 2 > copies else None
+            digests_seen, counts = np.unique(values, return_counts=True)
+            if len(digests_seen) > 1:
+                most = digests_seen[counts.argmax()] if counts.max() * 2 > copies else None
                 odd += [device for value, device in zip(values, devices) if value != most]
         return odd

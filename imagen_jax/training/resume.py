@@ -1,4 +1,4 @@
-"""Whether a run may go on with a changed config; imagen_jax/schema.py says what may change."""
+"""Which changes of its config a run may resume with; imagen_jax/schema.py declares them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,12 +7,12 @@ from imagen_jax import schema
 
 
 def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines describing the changes that are allowed. Raises ValueError with the others.
+    """One line for each allowed change. Raises ValueError with the changes that are not allowed.
 
-    `saved` and `now` are {"config": ..., "manifest_hash": ..., "encoder": ...}.
+    `saved` and `now` are {"config": ..., "manifest_hash": ..., "encoder": ...}; the config of `now`
+    is complete.
     """
     saved = {**saved, "config": schema.complete(saved["config"], "the checkpoint's config")}
-    now = {**now, "config": schema.complete(now["config"])}
     allowed, refused = [], []
     for field, (before, after) in schema.changes(saved, now).items():
         name = field.removeprefix("config.")

@@ -1,4 +1,4 @@
-"""Sample grids of a training run: how the EMA draws the same few rows as training goes on."""
+"""Sample grids of a training run: samples of the EMA for the same few rows, during training."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +14,10 @@ from imagen_jax.stage import Params, Stage, to_uint8
 
 
 def draw_program(stage: Stage, mesh: Mesh, rows: int) -> Any:
-    """(EMA as the run holds it, {text, text_mask, lowres}) -> so many images of the size that is
-    trained on, on every device; jitted, what plan compiles too.
+    """Jitted (EMA with the run's shardings, {text, text_mask, lowres}) -> uint8 [rows s s 3].
+
+    s is the training size in pixels; the images are replicated on all devices. plan compiles it
+    too.
     """
 
     def draw(ema, batch):
@@ -30,12 +32,13 @@ def draw_program(stage: Stage, mesh: Mesh, rows: int) -> Any:
 
 
 class SampleGrid:
-    """Rows evenly spread over the held-out images (the training images if none are held out), read
-    once and drawn by one program.
+    """Rows evenly spaced over the held-out images, or over the training images if there are none.
+
+    They are read once and drawn by one program.
     """
 
     def __init__(self, config: Mapping[str, Any], stage: Stage, mesh: Mesh):
-        """config: a stage's; train.sample_rows of its data are drawn."""
+        """config: of a run; its train.sample_rows is the number of rows."""
         prepared = pipeline.open_prepared(config["data"])
         split = prepared.evaluation_split
         count = prepared.manifest["counts"]["images"][split]
@@ -49,7 +52,7 @@ class SampleGrid:
         self._draw = draw_program(stage, mesh, len(rows))
 
     def draw(self, ema: Params) -> UInt8[np.ndarray, "h w 3"]:
-        """A row of true images, of low-res inputs (super-resolution) and of samples."""
+        """Columns of true images, low-res inputs (super-resolution) and samples."""
         fields = {
             name: self._batch[name]
             for name in ("text", "text_mask", "lowres")

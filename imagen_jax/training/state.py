@@ -1,5 +1,6 @@
-"""The training state, and how it is born: shapes first, then shardings by rule, then values, each
-shard on its own device.
+"""The training state and its creation: shapes, then shardings by rule, then values.
+
+Each shard is computed on its own device.
 """
 
 from typing import Any
@@ -17,15 +18,15 @@ from imagen_jax.training.objective import Objective
 
 @flax.struct.dataclass
 class TrainState:
-    """All a run carries from step to step. Neither PRNG nor data position: both are functions of
-    (seed, step).
+    """Everything that a run carries from step to step.
 
-    The leaves are arrays, or in a state's description their shapes or shardings.
+    It holds neither a PRNG key nor a data position: both are functions of (seed, step). The leaves
+    are arrays, or their shapes or shardings in a description of a state.
     """
 
     step: Any  # int32 []: updates done
     params: Any
-    ema: Any  # the average that is sampled
+    ema: Any  # the average that samples are drawn from
     opt_state: Any
     bad_step: Any  # int32 []: the first step whose loss or gradient was not finite, or -1; sticky
     ema_tracks: Any = ()  # further averages, in the order of optim.ema_tracks
@@ -34,9 +35,9 @@ class TrainState:
 def initial_state(
     objective: Objective, optimizer: optax.GradientTransformation, seed: int, tracks: int = 0
 ) -> TrainState:
-    """State before the first step, every EMA equal to the parameters. To be traced.
+    """The state before the first step; every EMA equals the parameters. Call it under jit.
 
-    tracks: the number of EMAs beside the first.
+    tracks: the number of EMAs after the first.
     """
     params = objective.init(random_key(seed))
     # Copies, not aliases: the step donates the whole state, and a buffer cannot be donated twice.
@@ -67,30 +68,32 @@ def abstract_state(
 def create_state(
     objective: Objective, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState
 ) -> TrainState:
-    """A fresh state, every leaf computed where it lives."""
+    """A fresh state; each device computes its own shards."""
     fresh = lambda: initial_state(objective, optimizer, seed, len(shardings.ema_tracks))
     return jax.jit(fresh, out_shardings=shardings)()
 
 
 def with_params(state: TrainState, params: Any, shardings: TrainState) -> TrainState:
-    """`state` with other parameters, and every EMA starting there. Raises ValueError naming the
-    first leaf that is missing, left over or misshapen.
+    """`state` with other parameters; every EMA becomes a copy of them.
+
+    Raises ValueError with the first leaf that is missing, superfluous or of another shape.
     """
-    wanted = {
+    needed = {
         path_name(path): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
     }
-    found = {
+    loaded = {
         path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     wrong = sorted(
-        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+        name for name in needed.keys() | loaded.keys() if needed.get(name) != loaded.get(name)
     )
     if wrong:
         name = wrong[0]
         raise ValueError(
-            f"{len(wrong)} weights do not fit the model, {name} first: {found.get(name, 'missing')}"
-            f" where {wanted.get(name, 'none')} is wanted"
+            f"{len(wrong)} weights do not fit the model, {name} first: it is"
+            f" {loaded.get(name, 'missing')}, the model has {needed.get(name, 'none')}; give"
+            " weights of the same config"
         )
     place = lambda tree: jax.device_put(
         jax.tree.map(lambda p, old: p.astype(old.dtype), params, state.params), tree

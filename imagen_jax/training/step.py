@@ -1,4 +1,4 @@
-"""The train step of a stage. Pure; its randomness is fold_in(seed, step)."""
+"""The train step of a stage: a pure function whose PRNG key is fold_in(seed, step)."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,16 +21,18 @@ Metrics = dict[str, Array]
 
 
 def check_accumulation(batch_size: int, parts: int) -> None:
-    """Raises ValueError unless a batch can be computed in this many parts."""
+    """Raises ValueError unless a batch divides into this number of parts."""
     if parts < 1 or batch_size % parts:
         raise ValueError(
-            f"data.batch_size={batch_size} does not divide into optim.accumulation={parts} parts"
+            f"data.batch_size={batch_size} does not divide into optim.accumulation={parts} parts;"
+            " use a divisor of the batch size"
         )
 
 
 def split_batch(tree: Any, parts: int) -> Any:
-    """[b, ...] -> [parts, b / parts, ...]; part i has rows i, i + parts, ..., so that rows of one
-    device stay on it.
+    """[b, ...] -> [parts, b / parts, ...].
+
+    Part i has rows i, i + parts, ..., so that rows of a device stay on it.
     """
 
     def split(a):
@@ -43,10 +45,10 @@ def split_batch(tree: Any, parts: int) -> Any:
 def loss_and_grad(
     objective: Objective, params: Params, batch: Batch, key: Key[Array, ""], accumulation: int
 ) -> tuple[Array, Params]:
-    """Mean loss and its gradient in fp32. Draws are made for the whole batch, so `accumulation`
-    changes memory and not the result.
+    """The mean loss and its gradient in fp32.
 
-    (With dropout the parts have masks of their own.)
+    Random numbers are drawn for the whole batch, so `accumulation` changes memory, not the result.
+    With dropout, each part has its own masks.
     """
     b = batch["image"].shape[0]
     draw_key, dropout_key = jax.random.split(key)
@@ -72,11 +74,11 @@ def loss_and_grad(
 def make_update(
     optimizer: optax.GradientTransformation, rate: optax.Schedule, optim: Mapping[str, Any]
 ) -> Callable[[TrainState, Float[Array, ""], Params], tuple[TrainState, Metrics]]:
-    """(state, loss, gradients) -> (state, metrics): the part of a step in which no network is run.
+    """(state, loss, gradients) -> (state, metrics): the part of a step without the network.
 
-    `rate` is the optimizer's learning rate, for the record. If loss, gradient, or the parameters
-    after the update are not finite, the update is skipped on the device, and so is every later one:
-    `bad_step` names the first.
+    If loss, gradient or updated parameters are not finite, the device skips this and all later
+    updates, and `bad_step` is the first such step. `rate` is the optimizer's learning rate, for the
+    metrics.
     """
 
     tracks = ema.tracks(optim)
@@ -117,9 +119,7 @@ def make_step(
     optim: Mapping[str, Any],
     seed: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch) -> (state, metrics), to be jitted with the state donated. See `make_update`
-    for what a step that is not finite does.
-    """
+    """(state, batch) -> (state, metrics); jit it with the state donated (see `make_update`)."""
     update = make_update(optimizer, rate, optim)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -133,11 +133,14 @@ def make_step(
 
 @dataclasses.dataclass(frozen=True)
 class TrainProgram:
-    """The train step of a config on a mesh, before it is compiled: what train runs and plan
-    compiles.
+    """The train step of a config on a mesh, before compilation; train runs it, plan compiles it.
 
-    `abstract` and `batch` are the step's arguments as shapes with shardings, `shardings` those of
-    the state alone; the batch is computed in `accumulation` parts.
+    stage, mesh, optimizer: what the step was made from.
+    step: the jitted step.
+    abstract: the state as shapes with shardings.
+    shardings: those of the state.
+    batch: the batch as shapes with shardings.
+    accumulation: the number of parts that a batch is computed in.
     """
 
     stage: Stage
@@ -151,8 +154,8 @@ class TrainProgram:
 
     @classmethod
     def create(cls, config: Mapping[str, Any], mesh: Mesh) -> "TrainProgram":
-        """Nothing is allocated or compiled. Raises ValueError for a batch that does not divide, or
-        a model or rules that cannot be.
+        """Allocates and compiles nothing. Raises ValueError for a batch that does not divide, and
+        for an invalid model or sharding rules.
         """
         rows = config["data"]["batch_size"]
         check_accumulation(rows, config["optim"]["accumulation"])
@@ -193,17 +196,16 @@ class TrainProgram:
         )
 
     def lower(self) -> Any:
-        """The step traced and lowered for its mesh; `.compile()` is what takes long."""
+        """The step traced and lowered for its mesh; its `.compile()` takes minutes."""
         return self.step.lower(self.abstract, self.batch)
 
 
 def forward_flops(stage: Stage) -> float:
-    """FLOPs of the loss of one sample, forward only, as the compiler counts the traced program. A
-    training step costs three times that.
+    """FLOPs of the loss of one sample, forward only, as XLA counts them in the traced program.
 
-    `stage` is to be on no mesh: the inside of a TPU's kernel would not be counted. The CPU counts:
-    plugins, which GPUs and TPUs are, cannot before they compile (`cli.set_up_jax` sees to it that
-    there is a CPU).
+    A training step costs three times that. Give a `stage` without a mesh: XLA does not count inside
+    TPU kernels. The CPU backend counts, because the plugins of GPUs and TPUs cannot before they
+    compile; `cli.set_up_jax` keeps the CPU available.
     """
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in stage.batch_shapes(1).items()}
     params = jax.eval_shape(stage.init, jax.random.key(0))

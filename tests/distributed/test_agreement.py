@@ -99,7 +99,7 @@ def test_unlike_processes_are_named_in_all(together):
             ValueError,
             match=(
                 r"^the processes were not started alike: process 2 \(c\) has another data than"
-                r" process 0 \(a\)$"
+                r" process 0 \(a\); start the same command everywhere$"
             ),
         ):
             agreement.check({"config": "same", "data": "other" if index == 2 else "same"})

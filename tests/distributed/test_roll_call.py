@@ -92,7 +92,7 @@ def test_port_in_use(port, pool):
 @pytest.mark.parametrize(
     "second, message",
     [
-        (dict(index=1, count=3), "process 1 (.*) is one of 3 processes, process 0 (.*) one of 2"),
+        (dict(index=1, count=3), "process 1 (.*) expects 3 processes, process 0 (.*) expects 2"),
         (dict(index=1, count=2, about="v2"), "process 1 (.*) runs v2, process 0 (.*) runs v1"),
     ],
 )
@@ -112,7 +112,7 @@ def test_the_same_process_twice(port, pool):
         pool.submit(report, port, 1, 3),
     ]
     for future in futures:
-        with pytest.raises(ValueError, match="two processes say that they are process 1"):
+        with pytest.raises(ValueError, match="two processes report as process 1"):
             future.result()
 
 
@@ -129,9 +129,7 @@ def test_the_same_process_twice_and_gone(port, pool):
         )  # closed with a reset
         second.sendall(message)
     for future in (leader, first):
-        with pytest.raises(
-            ValueError, match="two processes say that they are process 1|did not report"
-        ):
+        with pytest.raises(ValueError, match="two processes report as process 1|did not report"):
             future.result()
 
 

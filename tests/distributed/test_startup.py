@@ -39,11 +39,11 @@ def test_alone():
         (
             {"JAX_PROCESS_ID": ""},
             (
-                "JAX_PROCESS_ID not set beside JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES: set"
-                " all three"
+                "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES is set, but JAX_PROCESS_ID is not:"
+                " set all three"
             ),
         ),
-        ({"JAX_COORDINATOR_ADDRESS": ""}, "JAX_COORDINATOR_ADDRESS not set beside"),
+        ({"JAX_COORDINATOR_ADDRESS": ""}, "but JAX_COORDINATOR_ADDRESS is not: set"),
         ({"JAX_COORDINATOR_ADDRESS": "10.0.0.2"}, "'10.0.0.2' .* is not host:port"),
         ({"JAX_COORDINATOR_ADDRESS": ":8476"}, "is not host:port"),
         ({"JAX_COORDINATOR_ADDRESS": "host:http"}, "is not host:port"),
@@ -72,7 +72,6 @@ class Cluster:
             f"head:{override_coordinator_port or 1234}"
         )
     )
-    _get_worker_list_in_slice = staticmethod(lambda: ["head", "b", "c", "d"])
 
 
 @pytest.fixture
@@ -90,7 +89,7 @@ def test_detected_cluster(cluster, monkeypatch):
     process a device forgotten.
     """
     cluster()
-    place = startup.from_environment({}, 1)
+    place = startup.from_environment({"TPU_WORKER_HOSTNAMES": "head,b,c,d"}, 1)
     assert (place.coordinator, place.count, place.index, place.how, place.local_devices) == (
         "head:1234",
         4,
@@ -116,6 +115,6 @@ def test_cluster_that_does_not_answer(cluster):
     cluster(get_process_id=classmethod(fails))
     with pytest.raises(
         ValueError,
-        match="pod was detected, but not this process's place in it: .*set JAX_COORDINATOR_ADDRESS",
+        match="pod was detected, but not the position of this process in it: .*set JAX_COORD",
     ):
         startup.from_environment({}, 1)

@@ -9,6 +9,7 @@ import pytest
 
 from imagen_jax.distributed import startup, watch
 from imagen_jax.distributed.watch import Sign, Watch, verdict
+from imagen_jax.exit_codes import HardwareFault
 
 HOSTS = ["a", "b", "c"]
 LOST_S = 1.0
@@ -69,6 +70,12 @@ class Store(dict):
     def key_value_dir_get(self, directory):
         return [(key, value) for key, value in list(self.items()) if key.startswith(directory)]
 
+    def blocking_key_value_get(self, key, timeout_ms):
+        if key not in self:
+            time.sleep(LOST_S / 100)
+            raise RuntimeError("DEADLINE_EXCEEDED")
+        return self[key]
+
     def beat(self, index, beat, **changes):
         self[f"{watch.SIGNS}{index}"] = json.dumps(
             {"step": 0, "doing": "training", "turn": 1, "beat": beat} | changes
@@ -78,8 +85,8 @@ class Store(dict):
 @pytest.fixture
 def processes(monkeypatch):
     """Makes this process one of three, and returns (watch, store, exit codes)."""
-    monkeypatch.setattr(watch, "_on_abort", lambda say: None)
-    monkeypatch.setattr(watch, "_reachable", lambda host, port: True)
+    monkeypatch.setattr(watch, "_delay_abort", lambda: None)
+    monkeypatch.setattr(watch, "_connection_error", lambda host, port: None)
     monkeypatch.setattr(startup, "hosts", lambda: HOSTS)
 
     def make(index=0):
@@ -168,11 +175,14 @@ def test_another_process_that_failed_ends_this_one(processes, capfd):
         (ValueError("wrong\nfield"), 2, False),
         (KeyError("x"), 1, True),
         (OSError(116, "Stale file handle"), 1, False),
+        (FloatingPointError("the loss is not finite"), 3, False),
+        (HardwareFault("the copies differ"), 4, False),
     ],
 )
 def test_own_failure_is_published(processes, capfd, error, code, trace):
     """Catches: an error that the others never hear of, a foreseen one with a traceback, another
-    without; a file system that was away taken for a mistake, which no launcher repeats.
+    without; a file system that was away, a loss that is not finite or a faulty device taken for
+    invalid input, which no launcher repeats.
     """
     watching, store, codes = processes(1)
     with pytest.raises(type(error)), watching:
@@ -206,6 +216,44 @@ def test_failed_operation_is_blamed_on_the_process_that_went(processes, capfd):
         watching._store = Talking()
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
     assert codes == [1] and "RESOURCE_EXHAUSTED" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, seconds", [(ConnectionRefusedError(), 0), (TimeoutError(), LOST_S)]
+)
+def test_process_0_that_disappears_is_named(processes, capfd, monkeypatch, error, seconds):
+    """Catches: an end by jax's abort, whose message names nobody and whose code is a crash; and a
+    run that one slow connection ends.
+    """
+    watching, store, codes = processes(1)
+    with watching:
+        time.sleep(LOST_S / 5)
+        assert codes == []
+        monkeypatch.setattr(watch, "_connection_error", lambda host, port: error)
+        started, beat = time.monotonic(), 0
+        while not codes:
+            beat += 1
+            store.beat(0, beat), store.beat(2, beat)
+            time.sleep(LOST_S / 100)
+            assert time.monotonic() - started < 5 * LOST_S
+    assert time.monotonic() - started > 0.7 * seconds
+    assert codes[0] == watch.LOST
+    assert "error: lost process 0 (a), which all others are connected to" in capfd.readouterr().err
+
+
+def test_a_silent_process_is_given_up(processes, capfd):
+    """Catches: a process that waits in a collective operation until jax aborts it."""
+    watching, store, codes = processes(1)
+    with watching:
+        started, beat = time.monotonic(), 0
+        while not codes:
+            beat += 1
+            store.beat(2, beat)  # process 0 says nothing
+            time.sleep(LOST_S / 100)
+            assert time.monotonic() - started < 5 * LOST_S
+    assert time.monotonic() - started > LOST_S / 2
+    assert codes[0] == watch.LOST
+    assert "error: lost process 0 (a), silent for" in capfd.readouterr().err
 
 
 class Talking(Store):

@@ -134,8 +134,42 @@ def test_learning_rate():
     np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(99)], [0, 1, 2, 2], atol=1e-6)
     rate = optim.learning_rate(settings | {"decay": "cosine"}, 110)
     np.testing.assert_allclose([rate(10), rate(60), rate(110)], [2, 1, 0], atol=1e-6)
-    with pytest.raises(ValueError, match="optim.decay"):
-        optim.learning_rate(settings | {"decay": "step"}, 100)
+    with pytest.raises(ValueError, match="train.steps=10 must exceed optim.warmup=10"):
+        optim.learning_rate(settings | {"decay": "cosine"}, 10)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adafactor"])
+@pytest.mark.parametrize("name", ["base_64", "sr_256"])
+def test_weight_decay_acts_on_kernels_only(optimizer, name):
+    """Catches decay of norms' scales, biases or the learned query, and kernels without decay."""
+    made = tiny.config(name, optim__optimizer=optimizer, optim__weight_decay=0.5, optim__warmup=0)
+    stage, transformation, _ = tiny.stage_and_step(made)
+    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = transformation.update(zero, transformation.init(params), params)
+    moved = {"kernel": set(), "other": set()}
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        kind = "kernel" if path[-1].key == "kernel" else "other"
+        moved[kind].add(float(update.ravel()[0]))
+        assert (update == update.ravel()[0]).all()
+    decay = 0.5 * (made["optim"]["lr"] if optimizer == "adam" else 1.0)
+    assert moved["other"] == {0.0} and list(moved["kernel"]) == [pytest.approx(-decay)]
+
+
+def test_no_weight_decay_is_the_same_to_the_bit():
+    """Catches a mask that changes the arithmetic or the state of runs without weight decay."""
+    made = tiny.config(optim__warmup=0)["optim"]
+    ours = optim.make_optimizer(made, 10)
+    rate = optim.learning_rate(made, 10)
+    plain = optax.adamw(rate, made["beta1"], made["beta2"], made["eps"], weight_decay=0.0)
+    theirs = optax.chain(optax.clip_by_global_norm(made["clip"]), plain)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8)), "bias": jnp.ones(8)}
+    grads = jax.tree.map(jnp.cos, params)
+    states = [one.init(params) for one in (ours, theirs)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    updates = [one.update(grads, s, params)[0] for one, s in zip((ours, theirs), states)]
+    jax.tree.map(np.testing.assert_array_equal, *updates)
 
 
 def test_clipping_is_by_global_norm():

@@ -1,4 +1,4 @@
-"""The distance of samples, shrunk again, from the low-res images they were drawn from."""
+"""The distance of down-sampled samples from the low-res images that they were drawn from."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -31,8 +31,8 @@ def measure(e: Evaluation) -> dict[str, Any]:
     return {"split": split} | scores
 
 
-def lines(found: Result) -> Iterator[Line]:
+def lines(result: Result) -> Iterator[Line]:
     for name in ("samples", "bicubic"):
-        score = found[name]
+        score = result[name]
         psnr = "infinite" if score["psnr"] is None else f"{score['psnr']:.1f} dB"
         yield f"shrunk {name} to low-res", f"{report.mean(score['mae'])} of 255, PSNR {psnr}"

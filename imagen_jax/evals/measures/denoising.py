@@ -1,4 +1,4 @@
-"""The squared error of x-hat, beside that of bicubic up-sampling of the clean low-res image."""
+"""The squared error of x-hat, compared with bicubic up-sampling of the clean low-res image."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from imagen_jax.evals.rows import LEVELS, Settings
 from imagen_jax.stage import Stage
 
 ORDER = 30
-# Its bins are those of the training noise, so arms must agree in it.
+# The bins depend on the training noise, so arms must agree in it.
 COLUMNS = (
     Column(
         "error of x-hat from a clean low-res image",
@@ -31,7 +31,7 @@ def measure(e: Evaluation) -> dict[str, Any]:
     """{"split", "bicubic", level: {"x_hat", "gain" by bin of noise level}}, of whole held-out
     images.
 
-    "gain" is the error of bicubic minus that of x-hat: positive where x-hat is nearer.
+    "gain" is the error of bicubic minus the error of x-hat: positive where x-hat is nearer.
     """
     split, out = e.data.heldout, {}
     batch = e.data.uncropped(split).batch
@@ -52,9 +52,9 @@ def _errors(e: Evaluation, level: str) -> np.ndarray:
     return e.errors(x_hat_error, e.data.heldout, whole=True, level=level)
 
 
-def lines(found: Result) -> Iterator[Line]:
-    yield "squared error, bicubic", report.mean(found["bicubic"])
+def lines(result: Result) -> Iterator[Line]:
+    yield "squared error, bicubic", report.mean(result["bicubic"])
     for level in LEVELS:
-        error, gain = (found[level][name]["overall"] for name in ("x_hat", "gain"))
+        error, gain = (result[level][name]["overall"] for name in ("x_hat", "gain"))
         text = f"{report.mean(error)}; better by {report.difference(gain)}"
         yield f"squared error, x-hat, low-res {level}", text

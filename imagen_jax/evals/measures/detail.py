@@ -1,6 +1,6 @@
-"""Whether the detail a sample adds to its low-res image is that image's own.
+"""The correlation of the detail that a sample adds to its low-res image with the true detail.
 
-Also how much of that detail comes from the right caption.
+Also the part of it that comes from the right caption.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import numpy as np
 from imagen_jax.evals import report, statistics, superres
 from imagen_jax.evals.evaluation import Evaluation
 from imagen_jax.evals.measures.measure import Column, Line, Result, base_stage
-from imagen_jax.evals.rows import TEXTS, Settings
+from imagen_jax.evals.rows import TEXTS, Data, Settings
 from imagen_jax.stage import Stage
 
 ORDER = 50
@@ -24,30 +24,38 @@ def excluded(stage: Stage, settings: Settings) -> str:
     return base_stage(stage)
 
 
+def too_few(stage: Stage, data: Data) -> dict[str, str]:
+    rows = len(data.wholes(data.heldout))
+    if rows < 2:
+        return {"": f"it compares samples with each other, and there is {rows} {data.heldout} row"}
+    reason = data.no_shuffled_text(data.heldout) if stage.text_dim else ""
+    return {", shuffled text": reason} if reason else {}
+
+
 def measure(e: Evaluation) -> dict[str, Any]:
     """{"split", text: `superres.detail`, "right_minus_<text>": paired difference}, held-out."""
     split = e.data.heldout
     batch = e.data.wholes(split).batch
     upsampled = superres.bicubic(batch["lowres"], e.stage.image_size)
-    found = {
+    correlations = {
         text: superres.residual_correlations(e.samples(split, text), batch["image"], upsampled)
-        for text in e.texts
+        for text in e.texts(split)
     }
-    own = {text: np.diagonal(correlation) for text, correlation in found.items()}
+    own = {text: np.diagonal(correlation) for text, correlation in correlations.items()}
     gains = {
         f"right_minus_{text}": statistics.difference(own["right"] - own[text])
-        for text in e.texts[1:]
+        for text in e.texts(split)[1:]
     }
-    details = {text: superres.detail(correlation) for text, correlation in found.items()}
+    details = {text: superres.detail(correlation) for text, correlation in correlations.items()}
     return {"split": split} | details | gains
 
 
-def lines(found: Result) -> Iterator[Line]:
-    for text in [name for name in found if name in TEXTS]:
-        score = found[text]
+def lines(result: Result) -> Iterator[Line]:
+    for text in [name for name in result if name in TEXTS]:
+        score = result[text]
         correlation = f"correlation {report.mean(score['own'])}, with others'"
         correlation += f" {report.mean(score['other'])}"
         ranks = f"of {score['top5']['n']} {report.proportions(score)}"
         yield f"detail, {text} text", f"{correlation}; {ranks}"
-    for name in [name for name in found if name.startswith("right_minus_")]:
-        yield f"detail, {name.replace('_', ' ')}", report.difference(found[name])
+    for name in [name for name in result if name.startswith("right_minus_")]:
+        yield f"detail, {name.replace('_', ' ')}", report.difference(result[name])

@@ -1,4 +1,4 @@
-"""The training loss by noise level, with text kept, of held-out and of training rows."""
+"""The training loss by noise level, of held-out and of training rows; no caption is dropped."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from imagen_jax.evals.rows import Settings
 from imagen_jax.stage import Stage
 
 ORDER = 10
-# Noise, prediction and augmentation of `diffusion` make losses of different things.
+# Losses of arms that differ in `diffusion` are not comparable.
 COLUMNS = (Column("loss", "SPLIT.overall.mean", less_is_better=True, needs_same=("diffusion.",)),)
 
 
@@ -27,13 +27,13 @@ def measure(e: Evaluation) -> dict[str, Any]:
 
 def row_values(e: Evaluation) -> dict[str, np.ndarray]:
     errors = {split: e.errors(training_loss, split) for split in e.data.counts}
-    return {f"{split}.overall.mean": found.mean(axis=1) for split, found in errors.items()}
+    return {f"{split}.overall.mean": values.mean(axis=1) for split, values in errors.items()}
 
 
-def lines(found: Result) -> Iterator[Line]:
-    for split, curve in found.items():
+def lines(result: Result) -> Iterator[Line]:
+    for split, curve in result.items():
         yield f"loss, {split}", report.mean(curve["overall"])
 
 
-def curves(found: Result) -> Iterator[Curves]:
-    yield "loss", found
+def curves(result: Result) -> Iterator[Curves]:
+    yield "loss", result

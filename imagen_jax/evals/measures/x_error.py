@@ -1,10 +1,10 @@
-"""The squared error of x-hat in fixed bins of log-SNR: the unit that compares recipes.
+"""The squared error of x-hat in fixed bins of log-SNR, which compares recipes.
 
-x-hat is read from the network's output, whatever that is, and clipped to [-1, 1] as samplers do.
-The bins are the same for every recipe, and log-SNR is uniform within each, drawn from the row's own
-key. So arms that differ in prediction, schedule, loss or noise density are compared on the same
-rows, noise levels and noise. Rows are those the stage trains on (crops, if it trains on crops),
-with text kept and low-res images noised as in training.
+x-hat follows from the network's output, whatever it predicts, and is clipped to [-1, 1] as in
+samplers. The bins are the same for every recipe. Log-SNR is uniform in a bin and drawn from the
+row's own key, so arms that differ in prediction, schedule, loss or noise density see the same rows,
+noise levels and noise. Images are crops if the stage trains on crops, no caption is dropped, and
+low-res images are noised as in training.
 
 The overall number is the mean over the bins: an unweighted mean over log-SNR in [-14, 14]. It is
 not the training loss of any recipe.
@@ -24,7 +24,7 @@ from imagen_jax.stage import Stage
 
 ORDER = 70
 BINS = LogsnrBins(tuple(float(edge) for edge in range(-14, 15, 2)))
-# Noise of the low-res image is drawn as the arm trains, so arms must agree in it.
+# The low-res image is noised as in training, so arms must agree in that noise.
 COLUMNS = (
     Column(
         "error of x-hat", "SPLIT.overall.mean", less_is_better=True, needs_same=("diffusion.aug",)
@@ -49,10 +49,10 @@ def _errors(e: Evaluation, split: str) -> np.ndarray:
     return e.errors(x_hat_error, split, bins=BINS)
 
 
-def lines(found: Result) -> Iterator[Line]:
-    for split, curve in found.items():
+def lines(result: Result) -> Iterator[Line]:
+    for split, curve in result.items():
         yield f"squared error, x-hat, {split}", report.mean(curve["overall"])
 
 
-def curves(found: Result) -> Iterator[Curves]:
-    yield "squared error of x-hat", found
+def curves(result: Result) -> Iterator[Curves]:
+    yield "squared error of x-hat", result

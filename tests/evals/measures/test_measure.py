@@ -1,10 +1,12 @@
 """How measures are found and chosen, and that nothing outside a measure knows its name."""
 
 import ast
+import dataclasses
 import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from imagen_jax.evals import measures
@@ -101,3 +103,62 @@ def at(result, place):
     for key in place.split("."):
         result = result[key]
     return result
+
+
+class Few(toys.Marked):
+    """`n` held-out rows with these captions."""
+
+    def __init__(self, captions):
+        super().__init__()
+        self._captions = np.asarray(captions)
+        self.counts = {"train": toys.N, "heldout": len(captions)}
+        self.gallery_rows = {split: np.arange(n) for split, n in self.counts.items()}
+
+    def crops(self, split):
+        rows = super().crops(split)
+        if split == "train":
+            return rows
+        n = len(self._captions)
+        batch = {name: values[:n] for name, values in rows.batch.items()}
+        return dataclasses.replace(rows, batch=batch | {"caption_id": self._captions})
+
+    wholes = uncropped = crops
+
+
+@pytest.mark.parametrize(
+    "captions, left_out",
+    [
+        ([0], {"detail", "sensitivity, shuffled", "retrieval, heldout, shuffled text"}),
+        (
+            [0, 0],
+            {
+                "detail, shuffled text",
+                "sensitivity, shuffled",
+                "retrieval, heldout, shuffled text",
+            },
+        ),
+        ([0, 1], set()),
+    ],
+)
+def test_rows_that_are_too_few_cost_what_needs_more(captions, left_out):
+    """Catches an evaluation that computes the losses and then ends with an error for want of a
+    second caption, and parts that are left out in silence or although they are possible.
+    """
+    data, toy = Few(captions), toys.Toy()
+    chosen, reasons = measure.allowed(measure.choose([], toy, toys.settings()), toy, data)
+    assert set(reasons) == left_out and all(reasons.values())
+    e = toys.evaluation(toy, data, kind=Plain)
+    results = {name: one.measure(e) for name, one in chosen.items()}
+    assert ("detail" in results) == ("detail" not in left_out)
+    shuffled = not left_out
+    assert ("shuffled" in results["retrieval"]["heldout"]) == shuffled
+    assert "shuffled" in results["retrieval"]["train"]
+    assert set(results["sensitivity"]["text"]) == {"null", *["shuffled"] * shuffled}
+    assert measure.lines(results) and measure.row_values(chosen, e)
+
+
+def test_no_measure_that_is_possible_is_an_error():
+    """Catches an evaluation without a result that ends as if all was well."""
+    toy, data = toys.Toy(), Few([0])
+    with pytest.raises(ValueError, match="no measure is possible with these rows: detail: it comp"):
+        measure.allowed(measure.choose(["detail"], toy, toys.settings()), toy, data)

@@ -1,0 +1,48 @@
+"""Exit codes of the verbs: what each one tells a launcher to do.
+
+    0    finished, or stopped in order with everything saved
+    1    transient or unexpected failure: retry
+    2    invalid input or settings: do not retry
+    3    the loss is not finite: do not retry, a person has to look
+    4    replicas of the state differ, a hardware fault: retry, on other hardware if possible
+    75   another process of the run was lost or failed: restart all processes
+    130  interrupted by the user
+
+Codes above 128 that are not in this list come from a signal: 137 is SIGKILL, 134 is SIGABRT.
+"""
+
+import errno
+
+from imagen_jax.storage import is_away
+
+FAILED, INVALID, NOT_FINITE, HARDWARE = 1, 2, 3, 4
+LOST = 75  # EX_TEMPFAIL of sysexits.h
+INTERRUPTED = 130
+FINAL = (INVALID, NOT_FINITE)  # the same command would fail again
+
+
+class HardwareFault(RuntimeError):
+    """A device, its memory or a link computed or stored a wrong value."""
+
+
+# Errors that one line explains. All others are printed with their traceback.
+EXPECTED = (ValueError, OSError, FloatingPointError, ImportError, HardwareFault)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def of(error: BaseException) -> int:
+    """The exit code of a process that ends with this error."""
+    if isinstance(error, FloatingPointError):
+        return NOT_FINITE
+    if isinstance(error, HardwareFault):
+        return HARDWARE
+    return INVALID if isinstance(error, EXPECTED) and not is_transient(error) else FAILED
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, may be gone at a retry."""
+    while error is not None:
+        if is_away(error) or (isinstance(error, OSError) and error.errno in FULL):
+            return True
+        error = error.__cause__
+    return False

@@ -1,0 +1,54 @@
+"""Exit codes: one for each kind of failure, and what launchers do about them."""
+
+import errno
+
+import pytest
+
+from imagen_jax import cli, exit_codes
+from imagen_jax.training.replicas import Drift
+from imagen_jax.weights.checkpoint import CheckpointError
+
+ERRORS = [
+    (ValueError("no such field"), exit_codes.INVALID),
+    (CheckpointError("damaged"), exit_codes.INVALID),
+    (OSError(errno.ENOENT, "no such file"), exit_codes.INVALID),
+    (OSError(errno.ESTALE, "stale file handle"), exit_codes.FAILED),
+    (KeyError("a fault of the code"), exit_codes.FAILED),
+    (FloatingPointError("the loss is not finite"), exit_codes.NOT_FINITE),
+    (Drift("the copies differ"), exit_codes.HARDWARE),
+]
+
+
+@pytest.mark.parametrize("error, code", ERRORS, ids=lambda value: type(value).__name__)
+def test_each_kind_of_failure_has_its_code(error, code):
+    """Catches a loss that is not finite or a faulty device reported as invalid input, after which
+    a launcher gives up, and invalid input reported as transient, which it repeats.
+    """
+    assert exit_codes.of(error) == code
+
+
+def test_codes_differ_and_only_repeatable_failures_are_repeated():
+    """Catches two kinds with one code, and a final code that is in no launcher's list."""
+    codes = [exit_codes.FAILED, exit_codes.INVALID, exit_codes.NOT_FINITE, exit_codes.HARDWARE]
+    codes += [exit_codes.LOST, exit_codes.INTERRUPTED]
+    assert len({0, *codes}) == 7 and max(codes) < 137
+    assert exit_codes.FINAL == (exit_codes.INVALID, exit_codes.NOT_FINITE)
+    stated = [line.split()[0] for line in exit_codes.__doc__.splitlines() if line[:4] == "    "]
+    assert sorted(map(int, stated)) == sorted([0, *codes])
+
+
+@pytest.mark.parametrize(
+    "error, code", [pair for pair in ERRORS if not isinstance(pair[0], KeyError)]
+)
+def test_a_verb_ends_with_the_code_and_one_line(error, code, monkeypatch, capsys):
+    """Catches a verb that maps its errors by itself."""
+    monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: exits.append(main(["verb"])))
+    monkeypatch.delenv("IMAGEN_JAX_TRACEBACK", raising=False)
+    exits = []
+
+    def main():
+        raise error
+
+    cli.run(lambda: None, main)
+    assert exits == [code]
+    assert capsys.readouterr().err.splitlines() == [f"error: {error}"]
