@@ -1,13 +1,23 @@
-"""Imagen (Saharia et al. 2022, arXiv 2205.11487) in JAX: text encoder, cascaded diffusion,
-training, sampling, evaluation.
+"""Imagen (Saharia et al. 2022, arXiv 2205.11487) in JAX.
 
-Verbs, run as `python -m imagen_jax.<verb>` and imported by nobody: prepare_data, train, sample,
-evaluate, plan, export, demo.
+It covers data preparation, text encoding, training of the cascaded diffusion models, sampling and
+evaluation.
 
-Modules that they share: `stage` (config -> Stage, the object that trains, samples and is
-evaluated), `cascade` (stages chained), `schema` (every config field), `sharding` (where arrays
-live), `storage` (files that appear whole, checksums), `run_log` (metrics and progress), `cli`
-(command lines), `pictures`. Everything else is in the folders; each says what lives there.
+Commands, run as `python -m imagen_jax.<command>`; no module imports them: prepare_data, train,
+sample, evaluate, plan, export, demo.
+
+Modules shared by the commands:
+
+    stage      builds a Stage from a config; the same object trains, samples and is evaluated
+    cascade    runs stages one after another
+    schema     declares every config field
+    sharding   assigns arrays to devices
+    storage    writes files atomically, with checksums
+    run_log    records metrics and progress
+    cli        parses command lines and reports errors
+    pictures   reads and writes images
+
+Everything else is in folders; each folder's docstring says what it contains.
 """
 
 __version__ = "0.1.0"

@@ -1,10 +1,15 @@
-"""Where arrays live: the mesh, path rules that place the training state, placement of batches, the
-constraint models call.
+"""Sharding of arrays: the device mesh, rules for the training state, batches and activations.
 
-Axes: `data` and `fsdp` both split the batch; `fsdp` also splits parameters, EMA and optimizer
-state; `model` splits a kernel's features by rule; `spatial` splits image height (a convolution then
-exchanges halos). A rule is (regex on the path, placement): "fsdp" (largest dimension that divides),
-"replicate", or a list of axis names or None, one for each dimension.
+Mesh axes:
+
+    data      splits the batch
+    fsdp      splits the batch, and parameters, EMA and optimizer state
+    model     splits the features of kernels, where a rule says so
+    spatial   splits the image height; convolutions then exchange halos
+
+A rule is (regular expression for a leaf's path, placement). A placement is "fsdp" (shard the
+largest dimension that divides evenly), "replicate", or a list with an axis name or None for each
+dimension. The first rule that matches a path applies.
 """
 
 import math
@@ -24,9 +29,9 @@ from imagen_jax.models.attention_kernel import fits
 
 AXES = ("data", "fsdp", "model", "spatial")
 BATCH_AXES = ("data", "fsdp")
-# The first: else a product with a sharded kernel becomes a loop of permutations, which needs more
-# memory and compiles longer. The others let gathers of kernels run beside what computes, which v5e
-# does unasked and v4, v5p and v6e do not.
+# The first option keeps products with a sharded kernel from becoming a loop of collective-permutes,
+# which needs more memory and takes longer to compile. The others overlap parameter all-gathers
+# with compute; v5e does this by default, v4, v5p and v6e do not.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} | dict.fromkeys(
     (
         "xla_enable_async_all_gather",
@@ -41,25 +46,27 @@ Tree = Any
 
 
 def mesh_sizes(sizes: Mapping[str, int], devices: int, slices: int = 1) -> dict[str, int]:
-    """The size of each axis on so many devices in so many TPU slices; one size may be -1 (what is
-    left).
+    """The size of each mesh axis on `devices` devices in `slices` TPU slices.
 
-    Raises ValueError, with the sizes that would do, if these do not multiply to the devices or a
-    slice would be cut.
+    One size may be -1: the number of devices that remain.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices, or a slice would be cut. The
+            message lists valid sizes.
     """
     shape = [sizes[axis] for axis in AXES]
     if any(size < 1 and size != -1 for size in shape):
         raise ValueError(
-            f"mesh {sizes_text(shape)}: each size must be at least 1, or for one of them -1 (what"
-            " is left)"
+            f"mesh {sizes_text(shape)}: each size must be at least 1; one of them may be -1 (the"
+            " remaining devices)"
         )
-    known = math.prod(s for s in shape if s != -1)
-    if shape.count(-1) > 1 or devices % known or (-1 not in shape and known != devices):
+    product = math.prod(s for s in shape if s != -1)
+    if shape.count(-1) > 1 or devices % product or (-1 not in shape and product != devices):
         raise ValueError(
-            f"mesh {sizes_text(shape)} does not fit {devices} devices: the sizes must multiply to"
-            f" it (one may be -1); {_choices(shape, devices)}"
+            f"mesh {sizes_text(shape)} does not fit {devices} devices: the product of the sizes"
+            f" must be {devices} (one may be -1); {_choices(shape, devices)}"
         )
-    shape = [devices // known if s == -1 else s for s in shape]
+    shape = [devices // product if s == -1 else s for s in shape]
     if shape[0] % slices:
         raise ValueError(
             f"mesh {sizes_text(shape)} cuts through {slices} slices of {devices // slices} devices:"
@@ -69,11 +76,11 @@ def mesh_sizes(sizes: Mapping[str, int], devices: int, slices: int = 1) -> dict[
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of Auto axes over all devices; one size may be -1 (what is left). Neighbours on the
-    torus are neighbours in the mesh.
+    """A mesh with Auto axes over `devices` (default: all). One size may be -1.
 
-    Several TPU slices lie along `data`, so that only sums of gradients cross the network between
-    them. Raises ValueError as `mesh_sizes` does.
+    Neighbours in the mesh are neighbours on the TPU torus. Several TPU slices form the outer part
+    of `data`, so that only gradient reductions cross the network between slices. Raises ValueError,
+    see `mesh_sizes`.
     """
     devices = jax.devices() if devices is None else devices
     slices: dict[int, list[jax.Device]] = {}
@@ -89,49 +96,50 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def slice_of(device: jax.Device) -> int:
-    """Which slice a TPU chip is in; 0 for all else. (On GPUs `slice_index` is the node, which
-    `fsdp` may well cross.)
+    """The index of a TPU chip's slice; 0 on other platforms.
+
+    (On GPUs `slice_index` is the node, and `fsdp` may extend over several nodes.)
     """
     return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def sizes_text(shape: Sequence[int]) -> str:
-    """data 8, fsdp 16, model 1, spatial 1."""
+    """The mesh sizes as text, such as "data 8, fsdp 16, model 1, spatial 1"."""
     return ", ".join(f"{axis} {size}" for axis, size in zip(AXES, shape))
 
 
 def _choices(shape: Sequence[int], devices: int) -> str:
-    """For the largest axis with a size of its own: what it could be beside the others."""
+    """Names valid sizes of the largest axis, given the sizes of the others."""
     if shape.count(-1) > 1:
-        return "here two are"
+        return "here more than one is -1"
     at = max((i for i, size in enumerate(shape) if size > 0), key=lambda i: (shape[i], i))
     others = math.prod(size for i, size in enumerate(shape) if size > 0 and i != at)
     if devices % others:
         return f"each must divide {devices}"
     left = devices // others
     sizes = [size for size in range(1, left + 1) if left % size == 0] if -1 in shape else [left]
-    return f"with the others as they are, {AXES[at]} may be {', '.join(map(str, sizes))}"
+    return f"with the other sizes unchanged, {AXES[at]} may be {', '.join(map(str, sizes))}"
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """What the compiler is told of a program whose arrays are split over the mesh, for `jax.jit`:
-    nothing but on TPUs.
+    """XLA options for programs with arrays sharded over the mesh, for `jax.jit`. Empty except on
+    TPUs.
     """
     return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`."""
+    """The sharding of a batch: rows over `data` and `fsdp`."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def image_sharding(mesh: Mesh) -> NamedSharding:
-    """[b h w c] with rows over the batch axes and height over `spatial`."""
+    """The sharding of images [b h w c]: rows over the batch axes, height over `spatial`."""
     return NamedSharding(mesh, P(BATCH_AXES, "spatial" if mesh.shape["spatial"] > 1 else None))
 
 
 def check_batch(rows: int, sizes: Mapping[str, int]) -> None:
-    """Raises ValueError unless a batch of so many rows divides over a mesh of these sizes."""
+    """Raises ValueError unless `rows` divides evenly over the batch axes (data x fsdp)."""
     shards = sizes["data"] * sizes["fsdp"]
     if rows % shards:
         raise ValueError(
@@ -141,8 +149,9 @@ def check_batch(rows: int, sizes: Mapping[str, int]) -> None:
 
 
 def rows_on(devices: Sequence[jax.Device], rows: int, mesh: Mesh) -> list[int]:
-    """Which rows of a batch these devices hold, ascending. Where an image is split over processes,
-    several hold the same.
+    """The rows of a batch that these devices hold, ascending.
+
+    Where image height is sharded over processes, several processes hold the same rows.
     """
     check_batch(rows, mesh.shape)
     parts = batch_sharding(mesh).devices_indices_map((rows,))
@@ -150,39 +159,40 @@ def rows_on(devices: Sequence[jax.Device], rows: int, mesh: Mesh) -> list[int]:
 
 
 def process_rows(rows: int, mesh: Mesh) -> list[int]:
-    """Which rows of a batch this process has to read. They need not be neighbours: a TPU host's
-    devices are a block of the mesh.
+    """The rows of a batch that this process reads.
+
+    They need not be contiguous: the devices of a TPU host are a block of the mesh.
     """
     return rows_on(mesh.local_devices, rows, mesh)
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """This process's rows (see `process_rows`) as global arrays on the mesh. Raises ValueError if
-    the rows do not divide by the batch axes.
+    """Puts this process's rows (see `process_rows`) on the mesh, as global arrays.
+
+    Raises ValueError if the number of rows does not divide evenly over the batch axes.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     held = process_rows(shards, mesh)
     rows = len(next(iter(batch.values()))) * shards // len(held)
     check_batch(rows, mesh.shape)
     size, sharding = rows // shards, batch_sharding(mesh)
-    begin = {
-        shard * size: place * size for place, shard in enumerate(held)
-    }  # global row -> row here
+    # The first row of each shard: global index -> index in this process.
+    begin = {shard * size: i * size for i, shard in enumerate(held)}
 
-    def place(array: np.ndarray) -> Array:
+    def put(array: np.ndarray) -> Array:
         part = lambda index: array[begin[index[0].start or 0] :][:size]
         return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
 
-    with jax.transfer_guard_host_to_device("allow"):  # the one transfer that a step needs
-        return {name: place(array) for name, array in batch.items()}
+    with jax.transfer_guard_host_to_device("allow"):  # the only transfer of a training step
+        return {name: put(array) for name, array in batch.items()}
 
 
 def constrain_activations(mesh: Mesh) -> Callable[[Array], Array]:
-    """What models call on what their layers make: feature maps [b h w c] laid out as images are,
-    rows of all else over the batch axes.
+    """The `constrain` callable of a model: fixes the sharding of activations.
 
-    Left to itself the partitioner sometimes follows a kernel's shards instead of the rows: it then
-    gathers the feature map of every device, where gathering the kernel would have done (seen after
+    Feature maps [b h w c] are sharded like images, other arrays by rows. Without the constraint,
+    the partitioner sometimes follows the shards of a kernel instead of the rows; it then
+    all-gathers feature maps of all devices where it should all-gather the kernel (seen after
     up-sampling, with jax 0.10.2).
     """
     if mesh.size == 1:
@@ -196,12 +206,12 @@ def constrain_activations(mesh: Mesh) -> Callable[[Array], Array]:
 
 
 def gather_parameters(mesh: Mesh) -> Callable[[Tree], Tree]:
-    """What a stage does to its parameters before use: nothing, but where image height is split
-    every shard is gathered first.
+    """The function that a stage applies to its parameters: all-gathers them if height is sharded.
 
-    The partitioner computes a convolution wrongly if the image is split by height and the kernel
-    over its input channels at once (seen with jax 0.10.2 on 8 CPU devices: errors as large as the
-    activations, in kernels of more input than output channels).
+    The partitioner computes a wrong convolution if both the image height and the kernel's input
+    channels are sharded (seen with jax 0.10.2 on 8 CPU devices: the errors are as large as the
+    activations, in kernels with more input than output channels). With `spatial` > 1 every device
+    therefore holds all parameters at once.
     """
     if mesh.shape["spatial"] == 1:
         return lambda tree: tree
@@ -211,11 +221,19 @@ def gather_parameters(mesh: Mesh) -> Callable[[Tree], Tree]:
 def attend_in_parts(
     mesh: Mesh, kernel: Attend, plain: Attend, q: Array, keys: Keys, heads: int
 ) -> Array:
-    """`kernel` on every device's part: rows over the batch axes, queries over `spatial`, channels
-    over `model`.
+    """Runs an attention kernel on each device's shard.
 
-    The compiler does not know how to divide a kernel. Where the parts are not whole, or the kernel
-    does not take them, `plain` runs instead.
+    Rows are sharded over the batch axes, queries over `spatial` and channels over `model`; the
+    compiler cannot partition a Pallas kernel itself. Where the shards are uneven or the kernel does
+    not support their sizes, `plain` runs instead.
+
+    Args:
+        mesh: the device mesh.
+        kernel: attention of one shard.
+        plain: attention that the compiler can partition.
+        q: queries [b n c].
+        keys: groups of keys, values and masks, see `models.attention`.
+        heads: number of heads.
     """
     pixels, parts = mesh.shape["spatial"], mesh.shape["model"]
     (b, n, c), m = q.shape, sum(k.shape[1] for k, _, _ in keys)
@@ -227,8 +245,8 @@ def attend_in_parts(
     ):
         return plain(q, keys, heads)
     rows, queries = P(BATCH_AXES), P(BATCH_AXES, "spatial", "model")
-    # Keys are whole; but where an axis has one device, saying that it splits them saves their
-    # gradients a sum over it.
+    # Keys are not sharded over queries. With one device on `spatial`, naming the axis changes
+    # nothing but saves a reduction of the keys' gradients over it.
     channels = P(BATCH_AXES, "spatial" if pixels == 1 else None, "model")
     specs = (
         queries,
@@ -244,16 +262,16 @@ def attend_in_parts(
 
 
 def path_name(path: tuple) -> str:
-    """A key path as "ema/down_2/block_0/conv_1/kernel"."""
+    """A key path as text, such as "ema/down_2/block_0/conv_1/kernel"."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def fsdp_spec(shape: tuple[int, ...], size: int, min_elements: int) -> P:
-    """The largest dimension that divides by `size` goes over `fsdp`, of equal ones the first; small
-    arrays and indivisible ones are replicated.
+    """Shards the largest dimension that `size` divides over `fsdp`; among equal ones the first.
 
-    (Of a square kernel the last dimension lies along a TPU's lanes: its gradient would be summed
-    whole on every device and then cut.)
+    Arrays with fewer than `min_elements` elements, or with no such dimension, are replicated. (The
+    last dimension of a square kernel lies along the TPU's lanes; its gradient would be reduced
+    whole on every device and then sliced.)
     """
     divisible = [i for i, n in enumerate(shape) if n % size == 0]
     if size == 1 or math.prod(shape) < min_elements or not divisible:
@@ -265,8 +283,10 @@ def fsdp_spec(shape: tuple[int, ...], size: int, min_elements: int) -> P:
 def rule_spec(
     placement: str | Sequence[str | None], shape: tuple[int, ...], mesh: Mesh, min_elements: int
 ) -> P:
-    """The PartitionSpec of one leaf. A per-dimension placement that does not fit (a factored moment
-    has fewer dimensions) falls back to fsdp.
+    """The PartitionSpec of a leaf of this shape.
+
+    A per-dimension placement that does not fit the shape falls back to "fsdp"; a factored moment,
+    for example, has fewer dimensions than its parameter.
     """
     if placement == "replicate":
         return P()
@@ -284,17 +304,18 @@ def _fits(placement: Sequence[str | None], shape: tuple[int, ...], mesh: Mesh) -
 def badly_split(
     params: Tree, mesh: Mesh, rules: Sequence[Sequence[Any]], min_elements: int
 ) -> list[str]:
-    """A line for each parameter that its rule would split and cannot, with what could: each device
-    then holds all of it, or is sent all of it.
+    """One line for each parameter that its rule should shard but cannot, with what to change.
+
+    Such a parameter is replicated on every device.
     """
-    found, fsdp = [], mesh.shape["fsdp"]
+    problems, fsdp = [], mesh.shape["fsdp"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = f"params/{path_name(path)}"
         placement, shape = rules[rule_of(name, rules)][1], list(leaf.shape)
         if placement == "replicate" or math.prod(shape) < min_elements:
             continue
         if placement != "fsdp" and not _fits(placement, leaf.shape, mesh):
-            found.append(
+            problems.append(
                 f"{name} {shape}: its rule {placement} does not divide it; dimensions must be"
                 " multiples of the axes' sizes"
             )
@@ -304,17 +325,19 @@ def badly_split(
                 for n in range(2, mesh.size + 1)
                 if mesh.size % n == 0 and any(d % n == 0 for d in shape)
             ]
-            found.append(
-                f"{name} {shape}: no dimension is a multiple of fsdp {fsdp}; fsdp"
-                f" {', '.join(map(str, sizes)) or 'of no size'} would split it"
+            advice = (
+                f"set mesh.fsdp to one of {', '.join(map(str, sizes))}"
+                if sizes
+                else "no mesh.fsdp divides it"
             )
-    return found
+            problems.append(
+                f"{name} {shape}: no dimension is a multiple of mesh.fsdp = {fsdp}; {advice}"
+            )
+    return problems
 
 
 def rule_of(name: str, rules: Sequence[Sequence[Any]]) -> int:
-    """Index of the first rule whose pattern is found in a leaf's path. Raises ValueError if there
-    is none.
-    """
+    """Index of the first rule that matches the path. Raises ValueError if there is none."""
     for i, (pattern, _) in enumerate(rules):
         if re.search(pattern, name):
             return i
@@ -322,9 +345,7 @@ def rule_of(name: str, rules: Sequence[Sequence[Any]]) -> int:
 
 
 def check_rules(rules: Any, mesh: Mesh) -> None:
-    """Raises ValueError for rules that are no pairs of a regular expression and a placement there
-    is, and for a `model` axis that no rule uses.
-    """
+    """Raises ValueError for invalid rules, and for a `model` axis that no rule uses."""
     named = set()
     for rule in rules if isinstance(rules, (list, tuple)) else [rules]:
         if not (
@@ -343,7 +364,7 @@ def check_rules(rules: Any, mesh: Mesh) -> None:
         ):
             raise ValueError(
                 f"sharding rule {rule[0]!r} -> {rule[1]!r}: use 'fsdp', 'replicate' or a list of"
-                f" None and axes {AXES}"
+                f" axes from {AXES} and None"
             )
         if len(set(axes)) < len(axes):
             raise ValueError(f"sharding rule {rule[0]!r} -> {rule[1]!r} names an axis twice")
@@ -351,33 +372,31 @@ def check_rules(rules: Any, mesh: Mesh) -> None:
             re.compile(rule[0])
         except re.error as error:
             raise ValueError(
-                f"sharding rule {rule[0]!r} is no regular expression: {error}"
+                f"sharding rule {rule[0]!r} is not a valid regular expression: {error}"
             ) from error
         named.update(axes)
     if mesh.shape.get("model", 1) > 1 and "model" not in named:
         raise ValueError(
-            f"mesh.model is {mesh.shape['model']}, but no rule splits anything over it: add one"
-            " such as ('conv_0/kernel', [None, None, None, 'model']), or set it to 1"
+            f"mesh.model is {mesh.shape['model']}, but no rule shards anything over it: add a rule"
+            " such as ('conv_0/kernel', [None, None, None, 'model']), or set mesh.model to 1"
         )
 
 
 def tree_shardings(
     tree: Tree, mesh: Mesh, rules: Sequence[Sequence[Any]], min_elements: int
 ) -> Tree:
-    """A NamedSharding for each leaf (anything with a shape): the first rule whose regex is found in
-    the leaf's path decides.
+    """A NamedSharding for each leaf of a tree of arrays or shapes, by the first rule that matches.
 
-    Raises ValueError for a rule that is never used, names an unknown axis, or a leaf that no rule
-    matches.
+    Raises ValueError for invalid rules, a rule that matches no leaf, and a leaf without a rule.
     """
     check_rules(rules, mesh)
     used = set()
 
-    def place(path, leaf):
+    def named_sharding(path, leaf):
         used.add(rule := rule_of(path_name(path), rules))
         return NamedSharding(mesh, rule_spec(rules[rule][1], leaf.shape, mesh, min_elements))
 
-    shardings = jax.tree_util.tree_map_with_path(place, tree)
+    shardings = jax.tree_util.tree_map_with_path(named_sharding, tree)
     unused = [rules[i][0] for i in range(len(rules)) if i not in used]
     if unused:
         raise ValueError(
@@ -387,8 +406,12 @@ def tree_shardings(
 
 
 def bytes_table(tree: Tree, shardings: Tree) -> list[dict[str, Any]]:
-    """Per top-level part of the state: total bytes, bytes on one device, and the share of its bytes
-    that is really split.
+    """The size of each top-level part of the state: a list of dicts.
+
+    part               name of the part
+    bytes              total
+    bytes_per_device   bytes on one device
+    sharded_bytes      bytes of the leaves that are sharded
     """
     rows: dict[str, dict[str, Any]] = {}
     leaves = jax.tree_util.tree_leaves_with_path(tree)

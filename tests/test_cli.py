@@ -146,14 +146,14 @@ MISTAKES = {
     "no such topology": (
         "imagen_jax.plan",
         [TINY, "--topology=v5e-17"],
-        "17 chips of v5e are no slice",
+        "there is no slice of 17 v5e chips",
     ),
     "nowhere to write": (
         "imagen_jax.plan",
         [TINY, "--topology=v5e-4", "--output=/proc/plan"],
         "--output /proc/plan cannot be written to",
     ),
-    "no such chip": ("imagen_jax.plan", [TINY, "--topology=v9-8"], "known are v4, v5e"),
+    "no such chip": ("imagen_jax.plan", [TINY, "--topology=v9-8"], "use one of v4, v5e"),
     "argument forgotten": (
         "imagen_jax.prepare_data",
         ["--source=emoji", "--output=o"],

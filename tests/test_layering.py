@@ -1,5 +1,7 @@
-"""Who may import whom, read from the source: verbs -> planning -> training, evals -> joints ->
-folders -> ground, and what nobody imports at all.
+"""The import rules, read from the source.
+
+Commands import planning, planning imports training and evals, and so on down to the modules that
+import nothing of the package. Some modules must not be imported by anything.
 """
 
 import ast
@@ -12,8 +14,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 VERBS = {"demo", "evaluate", "export", "plan", "prepare_data", "sample", "train"}
-# From the ground up: a unit (a folder, or a module at the root) imports units below its own layer,
-# and of its own layer without circles.
+# From the lowest layer up. A unit (a folder, or a module at the root) may import units of lower
+# layers, and of its own layer if there is no circle.
 LAYERS = (
     {"caption_text", "exit_codes", "field", "run_log", "schema", "storage"},
     {"cli", "data", "diffusion", "distributed", "hardware", "models", "pictures", "text"},
@@ -24,21 +26,12 @@ LAYERS = (
     VERBS,
 )
 LAYER = {unit: i for i, units in enumerate(LAYERS) for unit in units}
-APART = {
-    "data",
-    "diffusion",
-    "distributed",
-    "hardware",
-    "models",
-    "text",
-    *VERBS,
-}  # none of these imports another of its layer
+# None of these may import another unit of its layer.
+APART = {"data", "diffusion", "distributed", "hardware", "models", "text", *VERBS}
 
 
 def imported(path):
-    """Every dotted name that the file imports, at its head or inside a function; relative imports
-    made absolute.
-    """
+    """The absolute dotted names that a file imports, at the top or inside a function."""
     package = path.relative_to(ROOT).parts[:-1]
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -59,7 +52,7 @@ def sources(*folders):
 
 
 def unit(path):
-    """The folder or root module that a file of the package belongs to."""
+    """The folder or root module of the package that a file belongs to."""
     return path.relative_to(ROOT / "imagen_jax").parts[0].removesuffix(".py")
 
 
@@ -77,7 +70,7 @@ def is_circular(graph):
 
 
 def test_every_module_has_its_place():
-    """Catches a new module or folder that no rule covers: give it a place in LAYERS above."""
+    """Catches a new module or folder without a rule; add it to LAYERS above."""
     assert {unit(path) for path in sources("imagen_jax")} - {"__init__"} == LAYER.keys()
 
 
@@ -85,8 +78,8 @@ def test_every_module_has_its_place():
     "path", sources("imagen_jax"), ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_imports_go_one_way(path):
-    """Catches an import from below upwards, a folder of the middle that needs another, and a verb
-    that imports a verb.
+    """Catches an import from a higher layer, a folder that imports another one of its layer, and a
+    command that imports a command.
     """
     own = unit(path)
     others = units_imported(path) - {own}
@@ -101,7 +94,7 @@ def test_imports_go_one_way(path):
 
 
 def test_units_form_no_circle():
-    """Catches two folders that need each other, also through a third and by a lazy import."""
+    """Catches circular imports between folders, also through a third folder or by a lazy import."""
     graph = {}
     for path in sources("imagen_jax"):
         graph.setdefault(unit(path), set()).update(units_imported(path) - {unit(path)})
@@ -114,7 +107,7 @@ def test_units_form_no_circle():
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_modules_of_a_folder_form_no_circle(folder):
-    """Catches two modules of one folder that import each other, which a lazy import would hide."""
+    """Catches two modules of a folder that import each other, which a lazy import would hide."""
     graph = {}
     for path in folder.glob("*.py"):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -128,9 +121,7 @@ def test_modules_of_a_folder_form_no_circle(folder):
 
 
 def test_each_folder_says_what_lives_there():
-    """Catches a folder whose docstring does not say, in its second sentence, what it must
-    not know.
-    """
+    """Catches a folder whose docstring does not say what it must not know."""
     for path in sources("imagen_jax"):
         if path.name == "__init__.py" and path.parent.name != "imagen_jax":
             said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -138,17 +129,15 @@ def test_each_folder_says_what_lives_there():
 
 
 def test_nobody_imports_a_verb():
-    """Catches a script that calls into a verb where it should start it as a user would, as a
-    process.
-    """
+    """Catches a script that imports a command; it must run it as a process, as a user would."""
     for path in sources("launch", "tools", "configs"):
         assert not units_imported(path) & VERBS, path
 
 
 @pytest.mark.parametrize("path", sources("configs"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_configs_import_nothing_of_the_package(path):
-    """Catches a config that cannot be read on a login node: it may import the standard library,
-    ml_collections and other configs.
+    """Catches a config that cannot be read on a login node. Configs may import the standard
+    library, ml_collections and other configs.
     """
     roots = {name.split(".")[0] for name in imported(path)}
     assert roots <= sys.stdlib_module_names | {"ml_collections", "configs"}
@@ -158,9 +147,7 @@ def test_configs_import_nothing_of_the_package(path):
     "path", sources("imagen_jax", "configs", "launch"), ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_neither_torch_nor_tensorflow(path):
-    """Catches torch, torchvision or TensorFlow, lazily imported or not (tensorflow_datasets needs
-    none of them).
-    """
+    """Catches an import of torch, torchvision, TensorFlow or sentencepiece, lazy or not."""
     assert not {name.split(".")[0] for name in imported(path)} & {
         "torch",
         "torchvision",
@@ -170,17 +157,13 @@ def test_neither_torch_nor_tensorflow(path):
 
 
 def test_modules_with_parameters_live_in_few_folders():
-    """Catches a layer outside the folders that hold networks, and a network that knows of meshes or
-    time steps.
+    """Catches a layer outside the folders of networks, and a network or diffusion module that uses
+    meshes.
     """
     for path in sources("imagen_jax"):
         names = imported(path)
-        holds_networks = unit(path) in {
-            "models",
-            "text",
-            "evals",
-            "planning",
-        }  # planning looks inside them
+        # Planning inspects networks.
+        holds_networks = unit(path) in {"models", "text", "evals", "planning"}
         assert holds_networks or not any(f"{name}.".startswith("flax.linen.") for name in names), (
             path
         )
@@ -198,18 +181,16 @@ def refuse(*args, **kwargs):
 
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 for name in sys.argv[1:]:
-    known = set(flags.FLAGS)
+    before = set(flags.FLAGS)
     importlib.import_module(name)
-    for flag in set(flags.FLAGS) - known:  # two verbs may have a flag of the same name
+    for flag in set(flags.FLAGS) - before:  # two commands may have a flag of the same name
         delattr(flags.FLAGS, flag)
 print(sorted({"torch", "torchvision", "tensorflow"} & set(sys.modules)))
 """
 
 
 def test_importing_needs_no_network():
-    """Catches a download at import (design bug 5), and torch or TensorFlow pulled in by something
-    that is imported.
-    """
+    """Catches a download at import, and torch or TensorFlow imported indirectly."""
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in sources("imagen_jax")

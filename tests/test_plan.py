@@ -1,6 +1,4 @@
-"""plan with the TPU compiler itself: its estimates against ideal times, the verb on a tiny config,
-advice that works when followed.
-"""
+"""plan with the TPU compiler: estimates against ideal times, the command, and its advice."""
 
 import json
 import os
@@ -30,7 +28,7 @@ def convolution(x, w):
     )
 
 
-# (program, shapes, FLOPs or 0, bytes or 0, how many times the ideal time the estimate may be)
+# (program, shapes, FLOPs or 0, bytes or 0, largest ratio of the estimate to the ideal time)
 OPERATIONS = {
     "matrix product": (lambda a, b: a @ b, [(4096, 4096), (4096, 4096)], 2 * 4096**3, 0, 1.2),
     "3x3 convolution": (
@@ -53,37 +51,37 @@ OPERATIONS = {
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_estimates_against_ideal_times(name, operation):
-    """Wrong: a clock, a peak or a sum of cycles that makes an operation faster than the chip, or
-    several times slower than it should be.
+    """Catches a clock, a peak or a sum of cycles with which an operation is faster than the chip
+    allows, or several times slower.
     """
     program, shapes, flops, size, slack = OPERATIONS[operation]
-    place = topology.parse(name)
-    whole = NamedSharding(Mesh(place.devices()[:1], "x"), PartitionSpec())
-    arguments = [jax.ShapeDtypeStruct(shape, BF16, sharding=whole) for shape in shapes]
-    items = list(
-        cost.items(hlo.parse(jax.jit(program).lower(*arguments).compile().as_text()), place.chip)
-    )
-    ideal = max(flops / place.chip.peak_flops, size / place.chip.memory_bandwidth)
-    times = sum(item.seconds for item in items) / ideal
-    print(f"{name} {operation}: {times:.2f} times the ideal time")
-    assert 0.97 < times < slack
+    hardware = topology.parse(name)
+    chip = hardware.chip
+    replicated = NamedSharding(Mesh(hardware.devices()[:1], "x"), PartitionSpec())
+    arguments = [jax.ShapeDtypeStruct(shape, BF16, sharding=replicated) for shape in shapes]
+    text = jax.jit(program).lower(*arguments).compile().as_text()
+    items = list(cost.items(hlo.parse(text), chip))
+    ideal = max(flops / chip.peak_flops, size / chip.memory_bandwidth)
+    ratio = sum(item.seconds for item in items) / ideal
+    print(f"{name} {operation}: {ratio:.2f} times the ideal time")
+    assert 0.97 < ratio < slack
     assert all(item.estimated for item in items if item.seconds > 0.01 * ideal)
 
 
 @pytest.mark.parametrize("name", ["v5e-1", "v6e-1", "2xv6e-1"])
 def test_slices_of_one_chip(name):
-    """Wrong: a compiler that knows no slice smaller than a host, whose four chips are then planned
-    for.
+    """Catches a compiler that knows no slice smaller than a host, and plans for the host's four
+    chips.
     """
     assert len(topology.parse(name).devices()) == topology.parse(name).chips
 
 
 def test_a_mesh_for_blocks_over_eight_chips():
-    """Wrong: a row of the batch that eight chips compute, timed on the four of the
-    smallest slice.
+    """Catches a row of the batch that eight chips compute, compiled for the four of the smallest
+    slice.
     """
-    place = block_costs._smallest(topology.parse("v5p:4x4x8"), 8)
-    mesh = block_costs.block_mesh(place, {"model": 1, "spatial": 8})
+    hardware = block_costs._smallest(topology.parse("v5p:4x4x8"), 8)
+    mesh = block_costs.block_mesh(hardware, {"model": 1, "spatial": 8})
     x = jax.ShapeDtypeStruct((2, 64, 8, 128), BF16, sharding=sharding.image_sharding(mesh))
     text = (
         jax.jit(convolution)
@@ -97,9 +95,9 @@ def test_a_mesh_for_blocks_over_eight_chips():
     )
 
 
-def test_gathers_run_beside_what_computes():
-    """Wrong: options that this compiler does not take for what they were, or pieces of a gather
-    that it marks in another way: then plan counts each.
+def test_all_gathers_are_overlapped_with_compute():
+    """Catches compiler options that this version no longer accepts, and pieces of an all-gather
+    that it marks in another way, so that each would be counted.
     """
     mesh = sharding.make_mesh(
         {"data": -1, "fsdp": 16, "model": 1, "spatial": 1}, topology.parse("v5p:4x4x8").devices()
@@ -122,24 +120,26 @@ def test_gathers_run_beside_what_computes():
         out_shardings=[over_fsdp] * 4,
         compiler_options=sharding.compiler_options(mesh),
     )
-    found = list(hlo.collectives(hlo.parse(gradient.lower(kernels, x).compile().as_text()), 128))
-    gathers, sums = (
-        [c for c in found if c.kind == kind] for kind in ("all-gather", "reduce-scatter")
+    collectives = list(
+        hlo.collectives(hlo.parse(gradient.lower(kernels, x).compile().as_text()), 128)
     )
-    assert 4 <= len(gathers) <= 8, "a kernel is gathered at most once forward and once backward"
+    gathers, sums = (
+        [c for c in collectives if c.kind == kind] for kind in ("all-gather", "reduce-scatter")
+    )
+    assert 4 <= len(gathers) <= 8, "one all-gather of a kernel per pass at most"
     assert (
-        sum(c.beside for c in gathers) >= 0.75 * len(gathers)
+        sum(c.overlapped for c in gathers) >= 0.75 * len(gathers)
         and sums
-        and not any(c.beside for c in sums)
+        and not any(c.overlapped for c in sums)
     )
 
 
 def test_traffic_between_slices():
-    """Wrong: a compiler that writes what crosses slices in another way, so that the slowest traffic
-    is passed over.
+    """Catches a compiler that writes communication between slices in another way, so that the
+    slowest communication is ignored.
     """
-    place = topology.parse("4xv5e:2x2")
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 2, "model": 1, "spatial": 1}, place.devices())
+    hardware = topology.parse("4xv5e:2x2")
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 2, "model": 1, "spatial": 1}, hardware.devices())
     over = lambda *axes: NamedSharding(mesh, PartitionSpec(axes or None))
     gradient = jax.jit(
         jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)),
@@ -161,22 +161,24 @@ def test_traffic_between_slices():
         if len({sharding.slice_of(devices[i]) for i in c.groups[0]}) == 4
     ]
     assert [(c.kind, c.bytes) for c in across] == [("all-reduce", 1024 * 1024 * 4 // 4)]
-    assert links.seconds(across[0], devices, place) == pytest.approx(
-        2 * 3 / 4 * 2**20 / place.chip.network_bandwidth
+    assert links.seconds(across[0], devices, hardware) == pytest.approx(
+        2 * 3 / 4 * 2**20 / hardware.chip.network_bandwidth
     )
 
 
 def level(attention: bool) -> list[str]:
-    """base_64:tiny with one level, half of the compiler's work: every kind of block but resampling,
-    or no attention either.
+    """Flags for base_64:tiny with one level, which halves the compiler's work.
+
+    It has every kind of block except resampling; with `attention` False it has no attention either.
     """
     fields = ("multipliers=(1,)", f"attention=({attention},)", f"text_attention=({attention},)")
     return ["--config=configs/base_64.py:tiny", *(f"--config.model.{field}" for field in fields)]
 
 
 def plan(tmp_path, *options, what=tuple(level(attention=True)), topology="v5e-4"):
-    """(exit code, the JSON) of the verb for a network of one level on four v5e chips, or for
-    another thing on another topology.
+    """Runs the command and returns (exit code, plan).
+
+    By default it plans for a network of one level on four v5e chips.
     """
     command = [
         sys.executable,
@@ -188,49 +190,50 @@ def plan(tmp_path, *options, what=tuple(level(attention=True)), topology="v5e-4"
         f"--cache={tmp_path}/cache",
         *options,
     ]
-    env = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_DEFAULT_MATMUL_PRECISION": "default",
-    }  # as a user has it; the tests' "highest" compiles longer
+    # The precision is a user's; "highest", which tests use, takes longer to compile.
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DEFAULT_MATMUL_PRECISION": "default"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
 
 def test_plan_of_a_tiny_config(tmp_path):
-    """Wrong: a part of the report that is missing, a time without its blocks, a second run that
-    compiles blocks again.
+    """Catches a missing part of the plan, a time without its blocks, and a second run that compiles
+    blocks again.
     """
-    code, found = plan(
+    code, result = plan(
         tmp_path, f"--output={tmp_path}/plan", "--price=1", "--config.train.sample_every=4"
     )
     assert (
-        code == 0 and found["memory"]["fits"] and found["chips"] == 4 and found["sampler"]["fits"]
+        code == 0
+        and result["memory"]["fits"]
+        and result["chips"] == 4
+        and result["sampler"]["fits"]
     )
-    assert found["sampler"]["peak"] > sum(
-        found["memory"]["parts"][part] for part in ("parameters", "EMA", "optimizer")
+    assert result["sampler"]["peak"] > sum(
+        result["memory"]["parts"][part] for part in ("parameters", "EMA", "optimizer")
     )
-    assert sum(found["memory"]["parts"].values()) >= found["memory"]["peak"]
-    assert 0 < found["time"]["mfu"] < 1 and sum(found["time"]["kinds_s"].values()) == pytest.approx(
-        found["time"]["compute_s"]
-    )
-    parameters = 4 * found["parameters"] / found["mesh"]["fsdp"]
+    assert sum(result["memory"]["parts"].values()) >= result["memory"]["peak"]
+    assert 0 < result["time"]["mfu"] < 1 and sum(
+        result["time"]["kinds_s"].values()
+    ) == pytest.approx(result["time"]["compute_s"])
+    parameters = 4 * result["parameters"] / result["mesh"]["fsdp"]
     assert (
-        6 * parameters < found["memory_traffic"]["bytes"]
-        and found["memory_traffic"]["seconds"] < found["time"]["step_s"]
+        6 * parameters < result["memory_traffic"]["bytes"]
+        and result["memory_traffic"]["seconds"] < result["time"]["step_s"]
     )
-    assert found["places"][0]["place"].split("/")[0] in ("down_0", "mid", "up_0")
-    assert found["cost"]["money"] == pytest.approx(found["cost"]["chip_hours"])
+    assert result["places"][0]["place"].split("/")[0] in ("down_0", "mid", "up_0")
+    assert result["cost"]["money"] == pytest.approx(result["cost"]["chip_hours"])
     assert (tmp_path / "plan" / "plan.png").read_bytes()[:4] == b"\x89PNG" and json.loads(
         (tmp_path / "plan" / "plan.json").read_text()
-    ) == found
-    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
-    assert kept and plan(tmp_path, "--nosampler")[1]["time"] == found["time"]
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == kept
+    ) == result
+    cached = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    assert cached and plan(tmp_path, "--nosampler")[1]["time"] == result["time"]
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == cached
 
 
 def begin(*command):
-    """A process of which the whole step is being compiled."""
+    """Starts a process and waits until it compiles the whole step."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
@@ -248,8 +251,8 @@ def begin(*command):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_plan_at_once(tmp_path, number):
-    """Wrong: the compiler's handler, which prints what looks like its crash; a signal that waits
-    for the compiler.
+    """Catches the compiler's own handler, which prints what looks like a crash, and a signal that
+    waits for the compiler.
     """
     process = begin(
         "imagen_jax.plan", *level(attention=True), "--topology=v5e-4", f"--cache={tmp_path}"
@@ -258,13 +261,13 @@ def test_a_signal_ends_a_plan_at_once(tmp_path, number):
     _, errors = process.communicate(timeout=20)
     assert (
         process.returncode == 128 + number
-        and errors.splitlines()[-1] == "error: interrupted, the same command continues"
+        and errors.splitlines()[-1] == "error: interrupted; run the same command again to continue"
         and "received by PID" not in errors
     )
 
 
 def test_a_plan_ends_with_scaling(tmp_path):
-    """Wrong: a plan that goes on for an hour when the process that wants it was killed."""
+    """Catches a plan that runs on for an hour after the process that started it was killed."""
     process = begin(
         "tools.scaling",
         *level(attention=True),
@@ -275,13 +278,13 @@ def test_a_plan_ends_with_scaling(tmp_path):
         f"--cache={tmp_path}/cache",
     )
     process.kill()
-    _, errors = process.communicate(timeout=60)  # until the plan, too, has closed its end
+    _, errors = process.communicate(timeout=60)  # returns when the plan has ended as well
     assert "error: interrupted" in errors and not list(tmp_path.rglob("plan.json"))
 
 
 def test_advice_works_when_followed(tmp_path):
-    """Wrong: a program that does not fit reported as a crash, advice that does not fit either when
-    it is compiled.
+    """Catches a program that does not fit reported as a crash, and advice that does not fit when it
+    is compiled.
     """
     big = [*level(attention=False), "--config.data.batch_size=1048576", "--notime", "--nosampler"]
     code, searched = plan(tmp_path, "--search", what=big)
@@ -298,12 +301,12 @@ def test_advice_works_when_followed(tmp_path):
 
 
 def test_plan_of_a_text_encoder(tmp_path):
-    """Wrong: a rate without its rows, hours of one chip for those of all, a pass of
-    another length.
+    """Catches a rate that ignores the number of rows, hours of one chip reported for all, and a
+    wrong caption length.
     """
     assets = f"--text_encoder={ROOT}/imagen_jax/assets/t5_tiny"
-    code, found = plan(tmp_path, "--tokens=16,64", "--captions=1000000", what=[assets])
-    short, long = found["passes"]
+    code, result = plan(tmp_path, "--tokens=16,64", "--captions=1000000", what=[assets])
+    short, long = result["passes"]
     assert code == 0 and (short["tokens"], short["rows"], long["tokens"], long["rows"]) == (
         16,
         64,
@@ -320,8 +323,8 @@ def test_plan_of_a_text_encoder(tmp_path):
 
 @pytest.mark.parametrize("slices, fsdp", [("2xv5e:4x4", 8), ("v4-512", 16)])
 def test_meshes_of_real_tori(slices, fsdp):
-    """Wrong: a group of fsdp over two slices, and a torus whose sides do not multiply to an axis
-    (16 of 4x8x8) refused.
+    """Catches a group of fsdp that extends over two slices, and an axis refused because no sides of
+    the torus multiply to it (16 on 4x8x8).
     """
     mesh = sharding.make_mesh(
         {"data": -1, "fsdp": fsdp, "model": 1, "spatial": 1}, topology.parse(slices).devices()
@@ -333,13 +336,13 @@ def test_meshes_of_real_tori(slices, fsdp):
 
 
 def test_plan_of_gpus(tmp_path):
-    """Wrong: a GPU's compiler that looks for a GPU, loops over the parts of a batch that cannot be
-    read, memory that is not compared with the card's, times that nobody estimated.
+    """Catches a GPU compiler that needs a GPU, loops of accumulated batches that cannot be read,
+    memory that is not compared with the limit, and times for which there is no estimate.
     """
     pytest.importorskip(
         "jax_cuda12_plugin", reason="the GPU compiler comes with the extra `gpu-plan`"
     )
-    code, found = plan(
+    code, result = plan(
         tmp_path,
         "--nosampler",
         "--config.optim.accumulation=2",
@@ -348,12 +351,12 @@ def test_plan_of_gpus(tmp_path):
     )
     assert (
         code == 0
-        and found["chips"] == 8
-        and found["memory"]["level"] == "default"
-        and "time" not in found
+        and result["chips"] == 8
+        and result["memory"]["level"] == "default"
+        and "time" not in result
     )
     assert (
-        0 < found["memory"]["peak"] < found["memory"]["limit"]
-        and found["collectives"]
-        and found["memory_traffic"]["bytes"] > found["memory"]["parts"]["parameters"]
+        0 < result["memory"]["peak"] < result["memory"]["limit"]
+        and result["collectives"]
+        and result["memory_traffic"]["bytes"] > result["memory"]["parts"]["parameters"]
     )

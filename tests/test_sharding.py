@@ -1,6 +1,4 @@
-"""Meshes of eight virtual devices against one: same losses, gradients and samples; rules that are
-used, or refused.
-"""
+"""Eight virtual devices compared with one: losses, gradients, samples; and the sharding rules."""
 
 import functools
 
@@ -24,8 +22,7 @@ MESHES = [
     dict(data=2, fsdp=2, model=2, spatial=1),
 ]
 RULES = ((".*", "fsdp"),)
-# Features over `model`: what a block's first layer makes, what its second reads, and heads of
-# attention.
+# Over `model`: the outputs of a block's first layer, the inputs of its second, attention heads.
 MODEL_RULES = (
     ("conv_0/kernel", [None, None, "fsdp", "model"]),
     ("conv_1/kernel", [None, None, "model", "fsdp"]),
@@ -40,8 +37,9 @@ def rules_for(mesh):
 
 
 def loss_on(name, mesh, params=None):
-    """(loss, gradients, parameters) of a tiny stage on a mesh, from given host parameters or from
-    its own initial ones, perturbed.
+    """(loss, gradients, parameters) of a tiny stage on a mesh.
+
+    Parameters are the given host arrays, or the stage's initial ones, perturbed.
     """
     stage, optimizer, _ = tiny.stage_and_step(tiny.config(name), mesh)
     _, shardings = abstract_state(stage, optimizer, mesh, rules_for(mesh), 8)
@@ -67,8 +65,8 @@ def on_one_device(name):
 @pytest.mark.parametrize("name", ["base_64", "sr_1024"])
 @pytest.mark.parametrize("sizes", MESHES)
 def test_mesh_changes_nothing(name, sizes):
-    """Catches a loss averaged per device, noise that depends on the mesh, a halo that is not
-    exchanged.
+    """Catches a loss averaged per device, noise that depends on the mesh, and a missing halo
+    exchange.
     """
     loss, grads, params = on_one_device(name)
     mesh_loss, mesh_grads, _ = loss_on(name, sharding.make_mesh(sizes), params)
@@ -97,14 +95,14 @@ def test_state_is_born_sharded(name):
     )
 
 
-# Stem; each residual block: both convolutions and its end, in a resampling one both inputs; strided
-# convolution, up-sampling; MLP: two.
+# The number of constraints: one for the stem, three for each residual block, five for one that
+# resamples; in the Efficient U-Net one for each resampling convolution and two for each MLP.
 @pytest.mark.parametrize(
     "name, count", [("base_64", 1 + 3 * 8 + 5 * 2), ("sr_1024", 1 + 4 * 4 + 2 * 2)]
 )
 def test_every_block_is_split_by_rows_and_height(name, count):
-    """Catches a constraint that never reaches the network: every result stays right, and a large
-    image no longer fits.
+    """Catches a constraint that does not reach the network: results stay right, but large images no
+    longer fit.
     """
     stage, _, _ = tiny.stage_and_step(tiny.config(name), sharding.make_mesh(MESHES[2]))
     params = jax.eval_shape(stage.init, jax.random.key(0))
@@ -114,8 +112,9 @@ def test_every_block_is_split_by_rows_and_height(name, count):
 
 
 def sample_on(name, mesh, sampling):
-    """Eight samples of a tiny stage, whose parameters do not depend on the mesh. sampling: changed
-    settings.
+    """Eight samples of a tiny stage; its parameters do not depend on the mesh.
+
+    `sampling` are changed settings.
     """
     stage, _, _ = tiny.stage_and_step(tiny.config(name), mesh)
     params = tiny.perturbed(jax.device_get(jax.jit(stage.init)(jax.random.key(0))), 0.05)
@@ -141,8 +140,8 @@ SECOND_ORDER = {"method": "dpmpp_2m", "grid": "logsnr", "w_interval": (-2.0, 2.0
     ],
 )
 def test_sample_is_the_same_on_a_mesh(name, sizes, sampling):
-    """Catches noise drawn per device, and halos of the sampler that are not exchanged: no fp32
-    pixel may move by more than 1/255.
+    """Catches noise drawn per device, and a missing halo exchange in the sampler: no fp32 pixel may
+    change by more than 1/255.
     """
     alone = sample_on(
         name,
@@ -154,8 +153,8 @@ def test_sample_is_the_same_on_a_mesh(name, sizes, sampling):
 
 
 def test_slices_lie_along_data(monkeypatch):
-    """Catches a group of fsdp that reaches over the network between slices, results that depend on
-    the order of devices, a slice that is cut.
+    """Catches a group of fsdp that extends over several slices, results that depend on the order of
+    the devices, and a slice that is cut.
     """
     monkeypatch.setattr(sharding, "slice_of", lambda device: device.id % 2)
     mesh = sharding.make_mesh(dict(data=-1, fsdp=2, model=1, spatial=1))
@@ -178,7 +177,7 @@ def test_slices_lie_along_data(monkeypatch):
 
 
 def test_mesh_sizes():
-    """Catches a mesh that silently leaves devices out."""
+    """Catches a mesh that silently uses only some of the devices."""
     assert dict(sharding.make_mesh(dict(data=-1, fsdp=2, model=1, spatial=1)).shape) == {
         "data": 4,
         "fsdp": 2,
@@ -188,7 +187,7 @@ def test_mesh_sizes():
     for wrong, choices in (
         (dict(data=3, fsdp=1, model=1, spatial=1), "data may be 8"),
         (dict(data=-1, fsdp=3, model=2, spatial=1), "fsdp may be 1, 2, 4$"),
-        (dict(data=-1, fsdp=-1, model=1, spatial=1), "one may be -1"),
+        (dict(data=-1, fsdp=-1, model=1, spatial=1), "more than one is -1"),
         (dict(data=2, fsdp=2, model=1, spatial=1), "fsdp may be 4"),
     ):
         with pytest.raises(ValueError, match=f"8 devices.*{choices}"):
@@ -196,13 +195,15 @@ def test_mesh_sizes():
 
 
 def test_batch_that_does_not_divide():
-    """Catches the device error in place of a number that would do."""
+    """Catches a device error in place of the valid sizes."""
     with pytest.raises(ValueError, match="multiple of 8"):
         sharding.place_batch({"image": np.zeros((12, 2))}, sharding.make_mesh(MESHES[0]))
 
 
 def test_fsdp_spec():
-    """Catches sharding of the smallest dimension, of scalars, and of what does not divide."""
+    """Catches sharding of the smallest dimension, of scalars, and of dimensions that do not divide
+    evenly.
+    """
     assert sharding.fsdp_spec((3, 3, 16, 64), 8, 1) == P(None, None, None, "fsdp")
     assert sharding.fsdp_spec((64, 16), 8, 1) == P("fsdp", None) and sharding.fsdp_spec(
         (3, 3, 64, 64), 8, 1
@@ -218,7 +219,7 @@ def test_fsdp_spec():
 
 
 def test_rules():
-    """Catches rules applied out of order, typos that match nothing, and axes that do not exist."""
+    """Catches rules applied in another order, typos that match nothing, unknown axes."""
     mesh = sharding.make_mesh(dict(data=1, fsdp=2, model=4, spatial=1))
     tree = {
         "params": {
@@ -227,23 +228,21 @@ def test_rules():
         }
     }
     rules = [("qkv/kernel", [None, "model"]), ("bias", "replicate"), (".*", "fsdp")]
-    made = sharding.tree_shardings(tree, mesh, rules, 1)["params"]
-    assert (made["qkv"]["kernel"].spec, made["out"]["kernel"].spec, made["out"]["bias"].spec) == (
-        P(None, "model"),
-        P(None, "fsdp"),
-        P(),
-    )
+    params = sharding.tree_shardings(tree, mesh, rules, 1)["params"]
+    out = params["out"]
+    assert params["qkv"]["kernel"].spec == P(None, "model")
+    assert (out["kernel"].spec, out["bias"].spec) == (P(None, "fsdp"), P())
     with pytest.raises(ValueError, match="match no leaf: \\['typo'\\]"):
         sharding.tree_shardings(tree, mesh, [*rules, ("typo", "fsdp")], 1)
     with pytest.raises(ValueError, match="use 'fsdp'"):
         sharding.tree_shardings(tree, mesh, [*rules[:1], (".*", "everywhere")], 1)
     for wrong, message in (
-        ([("(", "fsdp")], "no regular expression"),
+        ([("(", "fsdp")], "not a valid regular expression"),
         ([(".*", 3)], "a rule is"),
         ("abc", "a rule is"),
         ([(".*",)], "a rule is"),
         ([("kernel", ["model", "model"])], "names an axis twice"),
-        ([(".*", "fsdp")], "mesh.model is 4, but no rule splits anything over it"),
+        ([(".*", "fsdp")], "mesh.model is 4, but no rule shards anything over it"),
     ):
         with pytest.raises(ValueError, match=message):
             sharding.tree_shardings(tree, mesh, wrong, 1)
@@ -251,24 +250,25 @@ def test_rules():
         sharding.tree_shardings(tree, mesh, rules[:1], 1)
 
 
-def test_what_no_rule_can_split_is_named():
-    """Catches a large parameter that is whole on every device without a word, and sizes named that
-    would not split it either.
+def test_parameters_that_cannot_be_sharded_are_named():
+    """Catches a large parameter that is silently replicated, and advice that would not shard it
+    either.
     """
     mesh = sharding.make_mesh(dict(data=1, fsdp=4, model=2, spatial=1))
     shapes = {"odd": (6, 9), "even": (8, 9), "small": (3,), "qkv": (8, 9), "heads": (8, 6)}
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    found = sharding.badly_split(params, mesh, [("qkv|heads", [None, "model"]), (".*", "fsdp")], 8)
-    assert [line.partition(":")[0] for line in found] == ["params/odd [6, 9]", "params/qkv [8, 9]"]
-    assert (
-        "no dimension is a multiple of fsdp 4; fsdp 2 would split it" in found[0]
-        and "multiples of the axes' sizes" in found[1]
-    )
+    rules = [("qkv|heads", [None, "model"]), (".*", "fsdp")]
+    lines = sharding.badly_split(params, mesh, rules, 8)
+    assert [line.partition(":")[0] for line in lines] == ["params/odd [6, 9]", "params/qkv [8, 9]"]
+    assert "no dimension is a multiple of mesh.fsdp = 4; set mesh.fsdp to one of 2" in lines[0]
+    assert "multiples of the axes' sizes" in lines[1]
+    (line,) = sharding.badly_split({"prime": params["odd"].update(shape=(7, 7))}, mesh, rules, 8)
+    assert "no mesh.fsdp divides it" in line
     assert not sharding.badly_split(params, mesh, [(".*", "replicate")], 8)
 
 
 def test_bytes_table():
-    """Catches bytes counted without their sharding."""
+    """Catches bytes per device that ignore the sharding."""
     mesh = sharding.make_mesh(dict(data=1, fsdp=8, model=1, spatial=1))
     tree = {"params": {"w": jnp.zeros((16, 4)), "b": jnp.zeros(4)}}
     table = sharding.bytes_table(tree, sharding.tree_shardings(tree, mesh, RULES, 8))
@@ -277,18 +277,18 @@ def test_bytes_table():
 
 @pytest.mark.parametrize("name", ["base_64", "sr_256"])
 def test_no_feature_map_is_gathered(name):
-    """Wrong: a partitioner left to follow kernels' shards, so that feature maps of all devices
-    travel where kernels should.
+    """Catches a partitioner that follows the shards of kernels, so that feature maps are
+    all-gathered in place of kernels.
     """
     config = tiny.config(name, data__batch_size=64)
     config["mesh"] |= {"data": 2, "fsdp": 4, "fsdp_min_elements": 256}
     program = TrainProgram.create(config, sharding.make_mesh(config["mesh"]))
-    found = list(hlo.collectives(hlo.parse(program.lower().compile().as_text()), 8))
+    collectives = list(hlo.collectives(hlo.parse(program.lower().compile().as_text()), 8))
     largest = max(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract.params)
     )
-    assert any(c.kind == "all-gather" for c in found)
-    assert max(c.bytes for c in found if c.kind in ("all-gather", "all-to-all")) <= largest
+    assert any(c.kind == "all-gather" for c in collectives)
+    assert max(c.bytes for c in collectives if c.kind in ("all-gather", "all-to-all")) <= largest
 
 
 @pytest.mark.parametrize(
@@ -312,8 +312,8 @@ def test_no_feature_map_is_gathered(name):
     ],
 )
 def test_each_process_reads_the_rows_that_its_devices_hold(sizes, hosts, rows):
-    """Catches: the n-th slice for the n-th process, wrong where its devices are a block of the mesh
-    or share an image with another's.
+    """Catches the n-th part of the batch for the n-th process. This is wrong where a process's
+    devices are a block of the mesh, and where an image is sharded over processes.
     """
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "model": 1, "spatial": 1} | sizes)
     assert [
@@ -322,13 +322,11 @@ def test_each_process_reads_the_rows_that_its_devices_hold(sizes, hosts, rows):
     assert sharding.process_rows(16, mesh) == list(range(16))
 
 
-def test_a_training_is_compiled_with_what_the_compiler_is_to_be_told(monkeypatch):
-    """Wrong: a train step that plan compiles with options of the compiler and a training
-    without.
-    """
+def test_a_training_uses_the_compiler_options(monkeypatch):
+    """Catches compiler options that plan uses for the train step and a training does not."""
     config = tiny.config("sr_256", data__batch_size=8)
     mesh = sharding.make_mesh({"data": 8, "fsdp": 1, "model": 1, "spatial": 1})
-    assert sharding.compiler_options(mesh) == {}, "on CPUs there is nothing to tell"
+    assert sharding.compiler_options(mesh) == {}, "there are no options for CPUs"
     monkeypatch.setattr(sharding, "compiler_options", lambda mesh: {"no_such_option": "true"})
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         TrainProgram.create(config, mesh).lower().compile()

@@ -1,8 +1,13 @@
-"""What the network is told besides z: text that is sometimes dropped, and a noised low-resolution
-image.
+"""Conditioning of the network: text, which is sometimes dropped, and a noised low-res image.
 
-`cond` is a dict: text [b l d], text_mask [b l] and, in super-resolution, lowres [b h' w' 3] in [-1,
-1] before noise, lowres_logsnr [b]. Text is absent in a model that takes none.
+`cond` is a dict with
+
+    text            [b l d]       token features
+    text_mask       [b l]         True for valid tokens
+    lowres          [b h' w' 3]   in [-1, 1], super-resolution only
+    lowres_logsnr   [b]           noise level of `lowres`, super-resolution only
+
+A model without text has neither text nor text_mask.
 """
 
 import jax.numpy as jnp
@@ -12,17 +17,16 @@ from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.diffusion.schedule import Schedule
 
 Cond = dict[str, Array]
-VARIANCE_PRESERVING = GaussianProcess(
-    "vp", "eps"
-)  # noise on the low-res image, whatever the stage's own process
+# The process that noises the low-res image, whatever process the stage itself uses.
+VARIANCE_PRESERVING = GaussianProcess("vp", "eps")
 
 
 def drop_text(cond: Cond, drop: Bool[Array, "b"]) -> Cond:
-    """Text replaced by the null text where `drop`: features zeroed (section 4.1), the mask reduced
-    to the first position.
+    """Replaces the text by the null text where `drop` is True.
 
-    With one position left nothing is empty, and nothing depends on the length of the dropped
-    caption.
+    The null text has zero features (section 4.1) and a mask that is True at the first position
+    only. No mask is empty, so attention stays finite, and the result does not depend on the length
+    of the dropped caption.
     """
     if "text" not in cond:
         return cond
@@ -35,20 +39,23 @@ def drop_text(cond: Cond, drop: Bool[Array, "b"]) -> Cond:
 
 
 def null_text(cond: Cond) -> Cond:
-    """The unconditional `cond` of classifier-free guidance: text dropped for every sample, the rest
-    kept.
-    """
+    """The unconditional `cond` of classifier-free guidance: drops the text of every sample."""
     return drop_text(cond, jnp.ones(cond["text"].shape[0], bool))
 
 
 def augment_lowres(
     cond: Cond, eps: Float[Array, "b h w c"], level: Float[Array, "b"], schedule: Schedule
 ) -> Cond:
-    """Noise-conditioning augmentation (section 2.4): the low-res image diffused to t = `level`, at
-    its own resolution.
+    """Noise-conditioning augmentation (section 2.4): diffuses the low-res image to time `level`.
 
-    The network is told the level as `lowres_logsnr`. Level 0 leaves the image as it is (log-SNR 20,
-    sigma 5e-5).
+    The noise is added at the low-res image's own resolution. The network receives its log-SNR as
+    `lowres_logsnr`. Level 0 leaves the image unchanged (log-SNR 20, sigma 5e-5).
+
+    Args:
+        cond: holds "lowres" [b h w c], before noise.
+        eps: standard normal noise.
+        level: augmentation level of each sample, in [0, 1].
+        schedule: maps the level to a log-SNR.
     """
     logsnr = schedule(level)
     return cond | {

@@ -1,7 +1,8 @@
-"""How log-SNR is distributed in training, as a quantile function: uniform u in [0, 1) -> log-SNR.
+"""Distributions of the log-SNR in training.
 
-Every density reads the same uniform numbers, so that two trainings that differ in it are paired.
-The fields of a density are those of the config.
+Each is a quantile function that maps a uniform u in [0, 1) to a log-SNR. All densities use the same
+uniform numbers, so two runs that differ only in the density are paired. Fields have the names of
+the config fields that set them.
 """
 
 import dataclasses
@@ -16,15 +17,15 @@ from imagen_jax.diffusion.schedule import LOGSNR_MAX, LOGSNR_MIN, SCHEDULES
 
 @runtime_checkable
 class Density(Protocol):
-    """A distribution of log-SNR, from its least noisy (u = 0) to its noisiest value (u = 1)."""
+    """A distribution of the log-SNR; u = 0 is the least noisy value and u = 1 the noisiest."""
 
     def __call__(self, u: Float[Array, "*n"]) -> Float[Array, "*n"]:
-        """The log-SNR at these quantiles of noise."""
+        """The log-SNR at the quantiles u."""
 
 
 @dataclasses.dataclass(frozen=True)
 class UniformTime:
-    """t uniform in [0, 1], through a schedule (Appendix A): the paper's choice."""
+    """t uniform in [0, 1], mapped through a schedule (Appendix A). The paper's density."""
 
     schedule: str
 
@@ -34,9 +35,9 @@ class UniformTime:
 
 @dataclasses.dataclass(frozen=True)
 class LogitNormal:
-    """logit(t) ~ N(mean, std^2) with t the noise time of the flow path, so log-SNR = -2 logit(t).
+    """logit(t) ~ N(mean, std^2), where t is the time of the flow path: log-SNR = -2 logit(t).
 
-    Esser et al. 2024 (Stable Diffusion 3), section 3.1: mean 0, std 1.
+    Esser et al. 2024 (Stable Diffusion 3), section 3.1; they use mean 0 and std 1.
     """
 
     density_mean: float

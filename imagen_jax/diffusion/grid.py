@@ -1,6 +1,7 @@
-"""The noise levels at which a sampler evaluates the network, from noisy to clean.
+"""Sampling grids: the noise levels at which the sampler evaluates the network, from noise to clean.
 
-From the last one the sampler goes to x-hat. The fields of a grid are those of the config.
+The last evaluation gives the sample: x-hat, without noise. Fields have the names of the config
+fields that set them.
 """
 
 import dataclasses
@@ -14,15 +15,15 @@ from imagen_jax.diffusion.schedule import LOGSNR_MAX, LOGSNR_MIN, SCHEDULES
 
 @runtime_checkable
 class Grid(Protocol):
-    """A rule that places any number of steps."""
+    """A rule that places a given number of noise levels."""
 
     def __call__(self, steps: int) -> Float[Array, "n"]:
-        """[steps] log-SNRs, ascending."""
+        """The log-SNRs [steps], ascending."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TimeGrid:
-    """t = 1, 1 - 1/steps, ..., 1/steps (Appendix A), through the stage's schedule."""
+    """Uniform in t: 1, 1 - 1/steps, ..., 1/steps, through the stage's schedule (Appendix A)."""
 
     schedule: str
 
@@ -32,7 +33,10 @@ class TimeGrid:
 
 @dataclasses.dataclass(frozen=True)
 class LogSNRGrid:
-    """Log-SNR uniform between the two ends of `grid_logsnr`; suits DPM-Solver++ (2211.01095)."""
+    """Uniform in log-SNR between the two values of `grid_logsnr`.
+
+    Lu et al. 2022 (DPM-Solver++, arXiv 2211.01095) recommend it for their solver.
+    """
 
     grid_logsnr: tuple[float, float]
 
@@ -46,7 +50,7 @@ class LogSNRGrid:
 
 @dataclasses.dataclass(frozen=True)
 class KarrasGrid:
-    """sigma^(1/rho) uniform, with sigma = exp(-logsnr / 2) (Karras et al. 2022, eq. 5)."""
+    """Uniform in sigma^(1 / rho) with sigma = exp(-logsnr / 2) (Karras et al. 2022, eq. 5)."""
 
     grid_logsnr: tuple[float, float]
     grid_rho: float
@@ -63,10 +67,12 @@ class KarrasGrid:
 
 
 def check_ends(ends: tuple[float, float]) -> None:
-    """Raises ValueError unless the two log-SNRs ascend and are in the range of all schedules."""
+    """Raises ValueError unless the two log-SNRs ascend within the range of all schedules."""
     if not LOGSNR_MIN <= ends[0] < ends[1] <= LOGSNR_MAX:
-        wanted = f"two ascending numbers from {LOGSNR_MIN:g} to {LOGSNR_MAX:g}"
-        raise ValueError(f"sampling.grid_logsnr is {ends}; it must be {wanted}")
+        raise ValueError(
+            f"sampling.grid_logsnr is {ends}; it must be two ascending numbers from"
+            f" {LOGSNR_MIN:g} to {LOGSNR_MAX:g}"
+        )
 
 
 GRIDS = {"t": TimeGrid, "logsnr": LogSNRGrid, "karras": KarrasGrid}

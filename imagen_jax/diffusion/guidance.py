@@ -1,5 +1,6 @@
-"""Classifier-free guidance (eq. 2) and the thresholding of x-hat that makes large weights usable
-(section 2.3).
+"""Classifier-free guidance (eq. 2) and thresholding of x-hat (section 2.3).
+
+Thresholding makes large guidance weights usable.
 """
 
 import dataclasses
@@ -18,12 +19,14 @@ THRESHOLDS = ("none", "static", "dynamic")
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """How a conditional and an unconditional output become one; the fields are those of the config.
+    """Combines a conditional and an unconditional network output.
 
-    eps~ = w eps(z, c) + (1 - w) eps(z, null) (eq. 2): w = 1 means no guidance. The weights sum to
-    one and x, v and u are affine in eps at fixed z, so the same combination of outputs is right for
-    every prediction. Outside `w_interval`, first <= log-SNR < last, w is 1
-    (Kynkäänniemi et al. 2024).
+        eps~ = w eps(z, cond) + (1 - w) eps(z, null)     (eq. 2)
+
+    w = 1 means no guidance. The weights sum to one, and x, v and u are affine in eps at fixed z, so
+    the same combination applies to every prediction. Where `logsnr` is outside `w_interval` (first
+    <= logsnr < last), w is 1 (Kynkäänniemi et al. 2024). Fields have the names of the config
+    fields.
     """
 
     w: float
@@ -38,12 +41,12 @@ class Guidance:
 
     @property
     def everywhere(self) -> bool:
-        """Whether the interval holds every log-SNR of schedules, densities and grids."""
+        """Whether the interval contains every log-SNR of all schedules, densities and grids."""
         first, last = self.w_interval
         return first <= LOGSNR_MIN and last >= LOGSNR_MAX
 
     def inside(self, logsnr: Float[Array, "b"]) -> Bool[Array, "b"]:
-        """Whether each sample is in the interval."""
+        """Whether each sample's log-SNR lies in the interval."""
         return (self.w_interval[0] <= logsnr) & (logsnr < self.w_interval[1])
 
     def combine(
@@ -61,10 +64,11 @@ class Guidance:
 
 
 def guide(denoise_fn: DenoiseFn, guidance: Guidance) -> DenoiseFn:
-    """A denoise_fn that guides. Both evaluations run as one batch of twice the size.
+    """Wraps a denoise_fn with guidance.
 
-    Without text, with w = 1 and where no sample is in the interval it costs one evaluation, not
-    two.
+    The conditional and the unconditional evaluation run as one batch of twice the size. Without
+    text, with w = 1, or when no sample is in the interval, there is only the conditional
+    evaluation.
     """
     if guidance.w == 1.0:
         return denoise_fn
@@ -78,9 +82,7 @@ def guide(denoise_fn: DenoiseFn, guidance: Guidance) -> DenoiseFn:
         return denoise_fn(z, logsnr, cond).astype(jnp.float32)
 
     def guided(z: Array, logsnr: Array, cond: Cond) -> Array:
-        if (
-            "text" not in cond
-        ):  # nothing to drop: both evaluations are the same, the weights sum to 1
+        if "text" not in cond:  # both evaluations would be equal, and the weights sum to 1
             return denoise_fn(z, logsnr, cond)
         if guidance.everywhere:
             return both(z, logsnr, cond)
@@ -91,7 +93,14 @@ def guide(denoise_fn: DenoiseFn, guidance: Guidance) -> DenoiseFn:
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """What keeps x-hat in range after guidance; the fields are those of the config."""
+    """Keeps x-hat in range after guidance (section 2.3, Fig. A.31).
+
+        none      x
+        static    clip(x, -1, 1)
+        dynamic   clip(x, -s, s) / s, with s = max(1, percentile of |x|), for each sample
+
+    Fields have the names of the config fields that set them.
+    """
 
     threshold: str
     percentile: float
@@ -107,9 +116,7 @@ class Threshold:
             raise ValueError(message)
 
     def __call__(self, x: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
-        """none: x. static: clipped to [-1, 1]. dynamic: s = the percentile of |x| of each sample,
-        at least 1; clip to [-s, s], divide by s.
-        """
+        """The thresholded x-hat."""
         if self.threshold == "none":
             return x
         if self.threshold == "static":

@@ -1,8 +1,8 @@
-"""The training loss: squared error of the prediction (eq. 1; Appendix A).
+"""The training loss: squared error of the network's prediction (eq. 1; Appendix A).
 
-All randomness of a step is drawn first, for the whole batch (`draw`), and the loss is a
-deterministic function of it: gradient accumulation and another mesh then see the same numbers, and
-an evaluation can fix the noise level.
+`draw` draws all random numbers of a step for the whole batch, and the loss is a deterministic
+function of them. Gradient accumulation and other meshes therefore use the same numbers, and an
+evaluation can fix the noise level.
 """
 
 from collections.abc import Callable
@@ -28,11 +28,22 @@ def draw(
     text_drop: float,
     aug_max: float = 1.0,
 ) -> dict[str, Array]:
-    """The random numbers of one step, each per sample.
+    """The random numbers of one step, independent for each sample.
 
-    u: uniform, mapped to log-SNR by the `Density`; eps; drop: whether text is dropped; in
-    super-resolution the level and the noise of the low-res image. `lowres_shape` is None in a base
-    stage; `aug_max` is 1, or 0 for training without augmentation (D.2).
+    Args:
+        key: PRNG key of the step.
+        x_shape: [b h w c].
+        lowres_shape: [b h' w' 3], or None in a base stage.
+        text_drop: probability of dropping the text.
+        aug_max: largest augmentation level: 1, or 0 for training without augmentation (D.2).
+
+    Returns a dict with
+
+        u              [b]            uniform in [0, 1); a `Density` maps it to a log-SNR
+        eps            x_shape        noise of x
+        drop           [b]            whether the text is dropped
+        lowres_level   [b]            augmentation level (super-resolution only)
+        lowres_eps     lowres_shape   noise of the low-res image (super-resolution only)
     """
     u_key, eps_key, drop_key, level_key, lowres_key = jax.random.split(key, 5)
     b = x_shape[0]
@@ -55,7 +66,11 @@ def noised(
     process: Process,
     aug_schedule: Schedule,
 ) -> tuple[Float[Array, "b *d"], conditioning.Cond]:
-    """(z, cond) as the network sees them: z at `logsnr`, text dropped, `cond["lowres"]` noised."""
+    """The inputs (z, cond) of the network.
+
+    z is x noised to `logsnr`, text is dropped where drawn, and cond["lowres"] is noised
+    (`augment_lowres`).
+    """
     cond = conditioning.drop_text(cond, draws["drop"])
     if "lowres" in cond:
         level, eps = draws["lowres_level"], draws["lowres_eps"]
@@ -71,8 +86,9 @@ def per_sample_loss(
     process: Process,
     weight: Weight | None = None,
 ) -> Float[Array, "b"]:
-    """Mean squared error of the network's output over pixels and channels, in fp32, times its
-    weight if any.
+    """Mean squared error of the output over pixels and channels [b], in fp32 (eq. 1).
+
+    With a weight w the result is multiplied by w(logsnr) / output_scale(logsnr), see `weighting`.
     """
     error = output.astype(jnp.float32) - process.target(x, eps, logsnr)
     squared = jnp.mean(jnp.square(error), axis=tuple(range(1, x.ndim)))
@@ -86,10 +102,10 @@ def x_error(
     logsnr: Float[Array, "b"],
     process: Process,
 ) -> Float[Array, "b"]:
-    """Mean squared error of x-hat of each sample, x-hat clipped to [-1, 1] as samplers do.
+    """Mean squared error of x-hat for each sample [b]; x-hat is clipped to [-1, 1] as in sampling.
 
-    The same unit whatever the network outputs, so stages of other predictions, densities and
-    weights can be compared by it.
+    The unit does not depend on what the network predicts, so stages with different predictions,
+    densities or weights can be compared.
     """
     x_hat = jnp.clip(process.x_from_output(output, z, logsnr), -1.0, 1.0)
     return jnp.mean(jnp.square(x_hat - x), axis=tuple(range(1, x.ndim)))

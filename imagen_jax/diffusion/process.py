@@ -1,15 +1,19 @@
-"""The forward process z = alpha x + sigma eps, and how a network states its estimate of x (Appendix
-A).
+"""The forward process z = alpha x + sigma eps, and x-hat from the network's output (Appendix A).
 
-A path says how alpha and sigma follow from the log-SNR lambda = log(alpha^2 / sigma^2):
+The process defines alpha and sigma as functions of the log-SNR lambda = log(alpha^2 / sigma^2):
 
-    vp      alpha^2 = sigmoid(lambda), sigma^2 = sigmoid(-lambda): variance preserving, the paper's
-    flow    alpha = sigmoid(lambda/2) = 1 - t, sigma = sigmoid(-lambda/2) = t: the straight path from
-            data to noise (Lipman et al. 2023, Liu et al. 2023)
+    vp     alpha^2 = sigmoid(lambda), sigma^2 = sigmoid(-lambda): variance preserving (the paper)
+    flow   alpha = sigmoid(lambda/2) = 1 - t, sigma = sigmoid(-lambda/2) = t: the straight path
+           from data to noise (Lipman et al. 2023; Liu et al. 2023)
 
-A prediction says what the network outputs: the paper's eps in every stage; x; v = alpha eps - sigma
-x (Salimans & Ho 2022, eq. 10); u = eps - x, the velocity of the flow path. At fixed z each of the
-four is an affine function of any other.
+The prediction is what the network outputs:
+
+    eps   the noise (the paper, in every stage)
+    x     the clean image
+    v     alpha eps - sigma x (Salimans & Ho 2022, section 4)
+    u     eps - x, the velocity of the flow path (Lipman et al. 2023)
+
+At fixed z each of the four is an affine function of any other.
 """
 
 import dataclasses
@@ -27,62 +31,65 @@ Images = Float[Array, "b *d"]
 
 @runtime_checkable
 class Process(Protocol):
-    """All that loss, samplers and evaluation know of a forward process and of a network's
-    output.
+    """The interface to a forward process and to the network's output.
+
+    Losses, samplers and evaluations use nothing else.
     """
 
     def alpha_sigma(self, logsnr: Level, ndim: int) -> tuple[Array, Array]:
-        """(alpha, sigma) in fp32, shaped [b, 1, ..., 1] to broadcast against `ndim` dimensions."""
+        """(alpha, sigma) in fp32, shaped [b, 1, ..., 1] with `ndim` dimensions."""
 
     def diffuse(self, x: Images, eps: Images, logsnr: Level) -> Images:
-        """z of q(z | x), its noise given."""
+        """z from the clean image and the noise."""
 
     def prior(self, noise: Images, logsnr: Level) -> Images:
         """z at the start of sampling, from standard normal noise."""
 
     def target(self, x: Images, eps: Images, logsnr: Level) -> Images:
-        """The output that the network is trained to give."""
+        """The network's training target."""
 
     def x_from_output(self, output: Images, z: Images, logsnr: Level) -> Images:
         """x-hat in fp32 from the network's output."""
 
     def eps_from_x(self, x: Images, z: Images, logsnr: Level) -> Images:
-        """The noise that is consistent with this x-hat."""
+        """The noise that is consistent with x-hat at this z."""
 
     def output_scale(self, logsnr: Level) -> Level:
-        """Squared error of the output over squared error of eps, at the same z."""
+        """Ratio of the squared error of the output to that of eps, at the same z."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GaussianProcess:
-    """The `Process` of one path and one prediction; its fields are those of the config."""
+    """A `Process` with a closed-form path and one prediction. Fields are those of the config."""
 
     process: str
     prediction: str
 
     def __post_init__(self) -> None:
-        for field, known in (("process", tuple(ALPHA_SIGMA)), ("prediction", PREDICTIONS)):
-            if (value := getattr(self, field)) not in known:
-                raise ValueError(f"diffusion.{field} is {value!r}; it must be one of {known}")
+        for field, valid in (("process", tuple(ALPHA_SIGMA)), ("prediction", PREDICTIONS)):
+            if (value := getattr(self, field)) not in valid:
+                raise ValueError(f"diffusion.{field} is {value!r}; it must be one of {valid}")
 
     def alpha_sigma(
         self, logsnr: Level, ndim: int
     ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
-        """(alpha, sigma) in fp32, shaped [b, 1, ..., 1] to broadcast against `ndim` dimensions."""
+        """(alpha, sigma) in fp32, shaped [b, 1, ..., 1] with `ndim` dimensions."""
         logsnr = logsnr.astype(jnp.float32).reshape(logsnr.shape + (1,) * (ndim - 1))
         return ALPHA_SIGMA[self.process](logsnr)
 
     def diffuse(self, x: Images, eps: Images, logsnr: Level) -> Images:
-        """q(z | x) with its noise given: z = alpha x + sigma eps (eq. 3 of Appendix A)."""
+        """z = alpha x + sigma eps, a sample of q(z | x) (Appendix A, eq. 3)."""
         alpha, sigma = self.alpha_sigma(logsnr, x.ndim)
         return alpha * x + sigma * eps
 
     def prior(self, noise: Images, logsnr: Level) -> Images:
-        """z where alpha x is negligible: the noise itself on vp, sigma times the noise on flow."""
+        """z at logsnr's lower end, where alpha x is negligible: the noise (vp) or sigma * noise
+        (flow).
+        """
         return noise if self.process == "vp" else self.alpha_sigma(logsnr, noise.ndim)[1] * noise
 
     def target(self, x: Images, eps: Images, logsnr: Level) -> Images:
-        """The output that a network with this prediction is trained to give."""
+        """The network's training target: eps, x, v or u."""
         if self.prediction == "eps":
             return eps
         if self.prediction == "x":
@@ -93,8 +100,10 @@ class GaussianProcess:
         return alpha * eps - sigma * x
 
     def x_from_output(self, output: Images, z: Images, logsnr: Level) -> Images:
-        """x-hat from the network's output; for eps, (z - sigma eps) / alpha, the division
-        in fp32.
+        """x-hat from the network's output, in fp32.
+
+        With eps: (z - sigma eps) / alpha. With u: (z - sigma u) / (alpha + sigma). With v: (alpha z
+        - sigma v) / (alpha^2 + sigma^2). Each follows from z = alpha x + sigma eps.
         """
         alpha, sigma = self.alpha_sigma(logsnr, z.ndim)
         output = output.astype(jnp.float32)
@@ -108,13 +117,14 @@ class GaussianProcess:
         return x if self.process == "vp" else x / (alpha**2 + sigma**2)
 
     def eps_from_x(self, x: Images, z: Images, logsnr: Level) -> Images:
-        """eps = (z - alpha x) / sigma: the noise that is consistent with this x-hat."""
+        """eps = (z - alpha x) / sigma, the noise that is consistent with x-hat."""
         alpha, sigma = self.alpha_sigma(logsnr, z.ndim)
         return (z - alpha * x) / sigma
 
     def output_scale(self, logsnr: Level) -> Level:
-        """Squared error of the output over squared error of eps: an error e of eps is -sigma/alpha
-        e of x.
+        """Ratio of the squared error of the output to that of eps, at the same z [b].
+
+        At fixed z an error e in eps corresponds to the error -(sigma / alpha) e in x.
         """
         alpha, sigma = self.alpha_sigma(logsnr, 1)
         per_eps = {"eps": 1.0, "x": sigma / alpha, "u": 1.0 + sigma / alpha}

@@ -1,8 +1,8 @@
-"""Samplers, and the one compiled loop that runs any of them along any grid of noise levels.
+"""Samplers, and the compiled loop that runs any of them on any grid of noise levels.
 
-A sampler owns a carry besides z: `init` makes it, `step` goes from one noise level to the next,
-`finish` returns x. Noise comes from one key a sample, so a picture depends on its own key and
-conditioning, whatever else is in its batch.
+A sampler keeps a carry in addition to z: `init` creates it, `step` moves from one noise level to
+the next, and `finish` returns x. Each sample draws its noise from its own key, so an image depends
+on its own key and conditioning only, not on the rest of the batch.
 """
 
 import dataclasses
@@ -24,51 +24,52 @@ Predict = Callable[[Float[Array, "b *d"], Float[Array, "b"]], Float[Array, "b *d
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step of the loop: from log-SNR `t` to log-SNR `s`, both [b], s > t.
+    """One step of the loop, from log-SNR `logsnr_t` to `logsnr_s`, both [b], logsnr_s > logsnr_t.
 
-    `noise()` draws fresh standard normal noise, shaped like z.
+    `noise()` draws new standard normal noise of the shape of z.
     """
 
-    t: Float[Array, "b"]
-    s: Float[Array, "b"]
+    logsnr_t: Float[Array, "b"]
+    logsnr_s: Float[Array, "b"]
     noise: Callable[[], Array]
 
 
 class Sampler:
-    """What a sampler may define; `process` and `predict`, which gives x-hat, come from
-    the caller.
-    """
+    """The interface of a sampler. `predict(z, logsnr)` returns x-hat, guided and thresholded."""
 
     def init(self, z: Float[Array, "b *d"]) -> Carry:
-        """What is carried beside z, before the first step."""
+        """The carry before the first step."""
         return ()
 
     def step(
         self, process: Process, predict: Predict, z: Float[Array, "b *d"], carry: Carry, at: Step
     ) -> tuple[Float[Array, "b *d"], Carry]:
-        """(z at `at.s`, the carry for the next step)."""
+        """Returns z at `at.logsnr_s` and the carry of the next step."""
         raise NotImplementedError
 
     def finish(
         self, predict: Predict, z: Float[Array, "b *d"], carry: Carry, logsnr: Float[Array, "b"]
     ) -> Float[Array, "b *d"]:
-        """x from the last z: x-hat, without noise."""
+        """x from the last z: x-hat, with no noise added."""
         return predict(z, logsnr)
 
 
 @dataclasses.dataclass(frozen=True)
 class DDIM(Sampler):
-    """Deterministic (eq. 6; Song et al. 2021), first order."""
+    """DDIM (Song et al. 2021; eq. 6): deterministic, first order."""
 
     def step(
         self, process: Process, predict: Predict, z: Array, carry: Carry, at: Step
     ) -> tuple[Array, Carry]:
-        return ddim_step(process, z, predict(z, at.t), at.t, at.s), carry
+        return ddim_step(process, z, predict(z, at.logsnr_t), at.logsnr_t, at.logsnr_s), carry
 
 
 @dataclasses.dataclass(frozen=True)
 class Ancestral(Sampler):
-    """Stochastic (eq. 5); `gamma` mixes the logarithms of the two variances."""
+    """The ancestral sampler (eq. 5): stochastic.
+
+    `gamma` in [0, 1] interpolates the logarithm of the variance between its lower and upper bound.
+    """
 
     gamma: float
 
@@ -79,17 +80,17 @@ class Ancestral(Sampler):
     def step(
         self, process: Process, predict: Predict, z: Array, carry: Carry, at: Step
     ) -> tuple[Array, Carry]:
-        x = predict(z, at.t)
-        return ancestral_step(process, z, x, at.t, at.s, at.noise(), self.gamma), carry
+        x = predict(z, at.logsnr_t)
+        z = ancestral_step(process, z, x, at.logsnr_t, at.logsnr_s, at.noise(), self.gamma)
+        return z, carry
 
 
 @dataclasses.dataclass(frozen=True)
 class DPMSolver2M(Sampler):
-    """DPM-Solver++ 2M (Lu et al. 2022, 2211.01095, algorithm 2): second order, one evaluation a
-    step.
+    """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order.
 
-    Carries x-hat of the step before and the width of that step in log(alpha / sigma). The first
-    step is first-order.
+    It evaluates the network once per step. The carry is (x-hat of the previous step, h of the
+    previous step), where h is the step in log(alpha / sigma). The first step is a DDIM step.
     """
 
     def init(self, z: Array) -> Carry:
@@ -99,10 +100,10 @@ class DPMSolver2M(Sampler):
         self, process: Process, predict: Predict, z: Array, carry: Carry, at: Step
     ) -> tuple[Array, Carry]:
         x_before, h_before = carry
-        x, h = predict(z, at.t), 0.5 * (at.s - at.t)
+        x, h = predict(z, at.logsnr_t), 0.5 * (at.logsnr_s - at.logsnr_t)
         slope = (0.5 * h / h_before).reshape(h.shape + (1,) * (z.ndim - 1))
         extrapolated = x + slope * (x - x_before)
-        return ddim_step(process, z, extrapolated, at.t, at.s), (x, h)
+        return ddim_step(process, z, extrapolated, at.logsnr_t, at.logsnr_s), (x, h)
 
 
 SAMPLERS = {"ancestral": Ancestral, "ddim": DDIM, "dpmpp_2m": DPMSolver2M}
@@ -115,8 +116,9 @@ def ddim_step(
     logsnr_t: Float[Array, "b"],
     logsnr_s: Float[Array, "b"],
 ) -> Float[Array, "b *d"]:
-    """z_s = alpha_s x + sigma_s eps, eps recomputed from the (guided, thresholded) x-hat
-    (eq. 6).
+    """z_s = alpha_s x + sigma_s eps (eq. 6), with eps recomputed from x.
+
+    x is the guided and thresholded x-hat at z.
     """
     alpha_s, sigma_s = process.alpha_sigma(logsnr_s, z.ndim)
     return alpha_s * x + sigma_s * process.eps_from_x(x, z, logsnr_t)
@@ -131,10 +133,10 @@ def ancestral_step(
     noise: Float[Array, "b *d"],
     gamma: float,
 ) -> Float[Array, "b *d"]:
-    """One step of eq. 5: mean r (alpha_s/alpha_t) z + (1 - r) alpha_s x, r = exp(lambda_t -
-    lambda_s), plus noise.
+    """One step of the ancestral sampler (eq. 5). With r = exp(lambda_t - lambda_s):
 
-    Its variance is (1-r) sigma_s^2 raised to 1 - gamma times (1-r) sigma_t^2 raised to gamma.
+    mean       r (alpha_s / alpha_t) z + (1 - r) alpha_s x
+    variance   ((1 - r) sigma_s^2)^(1 - gamma) ((1 - r) sigma_t^2)^gamma
     """
     alpha_t, sigma_t = process.alpha_sigma(logsnr_t, z.ndim)
     alpha_s, sigma_s = process.alpha_sigma(logsnr_s, z.ndim)
@@ -157,7 +159,10 @@ def integrate(
     keys: Key[Array, "b"],
     levels: Float[Array, "n"],
 ) -> tuple[Float[Array, "b *d"], Carry]:
-    """(z, carry) at the last of `levels`, from z at the first: noise, or a noised image."""
+    """Runs the sampler from z at the first of `levels` to the last one.
+
+    z is noise or a noised image. Returns (z, carry) at the last level.
+    """
 
     def step(i: Array, state: tuple[Array, Carry]) -> tuple[Array, Carry]:
         z, carry = state
@@ -180,7 +185,18 @@ def sample(
     guidance: Guidance,
     threshold: Threshold,
 ) -> Float[Array, "b ..."]:
-    """Draws x [b, *shape] from noise; the network is evaluated at each of `levels`."""
+    """Draws images x [b, *shape] from noise, with one network evaluation at each of `levels`.
+
+    Args:
+        denoise_fn: the network.
+        keys: one PRNG key per image.
+        shape: [h w c] of an image.
+        cond: conditioning of the batch.
+        process: forward process and prediction.
+        levels: log-SNRs [n], ascending.
+        sampler: the method.
+        guidance, threshold: applied at every evaluation.
+    """
     guided = guide(denoise_fn, guidance)
     init_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
 

@@ -1,6 +1,4 @@
-"""Noise schedules: log-SNR as a function of continuous time t in [0, 1], decreasing (Appendix A,
-F.1-F.3).
-"""
+"""Noise schedules: log-SNR as a decreasing function of time t in [0, 1] (Appendix A, F.1-F.3)."""
 
 from collections.abc import Callable
 
@@ -11,26 +9,25 @@ LOGSNR_MIN, LOGSNR_MAX = -20.0, 20.0
 
 
 def cosine(t: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Cosine schedule with its ends at +-20: lambda = -2 log tan(a t + b), used by the 64 and
-    64->256 stages (F.1, F.2).
+    """The cosine schedule of the 64x64 and 64->256 stages (F.1, F.2), clipped to [-20, 20].
 
-    The paper prints no formula; this is the form of the continuous-time code of its authors' group
-    (Salimans & Ho 2022).
+        lambda = -2 log tan(a t + b), with a and b such that lambda(0) = 20 and lambda(1) = -20
+
+    The paper prints no formula; this is the form in Salimans & Ho 2022, by the same group.
     """
     b = jnp.arctan(jnp.exp(-0.5 * LOGSNR_MAX))
     a = jnp.arctan(jnp.exp(-0.5 * LOGSNR_MIN)) - b
     logsnr = -2.0 * jnp.log(jnp.tan(a * t.astype(jnp.float32) + b))
-    return jnp.clip(
-        logsnr, LOGSNR_MIN, LOGSNR_MAX
-    )  # fp32 tan near pi/2 overshoots the end by a few units in the last place
+    # In fp32, tan near pi/2 overshoots the end by a few units in the last place.
+    return jnp.clip(logsnr, LOGSNR_MIN, LOGSNR_MAX)
 
 
 def linear(t: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """The 1000-step linear beta schedule 1e-4 .. 0.02 in continuous time, used by the 256->1024
-    stage (F.3).
+    """The linear schedule of the 256->1024 stage (F.3), in continuous time.
 
-    beta(t) = 0.1 + 19.9 t, so -log alpha_t^2 = 0.1 t + 9.95 t^2 and lambda = -log(expm1(0.1 t +
-    9.95 t^2)).
+    It is the limit of the 1000-step schedule with beta from 1e-4 to 0.02 (Ho et al. 2020): beta(t)
+    = 0.1 + 19.9 t, hence -log alpha_t^2 = 0.1 t + 9.95 t^2 and lambda = -log(expm1(0.1 t + 9.95
+    t^2)).
     """
     t = t.astype(jnp.float32)
     integral = 0.1 * t + 9.95 * t**2
@@ -38,9 +35,12 @@ def linear(t: Float[Array, "*n"]) -> Float[Array, "*n"]:
 
 
 def flow(t: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Time of the flow path, alpha = 1 - t and sigma = t: lambda = 2 log((1 - t) / t)."""
+    """The time of the flow path, alpha = 1 - t and sigma = t: lambda = 2 log((1 - t) / t).
+
+    Lipman et al. 2023, the conditional optimal-transport path.
+    """
     t = t.astype(jnp.float32)
-    tiny = jnp.exp(0.5 * LOGSNR_MIN)  # keeps both logarithms finite; the ends are clipped anyway
+    tiny = jnp.exp(0.5 * LOGSNR_MIN)  # keeps both logarithms finite; the ends are clipped below
     logsnr = 2.0 * (jnp.log(jnp.maximum(1.0 - t, tiny)) - jnp.log(jnp.maximum(t, tiny)))
     return jnp.clip(logsnr, LOGSNR_MIN, LOGSNR_MAX)
 

@@ -1,5 +1,6 @@
-"""Facts about accelerators: peak rates, memory, clock and links, each with its source; and the peak
-of the devices that are here.
+"""Data sheets of accelerators: peak rates, memory, clock and links, each with its source.
+
+Also the peak rate of the devices of this machine.
 """
 
 import dataclasses
@@ -14,22 +15,42 @@ CLOUD = "docs.cloud.google.com/tpu/docs/"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One JAX device of a kind, which on TPUs is a chip (v4 and v5p: both its cores).
+    """The data sheet of one JAX device. Sizes are in bytes, rates per second.
 
-    Rates a second. `memory_limit` is what a program may use: of a TPU what its compiler allows, of
-    a GPU what its memory is less a reserve for the context, the collectives' buffers and
-    convolution workspaces. `links` are links to neighbours, each of `link_bandwidth` bytes a second
-    one way; of a GPU its NVLink as one. `network_bandwidth` is a chip's share of what leaves its
-    slice or node. `clock` turns the compiler's cycles into seconds: peak_flops over the FLOP that
-    the matrix units do a cycle.
+    A TPU device is a chip; on v4 and v5p it has two TensorCores.
+
+    Two columns describe memory:
+
+        memory         capacity by the data sheet. TPU pages print GB or GiB and mean GiB (their
+                       chips have that many binary gigabytes); NVIDIA's GB are 10^9 bytes.
+        memory_limit   bytes that a program may use. TPU: the limit in the out-of-memory message of
+                       the compiler, "exceeds available HBM (15.75G)", where G is GiB (libtpu
+                       0.0.42). GPU: an estimate, capacity less a reserve for the driver's context,
+                       collective buffers and convolution workspaces.
+
+    The limit of v5p is above its capacity, because the page rounds the capacity down to whole GiB.
+
+    Fields:
+        name: as in the name of a topology.
+        device_kinds: values of `jax.Device.device_kind`; other cards of the generation differ.
+        platform: "tpu" or "cuda".
+        peak_flops: dense bf16 FLOP/s.
+        memory: capacity, see above.
+        memory_limit: bytes that a program may use, see above.
+        memory_bandwidth: bytes/s of device memory.
+        links: number of links to neighbours; NVLink counts as one link.
+        link_bandwidth: bytes/s of one link, one way.
+        network_bandwidth: bytes/s, one chip's share of the network between slices or nodes.
+        chips_per_host: number of chips of a host or node.
+        source: where the numbers are from.
+        flops_per_cycle: of all matrix units; 0 if the compiler gives no cycle estimates.
+        cores: TensorCores of a TPU chip; with two, slices are named by their number of cores.
     """
 
     name: str
-    device_kinds: tuple[
-        str, ...
-    ]  # what `jax.Device.device_kind` is: cards of the same generation have other peaks
+    device_kinds: tuple[str, ...]
     platform: str
-    peak_flops: float  # dense bf16
+    peak_flops: float
     memory: float
     memory_limit: float
     memory_bandwidth: float
@@ -38,157 +59,161 @@ class Chip:
     network_bandwidth: float
     chips_per_host: int
     source: str
-    flops_per_cycle: int = 0  # of the matrix units; 0: no cycle estimates for this chip
-    # TensorCores of a TPU chip, which share a program's work; names of slices count them where
-    # there are two
+    flops_per_cycle: int = 0
     cores: int = 1
 
     @property
     def clock(self) -> float:
+        """Cycles per second, which turn the compiler's cycle estimates into seconds."""
         return self.peak_flops / self.flops_per_cycle if self.flops_per_cycle else float("nan")
 
 
-# Memory limits of TPUs are those of the compiler's own out-of-memory message. Matrix units: 128 x
-# 128, 2 FLOP each, four a core, of which v4 and v5p have two; v6e 256 x 256, four (its page says
-# two, with which the compiler's estimates of matrix products would be above peak).
+def _flops_per_cycle(side: int, units: int) -> int:
+    """FLOP per cycle of `units` matrix units of side x side multiply-adds."""
+    return units * side * side * 2
+
+
+# Matrix units: four of 128 x 128 per core on v4, v5e and v5p; four of 256 x 256 on v6e. (Versions
+# of the v6e page say two or four. With two, estimates of matrix products would exceed the peak.)
 CHIPS = (
     Chip(
-        "v4",
-        ("TPU v4",),
-        "tpu",
-        275e12,
-        32 * GIB,
-        30.75 * GIB,
-        1200e9,
-        6,
-        50e9,
-        3.1e9,
-        4,
-        CLOUD + "v4; links: Jouppi et al. 2023, TPU v4, Table 4",
-        2 * 4 * 128 * 128 * 2,
+        name="v4",
+        device_kinds=("TPU v4",),
+        platform="tpu",
+        peak_flops=275e12,
+        memory=32 * GIB,
+        memory_limit=30.75 * GIB,
+        memory_bandwidth=1200e9,
+        links=6,
+        link_bandwidth=50e9,
+        network_bandwidth=3.1e9,
+        chips_per_host=4,
+        source=CLOUD + "v4; links: Jouppi et al. 2023, TPU v4, Table 4",
+        flops_per_cycle=_flops_per_cycle(128, units=8),
         cores=2,
     ),
     Chip(
-        "v5e",
-        ("TPU v5 lite", "TPU v5e"),
-        "tpu",
-        197e12,
-        16e9,
-        15.75 * GIB,
-        819e9,
-        4,
-        50e9,
-        3.1e9,
-        4,
-        CLOUD + "v5e: 400 GB/s both ways over 4 links, 2 x 100 Gbit/s a host of 8",
-        4 * 128 * 128 * 2,
+        name="v5e",
+        device_kinds=("TPU v5 lite", "TPU v5e"),
+        platform="tpu",
+        peak_flops=197e12,
+        memory=16 * GIB,
+        memory_limit=15.75 * GIB,
+        memory_bandwidth=819e9,
+        links=4,
+        link_bandwidth=50e9,
+        network_bandwidth=3.1e9,
+        chips_per_host=4,
+        source=CLOUD + "v5e: 400 GB/s both ways over 4 links, 2 x 100 Gbit/s per host of 8",
+        flops_per_cycle=_flops_per_cycle(128, units=4),
     ),
     Chip(
-        "v5p",
-        ("TPU v5", "TPU v5p"),
-        "tpu",
-        459e12,
-        95 * GIB,
-        95.74 * GIB,
-        2765e9,
-        6,
-        100e9,
-        6.25e9,
-        4,
-        CLOUD + "v5p: 1200 GB/s both ways over 6 links, 50 Gbit/s a chip",
-        2 * 4 * 128 * 128 * 2,
+        name="v5p",
+        device_kinds=("TPU v5", "TPU v5p"),
+        platform="tpu",
+        peak_flops=459e12,
+        memory=95 * GIB,
+        memory_limit=95.74 * GIB,
+        memory_bandwidth=2765e9,
+        links=6,
+        link_bandwidth=100e9,
+        network_bandwidth=6.25e9,
+        chips_per_host=4,
+        source=CLOUD + "v5p: 1200 GB/s both ways over 6 links, 50 Gbit/s per chip",
+        flops_per_cycle=_flops_per_cycle(128, units=8),
         cores=2,
     ),
     Chip(
-        "v6e",
-        ("TPU v6 lite", "TPU v6e"),
-        "tpu",
-        918e12,
-        32e9,
-        31.25 * GIB,
-        1638e9,
-        4,
-        100e9,
-        12.5e9,
-        4,
-        CLOUD + "v6e: 800 GB/s both ways over 4 links, 4 x 200 Gbit/s a host of 8",
-        4 * 256 * 256 * 2,
+        name="v6e",
+        device_kinds=("TPU v6 lite", "TPU v6e"),
+        platform="tpu",
+        peak_flops=918e12,
+        memory=32 * GIB,
+        memory_limit=31.25 * GIB,
+        memory_bandwidth=1638e9,
+        links=4,
+        link_bandwidth=100e9,
+        network_bandwidth=12.5e9,
+        chips_per_host=4,
+        source=CLOUD + "v6e: 800 GB/s both ways over 4 links, 4 x 200 Gbit/s per host of 8",
+        flops_per_cycle=_flops_per_cycle(256, units=4),
     ),
-    # All cards of the A100 have one peak; planned for are those of 80 GB.
+    # All A100 cards have the same peak; plans assume the memory of the 80 GB SXM card.
     Chip(
-        "a100",
-        (
+        name="a100",
+        device_kinds=(
             "NVIDIA A100-SXM4-80GB",
             "NVIDIA A100-SXM4-40GB",
             "NVIDIA A100 80GB PCIe",
             "NVIDIA A100-PCIE-40GB",
         ),
-        "cuda",
-        312e12,
-        80e9,
-        74 * GIB,
-        2039e9,
-        1,
-        300e9,
-        25e9,
-        8,
-        "NVIDIA A100 80GB SXM data sheet; network: DGX A100, 8 x 200 Gbit/s",
+        platform="cuda",
+        peak_flops=312e12,
+        memory=80e9,
+        memory_limit=74 * GIB,
+        memory_bandwidth=2039e9,
+        links=1,
+        link_bandwidth=300e9,
+        network_bandwidth=25e9,
+        chips_per_host=8,
+        source="NVIDIA A100 80GB SXM data sheet; network: DGX A100, 8 x 200 Gbit/s",
     ),
     Chip(
-        "h100",
-        ("NVIDIA H100 80GB HBM3",),
-        "cuda",
-        989e12,
-        80e9,
-        74 * GIB,
-        3350e9,
-        1,
-        450e9,
-        50e9,
-        8,
-        "NVIDIA H100 SXM data sheet; network: DGX H100, 8 x 400 Gbit/s",
+        name="h100",
+        device_kinds=("NVIDIA H100 80GB HBM3",),
+        platform="cuda",
+        peak_flops=989e12,
+        memory=80e9,
+        memory_limit=74 * GIB,
+        memory_bandwidth=3350e9,
+        links=1,
+        link_bandwidth=450e9,
+        network_bandwidth=50e9,
+        chips_per_host=8,
+        source="NVIDIA H100 SXM data sheet; network: DGX H100, 8 x 400 Gbit/s",
     ),
     Chip(
-        "h200",
-        ("NVIDIA H200",),
-        "cuda",
-        989e12,
-        141e9,
-        126 * GIB,
-        4800e9,
-        1,
-        450e9,
-        50e9,
-        8,
-        "NVIDIA H200 SXM data sheet; network: DGX H200, 8 x 400 Gbit/s",
+        name="h200",
+        device_kinds=("NVIDIA H200",),
+        platform="cuda",
+        peak_flops=989e12,
+        memory=141e9,
+        memory_limit=126 * GIB,
+        memory_bandwidth=4800e9,
+        links=1,
+        link_bandwidth=450e9,
+        network_bandwidth=50e9,
+        chips_per_host=8,
+        source="NVIDIA H200 SXM data sheet; network: DGX H200, 8 x 400 Gbit/s",
     ),
 )
 
 
 def by_name(name: str) -> Chip:
-    """The chip of that name. Raises ValueError with the names there are."""
-    known = {chip.name: chip for chip in CHIPS}
-    if name not in known:
-        raise ValueError(f"no facts about a chip {name!r}; known are {', '.join(known)}")
-    return known[name]
+    """The chip of this name. Raises ValueError with the valid names."""
+    chips = {chip.name: chip for chip in CHIPS}
+    if name not in chips:
+        raise ValueError(f"unknown chip {name!r}; use one of {', '.join(chips)}")
+    return chips[name]
 
 
 def peak_flops(device: jax.Device) -> tuple[float, str]:
-    """(FLOP/s of one device, where the number is from). A CPU has no published one: its fp32 matrix
-    product is timed (0.2 s).
+    """The peak FLOP/s of a device, and the source of the number.
 
-    A device that is not in the table gives (nan, reason): so do an H100 PCIe, which is slower than
-    the SXM one, and a part of a GPU (MIG).
+    A CPU has no published peak: its fp32 matrix product is timed (0.2 s). A device that is not in
+    `CHIPS` gives (nan, reason), for example an H100 PCIe, which is slower than the SXM card, or a
+    MIG slice of a GPU.
     """
     if device.platform == "cpu":
         return _matmul_rate() / jax.local_device_count(), "measured: fp32 matrix product, all cores"
-    known = {kind: chip for chip in CHIPS for kind in chip.device_kinds}
-    if device.device_kind not in known:
+    chips = {kind: chip for chip in CHIPS for kind in chip.device_kinds}
+    if device.device_kind not in chips:
         return float("nan"), f"no published peak for {device.device_kind!r} in hardware/chips.py"
-    return known[device.device_kind].peak_flops, "data sheet, dense bf16"
+    return chips[device.device_kind].peak_flops, "data sheet, dense bf16"
 
 
 def _matmul_rate(n: int = 1024) -> float:
+    """FLOP/s of an fp32 matrix product n x n x n on this machine, the best of 0.2 s."""
     a = jnp.ones((n, n))
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()

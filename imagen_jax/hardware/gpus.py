@@ -1,5 +1,6 @@
-"""What XLA has to be told of a GPU that is not there to compile for it: its target description, a
-text protocol buffer (`GpuTargetConfigProto`).
+"""Descriptions of GPUs for XLA, which let it compile for a GPU that this machine does not have.
+
+The format is a text protocol buffer, `GpuTargetConfigProto`.
 """
 
 import dataclasses
@@ -12,57 +13,67 @@ GUIDE = "docs.nvidia.com/cuda/cuda-programming-guide, compute capabilities"
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU as its data sheet and the table of its compute capability have it. Sizes in bytes, the
-    clock in GHz.
+    """A GPU by its data sheet and the table of its compute capability. Sizes are in bytes.
+
+    Fields:
+        title: device name as the driver reports it.
+        capability: compute capability (major, minor).
+        cores: number of streaming multiprocessors (SM).
+        fp32_units: fp32 units per SM.
+        clock_ghz: boost clock.
+        l2: L2 cache.
+        shared: shared memory per SM.
+        shared_per_block: shared memory that one block may request.
+        source: where the numbers are from.
     """
 
     title: str
     capability: tuple[int, int]
-    cores: int  # streaming multiprocessors
-    units: int  # fp32, a core
-    clock_ghz: float  # boost
+    cores: int
+    fp32_units: int
+    clock_ghz: float
     l2: int
-    shared: int  # memory a core
-    shared_most: int  # a block may ask for
+    shared: int
+    shared_per_block: int
     source: str
 
 
 GPUS: Mapping[str, Gpu] = {
     "a100": Gpu(
-        "NVIDIA A100-SXM4-80GB",
-        (8, 0),
-        108,
-        64,
-        1.41,
-        40 << 20,
-        164 << 10,
-        163 << 10,
-        f"NVIDIA A100 architecture white paper; {GUIDE}",
+        title="NVIDIA A100-SXM4-80GB",
+        capability=(8, 0),
+        cores=108,
+        fp32_units=64,
+        clock_ghz=1.41,
+        l2=40 << 20,
+        shared=164 << 10,
+        shared_per_block=163 << 10,
+        source=f"NVIDIA A100 architecture white paper; {GUIDE}",
     ),
     "h100": Gpu(
-        "NVIDIA H100 80GB HBM3",
-        (9, 0),
-        132,
-        128,
-        1.98,
-        50 << 20,
-        228 << 10,
-        227 << 10,
-        f"NVIDIA H100 architecture white paper; {GUIDE}",
+        title="NVIDIA H100 80GB HBM3",
+        capability=(9, 0),
+        cores=132,
+        fp32_units=128,
+        clock_ghz=1.98,
+        l2=50 << 20,
+        shared=228 << 10,
+        shared_per_block=227 << 10,
+        source=f"NVIDIA H100 architecture white paper; {GUIDE}",
     ),
     "h200": Gpu(
-        "NVIDIA H200",
-        (9, 0),
-        132,
-        128,
-        1.98,
-        50 << 20,
-        228 << 10,
-        227 << 10,
-        f"NVIDIA H200 data sheet; {GUIDE}",
+        title="NVIDIA H200",
+        capability=(9, 0),
+        cores=132,
+        fp32_units=128,
+        clock_ghz=1.98,
+        l2=50 << 20,
+        shared=228 << 10,
+        shared_per_block=227 << 10,
+        source=f"NVIDIA H200 data sheet; {GUIDE}",
     ),
 }
-# The same in every compute capability from 8.0 to 9.0.
+# The same for every compute capability from 8.0 to 9.0.
 LIMITS = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
@@ -74,7 +85,7 @@ LIMITS = {
     "registers_per_block_limit": 65_536,
     "shared_memory_per_block": 48 << 10,
 }
-# of the CUDA 12 wheels of jax 0.10
+# The versions in the CUDA 12 wheels of jax 0.10.
 SOFTWARE = "dnn_version_info { major: 9 minor: 8 }\nruntime_version { major: 12 minor: 9 }"
 
 
@@ -83,11 +94,11 @@ def target(chip: Chip) -> str:
     gpu = GPUS[chip.name]
     fields = LIMITS | {
         "core_count": gpu.cores,
-        "fpus_per_core": gpu.units,
+        "fpus_per_core": gpu.fp32_units,
         "clock_rate_ghz": gpu.clock_ghz,
         "l2_cache_size": gpu.l2,
         "shared_memory_per_core": gpu.shared,
-        "shared_memory_per_block_optin": gpu.shared_most,
+        "shared_memory_per_block_optin": gpu.shared_per_block,
         "memory_bandwidth": int(chip.memory_bandwidth),
         "device_memory_size": int(chip.memory),
     }

@@ -1,6 +1,6 @@
-"""Flax Linen networks, called as `model(z, logsnr, cond)`: `unet.UNet` (base stage) and
-`efficient_unet.EfficientUNet` (super-resolution).
+"""The networks, in Flax Linen: `unet.UNet` (base stage) and `efficient_unet.EfficientUNet` (SR).
 
-They must not know time steps, schedules or meshes: they get `logsnr` and, at the borders of blocks,
-a `constrain` callable.
+Both are called as `model(z, logsnr, cond)` and return an array of the shape of z. A network must
+not know time steps, schedules or meshes: it gets `logsnr` and a callable `constrain`, which it
+applies to activations at block boundaries.
 """

@@ -1,5 +1,6 @@
-"""Attention over pixels and text tokens, and the attention pooling of text (section 2.5, D.3.1,
-F.1).
+"""Attention over pixels and text tokens, and attention pooling of the text.
+
+Source: section 2.5 and appendices D.3.1 and F.1 of the paper.
 """
 
 from collections.abc import Callable
@@ -10,37 +11,45 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.layers import Constrain, Dtype, Projections, dense, group_norm, identity
-from imagen_jax.models.remat import keep
+from imagen_jax.models.remat import mark_stored
 
-Keys = tuple[
-    tuple[Array, Array, Array | None], ...
-]  # (keys [b m c], values [b m c], which of them are valid [b m]; None: all)
-Attend = Callable[
-    [Array, Keys, int], Array
-]  # `attend`, or what does the same faster on some device
+# Groups of (keys [b m c], values [b m c], mask of the valid ones [b m] or None if all are valid).
+Keys = tuple[tuple[Array, Array, Array | None], ...]
+# The signature of `attend`; a faster implementation for one device can replace it.
+Attend = Callable[[Array, Keys, int], Array]
 KINDS = ("fused", "self", "cross")
 POOLINGS = ("attention", "mean")
 
 
 def attend(q: Float[Array, "b n c"], keys: Keys, heads: int) -> Float[Array, "b n c"]:
-    """softmax(q k^T / sqrt(d)) v over all valid keys at once, in each of `heads` parts of d
-    channels, softmax in fp32.
+    """Multi-head attention over all groups of keys: softmax(q k^T / sqrt(d)) v.
+
+    Args:
+        q: queries [b n c].
+        keys: groups of keys, values and masks; the softmax runs over all groups together.
+        heads: number of heads, each of d = c / heads channels.
+
+    Returns [b n c]. The softmax is computed in fp32.
     """
     split = lambda a: a.reshape(*a.shape[:2], heads, a.shape[2] // heads)
     join = lambda parts: jnp.concatenate(parts, axis=1)
     k, v = (split(join([group[i] for group in keys])) for i in (0, 1))
     valid = join([jnp.ones(k.shape[:2], bool) if valid is None else valid for k, _, valid in keys])
     out = jax.nn.dot_product_attention(split(q), k, v, mask=valid[:, None, None, :])
-    return keep(out.reshape(q.shape))
+    return mark_stored(out.reshape(q.shape))
 
 
 class Attention(nn.Module):
-    """One attention layer on a feature map, added to it; starts as nothing (zero output kernel).
+    """A residual attention layer on a feature map. The output kernel is initialised to zero.
 
-    kind "fused": pixels attend to pixels and text tokens at once, the text's keys and values beside
-    the image's (the base and 64->256 models). "cross": to the text alone (256->1024). "self": to
-    pixels alone (no text in the model). Text goes through its own LayerNorm in every layer, never a
-    GroupNorm: its statistics would run over padding.
+    kind:
+        fused   pixels attend to pixels and text tokens in one softmax: the keys and values of the
+                text are concatenated to those of the image (base and 64->256 stages)
+        cross   pixels attend to the text only (256->1024 stage)
+        self    pixels attend to pixels only (models without text)
+
+    Each layer normalises the text with its own LayerNorm. GroupNorm would include padding in its
+    statistics.
     """
 
     heads: int
@@ -82,8 +91,9 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GroupNorm, Dense to `hidden`, swish, Dense back, added: the "hidden 2c" after the Efficient
-    U-Net's attention.
+    """A residual MLP: GroupNorm, Dense to `hidden`, swish, Dense back.
+
+    It follows the attention of the Efficient U-Net, where the paper prints "hidden 2c".
     """
 
     hidden: int
@@ -99,11 +109,13 @@ class FeedForward(nn.Module):
 
 
 class TextPool(nn.Module):
-    """The caption as one vector (F.1 `feature_pooling_type`): LayerNorm, pooling over the valid
-    tokens, a Dense to `features`.
+    """The caption as one vector [b features] (F.1 `feature_pooling_type`).
 
-    "attention": single-query attention, the query the tokens' mean plus a learned vector. "mean":
-    the mean alone (an ablation of D.1).
+    LayerNorm, pooling over the valid tokens, then a Dense to `features`.
+
+    pooling:
+        attention   attention with one query: the mean of the tokens plus a learned vector
+        mean        the mean of the tokens (an ablation of D.1)
     """
 
     pooling: str

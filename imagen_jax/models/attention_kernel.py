@@ -1,12 +1,12 @@
-"""Attention for TPUs as one Pallas kernel forward and one backward, so that attention weights never
-leave the chip.
+"""Attention for TPUs as Pallas kernels. Attention weights never leave on-chip memory.
 
-A block of queries meets all keys at once: image and text are at most some thousand positions, so a
-row of weights fits on the chip and the softmax needs no running maximum, and the backward pass
-computes the weights again from q and k alone. Arrays keep the layout that the projections make, [b
-n c]: a grid step takes the 128 channels (`LANES`) of one head or of several small ones, and lanes
-of other heads are masked to zero, which costs a matrix unit of 128 columns nothing and saves every
-transposition.
+There is one forward and one backward kernel. A block of queries meets all keys at once: image and
+text have at most a few thousand positions, so a row of attention weights fits on the chip and the
+softmax needs no running maximum. The backward pass recomputes the weights from q and k.
+
+Arrays keep the layout of the projections, [b n c], so nothing is transposed. A grid step handles
+128 channels (`LANES`): one head, or several small ones. For each head the lanes of the other heads
+are masked to zero. This costs no time, because the matrix unit is 128 columns wide.
 """
 
 import functools
@@ -18,16 +18,22 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from imagen_jax.models.attention import Keys
-from imagen_jax.models.remat import keep
+from imagen_jax.models.remat import mark_stored
 
 LANES = 128
-QUERIES = 256  # of one grid step; with 1,152 keys its fp32 weights are 1.2 MB of on-chip memory
+QUERIES = 256  # per grid step; with 1,152 keys the fp32 weights take 1.2 MB of on-chip memory
 MAX_KEYS = 2304
-MASKED = -1e30  # added to a score; finite, so that a difference of two is
+MASKED = -1e30  # added to the scores of invalid keys; finite, so that differences are finite
 
 
 def fits(n: int, m: int, c: int, heads: int) -> bool:
-    """Whether the kernel takes n queries and m keys of c channels in so many heads."""
+    """Whether the kernel supports these sizes.
+
+    Args:
+        n, m: number of queries and of keys.
+        c: number of channels, of all heads together.
+        heads: number of heads.
+    """
     return (
         c % LANES == 0
         and c % heads == 0
@@ -41,21 +47,25 @@ def fits(n: int, m: int, c: int, heads: int) -> bool:
 def flash_attend(
     q: Float[Array, "b n c"], keys: Keys, heads: int, interpret: bool = False
 ) -> Float[Array, "b n c"]:
-    """`attention.attend` for what `fits`. `interpret` runs it without a TPU, slowly."""
+    """`attention.attend` as a kernel, for sizes that `fits` accepts.
+
+    `interpret` runs the kernel without a TPU; this is slow and meant for tests.
+    """
     return _attend(q, tuple(_padded(*group) for group in keys), heads, interpret)
 
 
 def _padded(k: Array, v: Array, valid: Array | None) -> tuple[Array, ...]:
-    """(k, v) with as many keys as fill whole vectors, and the bias [b 1 m] of their scores unless
-    every one is valid.
+    """Pads a group of keys to a multiple of 128.
+
+    Returns (k, v), or (k, v, bias) where the bias [b 1 m] masks invalid and padded keys.
     """
-    more = -k.shape[1] % LANES
-    if more:
-        k, v = (jnp.pad(a, ((0, 0), (0, more), (0, 0))) for a in (k, v))
-        valid = jnp.ones((k.shape[0], k.shape[1] - more), bool) if valid is None else valid
+    padding = -k.shape[1] % LANES
+    if padding:
+        k, v = (jnp.pad(a, ((0, 0), (0, padding), (0, 0))) for a in (k, v))
+        valid = jnp.ones((k.shape[0], k.shape[1] - padding), bool) if valid is None else valid
     if valid is None:
         return k, v
-    return k, v, jnp.where(jnp.pad(valid, ((0, 0), (0, more))), 0.0, MASKED)[:, None, :]
+    return k, v, jnp.where(jnp.pad(valid, ((0, 0), (0, padding))), 0.0, MASKED)[:, None, :]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -65,27 +75,40 @@ def _attend(q: Array, keys: tuple[tuple[Array, ...], ...], heads: int, interpret
 
 def _forward(q, keys, heads, interpret):
     (out,) = _call(_forward_kernel, (q,), keys, (q,), heads, interpret)
-    out = keep(out)
+    out = mark_stored(out)
     return out, (q, keys, out)
 
 
 def _backward(heads, interpret, residuals, d_out):
     q, keys, out = residuals
-    gradients = [array for group in keys for array in group[:2]]
-    dq, *found = _call(_backward_kernel, (q, out, d_out), keys, (q, *gradients), heads, interpret)
+    keys_values = [array for group in keys for array in group[:2]]
+    dq, *d_keys_values = _call(
+        _backward_kernel, (q, out, d_out), keys, (q, *keys_values), heads, interpret
+    )
     return dq, tuple(
-        (found[2 * i], found[2 * i + 1], *(None for _ in group[2:])) for i, group in enumerate(keys)
+        (d_keys_values[2 * i], d_keys_values[2 * i + 1], *(None for _ in group[2:]))
+        for i, group in enumerate(keys)
     )
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _call(kernel, of_queries, keys, outputs, heads, interpret):
-    """Runs a kernel for every row, 128 channels and block of queries; the last are innermost, so
-    that sums over them stay on the chip.
+def _call(kernel, per_query, keys, outputs, heads, interpret):
+    """Runs a kernel on the grid (row of the batch, 128 channels, block of queries).
+
+    Blocks of queries are the innermost dimension, so that sums over queries stay on the chip.
+
+    Args:
+        kernel: the kernel function.
+        per_query: inputs [b n c] that are read one block of queries at a time.
+        keys: groups of (k, v) or (k, v, bias), which every grid step reads whole.
+        outputs: arrays of the outputs' shapes and types: the first is written per block of queries,
+            the others are summed over all queries.
+        heads: number of heads.
+        interpret: run without a TPU.
     """
-    q = of_queries[0]
+    q = per_query[0]
     b, n, c = q.shape
     queries = min(n, QUERIES)
     some_queries = pl.BlockSpec((None, queries, LANES), lambda row, lanes, i: (row, i, lanes))
@@ -97,7 +120,7 @@ def _call(kernel, of_queries, keys, outputs, heads, interpret):
     return pl.pallas_call(
         functools.partial(kernel, channels=c // heads, groups=[len(group) for group in keys]),
         grid=(b, c // LANES, n // queries),
-        in_specs=[some_queries] * len(of_queries)
+        in_specs=[some_queries] * len(per_query)
         + [all_keys(a) if a.shape[2] == c and a.shape[1] > 1 else bias(a) for a in flat],
         out_specs=[some_queries, *map(all_keys, outputs[1:])],
         out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outputs],
@@ -107,11 +130,11 @@ def _call(kernel, of_queries, keys, outputs, heads, interpret):
         ),
         interpret=interpret,
         name=kernel.__name__.strip("_"),
-    )(*of_queries, *flat)
+    )(*per_query, *flat)
 
 
 def _grouped(arrays, lengths):
-    """A flat sequence as one of sequences of these lengths."""
+    """Splits a flat sequence into lists of the given lengths."""
     arrays = iter(arrays)
     return [[next(arrays) for _ in range(length)] for length in lengths]
 
@@ -123,10 +146,10 @@ def _forward_kernel(q, *arrays, channels, groups):
     for head in range(LANES // channels):
         mine = _lanes_of(head, channels, q.shape)
         weights, norm = _exp_scores(jnp.where(mine, q[...], 0), keys, channels)
-        found = sum(
+        weighted = sum(
             _product(w.astype(q.dtype), group[1][...], 1, 0) for w, group in zip(weights, keys)
         )
-        total = jnp.where(mine, found / norm, total)
+        total = jnp.where(mine, weighted / norm, total)
     out[...] = total.astype(out.dtype)
 
 
@@ -148,7 +171,7 @@ def _backward_kernel(q, out, d_out, *arrays, channels, groups):
     for head in range(LANES // channels):
         mine = _lanes_of(head, channels, q.shape)
         q_mine, d_mine = jnp.where(mine, q[...], 0), jnp.where(mine, d_out[...], 0)
-        # d softmax: weights * (dw - sum_j weights_j dw_j), and that sum is out . d_out.
+        # The softmax's gradient is weights * (dw - sum_j weights_j dw_j); the sum is out . d_out.
         mean = jnp.sum(jnp.where(mine, out_d_out, 0), axis=1, keepdims=True)
         weights, norm = _exp_scores(q_mine, keys, channels)
         for i, (weight, (k, v, *_)) in enumerate(zip(weights, keys)):
@@ -168,8 +191,10 @@ def _backward_kernel(q, out, d_out, *arrays, channels, groups):
 
 
 def _exp_scores(q, keys, channels: int) -> tuple[list[Array], Array]:
-    """(exp(scores - their maximum) [n m] for each group of keys, the sums over all keys [n 1]) in
-    fp32.
+    """Unnormalised attention weights and their sums, in fp32.
+
+    Returns exp(scores - row maximum) [n m] for each group of keys, and the sums over all keys [n
+    1].
     """
     scores = [
         _product(q, k[...], 1, 1) * channels**-0.5 + (bias[0][...] if bias else 0.0)
@@ -181,7 +206,10 @@ def _exp_scores(q, keys, channels: int) -> tuple[list[Array], Array]:
 
 
 def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
-    """Matrix product over one axis of each, summed in fp32; fp32 inputs are multiplied in fp32."""
+    """Matrix product over one axis of each operand, accumulated in fp32.
+
+    fp32 operands are multiplied at full precision.
+    """
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a,
@@ -193,5 +221,6 @@ def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
 
 
 def _lanes_of(head: int, channels: int, shape: tuple[int, ...]) -> Array:
+    """Boolean mask of the lanes that belong to one head."""
     lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     return (lane >= head * channels) & (lane < (head + 1) * channels)

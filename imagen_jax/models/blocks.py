@@ -1,5 +1,6 @@
-"""The residual block, the conditioning that enters every block, and nothing else: levels are made
-of these in unet.py and efficient_unet.py.
+"""The residual block, and the conditioning that every block receives.
+
+`unet.py` and `efficient_unet.py` assemble them into levels.
 """
 
 import jax
@@ -23,13 +24,16 @@ RESAMPLE = {"down": average_pool, "up": upsample_nearest}
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, swish, [resample], conv, GroupNorm * (1 + scale) + shift, swish, dropout, conv,
-    plus the shortcut, times `residual_scale`.
+    """A residual block with noise-level and text conditioning.
 
-    scale and shift come from the embedding (`scale_shift`, F.1 `use_scale_shift_norm`); without, it
-    is added before the second norm. Resampling is inside the block ("biggan" type, F.1). The
-    shortcut is a 1x1 convolution where the width changes, or always (`project_shortcut`, Fig.
-    A.27).
+        out = conv_0(resample(swish(norm_0(h))))
+        out = conv_1(dropout(swish(norm_1(out) * (1 + scale) + shift)))
+        result = (shortcut(resample(h)) + out) * residual_scale
+
+    scale and shift are a Dense layer of the embedding (F.1 `use_scale_shift_norm`). With
+    `scale_shift` off, the Dense output is added before norm_1 instead. Resampling happens inside
+    the block (F.1 `resblock_type` "biggan"). The shortcut is a 1x1 convolution where the width
+    changes, or in every block with `project_shortcut` (Fig. A.27).
     """
 
     features: int
@@ -69,11 +73,12 @@ class ResBlock(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """What every block is told: the embedding [b t] of noise levels and pooled text, and the
-    projected text tokens [b l cond_dim].
+    """The embeddings that condition every block.
 
-    Without text (`cond_dim` 0) the tokens are None. The low-res noise level has its own embedding,
-    added to the time's (section 2.4).
+    Returns (emb [b features], text [b l cond_dim], text_mask [b l]). emb is the sum of the
+    embeddings of the noise level, of the pooled text and, with `lowres`, of the low-res image's
+    noise level (section 2.4). text is the token features projected to `cond_dim`. In a model
+    without text (`cond_dim` 0) text and text_mask are None.
     """
 
     sinusoid_features: int
@@ -108,8 +113,9 @@ class Conditioning(nn.Module):
 def concat_lowres(
     z: Float[Array, "b h w 3"], lowres: Float[Array, "b h2 w2 3"]
 ) -> Float[Array, "b h w 6"]:
-    """The noised low-res image, up-sampled bilinearly to z's size, as three more input channels
-    (section 2.4; CDM).
+    """Concatenates the noised low-res image to z as three more channels.
+
+    It is up-sampled bilinearly to the size of z (section 2.4; Ho et al. 2022, CDM).
     """
     b, height, width, _ = z.shape
     up = jax.image.resize(lowres, (b, height, width, lowres.shape[-1]), method="bilinear")

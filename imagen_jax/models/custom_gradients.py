@@ -1,5 +1,6 @@
-"""Operations whose gradients, or whose form on a platform, are written by hand because XLA's own
-are slow: bias and transposed convolution.
+"""Operations with hand-written gradients or platform variants, where XLA's own are slow.
+
+They are the addition of a bias and the transposed convolution.
 """
 
 import jax
@@ -11,18 +12,19 @@ from imagen_jax.models.resampling import depth_to_space
 
 @jax.custom_vjp
 def add_bias(h: Float[Array, "*d c"], bias: Float[Array, "c"]) -> Float[Array, "*d c"]:
-    """h + bias. The bias's gradient, a sum over all rows, is a matrix product with ones, summed in
-    fp32: the matrix units do it in passing.
+    """h + bias, with the gradient of the bias computed as a matrix product with ones.
+
+    The gradient is a sum over all rows. As a matrix product it runs on the matrix units,
+    accumulates in fp32 and takes almost no extra time.
     """
     return h + bias.astype(h.dtype).reshape((1,) * (h.ndim - 1) + bias.shape)
 
 
 def _add_bias_backward(bias: Array, d_out: Array) -> tuple[Array, Array]:
-    ones = jnp.ones(
-        (8, *d_out.shape[:-1]), d_out.dtype
-    )  # with fewer rows the compiler makes a sum of it again
+    # 8 rows, because the compiler turns a product of fewer rows back into a sum.
+    ones = jnp.ones((8, *d_out.shape[:-1]), d_out.dtype)
     precision = jax.lax.Precision.HIGHEST if d_out.dtype == jnp.float32 else None
-    # Not flattened: that would gather a feature map whose height is split over chips.
+    # Not flattened: a reshape would all-gather a feature map whose height is sharded.
     total = jnp.tensordot(
         ones, d_out, d_out.ndim - 1, precision=precision, preferred_element_type=jnp.float32
     )
@@ -33,7 +35,7 @@ add_bias.defvjp(lambda h, bias: (add_bias(h, bias), bias), _add_bias_backward)
 
 
 def _strided(image: Array, kernel: Array) -> Array:
-    """[b 2h 2w f] -> [b h w c] by the kernel [3 3 c f] of its adjoint."""
+    """3x3 convolution of stride 2, [b 2h 2w f] -> [b h w c], by the adjoint's kernel [3 3 c f]."""
     return jax.lax.conv_general_dilated(
         image,
         kernel.swapaxes(2, 3),
@@ -47,11 +49,10 @@ def _strided(image: Array, kernel: Array) -> Array:
 def conv_adjoint(
     h: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]
 ) -> Float[Array, "b h2 w2 f"]:
-    """The transposed convolution as the image gradient of the strided one: for TPUs, whose
-    convolutions skip the zeros between inputs.
+    """Transposed convolution, computed as the input gradient of the strided convolution. For TPUs.
 
-    Its own gradients are the strided convolution and that one's kernel gradient; left to itself the
-    compiler reverses whole feature maps.
+    TPU convolutions skip the zeros between the inputs. The gradients are the strided convolution
+    and its kernel gradient; XLA's own gradient of this operation reverses whole feature maps.
     """
     b, height, width, _ = h.shape
     image = jnp.zeros((b, 2 * height, 2 * width, kernel.shape[3]), h.dtype)
@@ -72,11 +73,10 @@ conv_adjoint.defvjp(
 def conv_phases(
     h: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]
 ) -> Float[Array, "b h2 w2 f"]:
-    """The transposed convolution as a 2x2 convolution at the input's size that makes all four
-    output phases, then `depth_to_space`.
+    """Transposed convolution as a 2x2 convolution to four output phases, then `depth_to_space`.
 
-    On a CPU XLA's own transposed convolution runs four times slower; on TPUs the interleaving costs
-    more than the convolution.
+    On CPUs it is four times faster than XLA's transposed convolution. On TPUs interleaving the
+    phases takes longer than the convolution.
     """
     phases = jax.vmap(jax.vmap(_phases))(_phases(kernel))  # [py ay px ax c f]
     phases = phases.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, h.shape[-1], 4 * kernel.shape[-1])
@@ -87,8 +87,10 @@ def conv_phases(
 
 
 def _phases(kernel: Float[Array, "3 *d"]) -> Float[Array, "2 2 *d"]:
-    """[phase, tap] along one axis: out[2i] = k[1] in[i] and out[2i + 1] = k[2] in[i] + k[0] in[i +
-    1].
+    """The kernel [3 ...] as taps [phase, tap, ...] along one axis.
+
+    out[2i]     = k[1] in[i]
+    out[2i + 1] = k[2] in[i] + k[0] in[i + 1]
     """
     return jnp.stack(
         [jnp.stack([kernel[1], jnp.zeros_like(kernel[1])]), jnp.stack([kernel[2], kernel[0]])]

@@ -1,9 +1,11 @@
-"""The Efficient U-Net of the super-resolution stages (Appendix B.1, Figs. A.27-A.30, configurations
-F.2 and F.3).
+"""The Efficient U-Net of the super-resolution stages.
 
-Against the ordinary U-Net: most residual blocks stand at low resolution, a level down-samples
-before its blocks and up-samples after them, and residual sums are scaled by 1/sqrt(2)
-(`residual_scale`). Skips are added. Four levels, each of stride 2 (F.2 prints four).
+Source: appendix B.1, Figs. A.27-A.30; configurations F.2 and F.3.
+
+Differences from the ordinary U-Net: most residual blocks work at low resolution; a level
+down-samples before its blocks and up-samples after them; residual sums are scaled by 1/sqrt(2)
+(`residual_scale`); skips are added, not concatenated. There are four levels, each of stride 2 (F.2
+prints four).
 """
 
 from functools import partial
@@ -19,12 +21,12 @@ from imagen_jax.models.remat import check_kind, checkpointed_module
 
 
 class Blocks(nn.Module):
-    """The body of a DBlock or UBlock: residual blocks, then attention and an MLP of width 2c where
-    the level attends.
+    """The body of a DBlock or UBlock: residual blocks, then attention and an MLP of width 2c.
 
-    A DBlock starts with a strided convolution (`down`); a UBlock ends with a 3x3 convolution of
-    stride 1/2 (`up_features` wide, as the level above). Nearest up-sampling before a plain
-    convolution would give neighbouring pixels almost the same weights.
+    Levels with `attention` "none" have neither attention nor MLP. A DBlock (`down`) starts with a
+    strided convolution. A UBlock ends with a transposed 3x3 convolution to `up_features` channels,
+    the width of the level above. (After nearest up-sampling, a plain convolution would give
+    neighbouring pixels almost the same weights.)
     """
 
     features: int
@@ -66,7 +68,7 @@ class Blocks(nn.Module):
             h = self.constrain(block(h, emb, train))
         if self.attention != "none":
             attention, mlp = (
-                checkpointed_module(self.remat, module, keeps_itself=True)
+                checkpointed_module(self.remat, module, unwrapped_by_matrix=True)
                 for module in (Attention, FeedForward)
             )
             h = attention(
@@ -79,11 +81,27 @@ class Blocks(nn.Module):
 
 
 class EfficientUNet(nn.Module):
-    """eps (or x, v) from (z, logsnr, cond) with cond["lowres"] [b h' w' 3] and
-    cond["lowres_logsnr"] [b] if `lowres`.
+    """The network output (eps, x, v or u) [b h w 3] from (z, logsnr, cond).
 
-    `attention[i]` is "none", "fused", "self" or "cross" (text only: the 1024 stage, which trains on
-    crops and runs on whole images). The embedding is 4 * widths[0] wide.
+    With `lowres`, cond holds "lowres" [b h' w' 3] and "lowres_logsnr" [b]. The embedding is 4 *
+    widths[0] wide.
+
+    Fields:
+        widths: channels of each level.
+        blocks: residual blocks of each level.
+        attention: per level "none", "fused", "self" or "cross" (text only; the 1024 stage, which
+            trains on crops and samples full images, has no self-attention).
+        heads: number of attention heads.
+        cond_dim: width of the projected text; 0 for a model without text.
+        pooling, pool_heads: see `TextPool`.
+        residual_scale: factor of every residual sum.
+        scale_shift: see `ResBlock`.
+        lowres: whether z is concatenated with a low-res image.
+        dropout: dropout rate inside residual blocks.
+        dtype: type of the computation; parameters are fp32.
+        remat: what the backward pass recomputes, see `remat`.
+        constrain: applied to activations at block boundaries; sets their sharding.
+        attend: the implementation of attention.
     """
 
     widths: tuple[int, ...]
@@ -142,8 +160,7 @@ class EfficientUNet(nn.Module):
                 h, emb, text, mask, train
             )
             skips.append(h)
-        # the lowest UBlock continues from the lowest DBlock; every other one adds the DBlock of its
-        # size
+        # The lowest UBlock takes the lowest DBlock's output as input, so that one is no skip.
         skips.pop()
         for i, (width, blocks, attention) in reversed(list(enumerate(per_level))):
             up_features = self.widths[max(i - 1, 0)]
@@ -160,11 +177,12 @@ class EfficientUNet(nn.Module):
         if not len(self.widths) == len(self.blocks) == len(self.attention):
             raise ValueError(
                 f"model.widths, model.blocks and model.attention have {len(self.widths)},"
-                f" {len(self.blocks)} and {len(self.attention)} entries: one each a level"
+                f" {len(self.blocks)} and {len(self.attention)} entries; give one entry per level"
+                " in each"
             )
         factor = 2 ** len(self.widths)
         if z.shape[1] % factor or z.shape[2] % factor:
             raise ValueError(
-                f"an Efficient U-Net of {len(self.widths)} levels takes sizes divisible by"
+                f"an Efficient U-Net of {len(self.widths)} levels needs image sizes divisible by"
                 f" {factor}, not {z.shape[1:3]}"
             )

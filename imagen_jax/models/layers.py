@@ -1,6 +1,4 @@
-"""Small parts shared by the networks: normalisation, convolutions, dense layers, and the embeddings
-of noise levels.
-"""
+"""Layers shared by the networks: normalisation, convolutions, dense layers, noise embeddings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,17 +20,17 @@ def identity(tree: Any) -> Any:
 
 
 def group_norm(features: int, dtype: Dtype, name: str) -> nn.GroupNorm:
-    """GroupNorm with statistics in fp32: 32 groups, or the largest number below that divides the
-    width and leaves a group 4 channels.
+    """GroupNorm with fp32 statistics.
+
+    The number of groups is the largest one up to 32 that divides `features` and leaves at least 4
+    channels per group.
     """
     groups = max(g for g in range(1, 33) if features % g == 0 and (features // g >= 4 or g == 1))
     return nn.GroupNorm(num_groups=groups, epsilon=1e-5, dtype=dtype, name=name)
 
 
 class Conv(nn.Module):
-    """3x3 convolution, one pixel of zeros on each side; `zero_init` makes its branch start as
-    nothing.
-    """
+    """3x3 convolution, zero-padded by one pixel. `zero_init` initialises the kernel to zero."""
 
     features: int
     dtype: Dtype
@@ -57,10 +55,10 @@ class Conv(nn.Module):
 
 
 class Projections(nn.Module):
-    """Dense layers of one input, their kernels and biases side by side in one parameter each.
+    """Several dense layers of one input, [*d e] -> `parts` arrays [*d features].
 
-    The parameter is cut, not the result: cutting activations costs a pass over them, and over their
-    gradients.
+    Kernels and biases are stored side by side, as one parameter each. The parameters are split, not
+    the result: splitting activations costs a pass over them and another over their gradients.
     """
 
     parts: int
@@ -85,17 +83,16 @@ class Projections(nn.Module):
 def dense(
     features: int, dtype: Dtype, name: str, zero_init: bool = False
 ) -> Callable[[Array], Array]:
-    """One dense layer, [*d e] -> [*d features]; `nn.Dense` but for how the bias is added."""
+    """One dense layer, [*d e] -> [*d features]: `nn.Dense` with the bias added by `add_bias`."""
     layer = Projections(1, features, dtype, zero_init, name=name)
     return lambda x: layer(x)[0]
 
 
 class ConvTranspose(nn.Module):
-    """3x3 convolution of stride 1/2, [b h w c] -> [b 2h 2w features]: the adjoint of the strided
-    `Conv`, up to its weights.
+    """Transposed 3x3 convolution of stride 1/2, [b h w c] -> [b 2h 2w features].
 
-    The output phases use 1, 2, 2 and 4 of the nine weights, so the initialiser's fan-in is 9/4 of
-    the channels.
+    It is the adjoint of `Conv` with stride 2. Output pixels use 1, 2, 2 or 4 of the nine weights,
+    so the initialiser's fan-in is 9/4 of the channels.
     """
 
     features: int
@@ -116,11 +113,13 @@ class ConvTranspose(nn.Module):
 
 
 def sinusoid(logsnr: Float[Array, "b"], features: int) -> Float[Array, "b e"]:
-    """Sinusoids of u = atan(exp(-lambda/2)) / (pi/2), which runs from 0 (clean) to 1 (noise), times
-    1000; periods up to 2 pi 10^4.
+    """Sinusoidal embedding of a log-SNR, [b] -> [b features].
 
-    u is the time of the cosine schedule whatever schedule is used: the embedding of Salimans & Ho
-    2022.
+        u = atan(exp(-logsnr / 2)) / (pi / 2)
+
+    u is 0 for a clean image and 1 for noise; it is the time of the cosine schedule, whatever
+    schedule the stage uses (Salimans & Ho 2022). The sinusoids are of 1000 u and have periods up to
+    2 pi 10^4.
     """
     u = jnp.arctan(jnp.exp(-0.5 * logsnr.astype(jnp.float32))) / (0.5 * jnp.pi)
     frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(features // 2) / (features // 2))
@@ -129,8 +128,9 @@ def sinusoid(logsnr: Float[Array, "b"], features: int) -> Float[Array, "b e"]:
 
 
 class NoiseLevelEmbedding(nn.Module):
-    """A log-SNR as a vector: sinusoid, Dense, swish, Dense. One for the time, one for the low-res
-    image's noise.
+    """A log-SNR [b] as a vector [b features]: sinusoid, Dense, swish, Dense.
+
+    Separate instances embed the noise of z and that of the low-res image.
     """
 
     sinusoid_features: int

@@ -1,9 +1,9 @@
-"""What the backward pass computes again instead of reading it from memory (`model.remat`), block by
-block.
+"""Rematerialisation: what the backward pass recomputes instead of storing (`model.remat`).
 
-none     nothing: every intermediate array is kept matrix   attention weights, and the norms and
-activations of residual blocks; outputs of convolutions and matrix products are kept block
-everything inside a block; its inputs are kept
+none     stores every intermediate array
+matrix   stores the outputs of convolutions and of matrix products with a kernel; recomputes
+         attention weights, and the norms and activations of residual blocks
+block    stores the inputs of each block; recomputes everything inside
 """
 
 from collections.abc import Callable
@@ -14,22 +14,22 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 KINDS = ("none", "matrix", "block")
-KEPT = "kept"
+STORED = "kept"  # the name by which `matrix` recognises arrays marked with `mark_stored`
 
 
-def keep(tree: Any) -> Any:
-    """Marks arrays that `matrix` keeps although no matrix product made them."""
-    return checkpoint_name(tree, KEPT)
+def mark_stored(tree: Any) -> Any:
+    """Marks arrays that `matrix` stores although no matrix product made them."""
+    return checkpoint_name(tree, STORED)
 
 
 def check_kind(kind: str) -> None:
-    """Raises ValueError for a kind that does not exist."""
+    """Raises ValueError if `kind` is not in `KINDS`."""
     if kind not in KINDS:
         raise ValueError(f"model.remat is {kind!r}; it must be one of {KINDS}")
 
 
 def checkpointed(kind: str, function: Callable) -> Callable:
-    """`function`, recomputed in the backward pass as far as `kind` says."""
+    """Wraps `function` so that the backward pass recomputes what `kind` selects."""
     return function if kind == "none" else jax.checkpoint(function, policy=_policy(kind))
 
 
@@ -37,15 +37,19 @@ def checkpointed_module(
     kind: str,
     module: type[nn.Module],
     static_argnums: tuple[int, ...] = (),
-    keeps_itself: bool = False,
+    unwrapped_by_matrix: bool = False,
 ) -> Callable[..., nn.Module]:
-    """The module class with its call recomputed; `static_argnums` count from self = 0.
+    """Wraps a module class so that the backward pass recomputes its call.
 
-    `keeps_itself`: under `matrix` it is left alone, because what its matrix products read is little
-    more than what they make. (What is kept of a checkpointed call is also rounded, a pass over the
-    array where no other is there to do it.)
+    Args:
+        kind: one of `KINDS`.
+        module: the module class.
+        static_argnums: static arguments of the call, counted from self = 0.
+        unwrapped_by_matrix: leaves the module unwrapped under "matrix". This suits modules whose
+            matrix products have inputs about as large as their outputs, so that recomputing saves
+            little. (Wrapping also rounds each stored output separately, which adds a pass over it.)
     """
-    if kind == "none" or (kind == "matrix" and keeps_itself):
+    if kind == "none" or (kind == "matrix" and unwrapped_by_matrix):
         return module
     return nn.remat(module, static_argnums=static_argnums, policy=_policy(kind))
 
@@ -55,13 +59,14 @@ def _policy(kind: str) -> Callable | None:
     if kind == "block":
         return None
     return jax.checkpoint_policies.save_from_both_policies(
-        _is_matrix_product, jax.checkpoint_policies.save_only_these_names(KEPT)
+        _is_matrix_product, jax.checkpoint_policies.save_only_these_names(STORED)
     )
 
 
 def _is_matrix_product(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Convolutions and products with a kernel. Products of two activations (attention scores) have
-    batch dimensions, and are not kept.
+    """Whether a primitive is a convolution or a product with a kernel.
+
+    Products of two activations (attention scores) have batch dimensions and are recomputed.
     """
     batch = params["dimension_numbers"][1] if primitive.name == "dot_general" else ((), ())
     return primitive.name in ("conv_general_dilated", "dot_general") and not batch[0]

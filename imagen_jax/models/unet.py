@@ -1,10 +1,12 @@
-"""The base U-Net (F.1): the U-Net of Dhariwal & Nichol 2021 with text attention; also an ordinary
-super-resolution U-Net.
+"""The base U-Net: the U-Net of Dhariwal & Nichol 2021 with text attention (F.1).
 
-Down: per level `blocks` residual blocks, each followed by attention where the level has it, then a
-residual block that halves the size. Middle: block, attention, block. Up: per level one block more
-than down, each on the concatenation with a skip. Names as in profiles and checkpoints:
-`down_2/block_0`, `down_2/attn_0`, `down_2/resample`, `mid/block_0`, `up_2/block_3`.
+It also serves as an ordinary super-resolution U-Net.
+
+Down: each level has `blocks` residual blocks, each followed by attention where the level has it,
+then a residual block that halves the size. Middle: block, attention, block. Up: each level has one
+block more than on the way down; each block takes the concatenation with a skip. Names, as they
+appear in profiles and checkpoints: `down_2/block_0`, `down_2/attn_0`, `down_2/resample`,
+`mid/block_0`, `up_2/block_3`.
 """
 
 from functools import partial
@@ -20,7 +22,8 @@ from imagen_jax.models.layers import Constrain, Conv, Dtype, group_norm, identit
 from imagen_jax.models.remat import check_kind, checkpointed_module
 from imagen_jax.models.resampling import depth_to_space, space_to_depth, upsample_nearest
 
-# Which attention a level has, by (pixels, text): F.1 `attn_resolutions` and `text_cross_attn_res`.
+# The kind of attention of a level, by (self-attention, text attention): F.1 `attn_resolutions` and
+# `text_cross_attn_res`.
 ATTENTION = {
     (True, True): "fused",
     (True, False): "self",
@@ -34,11 +37,11 @@ Mask = Bool[Array, "b l"] | None
 
 
 class Level(nn.Module):
-    """The blocks of one resolution on the way down, in the middle or up, one for each entry of
-    `attention`, then resampling.
+    """The blocks of one resolution: down, middle or up.
 
-    With `skips` (up) each block eats one from the end. Returns the feature map and all intermediate
-    ones, which are the skips of the way down.
+    There is one residual block for each entry of `attention`, then resampling. On the way up each
+    block consumes one of `skips`, from the end. Returns the feature map and the outputs of all
+    blocks; on the way down these are the skips.
     """
 
     features: int
@@ -71,7 +74,7 @@ class Level(nn.Module):
             dropout=self.dropout,
             constrain=self.constrain,
         )
-        attention = checkpointed_module(self.remat, Attention, keeps_itself=True)
+        attention = checkpointed_module(self.remat, Attention, unwrapped_by_matrix=True)
         outputs = []
         for i, kind in enumerate(self.attention):
             if skips:
@@ -101,12 +104,28 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps (or x, v) from (z, logsnr, cond). `widths[i]` = channels * multiplier at resolution size
-    / (patch 2^i).
+    """The network output (eps, x, v or u) [b h w 3] from (z, logsnr, cond).
 
-    `attention[i]`, `text_attention[i]`: whether the pixels of level i attend to one another, to the
-    text. `res_block` "biggan" resamples inside a residual block, "plain" by a convolution. `patch`
-    > 1 folds patches into channels first (small demo models only, the paper has 1).
+    Level i has channels * multipliers[i] channels and resolution size / (patch * 2^i).
+
+    Fields:
+        channels: width of the stem; the embedding is 4 * channels wide.
+        multipliers: width of each level, in units of `channels`.
+        blocks: residual blocks of each level on the way down.
+        attention: per level, whether pixels attend to pixels.
+        text_attention: per level, whether pixels attend to text tokens.
+        head_channels: channels of each attention head.
+        cond_dim: width of the projected text; 0 for a model without text.
+        pooling, pool_heads: see `TextPool`.
+        res_block: "biggan" resamples inside a residual block, "plain" by a convolution.
+        scale_shift: see `ResBlock`.
+        patch: folds patch x patch pixels into channels first; 1 in the paper, 2 in small demos.
+        lowres: whether z is concatenated with a low-res image.
+        dropout: dropout rate inside residual blocks.
+        dtype: type of the computation; parameters are fp32.
+        remat: what the backward pass recomputes, see `remat`.
+        constrain: applied to activations at block boundaries; sets their sharding.
+        attend: the implementation of attention.
     """
 
     channels: int
@@ -197,11 +216,11 @@ class UNet(nn.Module):
         }
         if len({len(entries) for entries in levels.values()}) > 1:
             raise ValueError(
-                "model fields need one entry a level each, not"
-                f" { ({name: len(e) for name, e in levels.items()}) }"
+                "model.multipliers, model.attention and model.text_attention need one entry per"
+                f" level each; they have { ({name: len(e) for name, e in levels.items()}) }"
             )
         if any(self.text_attention) and not self.cond_dim:
-            raise ValueError("model.text_attention needs text: set model.cond_dim and text.dim")
+            raise ValueError("model.text_attention needs text; set model.cond_dim and text.dim")
         check_kind(self.remat)
         if self.res_block not in RES_BLOCKS:
             raise ValueError(
@@ -210,6 +229,6 @@ class UNet(nn.Module):
         factor = self.patch * 2 ** (len(self.multipliers) - 1)
         if z.shape[1] % factor or z.shape[2] % factor:
             raise ValueError(
-                f"a U-Net of {len(self.multipliers)} levels and patch {self.patch} takes sizes"
-                f" divisible by {factor}, not {z.shape[1:3]}"
+                f"a U-Net of {len(self.multipliers)} levels and patch {self.patch} needs image"
+                f" sizes divisible by {factor}, not {z.shape[1:3]}"
             )

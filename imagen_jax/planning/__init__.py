@@ -1,6 +1,6 @@
-"""Memory, traffic and step time of a run on hardware that is not here: programs are compiled ahead
-of time and their text is read.
+"""Predictions for hardware that is not available: memory, communication and time of a run.
 
-It may import all but the verbs; nothing but the verb `plan` and tools may import it, and it must
-not run a program on a device.
+Programs are compiled ahead of time and the text of the compiled program is analysed. It may import
+everything except the commands. Only the command `plan` and tools may import it, and it must not run
+a program on a device.
 """

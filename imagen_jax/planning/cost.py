@@ -1,10 +1,9 @@
-"""Where a compiled program's time goes: the compiler's estimate of each instruction, or a roofline
-where it has none.
+"""Time and memory traffic of a compiled TPU program, instruction by instruction.
 
-What moves data in the background (asynchronous copies and slices) is taken as hidden behind what
-computes. Left out are collectives, whose time is a matter of links (`links`; of a product that is
-fused with one the product counts), and Pallas kernels, of which the compiler knows no cost
-(`kernels`).
+The time of an instruction is the compiler's estimate, or a roofline (bytes over memory bandwidth)
+where it has none. Asynchronous copies and slices are assumed to be hidden behind compute. Not
+included are collectives, see `links` (except that a matrix product fused with a collective counts),
+and Pallas kernels, for which the compiler has no estimate, see `kernels`.
 """
 
 import dataclasses
@@ -15,14 +14,19 @@ from imagen_jax.hardware.chips import Chip
 from imagen_jax.planning.hlo import COLLECTIVES, Instruction, Module, operands, traffic, type_bytes
 
 MATRIX, ELEMENTWISE, COPY, KERNEL = "matrix", "elementwise", "copy", "kernel"
-# They move no data, or what they do is counted where it is done; so is the end and the beginning of
-# what is asynchronous.
+# Opcodes without a cost of their own: they move no data, their computation is counted where it is
+# defined, or they start or end an asynchronous operation.
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id"
     " opt-barrier iota while conditional call async-update send recv domain add-dependency".split()
 )
-# Components of an op_name that are not modules' names: what transformations and control flow add.
-NOT_A_PLACE = frozenset(
+# Opcodes that only move data.
+MOVES = FREE | frozenset(
+    "copy transpose reshape slice dynamic-slice dynamic-update-slice concatenate pad fusion"
+    " broadcast convert".split()
+)
+# Parts of an op_name that are not module names: JAX transformations and control flow.
+NOT_A_MODULE = frozenset(
     "while body cond closed_call checkpoint remat rematted_computation custom_vjp_call"
     " custom_jvp_call pjit".split()
 )
@@ -30,11 +34,17 @@ NOT_A_PLACE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """What one instruction costs in all its runs. `place` is in the model's names ("" if unknown);
-    not `estimated`: by the roofline.
+    """The cost of one instruction, over all its executions.
+
+    Fields:
+        path: module path in the model's names, "" if unknown.
+        kind: "matrix", "elementwise" or "copy".
+        seconds: total time.
+        estimated: True if the time is the compiler's estimate, False if it is a roofline.
+        name: the instruction's name.
     """
 
-    place: str
+    path: str
     kind: str
     seconds: float
     estimated: bool
@@ -42,15 +52,9 @@ class Item:
 
 
 def items(module: Module, chip: Chip) -> Iterator[Item]:
-    """Every instruction of a program that takes time on the chip."""
+    """Yields the cost of every instruction that takes time on the chip."""
     for instruction, computation, times in module.run():
-        opcode = instruction.opcode
-        if (
-            opcode in FREE
-            or opcode.endswith(("-start", "-done"))
-            or 'custom_call_target="tpu_custom_call"' in instruction.rest
-            or _only_sends(instruction, module)
-        ):
+        if _is_free(instruction, module) or _is_kernel(instruction):
             continue
         cycles = instruction.cycles
         seconds = (
@@ -59,7 +63,7 @@ def items(module: Module, chip: Chip) -> Iterator[Item]:
             else cycles / chip.clock
         )
         yield Item(
-            place(instruction.op_name),
+            module_path(instruction.op_name),
             kind(instruction, module),
             times * seconds,
             cycles is not None,
@@ -68,26 +72,36 @@ def items(module: Module, chip: Chip) -> Iterator[Item]:
 
 
 def memory_bytes(module: Module) -> float:
-    """Bytes that a program reads and writes in device memory, kernels and what moves in the
-    background included, collectives not.
+    """Bytes that a program reads and writes in device memory.
+
+    Includes kernels and asynchronous copies; excludes collectives.
     """
     total = 0.0
     for instruction, computation, times in module.run():
-        opcode = instruction.opcode
-        if opcode in ("copy-done", "slice-done"):
+        if instruction.opcode in ("copy-done", "slice-done"):
             total += times * _moved(instruction, computation)
-        elif (
-            opcode not in FREE
-            and not opcode.endswith(("-start", "-done"))
-            and not _only_sends(instruction, module)
-        ):
+        elif not _is_free(instruction, module):
             total += times * traffic(instruction, computation)
     return total
 
 
+def _is_free(instruction: Instruction, module: Module) -> bool:
+    """Whether an instruction is not counted: see `FREE`, and pure collectives."""
+    opcode = instruction.opcode
+    return (
+        opcode in FREE or opcode.endswith(("-start", "-done")) or _only_sends(instruction, module)
+    )
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    """Whether an instruction is a Pallas kernel."""
+    return 'custom_call_target="tpu_custom_call"' in instruction.rest
+
+
 def _moved(done: Instruction, computation: dict[str, Instruction]) -> int:
-    """Bytes of an asynchronous copy or slice in device memory: at one end if the other is on the
-    chip.
+    """Bytes of an asynchronous copy or slice in device memory.
+
+    They count twice if both source and destination are there, once if one is on-chip memory.
     """
     (start,) = operands(done, computation)
     ends = (done.type, *(operand.type for operand in operands(start, computation)[:1]))
@@ -95,54 +109,43 @@ def _moved(done: Instruction, computation: dict[str, Instruction]) -> int:
 
 
 def _only_sends(instruction: Instruction, module: Module) -> bool:
-    """Whether an instruction is a collective and computes nothing: a product may carry
-    one along.
-    """
+    """Whether an instruction is a collective without a matrix product fused to it."""
     return is_collective(instruction, module) and kind(instruction, module) != MATRIX
 
 
 def is_collective(instruction: Instruction, module: Module) -> bool:
-    """Whether an instruction is one, or a fusion that has one in it."""
+    """Whether an instruction is a collective or a fusion that contains one."""
     return any(
         opcode.removesuffix("-start") in COLLECTIVES for opcode in _opcodes(instruction, module)
     )
 
 
 def kind(instruction: Instruction, module: Module) -> str:
-    """What a fusion mainly is: anything with a matrix product or convolution in it is one, and what
-    only moves data is a copy.
+    """The kind of an instruction or fusion.
+
+    "matrix" if it contains a matrix product or convolution, "copy" if it only moves data, else
+    "elementwise".
     """
-    inside = _opcodes(instruction, module)
-    if inside & {"convolution", "dot"}:
+    opcodes = _opcodes(instruction, module)
+    if opcodes & {"convolution", "dot"}:
         return MATRIX
-    moves = FREE | {
-        "copy",
-        "transpose",
-        "reshape",
-        "slice",
-        "dynamic-slice",
-        "dynamic-update-slice",
-        "concatenate",
-        "pad",
-        "fusion",
-        "broadcast",
-        "convert",
-    }
-    return COPY if inside <= moves else ELEMENTWISE
+    return COPY if opcodes <= MOVES else ELEMENTWISE
 
 
 def _opcodes(instruction: Instruction, module: Module) -> set[str]:
-    """An instruction's own, and those in a fusion."""
+    """The opcode of an instruction and those of the instructions fused into it."""
     return {instruction.opcode} | {
         i.opcode for computation in module.inside(instruction) for i in computation.values()
     }
 
 
-def place(op_name: str) -> str:
-    """ "down_2/block_0/conv_1" of
-    "jit(step)/transpose(jvp(UNet))/down_2/block_0/conv_1/conv_general_dilated".
+def module_path(op_name: str) -> str:
+    """The module path in an op_name, or "" if there is none.
+
+    "jit(step)/transpose(jvp(UNet))/down_2/block_0/conv_1/conv_general_dilated" gives
+    "down_2/block_0/conv_1".
     """
     parts = op_name.split("/")[:-1]
     return "/".join(
-        part for part in parts if re.fullmatch(r"\w+", part) and part not in NOT_A_PLACE
+        part for part in parts if re.fullmatch(r"\w+", part) and part not in NOT_A_MODULE
     )

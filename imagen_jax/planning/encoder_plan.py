@@ -1,12 +1,12 @@
-"""What encoding captions with a text encoder takes on hardware that is not here: memory, captions a
-second, hours for a store of them.
+"""The plan of encoding captions with a text encoder: memory, captions per second, hours.
 
-The pass that is compiled is the encoder's own (`text.program`). Every chip encodes captions of its
-own, so a chip's rate does not depend on how many there are; where weights must be divided, groups
-of chips work so.
+The compiled program is the encoder's own (`text.program`). Each chip encodes different captions, so
+the rate per chip does not depend on the number of chips. Where the weights do not fit on one chip,
+they are sharded over a group of chips.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,79 +22,82 @@ from imagen_jax.text import program
 from imagen_jax.text.t5_network import T5Config, T5Encoder
 from imagen_jax.weights.text_encoders import read_network
 
-# Of google/t5-v1_1-NAME, by their config.json.
+# Sizes of google/t5-v1_1-NAME, from its config.json.
+_t5 = functools.partial(T5Config, d_kv=64, num_layers=24, vocab_size=32_128)
 SIZES = {
-    "large": T5Config(
-        d_model=1024, d_ff=2816, d_kv=64, num_heads=16, num_layers=24, vocab_size=32_128
-    ),
-    "xl": T5Config(
-        d_model=2048, d_ff=5120, d_kv=64, num_heads=32, num_layers=24, vocab_size=32_128
-    ),
-    "xxl": T5Config(
-        d_model=4096, d_ff=10_240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32_128
-    ),
+    "large": _t5(d_model=1024, d_ff=2816, num_heads=16),
+    "xl": _t5(d_model=2048, d_ff=5120, num_heads=32),
+    "xxl": _t5(d_model=4096, d_ff=10_240, num_heads=64),
 }
 DTYPE = "bfloat16"
 
 
 def find_network(name: str) -> nn.Module:
-    """The network of an encoder, by its name, its directory or its config.json.
+    """The network of a text encoder, by its name, its directory or its config.json.
 
-    Raises:
-        ValueError: there is no such encoder (the message lists the names), or its family is
-            unknown.
+    Raises ValueError if there is no such encoder or its family is not supported.
     """
     if name in SIZES:
         return T5Encoder(SIZES[name], jnp.dtype(DTYPE))
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise ValueError(
-            f"--text_encoder {name!r} is none of {', '.join(SIZES)}, and no directory or file with"
-            " an encoder's config.json"
+            f"--text_encoder {name!r} is not one of {', '.join(SIZES)}, and not a directory with an"
+            " encoder's config.json"
         )
     return read_network(path, DTYPE)
 
 
 def plan_encoder(
-    network: nn.Module, place: Topology, lengths: Sequence[int], batch_size: int, captions: int
+    network: nn.Module, topology: Topology, lengths: Sequence[int], batch_size: int, captions: int
 ) -> dict[str, Any]:
-    """The report: {"weights", "parts", "passes": one for each length}. `batch_size` is
-    prepare_data's: rows of up to 32 tokens on a chip.
+    """The plan of encoding captions.
 
-    Times of TPUs are the compiler's estimates at the default level; of GPUs, which have none, what
-    FLOPs and weights take at the chip's peak rates: no run will be faster.
+    Times on TPUs are the compiler's estimates at its default level. For GPUs, which have no
+    estimates, they are lower bounds: FLOPs and weights at the chip's peak rates.
+
+    Args:
+        network: the encoder.
+        topology: the hardware.
+        lengths: caption lengths in tokens.
+        batch_size: captions of up to 32 tokens per chip and batch, as in prepare_data.
+        captions: number of captions to report hours for, or 0.
+
+    Returns a dict; "weights" are bytes, "parts" is the number of chips that the weights are sharded
+    over, "passes" has an entry for each length.
     """
-    shape = smallest_shape(place.chip) if place.chip.platform == "tpu" else (1, place.shape[-1])
-    group = dataclasses.replace(place, shape=shape, slices=1)
+    chip = topology.chip
+    shape = smallest_shape(chip) if chip.platform == "tpu" else (1, topology.shape[-1])
+    group = dataclasses.replace(topology, shape=shape, slices=1)
     devices = group.devices()
     shapes = program.parameter_shapes(network, DTYPE)
     weights = program.weight_bytes(shapes)
     mesh = program.make_mesh(
-        devices, program.fewest_parts(weights, int(place.chip.memory_limit), len(devices))
+        devices, program.fewest_parts(weights, int(chip.memory_limit), len(devices))
     )
     encode = program.EncodeProgram.create(network, shapes, mesh)
-    # FLOPs are counted in the program for one device.
-    alone = program.EncodeProgram.create(network, shapes, program.one_device(weights))
+    # FLOPs are counted in the program for a single device.
+    single = program.EncodeProgram.create(network, shapes, program.one_device(weights))
     passes = []
     for length in lengths:
         rows = max(1, batch_size * 32 // max(length, 32))
-        flops = alone.lower(rows, length).cost_analysis()["flops"]
+        flops = single.lower(rows, length).cost_analysis()["flops"]
         passes.append(
             _pass(encode, group, weights, flops, rows, length) | {"tokens": length, "rows": rows}
         )
     for row in passes:
         row["captions_per_s_per_chip"] = row["rows"] / row["seconds"]
         if captions:
-            hours = captions / row["captions_per_s_per_chip"] / place.chips / SECONDS_PER_HOUR
-            row |= {"captions": captions, "hours": hours, "chip_hours": hours * place.chips}
+            hours = captions / row["captions_per_s_per_chip"] / topology.chips / SECONDS_PER_HOUR
+            row |= {"captions": captions, "hours": hours, "chip_hours": hours * topology.chips}
     return {
-        "topology": str(place),
-        "chip": place.chip.name,
-        "platform": place.chip.platform,
-        "chips": place.chips,
+        "topology": str(topology),
+        "chip": chip.name,
+        "platform": chip.platform,
+        "chips": topology.chips,
         "weights": weights,
         "parts": mesh.shape["fsdp"],
-        "limit": int(place.chip.memory_limit),
+        "limit": int(chip.memory_limit),
         "passes": passes,
     }
 
@@ -107,7 +110,16 @@ def _pass(
     rows: int,
     length: int,
 ) -> dict[str, Any]:
-    """{"flops" of a chip, as given, "peak", "fits", "seconds"} of one batch."""
+    """Memory and time of encoding one batch: {"flops", "peak", "fits", "seconds"}.
+
+    Args:
+        encode: the sharded program.
+        group: the chips that it is sharded over.
+        weights: bytes of the weights.
+        flops: FLOPs per chip.
+        rows: captions per chip.
+        length: tokens per caption.
+    """
     mesh, chip = encode.mesh, group.chip
     lowered = encode.lower(rows * mesh.size, length)
     text, peak = whole_step.compile_text(lowered, group, exact=True)
@@ -123,21 +135,26 @@ def _pass(
     return {"flops": flops, "peak": peak, "fits": peak <= chip.memory_limit, "seconds": seconds}
 
 
-def text(found: Mapping[str, Any]) -> Iterator[str]:
-    """The report's lines for a terminal."""
-    whole = "whole on each" if found["parts"] == 1 else f"in {found['parts']} parts"
-    yield (
-        f"{found['name']}: {found['weights'] / GIB:.2f} GiB in bfloat16, {whole}, on"
-        f" {found['topology']}, {found['chips']} chips"
+def text(plan: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the lines of the report for a terminal."""
+    weights = (
+        "replicated on every chip"
+        if plan["parts"] == 1
+        else f"sharded over groups of {plan['parts']} chips"
     )
-    if found["platform"] == "cuda":
-        yield "rates are bounds from the chip's peak: the compiler has no estimates of time"
     yield (
-        f"{'tokens':>7} {'rows a chip':>12} {'GiB of ' + format(found['limit'] / GIB, '.2f'):>14}"
-        f" {'TFLOP':>7} {'captions/s a chip':>18} {'hours':>8} {'chip-hours':>11}"
+        f"Text encoder {plan['name']} on {plan['topology']} ({plan['chips']} chips):"
+        f" {plan['weights'] / GIB:.2f} GiB of bfloat16 weights, {weights}"
     )
-    bound = "<" if found["platform"] == "cuda" else ""
-    for row in found["passes"]:
+    if plan["platform"] == "cuda":
+        yield "Rates are upper bounds from the chip's peak: XLA:GPU provides no cycle estimates"
+    yield f"Memory limit per chip: {plan['limit'] / GIB:.2f} GiB"
+    yield (
+        f"{'tokens':>7} {'captions/batch':>15} {'memory GiB':>11} {'TFLOP/batch':>12}"
+        f" {'captions/s/chip':>16} {'hours':>8} {'chip-hours':>11}"
+    )
+    bound = "<" if plan["platform"] == "cuda" else ""
+    for row in plan["passes"]:
         verdict = "" if row["fits"] else "  DOES NOT FIT"
         times = (
             f"{row['hours']:8.2f} {row['chip_hours']:11.0f}"
@@ -146,6 +163,6 @@ def text(found: Mapping[str, Any]) -> Iterator[str]:
         )
         rate = f"{bound}{row['captions_per_s_per_chip']:.0f}"
         yield (
-            f"{row['tokens']:7d} {row['rows']:12d} {row['peak'] / GIB:14.2f}"
-            f" {row['flops'] / 1e12:7.2f} {rate:>18} {times}{verdict}"
+            f"{row['tokens']:7d} {row['rows']:15d} {row['peak'] / GIB:11.2f}"
+            f" {row['flops'] / 1e12:12.2f} {rate:>16} {times}{verdict}"
         )

@@ -1,9 +1,11 @@
-"""Reads the text of a compiled program: its instructions, how often each runs, what the TPU
-compiler estimates it costs, and its collectives.
+"""A parser for the text of a compiled program (HLO).
 
-The TPU compiler writes a cost in cycles beside nearly every fusion, copy and convolution
-(`estimated_cycles` in `backend_config`). It is a property of the compiled program, the same on
-every run and on a machine without a TPU. 2^63 - 1 there means that it has none.
+It yields the instructions, the number of times each runs, the TPU compiler's cycle estimates, and
+the collectives.
+
+The TPU compiler annotates nearly every fusion, copy and convolution with a cost in cycles
+(`estimated_cycles` in `backend_config`; 2^63 - 1 means that there is no estimate). The estimates
+are part of the compiled program: they are the same on every run, and need no TPU.
 """
 
 import dataclasses
@@ -15,8 +17,8 @@ from collections.abc import Iterator
 import numpy as np
 
 NO_ESTIMATE = 2**63 - 1
-# What the TPU compiler calls the parts of collectives that cross slices, which it makes sends to
-# and receives from the hosts' network.
+# The TPU compiler turns collectives between slices into sends and receives over the hosts' network.
+# These are the names in their attributes.
 BETWEEN_SLICES = {
     "ALL_GATHER": "all-gather",
     "ALL_REDUCE": "all-reduce",
@@ -41,8 +43,14 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. `type` is the result's, as written; `rest` what follows the
-    operands.
+    """One instruction of a computation.
+
+    Fields:
+        name: without the leading "%".
+        opcode: such as "fusion".
+        type: the type of the result, as text.
+        operands: the operands, as text.
+        rest: the text after the operands: attributes, metadata, backend_config.
     """
 
     name: str
@@ -53,36 +61,42 @@ class Instruction:
 
     @functools.cached_property
     def cycles(self) -> int | None:
-        """The compiler's estimate, if it has one."""
-        found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
-        return int(found[1]) if found and int(found[1]) != NO_ESTIMATE else None
+        """The compiler's estimate in cycles, or None."""
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
+        return int(estimate[1]) if estimate and int(estimate[1]) != NO_ESTIMATE else None
 
     @functools.cached_property
     def op_name(self) -> str:
-        """Where in the traced program this is from:
-        "jit(step)/transpose(jvp(UNet))/down_2/block_0/conv_1/conv_general_dilated".
+        """The origin in the traced program.
+
+        For example "jit(step)/transpose(jvp(UNet))/down_2/block_0/conv_1/conv_general_dilated".
         """
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found[1] if found else ""
+        op_name = re.search(r'op_name="([^"]*)"', self.rest)
+        return op_name[1] if op_name else ""
 
     @functools.cached_property
     def called(self) -> dict[str, list[str]]:
-        """{attribute: computations}: calls, to_apply, body, condition, branches."""
-        found: dict[str, list[str]] = {}
+        """The computations that it calls: {attribute: names}.
+
+        Attributes are "calls", "to_apply", "body", "condition" and "branches".
+        """
+        called: dict[str, list[str]] = {}
         for attribute, name, branches in _CALLED.findall(self.rest):
             if branches:
-                found.setdefault("branches", []).extend(re.findall(_NAME, branches))
+                called.setdefault("branches", []).extend(re.findall(_NAME, branches))
             else:
-                found.setdefault(
-                    "branches" if attribute.endswith("_computation") else attribute, []
-                ).append(name)
-        return found
+                key = "branches" if attribute.endswith("_computation") else attribute
+                called.setdefault(key, []).append(name)
+        return called
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A compiled program: {name: {instruction name: instruction}} of its computations, and which
-    one it starts with.
+    """A compiled program.
+
+    Fields:
+        computations: {computation name: {instruction name: instruction}}.
+        entry: name of the computation that the program starts with.
     """
 
     computations: dict[str, dict[str, Instruction]]
@@ -91,11 +105,10 @@ class Module:
     def run(
         self, computation: str | None = None, times: float = 1
     ) -> Iterator[tuple[Instruction, dict[str, Instruction], float]]:
-        """Each instruction that runs, its computation and how often: what a loop's body holds runs
-        as often as the loop does.
+        """Yields (instruction, its computation, number of executions) for all that runs.
 
-        Of a conditional's branches the one with the most instructions is taken. What a fusion calls
-        is part of the fusion.
+        The body of a loop counts once per iteration. Of the branches of a conditional, the one with
+        the most instructions counts. The instructions inside a fusion are not listed, see `inside`.
         """
         here = self.computations[computation or self.entry]
         for instruction in here.values():
@@ -114,7 +127,7 @@ class Module:
                     yield from self.run(name, times)
 
     def inside(self, instruction: Instruction) -> list[dict[str, Instruction]]:
-        """The computations that a fusion is made of; none of another instruction."""
+        """The computations inside a fusion; an empty list for other instructions."""
         return (
             [self.computations[name] for name in instruction.called.get("calls", [])]
             if instruction.opcode == "fusion"
@@ -122,30 +135,30 @@ class Module:
         )
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a `while` runs: what the compiler says of it, or a constant that its condition
-        compares a counter from 0 with. Raises ValueError for any other.
+        """The number of iterations of a `while`.
+
+        It is the compiler's annotation, or the constant that the loop's condition compares a
+        counter with. Raises ValueError if there is neither.
         """
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
-            return int(known[1])
+        if annotation := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+            return int(annotation[1])
         (condition,) = loop.called["condition"]
         constants = [
             re.match(r"[su]\d+\[\]", i.type) and re.search(r"^(\d+)", i.operands[0])
             for i in self.computations[condition].values()
             if i.opcode == "constant"
         ]
-        bounds = [int(found[1]) for found in constants if found]
+        bounds = [int(constant[1]) for constant in constants if constant]
         if len(bounds) != 1:
             raise ValueError(
-                f"the loop {loop.name} ({loop.op_name}) has no known trip count: constants {bounds}"
-                " in its condition"
+                f"cannot determine the trip count of the loop {loop.name} ({loop.op_name}): its"
+                f" condition has the constants {bounds}, not exactly one"
             )
         return bounds[0]
 
 
 def parse(text: str) -> Module:
-    """The program that `Compiled.as_text()` prints. Raises ValueError if there is no entry
-    computation in it.
-    """
+    """Parses the text of `Compiled.as_text()`. Raises ValueError if it has no entry computation."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -156,7 +169,7 @@ def parse(text: str) -> Module:
             instruction = _instruction(start[1], line[start.end() :])
             current[instruction.name] = instruction
     if not entry:
-        raise ValueError("this is not the text of a compiled program: it has no ENTRY computation")
+        raise ValueError("not the text of a compiled program: it has no ENTRY computation")
     return Module(computations, entry)
 
 
@@ -170,7 +183,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _balanced(text: str) -> tuple[str, str]:
-    """(the parenthesis that `text` begins with, to its end; what follows)."""
+    """Splits text after the parenthesis that it starts with."""
     depth = 0
     for i, c in enumerate(text):
         depth += (c == "(") - (c == ")")
@@ -180,7 +193,7 @@ def _balanced(text: str) -> tuple[str, str]:
 
 
 def _top_level(text: str) -> list[str]:
-    """The parts between those commas that stand in no bracket."""
+    """Splits text at the commas outside brackets."""
     parts, depth, start = [], 0, 0
     for i, c in enumerate(text):
         depth += (c in "([{") - (c in ")]}")
@@ -191,8 +204,9 @@ def _top_level(text: str) -> list[str]:
 
 
 def type_bytes(text: str, hbm_only: bool = False) -> int:
-    """Bytes of an array or tuple type; `hbm_only` leaves out what lives in on-chip memory (a layout
-    that says S(1) or more).
+    """Bytes of an array or tuple type.
+
+    `hbm_only` excludes arrays in on-chip memory, whose layout says S(1) or higher.
     """
     total = 0
     for item, dims, layout in _ARRAY.findall(text):
@@ -206,8 +220,9 @@ def type_bytes(text: str, hbm_only: bool = False) -> int:
 
 
 def traffic(instruction: Instruction, computation: dict[str, Instruction]) -> int:
-    """Bytes that an instruction reads and writes in device memory, each operand once: less than it
-    really moves if it reads one twice.
+    """Bytes that an instruction reads and writes in device memory, each operand counted once.
+
+    This is a lower bound: an instruction may read an operand several times.
     """
     return type_bytes(instruction.type, hbm_only=True) + sum(
         type_bytes(o.type, hbm_only=True) for o in operands(instruction, computation)
@@ -215,36 +230,39 @@ def traffic(instruction: Instruction, computation: dict[str, Instruction]) -> in
 
 
 def operands(instruction: Instruction, computation: dict[str, Instruction]) -> list[Instruction]:
-    """The instructions whose results it takes."""
+    """The instructions that produce an instruction's operands."""
     names = [operand.split(" ")[-1].lstrip("%") for operand in instruction.operands]
     return [computation[name] for name in names if name in computation]
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation: its kind, the bytes that it takes or makes on a device, whichever
-    is more, who talks to whom, how often.
+    """A collective operation.
 
-    `beside`: the program goes on computing meanwhile, which the fast compile level never arranges.
+    Fields:
+        kind: one of `COLLECTIVES`.
+        bytes: of all operands or of all results on one device, whichever is larger.
+        groups: groups of devices, as positions in the mesh; for a collective-permute its pairs.
+        times: number of executions.
+        op_name: origin in the traced program.
+        overlapped: True if it is overlapped with compute. The fast level (O0) never does this.
     """
 
     kind: str
     bytes: int
-    groups: tuple[
-        tuple[int, ...], ...
-    ]  # of positions in the mesh; of a collective-permute, its pairs
+    groups: tuple[tuple[int, ...], ...]
     times: float
     op_name: str
-    beside: bool = False
+    overlapped: bool = False
 
 
 def collectives(module: Module, devices: int) -> Iterator[Collective]:
-    """Every collective of a program for so many devices, those inside fusions too; an all-reduce
-    that is fused with the slice of it is a reduce-scatter.
+    """Yields every collective of a program for `devices` devices, also those inside fusions.
 
-    A collective over several slices of TPUs is written as parts within a slice and between slices;
-    each is one here. One that the compiler spreads over what computes meanwhile stands whole in
-    each fusion that carries it, with one `chain_id`, and is one here too.
+    An all-reduce fused with a slice of its result is reported as a reduce-scatter. A collective
+    over several TPU slices is compiled into one part within slices and one between them; each is
+    reported. A collective that the compiler spreads over several fusions, to overlap it with their
+    compute, appears in each of them with the same `chain_id` and is reported once.
     """
     chains = set()
     for instruction, here, times in module.run():
@@ -255,36 +273,35 @@ def collectives(module: Module, devices: int) -> Iterator[Collective]:
             for computation in module.inside(instruction)
             for i in computation.values()
         ] or [(instruction, here)]
-        for found, computation in parts:
-            kind = found.opcode.removesuffix("-start")
-            chain = re.search(r'channel_id=\d+.*\bchain_id="\d+"', found.rest)
+        for part, computation in parts:
+            kind = part.opcode.removesuffix("-start")
+            chain = re.search(r'channel_id=\d+.*\bchain_id="\d+"', part.rest)
             if kind not in COLLECTIVES or (chain and chain[0] in chains):
                 continue
             if chain:
                 chains.add(chain[0])
             scattered = kind == "all-reduce" and any(i.opcode == "dynamic-slice" for i, _ in parts)
-            beside = bool(chain) or found.opcode.endswith("-start")
             yield Collective(
-                "reduce-scatter" if scattered else kind,
-                _payload(found, computation),
-                _groups(found, devices),
-                times,
-                found.op_name,
-                beside,
+                kind="reduce-scatter" if scattered else kind,
+                bytes=_payload(part, computation),
+                groups=_groups(part, devices),
+                times=times,
+                op_name=part.op_name,
+                overlapped=bool(chain) or part.opcode.endswith("-start"),
             )
 
 
 def _between_slices(
     send: Instruction, computation: dict[str, Instruction], times: float
 ) -> Collective:
-    """What a chip exchanges with those of its place in other slices: as much as it sends or, in the
-    receive of the same name, gets.
+    """The exchange of a chip with the chips at its position in the other slices.
+
+    Its size is that of the send or of the receive with the same rendezvous name, whichever is
+    larger.
     """
     attribute = lambda name: re.search(rf'{name}="([^"]*)"', send.rest)[1]
-    kind, meeting = (
-        BETWEEN_SLICES.get(attribute("_xla_megascale_transfer_type")),
-        f'"{attribute("_xla_host_transfer_rendezvous")}"',
-    )
+    kind = BETWEEN_SLICES.get(attribute("_xla_megascale_transfer_type"))
+    rendezvous = f'"{attribute("_xla_host_transfer_rendezvous")}"'
     target = re.match(r"\{([\d,]+)\}x\{0:(\d+)\}", attribute("_xla_megascale_target"))
     if kind is None or target is None:
         raise ValueError(
@@ -292,7 +309,9 @@ def _between_slices(
         )
     first = lambda instruction: type_bytes(_ARRAY.search(instruction.type)[0])
     size = max(
-        first(i) for i in computation.values() if i.opcode in ("send", "recv") and meeting in i.rest
+        first(i)
+        for i in computation.values()
+        if i.opcode in ("send", "recv") and rendezvous in i.rest
     )
     chips = int(target[2]) + 1
     groups = tuple(
@@ -302,8 +321,10 @@ def _between_slices(
 
 
 def _payload(instruction: Instruction, computation: dict[str, Instruction]) -> int:
-    """Bytes of all operands or of all results. A start's result lists the operands first, but that
-    of an all-reduce.
+    """Bytes of all operands or of all results, whichever is larger.
+
+    The result of an asynchronous start lists the operands before the results, except for an
+    all-reduce.
     """
     count = len(instruction.operands)
     results = [type_bytes(array[0]) for array in re.finditer(_ARRAY, instruction.type)]
@@ -316,8 +337,11 @@ def _payload(instruction: Instruction, computation: dict[str, Instruction]) -> i
 
 
 def _groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
-    """Who talks to whom, in the three forms that XLA writes: {{0,1},{2,3}}, [2,2]<=[2,2]T(1,0),
-    mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'x'}.
+    """The groups of devices, in any of the forms that XLA prints.
+
+    {{0,1},{2,3}}
+    [2,2]<=[2,2]T(1,0)
+    mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'x'}
     """
     listed = re.search(
         r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})?\}", instruction.rest
@@ -337,13 +361,14 @@ def _groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ..
         axes = re.findall(r"'(\w+)'=(\d+)", mesh[1])
         shape, names = [int(size) for _, size in axes], re.findall(r"'(\w+)'", mesh[4])
         ids = (_iota(mesh[2], mesh[3]) if mesh[2] else np.arange(math.prod(shape))).reshape(shape)
-        talking = [i for i, (name, _) in enumerate(axes) if name in names]
-        order = np.moveaxis(ids, talking, range(-len(talking), 0)).reshape(
-            -1, math.prod(shape[i] for i in talking)
+        inner = [i for i, (name, _) in enumerate(axes) if name in names]
+        order = np.moveaxis(ids, inner, range(-len(inner), 0)).reshape(
+            -1, math.prod(shape[i] for i in inner)
         )
     else:
         raise ValueError(
-            f"{instruction.name}: cannot read who takes part in this {instruction.opcode}"
+            f"{instruction.name}: cannot read the device groups of this {instruction.opcode}:"
+            f" {instruction.rest[:300]}"
         )
     return tuple(map(tuple, order.tolist()))
 
@@ -353,6 +378,6 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
-    """[2,3]T(1,0): 0 to 5 in two rows, transposed."""
+    """The device numbers of "[2,3]T(1,0)": 0 to 5 in two rows, transposed."""
     ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
     return ids.transpose(_numbers(order)) if order else ids

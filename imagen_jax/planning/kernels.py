@@ -1,11 +1,11 @@
-"""What Pallas kernels cost on a TPU: the instruction bundles of their compiled schedule, times the
-steps of their grid.
+"""Time of Pallas kernels on a TPU, from the compiler's instruction schedule.
 
-The compiler gives no estimate for a kernel, but prints its final schedule if asked
-(`ask_for_schedules`, before libtpu is loaded). A bundle is issued a cycle. Counted so, a kernel's
-time is too high by the branches that a step does not take, and too low by what its loads and stores
-of blocks are slower than its arithmetic; loops inside a kernel would be counted once, and there
-must be none.
+The compiler has no estimate for a kernel, but it can write the kernel's final schedule
+(`ask_for_schedules`, before libtpu is loaded). The time is the number of instruction bundles, one
+per cycle, times the number of grid steps.
+
+The count is too high by branches that a step does not take. It is too low where loading and storing
+blocks takes longer than the arithmetic. Kernels must not contain loops; a loop would count once.
 """
 
 import math
@@ -23,26 +23,28 @@ from imagen_jax.hardware.chips import Chip
 
 
 def ask_for_schedules(directory: str) -> None:
-    """Makes libtpu, if it is not loaded yet, write the schedule of everything that this process
-    compiles to a directory, an empty one of its own.
+    """Makes libtpu write the schedule of everything this process compiles to a directory.
+
+    It has no effect once libtpu is loaded. The directory must be empty and used by this process
+    only.
     """
     os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
     os.environ["IMAGEN_JAX_SCHEDULES"] = directory
 
 
 def calls(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
-    """Every pallas_call of a traced program with how often it runs."""
+    """Yields every pallas_call of a traced program and the number of times it runs."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             yield equation, times
             continue
         inner = times * equation.params["length"] if equation.primitive.name == "scan" else times
-        for inside in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from calls(inside, inner)
+        for subprogram in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from calls(subprogram, inner)
 
 
 def signature(call: Any) -> str:
-    """All that the compiled kernel depends on, as text."""
+    """Text that determines the compiled kernel, for use as a cache key."""
     return (
         f"{call.params['grid_mapping']} {call.params['jaxpr']}"
         f" {[v.aval for v in (*call.invars, *call.outvars)]}"
@@ -50,8 +52,9 @@ def signature(call: Any) -> str:
 
 
 def cores_at_work(call: Any, chip: Chip) -> int:
-    """How many of the chip's cores share a kernel's grid: all, if a dimension that the kernel calls
-    parallel divides by them.
+    """The number of the chip's cores that share the kernel's grid.
+
+    All cores work if they divide a dimension that the kernel declares parallel, else one.
     """
     semantics = call.params["compiler_params"].dimension_semantics or ()
     split = any(
@@ -62,30 +65,28 @@ def cores_at_work(call: Any, chip: Chip) -> int:
 
 
 def seconds(call: Any, chip: Chip, mesh: Mesh) -> float:
-    """One run of a kernel by one core, compiled alone for the mesh's first device, in a process
-    that asked for schedules.
+    """Seconds of one run of a kernel on one core.
+
+    The kernel is compiled alone for the first device of the mesh, in a process that called
+    `ask_for_schedules`.
     """
-    whole = NamedSharding(Mesh(mesh.devices.flat[:1], "x"), PartitionSpec())
+    replicated = NamedSharding(Mesh(mesh.devices.flat[:1], "x"), PartitionSpec())
     arguments = [
-        jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=whole) for v in call.invars
+        jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=replicated) for v in call.invars
     ]
     directory = Path(os.environ["IMAGEN_JAX_SCHEDULES"])
     jax.jit(lambda *a: call.primitive.bind(*a, **call.params)).lower(*arguments).compile()
     texts = [file.read_text() for file in directory.glob("*schedule-analysis_final_bundles*")]
     for file in directory.iterdir():
         file.unlink()
-    found = [
-        re.search(r"total scheduled bundles:\s+(\d+)", text)
+    bundles = [
+        int(re.search(r"total scheduled bundles:\s+(\d+)", text)[1])
         for text in texts
         if "tpu_custom_call" in text
     ]
-    if not found:
+    if not bundles:
         raise ValueError(
-            f"libtpu wrote no schedule of the kernel {call.params['name']}: its flags for that have"
-            " changed"
+            f"libtpu wrote no schedule for the kernel {call.params['name']}; its flags may have"
+            " changed in this version. Use --notime for a plan without times"
         )
-    return (
-        max(int(match[1]) for match in found)
-        * math.prod(call.params["grid_mapping"].grid)
-        / chip.clock
-    )
+    return max(bundles) * math.prod(call.params["grid_mapping"].grid) / chip.clock

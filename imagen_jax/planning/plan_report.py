@@ -7,244 +7,275 @@ from imagen_jax.pictures import figure_png
 
 Plan = Mapping[str, Any]
 GIB = 2**30
-NEAR = 0.95  # of the limit: above it a program that fits at level O0 may not at the default
+# Above this share of the limit, a program that fits at level O0 may not fit at the default level.
+NEAR = 0.95
 
 
 def text(plan: Plan) -> str:
     """The plan for a terminal, one section after another."""
-    return "\n".join(
-        line
-        for section in (
-            _head,
-            _memory,
-            _time,
-            _places,
-            _memory_traffic,
-            _traffic,
-            _sampler,
-            _advice,
-        )
-        for line in section(plan)
-    )
+    sections = (_head, _memory, _time, _modules, _memory_traffic, _collectives, _sampler, _advice)
+    return "\n".join(line for section in sections for line in section(plan))
+
+
+def _scaled(value: float, units: tuple[str, ...], base: float) -> str:
+    """A number in the largest unit in which it is at least 1, such as "1.50 GiB"."""
+    for unit in units[:-1]:
+        if value < base:
+            return f"{value:.2f} {unit}"
+        value /= base
+    return f"{value:,.2f} {units[-1]}"
+
+
+def _size(size: float) -> str:
+    """Bytes in binary units."""
+    return _scaled(size, ("B", "KiB", "MiB", "GiB"), 1024)
+
+
+def _bytes_moved(size: float) -> str:
+    """Bytes of traffic in decimal units, as bandwidths are stated."""
+    return _scaled(size, ("B", "kB", "MB", "GB"), 1000)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.3f} ms" if seconds < 1e-3 else f"{1e3 * seconds:,.2f} ms"
+
+
+def _flop(flops: float) -> str:
+    return _scaled(flops / 1e6, ("MFLOP", "GFLOP", "TFLOP", "PFLOP"), 1000)
+
+
+def _hours(hours: float) -> str:
+    if hours < 0.01:
+        return "less than 0.01"
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2f}"
+
+
+def _verdict(row: Plan) -> str:
+    return "fits" if row["fits"] else "DOES NOT FIT"
 
 
 def _head(plan: Plan) -> Iterator[str]:
-    mesh = (
-        ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
-        or "one device"
-    )
-    flops = plan["flops"]
+    mesh = ", ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1)
+    flops, accumulation = plan["flops"], plan["accumulation"]
+    chips = f"{plan['chips']} chips, mesh {mesh}" if mesh else "1 chip"
+    yield f"{plan['config']} on {plan['topology']}: {chips}"
+    yield f"  parameters   {plan['parameters']:,}"
     yield (
-        f"{plan['config']}: {plan['parameters']:,} parameters on {plan['topology']},"
-        f" {plan['chips']} chips ({mesh})"
+        f"  batch        {plan['batch']:,} images per step, {plan['batch'] / plan['chips']:g} per"
+        f" chip, {accumulation} accumulation step{'s' * (accumulation > 1)}"
     )
+    yield f"  remat        {plan['remat']}"
     yield (
-        f"batch {plan['batch']} in {plan['accumulation']} part(s),"
-        f" {plan['batch'] / plan['chips']:g} images a chip, remat {plan['remat']}"
-    )
-    yield (
-        f"{flops['per_image'] / 1e12:.3f} TFLOP an image, {flops['per_step'] / 1e15:.3f} PFLOP a"
-        f" step, {flops['per_chip_and_step'] / 1e12:.2f} TFLOP a chip"
+        f"  model FLOPs  {_flop(flops['per_image'])} per image, {_flop(flops['per_step'])} per"
+        f" step, {_flop(flops['per_chip_and_step'])} per chip and step"
     )
     if "overrides" in plan:
         yield (
-            f"as asked it needs {plan['asked']['peak'] / GIB:.2f} GiB and does not fit; this is"
-            " with " + options(plan["overrides"])
+            f"  The config as given needs {_size(plan['asked']['peak'])} per chip and does not fit."
+            f" This plan is for {options(plan['overrides'])}"
         )
 
 
 def _memory(plan: Plan) -> Iterator[str]:
     memory = plan["memory"]
-    over = memory["peak"] - memory["limit"]
-    verdict = "fits" if memory["fits"] else f"DOES NOT FIT, {over / GIB:.2f} GiB too much"
+    excess = f" by {_size(memory['peak'] - memory['limit'])}" if not memory["fits"] else ""
     yield (
-        f"\nmemory of a chip: {memory['peak'] / GIB:.2f} of {memory['limit'] / GIB:.2f} GiB,"
-        f" {verdict} (compile level {memory['level']})"
+        f"\nMemory per chip: {_size(memory['peak'])} of {_size(memory['limit'])},"
+        f" {_verdict(memory)}{excess}"
     )
-    if memory["level"] == "O0":
-        yield (
-            "  O0 gives 0.97 to 1.35 times the default level's peak where both were compiled"
-            " (BENCHMARKS.md); --exact for the default"
-        )
-        if NEAR * memory["limit"] < memory["peak"] <= memory["limit"]:
-            yield "  TOO NEAR THE LIMIT to be sure: use --exact"
-    if plan["platform"] == "cuda":
-        yield (
-            "  without workspaces of convolutions, buffers of collectives and the driver's context,"
-            " for which the limit leaves room"
-        )
     for part, size in memory["parts"].items():
-        yield f"  {part:<14} {size / GIB:8.3f} GiB"
+        yield f"  {part:<12} {_size(size):>12}"
+    if memory["level"] == "O0":
+        yield "  Compiled at the compiler's fast level, O0. Where both were measured, its peak was"
+        yield "  0.97 to 1.35 times the default level's (BENCHMARKS.md); --exact uses the default."
+        if NEAR * memory["limit"] < memory["peak"] <= memory["limit"]:
+            yield f"  WARNING: above {100 * NEAR:.0f} % of the limit; check with --exact"
+    if plan["platform"] == "cuda":
+        yield "  Not included: convolution workspaces, collective buffers and the driver's context."
+        yield "  The limit reserves memory for them."
     for line in plan["not_split"]:
-        yield f"  not split: {line}"
+        yield f"  WARNING: not sharded: {line}"
 
 
 def _time(plan: Plan) -> Iterator[str]:
     if "time" not in plan:
         return
-    time, cost = plan["time"], plan["cost"]
-    yield (
-        f"\npredicted step: {1e3 * time['step_s']:.0f} ms, MFU {100 * time['mfu']:.1f} %,"
-        f" {time['images_per_s_per_chip']:.2f} images/s a chip"
+    time = plan["time"]
+    kinds = ", ".join(
+        f"{100 * seconds / time['compute_s']:.1f} % {kind}"
+        for kind, seconds in time["kinds_s"].items()
     )
     yield (
-        f"  compute {1e3 * time['compute_s']:.1f} ms, and beside it gathers of parameters,"
-        f" {1e3 * time['gathers_s']:.1f} ms; then in turn sums of gradients"
+        f"\nPredicted step time: {_ms(time['step_s'])},"
+        f" {time['images_per_s_per_chip']:,.2f} images/s per chip, MFU {100 * time['mfu']:.1f} %"
     )
+    for name, part, note in (
+        ("compute", "compute_s", kinds),
+        ("parameter all-gathers", "gathers_s", "overlapped with compute"),
+        ("gradient reductions", "sums_s", "exposed"),
+        ("other communication", "exposed_traffic_s", "exposed"),
+        ("parameter update", "update_s", "optimizer and EMA"),
+    ):
+        yield f"  {name:<22} {_ms(time[part]):>12}   {note}"
     yield (
-        f"  {1e3 * time['sums_s']:.1f} ms, other traffic {1e3 * time['exposed_traffic_s']:.1f} ms,"
-        f" optimizer and EMA {1e3 * time['update_s']:.1f} ms"
+        f"  With gradient reductions overlapped as well: {_ms(time['at_best_s'])}; with no overlap:"
+        f" {_ms(time['in_turn_s'])}"
     )
-    yield (
-        f"  were sums too beside the compute, {1e3 * time['at_best_s']:.0f} ms; were nothing,"
-        f" {1e3 * time['in_turn_s']:.0f} ms"
-    )
-    yield "  compute: " + ", ".join(
-        f"{100 * s / time['compute_s']:.1f} % {kind}" for kind, s in time["kinds_s"].items()
-    )
-    yield (
-        "  without the compiler's estimate, by roofline:"
-        f" {100 * time['roofline_share_of_compute']:.2f} % of compute"
-    )
-    if "check" in plan:
-        whole, parts = plan["check"]["whole_s"], plan["check"]["parts_s"]
+    share = time["roofline_share_of_compute"]
+    if share > 5e-5:
         yield (
-            f"  check: the whole step {1e3 * whole:.1f} ms, blocks and update {1e3 * parts:.1f} ms"
-            f" ({100 * (parts / whole - 1):+.1f} %), without kernels and collectives"
+            f"  The compiler has no estimate for {100 * share:.2f} % of the compute time; a"
+            " roofline is used there."
         )
-        beside = [100 * plan["check"][f"{part}_beside"] for part in ("gathers", "sums")]
-        yield (
-            f"  check: the whole step runs {beside[0]:.0f} % of the gathers and {beside[1]:.0f} %"
-            " of the sums beside what computes"
-        )
-    money = f", {cost['money']:,.0f} at the price given" if "money" in cost else ""
+    yield from _check(plan)
+    cost = plan["cost"]
+    money = f", {cost['money']:,.0f} at the given price" if "money" in cost else ""
     yield (
-        f"{cost['steps']:,} steps: {cost['hours']:,.0f} hours, {cost['chip_hours']:,.0f}"
-        f" chip-hours{money}"
+        f"  {cost['steps']:,} steps: {_hours(cost['hours'])} hours,"
+        f" {_hours(cost['chip_hours'])} chip-hours{money}"
     )
 
 
-def _places(plan: Plan) -> Iterator[str]:
+def _check(plan: Plan) -> Iterator[str]:
+    """The comparison with the whole step compiled at the default level (--exact)."""
+    if "check" not in plan:
+        return
+    check = plan["check"]
+    whole, parts = check["whole_s"], check["parts_s"]
+    yield (
+        f"  Check, without kernels and collectives: sum of blocks and update {_ms(parts)}, whole"
+        f" step {_ms(whole)} ({100 * (parts / whole - 1):+.1f} %)"
+    )
+    yield (
+        f"  Check of the whole step: {100 * check['gathers_beside']:.0f} % of the all-gather time"
+        f" and {100 * check['sums_beside']:.0f} % of the gradient-reduction time are overlapped"
+        " with compute"
+    )
+
+
+def _modules(plan: Plan) -> Iterator[str]:
     if "places" not in plan:
         return
-    yield "\nmost expensive places (ms a step, all equal ones together)"
+    yield "\nMost expensive modules: time per step, share of compute (xN: N equal modules together)"
     for row in plan["places"]:
-        yield f"  {1e3 * row['seconds']:8.2f} {100 * row['share']:5.1f} %  {_place(row)}"
+        yield f"  {_ms(row['seconds']):>12} {100 * row['share']:5.1f} %   {_module(row)}"
 
 
-def _place(row: Plan) -> str:
-    return row["place"] + (f" and {row['others']} more" if row["others"] else "")
+def _module(row: Plan) -> str:
+    return row["place"] + (f" (x{row['others'] + 1})" if row["others"] else "")
 
 
 def _memory_traffic(plan: Plan) -> Iterator[str]:
     if "memory_traffic" not in plan:
         return
-    found = plan["memory_traffic"]
+    traffic = plan["memory_traffic"]
     yield (
-        f"\nread and written in a chip's memory: {found['bytes'] / 1e9:.2f} GB a step,"
-        f" {1e3 * found['seconds']:.1f} ms at its full bandwidth"
+        f"\nDevice-memory traffic per chip and step: {_bytes_moved(traffic['bytes'])} read and"
+        f" written, {_ms(traffic['seconds'])} at full bandwidth"
     )
     if plan["platform"] == "tpu":
-        yield (
-            "  at least: of each block by itself, without gathered parameters and what a block"
-            " finds left on the chip"
-        )
+        yield "  Lower bound: a sum over separate blocks, without all-gathered parameters."
 
 
-def _traffic(plan: Plan) -> Iterator[str]:
+def _collectives(plan: Plan) -> Iterator[str]:
     if not plan.get("collectives"):
         return
-    yield "\ncollectives of a step (bytes of the largest array, on each chip)"
+    yield "\nCollectives per step (bytes of the largest array on each chip, time on the links)"
     for row in plan["collectives"]:
         yield (
-            f"  {row['kind']:<19} {' and '.join(row['axes']) or '-':<16} {row['count']:6d} x"
-            f" {row['bytes'] / 1e9:9.3f} GB {1e3 * row['seconds']:9.2f} ms"
+            f"  {row['kind']:<19} over {' and '.join(row['axes']) or '-':<16} {row['count']:6d} x"
+            f" {_bytes_moved(row['bytes']):>10} {_ms(row['seconds']):>12}"
         )
 
 
 def _sampler(plan: Plan) -> Iterator[str]:
     if "sampler" in plan:
-        found = plan["sampler"]
-        verdict = "fits" if found["fits"] else "DOES NOT FIT"
+        sampler = plan["sampler"]
         yield (
-            f"\nsample grids during training: {found['rows']} images of {found['steps']} steps at"
-            f" once, {found['peak'] / GIB:.2f} GiB a chip, {verdict}"
+            f"\nSampling during training: {sampler['rows']} images at once, {sampler['steps']}"
+            f" sampling steps, {_size(sampler['peak'])} per chip, {_verdict(sampler)}"
         )
         yield (
-            f"  {found['beside'] / GIB:.2f} GiB of that are parameters, optimizer and batch of the"
-            " training, which stay; the rest are EMA and the sampler's arrays"
+            f"  {_size(sampler['beside'])} of it: parameters, optimizer state and batch of the"
+            " training, which stay in memory"
         )
     if "whole_images" in plan:
-        found = plan["whole_images"]
-        verdict = (
-            "fits"
-            if found["fits"]
-            else "DOES NOT FIT: more chips for each with --config.mesh.spatial"
+        images = plan["whole_images"]
+        advice = (
+            "" if images["fits"] else "; split each image over chips with --config.mesh.spatial"
         )
         yield (
-            f"whole images of {found['size']} pixels, {found['rows']} at once, without a training"
-            f" beside: {found['peak'] / GIB:.2f} GiB a chip, {verdict}"
+            f"\nSampling of full images of {images['size']} pixels after training: {images['rows']}"
+            f" at once, {_size(images['peak'])} per chip, {_verdict(images)}{advice}"
         )
 
 
 def _advice(plan: Plan) -> Iterator[str]:
+    if plan.get("tried"):
+        yield "\nTried by --search:"
     for row in plan.get("tried", []):
         yield (
-            f"  tried {options(row['overrides'])}: {row['peak'] / GIB:.2f} GiB (estimated"
-            f" {row['estimated_peak'] / GIB:.2f})"
+            f"  {options(row['overrides'])}: {_size(row['peak'])} (estimate was"
+            f" {_size(row['estimated_peak'])})"
         )
     if "advice" not in plan:
         return
-    yield "\nwhat would need less, in the order to try it (--search compiles them):"
+    yield "\nChanges that need less memory, in the order to try them (--search compiles them):"
+    limit = plan["memory"]["limit"]
     for row in plan["advice"]:
-        fits = "would fit" if row["estimated_peak"] <= plan["memory"]["limit"] else "not enough"
-        yield f"  {options(row['overrides'])}: about {row['estimated_peak'] / GIB:.2f} GiB, {fits}"
-    if not plan["advice"] or plan["advice"][-1]["estimated_peak"] > plan["memory"]["limit"]:
-        yield "  none of these is enough: more chips, chips with more memory, or a smaller model"
+        verdict = "would fit" if row["estimated_peak"] <= limit else "not enough"
+        yield f"  {options(row['overrides'])}: about {_size(row['estimated_peak'])}, {verdict}"
+    if not plan["advice"] or plan["advice"][-1]["estimated_peak"] > limit:
+        yield "  None is enough: use more chips, chips with more memory or a smaller model."
 
 
 def options(overrides: Plan) -> str:
-    """Overrides as a command line has them."""
+    """Overrides as command-line flags."""
     return " ".join(f"--config.{field}={value}" for field, value in overrides.items())
 
 
 def picture(plan: Plan) -> bytes:
-    """A PNG: memory against the limit, where the step's time goes, the most expensive places."""
+    """A PNG of the memory against its limit, the parts of the step and the expensive modules."""
     from matplotlib.figure import Figure
 
     timed = "time" in plan
     figure = Figure(figsize=(16 if timed else 6, 5), layout="constrained")
     axes = figure.subplots(
         1, 3 if timed else 1, width_ratios=[1.3, 1.3, 2.2] if timed else None, squeeze=False
-    )
+    )[0]
     memory = plan["memory"]
-    _stack(axes[0, 0], {part: size / GIB for part, size in memory["parts"].items()}, "GiB a chip")
-    axes[0, 0].axhline(memory["limit"] / GIB, color="black", linestyle="--")
-    axes[0, 0].text(-0.45, memory["limit"] / GIB, " limit", va="bottom")
-    axes[0, 0].set_title("fits" if memory["fits"] else "does not fit")
+    _stack(axes[0], {part: size / GIB for part, size in memory["parts"].items()}, "GiB per chip")
+    axes[0].axhline(memory["limit"] / GIB, color="black", linestyle="--")
+    axes[0].text(-0.45, memory["limit"] / GIB, " limit", va="bottom")
+    axes[0].set_title("fits" if memory["fits"] else "does not fit")
     if timed:
-        time = plan["time"]
-        share = max(time["compute_s"], time["gathers_s"]) / time["compute_s"]
-        parts = {kind: 1e3 * share * s for kind, s in time["kinds_s"].items()}
-        parts |= {
-            "sums of gradients": 1e3 * time["sums_s"],
-            "other traffic": 1e3 * time["exposed_traffic_s"],
-            "optimizer, EMA": 1e3 * time["update_s"],
-        }
-        _stack(axes[0, 1], parts, "ms a step")
-        axes[0, 1].set_title(f"MFU {100 * time['mfu']:.1f} %")
+        _stack(axes[1], _step_parts(plan["time"]), "ms per step")
+        axes[1].set_title(f"MFU {100 * plan['time']['mfu']:.1f} %")
         rows = plan["places"][::-1]
-        axes[0, 2].barh(
-            [_place(row) for row in rows], [1e3 * row["seconds"] for row in rows], color="#4477aa"
+        axes[2].barh(
+            [_module(row) for row in rows], [1e3 * row["seconds"] for row in rows], color="#4477aa"
         )
-        axes[0, 2].set_xlabel("ms a step")
-        axes[0, 2].set_title("most expensive places")
+        axes[2].set_xlabel("ms per step")
+        axes[2].set_title("most expensive modules")
     figure.suptitle(f"{plan['config']} on {plan['topology']}, batch {plan['batch']}")
     return figure_png(figure)
 
 
+def _step_parts(time: Mapping[str, Any]) -> dict[str, float]:
+    """The parts of a step in ms. They add up to the step.
+
+    Where all-gathers take longer than compute, the kinds of compute are scaled to their time.
+    """
+    scale = max(time["compute_s"], time["gathers_s"]) / time["compute_s"]
+    return {kind: 1e3 * scale * seconds for kind, seconds in time["kinds_s"].items()} | {
+        "gradient reductions": 1e3 * time["sums_s"],
+        "other communication": 1e3 * time["exposed_traffic_s"],
+        "optimizer, EMA": 1e3 * time["update_s"],
+    }
+
+
 def _stack(axis: Any, parts: Mapping[str, float], label: str) -> None:
-    """One stacked bar, its parts named with their size in the legend."""
+    """One stacked bar with a legend of its parts and their sizes."""
     base = 0.0
     for name, value in parts.items():
         axis.bar([0], [value], bottom=base, width=0.9, label=f"{name} {value:.2f}")

@@ -1,15 +1,16 @@
-"""The train step and the sampler compiled whole, for hardware that need not be there: what they
-need in memory, and what they send.
+"""Memory and collectives of the train step and the sampler, from the whole compiled program.
 
-Compiled at the compiler's fast level (O0), which takes minutes where the default takes up to
-thirty. It knows memory roughly: its peak is 1.35 times the default's for base_64 on v5e:16x16 and
-1.02 times for sr_256, but 0.97 times on v5p:4x4x8. `exact` compiles at the default level.
+By default programs are compiled at the compiler's fast level (O0), which takes minutes; the default
+level takes up to thirty. Its peak memory is approximate: compared with the default level it is 1.35
+times as high for base_64 on v5e:16x16, 1.02 times for sr_256 there, and 0.97 times on v5p:4x4x8.
+`exact` compiles at the default level.
 """
 
 import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,18 +23,20 @@ from imagen_jax.training import sample_grids
 from imagen_jax.training.step import TrainProgram
 
 O0, DEFAULT = "O0", "default"
-FAST = {"optimization_level": 9}  # O0; makes no difference on GPUs
-GPU_OPTIONS = {
-    "xla_gpu_autotune_level": 0,
-    "xla_gpu_enable_triton_gemm": False,
-}  # these try programs out on the GPU
+FAST = {"optimization_level": 9}  # level O0; has no effect for GPUs
+# Autotuning would run programs on a GPU.
+GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device. `peak` is the compiler's; `parts` what is known of it, the rest is
-    `temporaries`. `limit` is what a program may use.
+    """Memory of a program in bytes per device.
+
+    Fields:
+        peak: the compiler's peak.
+        limit: bytes that a program may use.
+        parts: the parts of the peak that are known from shapes and shardings.
     """
 
     peak: int
@@ -42,20 +45,26 @@ class Memory:
 
     @property
     def fits(self) -> bool:
+        """Whether the peak is within the limit."""
         return self.peak <= self.limit
 
     @property
     def temporaries(self) -> int:
+        """The rest of the peak, which belongs to no known part."""
         return max(0, self.peak - sum(self.parts.values()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All collectives of one kind along the same mesh axes in one step: bytes of their largest
-    arrays, seconds on the links.
+    """All collectives of one kind along the same mesh axes in one step.
 
-    `beside` are those of the seconds in which the program, as it was compiled, goes on computing:
-    none at level O0.
+    Fields:
+        kind: such as "all-gather".
+        axes: the mesh axes.
+        count: number of executions.
+        bytes: of their largest arrays, on each chip.
+        seconds: on the links.
+        beside: the part of `seconds` that is overlapped with compute; 0 at level O0.
     """
 
     kind: str
@@ -66,14 +75,19 @@ class Traffic:
     beside: float = 0.0
 
 
-def compile_text(lowered: Any, place: Topology, exact: bool) -> tuple[str, int]:
-    """(text of the compiled program, peak bytes on a device). A program that does not fit has no
-    text, and the peak that the compiler names.
+def make_program(config: Mapping[str, Any], topology: Topology) -> TrainProgram:
+    """The train step of a config on a topology. Raises ValueError if the mesh does not fit."""
+    return TrainProgram.create(config, sharding.make_mesh(config["mesh"], topology.devices()))
 
-    A GPU's compiler refuses nothing: what it makes has to be compared with the memory there is.
+
+def compile_text(lowered: Any, topology: Topology, exact: bool) -> tuple[str, int]:
+    """Compiles a program: (text of the compiled program, peak bytes per device).
+
+    If the TPU compiler refuses a program because it does not fit, the text is "" and the peak is
+    the one in the error message. GPU compilers refuse nothing; compare the peak with the limit.
     """
-    options = (GPU_OPTIONS if place.chip.platform == "cuda" else {}) | (
-        FAST if level(place, exact) == O0 else {}
+    options = (GPU_OPTIONS if topology.chip.platform == "cuda" else {}) | (
+        FAST if level(topology, exact) == O0 else {}
     )
     try:
         compiled = lowered.compile(compiler_options=options)
@@ -85,14 +99,15 @@ def compile_text(lowered: Any, place: Topology, exact: bool) -> tuple[str, int]:
     return compiled.as_text(), compiled.memory_analysis().peak_memory_in_bytes
 
 
-def level(place: Topology, exact: bool) -> str:
-    """The compiler's level that `compile_text` uses."""
-    return O0 if place.chip.platform == "tpu" and not exact else DEFAULT
+def level(topology: Topology, exact: bool) -> str:
+    """The compiler level of `compile_text`: "O0" or "default"."""
+    return O0 if topology.chip.platform == "tpu" and not exact else DEFAULT
 
 
 def needed_bytes(message: str) -> int | None:
-    """What a program needs that the compiler refused for want of memory, by its message; None for
-    another message.
+    """The memory that a refused program needs, from the compiler's error message.
+
+    Returns None for other messages.
     """
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
@@ -103,12 +118,11 @@ def needed_bytes(message: str) -> int | None:
 
 
 def state_parts(program: TrainProgram) -> dict[str, int]:
-    """Bytes on a device of what a step holds for certain, from shapes and shardings: parameters,
-    EMA, optimizer, gradients, batch, activations.
+    """The memory that a train step certainly holds, in bytes per device.
 
-    Gradients are as large as the parameters. Activations are what the traced step keeps for its
-    backward pass of the rows that are computed at once, less what the compiler finds cheaper to
-    compute again: an upper bound.
+    The parts are parameters, EMA, optimizer, gradients, batch and activations. Gradients are as
+    large as the parameters. Activations are the arrays that the traced step stores for its backward
+    pass; this is an upper bound, because the compiler recomputes some of them.
     """
     rows = {
         row["part"]: row["bytes_per_device"]
@@ -127,12 +141,24 @@ def state_parts(program: TrainProgram) -> dict[str, int]:
     }
     if "ema_tracks" in rows:
         parts["EMA tracks"] = rows["ema_tracks"]
-    return parts | {"activations": kept_bytes(program)}
+    return parts | {"activations": activation_bytes(program)}
 
 
-def kept_bytes(program: TrainProgram) -> int:
-    """Bytes a device keeps of the forward pass, as traced: arrays that have a row for
-    each image.
+def step_memory(
+    program: TrainProgram, topology: Topology, exact: bool
+) -> tuple[Memory, hlo.Module | None]:
+    """The memory of a train step on each device, and the compiled program if it fits."""
+    text, peak = compile_text(program.lower(), topology, exact)
+    parts = state_parts(program)
+    state = sum(parts.values()) - parts["activations"]
+    parts["activations"] = min(parts["activations"], max(0, peak - state))
+    memory = Memory(peak, int(topology.chip.memory_limit), parts)
+    return memory, hlo.parse(text) if text and memory.fits else None
+
+
+def activation_bytes(program: TrainProgram) -> int:
+    """Bytes per device of the arrays with one row per image that the backward pass stores, as
+    traced.
     """
     sizes = program.mesh.shape
     images = next(iter(program.batch.values())).shape[0] // program.accumulation
@@ -147,26 +173,27 @@ def kept_bytes(program: TrainProgram) -> int:
         )
         return jax.vjp(loss, params)[1]
 
-    kept = jax.eval_shape(backward, program.abstract.params, batch, jax.random.key(0))
+    stored = jax.eval_shape(backward, program.abstract.params, batch, jax.random.key(0))
     total = sum(
         math.prod(a.shape) * a.dtype.itemsize
-        for a in jax.tree.leaves(kept)
+        for a in jax.tree.leaves(stored)
         if a.shape[:1] == (images,)
     )
     return total // (sizes["data"] * sizes["fsdp"] * sizes["spatial"])
 
 
-def traffic(module: hlo.Module, program: TrainProgram, place: Topology) -> list[Traffic]:
-    """The collectives of a compiled step by kind and axes, the slowest first."""
+def traffic(module: hlo.Module, program: TrainProgram, topology: Topology) -> list[Traffic]:
+    """The collectives of a compiled step by kind and mesh axes, the slowest first."""
     devices = list(program.mesh.devices.flat)
     sizes = dict(program.mesh.shape)
     count, size, seconds, beside = Counter(), Counter(), Counter(), Counter()
     for collective in hlo.collectives(module, len(devices)):
         key = (collective.kind, links.axes_of(collective.groups, sizes))
+        duration = links.seconds(collective, devices, topology)
         count[key] += collective.times
         size[key] += collective.times * collective.bytes
-        seconds[key] += (taken := links.seconds(collective, devices, place))
-        beside[key] += collective.beside * taken
+        seconds[key] += duration
+        beside[key] += collective.overlapped * duration
     return [
         Traffic(*key, int(count[key]), int(size[key]), seconds[key], beside[key])
         for key, _ in seconds.most_common()
@@ -174,7 +201,7 @@ def traffic(module: hlo.Module, program: TrainProgram, place: Topology) -> list[
 
 
 def lower_sampler(program: TrainProgram, rows: int) -> Any:
-    """What draws a sample grid of a training."""
+    """The lowered program that draws a sample grid of `rows` images during training."""
     shapes = program.stage.batch_shapes(rows)
     batch = {
         name: jax.ShapeDtypeStruct(*shapes[name])
@@ -187,8 +214,9 @@ def lower_sampler(program: TrainProgram, rows: int) -> Any:
 
 
 def lower_whole_images(program: TrainProgram) -> Any:
-    """The sampler at the stage's image size, which of a stage that is trained on crops is larger:
-    an image for each part of the mesh that has rows of its own.
+    """The lowered sampler at the stage's full image size, one image for each shard of the batch.
+
+    The full size is larger than the training size for a stage that trains on crops.
     """
     stage, rows = program.stage, program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))

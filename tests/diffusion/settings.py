@@ -1,10 +1,10 @@
-"""Settings of `sampler.sample` for the tests, from config fields."""
+"""Keyword arguments of `sampler.sample` for the tests, from config fields."""
 
 from configs import defaults
 from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.stage import drawing
 
-# No guidance, no threshold, four deterministic steps; all else as configs have it.
+# The defaults of the configs, without guidance and threshold, with four deterministic steps.
 PLAIN = defaults.sampling() | {
     "method": "ddim",
     "steps": 4,

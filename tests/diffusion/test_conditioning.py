@@ -1,4 +1,4 @@
-"""Text dropping, the null text, and noise-conditioning augmentation of the low-res image."""
+"""Dropped text, the null text, and noise augmentation of the low-res image."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from imagen_jax.diffusion.schedule import cosine, linear
 
 
 def text_cond(lengths, width=4, length=6, seed=0, dtype=jnp.float32):
-    """cond with random text features, zero beyond each of `lengths`, and the mask of them."""
+    """cond with random text features of these lengths, zero at padding, and its mask."""
     mask = np.arange(length)[None] < np.asarray(lengths)[:, None]
     text = (
         np.random.default_rng(seed).standard_normal((len(lengths), length, width)) * mask[..., None]
@@ -18,8 +18,8 @@ def text_cond(lengths, width=4, length=6, seed=0, dtype=jnp.float32):
     return {"text": jnp.asarray(text, dtype), "text_mask": jnp.asarray(mask)}
 
 
-def test_drop_text_drops_only_where_told():
-    """Catches an inverted drop flag, and one flag applied to the whole batch."""
+def test_drop_text_drops_only_selected_samples():
+    """Catches an inverted drop flag, and one flag for the whole batch."""
     cond = text_cond([3, 6, 1])
     dropped = conditioning.drop_text(cond, jnp.array([False, True, False]))
     for row in (0, 2):
@@ -30,8 +30,8 @@ def test_drop_text_drops_only_where_told():
 
 
 def test_null_text_does_not_know_the_dropped_caption():
-    """Catches a null text that keeps the caption's mask, so that its length leaks; and an empty
-    mask, whose softmax is NaN.
+    """Catches a null text with the caption's mask, which reveals its length; and an empty mask,
+    whose softmax is NaN.
     """
     short, long = (conditioning.null_text(text_cond([n, n], seed=n)) for n in (1, 6))
     jax.tree.map(np.testing.assert_array_equal, short, long)
@@ -41,15 +41,15 @@ def test_null_text_does_not_know_the_dropped_caption():
 
 
 def test_null_text_of_padding_features_is_zero():
-    """Catches dropping by multiplication: a NaN or infinite feature times zero is NaN."""
+    """Catches dropping by multiplication, which turns a NaN or infinite feature into NaN."""
     cond = text_cond([2, 2])
     cond["text"] = cond["text"].at[:, 3].set(jnp.inf)
     np.testing.assert_array_equal(conditioning.null_text(cond)["text"], 0.0)
 
 
 def test_null_text_keeps_everything_else():
-    """Catches an unconditional evaluation that also loses the low-res image or its noise level; and
-    one that changes its input.
+    """Catches an unconditional evaluation without the low-res image or its noise level, and a
+    function that changes its input.
     """
     cond = text_cond([2, 3], dtype=jnp.bfloat16) | {
         "lowres": jnp.ones((2, 2, 2, 3)),
@@ -63,15 +63,15 @@ def test_null_text_keeps_everything_else():
 
 
 def test_no_text_means_nothing_to_drop():
-    """Catches text made up for a model that takes none."""
+    """Catches text added for a model without text."""
     cond = {"lowres": jnp.ones((2, 2, 2, 3))}
     assert conditioning.drop_text(cond, jnp.array([True, True])) == cond
 
 
 @pytest.mark.parametrize("schedule", [cosine, linear])
 def test_augmentation_noises_each_image_at_its_own_level(schedule):
-    """Catches one level for the batch, the noised image under a key the network does not read, and
-    a level reported other than applied.
+    """Catches one level for the whole batch, the noised image under a key that the network does not
+    read, and a reported level that is not the applied one.
     """
     rng = np.random.default_rng(0)
     lowres, eps = (jnp.asarray(rng.standard_normal((3, 4, 4, 3)), jnp.float32) for _ in range(2))
@@ -88,7 +88,7 @@ def test_augmentation_noises_each_image_at_its_own_level(schedule):
 
 
 def test_augmentation_level_0_leaves_the_image_and_1_leaves_noise():
-    """Catches a reversed level: 0 must be clean (paper: best FID at aug_level 0), 1 pure noise."""
+    """Catches a reversed level: 0 is the clean image (the paper's best FID), 1 is noise."""
     lowres, eps = jnp.full((2, 2, 2, 3), 0.5), jnp.full((2, 2, 2, 3), -2.0)
     cond = conditioning.augment_lowres({"lowres": lowres}, eps, jnp.array([0.0, 1.0]), cosine)
     np.testing.assert_allclose(cond["lowres"][0], 0.5, atol=2e-4)
@@ -96,7 +96,7 @@ def test_augmentation_level_0_leaves_the_image_and_1_leaves_noise():
 
 
 def test_augmentation_keeps_the_text():
-    """Catches a cond rebuilt with the low-res image alone."""
+    """Catches a new cond that has only the low-res image."""
     cond = text_cond([2]) | {"lowres": jnp.zeros((1, 2, 2, 3))}
     augmented = conditioning.augment_lowres(cond, jnp.ones((1, 2, 2, 3)), jnp.array([0.5]), cosine)
     assert augmented["text"] is cond["text"] and augmented["text_mask"] is cond["text_mask"]

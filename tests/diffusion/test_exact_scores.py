@@ -1,10 +1,8 @@
-"""The sampler on data whose score is known in closed form: Gaussians with full covariance, and a
-mixture of three.
+"""Sampling of data with a known score: Gaussians with full covariance, and a mixture of three.
 
-The images are [2 1 2]: four numbers. Where the network is the exact posterior mean E[x | z], a
-Gaussian stays Gaussian through every step, so mean and covariance of the samples are known exactly
-for any number of steps (`expected_moments`, float64), and equal those of the data in the limit of
-many.
+The images are [2 1 2], four numbers. With the exact posterior mean E[x | z] as network, a Gaussian
+stays Gaussian in every step. Mean and covariance of the samples are therefore known exactly for any
+number of steps (`expected_moments`, in float64), and approach those of the data for many steps.
 """
 
 import functools
@@ -28,7 +26,7 @@ COVARIANCE = ROOT @ ROOT.T
 
 
 def as_prediction(prediction, x, z, alpha, sigma):
-    """The output of a network of this `prediction` whose x-hat is `x`."""
+    """The network output with this prediction for a given x-hat `x`."""
     eps = (z - alpha * x) / sigma
     return {"x": x, "eps": eps, "v": alpha * eps - sigma * x, "u": eps - x}[prediction]
 
@@ -45,8 +43,9 @@ def levels(logsnr, path="vp"):
 
 
 def gaussian_network(prediction, path="vp"):
-    """Exact for N(MEAN + first text feature, COVARIANCE): E[x | z] = m + alpha S (alpha^2 S +
-    sigma^2)^-1 (z - alpha m), in the eigenbasis of S.
+    """The exact network for N(MEAN + first text feature, COVARIANCE).
+
+    E[x | z] = m + alpha S (alpha^2 S + sigma^2)^-1 (z - alpha m), computed in the eigenbasis of S.
     """
     values, vectors = np.linalg.eigh(COVARIANCE)
     values, vectors = values.astype(np.float32)[None], vectors.astype(np.float32)
@@ -63,18 +62,16 @@ def gaussian_network(prediction, path="vp"):
 
 
 def draw_samples(denoise_fn, b=B, cond=None, seed=0, **options):
-    """[b 4] samples as float64."""
-    made = settings(**({"prediction": "eps"} | options))
-    run = jax.jit(lambda keys, cond: sampler.sample(denoise_fn, keys, SHAPE, cond, **made))
+    """Samples [b 4] in float64."""
+    keywords = settings(**({"prediction": "eps"} | options))
+    run = jax.jit(lambda keys, cond: sampler.sample(denoise_fn, keys, SHAPE, cond, **keywords))
     samples = run(jax.random.split(jax.random.key(seed), b), cond or {})
     assert samples.shape == (b, *SHAPE) and samples.dtype == jnp.float32
     return np.asarray(samples, np.float64).reshape(b, D)
 
 
 def expected_moments(schedule, method, steps, gamma, mean=MEAN, path="vp"):
-    """Mean and covariance of what `steps` steps make of standard normal noise, by linear algebra in
-    float64 (spec: eqs. 5 and 6).
-    """
+    """Mean and covariance of the samples after `steps` steps, in float64 (eqs. 5 and 6)."""
     logsnr = np.asarray(SCHEDULES[schedule](jnp.linspace(1.0, 0.0, steps + 1)), np.float64)
     scale, power = POWER[path]
     alpha, sigma = ((1 / (1 + np.exp(-sign * scale * logsnr))) ** power for sign in (1, -1))
@@ -90,28 +87,29 @@ def expected_moments(schedule, method, steps, gamma, mean=MEAN, path="vp"):
             return gain @ mu + offset, gain @ cov @ gain.T
         s = t + 1
         if method == "ddim":
-            keep, toward, noise = (
+            from_z, from_x, noise = (
                 sigma[s] / sigma[t],
                 alpha[s] - sigma[s] / sigma[t] * alpha[t],
                 0.0,
             )
         else:
             one_step = sigma[t] ** 2 - (alpha[t] / alpha[s]) ** 2 * sigma[s] ** 2
-            keep, toward = (
+            from_z, from_x = (
                 alpha[t] / alpha[s] * sigma[s] ** 2 / sigma[t] ** 2,
                 alpha[s] * one_step / sigma[t] ** 2,
             )
             noise = one_step * (sigma[s] / sigma[t]) ** (2 * (1 - gamma))
-        transform = keep * np.eye(D) + toward * gain
+        transform = from_z * np.eye(D) + from_x * gain
         mu, cov = (
-            transform @ mu + toward * offset,
+            transform @ mu + from_x * offset,
             transform @ cov @ transform.T + noise * np.eye(D),
         )
 
 
 def assert_moments(samples, mean, cov, bias=0.0):
-    """Sample mean and covariance within five standard errors of (mean, cov), plus `bias` of the
-    largest variance.
+    """Asserts that the sample mean and covariance are within five standard errors of (mean, cov).
+
+    `bias` is an additional tolerance, as a share of the largest variance.
     """
     n, variances = len(samples), np.diag(cov)
     scale = bias * variances.max()
@@ -125,8 +123,8 @@ METHODS = [("ddim", 0.0), ("ancestral", 0.0), ("ancestral", 0.2), ("ancestral", 
 
 @pytest.mark.parametrize("method, gamma", METHODS)
 def test_few_steps_make_exactly_the_gaussian_they_should(method, gamma):
-    """Catches any error in a step, however small: with 5 steps, gamma 0, 0.2 and 1 and DDIM all
-    make different covariances, each known exactly.
+    """Catches any error in a step, however small: with 5 steps, DDIM and gamma 0, 0.2 and 1 give
+    different covariances, each known exactly.
     """
     samples = gaussian_samples(method, gamma, 5)
     assert_moments(samples, *expected_moments("cosine", method, 5, gamma))
@@ -148,8 +146,8 @@ def gaussian_samples(method, gamma, steps, schedule="cosine"):
     [("ddim", 0.0, "cosine"), ("ancestral", 0.0, "cosine"), ("ancestral", 1.0, "linear")],
 )
 def test_many_steps_make_the_data(method, gamma, schedule):
-    """Catches a sampler that is consistent with itself but converges to another distribution than
-    the data's.
+    """Catches a sampler that is consistent but converges to another distribution than that of the
+    data.
     """
     assert_moments(gaussian_samples(method, gamma, 200, schedule), MEAN, COVARIANCE, bias=0.04)
 
@@ -157,9 +155,7 @@ def test_many_steps_make_the_data(method, gamma, schedule):
 @pytest.mark.parametrize("method, gamma", METHODS)
 @pytest.mark.parametrize("prediction", ["u", "x"])
 def test_the_flow_path_makes_exactly_the_gaussian_it_should(prediction, method, gamma):
-    """Catches a step or a reading of the output that is right where alpha^2 + sigma^2 = 1 alone:
-    six steps on the straight path.
-    """
+    """Catches a step or conversion that is right only where alpha^2 + sigma^2 = 1."""
     network, options = (
         gaussian_network(prediction, "flow"),
         {"method": method, "gamma": gamma, "steps": 6},
@@ -172,8 +168,8 @@ def test_the_flow_path_makes_exactly_the_gaussian_it_should(prediction, method, 
 
 @pytest.mark.parametrize("path, grid", [("vp", "logsnr"), ("vp", "karras"), ("flow", "t")])
 def test_second_order_steps_make_the_data(path, grid):
-    """Catches a second-order sampler that is wrong on one path or grid: 20 steps come as near as
-    the first-order ones in 200.
+    """Catches a second-order sampler that is wrong on one path or grid: 20 steps are as accurate as
+    200 of the first order.
     """
     options = {
         "process": path,
@@ -187,8 +183,8 @@ def test_second_order_steps_make_the_data(path, grid):
 
 
 def test_errors_shrink_and_samplers_agree_as_steps_grow():
-    """Catches an error that does not vanish with the step size, such as noise of the wrong size at
-    every step: 40 times the steps, a tenth of the error.
+    """Catches an error that does not vanish with the step size, such as noise of a wrong scale: 40
+    times the steps have a tenth of the error.
     """
     covariances = np.array(
         [
@@ -203,9 +199,7 @@ def test_errors_shrink_and_samplers_agree_as_steps_grow():
 
 
 def test_x_and_eps_make_the_same_samples():
-    """Catches a parametrisation that does not describe the same x-hat inside the loop: from the
-    same keys, the same pictures. (v: the mixture below.)
-    """
+    """Catches a prediction that gives another x-hat inside the loop. (`test_mixture`: v.)"""
     x = draw_samples(gaussian_network("x"), prediction="x", steps=5)
     np.testing.assert_allclose(
         gaussian_samples("ddim", 0.0, 5), x, atol=1e-2
@@ -217,8 +211,10 @@ WEIGHTS, SPREADS = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.15, 0.2])
 
 
 def mixture_network(z, logsnr, cond):
-    """Exact for a mixture of isotropic Gaussians (prediction v): E[x | z] is the posterior means
-    weighted by the posterior probabilities.
+    """The exact network for a mixture of isotropic Gaussians, with prediction v.
+
+    E[x | z] is the mean of the components' posterior means, weighted by their posterior
+    probabilities.
     """
     alpha, sigma = (a[:, None] for a in levels(logsnr))
     centres, spread = (
@@ -240,8 +236,8 @@ def mixture_network(z, logsnr, cond):
 
 @pytest.mark.parametrize("method, gamma", [("ddim", 0.0), ("ancestral", 0.2)])
 def test_mixture(method, gamma):
-    """Catches a sampler that drops or favours modes, or blurs them: weights, centres and spreads of
-    three modes come out right.
+    """Catches a sampler that drops, favours or blurs modes: weights, centres and deviations of the
+    three modes are compared.
     """
     b = 20_000
     samples = draw_samples(
@@ -261,8 +257,8 @@ def test_mixture(method, gamma):
 
 
 def text_cond(offsets):
-    """cond whose captions move the mean of `gaussian_network` by `offsets` [b 4]; null text moves
-    it by nothing.
+    """cond whose captions shift the mean of `gaussian_network` by `offsets` [b 4]; null text by
+    zero.
     """
     text = (
         jnp.broadcast_to(jnp.asarray(offsets, jnp.float32)[:, None], (len(offsets), 3, D))
@@ -276,10 +272,9 @@ OFFSET = np.array([0.4, 0.0, -0.2, 0.3])
 
 
 def test_guided_samples_follow_the_guided_score_of_their_own_text():
-    """Catches w shifted by one, null and conditional exchanged, and text averaged over, or taken
-    from another row of, the batch.
-
-    With one covariance, w score_c + (1 - w) score_null is the score of N(m + w offset, S).
+    """Catches w shifted by one, conditional and null exchanged, and text averaged over the batch or
+    taken from another row. With equal covariances, w score_c + (1 - w) score_null is the score of
+    N(m + w offset, S).
     """
     b, w = 8_000, 3.0
     samples = draw_samples(
@@ -295,8 +290,8 @@ def test_guided_samples_follow_the_guided_score_of_their_own_text():
 
 @pytest.mark.parametrize("prediction", ["eps", "x", "v"])
 def test_guided_x_of_one_evaluation(prediction):
-    """Catches guidance applied to x- or v-outputs with other weights than to eps: the guided x-hat
-    is that of the mean m + w offset.
+    """Catches other guidance weights for x and v than for eps: the guided x-hat is that of the mean
+    m + w offset.
     """
     b, w = 64, 4.0
     z = jnp.asarray(np.random.default_rng(0).standard_normal((b, *SHAPE)), jnp.float32)

@@ -1,4 +1,4 @@
-"""Grids of noise levels: where the network is evaluated."""
+"""Sampling grids: the noise levels at which the network is evaluated."""
 
 import math
 
@@ -10,21 +10,21 @@ from imagen_jax.diffusion.schedule import linear
 
 
 def test_uniform_time():
-    """Catches a grid that is off by one, does not start at t = 1, or evaluates at t = 0."""
+    """Catches a grid that is off by one, does not start at t = 1 or evaluates at t = 0."""
     np.testing.assert_allclose(
         grid.TimeGrid("linear")(5), linear(jnp.array([1.0, 0.8, 0.6, 0.4, 0.2])), rtol=1e-5
     )
 
 
 def test_uniform_logsnr():
-    """Catches a last evaluation away from the given end."""
+    """Catches a last evaluation that is not at the given end."""
     np.testing.assert_allclose(grid.LogSNRGrid((-9.0, 6.0))(4), [-9.0, -4.0, 1.0, 6.0], rtol=1e-6)
     np.testing.assert_allclose(grid.LogSNRGrid((-9.0, 6.0))(1), [-9.0])
 
 
 def test_karras():
-    """Catches rho inverted and log-SNR taken for log sigma: the published sigmas of 18 steps from
-    80 to .002 with rho 7.
+    """Catches rho inverted, and log-SNR used as log sigma: compared with the published 18 sigmas
+    from 80 to 0.002 with rho 7.
     """
     ends = (-2 * math.log(80), -2 * math.log(0.002))
     levels = np.asarray(grid.KarrasGrid(ends, 7.0)(18))

@@ -11,8 +11,8 @@ EVERYWHERE = (-20.0, 20.0)
 
 
 def network(calls):
-    """A denoise_fn that answers 0.1 z + logsnr + the first text feature, and notes the batch of
-    every call.
+    """A denoise_fn that returns 0.1 z + logsnr + the first text feature, and records each call's
+    batch.
     """
 
     def denoise_fn(z, logsnr, cond):
@@ -32,8 +32,8 @@ COND = {
 
 @pytest.mark.parametrize("w", [0.0, 0.5, 1.35, 2.0, 8.0])
 def test_guided_output_is_equation_2(w):
-    """Catches the convention shifted by one, (1 + w) eps_c - w eps_null, and conditional and
-    unconditional halves exchanged.
+    """Catches the convention shifted by one, (1 + w) eps_c - w eps_null, and the two halves
+    exchanged.
     """
     unconditional = 0.1 * np.asarray(Z) + np.asarray(LOGSNR)[:, None]
     conditional = unconditional + np.array([[2.0], [3.0]])
@@ -44,8 +44,8 @@ def test_guided_output_is_equation_2(w):
 
 
 def test_both_halves_run_in_one_batch():
-    """Catches two evaluations where one of twice the size is meant; and a null half without its own
-    null text, z or noise level.
+    """Catches two evaluations in place of one with twice the batch, and an unconditional half
+    without its null text, z or noise level.
     """
     calls = []
     guidance.guide(network(calls), Guidance(3.0, EVERYWHERE))(Z, LOGSNR, COND)
@@ -60,9 +60,7 @@ def test_both_halves_run_in_one_batch():
 
 
 def test_w_1_is_the_network_itself():
-    """Catches a second, useless evaluation at w = 1, and guidance that is only approximately none
-    there.
-    """
+    """Catches a second evaluation at w = 1, and an output that only approximates the network's."""
     calls = []
     output = guidance.guide(network(calls), Guidance(1.0, EVERYWHERE))(Z, LOGSNR, COND)
     assert len(calls) == 1 and calls[0][0].shape == Z.shape
@@ -86,8 +84,8 @@ def test_low_precision_outputs_are_combined_in_fp32():
     "cond", [{}, {"lowres": jnp.ones((2, 1, 1, 3)), "lowres_logsnr": jnp.zeros(2)}]
 )
 def test_without_text_guidance_changes_nothing(cond):
-    """Catches a crash, or a doubled batch, in a stage that takes no text: both halves of eq. 2 are
-    then the same.
+    """Catches an error or a doubled batch in a stage without text, where both terms of eq. 2 are
+    equal.
     """
     calls = []
     denoise_fn = lambda z, logsnr, cond: calls.append(z.shape) or 0.5 * z
@@ -98,8 +96,8 @@ def test_without_text_guidance_changes_nothing(cond):
 
 
 def test_an_interval_guides_each_sample_by_its_own_level():
-    """Catches one decision for the whole batch: of two samples, only the one inside first <=
-    log-SNR < last is guided.
+    """Catches one decision for the whole batch: of two samples, only the one with first <= log-SNR
+    < last is guided.
     """
     unconditional = 0.1 * np.asarray(Z) + np.asarray(LOGSNR)[:, None]
     conditional = unconditional + np.array([[2.0], [3.0]])
@@ -111,7 +109,7 @@ def test_an_interval_guides_each_sample_by_its_own_level():
 
 
 def test_no_threshold_changes_nothing():
-    """Catches a clip that is always on."""
+    """Catches clipping that cannot be turned off."""
     x = jnp.array([[-7.0, 0.1, 9.0]])
     np.testing.assert_array_equal(Threshold("none", 99.5)(x), x)
 
@@ -127,7 +125,7 @@ def test_static_threshold():
     [(99.5, 1.99), (100.0, 2.0), (75.0, 1.5), (60.0, 1.2), (25.0, 1.0), (0.995, 1.0)],
 )
 def test_dynamic_threshold_of_a_known_distribution(percentile, s):
-    """Catches a 0-1 percentile scale (0.995 would clip everything at |x| = 0.02, or give s = 1), a
+    """Catches a percentile on a 0-1 scale (0.995 would clip at |x| = 0.02, or give s = 1), a
     missing division by s, and s below 1.
     """
     magnitude = np.linspace(0.0, 2.0, 201)
@@ -137,7 +135,7 @@ def test_dynamic_threshold_of_a_known_distribution(percentile, s):
 
 
 def test_dynamic_threshold_leaves_images_in_range_alone():
-    """Catches s = percentile without max(s, 1), which would stretch the contrast of every dull
+    """Catches s = percentile without max(s, 1), which would increase the contrast of every dull
     image.
     """
     x = jnp.asarray(np.random.default_rng(0).uniform(-0.3, 0.3, (2, 4, 4, 3)), jnp.float32)
@@ -145,9 +143,7 @@ def test_dynamic_threshold_leaves_images_in_range_alone():
 
 
 def test_dynamic_threshold_does_not_leak_across_the_batch():
-    """Catches a percentile over the batch axis too: a bright batch mate would then darken this
-    image.
-    """
+    """Catches a percentile over the batch axis, where a bright image would darken the others."""
     rng = np.random.default_rng(0)
     dull, bright = (
         jnp.asarray(scale * rng.standard_normal((1, 4, 4, 3)), jnp.float32) for scale in (0.6, 9.0)
@@ -158,9 +154,7 @@ def test_dynamic_threshold_does_not_leak_across_the_batch():
 
 
 def test_dynamic_threshold_is_over_pixels_and_channels_together():
-    """Catches one s per channel or per row, which would shift colours: the brightest channel alone
-    sets s.
-    """
+    """Catches one s per channel or per row, which would shift colours."""
     x = np.zeros((1, 10, 10, 3), np.float32)
     x[..., 0], x[..., 1] = 4.0, 0.5
     out = np.asarray(Threshold("dynamic", 99.5)(jnp.asarray(x)))
@@ -169,6 +163,6 @@ def test_dynamic_threshold_is_over_pixels_and_channels_together():
 
 
 def test_unknown_threshold_is_one_clear_line():
-    """Catches a misspelled threshold that silently means none."""
+    """Catches a misspelled threshold that is silently treated as "none"."""
     with pytest.raises(ValueError, match="sampling.threshold"):
         Threshold("Dynamic", 99.5)(jnp.ones((1, 2)))

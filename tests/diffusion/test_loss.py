@@ -1,4 +1,4 @@
-"""The random numbers of a training step and the loss that is made of them."""
+"""The random numbers of a training step, and the loss as a function of them."""
 
 import functools
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.diffusion import loss, process
-from imagen_jax.diffusion.process import GaussianProcess
+from imagen_jax.diffusion import loss
+from imagen_jax.diffusion.process import PREDICTIONS, GaussianProcess
 from imagen_jax.diffusion.schedule import cosine, linear
 from imagen_jax.diffusion.weighting import min_snr
 
@@ -30,7 +30,7 @@ def kurtosis(values):
 
 @pytest.mark.parametrize("name, shape", [("eps", BASE), ("lowres_eps", LOWRES)])
 def test_noise_is_standard_normal(name, shape, draws):
-    """Catches uniform noise (kurtosis 1.8), a scale other than 1, and noise shared between samples,
+    """Catches uniform noise (kurtosis 1.8), another scale than 1, and noise shared between samples,
     pixels or channels.
     """
     noise = draws[name]
@@ -53,27 +53,27 @@ def test_times_and_levels_are_uniform_per_sample(name, draws):
     assert values.shape == (B,) and values[0] >= 0.0 and values[-1] < 1.0
     assert (
         np.abs(values - (np.arange(B) + 0.5) / B).max() < 2.0 / B**0.5
-    )  # Kolmogorov-Smirnov, far beyond 1.63 for 1 %
+    )  # Kolmogorov-Smirnov; far above 1.63, the value for 1 %
 
 
 def test_text_is_dropped_at_the_rate(draws):
-    """Catches text kept at the rate at which it should be dropped (section 4.1: 10 % dropped), and
-    a rate other than the one given.
+    """Catches text kept at the rate at which it should be dropped (section 4.1: 10 %), and another
+    rate than the given one.
     """
     assert draws["drop"].shape == (B,) and draws["drop"].dtype == bool
     assert abs(draws["drop"].mean() - 0.1) < 5 * (0.1 * 0.9 / B) ** 0.5
 
 
 def test_no_augmentation_means_level_0():
-    """Catches a maximum of the augmentation level that is ignored: at 0 (ablation D.2) every
-    low-res image stays clean.
+    """Catches an ignored maximum of the augmentation level: at 0 (ablation D.2) every low-res image
+    stays clean.
     """
     levels = loss.draw(jax.random.key(0), (50, 1), (50, 1), 0.1, aug_max=0.0)["lowres_level"]
     np.testing.assert_array_equal(levels, np.zeros(50))
 
 
 def test_draws_are_independent_of_one_another(draws):
-    """Catches one key used twice: the same noise for image and low-res image, the same number for
+    """Catches one key used twice: equal noise for image and low-res image, or equal numbers for
     time, level and text dropping.
     """
     columns = [
@@ -85,7 +85,7 @@ def test_draws_are_independent_of_one_another(draws):
 
 
 def test_draws_depend_on_the_key_alone():
-    """Catches hidden state, and a key that is ignored."""
+    """Catches hidden state, and an ignored key."""
     first, again, other = (draw(jax.random.key(seed), *STAGE_SHAPES, 0.0) for seed in (3, 3, 4))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert all(
@@ -95,9 +95,7 @@ def test_draws_depend_on_the_key_alone():
 
 
 def test_a_base_stage_draws_no_low_res_noise_and_rate_0_drops_nothing():
-    """Catches a base stage that pays for a low-res image, and text dropped where the config says
-    never.
-    """
+    """Catches a base stage that draws low-res noise, and text dropped at rate 0."""
     draws = draw(jax.random.key(0), (100, 2), None, 0.0)
     assert set(draws) == {"u", "eps", "drop"} and not np.any(draws["drop"])
 
@@ -106,8 +104,8 @@ STAGE_SHAPES = (6, 8, 8, 3), (6, 2, 2, 3)
 
 
 def stage_inputs():
-    """Target [6 8 8 3], low-res image [6 2 2 3], text, and draws of a super-resolution stage in
-    which samples 1 and 4 lose their text.
+    """x [6 8 8 3], cond with text and a low-res image [6 2 2 3], and draws that drop the text of
+    samples 1 and 4.
     """
     rng = np.random.default_rng(0)
     array = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.9, shape), jnp.float32)
@@ -117,17 +115,17 @@ def stage_inputs():
     return array(*STAGE_SHAPES[0]), cond, draws | {"drop": jnp.asarray(np.arange(6) % 3 == 1)}
 
 
-def loss_of(denoise_fn, x, cond, draws, logsnr, made, weight=None):
-    """The loss of a network, as a stage composes it."""
-    z, cond = loss.noised(x, cond, draws, logsnr, made, cosine)
-    return loss.per_sample_loss(denoise_fn(z, logsnr, cond), x, draws["eps"], logsnr, made, weight)
+def loss_of(denoise_fn, x, cond, draws, logsnr, process, weight=None):
+    """The loss of a network, composed as in a stage."""
+    z, cond = loss.noised(x, cond, draws, logsnr, process, cosine)
+    return loss.per_sample_loss(
+        denoise_fn(z, logsnr, cond), x, draws["eps"], logsnr, process, weight
+    )
 
 
 @functools.partial(jax.jit, static_argnames="prediction")
 def seen_by_network(x, cond, draws, prediction="eps"):
-    """(z, logsnr, cond) that the network is called with, and the loss for an output of 0.25
-    everywhere.
-    """
+    """The network's inputs (z, logsnr, cond), and the loss for an output of 0.25 everywhere."""
     calls = []
 
     def denoise_fn(z, logsnr, cond):
@@ -149,8 +147,8 @@ def alpha_sigma(logsnr):
 
 
 def test_the_network_sees_the_low_res_image_and_not_the_target():
-    """Catches the noised target fed twice (design bug 1): the network's low-res input is built here
-    from the low-res image alone.
+    """Catches the noised target used as the low-res input: the expected input is built from the
+    low-res image only.
     """
     x, cond, draws = stage_inputs()
     (_, _, seen), _ = seen_by_network(x, cond, draws)
@@ -162,8 +160,8 @@ def test_the_network_sees_the_low_res_image_and_not_the_target():
 
 
 def test_the_noised_low_res_image_is_under_the_key_the_network_reads():
-    """Catches the augmented image written under one key and read under another (design bug 2): only
-    these four keys reach the network.
+    """Catches the augmented image written under one key and read under another: the network gets
+    exactly these four keys.
     """
     x, cond, draws = stage_inputs()
     (_, _, seen), _ = seen_by_network(x, cond, draws)
@@ -176,8 +174,8 @@ def test_the_noised_low_res_image_is_under_the_key_the_network_reads():
 
 
 def test_the_network_sees_z_at_its_own_log_snr():
-    """Catches the augmentation's schedule or level used for the target, or noise that is not the
-    noise of the loss.
+    """Catches the augmentation's schedule or level used for x, and noise in z that is not the noise
+    in the loss.
     """
     x, cond, draws = stage_inputs()
     (z, logsnr, _), _ = seen_by_network(x, cond, draws)
@@ -187,7 +185,7 @@ def test_the_network_sees_z_at_its_own_log_snr():
 
 
 def test_the_network_sees_text_dropped_where_drawn():
-    """Catches dropping that never reaches the network, or reaches every sample."""
+    """Catches text dropping that never reaches the network, or that reaches every sample."""
     x, cond, draws = stage_inputs()
     (_, _, seen), _ = seen_by_network(x, cond, draws)
     np.testing.assert_array_equal(
@@ -196,10 +194,10 @@ def test_the_network_sees_text_dropped_where_drawn():
     np.testing.assert_array_equal(np.sum(np.asarray(seen["text_mask"]), axis=1), [5, 1, 2, 4, 1, 1])
 
 
-@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_loss_is_the_mean_squared_error_of_each_sample(prediction):
-    """Catches a sum for a mean, a mean over the batch, a root, and the wrong target; values from
-    float64 NumPy.
+    """Catches a sum in place of the mean, a mean over the batch, a root, and the wrong target;
+    compared with float64 NumPy.
     """
     x, cond, draws = stage_inputs()
     _, value = seen_by_network(x, cond, draws, prediction=prediction)
@@ -213,9 +211,7 @@ def test_loss_is_the_mean_squared_error_of_each_sample(prediction):
 
 
 def test_a_perfect_network_has_no_loss_and_noise_prediction_is_not_weighted():
-    """Catches a hidden weight by log-SNR: an output wrong by 0.1 everywhere costs 0.01 at every
-    time.
-    """
+    """Catches a hidden weight by log-SNR: an error of 0.1 everywhere costs 0.01 at every time."""
     x, cond, draws = stage_inputs()
     off = lambda error: lambda z, logsnr, cond: draws["eps"] + error
     run = jax.jit(
@@ -228,20 +224,20 @@ def test_a_perfect_network_has_no_loss_and_noise_prediction_is_not_weighted():
 
 
 def test_a_base_stage_needs_no_low_res_image():
-    """Catches a base stage whose network is handed a low-res image or its level."""
+    """Catches a base stage whose network gets a low-res image or its level."""
     x, cond, draws = stage_inputs()
     del cond["lowres"]
     (_, _, seen), _ = seen_by_network(x, cond, {name: draws[name] for name in ("u", "eps", "drop")})
     assert set(seen) == {"text", "text_mask"}
 
 
-@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_weight_means_the_same_for_every_prediction(prediction):
-    """Catches a weight on the output's own error: an eps off by 0.1 costs 0.01 min(1, 5 / SNR),
-    whatever the network outputs.
+    """Catches a weight applied to the output's own error: an error of 0.1 in eps costs 0.01 min(1,
+    5/SNR) for every prediction.
     """
     x, cond, draws = stage_inputs()
-    made, logsnr = GaussianProcess("vp", prediction), cosine(draws["u"])
+    process, logsnr = GaussianProcess("vp", prediction), cosine(draws["u"])
     alpha, sigma = (jnp.asarray(a, jnp.float32) for a in alpha_sigma(logsnr))
     x_off, eps_off = x - sigma / alpha * 0.1, draws["eps"] + 0.1
     outputs = {
@@ -251,21 +247,21 @@ def test_a_weight_means_the_same_for_every_prediction(prediction):
         "u": eps_off - x_off,
     }
     network = lambda z, logsnr, cond: outputs[prediction]
-    value = loss_of(network, x, cond, draws, logsnr, made, min_snr)
+    value = loss_of(network, x, cond, draws, logsnr, process, min_snr)
     np.testing.assert_allclose(
         value, 0.01 * np.minimum(1, 5 * np.exp(-np.asarray(logsnr))), rtol=2e-2
     )
 
 
-@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_x_error_is_of_clipped_x_whatever_the_network_outputs(prediction):
-    """Catches an error in the output's own unit, and x-hat outside [-1, 1] counted as a sampler
-    never sees it.
+    """Catches an error in the output's own unit, and x-hat outside [-1, 1], which a sampler would
+    clip.
     """
     x, _, draws = stage_inputs()
-    made, logsnr = GaussianProcess("vp", prediction), linear(draws["u"])
+    process, logsnr = GaussianProcess("vp", prediction), linear(draws["u"])
     alpha, sigma = (jnp.asarray(a, jnp.float32) for a in alpha_sigma(logsnr))
-    z = made.diffuse(x, draws["eps"], logsnr)
+    z = process.diffuse(x, draws["eps"], logsnr)
     for x_hat, expected in (
         (x - 0.05, 0.0025),
         (jnp.full_like(x, 3.0), jnp.mean((1 - x) ** 2, axis=(1, 2, 3))),
@@ -275,5 +271,5 @@ def test_x_error_is_of_clipped_x_whatever_the_network_outputs(prediction):
             prediction
         ]
         np.testing.assert_allclose(
-            loss.x_error(output, z, x, logsnr, made), np.broadcast_to(expected, (6,)), rtol=2e-2
+            loss.x_error(output, z, x, logsnr, process), np.broadcast_to(expected, (6,)), rtol=2e-2
         )

@@ -6,8 +6,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from imagen_jax.diffusion import process
-from imagen_jax.diffusion.process import GaussianProcess
+from imagen_jax.diffusion.process import ALPHA_SIGMA, PREDICTIONS, GaussianProcess
 
 VP, FLOW = GaussianProcess("vp", "eps"), GaussianProcess("flow", "eps")
 LOGSNR = np.array([-12.0, -5.0, -1.3, 0.0, 0.7, 4.0, 11.0])
@@ -19,7 +18,7 @@ def sigmoid(value):
 
 @pytest.fixture
 def arrays():
-    """x, eps [7 2 3 3] in float32 and alpha, sigma [7 1 1 1] in float64 for LOGSNR."""
+    """x and eps [7 2 3 3] in float32, and alpha and sigma [7 1 1 1] in float64, for LOGSNR."""
     rng = np.random.default_rng(0)
     x, eps = rng.uniform(-1, 1, (7, 2, 3, 3)), rng.standard_normal((7, 2, 3, 3))
     alpha, sigma = (np.sqrt(sigmoid(sign * LOGSNR)).reshape(7, 1, 1, 1) for sign in (1, -1))
@@ -37,9 +36,7 @@ def test_alpha_sigma_are_variance_preserving():
 
 
 def test_alpha_sigma_in_fp32():
-    """Catches the noise levels computed in bf16 when a network hands its log-SNR back in low
-    precision.
-    """
+    """Catches alpha and sigma computed in bf16 when the log-SNR has low precision."""
     alpha, sigma = VP.alpha_sigma(jnp.array([4.0], jnp.bfloat16), 2)
     assert alpha.dtype == sigma.dtype == jnp.float32
     np.testing.assert_allclose(sigma, [[np.sqrt(sigmoid(-4.0))]], rtol=1e-5)
@@ -53,8 +50,8 @@ def test_diffuse(arrays):
 
 
 def test_diffuse_keeps_unit_variance():
-    """Catches a variance-exploding process (z = x + sigma eps): unit-variance data stays at
-    variance 1 at every level.
+    """Catches a variance-exploding process (z = x + sigma eps): data of unit variance keeps it at
+    every level.
     """
     x, eps = np.random.default_rng(1).standard_normal((2, 4, 4000)).astype(np.float32)
     z = VP.diffuse(jnp.asarray(x), jnp.asarray(eps), jnp.array([-8.0, -1.0, 1.0, 8.0]))
@@ -73,29 +70,29 @@ def test_targets(arrays):
     np.testing.assert_allclose(target("u"), eps - x, atol=2e-6)
 
 
-EVERY = [(path, prediction) for path in process.ALPHA_SIGMA for prediction in process.PREDICTIONS]
+EVERY = [(path, prediction) for path in ALPHA_SIGMA for prediction in PREDICTIONS]
 
 
 def levels(path):
-    """alpha, sigma [7 1 1 1] of a path at LOGSNR, in float64."""
+    """alpha and sigma [7 1 1 1] of a path at LOGSNR, in float64."""
     scale, power = {"vp": (1.0, 0.5), "flow": (0.5, 1.0)}[path]
     return tuple((sigmoid(sign * scale * LOGSNR) ** power).reshape(7, 1, 1, 1) for sign in (1, -1))
 
 
 @pytest.mark.parametrize("path, prediction", EVERY)
 def test_a_perfect_output_gives_x_back(path, prediction, arrays):
-    """Catches an inverse that is not the inverse of `target`, for each path and prediction; 1/alpha
-    = 400 at the noisiest level sets the tolerance.
+    """Catches a conversion that does not invert `target`, for each path and prediction. The
+    tolerance follows from 1/alpha = 400 at the noisiest level.
     """
     x, eps, *_ = arrays
     alpha, sigma = levels(path)
-    made, logsnr = GaussianProcess(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
-    z = made.diffuse(jnp.asarray(x), jnp.asarray(eps), logsnr)
-    output = made.target(jnp.asarray(x), jnp.asarray(eps), logsnr)
-    x_hat = made.x_from_output(output, z, logsnr)
+    process, logsnr = GaussianProcess(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
+    z = process.diffuse(jnp.asarray(x), jnp.asarray(eps), logsnr)
+    output = process.target(jnp.asarray(x), jnp.asarray(eps), logsnr)
+    x_hat = process.x_from_output(output, z, logsnr)
     np.testing.assert_array_less(np.abs(x_hat - x), 1e-6 + 1e-6 / alpha * np.ones_like(x))
     np.testing.assert_array_less(
-        np.abs(made.eps_from_x(jnp.asarray(x), z, logsnr) - eps),
+        np.abs(process.eps_from_x(jnp.asarray(x), z, logsnr) - eps),
         1e-6 + 1e-6 / sigma * np.ones_like(x),
     )
 
@@ -110,10 +107,10 @@ def test_any_output_is_read_as_the_formula_says(path, prediction, arrays):
     v = (alpha * z - sigma * output) / (alpha**2 + sigma**2)
     u = (z - sigma * output) / (alpha + sigma)
     expected = {"eps": (z - sigma * output) / alpha, "x": output, "v": v, "u": u}[prediction]
-    made, logsnr = GaussianProcess(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
-    x_hat = made.x_from_output(jnp.asarray(output), jnp.asarray(z), logsnr)
+    process, logsnr = GaussianProcess(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
+    x_hat = process.x_from_output(jnp.asarray(output), jnp.asarray(z), logsnr)
     np.testing.assert_allclose(x_hat, expected, rtol=1e-5, atol=1e-5)
-    eps_hat = made.eps_from_x(jnp.asarray(x_hat), jnp.asarray(z), logsnr)
+    eps_hat = process.eps_from_x(jnp.asarray(x_hat), jnp.asarray(z), logsnr)
     wanted = (z - alpha * np.asarray(x_hat, np.float64)) / sigma
     np.testing.assert_allclose(eps_hat, wanted, rtol=1e-4, atol=1e-4)
 
@@ -130,11 +127,11 @@ def test_the_flow_path_is_straight():
 
 @pytest.mark.parametrize("path, prediction", EVERY)
 def test_output_scale_is_the_ratio_of_squared_errors(path, prediction, arrays):
-    """Catches a conversion of errors with alpha and sigma exchanged or not squared: an eps off by
-    0.1 moves the output so much.
+    """Catches alpha and sigma exchanged or not squared: the output's change for an error of 0.1 in
+    eps is computed directly.
     """
     x, eps, *_ = arrays
-    made, logsnr = GaussianProcess(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
+    process, logsnr = GaussianProcess(path, prediction), jnp.asarray(LOGSNR, jnp.float32)
     alpha, sigma = levels(path)
     off = x - sigma / alpha * 0.1  # the x-hat that goes with eps + 0.1 at the same z
     wrong = {
@@ -145,11 +142,13 @@ def test_output_scale_is_the_ratio_of_squared_errors(path, prediction, arrays):
     }[prediction]
     right = {"eps": eps, "x": x, "v": alpha * eps - sigma * x, "u": eps - x}[prediction]
     ratio = np.mean(((wrong - right) / 0.1) ** 2, axis=(1, 2, 3))
-    np.testing.assert_allclose(made.output_scale(logsnr), ratio, rtol=1e-3)
+    np.testing.assert_allclose(process.output_scale(logsnr), ratio, rtol=1e-3)
 
 
 def test_prior_has_the_variance_of_noise_at_that_level():
-    """Catches unit noise where the flow path has less, and another start of the paper's process."""
+    """Catches unit noise on the flow path, which has less, and a scaled start of the paper's
+    process.
+    """
     noise, logsnr = jnp.ones((1, 2)), jnp.array([-8.764])
     np.testing.assert_array_equal(VP.prior(noise, logsnr), noise)
     np.testing.assert_allclose(
@@ -158,8 +157,8 @@ def test_prior_has_the_variance_of_noise_at_that_level():
 
 
 def test_division_by_alpha_near_t_1_is_in_fp32():
-    """Catches x-hat computed in the network's bf16: alpha is 4.5e-5 at log-SNR -20 and the error
-    would be of the order of 100.
+    """Catches x-hat computed in bf16: alpha is 4.5e-5 at log-SNR -20, and the error would be about
+    100.
     """
     z, eps = jnp.array([[0.75]]), jnp.array([[0.75]], jnp.bfloat16)
     x_hat = GaussianProcess("vp", "eps").x_from_output(eps, z, jnp.array([-20.0]))
@@ -170,7 +169,7 @@ def test_division_by_alpha_near_t_1_is_in_fp32():
 
 @pytest.mark.parametrize("prediction", ["x", "v"])
 def test_low_precision_outputs_become_fp32(prediction):
-    """Catches a sampler state that falls to bf16 because the network computes in bf16."""
+    """Catches a sampler state in bf16 because the network computes in bf16."""
     one = jnp.ones((1, 2))
     assert (
         GaussianProcess("vp", prediction)
@@ -181,7 +180,7 @@ def test_low_precision_outputs_become_fp32(prediction):
 
 
 def test_unknown_prediction_is_one_clear_line():
-    """Catches a misspelled prediction or path that silently trains or samples as another one."""
+    """Catches a misspelled prediction or path that silently trains or samples as another."""
     with pytest.raises(ValueError, match="diffusion.prediction is 'score'"):
         GaussianProcess("vp", "score")
     with pytest.raises(ValueError, match="diffusion.process is 'edm'"):
@@ -189,8 +188,8 @@ def test_unknown_prediction_is_one_clear_line():
 
 
 def test_wrong_shape_fails_with_a_named_dimension():
-    """Catches one log-SNR for two images, which would broadcast; the checker of the test session
-    names the dimension b.
+    """Catches one log-SNR for two images, which would broadcast; the type checker names the
+    dimension b.
     """
     with pytest.raises(jaxtyping.TypeCheckError, match=r"b=2"):
         VP.diffuse(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.zeros(1))

@@ -1,6 +1,4 @@
-"""Single sampler steps against float64 NumPy, the path through the whole loop, and what a picture
-may depend on.
-"""
+"""Single sampler steps against float64 NumPy, the whole loop, and what an image depends on."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +20,7 @@ def alpha_sigma(logsnr):
 
 @pytest.fixture(scope="module")
 def step_inputs():
-    """z, x, noise [5 3], log-SNR at t and at the later s < t."""
+    """z, x and noise [5 3], and the log-SNRs at t and at s < t."""
     z, x, noise = np.random.default_rng(0).standard_normal((3, 5, 3)).astype(np.float32)
     return (
         z,
@@ -34,7 +32,7 @@ def step_inputs():
 
 
 def test_ddim_step(step_inputs):
-    """Catches s and t exchanged and eps scaled by sigma_t: z_s = alpha_s x + (sigma_s /
+    """Catches s and t exchanged, and eps scaled by sigma_t: z_s = alpha_s x + (sigma_s /
     sigma_t)(z_t - alpha_t x).
     """
     z, x, _, logsnr_t, logsnr_s = step_inputs
@@ -47,10 +45,10 @@ def test_ddim_step(step_inputs):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.2, 1.0])
 def test_ancestral_step(gamma, step_inputs):
-    """Catches gamma reversed, a mix of variances for one of log-variances, and a variance used as a
-    standard deviation.
+    """Catches gamma reversed, variances interpolated in place of log-variances, and a variance used
+    as a standard deviation.
 
-    The reference is Bayes' rule for q(z_s | z_t, x), written with the one-step variance sigma_t^2 -
+    The reference is Bayes' rule for q(z_s | z_t, x), with the one-step variance sigma_t^2 -
     (alpha_t/alpha_s)^2 sigma_s^2.
     """
     z, x, noise, logsnr_t, logsnr_s = step_inputs
@@ -75,7 +73,7 @@ def test_a_step_that_goes_nowhere_stays():
 
 
 def test_noise_is_standard_normal_and_one_key_a_sample():
-    """Catches uniform noise, and noise that repeats between samples or inside one."""
+    """Catches uniform noise, and noise that repeats between or within samples."""
     noise = jax.device_get(
         jax.jit(sampler.sample_noise, static_argnums=1)(
             jax.random.split(jax.random.key(0), 20_000), (2, 2)
@@ -90,7 +88,7 @@ def test_noise_is_standard_normal_and_one_key_a_sample():
 
 
 def trace(denoise_fn, b, shape=(3,), cond=None, **options):
-    """The (z, logsnr) of every evaluation of `denoise_fn` in time order, and the samples."""
+    """The (z, logsnr) of every evaluation of `denoise_fn` in order, and the samples."""
     seen = []
 
     def traced(z, logsnr, cond):
@@ -108,13 +106,13 @@ def trace(denoise_fn, b, shape=(3,), cond=None, **options):
 
 
 def toward_half(z, logsnr, cond):
-    """A network (prediction x) whose x-hat depends on z and on the noise level."""
+    """A network with prediction x, whose x-hat depends on z and on the noise level."""
     return 0.5 + 0.1 * z + 0.01 * logsnr[:, None]
 
 
 def test_network_is_evaluated_once_a_step_on_the_uniform_grid():
-    """Catches a grid that is off by one, ends before t = 1 or evaluates at t = 0, and a wasted
-    evaluation.
+    """Catches a grid that is off by one, that ends before t = 1 or evaluates at t = 0, and an
+    additional evaluation.
     """
     seen, _ = trace(toward_half, 2, schedule="linear", steps=5)
     expected = linear(jnp.asarray([1.0, 0.8, 0.6, 0.4, 0.2], jnp.float32))
@@ -125,8 +123,8 @@ def test_network_is_evaluated_once_a_step_on_the_uniform_grid():
 
 
 def test_ddim_path():
-    """Catches a loop that steps with the wrong pair of times or a stale x-hat, and a last step that
-    does not return x-hat.
+    """Catches a loop with a wrong pair of times or an old x-hat, and a last step that does not
+    return x-hat.
     """
     seen, x = trace(toward_half, 4, steps=5)
     for (z, logsnr_t), (z_next, logsnr_s) in zip(seen, seen[1:]):
@@ -142,11 +140,11 @@ def test_ddim_path():
 
 
 def test_ancestral_path():
-    """Catches noise reused between steps or taken from the initial noise, noise at the last step,
-    and gamma lost on the way.
+    """Catches noise reused between steps or equal to the initial noise, noise in the last step, and
+    an ignored gamma.
 
-    The noise of each step is recovered from the path: standard normal, and independent of every
-    other and of the start.
+    The noise of each step is recovered from the path. It is standard normal, and independent of the
+    other steps and of the initial noise.
     """
     b, gamma = 8_000, 0.7
     seen, x = trace(toward_half, b, method="ancestral", gamma=gamma)
@@ -173,12 +171,12 @@ TEXT = {"text": jnp.full((2, 3, 1), 0.9), "text_mask": jnp.ones((2, 3), bool)}
 
 
 def from_text(z, logsnr, cond):
-    """A network (prediction x) that answers the text's value, 0.9 in TEXT, and 0 for null text."""
+    """A network with prediction x that returns the text's value: 0.9 in TEXT, 0 for null text."""
     return jnp.broadcast_to(cond["text"][:, 0], z.shape) * jnp.array([[1.0, -1.0, 0.0]])
 
 
 def test_thresholding_acts_on_the_guided_x_and_eps_follows_it():
-    """Catches thresholding before guidance (the result would be 3.6), and DDIM with the eps of the
+    """Catches thresholding before guidance (the result would be 3.6), and DDIM with the eps of
     x-hat before thresholding.
     """
     seen, x = trace(from_text, 2, cond=TEXT, w=4.0, steps=3, threshold="dynamic")
@@ -196,21 +194,20 @@ def test_thresholding_acts_on_the_guided_x_and_eps_follows_it():
 
 
 def test_guidance_in_an_interval_runs_one_pass_outside_it():
-    """Catches an interval that is ignored, that guides outside, or that saves nothing: with w = 3
-    inside log-SNR -1 to 2 alone.
+    """Catches an interval that is ignored, that guides outside, or that saves no evaluation; w = 3
+    for log-SNR from -1 to 2.
     """
     seen, x = trace(from_text, 2, cond=TEXT, w=3.0, w_interval=(-1.0, 2.0), steps=6)
     levels = np.asarray(settings(steps=6)["levels"])
     assert [len(z) for z, _ in seen] == [4 if -1.0 <= level < 2.0 else 2 for level in levels]
-    np.testing.assert_allclose(
-        x, [[0.9, -0.9, 0.0]] * 2, atol=1e-5
-    )  # the last evaluation is outside
+    # The last evaluation is outside the interval.
+    np.testing.assert_allclose(x, [[0.9, -0.9, 0.0]] * 2, atol=1e-5)
 
 
 @pytest.mark.parametrize("w, rows", [(1.0, 2), (3.0, 4)])
 def test_guidance_costs_twice_the_batch_and_none_costs_nothing(w, rows):
-    """Catches an unconditional evaluation at w = 1, and two evaluations a step in place of one of
-    twice the size.
+    """Catches an unconditional evaluation at w = 1, and two evaluations per step in place of one
+    with twice the batch.
     """
     seen, x = trace(from_text, 2, cond=TEXT, w=w, steps=2)
     assert [z.shape for z, _ in seen] == 2 * [(rows, 3)]
@@ -218,7 +215,7 @@ def test_guidance_costs_twice_the_batch_and_none_costs_nothing(w, rows):
 
 
 def test_percentile_reaches_the_threshold_of_a_single_step():
-    """Catches a percentile that is fixed or rescaled, and a sampler that cannot take one step: the
+    """Catches a fixed or rescaled percentile, and a sampler that cannot take a single step: the
     median of |x-hat| = (3.6, 1.8, 0.9) is 1.8.
     """
     network = lambda z, logsnr, cond: (
@@ -230,8 +227,9 @@ def test_percentile_reaches_the_threshold_of_a_single_step():
 
 
 def conv_network(z, logsnr, cond):
-    """A small fixed convolution network on images [b 6 6 3] that reads text, low-res image and both
-    noise levels (prediction eps).
+    """A small convolution network on images [b 6 6 3], with prediction eps.
+
+    It reads the text, the low-res image and both noise levels.
     """
     rng = np.random.default_rng(7)
     first, last, from_tokens = (
@@ -249,7 +247,7 @@ def conv_network(z, logsnr, cond):
 
 
 def picture_inputs(seeds):
-    """keys and cond of `len(seeds)` pictures: picture i depends on seeds[i] alone."""
+    """Keys and cond of `len(seeds)` images; image i depends on seeds[i] only."""
     rows = []
     for seed in seeds:
         rng = np.random.default_rng(seed)
@@ -274,7 +272,7 @@ def picture_inputs(seeds):
 
 @jax.jit
 def draw_pictures(keys, cond):
-    """Everything a picture passes through: guidance, dynamic threshold, noise at every step."""
+    """Samples with guidance, dynamic threshold and noise in every step."""
     options = settings(
         prediction="eps",
         method="ancestral",
@@ -288,8 +286,8 @@ def draw_pictures(keys, cond):
 
 
 def test_a_picture_does_not_depend_on_its_batch_mates():
-    """Catches one key for the batch and statistics over it: with other mates, bit for bit the same;
-    elsewhere in the batch or in another size, within 1/255.
+    """Catches one key for the batch and statistics over it. With other images in the batch the
+    result is equal to the bit; at another position or in another batch size it is within 1/255.
     """
     pictures = np.asarray(draw_pictures(*picture_inputs([3, 5, 8, 13])))
     assert np.all(np.isfinite(pictures)) and np.abs(pictures[0] - pictures[1]).max() > 0.1
@@ -303,7 +301,7 @@ def test_a_picture_does_not_depend_on_its_batch_mates():
 
 
 def test_another_key_or_another_prompt_is_another_picture():
-    """Catches a key that is ignored, and conditioning that is lost on its way through the loop."""
+    """Catches an ignored key, and conditioning that is lost in the loop."""
     keys, cond = picture_inputs([3, 5, 8, 13])
     first = np.asarray(draw_pictures(keys, cond))
     other_key = np.asarray(draw_pictures(keys[::-1], cond))
@@ -339,8 +337,8 @@ def gaussian_x_hat(z, logsnr):
     return 0.25 * alpha / (0.25 * alpha**2 + sigma**2) * z
 
 
-# Relative error at log-SNR 6, from z = 1 at -10, against the exact .5018595848 (std of z there over
-# std at -10).
+# Relative error of z at log-SNR 6, starting from z = 1 at log-SNR -10. The exact value is
+# 0.5018595848, the ratio of the standard deviations of z at the two levels.
 ERRORS = {
     "ddim": {8: -0.2195, 16: -0.1164, 32: -0.0600, 64: -0.0305},
     "dpmpp_2m": {8: 0.0068, 16: 0.0116, 32: 0.00348, 64: 0.000904},
@@ -349,8 +347,8 @@ ERRORS = {
 
 @pytest.mark.parametrize("method", ERRORS)
 def test_order_of_convergence(method):
-    """Catches a second-order sampler that is of first order, a carry that is lost or of the wrong
-    step, and another first step.
+    """Catches a second-order sampler of first order, a carry that is lost or of the wrong step, and
+    another first step.
     """
     run = jax.jit(sampler.integrate, static_argnums=(0, 1, 2))
     for steps, expected in ERRORS[method].items():
@@ -360,8 +358,8 @@ def test_order_of_convergence(method):
 
 
 def test_dpm_solver_step():
-    """Catches the extrapolation in the wrong direction or by the wrong ratio: from log-SNR -2 to 0
-    after -4, D = .4 and z = .932228.
+    """Catches extrapolation in the wrong direction or by the wrong ratio. A step from log-SNR -2 to
+    0 after one from -4 gives D = 0.4 and z = 0.932228.
     """
     at = sampler.Step(jnp.array([-2.0]), jnp.array([0.0]), lambda: None)
     carry = jnp.full((1, 1), 0.1), jnp.array([1.0])
@@ -375,15 +373,15 @@ def test_dpm_solver_step():
     "options",
     [{"method": "ancestral"}, {"method": "ddim"}, {"method": "dpmpp_2m", "grid": "logsnr"}],
 )
-def test_from_a_noised_image_the_way_is_back_to_it(options):
-    """Catches a run that cannot start in the middle: from an image noised to log-SNR 3, a network
-    that knows the image returns it.
+def test_sampling_can_start_from_a_noised_image(options):
+    """Catches a sampler that cannot start in the middle: from an image noised to log-SNR 3, a
+    network that knows the image returns it.
     """
     image = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (3, 4)), jnp.float32)
-    made, keys = settings(steps=12, **options), jax.random.split(jax.random.key(0), 3)
+    keywords, keys = settings(steps=12, **options), jax.random.split(jax.random.key(0), 3)
     start = jnp.full(3, 3.0)
     z = VP.diffuse(image, sampler.sample_noise(keys, (4,)), start)
-    levels = jnp.append(start[:1], made["levels"][made["levels"] > 3.0])
-    z, _ = sampler.integrate(made["sampler"], VP, lambda z, logsnr: image, z, keys, levels)
+    levels = jnp.append(start[:1], keywords["levels"][keywords["levels"] > 3.0])
+    z, _ = sampler.integrate(keywords["sampler"], VP, lambda z, logsnr: image, z, keys, levels)
     alpha, sigma = VP.alpha_sigma(levels[-1:], 2)
     assert np.abs(z - alpha * image).max() < 5 * float(sigma[0, 0]) + 1e-6

@@ -1,4 +1,4 @@
-"""Noise schedules against the numbers of the paper's formulas (Appendix A, F.1-F.3)."""
+"""Noise schedules against the values of the paper's formulas (Appendix A, F.1-F.3)."""
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +24,16 @@ LINEAR_1000_STEPS = {0.1: 2.1645, 0.3: -0.4204, 0.5: -2.4617, 0.9: -8.1977, 1.0:
 
 @pytest.mark.parametrize("name, anchors", [("cosine", COSINE), ("linear", LINEAR), ("flow", FLOW)])
 def test_anchors(name, anchors):
-    """Catches the cosine with offset s=0.008, which is 0.14 off at t=0.1, and the linear schedule
-    as expm1(1e-4 + 10 t^2).
+    """Catches the cosine schedule with offset s = 0.008, which differs by 0.14 at t = 0.1, and the
+    linear schedule as expm1(1e-4 + 10 t^2).
     """
     logsnr = schedule.SCHEDULES[name](jnp.array(list(anchors)))
     np.testing.assert_allclose(logsnr, list(anchors.values()), atol=6e-5, rtol=3e-6)
 
 
 def test_linear_follows_the_thousand_steps():
-    """Catches a beta range other than 1e-4 .. 0.02: the product of 1 - beta_i over 1000 steps,
-    computed here, is the reference.
+    """Catches another beta range than 1e-4 to 0.02: the reference is the product of 1 - beta_i over
+    1000 steps, computed here.
     """
     log_abar = np.cumsum(np.log1p(-np.linspace(1e-4, 0.02, 1000)))
     logsnr = log_abar - np.log(-np.expm1(log_abar))
@@ -45,8 +45,8 @@ def test_linear_follows_the_thousand_steps():
 
 @pytest.mark.parametrize("name", schedule.SCHEDULES)
 def test_decreasing_and_clipped(name):
-    """Catches an increasing schedule, an end that overshoots +-20 in fp32, and a NaN or infinity at
-    t = 0 or 1.
+    """Catches an increasing schedule, an end beyond +-20 in fp32, and a NaN or infinity at t = 0 or
+    1.
     """
     logsnr = np.asarray(jax.jit(schedule.SCHEDULES[name])(jnp.linspace(0.0, 1.0, 1001)))
     assert np.all(np.isfinite(logsnr)) and np.all(np.diff(logsnr) < 0)
@@ -59,9 +59,7 @@ def test_decreasing_and_clipped(name):
 
 
 def test_linear_ends_where_its_formula_does():
-    """Catches an upper clip below 20: the formula passes 16 at t = 1e-6 before it is clipped at t =
-    0.
-    """
+    """Catches an upper clip below 20: the formula exceeds 16 at t = 1e-6."""
     t = np.array([1e-8, 1e-6, 1e-4])
     expected = np.minimum(-np.log(np.expm1(0.1 * t + 9.95 * t**2)), 20.0)
     np.testing.assert_allclose(schedule.linear(jnp.asarray(t, jnp.float32)), expected, rtol=1e-5)
@@ -69,7 +67,7 @@ def test_linear_ends_where_its_formula_does():
 
 @pytest.mark.parametrize("name", schedule.SCHEDULES)
 def test_low_precision_times_are_computed_in_fp32(name):
-    """Catches a schedule evaluated in the dtype of t: bf16 arithmetic loses two digits."""
+    """Catches a schedule computed in the type of t: bf16 arithmetic loses two digits."""
     t = jnp.array([0.125, 0.5, 0.875])  # exact in bf16
     low = schedule.SCHEDULES[name](t.astype(jnp.bfloat16))
     assert low.dtype == jnp.float32
@@ -77,7 +75,7 @@ def test_low_precision_times_are_computed_in_fp32(name):
 
 
 def test_names():
-    """Catches schedules swapped in the table that configs name them by."""
+    """Catches schedules exchanged in the table of names that configs use."""
     assert {
         "cosine": schedule.cosine,
         "linear": schedule.linear,

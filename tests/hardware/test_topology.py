@@ -1,4 +1,4 @@
-"""Names of hardware, and the facts that predictions rest on."""
+"""Names of topologies, and the data sheets that predictions rest on."""
 
 import math
 from unittest import mock
@@ -8,7 +8,7 @@ import pytest
 
 from imagen_jax.hardware import chips, gpus, topology
 
-MEANT = {
+TOPOLOGIES = {
     "v5e:16x16": ("v5e", (16, 16), 1, 256),
     "v5litepod-256": ("v5e", (16, 16), 1, 256),
     "v5e-8": ("v5e", (2, 4), 1, 8),
@@ -25,40 +25,40 @@ MEANT = {
 }
 
 
-@pytest.mark.parametrize("name", MEANT)
+@pytest.mark.parametrize("name", TOPOLOGIES)
 def test_names_as_people_write_them(name):
-    """Catches cores taken for chips (v4-512 is 256 chips), slices left out of the count, an alias
-    that is not known.
+    """Catches cores counted as chips (v4-512 has 256 chips), slices left out of the count, and an
+    unknown alias.
     """
-    found = topology.parse(name)
-    assert (found.chip.name, found.shape, found.slices, found.chips) == MEANT[name]
+    parsed = topology.parse(name)
+    assert (parsed.chip.name, parsed.shape, parsed.slices, parsed.chips) == TOPOLOGIES[name]
 
 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("v5e:3x5", "no such slice of v5e; slices are 1x1, 2x2"),
+        ("v5e:3x5", "no such slice of v5e; use one of 1x1, 2x2"),
         ("0xv5e:4x4", "0 slices"),
         ("v5e:32x32", "no such slice"),
-        ("v4:4x4x6", "and other multiples of 4x4x4"),
+        ("v4:4x4x6", "or another multiple of 4x4x4"),
         ("h100:2x16", "up to 8"),
         ("h100:8x8x8", "nodes x GPUs"),
-        ("v5e", "write v5e:16x16"),
-        ("v9-8", "no facts about a chip 'v9'"),
-        ("v5e-100", "100 chips of v5e are no slice"),
-        ("v5p:16x16", "has 3 sides"),
-        ("h100-12", "no whole number of nodes"),
+        ("v5e", "use a name such as v5e:16x16"),
+        ("v9-8", "unknown chip 'v9'; use one of v4, v5e"),
+        ("v5e-100", "no slice of 100 v5e chips"),
+        ("v5p:16x16", "has 3 dimensions, such as 8x16x16"),
+        ("h100-12", "do not fill whole nodes of 8"),
     ],
 )
 def test_other_names_are_explained(name, message):
-    """Catches a compiler's error in place of the names there are."""
+    """Catches a compiler error in place of the valid names."""
     with pytest.raises(ValueError, match=message):
         topology.parse(name)
 
 
 def test_clocks():
-    """Catches matrix units miscounted: the clocks that follow from the peaks are those of the TPU
-    papers and pages, 0.94 GHz to 1.75 GHz.
+    """Catches miscounted matrix units: the clocks that follow from the peaks must be those of the
+    TPU papers and pages, 0.94 GHz to 1.75 GHz.
     """
     clocks = {
         chip.name: round(chip.clock / 1e9, 2) for chip in chips.CHIPS if chip.platform == "tpu"
@@ -66,8 +66,29 @@ def test_clocks():
     assert clocks == {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75}
 
 
+# The limit that libtpu 0.0.42 prints when a program needs more memory, in GiB.
+COMPILER_LIMITS = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+
+
+def test_memory_limits_of_tpus():
+    """Catches GB read as 10^9 bytes (a limit above the capacity), and a limit that is not the
+    compiler's. The page of v5p rounds its capacity down to whole GiB.
+    """
+    tpus = {chip.name: chip for chip in chips.CHIPS if chip.platform == "tpu"}
+    assert {name: chip.memory_limit / chips.GIB for name, chip in tpus.items()} == COMPILER_LIMITS
+    for chip in tpus.values():
+        assert 0.95 * chip.memory < chip.memory_limit < chip.memory + chips.GIB
+        assert chip.memory % chips.GIB == 0
+
+
+def test_memory_limits_of_gpus():
+    """Catches a limit above the capacity, which leaves no room for context and workspaces."""
+    for chip in chips.CHIPS:
+        assert chip.platform == "tpu" or 0.9 * chip.memory < chip.memory_limit < chip.memory
+
+
 def test_facts_are_complete():
-    """Catches a chip without a source, and units mixed up by a thousand."""
+    """Catches a chip without a source, and units that are wrong by a factor of a thousand."""
     for chip in chips.CHIPS:
         assert chip.source and 1e11 < chip.peak_flops < 1e16 and 1e11 < chip.memory_bandwidth < 1e13
         assert (
@@ -79,23 +100,31 @@ def test_facts_are_complete():
 
 @pytest.mark.parametrize(
     "platform, kind, peak",
-    [("tpu", "TPU v5 lite", 197e12), ("tpu", "TPU v5", 459e12), ("tpu", "TPU v4", 275e12), ("tpu", "TPU v4 lite", math.nan), ("gpu", "NVIDIA A100-PCIE-40GB", 312e12),
-     ("gpu", "NVIDIA H100 80GB HBM3", 989e12), ("gpu", "NVIDIA H100 PCIe", math.nan), ("gpu", "NVIDIA H100 NVL", math.nan), ("gpu", "NVIDIA H200 NVL", math.nan),
-     ("gpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", math.nan)],
-)  # fmt: skip
+    [
+        ("tpu", "TPU v5 lite", 197e12),
+        ("tpu", "TPU v5", 459e12),
+        ("tpu", "TPU v4", 275e12),
+        ("tpu", "TPU v4 lite", math.nan),
+        ("gpu", "NVIDIA A100-PCIE-40GB", 312e12),
+        ("gpu", "NVIDIA H100 80GB HBM3", 989e12),
+        ("gpu", "NVIDIA H100 PCIe", math.nan),
+        ("gpu", "NVIDIA H100 NVL", math.nan),
+        ("gpu", "NVIDIA H200 NVL", math.nan),
+        ("gpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", math.nan),
+    ],
+)
 def test_peaks_of_devices(platform, kind, peak):
-    """Catches the peak of the SXM card for another card of its generation, or for a seventh of one:
-    MFU would look too low by as much.
+    """Catches the peak of the SXM card used for another card of its generation or for a MIG slice.
+    MFU would be too low.
     """
-    found, source = chips.peak_flops(
-        mock.Mock(spec=jax.Device, platform=platform, device_kind=kind)
-    )
-    assert found == pytest.approx(peak, nan_ok=True) and (kind in source) == math.isnan(peak)
+    device = mock.Mock(spec=jax.Device, platform=platform, device_kind=kind)
+    flops, source = chips.peak_flops(device)
+    assert flops == pytest.approx(peak, nan_ok=True) and (kind in source) == math.isnan(peak)
 
 
 def test_gpus_are_described():
-    """Catches a GPU of the table that cannot be planned for, and units: bytes of memory and of
-    bandwidth as they are in the table.
+    """Catches a GPU in the table that cannot be planned for, and wrong units of memory and
+    bandwidth.
     """
     for chip in chips.CHIPS:
         if chip.platform == "cuda":
@@ -110,6 +139,6 @@ def test_gpus_are_described():
 @pytest.mark.parametrize(
     "name, shape", [("h100-64", "1x8x8"), ("a100:32x8", "1x32x8"), ("h100:4", "1x1x4")]
 )
-def test_gpus_as_the_compiler_says(name, shape):
-    """Catches nodes and GPUs of a node exchanged."""
-    assert topology.parse(name)._as_the_compiler_says()[1]["topology"] == shape
+def test_gpu_topologies_of_the_compiler(name, shape):
+    """Catches the numbers of nodes and of GPUs per node exchanged."""
+    assert topology.parse(name)._compiler_name()[1]["topology"] == shape

@@ -1,6 +1,4 @@
-"""The blocks written again in numpy float64, straight from the formulas, for the tests to compare
-with.
-"""
+"""The networks in NumPy float64, written from their formulas, as a reference for the tests."""
 
 import numpy as np
 
@@ -65,7 +63,7 @@ def res_block(p, h, emb, resample, residual_scale, scale_shift, groups):
 
 
 def attend(q, k, v, valid, heads):
-    """q [n c], k and v [m c], valid [m]: one sample."""
+    """Attention of one sample: q [n c], k and v [m c], valid [m]."""
     d = q.shape[-1] // heads
     out = np.zeros_like(q)
     for i in range(heads):
@@ -110,8 +108,8 @@ def text_pool(p, text, mask, heads):
 
 
 def conv_half_stride(x, kernel, bias):
-    """3x3, stride 1/2: every input pixel adds its kernel to the nine outputs around twice its
-    place.
+    """Transposed 3x3 convolution: each input pixel adds its kernel to the nine outputs around 2 (i,
+    j).
     """
     b, h, w, _ = x.shape
     out = np.zeros((b, 2 * h + 2, 2 * w + 2, kernel.shape[-1]))
@@ -143,7 +141,9 @@ def conditioning(p, logsnr, cond, pool_heads):
 
 
 def unet(p, x, logsnr, cond, *, blocks, kinds, head_channels, pool_heads, groups):
-    """The base U-Net on its concatenated input, with a kind of attention or None for each level."""
+    """The base U-Net on its concatenated input; `kinds` has a kind of attention or None for each
+    level.
+    """
     emb, text = conditioning(p["conditioning"], logsnr, cond, pool_heads)
 
     def block(h, level, name, resample="none"):
@@ -178,9 +178,7 @@ def unet(p, x, logsnr, cond, *, blocks, kinds, head_channels, pool_heads, groups
 
 
 def efficient_unet(p, x, logsnr, cond, *, blocks, kinds, heads, pool_heads, residual_scale, groups):
-    """The Efficient U-Net on its concatenated input, with a kind of attention or None for each
-    level.
-    """
+    """The Efficient U-Net on its concatenated input; `kinds` as for `unet`."""
     emb, text = conditioning(p["conditioning"], logsnr, cond, pool_heads)
 
     def body(h, q, level):

@@ -1,6 +1,4 @@
-"""The TPU's attention kernel, interpreted: the same numbers and gradients as `attend`, whole and on
-parts of a mesh.
-"""
+"""The TPU attention kernel, interpreted: values and gradients equal those of `attend`."""
 
 import functools
 
@@ -18,7 +16,7 @@ interpreted = functools.partial(flash_attend, interpret=True)
 
 
 def case(n, image_keys, text_keys, heads, channels, b=2, dtype=jnp.float32):
-    """(q, [k, v of each group], which text tokens are valid: fewer in each row)."""
+    """(q, groups of (k, v), mask of the text tokens; captions get shorter row by row)."""
     wide = heads * channels
     keys = jax.random.split(jax.random.key(n), 5)
     lengths = (n, image_keys, image_keys, text_keys, text_keys)
@@ -40,24 +38,24 @@ def grouped(kv, valid):
     ids=["two heads a vector, padded text", "two blocks of queries", "padded pixels", "no text"],
 )
 def test_kernel_is_attend(n, image_keys, text_keys, heads, channels):
-    """Wrong: lanes of another head, padding that is attended to, one softmax for each group of
-    keys, sums of one block of queries only.
+    """Catches lanes of another head, attention to padding, a separate softmax for each group of
+    keys, and sums over one block of queries only.
     """
     q, kv, valid = case(n, image_keys, text_keys, heads, channels)
     plain, plain_vjp = jax.vjp(lambda q, kv: attend(q, grouped(kv, valid), heads), q, kv)
     kernel, kernel_vjp = jax.vjp(lambda q, kv: interpreted(q, grouped(kv, valid), heads), q, kv)
     np.testing.assert_allclose(kernel, plain, atol=3e-6)
-    given = jax.random.normal(jax.random.key(1), plain.shape)
+    d_out = jax.random.normal(jax.random.key(1), plain.shape)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-        kernel_vjp(given),
-        plain_vjp(given),
+        kernel_vjp(d_out),
+        plain_vjp(d_out),
     )
 
 
 def test_kernel_in_bf16_is_as_near_as_attend():
-    """Wrong: scores or sums kept in bf16, which errs several times as much as rounding what goes in
-    and comes out.
+    """Catches scores or sums in bf16. Their error is several times that of rounding inputs and
+    outputs.
     """
     q, kv, valid = case(128, 128, 64, 2, 64)
     cast = lambda tree, dtype: jax.tree.map(lambda a: a.astype(dtype), tree)
@@ -73,8 +71,8 @@ def test_kernel_in_bf16_is_as_near_as_attend():
     "sizes", [(4, 2, 1, 1), (1, 2, 2, 2)], ids=["rows", "rows, heads and pixels"]
 )
 def test_parts_of_a_mesh(sizes):
-    """Wrong: heads counted for the whole width, a device's keys limited to its own pixels, rows of
-    the mask of another device.
+    """Catches heads counted for the whole width, keys limited to a device's own pixels, and mask
+    rows of another device.
     """
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
     q, kv, valid = case(64, 64, 16, 4, 64, b=8)
@@ -86,13 +84,13 @@ def test_parts_of_a_mesh(sizes):
 
 
 def test_what_does_not_fit_is_computed_plainly():
-    """Wrong: a kernel on rows or heads that do not divide."""
+    """Catches the kernel used on rows or heads that do not divide evenly."""
     mesh = sharding.make_mesh({"data": 4, "fsdp": 1, "model": 2, "spatial": 1})
     kernel = lambda *_: pytest.fail("the kernel was used")
     for b, heads in ((6, 4), (8, 3)):
         q, kv, valid = case(16, 16, 8, heads, 64, b=b)
-        found = attend_in_parts(mesh, kernel, attend, q, grouped(kv, valid), heads)
-        np.testing.assert_array_equal(found, attend(q, grouped(kv, valid), heads))
+        out = attend_in_parts(mesh, kernel, attend, q, grouped(kv, valid), heads)
+        np.testing.assert_array_equal(out, attend(q, grouped(kv, valid), heads))
     assert (
         fits(1024, 1152, 1024, 16)
         and not fits(1024, 1152, 1024, 5)

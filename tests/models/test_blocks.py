@@ -1,4 +1,4 @@
-"""Blocks against the same formulas in numpy float64."""
+"""The blocks against the same formulas in NumPy float64."""
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,7 @@ groups = lambda c: min(32, c // 4)
 
 
 def randomized(module, seed, *args):
-    """Parameters in which nothing is zero, so that every branch counts; and their float64
-    copies.
-    """
+    """Parameters without zeros, so that every branch contributes, and their float64 copies."""
     params = module.init(jax.random.key(0), *args)["params"]
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
@@ -32,7 +30,7 @@ def normal(seed, *shape):
 
 
 def lengths(total, *valid):
-    """Masks [b total] of captions of these lengths."""
+    """Masks [b total] of captions with these lengths."""
     return jnp.arange(total)[None] < jnp.array(valid)[:, None]
 
 
@@ -55,8 +53,8 @@ def test_res_block(resample, scale_shift):
 
 
 def test_res_block_shortcut_is_projected_where_asked():
-    """Catches a projection always or never: the base model has it only where the width changes, the
-    Efficient U-Net always.
+    """Catches a projection always or never: the base model projects only where the width changes,
+    the Efficient U-Net always.
     """
     h, emb = normal(1, 1, 2, 2, 16), normal(2, 1, 8)
     tree = lambda features, **kw: ResBlock(features, F32, True, **kw).init(
@@ -71,8 +69,8 @@ def test_res_block_shortcut_is_projected_where_asked():
 
 @pytest.mark.parametrize("options, scale", [({}, 1.0), ({"residual_scale": 0.5}, 0.5)])
 def test_res_block_starts_as_its_shortcut(options, scale):
-    """Catches a second convolution that does not start at zero, and a base network (whose blocks
-    set no scale) that scales its sums.
+    """Catches a second convolution that is not zero at initialisation, and a base network that
+    scales its residual sums.
     """
     block = ResBlock(16, F32, True, **options)
     h, emb = normal(1, 1, 2, 2, 16), normal(2, 1, 8)
@@ -99,8 +97,8 @@ def test_attention(kind):
 
 @pytest.mark.parametrize("kind", ["fused", "cross"])
 def test_attention_ignores_padding(kind):
-    """Catches masks that are additive but finite, and norms that run over padding: padded features
-    are changed wildly.
+    """Catches additive masks that are too small, and norms over padding: padded features change by
+    a lot.
     """
     layer = Attention(2, kind, F32)
     h, text = normal(1, 1, 2, 2, 16), normal(2, 1, 6, 8)
@@ -125,8 +123,8 @@ def test_text_pool():
 
 
 def test_learned_query_starts_small():
-    """Catches a query that drowns the tokens' mean, or vanishes beside it, at the start: it has
-    length 1 whatever the width.
+    """Catches a learned query that dominates the tokens' mean at initialisation or vanishes next to
+    it: its length is 1 for every width.
     """
     params = TextPool("attention", 2, 6, F32).init(
         jax.random.key(0), jnp.zeros((1, 3, 400)), lengths(3, 3)
@@ -165,8 +163,8 @@ def test_feed_forward():
 
 
 def test_conv_stride_and_padding():
-    """Catches SAME padding of a strided convolution, which XLA puts on the other side than the
-    paper's frameworks do.
+    """Catches SAME padding of a strided convolution: XLA pads at another side than the paper's
+    frameworks.
     """
     layer = layers.Conv(5, F32, stride=2)
     x = normal(1, 1, 6, 4, 3)
@@ -179,15 +177,15 @@ def test_conv_stride_and_padding():
 
 
 def test_group_norm_groups():
-    """Catches groups of one channel in narrow layers, and other than 32 groups where the paper's
-    widths have them.
+    """Catches groups of one channel in narrow layers, and other than 32 groups at the paper's
+    widths.
     """
     wanted = {16: 4, 96: 24, 128: 32, 144: 24, 240: 30, 512: 32, 1536: 32, 2: 1}
     assert {c: layers.group_norm(c, F32, "n").num_groups for c in wanted} == wanted
 
 
 def test_group_norm_statistics_are_fp32():
-    """Catches statistics in bfloat16: a mean of 256 with a spread of 1 has no spread left there."""
+    """Catches statistics in bfloat16: values with mean 256 and deviation 1 lose their variance."""
     norm = layers.group_norm(16, jnp.bfloat16, "n")
     x = 256 + normal(1, 1, 16, 16, 16)
     out = norm.apply(norm.init(jax.random.key(0), x), x)
@@ -195,7 +193,7 @@ def test_group_norm_statistics_are_fp32():
 
 
 def test_space_to_depth():
-    """Catches patches that mix pixels of different squares, and an inverse that is none."""
+    """Catches patches that mix pixels of different squares, and an inverse that does not invert."""
     x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
     folded = resampling.space_to_depth(x, 2)
     np.testing.assert_array_equal(folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
@@ -203,18 +201,14 @@ def test_space_to_depth():
 
 
 def test_pool_and_upsample():
-    """Catches a pooling of another window, and an up-sampling that interleaves rows and columns
-    wrongly.
-    """
+    """Catches pooling over another window, and up-sampling that exchanges rows and columns."""
     x = normal(1, 1, 4, 6, 2)
     np.testing.assert_allclose(resampling.average_pool(x), reference.pool(np.asarray(x)), atol=1e-6)
     np.testing.assert_array_equal(resampling.upsample_nearest(x), reference.up(np.asarray(x)))
 
 
 def test_conv_transpose_is_the_adjoint_of_the_strided_convolution():
-    """Catches phases, taps or offsets exchanged, rows taken for columns, and a kernel that is
-    mirrored.
-    """
+    """Catches phases, taps or offsets exchanged, rows and columns exchanged, a mirrored kernel."""
     up, h, image = layers.ConvTranspose(4, F32), normal(1, 2, 3, 5, 6), normal(2, 2, 6, 10, 4)
     params = jax.tree.map(lambda a: normal(3, *a.shape), up.init(jax.random.key(0), h)["params"])
     down = {"kernel": params["kernel"].swapaxes(2, 3), "bias": jnp.zeros(6)}
@@ -224,8 +218,8 @@ def test_conv_transpose_is_the_adjoint_of_the_strided_convolution():
 
 
 def test_conv_transpose_keeps_the_variance():
-    """Catches an initialiser with the fan-in of all nine weights, of which an output pixel gets 9/4
-    on average.
+    """Catches an initialiser with the fan-in of all nine weights; an output pixel uses 9/4 on
+    average.
     """
     up, h = layers.ConvTranspose(64, F32), normal(1, 4, 8, 8, 64)
     out = up.apply(up.init(jax.random.key(0), h), h)
@@ -241,13 +235,12 @@ def test_sinusoid():
 
 
 def test_concat_lowres():
-    """Catches nearest up-sampling, and the low-res channels in front of z's."""
+    """Catches nearest up-sampling, and low-res channels before those of z."""
     z, low = jnp.zeros((1, 8, 8, 3)), normal(1, 1, 2, 2, 3)
     out = concat_lowres(z, low)
     np.testing.assert_array_equal(out[..., :3], z)
-    np.testing.assert_allclose(
-        out[0, 0, 0, 3:], low[0, 0, 0], atol=1e-6
-    )  # corners are kept by half-pixel bilinear
+    # Bilinear resampling with half-pixel centres keeps the corners.
+    np.testing.assert_allclose(out[0, 0, 0, 3:], low[0, 0, 0], atol=1e-6)
     np.testing.assert_allclose(
         out[0, 0, 3, 3:], low[0, 0, 0] * 0.625 + low[0, 0, 1] * 0.375, atol=1e-5
     )

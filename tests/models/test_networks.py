@@ -1,6 +1,4 @@
-"""The two U-Nets whole: sizes to the unit, names, conditioning that arrives, padding that does not,
-remat.
-"""
+"""The two U-Nets as a whole: parameter counts, names, conditioning, padding, remat."""
 
 import collections
 
@@ -62,15 +60,13 @@ def inputs(size=8, lowres=0, length=5, dim=8, b=2):
 
 
 def perturbed(model, args):
-    """Parameters away from initialisation, where the output is zero whatever the input."""
+    """Parameters away from initialisation, where the output is zero for every input."""
     return tiny.perturbed(jax.jit(model.init)(jax.random.key(0), *args)["params"])
 
 
 @pytest.fixture(scope="module", params=["unet", "efficient_unet"])
 def network(request):
-    """(jitted apply(params, z, logsnr, cond), params, inputs) of a small super-resolution network
-    of each family.
-    """
+    """(jitted apply(params, z, logsnr, cond), params, inputs) of small SR networks."""
     model = (
         UNet(**(BASE | {"lowres": True})) if request.param == "unet" else EfficientUNet(**EFFICIENT)
     )
@@ -79,8 +75,8 @@ def network(request):
 
 
 def test_network_is_its_formulas(network):
-    """Catches blocks wired otherwise: skips in another order, a level without its attention, an
-    up-sampling at another place.
+    """Catches blocks connected in another way: another order of skips, a level without its
+    attention, or up-sampling at another position.
     """
     apply, params, (z, logsnr, cond) = network
     p, cond64 = (
@@ -127,7 +123,7 @@ def count(tree):
     ],
 )
 def test_base_parameter_counts(width, wanted):
-    """Catches any layer too many or too few in the base U-Net (without text)."""
+    """Catches a missing or additional layer in the base U-Net (without text)."""
     model = UNet(
         channels=width,
         multipliers=(1, 2, 3, 4),
@@ -148,8 +144,8 @@ def test_base_parameter_counts(width, wanted):
 
 
 def test_efficient_parameter_count():
-    """Catches a fifth level, concatenated skips, a missing 1x1 shortcut: the trunk of F.2 without
-    text.
+    """Catches a fifth level, concatenated skips and a missing 1x1 shortcut, in the trunk of F.2
+    without text.
     """
     model = EfficientUNet(
         widths=(128, 256, 512, 1024),
@@ -168,7 +164,7 @@ def test_efficient_parameter_count():
 
 
 def test_names():
-    """Catches renamed levels: sharding rules, checkpoints and profiles read these names."""
+    """Catches renamed levels: sharding rules, checkpoints and profiles use these names."""
     tree = parameters(UNet(**(BASE | {"blocks": 2})), 8, dim=8)
     assert sorted(tree) == [
         "conditioning",
@@ -205,28 +201,27 @@ def test_output_starts_at_zero():
 
 @pytest.mark.parametrize("name", ["text", "lowres", "lowres_logsnr"])
 def test_conditioning_arrives(network, name):
-    """Catches conditioning that is read under another key, or not at all; and mixing of samples in
-    a batch.
+    """Catches conditioning that is read under another key or not at all, and samples that affect
+    each other.
     """
     apply, params, (z, logsnr, cond) = network
     before = apply(params, z, logsnr, cond)
-    changed = cond[name][0] + jax.random.normal(
-        jax.random.key(9), cond[name][0].shape
-    )  # a LayerNorm would undo a constant
+    # Random changes, because a LayerNorm would undo a constant.
+    changed = cond[name][0] + jax.random.normal(jax.random.key(9), cond[name][0].shape)
     after = apply(params, z, logsnr, cond | {name: cond[name].at[0].set(changed)})
     assert np.abs(after[0] - before[0]).max() > 1e-3
     np.testing.assert_array_equal(after[1], before[1])
 
 
 def test_noise_level_arrives(network):
-    """Catches a network that is not told log-SNR."""
+    """Catches a network that does not use the log-SNR."""
     apply, params, (z, logsnr, cond) = network
     assert np.abs(apply(params, z, logsnr + 1, cond) - apply(params, z, logsnr, cond)).max() > 1e-3
 
 
 def test_padding_does_not_change_the_output(network):
-    """Silent bug 6: catches attention, pooling or norms that see padding; here padding holds large
-    numbers, and then there is more of it.
+    """Catches attention, pooling or norms that include padding: padding is filled with large
+    numbers, and then more padding is appended.
     """
     apply, params, (z, logsnr, cond) = network
     before = apply(params, z, logsnr, cond)
@@ -242,8 +237,8 @@ def test_padding_does_not_change_the_output(network):
 @pytest.mark.parametrize("kind", ["matrix", "block"])
 @pytest.mark.parametrize("family", [UNet, EfficientUNet])
 def test_remat_recomputes_and_changes_nothing(family, kind):
-    """Silent bug 7: the traced programs are compared, so a remat flag that does nothing is caught;
-    then the gradients.
+    """Catches a remat setting that has no effect, by comparing the traced programs, and one that
+    changes the gradients.
     """
     options = BASE if family is UNet else EFFICIENT
     args = inputs(lowres=0 if family is UNet else 4)
@@ -262,7 +257,7 @@ def test_remat_recomputes_and_changes_nothing(family, kind):
 
 
 def primitives(jaxpr):
-    """The name of every operation of a traced program, inner ones as often as they are called."""
+    """The names of all operations of a traced program; subprograms count once per call."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
         for inside in jax.extend.core.jaxprs_in_params(equation.params):
@@ -270,8 +265,8 @@ def primitives(jaxpr):
 
 
 def test_remat_keeps_what_it_says():
-    """Catches a policy that keeps everything or nothing: convolutions run again under "block" only,
-    activations under both.
+    """Catches a policy that stores everything or nothing: convolutions are recomputed by "block"
+    only, activations by both.
     """
     counts = {}
     for kind in ("none", "matrix", "block"):
@@ -290,7 +285,7 @@ def test_remat_keeps_what_it_says():
 
 
 def test_bf16_computes_near_fp32():
-    """Catches a dtype that is ignored (equal) and one without fp32 islands (far off)."""
+    """Catches an ignored dtype (equal results), and missing fp32 islands (a large error)."""
     args = inputs(lowres=4)
     fp32, bf16 = EfficientUNet(**EFFICIENT), EfficientUNet(**EFFICIENT, dtype=jnp.bfloat16)
     params = perturbed(fp32, args)
@@ -301,7 +296,9 @@ def test_bf16_computes_near_fp32():
 
 
 def test_patch_and_plain_blocks_keep_the_size():
-    """Catches patches that are not unfolded, and plain resampling that halves on one side only."""
+    """Catches patches that are not unfolded, and plain resampling that halves the size on one path
+    only.
+    """
     args = inputs(size=8)
     for options in (
         {"patch": 2},
@@ -316,9 +313,7 @@ def test_patch_and_plain_blocks_keep_the_size():
 
 
 def test_non_square_and_larger_images():
-    """Catches sizes baked into the super-resolution network, which trains on crops and draws whole
-    images.
-    """
+    """Catches a fixed image size in the SR network: it trains on crops, samples full images."""
     model = EfficientUNet(**(EFFICIENT | {"attention": ("none", "cross")}))
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs(8, 4))
     z, cond = jnp.zeros((2, 16, 24, 3)), inputs(8, 4)[2] | {"lowres": jnp.zeros((2, 8, 12, 3))}
@@ -328,14 +323,14 @@ def test_non_square_and_larger_images():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"attention": (True,)}, "one entry a level"),
+        ({"attention": (True,)}, "one entry per level"),
         ({"cond_dim": 0}, "needs text"),
         ({"res_block": "x"}, "res_block"),
         ({"pooling": "max"}, "pooling"),
     ],
 )
 def test_wrong_fields_are_named(options, message):
-    """Catches settings that are accepted and then ignored."""
+    """Catches settings that are accepted and ignored."""
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(UNet(**(BASE | options)).init, jax.random.key(0), *inputs())
 
@@ -366,7 +361,7 @@ def test_wrong_fields_are_named(options, message):
     ids=["efficient_unet", "unet"],
 )
 def test_indivisible_size_is_named(model, height, width):
-    """Catches a reshape error from the depths of the network in place of the size that would do."""
+    """Catches a reshape error inside the network in place of the sizes that are valid."""
     _, logsnr, cond = inputs(8, 4)
     with pytest.raises(ValueError, match="divisible by 8"):
         jax.eval_shape(

@@ -1,6 +1,4 @@
-"""Reading a compiled program: a text in the compiler's format whose answers are known, and programs
-compiled here.
-"""
+"""The parser of compiled programs, on texts with known answers and on programs compiled here."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +6,8 @@ import pytest
 
 from imagen_jax.planning import hlo
 
-# As libtpu 0.0.42 prints it, shortened: a loop of five turns, an asynchronous gather and copy, a
-# reduce-scatter written as a fusion.
+# As libtpu 0.0.42 prints it, shortened: a loop of five iterations, an asynchronous all-gather and
+# copy, and a reduce-scatter written as a fusion.
 TEXT = """HloModule jit_step, is_scheduled=true, \
 entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,128]{1,0:T(8,128)}}
 
@@ -76,23 +74,23 @@ def module():
 
 
 def test_a_loop_counts_as_often_as_it_runs(module):
-    """Catches a loop's body counted once, and the compiler's "no estimate" taken for a number."""
+    """Catches a loop's body counted once, and the marker for "no estimate" read as a number."""
     runs = {i.name: (i.cycles, times) for i, _, times in module.run()}
     assert (
         runs["fusion.1"] == (100, 5) and runs["copy.1"] == (None, 5) and runs["scattered"] == (7, 1)
     )
-    assert "convert.1" not in runs, "what a fusion calls is part of the fusion"
+    assert "convert.1" not in runs, "instructions inside a fusion are not listed"
 
 
 def test_loops_that_count_without_a_sign():
-    """Catches loops that the compiler itself makes, whose counters are u32."""
+    """Catches loops made by the compiler itself, whose counters are u32, refused."""
     module = hlo.parse(TEXT.replace("s32[]{:T(128)} constant(5)", "u32[]{:T(128)} constant(6)"))
     assert {times for i, _, times in module.run() if i.name == "fusion.1"} == {6}
 
 
 def test_collectives(module):
-    """Catches an asynchronous gather counted by its operand or twice, a reduce-scatter taken for an
-    all-reduce, groups misread.
+    """Catches an asynchronous all-gather counted by its operand or twice, a reduce-scatter reported
+    as an all-reduce, and groups misread.
     """
     gather, scatter = sorted(hlo.collectives(module, 8), key=lambda c: c.kind)
     assert (gather.kind, gather.bytes, gather.groups) == (
@@ -108,19 +106,18 @@ def test_collectives(module):
 
 
 def test_combined_collectives():
-    """Catches the largest of several arrays that travel together taken for all of them, and
-    operands counted with results.
-    """
+    """Catches one of several combined arrays counted alone, and operands added to results."""
     both = TEXT.replace(
         "%start = (f32[8,128]{1,0:T(8,128)}, f32[16,128]{1,0:T(8,128)}) all-gather-start(%p)",
-        "%start = ((f32[8,128]{1,0}, bf16[8,128]{1,0}), (f32[16,128]{1,0}, bf16[16,128]{1,0})) all-gather-start(%p, %q)",
+        "%start = ((f32[8,128]{1,0}, bf16[8,128]{1,0}), (f32[16,128]{1,0}, bf16[16,128]{1,0}))"
+        " all-gather-start(%p, %q)",
     )
     gather, _ = sorted(hlo.collectives(hlo.parse(both), 8), key=lambda c: c.kind)
     assert gather.bytes == 16 * 128 * (4 + 2)
 
 
-# One gather in three pieces, as the default compile level carries it along with what computes, and
-# one that nothing carries; shortened.
+# An all-gather in three pieces, as the default compiler level overlaps it with compute, and one
+# that is exposed; shortened.
 CHAINED = """HloModule jit_step, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,\
 128]{1,0:T(8,128)}}
 
@@ -150,11 +147,14 @@ replica_groups={{0,1,2,3}}, dimensions={0}
 
 
 def test_a_collective_in_pieces_is_one():
-    """Catches a gather counted once for each operation that carries a part of it, and one that
-    stands alone taken for hidden.
+    """Catches an all-gather counted once for each fusion that contains a piece of it, and an
+    exposed one reported as overlapped.
     """
-    found = list(hlo.collectives(hlo.parse(CHAINED), 4))
-    assert [(c.bytes, c.beside) for c in found] == [(16 * 128 * 4, True), (32 * 128 * 4, False)]
+    collectives = list(hlo.collectives(hlo.parse(CHAINED), 4))
+    assert [(c.bytes, c.overlapped) for c in collectives] == [
+        (16 * 128 * 4, True),
+        (32 * 128 * 4, False),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -170,17 +170,15 @@ def test_a_collective_in_pieces_is_one():
     ],
 )
 def test_groups_written_as_a_mesh(written, groups):
-    """Catches device ids left in the mesh's order, and axes in braces read as those that do not
-    talk.
+    """Catches device ids left in the mesh's order, and the axes in braces read as those that do not
+    communicate.
     """
     text = TEXT.replace("replica_groups={{0,1},{2,3},{4,5},{6,7}}", f"replica_groups={written}")
     assert groups in [c.groups for c in hlo.collectives(hlo.parse(text), 8)]
 
 
 def test_traffic_leaves_out_on_chip_memory(module):
-    """Catches bytes of what never leaves the chip's own memory (S(1)), and of other than 16 bits
-    for bfloat16.
-    """
+    """Catches bytes in on-chip memory (S(1)) counted, and bfloat16 with other than 16 bits."""
     body = module.computations["body"]
     assert (
         hlo.traffic(body["fusion.1"], body) == 8 * 128 * 4
@@ -190,25 +188,25 @@ def test_traffic_leaves_out_on_chip_memory(module):
 
 
 def test_a_program_compiled_here():
-    """Catches a reader that follows one text only: the CPU compiler's has other layouts, and its
-    own way to write a loop.
+    """Catches a parser that only reads the texts above: the CPU compiler prints other layouts and
+    loops.
     """
-    turns = (
+    compiled = (
         jax.jit(lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c) @ c, None), x, length=7)[0])
         .lower(jnp.ones((16, 16)))
         .compile()
     )
-    module = hlo.parse(turns.as_text())
+    module = hlo.parse(compiled.as_text())
     assert max(times for _, _, times in module.run()) == 7
 
 
 def test_not_a_program():
-    """Catches an empty answer for a text that is none."""
+    """Catches an empty result for a text that is not a program."""
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("nothing")
 
 
-# As libtpu 0.0.42 prints a gather and a sum over four slices of four chips, shortened.
+# As libtpu 0.0.42 prints an all-gather and an all-reduce over four slices of four chips, shortened.
 SLICES = """HloModule jit_step, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[32,\
 128]{1,0:T(8,128)}}
 
@@ -233,8 +231,8 @@ _xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE
 
 
 def test_what_crosses_slices_is_a_collective():
-    """Wrong: traffic between slices, the slowest there is, left out because it is written as sends;
-    or a gather taken for what one chip sends.
+    """Catches communication between slices, the slowest of all, left out because it is written as
+    sends; and an all-gather counted as the bytes that one chip sends.
     """
     gather, total = hlo.collectives(hlo.parse(SLICES), 16)
     assert (gather.kind, gather.bytes, total.kind, total.bytes) == (
@@ -252,8 +250,8 @@ def test_what_crosses_slices_is_a_collective():
         list(hlo.collectives(hlo.parse(SLICES.replace("ALL_GATHER", "NEW_KIND")), 16))
 
 
-# As the GPU compiler of jax 0.10.2 prints a loop of seven turns with an exchange and a sum in it,
-# shortened: it fuses the comparison away from the loop's condition.
+# As the GPU compiler of jax 0.10.2 prints a loop of seven iterations with an all-to-all and an
+# all-reduce in it, shortened. The comparison of the loop's condition is inside a fusion.
 GPU = """HloModule jit_f, is_scheduled=true, \
 entry_computation_layout={(f32[128,1024]{1,0})->f32[128,1024]{1,0}}
 
@@ -302,11 +300,12 @@ metadata={op_name="jit(f)/while"}, backend_config={"known_trip_count":{"n":"7"},
 
 
 def test_loops_and_collectives_of_gpus():
-    """Wrong: a loop whose bound is not in its condition, as of an accumulated batch, refused;
-    operands of an exchange or a scatter counted with its results, or those of a sum left out.
+    """Catches a loop refused because its bound is not in its condition (as for gradient
+    accumulation); operands added to the results of an all-to-all or reduce-scatter; and those of an
+    all-reduce left out.
     """
-    found = {c.kind: c for c in hlo.collectives(hlo.parse(GPU), 8)}
-    assert {c.times for c in found.values()} == {7} and len(found) == 4
-    assert found["all-to-all"].bytes == 128 * 1024 * 4
-    assert found["all-gather"].bytes == found["reduce-scatter"].bytes == 1024 * 1024 * 4
-    assert found["all-reduce"].bytes == 128 * 1024 * 4 + 64 * 4
+    collectives = {c.kind: c for c in hlo.collectives(hlo.parse(GPU), 8)}
+    assert {c.times for c in collectives.values()} == {7} and len(collectives) == 4
+    assert collectives["all-to-all"].bytes == 128 * 1024 * 4
+    assert collectives["all-gather"].bytes == collectives["reduce-scatter"].bytes == 1024 * 1024 * 4
+    assert collectives["all-reduce"].bytes == 128 * 1024 * 4 + 64 * 4

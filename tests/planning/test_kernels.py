@@ -1,4 +1,4 @@
-"""What is read of Pallas kernels in a traced program."""
+"""Pallas kernels in a traced program."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def calls(b, c, times=1):
 
 
 def test_calls_in_loops_count():
-    """Wrong: a kernel in a loop counted once, or none found in what a transformation wraps."""
+    """Catches a kernel in a loop counted once, and kernels inside transformations not found."""
     assert [times for _, times in calls(2, 128, times=3)] == [3]
 
 
@@ -26,8 +26,8 @@ def test_calls_in_loops_count():
     [(2, 128, "v4", 2), (1, 256, "v5p", 2), (1, 128, "v4", 1), (2, 128, "v5e", 1)],
 )
 def test_cores_share_a_grid(b, c, name, cores):
-    """Wrong: both cores of a v4 or v5p at work on a grid that does not divide, one where
-    it does.
+    """Catches both cores of a v4 or v5p used for a grid that does not divide, and one where it
+    does.
     """
     ((call, _),) = calls(b, c)
     assert kernels.cores_at_work(call, chips.by_name(name)) == cores

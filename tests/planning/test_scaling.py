@@ -1,4 +1,4 @@
-"""tools/scaling.py: which slices it asks for, and what it makes of their plans."""
+"""tools/scaling.py: the slices that it plans for, and the comparison of their plans."""
 
 import json
 
@@ -20,25 +20,25 @@ from tools import scaling
     ],
 )
 def test_topologies(chip, chips, slices):
-    """Catches cores taken for chips, and a slice that does not exist."""
-    place = scaling.slices_of(chip, chips)
-    assert (place.chip.name, place.chips, place.slices) == (chip, chips, slices) and topology.parse(
-        str(place)
-    ) == place
+    """Catches cores counted as chips, and a slice that does not exist."""
+    hardware = scaling.slices_of(chip, chips)
+    assert (hardware.chip.name, hardware.chips, hardware.slices) == (
+        chip,
+        chips,
+        slices,
+    ) and topology.parse(str(hardware)) == hardware
 
 
 @pytest.mark.parametrize(
     "chip, chips, message",
     [
         ("v5e", 384, "--chips 384: .* multiple of 256"),
-        ("v5p", 3, "--chips 3: 3 chips of v5p are no slice"),
+        ("v5p", 3, "--chips 3: there is no slice of 3 v5p chips"),
         ("v5e", 256 * 65, "--chips 16640: 65 slices"),
     ],
 )
 def test_slices_that_do_not_exist(chip, chips, message):
-    """Catches 384 chips planned as 256, and a mistake in --chips reported of --topology, which
-    nobody gave.
-    """
+    """Catches 384 chips planned as 256, and an error about --topology for a wrong --chips."""
     with pytest.raises(ValueError, match=f"^{message}"):
         scaling.slices_of(chip, chips)
 
@@ -55,8 +55,8 @@ def test_slices_that_do_not_exist(chip, chips, message):
     ],
 )
 def test_fsdp_on_few_chips(mesh, chip, chips, fsdp):
-    """Catches an fsdp that the chips beside another axis, or those of one slice, do not make up;
-    and -1 taken for 1.
+    """Catches an fsdp that the chips of the other axes or of one slice do not allow, and -1 read as
+    1.
     """
     assert (
         scaling.fsdp_on(
@@ -68,7 +68,7 @@ def test_fsdp_on_few_chips(mesh, chip, chips, fsdp):
 
 
 def test_a_batch_that_would_be_replaced(tmp_path, capsys):
-    """Catches a field of the command line that has no effect, and nobody is told."""
+    """Catches a config field that is silently ignored."""
     with pytest.raises(SystemExit):
         scaling.main(
             [
@@ -101,8 +101,8 @@ def planned(chips, batch, compute, gathers, sums=0.0):
 
 
 def test_efficiency():
-    """Catches efficiency by step time where the batch changes, hidden traffic counted, and traffic
-    that is not hidden left out.
+    """Catches efficiency by step time where the batch changes, overlapped communication counted,
+    and exposed communication left out.
     """
     rows = scaling.compared(
         [planned(8, 64, 0.1, 0.05), planned(64, 512, 0.1, 0.05, 0.1), planned(64, 64, 0.02, 0.05)]
@@ -115,8 +115,8 @@ def test_efficiency():
 
 
 def test_a_plan_of_an_earlier_version_is_made_again(tmp_path):
-    """Catches times without the parts that the table shows; and a plan of what does not fit, which
-    has no time, made for ever.
+    """Catches times without the parts that the table shows, and a plan that does not fit, and so
+    has no times, made again for ever.
     """
     assert not scaling.made(tmp_path)
     for content, enough in (

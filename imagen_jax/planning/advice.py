@@ -1,0 +1,137 @@
+"""Changes of a config that reduce the memory of a run, each with an estimate of its peak."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from imagen_jax.hardware.topology import Topology
+from imagen_jax.models.remat import KINDS as REMAT_KINDS
+from imagen_jax.planning import block_costs, whole_step
+
+
+def advice(
+    config: Mapping[str, Any], topology: Topology, plan: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yields {"overrides": ..., "estimated_peak": bytes} in the order to try them.
+
+    The estimate is the compiled peak, with the parts of the state recomputed and the temporaries
+    scaled by the number of rows and the height per device.
+    """
+    if plan["memory"]["fits"]:
+        yield from sampler_advice(config, topology, plan)
+        return
+    for overrides in alternatives(config, topology):
+        changed = overridden(config, overrides)
+        try:
+            parts = whole_step.state_parts(whole_step.make_program(changed, topology))
+        except ValueError:
+            continue
+        scale = _rows_at_once(changed) / _rows_at_once(config)
+        scale *= (
+            block_costs.mesh_sizes(config, topology)["spatial"]
+            / block_costs.mesh_sizes(changed, topology)["spatial"]
+        )
+        peak = sum(parts.values()) + plan["memory"]["parts"]["temporaries"] * scale
+        yield {"overrides": overrides, "estimated_peak": int(peak)}
+
+
+def _rows_at_once(config: Mapping[str, Any]) -> float:
+    """Rows of the batch that all devices together compute at once."""
+    return config["data"]["batch_size"] / config["optim"]["accumulation"]
+
+
+def sampler_advice(
+    config: Mapping[str, Any], topology: Topology, plan: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """`advice` where the step fits and the sampler does not: smaller sample grids, or none."""
+    sizes = block_costs.mesh_sizes(config, topology)
+    sampler, shards = plan["sampler"], sizes["data"] * sizes["fsdp"]
+    fixed = sampler["beside"] + plan["memory"]["parts"]["EMA"]
+    for overrides in smaller_sample_grids(config, shards):
+        scale = -(-overrides["train.sample_rows"] // shards) / -(-sampler["rows"] // shards)
+        peak = fixed + scale * (sampler["peak"] - fixed)
+        yield {"overrides": overrides, "estimated_peak": int(peak)}
+    yield {"overrides": {"train.sample_every": 0}, "estimated_peak": plan["memory"]["peak"]}
+
+
+def up_to_first_that_fits(rows: Iterable[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """The rows of advice up to the first whose estimate fits, or all of them."""
+    taken = []
+    for row in rows:
+        taken.append(row)
+        if row["estimated_peak"] <= limit:
+            break
+    return taken
+
+
+def alternatives(config: Mapping[str, Any], topology: Topology) -> list[dict[str, Any]]:
+    """Overrides that need less memory, those that cost the least speed first.
+
+    1. More recomputation (`model.remat`).
+    2. Larger `fsdp`: state on more chips. Its all-gathers are overlapped with compute.
+    3. Gradient accumulation: adds no exposed communication.
+    4. Larger `spatial`: image height on several chips, with exposed halo exchanges.
+    5. A smaller batch, which changes the result of the training.
+    """
+    model, optim, rows = config["model"], config["optim"], config["data"]["batch_size"]
+    sizes = block_costs.mesh_sizes(config, topology)
+    current = REMAT_KINDS.index(model["remat"])
+    remat = {"model.remat": REMAT_KINDS[-1]} if current + 1 < len(REMAT_KINDS) else {}
+    chips = sizes["data"] * sizes["fsdp"]
+    slices = topology.slices if topology.chip.platform == "tpu" else 1
+    fsdp_sizes = [
+        sizes["fsdp"] * 2**i for i in range(1, 12) if chips // slices % (sizes["fsdp"] * 2**i) == 0
+    ]
+    fsdp = [remat | resized(config, sizes, fsdp=size) for size in fsdp_sizes]
+    bases = [remat, *fsdp[-1:]]  # accumulation and batch size are combined with each of these
+    accumulations = [optim["accumulation"] * 2**i for i in range(1, 8)]
+    accumulations = [n for n in accumulations if rows % n == 0 and rows // n % chips == 0]
+    spatial_sizes = [
+        n
+        for n in (2, 4, 8)
+        if sizes["spatial"] == 1 and chips // slices % n == 0 and rows % (chips // n) == 0
+    ]
+    overrides = [{"model.remat": kind} for kind in REMAT_KINDS[current + 1 :]] + fsdp
+    overrides += [base | {"optim.accumulation": n} for n in accumulations for base in bases]
+    overrides += [
+        remat
+        | resized(config, sizes, spatial=n, fsdp=math.gcd(sizes["fsdp"], chips // slices // n))
+        for n in spatial_sizes
+    ]
+    return overrides + [
+        base | {"data.batch_size": rows // n}
+        for n in (2, 4, 8)
+        if rows % (n * chips) == 0
+        for base in bases
+    ]
+
+
+def smaller_sample_grids(config: Mapping[str, Any], shards: int) -> list[dict[str, int]]:
+    """Overrides that halve the number of sampled images per device, again and again, down to 1."""
+    rows, overrides = -(-config["train"]["sample_rows"] // shards), []
+    while rows > 1:
+        rows = -(-rows // 2)
+        overrides.append({"train.sample_rows": rows * shards})
+    return overrides
+
+
+def resized(config: Mapping[str, Any], sizes: Mapping[str, int], **changed: int) -> dict[str, int]:
+    """Overrides that change some sizes of a mesh and let `data` take the remaining devices."""
+    target = {**sizes, **changed, "data": -1}
+    return {
+        f"mesh.{axis}": size
+        for axis, size in target.items()
+        if axis in changed or (config["mesh"][axis] == -1) != (size == -1)
+    }
+
+
+def overridden(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config with fields replaced, such as {"mesh.fsdp": 32}."""
+    out = {
+        section: dict(value) if isinstance(value, Mapping) else value
+        for section, value in config.items()
+    }
+    for field, value in overrides.items():
+        section, name = field.split(".")
+        out[section][name] = value
+    return out
