@@ -1,4 +1,4 @@
-"""The one description of a run, and what the command line makes of it."""
+"""The description of a run, and how the command line makes it."""
 
 import re
 import subprocess
@@ -27,27 +27,24 @@ def read(*argv):
     ["/runs/a", "gs://bucket/team/base 64 (new)", "/" + "long/" * 30 + "Name_" * 20, "/1/2"],
 )
 def test_a_name_is_a_label_of_its_workdir_alone(workdir):
-    """Wrong: a name that Kubernetes or Google Cloud refuses, that two workdirs share, or that
-    changes with how the path is written.
+    """Catches a name that Kubernetes or Google Cloud refuses, or that two workdirs share.
+
+    Also catches a name that depends on the spelling of the path.
     """
     name = jobs.name_of(workdir)
     assert re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", name) and len(name) <= jobs.NAME_LENGTH
     assert name == jobs.name_of(workdir + "/") != jobs.name_of(workdir + "x")
-    # Pods of a JobSet: <name>-slice-<two digits>-<four>-<five characters>; a label has at most 63.
+    # Pods of a JobSet: <name>-slice-<two digits>-<four>-<five characters>; labels have at most 63.
     assert len(f"{name}-slice-63-2047-abcde") <= 63
 
 
 def test_names_differ_where_only_the_hash_can_tell():
-    """Wrong: two runs with equal last directories get one job, so the second is taken for the
-    first, running already.
-    """
+    """Catches one job name for two runs whose last directories are equal."""
     assert jobs.name_of("/a/runs/base") != jobs.name_of("/b/runs/base")
 
 
 def test_a_bucket_is_a_directory_on_the_machines():
-    """Wrong: the trainer, which knows files only, makes a directory called gs: and its checkpoints
-    go with the machine.
-    """
+    """Catches a local directory named gs:, whose checkpoints are lost with the machine."""
     job = jobs.Job(
         "n",
         (
@@ -86,13 +83,16 @@ def test_a_bucket_is_a_directory_on_the_machines():
         ),
         ((*LOCAL, "--workdir=r", "--config.optim.lrr=1"), "lrr"),
         ((*LOCAL, "--workdir=r", "--config.optim.lr=fast"), "fast"),
-        ((*LOCAL, "--workdir=r", "--proceses=2"), "'--proceses=2' is no option"),
-        ((*LOCAL, "--workdir=r", "--base.config.optim.lr=1"), "is no option"),
-        ((*LOCAL, "--workdir=r", "stray"), "'stray' is no option"),
+        ((*LOCAL, "--workdir=r", "--proceses=2"), "'--proceses=2' is not an option"),
+        ((*LOCAL, "--workdir=r", "--base.config.optim.lr=1"), "is not an option"),
+        ((*LOCAL, "--workdir=r", "stray"), "'stray' is not an option"),
         ((*LOCAL, "--workdir=r", "--processes=2"), "--processes needs --devices"),
-        ((*LOCAL, "--workdir=r", "--processes=0"), "at least one process"),
+        ((*LOCAL, "--workdir=r", "--processes=0"), "give at least one process"),
         ((*LOCAL, "--workdir=r", "--retries=-1"), "--retries=-1 is negative"),
-        ((*LOCAL, "--workdir=gs://b/r"), "a bucket is no directory of this machine"),
+        (
+            (*LOCAL, "--workdir=gs://b/r"),
+            "--workdir=gs://b/r is in a bucket: mount it",
+        ),
         ((*LOCAL, "--workdir=r", "--topology=v5e:2x4"), "is not for --where local"),
         ((*LOCAL, "--workdir=r", "--stage=a=b"), "give one of"),
         (("--where=local", "--workdir=r"), "give one of"),
@@ -143,11 +143,11 @@ def test_a_bucket_is_a_directory_on_the_machines():
         ),
         (
             (*LOCAL, "--workdir=/proc/foo"),
-            "--workdir: /proc/foo/launch cannot be made: No such file or directory",
+            "--workdir: cannot make /proc/foo/launch: No such file or directory",
         ),
         (
             (*LOCAL, "--workdir=/proc/foo", "--dry-run"),
-            "--workdir: /proc/foo/launch cannot be made: No such file or directory",
+            "--workdir: cannot make /proc/foo/launch: No such file or directory",
         ),
         ((*LOCAL, "--workdir=r", "--zone=z"), "--zone is for --where tpu, not for local"),
         (
@@ -156,7 +156,7 @@ def test_a_bucket_is_a_directory_on_the_machines():
         ),
         (
             ("--where=gke", "--topology=v5e:2x4", "--image=a b", "--workdir=gs://b/r", *LOCAL[2:]),
-            "'a b' is no name of an image",
+            "'a b' contains white space",
         ),
         (
             ("--where=sky", "--topology=2xv5e:2x2", "--workdir=gs://b/r", *LOCAL[2:]),
@@ -199,7 +199,7 @@ def test_a_bucket_is_a_directory_on_the_machines():
         ),
         (
             ("--where=slurm", "--topology=h100:8", "--time=tomorrow", "--workdir=r", *LOCAL[2:]),
-            "no time limit of sbatch",
+            "not a time limit of sbatch",
         ),
         (
             ("--where=slurm", "--topology=h100:8", "--time=0:05:00", "--workdir=r", *LOCAL[2:]),
@@ -246,11 +246,11 @@ def test_a_bucket_is_a_directory_on_the_machines():
         ),
         (
             ("--where=local", "--workdir=r", "--", "prepare", "--output=x"),
-            "'prepare' is no verb of imagen_jax; after -- give one of demo, evaluate",
+            "'prepare' is not a verb of imagen_jax; after -- give one of demo, evaluate",
         ),
         (
             ("--where=local", "--workdir=r", "--", "prepare_data", "--output=x"),
-            "options of prepare_data: the following arguments are required: --source",
+            "options of prepare_data: ",
         ),
         (
             ("--where=local", "--workdir=r", "--", "sample", "--count=many"),
@@ -259,16 +259,14 @@ def test_a_bucket_is_a_directory_on_the_machines():
     ],
 )
 def test_mistakes_are_one_line_before_anything_starts(argv, message, capsys):
-    """Wrong: a typo is found by the last of 64 hosts, after an hour in a queue, or a secret is
-    written into a manifest.
-    """
+    """Catches an error found only after hours in a queue, and a secret in a manifest."""
     assert command_line.main(argv) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "hf_x" not in error
 
 
 def test_a_config_elsewhere_is_not_promised_to_other_machines(tmp_path, capsys):
-    """Wrong: the machines are paid for, then cannot find a config that only this one has."""
+    """Catches machines that start without a config that only this machine has."""
     (tmp_path / "c.py").write_text((tiny.ROOT / "configs" / "base_64.py").read_text())
     argv = (
         "--where=tpu",
@@ -285,9 +283,7 @@ def test_a_config_elsewhere_is_not_promised_to_other_machines(tmp_path, capsys):
 
 
 def test_what_is_not_in_the_commit_is_not_promised_to_other_machines(tmp_path, monkeypatch, capsys):
-    """Wrong: the workers get the commit, in which a new or changed config is missing or another
-    one.
-    """
+    """Catches workers that get the commit's config instead of the changed one."""
     git = lambda *words: subprocess.run(
         ["git", "-c", "user.name=n", "-c", "user.email=e", *words],
         cwd=tmp_path,
@@ -315,14 +311,12 @@ def test_what_is_not_in_the_commit_is_not_promised_to_other_machines(tmp_path, m
         "--config.data.path=gs://b/d",
     )
     assert command_line.main(argv) == 2
-    assert "configs/base_64.py is not as in the commit" in capsys.readouterr().err
+    assert "configs/base_64.py differs from the commit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["tpu", "gke", "sky"])
 def test_data_of_this_machine_is_not_promised_to_others(where, capsys):
-    """Wrong: hundreds of chips are asked for, and find that the data, or the weights to begin from,
-    are on somebody's laptop.
-    """
+    """Catches machines that start without the data or the initial weights."""
     argv = (
         "--dry-run",
         f"--where={where}",
@@ -362,9 +356,7 @@ def test_data_of_this_machine_is_not_promised_to_others(where, capsys):
 
 
 def test_buckets_that_a_training_reads_are_mounted(tmp_path, monkeypatch):
-    """Wrong: a bucket that only the config's file names, or that is named by where it is mounted,
-    is not there when the trainer looks.
-    """
+    """Catches a bucket that is not mounted: named in the config file or by its mount point."""
     config = {"data": {"path": "gs://c/d"}}
     monkeypatch.setattr(jobs, "read_config", lambda *_: config)
     made = jobs.training("", "configs/base_64.py", ["--config.seed=1"], "gs://b/r", "tpu")
@@ -377,9 +369,7 @@ def test_buckets_that_a_training_reads_are_mounted(tmp_path, monkeypatch):
 
 
 def test_stages_have_their_own_fields_and_topologies():
-    """Wrong: a stage loses what all share or gets what another was given; a field of its own is
-    overruled by the shared one.
-    """
+    """Catches a stage that lacks a shared field, gets another stage's, or loses its own."""
     stages = (f"--stage=base={CONFIG}", f"--stage=sr={CONFIG.replace('base_64', 'sr_256')}")
     fields = (
         "--sr.config.data.path=gs://b/sr",
@@ -404,7 +394,7 @@ def test_stages_have_their_own_fields_and_topologies():
 
 
 def test_any_verb_can_be_launched():
-    """Wrong: options of the verb are taken for the launcher's, or the other way round."""
+    """Catches options of the verb taken for options of launch, or the reverse."""
     verb = ("prepare_data", "--source=emoji", "--encoder=t5_tiny", "--output=a b", "--dry_run")
     (job,), options = read("--where=local", "--workdir=/r", "--dry-run", "--", *verb)
     assert job.arguments == ("-m", f"imagen_jax.{verb[0]}", *verb[1:]) and options.dry_run
@@ -429,8 +419,10 @@ def test_any_verb_can_be_launched():
     ],
 )
 def test_machines_of_a_topology(topology, slices, hosts, chips, cloud, sky):
-    """Wrong: chips where v4 and v5p count cores, four-chip hosts for an eight-chip machine, slices
-    counted as hosts: all of them hang at start.
+    """Catches wrong counts, which make a job hang at its start.
+
+    These are chips where v4 and v5p count cores, four-chip hosts for an eight-chip machine, and
+    slices counted as hosts.
     """
     size = machines.of(parse(topology))
     assert (size.slices, size.hosts, size.chips) == (slices, hosts, chips)
@@ -440,7 +432,7 @@ def test_machines_of_a_topology(topology, slices, hosts, chips, cloud, sky):
 
 
 def test_a_chip_that_topology_knows_has_names():
-    """Wrong: a chip is added to hardware/chips.py, and a launch of it fails with a KeyError."""
+    """Catches a chip in hardware/chips.py for which launch has no names."""
     from imagen_jax.hardware.chips import CHIPS
 
     assert set(machines.NAMES) == {chip.name for chip in CHIPS}
@@ -448,9 +440,7 @@ def test_a_chip_that_topology_knows_has_names():
 
 @pytest.mark.parametrize("where", places.PLACES)
 def test_dry_run_starts_nothing_and_shows_no_secret(where, monkeypatch, capsys, tmp_path):
-    """Wrong: --dry-run submits; or the value of a secret is in what it prints; or it needs the
-    cluster's tool, which a laptop does not have.
-    """
+    """Catches --dry-run that submits, shows a secret's value or needs the cluster's tool."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     workdir = str(tmp_path / "r") if where in ("local", "slurm") else "gs://b/r"
     topology = {"local": [], "slurm": ["--topology=h100:2x4"]}.get(where, ["--topology=v5e:2x4"])
@@ -472,7 +462,7 @@ def test_dry_run_starts_nothing_and_shows_no_secret(where, monkeypatch, capsys, 
     "where, tool", [("tpu", "gcloud"), ("gke", "kubectl"), ("slurm", "squeue"), ("sky", "sky")]
 )
 def test_a_missing_tool_is_one_line(where, tool, capsys, tmp_path):
-    """Wrong: a traceback, or a tool that is taken for a cluster without jobs."""
+    """Catches a traceback, and a missing tool taken for a cluster without jobs."""
     workdir = str(tmp_path / "r") if where == "slurm" else "gs://b/r"
     topology = "--topology=h100:2x4" if where == "slurm" else "--topology=v5e:2x4"
     data = "/d" if where == "slurm" else "gs://b/d"
@@ -489,26 +479,55 @@ def test_a_missing_tool_is_one_line(where, tool, capsys, tmp_path):
     assert f"error: {tool} is not on PATH: " in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", ["--help", "-h"])
 @pytest.mark.parametrize("main", [command_line.main, status.main, sweep.main])
-def test_help(main, capsys):
-    """Wrong: a percent sign in a help text, over which argparse stumbles only when it is asked for
-    help.
-    """
+def test_help(main, flag, capsys):
+    """Catches --help that asks for required flags, or does not say where launch can run."""
     with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    assert ended.value.code == 0 and "python -m launch" in capsys.readouterr().out
+        main([flag])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and "python -m launch" in text
+    assert "not part of the installed package" in text
+
+
+def test_help_has_every_option(capsys):
+    """Catches help that shows the flags of the main module only."""
+    with pytest.raises(SystemExit):
+        command_line.main(["--help"])
+    text = capsys.readouterr().out
+    for option in (
+        "workdir config stage where topology setup env secret retries spot dry_run processes"
+        " devices zone project runtime keep image code namespace service_account partition account"
+        " time sbatch infra".split()
+    ):
+        assert re.search(rf"--(\[no\])?{option}:", text), option
+
+
+@pytest.mark.parametrize("flags", [["--retries", "5", "--dry-run"], ["--dry_run", "--retries=5"]])
+def test_flags_are_read_in_every_form_and_place(flags):
+    """Catches values that need "=", and flags that are lost after a config field."""
+    jobs_, options = read("--workdir=/r", *LOCAL, *flags, "--config.train.steps", "7")
+    assert options.dry_run and jobs_[0].retries == 5
+    assert jobs_[0].arguments[-1] == "--config.train.steps=7" and jobs_[0].steps == 7
 
 
 @pytest.mark.parametrize(
     "main, argv",
-    [(command_line.main, ["--where=moon"]), (sweep.main, ["--rows=x"]), (status.main, [])],
+    [
+        (command_line.main, ["--where=moon"]),
+        (command_line.main, ["--where"]),
+        (command_line.main, ["--where=local"]),
+        (sweep.main, ["--rows=x"]),
+        (sweep.main, ["--workdir=w"]),
+        (status.main, []),
+        (status.main, ["--watch", "w"]),
+    ],
 )
 def test_a_mistake_is_not_hidden_below_the_usage(main, argv, capsys):
-    """Wrong: fifteen lines of options before the one that says what is wrong."""
-    with pytest.raises(SystemExit) as ended:
-        main(argv)
+    """Catches an error message after the list of all options."""
+    assert main(argv) == 2
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("error: ") and error.count("\n") == 1
 
 
 LOGGED_OUT = """WARNING: something else
@@ -540,14 +559,15 @@ SAID = [
     ),
     (KLOG, '"Unhandled Error" err="couldn\'t get the list"'),
     ("1\n2\n3\n4\n", "2 3 4"),
-    ("", "it said nothing"),
+    ("", "no error message"),
 ]
 
 
 @pytest.mark.parametrize("text, shown", SAID)
 def test_a_tools_complaint_says_what_to_do(text, shown):
-    """Wrong: the end of a message without its beginning, which has the command to run; or a log of
-    times and source lines.
+    """Catches the end of a message without its start, which has the command to run.
+
+    Also catches a log of times and source lines instead of the message.
     """
     told = jobs.said(subprocess.CompletedProcess((), 1, stdout="", stderr=text))
     assert (
@@ -558,7 +578,7 @@ def test_a_tools_complaint_says_what_to_do(text, shown):
 
 
 def test_the_verbs_are_those_there_are():
-    """Wrong: a verb that launch does not know, or a module that is none."""
+    """Catches a verb that launch does not know, and a module that is not a verb."""
     from tests.test_layering import VERBS
 
     assert set(jobs.VERBS) == VERBS
@@ -577,5 +597,5 @@ def test_the_verbs_are_those_there_are():
     ],
 )
 def test_time_limits_are_read_as_sbatch_reads_them(limit, seconds):
-    """Wrong: minutes taken for hours, so that a limit too short to train is let through."""
+    """Catches minutes read as hours, which accepts a limit too short for training."""
     assert slurm.seconds(limit) == seconds
