@@ -70,7 +70,7 @@ OTHER_PEOPLE = {
     "women",
     "person",
     "people",
-}  # Keywords given to all genders of a role alike.
+}  # keywords of all genders of a role
 TONES = ("", "light", "medium-light", "medium", "medium-dark", "dark")
 TONE = re.compile(r"\b(light|medium-light|medium|medium-dark|dark) skin tone")
 TONE_SUBJECTS = 220
@@ -136,8 +136,9 @@ OTHERS = (
 
 
 def archive(path, package, sha256, folder):
-    """Opens the npm archive `package`, fetched into `folder` when no path is given; ValueError when
-    its SHA-256 differs.
+    """Opens an npm archive, fetched into `folder` if no path is given.
+
+    Raises ValueError if its SHA-256 differs.
     """
     if path is None:
         name = subprocess.run(
@@ -155,8 +156,9 @@ def archive(path, package, sha256, folder):
 
 
 def code_points(name):
-    """The emoji sequence of a file name or hexcode, without variation selectors: the key that joins
-    the two packages.
+    """The emoji sequence of a file name or hexcode, without variation selectors.
+
+    It is the key that joins the two packages.
     """
     parts = name.lower().replace("_", "-").split("-")
     parts = tuple(int(p, 16) for p in parts if p != "fe0f")
@@ -180,8 +182,9 @@ def plain(text):
 
 
 def wording(label):
-    """A CLDR label as one would say it: "woman: dark skin tone, red hair" -> "woman with dark skin
-    tone and red hair".
+    """A CLDR label in plain words.
+
+    "woman: dark skin tone, red hair" becomes "woman with dark skin tone and red hair".
     """
     if ": " not in label:
         return label
@@ -200,9 +203,7 @@ def wording(label):
 
 
 def shown(label):
-    """The label with the skin tone that the picture shows instead of the one that its file name
-    claims.
-    """
+    """The label with the skin tone of the picture instead of the one in its file name."""
     subject, tone = tone_of(label)
     if tone == 0 or NAMED_RIGHT.search(subject):
         return label
@@ -210,9 +211,7 @@ def shown(label):
 
 
 def captions(label, tags):
-    """Both captions: the label in words; the label and up to `KEYWORDS` keywords that add a word to
-    it.
-    """
+    """Two captions: the label in words, and the label with up to `KEYWORDS` new keywords."""
     known = set(re.findall(r"\w+", label.lower())) | OTHER_PEOPLE
     added = [plain(t) for t in tags if not set(re.findall(r"\w+", t.lower())) <= known]
     return [wording(label), ", ".join([label] + added[:KEYWORDS])]
@@ -236,8 +235,9 @@ def compose(data):
 
 
 def read_items(images, labels):
-    """One dict per picture, by file name: id (that name's hexcode), label, captions, rgb (uint8
-    [256 256 3]), image (WebP).
+    """One dict per picture, in the order of file names.
+
+    Keys: id (hexcode of the name), label, captions, rgb (uint8 [256 256 3]), image (WebP).
     """
     table, items = read_labels(labels), []
     for member in sorted((m for m in images if m.name.endswith(".webp")), key=lambda m: m.name):
@@ -267,8 +267,9 @@ def thumbnails(encoded):
 
 
 def perceptual_hash(thumbs):
-    """Signs of the 63 lowest DCT coefficients but the mean, of each channel: [n 32 32 3] -> bool [n
-    189].
+    """Signs of the lowest DCT coefficients of each channel: [n 32 32 3] -> bool [n 189].
+
+    They are the 63 lowest coefficients after the mean.
     """
     spectrum = scipy.fft.dctn(thumbs, axes=(1, 2), norm="ortho")[:, :8, :8]
     return (spectrum.reshape(len(thumbs), 64, 3)[:, 1:] > 0).reshape(len(thumbs), -1)
@@ -290,8 +291,9 @@ def words(item):
 
 
 def tone_of(label):
-    """(subject, tone index) of a label: ("woman: red hair", 3) for "woman: medium skin tone, red
-    hair"; 0 when none is named.
+    """(subject, tone index) of a label; the index is 0 if the label names no tone.
+
+    "woman: medium skin tone, red hair" gives ("woman: red hair", 3).
     """
     found = TONE.findall(label)
     if len(found) != 1:
@@ -355,8 +357,9 @@ def held_out(items):
 
 
 def write(items, split, out):
-    """Writes the splits as ArrayRecord shards with the TFDS metadata that
-    `tfds.builder_from_directory` reads.
+    """Writes the splits as ArrayRecord shards with TFDS metadata.
+
+    `tfds.builder_from_directory` reads them.
     """
     features = tfds.features.FeaturesDict(
         {
