@@ -15,7 +15,7 @@ VERBS = {"demo", "evaluate", "export", "plan", "prepare_data", "sample", "train"
 # From the ground up: a unit (a folder, or a module at the root) imports units below its own layer,
 # and of its own layer without circles.
 LAYERS = (
-    {"exit_codes", "run_log", "schema", "storage"},
+    {"run_log", "schema", "storage"},
     {"cli", "data", "diffusion", "distributed", "hardware", "models", "pictures", "text"},
     {"sharding", "weights"},
     {"cascade", "stage"},

@@ -405,11 +405,10 @@ def export(work: pathlib.Path, out: pathlib.Path, pieces: np.ndarray, tokenizer)
 
 
 def piece_texts(tokenizer) -> list[str]:
-    """Each piece as the teacher would read it."""
+    """The teacher's input for each piece; "." for special tokens."""
     pieces = [tokenizer.id_to_token(i) for i in range(VOCABULARY)]
-    return [
-        p.replace("▁", " ").strip() if p not in ("<pad>", "</s>", "<unk>") else "." for p in pieces
-    ]
+    special = ("<pad>", "</s>", "<unk>")
+    return ["." if piece in special else piece.replace("▁", " ").strip() for piece in pieces]
 
 
 def arguments() -> argparse.Namespace:

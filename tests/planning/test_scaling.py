@@ -69,8 +69,15 @@ def test_fsdp_on_few_chips(mesh, chip, chips, fsdp):
 
 def test_a_batch_that_would_be_replaced(tmp_path, capsys):
     """Catches a field of the command line that has no effect, and nobody is told."""
-    argv = ["--config=configs/base_64.py:tiny", "--rows=8", f"--output={tmp_path}"]
-    assert scaling.main([*argv, "--config.data.batch_size=3"]) == 2
+    with pytest.raises(SystemExit):
+        scaling.main(
+            [
+                "--config=configs/base_64.py:tiny",
+                "--rows=8",
+                f"--output={tmp_path}",
+                "--config.data.batch_size=3",
+            ]
+        )
     assert "follows from --rows or --batch" in capsys.readouterr().err
 
 
