@@ -23,7 +23,9 @@ def session(tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     found = results.Results(tmp_path / "output", ABOUT)
-    yield running.Session(found, work, time.monotonic() + 20, {}, tiny=True)
+    session = running.Session(found, work, time.monotonic() + 20, {}, tiny=True)
+    yield session
+    session.stop_all()
 
 
 def python(code):

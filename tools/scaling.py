@@ -84,9 +84,7 @@ def _main(argv: Sequence[str]) -> int:
                 f"{field!r} is not an option; write config fields as --config.mesh.spatial=2"
             )
         if field.startswith("--config.data.batch_size="):
-            sys.exit(
-                cli.fail("--config.data.batch_size: the batch follows from --rows or --batch")
-            )
+            sys.exit(cli.fail("--config.data.batch_size: the batch follows from --rows or --batch"))
     cli.log_to_stderr()
     cli.check_directory("output", options.output)
     sizes = options.chips.split(",")

@@ -1,7 +1,9 @@
 """Facts of the device and of compiled programs, and medians of times."""
 
 import importlib.metadata
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,8 +80,14 @@ def median(times: list[float]) -> dict[str, float]:
 
 
 def wait_for(gate: str) -> float:
-    """Waits for the file `gate`; the time.monotonic() until which this process may measure."""
+    """Waits for the file `gate`; the time.monotonic() until which this process may measure.
+
+    Ends the process if the process that opens the gate has ended.
+    """
+    parent = os.getppid()
     while gate and not Path(gate).exists():
+        if os.getppid() != parent:
+            sys.exit("the process that opens the gate has ended")
         time.sleep(0.05)
     return time.monotonic() + (float(Path(gate).read_text()) if gate else 0.0)
 
