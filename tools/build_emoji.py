@@ -141,17 +141,12 @@ def archive(path, package, sha256, folder):
     Raises ValueError if its SHA-256 differs.
     """
     if path is None:
-        name = subprocess.run(
-            ["npm", "pack", "--silent", package],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        path = pathlib.Path(folder) / name.stdout.split()[-1]
-    found = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path} is not the expected {package}: sha256 {found}, expected {sha256}")
+        command = ["npm", "pack", "--silent", package]
+        done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        path = pathlib.Path(folder) / done.stdout.split()[-1]
+    digest = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    if digest != sha256:
+        raise ValueError(f"{path} is not {package}: its SHA-256 is {digest}, not {sha256}")
     return tarfile.open(path)
 
 
@@ -163,11 +158,8 @@ def code_points(name):
     parts = name.lower().replace("_", "-").split("-")
     parts = tuple(int(p, 16) for p in parts if p != "fe0f")
     # The flags of England, Scotland and Wales are stored without the tag sequence's terminator.
-    return (
-        parts + (0xE007F,)
-        if parts[0] == 0x1F3F4 and 0xE0067 in parts and parts[-1] != 0xE007F
-        else parts
-    )
+    cut = parts[0] == 0x1F3F4 and 0xE0067 in parts and parts[-1] != 0xE007F
+    return parts + (0xE007F,) * cut
 
 
 def plain(text):
@@ -246,14 +238,8 @@ def read_items(images, labels):
         label = shown(label)
         picture, encoded = compose(images.extractfile(member).read()), io.BytesIO()
         picture.save(encoded, "WEBP", quality=QUALITY, method=6)
-        item = dict(
-            id=name,
-            label=label,
-            captions=captions(label, tags),
-            image=encoded.getvalue(),
-            rgb=np.asarray(picture),
-        )
-        items.append(item)
+        item = dict(id=name, label=label, captions=captions(label, tags))
+        items.append(item | dict(image=encoded.getvalue(), rgb=np.asarray(picture)))
     return items
 
 

@@ -100,25 +100,19 @@ def train_tokenizer(rows: list[dict], folder: pathlib.Path) -> None:
             normalizers.Strip(),
         ]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation("isolated")]
-    )
+    split = [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation("isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
     texts = [r["text"] for r in rows for _ in range(EMOJI_REPEATS if r["kind"] == "emoji" else 1)]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=SUBWORDS, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
+    options = dict(special_tokens=special, unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(vocab_size=SUBWORDS, **options)
     tokenizer.train_from_iterator(texts, trainer)
     scores = dict(json.loads(tokenizer.to_str())["model"]["vocab"])
     counts = collections.Counter()
     for text in texts:
-        counts.update(
-            w
-            for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(
-                tokenizer.normalizer.normalize_str(text)
-            )
-        )
+        normal = tokenizer.normalizer.normalize_str(text)
+        counts.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal))
     total = sum(counts.values())
     for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         if len(word) > 1 and (word in scores or len(scores) < VOCABULARY):
@@ -393,11 +387,9 @@ def export(work: pathlib.Path, out: pathlib.Path, pieces: np.ndarray, tokenizer)
     student = Student(pieces)
     student.load_state_dict(torch.load(work / "checkpoint.pt", weights_only=True)["student"])
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        n: t.to(torch.bfloat16).contiguous()
-        for n, t in student.encoder.state_dict().items()
-        if n != "encoder.embed_tokens.weight"
-    }
+    state = student.encoder.state_dict()
+    state.pop("encoder.embed_tokens.weight", None)
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(CONFIG | SIZES, indent=2) + "\n")
     tokenizer.save_pretrained(out)
@@ -416,10 +408,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("phase", choices=("tokenizer", "teach", "train", "export"))
     for name in ("coco", "wordnet", "emojibase", "minilm"):
         parser.add_argument(f"--{name}", required=True, metavar="ARCHIVE")
-    parser.add_argument(
-        "--work", type=pathlib.Path, required=True, help="folder for everything between the phases"
-    )
-    parser.add_argument("--out", type=pathlib.Path, help="export: the encoder's folder")
+    path = pathlib.Path
+    parser.add_argument("--work", type=path, required=True, help="folder for intermediate results")
+    parser.add_argument("--out", type=path, help="export: the encoder's folder")
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--refine", type=int, default=140)
     parser.add_argument("--batch", type=int, default=384)
