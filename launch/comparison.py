@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax.evals.measures.measure import columns
 from launch.ablation import Arm
 
 
@@ -50,6 +49,8 @@ def compare(
     A column lacks the arms that did not measure it. A column is left out if the reference did not
     measure it, or if arms differ in a field that must be the same for a comparison.
     """
+    from imagen_jax.evals.measures.measure import columns
+
     reference = evaluations[arms[0].name]
     fields = {field for arm in arms for field in arm.overrides}
     shown = []

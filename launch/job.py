@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from imagen_jax import cli, sharding
 from imagen_jax.hardware.topology import Topology
@@ -248,6 +247,8 @@ def read_config(config: str, fields: Sequence[str]) -> dict[str, Any]:
 
     config: FILE or FILE:ARG. fields: --config.optim.lr=3e-4, ...
     """
+    from ml_collections import config_flags
+
     path = config.partition(":")[0]
     if not Path(path).is_file():
         raise ValueError(f"--config {path} does not exist")

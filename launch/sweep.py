@@ -24,9 +24,6 @@ from pathlib import Path
 from absl import flags
 
 from imagen_jax import cli
-from imagen_jax.evals.measures import measure
-from imagen_jax.evals.rows import Settings
-from imagen_jax.stage import create_stage
 from imagen_jax.storage import write_json
 from launch import command_line, comparison, places, status
 from launch.ablation import FINISHED, Ablation, Arm, Step, options_of, plan
@@ -167,6 +164,10 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
     These are an invalid config of an arm, a measure or setting that evaluate refuses, and a workdir
     that cannot be written to.
     """
+    from imagen_jax.evals.measures import measure
+    from imagen_jax.evals.rows import Settings
+    from imagen_jax.stage import create_stage
+
     if not options.where:
         places.check_unused(options)
         check_here(bucket)
