@@ -55,7 +55,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "config", "", "config of a training, FILE.py or FILE.py:ARG", flag_values=values
     )
     flags.DEFINE_multi_string(
-        "stage", [], "NAME=CONFIG: one of several trainings; may be repeated", flag_values=values
+        "stage", [], "NAME=CONFIG: one of several trainings", flag_values=values
     )
     places.define_flags(values, required=True)
 

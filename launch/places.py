@@ -49,13 +49,12 @@ def define_flags(values: flags.FlagValues, required: bool) -> None:
         flag_values=values,
     )
     flags.DEFINE_multi_string(
-        "env", [], "NAME=VALUE: a variable of every process; may be repeated", flag_values=values
+        "env", [], "NAME=VALUE: a variable of every process", flag_values=values
     )
     flags.DEFINE_multi_string(
         "secret",
         [],
-        "name of a variable of your environment; its value is passed on and never shown; may be"
-        " repeated",
+        "name of a variable of your environment; its value is passed on and never shown",
         flag_values=values,
     )
     flags.DEFINE_integer(

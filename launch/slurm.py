@@ -96,7 +96,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "sbatch",
         [],
-        "OPTION[=VALUE]: any other option of sbatch, such as --sbatch=qos=high; may be repeated",
+        "OPTION[=VALUE]: any other option of sbatch, such as --sbatch=qos=high",
         flag_values=values,
     )
 
