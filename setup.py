@@ -1,5 +1,8 @@
-"""Packaging of imagen_jax. Floors are what the tests run on: jax 0.10.2 is the newest for Python
-3.11, jax 0.11 and 0.12 need 3.12.
+"""Packaging of imagen_jax.
+
+The lower bounds are the versions that the tests run on: jax 0.10.2 is the newest for Python 3.11;
+jax 0.11 and 0.12 need Python 3.12. The package is imagen_jax alone: configs/, launch/ and tools/
+are used from a checkout, and their requirements are listed here as well.
 """
 
 import pathlib
@@ -47,13 +50,14 @@ setup(
         "ml_dtypes>=0.5.0",
         "numpy>=2.0",
         "optax>=0.2.8",
-        "orbax-checkpoint==0.12.8",  # its v1 interface is still experimental: one version, tested
+        "orbax-checkpoint==0.12.8",  # its v1 interface is experimental: one tested version
         "Pillow>=11.0",
+        "PyYAML>=6.0",  # launch writes the manifests of GKE and SkyPilot with it
         "safetensors>=0.8.0",
-        # tokenizers that are published as spiece.model alone, T5-XXL's among them
+        # reads tokenizers that are published only as spiece.model, such as T5-XXL's
         "sentencepiece>=0.2.1",
         "tensorboardX>=2.6.4",
-        # without TensorFlow: only its readers and writers of ArrayRecord
+        # its readers and writers of ArrayRecord, which do not need TensorFlow
         "tensorflow-datasets>=4.9.10",
         "tqdm>=4.66",
         "transformers>=5.23",  # tokenizers only
@@ -61,9 +65,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda12": ["jax[cuda12]>=0.10.2,<0.13"],
-        "gpu-plan": [
-            "jax-cuda12-plugin>=0.10.2,<0.13"
-        ],  # the compiler alone, for `imagen_jax.plan`; of the same version as jax
+        # XLA's GPU compiler without CUDA, for `imagen_jax.plan`; it needs jax's own version
+        "gpu-plan": ["jax-cuda12-plugin>=0.10.2,<0.13"],
         "test": [
             "beartype>=0.22",
             "jsonschema>=4.23",
@@ -71,7 +74,8 @@ setup(
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.6",
         ],
-        "lint": ["ruff==0.17.6"],  # one version: another one formats differently
+        "lint": ["ruff==0.17.6"],  # versions format differently
         "parity": ["torch==2.13.0"],
+        "tools": ["scipy>=1.13", "tokenizers>=0.22"],  # for tools/build_emoji.py and others
     },
 )

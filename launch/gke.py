@@ -1,12 +1,11 @@
-"""Google Kubernetes Engine: a JobSet whose pods are the hosts of TPU slices or the nodes of a GPU
-cluster.
+"""Google Kubernetes Engine: a JobSet with one pod per TPU host or GPU node.
 
-JobSet starts all pods again when one fails (--retries times) or is preempted (any number of times).
-The image holds the code. On TPUs JAX finds its place from what GKE puts into pods that ask for
-google.com/tpu; on GPUs the manifest names the first pod as coordinator.
+JobSet restarts all pods when one is preempted (not counted) or fails (at most --retries times,
+except for exit codes that are not retried). The image contains the code. On TPUs JAX reads each
+pod's place from the variables that GKE sets for google.com/tpu; on GPUs the manifest names the
+first pod as coordinator.
 """
 
-import argparse
 import json
 import re
 import shlex
@@ -14,42 +13,64 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
+from absl import flags
 
+from imagen_jax import exit_codes
 from launch import machines, status
 from launch.job import MOUNT, Job, ask, in_bucket, refuse
 
 COORDINATOR_PORT = 8476
-SAVE_S = 300  # from SIGTERM to SIGKILL, for the save
+SAVE_S = 300  # time to save, from SIGTERM to SIGKILL
 TOOL = "install kubectl and choose the cluster: gcloud container clusters get-credentials"
 REPLICATED = "slice"
-SECRET = "imagen-jax"  # the Kubernetes Secret that --secret names are keys of
+CONTAINER = "imagen-jax"
+SECRET = "imagen-jax"  # the Kubernetes Secret whose keys are the names of --secret
 MANIFEST = "jobset.yaml"
+# Rules of a Job's podFailurePolicy. A Job that fails by one has the reason PodFailurePolicy and a
+# message that ends with the rule's index.
+POD_RULES = (
+    {
+        "action": "FailJob",
+        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+    },
+    {
+        "action": "FailJob",
+        "onExitCodes": {
+            "containerName": CONTAINER,
+            "operator": "In",
+            "values": sorted(exit_codes.FINAL),
+        },
+    },
+)
+# The JobSet's action for each of these rules; other failures count against maxRestarts. The message
+# patterns need JobSet 0.10.0 or later.
+ACTIONS = (("preempted", "RestartJobSetAndIgnoreMaxRestarts"), ("not_retried", "FailJobSet"))
 
 
-def define_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("--where gke")
-    group.add_argument(
-        "--image", default="", help="container image with the code and its requirements"
+def define_flags(values: flags.FlagValues) -> None:
+    """The options of --where gke."""
+    flags.DEFINE_string(
+        "image", "", "container image with the code and its requirements", flag_values=values
     )
-    group.add_argument("--code", default="/app", help="directory of the code in the image")
-    group.add_argument("--namespace", default="default")
-    group.add_argument(
-        "--service_account",
-        default="",
-        help="Kubernetes service account that may read and write the buckets",
+    flags.DEFINE_string("code", "/app", "directory of the code in the image", flag_values=values)
+    flags.DEFINE_string("namespace", "default", "Kubernetes namespace", flag_values=values)
+    flags.DEFINE_string(
+        "service_account",
+        "",
+        "Kubernetes service account that may read and write the buckets",
+        flag_values=values,
     )
 
 
-def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:
+def check(jobs: Sequence[Job], options: flags.FlagValues) -> None:
+    """Raises ValueError for options and jobs that GKE cannot run."""
     if not options.image:
         raise ValueError(
-            "--where gke needs --image, a container image with the code (its Dockerfile:"
-            " launch/README.md)"
+            "--where gke needs --image, a container image with the code; docs/launching.md has a"
+            " Dockerfile"
         )
     if re.search(r"\s", options.image):
-        raise ValueError(
-            f"--image {options.image!r} is no name of an image: it has white space in it"
-        )
+        raise ValueError(f"--image {options.image!r} contains white space: give an image's name")
     for job in jobs:
         if not in_bucket(job.workdir):
             raise ValueError(
@@ -57,8 +78,8 @@ def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:
             )
 
 
-def manifest(job: Job, options: argparse.Namespace) -> dict[str, Any]:
-    """The JobSet."""
+def manifest(job: Job, options: flags.FlagValues) -> dict[str, Any]:
+    """The JobSet of a job."""
     size, tpu = machines.of(job.topology), job.topology.chip.platform == "tpu"
     template = {
         "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}} if job.buckets else {},
@@ -69,24 +90,19 @@ def manifest(job: Job, options: argparse.Namespace) -> dict[str, Any]:
         "completions": size.hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        # A pod that is drained or preempted fails its job with the reason PodFailurePolicy, which
-        # the rule below does not count.
-        "podFailurePolicy": {
-            "rules": [
-                {
-                    "action": "FailJob",
-                    "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
-                }
-            ]
-        },
+        "podFailurePolicy": {"rules": [dict(rule) for rule in POD_RULES]},
         "template": template,
     }
-    preempted = {
-        "name": "preempted",
-        "action": "RestartJobSetAndIgnoreMaxRestarts",
-        "onJobFailureReasons": ["PodFailurePolicy"],
-    }
-    # A slice's pods share one node pool, for its chips are linked; no other slice's pods are in it.
+    rules = [
+        {
+            "name": name,
+            "action": action,
+            "onJobFailureReasons": ["PodFailurePolicy"],
+            "onJobFailureMessagePatterns": [f"rule at index {i}$"],
+        }
+        for i, (name, action) in enumerate(ACTIONS)
+    ]
+    # The chips of a slice are linked, so its pods share a node pool that no other slice uses.
     annotations = (
         {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
         if tpu
@@ -97,7 +113,7 @@ def manifest(job: Job, options: argparse.Namespace) -> dict[str, Any]:
         "kind": "JobSet",
         "metadata": {"name": job.name, "namespace": options.namespace, "annotations": annotations},
         "spec": {
-            "failurePolicy": {"maxRestarts": job.retries, "rules": [preempted]},
+            "failurePolicy": {"maxRestarts": job.retries, "rules": rules},
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "replicatedJobs": [
                 {"name": REPLICATED, "replicas": size.slices, "template": {"spec": one_job}}
@@ -106,12 +122,9 @@ def manifest(job: Job, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _pod(
-    job: Job, options: argparse.Namespace, size: machines.Machines, tpu: bool
-) -> dict[str, Any]:
-    volumes = {
-        f"bucket-{i}": bucket for i, bucket in enumerate(job.buckets)
-    }  # a bucket's own name may have dots and underscores in it
+def _pod(job: Job, options: flags.FlagValues, size: machines.Machines, tpu: bool) -> dict[str, Any]:
+    # Buckets are numbered: their names may contain dots and underscores.
+    volumes = {f"bucket-{i}": bucket for i, bucket in enumerate(job.buckets)}
     resource = "google.com/tpu" if tpu else "nvidia.com/gpu"
     label = machines.NAMES[job.topology.chip.name].gke
     if tpu:
@@ -121,20 +134,12 @@ def _pod(
         }
     else:
         selector = {"cloud.google.com/gke-accelerator": label}
+    setup = [f"{{ {job.setup}", f"}} || exit {exit_codes.INVALID}"] if job.setup else []
     container = {
-        "name": "imagen-jax",
+        "name": CONTAINER,
         "image": options.image,
         "workingDir": options.code,
-        "command": [
-            "bash",
-            "-c",
-            "\n".join(
-                [
-                    *([f"{{ {job.setup}", "} || exit 2"] if job.setup else []),
-                    f"exec {shlex.join(job.command())}",
-                ]
-            ),
-        ],
+        "command": ["bash", "-c", "\n".join([*setup, f"exec {shlex.join(job.command())}"])],
         "env": _environment(job, size, tpu),
         "resources": {"requests": {resource: size.chips}, "limits": {resource: size.chips}},
         "volumeMounts": [
@@ -148,10 +153,8 @@ def _pod(
         "nodeSelector": selector | ({"cloud.google.com/gke-spot": "true"} if options.spot else {}),
         "containers": [container],
         "volumes": [
-            {
-                "name": "shared-memory",
-                "emptyDir": {"medium": "Memory"},
-            },  # data workers pass batches through it
+            # Data workers pass batches through shared memory.
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
             *(_bucket(name, bucket) for name, bucket in volumes.items()),
         ],
     }
@@ -178,22 +181,22 @@ def _bucket(name: str, bucket: str) -> dict[str, Any]:
 
 
 def _environment(job: Job, size: machines.Machines, tpu: bool) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = [
+    variables: list[dict[str, Any]] = [
         {"name": name, "value": value} for name, value in job.environment.items()
     ]
-    found += [
+    variables += [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": SECRET, "key": name}}}
         for name in job.secrets
     ]
     if not tpu and size.total == 1:
-        found.append({"name": "JAX_NUM_PROCESSES", "value": "1"})
+        variables.append({"name": "JAX_NUM_PROCESSES", "value": "1"})
     elif not tpu:
         index = {
             "fieldRef": {
                 "fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"
             }
         }
-        found += [
+        variables += [
             {
                 "name": "JAX_COORDINATOR_ADDRESS",
                 "value": f"{job.name}-{REPLICATED}-0-0.{job.name}:{COORDINATOR_PORT}",
@@ -201,45 +204,38 @@ def _environment(job: Job, size: machines.Machines, tpu: bool) -> list[dict[str,
             {"name": "JAX_NUM_PROCESSES", "value": str(size.total)},
             {"name": "JAX_PROCESS_ID", "valueFrom": index},
         ]
-    return found
+    return variables
 
 
-def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
+def render(jobs: Sequence[Job], options: flags.FlagValues) -> str:
+    """The manifests as YAML."""
     return yaml.safe_dump_all([manifest(job, options) for job in jobs], sort_keys=False, width=1000)
 
 
-def find(job: Job, options: argparse.Namespace) -> str:
-    """The JobSet's state: running, finished or failed; "" if there is none of that name."""
+def find(job: Job, options: flags.FlagValues) -> str:
+    """The JobSet's state: running, finished or failed; "" if no JobSet has the job's name."""
+    name = (job.name, f"--namespace={options.namespace}")
     done = ask(
-        (
-            "kubectl",
-            "get",
-            "jobset",
-            job.name,
-            f"--namespace={options.namespace}",
-            "--ignore-not-found",
-            "--output=json",
-        ),
+        ("kubectl", "get", "jobset", *name, "--ignore-not-found", "--output=json"),
         TOOL,
     )
     refuse(done, "kubectl get jobset")
     if not done.stdout.strip():
         return ""
-    ended = json.loads(done.stdout).get("status", {}).get("terminalState", "")
-    return {"": "running", "Completed": "finished"}.get(ended, "failed")
+    state = json.loads(done.stdout).get("status", {}).get("terminalState", "")
+    return {"": "running", "Completed": "finished"}.get(state, "failed")
 
 
-def submit(jobs: Sequence[Job], options: argparse.Namespace) -> int:
-    """Creates the JobSets; one of that name that has ended makes room first."""
+def submit(jobs: Sequence[Job], options: flags.FlagValues) -> int:
+    """Creates the JobSets; one of the same name that has ended is deleted first."""
     for job in jobs:
         name = (job.name, f"--namespace={options.namespace}")
         if find(job, options):
             refuse(ask(("kubectl", "delete", "jobset", *name), TOOL), "kubectl delete")
         text = render([job], options)
         (job.record / MANIFEST).write_text(text)
-        refuse(
-            ask(("kubectl", "create", "--filename=-"), TOOL, text), "kubectl create"
-        )  # unlike apply, it refuses a name that is taken
+        # Unlike apply, create refuses a name that is in use.
+        refuse(ask(("kubectl", "create", "--filename=-"), TOOL, text), "kubectl create")
         status.record(job, "gke", "submitted", f"JobSet {job.name}")
         print(
             f"{job.title}: JobSet {' '.join(name)} created; kubectl delete jobset {' '.join(name)}"

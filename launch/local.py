@@ -1,11 +1,9 @@
-"""Runs jobs on this machine: each as several processes that find one another over the loopback
-address, started again when one of them dies.
+"""Runs jobs on this machine: each as one or several processes, restarted when one of them dies.
 
-Processes on CPU get --devices virtual devices each. A machine's GPUs or TPU chips are one process's
-(--processes=1, the default).
+The processes of a job connect over the loopback address. On CPU each has --devices virtual devices.
+The machine's GPUs or TPU chips belong to a single process (--processes=1, the default).
 """
 
-import argparse
 import contextlib
 import ctypes
 import functools
@@ -20,50 +18,52 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from imagen_jax.distributed.watch import LOST
+from absl import flags
+
+from imagen_jax.exit_codes import FAILED, FINAL, INTERRUPTED, LOST
 from imagen_jax.storage import only_process
 from launch import status
-from launch.job import USAGE_ERROR, Job, exports
+from launch.job import Job, exports
 
 POLL_S = 0.1
-GRACE_S = 10.0  # for the other processes to end when one has failed: they cannot go on without it
-END_S = 300.0  # for the other processes to end when one has ended in order
-TABLE_S = 60.0  # between two tables of several jobs; on a terminal it is kept up to date
-INTERRUPTED = 130
+GRACE_S = 10.0  # time for the other processes to end after one has failed
+END_S = 300.0  # time for the other processes to end after one has ended without an error
+TABLE_S = 60.0  # between two tables of several jobs; a terminal shows a live table
 LOG = "output.log"
-PORTS = range(21_000, 29_000)  # below those that Linux gives to whoever asks for any (32768 and up)
+PORTS = range(21_000, 29_000)  # below Linux's ephemeral ports (32768 and up)
 
 
-def define_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("--where local")
-    group.add_argument("--processes", type=int, default=1, help="of each job")
-    group.add_argument(
-        "--devices",
-        type=int,
-        default=0,
-        help="virtual CPU devices of each process; 0: the devices that the machine has",
+def define_flags(values: flags.FlagValues) -> None:
+    """The options of --where local."""
+    flags.DEFINE_integer("processes", 1, "processes of each job", flag_values=values)
+    flags.DEFINE_integer(
+        "devices",
+        0,
+        "virtual CPU devices of each process; 0: the devices of the machine",
+        flag_values=values,
     )
 
 
-def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:
+def check(jobs: Sequence[Job], options: flags.FlagValues) -> None:
+    """Raises ValueError for numbers of processes and devices that cannot run."""
     if options.processes < 1 or options.devices < 0:
         raise ValueError(
-            f"--processes={options.processes} --devices={options.devices}: at least one process,"
-            " with no negative number of devices"
+            f"--processes={options.processes} --devices={options.devices}: give at least one"
+            " process and no negative number of devices"
         )
     if options.processes > 1 and not options.devices:
         raise ValueError(
-            "--processes needs --devices: several processes on one machine share no GPU or TPU, so"
+            "--processes needs --devices: processes on one machine cannot share its GPU or TPU, so"
             " they run on virtual CPU devices"
         )
 
 
-def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
-    """What will be run, as shell lines; the port is chosen when it is."""
+def render(jobs: Sequence[Job], options: flags.FlagValues) -> str:
+    """The commands as shell lines; PORT is chosen when they run."""
     lines = []
     for job in jobs:
         lines += [
@@ -81,61 +81,46 @@ def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _variables(options: argparse.Namespace, process: int, port: int | str) -> dict[str, str]:
-    """What tells a process its place: the coordinator, which listens on this machine only, and its
-    devices.
-    """
-    found = {
-        "JAX_NUM_PROCESSES": str(options.processes)
-    }  # 1: alone, whatever cluster this machine is in
+def _variables(options: flags.FlagValues, process: int, port: int | str) -> dict[str, str]:
+    """A process's variables: its place, its devices and the coordinator's loopback address."""
+    # One process: JAX looks for no others, whatever cluster this machine belongs to.
+    variables = {"JAX_NUM_PROCESSES": str(options.processes)}
     if options.processes > 1:
         address = f"127.0.0.1:{port}"
-        found |= {
+        variables |= {
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_COORDINATOR_BIND_ADDRESS": address,
             "JAX_PROCESS_ID": str(process),
         }
     if options.devices:
-        found |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options.devices)}
-    return found
+        variables |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options.devices)}
+    return variables
 
 
-def _take_port(kept: contextlib.ExitStack) -> int:
-    """A free port that nobody else is given until `kept` is closed: not one that the system hands
-    out, and no other launcher's on this machine.
-    """
+def _take_port(stack: contextlib.ExitStack) -> int:
+    """A free port, reserved among the launchers of this user until `stack` is closed."""
     directory = Path(tempfile.gettempdir()) / f"imagen_jax_ports_{os.getuid()}"
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
         with contextlib.suppress(ValueError, OSError), contextlib.ExitStack() as taken:
             taken.enter_context(only_process(directory / str(port), "using"))
             socket.create_server(("", port)).close()
-            kept.push(taken.pop_all())
+            stack.push(taken.pop_all())
             return port
-    raise ValueError(f"no free port from {PORTS.start} to {PORTS.stop - 1}")
+    raise ValueError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free: end other launchers")
 
 
 class Group:
-    """The processes of one attempt at a job. What they print goes to `write` line by line, with the
-    process's number before it.
+    """The processes of one attempt at a job.
+
+    Each line of their output goes to `write`, after the process's number if there are several.
     """
 
-    def __init__(self, job: Job, options: argparse.Namespace, write: Any):
+    def __init__(self, job: Job, options: flags.FlagValues, write: Callable[[bytes], None]):
         self._first: int | None = None  # exit code of the first process that ended
         self._deadline = float("inf")
-        self._kept = contextlib.ExitStack()
-        port = _take_port(self._kept)
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if not re.match("JAX_(COORDINATOR|NUM_PROC|PROCESS)", name)
-        }
-        if (
-            options.devices
-        ):  # an older way to ask for virtual devices, which would say something else
-            flags = re.sub(
-                r"--xla_force_host_platform_device_count=\d+", "", inherited.get("XLA_FLAGS", "")
-            ).strip()
-            inherited |= {"XLA_FLAGS": flags}
+        self._stack = contextlib.ExitStack()
+        port = _take_port(self._stack)
+        inherited = _inherited(options)
         self._processes: list[subprocess.Popen] = []
         self._readers: list[threading.Thread] = []
         self._running: set[int] = set()
@@ -165,68 +150,74 @@ class Group:
             self._readers.append(reader)
 
     def poll(self) -> int | None:
-        """None while a process runs, else the exit code: that of the first process that failed,
-        negative if a signal ended it.
+        """None while a process runs, else the exit code of the first process that failed.
+
+        It is negative if a signal ended that process.
         """
         codes = [process.poll() for process in self._processes]
         for process, code in zip(self._processes, codes):
             if code is not None:
                 self._end_children(process)
         ended = [code for code in codes if code is not None]
-        # Of several at once the cause comes first: what a signal ended, then what failed by itself,
-        # then what only noticed.
+        # Of several failures at once, the cause comes first: a process ended by a signal, then one
+        # that failed, then one that ended because of another.
         failed = sorted((code for code in ended if code), key=lambda code: (code == LOST, code))
         if ended and self._first in (None, 0) and (self._first is None or failed):
             self._first = failed[0] if failed else 0
             self._deadline = time.monotonic() + (GRACE_S if failed else END_S)
             if failed:
                 self.send(signal.SIGTERM)
-        elif (
-            self._first == LOST
-        ):  # it noticed before the one that failed had ended, which no signal of ours explains
+        elif self._first == LOST:  # the process that failed may end after those that noticed
             self._first = next((code for code in failed if code > 0), LOST)
         if len(ended) == len(codes):
             self.close()
             return self._first
         if time.monotonic() > self._deadline:
-            self._first = self._first or 1  # ended in order, but not all of it
+            self._first = self._first or FAILED  # some processes never ended
             self.close()
             return self._first
         return None
 
     def send(self, number: int) -> None:
+        """Sends a signal to all running processes."""
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     def close(self) -> None:
-        """Ends what is left, with the processes that it started, and frees the port."""
+        """Kills the remaining processes and their children, and frees the port."""
         for process in self._processes:
             self._end_children(process)
             process.wait()
         for reader in self._readers:
             reader.join(timeout=GRACE_S)
-        self._kept.close()
+        self._stack.close()
 
     def _end_children(self, process: subprocess.Popen) -> None:
-        """Kills a process with all that it started, such as data workers. Once: afterwards the
-        number may be another's.
-        """
+        """Kills a process's group, such as its data workers; once, as ids are reused."""
         if process.pid in self._running:
             self._running.remove(process.pid)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _pass_lines(stream: BinaryIO, prefix: bytes, write: Any) -> None:
+def _inherited(options: flags.FlagValues) -> dict[str, str]:
+    """This environment without other values for a process's place and number of devices."""
+    place = re.compile("JAX_(COORDINATOR|NUM_PROC|PROCESS)")
+    variables = {name: value for name, value in os.environ.items() if not place.match(name)}
+    if options.devices:
+        count = r"--xla_force_host_platform_device_count=\d+"
+        variables["XLA_FLAGS"] = re.sub(count, "", variables.get("XLA_FLAGS", "")).strip()
+    return variables
+
+
+def _pass_lines(stream: BinaryIO, prefix: bytes, write: Callable[[bytes], None]) -> None:
     for line in stream:
         write(prefix + line.rstrip(b"\n") + b"\n")
 
 
-def _end_with_launcher() -> Any:
-    """For a new process: SIGTERM, upon which a training saves and ends, when the launcher dies
-    without a word. Linux only.
-    """
+def _end_with_launcher() -> Callable[[], Any] | None:
+    """Makes a new process get SIGTERM when the launcher dies, so that it saves; Linux only."""
     if sys.platform != "linux":
         return None
     prctl, set_death_signal = _libc().prctl, 1
@@ -239,53 +230,32 @@ def _libc() -> ctypes.CDLL:
 
 
 class Attempts:
-    """A job, from its first start to its last end. `code` is None until then."""
+    """All attempts at a job; `code` is its exit code, None until the last attempt has ended."""
 
-    def __init__(self, job: Job, options: argparse.Namespace, echo: bool):
-        self.job, self.code, self._options, self._attempt, self._retries, self._stopped = (
-            job,
-            None,
-            options,
-            0,
-            job.retries,
-            False,
-        )
+    def __init__(self, job: Job, options: flags.FlagValues, echo: bool):
+        self.job, self._options = job, options
+        self.code: int | None = None
+        self._attempt, self._retries, self._stopped = 0, job.retries, False
         self._log = open(job.record / LOG, "ab", buffering=0)
         self._sinks = [self._log, *([sys.stdout.buffer] if echo else [])]
         self._start()
 
     def _start(self) -> None:
         self._last_error = b""
-        status.record(
-            self.job,
-            "local",
-            "running",
-            f"attempt {self._attempt + 1}" if self._attempt else "",
-            self._attempt,
-        )
+        self._record("running", f"attempt {self._attempt + 1}" if self._attempt else "")
         self._group = Group(self.job, self._options, self._write)
 
     def poll(self) -> None:
+        """Looks at the processes: starts the next attempt, or sets `code` after the last one."""
         code = None if self.code is not None else self._group.poll()
         if code is None:
             return
         why = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-        if code in (0, USAGE_ERROR) or self._attempt >= self._retries:
+        if code in (0, *FINAL) or self._attempt >= self._retries:
             self.code = code
             error = self._last_error.decode(errors="replace")
-            if code:
-                state = (
-                    "stopped" if self._stopped and (code < 0 or code == INTERRUPTED) else "failed"
-                )
-            else:
-                state = "finished" if self._ended() else "stopped"
-            status.record(
-                self.job,
-                "local",
-                state,
-                f"{why}{f'; {error}' if error else ''}" if code else "",
-                self._attempt,
-            )
+            detail = f"{why}{f'; {error}' if error else ''}" if code else ""
+            self._record(self._end_state(code), detail)
             return
         self._attempt += 1
         self._write(
@@ -294,49 +264,51 @@ class Attempts:
         )
         self._start()
 
-    def _ended(self) -> bool:
-        """Whether processes that ended in order are at their end: they also do when asked to stop,
-        which only a training's files tell from its end.
-        """
-        return status.read(self.job).ended if self.job.steps else not self._stopped
+    def _end_state(self, code: int) -> str:
+        """finished, stopped or failed. A training that saved and stopped also exits with 0."""
+        if code:
+            return "stopped" if self._stopped and (code < 0 or code == INTERRUPTED) else "failed"
+        ended = status.read(self.job).ended if self.job.steps else not self._stopped
+        return "finished" if ended else "stopped"
+
+    def _record(self, state: str, detail: str) -> None:
+        status.record(self.job, "local", state, detail, self._attempt)
 
     def stop(self, number: int) -> None:
         """Passes a signal on; the job is not started again."""
         self._retries, self._stopped = 0, True
         if self.code is None:
-            at_once = "its processes are ended at once"
-            asked = (
-                "its processes are told to save and end, which they do after the step that they are"
-                " at; a second signal ends them at once"
+            notice = (
+                "killing its processes"
+                if number == signal.SIGKILL
+                else "its processes save after their current step and end; a second signal kills"
+                " them"
             )
-            self._write(
-                f"{self.job.title}: {at_once if number == signal.SIGKILL else asked}\n".encode()
-            )
+            self._write(f"{self.job.title}: {notice}\n".encode())
             self._group.send(number)
 
     def close(self) -> None:
+        """Kills the processes if they run, and closes the log."""
         if self.code is None:
             self._group.close()
-            status.record(self.job, "local", "stopped", "the launcher ended", self._attempt)
+            self._record("stopped", "the launcher ended")
         self._log.close()
 
     def _write(self, line: bytes) -> None:
         if re.search(rb"[Ee]rror: ", line):
             self._last_error = line.strip()
         for sink in self._sinks:
-            with contextlib.suppress(
-                OSError
-            ):  # whoever read the output has gone, or the disk is full; the job goes on
+            # The job goes on if the reader of a pipe is gone or the disk is full.
+            with contextlib.suppress(OSError):
                 sink.write(line)
                 sink.flush()
 
 
-def run(jobs: Sequence[Job], options: argparse.Namespace) -> int:
-    """Runs all jobs to their end, side by side, and shows them in a table if they are several. 0 if
-    all ended well, else the first bad exit code.
+def run(jobs: Sequence[Job], options: flags.FlagValues) -> int:
+    """Runs all jobs side by side to their end; several jobs are shown in a table.
 
-    SIGINT and SIGTERM go on to all processes, which save and end, and the exit code is 130; a
-    second one ends them at once.
+    Returns 0, or the first exit code that is not 0. SIGINT and SIGTERM are passed on to all
+    processes, which save and end; the exit code is then 130. A second signal kills them.
     """
     received: list[int] = []
     before = {
@@ -361,17 +333,19 @@ def run(jobs: Sequence[Job], options: argparse.Namespace) -> int:
 
 
 def _set_up(job: Job) -> None:
-    if (
-        job.setup
-        and subprocess.run(
-            job.setup, shell=True, executable="/bin/bash", env=os.environ | dict(job.environment)
-        ).returncode
-    ):
-        raise ValueError(f"--setup of {job.title} failed: {job.setup}")
+    """Runs --setup. Raises ValueError if it fails."""
+    if not job.setup:
+        return
+    environment = os.environ | dict(job.environment)
+    done = subprocess.run(job.setup, shell=True, executable="/bin/bash", env=environment)
+    if done.returncode:
+        raise ValueError(
+            f"--setup of {job.title} failed with exit code {done.returncode}: {job.setup}"
+        )
 
 
 def _watch(attempts: Sequence[Attempts], received: Sequence[int], board: "Board | None") -> None:
-    """Until all have ended."""
+    """Polls until all jobs have ended; passes on the first two signals in `received`."""
     passed_on = 0
     while True:
         for number in received[passed_on:2]:
@@ -389,13 +363,14 @@ def _watch(attempts: Sequence[Attempts], received: Sequence[int], board: "Board 
 
 
 class Board:
-    """The table of several jobs: on a terminal in one place, elsewhere now and then."""
+    """The table of several jobs: redrawn in place on a terminal, else printed at intervals."""
 
     def __init__(self, jobs: Sequence[Job], interval_s: float = TABLE_S):
         self._jobs, self._live = jobs, sys.stdout.isatty()
         self._interval, self._next, self._lines = 2.0 if self._live else interval_s, 0.0, 0
 
     def show(self, at_once: bool = False) -> None:
+        """Prints the table if the interval has passed, or `at_once`."""
         if not at_once and time.monotonic() < self._next:
             return
         self._next = time.monotonic() + self._interval
@@ -406,6 +381,6 @@ class Board:
         self._lines = text.count("\n") + 1
 
 
-def find(job: Job, options: argparse.Namespace) -> str:
-    """Nobody but the workdir's locks knows of local jobs."""
+def find(job: Job, options: flags.FlagValues) -> str:
+    """Always "": the locks in the workdir show local jobs."""
     return ""

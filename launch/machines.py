@@ -1,7 +1,7 @@
-"""How many hosts a topology has, and what the clouds call it: accelerator types, node labels,
-runtime images, each with its source.
+"""The hosts of a topology, and the clouds' names for it, with their sources.
 
-Chip counts and tori are those of imagen_jax.hardware.topology.
+The names are accelerator types, node labels and runtime images. Chip counts and tori are those of
+imagen_jax.hardware.topology.
 """
 
 import dataclasses
@@ -14,8 +14,10 @@ CLOUD = "docs.cloud.google.com/"
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """`accelerator_type`: without the count, of `gcloud compute tpus`. `gke`: value of the node
-    label that GKE selects by. `sky`: SkyPilot's, without count.
+    """A chip's names, without counts.
+
+    accelerator_type, runtime: of `gcloud compute tpus`. gke: value of the node label that GKE
+    selects by. sky: SkyPilot's accelerator.
     """
 
     accelerator_type: str
@@ -35,15 +37,16 @@ NAMES = {
     "h100": Names("", "", "nvidia-h100-80gb", "H100"),
     "h200": Names("", "", "nvidia-h200-141gb", "H200"),
 }
-# a 2x4 slice of v5e or v6e is one machine of eight chips; of larger ones a machine has four (CLOUD
-# + tpu/docs/v5e, v6e)
+# A 2x4 slice of v5e or v6e is one host with eight chips; hosts of larger slices have four (CLOUD +
+# tpu/docs/v5e, v6e).
 ONE_HOST = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Machines:
-    """`slices` times `hosts` machines with `chips` chips each. Of a GPU cluster: one slice of its
-    nodes.
+    """`slices` x `hosts` machines with `chips` chips each.
+
+    The nodes of a GPU cluster are one slice.
     """
 
     slices: int
@@ -52,6 +55,7 @@ class Machines:
 
     @property
     def total(self) -> int:
+        """The number of machines."""
         return self.slices * self.hosts
 
 
@@ -61,13 +65,13 @@ def of(topology: Topology) -> Machines:
         nodes, gpus = topology.shape
         return Machines(1, topology.slices * nodes, gpus)
     chips = math.prod(topology.shape)
-    whole = len(topology.shape) == 2 and chips <= ONE_HOST
-    a_host = chips if whole else topology.chip.chips_per_host
-    if chips % a_host:
+    one_host = len(topology.shape) == 2 and chips <= ONE_HOST
+    per_host = chips if one_host else topology.chip.chips_per_host
+    if chips % per_host:
         raise ValueError(
-            f"--topology {topology}: {chips} chips are no whole number of machines of {a_host}"
+            f"--topology {topology}: {chips} chips do not divide into hosts of {per_host}"
         )
-    return Machines(topology.slices, chips // a_host, a_host)
+    return Machines(topology.slices, chips // per_host, per_host)
 
 
 def accelerator_type(topology: Topology) -> str:
@@ -78,12 +82,11 @@ def accelerator_type(topology: Topology) -> str:
 def sky_accelerator(topology: Topology) -> str:
     """One slice, or the GPUs of one node, as SkyPilot names it: tpu-v5litepod-256:1, H100:8."""
     name = NAMES[topology.chip.name].sky
-    return (
-        f"{name}-{_count(topology)}:1"
-        if topology.chip.platform == "tpu"
-        else f"{name}:{topology.shape[1]}"
-    )
+    if topology.chip.platform == "tpu":
+        return f"{name}-{_count(topology)}:1"
+    return f"{name}:{topology.shape[1]}"
 
 
 def _count(topology: Topology) -> int:
+    """Chips of a slice, or cores where a chip has two: the clouds count so."""
     return math.prod(topology.shape) * topology.chip.cores

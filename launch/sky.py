@@ -1,17 +1,19 @@
-"""SkyPilot: a managed job, which SkyPilot moves to other machines, zones or clouds when it is
-preempted.
+"""SkyPilot: a managed job, which moves to other machines, zones or clouds when preempted.
 
 SkyPilot copies this directory to every machine. On GPUs one process runs on each node and finds the
-others by SkyPilot's variables; on the hosts of a TPU slice JAX finds them by itself.
+others through SkyPilot's variables; on the hosts of a TPU slice JAX finds them itself.
+
+SkyPilot counts restarts and can retry some exit codes without a limit, but it cannot exclude an
+exit code: it also retries those of `exit_codes.FINAL`, at most --retries times.
 """
 
-import argparse
 import json
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
+from absl import flags
 
 from launch import machines, status
 from launch.job import BUCKET, ENVIRONMENT, MOUNT, Job, ask, in_bucket, refuse
@@ -26,16 +28,18 @@ export JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"
 """
 
 
-def define_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("--where sky")
-    group.add_argument(
-        "--infra",
-        default="",
-        help="cloud[/region[/zone]], such as gcp/us-west4; default: SkyPilot chooses by price",
+def define_flags(values: flags.FlagValues) -> None:
+    """The options of --where sky."""
+    flags.DEFINE_string(
+        "infra",
+        "",
+        "cloud[/region[/zone]], such as gcp/us-west4; default: SkyPilot chooses by price",
+        flag_values=values,
     )
 
 
-def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:
+def check(jobs: Sequence[Job], options: flags.FlagValues) -> None:
+    """Raises ValueError for jobs that SkyPilot cannot run."""
     for job in jobs:
         if not in_bucket(job.workdir):
             raise ValueError(
@@ -43,13 +47,13 @@ def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:
             )
         if job.topology.chip.platform == "tpu" and job.topology.slices > 1:
             raise ValueError(
-                f"--topology {job.topology}: SkyPilot starts one slice; use --where tpu or gke for"
-                " several"
+                f"--topology {job.topology}: SkyPilot starts one slice; for several slices use"
+                " --where tpu or gke"
             )
 
 
-def task(job: Job, options: argparse.Namespace) -> dict[str, Any]:
-    """What SkyPilot reads."""
+def task(job: Job, options: flags.FlagValues) -> dict[str, Any]:
+    """SkyPilot's task for a job."""
     size, tpu = machines.of(job.topology), job.topology.chip.platform == "tpu"
     resources: dict[str, Any] = {
         "accelerators": machines.sky_accelerator(job.topology),
@@ -62,65 +66,55 @@ def task(job: Job, options: argparse.Namespace) -> dict[str, Any]:
         resources["accelerator_args"] = {
             "runtime_version": machines.NAMES[job.topology.chip.name].runtime
         }
-    place = "" if tpu else NODES.format(port=COORDINATOR_PORT)
-    made: dict[str, Any] = {
+    variables = "" if tpu else NODES.format(port=COORDINATOR_PORT)
+    content: dict[str, Any] = {
         "name": job.name,
         "num_nodes": 1 if tpu else size.total,
         "workdir": ".",
         "resources": resources,
         "setup": f"set -e\n{job.install}",
         "run": (
-            f'{place}export PATH="$HOME/{ENVIRONMENT}/bin:$PATH"\nexec'
+            f'{variables}export PATH="$HOME/{ENVIRONMENT}/bin:$PATH"\nexec'
             f" {shlex.join(job.command('python'))}\n"
         ),
     }
     if job.environment:
-        made["envs"] = dict(job.environment)
+        content["envs"] = dict(job.environment)
     if job.secrets:
-        made["secrets"] = dict.fromkeys(job.secrets)
+        content["secrets"] = dict.fromkeys(job.secrets)
     if job.buckets:
-        made["file_mounts"] = {
+        content["file_mounts"] = {
             f"{MOUNT}/{bucket}": {"source": f"{BUCKET}{bucket}", "mode": "MOUNT"}
             for bucket in job.buckets
         }
-    return made
+    return content
 
 
-def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
+def render(jobs: Sequence[Job], options: flags.FlagValues) -> str:
+    """The tasks as YAML."""
     return yaml.safe_dump_all([task(job, options) for job in jobs], sort_keys=False, width=1000)
 
 
-def find(job: Job, options: argparse.Namespace) -> str:
-    """The managed job's state: running, or waiting, which recovering is too; "" if none of that
-    name is in progress.
-    """
+def find(job: Job, options: flags.FlagValues) -> str:
+    """The managed job's state: running, waiting (also while recovering) or "" if there is none."""
     done = ask(("sky", "jobs", "queue", "--skip-finished", "--all", "--output=json"), TOOL)
     refuse(done, "sky jobs queue")
-    states = [
-        found["status"]
-        for found in json.loads(done.stdout[done.stdout.find("[") :] or "[]")
-        if found["job_name"] == job.name
-    ]
-    return (
-        ""
-        if not states
-        else "running"
-        if any("RUNNING" in state for state in states)
-        else "waiting"
-    )
+    entries = json.loads(done.stdout[done.stdout.find("[") :] or "[]")
+    states = [entry["status"] for entry in entries if entry["job_name"] == job.name]
+    if not states:
+        return ""
+    return "running" if any("RUNNING" in state for state in states) else "waiting"
 
 
-def submit(jobs: Sequence[Job], options: argparse.Namespace) -> int:
+def submit(jobs: Sequence[Job], options: flags.FlagValues) -> int:
+    """Hands the tasks to SkyPilot, one managed job each."""
     for job in jobs:
         path = job.record / TASK
         path.write_text(render([job], options))
-        secrets = [
-            part for name in job.secrets for part in ("--secret", name)
-        ]  # by name: sky takes the value from the environment
-        refuse(
-            ask(("sky", "jobs", "launch", "--yes", "--detach-run", *secrets, str(path)), TOOL),
-            "sky jobs launch",
-        )
+        # Secrets go by name: sky reads their values from the environment.
+        secrets = [part for name in job.secrets for part in ("--secret", name)]
+        command = ("sky", "jobs", "launch", "--yes", "--detach-run", *secrets, str(path))
+        refuse(ask(command, TOOL), "sky jobs launch")
         status.record(job, "sky", "submitted", f"managed job {job.name}")
         print(
             f"{job.title}: managed job {job.name} submitted; sky jobs cancel --name {job.name}"

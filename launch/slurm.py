@@ -1,16 +1,14 @@
-"""SLURM, for GPU clusters: one sbatch script, in which srun starts one process a node; several jobs
-share one allocation side by side.
+"""SLURM, for GPU clusters: one sbatch script in which srun starts one process per node.
 
-One process a node, not one a GPU: a host reads its part of each batch once, and `data.workers`
-means the same as on a TPU host. Each is told its place by JAX's own variables, because what JAX
-makes of SLURM's is one process a GPU.
+Several jobs share one allocation side by side. One process per node instead of one per GPU: a host
+reads its part of each batch once, and `data.workers` means the same as on a TPU host. JAX's own
+variables give each process its place, because JAX would read one process per GPU from SLURM's.
 
-The job stays in the queue until the training is finished: at its time limit, when preempted, and
-after a failure (--retries times) it is queued again and goes on from its newest checkpoint.
-`--dependency=singleton` keeps SLURM itself from running two jobs of one name.
+The job is requeued at its time limit, when preempted and after a failure (at most --retries times,
+except for exit codes that are not retried), and continues from its newest checkpoint.
+`--dependency=singleton` makes SLURM run at most one job of a name.
 """
 
-import argparse
 import hashlib
 import math
 import os
@@ -19,11 +17,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from launch import machines, status
-from launch.job import NAME_LENGTH, USAGE_ERROR, Job, ask, exports, in_bucket, refuse
+from absl import flags
 
-SAVE_S = 300  # before the time limit the processes are told to save and end
-# What this script depends on, so that --sbatch may not say otherwise.
+from imagen_jax import exit_codes
+from launch import machines, status
+from launch.job import NAME_LENGTH, Job, ask, exports, in_bucket, refuse
+
+SAVE_S = 300  # before the time limit, the processes get a signal to save and end
+# Options that the script depends on and --sbatch may not set.
 OWN = (
     "job-name",
     "comment",
@@ -56,31 +57,52 @@ WITHOUT_VALUE = (  # sbatch's manual
 )
 TOOL = "run this on a login node of the cluster"
 SCRIPT = "job.sbatch"
-PORTS = range(61_440, 65_536)  # one for each job, by its number, as jax does it
+PORTS = range(61_440, 65_536)  # the job's number selects one, as in jax
+# The end of the script: waits for all steps and requeues the job. A failure that is retried takes
+# precedence over one that is not.
+END = """\
+final() {{ case "$1" in {final}) return 0 ;; *) return 1 ;; esac; }}  # exit codes not to retry
+worst=0
+for step in "${{steps[@]}}"; do
+  while true; do
+    wait "$step"; code=$?
+    kill -0 "$step" 2>/dev/null || break  # a signal ends wait, not the step
+  done
+  if [ "$code" -ne 0 ] && {{ [ "$worst" -eq 0 ] || final "$worst"; }}; then worst=$code; fi
+done
+# SLURM's own count includes the requeues at the time limit and after preemptions.
+failures={failures} crashes=()
+[ ! -f "$failures" ] || mapfile -t crashes < "$failures"
+again=$asked
+if [ "$asked" -eq 0 ] && [ "$worst" -ne 0 ] && ! final "$worst" \\
+    && [ "${{#crashes[@]}}" -lt {retries} ]; then
+  echo "exit code $worst" >> "$failures"; again=1
+fi
+if [ "$again" -eq 1 ]; then scontrol requeue "$SLURM_JOB_ID" && sleep 60; fi
+exit "$worst"
+"""
 
 
-def define_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("--where slurm")
-    group.add_argument("--partition", default="")
-    group.add_argument("--account", default="")
-    group.add_argument(
-        "--time",
-        default="",
-        help=(
-            "limit of one run of the job, as sbatch takes it; the job is queued again when it is"
-            " over"
-        ),
+def define_flags(values: flags.FlagValues) -> None:
+    """The options of --where slurm."""
+    flags.DEFINE_string("partition", "", "partition of the job", flag_values=values)
+    flags.DEFINE_string("account", "", "account to charge", flag_values=values)
+    flags.DEFINE_string(
+        "time",
+        "",
+        "time limit of one run of the job, in sbatch's format; the job is requeued at the limit",
+        flag_values=values,
     )
-    group.add_argument(
-        "--sbatch",
-        action="append",
-        default=[],
-        metavar="OPTION[=VALUE]",
-        help="any other of sbatch, such as --sbatch=qos=high",
+    flags.DEFINE_multi_string(
+        "sbatch",
+        [],
+        "OPTION[=VALUE]: any other option of sbatch, such as --sbatch=qos=high",
+        flag_values=values,
     )
 
 
-def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:
+def check(jobs: Sequence[Job], options: flags.FlagValues) -> None:
+    """Raises ValueError for options and jobs that this launcher cannot hand to SLURM."""
     for job in jobs:
         if in_bucket(job.workdir) or job.unmounted:
             raise ValueError(
@@ -89,43 +111,51 @@ def check(jobs: Sequence[Job], options: argparse.Namespace) -> None:
             )
         if job.topology.chip.platform != "cuda":
             raise ValueError(
-                f"--topology {job.topology}: SLURM clusters have GPUs here; give NODESxGPUS such as"
-                " h100:32x8"
+                f"--topology {job.topology} is not supported: SLURM clusters have GPUs here; give"
+                " NODESxGPUS such as h100:32x8"
             )
     if len({machines.of(job.topology).chips for job in jobs}) > 1:
-        raise ValueError("jobs that share an allocation use the same number of GPUs of each node")
+        raise ValueError(
+            "the stages need different numbers of GPUs per node: give the same number, because"
+            " they share one allocation"
+        )
     for text in options.sbatch:
-        name, equals, _ = text.partition("=")
-        if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", text) or not (
-            equals or name in (*WITHOUT_VALUE, *OWN)
-        ):
-            raise ValueError(
-                f"--sbatch={text} is not OPTION=VALUE, such as --sbatch=constraint=h100, nor one of"
-                f" {', '.join(WITHOUT_VALUE)}"
-            )
-        if name in OWN or name in ("partition", "account", "time"):
-            raise ValueError(
-                f"--sbatch={text}: "
-                + (f"launch sets {name} itself" if name in OWN else f"give --{name}")
-            )
+        _check_sbatch(text)
     if options.time and seconds(options.time) <= SAVE_S:
         raise ValueError(
-            f"--time {options.time} leaves no time to train: {SAVE_S} s before its end the"
-            " processes save"
+            f"--time {options.time} leaves no time to train: give more than {SAVE_S} s, which are"
+            " reserved for saving"
         )
+
+
+def _check_sbatch(text: str) -> None:
+    """Raises ValueError if a value of --sbatch is malformed or set by launch."""
+    name, equals, _ = text.partition("=")
+    if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", text) or not (
+        equals or name in (*WITHOUT_VALUE, *OWN)
+    ):
+        raise ValueError(
+            f"--sbatch={text} is not OPTION=VALUE, such as --sbatch=constraint=h100, nor one of"
+            f" {', '.join(WITHOUT_VALUE)}"
+        )
+    if name in OWN:
+        raise ValueError(f"--sbatch={text}: launch sets {name} itself")
+    if name in ("partition", "account", "time"):
+        raise ValueError(f"--sbatch={text}: give --{name}")
 
 
 def seconds(limit: str) -> float:
-    """Of a time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; 0 is no limit.
-    Raises ValueError for another form.
+    """Seconds of a time limit in sbatch's format; 0 means no limit.
+
+    limit: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises ValueError for another format.
     """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
-    if not found:
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if not match:
         raise ValueError(
-            f"--time {limit} is no time limit of sbatch; write minutes, H:M:S, D-H or D-H:M:S, such"
-            " as 90, 12:00:00 or 1-12"
+            f"--time {limit} is not a time limit of sbatch: give minutes, H:M:S, D-H or D-H:M:S,"
+            " such as 90, 12:00:00 or 1-12"
         )
-    days, *parts = [int(part) if part else None for part in found.groups()]
+    days, *parts = [int(part) if part else None for part in match.groups()]
     first, second, third = parts
     if days is None and third is None:  # M or M:S
         total = 60 * first + (second or 0)
@@ -135,15 +165,15 @@ def seconds(limit: str) -> float:
 
 
 def name_of(jobs: Sequence[Job]) -> str:
-    """The job's name: of several jobs in one allocation, that of them all together."""
+    """The name of the SLURM job; several jobs in one allocation share a name."""
     if len(jobs) == 1:
         return jobs[0].name
     digest = hashlib.sha256(" ".join(sorted(job.name for job in jobs)).encode()).hexdigest()[:6]
     return f"{'-'.join(job.title for job in jobs)[: NAME_LENGTH - 7]}-{digest}"
 
 
-def script(jobs: Sequence[Job], options: argparse.Namespace) -> str:
-    """The sbatch script of one job, or of several side by side on nodes of their own."""
+def script(jobs: Sequence[Job], options: flags.FlagValues) -> str:
+    """The sbatch script of one job, or of several side by side on separate nodes."""
     sizes = [machines.of(job.topology) for job in jobs]
     directives = {
         "job-name": name_of(jobs),
@@ -175,86 +205,67 @@ def script(jobs: Sequence[Job], options: argparse.Namespace) -> str:
 
 
 def _body(jobs: Sequence[Job], sizes: Sequence[machines.Machines]) -> list[str]:
+    """The script after its directives."""
     lines = [
         "set -uo pipefail",
         f"cd {shlex.quote(os.getcwd())}",
         'nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))',
         "steps=() asked=0",
-        (
-            "# Near the time limit this shell alone is told. The processes are told by scancel, for"
-            " srun would kill them before they have saved."
-        ),
+        "# Near the time limit SLURM signals this shell alone. scancel signals the processes: srun",
+        "# would kill them before they have saved.",
         "trap 'asked=1; scancel --signal=TERM \"$SLURM_JOB_ID\"' TERM",
     ]
     first = 0
     for job, size in zip(jobs, sizes):
-        lines += [
-            "(",
-            *exports(job.environment),
-            (
-                f'export JAX_COORDINATOR_ADDRESS="${{nodes[{first}]}}:$(({PORTS.start} +'
-                f' SLURM_JOB_ID % {len(PORTS)}))"'
-            ),
-        ]
-        lines += [
-            f"export JAX_NUM_PROCESSES={size.total}",
-            *([f"{{ {job.setup}", f"}} || exit {USAGE_ERROR}"] if job.setup else []),
-        ]
-        placed = (
-            f' --nodelist="$(IFS=,; echo "${{nodes[*]:{first}:{size.total}}}")"'
-            if len(jobs) > 1
-            else ""
-        )
-        tasks = (
-            f"--nodes={size.total} --ntasks={size.total} --ntasks-per-node=1"
-            f" --gpus-per-node={size.chips}"
-        )
-        output = f" >> {shlex.quote(str(job.record / 'output.log'))} 2>&1" if len(jobs) > 1 else ""
-        lines += [
-            f"exec srun {tasks} --cpu-bind=none --kill-on-bad-exit=1 --label{placed} \\",
-            (
-                "  bash -c 'JAX_PROCESS_ID=$SLURM_PROCID exec \"$@\"' bash"
-                f" {shlex.join(job.command(sys.executable))} < /dev/null{output}"
-            ),
-            ") &",
-            "steps+=($!)",
-        ]
+        lines += _step(job, size, first, shared=len(jobs) > 1)
         first += size.total
-    retries = max(job.retries for job in jobs)
-    return lines + [
-        "worst=0",
-        'for step in "${steps[@]}"; do',
-        "  while true; do",
-        '    wait "$step"; code=$?',
-        '    kill -0 "$step" 2>/dev/null || break  # a signal ends wait, not the step',
-        "  done",
-        (
-            f'  if [ "$code" -ne 0 ] && {{ [ "$worst" -eq 0 ] || [ "$worst" -eq {USAGE_ERROR} ];'
-            " }; then worst=$code; fi  # a crash before a mistake"
-        ),
-        "done",
-        "# SLURM's own count has the requeues at the time limit and after preemptions in it.",
-        f'failures={shlex.quote(str(jobs[0].record))}/slurm-"$SLURM_JOB_ID".failures crashes=()',
-        '[ ! -f "$failures" ] || mapfile -t crashes < "$failures"',
-        "again=$asked",
-        (
-            f'if [ "$asked" -eq 0 ] && [ "$worst" -ne 0 ] && [ "$worst" -ne {USAGE_ERROR} ] && ['
-            f' "${{#crashes[@]}}" -lt {retries} ]; then'
-        ),
-        '  echo "exit code $worst" >> "$failures"; again=1',
-        "fi",
-        'if [ "$again" -eq 1 ]; then scontrol requeue "$SLURM_JOB_ID" && sleep 60; fi',
-        'exit "$worst"',
+    failures = f'{shlex.quote(str(jobs[0].record))}/slurm-"$SLURM_JOB_ID".failures'
+    end = END.format(
+        failures=failures,
+        retries=max(job.retries for job in jobs),
+        final="|".join(map(str, sorted(exit_codes.FINAL))),
+    )
+    return [*lines, *end.splitlines()]
+
+
+def _step(job: Job, size: machines.Machines, first: int, shared: bool) -> list[str]:
+    """Lines that start one job in the background, on the nodes from index `first` on.
+
+    shared: whether other jobs use other nodes of the allocation.
+    """
+    port = f"$(({PORTS.start} + SLURM_JOB_ID % {len(PORTS)}))"
+    setup = [f"{{ {job.setup}", f"}} || exit {exit_codes.INVALID}"] if job.setup else []
+    srun = [
+        f"exec srun --nodes={size.total} --ntasks={size.total} --ntasks-per-node=1 \\",
+        f"  --gpus-per-node={size.chips} --cpu-bind=none --kill-on-bad-exit=1 --label \\",
+    ]
+    output = ""
+    if shared:
+        nodes = f'"$(IFS=,; echo "${{nodes[*]:{first}:{size.total}}}")"'
+        srun.append(f"  --nodelist={nodes} \\")
+        output = f" >> {shlex.quote(str(job.record / 'output.log'))} 2>&1"
+    command = shlex.join(job.command(sys.executable))
+    return [
+        "(",
+        *exports(job.environment),
+        f'export JAX_COORDINATOR_ADDRESS="${{nodes[{first}]}}:{port}"',
+        f"export JAX_NUM_PROCESSES={size.total}",
+        *setup,
+        *srun,
+        "  bash -c 'JAX_PROCESS_ID=$SLURM_PROCID exec \"$@\"' bash \\",
+        f"  {command} < /dev/null{output}",
+        ") &",
+        "steps+=($!)",
     ]
 
 
-def render(jobs: Sequence[Job], options: argparse.Namespace) -> str:
-    return script(jobs, options)
+render = script
 
 
-def find(job: Job, options: argparse.Namespace) -> str:
-    """The state of this user's job, known by its comment: running, or waiting, which a job that is
-    queued again is too; "" if there is none.
+def find(job: Job, options: flags.FlagValues) -> str:
+    """The state of this user's job, identified by its comment.
+
+    running, waiting (also when requeued) or "" if there is none.
     """
     done = ask(("squeue", "--me", "--noheader", "--format=%T %k"), TOOL)
     refuse(done, "squeue")
@@ -263,17 +274,13 @@ def find(job: Job, options: argparse.Namespace) -> str:
         for line in done.stdout.splitlines()
         if job.name in line.partition(" ")[2].strip().split(",")
     ]
-    return (
-        ""
-        if not states
-        else "running"
-        if "RUNNING" in states or "COMPLETING" in states
-        else "waiting"
-    )
+    if not states:
+        return ""
+    return "running" if {"RUNNING", "COMPLETING"} & set(states) else "waiting"
 
 
-def submit(jobs: Sequence[Job], options: argparse.Namespace) -> int:
-    """Hands the script to sbatch, once for all jobs."""
+def submit(jobs: Sequence[Job], options: flags.FlagValues) -> int:
+    """Hands one script for all jobs to sbatch."""
     text = script(jobs, options)
     path = jobs[0].record / SCRIPT
     path.write_text(text)
@@ -283,7 +290,7 @@ def submit(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     for job in jobs:
         status.record(job, "slurm", "submitted", f"job {number}")
     print(
-        f"{name_of(jobs)}: submitted as job {number}; scancel {number} ends it; what it prints:"
+        f"{name_of(jobs)}: submitted as job {number}; scancel {number} ends it; output:"
         f" {jobs[0].record}/slurm-{number}.out"
     )
     return 0

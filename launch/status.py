@@ -1,9 +1,10 @@
-"""How far trainings are, in one table, read from their workdirs.
+"""Shows the progress of trainings in one table, read from their workdirs.
 
     python -m launch.status WORKDIR [WORKDIR ...]
 
-A workdir may be in a bucket (gs://...) if gcloud is on PATH. Whether a training in a bucket runs is
-told by how old its newest row is.
+A WORKDIR is that of a training, or a directory of several, such as a cascade's or a sweep's. It may
+be in a bucket (gs://...) if gcloud is on PATH; a training there counts as running while its newest
+row of metrics is recent.
 """
 
 import calendar
@@ -19,28 +20,36 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagen_jax import cli
+from absl import flags
+
 from imagen_jax.run_log import METRICS, parse_row
 from imagen_jax.storage import CHECKSUMS, is_kept, write_json
+from launch import command_line
 from launch.job import Job, ask, check_path, in_bucket, name_of, said
 
-# what a launcher last did: {"where", "name", "state", "detail", "attempt", "steps", "time"}
+# A launcher's last action: {"where", "name", "state", "detail", "attempt", "steps", "time"}
 RECORD = "launch.json"
-TAIL_BYTES = 65_536  # of metrics.jsonl: enough rows for the rate
+TAIL_BYTES = 65_536  # of metrics.jsonl, which hold the rows for the rate
 RATE_ROWS = 10
-LARGEST = 2**63  # no number of steps or images reaches it
-SILENT_S = 600.0  # a training in a bucket whose newest row is older is not called running
+LARGEST = 2**63  # bound for numbers of steps and images
+SILENT_S = 600.0  # a training in a bucket with an older newest row does not count as running
 COLUMNS = ("stage", "state", "step", "loss", "images/s", "left", "checkpoint", "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One training. `left`: seconds to its end at the present rate. `checkpoint`: step of the
-    newest; -1: none. Numbers not known are nan.
+    """One training's line of the table; unknown numbers are nan.
+
+    state: not started, running, finished, failed, preempted, waiting, submitted, stopped or
+        unreadable.
+    step, steps: the newest step, and the number of steps of the whole training.
+    loss, images_per_s: of the newest row, and the mean of the last RATE_ROWS rows.
+    left: seconds to the end at this rate.
+    checkpoint: step of the newest checkpoint; -1 if there is none.
+    detail: the reason for the state.
     """
 
     name: str
-    # or running, finished, failed, preempted, waiting, submitted, stopped, unreadable
     state: str = "not started"
     step: int = 0
     steps: int = 0
@@ -52,55 +61,51 @@ class Row:
 
     @property
     def ended(self) -> bool:
-        """Whether the last step is saved. A checkpoint alone says it: the trainer has nothing to do
-        then, and makes no lost rows of metrics again.
-        """
+        """Whether the last step has a checkpoint; lost rows of metrics do not count."""
         return bool(self.steps) and self.checkpoint >= self.steps
 
 
 class Place:
-    """Reads the files of a workdir, in a directory or through gcloud in a bucket."""
+    """Reads the files of a workdir: a directory, or a bucket through gcloud."""
 
     def __init__(self, workdir: str):
         self._workdir = workdir.rstrip("/")
 
     def tail(self, name: str) -> bytes:
-        """`_tail` of one of its files. Raises ValueError if a bucket cannot be read."""
+        """`_tail` of a file. Raises ValueError if a bucket cannot be read."""
         if not in_bucket(self._workdir):
             return _tail(Path(self._workdir) / name)
         return self._gcloud("cat", f"--range=-{TAIL_BYTES}", f"{self._workdir}/{name}").encode()
 
     def checkpoints(self) -> list[int]:
-        """Steps of the checkpoints that are sealed, which is done when all else of them is written;
-        their bytes are the trainer's to check.
+        """Steps of the complete checkpoints, in order.
+
+        A checkpoint is complete when its checksum file, written last, exists. The trainer verifies
+        the checksums.
         """
         if in_bucket(self._workdir):
-            sealed = self._gcloud("ls", f"{self._workdir}/checkpoints/*/{CHECKSUMS}").splitlines()
+            paths = self._gcloud("ls", f"{self._workdir}/checkpoints/*/{CHECKSUMS}").splitlines()
         else:
-            sealed = [
-                str(path)
-                for path in Path(self._workdir).glob(f"checkpoints/*/{CHECKSUMS}")
-                if path.is_file()
-            ]
-        names = (path.split("/")[-2] for path in sealed if "/" in path)
+            files = Path(self._workdir).glob(f"checkpoints/*/{CHECKSUMS}")
+            paths = [str(path) for path in files if path.is_file()]
+        names = (path.split("/")[-2] for path in paths if "/" in path)
         return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
     def age(self) -> float:
-        """Seconds since metrics.jsonl was written; inf if it was not."""
+        """Seconds since metrics.jsonl was written; inf if it does not exist."""
         if in_bucket(self._workdir):
             text = self._gcloud("ls", "--json", f"{self._workdir}/{METRICS}")
-            with _reading("what gcloud says of " + METRICS):
-                found = json.loads(text)[0]["metadata"]["updated"] if text.strip() else ""
-                return (
-                    time.time() - calendar.timegm(time.strptime(found[:19], "%Y-%m-%dT%H:%M:%S"))
-                    if found
-                    else math.inf
-                )
+            if not text.strip():
+                return math.inf
+            with _reading(f"gcloud's description of {METRICS}"):
+                updated = json.loads(text)[0]["metadata"]["updated"][:19]
+                written = calendar.timegm(time.strptime(updated, "%Y-%m-%dT%H:%M:%S"))
+            return time.time() - written
         path = Path(self._workdir) / METRICS
         return time.time() - path.stat().st_mtime if path.exists() else math.inf
 
     def _gcloud(self, *arguments: str) -> str:
-        done = ask(("gcloud", "storage", *arguments), f"it is needed to look into {self._workdir}")
+        done = ask(("gcloud", "storage", *arguments), f"install it to read {self._workdir}")
         missing = any(word in done.stderr for word in ("matched no objects", "NOT_FOUND", "404"))
         if done.returncode and not missing:
             raise ValueError(f"cannot read {self._workdir}: {said(done)}")
@@ -108,17 +113,19 @@ class Place:
 
 
 def read(job: Job) -> Row:
-    """What a job's files tell. A lock that is held says running; the launcher's record says why a
-    training that does not run does not.
+    """The state of a job by its files.
+
+    A lock that is held means running. If the training does not run, the launcher's record gives the
+    reason.
     """
     try:
         place = Place(job.workdir)
         last, loss, rate = _metrics(place)
         total, batch = _config(place)
         checkpoint = max(place.checkpoints(), default=-1)
-        recorded, detail, asked = _record(job)
+        recorded, detail, requested = _record(job)
         launching = is_kept(job.record) and recorded in ("running", "preempted", "waiting")
-        # Another machine's lock may not be seen here; then a row that was written just now tells.
+        # Locks of other machines may be invisible here; then a recent row means running.
         elsewhere = in_bucket(job.workdir) or recorded == "submitted"
         held = (
             launching
@@ -127,9 +134,9 @@ def read(job: Job) -> Row:
         )
     except (ValueError, OSError) as error:
         return Row(job.title, "unreadable", detail=str(error))
-    steps, step = job.steps or asked or total, max(last, checkpoint)  # rows may have been lost
+    steps, step = job.steps or requested or total, max(last, checkpoint)  # rows may be lost
     left = max(0, steps - step) * batch / rate if batch and rate > 0 else math.nan
-    found = Row(
+    row = Row(
         job.title,
         step=step,
         steps=steps,
@@ -138,28 +145,20 @@ def read(job: Job) -> Row:
         left=left,
         checkpoint=checkpoint,
     )
-    if found.ended:
-        return dataclasses.replace(
-            found,
-            state="finished",
-            detail=f"{METRICS} ends at step {last:,}" if last < steps else "",
-        )
+    if row.ended:
+        detail = f"{METRICS} ends at step {last:,}" if last < steps else ""
+        return dataclasses.replace(row, state="finished", detail=detail)
     if held:
-        return dataclasses.replace(
-            found, state=recorded if launching else "running", detail=detail if launching else ""
-        )
-    state = {"running": "stopped", "finished": "stopped" if steps else "finished"}.get(
-        recorded, recorded
-    )
-    return dataclasses.replace(
-        found,
-        state=state or ("stopped" if step or checkpoint >= 0 else "not started"),
-        detail=detail,
-    )
+        state, detail = (recorded, detail) if launching else ("running", "")
+        return dataclasses.replace(row, state=state, detail=detail)
+    ended = {"running": "stopped", "finished": "stopped" if steps else "finished"}
+    state = ended.get(recorded, recorded)
+    state = state or ("stopped" if step or checkpoint >= 0 else "not started")
+    return dataclasses.replace(row, state=state, detail=detail)
 
 
 def record(job: Job, where: str, state: str, detail: str = "", attempt: int = 0) -> None:
-    """Writes down what a launcher does, for `read`."""
+    """Writes the launcher's record, which `read` reads."""
     content = {
         "where": where,
         "name": job.name,
@@ -173,10 +172,10 @@ def record(job: Job, where: str, state: str, detail: str = "", attempt: int = 0)
 
 
 def _metrics(place: Place) -> tuple[int, float, float]:
-    """(step, loss) of the newest row, and images a second of the last RATE_ROWS."""
+    """(step, loss) of the newest row, and the mean images/s of the last RATE_ROWS rows."""
     content = place.tail(METRICS)
     with _reading(METRICS):
-        rows = [row for row in map(parse_row, content.splitlines()) if row]
+        rows = [row for row in map(parse_row, content.split(b"\n")) if row]
         last = rows[-1] if rows else {}
         rates = [
             _field(row, "time/images_per_s", math.nan)
@@ -191,56 +190,56 @@ def _metrics(place: Place) -> tuple[int, float, float]:
 
 
 def _config(place: Place) -> tuple[int, int]:
-    """How many steps the training takes, and images a step; 0: not known."""
+    """(steps of the training, images per step); 0 if unknown."""
     content = place.tail("config.json")
     with _reading("config.json"):
-        found = _object(content)
-        return _field(_field(found, "train", {}), "steps", 0), _field(
-            _field(found, "data", {}), "batch_size", 0
-        )
+        config = _object(content)
+        steps = _field(_field(config, "train", {}), "steps", 0)
+        return steps, _field(_field(config, "data", {}), "batch_size", 0)
 
 
 def _record(job: Job) -> tuple[str, str, int]:
-    """(state, detail, steps) that a launcher wrote down."""
+    """(state, detail, steps) of the launcher's record."""
     content = _tail(job.record / RECORD)
     with _reading(str(job.record / RECORD)):
-        found = _object(content)
-        return _field(found, "state", ""), _field(found, "detail", ""), _field(found, "steps", 0)
+        entry = _object(content)
+        return _field(entry, "state", ""), _field(entry, "detail", ""), _field(entry, "steps", 0)
 
 
 def _tail(path: Path) -> bytes:
-    """The last TAIL_BYTES of a file; b"" if there is none. Raises ValueError if it is none."""
+    """The last TAIL_BYTES of a file, b"" if it is missing. Raises ValueError for a directory."""
     if not path.exists():
         return b""
     if not path.is_file():
-        raise ValueError(f"{path} is no file")
+        raise ValueError(f"{path} is not a file")
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - TAIL_BYTES))
         return file.read()
 
 
 def _object(content: bytes) -> dict[str, Any]:
-    """A JSON object, {} of an empty file."""
-    found = json.loads(content or b"{}")
-    if not isinstance(found, dict):
-        raise ValueError("it holds no object")
-    return found
+    """Parses a JSON object; {} for an empty file."""
+    parsed = json.loads(content or b"{}")
+    if not isinstance(parsed, dict):
+        raise ValueError("it is not a JSON object")
+    return parsed
 
 
-def _field(found: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    """A field of the type of `otherwise`, which it is if it is not there. Raises ValueError for
-    another type, and for a count that is none.
+def _field(parsed: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of a field, or `default` if it is missing.
+
+    Raises ValueError for a value of another type than `default`, and for a count out of range.
     """
-    value = found.get(name, otherwise)
-    fits = isinstance(value, (int, float) if isinstance(otherwise, float) else type(otherwise))
-    if not fits or (isinstance(otherwise, int) and not 0 <= value < LARGEST):
+    value = parsed.get(name, default)
+    fits = isinstance(value, (int, float) if isinstance(default, float) else type(default))
+    if not fits or (isinstance(default, int) and not 0 <= value < LARGEST):
         raise ValueError(f"{name} is {value!r:.40}")
-    return float(value) if isinstance(otherwise, float) else value
+    return float(value) if isinstance(default, float) else value
 
 
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Whatever is wrong with a file becomes a ValueError that names it."""
+    """Turns any error while a file is parsed into a ValueError that names the file."""
     try:
         yield
     except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
@@ -248,7 +247,7 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows under their headings."""
+    """The rows below their headings, in aligned columns."""
     cells = [COLUMNS, *(_cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join(
@@ -274,7 +273,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def span(seconds: float) -> str:
-    """Days and hours, hours and minutes, or minutes and seconds."""
+    """A duration as days and hours, hours and minutes, or minutes and seconds."""
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)
@@ -282,52 +281,44 @@ def span(seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        print(table(read(job) for job in jobs(argv)))
-        return 0
-    except KeyboardInterrupt:
-        return cli.fail("interrupted", 130)
-    except (ValueError, OSError) as error:
-        return cli.fail(str(error))
+    """Runs the command line; the exit code."""
+    return command_line.run(_main, argv)
 
 
-def jobs(argv: Sequence[str] | None) -> list[Job]:
-    """The trainings in the workdirs of a command line. Raises ValueError for a mistake in it."""
-    parser = cli.Parser(
-        prog="python -m launch.status", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    parser.add_argument(
-        "workdirs",
-        nargs="+",
-        metavar="WORKDIR",
-        help="of a training, or the directory of several (a cascade's, a sweep's)",
-    )
-    args = parser.parse_args(argv)
-    for workdir in args.workdirs:
+def _main(argv: Sequence[str]) -> int:
+    print(table(read(job) for job in jobs(argv)))
+    return 0
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines nothing: the work directories are the only arguments."""
+
+
+def jobs(argv: Sequence[str]) -> list[Job]:
+    """The trainings in the workdirs of a command line. Raises ValueError if it is invalid."""
+    _, workdirs = command_line.parse(argv, define_flags, __doc__)
+    if not workdirs:
+        raise ValueError("no WORKDIR is given: name the directory of a training or of several")
+    if option := next((text for text in workdirs if text.startswith("-")), ""):
+        raise ValueError(f"{option!r} is not an option of launch.status; see --help")
+    for workdir in workdirs:
         check_path(workdir, "WORKDIR")
         if not in_bucket(workdir) and not Path(workdir).is_dir():
-            raise ValueError(f"{workdir} is no directory")
+            raise ValueError(f"{workdir} is not a directory")
     return [
         Job(name_of(path), (), path, stage=title)
-        for workdir in args.workdirs
+        for workdir in workdirs
         for title, path in inside(workdir)
     ]
 
 
 def inside(workdir: str) -> list[tuple[str, str]]:
     """[(title, workdir)] of the trainings in a directory: itself, or those below it."""
-    found = (
-        []
-        if in_bucket(workdir)
-        else sorted(
-            {
-                path.parent
-                for name in (METRICS, f"launch/{RECORD}")
-                for path in Path(workdir).rglob(name)
-            }
-        )
-    )
-    trainings = sorted({path.parent if path.name == "launch" else path for path in found})
+    directories = set()
+    if not in_bucket(workdir):
+        for name in (METRICS, f"launch/{RECORD}"):
+            directories |= {path.parent for path in Path(workdir).rglob(name)}
+    trainings = sorted({path.parent if path.name == "launch" else path for path in directories})
     if not trainings or Path(workdir) in trainings:
         return [(workdir.rstrip("/").rpartition("/")[2], workdir)]
     return [(str(path.relative_to(workdir)), str(path)) for path in trainings]

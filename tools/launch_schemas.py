@@ -1,12 +1,11 @@
-"""Makes tests/launch/*.schema.json, against which the tests hold the manifests that launch renders.
+"""Makes tests/launch/*.schema.json, which the tests hold launch's manifests against.
 
     pip install skypilot==0.14.1 kubeflow-trainer-api==2.3.0 && python tools/launch_schemas.py
 
-Both packages are under the Apache License 2.0. kubeflow-trainer-api holds models of JobSet and the
-Kubernetes API, made from their sources; the models say nothing of enumerations, which are added
-here from the documentation of the fields. Descriptions are left out, and so are parts of a pod that
-launch does not render (they are {"type": "object"}). SkyPilot's schemas are its own, without the
-block `config`.
+Both packages are under the Apache License 2.0. kubeflow-trainer-api has models of JobSet and the
+Kubernetes API, generated from their sources. The models lack enumerations, which are added here
+from the documentation of the fields. Descriptions are left out. Parts of a pod that launch does not
+render are {"type": "object"}. SkyPilot's schemas are its own, without the block `config`.
 """
 
 import json
@@ -55,8 +54,9 @@ ENUMS = {
 
 
 def bare(schema: Any, names: bool = False) -> Any:
-    """A schema without prose, in which an object has no properties but those listed. `names`: the
-    keys are names of properties.
+    """A schema without descriptions, whose objects allow only the listed properties.
+
+    names: whether the keys are names of properties.
     """
     if isinstance(schema, list):
         return [bare(item) for item in schema]
@@ -76,6 +76,7 @@ def bare(schema: Any, names: bool = False) -> Any:
 
 
 def references(schema: Any) -> set[str]:
+    """Names of the definitions that a schema refers to."""
     if isinstance(schema, list):
         return {name for item in schema for name in references(item)}
     if not isinstance(schema, dict):
@@ -88,6 +89,7 @@ def references(schema: Any) -> set[str]:
 
 
 def jobset() -> dict[str, Any]:
+    """The schema of a JobSet."""
     schema = bare(JobsetV1alpha2JobSet.model_json_schema(by_alias=True))
     parts = schema.pop("$defs")
     for name in parts:
@@ -111,6 +113,7 @@ def jobset() -> dict[str, Any]:
 
 
 def sky() -> dict[str, Any]:
+    """The schema of a SkyPilot task."""
     task, resources, storage = (
         bare(schema)
         for schema in (

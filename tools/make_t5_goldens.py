@@ -1,12 +1,12 @@
-"""Makes the goldens of tests/text: features of transformers' T5EncoderModel, files written by
-torch.save, and a small tokenizer.
+"""Makes the goldens of tests/text from transformers' T5EncoderModel.
 
     pip install torch==2.13.0 transformers==5.23.0 && python tools/make_t5_goldens.py
 
-Weights come from a seed (tests/text/random_t5.py), so only tokens, masks and features are kept.
-torch.save here writes a full encoder-decoder in three shards, of which the third (decoder only) is
-not kept: loading the encoder must not need it. Run again, it gives the same bytes, except
-t5_torch_legacy.bin, in which torch writes memory addresses.
+They are features, files written by torch.save, and a small tokenizer. Weights come from a seed
+(tests/text/random_t5.py), so only tokens, masks and features are stored. torch.save writes a full
+encoder-decoder in three shards; the third one (decoder only) is deleted, because loading the
+encoder must not need it. A second run gives the same bytes, except for t5_torch_legacy.bin, in
+which torch writes memory addresses.
 """
 
 import json
@@ -42,8 +42,9 @@ CAPTIONS = [
 
 
 def seeded_state(model, seed: int, embedding_scale: float) -> dict:
-    """The seeded weights under the names of a torch model, the embedding's other names sharing its
-    storage as they do there.
+    """The seeded weights under the names of a torch model.
+
+    All names of the embedding share one storage, as in the model.
     """
     import torch
 

@@ -1,16 +1,14 @@
-"""Mutation test: draw small faults by seed, put each into a copy of the tree, and see whether the
-tests of that file notice.
+"""Mutation test: puts small random faults into copies of the tree and runs the tests.
 
     python tools/mutate.py --seed 0 --count 10
     python tools/mutate.py --seed 1 --count 30 --files imagen_jax/diffusion/*.py
 
-Drawn from, uniformly: every arithmetic, comparison and boolean operator, every sign, every number
-and boolean, and every string that something is compared with, in imagen_jax/diffusion/,
-imagen_jax/models/ and imagen_jax/sharding.py. Docstrings, annotations and the text of messages are
-left alone. The working tree is never touched. Each fault runs the tests that TARGETS names for its
-file, until the first failure; a fault that no test notices is reported as a survivor, also where it
-changes nothing that could be noticed. Prints one line a fault, a summary, and the same as one line
-of JSON.
+Mutations are drawn uniformly from all arithmetic, comparison and boolean operators, signs, numbers,
+booleans and compared strings in imagen_jax/diffusion/, imagen_jax/models/ and
+imagen_jax/sharding.py. Docstrings, annotations and messages are excluded. The working tree is never
+changed. For each mutation, the tests that TARGETS names for its file run until the first failure. A
+mutation that no test detects is reported as a survivor, even if it cannot change any result. Prints
+one line per mutation and a summary, the latter also as one line of JSON.
 """
 
 import argparse
@@ -91,9 +89,7 @@ OPERATORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A place in a file that can be mutated: the span of an expression and the texts that may stand
-    there instead.
-    """
+    """An expression of a file that can be mutated: its span and the replacement texts."""
 
     file: str
     line: int
@@ -104,17 +100,13 @@ class Site:
 
 
 def rewritten(node: ast.expr, **changes) -> str:
-    """Source of `node` with some of its fields changed, in parentheses so that it may stand
-    anywhere.
-    """
+    """Source of `node` with some fields changed, in parentheses."""
     fields = {name: getattr(node, name) for name in node._fields} | changes
     return f"({ast.unparse(ast.fix_missing_locations(type(node)(**fields)))})"
 
 
 def new_constants(value: object) -> list[object]:
-    """What a number or boolean may become: a neighbour, or twice itself; nothing for other
-    constants.
-    """
+    """Replacements of a number or boolean: neighbours and the double; none for others."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
@@ -125,9 +117,7 @@ def new_constants(value: object) -> list[object]:
 
 
 def choices_of(node: ast.AST) -> list[str]:
-    """The source texts that may replace this expression; empty where it is not of a kind that is
-    mutated.
-    """
+    """The source texts that may replace this expression; empty if none may."""
     match node:
         case ast.BinOp():
             return [rewritten(node, op=op()) for op in OPERATORS[type(node.op)]]
@@ -151,9 +141,7 @@ def choices_of(node: ast.AST) -> list[str]:
 
 
 def is_optional_type(node: ast.AST) -> bool:
-    """Whether an expression is a type that may be None, as in `Text = Float[Array, "b l e"] |
-    None`.
-    """
+    """Whether an expression is an optional type, `Text = Float[Array, "b l e"] | None`."""
     return (
         isinstance(node, ast.BinOp)
         and isinstance(node.op, ast.BitOr)
@@ -230,9 +218,7 @@ def find_sites(files: list[str]) -> list[Site]:
 
 
 def mutate(source: bytes, site: Site, text: str) -> bytes:
-    """The source with the site's span replaced by `text`; still parses, or this raises
-    SyntaxError.
-    """
+    """The source with the site's span replaced by `text`. Raises SyntaxError if invalid."""
     lines = source.splitlines(keepends=True)
     before, after = lines[site.line - 1][: site.start], lines[site.end_line - 1][site.end :]
     changed = (
@@ -256,8 +242,9 @@ def targets_of(file: str) -> list[str]:
 
 
 def run_tests(tree: pathlib.Path, tests: list[str], limit: float | None) -> tuple[str, float, str]:
-    """("passed" | "failed" | "timeout", seconds, first failure) of the tests in a tree. Another
-    outcome of pytest, such as no tests found, ends the program.
+    """("passed" | "failed" | "timeout", seconds, first failure) of the tests in a tree.
+
+    Any other outcome of pytest, such as no tests found, ends the program.
     """
     command = [
         sys.executable,
@@ -292,8 +279,9 @@ def run_tests(tree: pathlib.Path, tests: list[str], limit: float | None) -> tupl
 
 
 def run_baselines(tree: pathlib.Path, files: set[str]) -> dict[str, float]:
-    """Seconds of each file's tests without a fault. Raises SystemExit where they fail, because
-    every fault would then count as killed.
+    """Seconds of each file's tests without a mutation.
+
+    Raises SystemExit if they fail, because every mutation would then count as killed.
     """
     seconds: dict[tuple[str, ...], float] = {}
     for tests in sorted({tuple(targets_of(file)) for file in files}):
@@ -307,11 +295,9 @@ def run_baselines(tree: pathlib.Path, files: set[str]) -> dict[str, float]:
 def judge(
     tree: pathlib.Path, path: pathlib.Path, fault: bytes, tests: list[str], baseline: float
 ) -> tuple[bool, float, str]:
-    """(killed, seconds, reason) of one faulty file. Running six times as long as without the fault
-    counts as killed.
+    """(killed, seconds, reason) of one mutated file.
 
-    Since a busy machine is slow too, a run that is out of time is held against the unmutated tests
-    timed again just then.
+    Tests that take six times as long as without the mutation count as killed.
     """
     source, limit = path.read_bytes(), max(60.0, 6 * baseline)
     while True:
@@ -369,7 +355,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=10)
     parser.add_argument(
-        "--files", nargs="+", help="draw from these files only, given from the root of the tree"
+        "--files",
+        nargs="+",
+        help="draw from these files only, as paths relative to the root of the tree",
     )
     args = parser.parse_args()
     files = sorted(

@@ -1,22 +1,21 @@
-r"""Records what a checkout computes, to the bit, and compares two such records: a refactoring must
-not change them.
+"""Records the results of a checkout to the bit, and compares two records.
 
-    python tools/same_numbers.py record \
-        --output before                 # in a checkout of the old commit
-    python tools/same_numbers.py record --output after \
-        --begun before    # in the new one, same machine
+    # in a checkout of the old commit
+    python tools/same_numbers.py record --output before
+    # in the new one, on the same machine
+    python tools/same_numbers.py record --output after --begun before
     python tools/same_numbers.py compare before after
 
-Only the verbs' command lines are used, so the script runs in any checkout whose layout it does not
-know. A record holds:
+A refactoring must not change them. The script uses only the verbs' command lines, so it runs in
+checkouts of any layout. A record holds:
 
 - the losses and gradient norms of the first 8 steps of base_64:tiny, sr_256:tiny and sr_1024:tiny,
 - the pictures of the embedded cascade for two prompts, with their JSON records,
 - the evaluation of base_64:tiny, all measures, and the figures of `plan` for base_64:tiny.
 
-With `--begun BEFORE` the new checkout also resumes the workdirs that BEFORE trained to step 4 and
+With `--begun BEFORE` the new checkout also resumes the workdirs that BEFORE trained to step 4, and
 draws BEFORE's pictures again with `--reproduce`. `compare` fails unless all numbers are equal
-(pictures: within 1 of 255) and names each difference.
+(pictures: within 1 of 255), and names each difference.
 """
 
 import argparse
@@ -109,7 +108,7 @@ def record(output: Path, begun: Path | None, plan: bool) -> None:
 
 
 def differences(a: object, b: object, place: str = "") -> list[str]:
-    """A line for each value that is not the same in both; what only `b` has is no difference."""
+    """One line per value that differs; values that only `b` has are no differences."""
     if isinstance(a, dict) and isinstance(b, dict):
         missing = [f"{place}/{key}: missing" for key in a if key not in b]
         shared = [key for key in a if key in b]
@@ -124,7 +123,7 @@ def differences(a: object, b: object, place: str = "") -> list[str]:
 
 
 def pictures_differ(a: Path, b: Path) -> list[str]:
-    """A line for each picture of `a` that `b` lacks or has with a pixel more than 1 of 255 away."""
+    """One line per picture of `a` that is missing in `b` or differs by more than 1 of 255."""
     lines = []
     for path in sorted(a.glob("*.png")):
         other = b / path.name
@@ -153,6 +152,7 @@ def compare(before: Path, after: Path) -> int:
 
 
 def main() -> int:
+    """Runs the command line; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     recorder = commands.add_parser("record")

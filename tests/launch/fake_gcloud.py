@@ -1,12 +1,16 @@
-"""A stand-in for gcloud: queued resources in a directory, whose workers are directories too, in
-which ssh runs commands and scp leaves files.
+"""A stand-in for gcloud: queued resources and their workers are directories.
 
-FAKE_GCLOUD names the directory. Its plan.json has one entry for each resource that is created:
-{"create": "" or an error, "states": those that describe reports, one a call, the last for ever,
-"preempt": whether the machines are taken away once the job prints something, "drops": how often the
-connection to a running job is lost, "unreachable": no ssh at all}. What is listed in a file errors,
-a line each, is said instead of an answer, one a call of describe, create or delete, "-" being the
-true answer. Options that the real tool (528.0) does not have are refused as it refuses them.
+ssh runs commands in the workers' directories, and scp copies files there. FAKE_GCLOUD names the
+directory of the state. Its plan.json has one entry per created resource:
+
+    create: "" or an error
+    states: reported by describe, one per call; the last one is repeated
+    preempt: whether the machines disappear once the job prints something
+    drops: number of lost connections to a running job
+    unreachable: whether ssh always fails
+
+Each line of the file `errors` replaces one answer of describe, create or delete; "-" keeps the
+answer. Options that gcloud 528.0 does not have are refused with its message.
 """
 
 import json
@@ -73,7 +77,7 @@ def main(argv: list[str]) -> None:
 
 
 def plan() -> dict:
-    """That of the newest creation."""
+    """The plan of the newest resource."""
     made = json.loads((HERE / "made").read_text()) if (HERE / "made").exists() else 0
     entries = json.loads((HERE / "plan.json").read_text())
     return entries[min(made, len(entries)) - 1] if made else entries[0]

@@ -1,8 +1,7 @@
-"""A stand-in for SLURM: sbatch runs the script here, srun its tasks with SLURM's variables;
-scontrol, squeue and scancel do what the script needs.
+"""A stand-in for SLURM: sbatch, srun, scontrol, squeue and scancel.
 
-FAKE_SLURM names a directory for its state. Options that are not in the manuals of sbatch and srun
-22.05 are refused.
+srun runs tasks on this machine with SLURM's variables. FAKE_SLURM names a directory for the state.
+Options that are not in the manuals of sbatch and srun 22.05 are refused.
 """
 
 import json
@@ -48,7 +47,7 @@ def known(words: list[str], options: set[str]) -> dict[str, str]:
 
 
 def sbatch(argv: list[str]) -> None:
-    """Puts the job in the queue; `run` runs it."""
+    """Queues the job; `run` runs it."""
     lines = Path(argv[-1]).read_text().splitlines()
     words = [
         shlex.split(line.removeprefix("#SBATCH "))[0]
@@ -61,7 +60,7 @@ def sbatch(argv: list[str]) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """The job, again for as often as it is queued again; its exit code."""
+    """Runs the job, again each time it is requeued; exits with its exit code."""
     job = json.loads((HERE / "job.json").read_text())
     count = int(job["nodes"])
     for restart in range(10):

@@ -1,5 +1,6 @@
-"""A training of two processes under the local launcher, one of which is killed in the middle.
-Minutes, so only in `make test-slow`.
+"""A training of two processes under the local launcher, one of which is killed half-way.
+
+It takes minutes and runs in `make test-slow` only.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ def data(tmp_path_factory):
 
 @contextlib.contextmanager
 def launch(data: Path, workdir: Path) -> Iterator[subprocess.Popen]:
-    """The launcher, which is ended with its processes if the test ends first."""
+    """The launcher; it is killed with its processes if the test ends first."""
     command = [
         sys.executable,
         "-m",
@@ -66,7 +67,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 def process(launcher: subprocess.Popen, index: int) -> int:
-    """The id of the launcher's process of that number."""
+    """The id of the launcher's process with this index."""
     for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
         if f"JAX_PROCESS_ID={index}\0" in Path(f"/proc/{child}/environ").read_text():
             return int(child)
@@ -83,8 +84,9 @@ def undisturbed(data, tmp_path_factory):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_killed_in_the_middle_changes_no_loss(data, undisturbed, tmp_path, index):
-    """Wrong: the run stays down, hangs with the process that is left, starts over, or goes on with
-    other batches, noise or optimizer state.
+    """Catches a run that stays down, hangs or starts over after a process was killed.
+
+    Also catches a restart with other batches, noise or optimizer state.
     """
     workdir = tmp_path / "run"
     with launch(data, workdir) as running:

@@ -1,6 +1,4 @@
-"""The local launcher: processes that find one another, end together, and are started again; with
-programs of a few lines in the place of trainings.
-"""
+"""The local launcher, with short programs in place of trainings."""
 
 import json
 import os
@@ -12,19 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from imagen_jax import exit_codes
 from launch import local, status
 from tests import tiny
 from tests.launch.conftest import job, options
 
-# Each attempt writes a line of what it was told; then does as the test says for this process and
+# Each attempt writes its environment as a line; then it acts as the test says for this process and
 # attempt.
 PROGRAM = """
 import json, os, pathlib, signal, subprocess, sys, time
 here, script = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
 i = int(os.environ.get("JAX_PROCESS_ID", 0))
 log = here / f"process_{i}"
+variables = {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_"))}
 with open(log, "a") as file:
-    file.write(json.dumps({k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_"))}) + "\\n")
+    file.write(json.dumps(variables) + "\\n")
 do = script[min(len(log.read_text().splitlines()), len(script)) - 1][i]
 print("hello from", i, do, flush=True)
 def told(*_):
@@ -40,7 +40,8 @@ if do == "child":
 if do in ("wait", "late", "interrupted", "stubborn", "child"):
     time.sleep(600)
 if do in ("kill", 75):
-    while not all((here / f"ready_{n}").exists() for n in range(int(os.environ["JAX_NUM_PROCESSES"]))):
+    count = int(os.environ["JAX_NUM_PROCESSES"])
+    while not all((here / f"ready_{n}").exists() for n in range(count)):
         time.sleep(0.02)
 if do == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -56,8 +57,10 @@ def soon(monkeypatch):
 
 
 def program(tmp_path: Path, *attempts: list, name: str = "run", **fields):
-    """A job whose process i does attempts[n][i] in its attempt n: an exit code, or kill, wait, late
-    (2 when told to end), interrupted (130), stubborn, child.
+    """A job whose process i does attempts[n][i] in its attempt n.
+
+    An action is an exit code, kill, wait, late (exits with 2 on SIGTERM), interrupted (130),
+    stubborn (ignores SIGTERM) or child (starts another process).
     """
     (tmp_path / name).mkdir(exist_ok=True)
     return job(
@@ -68,7 +71,7 @@ def program(tmp_path: Path, *attempts: list, name: str = "run", **fields):
 
 
 def told(workdir: Path, process: int) -> list[dict]:
-    """The environment of each attempt."""
+    """The environment of each attempt of a process."""
     return [json.loads(line) for line in (workdir / f"process_{process}").read_text().splitlines()]
 
 
@@ -77,8 +80,9 @@ def two(*more: str):
 
 
 def test_processes_are_told_their_place(tmp_path, capfdbinary, monkeypatch):
-    """Wrong: an address that others can reach, or that differs; the parent's flags, which give
-    other devices; output nobody can tell apart.
+    """Catches a coordinator that other machines can reach, and inherited flags.
+
+    Also catches output that does not show which process wrote it.
     """
     monkeypatch.setenv(
         "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_enable_fast_math=false"
@@ -105,9 +109,7 @@ def test_processes_are_told_their_place(tmp_path, capfdbinary, monkeypatch):
 
 
 def test_one_process_needs_no_coordinator(tmp_path, monkeypatch):
-    """Wrong: a lone process waits for others, which the environment that it is launched from tells
-    it of.
-    """
+    """Catches a single process that waits for others named in the launcher's environment."""
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "10.0.0.1:1")
     assert local.run([program(tmp_path, [0])], options("local")) == 0
     (environment,) = told(tmp_path / "run", 0)
@@ -119,9 +121,7 @@ def test_one_process_needs_no_coordinator(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_when_one_dies_all_end_and_start_again(tmp_path, dies):
-    """Wrong: the others wait for ever for a process that is gone; they keep the old port; or the
-    job stays down.
-    """
+    """Catches processes that wait for a dead one, keep the old port or stay down."""
     first = ["stubborn", "stubborn"]
     first[dies] = "kill"
     assert local.run([program(tmp_path, first, [0, 0])], two()) == 0
@@ -129,25 +129,23 @@ def test_when_one_dies_all_end_and_start_again(tmp_path, dies):
 
 
 def test_failures_are_repeated_so_often_and_mistakes_never(tmp_path):
-    """Wrong: starts for ever, once too often or too rarely; repeats what no repetition mends; or an
-    exit code of 0 for a failure.
-    """
+    """Catches a wrong number of restarts, restarts after invalid input, and a lost exit code."""
     assert local.run([program(tmp_path, [5], name="a", retries=2)], options("local")) == 5
     assert len(told(tmp_path / "a", 0)) == 3
     assert (
         local.run([program(tmp_path, ["kill"], name="b", retries=0)], options("local"))
         == 128 + signal.SIGKILL
     )
-    assert local.run([program(tmp_path, [2], name="c", retries=2)], options("local")) == 2
-    assert len(told(tmp_path / "c", 0)) == 1
-    row = status.read(job(tmp_path / "c"))
+    for code in exit_codes.FINAL:
+        made = program(tmp_path, [code], name=f"final_{code}", retries=2)
+        assert local.run([made], options("local")) == code
+        assert len(told(tmp_path / f"final_{code}", 0)) == 1
+    row = status.read(job(tmp_path / "final_2"))
     assert (row.state, row.detail) == ("failed", "exit code 2; error: a field is wrong")
 
 
 def test_the_cause_decides_and_not_who_noticed(tmp_path, monkeypatch):
-    """Wrong: a mistake is repeated because the other process, which ended for want of the first,
-    says that nothing was wrong with it.
-    """
+    """Catches a restart after invalid input because another process exited with LOST."""
 
     class Late(local.Group):
         def poll(self):
@@ -161,22 +159,20 @@ def test_the_cause_decides_and_not_who_noticed(tmp_path, monkeypatch):
 
 
 def test_the_cause_decides_also_if_it_ends_last(tmp_path, monkeypatch):
-    """Wrong: a mistake is repeated because the process that made it took longer to end than the one
-    that noticed.
-    """
+    """Catches a restart because the process with invalid input ended after the others."""
     monkeypatch.setattr(local, "GRACE_S", 60.0)
     assert local.run([program(tmp_path, [75, "late"])], two()) == 2
     assert len(told(tmp_path / "run", 0)) == 1
 
 
 def test_a_process_that_never_ends_does_not_hold_the_others(tmp_path, monkeypatch):
-    """Wrong: one process has ended in order, another hangs, and nobody is told."""
+    """Catches a launcher that waits for ever for one of its processes."""
     monkeypatch.setattr(local, "END_S", 1.0)
     assert local.run([program(tmp_path, [0, "stubborn"], retries=0)], two()) == 1
 
 
 def test_what_a_process_started_ends_with_it(tmp_path):
-    """Wrong: data workers of a killed trainer go on and hold its memory and files."""
+    """Catches data workers that survive their trainer and hold memory and files."""
     assert (
         local.run([program(tmp_path, ["child", "kill"], retries=0)], two()) == 128 + signal.SIGKILL
     )
@@ -187,8 +183,9 @@ def test_what_a_process_started_ends_with_it(tmp_path):
 
 
 def test_jobs_side_by_side_do_not_end_one_another(tmp_path, capfd):
-    """Wrong: one stage's failure ends the other two, or is lost in their success; two jobs get one
-    port.
+    """Catches a failed stage that ends the others or is hidden by their success.
+
+    Also catches two jobs that get the same port.
     """
     jobs = [
         program(tmp_path, [2, 2], name="base", stage="base"),
@@ -211,7 +208,8 @@ def start(made, stdout: int, *more: str) -> subprocess.Popen:
 import sys
 from launch import local
 from tests.launch.conftest import job, options
-sys.exit(local.run([job({made.workdir!r}, arguments={made.arguments!r})], options("local", *{more!r})))
+jobs = [job({made.workdir!r}, arguments={made.arguments!r})]
+sys.exit(local.run(jobs, options("local", *{more!r})))
 """
     environment = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
     return subprocess.Popen(
@@ -224,7 +222,7 @@ sys.exit(local.run([job({made.workdir!r}, arguments={made.arguments!r})], option
 
 
 def launcher(tmp_path: Path, *attempts: list) -> subprocess.Popen:
-    """A launcher in a process of its own, whose processes are ready."""
+    """A launcher in a process of its own, whose two processes are ready."""
     process = start(
         program(tmp_path, *attempts), subprocess.DEVNULL, "--processes=2", "--devices=1"
     )
@@ -240,8 +238,9 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 def test_a_signal_reaches_every_process_and_starts_nothing_again(tmp_path):
-    """Wrong: Ctrl-C leaves processes behind, or is taken for a failure and the job starts again;
-    and a second launcher in the same workdir.
+    """Catches Ctrl-C that leaves processes behind or restarts the job.
+
+    Also catches a second launcher in the same workdir.
     """
     process = launcher(tmp_path, ["wait", "wait"])
     with pytest.raises(ValueError, match="another process is launching in"):
@@ -255,9 +254,7 @@ def test_a_signal_reaches_every_process_and_starts_nothing_again(tmp_path):
 
 @pytest.mark.parametrize("saved, state", [(8, "finished"), (4, "stopped")])
 def test_exit_code_0_is_the_end_only_at_the_last_step(tmp_path, saved, state):
-    """Wrong: a training that was asked to stop, saved and exited with 0 is written down as
-    finished.
-    """
+    """Catches a training that saved and stopped on request but is recorded as finished."""
     made = program(tmp_path, [0], steps=8)
     (tmp_path / "run" / "checkpoints" / str(saved)).mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / str(saved) / "SHA256SUMS").touch()
@@ -267,9 +264,7 @@ def test_exit_code_0_is_the_end_only_at_the_last_step(tmp_path, saved, state):
 
 @pytest.mark.parametrize("does", ["wait", "interrupted"])
 def test_what_is_told_to_end_is_stopped(tmp_path, does):
-    """Wrong: a verb that exits with 0 when it is told to is finished and never started again, or
-    one that says 130 has failed.
-    """
+    """Catches a stopped verb recorded as finished (exit code 0) or as failed (130)."""
     process = launcher(tmp_path, [does, does])
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == local.INTERRUPTED
@@ -279,7 +274,7 @@ def test_what_is_told_to_end_is_stopped(tmp_path, does):
 
 
 def test_setup_has_the_variables_of_the_job(tmp_path, capfd):
-    """Wrong: what --setup installs does not go where --env says, as it does everywhere else."""
+    """Catches --setup that runs without the variables of --env."""
     made = program(tmp_path, [0], setup='echo "word is $WORD"', environment={"WORD": "a 'b'"})
     assert local.run([made], options("local")) == 0
     assert "word is a 'b'\n" in capfd.readouterr().out
@@ -293,25 +288,23 @@ def test_setup_has_the_variables_of_the_job(tmp_path, capfd):
 
 
 def test_a_second_signal_ends_what_does_not_listen(tmp_path):
-    """Wrong: a process that ignores SIGTERM cannot be ended with the launcher."""
+    """Catches a process that ignores SIGTERM and cannot be ended with the launcher."""
     process = launcher(tmp_path, ["stubborn", "stubborn"])
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == local.INTERRUPTED
-    assert status.read(job(tmp_path / "run")).state == "stopped", "it did not fail: it was told to"
+    assert status.read(job(tmp_path / "run")).state == "stopped"
     log = (tmp_path / "run" / "launch" / local.LOG).read_text()
-    assert "told to save and end" in log and "are ended at once" in log
+    assert "save after their current step" in log and "killing its processes" in log
 
 
 @pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux tells a process that its parent died"
 )
 def test_a_killed_launcher_leaves_nothing_running(tmp_path):
-    """Wrong: kill -9 of the launcher leaves trainings that nobody looks after, which the next
-    launcher stumbles over.
-    """
+    """Catches trainings that survive kill -9 of their launcher."""
     process = launcher(tmp_path, ["wait", "wait"])
     process.kill()
     process.wait()
@@ -321,7 +314,7 @@ def test_a_killed_launcher_leaves_nothing_running(tmp_path):
 
 
 def test_output_that_nobody_reads_any_more_holds_nothing_up(tmp_path):
-    """Wrong: `python -m launch ... | head` blocks the training once the pipe is full."""
+    """Catches `python -m launch ... | head`, which blocks the training on a full pipe."""
     made = job(
         tmp_path / "run", arguments=("-c", "for i in range(20_000): print('a line of the log', i)")
     )

@@ -1,7 +1,8 @@
-"""What is handed to GKE, SkyPilot and SLURM: held against their schemas, and, of SLURM, run."""
+"""Manifests for GKE and SkyPilot against their schemas; scripts for SLURM, which are run."""
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
+from imagen_jax import exit_codes
 from imagen_jax.hardware.topology import parse
 from launch import gke, places, sky, slurm, status
 from tests.launch.conftest import HERE, job, options
@@ -29,20 +31,21 @@ def bucket_job(topology: str, **fields):
 
 
 def jobset(made, *more: str) -> dict:
-    """The rendered JobSet, valid, read back."""
+    """The rendered JobSet, validated and parsed."""
     (read,) = yaml.safe_load_all(gke.render([made], options("gke", "--image=image:1", *more)))
     SCHEMAS["jobset"].validate(read)
     return read
 
 
 def sky_task(made, *more: str) -> dict:
+    """The rendered task, validated and parsed."""
     (read,) = yaml.safe_load_all(sky.render([made], options("sky", *more)))
     SCHEMAS["sky"].validate(read)
     return read
 
 
 def replicated(read: dict) -> tuple[dict, dict, dict]:
-    """(replicated job, its job, its container)."""
+    """(replicated job, its job, its container) of a JobSet."""
     (found,) = read["spec"]["replicatedJobs"]
     return (
         found,
@@ -60,7 +63,7 @@ def replicated(read: dict) -> tuple[dict, dict, dict]:
     ],
 )
 def test_the_schemas_refuse_what_does_not_exist(kind, path):
-    """Wrong: a schema that lets everything pass, so that the tests below say nothing."""
+    """Catches a schema that accepts everything."""
     read = jobset(bucket_job("v5e:4x4")) if kind == "jobset" else sky_task(bucket_job("v5e:4x4"))
     part = read
     for key in path:
@@ -83,9 +86,7 @@ def test_the_schemas_refuse_what_does_not_exist(kind, path):
 def test_a_jobset_asks_for_all_hosts_of_a_slice_at_once(
     topology, slices, hosts, chips, accelerator, torus
 ):
-    """Wrong: pods for half of a slice, which wait for ever; two slices in one node pool; a label
-    that no node has.
-    """
+    """Catches pods for a part of a slice, two slices in one node pool, and unknown labels."""
     read = jobset(bucket_job(topology))
     found, inner, container = replicated(read)
     assert (found["replicas"], inner["parallelism"], inner["completions"]) == (slices, hosts, hosts)
@@ -107,22 +108,37 @@ def test_a_jobset_asks_for_all_hosts_of_a_slice_at_once(
     }  # JAX finds its place by itself
 
 
+# Messages of a Job that fails by a rule of its podFailurePolicy, as Kubernetes writes them.
+FAILED_BY = (
+    "Pod default/run-1-slice-0-1-x has condition DisruptionTarget matching FailJob rule at index 0",
+    "Container imagen-jax for pod default/run-1-slice-0-1-x failed with exit code 2 matching"
+    " FailJob rule at index 1",
+)
+
+
 def test_a_jobset_starts_again_and_does_not_count_preemptions():
-    """Wrong: the third preemption ends a run of weeks; or a pod that starts alone again, without
-    the others.
+    """Catches preemptions that count as failures, and a pod that restarts without the others.
+
+    Also catches exit codes that are retried although the table says otherwise.
     """
     read = jobset(bucket_job("v5e:4x4", retries=4), "--spot")
-    _, inner, _ = replicated(read)
-    (rule,) = read["spec"]["failurePolicy"]["rules"]
-    assert (
-        read["spec"]["failurePolicy"]["maxRestarts"] == 4
-        and rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
-    )
-    assert (
-        rule["onJobFailureReasons"] == ["PodFailurePolicy"]
-        and inner["podFailurePolicy"]["rules"][0]["onPodConditions"][0]["type"]
-        == "DisruptionTarget"
-    )
+    _, inner, container = replicated(read)
+    policy, pod_rules = read["spec"]["failurePolicy"], inner["podFailurePolicy"]["rules"]
+    assert policy["maxRestarts"] == 4
+    assert pod_rules[0]["onPodConditions"][0]["type"] == "DisruptionTarget"
+    codes = pod_rules[1]["onExitCodes"]
+    assert codes["containerName"] == container["name"] and codes["operator"] == "In"
+    assert set(codes["values"]) == set(exit_codes.FINAL)
+    actions = [
+        [
+            rule["action"]
+            for rule in policy["rules"]
+            if rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+            and any(re.search(text, message) for text in rule["onJobFailureMessagePatterns"])
+        ]
+        for message in FAILED_BY
+    ]
+    assert actions == [["RestartJobSetAndIgnoreMaxRestarts"], ["FailJobSet"]]
     assert inner["backoffLimit"] == 0 and inner["template"]["spec"]["restartPolicy"] == "Never"
     assert (
         inner["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
@@ -131,9 +147,7 @@ def test_a_jobset_starts_again_and_does_not_count_preemptions():
 
 
 def test_gpu_pods_find_the_first():
-    """Wrong: every pod is process 0; the address is none that JobSet gives a pod; or jax needs
-    rights in the cluster to find it.
-    """
+    """Catches pods with the same process index and a coordinator address that no pod has."""
     _, inner, container = replicated(jobset(bucket_job("h100:4x8")))
     environment = {
         entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container["env"]
@@ -160,9 +174,7 @@ def test_gpu_pods_find_the_first():
 
 
 def test_pods_have_the_buckets_and_the_secrets_by_name(monkeypatch):
-    """Wrong: the bucket is not mounted where the command looks; the value of a secret is in the
-    manifest; an argument loses its quotes.
-    """
+    """Catches a bucket that is not mounted, a secret's value in the manifest, and lost quotes."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     made = bucket_job("v5e:4x4", setup="echo $PWD")
     read = jobset(made, "--service_account=writer")
@@ -195,8 +207,9 @@ def test_pods_have_the_buckets_and_the_secrets_by_name(monkeypatch):
 
 
 def test_jobsets_are_created_once(tool, tmp_path, monkeypatch, capsys):
-    """Wrong: a run that is going on is created again or deleted; one that failed is not started
-    again; apply, which changes a running one.
+    """Catches a running JobSet that is created again, deleted or changed by apply.
+
+    Also catches a failed one that is not started again.
     """
     calls, answer = tmp_path / "calls", tmp_path / "answer"
     tool(
@@ -222,8 +235,9 @@ def test_jobsets_are_created_once(tool, tmp_path, monkeypatch, capsys):
     [("v5e:4x4", 1, "tpu-v5litepod-16:1"), ("h100:4x8", 4, "H100:8")],
 )
 def test_a_sky_task(topology, nodes, accelerators, monkeypatch):
-    """Wrong: hosts of a slice counted as nodes; a preemption that ends the job; GPUs' processes
-    that do not find one another.
+    """Catches hosts of a slice counted as nodes, and processes that do not find one another.
+
+    Also catches a job that ends with a preemption.
     """
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     read = sky_task(bucket_job(topology, retries=4), "--spot", "--infra=gcp/us-west4")
@@ -257,8 +271,9 @@ def test_a_sky_task(topology, nodes, accelerators, monkeypatch):
 
 
 def test_sky_jobs_are_submitted_once(tool, tmp_path, monkeypatch):
-    """Wrong: a job that is being recovered is taken for none; a job of another name for this one; a
-    secret's value on the command line.
+    """Catches a recovering job taken for none, and another job's name taken for this one.
+
+    Also catches a secret's value on the command line.
     """
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     calls, answer = tmp_path / "calls", tmp_path / "answer"
@@ -279,7 +294,7 @@ def test_sky_jobs_are_submitted_once(tool, tmp_path, monkeypatch):
 
 @pytest.fixture
 def cluster(tmp_path, tool, no_tools, monkeypatch):
-    """SLURM, of which nothing is real but the script."""
+    """A stand-in for SLURM, in which only the script is real."""
     state = tmp_path / "slurm"
     state.mkdir()
     monkeypatch.setenv("FAKE_SLURM", str(state))
@@ -288,22 +303,23 @@ def cluster(tmp_path, tool, no_tools, monkeypatch):
     return state
 
 
-# Each task says what it was told; in the first run of the job it does as told, in the second it is
-# well.
+# Each task prints its variables. In the job's first run it acts as its argument says, in the second
+# run it succeeds.
 TASK = """
 import os, signal, sys, time
 def told(*_):
     print("saved", flush=True)
     sys.exit(0)
-told_us = [os.environ[name] for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", "SLURM_STEP_NODELIST", "JAX_COORDINATOR_ADDRESS", "WORD")]
-print("task {} of {} on {} {} {}".format(*told_us), sys.argv[1], flush=True)
+names = "JAX_PROCESS_ID JAX_NUM_PROCESSES SLURM_STEP_NODELIST JAX_COORDINATOR_ADDRESS WORD".split()
+values = [os.environ[name] for name in names]
+print("task {} of {} on {} {} {}".format(*values), sys.argv[1], flush=True)
 restart = int(os.environ["SLURM_RESTART_COUNT"])
-if restart and sys.argv[2] != "mistake":
+if restart and sys.argv[2] not in ("mistake", "nan"):
     sys.exit(5 if sys.argv[2] == "wait_crash" and restart == 1 else 0)
 signal.signal(signal.SIGTERM, told)
 open(os.environ["FAKE_SLURM"] + "/ready_" + os.environ["SLURM_PROCID"], "w").close()
 time.sleep(600 if sys.argv[2].startswith("wait") else 0)
-sys.exit({"crash": 5, "mistake": 2, "well": 0}[sys.argv[2]])
+sys.exit({"crash": 5, "mistake": 2, "nan": 3, "well": 0}[sys.argv[2]])
 """
 
 
@@ -318,16 +334,19 @@ def task(workdir, does: str, topology: str = "h100:2x4", **fields):
 
 
 def submitted(made: list, *more: str) -> Path:
-    """Where the job prints."""
+    """Submits jobs; the path of their output."""
     assert places.start(made, options("slurm", *more)) == 0
     subprocess.run(["bash", "-n", str(made[0].record / slurm.SCRIPT)], check=True)
     return made[0].record / "slurm-17.out"
 
 
-@pytest.mark.parametrize("does, code, times", [("well", 0, 1), ("crash", 0, 2), ("mistake", 2, 1)])
+@pytest.mark.parametrize(
+    "does, code, times", [("well", 0, 1), ("crash", 0, 2), ("mistake", 2, 1), ("nan", 3, 1)]
+)
 def test_a_slurm_job(cluster, tmp_path, does, code, times):
-    """Wrong: an option that sbatch does not have; tasks without their GPUs, variables or quotes; a
-    crash that ends the run, a mistake that is repeated.
+    """Catches unknown sbatch options and tasks without GPUs, variables or quotes.
+
+    Also catches a crash that ends the run, and invalid input that is retried.
     """
     output = submitted(
         [task(tmp_path / "a b", does)],
@@ -351,21 +370,21 @@ def test_a_slurm_job(cluster, tmp_path, does, code, times):
 
 
 def test_slurm_retries_end(cluster, tmp_path):
-    """Wrong: a job that always fails is queued again for ever."""
+    """Catches a job that always fails and is requeued for ever."""
     submitted([task(tmp_path / "a", "mistake", retries=0)])
-    text = (
-        (tmp_path / "a" / "launch" / slurm.SCRIPT).read_text().replace("-ne 2", "-ne 77")
-    )  # a mistake now counts as a crash
-    (tmp_path / "a" / "launch" / slurm.SCRIPT).write_text(text.replace("-lt 0", "-lt 1"))
+    script = tmp_path / "a" / "launch" / slurm.SCRIPT
+    text = script.read_text()
+    final = "|".join(map(str, sorted(exit_codes.FINAL)))
+    assert f"in {final})" in text and "-lt 0" in text
+    # Invalid input now counts as a crash that is retried once.
+    script.write_text(text.replace(f"in {final})", "in 77)").replace("-lt 0", "-lt 1"))
     assert subprocess.run(["run"]).returncode == 2
     assert (tmp_path / "a" / "launch" / "slurm-17.out").read_text().count("task 0") == 2
 
 
 @pytest.mark.parametrize("does, times", [("wait", 2), ("wait_crash", 3)])
 def test_the_time_limit_saves_and_queues_again(cluster, tmp_path, does, times):
-    """Wrong: the hours since the last save are lost at the time limit, the run ends there, or a
-    time limit is counted among the crashes.
-    """
+    """Catches a time limit that loses steps, ends the run or counts as a crash."""
     output = submitted([task(tmp_path / "a", does, retries=1)])
     running = subprocess.Popen(["run"])
     end = time.monotonic() + 60
@@ -377,9 +396,7 @@ def test_the_time_limit_saves_and_queues_again(cluster, tmp_path, does, times):
 
 
 def test_stages_share_one_allocation(cluster, tmp_path):
-    """Wrong: stages one after the other, on the same nodes, or one's failure hidden by another's
-    success.
-    """
+    """Catches stages that run in sequence or on the same nodes, and a hidden failure."""
     stages = [
         task(tmp_path / name, "well", topology, name=name, stage=name)
         for name, topology in {"base": "h100:2x4", "sr": "h100:1x4"}.items()
@@ -398,7 +415,7 @@ def test_stages_share_one_allocation(cluster, tmp_path):
 
 
 def test_a_mistake_of_one_stage_does_not_end_another(cluster, tmp_path):
-    """Wrong: a stage that crashed is not started again because another one ended with a mistake."""
+    """Catches a crashed stage that is not restarted because another had invalid input."""
     stages = [
         task(tmp_path / does, does, "h100:1x4", name=does, stage=does)
         for does in ("crash", "mistake")
@@ -409,7 +426,7 @@ def test_a_mistake_of_one_stage_does_not_end_another(cluster, tmp_path):
 
 
 def test_a_queued_slurm_job_is_not_submitted_again(cluster, tmp_path, capsys):
-    """Wrong: the same command twice puts two jobs in the queue, which write to one workdir."""
+    """Catches the same command twice that queues two jobs for one workdir."""
     made = task(tmp_path / "a", "well")
     submitted([made])
     first = (cluster / "job.json").stat().st_mtime_ns
@@ -422,7 +439,7 @@ def test_a_queued_slurm_job_is_not_submitted_again(cluster, tmp_path, capsys):
 
 
 def test_jobs_with_names_that_nothing_quotes_are_quoted():
-    """Wrong: a directory with a space ends an option of sbatch."""
+    """Catches a directory whose space ends an option of sbatch."""
     text = slurm.script([task("/a b/c", "well")], options("slurm"))
     (output,) = [
         shlex.split(line)[1] for line in text.splitlines() if line.startswith("#SBATCH --output")

@@ -1,4 +1,4 @@
-"""The table: what a workdir tells of its run, at every stage of its life."""
+"""The table of trainings, from the files of their workdirs."""
 
 import json
 import math
@@ -15,9 +15,7 @@ from tests.launch.conftest import job, options
 
 
 def workdir(path: Path, step: int, steps: int = 100, checkpoints=()) -> Path:
-    """A run that has done `step` steps, 20 images each, at 10 images a second in the end, with
-    these checkpoints.
-    """
+    """A run after `step` steps of 20 images, at 10 images/s in the end, with these checkpoints."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(
         json.dumps({"train": {"steps": steps}, "data": {"batch_size": 20}})
@@ -34,9 +32,7 @@ def workdir(path: Path, step: int, steps: int = 100, checkpoints=()) -> Path:
 
 
 def test_a_running_training(tmp_path):
-    """Wrong: a lock that nobody reads; the rate of the first steps in the estimate; a checkpoint
-    that is still being written counted as one.
-    """
+    """Catches an ignored lock, a rate over the first steps, and an incomplete checkpoint."""
     run = workdir(tmp_path / "base", 50, checkpoints=("20", "40", "50.writing"))
     with only_process(run, "training in"):
         row = status.read(job(run, stage="base"))
@@ -52,33 +48,29 @@ def test_a_running_training(tmp_path):
 
 
 def test_the_ends_of_a_training(tmp_path):
-    """Wrong: a run that was asked to stop, or is still saving, is called finished, or a finished
-    one stopped; a failure without its reason.
-    """
+    """Catches a stopped run shown as finished, a finished one as stopped, and a lost reason."""
     assert status.read(job(tmp_path / "none")).state == "not started"
     done = job(workdir(tmp_path / "done", 100))
-    assert status.read(done).state == "stopped"  # before the last checkpoint was whole
+    assert status.read(done).state == "stopped"  # the last checkpoint is incomplete
     assert (
         status.read(job(workdir(tmp_path / "done", 100, checkpoints=("100",)))).state == "finished"
     )
     stopped = job(workdir(tmp_path / "stopped", 60))
-    status.record(
-        stopped, "local", "finished"
-    )  # its process exited with 0, as it does when asked to stop
+    status.record(stopped, "local", "finished")  # a stopped training exits with 0 as well
     assert status.read(stopped).state == "stopped"
     failed = job(workdir(tmp_path / "failed", 60))
-    status.record(failed, "local", "failed", "exit code 2; error: out of paper")
+    status.record(failed, "local", "failed", "exit code 2; error: out of memory")
     assert (status.read(failed).state, status.read(failed).detail) == (
         "failed",
-        "exit code 2; error: out of paper",
+        "exit code 2; error: out of memory",
     )
     assert (
         status.read(job(tmp_path / "done", steps=200)).state == "stopped"
-    )  # the same run, now asked for more
+    )  # the same run with more steps
 
 
 def test_lost_rows_do_not_undo_a_training(tmp_path):
-    """Wrong: a finished run whose metrics were cut off is submitted again, for ever."""
+    """Catches a finished run that is submitted again because rows of metrics are lost."""
     run = job(workdir(tmp_path / "run", 30, checkpoints=("100",)))
     assert (status.read(run).state, status.read(run).step, status.read(run).detail) == (
         "finished",
@@ -93,9 +85,7 @@ def test_lost_rows_do_not_undo_a_training(tmp_path):
 
 
 def test_an_emptied_checkpoint_does_not_end_a_training(tmp_path):
-    """Wrong: a directory by the name of the last step is enough, so that the trainer, which would
-    go on from the one before, is never started.
-    """
+    """Catches a directory with the last step's name taken for a complete checkpoint."""
     run = workdir(tmp_path / "run", 100, checkpoints=("80", "100"))
     (run / "checkpoints" / "100" / CHECKSUMS).unlink()
     assert (status.read(job(run)).state, status.read(job(run)).checkpoint) == ("stopped", 80)
@@ -123,9 +113,7 @@ DAMAGE = [
 
 @pytest.mark.parametrize("file, content", DAMAGE)
 def test_a_damaged_file_is_named_and_hides_no_other_run(tmp_path, capsys, file, content):
-    """Wrong: a traceback in the place of the table, or a complaint that does not say of
-    which file.
-    """
+    """Catches a traceback instead of the table, and an error that does not name the file."""
     workdir(tmp_path / "good", 10)
     (workdir(tmp_path / "bad", 10) / "launch").mkdir()
     (tmp_path / "bad" / file).write_text(content)
@@ -136,21 +124,19 @@ def test_a_damaged_file_is_named_and_hides_no_other_run(tmp_path, capsys, file, 
 
 @pytest.mark.parametrize("file", ["config.json", "launch/launch.json", "metrics.jsonl"])
 def test_a_directory_in_the_place_of_a_file_is_named(tmp_path, capsys, file):
-    """Wrong: a traceback in the place of the table, or of the dry run of a launch that goes on with
-    the run.
-    """
+    """Catches a traceback instead of the table or the dry run."""
     workdir(tmp_path / "good", 10)
     (workdir(tmp_path / "bad", 10) / file).unlink(missing_ok=True)
     (tmp_path / "bad" / file).mkdir(parents=True)
     assert status.main([str(tmp_path)]) == 0
     _, bad, good = capsys.readouterr().out.splitlines()
-    assert "unreadable" in bad and f"bad/{file} is no file" in bad and "stopped" in good
+    assert "unreadable" in bad and f"bad/{file} is not a file" in bad and "stopped" in good
     assert places.start([job(tmp_path / "bad")], options("local", "--dry-run")) == 0
-    assert f"{file} is no file" in capsys.readouterr().out
+    assert f"{file} is not a file" in capsys.readouterr().out
 
 
 def test_numbers_without_bounds_are_no_traceback(tmp_path, capsys):
-    """Wrong: an infinite time is made a number of minutes."""
+    """Catches an infinite time converted to minutes."""
     run = workdir(tmp_path / "run", 1)
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "time/images_per_s": 1e-320}\n')
     assert status.main([str(run)]) == 0
@@ -162,20 +148,18 @@ def test_numbers_without_bounds_are_no_traceback(tmp_path, capsys):
     [
         ("", "WORKDIR is empty"),
         ("gs://", "names no bucket"),
-        ("nowhere", "nowhere is no directory"),
+        ("nowhere", "nowhere is not a directory"),
     ],
 )
 def test_a_workdir_that_is_none_is_one_line(text, message, capsys):
-    """Wrong: an unset variable is taken for the present directory, or a bucket without a name is
-    asked for.
-    """
+    """Catches an unset variable taken for the current directory, and gs:// without a bucket."""
     assert status.main([text]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
 def test_a_failed_job_is_failed_while_its_launcher_looks_after_others(tmp_path):
-    """Wrong: the launcher's own lock makes every job of it a running one."""
+    """Catches a launcher's lock that makes all of its jobs appear to run."""
     made = job(workdir(tmp_path / "run", 10))
     with only_process(made.record, "launching in"):
         for state, shown in {
@@ -188,9 +172,7 @@ def test_a_failed_job_is_failed_while_its_launcher_looks_after_others(tmp_path):
 
 
 def test_half_a_line_is_passed_over(tmp_path):
-    """Wrong: a table that fails whenever it is read in the moment of a write, or whose tail of the
-    file begins within a row.
-    """
+    """Catches a table that fails while a row is written, or when the tail starts inside a row."""
     run = workdir(tmp_path / "run", 2000, steps=9000)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 2001, "lo')
@@ -199,9 +181,7 @@ def test_half_a_line_is_passed_over(tmp_path):
 
 
 def test_the_table(tmp_path, capsys):
-    """Wrong: a column without its value; a directory of stages whose checkpoints or logs are taken
-    for trainings; a path with a space.
-    """
+    """Catches columns without values, and checkpoints or logs taken for trainings."""
     for name, step in {"base": 50, "sr 256": 0, "sr_1024": 100}.items():
         workdir(
             tmp_path / name,
@@ -221,12 +201,12 @@ def test_the_table(tmp_path, capsys):
     "seconds, text", [(59.9, "0 min 59 s"), (3600, "1 h 00 min"), (90061, "1 d 01 h")]
 )
 def test_spans(seconds, text):
-    """Wrong: hours that are days."""
+    """Catches hours shown as days."""
     assert status.span(seconds) == text
 
 
 def test_looking_does_not_disturb(tmp_path):
-    """Wrong: whoever looks whether a run is going on keeps it, for that instant, from starting."""
+    """Catches a look at the lock that prevents a run from starting."""
     source = (
         "import sys, time; from pathlib import Path; from imagen_jax import storage\nwhile True:"
         " storage.is_kept(Path(sys.argv[1])); time.sleep(0.001)"
@@ -247,7 +227,7 @@ def test_looking_does_not_disturb(tmp_path):
     "state, starts", [("finished", False), ("running", False), ("stopped", True)]
 )
 def test_nothing_is_started_twice(tmp_path, monkeypatch, capsys, state, starts):
-    """Wrong: the same command again trains a finished run's workdir, or a running one's."""
+    """Catches a second training in the workdir of a finished or running one."""
     made = job(
         workdir(tmp_path / "run", 100, checkpoints=["100"])
         if state == "finished"
@@ -261,7 +241,7 @@ def test_nothing_is_started_twice(tmp_path, monkeypatch, capsys, state, starts):
 
 
 def test_numbers_that_are_not_known():
-    """Wrong: nan in the table, or a division by a rate of nothing."""
+    """Catches nan in the table, and a division by a rate of zero."""
     assert status.table([status.Row("a", left=math.nan)]).splitlines()[1].split() == [
         "a",
         "not",

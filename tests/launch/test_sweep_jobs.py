@@ -1,6 +1,4 @@
-"""The sweep launcher with --where: trainings as jobs, none twice, and the comparison once all are
-finished.
-"""
+"""Sweeps with --where: trainings are jobs, none twice, and are compared once all are finished."""
 
 import subprocess
 from pathlib import Path
@@ -25,7 +23,7 @@ def sweep(arg=""):
 
 @pytest.fixture
 def command(tmp_path, tool, monkeypatch):
-    """The sweep's options; sbatch and squeue, which remember the jobs' scripts and names."""
+    """The sweep's options; sbatch and squeue are stand-ins that record scripts and names."""
     (tmp_path / "ablation.py").write_text(ABLATION)
     tool(
         "sbatch",
@@ -49,7 +47,7 @@ def command(tmp_path, tool, monkeypatch):
 
 
 def submitted(tmp_path: Path) -> list[str]:
-    """Which workdirs' scripts were, and the list begins anew."""
+    """The workdirs whose scripts were submitted since the last call."""
     path = tmp_path / "submitted"
     found = (
         [
@@ -64,7 +62,7 @@ def submitted(tmp_path: Path) -> list[str]:
 
 
 def finish(tmp_path: Path, arm: str) -> None:
-    """As the training does, whose config has eight steps."""
+    """Leaves the files of a finished training of eight steps."""
     directory = tmp_path / "runs" / arm / "seed_0" / "train"
     (directory / "checkpoints" / "8").mkdir(parents=True)
     (directory / "checkpoints" / "8" / "SHA256SUMS").touch()
@@ -72,8 +70,9 @@ def finish(tmp_path: Path, arm: str) -> None:
 
 
 def test_each_training_is_one_job_until_all_are_finished(command, tmp_path, monkeypatch, capsys):
-    """Wrong: a finished or queued training is submitted again; arms share a job; evaluation begins
-    before the last training has ended, or never.
+    """Catches a finished or queued training that is submitted again, and arms that share a job.
+
+    Also catches an evaluation that starts before the last training has ended, or never.
     """
     evaluated = []
     monkeypatch.setattr(sweep, "execute", lambda step: evaluated.append(step.label))
@@ -97,7 +96,7 @@ def test_each_training_is_one_job_until_all_are_finished(command, tmp_path, monk
     finish(tmp_path, "fast")
     (tmp_path / "queue").write_text("")
     monkeypatch.setattr(
-        sweep,
+        sweep.comparison,
         "read_evaluations",
         lambda *_: {
             name: [{"measures": {}, "rows": {}}] for name in ("slow", "fast", "fast_guided")
@@ -111,7 +110,7 @@ def test_each_training_is_one_job_until_all_are_finished(command, tmp_path, monk
 
 @pytest.mark.parametrize("flag", ["--dry-run", "--dry_run"])
 def test_dry_run_submits_nothing(command, tmp_path, capsys, flag):
-    """Wrong: a look at what would be run runs it, or does not show it."""
+    """Catches --dry-run that submits a job or does not show it."""
     assert sweep.main([*command, flag]) == 0
     out = capsys.readouterr().out
     assert submitted(tmp_path) == [] and not (tmp_path / "runs").exists()
@@ -119,9 +118,7 @@ def test_dry_run_submits_nothing(command, tmp_path, capsys, flag):
 
 
 def test_a_sweep_in_a_bucket(tmp_path, capsys):
-    """Wrong: the bucket's name becomes a directory here, or the trainings get the path at which
-    this machine would have it.
-    """
+    """Catches a local directory named after the bucket, and trainings that get the mount point."""
     command = [
         "--config",
         f"{tiny.ROOT}/configs/ablations/noise_augmentation.py:demo",
@@ -143,11 +140,11 @@ def test_a_sweep_in_a_bucket(tmp_path, capsys):
     )
     assert (
         "=gs://" not in out and "seed 0: a job\n" in out
-    )  # the trainings' commands are those of the jobs
+    )  # the jobs above have the trainings' commands
 
 
 def test_data_of_this_machine_is_not_promised_to_the_jobs(capsys):
-    """Wrong: the check of a launch is left out where a sweep launches."""
+    """Catches a sweep that skips the checks of launch."""
     command = [
         "--config",
         f"{tiny.ROOT}/configs/ablations/noise_augmentation.py:demo",
@@ -161,9 +158,7 @@ def test_data_of_this_machine_is_not_promised_to_the_jobs(capsys):
 
 
 def test_mistakes_are_found_before_the_first_job(command, tmp_path, capsys):
-    """Wrong: the second arm's bad value is found on the cluster, after the first arm's job was
-    submitted.
-    """
+    """Catches an arm's invalid value that is found after the first job was submitted."""
     (tmp_path / "ablation.py").write_text(ABLATION.replace("1e-3", "'fast'"))
     assert sweep.main(command) == 2
     assert "fast" in capsys.readouterr().err and submitted(tmp_path) == []

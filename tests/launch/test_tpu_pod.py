@@ -1,5 +1,6 @@
-"""Cloud TPU, against a stand-in for gcloud whose workers are directories in which the scripts
-really run.
+"""Cloud TPU, against a stand-in for gcloud whose workers are directories.
+
+The workers' scripts really run there.
 """
 
 import dataclasses
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from imagen_jax import exit_codes
 from imagen_jax.hardware.topology import parse
-from launch import status, tpu_pod
+from launch import gcloud as gcloud_tool
+from launch import status, tpu_pod, tpu_worker
 from tests.launch.conftest import job, options
 
 ACTIVE = {"create": "", "states": ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]}
@@ -26,7 +29,8 @@ with open(runs / os.environ["HOME"].replace("/", "_"), "a") as file:
     file.write("run\\n")
     file.flush()
     n = len(open(file.name).readlines())
-print("hello", os.environ["WORD"], os.environ.get("HF_TOKEN", "-"), pathlib.Path("code_here").read_text(), sys.argv[2], flush=True)
+secret, code = os.environ.get("HF_TOKEN", "-"), pathlib.Path("code_here").read_text()
+print("hello", os.environ["WORD"], secret, code, sys.argv[2], flush=True)
 codes = [int(code) for code in sys.argv[3].split(",")]
 time.sleep(60 if codes[n - 1] < 0 else 0)
 sys.exit(codes[n - 1])
@@ -35,7 +39,7 @@ sys.exit(codes[n - 1])
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A repository with one file, as the code to send."""
+    """A repository with one file, as the code for the workers."""
     root = tmp_path / "checkout"
     root.mkdir()
     (root / "code_here").write_text("the code")
@@ -45,11 +49,11 @@ def checkout(tmp_path, monkeypatch):
         ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "c"],
     ):
         subprocess.run(["git", *arguments], cwd=root, check=True)
-    monkeypatch.setattr(tpu_pod, "ROOT", root)
+    monkeypatch.setattr(tpu_worker, "ROOT", root)
 
 
 def counting(tmp_path, codes: str, topology: str = "v5e:4x4", **fields):
-    """A job that exits with these codes, run by run."""
+    """A job that exits with these codes, one per run."""
     return job(
         "gs://b/r",
         arguments=("-c", COUNTING, str(tmp_path), "it's $HOME", codes),
@@ -61,7 +65,7 @@ def counting(tmp_path, codes: str, topology: str = "v5e:4x4", **fields):
 
 
 def runs(tmp_path) -> list[int]:
-    """How often each worker ran the job."""
+    """The number of runs on each worker."""
     return [len(path.read_text().splitlines()) for path in sorted((tmp_path / "runs").iterdir())]
 
 
@@ -76,8 +80,9 @@ def calls(cloud, word: str) -> list[list[str]]:
 def test_waits_runs_on_every_worker_and_gives_the_machines_back(
     tmp_path, gcloud, checkout, capfd, monkeypatch
 ):
-    """Wrong: starts before the machines are there; misses a worker; arguments lose their quotes;
-    machines are left behind; a secret is shown.
+    """Catches a start before the machines exist, a missed worker and lost quotes.
+
+    Also catches machines that are not deleted, and a secret that is shown.
     """
     monkeypatch.setenv("HF_TOKEN", "hf_'secret")
     cloud = gcloud(ACTIVE)
@@ -110,9 +115,7 @@ def test_waits_runs_on_every_worker_and_gives_the_machines_back(
 
 
 def test_a_preempted_pod_is_asked_for_again(tmp_path, gcloud, checkout, capfd):
-    """Wrong: a preemption ends the run, is counted as a failure, or waits for ever on machines that
-    are gone.
-    """
+    """Catches a preemption that ends the run, counts as a failure or is waited for."""
     cloud = gcloud(ACTIVE | {"preempt": True}, ACTIVE | {"preempt": True}, ACTIVE)
     assert (
         tpu_pod.supervise(
@@ -123,11 +126,11 @@ def test_a_preempted_pod_is_asked_for_again(tmp_path, gcloud, checkout, capfd):
     assert runs(tmp_path) == [3, 3] and len(calls(cloud, "create")) == 3 == len(
         calls(cloud, "delete")
     )
-    assert "preempted, its machines were taken away" in capfd.readouterr().out
+    assert "preempted, its machines were preempted" in capfd.readouterr().out
 
 
 def test_requests_that_are_never_served_end(tmp_path, gcloud, checkout, capfd):
-    """Wrong: a request that cannot be served is repeated for ever, or its reason is not told."""
+    """Catches a request that is repeated for ever, or whose reason is not shown."""
     cloud = gcloud({"create": "", "states": ["PROVISIONING", "FAILED"]})
     assert (
         tpu_pod.supervise(counting(tmp_path, "0", retries=1), options("tpu", *OPTIONS), poll_s=0)
@@ -137,7 +140,7 @@ def test_requests_that_are_never_served_end(tmp_path, gcloud, checkout, capfd):
 
 
 def test_a_quota_error_is_told_and_not_repeated(tmp_path, gcloud, checkout, capfd):
-    """Wrong: a request beyond the quota is sent again and again, or ends in a traceback."""
+    """Catches a request beyond the quota that is repeated or ends in a traceback."""
     cloud = gcloud(
         {
             "create": (
@@ -156,13 +159,13 @@ def test_a_quota_error_is_told_and_not_repeated(tmp_path, gcloud, checkout, capf
     )
 
 
-@pytest.mark.parametrize("codes, expected, times", [("1,0", 0, 2), ("1,1,1", 1, 3), ("2,0", 2, 1)])
+@pytest.mark.parametrize(
+    "codes, expected, times", [("1,0", 0, 2), ("1,1,1", 1, 3), ("2,0", 2, 1), ("3,0", 3, 1)]
+)
 def test_a_crash_is_repeated_on_the_same_machines_and_a_mistake_is_not(
     tmp_path, gcloud, checkout, codes, expected, times
 ):
-    """Wrong: a crash gives the machines back, and a place in the queue with them; a wrong config is
-    tried as often as a crash.
-    """
+    """Catches a crash that gives the machines back, and invalid input that is retried."""
     cloud = gcloud(ACTIVE)
     assert (
         tpu_pod.supervise(counting(tmp_path, codes), options("tpu", *OPTIONS), poll_s=0) == expected
@@ -172,16 +175,23 @@ def test_a_crash_is_repeated_on_the_same_machines_and_a_mistake_is_not(
     )
 
 
+def test_a_hardware_fault_is_repeated_on_other_machines(tmp_path, gcloud, checkout):
+    """Catches a faulty device that computes the next attempt as well."""
+    cloud = gcloud(ACTIVE, ACTIVE)
+    made = counting(tmp_path, f"{exit_codes.HARDWARE},0")
+    assert tpu_pod.supervise(made, options("tpu", *OPTIONS), poll_s=0) == 0
+    assert runs(tmp_path) == [2, 2]
+    assert len(calls(cloud, "create")) == 2 == len(calls(cloud, "delete"))
+
+
 def test_a_second_launcher_takes_up_what_runs(tmp_path, gcloud, checkout, capfd):
-    """Wrong: the launcher that comes back after a lost connection starts the job a second time on
-    machines that run it.
-    """
+    """Catches a launcher that starts the job again on machines that run it."""
     gcloud(ACTIVE)
     workers = tmp_path / "workers"
     workers.mkdir()
     made = counting(tmp_path, "0")
-    with tpu_pod._written(made) as files:
-        for name in tpu_pod._files(made):
+    with tpu_worker.written(made) as files:
+        for name in tpu_worker.files(made):
             (workers / name).write_bytes((files / name).read_bytes())
     (workers / "run.sh").write_text(
         "echo run >> count; until [ -f end ]; do sleep 0.05; done; echo 7 > exit"
@@ -199,10 +209,10 @@ def test_a_second_launcher_takes_up_what_runs(tmp_path, gcloud, checkout, capfd)
     assert [watch(attempt).wait(timeout=60) for attempt in "ab"] == [
         7,
         7,
-    ], "too late to see it end, they are told how it did"
+    ], "calls after the end return the exit code"
     assert (workers / "count").read_text() == "run\n"
     assert watch("c").wait(timeout=60) == 7 and (workers / "count").read_text() == "run\nrun\n", (
-        "a new attempt is a new run"
+        "a new attempt runs the job again"
     )
 
 
@@ -213,9 +223,9 @@ UNAVAILABLE = (
 
 
 def test_questions_that_get_no_answer_are_asked_again(tmp_path, gcloud, checkout, capfd):
-    """Wrong: one failed request of the days that a launcher asks ends it, and leaves the machines
-    to nobody; or machines that could not be asked for are taken for machines that are gone, and a
-    healthy pod is deleted.
+    """Catches one failed request that ends the launcher and leaves the machines running.
+
+    Also catches a healthy pod that is deleted because a request failed.
     """
     cloud = gcloud(ACTIVE | {"drops": 1})
     answers = [
@@ -249,8 +259,9 @@ def test_questions_that_get_no_answer_are_asked_again(tmp_path, gcloud, checkout
 def test_a_lost_connection_is_made_again_and_the_job_runs_once(
     tmp_path, gcloud, checkout, monkeypatch, codes, times
 ):
-    """Wrong: connections lost over days add up to a crash; a job that ended while nobody was
-    connected is run again, or its exit code is lost.
+    """Catches lost connections that add up to a crash.
+
+    Also catches a job that runs again, or whose exit code is lost, if it ends while disconnected.
     """
     monkeypatch.setattr(tpu_pod, "RECONNECTS", 2)
     gcloud(ACTIVE | {"drops": 4})
@@ -263,22 +274,21 @@ def test_a_lost_connection_is_made_again_and_the_job_runs_once(
 
 @pytest.mark.parametrize("there", [False, True])
 def test_machines_that_ssh_never_reaches(tmp_path, gcloud, checkout, monkeypatch, there):
-    """Wrong: machines nobody can use are paid for without end; or those that run what an earlier
-    launcher started are deleted.
+    """Catches unreachable machines that are paid for without end.
+
+    Also catches the deletion of machines that run another launcher's job.
     """
     monkeypatch.setattr(tpu_pod, "RECONNECTS", 2)
     cloud = gcloud(ACTIVE | {"unreachable": True})
     made, chosen = counting(tmp_path, "0", retries=0), options("tpu", *OPTIONS)
     if there:
-        subprocess.run(tpu_pod.Gcloud(made, chosen).create(), check=True)
+        subprocess.run(gcloud_tool.Commands(made, chosen).create(), check=True)
     assert tpu_pod.supervise(made, chosen, poll_s=0) == 1
     assert (cloud / "resource").exists() == there
 
 
 def test_an_installation_that_fails_is_tried_again(tmp_path, gcloud, checkout):
-    """Wrong: uv's exit code 2, when a package index does not answer, is taken for a mistake in the
-    config, and the pod is given back.
-    """
+    """Catches uv's exit code 2 taken for invalid input, which would give the pod back."""
     cloud = gcloud(ACTIVE)
     made = counting(tmp_path, "0", retries=1)
     made = dataclasses.replace(
@@ -289,9 +299,7 @@ def test_an_installation_that_fails_is_tried_again(tmp_path, gcloud, checkout):
 
 
 def test_the_table_reads_a_bucket(tmp_path, gcloud, capsys):
-    """Wrong: a run in a bucket is shown as not started, or an unreachable bucket as an
-    empty one.
-    """
+    """Catches a run in a bucket shown as not started, and an unreachable bucket as empty."""
     cloud = gcloud(ACTIVE)
     workdir = cloud / "buckets" / "b" / "r"
     for name, files in {

@@ -1,4 +1,4 @@
-"""What is known of a train step without running it: parameters, FLOPs and bytes."""
+"""Parameters, FLOPs and bytes of a train step, computed without running it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Captions to draw, and the contact sheet of what was drawn from them."""
+"""Captions to draw, and the contact sheet of the samples."""
 
 from collections.abc import Callable
 from pathlib import Path

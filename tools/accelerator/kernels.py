@@ -60,17 +60,17 @@ def events(directory: str) -> Iterator[tuple[str, float]]:
 
 
 def has_operation(event: Any) -> bool:
-    """Whether an event of the host is an operation of a compiled program that holds no others."""
+    """Whether a host event is an operation of a compiled program without nested operations."""
     return plain(event.name) not in ("while", "call", "conditional") and any(
         name == "hlo_op" for name, _ in event.stats
     )
 
 
 def plain(name: str) -> str:
-    """A kernel's name without the number that tells it from its like: loop_add_fusion."""
+    """A kernel's name without its number, such as loop_add_fusion."""
     return re.sub(r"([._]\d+)+$", "", name)
 
 
 def kind_of(name: str) -> str:
-    """What a kernel does, by its name."""
+    """The kind of a kernel, by its name."""
     return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.I)), "other")

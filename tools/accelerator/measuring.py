@@ -40,17 +40,17 @@ def versions() -> dict[str, str]:
 
 
 def memory_limit() -> int | None:
-    """Bytes that this process may allocate on its device; None where it is not known."""
+    """Bytes that this process may allocate on its device; None if unknown."""
     return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def memory_peak() -> int | None:
-    """The most bytes that this process has held on its device; None where it is not known."""
+    """Peak bytes that this process has allocated on its device; None if unknown."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def compiled_bytes(compiled: Any) -> dict[str, int]:
-    """What the compiler says of a program: its peak, and what it allocates for it at once."""
+    """The compiler's figures of a program: its peak memory and its total allocation."""
     found = compiled.memory_analysis()
     if found is None:
         return {}
@@ -61,7 +61,7 @@ def compiled_bytes(compiled: Any) -> dict[str, int]:
 
 
 def fits(found: dict[str, int]) -> bool:
-    """Whether a program of these `compiled_bytes` fits the device, as far as both are known."""
+    """Whether a program of these `compiled_bytes` fits the device; True if unknown."""
     limit = memory_limit()
     return not found or limit is None or max(found.values()) <= SPARE * limit
 
@@ -80,9 +80,9 @@ def median(times: list[float]) -> dict[str, float]:
 
 
 def wait_for(gate: str) -> float:
-    """The time.monotonic() until which this process may measure, once the file `gate` says so.
+    """Waits for the file `gate`; the time.monotonic() until which this process may measure.
 
-    Ends the process if the one that would open the gate has ended.
+    Ends the process if the process that opens the gate has ended.
     """
     parent = os.getppid()
     while gate and not Path(gate).exists():

@@ -1,7 +1,7 @@
-"""The measured networks, and values for their parameters and batches that compile fast.
+"""The measured networks, with parameters and batches whose generation compiles fast.
 
-Parameters are drawn by an integer hash instead of the initialisers: no kernel is zero, so no
-branch of a network is idle, and one fusion a leaf is all that has to be compiled.
+Parameters come from an integer hash instead of the initialisers. So no kernel is zero, every branch
+of a network is active, and only one fusion per leaf is compiled.
 """
 
 import math
@@ -43,7 +43,7 @@ def stage_config(model: str, tiny: bool, batch: int = 1, **model_fields: Any) ->
 
 
 def hashed(shape: tuple[int, ...], salt: int) -> jax.Array:
-    """Values of mean 0 and deviation 1, uniform, by an integer hash of their place."""
+    """Uniform values of mean 0 and deviation 1 from an integer hash of their index."""
     place = jax.lax.iota(jnp.uint32, math.prod(shape)) + jnp.uint32((salt * 40503) % 2**32)
     mixed = place * jnp.uint32(2654435761)
     mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(2246822519)
@@ -70,13 +70,13 @@ def parameters(shapes: Any, dtype: Any = jnp.float32) -> Any:
 
 
 def stage_parameters(stage: package.Stage, dtype: Any = jnp.float32) -> Any:
-    """Such parameters for a stage, on the default device."""
+    """A stage's parameters from this hash, on the default device."""
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
     return jax.jit(lambda: parameters(shapes, dtype))()
 
 
 def train_state(program: package.TrainProgram) -> Any:
-    """A training state with such parameters, each leaf made where it lives."""
+    """A training state with parameters from this hash; each leaf is made on its device."""
     abstract = program.abstract
 
     def make():
@@ -93,7 +93,7 @@ def train_state(program: package.TrainProgram) -> Any:
 
 
 def synthetic_batch(shapes: dict[str, tuple[tuple[int, ...], Any]]) -> dict[str, np.ndarray]:
-    """Random pixels and text of the fields that a step reads; captions differ in length."""
+    """Random values for the fields that a step reads; captions differ in length."""
     rng = np.random.default_rng(0)
     made = {}
     for name, (shape, dtype) in shapes.items():

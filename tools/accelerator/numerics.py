@@ -1,4 +1,4 @@
-"""Whether the device computes what it should: bf16 against fp32, its sampler against a CPU's."""
+"""Checks the device's numerics: bf16 against fp32, and its sampler against a CPU's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ ROWS = 2
 
 
 def run(emit: Callable, check: str, model: str, tiny: bool) -> None:
-    """`check` is "bf16" (of `model`) or "sampler" (of the embedded base)."""
+    """Runs a check: "bf16" (of `model`) or "sampler" (of the embedded base)."""
     emit("about", **measuring.about())
     if check == "bf16":
         emit("check", **bf16(model, tiny))

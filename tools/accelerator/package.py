@@ -1,4 +1,4 @@
-"""All that the measurements take from imagen_jax, in one place.
+"""The parts of imagen_jax that the measurements use.
 
 What imports the data pipeline or checkpoints is imported when it is used: the other measurements
 then run without grain, orbax and safetensors.

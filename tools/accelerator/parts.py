@@ -1,4 +1,4 @@
-"""The five parts, in their order of value: which processes each runs, with which limits."""
+"""The five parts in order of value: the processes of each and their time limits."""
 
 import json
 import sys
@@ -46,19 +46,19 @@ DRAW_S, START_S = 75.0, 12.0  # of the pictures: what drawing and a trainer's im
 
 
 class Parts:
-    """The parts of one call; what can run beside an earlier part is started before it."""
+    """The parts of one call; tasks that need no device start while an earlier part runs."""
 
     def __init__(self, session: Session, models: Sequence[str], trials: int):
-        """`trials`: how many of TRIALS, in order."""
+        """trials: the number of TRIALS to run, in order."""
         self.session, self.models, self.trials = session, models, trials
         self._queue: list[tuple[str, str, dict[str, Any]]] = []
         self._compiling: dict[str, Process] = {}
         self._data: Process | None = None
 
     def prepare(self, selected: Sequence[str]) -> None:
-        """Starts what leaves the device free: compiling, which takes longest, and the data.
+        """Starts the tasks that leave the device free: compilation, the longest, and the data.
 
-        BESIDE programs compile at the same time; `_open` lets one process after another measure.
+        BESIDE programs compile concurrently; `_open` admits one process at a time to measure.
         """
         if "train_speed" in selected:
             for model in self.models:
@@ -78,14 +78,14 @@ class Parts:
             self._data = self.session.start("data", data, {"JAX_PLATFORMS": "cpu"})
 
     def _compile_more(self) -> None:
-        """Starts tasks of the queue, each of which waits for its gate when it has compiled."""
+        """Starts tasks of the queue; each compiles and then waits for its gate."""
         while self._queue and len(self._compiling) < BESIDE:
             name, module, arguments = self._queue.pop(0)
             given = arguments | {"gate": str(self._gate(name))}
             self._compiling[name] = self._start_task(name, module, given)
 
     def _open(self, part: str, model: str, name: str = "") -> Outcome:
-        """Lets the task that compiles as `name` measure; its outcome."""
+        """Admits the compiled task `name` to the device; its outcome."""
         name, limit = name or model, self.session.left()
         while name not in self._compiling:  # one of a part that failed stands before it
             self.session.stop(self._compiling.pop(next(iter(self._compiling))))
@@ -112,7 +112,7 @@ class Parts:
         return self.session.start(name, command, SHARED)
 
     def correct(self) -> None:
-        """Tests on the device beside the sampler against the CPU's; then bf16 against fp32."""
+        """Compares the device's sampler with the CPU's during the tests, then bf16 with fp32."""
         session, started = self.session, {}
         report = session.work / "tests.xml"
         platform = "cpu" if session.tiny else "cuda"
@@ -143,7 +143,7 @@ class Parts:
             session.task("correct", f"bf16 {model}", "numerics", arguments, session.left(), SHARED)
 
     def train_speed(self) -> None:
-        """The train step of each network, one after another, then trials with the slowest."""
+        """Measures each network's train step in turn, then runs the trials on the slowest."""
         found, known = {}, {}
         for model in self.models:
             outcome = self._open("train_speed", model)
@@ -165,12 +165,12 @@ class Parts:
             )  # fmt: skip
 
     def sampling(self) -> None:
-        """Each stage of the paper's cascade."""
+        """Measures each stage of the paper's cascade."""
         for model in self._stages():
             self._open("sampling", model, f"draw {model}")
 
     def side_by_side(self) -> None:
-        """IF-I-M's U-Net: PyTorch eager, ours, and PyTorch compiled if time is left."""
+        """Measures IF-I-M's U-Net: PyTorch eager, this package, then PyTorch compiled."""
         run = lambda name, given: self.session.task(
             "side_by_side", name, "side_by_side", given, self.session.left()
         )
@@ -180,7 +180,7 @@ class Parts:
             run("PyTorch, compiled", self._compared("torch", compiled=True))
 
     def pictures(self) -> None:
-        """Trains the demo cascade, its stages side by side, exports and draws it."""
+        """Trains the stages of the demo cascade side by side, exports them and draws samples."""
         session, python = self.session, [sys.executable, "-m"]
         if not session.finish("pictures", "data", self._data, session.left()).done:
             return
@@ -209,9 +209,9 @@ class Parts:
         self._export_and_draw(trained, drawing)
 
     def _export_and_draw(self, trained: Sequence[str], drawing: dict[str, Any]) -> None:
-        """bf16 EMA weights of the trained stages, and the sheet of what the cascade draws.
+        """Exports the trained stages' EMA weights in bf16 and draws a contact sheet.
 
-        A stage that was not trained is the one that ships with the package.
+        A stage that was not trained is replaced by the package's own.
         """
         session, python, exports = self.session, [sys.executable, "-m"], {}
         for stage in trained:
@@ -234,7 +234,7 @@ class Parts:
 
 
 def read_junit(path: Path) -> list[dict[str, Any]]:
-    """The counts of a pytest run and the tests that failed, as one record."""
+    """A record of a pytest run: its counts and the failed tests."""
     cases = ElementTree.parse(path).getroot().iter("testcase")
     failures, passed, skipped = [], 0, 0
     for case in cases:
@@ -253,7 +253,7 @@ def read_junit(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(workdir: Path, stage: str) -> list[dict[str, Any]]:
-    """The steps, last loss and median speed of a training, as one record."""
+    """A record of a training: its steps, last loss and median speed."""
     rows = training_rows(workdir)
     if not rows:
         return []
@@ -263,14 +263,14 @@ def read_metrics(workdir: Path, stage: str) -> list[dict[str, Any]]:
 
 
 def training_rows(workdir: Path) -> list[dict[str, Any]]:
-    """The whole lines of a training's metrics.jsonl."""
+    """The complete lines of a training's metrics.jsonl."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def write_training_log(session: Session, stages: Sequence[str]) -> None:
-    """All metrics of all stages in one file of the output."""
+    """Writes the metrics of all stages to one file of the output."""
     with open(session.results.output / "training.jsonl", "w", encoding="utf-8") as file:
         for stage in stages:
             for row in training_rows(session.work / stage):
@@ -278,5 +278,5 @@ def write_training_log(session: Session, stages: Sequence[str]) -> None:
 
 
 def named(parts: Parts) -> dict[str, Callable[[], None]]:
-    """Part name -> what runs it, in order of value."""
+    """{name of a part: its function}, in order of value."""
     return {name: getattr(parts, name) for name in SECONDS}

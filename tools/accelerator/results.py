@@ -1,4 +1,4 @@
-"""Results of a call, on disk at every moment: results.json, table.md and log.txt."""
+"""The results of a call, always up to date on disk: results.json, table.md, log.txt."""
 
 import json
 import os
@@ -13,7 +13,7 @@ LOG_LIMIT = 8 << 20  # bytes of log.txt
 
 
 class Results:
-    """Everything measured so far. `about` is the date, commit, command and versions."""
+    """The measurements so far. about: the date, commit, command and versions."""
 
     def __init__(self, output: Path, about: Mapping[str, Any]):
         self.output = output
@@ -26,7 +26,7 @@ class Results:
     def add(
         self, part: str, name: str, status: str, seconds: float, records: Sequence[Mapping]
     ) -> None:
-        """Sets one measurement of a part. Facts of the device go to `about`, once."""
+        """Sets one measurement of a part; facts of the device go to `about`."""
         kept = [dict(record) for record in records if record["what"] != "about"]
         for record in records:
             if record["what"] == "about" and "device" not in self.about:

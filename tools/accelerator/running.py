@@ -1,7 +1,7 @@
-"""Runs one measurement after another, each in a process of its own with a time limit.
+"""Runs measurements in turn, each in a process of its own with a time limit.
 
-A process that raises, hangs or runs out of memory costs its own measurement only. A measurement
-appends JSON lines to a file while it runs, so an ended one keeps what it had.
+A process that raises, hangs or runs out of memory costs only its own measurement. A measurement
+appends JSON lines to a file while it runs, so its records survive if it is killed.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ LOG_TAIL = 60_000  # bytes of each process's output in the log
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a process ended (`status` is "done" or says why not) and the records it wrote."""
+    """The end of a process: its status ("done" or the reason) and its records."""
 
     status: str
     records: list[dict[str, Any]]
@@ -54,7 +54,7 @@ class Process:
     ended: float = 0.0
 
     def watch(self) -> None:
-        """Notes the time at which the process ends, also while nothing waits for it."""
+        """Records the time at which the process ends, even if nothing waits for it."""
 
         def wait():
             self.popen.wait()
@@ -64,7 +64,7 @@ class Process:
 
     @property
     def seconds(self) -> float:
-        """How long the process has run."""
+        """Seconds that the process has run."""
         return (self.ended or time.monotonic()) - self.started
 
 
@@ -74,7 +74,7 @@ class Session:
     def __init__(
         self, results: Results, work: Path, end: float, environment: Mapping[str, str], tiny: bool
     ):
-        """`end` is the time.monotonic() at which everything is over."""
+        """end: the time.monotonic() at which the call ends."""
         self.results, self.work, self.end, self.tiny = results, work, end, tiny
         self._environment, self._part_end = dict(environment), end
         self._running: list[Process] = []
@@ -84,7 +84,7 @@ class Session:
         return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
 
     def begin(self, seconds: float) -> None:
-        """Starts a part that may take this long."""
+        """Starts a part with this time limit in seconds."""
         self._part_end = min(self.end, time.monotonic() + seconds)
 
     def left(self) -> float:
@@ -125,7 +125,7 @@ class Session:
     def start(
         self, name: str, command: Sequence[object], environment: Mapping[str, str] | None = None
     ) -> Process:
-        """Starts a command beside the rest; `finish` waits for it."""
+        """Starts a command in the background; `finish` waits for it."""
         stem = self.work / "".join(c if c.isalnum() else "_" for c in name)
         log, records = stem.with_suffix(".log"), stem.with_suffix(".jsonl")
         records.unlink(missing_ok=True)
@@ -175,7 +175,7 @@ class Session:
         self._running.remove(process)
 
     def stop_all(self) -> None:
-        """Ends what still runs."""
+        """Ends all running processes."""
         for process in self._running:
             stop(process.popen)
         self._running.clear()
@@ -207,13 +207,13 @@ def said(code: int, records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def last_line(output: bytes) -> str:
-    """The last line of a failed command's output, to stand behind its status."""
+    """The last line of a failed command's output, as the reason in its status."""
     lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
     return f": {lines[-1].strip()[:200]}" if lines else ""
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a records file; a line that is cut short is left out."""
+    """The complete lines of a records file."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:

@@ -1,4 +1,4 @@
-"""How long one stage of the cascade takes to draw, at the paper's size, with random bf16 weights.
+"""Times sampling of one stage of the cascade at the paper's size, with random bf16 weights.
 
 A few steps are timed and multiplied: every step of a sampler costs the same.
 """
@@ -42,7 +42,7 @@ def run(emit: Callable, model: str, batches: Sequence[int], tiny: bool, gate: st
 
 
 def inputs(stage: package.Stage, rows: int) -> dict[str, Any]:
-    """Shapes and dtypes of what `rows` images are drawn from."""
+    """Shapes and dtypes of the inputs for `rows` images."""
     shapes = {k: v for k, v in stage.batch_shapes(rows).items() if k.startswith("text")}
     if stage.lowres_size:
         shapes["lowres"] = ((rows, stage.lowres_size, stage.lowres_size, 3), jnp.uint8)
@@ -67,7 +67,7 @@ def compiled(stage: package.Stage, sampling: dict[str, Any], rows: int) -> tuple
 
 
 def timed(stage: package.Stage, params: Any, made: Any, rows: int) -> dict[str, Any]:
-    """Seconds of a call of `compiled`'s program; `made` is what it returned or a call of it."""
+    """Seconds of a call of a compiled program; `made` is its result, or a call that returns it."""
     program, compile_s = made() if callable(made) else made
     batch = jax.device_put(models.synthetic_batch(inputs(stage, rows)))
     keys = keys_of(rows)
@@ -77,7 +77,7 @@ def timed(stage: package.Stage, params: Any, made: Any, rows: int) -> dict[str, 
 
 
 def extrapolated(found: dict[str, Any], wanted: int, rows: int, full: int) -> dict[str, Any]:
-    """The times with those of all steps, for `wanted` images drawn `rows` at once."""
+    """The times, extrapolated to all steps and to `wanted` images in batches of `rows`."""
     batch_s = found["seconds"] * full / STEPS * wanted / rows
     memory = {"peak_bytes": measuring.memory_peak(), "steps": STEPS, "full_steps": full}
     return found | memory | {"full_seconds": batch_s, "images_per_s": wanted / batch_s}

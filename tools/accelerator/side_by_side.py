@@ -1,4 +1,4 @@
-"""The U-Net of DeepFloyd IF-I-M's shape in PyTorch and here: bf16 weights, forward and backward.
+"""DeepFloyd IF-I-M's U-Net in PyTorch and in this package: bf16, forward and backward.
 
 Ours has the same widths, blocks and attention. It differs in what costs little: swish for gelu,
 LayerNorm on text in each attention layer, and text pooled after its projection.
@@ -103,7 +103,7 @@ def jax_unet(tiny: bool) -> Any:
 
 
 def torchs(emit: Callable, batches: Sequence[int], tiny: bool, compiled: bool) -> None:
-    """PyTorch's: diffusers' UNet2DConditionModel where it is installed, else `torch_unet`."""
+    """PyTorch's network: diffusers' UNet2DConditionModel if installed, else `torch_unet`."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,7 +138,7 @@ def torchs(emit: Callable, batches: Sequence[int], tiny: bool, compiled: bool) -
 
 
 def torch_network(tiny: bool) -> tuple[Any, str]:
-    """(network of (z, time, text), what it is)."""
+    """(network of (z, time, text), its description)."""
     from tools.accelerator import torch_unet
 
     if tiny:
@@ -178,7 +178,7 @@ def diffusers_network(network: type) -> Any:
 
 
 def waited(call: Callable[[], Any], wait: Callable[[], None]) -> float:
-    """Seconds of a call with all its kernels."""
+    """Seconds of a call, including all its kernels."""
     wait()
     started = time.perf_counter()
     call()

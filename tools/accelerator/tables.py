@@ -1,5 +1,7 @@
-"""The results as Markdown tables, ready for BENCHMARKS.md. A measurement without a result keeps
-its row, with the reason in the last column."""
+"""The results as Markdown tables for BENCHMARKS.md.
+
+A measurement without a result keeps its row, with the reason in the last column.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -55,7 +57,7 @@ def last(entry: Mapping[str, Any], what: str) -> dict[str, Any]:
 
 
 def note(entry: Mapping[str, Any]) -> str:
-    """The status where it is not "done", in one line."""
+    """The status in one line; "" if it is "done"."""
     return "" if entry["status"] == "done" else " ".join(entry["status"].split())[:160]
 
 
@@ -129,7 +131,7 @@ def kernel_table(name: str, found: Mapping[str, Any]) -> list[str]:
 def trial_table(
     tasks: Mapping[str, Mapping[str, Any]], trials: Sequence[tuple[str, dict, Mapping]]
 ) -> list[str]:
-    """Each trial beside the same network and batch without it."""
+    """Each trial next to the same network and batch without it."""
     rows = []
     for label, step, entry in trials:
         model = label.split(",")[0]

@@ -1,4 +1,4 @@
-"""DeepFloyd IF's stage I U-Net in plain PyTorch, for a side-by-side timing where diffusers is not.
+"""DeepFloyd IF's stage I U-Net in plain PyTorch, for timings without diffusers.
 
 The architecture of diffusers' UNet2DConditionModel with IF's config: residual blocks that resample
 inside, attention of 64 channels a head over the text's and the pixels' keys at once. The names of
@@ -41,7 +41,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Pixels attend to the text's and the pixels' keys at once; added to the feature map."""
+    """Joint attention of the pixels to text and pixels, added to the feature map."""
 
     def __init__(self, c: int, text: int):
         super().__init__()
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
 
 class TextPool(nn.Module):
-    """The caption as one vector: a query of the tokens' mean attends to the mean and the tokens."""
+    """Pools the tokens to a vector: their mean attends to the mean and the tokens."""
 
     def __init__(self, text: int, time: int, heads: int = 64):
         super().__init__()
@@ -88,7 +88,7 @@ class TextPool(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each with attention where the level has it, then resampling."""
+    """The blocks of one resolution, with attention if the level has it, then resampling."""
 
     def __init__(
         self, inputs: list[int], c: int, time: int, text: int, attend: bool, resample: str

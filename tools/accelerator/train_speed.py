@@ -1,4 +1,4 @@
-"""The train step of one network, as TrainProgram compiles it, at the largest batch that fits.
+"""Measures the train step of one network at the largest batch that fits.
 
 The batch is on the device and synthetic; text features are given, no text encoder runs.
 """
@@ -78,7 +78,7 @@ def create(
 
 
 def first_batch(known: dict[str, Any], tiny: bool) -> int:
-    """The largest rung that should fit, by shapes alone."""
+    """The largest rung that fits according to the shapes."""
     limit = measuring.memory_limit()
     if tiny:
         return 2
@@ -94,7 +94,7 @@ def smaller(rows: int) -> int:
 
 
 def larger_batch(best: dict[str, Any], known: dict[str, Any]) -> int:
-    """A larger rung that should fit, by what the compiler says of the first; 0 if none."""
+    """A larger rung that fits according to the compiler's figures of the first; 0 if none."""
     limit, peak = measuring.memory_limit(), best.get("compiler_allocated_bytes")
     if not (limit and peak):
         return 0
@@ -185,7 +185,7 @@ def timed(
 
 
 def rates(rows: int, seconds: float, known: dict[str, Any]) -> dict[str, Any]:
-    """Images a second, MFU and memory of a step."""
+    """Images/s, MFU and memory of a step."""
     device = jax.devices()[0]
     found: dict[str, Any] = {"images_per_s": rows / seconds, "peak_bytes": measuring.memory_peak()}
     peak, source = package.peak_flops(device)
@@ -206,10 +206,10 @@ def traced(compiled: Any, state: Any, batch: Any, steps: int = 3) -> dict[str, A
 
 
 def attention_of(kind: str) -> Any:
-    """A context in which stages attend by cuDNN's fused kernel ("cudnn"), or as they are ("").
+    """A context in which attention uses cuDNN's fused kernel ("cudnn") or is unchanged ("").
 
-    The kernel keeps no attention weights, so nothing is recomputed around it. Text is padded at its
-    end and stands behind the pixels, so the number of valid keys says which they are.
+    The kernel stores no attention weights, so nothing is recomputed around it. Text keys follow the
+    pixels and are padded at their end, so the number of valid keys identifies them.
     """
     if not kind:
         return contextlib.nullcontext()

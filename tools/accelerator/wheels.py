@@ -1,7 +1,7 @@
-"""What the package needs beyond an image with JAX, PyTorch and transformers, as wheels.
+"""Wheels of the requirements that an image with JAX, PyTorch and transformers lacks.
 
-They are fetched where there is a network and installed, into a directory of their own, where there
-is none. What is installed there already is skipped, whatever its version.
+They are downloaded where there is a network, and installed into a separate directory where there is
+none. A package that is installed already is skipped, whatever its version.
 """
 
 import importlib.metadata
@@ -27,7 +27,7 @@ SOURCE_ONLY = ("promise",)  # published without a wheel; pure Python
 
 
 def download(directory: Path) -> int:
-    """Fetches the wheels; the sum of their bytes."""
+    """Downloads the wheels; their total size in bytes."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     binary = [name for name in WHEELS if name not in SOURCE_ONLY]
     target = ["--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"]
@@ -41,7 +41,7 @@ def download(directory: Path) -> int:
 
 
 def install(directory: Path, site: Path) -> list[Path]:
-    """Installs into `site` what is not there yet; the wheels that were installed."""
+    """Installs the missing packages into `site`; their wheels."""
     missing = [w for w in sorted(directory.glob("*.whl")) if not present(w.name.partition("-")[0])]
     if not missing or pip_install(missing, site):
         return missing
@@ -50,7 +50,7 @@ def install(directory: Path, site: Path) -> list[Path]:
 
 
 def pip_install(wheels: list[Path], site: Path) -> bool:
-    """Installs wheels without a network; whether that worked."""
+    """Installs wheels without a network; whether it succeeded."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
     command += ["--no-compile", "--disable-pip-version-check", "--target", site, *wheels]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)

@@ -1,0 +1,136 @@
+"""The paired comparison of an ablation's arms, from the evaluations of all arms and seeds."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launch.ablation import Arm
+
+
+def read_evaluations(
+    workdir: Path, arms: Sequence[Arm], seeds: Sequence[int]
+) -> dict[str, list[dict[str, Any]]]:
+    """{arm: [{"measures": evaluation.json, "rows": {place: one value per row}} for each seed]}.
+
+    "rows" is empty where evaluate wrote no rows.npz.
+    """
+    evaluations: dict[str, list[dict[str, Any]]] = {}
+    for arm in arms:
+        for seed in seeds:
+            directory = workdir / arm.name / f"seed_{seed}" / "evaluation"
+            rows = {}
+            if (directory / "rows.npz").exists():
+                with np.load(directory / "rows.npz") as file:  # hits are booleans
+                    rows = {name: file[name].astype(float) for name in file.files}
+            measures = json.loads((directory / "evaluation.json").read_text())
+            evaluations.setdefault(arm.name, []).append({"measures": measures, "rows": rows})
+    return evaluations
+
+
+def compare(
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    evaluations: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """Compares each arm with the first one, the reference, column by column.
+
+    evaluations: as `read_evaluations` returns them.
+
+    Returns {"seeds", "reference", "overrides", "columns"}; a column is {"name", "place",
+    "less_is_better", "arms": {arm: ...}}. Each arm has "values" (one per seed) and their "mean".
+    The others also have "difference", the mean over seeds of value minus reference, with its
+    standard errors: "se_seeds" (None for one seed) and "se_rows" (None without rows).
+
+    A column lacks the arms that did not measure it. A column is left out if the reference did not
+    measure it, or if arms differ in a field that must be the same for a comparison.
+    """
+    from imagen_jax.evals.measures.measure import columns
+
+    reference = evaluations[arms[0].name]
+    fields = {field for arm in arms for field in arm.overrides}
+    shown = []
+    for column in columns():
+        if any(field.startswith(column.needs_same) for field in fields):
+            continue
+        place = column.place.replace("SPLIT", split_of(reference[0]["measures"]))
+        measured = [
+            arm.name
+            for arm in arms
+            if all(at(one["measures"], place) is not None for one in evaluations[arm.name])
+        ]
+        if arms[0].name not in measured:
+            continue
+        compared = {name: against(evaluations[name], reference, place) for name in measured}
+        about = {"name": column.name, "place": place, "less_is_better": column.less_is_better}
+        shown.append(about | {"arms": compared})
+    overrides = {arm.name: dict(arm.overrides) for arm in arms}
+    about = {"seeds": list(seeds), "reference": arms[0].name, "overrides": overrides}
+    return about | {"columns": shown}
+
+
+def split_of(measures: Mapping[str, Any]) -> str:
+    """The split to compare on: heldout if a measure has it, else train."""
+    results = [result for result in measures.values() if isinstance(result, Mapping)]
+    return "heldout" if any("heldout" in result for result in results) else "train"
+
+
+def at(measures: Mapping[str, Any], place: str) -> Any:
+    """The number at a dotted place; None if it does not exist."""
+    for key in place.split("."):
+        measures = measures.get(key) if isinstance(measures, Mapping) else None
+    return measures
+
+
+def against(
+    evaluations: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], place: str
+) -> dict[str, Any]:
+    """An arm's values and its differences to the reference, paired by seed and by row."""
+    values = [at(one["measures"], place) for one in evaluations]
+    result = {"values": values, "mean": statistics.mean(values)}
+    if evaluations is reference:
+        return result
+    differences = [value - at(other["measures"], place) for value, other in zip(values, reference)]
+    pairs = [
+        (one["rows"].get(place), other["rows"].get(place))
+        for one, other in zip(evaluations, reference)
+    ]
+    complete = all(a is not None and b is not None and len(a) == len(b) for a, b in pairs)
+    # All seeds are measured on the same rows: a row is one observation, whatever the number of
+    # seeds.
+    by_row = np.mean([a - b for a, b in pairs], axis=0).tolist() if complete else []
+    return result | {
+        "difference": statistics.mean(differences),
+        "se_seeds": standard_error(differences),
+        "se_rows": standard_error(by_row),
+    }
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean; None for fewer than two values."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """One block per column: each arm's mean, its difference to the first arm, and its errors."""
+    text = lambda number, sign="": "-" if number is None else f"{number:{sign}.4f}"
+    width = max(len("arm"), *(len(arm) for arm in result["overrides"]))
+    lines = []
+    for column in result["columns"]:
+        better = "less" if column["less_is_better"] else "more"
+        heading = f"{column['name']} ({column['place']}; {better} is better)"
+        lines += ["", f"{heading}, seeds {result['seeds']}"]
+        lines += [f"{'arm':<{width}} {'mean':>9} {'difference':>11} {'se rows':>9} {'se seeds':>9}"]
+        for arm, numbers in column["arms"].items():
+            cells = (
+                text(numbers["mean"]),
+                text(numbers.get("difference"), "+"),
+                text(numbers.get("se_rows")),
+                text(numbers.get("se_seeds")),
+            )
+            lines.append("{:<{}} {:>9} {:>11} {:>9} {:>9}".format(arm, width, *cells))
+    return "\n".join(lines)
