@@ -17,7 +17,14 @@ from jaxtyping import UInt8
 
 from imagen_jax import schema
 from imagen_jax.data.transforms import pad_text
-from imagen_jax.stage import Stage, check_sampling, create_stage, random_key, to_uint8
+from imagen_jax.stage import (
+    Stage,
+    check_finite,
+    check_sampling,
+    create_stage,
+    images_and_finite,
+    random_key,
+)
 from imagen_jax.weights import checkpoint
 
 STAGES = ("base", "sr_1", "sr_2")  # the names in a cascade config, in order
@@ -71,7 +78,7 @@ def load_stage(path: str, sampling: Mapping[str, Any], which: str) -> LoadedStag
     stage = create_stage(schema.complete(meta["config"], f"config of {path}"))
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
     draw = jax.jit(
-        lambda params, keys, batch: to_uint8(stage.sample(params, keys, batch, sampling))
+        lambda params, keys, batch: images_and_finite(stage.sample(params, keys, batch, sampling))
     )
     identity = {"checkpoint": path, "name": stage.name} | {
         key: meta[key] for key in ("step", "which", "manifest_hash", "sha256")
@@ -159,7 +166,8 @@ def generate(
             if image is not None:
                 batch["lowres"] = image
             keys = sample_keys([seeds[r] for r in rows], first_stage + i)
-            image = np.asarray(jax.device_get(loaded.draw(loaded.params, keys, batch)))
+            image, finite = jax.device_get(loaded.draw(loaded.params, keys, batch))
+            check_finite(finite, loaded.stage.name)
             images.append(image[: min(batch_size, len(seeds) - start)])
         yield images
 

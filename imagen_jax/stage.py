@@ -11,14 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from imagen_jax import schema, sharding
 from imagen_jax.data.transforms import check_sizes
 from imagen_jax.diffusion import conditioning, loss, sampler
 from imagen_jax.diffusion.density import DENSITIES, Density
-from imagen_jax.diffusion.grid import GRIDS
+from imagen_jax.diffusion.grid import GRIDS, TimeGrid, check_levels
 from imagen_jax.diffusion.guidance import Guidance, Threshold
 from imagen_jax.diffusion.process import GaussianProcess, Process
 from imagen_jax.diffusion.sampler import SAMPLERS
@@ -237,6 +238,20 @@ def to_uint8(x: Float[Array, "*d"]) -> Array:
     return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
+def images_and_finite(x: Float[Array, "b *d"]) -> tuple[Array, Bool[Array, "b"]]:
+    """Samples as uint8, and whether all values of each are finite; uint8 would hide NaN as 0."""
+    return to_uint8(x), jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+
+
+def check_finite(finite: Bool[np.ndarray, "b"], name: str) -> None:
+    """Raises FloatingPointError if a sample of stage `name` holds values that are not finite."""
+    if not finite.all():
+        raise FloatingPointError(
+            f"{name} drew {np.sum(~finite)} of {len(finite)} images with values that are not"
+            " finite: lower sampling.w, use sampling.threshold, or check the weights"
+        )
+
+
 def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
     """The stage of a complete config, on one device or on `mesh`. Raises ValueError with the field
     for sizes or settings that do not fit together.
@@ -325,4 +340,7 @@ def check_sampling(sampling: Mapping[str, Any]) -> None:
     """Raises ValueError unless `Stage.sample` can draw with these settings, a complete section."""
     if not 0.0 <= sampling["aug_level"] <= 1.0:
         raise ValueError(f"sampling.aug_level is {sampling['aug_level']}; it must be from 0 to 1")
-    drawing(sampling, schedule="cosine")  # any schedule: it is used only when samples are drawn
+    # Any schedule: uniform times are used only when samples are drawn.
+    grid = drawing(sampling, schedule="cosine")["grid"]
+    if not isinstance(grid, TimeGrid):
+        check_levels(grid, sampling["steps"])

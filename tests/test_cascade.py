@@ -1,5 +1,7 @@
 """The cascade: pictures depend on their own seed and prompt only; stages must fit each other."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -189,3 +191,12 @@ def test_resume_check():
         config["optim"]["decay"], config["model"]["dropout"] = "constant", 0.1
     with pytest.raises(ValueError, match="optim.accumulation"):
         resume.check(saved, same)
+
+
+def test_a_picture_that_is_not_finite_is_an_error(stages):
+    """Catches NaN that becomes a black picture with a record as if all were well."""
+    params = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), stages[0].params)
+    broken = dataclasses.replace(stages[0], params=params)
+    text = [np.zeros((1, broken.stage.text_dim), np.float32)]
+    with pytest.raises(FloatingPointError, match="1 of 1 images with values that are not finite"):
+        next(cascade.generate([broken], [0], text, 1))

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from imagen_jax.diffusion.schedule import LOGSNR_MAX, LOGSNR_MIN, SCHEDULES
@@ -72,6 +73,16 @@ def check_ends(ends: tuple[float, float]) -> None:
         raise ValueError(
             f"sampling.grid_logsnr is {ends}; it must be two ascending numbers from"
             f" {LOGSNR_MIN:g} to {LOGSNR_MAX:g}"
+        )
+
+
+def check_levels(grid: Grid, steps: int) -> None:
+    """Raises ValueError unless the levels are finite and ascend strictly in fp32."""
+    levels = np.asarray(grid(steps))
+    if not np.isfinite(levels).all() or (np.diff(levels) <= 0.0).any():
+        raise ValueError(
+            f"the {steps} levels of {grid} are not finite and ascending in fp32; use fewer"
+            " sampling.steps, a wider sampling.grid_logsnr or a sampling.grid_rho near 7"
         )
 
 

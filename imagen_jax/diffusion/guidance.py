@@ -4,7 +4,6 @@ Thresholding makes large guidance weights usable.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from imagen_jax.diffusion.conditioning import Cond, null_text
 from imagen_jax.diffusion.loss import DenoiseFn
 from imagen_jax.diffusion.schedule import LOGSNR_MAX, LOGSNR_MIN
 
+FLOAT32_MAX = float(jnp.finfo(jnp.float32).max)
 THRESHOLDS = ("none", "static", "dynamic")
 
 
@@ -33,8 +33,8 @@ class Guidance:
     w_interval: tuple[float, float]
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.w):
-            raise ValueError(f"sampling.w is {self.w}; it must be a finite number")
+        if not abs(self.w) <= FLOAT32_MAX:
+            raise ValueError(f"sampling.w is {self.w}; it must be finite in fp32")
         if len(self.w_interval) != 2 or not self.w_interval[0] < self.w_interval[1]:
             message = f"sampling.w_interval is {self.w_interval}; it must be two ascending log-SNRs"
             raise ValueError(message)

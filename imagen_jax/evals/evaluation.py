@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from imagen_jax.data.records import SPLITS
 from imagen_jax.evals import nearest
@@ -20,7 +20,14 @@ from imagen_jax.evals.noise_bins import Bins, TrainingBins
 from imagen_jax.evals.rows import TEXTS, Data, Rows, Settings, conditioned, once
 from imagen_jax.run_log import Progress
 from imagen_jax.sharding import AXES, make_mesh, place_batch
-from imagen_jax.stage import Batch, Params, Stage, random_key, to_uint8
+from imagen_jax.stage import (
+    Batch,
+    Params,
+    Stage,
+    check_finite,
+    images_and_finite,
+    random_key,
+)
 
 # (stage, params, batch, draws, logsnr) -> the error of each image [b]. `draws` are those of
 # `Stage.draw` with text kept; a noise level at `logsnr` [b].
@@ -82,7 +89,8 @@ class Probe:
         size, out = self._batch_size(rows), []
         with Progress(label, len(rows)) as progress:
             for start, stop, part in self._parts(rows, size):
-                drawn = np.asarray(self._draw(params, part, SPLITS.index(rows.split)))
+                drawn, finite = jax.device_get(self._draw(params, part, SPLITS.index(rows.split)))
+                check_finite(finite, self.stage.name)
                 out.append(drawn[: stop - start])
                 progress.update(stop)
         return np.concatenate(out)
@@ -139,9 +147,11 @@ class Probe:
             draws["lowres_level"] = jnp.where(clean, 0.0, draws["lowres_level"])
         return error(self.stage, params, part, draws, logsnr)
 
-    def _draw_samples(self, params: Params, part: Batch, split: Array) -> UInt8[Array, "b s s 3"]:
+    def _draw_samples(
+        self, params: Params, part: Batch, split: Array
+    ) -> tuple[UInt8[Array, "b s s 3"], Bool[Array, "b"]]:
         keys = self._row_keys(1, split, part["index"])
-        return to_uint8(self.stage.sample(params, keys, part, self.settings.sampling))
+        return images_and_finite(self.stage.sample(params, keys, part, self.settings.sampling))
 
 
 class Evaluation:

@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from imagen_jax.diffusion import grid
 from imagen_jax.diffusion.schedule import linear
@@ -31,3 +32,29 @@ def test_karras():
     sigmas = np.exp(-levels[[0, 1, 2, 9, 16, 17]] / 2)
     np.testing.assert_allclose(sigmas, [80, 57.586, 40.786, 1.9233, 0.0075, 0.002], rtol=5e-3)
     assert len(levels) == 18 and np.all(np.diff(levels) > 0)
+
+
+@pytest.mark.parametrize(
+    "levels, steps",
+    [
+        (grid.KarrasGrid((-10.0, 10.0), 0.05), 8),  # exp overflows
+        (grid.KarrasGrid((-10.0, 10.0), 1e8), 8),  # the roots coincide
+        (
+            grid.LogSNRGrid(
+                (12.0, 12.000001),
+            ),
+            8,
+        ),  # closer than fp32 resolves
+    ],
+)
+def test_levels_that_fp32_cannot_tell_apart_are_refused(levels, steps):
+    """Catches a grid whose NaN or equal levels become black pictures."""
+    with pytest.raises(ValueError, match="not finite and ascending in fp32"):
+        grid.check_levels(levels, steps)
+
+
+def test_usual_grids_are_accepted():
+    """Catches a check that refuses the grids that configs use, or a single step."""
+    for steps in (1, 8, 1000):
+        grid.check_levels(grid.KarrasGrid((-10.0, 10.0), 7.0), steps)
+        grid.check_levels(grid.LogSNRGrid((-20.0, 20.0)), steps)
