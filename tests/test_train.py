@@ -178,12 +178,9 @@ def test_resume_on_another_mesh_and_refusal_of_other_settings(data, straight, tm
     assert run(data, workdir, "--config.train.steps=15")[0] == 0
     for change in ("optim.lr=0.5", "model.cond_dim=32"):
         code, log = run(data, workdir, f"--config.{change}")
-        assert (
-            code == 2
-            and f"started with other settings; restore them, or use a new --workdir: {change.split('=')[0]}: "
-            in log
-            and "Traceback" not in log
-        )
+        field = change.split("=")[0]
+        refusal = f"with other settings; restore them, or use a new --workdir: {field}: "
+        assert code == 2 and refusal in log and "Traceback" not in log
     more = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.fsdp_min_elements=64"]
     subprocess.run(
         command(data, workdir, *more),
