@@ -2,6 +2,7 @@
 
 import json
 import struct
+import types
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +172,7 @@ def test_a_read_only_output_is_refused_before_drawing(tmp_path, monkeypatch):
     def refuse(flag, path):
         raise ValueError(f"--{flag} {path} cannot be written to")
 
-    loaded = [cascade.LoadedStage(None, None, {}, {}, {}, None)]
+    loaded = [types.SimpleNamespace(identity={})]
     monkeypatch.setattr(cascade, "load_cascade", lambda *_: loaded)
     monkeypatch.setattr(sample, "load_encoder", lambda *_: None)
     monkeypatch.setattr(sample.cli, "make_directory", refuse)

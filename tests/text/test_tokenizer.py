@@ -60,12 +60,21 @@ def test_spiece_model_without_sentencepiece(tmp_path, monkeypatch):
         load_tokenizer(tmp_path, KINDS)
 
 
+class Pairs:
+    """A tokenizer that knows single characters, and no longer word."""
+
+    unk_token_id = 2
+
+    def __call__(self, texts, verbose):
+        return {"input_ids": [[2 if len(word) > 1 else 5 for word in t.split()] for t in texts]}
+
+
 def test_unknown_characters_are_named():
     """Catches silence about characters that the encoder cannot read, which draw something else."""
     tokenizer, _, _ = load_tokenizer(TOKENIZER, KINDS)
     texts = ["a red apple", "a 红 apple 🍎🍎红", "", "果"]
     assert unknown_characters(tokenizer, texts) == ["", "红🍎", "", "果"]
-    assert unknown_characters(tokenizer, ["<unk>"]) == ["<unk>"]
+    assert unknown_characters(Pairs(), ["ab", "a b"]) == ["ab", ""]
     assert (
         unknown_characters(Words(), texts) == [""] * 4 and unknown_characters(tokenizer, []) == []
     )
