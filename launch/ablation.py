@@ -206,10 +206,17 @@ def _check_arms(ablation: Ablation, arms: Sequence[Arm]) -> None:
             )
     if "seed" in ablation.shared:
         raise ValueError("give seeds as --seeds 0,1, not as --config.seed")
-    if ablation.checkpoint and any(arm.training for arm in arms):
+    if not ablation.checkpoint:
+        return
+    if any(arm.training for arm in arms):
         raise ValueError(
             "--checkpoint is for ablations of sampling, but the arms of this one are trained"
             " differently"
+        )
+    if ignored := [f for f in ablation.shared if not f.startswith(("sampling.", "data."))]:
+        raise ValueError(
+            f"{', '.join(ignored)} changes nothing with --checkpoint, which trains nothing: leave"
+            " it out"
         )
 
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from launch.ablation import Arm
 
+CHECKPOINT = "provenance.checkpoint.sha256"  # in evaluation.json
+
 
 def read_evaluations(
     workdir: Path, arms: Sequence[Arm], seeds: Sequence[int]
@@ -51,6 +53,7 @@ def compare(
     """
     from imagen_jax.evals.measures.measure import columns
 
+    check_same_weights(arms, evaluations)
     reference = evaluations[arms[0].name]
     fields = {field for arm in arms for field in arm.overrides}
     shown = []
@@ -71,6 +74,28 @@ def compare(
     overrides = {arm.name: dict(arm.overrides) for arm in arms}
     about = {"seeds": list(seeds), "reference": arms[0].name, "overrides": overrides}
     return about | {"columns": shown}
+
+
+def check_same_weights(
+    arms: Sequence[Arm], evaluations: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    """Raises ValueError if arms that share a training were evaluated at different checkpoints.
+
+    Their difference would be one of training and sampling together.
+    """
+    first: dict[str, tuple[str, Sequence[Any]]] = {}
+    for arm in arms:
+        used = [one["measures"] for one in evaluations[arm.name]]
+        training = json.dumps(arm.training, sort_keys=True)
+        other, expected = first.setdefault(training, (arm.name, used))
+        for a, b in zip(expected, used):
+            if at(a, CHECKPOINT) != at(b, CHECKPOINT):
+                steps = f"step {a.get('step')} and step {b.get('step')}"
+                raise ValueError(
+                    f"arms {other} and {arm.name} evaluated different checkpoints of one training"
+                    f" ({steps}): remove the evaluation directory of the older one and run the"
+                    " same command again"
+                )
 
 
 def split_of(measures: Mapping[str, Any]) -> str:

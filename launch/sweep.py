@@ -23,7 +23,7 @@ from pathlib import Path
 
 from absl import flags
 
-from imagen_jax import cli
+from imagen_jax import cli, schema
 from imagen_jax.storage import write_json
 from launch import command_line, comparison, places, status
 from launch.ablation import FINISHED, Ablation, Arm, Step, options_of, plan
@@ -150,6 +150,8 @@ def _seeds(text: str) -> tuple[int, ...]:
         seeds = tuple(int(seed) for seed in text.split(","))
     except ValueError as error:
         raise ValueError(f"--seeds {text} is not a list of whole numbers such as 0,1,2") from error
+    for seed in seeds:
+        schema.check_seed(seed, "--seeds")
     if len(set(seeds)) < len(seeds):
         raise ValueError(
             f"--seeds {text} has the same seed twice, which would be the same training twice:"
@@ -167,6 +169,8 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
     from imagen_jax.evals.measures import measure
     from imagen_jax.evals.rows import Settings
     from imagen_jax.stage import create_stage
+    from imagen_jax.training import ema, optim
+    from imagen_jax.training.step import check_accumulation
 
     if not options.where:
         places.check_unused(options)
@@ -186,6 +190,9 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
         stage = create_stage(config)
         if not ablation.checkpoint:  # the stage of a checkpoint is not known yet
             measure.choose(names, stage, settings)
+            optim.make_optimizer(config["optim"], config["train"]["steps"])
+            ema.tracks(config["optim"])
+            check_accumulation(config["data"]["batch_size"], config["optim"]["accumulation"])
 
 
 def check_here(path: str) -> None:

@@ -165,6 +165,10 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, recorded, c
         ("", "", ("--config.sampling.w=2",), "sampling.w: set by arm slow"),
         ("", "", ("--config.optim.rate=2",), "optim.rate, which the config does not have"),
         ("", "", ("--config.seed=2",), "--seeds"),
+        ("", "", ("--seeds=0,4294967296",), "--seeds 4294967296 is not a seed"),
+        ('optim.lr": 1e-3', 'optim.ema": 1.0', (), "optim.ema"),
+        ('optim.lr": 1e-3', 'optim.accumulation": 3', (), "optim.accumulation=3"),
+        ("", "", ("--checkpoint=model",), "--checkpoint is for ablations of sampling"),
         ("1e-3", "'fast'", (), "fast"),
         (
             'config.sampling.w": 3.0',
@@ -227,6 +231,9 @@ def test_measures_of_a_given_model_are_those_of_its_stage(file, tmp_path, capsys
     ]
     assert sweep.main([*command, "--measures=detail"]) == 0
     assert sweep.main([*command, "--measures=nope"]) == 2
+    capsys.readouterr()
+    assert sweep.main([*command, "--config.train.steps=9"]) == 2
+    assert "train.steps changes nothing with --checkpoint" in capsys.readouterr().err
 
 
 def test_checking_takes_no_device(file, tmp_path):
@@ -371,6 +378,23 @@ def test_evaluations_are_read_with_their_rows(tmp_path):
     ][0]["arms"]
     assert found["b"]["difference"] == found["b"]["se_rows"] == 0.5
     assert found["c"]["se_rows"] is None
+
+
+def test_arms_of_one_training_need_the_same_weights():
+    """Catches a paired difference between checkpoints of different steps."""
+    at_step = lambda step: {
+        "measures": evaluation(1.0)["measures"]
+        | {"step": step, "provenance": {"checkpoint": {"sha256": f"s{step}"}}},
+        "rows": {},
+    }
+    arms = [Arm("ddim", {"sampling.method": "ddim"}), Arm("slow", {"sampling.steps": 9})]
+    other = [arms[0], Arm("fast", {"optim.lr": 1e-3})]
+    same = {arm.name: [at_step(4)] for arm in (*arms, other[1])}
+    moved = same | {"slow": [at_step(8)], "fast": [at_step(8)]}
+    comparison.check_same_weights(arms, same)
+    comparison.check_same_weights(other, moved)  # two trainings have two checkpoints
+    with pytest.raises(ValueError, match="ddim and slow evaluated different .* 4 and step 8"):
+        comparison.compare(arms, [0], moved)
 
 
 def test_table_shows_every_arm():
