@@ -243,7 +243,7 @@ def test_a_wrong_cascade_is_refused(change, message, tmp_path):
     with pytest.raises(ValueError) as error:
         cascade.load_cascade(config)
     assert message in str(error.value)
-    record = dict.fromkeys(sample.RECORD) | {"config": config}
+    record = {name: kind() for name, kind in sample.RECORD.items()} | {"config": config}
     (tmp_path / "picture.json").write_text(json.dumps(record))
     with pytest.raises(ValueError) as error:
         sample.read_record(tmp_path / "picture.json")
@@ -255,7 +255,7 @@ def test_an_older_picture_is_read(tmp_path):
     config = changed(
         cascade_config(), **{f"base__sampling__{n}": None for n in defaults.ADDED["sampling"]}
     )
-    record = dict.fromkeys(sample.RECORD) | {"config": config}
+    record = {name: kind() for name, kind in sample.RECORD.items()} | {"config": config}
     (tmp_path / "picture.json").write_text(json.dumps(record))
     assert sample.read_record(tmp_path / "picture.json")["config"] == cascade_config()
 

@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from imagen_jax.pictures import figure_png
-
 Result = Mapping[str, Any]
 
 
@@ -42,6 +40,8 @@ def plot(panels: Sequence[tuple[str, Mapping[str, Result]]]) -> bytes:
     Lines show means by log-SNR with one standard error; bins without a finite mean are left out.
     """
     from matplotlib.figure import Figure
+
+    from imagen_jax.pictures import figure_png
 
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
