@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from imagen_jax import cli, sharding
+from imagen_jax import cli
 from imagen_jax.hardware.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,6 +151,8 @@ def check_mesh(job: Job, devices: int, slices: int) -> None:
     """Raises ValueError if a training's mesh or batch does not divide over its devices."""
     if not job.config:
         return
+    from imagen_jax import sharding  # jax is slow to import, and --help does not need it
+
     try:
         sizes = sharding.mesh_sizes(job.config["mesh"], devices, slices)
         sharding.check_batch(job.config["data"]["batch_size"], sizes)
