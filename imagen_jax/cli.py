@@ -65,8 +65,10 @@ def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> Non
     app.run(guarded, flags_parser=parse)
 
 
-def guard(main: Callable[[], int | None]) -> int:
+def guard(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Calls `main` and returns the exit code; an expected error is one line on standard error.
+
+    interrupted: the line after Ctrl-C.
 
     The codes are those of imagen_jax/exit_codes.py. An unexpected error is raised.
     IMAGEN_JAX_TRACEBACK=1 raises every error.
@@ -74,7 +76,7 @@ def guard(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except KeyboardInterrupt:
-        return fail("interrupted", exit_codes.INTERRUPTED)
+        return fail(interrupted, exit_codes.INTERRUPTED)
     except Exception as error:
         explanation = explain(error)
         if explanation is None or os.environ.get("IMAGEN_JAX_TRACEBACK"):

@@ -23,7 +23,7 @@ from absl import flags
 
 from imagen_jax import cli, field, schema
 from imagen_jax.evals.measures import NAMES
-from imagen_jax.storage import check_local
+from imagen_jax.storage import check_local, only_process
 
 RECORD = "evaluations.jsonl"
 POLL_S = 10.0
@@ -139,11 +139,12 @@ def main() -> int:
         numbers,
         {k: v for k, v in overrides.items() if v is not None},
     )
-    if args.follow:
-        evaluator.check_continues(output / RECORD)
-        follow(evaluator.run, checkpoint, output, args.follow_minutes)
-    else:
-        evaluator.run(checkpoint, output)
+    with only_process(output, "using"):
+        if args.follow:
+            evaluator.check_continues(output / RECORD)
+            follow(evaluator.run, checkpoint, output, args.follow_minutes)
+        else:
+            evaluator.run(checkpoint, output)
     return 0
 
 

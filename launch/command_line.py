@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from imagen_jax import cli, exit_codes
+from imagen_jax import cli
 
 CONTINUE = "run the same command again to continue"
 CHECKOUT = (
@@ -56,9 +56,5 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int
 
     Expected errors are printed as one line on standard error.
     """
-    try:
-        return main(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:
-        return cli.fail(f"interrupted; {CONTINUE}", exit_codes.INTERRUPTED)
-    except (ValueError, OSError) as error:
-        return cli.fail(str(error), exit_codes.of(error))
+    arguments = sys.argv[1:] if argv is None else argv
+    return cli.guard(lambda: main(arguments), f"interrupted; {CONTINUE}")

@@ -38,30 +38,22 @@ def exif_with_a_bad_rational(orientation: int) -> bytes:
     return b"Exif\0\0II*\0\x08\0\0\0" + table + bytes(4) + struct.pack("<ii", -1, 0)
 
 
-def test_a_photo_with_a_bad_rational_is_used_or_named(tmp_path):
+def test_a_photo_with_a_bad_rational_is_drawn_upright(tmp_path):
     """Catches struct.error as a traceback, from PIL writing the EXIF data back."""
     path = tmp_path / "phone.jpg"
     gradient(40, 30).save(path, exif=exif_with_a_bad_rational(6))
-    try:
-        image = sample.read_image(str(path), 16, 2)
-    except ValueError as error:
-        assert "--image" in str(error) and "phone.jpg cannot be used" in str(error)
-    else:
-        assert image.shape == (2, 16, 16, 3) and image[0, 0, 0, 1] > 200  # turned upright
+    image = sample.read_image(str(path), 16, 2)
+    assert image.shape == (2, 16, 16, 3) and image[0, 0, 0, 1] > 200
 
 
-def test_an_image_with_large_metadata_is_used_or_named(tmp_path):
+def test_an_image_with_large_metadata_is_used(tmp_path):
     """Catches a picture whose pixels are sound, called broken because of its metadata."""
     info = PngImagePlugin.PngInfo()
     info.add_text("workflow", "node " * 300_000, zip=True)
     path = tmp_path / "generated.png"
     gradient(32, 32).save(path, pnginfo=info)
-    try:
-        image = sample.read_image(str(path), 32, 1)
-    except ValueError as error:
-        assert "generated.png cannot be used" in str(error)
-    else:
-        np.testing.assert_array_equal(image[0], np.asarray(gradient(32, 32)))
+    image = sample.read_image(str(path), 32, 1)
+    np.testing.assert_array_equal(image[0], np.asarray(gradient(32, 32)))
 
 
 def test_an_image_is_cut_square_and_shrunk(tmp_path):
