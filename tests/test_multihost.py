@@ -214,12 +214,14 @@ def test_stalled_process_is_named_and_given_up(data, tmp_path):
             team.until(lambda: len(read_metrics(workdir)) >= rows + 3)
             team.processes[1].send_signal(signal.SIGSTOP)
             stopped = time.monotonic()
-            team.until(lambda: f"waiting for process 1 ({host}), silent for" in team.log(0)[seen:])
+            team.until(
+                lambda: f"waiting for process 1 ({host}), no heartbeat for" in team.log(0)[seen:]
+            )
             assert time.monotonic() - stopped < 20
             if time_ == 1:
                 team.processes[1].send_signal(signal.SIGCONT)
         assert team.processes[0].wait(200) == LOST
-        assert f"lost process 1 ({host}), silent for" in last_line(team.log(0))
+        assert f"lost process 1 ({host}), no heartbeat for" in last_line(team.log(0))
 
 
 # Process 1's data end with an error after three batches.

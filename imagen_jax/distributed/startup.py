@@ -78,7 +78,7 @@ def start(timeout_s: float = 300.0, lost_s: float = 100.0) -> None:
     Call it before jax initialises its devices.
 
     timeout_s: seconds to wait for the other processes.
-    lost_s: seconds without a sign of life after which `Watch` gives a process up.
+    lost_s: seconds without a heartbeat after which `Watch` counts a process as lost.
 
     Raises ValueError, in one line, for contradictory variables, and after `timeout_s` with the
     processes that are missing.

@@ -1,10 +1,11 @@
-"""Names the process that the others wait for, and ends all processes when one is lost.
+"""Detects stalled processes, logs which ones, and ends all processes when one is lost.
 
-A process that is stopped, cut off or slow makes all others wait inside a collective operation,
-where no code of ours runs. A thread of each process therefore publishes its step and activity in
-the key-value store of jax's coordination service, and reads those of the others while its own
-process makes no progress. A process that fails publishes its error, and the others end with that
-error instead of waiting. A process that disappears is given up after `lost_s` and named.
+A process that is stopped, disconnected or slow makes all others wait inside a collective operation,
+where no Python code runs. Each process therefore runs a heartbeat thread. It publishes the
+process's step and activity in the key-value store of JAX's coordination service. While the process
+makes no progress, the thread also reads the heartbeats of the others. A process that fails
+publishes its error, and the others end with that error instead of waiting. After the timeout
+`lost_s` without a heartbeat, the others report the process as lost and end.
 """
 
 import contextlib
@@ -26,91 +27,104 @@ from imagen_jax.distributed import startup
 from imagen_jax.exit_codes import LOST
 
 FINISHED = "finished"
-AGAIN = "restart all processes, the run resumes from its last checkpoint"
-BEATS = 20  # publications of a process within `lost_s`
+RESTART = "restart all processes; the run then resumes from its last checkpoint"
+HEARTBEATS_PER_TIMEOUT = 20  # heartbeats of a process within `lost_s`
 REQUEST_MS = 3000  # well under the 6 s by which `_delay_abort` delays an abort
-SIGNS, FAILURES, ENDED = "imagen_jax/sign/", "imagen_jax/failure/", "imagen_jax/ended/"
+# Key prefixes in the store.
+HEARTBEATS, FAILURES, ENDED = "imagen_jax/heartbeat/", "imagen_jax/failure/", "imagen_jax/ended/"
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class Sign:
-    """The last publication of a process.
+class Heartbeat:
+    """The last heartbeat of a process.
 
-    step: steps it has done. doing: its current activity. turn: the number of activities so far.
-    beat: the number of publications so far. heard: local time when `beat` last changed.
+    step: number of completed steps.
+    activity: the current activity.
+    activity_index: number of activities so far.
+    index: number of heartbeats so far.
+    received_at: local time in seconds when `index` last changed.
     """
 
     step: int
-    doing: str
-    turn: int
-    beat: int
-    heard: float
+    activity: str
+    activity_index: int
+    index: int
+    received_at: float
+
+    def is_silent(self, now: float, silent_s: float) -> bool:
+        """Whether the process has not finished and sent no heartbeat for `silent_s` seconds."""
+        return now - self.received_at >= silent_s and self.activity != FINISHED
 
 
-def verdict(
-    signs: Mapping[int, Sign], hosts: Sequence[str], now: float, silent_s: float
+def stalled_processes(
+    heartbeats: Mapping[int, Heartbeat], hosts: Sequence[str], now: float, silent_s: float
 ) -> tuple[list[int], str]:
-    """(processes that the others wait for, the same in words).
+    """Returns (indices of the processes that the others wait for, a description of them).
 
-    These are the silent processes; if none is silent, those with the fewest activities, since all
-    processes do the same ones in the same order. A process is silent if it has not finished and
-    nothing came from it for `silent_s`.
+    These are the silent processes (see `Heartbeat.is_silent`). If none is silent, they are those
+    with the fewest activities: all processes do the same activities in the same order, so the
+    fewest means the furthest behind.
     """
-    silent = [
-        i for i, sign in signs.items() if now - sign.heard >= silent_s and sign.doing != FINISHED
-    ]
-    where = lambda sign: f"at step {sign.step}, {sign.doing}"
-    words = lambda i: (
+    silent = [i for i, heartbeat in heartbeats.items() if heartbeat.is_silent(now, silent_s)]
+    position = lambda heartbeat: f"at step {heartbeat.step}, {heartbeat.activity}"
+    silence = lambda i: f"no heartbeat for {now - heartbeats[i].received_at:.0f} s, last "
+    description = lambda i: (
         f"process {i} ({hosts[i]}), "
-        + (f"silent for {now - signs[i].heard:.0f} s, last " if i in silent else "")
-        + where(signs[i])
+        + (silence(i) if i in silent else "")
+        + position(heartbeats[i])
     )
-    fewest = min(sign.turn for sign in signs.values())
-    behind = silent or [i for i, sign in signs.items() if sign.turn == fewest]
-    if len(behind) == len(signs) and not silent:
-        alive = f"all {len(hosts)} processes are alive and {where(next(iter(signs.values())))}"
-        return [], f"nobody: {alive}"
-    return behind, "; ".join(words(i) for i in behind)
+    fewest = min(heartbeat.activity_index for heartbeat in heartbeats.values())
+    behind = silent or [
+        i for i, heartbeat in heartbeats.items() if heartbeat.activity_index == fewest
+    ]
+    if len(behind) == len(heartbeats) and not silent:
+        first = next(iter(heartbeats.values()))
+        return [], f"no single process: all {len(hosts)} are alive and {position(first)}"
+    return behind, "; ".join(description(i) for i in behind)
 
 
 class Watch:
-    """A context manager around all work that processes do together. Does nothing in a
-    single-process run.
+    """A context manager for the part of the program that all processes run together.
 
-    An exception that leaves it is published and ends the process at once with the exit code of
-    imagen_jax/exit_codes.py, or with LOST if another process is the cause. An orderly exit would
-    wait for the other processes, and they wait for this one.
+    It does nothing in a single-process run.
+
+    If an exception leaves the context, the watch publishes it and ends the process at once with the
+    exit code of imagen_jax/exit_codes.py, or with LOST if another process is the cause. A normal
+    exit would wait for the other processes, which wait for this one.
     """
 
     def __init__(self, lost_s: float, store: Any = None, end: Callable[[int], None] = os._exit):
-        """lost_s: as in `startup.start`; waiting is logged after half of it. store, end: replaced
-        in tests only.
+        """lost_s: as in `startup.start`; the watch logs a wait after lost_s / 2.
+
+        store, end: tests replace them.
         """
         self._hosts, self._place = startup.hosts(), startup.place()
-        self._several = self._place is not None
+        self._multi_process = self._place is not None
         self._index = self._place.index if self._place else 0
-        self._store, self._end, self._interval, self._lost_s = store, end, lost_s / BEATS, lost_s
-        self._now, self._since, self._patience = (0, 0, "starting"), time.monotonic(), lost_s / 2
-        self._beat = 0
-        self._signs: dict[int, Sign] = {}
+        self._store, self._end, self._lost_s = store, end, lost_s
+        self._interval = lost_s / HEARTBEATS_PER_TIMEOUT
+        self._activity = (0, 0, "starting")  # (index, step, name)
+        self._activity_start, self._next_log_s = time.monotonic(), lost_s / 2
+        self._heartbeat_index = 0
+        self._heartbeats: dict[int, Heartbeat] = {}
         self._failures: dict[int, str] = {}
         self._ended, self._leaving = threading.Event(), threading.Event()
 
-    def at(self, step: int, doing: str) -> None:
-        """Notes that this process has done `step` steps and begins the activity `doing`.
+    def at(self, step: int, activity: str) -> None:
+        """Records that this process has completed `step` steps and begins `activity`.
 
         It only assigns to attributes. All processes call it in the same order.
         """
-        turn = self._now[0] + 1
-        self._now, self._since = (turn, step, doing), time.monotonic()
-        self._patience = self._lost_s / 2
+        index = self._activity[0] + 1
+        self._activity, self._activity_start = (index, step, activity), time.monotonic()
+        self._next_log_s = self._lost_s / 2
 
     def __enter__(self) -> "Watch":
-        if self._several:
+        if self._multi_process:
             self._store = startup.store() if self._store is None else self._store
             _delay_abort()
-            targets = (self._run, self._attend) if self._index else (self._run,)
+            targets = (self._run, self._watch_coordinator) if self._index else (self._run,)
             self._threads = [
                 threading.Thread(target=target, name="watch", daemon=True) for target in targets
             ]
@@ -119,11 +133,11 @@ class Watch:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not self._several:
+        if not self._multi_process:
             return
         if error is not None:
             self._leave(error)
-        self.at(self._now[1], FINISHED)
+        self.at(self._activity[1], FINISHED)
         self._ended.set()
         with contextlib.suppress(RuntimeError):
             self._store.key_value_set(f"{ENDED}{self._index}", "", allow_overwrite=True)
@@ -132,46 +146,48 @@ class Watch:
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            with contextlib.suppress(RuntimeError):  # the store is gone, see `_attend`
-                self._tell()
-                self._look()
+            with contextlib.suppress(RuntimeError):  # store unreachable: see `_watch_coordinator`
+                self._publish_heartbeat()
+                self._check_others()
             self._ended.wait(self._interval)
         with contextlib.suppress(RuntimeError):
-            self._tell()
+            self._publish_heartbeat()
 
-    def _attend(self) -> None:
+    def _watch_coordinator(self) -> None:
         """Ends this process when process 0 disappears.
 
-        jax then aborts every other process within milliseconds. A request that waits at process 0
-        fails at that moment, and `_delay_abort` leaves time to say why. If process 0's host does
-        not even refuse connections, it is given up after `lost_s`.
+        JAX then aborts every other process within milliseconds. A pending request to process 0 then
+        fails, and `_delay_abort` leaves time to log the cause. If the host of process 0 does not
+        answer at all, this process gives up after `lost_s`.
         """
-        reached = time.monotonic()
+        last_answer = time.monotonic()
         while not self._ended.is_set():
             try:
                 self._store.blocking_key_value_get(f"{ENDED}{self._index}", REQUEST_MS)
                 return
-            except RuntimeError:  # process 0 is gone, or REQUEST_MS are over
+            except RuntimeError:  # process 0 is gone, or the request timed out
                 error = _connection_error(self._place.host, self._place.port)
             if error is None:
-                reached = time.monotonic()
+                last_answer = time.monotonic()
             gone = isinstance(error, ConnectionRefusedError)
-            gone |= time.monotonic() - reached > self._lost_s
+            gone |= time.monotonic() - last_answer > self._lost_s
             if gone and self._leaving.is_set():
-                time.sleep(1.0)  # `_leave` ends this process, unless its request to process 0 hangs
+                # `_leave` is ending this process already; continue here only if its request to
+                # process 0 hangs.
+                time.sleep(1.0)
             if gone and not self._ended.is_set():
                 others = [text for i, text in self._failures.items() if i != self._index]
-                self._die(LOST, others[0] if others else self._lost_leader())
+                self._die(LOST, others[0] if others else self._lost_coordinator())
 
-    def _tell(self) -> None:
-        self._beat += 1
-        turn, step, doing = self._now
-        sign = {"step": step, "doing": doing, "turn": turn, "beat": self._beat}
-        self._store.key_value_set(f"{SIGNS}{self._index}", json.dumps(sign), allow_overwrite=True)
+    def _publish_heartbeat(self) -> None:
+        self._heartbeat_index += 1
+        text = json.dumps(_message(*self._activity, self._heartbeat_index))
+        self._store.key_value_set(f"{HEARTBEATS}{self._index}", text, allow_overwrite=True)
 
-    def _look(self) -> None:
-        """Ends this process if another one failed or is lost; logs who is behind if this process
-        has made no progress for a while.
+    def _check_others(self) -> None:
+        """Ends this process if another one failed or is lost.
+
+        Logs the stalled processes if this process has made no progress for `_next_log_s` seconds.
         """
         self._failures = {
             int(key.rpartition("/")[2]): text
@@ -179,49 +195,56 @@ class Watch:
         }
         others = {i: text for i, text in self._failures.items() if i != self._index}
         if others and not self._leaving.is_set():
-            # This process may be about to fail for the same reason, and to say so itself.
+            # This process may be failing for the same reason: leave it time to publish its error.
             self._leaving.wait(3 * self._interval)
         if others and not self._leaving.is_set() and not self._ended.is_set():
             self._finish(LOST, others[min(others)], others[min(others)])
-        waiting = time.monotonic() - self._since
+        waiting = time.monotonic() - self._activity_start
         if waiting < self._lost_s / 6 and not self._leaving.is_set():
-            self._signs = {}
+            self._heartbeats = {}
             return
-        self._listen()
-        # Signs are read from `lost_s / 6` on, so a process is given up after about `lost_s`.
+        self._read_heartbeats()
+        # Reading starts after lost_s / 6; with the 5/6 below, a process counts as lost after about
+        # lost_s.
         reason = self._lost(self._lost_s * 5 / 6)
         if reason and not self._leaving.is_set() and not self._ended.is_set():
             self._finish(LOST, reason, reason)
-        if waiting >= self._patience:
-            self._patience *= 2
-            _, step, doing = self._now
-            behind, words = verdict(self._signs, self._hosts, time.monotonic(), self._lost_s / 4)
-            mine = self._index in behind
-            words = "the others wait for this process" if mine else f"waiting for {words}"
-            log.warning("step %d, %s for %.0f s, %s", step, doing, waiting, words)
+        if waiting >= self._next_log_s:
+            self._next_log_s *= 2
+            self._log_wait(waiting)
 
-    def _listen(self) -> None:
-        """Reads the signs of all processes."""
-        now, before, signs = time.monotonic(), self._signs, {}
+    def _log_wait(self, waiting: float) -> None:
+        _, step, activity = self._activity
+        behind, description = stalled_processes(
+            self._heartbeats, self._hosts, time.monotonic(), self._lost_s / 4
+        )
+        is_behind = self._index in behind
+        cause = "the others wait for this process" if is_behind else f"waiting for {description}"
+        log.warning("step %d, %s for %.0f s, %s", step, activity, waiting, cause)
+
+    def _read_heartbeats(self) -> None:
+        """Reads the heartbeats of all processes."""
+        now, previous, heartbeats = time.monotonic(), self._heartbeats, {}
         published = {
             int(key.rpartition("/")[2]): json.loads(text)
-            for key, text in self._store.key_value_dir_get(SIGNS)
+            for key, text in self._store.key_value_dir_get(HEARTBEATS)
         }
         for i in range(len(self._hosts)):
-            sign = published.get(i, {"step": 0, "doing": "starting", "turn": 0, "beat": 0})
-            unchanged = i in before and before[i].beat == sign["beat"]
-            signs[i] = Sign(**sign, heard=before[i].heard if unchanged else now)
-        self._signs = signs
+            message = published.get(i, _message(0, 0, "starting", 0))
+            unchanged = i in previous and previous[i].index == message["index"]
+            received_at = previous[i].received_at if unchanged else now
+            heartbeats[i] = Heartbeat(**message, received_at=received_at)
+        self._heartbeats = heartbeats
 
     def _leave(self, error: BaseException) -> None:
-        """Publishes why this process fails, and ends it."""
+        """Publishes the error of this process, and ends the process."""
         import jax
 
         self._leaving.set()
         line = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, jax.errors.JaxRuntimeError):
             # A collective operation fails when another process disappears.
-            reason = self._fault_of_another()
+            reason = self._failure_elsewhere()
             if reason:
                 log.warning("%s", line)
                 return self._finish(LOST, reason, reason)
@@ -231,9 +254,10 @@ class Watch:
         host = self._hosts[self._index]
         self._finish(exit_codes.of(error), line, f"process {self._index} ({host}) failed: {line}")
 
-    def _fault_of_another(self) -> str:
-        """The failure or loss of another process that makes an operation fail here; "" if there is
-        none. Waits for up to a third of `lost_s`.
+    def _failure_elsewhere(self) -> str:
+        """Describes the failed or lost process that caused a collective operation to fail here.
+
+        Returns "" if there is none. Waits up to lost_s / 3.
         """
         until = time.monotonic() + self._lost_s / 3
         while time.monotonic() < until:
@@ -241,15 +265,17 @@ class Watch:
             reason = others[0] if others else self._lost(self._lost_s / 6)
             if not reason and self._index:
                 error = _connection_error(self._place.host, self._place.port)
-                reason = self._lost_leader() if error else ""
+                reason = self._lost_coordinator() if error else ""
             if reason:
                 return reason
             time.sleep(self._interval / 2)
         return ""
 
     def _finish(self, code: int, line: str, published: str) -> None:
-        """Publishes why this process ends, and ends it. Process 0, which keeps the store, first
-        waits until the others have read it.
+        """Publishes the reason why this process ends, and ends it.
+
+        Process 0 hosts the store, so it first waits, for at most six intervals, until every process
+        has published its own failure.
         """
         end = time.monotonic() + 6 * self._interval
         with contextlib.suppress(RuntimeError):
@@ -263,23 +289,33 @@ class Watch:
         self._die(code, line)
 
     def _lost(self, silent_s: float) -> str:
-        """Names the processes that are silent; "" if none is."""
+        """Describes the other processes without a heartbeat for `silent_s`; "" if there is none."""
         now = time.monotonic()
-        signs = {i: sign for i, sign in self._signs.items() if i != self._index}
-        if any(now - sign.heard >= silent_s and sign.doing != FINISHED for sign in signs.values()):
-            return f"lost {verdict(signs, self._hosts, now, silent_s)[1]}; {AGAIN}"
+        others = {i: heartbeat for i, heartbeat in self._heartbeats.items() if i != self._index}
+        if any(heartbeat.is_silent(now, silent_s) for heartbeat in others.values()):
+            return f"lost {stalled_processes(others, self._hosts, now, silent_s)[1]}; {RESTART}"
         return ""
 
-    def _lost_leader(self) -> str:
-        return f"lost process 0 ({self._hosts[0]}), which all others are connected to; {AGAIN}"
+    def _lost_coordinator(self) -> str:
+        return f"lost process 0 ({self._hosts[0]}), the coordinator; {RESTART}"
 
     def _die(self, code: int, line: str) -> None:
         os.write(2, f"error: {line}\n".encode())
         self._end(code)
 
 
+def _message(activity_index: int, step: int, activity: str, index: int) -> dict[str, Any]:
+    """The published fields of a `Heartbeat`."""
+    return {
+        "step": step,
+        "activity": activity,
+        "activity_index": activity_index,
+        "index": index,
+    }
+
+
 def _connection_error(host: str, port: int) -> OSError | None:
-    """Why no connection can be made; None if one can."""
+    """The error of an attempt to connect; None if it succeeds."""
     try:
         socket.create_connection((host, port), timeout=2).close()
     except OSError as error:
@@ -288,10 +324,11 @@ def _connection_error(host: str, port: int) -> OSError | None:
 
 
 def _delay_abort() -> None:
-    """Makes abort() wait for six seconds, in which `_attend` can name the process that is lost.
+    """Delays abort() by six seconds, in which `_watch_coordinator` can report the lost process.
 
-    No Python may run in a handler of SIGABRT. The handler is libc's sleep itself, which POSIX
-    allows in a handler; its argument is the number of the signal, 6. Then the abort goes on.
+    No Python may run in a handler of SIGABRT. The handler is libc's `sleep`, which is
+    async-signal-safe. It receives the signal number 6 as its argument, so it sleeps 6 seconds; then
+    the abort continues.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
