@@ -124,18 +124,19 @@ def _explain_device(error: BaseException) -> tuple[str, int] | None:
     if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
         if first.startswith("RESOURCE_EXHAUSTED"):
             advice = "use a smaller batch size, or more or larger devices"
-            return f"out of device memory: {advice} ({first})", 2
+            return f"out of device memory: {advice} ({first})", exit_codes.INVALID
         if first.startswith(UNREACHABLE):
-            return f"{first}; run the same command again", 1
+            return f"{first}; run the same command again", exit_codes.FAILED
     if first.startswith("Unable to initialize backend"):
         unknown = "not in the list of known backends" in text
         reason = re.sub(r" \((set JAX_PLATFORMS|you may need).*", "", first)
-        return f"{reason}; set JAX_PLATFORMS=cpu to run on the CPU", 2 if unknown else 1
+        code = exit_codes.INVALID if unknown else exit_codes.FAILED
+        return f"{reason}; set JAX_PLATFORMS=cpu to run on the CPU", code
     if not first:  # jax asserts that it has initialised a device
         try:
             check_platform()
         except ValueError as absent:
-            return str(absent), 2
+            return str(absent), exit_codes.INVALID
     return None
 
 
@@ -262,7 +263,7 @@ def check_prompts(prompts: Iterable[str]) -> list[str]:
     return cleaned
 
 
-def fail(message: str, code: int = 2) -> int:
+def fail(message: str, code: int = exit_codes.INVALID) -> int:
     """Prints `error: message` as one line on standard error and returns the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code

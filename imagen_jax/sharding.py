@@ -8,8 +8,8 @@ Mesh axes:
     spatial   splits the image height; convolutions then exchange halos
 
 A rule is (regular expression for a leaf's path, placement). A placement is "fsdp" (shard the
-largest dimension that divides evenly), "replicate", or a list with an axis name or None for each
-dimension. The first rule that matches a path applies.
+largest dimension that is a multiple of the axis size), "replicate", or a list with an axis name or
+None for each dimension. The first rule that matches a path applies.
 """
 
 import math
@@ -29,9 +29,10 @@ from imagen_jax.models.attention_kernel import fits
 
 AXES = ("data", "fsdp", "model", "spatial")
 BATCH_AXES = ("data", "fsdp")
-# The first option keeps products with a sharded kernel from becoming a loop of collective-permutes,
-# which needs more memory and takes longer to compile. The others overlap parameter all-gathers
-# with compute; v5e does this by default, v4, v5p and v6e do not.
+# The first option disables windowed einsum: XLA would compute a product with a sharded kernel as a
+# loop of collective-permutes. The loop needs more memory and takes longer to compile. The other
+# options overlap parameter all-gathers with compute; v5e does this by default, v4, v5p and v6e do
+# not.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} | dict.fromkeys(
     (
         "xla_enable_async_all_gather",
@@ -51,8 +52,8 @@ def mesh_sizes(sizes: Mapping[str, int], devices: int, slices: int = 1) -> dict[
     One size may be -1: the number of devices that remain.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices, or a slice would be cut. The
-            message lists valid sizes.
+        ValueError: the product of the sizes is not the number of devices, or `data` is not a
+            multiple of the number of slices. The message lists valid sizes.
     """
     shape = [sizes[axis] for axis in AXES]
     if any(size < 1 and size != -1 for size in shape):
@@ -109,7 +110,7 @@ def sizes_text(shape: Sequence[int]) -> str:
 
 
 def _choices(shape: Sequence[int], devices: int) -> str:
-    """Names valid sizes of the largest axis, given the sizes of the others."""
+    """The part of an error message that lists valid sizes of the largest axis."""
     if shape.count(-1) > 1:
         return "here more than one is -1"
     at = max((i for i, size in enumerate(shape) if size > 0), key=lambda i: (shape[i], i))
@@ -122,9 +123,7 @@ def _choices(shape: Sequence[int], devices: int) -> str:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """XLA options for programs with arrays sharded over the mesh, for `jax.jit`. Empty except on
-    TPUs.
-    """
+    """The `compiler_options` of `jax.jit` for programs on this mesh; empty except on TPUs."""
     return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
 
 
@@ -139,7 +138,7 @@ def image_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(rows: int, sizes: Mapping[str, int]) -> None:
-    """Raises ValueError unless `rows` divides evenly over the batch axes (data x fsdp)."""
+    """Raises ValueError unless `rows` is a multiple of data x fsdp."""
     shards = sizes["data"] * sizes["fsdp"]
     if rows % shards:
         raise ValueError(
@@ -151,7 +150,7 @@ def check_batch(rows: int, sizes: Mapping[str, int]) -> None:
 def rows_on(devices: Sequence[jax.Device], rows: int, mesh: Mesh) -> list[int]:
     """The rows of a batch that these devices hold, ascending.
 
-    Where image height is sharded over processes, several processes hold the same rows.
+    If image height is sharded over processes, several processes hold the same rows.
     """
     check_batch(rows, mesh.shape)
     parts = batch_sharding(mesh).devices_indices_map((rows,))
@@ -169,7 +168,7 @@ def process_rows(rows: int, mesh: Mesh) -> list[int]:
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     """Puts this process's rows (see `process_rows`) on the mesh, as global arrays.
 
-    Raises ValueError if the number of rows does not divide evenly over the batch axes.
+    Raises ValueError unless the number of rows is a multiple of data x fsdp.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     held = process_rows(shards, mesh)
@@ -191,9 +190,8 @@ def constrain_activations(mesh: Mesh) -> Callable[[Array], Array]:
     """The `constrain` callable of a model: fixes the sharding of activations.
 
     Feature maps [b h w c] are sharded like images, other arrays by rows. Without the constraint,
-    the partitioner sometimes follows the shards of a kernel instead of the rows; it then
-    all-gathers feature maps of all devices where it should all-gather the kernel (seen after
-    up-sampling, with jax 0.10.2).
+    the partitioner sometimes propagates the kernel's sharding to the activations. It then
+    all-gathers feature maps instead of the kernel (seen after up-sampling, with jax 0.10.2).
     """
     if mesh.size == 1:
         return lambda h: h
@@ -206,7 +204,9 @@ def constrain_activations(mesh: Mesh) -> Callable[[Array], Array]:
 
 
 def gather_parameters(mesh: Mesh) -> Callable[[Tree], Tree]:
-    """The function that a stage applies to its parameters: all-gathers them if height is sharded.
+    """Returns the function that a stage applies to its parameters.
+
+    It all-gathers them if the image height is sharded.
 
     The partitioner computes a wrong convolution if both the image height and the kernel's input
     channels are sharded (seen with jax 0.10.2 on 8 CPU devices: the errors are as large as the
@@ -224,7 +224,7 @@ def attend_in_parts(
     """Runs an attention kernel on each device's shard.
 
     Rows are sharded over the batch axes, queries over `spatial` and channels over `model`; the
-    compiler cannot partition a Pallas kernel itself. Where the shards are uneven or the kernel does
+    compiler cannot partition a Pallas kernel itself. If the shards are uneven or the kernel does
     not support their sizes, `plain` runs instead.
 
     Args:
@@ -245,8 +245,8 @@ def attend_in_parts(
     ):
         return plain(q, keys, heads)
     rows, queries = P(BATCH_AXES), P(BATCH_AXES, "spatial", "model")
-    # Keys are not sharded over queries. With one device on `spatial`, naming the axis changes
-    # nothing but saves a reduction of the keys' gradients over it.
+    # Every device needs all keys, so they are not sharded over `spatial`. If `spatial` has one
+    # device, naming the axis gives the same result and avoids a reduction of the keys' gradients.
     channels = P(BATCH_AXES, "spatial" if pixels == 1 else None, "model")
     specs = (
         queries,
@@ -267,11 +267,11 @@ def path_name(path: tuple) -> str:
 
 
 def fsdp_spec(shape: tuple[int, ...], size: int, min_elements: int) -> P:
-    """Shards the largest dimension that `size` divides over `fsdp`; among equal ones the first.
+    """Shards over `fsdp` the largest dimension that is a multiple of `size`.
 
-    Arrays with fewer than `min_elements` elements, or with no such dimension, are replicated. (The
-    last dimension of a square kernel lies along the TPU's lanes; its gradient would be reduced
-    whole on every device and then sliced.)
+    Of equal dimensions, it takes the first. (The last dimension lies along the TPU's lanes; if it
+    is sharded, XLA all-reduces the gradient and slices it instead of reduce-scattering it.)
+    Arrays with fewer than `min_elements` elements, or with no such dimension, are replicated.
     """
     divisible = [i for i, n in enumerate(shape) if n % size == 0]
     if size == 1 or math.prod(shape) < min_elements or not divisible:
@@ -304,7 +304,7 @@ def _fits(placement: Sequence[str | None], shape: tuple[int, ...], mesh: Mesh) -
 def badly_split(
     params: Tree, mesh: Mesh, rules: Sequence[Sequence[Any]], min_elements: int
 ) -> list[str]:
-    """One line for each parameter that its rule should shard but cannot, with what to change.
+    """One line for each parameter that its rule should shard but cannot, with a remedy.
 
     Such a parameter is replicated on every device.
     """
@@ -316,8 +316,8 @@ def badly_split(
             continue
         if placement != "fsdp" and not _fits(placement, leaf.shape, mesh):
             problems.append(
-                f"{name} {shape}: its rule {placement} does not divide it; dimensions must be"
-                " multiples of the axes' sizes"
+                f"{name} {shape}: its rule {placement} does not fit; each sharded dimension must"
+                " be a multiple of its axis's size"
             )
         elif placement == "fsdp" and fsdp > 1 and not any(n % fsdp == 0 for n in shape):
             sizes = [

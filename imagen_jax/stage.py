@@ -1,7 +1,6 @@
-"""config -> Stage: one diffusion model of the cascade, which trains, samples and is evaluated.
+"""Builds a Stage from a config: one diffusion model, for training, sampling and evaluation.
 
-This is the only module that turns a config into objects. It takes configs that
-imagen_jax/schema.py has completed, whose fields have valid types and choices.
+Input: configs completed by imagen_jax/schema.py, with valid types and choices.
 """
 
 import dataclasses
@@ -33,7 +32,8 @@ from imagen_jax.models.remat import checkpointed
 from imagen_jax.models.unet import UNet
 
 NETWORKS = {"unet": UNet, "efficient_unet": EfficientUNet}
-RNG = "threefry2x32"  # of all keys, whatever jax's default is; recorded in checkpoints
+# PRNG implementation of all keys, independent of JAX's default; recorded in checkpoints.
+RNG = "threefry2x32"
 # Makes random numbers independent of the flag `jax_threefry_partitionable`.
 PINNED = functools.partial(jax.threefry_partitionable, True)
 Batch = Mapping[str, Array]
@@ -42,17 +42,17 @@ Params = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A network with its diffusion process, and what it trains on.
+    """A network, its diffusion process and its input sizes.
 
-    Images are uint8 in batches and fp32 in [-1, 1] inside.
+    Batches hold uint8 images; the methods convert them to fp32 in [-1, 1].
 
-    name: of the stage, for logs and messages.
+    name: the stage's name, for logs and messages.
     model: the network.
-    process: how noise enters and what the network predicts.
-    density: how log-SNR is drawn in training.
-    weight: of the squared error by log-SNR; None: 1.
+    process: the forward process and the network's prediction.
+    density: the distribution of log-SNR in training.
+    weight: the loss weight as a function of log-SNR; None: 1.
     schedule: name of the schedule of the sampling grid.
-    aug_schedule: of the noise added to the low-res image.
+    aug_schedule: the schedule of the noise added to the low-res image.
     text_drop: share of captions dropped in training.
     aug_max: highest noise level of the low-res image in training, 0 to 1.
     image_size: side of the images in pixels.
@@ -136,7 +136,10 @@ class Stage:
             )
 
     def denoiser(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> loss.DenoiseFn:
-        """The network as denoise_fn(z, logsnr, cond), in training mode with a `dropout_key`."""
+        """Returns denoise_fn(z, logsnr, cond).
+
+        With a `dropout_key`, the network runs in training mode.
+        """
         train = dropout_key is not None
         rngs = {"dropout": dropout_key} if train else None
         params = self.gather(params)
@@ -184,10 +187,11 @@ class Stage:
         sampling: Mapping[str, Any],
         size: int | None = None,
     ) -> Float[Array, "b h w 3"]:
-        """Images in about [-1, 1] for the text, and clean uint8 `lowres`, of `batch`.
+        """Samples images, approximately in [-1, 1], conditioned on `batch`.
 
-        The low-res image is noised to `sampling["aug_level"]` (section 2.4). A sample depends on
-        its own key and its own row of the batch only.
+        `batch` holds the text and, in super-resolution, the clean uint8 `lowres`. It is
+        noised to `sampling["aug_level"]` (section 2.4). A sample depends on its own key and its own
+        row of the batch only.
 
         size: side of the images in pixels, by default the stage's image size.
         """
@@ -220,8 +224,8 @@ class Stage:
 def random_key(seed: Any) -> Key[Array, ""]:
     """The key of a seed, an integer in [0, 2^32) or a traced uint32.
 
-    The generator is Threefry: numbers of "rbg" depend on the position in a batch. Raises ValueError
-    for a larger or negative seed, which would wrap.
+    Uses Threefry, because random numbers of "rbg" depend on the position in the batch. Raises
+    ValueError for a seed outside the range, which would wrap.
     """
     if isinstance(seed, int):
         schema.check_seed(seed, "the seed")
@@ -239,7 +243,10 @@ def to_uint8(x: Float[Array, "*d"]) -> Array:
 
 
 def images_and_finite(x: Float[Array, "b *d"]) -> tuple[Array, Bool[Array, "b"]]:
-    """Samples as uint8, and whether all values of each are finite; uint8 would hide NaN as 0."""
+    """Samples as uint8, and whether all values of each sample are finite.
+
+    The conversion to uint8 turns NaN into 0.
+    """
     return to_uint8(x), jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
 
 
@@ -300,8 +307,8 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
 def attention_on(mesh: Mesh | None, remat: str) -> Attend:
     """The attention of a network: on TPUs the kernel if it supports the shapes, else `attend`.
 
-    Each device computes its own rows, pixels and heads. Attention weights are recomputed in the
-    backward pass, except by `attend` with `remat` "none".
+    Each device computes its shard of rows, pixels and heads. The backward pass recomputes attention
+    weights, except in `attend` with `remat` "none".
     """
     plain = lambda q, keys, heads: checkpointed(
         "none" if remat == "none" else "block", lambda q, keys: attend(q, keys, heads)
@@ -320,10 +327,10 @@ def build(kind: Callable[..., Any], section: Mapping[str, Any]) -> Any:
 
 
 def drawing(sampling: Mapping[str, Any], schedule: str) -> dict[str, Any]:
-    """{grid, sampler, guidance, threshold} from a complete `sampling`; nothing is computed.
+    """Builds {grid, sampler, guidance, threshold} from a complete `sampling` section.
 
-    schedule: of the stage's `diffusion`, for the grid of uniform times. Raises ValueError with the
-    field for an invalid number.
+    It computes no arrays. schedule: the stage's `diffusion.schedule`, for the grid of uniform
+    times. Raises ValueError with the field for an invalid number.
     """
     section = {**sampling, "schedule": schedule}
     if section["steps"] < 1:
@@ -337,10 +344,10 @@ def drawing(sampling: Mapping[str, Any], schedule: str) -> dict[str, Any]:
 
 
 def check_sampling(sampling: Mapping[str, Any]) -> None:
-    """Raises ValueError unless `Stage.sample` can draw with these settings, a complete section."""
+    """Raises ValueError if the settings of a complete `sampling` section are invalid."""
     if not 0.0 <= sampling["aug_level"] <= 1.0:
         raise ValueError(f"sampling.aug_level is {sampling['aug_level']}; it must be from 0 to 1")
-    # Any schedule: uniform times are used only when samples are drawn.
+    # Any schedule will do: only TimeGrid uses it, and the check below excludes TimeGrid.
     grid = drawing(sampling, schedule="cosine")["grid"]
     if not isinstance(grid, TimeGrid):
         check_levels(grid, sampling["steps"])

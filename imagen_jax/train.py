@@ -3,10 +3,11 @@ r"""Trains one stage of the cascade from a config.
     python -m imagen_jax.train --config configs/base_64.py:demo --config.data.path=PREPARED \
         --workdir WORKDIR
 
-The same command again resumes from the newest intact checkpoint, to the same losses to the bit.
-SIGTERM saves and exits. With several hosts, run the same command on each of them, with the same
-WORKDIR on a file system that they share (see imagen_jax/distributed/startup.py); a signal to one
-process stops all after the same step. imagen_jax/exit_codes.py lists the exit codes.
+Running the same command again resumes from the newest intact checkpoint. On CPUs the losses are
+then bit-identical to those of an uninterrupted run. SIGTERM saves and exits. For a multi-host run,
+start the same command on each host, with the same WORKDIR on a shared file system (see
+imagen_jax/distributed/startup.py); a signal to one process stops all after the same step.
+imagen_jax/exit_codes.py lists the exit codes.
 """
 
 import contextlib
@@ -40,8 +41,8 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "overfit",
         0,
-        "self-test: train this number of steps on one batch and save nothing; fails unless the loss"
-        " falls to a quarter",
+        "self-test: train for this number of steps on one batch, without saving; fails unless the"
+        " loss falls below a quarter of its first value",
         lower_bound=0,
     )
     flags.DEFINE_string(
@@ -59,8 +60,8 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "host_lost",
         100.0,
-        "seconds without a sign of life after which a process is given up; it is named after half"
-        " of them",
+        "seconds without a heartbeat after which a process counts as lost; the log names it after"
+        " half this time",
         lower_bound=4,
     )
     flags.DEFINE_string(
@@ -93,7 +94,10 @@ def main() -> int:
 
 
 def read_profile(text: str, steps: int) -> tuple[int, int]:
-    """(first, count) of FIRST:COUNT; no steps for an empty text. `steps`: of the whole run."""
+    """(first, count) of FIRST:COUNT; no steps for an empty text.
+
+    steps: number of steps of the whole run.
+    """
     first, _, count = (text or "0:0").partition(":")
     if not (first.isdecimal() and count.isdecimal()):
         raise ValueError(f"--profile {text} is not FIRST:COUNT, such as 20:5")
@@ -110,12 +114,14 @@ def train(
     init_from: str,
     watch: Watch,
 ) -> int:
-    """Trains until config["train"]["steps"], a signal or the time limit; returns the exit code.
+    """Trains to step config["train"]["steps"], or until a signal or the time limit.
 
-    All processes run the same code in the same order. Process 0 alone writes the record.
+    Returns the exit code. All processes run the same code in the same order. Only process 0 writes
+    the record.
 
-    config: complete, of a new run. profile: (first, count) of the traced steps. minutes: 0 for no
-    limit. init_from: weights that a new run starts from, "" for fresh ones.
+    config: a complete config (`schema.complete` with new=True). profile: (first, count) of the
+    traced steps. minutes: the time limit, 0 for none. init_from: initial weights of a new run, ""
+    for random ones.
     """
     import jax
 
@@ -130,7 +136,8 @@ def train(
 
     settings, total, first = config["train"], config["train"]["steps"], jax.process_index() == 0
 
-    # Mesh, data and program are checked against each other, and in all processes.
+    # Check that mesh, data and program fit each other, and that all processes have the same
+    # settings.
     run = Run.create(config)
     agreement.check(
         {
@@ -170,15 +177,19 @@ def train(
         started = time.monotonic()
         step = run.program.lower().compile()
         log.info("step compiled in %.0f s", time.monotonic() - started)
-        agreement.gather()  # collective operations may time out before the slowest compilation ends
+        # Wait until all processes have compiled; otherwise collective operations of the first step
+        # may time out.
+        agreement.gather()
 
         # Loop.
         data = pipeline.batches(config["data"], config["seed"], done, "train", run.rows)
         program = run.program
         grid = SampleGrid(config, program.stage, program.mesh) if settings["sample_every"] else None
         replicas = Replicas(program.mesh, program.abstract, program.shardings)
-        compared = "%.0f %% of the state's bytes are on several devices, compared before every save"
-        log.info(compared, 100 * replicas.compared)
+        share = (
+            "%.0f %% of the state's bytes are replicated; replicas are compared before every save"
+        )
+        log.info(share, 100 * replicas.compared)
         progress = stack.enter_context(
             run_log.Progress(config["name"], total, done, quiet=not first)
         )
@@ -195,8 +206,8 @@ def train(
                 replicas.check(state, done)
                 try:
                     checkpoints.wait()
-                except CheckpointError as error:  # a full disk may have room at the next save
-                    log.error("%s; training goes on, the next save is step %d", error, done)
+                except CheckpointError as error:  # a full disk may have room again
+                    log.error("%s; training continues and saves step %d now", error, done)
                 checkpoints.save(done, state, run.meta | origin | {"unlogged": record.unlogged})
 
         while done < total and not stop(done):
@@ -225,14 +236,14 @@ def train(
 def check_resume(
     run: Any, saved: Mapping[str, Any], workdir: Path, init_from: str
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """(metrics of steps that no row has yet, origin of the weights) of a checkpoint's meta.
+    """Returns (metrics not yet written to a row, origin of the weights) from a checkpoint's meta.
 
     Raises ValueError if this command would continue another run.
     """
     from imagen_jax.stage import RNG
     from imagen_jax.training import resume
 
-    saved = {"rng": RNG} | saved  # older checkpoints have none: jax's default was the same
+    saved = {"rng": RNG} | saved  # not in older checkpoints, which used this one
     for line in resume.check({name: saved[name] for name in run.meta}, run.meta):
         log.info("changed since the checkpoint: %s", line)
     origin = {name: saved[name] for name in ("init_from",) if name in saved}
@@ -246,9 +257,9 @@ def check_resume(
 def stop_requests(minutes: float) -> Callable[[int], bool]:
     """A function of the steps done: whether to stop, after SIGTERM, SIGINT or the time limit.
 
-    With several processes, all call it at every step, and it returns True in all after the same
-    step: jax sends a SIGTERM of one process to the others and agrees on a step that none has
-    passed. SIGINT and the time limit are turned into a SIGTERM.
+    In a multi-process run, all processes call it at every step, and it returns True in all of them
+    after the same step: JAX announces the SIGTERM of one process to all and picks a step that no
+    process has passed. SIGINT and the time limit are turned into a SIGTERM.
     """
     import jax
     from jax.experimental import multihost_utils
@@ -272,9 +283,9 @@ def stop_requests(minutes: float) -> Callable[[int], bool]:
 
 
 def overfit(config: Mapping[str, Any], steps: int, watch: Watch) -> int:
-    """Trains on the first batch only; returns 0 if the loss falls to a quarter, else 1.
+    """Trains on the first batch only; returns 0 if the loss falls below a quarter, else 1.
 
-    It falls only if model, loss, optimizer and data agree.
+    The loss falls only if model, loss, optimizer and data work together correctly.
     """
     import jax
     import numpy as np

@@ -1,19 +1,20 @@
-r"""Trains and evaluates every arm of an ablation, and compares the arms pair by pair.
+r"""Trains and evaluates every arm of an ablation, and compares each arm with the first.
 
     python -m launch.sweep --config configs/ablations/text_conditioning.py:demo \
         --config.data.path=PREPARED --seeds 0,1 --workdir DIR
     python -m launch.sweep ... --where slurm --topology h100:1x8
 
-Everything runs on this machine, one process at a time, or with --where each training is a job.
-Config fields that all arms share are written --config.train.steps=1000.
+By default everything runs on this machine, one process at a time. With --where, each training is a
+job. Set a config field for all arms with --config.train.steps=1000.
 
-The config file has get_config(arg), the settings that all arms share, and sweep(arg), which yields
+The config file has get_config(arg), the settings common to all arms, and sweep(arg), which yields
 {"name": ..., "config.optim.lr": ...} for each arm. All arms of a seed see the same batches with the
 same noise and are evaluated on the same rows with the same noise, so their differences are paired.
 Arms that differ only in `config.sampling` share one training.
 
-The same command again continues. With --where it starts the trainings that neither run nor are
-finished; once all are finished, it evaluates them on this machine and compares the arms.
+Running the same command again continues. With --where it starts the trainings that are neither
+running nor finished; once all are finished, it evaluates them on this machine and compares the
+arms.
 """
 
 import shlex
@@ -35,7 +36,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "config",
         None,
-        "ablation file, FILE.py or FILE.py:ARG; fields of all arms as --config.train.steps=1000",
+        "ablation file, FILE.py or FILE.py:ARG; --config.train.steps=1000 sets a field of all arms",
         required=True,
         flag_values=values,
     )
@@ -84,7 +85,7 @@ def _main(argv: Sequence[str]) -> int:
     check(ablation, arms, options, bucket)
     if options.where:
         trainings = [step for step in steps if step.trains]
-        if not trained(ablation, trainings, options, bucket):
+        if not start_missing_trainings(ablation, trainings, options, bucket):
             return 0
         if options.dry_run and bucket:
             print(
@@ -127,8 +128,8 @@ def parse(argv: Sequence[str]) -> tuple[Ablation, flags.FlagValues]:
         field, equals, value = option.removeprefix("--config.").partition("=")
         if not option.startswith("--config.") or not equals:
             raise ValueError(
-                f"{option!r} is not an option of sweep; write fields of all arms as"
-                " --config.optim.lr=3e-4"
+                f"{option!r} is not an option of sweep; set a config field for all arms"
+                " with --config.optim.lr=3e-4"
             )
         shared[field] = value
     ablation = Ablation(
@@ -145,7 +146,7 @@ def parse(argv: Sequence[str]) -> tuple[Ablation, flags.FlagValues]:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    """The seeds of --seeds. Raises ValueError if they are not different whole numbers."""
+    """The seeds of --seeds. Raises ValueError unless they are distinct integers in [0, 2^32)."""
     try:
         seeds = tuple(int(seed) for seed in text.split(","))
     except ValueError as error:
@@ -161,10 +162,10 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bucket: str) -> None:
-    """Raises ValueError for errors that would otherwise occur after the first training.
+    """Checks everything that would otherwise fail after the first training.
 
-    These are an invalid config of an arm, a measure or setting that evaluate refuses, and a workdir
-    that cannot be written to.
+    Raises ValueError for an invalid config of an arm, a measure or setting that evaluate refuses,
+    and a workdir that cannot be written to.
     """
     from imagen_jax.evals.measures import measure
     from imagen_jax.evals.rows import Settings
@@ -188,7 +189,8 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
         if not options.where:
             check_here(config["data"]["path"])
         stage = create_stage(config)
-        if not ablation.checkpoint:  # the stage of a checkpoint is not known yet
+        # With --checkpoint the stage comes from the checkpoint, which is not read here.
+        if not ablation.checkpoint:
             measure.choose(names, stage, settings)
             optim.make_optimizer(config["optim"], config["train"]["steps"])
             ema.tracks(config["optim"])
@@ -201,10 +203,10 @@ def check_here(path: str) -> None:
         raise ValueError(f"{path} is in a bucket: mount it on this machine and give the directory")
 
 
-def trained(
+def start_missing_trainings(
     ablation: Ablation, steps: Sequence[Step], options: flags.FlagValues, bucket: str
 ) -> bool:
-    """Starts the trainings that neither run nor are finished, as jobs of --where.
+    """Starts the trainings that are neither running nor finished, as jobs of --where.
 
     Returns whether all are finished and their files are on this machine.
     """
@@ -225,7 +227,7 @@ def trained(
         return True
     print(status.table(rows))
     here = f" on a machine where the buckets are mounted at {mounted('gs://')}" * bool(bucket)
-    print(f"when all trainings are finished, run the same command{here} to evaluate them")
+    print(f"when all trainings have finished, run this command again{here} to evaluate them")
     return options.dry_run
 
 
@@ -246,7 +248,7 @@ def execute(step: Step) -> None:
         raise ValueError(
             f"{step.label} failed with exit code {code}; its command: {shlex.join(step.command)}"
         )
-    # A training that was asked to stop exits with 0 as well.
+    # A training stopped by a signal also exits with 0.
     row = status.read(Job(step.label, (), str(step.directory)))
     if row.state == "unreadable" or (row.steps and not row.ended):
         reason = f": {row.detail}" if row.detail else ""

@@ -8,7 +8,7 @@
     DIR/skipped.jsonl   one line for every item that was left out or noted, with the reason
 
 Both stores are ArrayRecord shards in TFDS directories. `tfds.builder_from_directory` opens them
-after `import ml_dtypes`, which teaches NumPy the name bfloat16. Nothing here imports TensorFlow.
+after `import ml_dtypes`, which registers bfloat16 with NumPy. Nothing here imports TensorFlow.
 """
 
 import contextlib
@@ -31,9 +31,10 @@ from imagen_jax.storage import check_local, is_away, sha256_file
 FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
-PAUSES_S = (1.0, 5.0, 25.0)  # between attempts to read a row when the file system does not answer
-# One record a group gives random access. Images are compressed already; zstd saves a fifth of
-# bfloat16 embeddings.
+# Seconds between attempts to read a row after a transient file-system error.
+PAUSES_S = (1.0, 5.0, 25.0)
+# group_size:1 allows random access to single records. Images are compressed already; zstd saves a
+# fifth of the bytes of bfloat16 embeddings.
 WRITER_OPTIONS = {"images": "group_size:1,uncompressed", "captions": "group_size:1,zstd:3"}
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 log = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ def caption_features(dim: int):
 def import_tfds() -> None:
     """Makes TFDS import everything that reading needs, by reading a record of each kind.
 
-    To be called before threads read: TFDS imports its parts on first use, and two threads that do
-    so at once deadlock.
+    Call this before any thread reads. TFDS imports its modules on first use, and two threads that
+    import at the same time can deadlock.
     """
     import io
 
@@ -192,7 +193,7 @@ def write_shard(root: Path, name: str, records: Iterable[bytes]) -> dict:
 
 @contextlib.contextmanager
 def _as_os_error(path: Path) -> Iterator[None]:
-    """Turns the RuntimeError with which ArrayRecord reports a full or failing disk into OSError."""
+    """Raises OSError instead of ArrayRecord's RuntimeError for a full or failing disk."""
     try:
         yield
     except RuntimeError as error:
@@ -202,7 +203,7 @@ def _as_os_error(path: Path) -> Iterator[None]:
 
 
 def write_tfds_metadata(root: Path, store: str, features, shards: Mapping[str, Mapping]) -> None:
-    """Writes the JSON files from which `tfds.builder_from_directory(root/store)` reads `shards`."""
+    """Writes the metadata with which `tfds.builder_from_directory(root/store)` opens the shards."""
     import tensorflow_datasets as tfds
 
     directory = root / store
@@ -254,7 +255,7 @@ class _Store:
         self._ends = np.cumsum([shards[name]["rows"] for name in names])
         self._paths = [str(root / name) for name in names]
         self._sums = [shards[name]["sha256"] for name in names]
-        # With the number of its rows in the name, a file is opened on its first read, not here.
+        # A path with a row range [0:N] makes ArrayRecord open the file at the first read, not here.
         self._spans = [
             f"{path}[0:{shards[name]['rows']}]"
             for path, name in zip(self._paths, names, strict=True)
@@ -295,8 +296,8 @@ class _Store:
     def _fault(self, row: int, error: Exception) -> Exception:
         """The reason why a row cannot be read.
 
-        ValueError: the shard differs from its checksum. OSError: it does not, or cannot be opened,
-        so the file system failed.
+        Returns ValueError if the shard does not match its checksum. Otherwise returns OSError: the
+        shard matches or cannot be opened, so the file system failed.
         """
         shard = int(np.searchsorted(self._ends, row, side="right"))
         path, cause = self._paths[shard], (str(error) or type(error).__name__).splitlines()[0]
@@ -357,8 +358,8 @@ class Prepared:
         if self.manifest["format_version"] != FORMAT_VERSION:
             version = self.manifest["format_version"]
             raise ValueError(
-                f"{file} has format {version}, this program reads {FORMAT_VERSION}: prepare the"
-                " data again"
+                f"{file} has format {version}, but this program reads {FORMAT_VERSION}: prepare"
+                " the data again"
             )
         if self.manifest["hash"] != manifest_hash(self.manifest):
             raise ValueError(f"{file} was changed after it was written: prepare the data again")
@@ -406,20 +407,21 @@ class Prepared:
         if dim != self.text_dim:
             name = self.encoder["name"]
             raise ValueError(
-                f"{self.path} has text features of width {self.text_dim} ({name}), the config asks"
-                f" for {dim}: use the config's text encoder"
+                f"{self.path} has text features of width {self.text_dim} ({name}), but the"
+                f" config asks for {dim}: use the config's text encoder"
             )
 
     def check_length(self, length: int) -> None:
         """Raises ValueError if a stored caption is longer than `length` tokens.
 
-        It is not cut: the first features of a long text are not those of a shorter text.
+        Truncating stored features would be wrong: the encoder attends to the whole text, so the
+        first features of a text differ from the features of the truncated text.
         """
         longest = self.manifest["embedding"]["length"]["max"]
         if longest > length:
             raise ValueError(
-                f"{self.path} has captions of up to {longest} tokens, the config's text length is"
-                f" {length}: prepare with --max_length {length} or raise the text length"
+                f"{self.path} has captions of up to {longest} tokens, but data.text_length is"
+                f" {length}: prepare with --max_length {length} or raise data.text_length"
             )
 
     def check_image_size(self, size: int) -> None:
@@ -427,8 +429,8 @@ class Prepared:
         smallest = self.manifest["image_sizes"]["min_side"]
         if smallest < size:
             raise ValueError(
-                f"{self.path} has images only {smallest} pixels across, the config's image size is"
-                f" {size}: prepare with --min_size {size}"
+                f"{self.path} has images with a side of only {smallest} pixels, but data.image_size"
+                f" is {size}: prepare with --min_size {size}"
             )
 
     def verify(self) -> None:

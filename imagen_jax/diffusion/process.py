@@ -13,7 +13,7 @@ The prediction is what the network outputs:
     v     alpha eps - sigma x (Salimans & Ho 2022, section 4)
     u     eps - x, the velocity of the flow path (Lipman et al. 2023)
 
-At fixed z each of the four is an affine function of any other.
+For fixed z and log-SNR, each of the four is an affine function of each other one.
 """
 
 import dataclasses
@@ -25,42 +25,45 @@ from jaxtyping import Array, Float
 
 PREDICTIONS = ("eps", "x", "v", "u")
 
-Level = Float[Array, "b"]
+LogSNR = Float[Array, "b"]
 Images = Float[Array, "b *d"]
 
 
 @runtime_checkable
 class Process(Protocol):
-    """The interface to a forward process and to the network's output.
+    """Interface of a forward process and its parameterization (the network's prediction).
 
-    Losses, samplers and evaluations use nothing else.
+    Losses, samplers and evaluations access both through this interface only.
     """
 
-    def alpha_sigma(self, logsnr: Level, ndim: int) -> tuple[Array, Array]:
+    def alpha_sigma(self, logsnr: LogSNR, ndim: int) -> tuple[Array, Array]:
         """(alpha, sigma) in fp32, shaped [b, 1, ..., 1] with `ndim` dimensions."""
 
-    def diffuse(self, x: Images, eps: Images, logsnr: Level) -> Images:
-        """z from the clean image and the noise."""
+    def diffuse(self, x: Images, eps: Images, logsnr: LogSNR) -> Images:
+        """Returns z = alpha x + sigma eps, a sample of q(z | x)."""
 
-    def prior(self, noise: Images, logsnr: Level) -> Images:
+    def prior(self, noise: Images, logsnr: LogSNR) -> Images:
         """z at the start of sampling, from standard normal noise."""
 
-    def target(self, x: Images, eps: Images, logsnr: Level) -> Images:
+    def target(self, x: Images, eps: Images, logsnr: LogSNR) -> Images:
         """The network's training target."""
 
-    def x_from_output(self, output: Images, z: Images, logsnr: Level) -> Images:
+    def x_from_output(self, output: Images, z: Images, logsnr: LogSNR) -> Images:
         """x-hat in fp32 from the network's output."""
 
-    def eps_from_x(self, x: Images, z: Images, logsnr: Level) -> Images:
+    def eps_from_x(self, x: Images, z: Images, logsnr: LogSNR) -> Images:
         """The noise that is consistent with x-hat at this z."""
 
-    def output_scale(self, logsnr: Level) -> Level:
-        """Ratio of the squared error of the output to that of eps, at the same z."""
+    def output_scale(self, logsnr: LogSNR) -> LogSNR:
+        """The factor c [b] with |output error|^2 = c |eps error|^2 at fixed z."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GaussianProcess:
-    """A `Process` with a closed-form path and one prediction. Fields are those of the config."""
+    """A `Process` with closed-form alpha and sigma.
+
+    `process` and `prediction` are the config fields of the same names.
+    """
 
     process: str
     prediction: str
@@ -71,24 +74,25 @@ class GaussianProcess:
                 raise ValueError(f"diffusion.{field} is {value!r}; it must be one of {valid}")
 
     def alpha_sigma(
-        self, logsnr: Level, ndim: int
+        self, logsnr: LogSNR, ndim: int
     ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
         """(alpha, sigma) in fp32, shaped [b, 1, ..., 1] with `ndim` dimensions."""
         logsnr = logsnr.astype(jnp.float32).reshape(logsnr.shape + (1,) * (ndim - 1))
         return ALPHA_SIGMA[self.process](logsnr)
 
-    def diffuse(self, x: Images, eps: Images, logsnr: Level) -> Images:
-        """z = alpha x + sigma eps, a sample of q(z | x) (Appendix A, eq. 3)."""
+    def diffuse(self, x: Images, eps: Images, logsnr: LogSNR) -> Images:
+        """Returns z = alpha x + sigma eps, a sample of q(z | x) (Appendix A, eq. 3)."""
         alpha, sigma = self.alpha_sigma(logsnr, x.ndim)
         return alpha * x + sigma * eps
 
-    def prior(self, noise: Images, logsnr: Level) -> Images:
-        """z at logsnr's lower end, where alpha x is negligible: the noise (vp) or sigma * noise
-        (flow).
+    def prior(self, noise: Images, logsnr: LogSNR) -> Images:
+        """Initial z of sampling, at the lowest log-SNR, where alpha x is negligible.
+
+        This is the noise (vp) or sigma * noise (flow).
         """
         return noise if self.process == "vp" else self.alpha_sigma(logsnr, noise.ndim)[1] * noise
 
-    def target(self, x: Images, eps: Images, logsnr: Level) -> Images:
+    def target(self, x: Images, eps: Images, logsnr: LogSNR) -> Images:
         """The network's training target: eps, x, v or u."""
         if self.prediction == "eps":
             return eps
@@ -99,7 +103,7 @@ class GaussianProcess:
         alpha, sigma = self.alpha_sigma(logsnr, x.ndim)
         return alpha * eps - sigma * x
 
-    def x_from_output(self, output: Images, z: Images, logsnr: Level) -> Images:
+    def x_from_output(self, output: Images, z: Images, logsnr: LogSNR) -> Images:
         """x-hat from the network's output, in fp32.
 
         With eps: (z - sigma eps) / alpha. With u: (z - sigma u) / (alpha + sigma). With v: (alpha z
@@ -116,13 +120,13 @@ class GaussianProcess:
         x = alpha * z - sigma * output
         return x if self.process == "vp" else x / (alpha**2 + sigma**2)
 
-    def eps_from_x(self, x: Images, z: Images, logsnr: Level) -> Images:
+    def eps_from_x(self, x: Images, z: Images, logsnr: LogSNR) -> Images:
         """eps = (z - alpha x) / sigma, the noise that is consistent with x-hat."""
         alpha, sigma = self.alpha_sigma(logsnr, z.ndim)
         return (z - alpha * x) / sigma
 
-    def output_scale(self, logsnr: Level) -> Level:
-        """Ratio of the squared error of the output to that of eps, at the same z [b].
+    def output_scale(self, logsnr: LogSNR) -> LogSNR:
+        """The factor c [b] with |output error|^2 = c |eps error|^2 at fixed z.
 
         At fixed z an error e in eps corresponds to the error -(sigma / alpha) e in x.
         """

@@ -68,7 +68,7 @@ class Blocks(nn.Module):
             h = self.constrain(block(h, emb, train))
         if self.attention != "none":
             attention, mlp = (
-                checkpointed_module(self.remat, module, unwrapped_by_matrix=True)
+                checkpointed_module(self.remat, module, skip_matrix=True)
                 for module in (Attention, FeedForward)
             )
             h = attention(

@@ -1,4 +1,4 @@
-"""Rematerialisation: what the backward pass recomputes instead of storing (`model.remat`).
+"""Rematerialization policies (`model.remat`): the arrays that the backward pass recomputes.
 
 none     stores every intermediate array
 matrix   stores the outputs of convolutions and of matrix products with a kernel; recomputes
@@ -14,11 +14,11 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 KINDS = ("none", "matrix", "block")
-STORED = "kept"  # the name by which `matrix` recognises arrays marked with `mark_stored`
+STORED = "stored"  # checkpoint name of the arrays that `mark_stored` marks
 
 
 def mark_stored(tree: Any) -> Any:
-    """Marks arrays that `matrix` stores although no matrix product made them."""
+    """Marks arrays that "matrix" stores in addition to the outputs of matrix products."""
     return checkpoint_name(tree, STORED)
 
 
@@ -29,7 +29,7 @@ def check_kind(kind: str) -> None:
 
 
 def checkpointed(kind: str, function: Callable) -> Callable:
-    """Wraps `function` so that the backward pass recomputes what `kind` selects."""
+    """Applies `jax.checkpoint` to `function` with the policy of `kind` (none: no wrapper)."""
     return function if kind == "none" else jax.checkpoint(function, policy=_policy(kind))
 
 
@@ -37,7 +37,7 @@ def checkpointed_module(
     kind: str,
     module: type[nn.Module],
     static_argnums: tuple[int, ...] = (),
-    unwrapped_by_matrix: bool = False,
+    skip_matrix: bool = False,
 ) -> Callable[..., nn.Module]:
     """Wraps a module class so that the backward pass recomputes its call.
 
@@ -45,11 +45,11 @@ def checkpointed_module(
         kind: one of `KINDS`.
         module: the module class.
         static_argnums: static arguments of the call, counted from self = 0.
-        unwrapped_by_matrix: leaves the module unwrapped under "matrix". This suits modules whose
-            matrix products have inputs about as large as their outputs, so that recomputing saves
-            little. (Wrapping also rounds each stored output separately, which adds a pass over it.)
+        skip_matrix: does not wrap the module under "matrix". For modules whose matrix products have
+            inputs about as large as their outputs: there recomputation saves little memory.
+            (Wrapping also adds one rounding pass over each stored output.)
     """
-    if kind == "none" or (kind == "matrix" and unwrapped_by_matrix):
+    if kind == "none" or (kind == "matrix" and skip_matrix):
         return module
     return nn.remat(module, static_argnums=static_argnums, policy=_policy(kind))
 

@@ -74,7 +74,7 @@ class Level(nn.Module):
             dropout=self.dropout,
             constrain=self.constrain,
         )
-        attention = checkpointed_module(self.remat, Attention, unwrapped_by_matrix=True)
+        attention = checkpointed_module(self.remat, Attention, skip_matrix=True)
         outputs = []
         for i, kind in enumerate(self.attention):
             if skips:

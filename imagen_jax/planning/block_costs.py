@@ -1,4 +1,4 @@
-"""Estimated time of a train step's blocks and of its parameter update, on TPUs.
+"""Estimates the time of each block of a train step, and of the parameter update, on TPUs.
 
 The estimates are those of the TPU compiler. Compiling a whole step at the default level takes tens
 of minutes; a block takes seconds. Each distinct block is compiled once, at the shapes that one chip
@@ -37,7 +37,7 @@ from imagen_jax.training.optim import learning_rate, make_optimizer
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.step import make_update
 
-MODULES_KEPT = 12  # the most expensive modules inside a block that are reported
+MODULES_KEPT = 12  # number of modules per block in the report, the most expensive ones
 # The cached fields of a compiled program, see `BlockCost`.
 COST_FIELDS = {
     "seconds": float,
@@ -54,11 +54,12 @@ class BlockCost:
 
     Fields:
         paths: module paths of all equal blocks.
-        seconds: estimated time, with kernels and without collectives.
+        seconds: estimated time, Pallas kernels included, collectives excluded.
         flops: model FLOPs, three times those of the forward pass.
-        bytes: read and written in device memory.
+        bytes: HBM traffic, reads and writes.
         kinds: seconds by kind of instruction (`cost.Item.kind`).
-        unestimated: seconds that come from a roofline because the compiler has no estimate.
+        unestimated: the part of `seconds` from a roofline model, where the compiler gives no
+            estimate.
         inside: seconds by module inside the block.
     """
 
@@ -88,28 +89,31 @@ def rows_per_chip(config: Mapping[str, Any], topology: Topology) -> int:
 
 
 def check_columns(config: Mapping[str, Any], topology: Topology) -> None:
-    """Raises ValueError if no small slice has model x spatial chips.
+    """Raises ValueError unless model x spatial divides the chips of the slice of a block.
 
-    A block is compiled for such a slice; the compiler crashes on some other numbers of chips.
+    A block is compiled for the smallest slice with at least model x spatial chips. The
+    compiler crashes on some other numbers of chips.
     """
     sizes = mesh_sizes(config, topology)
     columns = sizes["model"] * sizes["spatial"]
-    if _smallest(topology, columns).chips % columns:
+    chips = _smallest(topology, columns).chips
+    if chips % columns:
         raise ValueError(
-            f"mesh.model x mesh.spatial = {columns}: no TPU slice has this number of chips, so step"
-            " times cannot be predicted; use --notime for a plan without times"
+            f"mesh.model x mesh.spatial = {columns} does not divide the {chips} chips of the"
+            " smallest TPU slice that holds it, so step times cannot be predicted; use --notime for"
+            " a plan without times"
         )
 
 
 def block_mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
-    """The part of the run's mesh that computes one row of the batch."""
+    """The submesh of the `model` and `spatial` axes, which computes one shard of the batch."""
     block_sizes = {"data": 1, "fsdp": 1, "model": sizes["model"], "spatial": sizes["spatial"]}
     chips = block_sizes["model"] * block_sizes["spatial"]
     return sharding.make_mesh(block_sizes, topology.devices()[:chips])
 
 
 def _smallest(topology: Topology, chips: int) -> Topology:
-    """The smallest slice that has links and at least `chips` chips.
+    """The smallest slice with at least `chips` chips and with inter-chip links (4 chips or more).
 
     A chip's program depends only on the chips that share its rows, not on the rest of the run.
     """
@@ -128,14 +132,14 @@ def block_costs(
         cache: directory of cached costs; blocks that are in it are not compiled again.
         processes: number of blocks that are compiled at once; each needs 2 to 4 GB.
 
-    Raises ValueError as `TrainProgram.create`.
+    Raises ValueError as `mesh_sizes` and `create_stage` do.
     """
     stage = create_stage(config)
     rows = rows_per_chip(config, topology)
     count = len(find_blocks(stage, rows))
     cache.mkdir(parents=True, exist_ok=True)
     sizes = mesh_sizes(config, topology)
-    # With the sizes of the whole run: -1 would mean something else on the smaller slice.
+    # Resolve -1 for the whole run; on the smaller slice it would give other sizes.
     resolved = {**config, "mesh": {**config["mesh"], **sizes}}
     block_topology = _smallest(topology, sizes["model"] * sizes["spatial"])
     arguments = (json.dumps(resolved), str(block_topology), rows)
@@ -173,7 +177,7 @@ def update_cost(
 
     Args:
         config, topology, cache, processes: as for `block_costs`.
-        shapes: {shape on a chip: number of parameters with it}.
+        shapes: number of parameters by per-chip shape.
     """
     cache.mkdir(parents=True, exist_ok=True)
     arguments = (json.dumps(config), str(_smallest(topology, 1)))
@@ -222,7 +226,8 @@ def _forward_flops(config: str, rows: int, index: int, shapes: tuple[Any, ...]) 
 def lower(program: Any, shapes: tuple[Any, ...], shardings: tuple[Any, ...]) -> Any:
     """Lowers a block's program and leaves the layouts of its arrays to the compiler.
 
-    In the network a feature map has the layout that the previous block prefers.
+    In the whole network the compiler chooses the layouts at block boundaries. It has the same
+    freedom here.
     """
     formats = jax.tree.map(lambda sharding: Format(Layout.AUTO, sharding), shardings)
     params, varying, _, outputs = formats

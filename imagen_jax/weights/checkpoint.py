@@ -1,7 +1,7 @@
 """Checkpoints of the training state: directories with a checksum of every file.
 
-    workdir/checkpoints/1200/meta.json     {"format_version", "step", "meta": the caller's,
-                                           "leaves": {path: [shape, dtype]}}
+    workdir/checkpoints/1200/meta.json     {"format_version", "step", "leaves": {path: [shape,
+                                           dtype]}, "meta": given by the caller of `save`}
     workdir/checkpoints/1200/state/...     orbax; one array per leaf, named by its path,
                                            "ema/down_0/block_0/conv_1/kernel"
     workdir/checkpoints/1200/SHA256SUMS    checksums of all other files of the directory;
@@ -52,7 +52,7 @@ from imagen_jax.weights.leaves import (
 )
 
 META = "meta.json"
-COMMON = (FloatingPointError, HardwareFault)  # raised in all processes after the same step
+RAISED_EVERYWHERE = (FloatingPointError, HardwareFault)  # by all processes at the same step
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ class Checkpoints:
 
     With several processes, all of them call every method except `steps`.
 
-    A context manager: leaving it finishes a save that is under way. A save that is still running
-    when the interpreter exits never ends, because orbax's thread pools take no work by then.
+    A context manager: leaving it waits for the save in progress. If the interpreter exits during a
+    save, the save never completes, because orbax's thread pools no longer accept work.
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int):
@@ -77,7 +77,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.keep = keep
         self._verified: int | None = None  # verified by `latest_good` and not yet restored
-        self._rejected: set[int] = set()
+        self._damaged: set[int] = set()
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self._current: int | None = None  # the step last saved or restored
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
@@ -87,10 +87,10 @@ class Checkpoints:
         return _steps(self.directory)
 
     def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> None:
-        """Starts a save and returns when the arrays of `state` are copied off the devices.
+        """Starts an asynchronous save. Returns as soon as `state` has been copied to the host.
 
-        The caller may then donate them. Waits for the previous save. Does nothing for the step that
-        this object saved or restored last. Renames a damaged directory of `step` to
+        The caller may then donate its arrays. Waits for the previous save. Does nothing for the
+        step that this object saved or restored last. Renames a damaged directory of `step` to
         "<step>.damaged".
 
         state: pytree of arrays, none of size zero; no key contains "/". meta: JSON; `restore`
@@ -111,8 +111,8 @@ class Checkpoints:
             self._thread = concurrent.futures.ThreadPoolExecutor(
                 max_workers=1, thread_name_prefix="checkpoint"
             )
-        # Raw: compression saved 30 % of the bytes of fp32 weights and made the save three times
-        # slower.
+        # Uncompressed: compression saved 30 % of the bytes of fp32 weights but made saving three
+        # times slower.
         context = ocp.Context()
         context.array.saving.use_compression = False
         with context, jax.transfer_guard("allow"):
@@ -141,10 +141,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """After an error in one of several processes nothing is awaited: the others may be gone."""
+        """Waits for the save, unless an error ends a multi-process run: others may be gone."""
         if error is None:
             return self.wait()
-        if jax.process_count() > 1 and not isinstance(error, COMMON):
+        if jax.process_count() > 1 and not isinstance(error, RAISED_EVERYWHERE):
             return
         try:
             self.wait()
@@ -154,12 +154,12 @@ class Checkpoints:
     def latest_good(self) -> int | None:
         """The newest step whose files match their checksums, None if there is no checkpoint.
 
-        Logs each rejected step. Raises CheckpointError if all checkpoints are damaged.
+        Logs each damaged step. Raises CheckpointError if all checkpoints are damaged.
         """
         newest, damage = None, ""
         if jax.process_index() == 0:
             try:
-                newest = newest_intact(self.directory, self._rejected.add)
+                newest = newest_intact(self.directory, self._damaged.add)
             except CheckpointError as error:
                 damage = str(error)
         newest, damage = json.loads(agreement.gather(json.dumps([newest, damage]))[0])
@@ -207,7 +207,7 @@ class Checkpoints:
         return self.directory / f"{step}.{suffix}"
 
     def _make_room(self, step: int) -> None:
-        """Removes leftovers of killed processes and moves a damaged directory of `step` away."""
+        """Removes leftovers of killed processes and renames a damaged directory of `step`."""
         target = self.directory / str(step)
         exists = jax.process_index() == 0 and target.exists()
         reason = find_damage(target) if exists else None
@@ -219,7 +219,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             if reason is not None:
                 _keep_aside(target, reason)
-                self._rejected.discard(step)
+                self._damaged.discard(step)
             for leftover in sorted(self.directory.iterdir()):
                 if re.fullmatch(r"\d+\.(writing|deleting).*", leftover.name):
                     log.warning("removing %s, left by an interrupted run", leftover)
@@ -247,7 +247,7 @@ class Checkpoints:
 
         Damaged steps are neither counted nor deleted.
         """
-        older = [s for s in self.steps() if s < newest and s not in self._rejected]
+        older = [s for s in self.steps() if s < newest and s not in self._damaged]
         for step in older[: max(0, len(older) - (self.keep - 1))]:
             try:
                 os.rename(self.directory / str(step), self._path(step, "deleting"))
@@ -259,12 +259,12 @@ class Checkpoints:
 
 
 def newest_intact(
-    directory: Path, on_rejected: Callable[[int], None] = lambda step: None
+    directory: Path, on_damaged: Callable[[int], None] = lambda step: None
 ) -> int | None:
     """The newest intact step in a checkpoints directory, None if it has no steps.
 
-    Logs each damaged step and passes it to `on_rejected`. Skips a step that a running trainer
-    deletes in the meantime. Raises CheckpointError if all steps are damaged.
+    Logs each damaged step and passes it to `on_damaged`. Skips a step that a running trainer
+    deletes during the check. Raises CheckpointError if all steps are damaged.
     """
     newest_fault = None
     for step in reversed(_steps(directory)):
@@ -274,7 +274,7 @@ def newest_intact(
         if not (directory / str(step)).exists():
             continue
         log.warning("CHECKPOINT REJECTED: %s is not used, %s", directory / str(step), reason)
-        on_rejected(step)
+        on_damaged(step)
         newest_fault = newest_fault or f"{step}: {reason}"
     if newest_fault:
         raise CheckpointError(
@@ -287,10 +287,10 @@ def newest_intact(
 def load_params(
     path: str | os.PathLike, which: str = "ema"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads one tree of parameters to the host: (nested dict of numpy arrays, meta).
+    """Loads one parameter tree to host memory: (nested dict of NumPy arrays, meta).
 
     Reads no other array, and needs no device or mesh. bfloat16 arrays have the dtype
-    ml_dtypes.bfloat16. `meta` also has "which" and "sha256", that of the file or of the
+    ml_dtypes.bfloat16. `meta` also has "which", and "sha256": the checksum of the file, or of the
     checkpoint's SHA256SUMS.
 
     path: a workdir or its checkpoints directory (its newest intact step is read), the directory of
@@ -314,7 +314,7 @@ def load_params(
     if not specs:
         held = _kinds(document["leaves"])
         raise ValueError(f"checkpoint {directory} has no {which!r}; it holds {', '.join(held)}")
-    # numpy arrays tell orbax to restore to the host; these have a shape and dtype and no memory.
+    # NumPy arrays tell orbax to load to the host; np.broadcast_to allocates no memory for them.
     abstract = {
         name: np.broadcast_to(np.zeros((), _dtype(dtype)), shape)
         for name, (shape, dtype) in specs.items()
@@ -366,7 +366,7 @@ def _find_step(path: Path) -> Path:
 
 
 def _load(directory: Path, abstract: Mapping[str, Any], partial: bool) -> dict[str, Any]:
-    """The arrays of a step directory by path, each sharded or numpy like its leaf of `abstract`."""
+    """Reads arrays by path; each is a sharded jax.Array or a NumPy array, as in `abstract`."""
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     try:
@@ -383,16 +383,16 @@ def _check_leaves(directory: Path, stored: Mapping[str, Any], wanted: Mapping[st
     faults = []
     for path in sorted(stored.keys() | wanted.keys()):
         if path not in stored:
-            faults.append(f"leaf {path} is missing from it")
+            faults.append(f"leaf {path} is missing from the checkpoint")
         elif path not in wanted:
-            faults.append(f"it has a leaf {path} that the state does not have")
+            faults.append(f"the checkpoint has an extra leaf {path}")
         else:
             have = tuple(stored[path][0]), stored[path][1]
             want = tuple(wanted[path].shape), np.dtype(wanted[path].dtype).name
             if have != want:
                 faults.append(
-                    f"leaf {path} is {have[1]}{list(have[0])} in it, but the state needs"
-                    f" {want[1]}{list(want[0])}"
+                    f"leaf {path} is {have[1]}{list(have[0])} in the checkpoint, but the state"
+                    f" needs {want[1]}{list(want[0])}"
                 )
             elif getattr(wanted[path], "sharding", None) is None:
                 faults.append(f"leaf {path} of the abstract state has no sharding")
@@ -431,7 +431,7 @@ def _keep_aside(directory: Path, reason: str) -> None:
         n += 1
         aside = directory.with_name(f"{directory.name}.damaged_{n}")
     log.warning(
-        "CHECKPOINT REJECTED: %s is in the way and damaged, %s; kept as %s",
+        "CHECKPOINT REJECTED: %s is damaged and blocks the save, %s; kept as %s",
         directory,
         reason,
         aside.name,

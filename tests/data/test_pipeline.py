@@ -284,7 +284,7 @@ def test_damaged_shard_is_a_clear_error(tmp_path, workers):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 128}, "only 64 pixels across"),
+        ({"image_size": 128}, "side of only 64 pixels, but data.image_size is 128"),
         ({"text_length": 5}, "captions of up to 6 tokens"),
         ({"image_size": 64, "lowres_size": 24}, "not a multiple"),
         (

@@ -133,9 +133,7 @@ def test_text_that_does_not_fit_is_refused(path):
     """Catches another text width or length that is found in the jitted step, or never."""
     prepared = records.Prepared(path)
     prepared.check_text(synthetic.DIM)
-    with pytest.raises(ValueError, match="width 8 .fake., the config asks for 16"):
+    with pytest.raises(ValueError, match="width 8 .fake., but the config asks for 16"):
         prepared.check_text(16)
-    with pytest.raises(
-        ValueError, match="captions of up to 6 tokens, the config's text length is 4"
-    ):
+    with pytest.raises(ValueError, match="captions of up to 6 tokens, but data.text_length is 4"):
         prepared.check_length(4)

@@ -102,12 +102,10 @@ def test_leaves_that_do_not_fit_are_named(two_steps):
     def like(shape=(16,), dtype=jnp.bfloat16, sharding=scale.sharding):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    scale_is = r"leaf params/text/norm\.scale is bfloat16\[16\] in it, but the state "
+    scale_is = r"leaf params/text/norm\.scale is bfloat16\[16\] in the checkpoint, but the state "
     cases = {
-        r"leaf params/text/extra is missing from it": lambda t: t.update(extra=like()),
-        r"it has a leaf params/text/norm\.scale that the state does not have": lambda t: t.pop(
-            "norm.scale"
-        ),
+        r"leaf params/text/extra is missing from the checkpoint": lambda t: t.update(extra=like()),
+        r"the checkpoint has an extra leaf params/text/norm\.scale": lambda t: t.pop("norm.scale"),
         scale_is + r"needs bfloat16\[8\]": lambda t: t.update({"norm.scale": like((8,))}),
         r"needs bfloat16\[1, 16\]": lambda t: t.update({"norm.scale": like((1, 16))}),
         r"needs float32\[16\]": lambda t: t.update({"norm.scale": like(dtype=jnp.float32)}),
