@@ -213,6 +213,7 @@ def test_cascade_sets_what_its_stages_sample_with(arg):
         module("cascade").get_config("demp")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["base_64", "sr_256", "sr_1024"])
 def test_full_size_step_traces_on_eight_devices(name):

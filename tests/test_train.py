@@ -126,6 +126,7 @@ def kill_at(moment: str, data: Path, workdir: Path, rng: random.Random) -> None:
     assert process.wait() == -signal.SIGKILL, f"the run ended before it was killed: {moment}"
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_bit_for_bit(data, straight, straight_run, tmp_path):
     """Catches any state outside the checkpoint, a half-written checkpoint that is used, rows
     written twice, data that starts over.
@@ -172,6 +173,7 @@ def test_sigterm_saves_and_exits(data, straight, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_resume_on_another_mesh_and_refusal_of_other_settings(data, straight, tmp_path):
     """Catches a checkpoint bound to its mesh, and a resume that silently mixes two experiments."""
     workdir = tmp_path / "run"
@@ -228,6 +230,7 @@ def test_non_finite_loss_stops_the_run(data, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_overfit_passes_and_can_fail(data, tmp_path):
     """Catches a self-test that passes whatever happens: with a learning rate of nothing it must
     fail.

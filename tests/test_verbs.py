@@ -53,6 +53,7 @@ def logged(workdir: Path) -> dict[int, dict]:
     }
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_an_undisturbed_run(data, straight, stopped):
     """Catches rows lost at a stop, a first row after a resume that averages too few steps, and a
     profile that ends the run.
