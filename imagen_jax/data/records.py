@@ -5,10 +5,10 @@
                         caption_ids
     DIR/captions/       split train: text, embedding [length d] bfloat16 without padding, length;
                         a caption's id is its row
-    DIR/skipped.jsonl   one line for every item that was left out or noted, with the reason
+    DIR/skipped.jsonl   one line for every skipped or changed item, with the reason
 
 Both stores are ArrayRecord shards in TFDS directories. `tfds.builder_from_directory` opens them
-after `import ml_dtypes`, which teaches NumPy the name bfloat16. Nothing here imports TensorFlow.
+after `import ml_dtypes`, which registers bfloat16 with NumPy. Nothing here imports TensorFlow.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
 PAUSES_S = (1.0, 5.0, 25.0)  # between attempts to read a row when the file system does not answer
-# One record a group gives random access. Images are compressed already; zstd saves a fifth of
+# One record per group gives random access. Images are compressed already; zstd saves a fifth of
 # bfloat16 embeddings.
 WRITER_OPTIONS = {"images": "group_size:1,uncompressed", "captions": "group_size:1,zstd:3"}
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
