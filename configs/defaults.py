@@ -77,8 +77,8 @@ def optim() -> dict[str, Any]:
         beta2=0.999,
         eps=1e-8,
         weight_decay=0.0,
-        clip=1.0,  # not in the paper; from its authors' other code
-        ema=0.9999,  # not in the paper; from its authors' other code
+        clip=1.0,  # not in the paper; as in Google's diffusion_distillation
+        ema=0.9999,  # not in the paper; as in Google's diffusion_distillation
         accumulation=1,
         **ADDED["optim"],
     )
