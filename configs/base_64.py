@@ -3,18 +3,19 @@ r"""The 64x64 base model: U-Net of width 512, 2.26B parameters with text (F.1).
     python -m imagen_jax.train --config configs/base_64.py --config.data.path=PREPARED \
         --workdir WORKDIR
 
-Hardware: 256 TPU v4 chips in the paper, 2.5M steps of 2048 images. This repository plans 179 h on
-v4:4x8x8, 228 h on v5e:16x16 (256 chips each) and 165 h on v5p:4x4x8 (128 chips).
-Expect: not trained yet, so no loss is known. Planned MFU: 50 % on v4, 55 % on v5e, 65 % on v5p.
-Recorded: BENCHMARKS.md, "Planned, not run"; drawing with guidance on one H100, "One H100".
+Hardware: 256 TPU v4 chips in the paper, 2.5M steps of 2048 images. imagen_jax.plan estimates
+179 h on v4:4x8x8, 228 h on v5e:16x16 (256 chips each) and 165 h on v5p:4x4x8 (128 chips).
+Expect: unknown; this config was never trained. Planned MFU: 50 % on v4, 55 % on v5e, 65 % on v5p.
+Recorded: BENCHMARKS.md, "Planned, not run"; guided sampling on one H100: "One H100".
 
 Variants:
 
-    :width=N  the sizes of the ablations: 192 (300M), 256 (500M), 384 (1B), with cond_dim 512 up to
-              500M. Not trained yet and not planned.
+    :width=N  smaller models for ablations: N = 192 (300M), 256 (500M), 384 (1B). cond_dim is 512
+              for N <= 256. Neither trained nor planned yet.
     :demo     the demo's base at 16x16 on two CPU cores or one GPU, batches of 32. The embedded
-              base_16 is this config after 7,750 steps: held-out loss 0.022, and 89 % of held-out
-              captions have their image among the 5 nearest. 4.8 minutes give 1,398 steps and 65 %.
+              base_16 is this config after 7,750 steps: held-out loss 0.022, and for 89 % of
+              the held-out captions the image is among the 5 nearest to the sample. 4.8 minutes of
+              training are 1,398 steps and give 65 %.
               Recorded: BENCHMARKS.md, "The embedded cascade" and "`make demo` from a fresh clone".
     :tiny     for tests: 8 steps, seconds on a CPU.
 """
@@ -29,17 +30,17 @@ def get_config(arg: str = "") -> ConfigDict:
     c = ConfigDict()
     c.name = "base_64"
     c.seed = 0
-    c.text = dict(dim=4096)  # T5-XXL v1.1; must be the width of the prepared embeddings
+    c.text = dict(dim=4096)  # T5-XXL v1.1; must equal the feature width of the prepared data
     c.data = defaults.data() | dict(image_size=64, lowres_size=0, crop_size=0)
     c.model = dict(
         family="unet",
         channels=512,
         multipliers=(1, 2, 3, 4),
         blocks=3,
-        attention=(False, True, True, True),  # at 32, 16 and 8
+        attention=(False, True, True, True),  # at resolutions 32, 16 and 8
         text_attention=(False, True, True, True),
         head_channels=64,
-        cond_dim=2048,  # not in the paper; the published sizes allow 512 to 4096
+        cond_dim=2048,  # not in the paper; 512 to 4096 agree with its parameter counts
         pooling="attention",
         pool_heads=32,
         res_block="biggan",
@@ -50,7 +51,8 @@ def get_config(arg: str = "") -> ConfigDict:
         remat="matrix",
     )
     c.diffusion = defaults.diffusion()
-    # Not in the paper: steps. w=1.35 has the best FID on COCO (Table 1).
+    # The number of steps is not in the paper. w stays at 5.0 (Fig. A.10); the best FID on COCO
+    # (Table 1) needs w = 1.35.
     c.sampling = defaults.sampling() | dict(steps=256)
     c.optim = defaults.optim() | dict(optimizer="adafactor")
     c.mesh = defaults.mesh()
@@ -70,19 +72,19 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def demo(c: ConfigDict) -> None:
-    """16x16, a quarter of the paper's resolution.
+    """16x16 images, a quarter of the paper's resolution.
 
-    2x2 patches are folded into channels, then come two levels; text attention is at 4x4.
+    2x2 patches give 8x8 inputs for two levels; text attention is at 4x4.
     """
     c.name = "base_16"
     c.data.update(image_size=16, batch_size=32, cache_mib=64)
     two_levels(c)
     c.model.update(channels=64, head_channels=32, cond_dim=160, pool_heads=5, patch=2)
-    # Both give high noise, where the caption decides, more weight than eps and cosine do, so a few
-    # minutes of training already follow the text a little.
+    # Compared with eps and cosine, both weight high noise levels more, where the caption matters
+    # most. So a few minutes of training already give some text alignment.
     c.diffusion.update(prediction="x", schedule="linear")
-    # Dynamic thresholding divides by the brightest pixels and turns a white background grey; static
-    # thresholding keeps it white.
+    # Dynamic thresholding divides by a percentile of |x-hat|, which turns a white background grey.
+    # Static thresholding keeps it white.
     c.sampling.update(method="ddim", steps=16, w=2.0, threshold="static")
     c.train.update(
         steps=40_000, log_every=50, sample_every=2_000, sample_rows=16, save_every=1_000, keep=2
@@ -90,7 +92,7 @@ def demo(c: ConfigDict) -> None:
 
 
 def tiny(c: ConfigDict) -> None:
-    """A few thousand parameters with every part in place."""
+    """A very small model with all components."""
     defaults.tiny(c)
     c.name = "base_tiny"
     c.data.update(image_size=8, cache_mib=64)
@@ -99,6 +101,6 @@ def tiny(c: ConfigDict) -> None:
 
 
 def two_levels(c: ConfigDict) -> None:
-    """Two levels of one block, the second with attention to pixels and text."""
+    """Two levels of one block; the second has self-attention and cross-attention to the text."""
     c.model.update(multipliers=(1, 2), blocks=1)
     c.model.update(attention=(False, True), text_attention=(False, True))

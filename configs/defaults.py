@@ -1,15 +1,15 @@
-"""Defaults of the numerics sections, shared by all configs; a config states only the differences.
+"""Default values of every section except `model`. Configs state only what differs.
 
-Architecture has no defaults. A new option gets its field in imagen_jax/schema.py and its value
-here.
+The section `model` has no defaults. A new option gets its field in imagen_jax/schema.py
+and its value here.
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-# Fields that were added after the first runs, with the values that their absence means in older
-# records (a test compares them with imagen_jax/schema.py). configs/saved.py adds them to those.
+# Fields that were added after the first runs, with the value to assume for older saved configs (a
+# test compares them with imagen_jax/schema.py). configs/saved.py adds them to such configs.
 ADDED: dict[str, dict[str, Any]] = {
     "diffusion": dict(
         process="vp",
@@ -22,17 +22,17 @@ ADDED: dict[str, dict[str, Any]] = {
         grid="t",
         grid_logsnr=(-8.764, 12.429),  # sigma / alpha from 80 to 0.002 (Karras et al. 2022)
         grid_rho=7.0,
-        w_interval=(-20.0, 20.0),  # all log-SNR that a schedule has
+        w_interval=(-20.0, 20.0),  # the full range of log-SNR
     ),
     "optim": dict(ema_tracks=()),
 }
 
 
 def data() -> dict[str, Any]:
-    """How images and captions are read; each config sets its sizes."""
+    """Settings of the images and captions; each config sets its sizes."""
     return dict(
         path="",  # a directory made by imagen_jax.prepare_data
-        text_length=128,  # not in the paper; NeMo's choice
+        text_length=128,  # not in the paper; as in NVIDIA NeMo
         batch_size=2048,
         caption="random",
         flip=False,
@@ -42,7 +42,7 @@ def data() -> dict[str, Any]:
 
 
 def diffusion() -> dict[str, Any]:
-    """The training problem of a base model."""
+    """Diffusion settings of a base model."""
     return dict(
         schedule="cosine",
         aug_schedule="cosine",
@@ -54,11 +54,11 @@ def diffusion() -> dict[str, Any]:
 
 
 def sampling() -> dict[str, Any]:
-    """How samples are drawn; each config sets its number of steps."""
+    """Sampling settings; each config sets its number of steps."""
     return dict(
         method="ancestral",
         gamma=0.2,  # not in the paper
-        w=5.0,  # Fig. A.10
+        w=5.0,  # the value in Fig. A.10; Table 1 has its best FID at 1.35
         threshold="dynamic",
         percentile=99.5,
         aug_level=0.0,
@@ -67,24 +67,25 @@ def sampling() -> dict[str, Any]:
 
 
 def optim() -> dict[str, Any]:
-    """How parameters are updated; each config sets its optimizer."""
+    """Optimization settings; each config sets its optimizer."""
     return dict(
         lr=1e-4,
         warmup=10_000,
-        decay="constant",  # the end value of the listing's cosine is no learning rate
+        # F.1-F.3 list a cosine decay, but its listed end value cannot be a learning rate.
+        decay="constant",
         beta1=0.9,  # Adam's, unused by Adafactor
         beta2=0.999,
         eps=1e-8,
         weight_decay=0.0,
-        clip=1.0,  # not in the paper; from its authors' other code
-        ema=0.9999,  # not in the paper; from its authors' other code
+        clip=1.0,  # not in the paper; as in Google's diffusion_distillation
+        ema=0.9999,  # not in the paper; as in Google's diffusion_distillation
         accumulation=1,
         **ADDED["optim"],
     )
 
 
 def mesh() -> dict[str, Any]:
-    """How arrays are sharded."""
+    """Sharding settings."""
     return dict(
         data=-1,
         fsdp=16,

@@ -1,6 +1,6 @@
 """A cascade: text -> base image -> super-resolution -> super-resolution.
 
-Images are uint8 between stages, as in training.
+Images are rounded to uint8 between stages, because stages are trained on uint8 low-res images.
 """
 
 import dataclasses
@@ -34,12 +34,14 @@ SAME_TEXT = ("weights_sha256", "tokenizer_sha256", "dim")
 
 @dataclasses.dataclass(frozen=True)
 class LoadedStage:
-    """A stage with parameters, ready to draw.
+    """A stage with parameters, ready to sample.
 
     sampling: the config section of that name.
     encoder: identity of the text encoder that the stage was trained with.
-    identity: source of the parameters: path, step, checksum.
-    draw: jitted (params, keys [b], batch) -> uint8 images [b s s 3].
+    identity: provenance of the parameters: path, stage name, step, which weights, manifest hash and
+        checksum.
+    draw: jitted (params, keys [b], batch) -> (uint8 images [b s s 3], whether each one is finite
+        [b]).
     """
 
     stage: Stage
@@ -51,7 +53,10 @@ class LoadedStage:
 
 
 def resolve(path: str) -> str:
-    """The path of a checkpoint; "embedded:NAME" names a file of the package."""
+    """Resolves "embedded:NAME" to a file of the package; returns other paths unchanged.
+
+    Raises ValueError for an unknown NAME.
+    """
     name = path.removeprefix("embedded:")
     if name == path:
         return path
@@ -60,17 +65,18 @@ def resolve(path: str) -> str:
     )
     if not file.exists():
         raise ValueError(
-            f"the package embeds no {name!r}; choose one of"
+            f"there is no embedded checkpoint {name!r}; choose one of"
             f" {sorted(f.stem for f in file.parent.glob('*.safetensors'))}"
         )
     return str(file)
 
 
 def load_stage(path: str, sampling: Mapping[str, Any], which: str) -> LoadedStage:
-    """Loads one stage, with the config that it was trained with.
+    """Loads one stage with its training config.
 
-    path: a workdir, a checkpoint, an exported file, or embedded:NAME. sampling: replaces that
-    section of the config. which: as in `checkpoint.load_params`.
+    path: a workdir, a checkpoint, an exported file, or embedded:NAME.
+    sampling: replaces the section `sampling` of the stage's config.
+    which: the weights to load, see `checkpoint.load_params`.
     """
     sampling = schema.complete_sampling(sampling, f"sampling of {path}")
     check_sampling(sampling)
@@ -89,9 +95,9 @@ def load_stage(path: str, sampling: Mapping[str, Any], which: str) -> LoadedStag
 def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> list[LoadedStage]:
     """Loads the stages of a cascade config, in order, up to the first one without a checkpoint.
 
-    Raises ValueError if the config is wrong, the first stage has no checkpoint, the output size of
-    a stage is not the input size of the next one, or two stages were trained with different text
-    encoders.
+    Raises ValueError if the config is wrong, the first stage has no checkpoint, a checkpoint is of
+    the wrong kind (base or super-resolution), the output size of a stage is not the input size of
+    the next one, or two stages were trained with different text encoders.
     """
     config = schema.complete_cascade(config)
     names = list(itertools.takewhile(lambda name: config[name]["checkpoint"], wanted))
@@ -105,16 +111,21 @@ def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> l
     ]
     for name, loaded in zip(names, stages):
         if bool(loaded.stage.lowres_size) != (name != STAGES[0]):
-            kind = "a super-resolution stage" if loaded.stage.lowres_size else "a base stage"
-            raise ValueError(f"{config[name]['checkpoint']} is {kind}, which cannot be {name}")
-    for before, after in zip(stages, stages[1:]):
-        if before.stage.image_size != after.stage.lowres_size:
+            kinds = ("a base stage", "a super-resolution stage")
+            actual, needed = kinds if name != STAGES[0] else reversed(kinds)
             raise ValueError(
-                f"{before.stage.name} draws {before.stage.image_size} pixels, {after.stage.name}"
-                f" takes {after.stage.lowres_size}"
+                f"{name}.checkpoint: {config[name]['checkpoint']} is {actual}, but {name} needs"
+                f" {needed}"
             )
-    readers = [loaded for loaded in stages if loaded.stage.text_dim]
-    for before, after in zip(readers, readers[1:]):
+    for before, after in zip(stages, stages[1:]):
+        side, expected = before.stage.image_size, after.stage.lowres_size
+        if side != expected:
+            raise ValueError(
+                f"{before.stage.name} outputs {side}x{side} images, but {after.stage.name} expects"
+                f" {expected}x{expected}: give stages of one cascade"
+            )
+    text_stages = [loaded for loaded in stages if loaded.stage.text_dim]
+    for before, after in zip(text_stages, text_stages[1:]):
         check_encoder(
             before.encoder, after.encoder, f"stages {before.stage.name} and {after.stage.name}"
         )
@@ -122,19 +133,22 @@ def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> l
 
 
 def check_encoder(a: Mapping[str, Any], b: Mapping[str, Any], who: str) -> None:
-    """Raises ValueError unless two encoder identities have the same weights and tokenizer."""
+    """Raises ValueError unless both encoder identities agree in weights, tokenizer and width.
+
+    who: the two things that are compared, the subject of the message.
+    """
     differ = [
         f"{key}: {a.get(key)} and {b.get(key)}" for key in SAME_TEXT if a.get(key) != b.get(key)
     ]
     if differ:
         raise ValueError(
-            f"{who} do not share a text encoder ({'; '.join(differ)}); use stages and an encoder"
-            " that belong together"
+            f"{who} do not share a text encoder ({'; '.join(differ)}); use stages that were"
+            " trained with the same text encoder"
         )
 
 
 def sample_keys(seeds: Sequence[int], stage_index: int) -> jax.Array:
-    """One key per picture, a function of its seed and the stage's position in the cascade."""
+    """PRNG keys [b], one per picture, from its seed and the stage's position in the cascade."""
     key = lambda seed: jax.random.fold_in(random_key(seed), stage_index)
     return jax.vmap(key)(jnp.asarray(seeds, jnp.uint32))
 
@@ -147,29 +161,31 @@ def generate(
     lowres: UInt8[np.ndarray, "n r r 3"] | None = None,
     first_stage: int = 0,
 ) -> Iterator[list[UInt8[np.ndarray, "b s s 3"]]]:
-    """Yields the images of every stage, one batch of pictures at a time.
+    """Yields, for each batch of pictures, a list with the images of every stage.
 
-    seeds, text: one per picture; text is unpadded features [l d]. lowres: input of the first stage
-    if that is a super-resolution stage. first_stage: position of stages[0] in the cascade, so that
-    a stage draws the same noise alone as in the cascade.
+    seeds: one per picture.
+    text: unpadded features [l d] per picture.
+    lowres: input of the first stage if that is a super-resolution stage.
+    first_stage: position of stages[0] in the full cascade. With it, a stage that runs alone gets
+        the same noise as in the cascade.
 
-    The last batch is filled up to `batch_size` by repetition. So one compiled program per stage is
-    enough, and a picture depends on its own seed and text alone.
+    The last batch is padded to `batch_size` with its last picture, so each stage is compiled once.
+    A picture depends only on its own seed and text.
     """
     for start in range(0, len(seeds), batch_size):
-        rows = np.arange(start, start + batch_size)
-        rows = np.minimum(rows, len(seeds) - 1)
-        image = None if lowres is None else lowres[rows]
-        images = []
+        indices = np.arange(start, start + batch_size)
+        indices = np.minimum(indices, len(seeds) - 1)
+        image = None if lowres is None else lowres[indices]
+        stage_images = []
         for i, loaded in enumerate(stages):
-            batch = pad_rows([text[r] for r in rows], loaded.stage)
+            batch = pad_rows([text[index] for index in indices], loaded.stage)
             if image is not None:
                 batch["lowres"] = image
-            keys = sample_keys([seeds[r] for r in rows], first_stage + i)
+            keys = sample_keys([seeds[index] for index in indices], first_stage + i)
             image, finite = jax.device_get(loaded.draw(loaded.params, keys, batch))
             check_finite(finite, loaded.stage.name)
-            images.append(image[: min(batch_size, len(seeds) - start)])
-        yield images
+            stage_images.append(image[: min(batch_size, len(seeds) - start)])
+        yield stage_images
 
 
 def pad_rows(features: Sequence[np.ndarray], stage: Stage) -> dict[str, np.ndarray]:

@@ -1,4 +1,7 @@
-"""The command line of every verb: flags, one-line errors with exit codes, logging, JAX settings."""
+"""Shared by the commands: flags, one-line errors with exit codes, logging, JAX settings.
+
+prepare_data parses its flags with `Parser`, all other commands with absl.
+"""
 
 import argparse
 import errno
@@ -21,7 +24,7 @@ from imagen_jax.storage import check_local, is_away
 log = logging.getLogger(__name__)
 
 COMPILE_CACHE = "compile_cache"
-# Exceptions of flags, and of a config file that a flag names.
+# Exceptions raised while parsing flags or executing a config file.
 FLAG_ERRORS = (
     flags.Error,
     ValueError,
@@ -33,7 +36,7 @@ FLAG_ERRORS = (
     ImportError,
     ArithmeticError,
 )
-# Errors of the file system: what to do about each.
+# Advice per file-system error.
 ADVICE = {
     errno.ENOSPC: "free some space, then run the same command again",
     errno.EDQUOT: "free some space, then run the same command again",
@@ -44,15 +47,15 @@ ADVICE = {
     errno.ENOTDIR: "check the path",
     errno.EMFILE: "raise the limit with `ulimit -n`",
 }
-# JAX reports these when another process or the network failed.
+# Status codes that JAX reports if another process or the network failed.
 UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 
 
 def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> None:
-    """Parses the flags of `define_flags`, calls `main` and exits with its result (None: 0).
+    """Parses the flags of `define_flags`, calls `main` and exits with its return value (None: 0).
 
-    Flags are global and several verbs have flags of the same name, so a verb defines its flags when
-    it runs, not when it is imported. For errors see `guard`.
+    Flags are global and commands share flag names, so each command defines its flags when it runs,
+    not when it is imported. `guard` handles errors.
     """
     escape_unprintable()
     define_flags()
@@ -68,10 +71,10 @@ def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> Non
 def guard(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Calls `main` and returns the exit code; an expected error is one line on standard error.
 
-    interrupted: the line after Ctrl-C.
+    interrupted: the message after Ctrl-C.
 
-    The codes are those of imagen_jax/exit_codes.py. An unexpected error is raised.
-    IMAGEN_JAX_TRACEBACK=1 raises every error.
+    imagen_jax/exit_codes.py lists the exit codes. Unexpected errors propagate. If
+    IMAGEN_JAX_TRACEBACK is set, all errors propagate except Ctrl-C.
     """
     try:
         return main() or 0
@@ -85,14 +88,14 @@ def guard(main: Callable[[], int | None], interrupted: str = "interrupted") -> i
 
 
 def escape_unprintable() -> None:
-    """Lets print() escape characters that the terminal's encoding lacks instead of raising."""
+    """Makes print() escape characters that the terminal cannot encode."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """(message that says what to do, exit code) of an expected error, None for any other."""
+    """(message with advice, exit code) of an expected error; None for an unexpected one."""
     if explanation := _explain_device(error):
         return explanation
     if isinstance(error, MemoryError):
@@ -106,7 +109,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
 
 def describe(error: OSError) -> str:
-    """An error of the file system with the file's name and what to do about it."""
+    """The message of a file-system error: path, cause and advice."""
     if error.strerror is None:
         return str(error)
     path = f"{error.filename}: " if error.filename is not None else ""
@@ -116,7 +119,7 @@ def describe(error: OSError) -> str:
 
 
 def _explain_device(error: BaseException) -> tuple[str, int] | None:
-    """`explain` for the errors of JAX: absent devices, no device memory, lost connections."""
+    """`explain` for JAX errors: missing devices, device memory exhausted, lost connections."""
     if not isinstance(error, (RuntimeError, AssertionError)) or "jax" not in sys.modules:
         return None
     text = str(error).strip()
@@ -132,7 +135,8 @@ def _explain_device(error: BaseException) -> tuple[str, int] | None:
         reason = re.sub(r" \((set JAX_PLATFORMS|you may need).*", "", first)
         code = exit_codes.INVALID if unknown else exit_codes.FAILED
         return f"{reason}; set JAX_PLATFORMS=cpu to run on the CPU", code
-    if not first:  # jax asserts that it has initialised a device
+    # An AssertionError without text: JAX found no device for JAX_PLATFORMS.
+    if not first:
         try:
             check_platform()
         except ValueError as absent:
@@ -143,8 +147,9 @@ def _explain_device(error: BaseException) -> tuple[str, int] | None:
 def check_platform() -> None:
     """Raises ValueError if no platform of $JAX_PLATFORMS has a device here.
 
-    With CUDA and no GPU, JAX would compute on the CPU without a warning. Initialises JAX, so in a
-    run of several processes it comes after jax.distributed.initialize.
+    Without this check, JAX_PLATFORMS=cuda on a machine without a GPU runs on the CPU without a
+    warning. The check initialises JAX: a multi-process run calls it after
+    jax.distributed.initialize.
     """
     wanted = os.environ.get("JAX_PLATFORMS", "")
     if not wanted or "cpu" in wanted.split(","):
@@ -153,11 +158,11 @@ def check_platform() -> None:
 
     try:
         absent = jax.default_backend() == "cpu"
-    except AssertionError:  # there is no other platform either
+    except AssertionError:  # no CPU platform either
         absent = True
     if absent:
         raise ValueError(
-            f"JAX_PLATFORMS={wanted}, but JAX finds no such device: install its driver and JAX's"
+            f"JAX_PLATFORMS={wanted}, but JAX found no such device: install its driver and JAX's"
             " plugin for it, or set JAX_PLATFORMS=cpu to run on the CPU"
         )
 
@@ -175,7 +180,10 @@ def cores() -> int:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parses flags and the config file they name; an error in either is one line."""
+    """Parses flags and executes the config file that --config names.
+
+    An error in either ends the process with one line.
+    """
     try:
         return flags.FLAGS(argv)
     except FLAG_ERRORS as error:
@@ -185,7 +193,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def cause(error: Exception) -> str:
-    """The message of an error, without a config file's traceback and a KeyError's quotes."""
+    """The error's message without the config file's traceback and without a KeyError's quotes."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     # ml_collections quotes its message twice.
     if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
@@ -197,12 +205,14 @@ def cause(error: Exception) -> str:
 
 
 def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
-    """A stage's config as a complete plain dict. Raises ValueError for any other config.
+    """The config of a stage as a plain dict with all fields.
 
-    flag: the command-line flag that gave it.
+    flag: the command-line flag that set it.
+
+    Raises ValueError if `config` is not the config of a stage, or is invalid.
     """
     parts = {"data", "model", "optim", "mesh", "train"}
-    # set() raises for a config that cannot be read.
+    # `hasattr` comes first: set(config) raises for objects that are not configs.
     if not hasattr(config, "to_json") or not parts <= set(config):
         raise ValueError(
             f"{flag} is not the config of a stage, such as configs/base_64.py or configs/sr_256.py"
@@ -211,7 +221,7 @@ def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
 
 
 def data_config(config: Any, flag: str = "--config") -> dict[str, Any]:
-    """`stage_config` of a training. Raises ValueError if its data.path is empty."""
+    """`stage_config`, but raises ValueError if data.path is empty."""
     plain = stage_config(config, flag)
     if not plain["data"]["path"]:
         raise ValueError(
@@ -221,7 +231,7 @@ def data_config(config: Any, flag: str = "--config") -> dict[str, Any]:
 
 
 def check_directory(flag: str, path: str) -> None:
-    """Raises ValueError if `path` is a URL, a file, or inside a file. Creates nothing."""
+    """Raises ValueError if `path` is a URL, a file, or below a file. Creates nothing."""
     check_local(f"--{flag}", path)
     while path and not os.path.exists(path):
         path = os.path.dirname(path.rstrip("/"))
@@ -230,7 +240,7 @@ def check_directory(flag: str, path: str) -> None:
 
 
 def make_directory(flag: str, path: str) -> None:
-    """Creates the directory of results that take long to compute, before the computation.
+    """Creates an output directory before a long computation starts.
 
     Raises ValueError if no file can be written there.
     """
@@ -245,10 +255,9 @@ def make_directory(flag: str, path: str) -> None:
 
 
 def check_prompts(prompts: Iterable[str]) -> list[str]:
-    """Returns the prompts, cleaned by the rules of `caption_text`; warns of removed characters.
+    """Returns the prompts, cleaned as captions are (`caption_text`); warns of removed characters.
 
-    Raises:
-      ValueError: a prompt is empty or not valid Unicode.
+    Raises ValueError if a prompt is empty or not valid Unicode.
     """
     cleaned = []
     for prompt in prompts:
@@ -258,7 +267,7 @@ def check_prompts(prompts: Iterable[str]) -> list[str]:
         if not caption_text.is_text(text):
             raise ValueError(f"prompt {prompt!r} is not valid Unicode: give it as UTF-8")
         if removed:
-            log.warning("warning: removed %s from the prompt %r", removed, text)
+            log.warning("removed %s from the prompt %r", removed, text)
         cleaned.append(text)
     return cleaned
 
@@ -270,7 +279,7 @@ def fail(message: str, code: int = exit_codes.INVALID) -> int:
 
 
 def log_to_stderr() -> None:
-    """Shows the package's log at INFO, others at WARNING: orbax logs every file at INFO."""
+    """Logs the package at INFO and other libraries at WARNING: orbax logs every file at INFO."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger().handlers[0].addFilter(_shorten)
     logging.getLogger("imagen_jax").setLevel(logging.INFO)
@@ -278,7 +287,7 @@ def log_to_stderr() -> None:
 
 
 def _shorten(record: logging.LogRecord) -> bool:
-    """A logging filter: replaces JAX's traceback for a plugin that does not load by its message."""
+    """A logging filter that shortens JAX's traceback of a plugin that fails to load."""
     if record.name.startswith("jax.") and record.exc_info:
         record.msg, record.args = f"{record.getMessage()}: {record.exc_info[1]}", ()
         record.exc_info = record.exc_text = None
@@ -288,21 +297,22 @@ def _shorten(record: logging.LogRecord) -> bool:
 def call(command: Sequence[str]) -> int:
     """Runs a process to its end and returns its exit code.
 
-    Passes SIGINT and SIGTERM on, so that a training can save, and raises KeyboardInterrupt after
-    the process has ended.
+    Forwards SIGINT and SIGTERM, so that a training can save, and then raises KeyboardInterrupt
+    once the process has ended.
     """
     received = []
     process = subprocess.Popen(command)
 
-    def pass_on(number, _):
+    def forward(number, _):
         received.append(number)
         process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous_handlers = {number: signal.signal(number, forward) for number in signals}
     try:
         code = process.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
     if received:
         raise KeyboardInterrupt
@@ -310,28 +320,28 @@ def call(command: Sequence[str]) -> int:
 
 
 def define_compile_cache() -> None:
-    """Defines --compile_cache, for verbs that compile."""
+    """Defines --compile_cache, for commands that compile."""
     default = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/imagen_jax")
     flags.DEFINE_string(
         COMPILE_CACHE,
         default,
-        "directory of compiled programs, empty for none; $JAX_COMPILATION_CACHE_DIR sets the"
+        "directory of the compilation cache; empty disables it. $JAX_COMPILATION_CACHE_DIR sets the"
         " default",
     )
-    # --help lists only the flags that belong to the verb's own module.
+    # --help lists only the flags that belong to the command's own module.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[COMPILE_CACHE])
 
 
 def set_up_jax() -> None:
-    """Sets the compile cache, and adds the CPU to the platforms of $JAX_PLATFORMS.
+    """Enables the compilation cache and appends `cpu` to $JAX_PLATFORMS.
 
-    Called before a verb's first computation.
+    Call it before the first computation of a command.
     """
     directory = flags.FLAGS[COMPILE_CACHE].value
     import jax
 
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory) or None)
     platforms = jax.config.jax_platforms
-    # The CPU comes last, so that nothing is computed there unless a program asks for it.
+    # The CPU is last, so it is used only where code asks for it.
     if platforms and "cpu" not in platforms.split(","):
         jax.config.update("jax_platforms", f"{platforms},cpu")

@@ -1,12 +1,17 @@
-"""Evaluates one stage on prepared data: errors by noise level, samples compared with images.
+"""Evaluates one stage on prepared data: denoising errors by noise level, and samples.
 
     python -m imagen_jax.evaluate --checkpoint WORKDIR --data PREPARED --output DIR
 
-Writes DIR/evaluation.json with every number and its provenance, DIR/rows.npz with each row's values
-behind the means, DIR/loss.png with curves by log-SNR, and the measures' own files, such as samples
-and contact sheets. With --follow it evaluates every checkpoint of a running workdir in DIR/<step>/
-and appends a line for each to DIR/evaluations.jsonl. The measures are the modules of
-imagen_jax/evals/measures/. A measure for which the data have too few rows is left out and named.
+It writes
+
+    DIR/evaluation.json   every number and its provenance
+    DIR/rows.npz          the per-image values that each mean averages
+    DIR/loss.png          errors as curves over log-SNR
+    DIR/...               files of single measures, such as samples and contact sheets
+
+With --follow it evaluates every checkpoint of a running workdir in DIR/<step>/ and appends one line
+for each to DIR/evaluations.jsonl. The measures are the modules of imagen_jax/evals/measures/. A
+measure that needs more images than the data have is skipped, and the output names it.
 """
 
 import importlib.metadata
@@ -31,7 +36,7 @@ log = logging.getLogger("imagen_jax.evaluate")
 
 
 def define_flags() -> None:
-    """The command line, see `cli.run`."""
+    """Defines the command-line flags; `cli.run` calls it."""
     cli.define_compile_cache()
     flags.DEFINE_string(
         "checkpoint",
@@ -40,7 +45,9 @@ def define_flags() -> None:
         " embedded:NAME",
     )
     flags.DEFINE_string(
-        "data", None, "directory made by imagen_jax.prepare_data with the checkpoint's text encoder"
+        "data",
+        None,
+        "output directory of imagen_jax.prepare_data, made with the checkpoint's text encoder",
     )
     flags.DEFINE_string("output", None, "directory for the results")
     names = ", ".join(NAMES)
@@ -49,42 +56,43 @@ def define_flags() -> None:
         "which",
         "ema",
         "weights to evaluate: ema, params, or ema_1, ema_2 ... of optim.ema_tracks; an exported"
-        " file holds one kind only",
+        " file contains only one of them",
     )
-    flags.DEFINE_integer("rows", 256, "images of each split whose errors are measured")
-    flags.DEFINE_integer(
-        "samples", 0, "images of each split to draw samples for; 0: the number of --rows"
-    )
+    flags.DEFINE_integer("rows", 256, "number of images per split for the errors")
+    flags.DEFINE_integer("samples", 0, "number of samples per split; 0: as many as --rows")
     flags.DEFINE_integer(
         "gallery",
         20_000,
-        "the largest number of images that samples are compared with; the seed chooses them if"
-        " there are more",
+        "largest number of images to compare samples with; if there are more, --seed determines a"
+        " random subset",
     )
     flags.DEFINE_integer(
-        "bins", 10, "bins of noise level for losses, which training draws equally often"
+        "bins", 10, "number of noise-level bins; training draws every bin equally often"
     )
-    flags.DEFINE_integer("batch_size", 64, "rows at once; numbers differ by rounding only")
-    flags.DEFINE_integer("seed", 0, f"of rows, noise and shuffling, in {schema.SEEDS}")
+    flags.DEFINE_integer("batch_size", 64, "images per batch; it changes results only by rounding")
+    flags.DEFINE_integer("seed", 0, f"seed of rows, noise and shuffling, in {schema.SEEDS}")
     for name, config_field in schema.SAMPLING.items():
         define_sampling_flag(name, config_field)
     flags.DEFINE_string(
         "lowres_from",
         "",
-        "samples.npz of the previous stage: use its samples instead of true low-res images",
+        "samples.npz of the previous stage, used as low-res input instead of the true images",
     )
     flags.DEFINE_bool(
         "follow",
         False,
-        "evaluate each checkpoint of a running workdir as it appears, until the run is finished",
+        "evaluate each checkpoint of a running workdir as it appears, until the training has ended",
     )
     flags.DEFINE_float(
-        "follow_minutes", 0.0, "with --follow, stop after this time; 0: no limit", lower_bound=0
+        "follow_minutes",
+        0.0,
+        "with --follow: stop after this many minutes; 0: no limit",
+        lower_bound=0,
     )
 
 
 class FieldParser(flags.ArgumentParser):
-    """Reads the value of a config field from the command line."""
+    """Parses the value of a config field from a flag."""
 
     def __init__(self, config_field: field.Field):
         self._field = config_field
@@ -98,7 +106,7 @@ class FieldParser(flags.ArgumentParser):
 
 
 def define_sampling_flag(name: str, config_field: field.Field) -> None:
-    """The flag that replaces a field of the checkpoint's `sampling`."""
+    """Defines the flag that overrides a field of the checkpoint's `sampling`."""
     text = f"{config_field.meaning} Default: sampling.{name} of the checkpoint"
     flags.DEFINE(FieldParser(config_field), schema.EVALUATE_FLAGS[name], None, text)
 
@@ -107,7 +115,7 @@ def main() -> int:
     args = flags.FLAGS
     cli.log_to_stderr()
     if not (args.checkpoint and args.data and args.output):
-        raise ValueError("--checkpoint, --data and --output are all needed")
+        raise ValueError("--checkpoint, --data and --output are required")
     for flag in ("checkpoint", "data", "lowres_from"):
         check_local(f"--{flag}", args[flag].value)
     cli.check_directory("output", args.output)
@@ -122,22 +130,25 @@ def main() -> int:
     if not (args.follow or checkpoint.exists()):
         raise ValueError(f"--checkpoint {checkpoint} does not exist")
     if args.follow and checkpoint.is_file():
-        raise ValueError(f"--follow waits for the checkpoints of a workdir; {checkpoint} is a file")
+        raise ValueError(
+            f"--follow needs a workdir, but --checkpoint {checkpoint} is a file: give the"
+            " workdir or omit --follow"
+        )
     cli.make_directory("output", args.output)
     cli.set_up_jax()
     cli.check_platform()
-    numbers = {
+    settings = {
         name: args[name].value
         for name in ("rows", "samples", "gallery", "bins", "batch_size", "seed", "lowres_from")
     }
-    numbers["samples"] = numbers["samples"] or numbers["rows"]
+    settings["samples"] = settings["samples"] or settings["rows"]
     overrides = {name: args[flag].value for name, flag in schema.EVALUATE_FLAGS.items()}
     evaluator = Evaluator(
         args.data,
         args.which,
         args.measures,
-        numbers,
-        {k: v for k, v in overrides.items() if v is not None},
+        settings,
+        {name: value for name, value in overrides.items() if value is not None},
     )
     with only_process(output, "using"):
         if args.follow:
@@ -149,8 +160,9 @@ def main() -> int:
 
 
 class Evaluator:
-    """Evaluates checkpoints one after another; rows and compiled programs are kept while the config
-    stays the same.
+    """Evaluates checkpoints one after another.
+
+    Rows and compiled functions are reused as long as the config does not change.
     """
 
     def __init__(
@@ -161,9 +173,13 @@ class Evaluator:
         numbers: Mapping[str, Any],
         sampling: Mapping[str, Any],
     ):
-        """data: a prepared directory. which: weights of the checkpoint, such as ema.
-        names: of measures; [] for all that apply. numbers: fields of `rows.Settings`.
-        sampling: values that replace those of the checkpoint's config.
+        """Loads nothing yet; `run` loads a checkpoint and the data.
+
+        data: a prepared directory.
+        which: the weights to load, such as "ema".
+        names: names of the measures; [] for all that apply.
+        numbers: fields of `rows.Settings`.
+        sampling: values that override those of the checkpoint's config.
 
         Raises ValueError for an unknown measure.
         """
@@ -175,8 +191,9 @@ class Evaluator:
         self._config: Mapping[str, Any] | None = None
 
     def run(self, checkpoint: Path, output: Path) -> dict[str, Any]:
-        """Evaluates one checkpoint, writes all files to `output`, evaluation.json last, and returns
-        its content.
+        """Evaluates one checkpoint and writes all files to `output`, evaluation.json last.
+
+        Returns the content of evaluation.json.
         """
         from imagen_jax.evals import report
         from imagen_jax.evals.evaluation import Evaluation
@@ -187,57 +204,65 @@ class Evaluator:
         params, meta = load_params(checkpoint, self._which)
         meta = meta | {"config": schema.complete(meta["config"], f"config of {checkpoint}")}
         self._prepare(meta)
-        e = Evaluation(self._probe, self._rows, params)
+        evaluation = Evaluation(self._probe, self._rows, params)
         log.info("%s, step %s: %s", meta["config"]["name"], meta["step"], ", ".join(self._chosen))
         for name, reason in self._left_out.items():
-            log.warning("%s is left out: %s", name, reason)
-        results = {name: chosen.measure(e) for name, chosen in self._chosen.items()}
-        source = {"path": str(checkpoint), "which": meta["which"], "sha256": meta["sha256"]}
-        provenance = {"checkpoint": source} | self._provenance(meta)
-        stage = {"stage": meta["config"]["name"], "step": meta["step"]}
-        result = stage | results | {"provenance": provenance}
+            log.warning("skipping %s: %s", name, reason)
+        results = {name: chosen.measure(evaluation) for name, chosen in self._chosen.items()}
+        weights = {"path": str(checkpoint), "which": meta["which"], "sha256": meta["sha256"]}
+        provenance = {"checkpoint": weights} | self._provenance(meta)
+        header = {"stage": meta["config"]["name"], "step": meta["step"]}
+        result = header | results | {"provenance": provenance}
         output.mkdir(parents=True, exist_ok=True)
         if curves := measure.curves(results):
             write_atomically(output / "loss.png", report.plot(curves))
         sampling = json.dumps(self._probe.settings.sampling)
         origin = {"checkpoint_sha256": meta["sha256"], "sampling": sampling}
-        measure.write(self._chosen, e, output, origin)
-        write_arrays(output / "rows.npz", measure.row_values(self._chosen, e))
+        measure.write(self._chosen, evaluation, output, origin)
+        write_arrays(output / "rows.npz", measure.row_values(self._chosen, evaluation))
         write_json(output / "evaluation.json", result)
-        omitted = [(name, f"left out: {reason}") for name, reason in self._left_out.items()]
-        table = report.table([*measure.lines(results), *omitted])
+        skipped = [(name, f"skipped: {reason}") for name, reason in self._left_out.items()]
+        table = report.table([*measure.lines(results), *skipped])
         print(f"{result['stage']}, step {result['step']}", table, sep="\n")
-        print(f"all in {output / 'evaluation.json'}")
+        print(f"all results: {output / 'evaluation.json'}")
         return result
 
     def check_continues(self, record: Path) -> None:
-        """Raises ValueError if an evaluations.jsonl was made with other settings or data."""
+        """Raises ValueError if the last line of `record` has other settings or data than this run.
+
+        record: an evaluations.jsonl, which may be missing.
+        """
         from imagen_jax.data.records import Prepared
 
         lines = record.read_bytes().split(b"\n")[:-1] if record.is_file() else []
-        for line in lines[-1:]:
-            then = json.loads(line)["provenance"]
-            trained = schema.complete_sampling(then["config"]["sampling"], f"{record}")
-            now = self._numbers | {"data": Prepared(self._data).hash, "which": self._which}
-            now |= {"sampling": trained | self._sampling}
-            was = {name: then[name] for name in self._numbers if name in then}
-            was |= {"data": then["data"]["manifest_hash"], "which": then["checkpoint"]["which"]}
-            was |= {"sampling": schema.complete_sampling(then["sampling"], f"{record}")}
-            changed = [
-                f"{name}: {was.get(name, 'not recorded')}, now {now[name]}"
-                for name in now
-                if name not in was or was[name] != now[name]
-            ]
-            if changed:
-                raise ValueError(
-                    f"{record} was made with other settings; give another --output:"
-                    f" {'; '.join(changed)}"
-                )
+        if not lines:
+            return
+        recorded = json.loads(lines[-1])["provenance"]
+        trained = schema.complete_sampling(recorded["config"]["sampling"], f"{record}")
+        current = self._numbers | {"data": Prepared(self._data).hash, "which": self._which}
+        current |= {"sampling": trained | self._sampling}
+        previous = {name: recorded[name] for name in self._numbers if name in recorded}
+        previous |= {
+            "data": recorded["data"]["manifest_hash"],
+            "which": recorded["checkpoint"]["which"],
+            "sampling": schema.complete_sampling(recorded["sampling"], f"{record}"),
+        }
+        changed = [
+            f"{name}: {previous.get(name, 'not recorded')}, now {value}"
+            for name, value in current.items()
+            if name not in previous or previous[name] != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{record} was made with other settings; give another --output:"
+                f" {'; '.join(changed)}"
+            )
 
     def _prepare(self, meta: Mapping[str, Any]) -> None:
-        """Makes stage, rows and compiled functions for a checkpoint's config, and chooses measures.
+        """Creates stage, rows and compiled functions for a config, and selects the measures.
 
-        Raises ValueError if they do not fit together, before anything is computed.
+        Raises ValueError if checkpoint, data and settings are incompatible, before anything is
+        computed.
         """
         from imagen_jax.cascade import check_encoder
         from imagen_jax.evals.evaluation import Probe
@@ -258,16 +283,16 @@ class Evaluator:
                 self._rows.prepared.encoder, meta["encoder"], f"{self._data} and the checkpoint"
             )
         if "heldout" not in self._rows.counts:
-            log.warning("%s has no held-out images: training images are measured", self._data)
+            log.warning("%s has no held-out images; evaluating on training images", self._data)
         if self._rows.prepared.hash != meta["manifest_hash"]:
-            log.warning("%s is not the data that this checkpoint was trained on", self._data)
+            log.warning("the checkpoint was trained on other data than %s", self._data)
         if settings.lowres_from:
             log.info("low-res images are the samples of %s", self._rows.origin)
         self._chosen, self._left_out = measure.allowed(chosen, stage, self._rows)
         self._probe, self._config = Probe(stage, settings), config
 
     def _provenance(self, meta: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything else that the numbers depend on."""
+        """The provenance besides the checkpoint: config, data, settings, versions, devices."""
         import jax
 
         from imagen_jax import __version__
@@ -315,62 +340,67 @@ def follow(
     minutes: float,
     poll_s: float = POLL_S,
 ) -> None:
-    """Calls `run` for each intact checkpoint of `workdir` without a line in
-    output/evaluations.jsonl, oldest first, and appends the line.
+    """Calls `run` for each intact checkpoint that output/evaluations.jsonl does not list.
 
-    Returns after the last step of the training, or after `minutes` (0: no limit). The workdir may
-    still be empty, and the trainer may delete old checkpoints meanwhile. A damaged checkpoint is
-    reported once and skipped.
+    The oldest checkpoint comes first; each result is appended to the file. Returns when the
+    checkpoint of the last training step is evaluated, or after `minutes` (0: no limit). The workdir
+    may still be empty, and the trainer may delete old checkpoints in the meantime. A damaged
+    checkpoint is reported once and skipped.
     """
     from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints
 
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=1)  # only to list
+    # Used only to list steps. It never saves, so `keep` has no effect.
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     output.mkdir(parents=True, exist_ok=True)
-    done, damaged = evaluated_steps(output / RECORD), set()
-    end = time.monotonic() + 60 * minutes if minutes else float("inf")
+    evaluated, damaged = evaluated_steps(output / RECORD), set()
+    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
     while True:
         steps = checkpoints.steps()
-        waiting = [step for step in steps if step not in done | damaged]
+        waiting = [step for step in steps if step not in evaluated | damaged]
         if waiting:
             step, directory = waiting[0], checkpoints.directory / str(waiting[0])
             try:
                 result = run(directory, output / str(step))
             except (CheckpointError, FileNotFoundError) as error:
-                if directory.exists():  # else the trainer has deleted it meanwhile
+                # Otherwise the trainer deleted it in the meantime.
+                if directory.exists():
                     log.warning("checkpoint %d is skipped: %s", step, error)
                 damaged.add(step)
                 continue
             append(output / RECORD, result)
-            done.add(step)
+            evaluated.add(step)
         elif steps and steps[-1] >= last_step(workdir):
             return
-        if time.monotonic() >= end:
-            log.info("followed for %g minutes, %d checkpoints evaluated", minutes, len(done))
+        if time.monotonic() >= deadline:
+            log.info("followed for %g minutes, %d checkpoints evaluated", minutes, len(evaluated))
             return
         if not waiting:
             time.sleep(poll_s)
 
 
 def last_step(workdir: Path) -> float:
-    """The last step of a run; infinite while it has written no config."""
+    """The last training step, or infinity before the run has written its config."""
     config = workdir / "config.json"
     return json.loads(config.read_text())["train"]["steps"] if config.is_file() else float("inf")
 
 
 def evaluated_steps(record: Path) -> set[int]:
-    """The steps with a complete line in the record. A line that a kill cut short is removed."""
+    """The steps with a complete line in `record`, an evaluations.jsonl.
+
+    Removes an incomplete last line, which a killed process leaves.
+    """
     from imagen_jax.storage import write_atomically
 
     content = record.read_bytes() if record.is_file() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        log.warning("%s: dropped an unfinished line", record)
-        write_atomically(record, whole)
-    return {json.loads(line)["step"] for line in whole.split(b"\n")[:-1]}
+    complete_lines = content[: content.rfind(b"\n") + 1]
+    if complete_lines != content:
+        log.warning("%s: removed an incomplete last line", record)
+        write_atomically(record, complete_lines)
+    return {json.loads(line)["step"] for line in complete_lines.split(b"\n")[:-1]}
 
 
 def append(record: Path, result: Mapping[str, Any]) -> None:
-    """Appends one line and returns when it is on the disk."""
+    """Appends one line and syncs it to disk."""
     with record.open("a", encoding="utf-8") as file:
         file.write(json.dumps(result, allow_nan=False) + "\n")
         file.flush()

@@ -9,7 +9,8 @@ import math
 import typing
 from typing import Any
 
-NEEDED = object()  # `older` of a field that every record has
+# `Field.older` of a field that every saved config contains; `_of_kind` returns it for a wrong type.
+NEEDED = object()
 WORDS = {
     int: "an integer",
     float: "a finite number",
@@ -25,11 +26,13 @@ class Field:
 
     meaning: one sentence.
     kind: int, float, bool, str, tuple[int, ...], tuple[float, float] and the like, or tuple.
-    source: where the paper, or another paper, has it; "" where the paper has nothing.
-    choices: the valid values, of a tuple the valid entries; () for any.
-    older: the value assumed for records written before the field existed.
-    resume: whether a resume may change it; (field, value): only while that field has that value.
-    interval: the valid numbers of a new run, such as "[0, 1)"; "" for any. Records are not checked.
+    source: section, figure or paper that defines it; "" if there is none.
+    choices: the valid values (for a tuple: the valid entries); () allows any.
+    older: the value to assume for configs that were saved before the field existed.
+    resume: whether a resumed run may change it. (field, value): only if that other field has this
+        value.
+    interval: the valid range in a new run, such as "[0, 1)"; "" allows any number. Saved configs
+        are not checked.
     """
 
     meaning: str
@@ -42,27 +45,29 @@ class Field:
 
 
 def read(value: Any, field: Field, new: bool = False) -> Any:
-    """A field's value as JSON returns it: tuples as lists, and ints of float fields as floats.
+    """A field's value in its JSON form: tuples become lists, integers in float fields floats.
 
-    new: of a run that is about to start. Raises ValueError "is ...; it must be ...".
+    new: the value belongs to a new run, so it must lie in the interval too.
+
+    Raises ValueError with the value and the valid ones: "is ...; it must be ...".
     """
     converted = _of_kind(value, field.kind)
     entries = converted if isinstance(converted, list) else [converted]
     if converted is NEEDED or (field.choices and not set(entries) <= set(field.choices)):
-        raise ValueError(_refusal(value, field))
+        raise ValueError(_error_text(value, field))
     if new and not all(within(entry, field.interval) for entry in entries):
-        raise ValueError(_refusal(value, field))
+        raise ValueError(_error_text(value, field))
     return converted
 
 
 def parse(text: str, field: Field) -> Any:
-    """The value of a field on a command line. Raises ValueError as `read` does."""
+    """Parses the command-line text of a field. Raises ValueError as `read` does."""
     if field.kind is str:
         return read(text, field)
     try:
         value = float(text) if field.kind is float else ast.literal_eval(text.strip())
     except (ValueError, SyntaxError):
-        raise ValueError(_refusal(text, field)) from None
+        raise ValueError(_error_text(text, field)) from None
     return read(value, field)
 
 
@@ -71,8 +76,8 @@ def within(number: Any, interval: str) -> bool:
     if not interval:
         return True
     low, high = (_bound(text) for text in interval[1:-1].split(","))
-    above = low <= number if interval[0] == "[" else low < number
-    return above and (number <= high if interval[-1] == "]" else number < high)
+    low_ok = low <= number if interval[0] == "[" else low < number
+    return low_ok and (number <= high if interval[-1] == "]" else number < high)
 
 
 def _bound(text: str) -> float:
@@ -83,37 +88,40 @@ def _bound(text: str) -> float:
 def valid(field: Field) -> str:
     """The valid values of a field in words."""
     kinds = typing.get_args(field.kind)
-    within = f" in {field.interval}" * bool(field.interval)
+    range_text = f" in {field.interval}" * bool(field.interval)
     if field.choices:
         return f"{'a tuple of' if kinds else 'one of'} {', '.join(field.choices)}"
     if not kinds:
-        return f"{WORDS[field.kind]}{within}"
-    number = "" if Ellipsis in kinds else f"{len(kinds)} "
-    return f"a tuple of {number}{WORDS[kinds[0]].rpartition(' ')[2]}s{within}"
+        return f"{WORDS[field.kind]}{range_text}"
+    length = "" if Ellipsis in kinds else f"{len(kinds)} "
+    return f"a tuple of {length}{WORDS[kinds[0]].rpartition(' ')[2]}s{range_text}"
 
 
 def kind_name(kind: Any) -> str:
-    """int, or tuple[int, ...]."""
+    """The name of a type, such as "int" or "tuple[int, ...]"."""
     return str(kind) if typing.get_args(kind) else kind.__name__
 
 
-def _refusal(value: Any, field: Field) -> str:
+def _error_text(value: Any, field: Field) -> str:
     return f"is {value!r}; it must be {valid(field)}"
 
 
 def _of_kind(value: Any, kind: Any) -> Any:
-    """`value` with tuples as lists and ints for floats as floats; NEEDED for another kind."""
+    """`value` in its JSON form, or NEEDED if its type is wrong."""
     if kind is tuple or typing.get_origin(kind) is tuple:
         return _list(value, typing.get_args(kind))
     if isinstance(value, bool) and kind is not bool:
         return NEEDED
     if kind is float and isinstance(value, (int, float)):
-        return float(value) if math.isfinite(value) else NEEDED  # JSON cannot hold it
+        return float(value) if math.isfinite(value) else NEEDED  # JSON has no inf and no NaN
     return value if isinstance(value, kind) else NEEDED
 
 
 def _list(value: Any, kinds: tuple[Any, ...]) -> Any:
-    """`_of_kind` for a tuple with entries of these kinds; () for any entries."""
+    """`_of_kind` for tuples.
+
+    kinds: the types of the entries; () allows any.
+    """
     if not isinstance(value, (list, tuple)):
         return NEEDED
     if not kinds:

@@ -3,21 +3,21 @@ r"""Turns captioned images into prepared data: images and text features in shard
     python -m imagen_jax.prepare_data --source emoji --output data/emoji --encoder t5_tiny \
         --max_length 32
 
-Four passes: check every image, select, encode each distinct caption once, write the images. All of
-it goes to OUTPUT.partial; one rename makes it OUTPUT when it is complete. Every finished piece has
-a line in the journal there, so the same command continues an interrupted run and ends with the same
-bytes, whatever the number of processes. imagen_jax/data/records.py describes the result.
-skipped.jsonl there lists everything that was left out or changed, with the reason.
+There are four passes: check every image; select images and captions; encode each distinct caption
+once; write the images. They write to OUTPUT.partial, which is renamed to OUTPUT at the end. A
+journal there lists the finished shards. The same command therefore continues an interrupted run,
+with any number of processes. It produces identical bytes, except that features may differ in
+rounding if a process has another number of devices, among which a batch is split.
+imagen_jax/data/records.py describes the result. OUTPUT/skipped.jsonl lists every skipped or changed
+item with the reason.
 
 On several hosts, start the same command once on each; imagen_jax/distributed explains how they find
-each other. All of them need OUTPUT on one shared file system that renames and locks, such as NFS or
-Lustre, not a bucket. Each process has a fixed share of every pass. It encodes on its own devices:
-XXL in bfloat16 (8.9 GiB) fits on one v5e chip or one H100, and a mesh across hosts would add
-all-gathers between them and wait for the slowest at every batch. Process 0 publishes the result. If
-a process dies, the others name it and end within about a minute; the same command continues, on any
-number of processes. The bits of a feature may depend on the number of devices of a process, among
-which a batch is divided; nothing else does. Each process holds about 1 kB of memory an image, see
---dry_run.
+each other. OUTPUT must be on a shared file system with atomic renames and locks, such as NFS or
+Lustre, not in a bucket. Each process works on a fixed share of every pass and encodes on its own
+devices. A mesh across hosts is not needed, because T5-XXL in bfloat16 (8.9 GiB) fits on one v5e
+chip or H100. It would add all-gathers and wait for the slowest host at every batch. Process 0
+publishes the result. If a process dies, the others name it and exit within about a minute; the same
+command continues. Each process needs about 1 kB of memory per image; --dry_run prints an estimate.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from imagen_jax import cli
+from imagen_jax import cli, exit_codes
 from imagen_jax.data import records
 from imagen_jax.data.prepare.crew import ALONE, Crew, Lost
 from imagen_jax.data.prepare.passes import Settings, check_output, prepare, work_directory
@@ -42,10 +42,9 @@ from imagen_jax.storage import check_local
 
 
 def main() -> None:
-    """Runs the command line; a foreseen error is one line on stderr and an exit code.
+    """Runs the command. An expected error prints one line on standard error.
 
-    The codes: 2 for invalid input, 1 for a file system that did not answer, LOST if another process
-    failed.
+    imagen_jax/exit_codes.py lists the exit codes.
     """
     cli.escape_unprintable()
     args = parser().parse_args()
@@ -55,12 +54,12 @@ def main() -> None:
     except BrokenProcessPool:
         end(
             cli.fail(
-                "a worker process was killed, perhaps for want of memory: run the same command"
-                " again with fewer --processes, it continues"
+                "a worker process was killed, perhaps because memory ran out: run the same command"
+                " with fewer --processes; it continues"
             )
         )
     except KeyboardInterrupt:
-        end(cli.fail("interrupted: the same command continues", 130))
+        end(cli.fail("interrupted; the same command continues", exit_codes.INTERRUPTED))
     except Lost as error:
         end(cli.fail(str(error), LOST))
     except Exception as error:
@@ -69,11 +68,14 @@ def main() -> None:
         if not hosts():
             raise
         traceback.print_exc()
-        end(1)
+        end(exit_codes.FAILED)
 
 
 def end(code: int) -> NoReturn:
-    """Ends this process. One of several ends without cleanup: JAX's can hang (0.10.2, CPU)."""
+    """Exits this process.
+
+    A multi-process run skips cleanup, because the cleanup of JAX can hang (0.10.2, CPU).
+    """
     if hosts():
         sys.stdout.flush()
         os._exit(code)
@@ -82,10 +84,13 @@ def end(code: int) -> NoReturn:
 
 def _run(args: argparse.Namespace) -> None:
     settings = Settings(
-        args.shard_size, args.min_size, args.batch_size, args.processes or cli.cores()
+        shard_size=args.shard_size,
+        min_size=args.min_size,
+        batch_size=args.batch_size,
+        processes=args.processes or cli.cores(),
     )
     if not 0 <= args.heldout < 1:
-        raise ValueError(f"--heldout {args.heldout} is not a fraction in [0, 1)")
+        raise ValueError(f"--heldout is {args.heldout}; give a fraction in [0, 1)")
     for name in ("preview_captions", "captions_per_second", "chips", "price_per_gib_month"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} {getattr(args, name)} is less than 0")
@@ -110,7 +115,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _crew(output: Path) -> Crew:
-    """This process as one of those that the environment names."""
+    """The group of processes that the environment describes, seen from this process."""
     cli.log_to_stderr()
     start()
     if not hosts():
@@ -119,14 +124,15 @@ def _crew(output: Path) -> Crew:
     from jax.experimental import multihost_utils
 
     run = int(multihost_utils.broadcast_one_to_all(np.uint32(int.from_bytes(os.urandom(4)))))
-    jax.distributed.shutdown()  # it would end all processes without a message when one dies
+    # Otherwise JAX would kill all processes without a message if one of them dies.
+    jax.distributed.shutdown()
     return Crew(
         work_directory(output) / "crew", jax.process_index(), len(hosts()), f"{run:08x}", hosts()
     )
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The argument parser."""
     parser = cli.Parser(
         prog="python -m imagen_jax.prepare_data", description=__doc__.splitlines()[0]
     )
@@ -144,17 +150,20 @@ def parser() -> argparse.ArgumentParser:
         "--max_length",
         type=int,
         default=128,
-        help="tokens to which a caption is cut (default 128; the paper gives no number)",
+        help="captions are truncated to this many tokens (default 128; not in the paper)",
     )
     parser.add_argument(
-        "--min_size", type=int, default=0, help="leave out images less than this many pixels across"
+        "--min_size",
+        type=int,
+        default=0,
+        help="skip images with a side shorter than this, in pixels",
     )
-    parser.add_argument("--shard_size", type=int, default=4096, help="rows a shard")
+    parser.add_argument("--shard_size", type=int, default=4096, help="images or captions per shard")
     parser.add_argument(
         "--batch_size",
         type=int,
         default=64,
-        help="captions of up to 32 tokens that a device encodes at once; fewer if longer",
+        help="captions per device and batch, for captions of up to 32 tokens; fewer if longer",
     )
     parser.add_argument(
         "--processes",
@@ -165,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help=("at the end, or if the data is complete, read every shard and compare its checksum"),
+        help="verify the checksum of every shard, after the run or of a finished OUTPUT",
     )
     parser.add_argument("--dry_run", action="store_true", help="only estimate size and time")
     parser.add_argument(
@@ -174,23 +183,23 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         metavar="N",
         help=(
-            "only estimate the size and time of a caption store of N captions like the source's;"
+            "only estimate the size and time of storing N captions like those of the source;"
             " needs only the encoder's tokenizer and config.json"
         ),
     )
     rates = (
-        "for --preview_captions: captions a second of all chips together, from the verb plan or"
+        "for --preview_captions: total captions per second of all chips, from imagen_jax.plan or"
         " measured"
     )
     parser.add_argument("--captions_per_second", type=float, default=0.0, help=rates)
     parser.add_argument(
-        "--chips", type=int, default=0, help="for --preview_captions: number of those chips"
+        "--chips", type=int, default=0, help="for --preview_captions: number of chips"
     )
     parser.add_argument(
         "--price_per_gib_month",
         type=float,
         default=0.0,
-        help="for --preview_captions: price of your storage",
+        help="for --preview_captions: storage price per GiB and month, in any currency",
     )
     return parser
 

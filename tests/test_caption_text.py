@@ -77,7 +77,7 @@ def test_removed_characters_of_a_prompt_are_a_warning(caplog):
     """Catches a prompt that is changed without a word, and a warning for white space."""
     cli.check_prompts(["a  red\u00a0apple", "a green\u200b apple"])
     assert [record.getMessage() for record in caplog.records] == [
-        "warning: removed 1 x U+200B from the prompt 'a green apple'"
+        "removed 1 x U+200B from the prompt 'a green apple'"
     ]
 
 

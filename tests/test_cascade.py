@@ -110,7 +110,7 @@ def test_super_resolution_reads_the_image_before_it(stages):
 
 def test_what_does_not_chain_is_refused(config, tmp_path):
     """Catches a cascade of stages with other sizes, another text encoder, or no stage."""
-    with pytest.raises(ValueError, match="draws 8 pixels, .* takes 16"):
+    with pytest.raises(ValueError, match="outputs 8x8 images, but .* expects 16x16"):
         cascade.load_cascade(
             config | {"sr_1": config["sr_2"], "sr_2": config["sr_2"] | {"checkpoint": ""}}
         )
@@ -123,7 +123,7 @@ def test_what_does_not_chain_is_refused(config, tmp_path):
         )
     with pytest.raises(ValueError, match="stage base has no checkpoint"):
         cascade.load_cascade(SHARED | {name: config[name] | {"checkpoint": ""} for name in NAMES})
-    with pytest.raises(ValueError, match="embeds no 'nothing'"):
+    with pytest.raises(ValueError, match="no embedded checkpoint 'nothing'"):
         cascade.resolve("embedded:nothing")
 
 

@@ -88,10 +88,10 @@ def test_a_platform_that_is_absent(capsys, monkeypatch):
     of jax's AssertionError.
     """
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    with pytest.raises(ValueError, match="JAX_PLATFORMS=cuda, but JAX finds no such device: "):
+    with pytest.raises(ValueError, match="JAX_PLATFORMS=cuda, but JAX found no such device: "):
         cli.check_platform()
     code, line = guarded(capsys, AssertionError())
-    assert code == 2 and "JAX finds no such device" in line
+    assert code == 2 and "JAX found no such device" in line
     for platforms in ("", "cpu", "cuda,cpu"):
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
         cli.check_platform()

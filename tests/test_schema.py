@@ -187,8 +187,8 @@ def test_a_new_run_refuses_a_number_outside_its_interval(name):
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_every_seed_is_checked(seed):
     """Wrong: a seed that wraps in evaluate or in code that calls the package."""
-    message = f"{seed} is not a seed"
-    with pytest.raises(ValueError, match=f"--seed {message}; it must be an integer in"):
+    message = f"{seed} is not a valid seed"
+    with pytest.raises(ValueError, match=f"--seed {message}; give an integer in"):
         settings(seed=seed)
     with pytest.raises(ValueError, match=message):
         random_key(seed)

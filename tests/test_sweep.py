@@ -165,7 +165,7 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, recorded, c
         ("", "", ("--config.sampling.w=2",), "sampling.w: set by arm slow"),
         ("", "", ("--config.optim.rate=2",), "optim.rate, which the config does not have"),
         ("", "", ("--config.seed=2",), "--seeds"),
-        ("", "", ("--seeds=0,4294967296",), "--seeds 4294967296 is not a seed"),
+        ("", "", ("--seeds=0,4294967296",), "--seeds 4294967296 is not a valid seed"),
         ('optim.lr": 1e-3', 'optim.ema": 1.0', (), "optim.ema"),
         ('optim.lr": 1e-3', 'optim.accumulation": 3', (), "optim.accumulation=3"),
         ("", "", ("--checkpoint=model",), "--checkpoint is for ablations of sampling"),

@@ -178,7 +178,7 @@ def test_a_cascade_ends_before_its_first_empty_stage(cascade_config):
     with pytest.raises(ValueError, match="stage sr_1 has no checkpoint"):
         load_cascade(cut, ["sr_1", "sr_2"])
     with pytest.raises(
-        ValueError, match="embedded:sr_64 is a super-resolution stage, which cannot be base"
+        ValueError, match="embedded:sr_64 is a super-resolution stage, but base needs a base"
     ):
         load_cascade(cascade_config | {"base": cascade_config["sr_1"]}, ["base"])
 

@@ -1,8 +1,8 @@
 """Batches for training and evaluation from a prepared directory.
 
-The global batch of step n is a pure function of (seed, n): nothing is filtered, Grain's index
-shuffle gives the order, and a generator keyed by the example's position draws every random choice.
-So a run resumes by its step number alone, on any number of hosts and workers.
+The global batch of step n is a pure function of (seed, n). No example is filtered. Grain's index
+shuffle sets the order, and random choices use a generator keyed by the example's position. A run
+therefore needs only its step number to resume, on any number of hosts and workers.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ from imagen_jax.data.records import CaptionStore, ImageStore, Prepared
 
 Batch = dict[str, np.ndarray]
 _CENTRE = (0.5, 0.5)
-# In each process that reads: batches in the making, and batches that are ready.
+# Per reading process: 2 threads, and up to 4 prefetched batches.
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
 class _PixelCache:
-    """Decoded images at the stage's size with their caption ids, up to a number of bytes.
+    """Cache of decoded images at the stage's size and their caption ids, limited in bytes.
 
-    Never evicts: in a shuffled epoch every image is equally likely to be needed next. A copy in a
-    worker starts empty.
+    It never evicts: in a shuffled epoch every image is equally likely to be needed next. A pickled
+    copy, in a worker process, starts empty.
     """
 
     def __init__(self, limit_bytes: int):
@@ -53,7 +53,7 @@ class _Examples(grain.transforms.RandomMap):
     """Maps the row of an image to the arrays of one example.
 
     The sizes, `flip` and `text_length` are fields of the config's section `data`.
-    random_caption: whether one of an image's captions is drawn; otherwise it is the first.
+    random_caption: use a random caption of the image; otherwise its first one.
     """
 
     images: ImageStore
@@ -67,15 +67,19 @@ class _Examples(grain.transforms.RandomMap):
     cache: _PixelCache
 
     def random_map(self, row: int, rng: np.random.Generator) -> Batch:
-        # All four are always drawn, so that switching off one choice does not change the others.
+        # All four are always drawn, so that disabling one choice does not change the others.
         caption, top, left, mirror = rng.random(4).tolist()
         return self.make(
             row, caption if self.random_caption else 0.0, (top, left), self.flip and mirror < 0.5
         )
 
     def make(self, row: int, caption: float, corner: tuple[float, float], mirror: bool) -> Batch:
-        """Returns one example; `caption` and the crop's `corner` are fractions in [0, 1)."""
-        whole, caption_ids = self._whole(row)
+        """Returns one example.
+
+        caption: position among the image's captions, as a fraction in [0, 1).
+        corner: position of the crop, as fractions in [0, 1).
+        """
+        full_image, caption_ids = self._full_image(row)
         caption_id = caption_ids[int(caption * len(caption_ids))]
         text, mask = transforms.pad_text(self.captions[caption_id].embedding, self.text_length)
         example = {
@@ -84,22 +88,22 @@ class _Examples(grain.transforms.RandomMap):
             "index": np.int64(row),
             "caption_id": np.int64(caption_id),
         }
-        for name, pixels in self._pair(whole, corner).items():
+        for name, pixels in self._crop_with_lowres(full_image, corner).items():
             example[name] = np.ascontiguousarray(pixels[:, ::-1] if mirror else pixels)
         return example
 
     def image(self, row: int) -> np.ndarray:
-        """The image of `eval_rows`."""
-        return self._pair(self._whole(row)[0], _CENTRE)["image"]
+        """The image as in `eval_rows`: cropped at the centre, not mirrored."""
+        return self._crop_with_lowres(self._full_image(row)[0], _CENTRE)["image"]
 
-    def _pair(self, whole: np.ndarray, corner: tuple[float, float]) -> Batch:
-        small_size = self.lowres_size or self.image_size
+    def _crop_with_lowres(self, full_image: np.ndarray, corner: tuple[float, float]) -> Batch:
+        lowres_or_full_size = self.lowres_size or self.image_size
         image, lowres = transforms.crop_pair(
-            whole, small_size, self.crop_size or self.image_size, corner
+            full_image, lowres_or_full_size, self.crop_size or self.image_size, corner
         )
         return {"image": image, "lowres": lowres} if self.lowres_size else {"image": image}
 
-    def _whole(self, row: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    def _full_image(self, row: int) -> tuple[np.ndarray, tuple[int, ...]]:
         cached = self.cache.get(row)
         if cached is not None:
             return cached
@@ -111,7 +115,7 @@ class _Examples(grain.transforms.RandomMap):
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The given rows of every global batch of `size` from step `start` on, a source for Grain."""
+    """Grain source: the given rows of every global batch of `size`, from step `start` on."""
 
     stream: grain.MapDataset
     size: int
@@ -130,7 +134,7 @@ def open_prepared(data_cfg: Mapping[str, Any]) -> Prepared:
     """Opens the data at data_cfg["path"].
 
     Raises:
-      ValueError: there is none, or it does not fit the other fields.
+      ValueError: there is no prepared data, or it does not match the other fields.
     """
     transforms.check_sizes(data_cfg)
     prepared = Prepared(data_cfg["path"])
@@ -161,42 +165,40 @@ def batches(
     split: str = "train",
     rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Yields the batches of steps start_step, start_step + 1, ... without end.
+    """Yields the batches of steps start_step, start_step + 1, ... indefinitely.
 
-    The rows that all processes read of a step make up the same global batch for any number of
-    processes. Each image appears once an epoch; an epoch may end inside a batch. Call `.close()` at
-    the end.
+    The global batch of a step does not depend on the number of processes. Each image appears once
+    per epoch; an epoch may end inside a batch. Call `.close()` when done.
 
     Args:
-      data_cfg: the config's section `data`:
-        path, image_size s, lowres_size r (0: no low-res pair), crop_size (0: whole images),
-        text_length l, batch_size (global), workers (processes; 0 reads in threads of this one),
-        flip, caption ("random" or "first"), cache_mib (memory for decoded images in this process,
-        or in all its workers together; changes no batch).
-      seed: of the order and of every random choice, in [0, 2^32).
+      data_cfg: the config's section `data`; imagen_jax/schema.py describes its fields. batch_size
+        is that of the global batch. cache_mib is shared by all workers of this process.
+      split: "train" or "heldout".
+      seed: seed of the order and of the random choices, in [0, 2^32).
       start_step: the first step.
       rows: the rows of each global batch that this process reads, in this order; None: all of them.
 
     Yields:
-      image uint8 [b s s 3], lowres uint8 [b r r 3] (if lowres_size), text bfloat16 [b l d] padded
-      with zeros, text_mask bool [b l], index int64 [b] (row in the image store), caption_id int64
-      [b]. With a crop_size c, s is c and r is c r / s.
+      image uint8 [b s s 3]; lowres uint8 [b r r 3], if lowres_size > 0; text bfloat16 [b l d],
+      padded with zeros; text_mask bool [b l]; index int64 [b], the row in the image store;
+      caption_id int64 [b]. s is image_size, r is lowres_size and l is text_length. With
+      crop_size > 0, s is crop_size and r is crop_size * lowres_size / image_size.
 
     Raises:
-      ValueError: the data is not prepared or does not fit data_cfg, or a shard is damaged.
+      ValueError: the data is not prepared or does not match data_cfg, or a shard is damaged.
     """
     size = data_cfg["batch_size"]
     examples = _examples(data_cfg, split)
-    stream = (
+    examples_stream = (
         grain.MapDataset.range(len(examples.images))
         .seed(seed)
         .shuffle()
         .repeat()
         .random_map(examples)
     )
-    part = _Part(stream, size, start_step, tuple(range(size) if rows is None else rows))
-    stream = grain.MapDataset.source(part).batch(len(part.rows), drop_remainder=True)
-    reader = stream.to_iter_dataset(_READ)
+    part = _Part(examples_stream, size, start_step, tuple(range(size) if rows is None else rows))
+    batches_stream = grain.MapDataset.source(part).batch(len(part.rows), drop_remainder=True)
+    reader = batches_stream.to_iter_dataset(_READ)
     if data_cfg["workers"]:
         _mark_flags_parsed()
         reader = reader.mp_prefetch(grain.MultiprocessingOptions(num_workers=data_cfg["workers"]))
@@ -204,7 +206,10 @@ def batches(
 
 
 def _mark_flags_parsed() -> None:
-    """Grain's workers read absl flags, which only absl.app.run parses."""
+    """Marks absl flags as parsed.
+
+    Grain's workers read them, and nothing parses them outside absl.app.run.
+    """
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -212,7 +217,7 @@ def _mark_flags_parsed() -> None:
 
 
 def eval_images(data_cfg: Mapping[str, Any], indices: Sequence[int], split: str) -> np.ndarray:
-    """Returns only the "image" of `eval_rows`, uint8 [n s s 3]; reads no text."""
+    """Returns only the images of `eval_rows`, uint8 [n s s 3]; reads no text."""
     examples = _examples(data_cfg, split)
     return np.stack([examples.image(int(row)) for row in indices])
 
@@ -220,8 +225,8 @@ def eval_images(data_cfg: Mapping[str, Any], indices: Sequence[int], split: str)
 def eval_rows(data_cfg: Mapping[str, Any], indices: Sequence[int], split: str) -> Batch:
     """Returns the given rows as one batch, without random choices.
 
-    The keys are those of `batches`. Captions are the first ones, crops are central, nothing is
-    mirrored.
+    Each row has its first caption and a centre crop, and is not mirrored. The keys are those of
+    `batches`.
     """
     examples = _examples(data_cfg, split)
     rows = [examples.make(int(row), 0.0, _CENTRE, False) for row in indices]

@@ -5,7 +5,7 @@
                         caption_ids
     DIR/captions/       split train: text, embedding [length d] bfloat16 without padding, length;
                         a caption's id is its row
-    DIR/skipped.jsonl   one line for every item that was left out or noted, with the reason
+    DIR/skipped.jsonl   one line for every skipped or changed item, with the reason
 
 Both stores are ArrayRecord shards in TFDS directories. `tfds.builder_from_directory` opens them
 after `import ml_dtypes`, which registers bfloat16 with NumPy. Nothing here imports TensorFlow.

@@ -1,7 +1,7 @@
-"""Errors and samples of one set of parameters on fixed rows with fixed noise, each computed once.
+"""Denoising errors and samples of one checkpoint, on fixed rows and with fixed noise.
 
-Measures read an `Evaluation`. All compared values come from the same rows, noise levels and noise,
-so differences are paired.
+Measures read an `Evaluation`, which computes each result once. Compared values share rows, noise
+levels and noise, so differences are paired.
 """
 
 import dataclasses
@@ -29,29 +29,35 @@ from imagen_jax.stage import (
     random_key,
 )
 
-# (stage, params, batch, draws, logsnr) -> the error of each image [b]. `draws` are those of
-# `Stage.draw` with text kept; a noise level at `logsnr` [b].
+# Purposes of random numbers: each has its own keys.
+ERROR_NOISE, SAMPLE_NOISE = 0, 1
+# (stage, params, batch, draws, logsnr) -> the error of each image [b].
+# draws: the result of `Stage.draw`, without text dropout. logsnr [b]: the noise level.
 ErrorFn = Callable[[Stage, Params, Batch, Mapping[str, Array], Array], Array]
 
 
 def training_loss(
     stage: Stage, params: Params, batch: Batch, draws: Mapping[str, Array], logsnr: Array
 ) -> Float[Array, "b"]:
-    """The training loss of the stage. Its noise level is in `draws`: use `TrainingBins` only."""
+    """The training loss of the stage.
+
+    It takes the noise level from `draws` and ignores `logsnr`, so use it with `TrainingBins` only.
+    """
     return stage.per_sample_loss(params, batch, draws)
 
 
 def x_hat_error(
     stage: Stage, params: Params, batch: Batch, draws: Mapping[str, Array], logsnr: Array
 ) -> Float[Array, "b"]:
-    """The squared error of x-hat, for any prediction of the network (see `Stage.x_error`)."""
+    """The squared error of x-hat, comparable between predictions (see `Stage.x_error`)."""
     return stage.x_error(params, batch, draws, logsnr)
 
 
 class Probe:
-    """Errors and samples of a stage for any parameters and rows; rows are split over all devices.
+    """Computes errors and samples of a stage for given parameters and rows.
 
-    Its functions are compiled once for all checkpoints of a config.
+    Rows are split over all devices of this process. One compilation serves all checkpoints of a
+    config.
     """
 
     def __init__(self, stage: Stage, settings: Settings):
@@ -63,101 +69,106 @@ class Probe:
         self._draw = jax.jit(self._draw_samples)
 
     def place(self, params: Params) -> Params:
-        """Host parameters in fp32 on every device."""
-        everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        """Copies host parameters to every device in fp32."""
+        replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         params = jax.tree.map(lambda a: np.asarray(a, np.float32), params)
-        return jax.device_put(params, everywhere)
+        return jax.device_put(params, replicated)
 
     def errors(
         self, error: ErrorFn, params: Params, rows: Rows, bins: Bins, clean: bool, label: str
     ) -> Float[np.ndarray, "n k"]:
-        """`error` of each row in each bin. `clean`: the low-res image is not noised."""
-        make = lambda: jax.jit(functools.partial(self._at_noise, error, bins))
-        compute = once(self._errors, (error, bins), make)
+        """`error` of n rows in k noise bins.
+
+        clean: keep the low-res image free of noise.
+        """
+        compile_error = lambda: jax.jit(functools.partial(self._error_in_bin, error, bins))
+        error_in_bin = once(self._errors, (error, bins), compile_error)
         n, k, size = len(rows), len(bins), self._batch_size(rows)
-        out, split = np.zeros((n, k)), SPLITS.index(rows.split)
+        errors, split = np.zeros((n, k)), SPLITS.index(rows.split)
         with Progress(label, -(-n // size) * k) as progress:
-            for part_number, (start, stop, part) in enumerate(self._parts(rows, size)):
+            for batch_number, (start, stop, batch) in enumerate(self._batches(rows, size)):
                 for i in range(k):
-                    values = np.asarray(compute(params, part, split, i, clean))
-                    out[start:stop, i] = values[: stop - start]
-                    progress.update(part_number * k + i + 1)
-        return out
+                    values = np.asarray(error_in_bin(params, batch, split, i, clean))
+                    errors[start:stop, i] = values[: stop - start]
+                    progress.update(batch_number * k + i + 1)
+        return errors
 
     def samples(self, params: Params, rows: Rows, label: str) -> UInt8[np.ndarray, "n s s 3"]:
-        """One image for each row. Its noise depends on the row, not on its caption."""
-        size, out = self._batch_size(rows), []
+        """One sample per row. The noise depends on the row, not on the caption."""
+        size, batches = self._batch_size(rows), []
         with Progress(label, len(rows)) as progress:
-            for start, stop, part in self._parts(rows, size):
-                drawn, finite = jax.device_get(self._draw(params, part, SPLITS.index(rows.split)))
+            for start, stop, batch in self._batches(rows, size):
+                images, finite = jax.device_get(self._draw(params, batch, SPLITS.index(rows.split)))
                 check_finite(finite, self.stage.name)
-                out.append(drawn[: stop - start])
+                batches.append(images[: stop - start])
                 progress.update(stop)
-        return np.concatenate(out)
+        return np.concatenate(batches)
 
     def _batch_size(self, rows: Rows) -> int:
-        """`batch_size` images of the training size, or whole images with the same number of pixels.
+        """Rows per batch: `settings.batch_size` at the training size.
 
-        A multiple of the number of devices.
+        Larger images have fewer rows per batch, with the same number of pixels. The result is
+        rounded up to a multiple of the number of devices.
         """
         pixels = self.settings.batch_size * self.stage.train_size**2
         size = min(max(1, pixels // rows.batch["image"].shape[1] ** 2), len(rows))
         return size + -size % self._mesh.size
 
-    def _parts(self, rows: Rows, size: int) -> Iterator[tuple[int, int, Mapping[str, Array]]]:
-        """(start, stop, rows start to stop on the devices).
+    def _batches(self, rows: Rows, size: int) -> Iterator[tuple[int, int, Mapping[str, Array]]]:
+        """Yields (start, stop, the batch of rows [start, stop) on the devices).
 
-        The last part is filled up to `size` by repeating the last row.
+        The last batch is padded to `size` with the last row.
         """
         n = len(rows)
         fields = {name: rows.batch[name] for name in self._fields}
         fields["index"] = rows.batch["index"].astype(np.int32)
         for start in range(0, n, size):
-            take = np.minimum(np.arange(start, start + size), n - 1)
-            part = {name: a[take] for name, a in fields.items()}
-            yield start, min(start + size, n), place_batch(part, self._mesh)
+            indices = np.minimum(np.arange(start, start + size), n - 1)
+            batch = {name: values[indices] for name, values in fields.items()}
+            yield start, min(start + size, n), place_batch(batch, self._mesh)
 
     def _row_keys(self, purpose: int, split: Array, index: Int[Array, "b"]) -> Key[Array, "b"]:
-        """One key for each row, a function of the seed, the split and the row's number."""
+        """One key per row, from the seed, the purpose, the split and the row's number."""
         key = jax.random.fold_in(random_key(self.settings.seed), purpose)
         key = jax.random.fold_in(key, split)
         return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
-    def _at_noise(
+    def _error_in_bin(
         self,
         error: ErrorFn,
         bins: Bins,
         params: Params,
-        part: Batch,
+        batch: Batch,
         split: Array,
-        i: Array,
+        bin_index: Array,
         clean: Array,
     ) -> Float[Array, "b"]:
-        """`error` of each row with a noise level in bin i and with its text.
+        """`error` of each row at a noise level of the bin; text is never dropped.
 
-        All other random numbers are distributed as in training, and come from the row's own key.
+        All other random numbers follow their training distribution and come from the key of the
+        row.
         """
-        keys = self._row_keys(0, split, part["index"])
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        size = part["image"].shape[1]
-        draw = lambda key: jax.tree.map(lambda a: a[0], self.stage.draw(key, 1, size))
-        draws, logsnr = bins.noise_level(jax.vmap(draw)(keys), i)
+        keys = self._row_keys(ERROR_NOISE, split, batch["index"])
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, bin_index)
+        side = batch["image"].shape[1]
+        draw = lambda key: jax.tree.map(lambda a: a[0], self.stage.draw(key, 1, side))
+        draws, logsnr = bins.noise_level(jax.vmap(draw)(keys), bin_index)
         draws["drop"] = jnp.zeros(keys.shape, bool)
         if "lowres_level" in draws:
             draws["lowres_level"] = jnp.where(clean, 0.0, draws["lowres_level"])
-        return error(self.stage, params, part, draws, logsnr)
+        return error(self.stage, params, batch, draws, logsnr)
 
     def _draw_samples(
-        self, params: Params, part: Batch, split: Array
+        self, params: Params, batch: Batch, split: Array
     ) -> tuple[UInt8[Array, "b s s 3"], Bool[Array, "b"]]:
-        keys = self._row_keys(1, split, part["index"])
-        return images_and_finite(self.stage.sample(params, keys, part, self.settings.sampling))
+        keys = self._row_keys(SAMPLE_NOISE, split, batch["index"])
+        return images_and_finite(self.stage.sample(params, keys, batch, self.settings.sampling))
 
 
 class Evaluation:
-    """One set of parameters on the rows of `data`.
+    """Results of one checkpoint on `data`, each computed when it is first read.
 
-    bins: of the training noise; their number is in the settings.
+    bins: `settings.bins` noise-level bins that training draws equally often.
     """
 
     def __init__(self, probe: Probe, data: Data, params: Params):
@@ -167,7 +178,7 @@ class Evaluation:
         self._computed: dict[Hashable, Any] = {}
 
     def texts(self, split: str) -> tuple[str, ...]:
-        """The captions that samples of a split are drawn from: right, shuffled or null."""
+        """The kinds of captions used for samples of a split: right, shuffled, null."""
         return self.data.texts(split) if self.stage.text_dim else TEXTS[:1]
 
     def errors(
@@ -181,27 +192,30 @@ class Evaluation:
         lowres: str = "right",
         level: str = "drawn",
     ) -> Float[np.ndarray, "n k"]:
-        """`error` of each row of a split in each bin.
+        """`error` of n rows of a split in k noise bins.
 
-        bins: by default `self.bins`. whole: whole images, instead of crops as the stage trains on.
-        text, lowres: right, shuffled or null. level: noise of the low-res image, drawn as in
-        training, or clean.
+        bins: by default `self.bins`.
+        whole: use whole images instead of training crops.
+        text, lowres: "right", "shuffled" (of another row) or "null".
+        level: "drawn" adds noise to the low-res image as in training, "clean" adds none.
         """
         bins = self.bins if bins is None else bins
 
         def compute():
             rows = self.data.uncropped(split) if whole else self.data.crops(split)
-            shown = dataclasses.replace(rows, batch=conditioned(rows, text, lowres))
+            conditioned_rows = dataclasses.replace(rows, batch=conditioned(rows, text, lowres))
             label = f"{error.__name__.replace('_', ' ')}, {split}"
             label += f", {text} text" * (text != "right")
             label += f", {lowres} low-res" * (lowres != "right")
             label += ", clean low-res" * (level == "clean")
-            return self.probe.errors(error, self._params, shown, bins, level == "clean", label)
+            return self.probe.errors(
+                error, self._params, conditioned_rows, bins, level == "clean", label
+            )
 
         return once(self._computed, (error, bins, split, whole, text, lowres, level), compute)
 
     def sampled(self, split: str, text: str) -> Rows:
-        """The rows of `samples`, with the text and low-res images that they are drawn from."""
+        """The inputs of `samples`: rows with their captions and low-res images."""
         rows = self.data.wholes(split)
         batch = conditioned(rows, text, "right")
         if self.probe.settings.lowres_from:
@@ -209,21 +223,27 @@ class Evaluation:
         return dataclasses.replace(rows, batch=batch)
 
     def samples(self, split: str, text: str = "right") -> UInt8[np.ndarray, "n s s 3"]:
-        """Samples from this text and the true low-res images, or those of `lowres_from`."""
+        """Samples for one kind of caption.
+
+        Low-res images are the true ones, or the samples in `lowres_from`.
+        """
         label = f"samples, {split}, {text} text"
         draw = lambda: self.probe.samples(self._params, self.sampled(split, text), label)
         return once(self._computed, ("samples", split, text), draw)
 
     def distances(self) -> Mapping[tuple[str, str], Float[np.ndarray, "n m"]]:
-        """{(split, text): distances of its samples to all images}, in one pass over the gallery."""
+        """{(split, text): distances of its n samples to the m gallery images}.
+
+        The gallery is read once.
+        """
 
         def compute():
             splits = self.data.counts
             pairs = [(split, text) for split in splits for text in self.texts(split)]
             drawn = {pair: self.samples(*pair) for pair in pairs}
             stacked = np.concatenate(list(drawn.values()))
-            columns = [nearest.distances(stacked, chunk) for chunk in self.data.gallery()]
-            ends = np.cumsum([len(samples) for samples in drawn.values()])[:-1]
-            return dict(zip(drawn, np.split(np.concatenate(columns, axis=1), ends)))
+            chunk_distances = [nearest.distances(stacked, chunk) for chunk in self.data.gallery()]
+            split_points = np.cumsum([len(samples) for samples in drawn.values()])[:-1]
+            return dict(zip(drawn, np.split(np.concatenate(chunk_distances, axis=1), split_points)))
 
         return once(self._computed, "distances", compute)

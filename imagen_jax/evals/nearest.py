@@ -32,8 +32,10 @@ def distances(
 def score(distance: Float[np.ndarray, "n m"], wanted: Int[np.ndarray, " n"]) -> dict[str, Any]:
     """{"top1", "top5", "n", "gallery", "median_rank", "distance"} of a distance matrix.
 
-    wanted: the column of each sample's own image. "top1" and "top5" are proportions with intervals,
-    "gallery" is m, and "distance" is that to the own image.
+    wanted: the column of each sample's own image.
+
+    "top1" and "top5" are proportions with intervals, "gallery" is m, and "distance" is the distance
+    to the own image.
     """
     rank = ranks(distance, wanted)
     top = {f"top{k}": proportion(int((rank <= k).sum()), len(rank)) for k in (1, 5)}

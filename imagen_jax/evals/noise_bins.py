@@ -23,7 +23,7 @@ LEVEL = "u"  # the draw, uniform in [0, 1), that training turns into a noise lev
 
 @runtime_checkable
 class Bins(Protocol):
-    """Bins of noise levels. Hashable: compiled functions and results are kept by it."""
+    """Bins of noise levels. They are hashable keys of compiled functions and results."""
 
     def __len__(self) -> int:
         """The number of bins, k."""
@@ -39,8 +39,9 @@ class Bins(Protocol):
 class TrainingBins:
     """Intervals that training draws equally often; "overall" of a loss estimates the training loss.
 
-    density: of the training noise. If time is uniform, the bins are equal intervals of t, which
-    results then contain. count: the number of bins.
+    density: the density of the training noise. If time is uniform, the bins are equal intervals of
+        t, and results contain t.
+    count: the number of bins.
     """
 
     density: Density
@@ -97,9 +98,10 @@ def by_bin(
 ) -> dict[str, Any]:
     """{"overall": ..., "bins": [{"t", "logsnr": [from, to], "logsnr_centre", ...}, ...]}.
 
-    values: one for each row and bin. edges: log-SNR at the k + 1 ends of the bins. centres: log-SNR
-    in their middle, by default halfway between the edges. t: of the edges; without it, bins have
-    no "t".
+    values: one per row and bin.
+    edges: log-SNR at the k + 1 ends of the bins.
+    centres: log-SNR in the middle of the bins, by default halfway between the edges.
+    t: the time at the edges; without it, bins have no "t".
 
     "overall" describes each row's mean over the bins. The bins of a row are not independent, so
     its error comes from the rows alone. Raises ValueError if the numbers of bins differ.

@@ -7,7 +7,7 @@ Result = Mapping[str, Any]
 
 
 def table(lines: Iterable[tuple[str, str]]) -> str:
-    """(label, text) lines with aligned texts."""
+    """Formats (label, text) lines with aligned texts."""
     lines = list(lines)
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
@@ -35,9 +35,9 @@ def _value(x: float | None) -> str:
 
 
 def plot(panels: Sequence[tuple[str, Mapping[str, Result]]]) -> bytes:
-    """A PNG file's content: a panel for each (title, {line: result of `by_bin`}).
+    """The content of a PNG file: a panel per (title, {legend entry: result of `by_bin`}).
 
-    Lines show means by log-SNR with one standard error; bins without a finite mean are left out.
+    Lines show means by log-SNR with one standard error; bins without a finite mean are skipped.
     """
     from matplotlib.figure import Figure
 

@@ -35,14 +35,15 @@ _CHUNK = 256
 class Settings:
     """The settings of an evaluation. Raises ValueError for a number less than 1 and a wrong seed.
 
-    rows: images of each split that errors are taken of.
-    samples: images of each split that samples are drawn for.
-    gallery: the most images that samples are compared with.
-    bins: of noise level, drawn equally often in training, that losses are taken in.
-    batch_size: images computed at once, of the size the stage trains on.
-    seed: of rows, noise and shuffling, in [0, 2^32).
-    sampling: settings as `Stage.sample` takes them.
-    lowres_from: a samples.npz of the stage before, used instead of true low-res images.
+    rows: number of images per split for the errors.
+    samples: number of samples per split.
+    gallery: largest number of images to compare samples with.
+    bins: number of noise-level bins, which training draws equally often.
+    batch_size: images per batch at the training size of the stage.
+    seed: seed of the choice of rows, of the noise and of the shuffling, in [0, 2^32).
+    sampling: the argument `sampling` of `Stage.sample`.
+    lowres_from: samples.npz of the previous stage, used as low-res input instead of the true
+        images.
     """
 
     rows: int
@@ -74,7 +75,7 @@ class Rows:
 
     @property
     def other(self) -> Int[np.ndarray, " n"]:
-        """For each row, the row that its shuffled caption and low-res image come from.
+        """For each row, the index of the row that provides its shuffled caption and low-res image.
 
         Raises ValueError if one caption has more than half of the rows.
         """
@@ -82,7 +83,7 @@ class Rows:
 
     @property
     def unshufflable(self) -> str:
-        """Why these rows have no shuffled control; "" if they have one."""
+        """The reason why these rows have no shuffled control; "" if they have one."""
         return statistics.no_derangement(self.batch["caption_id"])
 
     @property
@@ -94,8 +95,8 @@ class Rows:
 class Data:
     """The rows of an evaluation, read once for all checkpoints.
 
-    counts: images of each split that has any. heldout: the split of held-out rows, which is train
-    if the data have none.
+    counts: {split: number of images}, without empty splits.
+    heldout: the split of held-out rows; "train" if the data have none.
     """
 
     def __init__(self, data_cfg: Mapping[str, Any], settings: Settings):
@@ -108,12 +109,12 @@ class Data:
         self._kept: dict[Hashable, Any] = {}
 
     def crops(self, split: str) -> Rows:
-        """Rows as the stage trains on them (crops, if it trains on crops)."""
+        """Rows as in training: crops if the stage trains on crops, otherwise whole images."""
         make = lambda: self._read(self._crops, split, self._choose(split, self._settings.rows))
         return once(self._kept, ("crops", split), make)
 
     def uncropped(self, split: str) -> Rows:
-        """The rows of `crops` as whole images, for comparisons with other ways to make those."""
+        """The rows of `crops` as whole images."""
         if not self._crops["crop_size"]:
             return self.crops(split)
         make = lambda: self._read(self._wholes, split, self._choose(split, self._settings.rows))
@@ -135,7 +136,7 @@ class Data:
         return tuple(name for name in names if f"{split}_{name}" in self.generated)
 
     def no_shuffled_text(self, split: str) -> str:
-        """Why samples of a split cannot be drawn from shuffled text; "" if they can."""
+        """The reason why a split has no samples from shuffled text; "" if it has them."""
         if "shuffled" in self.texts(split):
             return ""
         return self.wholes(split).unshufflable or f"{self._settings.lowres_from} has none"
@@ -184,8 +185,9 @@ class Data:
 
     @functools.cached_property
     def gallery_rows(self) -> dict[str, Int[np.ndarray, " k"]]:
-        """The rows of each split that samples are compared with: all of them, or the sampled ones
-        and others that the seed chooses.
+        """The rows of each split that samples are compared with.
+
+        These are all rows, or the sampled rows and a random choice of others.
         """
         total = sum(self.counts.values())
         if total <= self._settings.gallery:
@@ -228,7 +230,7 @@ class Data:
         return self.prepared.captions()[caption_id].text
 
     def _choose(self, split: str, count: int) -> np.ndarray:
-        """Random rows that depend on the seed alone. A smaller count takes a subset of a larger."""
+        """Random rows from the seed. The rows of a smaller count are a subset of a larger one's."""
         rng = np.random.default_rng([self._settings.seed, SPLITS.index(split)])
         return np.sort(rng.permutation(self.counts[split])[:count])
 
@@ -254,7 +256,7 @@ def conditioned(rows: Rows, text: str, lowres: str) -> Mapping[str, np.ndarray]:
 
 
 def once(kept: dict[Hashable, Any], key: Hashable, make: Callable[[], Any]) -> Any:
-    """kept[key], made first if it is missing."""
+    """kept[key], or the result of `make`, which is then kept."""
     if key not in kept:
         kept[key] = make()
     return kept[key]

@@ -14,7 +14,7 @@ Z95 = 1.959964  # two-sided 95 % of the normal distribution
 
 
 def summary(values: Float[np.ndarray, " n"]) -> dict[str, Any]:
-    """{"mean", "se", "n"} of independent values, one an image.
+    """{"mean", "se", "n"} of independent values, one per image.
 
     "se" is the sample's standard deviation (n - 1) over sqrt(n). Raises ValueError for no values.
     """
@@ -76,7 +76,7 @@ def derangement(labels: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n
 
 
 def no_derangement(labels: Int[np.ndarray, " n"]) -> str:
-    """Why no permutation gives every row another label; "" if there is one."""
+    """The reason why no permutation gives every row another label; "" if one does."""
     n, largest = len(labels), max(np.unique(labels, return_counts=True)[1], default=0)
     if n >= 2 and 2 * largest <= n:
         return ""

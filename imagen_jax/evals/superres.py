@@ -78,13 +78,15 @@ def _residuals(
 def detail(correlation: Float[np.ndarray, "n n"]) -> dict[str, Any]:
     """{"own", "other", "difference", "top1", "top5"} of a result of `residual_correlations`.
 
-    "own" and "other" are the correlations with the detail of the right image and of the others, and
-    "difference" is paired. "top1" and "top5" are the rates at which the right image is the nearest
-    or of the 5 nearest. Raises ValueError for fewer than two samples.
+    "own" and "other" are the correlations with the detail of the matching image and of the others.
+    "difference" is paired. "top1" and "top5" are the rates at which the matching image is the
+    nearest or among the 5 nearest. Raises ValueError for fewer than two samples.
     """
     n = len(correlation)
     if n < 2:
-        raise ValueError("detail is measured against other images: at least two samples are needed")
+        raise ValueError(
+            "detail is compared with that of other images: at least two samples are needed"
+        )
     own = np.diagonal(correlation)
     other = (correlation.sum(axis=1) - own) / (n - 1)
     rank = ranks(-correlation, np.arange(n))

@@ -1,4 +1,4 @@
-"""Checks one image with its captions, and gives the bytes that are stored for it."""
+"""Checks one image with its captions, and returns the bytes to store for it."""
 
 import dataclasses
 import hashlib
@@ -14,10 +14,11 @@ from imagen_jax.data.sources.source import SourceItem
 class Checked:
     """The result for one item of a source.
 
-    captions: the usable ones, cleaned. bad_captions: the reason for each other one.
-    removed: for each usable caption, a note on characters that were removed from it, or "".
-    reason: why the item cannot be used, "" if it can.
-    content: hash of the file, by which a source that changes between two passes is noticed.
+    captions: the usable captions, cleaned.
+    bad_captions: for each unusable caption, the reason.
+    removed: for each usable caption, a note on the removed characters, or "".
+    reason: the reason why the item is unusable; "" if it is usable.
+    content: hash of the file, to detect a source that changes between two passes.
     pixels: hash of the decoded picture and its size, equal for equal pictures.
     size: bytes to be stored.
     """

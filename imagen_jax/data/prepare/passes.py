@@ -1,8 +1,8 @@
 """The four passes of prepare_data: check every image, select, encode each caption, write images.
 
-All of it goes to OUTPUT.partial; one rename makes it OUTPUT when it is complete. Every finished
-piece has a line in the journal there, so the same call continues an interrupted run and ends with
-the same bytes, whatever the number of processes.
+They write to OUTPUT.partial, which is renamed to OUTPUT at the end. A journal there lists the
+finished shards, so the same call continues an interrupted run, with any number of processes, and
+produces the same bytes.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from imagen_jax.data.sources.source import Source
 from imagen_jax.storage import only_process, write_atomically
 
 _CHUNK = 256  # images in one task of the first pass, the unit in which it is resumed
-# Caption shards in memory at once; one core writes about 800 captions of XXL's width a second.
+# Caption shards in memory at once; one core writes about 800 captions per second at XXL's width.
 _WRITERS = 6
 # Everything that the written bytes depend on, each a key of the manifest. A run continues only if
 # all of them are equal.
@@ -41,9 +41,10 @@ _REQUEST = ("source", "encoder", "max_length", "shard_size", "min_size", "batch_
 class Settings:
     """Options of the passes.
 
-    shard_size: rows a shard. min_size: images less than this many pixels across are left out.
-    batch_size: captions that a device encodes at once, see text.encoder.TextEncoder.encode.
-    processes: for checking and writing images; changes no byte of the result.
+    shard_size: images or captions per shard.
+    min_size: images with a side shorter than this, in pixels, are skipped.
+    batch_size: captions per device and batch, see text.encoder.TextEncoder.encode.
+    processes: worker processes that check and write images; they do not affect the result.
     """
 
     shard_size: int
@@ -61,7 +62,7 @@ class Settings:
 def prepare(
     source: Source, encoder, output: Path, settings: Settings, crew: Crew = ALONE
 ) -> dict[str, Any]:
-    """Writes the prepared directory `output`, or continues it, together with the rest of the crew.
+    """Writes the prepared directory `output`, or continues it, as one process of the crew.
 
     Args:
       encoder: a text.encoder.TextEncoder.
@@ -434,6 +435,6 @@ def _report(manifest: Mapping, output: Path, seconds: float) -> None:
         f" {seconds:.0f} s"
     )
     print(
-        f"left out or noted in skipped.jsonl: {listed(counts['skipped'])},"
+        f"skipped or noted in skipped.jsonl: {listed(counts['skipped'])},"
         f" {counts['truncated_captions']} truncated_caption"
     )

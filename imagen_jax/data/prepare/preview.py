@@ -126,14 +126,14 @@ def preview_captions(
     chips: int,
     price: float,
 ) -> CaptionStore:
-    """Prints the size of a store of `captions` distinct captions like the source's.
+    """Prints the size of a store of `captions` distinct captions like those of the source.
 
-    Nothing is encoded.
+    It encodes nothing.
 
     Args:
-      tokenize: as that of text.encoder.TextEncoder.
-      rate: captions a second of all `chips` together, 0 if unknown.
-      price: of a GiB for a month, 0 if unknown.
+      tokenize: the tokenize function of text.encoder.TextEncoder.
+      rate: total captions per second of all `chips`; 0 if unknown.
+      price: storage price per GiB and month; 0 if unknown.
     """
     indices = _spread(source, _CAPTIONS)
     usable = [text for i in indices for text in checks.usable_captions(source[i].captions)[0]]
@@ -146,13 +146,15 @@ def preview_captions(
         captions, lengths.mean(), np.mean([len(text.encode()) for text in texts]), dim, shard_size
     )
     error = lengths.std() / np.sqrt(len(lengths))
-    measured = f"measured on {len(texts):,} of the source's, {100 * np.mean(cut):.1f} % of them cut"
+    measured = f"measured on {len(texts):,} of the source's, {100 * np.mean(cut):.1f} % truncated"
     print(f"captions  {captions:,} of {store.tokens:.1f} +- {error:.1f} tokens ({measured})")
     _print_store(store, images=captions * len(indices) / len(usable))
     if rate:
         _print_time(store, rate, chips)
     if price:
-        print(f"price     {store.bytes / 2**30 * price:,.0f} a month at {price:g} a GiB and month")
+        print(
+            f"price     {store.bytes / 2**30 * price:,.0f} per month at {price:g} per GiB and month"
+        )
     return store
 
 
@@ -162,7 +164,7 @@ def _print_store(store: CaptionStore, images: float) -> None:
         f" captions, {_size(store.bytes / store.shards)} each"
     )
     print(
-        f"          {store.dim} features a token in bfloat16, {_size(store.uncompressed)}"
+        f"          {store.dim} features per token in bfloat16, {_size(store.uncompressed)}"
         f" uncompressed; zstd leaves about {ZSTD_LEAVES:g} of it"
     )
     memory = images * PLAN_BYTES / 2**30
@@ -172,10 +174,10 @@ def _print_store(store: CaptionStore, images: float) -> None:
 def _print_time(store: CaptionStore, rate: float, chips: int) -> None:
     hours = store.captions / rate / 3600
     print(
-        f"time      {hours:,.1f} h at {rate:,g} captions a second"
+        f"time      {hours:,.1f} h at {rate:,g} captions per second"
         + (f", {hours * chips:,.0f} chip-hours on {chips} chips" if chips else "")
     )
-    print(f"          and {_size(store.bytes / store.captions * rate)} a second to write")
+    print(f"          and {_size(store.bytes / store.captions * rate)} per second to write")
 
 
 def _spread(source: Source, count: int) -> list[int]:

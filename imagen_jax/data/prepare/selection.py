@@ -38,11 +38,12 @@ class Selection:
 
 
 def select(checked: Iterable[Checked]) -> Selection:
-    """Leaves out unusable and duplicate images; depends on the order of the source alone.
+    """Selects images and captions; the result depends on the order of the source alone.
 
-    An image with the same pixels as an earlier one gives its captions to that one. If the earlier
-    one is in the other split, it is left out with its captions, so that no held-out picture or
-    caption pair is trained on. A caption of several images is stored once and noted.
+    Unusable images are skipped. A duplicate of an earlier image is skipped too: its captions go to
+    the earlier image. If the earlier image is in the other split, the duplicate's captions are
+    dropped, so that training uses no held-out picture or caption pair. A caption of several images
+    is stored once and noted.
     """
     selected = Selection({split: [] for split in SPLITS}, [], [])
     by_pixels: dict[str, KeptImage] = {}

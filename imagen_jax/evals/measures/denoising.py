@@ -28,8 +28,9 @@ def excluded(stage: Stage, settings: Settings) -> str:
 
 
 def measure(e: Evaluation) -> dict[str, Any]:
-    """{"split", "bicubic", level: {"x_hat", "gain" by bin of noise level}}, of whole held-out
-    images.
+    """{"split", "bicubic", level: {"x_hat", "gain" by bin of noise level}}.
+
+    The images are whole held-out images.
 
     "gain" is the error of bicubic minus the error of x-hat: positive where x-hat is nearer.
     """

@@ -1,4 +1,4 @@
-"""The rate at which the captioned image is the nearest of all to its sample, or of the 5 nearest.
+"""The rate at which the captioned image is nearest to its sample, or among the 5 nearest.
 
 It also writes the samples: samples.npz, which `--lowres_from` of the next stage takes, and a
 contact sheet for each split.

@@ -101,7 +101,7 @@ def test_killed_in_the_middle_others_say_so_and_a_restart_continues(
     name = socket.gethostname() if run == "environment" else f"host-{victim}"
     last = errors[1 - victim].splitlines()[-1]
     assert (
-        last.startswith(f"error: process {victim} ({name}) has not been heard of for 6 s: it died")
+        last.startswith(f"error: process {victim} ({name}) sent no heartbeat for 6 s: it died")
         and "Traceback" not in errors[1 - victim]
     )
     assert not output.exists()
@@ -233,11 +233,10 @@ def test_a_directory_that_is_not_shared_is_noticed(folder, tmp_path, quick):
         preparing(folder, tmp_path / "data", 0, 2),
         preparing(folder, tmp_path / "elsewhere" / "data", 1, 2),
     )
-    assert (
-        "process 1 (host-1) has not been heard of for 1.5 s: it died, or has no access to"
-        in str(ends[0])
+    assert "process 1 (host-1) sent no heartbeat for 1.5 s: it died, or cannot access" in str(
+        ends[0]
     )
-    assert "process 0 (host-0) has not been heard of" in str(ends[1])
+    assert "process 0 (host-0) sent no heartbeat" in str(ends[1])
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -59,15 +59,14 @@ def test_four_hundred_million(tmp_path, capsys):
         400e6 * (0.78 * 4 * 8192 + store.text_bytes + 250) + 97_657 * 2**15
     )
     assert (
-        "400,000,000 of 4.0 +- 0.0 tokens (measured on 21 of the source's, 0.0 % of them cut)"
-        in told
+        "400,000,000 of 4.0 +- 0.0 tokens (measured on 21 of the source's, 0.0 % truncated)" in told
     )
     assert (
         "in 97,657 shards of 4,096 captions" in told
-        and "13.9 h at 8,000 captions a second, 889 chip-hours on 64 chips" in told
+        and "13.9 h at 8,000 captions per second, 889 chip-hours on 64 chips" in told
     )
     assert (
-        f"price     {store.bytes / 2**30 / 2:,.0f} a month" in told
+        f"price     {store.bytes / 2**30 / 2:,.0f} per month" in told
         and "of 200,000,000 images" in told
     )
     preview_captions(source, tokenize, 4096, 1000, 4096, rate=0, chips=0, price=0)

@@ -160,5 +160,5 @@ def test_rows_that_are_too_few_cost_what_needs_more(captions, left_out):
 def test_no_measure_that_is_possible_is_an_error():
     """Catches an evaluation without a result that ends as if all was well."""
     toy, data = toys.Toy(), Few([0])
-    with pytest.raises(ValueError, match="no measure is possible with these rows: detail: it comp"):
+    with pytest.raises(ValueError, match="no measure has enough rows: detail: it comp"):
         measure.allowed(measure.choose(["detail"], toy, toys.settings()), toy, data)
