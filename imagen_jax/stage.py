@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Key, Num, UInt8
 
 from imagen_jax import schema, sharding
 from imagen_jax.data.transforms import check_sizes
@@ -32,7 +32,7 @@ from imagen_jax.models.remat import checkpointed
 from imagen_jax.models.unet import UNet
 
 NETWORKS = {"unet": UNet, "efficient_unet": EfficientUNet}
-# PRNG implementation of all keys, independent of JAX's default; recorded in checkpoints.
+# Generator of all keys, independent of jax's default; checkpoints store its name.
 RNG = "threefry2x32"
 # Makes random numbers independent of the flag `jax_threefry_partitionable`.
 PINNED = functools.partial(jax.threefry_partitionable, True)
@@ -42,26 +42,26 @@ Params = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A network, its diffusion process and its input sizes.
+    """A network with its diffusion process, training distribution and image sizes.
 
     Batches hold uint8 images; the methods convert them to fp32 in [-1, 1].
 
-    name: the stage's name, for logs and messages.
+    name: name of the stage in logs and messages.
     model: the network.
-    process: the forward process and the network's prediction.
-    density: the distribution of log-SNR in training.
-    weight: the loss weight as a function of log-SNR; None: 1.
-    schedule: name of the schedule of the sampling grid.
-    aug_schedule: the schedule of the noise added to the low-res image.
-    text_drop: share of captions dropped in training.
-    aug_max: highest noise level of the low-res image in training, 0 to 1.
+    process: forward process and prediction target.
+    density: distribution of log-SNR in training.
+    weight: weight of the squared error as a function of log-SNR; None for weight 1.
+    schedule: name of the noise schedule of the sampling grid.
+    aug_schedule: noise schedule of the low-res augmentation.
+    text_drop: probability of dropping a caption in training.
+    aug_max: largest augmentation level of the low-res image in training, 0 to 1.
     image_size: side of the images in pixels.
     lowres_size: side of the low-res input in pixels; 0 in a base stage.
-    crop_size: side of the training crops in pixels; 0: whole images.
-    text_dim: width of the text features; 0: no text.
-    text_length: tokens of a caption, padding included.
-    sampling: the config's `sampling`.
-    gather: all-gathers parameters that are sharded over the mesh.
+    crop_size: side of the training crops in pixels; 0 for whole images.
+    text_dim: width of the text features; 0 for a model without text.
+    text_length: number of tokens per caption, padding included.
+    sampling: the section `sampling` of the config.
+    gather: all-gathers the parameters that are sharded over the mesh.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Stage:
 
     @property
     def train_size(self) -> int:
-        """Side of the training images in pixels: of a crop, or of the whole image."""
+        """Side in pixels of the training images: of the crops, or of whole images."""
         return self.crop_size or self.image_size
 
     @property
@@ -105,13 +105,14 @@ class Stage:
     def cond(self, batch: Batch) -> conditioning.Cond:
         """The conditioning of the network.
 
-        batch: `text` [b l d], `text_mask` [b l] and, in super-resolution, clean uint8 `lowres`.
+        batch: `text` [b l d], `text_mask` [b l] and, in super-resolution, clean uint8 `lowres`
+            [b h' w' 3].
         """
         cond = {"text": batch["text"], "text_mask": batch["text_mask"]} if self.text_dim else {}
         return cond | ({"lowres": to_unit(batch["lowres"])} if self.lowres_size else {})
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh fp32 parameters. Call it under `jax.eval_shape`, or jit with output shardings."""
+        """Initial fp32 parameters. Call it under `jax.eval_shape`, or jit with output shardings."""
         batch = {
             name: jnp.zeros(shape, dtype) for name, (shape, dtype) in self.batch_shapes(1).items()
         }
@@ -122,7 +123,7 @@ class Stage:
     def draw(self, key: Key[Array, ""], b: int, size: int | None = None) -> dict[str, Array]:
         """The random numbers of a training step for `b` images (see `loss.draw`).
 
-        size: side of the images in pixels, by default `train_size`.
+        size: side of the images in pixels; None for `train_size`.
         """
         size = size or self.train_size
         low = size * self.lowres_size // self.image_size
@@ -154,7 +155,7 @@ class Stage:
         draws: dict[str, Array],
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b"]:
-        """The denoising loss of each row of a batch (Appendix A), for these random draws."""
+        """The denoising loss of each row of a batch (Appendix A) with random numbers `draws`."""
         logsnr = self.density(draws["u"])
         x, _, output = self._noised_output(params, batch, draws, logsnr, dropout_key)
         return loss.per_sample_loss(output, x, draws["eps"], logsnr, self.process, self.weight)
@@ -162,7 +163,7 @@ class Stage:
     def x_error(
         self, params: Params, batch: Batch, draws: dict[str, Array], logsnr: Float[Array, "b"]
     ) -> Float[Array, "b"]:
-        """The squared error of x-hat of each row at these log-SNRs (see `loss.x_error`)."""
+        """The squared error of x-hat of each row at its log-SNR (see `loss.x_error`)."""
         x, z, output = self._noised_output(params, batch, draws, logsnr)
         return loss.x_error(output, z, x, logsnr, self.process)
 
@@ -171,10 +172,10 @@ class Stage:
         params: Params,
         batch: Batch,
         draws: dict[str, Array],
-        logsnr: Array,
-        dropout_key: Array | None = None,
-    ) -> tuple[Array, Array, Array]:
-        """(x, z, the network's output for z), all [b h w 3]."""
+        logsnr: Float[Array, "b"],
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b h w 3"], Float[Array, "b h w 3"], Float[Array, "b h w 3"]]:
+        """(clean image x, noisy image z, output of the network for z)."""
         x = to_unit(batch["image"])
         z, cond = loss.noised(x, self.cond(batch), draws, logsnr, self.process, self.aug_schedule)
         return x, z, self.denoiser(params, dropout_key)(z, logsnr, cond)
@@ -187,20 +188,26 @@ class Stage:
         sampling: Mapping[str, Any],
         size: int | None = None,
     ) -> Float[Array, "b h w 3"]:
-        """Samples images, approximately in [-1, 1], conditioned on `batch`.
+        """Draws one image per row of `batch`, with values in about [-1, 1].
 
-        `batch` holds the text and, in super-resolution, the clean uint8 `lowres`. It is
-        noised to `sampling["aug_level"]` (section 2.4). A sample depends on its own key and its own
-        row of the batch only.
+        The low-res image is noised to `sampling["aug_level"]` (section 2.4). A sample depends only
+        on its own key and its own row of the batch.
 
-        size: side of the images in pixels, by default the stage's image size.
+        batch: as for `cond`.
+        sampling: a complete section `sampling`.
+        size: side of the images in pixels; None for the image size of the stage.
         """
         with PINNED():
             return self._sample(params, keys, batch, sampling, size or self.image_size)
 
     def _sample(
-        self, params: Params, keys: Array, batch: Batch, sampling: Mapping[str, Any], size: int
-    ) -> Array:
+        self,
+        params: Params,
+        keys: Key[Array, "b"],
+        batch: Batch,
+        sampling: Mapping[str, Any],
+        size: int,
+    ) -> Float[Array, "b h w 3"]:
         cond = self.cond(batch)
         if "lowres" in cond:
             aug_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
@@ -208,8 +215,8 @@ class Stage:
             level = jnp.full(keys.shape, sampling["aug_level"], jnp.float32)
             cond = conditioning.augment_lowres(cond, noise, level, self.aug_schedule)
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-        rules = drawing(sampling, self.schedule)
-        levels = rules.pop("grid")(sampling["steps"])
+        components = drawing(sampling, self.schedule)
+        levels = components.pop("grid")(sampling["steps"])
         return sampler.sample(
             self.denoiser(params),
             keys,
@@ -217,35 +224,37 @@ class Stage:
             cond,
             process=self.process,
             levels=levels,
-            **rules,
+            **components,
         )
 
 
 def random_key(seed: Any) -> Key[Array, ""]:
     """The key of a seed, an integer in [0, 2^32) or a traced uint32.
 
-    Uses Threefry, because random numbers of "rbg" depend on the position in the batch. Raises
-    ValueError for a seed outside the range, which would wrap.
+    The generator is Threefry, because the numbers of "rbg" depend on the position in a batch.
+    Raises ValueError for an integer outside the interval, which would wrap.
     """
     if isinstance(seed, int):
         schema.check_seed(seed, "the seed")
     return jax.random.key(seed, impl=RNG)
 
 
-def to_unit(image: Array) -> Float[Array, "*d"]:
-    """uint8 0..255 to fp32 -1..1."""
+def to_unit(image: Num[Array, "*d"]) -> Float[Array, "*d"]:
+    """Maps uint8 values 0..255 to fp32 values -1..1."""
     return image.astype(jnp.float32) / 127.5 - 1.0
 
 
-def to_uint8(x: Float[Array, "*d"]) -> Array:
-    """[-1, 1], clipped, to uint8 0..255."""
+def to_uint8(x: Float[Array, "*d"]) -> UInt8[Array, "*d"]:
+    """Clips to [-1, 1] and maps to uint8 values 0..255."""
     return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def images_and_finite(x: Float[Array, "b *d"]) -> tuple[Array, Bool[Array, "b"]]:
-    """Samples as uint8, and whether all values of each sample are finite.
+def images_and_finite(
+    x: Float[Array, "b *d"],
+) -> tuple[UInt8[Array, "b *d"], Bool[Array, "b"]]:
+    """(samples as uint8, whether all values of each sample are finite).
 
-    The conversion to uint8 turns NaN into 0.
+    The flags are needed because NaN becomes 0 in uint8.
     """
     return to_uint8(x), jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
 
@@ -260,8 +269,9 @@ def check_finite(finite: Bool[np.ndarray, "b"], name: str) -> None:
 
 
 def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
-    """The stage of a complete config, on one device or on `mesh`. Raises ValueError with the field
-    for sizes or settings that do not fit together.
+    """Builds the stage of a complete config, for one device or for `mesh`.
+
+    Raises ValueError that names the field if sizes or settings do not fit together.
     """
     model, diffusion, data, text = (
         dict(config[part]) for part in ("model", "diffusion", "data", "text")
@@ -305,9 +315,9 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
 
 
 def attention_on(mesh: Mesh | None, remat: str) -> Attend:
-    """The attention of a network: on TPUs the kernel if it supports the shapes, else `attend`.
+    """The attention function: on TPUs the kernel if it supports the shapes, otherwise `attend`.
 
-    Each device computes its shard of rows, pixels and heads. The backward pass recomputes attention
+    Each device computes its own rows, pixels and heads. The backward pass recomputes the attention
     weights, except in `attend` with `remat` "none".
     """
     plain = lambda q, keys, heads: checkpointed(
@@ -321,16 +331,16 @@ def attention_on(mesh: Mesh | None, remat: str) -> Attend:
 
 
 def build(kind: Callable[..., Any], section: Mapping[str, Any]) -> Any:
-    """An instance of a dataclass whose fields are named like config fields of a section."""
+    """Creates an instance of dataclass `kind`; its fields have the names of config fields."""
     value = lambda name: tuple(section[name]) if isinstance(section[name], list) else section[name]
     return kind(**{field.name: value(field.name) for field in dataclasses.fields(kind)})
 
 
 def drawing(sampling: Mapping[str, Any], schedule: str) -> dict[str, Any]:
-    """Builds {grid, sampler, guidance, threshold} from a complete `sampling` section.
+    """{grid, sampler, guidance, threshold} from a complete section `sampling`. Computes no array.
 
-    It computes no arrays. schedule: the stage's `diffusion.schedule`, for the grid of uniform
-    times. Raises ValueError with the field for an invalid number.
+    schedule: name of the noise schedule, used by the grid of uniform times. Raises ValueError that
+    names the field for an invalid number.
     """
     section = {**sampling, "schedule": schedule}
     if section["steps"] < 1:
@@ -344,10 +354,10 @@ def drawing(sampling: Mapping[str, Any], schedule: str) -> dict[str, Any]:
 
 
 def check_sampling(sampling: Mapping[str, Any]) -> None:
-    """Raises ValueError if the settings of a complete `sampling` section are invalid."""
+    """Raises ValueError if `Stage.sample` cannot draw with `sampling`, a complete section."""
     if not 0.0 <= sampling["aug_level"] <= 1.0:
         raise ValueError(f"sampling.aug_level is {sampling['aug_level']}; it must be from 0 to 1")
-    # Any schedule will do: only TimeGrid uses it, and the check below excludes TimeGrid.
+    # The schedule matters only for the grid of uniform times, which is not checked here.
     grid = drawing(sampling, schedule="cosine")["grid"]
     if not isinstance(grid, TimeGrid):
         check_levels(grid, sampling["steps"])

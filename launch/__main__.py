@@ -1,4 +1,4 @@
-r"""Starts a training, another verb or several trainings, here or on a cluster, and none twice.
+r"""Starts a training, several trainings or another command, here or on a cluster; none twice.
 
     python -m launch --where local --processes 2 --devices 4 --workdir DIR \
         --config configs/base_64.py:tiny --config.data.path=PREPARED
@@ -10,8 +10,8 @@ r"""Starts a training, another verb or several trainings, here or on a cluster, 
         --output DIR ...
 
 --config.FIELD=VALUE applies to every training, --STAGE.config.FIELD=VALUE to one of them;
---STAGE.topology and --STAGE.env replace or extend --topology and --env for one stage. The
-arguments after "--" are a verb and its options or, with --config, further options of the training.
+--STAGE.topology replaces --topology for one stage, and --STAGE.env extends --env. The arguments
+after "--" are a command and its options or, with --config, further options of the training.
 `python -m launch.status WORKDIR` shows the progress.
 """
 
@@ -77,21 +77,23 @@ def read(argv: Sequence[str]) -> tuple[list[Job], flags.FlagValues]:
     """The jobs and options of a command line. Raises ValueError if it is invalid."""
     before, after = _split(list(argv))
     options, rest = command_line.parse(before, define_flags, __doc__)
-    verb = after[0] if after and not after[0].startswith("-") else ""
-    if bool(options.config) + bool(options.stage) + bool(verb) != 1:
+    command = after[0] if after and not after[0].startswith("-") else ""
+    if bool(options.config) + bool(options.stage) + bool(command) != 1:
         raise ValueError(
-            "give one of --config FILE, --stage NAME=FILE (once for each stage), or -- VERB and"
+            "give one of --config FILE, --stage NAME=FILE (once per stage), or -- COMMAND and"
             " its options"
         )
     check_path(options.workdir)
     if not in_bucket(options.workdir):
         options.workdir = os.path.abspath(options.workdir)
-    if not verb:
+    if not command:
         return _trainings(options, rest, after), options
     if rest:
-        raise ValueError(f"{rest[0]!r} is not an option of launch; options of {verb} follow it")
-    check_options(verb, after[1:])
-    arguments = ("-m", f"imagen_jax.{verb}", *after[1:])
+        raise ValueError(
+            f"{rest[0]!r} is not an option of launch; options of {command} come after --"
+        )
+    check_options(command, after[1:])
+    arguments = ("-m", f"imagen_jax.{command}", *after[1:])
     job = Job(name_of(options.workdir), arguments, options.workdir)
     return places.completed([job], options), options
 

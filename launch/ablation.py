@@ -70,7 +70,7 @@ class Ablation:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One process: its name to show, its command and its directory."""
+    """One process: its display name, command and directory."""
 
     label: str
     command: tuple[str, ...]
@@ -78,12 +78,12 @@ class Step:
 
     @property
     def trains(self) -> bool:
-        """Whether it is a training; the others evaluate."""
+        """Whether the process trains; otherwise it evaluates."""
         return "imagen_jax.train" in self.command
 
     @property
     def finished(self) -> bool:
-        """Whether it has ended well. Raises ValueError if another command wrote the directory."""
+        """Whether the process is finished. Raises ValueError if another command wrote here."""
         marker = self.directory / FINISHED
         if not marker.exists():
             return False

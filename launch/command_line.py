@@ -1,7 +1,7 @@
 """Reads the command lines of launch, launch.sweep and launch.status with absl flags.
 
-Each call has flag values of its own instead of absl's global ones: a command line also holds
-arguments that are not flags of launch (config fields, a verb and its options, work directories).
+Each call has its own flag values instead of absl's global ones, because a command line also has
+arguments that are not flags of launch (config fields, a command and its options, work directories).
 """
 
 import sys

@@ -105,7 +105,7 @@ def split_of(measures: Mapping[str, Any]) -> str:
 
 
 def at(measures: Mapping[str, Any], place: str) -> Any:
-    """The number at a dotted place; None if it does not exist."""
+    """The number at a dotted path; None if it does not exist."""
     for key in place.split("."):
         measures = measures.get(key) if isinstance(measures, Mapping) else None
     return measures

@@ -86,8 +86,8 @@ class QueuedResource:
     """The queued resource of a job, and whether its machines are usable."""
 
     def __init__(self, job: Job, commands: Commands, poll_s: float, tell: Callable[[str], None]):
-        """poll_s: seconds between two requests. tell: prints a line."""
-        self.created = False  # whether this launcher requested the present machines
+        """poll_s: seconds between two requests. tell: function that prints a line."""
+        self.created = False  # whether this launcher requested the current machines
         self._job, self._commands, self._poll_s, self._tell = job, commands, poll_s, tell
         self._answered = False  # whether the cloud has answered a request for this job
 

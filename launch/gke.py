@@ -227,7 +227,7 @@ def find(job: Job, options: flags.FlagValues) -> str:
 
 
 def submit(jobs: Sequence[Job], options: flags.FlagValues) -> int:
-    """Creates the JobSets; one of the same name that has ended is deleted first."""
+    """Creates the JobSets. Deletes an ended JobSet of the same name first."""
     for job in jobs:
         name = (job.name, f"--namespace={options.namespace}")
         if find(job, options):

@@ -1,4 +1,4 @@
-"""One description of a run for all launchers: its command, files, machines and environment."""
+"""`Job` describes a run for every backend: command, files, machines and environment."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from imagen_jax.hardware.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKET = "gs://"
-MOUNT = "/mnt/gs"  # every machine of a job mounts buckets below this directory
+MOUNT = "/mnt/gs"  # every machine of a job mounts its buckets here
 # Pods of a JobSet are named <name>-slice-<slice>-<host>-<5 characters>, and Kubernetes labels have
 # at most 63 characters.
 NAME_LENGTH = 40
@@ -30,17 +30,16 @@ python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python 3.11 ~/{environment}
 python3 -m uv pip install --quiet --python ~/{environment}/bin/python --editable '.[{extra}]'
 """
-KLOG = re.compile(
-    r"[EFIW]\d{4} [\d:.]+ +\d+ \S+\] "
-)  # E1125 14:02:31.000000   77 cache.go:265] ...
-LONGEST = 400  # characters of a tool's error message
+# Prefix of a line of kubectl's log: E1125 14:02:31.000000   77 cache.go:265] ...
+KLOG = re.compile(r"[EFIW]\d{4} [\d:.]+ +\d+ \S+\] ")
+LONGEST = 400  # longest error message of a tool, in characters
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 SECRET_NAME = re.compile(
     r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY)(_|$)", re.IGNORECASE
 )
 VERBS = ("demo", "evaluate", "export", "plan", "prepare_data", "sample", "train")
-# Each command line is parsed in a process of its own: a verb's flags are global, and config flags
-# read sys.argv when they are defined.
+# Command lines are parsed in a subprocess, because the flags of a command are global and config
+# flags read sys.argv when they are defined.
 PARSE = """\
 import importlib, sys
 from imagen_jax import cli, sharding
@@ -58,19 +57,18 @@ else:
 class Job:
     """A command on machines.
 
-    name: a DNS label of at most 40 characters that depends on the workdir alone; schedulers know
-        the job by it.
-    arguments: of python, such as ("-m", "imagen_jax.train", ...), with buckets as gs://.
+    name: name of the job in schedulers, a DNS label of at most 40 characters made from the workdir.
+    arguments: arguments of python, such as ("-m", "imagen_jax.train", ...); paths in buckets are
+        written as gs://BUCKET/PATH.
     workdir: a directory or gs://BUCKET/PATH.
-    config: a training's config as the trainer will read it; empty for other verbs, whose end no
-        file shows.
-    topology: None on this machine.
+    config: resolved config of a training; empty for other commands, which write no progress.
+    topology: the accelerators; None on this machine.
     setup: shell commands to run on each machine before the command.
-    environment: variables of every process.
-    secrets: names of variables whose values come from the launcher's environment and are never
-        shown.
-    retries: restarts after a failure.
-    stage: the stage's name; empty for a single job.
+    environment: environment variables of every process.
+    secrets: names of environment variables whose values are passed on from the launcher and never
+        printed.
+    retries: maximum number of restarts after failures.
+    stage: name of the cascade stage; empty for a single job.
     """
 
     name: str
@@ -86,19 +84,19 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """The training's number of steps; 0 for other verbs."""
+        """Number of training steps; 0 for other commands."""
         return self.config["train"]["steps"] if self.config else 0
 
     @property
     def title(self) -> str:
-        """The name to show: the stage's, or the job's."""
+        """Display name: the stage's name, or else the job's."""
         return self.stage or self.name
 
     @property
     def record(self) -> Path:
-        """Directory of the launchers' own files.
+        """Directory of the launcher's own files.
 
-        It is in the workdir or, for a workdir in a bucket, in this user's cache.
+        It is in the workdir or, if the workdir is in a bucket, in the cache of this user.
         """
         if in_bucket(self.workdir):
             return Path("~/.cache/imagen_jax/launch").expanduser() / self.name
@@ -106,7 +104,7 @@ class Job:
 
     @property
     def buckets(self) -> tuple[str, ...]:
-        """Names of the buckets in the arguments, given as gs:// or below MOUNT."""
+        """Names of the buckets in the arguments, written as gs://NAME or MOUNT/NAME."""
         pattern = rf"(?:^|=)(?:{BUCKET}|{MOUNT}/)([^/]+)"
         names = (name for argument in self.arguments for name in re.findall(pattern, argument))
         return tuple(sorted(set(names)))
@@ -118,37 +116,37 @@ class Job:
 
     @property
     def install(self) -> str:
-        """`setup`, or commands that install the checkout and JAX on a bare machine."""
+        """Shell commands: `setup`, or by default those that install the checkout and JAX."""
         extra = "tpu" if self.topology.chip.platform == "tpu" else "cuda12"
         return self.setup or INSTALL.format(environment=ENVIRONMENT, extra=extra)
 
     def command(self, python: str = "python3") -> tuple[str, ...]:
-        """The command on the machines, where buckets are directories."""
+        """The command for the machines, with mount directories in place of gs://."""
         return (python, *(mounted(argument) for argument in self.arguments))
 
 
 def check_options(verb: str, options: Sequence[str]) -> None:
-    """Raises ValueError for options that the verb refuses, with its own message.
+    """Raises ValueError with the command's own message if it cannot parse the options.
 
-    Values that the verb checks later, such as paths, are not checked.
+    Values that the command checks later, such as paths, are not checked.
+
+    verb: the command, NAME of imagen_jax.NAME.
     """
     if verb not in VERBS:
-        raise ValueError(
-            f"{verb!r} is not a verb of imagen_jax; after -- give one of {', '.join(VERBS)}"
-        )
-    done = subprocess.run(
+        raise ValueError(f"unknown command {verb!r}: after -- give one of {', '.join(VERBS)}")
+    result = subprocess.run(
         (sys.executable, "-c", PARSE, f"imagen_jax.{verb}", *options),
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
     )
-    if done.returncode:
-        text = done.stderr.strip() or done.stdout.strip() or "no error message"
+    if result.returncode:
+        text = result.stderr.strip() or result.stdout.strip() or "no error message"
         raise ValueError(f"options of {verb}: {text.splitlines()[-1].rpartition('error: ')[2]}")
 
 
 def check_mesh(job: Job, devices: int, slices: int) -> None:
-    """Raises ValueError if a training's mesh or batch does not divide over its devices."""
+    """Raises ValueError if a training's mesh or batch is not divisible over its devices."""
     if not job.config:
         return
     from imagen_jax import sharding  # jax is slow to import, and --help does not need it
@@ -161,55 +159,55 @@ def check_mesh(job: Job, devices: int, slices: int) -> None:
 
 
 def check_inputs(job: Job, code: str) -> None:
-    """Raises ValueError if a training elsewhere would read a path that only this machine has.
+    """Raises ValueError if a training on other machines reads a path that exists only here.
 
-    code: directory of files that the other machines have too; "" for none.
+    code: directory whose files the other machines have too; "" for none.
     """
     if not job.config:
         return
-    # --init_from=PATH or --init_from PATH, of which the last applies
-    starts = re.findall(r"^--?init_from[=\n](.*)", "\n".join(job.arguments), re.MULTILINE)[-1:]
+    # --init_from=PATH or --init_from PATH; the last one counts.
+    pattern = r"^--?init_from[=\n](.*)"
+    init_paths = re.findall(pattern, "\n".join(job.arguments), re.MULTILINE)[-1:]
     inputs = [("--config.data.path", job.config["data"]["path"])]
     inputs += [
-        ("--init_from", path) for path in starts if path and not path.startswith("embedded:")
+        ("--init_from", path) for path in init_paths if path and not path.startswith("embedded:")
     ]
     for flag, path in inputs:
         check_path(path, flag)
         parents = Path(os.path.normpath(path)).parents
         if not (in_bucket(path) or Path(MOUNT) in parents or (code and Path(code) in parents)):
             raise ValueError(
-                f"{job.title}: {flag}={path} is a path of this machine, which the others do not"
-                f" have: give {BUCKET}BUCKET/PATH"
+                f"{job.title}: {flag}={path} exists only on this machine: give {BUCKET}BUCKET/PATH"
             )
 
 
 def in_bucket(path: str) -> bool:
-    """Whether a path is written as gs://."""
+    """Whether a path starts with gs://."""
     return path.startswith(BUCKET)
 
 
 def check_path(text: str, flag: str = "--workdir") -> None:
-    """Raises ValueError for an empty path, and for gs:// without a bucket's name."""
+    """Raises ValueError for an empty path, and for gs:// without a bucket name."""
     if not text.strip():
         raise ValueError(f"{flag} is empty: give a directory or {BUCKET}BUCKET/PATH")
     if in_bucket(text) and not re.match(r"[^/\s]", text.removeprefix(BUCKET)):
-        raise ValueError(f"{flag} {text} names no bucket: give {BUCKET}BUCKET/PATH")
+        raise ValueError(f"{flag} {text} has no bucket name: give {BUCKET}BUCKET/PATH")
 
 
 def mounted(argument: str) -> str:
-    """An argument whose gs:// path, alone or after "=", is replaced by the mounted directory."""
+    """The argument with gs:// (at its start or after "=") replaced by the mount directory."""
     return re.sub(rf"(^|=){BUCKET}", rf"\1{MOUNT}/", argument, count=1)
 
 
 def name_of(workdir: str) -> str:
-    """The name of the job that works in `workdir`: its last two parts and a hash of the path."""
+    """The job name for a workdir: its last two path components and a hash of the path."""
     full = workdir.rstrip("/") if in_bucket(workdir) else os.path.realpath(workdir)
-    end = "-".join(full.removeprefix(BUCKET).split("/")[-2:]).lower()
-    words = re.sub(r"[^a-z0-9]+", "-", end).strip("-")
-    if not words[:1].isalpha():
-        words = "r-" + words
+    components = "-".join(full.removeprefix(BUCKET).split("/")[-2:]).lower()
+    label = re.sub(r"[^a-z0-9]+", "-", components).strip("-")
+    if not label[:1].isalpha():
+        label = "r-" + label
     digest = hashlib.sha256(full.encode()).hexdigest()[:6]
-    return f"{words[: NAME_LENGTH - 7].rstrip('-')}-{digest}"
+    return f"{label[: NAME_LENGTH - 7].rstrip('-')}-{digest}"
 
 
 def exports(environment: Mapping[str, str]) -> list[str]:
@@ -218,7 +216,10 @@ def exports(environment: Mapping[str, str]) -> list[str]:
 
 
 def environment_of(assignments: Sequence[str]) -> dict[str, str]:
-    """{NAME: value} of NAME=VALUE. Raises ValueError for another form or a secret's name."""
+    """{NAME: value} of entries NAME=VALUE.
+
+    Raises ValueError if an entry has another form or its name looks like a secret.
+    """
     environment = {}
     for text in assignments:
         name, equals, value = text.partition("=")
@@ -226,15 +227,15 @@ def environment_of(assignments: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--env {name if equals else text} is not NAME=VALUE")
         if SECRET_NAME.search(name):
             raise ValueError(
-                f"--env {name}=... would be printed and stored: give --secret {name}, which is"
-                " taken from your environment"
+                f"--env {name}=... would be printed and stored: give --secret {name}, which passes"
+                " the value from your environment"
             )
         environment[name] = value
     return environment
 
 
 def check_secrets(names: Sequence[str]) -> tuple[str, ...]:
-    """The names. Raises ValueError if one is not a variable of this environment."""
+    """Returns the names. Raises ValueError if one is not set in this environment."""
     for name in names:
         if not re.fullmatch(VARIABLE, name) or name not in os.environ:
             raise ValueError(
@@ -245,7 +246,9 @@ def check_secrets(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_config(config: str, fields: Sequence[str]) -> dict[str, Any]:
-    """A training's config as the trainer will read it. Raises ValueError if it is invalid.
+    """Loads a config file with its overrides, exactly as the trainer does.
+
+    Raises ValueError if the config is invalid.
 
     config: FILE or FILE:ARG. fields: --config.optim.lr=3e-4, ...
     """
@@ -276,23 +279,24 @@ def training(
 ) -> Job:
     """The job of a training. Raises ValueError if its config is invalid.
 
-    fields: --config.FIELD=VALUE options. where: a key of places.PLACES; machines elsewhere read the
-    config from their own checkout. more: further options of train.
+    title: name of the stage. fields: --config.FIELD=VALUE options. where: a key of places.PLACES;
+    other machines read the config from their own checkout. more: further options of train.
     """
     content = read_config(config, fields)
     path = content["data"]["path"]
     if in_bucket(path) and not any(field.startswith("--config.data.path=") for field in fields):
-        fields = (*fields, f"--config.data.path={path}")  # buckets of arguments are mounted
+        # As an argument, so that its bucket is mounted.
+        fields = (*fields, f"--config.data.path={path}")
     file = config if where in ("local", "slurm") else inside_checkout(config)
-    own = (f"--config={file}", f"--workdir={workdir}")
-    arguments = ("-m", "imagen_jax.train", *own, *fields, *more)
+    config_options = (f"--config={file}", f"--workdir={workdir}")
+    arguments = ("-m", "imagen_jax.train", *config_options, *fields, *more)
     return Job(name_of(workdir), arguments, workdir, config=content, stage=title)
 
 
 def inside_checkout(config: str) -> str:
-    """FILE[:ARG] of a config relative to the checkout, where another machine has it.
+    """FILE[:ARG] of a config relative to the checkout, so that it is valid on other machines.
 
-    Raises ValueError if the file is elsewhere.
+    Raises ValueError if the file is not in the checkout.
     """
     path, colon, arg = config.partition(":")
     try:
@@ -305,21 +309,21 @@ def inside_checkout(config: str) -> str:
 
 @functools.cache
 def revision() -> str:
-    """The checkout's commit, with "+changes" if files differ from it; "" without git."""
-    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
+    """Commit of the checkout, with "+changes" if files differ from it; "" if git has none."""
+    run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
     try:
-        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-        changes = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+        commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
+        changes = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
     return commit + "+changes" * bool(changes)
 
 
 def uncommitted(path: str) -> bool:
-    """Whether a file of the checkout differs from the commit or is not in it."""
+    """Whether a file of the checkout differs from the commit or is not in the commit."""
     command = ["git", "status", "--porcelain", "--ignored", "--", path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return bool(done.stdout.strip())
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return bool(result.stdout.strip())
 
 
 def ask(
@@ -327,7 +331,7 @@ def ask(
 ) -> subprocess.CompletedProcess:
     """Runs the tool of a scheduler or cloud. Raises ValueError if it is not installed.
 
-    tool: how to get the tool. content: standard input.
+    tool: how to install the tool, for the message. content: standard input.
     """
     try:
         return subprocess.run(command, input=content, capture_output=True, text=True)
@@ -336,7 +340,7 @@ def ask(
 
 
 def refuse(done: subprocess.CompletedProcess, action: str) -> None:
-    """Raises ValueError with the tool's own message if it failed."""
+    """Raises ValueError with the tool's own message if its exit code is not 0."""
     if done.returncode:
         raise ValueError(f"{action} failed with exit code {done.returncode}: {said(done)}")
 
@@ -344,8 +348,8 @@ def refuse(done: subprocess.CompletedProcess, action: str) -> None:
 def said(done: subprocess.CompletedProcess) -> str:
     """The error message of a tool in one line.
 
-    It starts at the first line with ERROR, which says what to do, or has the last three lines.
-    Lines of kubectl's internal log are left out.
+    From the first line that starts with ERROR; without one, the last three lines. Lines of
+    kubectl's internal log are left out.
     """
     lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
     messages = [line for line in lines if not KLOG.match(line)]

@@ -1,4 +1,4 @@
-"""Runs jobs on this machine: each as one or several processes, restarted when one of them dies.
+"""Runs jobs on this machine. A job has one or more processes; all restart if one fails.
 
 The processes of a job connect over the loopback address. On CPU each has --devices virtual devices.
 The machine's GPUs or TPU chips belong to a single process (--processes=1, the default).
@@ -82,7 +82,7 @@ def render(jobs: Sequence[Job], options: flags.FlagValues) -> str:
 
 
 def _variables(options: flags.FlagValues, process: int, port: int | str) -> dict[str, str]:
-    """A process's variables: its place, its devices and the coordinator's loopback address."""
+    """Environment variables of a process: its index, devices and coordinator address."""
     # One process: JAX looks for no others, whatever cluster this machine belongs to.
     variables = {"JAX_NUM_PROCESSES": str(options.processes)}
     if options.processes > 1:
@@ -202,7 +202,7 @@ class Group:
 
 
 def _inherited(options: flags.FlagValues) -> dict[str, str]:
-    """This environment without other values for a process's place and number of devices."""
+    """This environment without variables that set the process index or number of devices."""
     place = re.compile("JAX_(COORDINATOR|NUM_PROC|PROCESS)")
     variables = {name: value for name, value in os.environ.items() if not place.match(name)}
     if options.devices:
@@ -275,7 +275,7 @@ class Attempts:
         status.record(self.job, "local", state, detail, self._attempt)
 
     def stop(self, number: int) -> None:
-        """Passes a signal on; the job is not started again."""
+        """Forwards a signal to the job, which is then not restarted."""
         self._retries, self._stopped = 0, True
         if self.code is None:
             notice = (
@@ -305,7 +305,7 @@ class Attempts:
 
 
 def run(jobs: Sequence[Job], options: flags.FlagValues) -> int:
-    """Runs all jobs side by side to their end; several jobs are shown in a table.
+    """Runs all jobs in parallel until they end; shows several jobs in a table.
 
     Returns 0, or the first exit code that is not 0. SIGINT and SIGTERM are passed on to all
     processes, which save and end; the exit code is then 130. A second signal kills them.
@@ -345,7 +345,7 @@ def _set_up(job: Job) -> None:
 
 
 def _watch(attempts: Sequence[Attempts], received: Sequence[int], board: "Board | None") -> None:
-    """Polls until all jobs have ended; passes on the first two signals in `received`."""
+    """Polls until all jobs have ended; forwards the first two signals in `received`."""
     passed_on = 0
     while True:
         for number in received[passed_on:2]:

@@ -1,4 +1,4 @@
-"""The hosts of a topology, and the clouds' names for it, with their sources.
+"""The hosts of a topology and its names in each cloud, with sources.
 
 The names are accelerator types, node labels and runtime images. Chip counts and tori are those of
 imagen_jax.hardware.topology.
@@ -55,7 +55,7 @@ class Machines:
 
     @property
     def total(self) -> int:
-        """The number of machines."""
+        """Number of machines."""
         return self.slices * self.hosts
 
 
@@ -88,5 +88,5 @@ def sky_accelerator(topology: Topology) -> str:
 
 
 def _count(topology: Topology) -> int:
-    """Chips of a slice, or cores where a chip has two: the clouds count so."""
+    """Size of a slice as clouds count it: chips, or cores if a chip has two."""
     return math.prod(topology.shape) * topology.chip.cores

@@ -1,4 +1,4 @@
-"""Where jobs can run, the options that all launchers share, and the check against double starts."""
+"""The backends on which jobs run, their common options, and the check against double starts."""
 
 import dataclasses
 import tempfile
@@ -20,47 +20,52 @@ PLACES: dict[str, ModuleType] = {
     "slurm": slurm,
     "sky": sky,
 }
-WATCHED = ("local", "tpu")  # the launcher stays until the job ends; the others only submit it
-CLOUDS = ("tpu", "gke", "sky")  # machines there read a training's data from buckets
+WATCHED = ("local", "tpu")  # the launcher runs until the job ends; other backends only submit it
+CLOUDS = ("tpu", "gke", "sky")  # the data of a training must be in a bucket or on all machines
 RETRIES = 3
 
 
 def define_flags(values: flags.FlagValues, required: bool) -> None:
-    """The options of all launchers. required: whether --where must be given."""
+    """Defines the common options and those of each backend.
+
+    required: whether --where is mandatory.
+    """
     flags.DEFINE_enum(
         "where",
         None,
         list(PLACES),
-        "this machine, Cloud TPU, GKE, SLURM or SkyPilot",
+        "backend: local (this machine), tpu (Cloud TPU), gke, slurm or sky (SkyPilot)",
         required=required,
         flag_values=values,
     )
     flags.DEFINE_string(
         "topology",
         "",
-        "machines of a job: v5e:16x16, 2xv5p:4x4x8, v4-512 (cores), h100:4x8 (nodes x GPUs)",
+        "accelerators of a job, such as v5e:16x16, 2xv5p:4x4x8 (two slices), v4-512 (cores) or"
+        " h100:4x8 (nodes x GPUs)",
         flag_values=values,
     )
     flags.DEFINE_string(
         "setup",
         "",
-        "shell commands to run on every machine before the job; default: install the package on"
-        " machines that start without it",
+        "shell commands to run on every machine before the job; default: install the package where"
+        " it is missing",
         flag_values=values,
     )
     flags.DEFINE_multi_string(
-        "env", [], "NAME=VALUE: a variable of every process", flag_values=values
+        "env", [], "NAME=VALUE: environment variable of every process", flag_values=values
     )
     flags.DEFINE_multi_string(
         "secret",
         [],
-        "name of a variable of your environment; its value is passed on and never shown",
+        "name of an environment variable of yours; its value is passed to the job and never"
+        " printed",
         flag_values=values,
     )
     flags.DEFINE_integer(
         "retries",
         RETRIES,
-        "restarts after a failure; preemptions of cloud machines are not counted",
+        "maximum number of restarts after failures; preemptions do not count",
         flag_values=values,
     )
     flags.DEFINE_bool(
@@ -69,12 +74,12 @@ def define_flags(values: flags.FlagValues, required: bool) -> None:
     flags.DEFINE_bool(
         "dry_run",
         False,
-        "only print what would run, and which jobs are running or finished",
+        "print the commands and the jobs that are running or finished; start nothing",
         flag_values=values,
     )
     flags.DEFINE_alias("dry-run", "dry_run", flag_values=values)
-    for place in PLACES.values():
-        place.define_flags(values)
+    for backend in PLACES.values():
+        backend.define_flags(values)
 
 
 def completed(
@@ -83,25 +88,25 @@ def completed(
     topologies: Sequence[str] = (),
     environments: Sequence[Sequence[str]] = (),
 ) -> list[Job]:
-    """The jobs with the machines and variables that the options give.
+    """The jobs with machines, setup, environment and retries from the options.
 
-    topologies, environments: those of single jobs, in the order of `jobs`. Raises ValueError for an
-    invalid combination, before anything starts.
+    topologies, environments: values per job, in the order of `jobs`; they override the options.
+    Raises ValueError for an invalid combination, before anything starts.
     """
     if options.retries < 0:
         raise ValueError(f"--retries={options.retries} is negative: give 0 or more")
-    shared, secrets = environment_of(options.env), check_secrets(options.secret)
+    common_environment, secrets = environment_of(options.env), check_secrets(options.secret)
     check_own_options(options)
     if options.where == "local":
         secrets = ()  # local processes inherit this environment
     complete = []
     for i, job in enumerate(jobs):
-        own = environment_of(environments[i]) if environments else {}
-        text = topologies[i] if topologies and topologies[i] else options.topology
+        job_environment = environment_of(environments[i]) if environments else {}
+        topology_text = topologies[i] if topologies and topologies[i] else options.topology
         settings = {
-            "topology": _topology(text, options.where, job),
+            "topology": _topology(topology_text, options.where, job),
             "setup": options.setup,
-            "environment": shared | own,
+            "environment": common_environment | job_environment,
             "secrets": secrets,
             "retries": options.retries,
         }
@@ -116,7 +121,7 @@ def completed(
 
 
 def _check_job(job: Job, options: flags.FlagValues) -> None:
-    """Raises ValueError if a job's paths or its mesh do not suit its machines."""
+    """Raises ValueError if a job's paths or its mesh are impossible on its machines."""
     if options.where == "local" and (in_bucket(job.workdir) or job.unmounted):
         raise ValueError(
             f"{job.title}: {job.unmounted or job.workdir} is in a bucket: mount it on this machine"
@@ -132,23 +137,26 @@ def _check_job(job: Job, options: flags.FlagValues) -> None:
 
 
 def check_own_options(options: flags.FlagValues) -> None:
-    """Raises ValueError for an option of a place other than --where, which would be ignored."""
-    for name, place in PLACES.items():
-        for flag in options.get_flags_for_module(place.__name__):
+    """Raises ValueError if an option of another backend is set; it would be ignored."""
+    for name, backend in PLACES.items():
+        for flag in options.get_flags_for_module(backend.__name__):
             if name != options.where and flag.value != flag.default:
                 raise ValueError(f"--{flag.name} is for --where {name}, not for {options.where}")
 
 
 def check_unused(options: flags.FlagValues) -> None:
-    """Raises ValueError for a launcher's option without --where, which would be ignored."""
-    for module in (__name__, *(place.__name__ for place in PLACES.values())):
+    """Raises ValueError if a launcher option is set without --where; it would be ignored."""
+    for module in (__name__, *(backend.__name__ for backend in PLACES.values())):
         for flag in options.get_flags_for_module(module):
             if flag.name not in ("dry_run", "dry-run") and flag.value != flag.default:
                 raise ValueError(f"--{flag.name} needs --where")
 
 
 def _topology(text: str, where: str, job: Job) -> topology.Topology | None:
-    """Raises ValueError if --topology is missing, or given for this machine."""
+    """The parsed --topology; None for --where local.
+
+    Raises ValueError if it is missing, or given with --where local.
+    """
     if where == "local":
         if text:
             raise ValueError(
@@ -168,14 +176,14 @@ def start(jobs: Sequence[Job], options: flags.FlagValues) -> int:
 
     Returns the exit code.
     """
-    place = PLACES[options.where]
+    backend = PLACES[options.where]
     to_start = []
     for job in jobs:
         state, detail = standing(job, options)
         if state in ("finished", "running", "waiting"):
             print(
-                f"{job.title}: {state} already{f' ({detail})' if detail else ''}, not started"
-                f" again; its workdir: {job.workdir}",
+                f"{job.title}: already {state}{f' ({detail})' if detail else ''}, not started"
+                f" again; workdir: {job.workdir}",
                 flush=True,
             )
         else:
@@ -184,16 +192,16 @@ def start(jobs: Sequence[Job], options: flags.FlagValues) -> int:
         return 0
     if options.dry_run:
         for job in to_start:
-            if options.where == "local":  # other launchers may run on another machine later
+            if options.where == "local":  # other backends may create it on another machine
                 check_can_be_made(job.record)
-        print(place.render(to_start, options))
+        print(backend.render(to_start, options))
         return 0
     for job in to_start:
         try:
             job.record.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--workdir: cannot make {job.record}: {error.strerror}") from error
-    return (place.run if options.where in WATCHED else place.submit)(to_start, options)
+            raise ValueError(_cannot_create(job.record, error)) from error
+    return (backend.run if options.where in WATCHED else backend.submit)(to_start, options)
 
 
 def check_can_be_made(directory: Path) -> None:
@@ -202,30 +210,38 @@ def check_can_be_made(directory: Path) -> None:
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise ValueError(f"--workdir: cannot make {directory}: {error.strerror}") from error
+        raise ValueError(_cannot_create(directory, error)) from error
+
+
+def _cannot_create(directory: Path, error: OSError) -> str:
+    return f"--workdir: cannot create {directory} ({error.strerror}): give another directory"
 
 
 def standing(job: Job, options: flags.FlagValues) -> tuple[str, str]:
-    """The job's (state, detail) by its workdir and, where that is not conclusive, its scheduler.
+    """(state, detail) of the job, from its workdir or, if that is not conclusive, its scheduler.
 
-    With --dry_run a missing tool or an unreachable cluster is reported, not an error: then the
-    workdir alone decides.
+    With --dry_run, a missing tool or an unreachable cluster is printed instead of raised, and the
+    state comes from the workdir alone.
     """
     row = status.read(job)
-    by_age = row.state == "running" and in_bucket(job.workdir)  # a recent row, not a lock
-    if row.state == "finished" or (row.state == "running" and not by_age):
+    # Buckets have no locks: there, "running" means only that the newest row of metrics is recent.
+    inferred_from_age = row.state == "running" and in_bucket(job.workdir)
+    if row.state == "finished" or (row.state == "running" and not inferred_from_age):
         return row.state, row.detail
     try:
         state = PLACES[options.where].find(job, options)
     except ValueError as error:
         if not options.dry_run:
             raise
-        print(f"# {job.title}: cannot tell whether it runs: {error}")
+        print(f"# {job.title}: cannot determine whether it is running: {error}")
         state = ""
     if state == "finished" and job.steps and row.state != "unreadable":
-        state = "ended"  # the job ended, but its files show that steps are left
+        state = "ended"  # the scheduler's job ended before the last training step
     if row.state == "unreadable" and not state:
         print(f"# {job.title}: cannot read its progress: {row.detail}", flush=True)
-    if by_age and not state and options.where != "tpu":
-        return "running", "it wrote a row minutes ago, though not as a job of this cluster"
+    if inferred_from_age and not state and options.where != "tpu":
+        return (
+            "running",
+            "its metrics were updated minutes ago, but no job of this cluster has its name",
+        )
     return state, options.where if state else ""

@@ -107,11 +107,11 @@ def find(job: Job, options: flags.FlagValues) -> str:
 
 
 def submit(jobs: Sequence[Job], options: flags.FlagValues) -> int:
-    """Hands the tasks to SkyPilot, one managed job each."""
+    """Submits the tasks to SkyPilot, each as a managed job."""
     for job in jobs:
         path = job.record / TASK
         path.write_text(render([job], options))
-        # Secrets go by name: sky reads their values from the environment.
+        # Secrets are passed by name: sky reads their values from the environment.
         secrets = [part for name in job.secrets for part in ("--secret", name)]
         command = ("sky", "jobs", "launch", "--yes", "--detach-run", *secrets, str(path))
         refuse(ask(command, TOOL), "sky jobs launch")

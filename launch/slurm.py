@@ -102,7 +102,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def check(jobs: Sequence[Job], options: flags.FlagValues) -> None:
-    """Raises ValueError for options and jobs that this launcher cannot hand to SLURM."""
+    """Raises ValueError for options and jobs that SLURM cannot run."""
     for job in jobs:
         if in_bucket(job.workdir) or job.unmounted:
             raise ValueError(
@@ -173,7 +173,7 @@ def name_of(jobs: Sequence[Job]) -> str:
 
 
 def script(jobs: Sequence[Job], options: flags.FlagValues) -> str:
-    """The sbatch script of one job, or of several side by side on separate nodes."""
+    """The sbatch script of one job, or of several in parallel on separate nodes."""
     sizes = [machines.of(job.topology) for job in jobs]
     directives = {
         "job-name": name_of(jobs),
@@ -280,7 +280,7 @@ def find(job: Job, options: flags.FlagValues) -> str:
 
 
 def submit(jobs: Sequence[Job], options: flags.FlagValues) -> int:
-    """Hands one script for all jobs to sbatch."""
+    """Submits one script for all jobs with sbatch."""
     text = script(jobs, options)
     path = jobs[0].record / SCRIPT
     path.write_text(text)

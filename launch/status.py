@@ -38,7 +38,7 @@ COLUMNS = ("stage", "state", "step", "loss", "images/s", "left", "checkpoint", "
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One training's line of the table; unknown numbers are nan.
+    """The line of one training in the table; unknown numbers are nan.
 
     state: not started, running, finished, failed, preempted, waiting, submitted, stopped or
         unreadable.
@@ -113,7 +113,7 @@ class Place:
 
 
 def read(job: Job) -> Row:
-    """The state of a job by its files.
+    """The state of a job, from its files.
 
     A lock that is held means running. If the training does not run, the launcher's record gives the
     reason.
@@ -158,7 +158,7 @@ def read(job: Job) -> Row:
 
 
 def record(job: Job, where: str, state: str, detail: str = "", attempt: int = 0) -> None:
-    """Writes the launcher's record, which `read` reads."""
+    """Writes the launcher's status file of a job, for `read`."""
     content = {
         "where": where,
         "name": job.name,
@@ -199,7 +199,7 @@ def _config(place: Place) -> tuple[int, int]:
 
 
 def _record(job: Job) -> tuple[str, str, int]:
-    """(state, detail, steps) of the launcher's record."""
+    """(state, detail, steps) in the launcher's status file."""
     content = _tail(job.record / RECORD)
     with _reading(str(job.record / RECORD)):
         entry = _object(content)
@@ -281,7 +281,7 @@ def span(seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit code."""
+    """Runs the command line and returns the exit code."""
     return command_line.run(_main, argv)
 
 

@@ -74,7 +74,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit code."""
+    """Runs the command line and returns the exit code."""
     return command_line.run(_main, argv)
 
 
@@ -213,7 +213,7 @@ def start_missing_trainings(
     open_steps = [step for step in steps if not step.finished]
     jobs = [job_of(ablation, step, options, bucket) for step in open_steps]
     jobs = places.completed(jobs, options)
-    # Cloud TPU jobs are supervised together, to their end; local jobs run one after the other.
+    # Cloud TPU jobs are supervised in parallel; local jobs run one after the other.
     groups = [jobs] * bool(jobs) if options.where == "tpu" else [[job] for job in jobs]
     for group in groups:
         if code := places.start(group, options):

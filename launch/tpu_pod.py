@@ -1,8 +1,8 @@
 """Cloud TPU pods: requests a queued resource, runs the job on its workers and handles preemption.
 
-The workers get the code as the archive of a commit. The job runs in the background there; ssh only
-starts and watches it. So a lost connection or an ended launcher leaves the job running, and the
-same command watches it again.
+The workers receive an archive of the commit. The job runs there in the background; ssh only starts
+it and follows its log. If the connection is lost or the launcher ends, the job continues, and the
+same command follows it again.
 """
 
 import concurrent.futures
@@ -28,7 +28,7 @@ from launch.tpu_worker import files, run_script, watch_command, written
 
 POLL_S = 30.0
 SSH_FAILED = 255
-WITHOUT_CHANGES = "this checkout has uncommitted changes: the workers get the commit without them"
+WITHOUT_CHANGES = "this checkout has uncommitted changes, which the workers do not get"
 RECONNECTS = 20  # consecutive failures of ssh to machines that the cloud reports as healthy
 _print_lock = threading.Lock()
 
@@ -42,9 +42,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "runtime", "", "image of the TPU VMs; default: the chip's image", flag_values=values
     )
-    flags.DEFINE_bool(
-        "keep", False, "keep the queued resource when the job has ended", flag_values=values
-    )
+    flags.DEFINE_bool("keep", False, "keep the queued resource after the job", flag_values=values)
 
 
 def check(jobs: Sequence[Job], options: flags.FlagValues) -> None:
@@ -63,7 +61,7 @@ def check(jobs: Sequence[Job], options: flags.FlagValues) -> None:
         config = configs[0].removeprefix(flag).partition(":")[0] if configs else ""
         if config and uncommitted(config):
             raise ValueError(
-                f"{config} differs from the commit, which is what the workers get: commit it first"
+                f"{config} has uncommitted changes, and the workers get the commit: commit it first"
             )
 
 
@@ -94,12 +92,12 @@ def changed() -> bool:
 
 
 def find(job: Job, options: flags.FlagValues) -> str:
-    """Always "": `supervise` takes up a resource that exists."""
+    """Always "" (unknown): `supervise` attaches to a resource that exists."""
     return ""
 
 
 def run(jobs: Sequence[Job], options: flags.FlagValues) -> int:
-    """Supervises all jobs side by side to their end; 0 or the first exit code that is not 0."""
+    """Supervises all jobs in parallel until they end. Returns the first nonzero exit code, or 0."""
     if not shutil.which("gcloud"):
         raise ValueError(f"gcloud is not on PATH: {TOOL}")
     if changed():
@@ -115,7 +113,7 @@ def run(jobs: Sequence[Job], options: flags.FlagValues) -> int:
 
     with contextlib.ExitStack() as stack:
         for job in jobs:
-            stack.enter_context(only_process(job.record, "looking after"))
+            stack.enter_context(only_process(job.record, "supervising the job of"))
         threads = [threading.Thread(target=supervise_one, args=(job,), daemon=True) for job in jobs]
         for thread in threads:
             thread.start()
@@ -133,9 +131,9 @@ def run(jobs: Sequence[Job], options: flags.FlagValues) -> int:
 
 
 def supervise(job: Job, options: flags.FlagValues, poll_s: float = POLL_S) -> int:
-    """Runs one job to its end; the exit code.
+    """Runs one job to completion and returns its exit code.
 
-    It creates the job's queued resource or takes up an existing one, runs again after each
+    Creates the job's queued resource or attaches to an existing one. Restarts after every
     preemption, and at most `job.retries` times after other failures.
     """
     commands = Commands(job, options)
@@ -145,28 +143,30 @@ def supervise(job: Job, options: flags.FlagValues, poll_s: float = POLL_S) -> in
         outcome = _attempt(job, commands, resource, poll_s)
         failures += outcome.kind in ("not served", "crashed", "faulty")
         preemptions += outcome.kind == "preempted"
-        attempt = failures + preemptions
+        attempt_number = failures + preemptions
         if outcome.kind in ("finished", "refused", "out of reach") or failures > job.retries:
             state = "finished" if outcome.kind == "finished" else "failed"
-            _report(job, state, outcome.reason, attempt)
+            _report(job, state, outcome.reason, attempt_number)
             if options.keep or outcome.kind == "out of reach":
                 _print(
-                    f"{job.title}: its queued resource is kept and costs money until you run"
+                    f"{job.title}: its queued resource still exists and is billed until you run"
                     f" {shlex.join(commands.delete())}"
                 )
             else:
                 resource.delete()
             return outcome.code
-        counts = f"{preemptions} preemptions, {failures} of {job.retries + 1} failures"
+        counts = (
+            f"preemptions: {preemptions}, failures: {failures} (retries: at most {job.retries})"
+        )
         state = "preempted" if outcome.kind == "preempted" else "waiting"
-        _report(job, state, f"{outcome.reason}; {counts}", attempt)
+        _report(job, state, f"{outcome.reason}; {counts}", attempt_number)
         if outcome.kind != "crashed":
             resource.delete()
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The end of an attempt. code: the launcher's exit code if no other attempt follows.
+    """How an attempt ended. code: exit code of the launcher if no other attempt follows.
 
     Kinds:
         finished
@@ -184,12 +184,15 @@ class Outcome:
 
 
 def _attempt(job: Job, commands: Commands, resource: QueuedResource, poll_s: float) -> Outcome:
-    """Runs the job once, from the resource's present state."""
-    while (state := resource.state()[0]) == "DELETING":  # an earlier one of the same name
+    """Makes one attempt, from the current state of the resource."""
+    # An earlier resource of the same name is still being deleted.
+    while (state := resource.state()[0]) == "DELETING":
         time.sleep(poll_s)
     if not state:
         resource.request()
-    state, reason = resource.wait(lambda state: _report(job, "waiting", f"queued resource {state}"))
+    state, reason = resource.wait(
+        lambda new_state: _report(job, "waiting", f"queued resource {new_state}")
+    )
     if state != "ACTIVE":
         kind = "not served" if state == "FAILED" else "preempted"
         return Outcome(kind, f"queued resource {state}{f': {reason}' if reason else ''}")
@@ -202,11 +205,12 @@ def _run_to_its_end(
 ) -> Outcome:
     """Runs the job on existing machines.
 
-    A lost connection is made again, without a limit if there has been one.
+    Reconnects after a lost connection: without limit once the machines were reached, and otherwise
+    until RECONNECTS consecutive failures.
     """
-    attempt, lost, reached = uuid.uuid4().hex[:12], 0, False
+    attempt_id, ssh_failures, ever_connected = uuid.uuid4().hex[:12], 0, False
     while True:
-        code, connected = _on_all_workers(job, commands, attempt)
+        code, connected = _on_all_workers(job, commands, attempt_id)
         if code == 0:
             return Outcome("finished", code=0)
         if not resource.healthy():
@@ -216,26 +220,27 @@ def _run_to_its_end(
         if code != SSH_FAILED:
             kind = "faulty" if code == exit_codes.HARDWARE else "crashed"
             return Outcome(kind, f"exit code {code}")
-        reached |= connected
-        lost = 0 if connected else lost + 1
-        if lost >= RECONNECTS and not reached:
+        ever_connected |= connected
+        ssh_failures = 0 if connected else ssh_failures + 1
+        if ssh_failures >= RECONNECTS and not ever_connected:
             return Outcome(
                 "crashed" if resource.created else "out of reach",
-                f"ssh failed {lost} times to reach its machines, which the cloud reports as"
-                " healthy",
+                f"ssh did not reach its machines in {ssh_failures} tries, but the cloud reports"
+                " them as healthy",
             )
-        if lost and lost % RECONNECTS == 0:
+        if ssh_failures and ssh_failures % RECONNECTS == 0:
             _print(
-                f"{job.title}: ssh failed {lost} times to reach its machines; the job goes on, and"
-                " ssh is repeated"
+                f"{job.title}: ssh did not reach its machines in {ssh_failures} tries; the job"
+                " continues; retrying ssh"
             )
         time.sleep(poll_s)
 
 
-def _on_all_workers(job: Job, commands: Commands, attempt: str) -> tuple[int, bool]:
-    """Runs or watches the job on all workers of all slices, and prints their output.
+def _on_all_workers(job: Job, commands: Commands, attempt_id: str) -> tuple[int, bool]:
+    """Starts the job on all workers of all slices or follows it, and prints their output.
 
-    Returns (the first exit code that is not 0, whether all slices were reached).
+    Returns (exit code, whether all slices were reached). The exit code is the first nonzero one of
+    the job, else SSH_FAILED if ssh failed, else 0.
     """
     with (
         written(job) as directory,
@@ -244,19 +249,22 @@ def _on_all_workers(job: Job, commands: Commands, attempt: str) -> tuple[int, bo
 
         def on_slice(node: str) -> tuple[int, bool]:
             paths = [str(directory / name) for name in files(job)]
-            steps = (commands.ssh(node, f"mkdir -p {job.name}"), commands.copy(paths, node))
-            for command in steps:
+            upload_commands = (
+                commands.ssh(node, f"mkdir -p {job.name}"),
+                commands.copy(paths, node),
+            )
+            for command in upload_commands:
                 if ask(command, TOOL).returncode:
                     return SSH_FAILED, False
-            return _pass_on(job, commands.ssh(node, watch_command(job, attempt))), True
+            return _stream_output(job, commands.ssh(node, watch_command(job, attempt_id))), True
 
         codes, reached = zip(*pool.map(on_slice, commands.nodes))
     failed = sorted((code for code in codes if code), key=lambda code: code == SSH_FAILED)
     return failed[0] if failed else 0, all(reached)
 
 
-def _pass_on(job: Job, command: Sequence[str]) -> int:
-    """Runs a command and prints its output with the job's title; its exit code."""
+def _stream_output(job: Job, command: Sequence[str]) -> int:
+    """Runs a command, prints its output prefixed with the job's title, returns its exit code."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -110,7 +110,7 @@ def test_files_are_small_and_bfloat16():
     """
     assert sum(path.stat().st_size for path in pathlib.Path(DIRECTORY).iterdir()) < 12e6
     with safetensors.safe_open(DIRECTORY / "model.safetensors", framework="numpy") as weights:
-        slices = [weights.get_slice(name) for name in weights]
+        slices = [weights.get_slice(name) for name in weights.keys()]
         assert {s.get_dtype() for s in slices} == {"BF16"}
         assert sum(np.prod(s.get_shape()) for s in slices) == 4_360_064
     notice = (DIRECTORY / "NOTICE").read_text()

@@ -51,4 +51,6 @@ def test_a_verb_ends_with_the_code_and_one_line(error, code, monkeypatch, capsys
 
     cli.run(lambda: None, main)
     assert exits == [code]
-    assert capsys.readouterr().err.splitlines() == [f"error: {error}"]
+    message = error.strerror if isinstance(error, OSError) else str(error)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {message}")

@@ -73,15 +73,19 @@ def guide(denoise_fn: DenoiseFn, guidance: Guidance) -> DenoiseFn:
     if guidance.w == 1.0:
         return denoise_fn
 
-    def both(z: Array, logsnr: Array, cond: Cond) -> Array:
+    def both(
+        z: Float[Array, "b *d"], logsnr: Float[Array, "b"], cond: Cond
+    ) -> Float[Array, "b *d"]:
         twice = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, null_text(cond))
         output = denoise_fn(jnp.concatenate([z, z]), jnp.concatenate([logsnr, logsnr]), twice)
         return guidance.combine(*jnp.split(output.astype(jnp.float32), 2), logsnr)
 
-    def one(z: Array, logsnr: Array, cond: Cond) -> Array:
+    def one(z: Float[Array, "b *d"], logsnr: Float[Array, "b"], cond: Cond) -> Float[Array, "b *d"]:
         return denoise_fn(z, logsnr, cond).astype(jnp.float32)
 
-    def guided(z: Array, logsnr: Array, cond: Cond) -> Array:
+    def guided(
+        z: Float[Array, "b *d"], logsnr: Float[Array, "b"], cond: Cond
+    ) -> Float[Array, "b *d"]:
         if "text" not in cond:  # both evaluations would be equal, and the weights sum to 1
             return denoise_fn(z, logsnr, cond)
         if guidance.everywhere:

@@ -36,7 +36,9 @@ class Process(Protocol):
     Losses, samplers and evaluations access both through this interface only.
     """
 
-    def alpha_sigma(self, logsnr: LogSNR, ndim: int) -> tuple[Array, Array]:
+    def alpha_sigma(
+        self, logsnr: LogSNR, ndim: int
+    ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
         """(alpha, sigma) in fp32, shaped [b, 1, ..., 1] with `ndim` dimensions."""
 
     def diffuse(self, x: Images, eps: Images, logsnr: LogSNR) -> Images:

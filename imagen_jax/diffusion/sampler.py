@@ -1,8 +1,8 @@
 """Samplers, and the compiled loop that runs any of them on any grid of noise levels.
 
-A sampler keeps a carry in addition to z: `init` creates it, `step` moves from one noise level to
-the next, and `finish` returns x. Each sample draws its noise from its own key, so an image depends
-on its own key and conditioning only, not on the rest of the batch.
+A sampler may carry state in addition to z. `init` creates the carry, `step` goes from one noise
+level to the next, and `finish` returns x. Each image has its own PRNG key, so it depends on that
+key and on its conditioning, but not on the rest of the batch.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from imagen_jax.diffusion.conditioning import Cond
 from imagen_jax.diffusion.guidance import Guidance, Threshold, guide
@@ -26,12 +26,12 @@ Predict = Callable[[Float[Array, "b *d"], Float[Array, "b"]], Float[Array, "b *d
 class Step:
     """One step of the loop, from log-SNR `logsnr_t` to `logsnr_s`, both [b], logsnr_s > logsnr_t.
 
-    `noise()` draws new standard normal noise of the shape of z.
+    `noise()` returns the standard normal noise [b *d] of this step.
     """
 
     logsnr_t: Float[Array, "b"]
     logsnr_s: Float[Array, "b"]
-    noise: Callable[[], Array]
+    noise: Callable[[], Float[Array, "b *d"]]
 
 
 class Sampler:
@@ -50,7 +50,7 @@ class Sampler:
     def finish(
         self, predict: Predict, z: Float[Array, "b *d"], carry: Carry, logsnr: Float[Array, "b"]
     ) -> Float[Array, "b *d"]:
-        """x from the last z: x-hat, with no noise added."""
+        """The final image: x-hat at the last z."""
         return predict(z, logsnr)
 
 
@@ -59,8 +59,8 @@ class DDIM(Sampler):
     """DDIM (Song et al. 2021; eq. 6): deterministic, first order."""
 
     def step(
-        self, process: Process, predict: Predict, z: Array, carry: Carry, at: Step
-    ) -> tuple[Array, Carry]:
+        self, process: Process, predict: Predict, z: Float[Array, "b *d"], carry: Carry, at: Step
+    ) -> tuple[Float[Array, "b *d"], Carry]:
         return ddim_step(process, z, predict(z, at.logsnr_t), at.logsnr_t, at.logsnr_s), carry
 
 
@@ -68,7 +68,7 @@ class DDIM(Sampler):
 class Ancestral(Sampler):
     """The ancestral sampler (eq. 5): stochastic.
 
-    `gamma` in [0, 1] interpolates the logarithm of the variance between its lower and upper bound.
+    `gamma` in [0, 1] interpolates the log variance from its lower (0) to its upper bound (1).
     """
 
     gamma: float
@@ -78,8 +78,8 @@ class Ancestral(Sampler):
             raise ValueError(f"sampling.gamma is {self.gamma}; it must be from 0 to 1")
 
     def step(
-        self, process: Process, predict: Predict, z: Array, carry: Carry, at: Step
-    ) -> tuple[Array, Carry]:
+        self, process: Process, predict: Predict, z: Float[Array, "b *d"], carry: Carry, at: Step
+    ) -> tuple[Float[Array, "b *d"], Carry]:
         x = predict(z, at.logsnr_t)
         z = ancestral_step(process, z, x, at.logsnr_t, at.logsnr_s, at.noise(), self.gamma)
         return z, carry
@@ -89,16 +89,17 @@ class Ancestral(Sampler):
 class DPMSolver2M(Sampler):
     """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order.
 
-    It evaluates the network once per step. The carry is (x-hat of the previous step, h of the
-    previous step), where h is the step in log(alpha / sigma). The first step is a DDIM step.
+    It evaluates the network once per step. The carry holds x-hat [b *d] and the step size h [b] of
+    the previous step, h in log(alpha / sigma). The first step is a DDIM step: its previous h is
+    infinite, which makes the slope 0.
     """
 
-    def init(self, z: Array) -> Carry:
+    def init(self, z: Float[Array, "b *d"]) -> Carry:
         return jnp.zeros_like(z), jnp.full(z.shape[0], jnp.inf, z.dtype)
 
     def step(
-        self, process: Process, predict: Predict, z: Array, carry: Carry, at: Step
-    ) -> tuple[Array, Carry]:
+        self, process: Process, predict: Predict, z: Float[Array, "b *d"], carry: Carry, at: Step
+    ) -> tuple[Float[Array, "b *d"], Carry]:
         x_before, h_before = carry
         x, h = predict(z, at.logsnr_t), 0.5 * (at.logsnr_s - at.logsnr_t)
         slope = (0.5 * h / h_before).reshape(h.shape + (1,) * (z.ndim - 1))
@@ -116,9 +117,9 @@ def ddim_step(
     logsnr_t: Float[Array, "b"],
     logsnr_s: Float[Array, "b"],
 ) -> Float[Array, "b *d"]:
-    """z_s = alpha_s x + sigma_s eps (eq. 6), with eps recomputed from x.
+    """z_s = alpha_s x + sigma_s eps (eq. 6), where eps is the noise consistent with x and z.
 
-    x is the guided and thresholded x-hat at z.
+    x: guided and thresholded x-hat at z.
     """
     alpha_s, sigma_s = process.alpha_sigma(logsnr_s, z.ndim)
     return alpha_s * x + sigma_s * process.eps_from_x(x, z, logsnr_t)
@@ -147,7 +148,7 @@ def ancestral_step(
 
 
 def sample_noise(keys: Key[Array, "b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    """Standard normal noise [b, *shape], each sample from its own key."""
+    """Standard normal noise [b, *shape], with one key per sample."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
@@ -161,10 +162,12 @@ def integrate(
 ) -> tuple[Float[Array, "b *d"], Carry]:
     """Runs the sampler from z at the first of `levels` to the last one.
 
-    z is noise or a noised image. Returns (z, carry) at the last level.
+    z: noise, or an image with the noise of levels[0]. Returns (z, carry) at the last level.
     """
 
-    def step(i: Array, state: tuple[Array, Carry]) -> tuple[Array, Carry]:
+    def step(
+        i: Int[Array, ""], state: tuple[Float[Array, "b *d"], Carry]
+    ) -> tuple[Float[Array, "b *d"], Carry]:
         z, carry = state
         noise = lambda: sample_noise(jax.vmap(jax.random.fold_in, (0, None))(keys, i), z.shape[1:])
         t, s = jnp.full(keys.shape, levels[i]), jnp.full(keys.shape, levels[i + 1])
@@ -185,7 +188,7 @@ def sample(
     guidance: Guidance,
     threshold: Threshold,
 ) -> Float[Array, "b ..."]:
-    """Draws images x [b, *shape] from noise, with one network evaluation at each of `levels`.
+    """Draws images x [b, *shape] from noise, with one (guided) network evaluation per level.
 
     Args:
         denoise_fn: the network.
@@ -194,16 +197,16 @@ def sample(
         cond: conditioning of the batch.
         process: forward process and prediction.
         levels: log-SNRs [n], ascending.
-        sampler: the method.
+        sampler: the sampling algorithm.
         guidance, threshold: applied at every evaluation.
     """
     guided = guide(denoise_fn, guidance)
     init_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
 
-    def predict(z: Array, logsnr: Array) -> Array:
+    def predict(z: Float[Array, "b *d"], logsnr: Float[Array, "b"]) -> Float[Array, "b *d"]:
         return threshold(process.x_from_output(guided(z, logsnr, cond), z, logsnr))
 
-    at = lambda i: jnp.full(keys.shape, levels[i])
-    z = process.prior(sample_noise(init_keys, shape), at(0))
+    logsnr_at = lambda i: jnp.full(keys.shape, levels[i])
+    z = process.prior(sample_noise(init_keys, shape), logsnr_at(0))
     z, carry = integrate(sampler, process, predict, z, step_keys, levels)
-    return sampler.finish(predict, z, carry, at(-1))
+    return sampler.finish(predict, z, carry, logsnr_at(-1))

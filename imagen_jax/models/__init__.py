@@ -1,6 +1,6 @@
 """The networks, in Flax Linen: `unet.UNet` (base stage) and `efficient_unet.EfficientUNet` (SR).
 
 Both are called as `model(z, logsnr, cond)` and return an array of the shape of z. A network must
-not know time steps, schedules or meshes: it gets `logsnr` and a callable `constrain`, which it
-applies to activations at block boundaries.
+not depend on time steps, schedules or meshes: it receives `logsnr` and a callable `constrain`,
+which it applies to activations at block boundaries.
 """

@@ -62,7 +62,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         h: Float[Array, "b h w c"],
-        text: Float[Array, "b l e"] | None,
+        text: Float[Array, "b l d"] | None,
         text_mask: Bool[Array, "b l"] | None,
     ) -> Float[Array, "b h w c"]:
         b, height, width, c = h.shape
@@ -125,22 +125,22 @@ class TextPool(nn.Module):
 
     @nn.compact
     def __call__(
-        self, text: Float[Array, "b l e"], text_mask: Bool[Array, "b l"]
-    ) -> Float[Array, "b t"]:
-        e = text.shape[-1]
+        self, text: Float[Array, "b l d"], text_mask: Bool[Array, "b l"]
+    ) -> Float[Array, "b e"]:
+        d = text.shape[-1]
         if self.pooling not in POOLINGS:
             raise ValueError(f"model.pooling is {self.pooling!r}; it must be one of {POOLINGS}")
-        if e % self.heads:
-            raise ValueError(f"text width {e} does not divide into {self.heads} pooling heads")
+        if d % self.heads:
+            raise ValueError(f"text width {d} does not divide into {self.heads} pooling heads")
         text = nn.LayerNorm(dtype=self.dtype, name="norm")(text)
         weight = text_mask[..., None].astype(jnp.float32)
         mean = jnp.sum(text * weight, axis=1) / jnp.sum(weight, axis=1)
         if self.pooling == "mean":
             return nn.Dense(self.features, dtype=self.dtype, name="out")(mean)
         query = mean.astype(self.dtype) + self.param(
-            "query", nn.initializers.normal(e**-0.5), (e,)
+            "query", nn.initializers.normal(d**-0.5), (d,)
         )[None].astype(self.dtype)
-        q = nn.Dense(e, dtype=self.dtype, name="q")(query)
-        k, v = Projections(2, e, self.dtype, name="kv")(text)
+        q = nn.Dense(d, dtype=self.dtype, name="q")(query)
+        k, v = Projections(2, d, self.dtype, name="kv")(text)
         pooled = attend(q[:, None], ((k, v, text_mask),), self.heads)[:, 0]
         return nn.Dense(self.features, dtype=self.dtype, name="out")(pooled)

@@ -47,7 +47,7 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h: Float[Array, "b h w c"], emb: Float[Array, "b t"], train: bool
+        self, h: Float[Array, "b h w c"], emb: Float[Array, "b e"], train: bool
     ) -> Float[Array, "b h2 w2 c2"]:
         resample = lambda h: (
             h if self.resample == "none" else self.constrain(RESAMPLE[self.resample](h))
@@ -93,7 +93,7 @@ class Conditioning(nn.Module):
     @nn.compact
     def __call__(
         self, logsnr: Float[Array, "b"], cond: dict[str, Array]
-    ) -> tuple[Float[Array, "b t"], Float[Array, "b l e"] | None, Bool[Array, "b l"] | None]:
+    ) -> tuple[Float[Array, "b e"], Float[Array, "b l d"] | None, Bool[Array, "b l"] | None]:
         level = lambda name: NoiseLevelEmbedding(
             self.sinusoid_features, self.features, self.dtype, name=name
         )

@@ -47,8 +47,8 @@ class Blocks(nn.Module):
     def __call__(
         self,
         h: Float[Array, "b h w c"],
-        emb: Float[Array, "b t"],
-        text: Float[Array, "b l e"] | None,
+        emb: Float[Array, "b e"],
+        text: Float[Array, "b l d"] | None,
         mask: Bool[Array, "b l"] | None,
         train: bool,
     ) -> Float[Array, "b h2 w2 c2"]:
@@ -83,8 +83,8 @@ class Blocks(nn.Module):
 class EfficientUNet(nn.Module):
     """The network output (eps, x, v or u) [b h w 3] from (z, logsnr, cond).
 
-    With `lowres`, cond holds "lowres" [b h' w' 3] and "lowres_logsnr" [b]. The embedding is 4 *
-    widths[0] wide.
+    With `lowres`, cond holds "lowres" [b h' w' 3] and "lowres_logsnr" [b]. The conditioning
+    embedding has 4 * widths[0] features.
 
     Fields:
         widths: channels of each level.
@@ -92,15 +92,15 @@ class EfficientUNet(nn.Module):
         attention: per level "none", "fused", "self" or "cross" (text only; the 1024 stage, which
             trains on crops and samples full images, has no self-attention).
         heads: number of attention heads.
-        cond_dim: width of the projected text; 0 for a model without text.
+        cond_dim: width of the projected text features; 0 for a model without text.
         pooling, pool_heads: see `TextPool`.
-        residual_scale: factor of every residual sum.
+        residual_scale: factor applied to every sum of shortcut and residual.
         scale_shift: see `ResBlock`.
         lowres: whether z is concatenated with a low-res image.
         dropout: dropout rate inside residual blocks.
         dtype: type of the computation; parameters are fp32.
-        remat: what the backward pass recomputes, see `remat`.
-        constrain: applied to activations at block boundaries; sets their sharding.
+        remat: rematerialization mode, see models/remat.py.
+        constrain: sharding constraint on the activations at block boundaries.
         attend: the implementation of attention.
     """
 
@@ -128,16 +128,16 @@ class EfficientUNet(nn.Module):
         cond: dict[str, Array],
         train: bool = False,
     ) -> Float[Array, "b h w 3"]:
-        self._check(z)
+        self._check_settings(z)
         emb, text, mask = Conditioning(
-            self.widths[0],
-            4 * self.widths[0],
-            self.cond_dim,
-            self.pooling,
-            self.pool_heads,
-            self.lowres,
-            self.dtype,
-            self.constrain,
+            sinusoid_features=self.widths[0],
+            features=4 * self.widths[0],
+            cond_dim=self.cond_dim,
+            pooling=self.pooling,
+            pool_heads=self.pool_heads,
+            lowres=self.lowres,
+            dtype=self.dtype,
+            constrain=self.constrain,
             name="conditioning",
         )(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
@@ -172,7 +172,7 @@ class EfficientUNet(nn.Module):
             h.astype(jnp.float32)
         )
 
-    def _check(self, z: Array) -> None:
+    def _check_settings(self, z: Float[Array, "b h w 3"]) -> None:
         check_kind(self.remat)
         if not len(self.widths) == len(self.blocks) == len(self.attention):
             raise ValueError(

@@ -1,11 +1,12 @@
 """The base U-Net: the U-Net of Dhariwal & Nichol 2021 with text attention (F.1).
 
-It also serves as an ordinary super-resolution U-Net.
+With `lowres` it is a super-resolution U-Net.
 
-Down: each level has `blocks` residual blocks, each followed by attention where the level has it,
-then a residual block that halves the size. Middle: block, attention, block. Up: each level has one
-block more than on the way down; each block takes the concatenation with a skip. Names, as they
-appear in profiles and checkpoints: `down_2/block_0`, `down_2/attn_0`, `down_2/resample`,
+Down path: each level has `blocks` residual blocks, each followed by attention if the level has it,
+then a residual block that halves the size. Middle: block, attention, block. Up path: each level has
+one block more than on the down path; the input of each block is concatenated with a skip.
+
+Module names in profiles and checkpoints: `down_2/block_0`, `down_2/attn_0`, `down_2/resample`,
 `mid/block_0`, `up_2/block_3`.
 """
 
@@ -22,8 +23,8 @@ from imagen_jax.models.layers import Constrain, Conv, Dtype, group_norm, identit
 from imagen_jax.models.remat import check_kind, checkpointed_module
 from imagen_jax.models.resampling import depth_to_space, space_to_depth, upsample_nearest
 
-# The kind of attention of a level, by (self-attention, text attention): F.1 `attn_resolutions` and
-# `text_cross_attn_res`.
+# {(self-attention, text attention): attention kind of a level}. F.1 gives the resolutions with each
+# as `attn_resolutions` and `text_cross_attn_res`.
 ATTENTION = {
     (True, True): "fused",
     (True, False): "self",
@@ -32,16 +33,16 @@ ATTENTION = {
 }
 RES_BLOCKS = ("biggan", "plain")
 
-Text = Float[Array, "b l e"] | None
+Text = Float[Array, "b l d"] | None
 Mask = Bool[Array, "b l"] | None
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: down, middle or up.
+    """All blocks at one resolution: on the down path, in the middle or on the up path.
 
-    There is one residual block for each entry of `attention`, then resampling. On the way up each
-    block consumes one of `skips`, from the end. Returns the feature map and the outputs of all
-    blocks; on the way down these are the skips.
+    There is one residual block per entry of `attention`, then resampling. On the up path each block
+    takes the last unused entry of `skips`. Returns (feature map, outputs of all blocks and of the
+    resampling). The outputs of the down path are the skips.
     """
 
     features: int
@@ -60,12 +61,12 @@ class Level(nn.Module):
     def __call__(
         self,
         h: Float[Array, "b h w c"],
-        skips: tuple[Array, ...],
-        emb: Float[Array, "b t"],
+        skips: tuple[Float[Array, "b h w _"], ...],
+        emb: Float[Array, "b e"],
         text: Text,
         mask: Mask,
         train: bool,
-    ) -> tuple[Array, tuple[Array, ...]]:
+    ) -> tuple[Float[Array, "b _ _ _"], tuple[Float[Array, "b _ _ _"], ...]]:
         block = partial(
             checkpointed_module(self.remat, ResBlock, static_argnums=(3,)),
             self.features,
@@ -106,25 +107,25 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """The network output (eps, x, v or u) [b h w 3] from (z, logsnr, cond).
 
-    Level i has channels * multipliers[i] channels and resolution size / (patch * 2^i).
+    Level i has channels * multipliers[i] channels at resolution image size / (patch * 2^i).
 
     Fields:
-        channels: width of the stem; the embedding is 4 * channels wide.
-        multipliers: width of each level, in units of `channels`.
-        blocks: residual blocks of each level on the way down.
-        attention: per level, whether pixels attend to pixels.
-        text_attention: per level, whether pixels attend to text tokens.
+        channels: width of the first convolution; the conditioning embedding has 4 * channels.
+        multipliers: width of each level as a multiple of `channels`.
+        blocks: residual blocks per level on the down path.
+        attention: whether each level has self-attention.
+        text_attention: whether each level has cross-attention to the text tokens.
         head_channels: channels of each attention head.
-        cond_dim: width of the projected text; 0 for a model without text.
+        cond_dim: width of the projected text features; 0 for a model without text.
         pooling, pool_heads: see `TextPool`.
         res_block: "biggan" resamples inside a residual block, "plain" by a convolution.
         scale_shift: see `ResBlock`.
-        patch: folds patch x patch pixels into channels first; 1 in the paper, 2 in small demos.
+        patch: side of the patches that are folded into channels at the input; 1 in the paper.
         lowres: whether z is concatenated with a low-res image.
         dropout: dropout rate inside residual blocks.
         dtype: type of the computation; parameters are fp32.
-        remat: what the backward pass recomputes, see `remat`.
-        constrain: applied to activations at block boundaries; sets their sharding.
+        remat: rematerialization mode, see models/remat.py.
+        constrain: sharding constraint on the activations at block boundaries.
         attend: the implementation of attention.
     """
 
@@ -155,16 +156,16 @@ class UNet(nn.Module):
         cond: dict[str, Array],
         train: bool = False,
     ) -> Float[Array, "b h w 3"]:
-        self._check(z)
+        self._check_settings(z)
         emb, text, mask = Conditioning(
-            self.channels,
-            4 * self.channels,
-            self.cond_dim,
-            self.pooling,
-            self.pool_heads,
-            self.lowres,
-            self.dtype,
-            self.constrain,
+            sinusoid_features=self.channels,
+            features=4 * self.channels,
+            cond_dim=self.cond_dim,
+            pooling=self.pooling,
+            pool_heads=self.pool_heads,
+            lowres=self.lowres,
+            dtype=self.dtype,
+            constrain=self.constrain,
             name="conditioning",
         )(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
@@ -200,15 +201,20 @@ class UNet(nn.Module):
             h, (), emb, text, mask, train
         )
         for i, width in reversed(list(enumerate(widths))):
-            n = self.blocks + 1
-            up = level(width, (kinds[i],) * n, resample="up" if i else "none", name=f"up_{i}")
-            h, _ = up(h, tuple(skips[-n:]), emb, text, mask, train)
-            skips = skips[:-n]
+            block_count = self.blocks + 1
+            up = level(
+                width,
+                (kinds[i],) * block_count,
+                resample="up" if i else "none",
+                name=f"up_{i}",
+            )
+            h, _ = up(h, tuple(skips[-block_count:]), emb, text, mask, train)
+            skips = skips[:-block_count]
         h = jax.nn.swish(group_norm(h.shape[-1], self.dtype, "out_norm")(h))
         h = Conv(3 * self.patch**2, jnp.float32, zero_init=True, name="out")(h.astype(jnp.float32))
         return depth_to_space(h, self.patch)
 
-    def _check(self, z: Array) -> None:
+    def _check_settings(self, z: Float[Array, "b h w 3"]) -> None:
         levels = {
             "multipliers": self.multipliers,
             "attention": self.attention,
@@ -216,8 +222,8 @@ class UNet(nn.Module):
         }
         if len({len(entries) for entries in levels.values()}) > 1:
             raise ValueError(
-                "model.multipliers, model.attention and model.text_attention need one entry per"
-                f" level each; they have { ({name: len(e) for name, e in levels.items()}) }"
+                "model.multipliers, model.attention and model.text_attention must have one entry"
+                f" per level; their lengths are { ({name: len(e) for name, e in levels.items()}) }"
             )
         if any(self.text_attention) and not self.cond_dim:
             raise ValueError("model.text_attention needs text; set model.cond_dim and text.dim")

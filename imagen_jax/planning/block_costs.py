@@ -171,7 +171,7 @@ def update_cost(
 ) -> tuple[float, float]:
     """(seconds, bytes in device memory) of one chip's share of the parameter update.
 
-    The update consists of gradient clipping, optimizer, EMA and recorded norms. Each shape is
+    The update consists of gradient clipping, optimizer, EMA and logged norms. Each shape is
     compiled once, as the update of a single parameter: the whole update has thousands of small
     operations and takes minutes to compile.
 
@@ -308,7 +308,7 @@ def _shardings(
 def _update_of(config: str, name: str, shape: tuple[int, ...], cache: str) -> tuple[float, float]:
     """(seconds, bytes in device memory) of the update of one parameter. Runs in a worker process.
 
-    The update is gradient clipping, optimizer, EMA and recorded norms.
+    The update is gradient clipping, optimizer, EMA and logged norms.
     """
     settings, topology = json.loads(config), parse_topology(name)
     optim, steps = settings["optim"], settings["train"]["steps"]

@@ -203,10 +203,10 @@ def sampler(
     parts: Mapping[str, int],
     exact: bool,
 ) -> dict[str, Any]:
-    """The memory of drawing a sample grid during training.
+    """The memory for drawing a sample grid during training, in bytes per chip.
 
-    "beside" are the parameters, optimizer state, batch and EMA tracks of the training, which stay
-    in memory. "peak" is the sampler's own peak plus "beside".
+    "beside": the parameters, optimizer state, batch and EMA tracks of the training, which stay in
+    memory. "peak": the peak of the sampler plus "beside".
     """
     rows = config["train"]["sample_rows"]
     log.info("compiling the sampler for a grid of %d images", rows)

@@ -1,7 +1,7 @@
-"""Averages of the parameters over training. A state has any number of tracks, each with its rule.
+"""Moving averages of the parameters. A state has one or more tracks, each with its own rule.
 
-Samples are drawn from the first track. Each further track costs the memory of the parameters and
-one pass over them; with several tracks an evaluation can compare averaging horizons afterwards.
+Sampling uses the first track. Each further track costs the memory of the parameters and one pass
+over them; with several tracks, an evaluation can compare averaging horizons afterwards.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ class Track(Protocol):
     """The update rule of one average."""
 
     def decay(self, step: Int[Array, ""]) -> Float[Array, ""]:
-        """The share of the old average that update `step` (from 0) keeps."""
+        """The decay in update `step` (from 0): the weight of the old average."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedDecay:
     """min(most, (1 + step) / (10 + step)).
 
-    The short memory at first removes the initial weights from early samples.
+    The short memory at the start removes the initial weights from the average early.
     """
 
     most: float
@@ -38,7 +38,7 @@ class FixedDecay:
 
 
 def tracks(optim: Mapping[str, Any]) -> tuple[Track, ...]:
-    """The tracks of a config's `optim`: `ema`, then those of `ema_tracks`."""
+    """The tracks of section `optim` of a config: `ema`, then `ema_tracks`."""
     return tuple(FixedDecay(decay) for decay in (optim["ema"], *optim["ema_tracks"]))
 
 

@@ -12,13 +12,13 @@ from imagen_jax.stage import Batch, Params
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss of each row of a batch; all random numbers except dropout's are drawn before it.
+    """The loss per row of a batch. Random numbers, except for dropout, are drawn beforehand.
 
     An objective such as distillation holds a stage and the frozen parameters of its teacher.
     """
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh trainable parameters. Call it under jit or `jax.eval_shape`."""
+        """Initial trainable parameters. Call it under jit or `jax.eval_shape`."""
 
     def draw(self, key: Key[Array, ""], b: int) -> dict[str, Array]:
         """The random numbers of a step for a whole batch: arrays [b ...]."""
@@ -30,4 +30,4 @@ class Objective(Protocol):
         draws: dict[str, Array],
         dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "b"]:
-        """The loss of each row; deterministic without dropout."""
+        """The loss [b] of the rows; deterministic without dropout."""

@@ -1,8 +1,8 @@
-"""Finds replica divergence: copies of the state on several devices that are not equal to the bit.
+"""Finds replica divergence: copies of the state on several devices that differ in a bit.
 
-Every step computes each copy from the same numbers, so a copy that differs is a fault of a device,
-its memory or a program. It persists and corrupts all later gradients. Parts of the state that no
-other device holds (a state sharded over all of them) cannot be compared.
+Every device computes its copy from the same numbers, so a copy that differs is a fault of a device,
+its memory or a program. The fault persists and corrupts all later gradients. Parts of the state
+without a copy on another device (a state sharded over all devices) cannot be compared.
 """
 
 import math
@@ -22,7 +22,7 @@ from imagen_jax.sharding import AXES, path_name
 
 
 class Drift(HardwareFault):
-    """Copies of the state differ. Raised in all processes alike."""
+    """Copies of the state differ. All processes raise it."""
 
 
 def digest(x: Array) -> UInt32[Array, ""]:
@@ -49,7 +49,7 @@ class Replicas:
     """Compares the copies of a state with these `shardings` on `mesh`."""
 
     def __init__(self, mesh: Mesh, abstract: Any, shardings: Any):
-        """abstract: the state's shapes.
+        """abstract: the shapes of the state.
 
         The attribute `compared` is the share of the state's bytes that have a copy, from 0 to 1.
         """
@@ -68,8 +68,10 @@ class Replicas:
         self._digest = {spec: jax.jit(each(spec)) for spec in self._specs}
 
     def check(self, state: Any, step: int) -> None:
-        """Waits for `state` and raises Drift if copies differ, with the first such leaf, the number
-        of others, and the devices.
+        """Waits for `state` and compares its copies.
+
+        Raises Drift if copies differ, with the first such leaf, the number of others and the
+        devices.
         """
         if not self.compared:
             return
@@ -93,8 +95,9 @@ class Replicas:
         )
 
     def _table(self, state: Any) -> UInt32[np.ndarray, "devices leaves"]:
-        """The digest of each leaf's shard on each device, in the mesh's order; the same in every
-        process.
+        """The digest of each leaf's shard on each device, in mesh order.
+
+        The table is equal in all processes.
         """
         digests = [
             self._digest[spec](leaf) for spec, leaf in zip(self._specs, jax.tree.leaves(state))
@@ -123,7 +126,7 @@ class Replicas:
         return [i for i, axis in enumerate(AXES) if axis not in used and self._mesh.shape[axis] > 1]
 
     def _odd(self, digests: UInt32[np.ndarray, "devices"], spec: P) -> list[jax.Device]:
-        """Devices whose shard differs from the majority of its copies; all of them without one."""
+        """Devices whose shard differs from the majority of copies; all devices if there is none."""
         axes = self._copies(spec)
         shape = tuple(self._mesh.shape.values())
         copies = math.prod(shape[i] for i in axes)

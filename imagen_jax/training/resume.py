@@ -1,4 +1,4 @@
-"""Which changes of its config a run may resume with; imagen_jax/schema.py declares them."""
+"""Changes of the config that a resumed run may have; imagen_jax/schema.py declares them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from imagen_jax import schema
 
 
 def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each allowed change. Raises ValueError with the changes that are not allowed.
+    """One line per allowed change. Raises ValueError with the changes that are not allowed.
 
     `saved` and `now` are {"config": ..., "manifest_hash": ..., "encoder": ...}; the config of `now`
     is complete.

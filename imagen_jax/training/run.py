@@ -1,4 +1,7 @@
-"""A run before its first step: its compiled program, its data's identity and its FLOPs."""
+"""A training run before its first step: train step, identity of the data, FLOPs.
+
+The train step is not compiled here.
+"""
 
 import dataclasses
 import logging
@@ -17,16 +20,18 @@ from imagen_jax.weights import checkpoint
 
 log = logging.getLogger("imagen_jax.train")
 
+MIN_LOGGED_BYTES = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A config with the objects made from it.
+    """A config and the objects built from it.
 
-    config: complete, of a new run (see `schema.complete`).
-    meta: saved with every checkpoint; a resume compares it.
+    config: complete config, checked as that of a new run (see `schema.complete`).
+    meta: identity of the run; saved with every checkpoint and compared on resume.
     program: the train step on the mesh.
-    flops_per_image: of one image and step, without recomputation.
-    peak_flops: of all devices, a second.
+    flops_per_image: model FLOPs per image, forward and backward, without rematerialization.
+    peak_flops: peak FLOP/s of all devices together.
     """
 
     config: Mapping[str, Any]
@@ -37,9 +42,9 @@ class Run:
 
     @classmethod
     def create(cls, config: Mapping[str, Any]) -> "Run":
-        """Checks a complete config against data and devices; no array is allocated.
+        """Builds a run and checks its complete config against data and devices.
 
-        Raises ValueError for a config that does not fit them.
+        Allocates no arrays. Raises ValueError for a config that does not fit data or devices.
         """
         mesh = sharding.make_mesh(config["mesh"])
         data = open_prepared(config["data"])
@@ -62,15 +67,15 @@ class Run:
             "%s: %s parameters on %s", self.config["name"], f"{parameters:,}", shape or "one device"
         )
         log.info(
-            "%.4g GFLOP an image and step; peak %.4g TFLOP/s (%s)",
+            "%.4g GFLOP per image; peak %.4g TFLOP/s (%s)",
             self.flops_per_image / 1e9,
             self.peak_flops / 1e12,
             peak_source,
         )
         for row in sharding.bytes_table(program.abstract, program.shardings):
-            if row["bytes"] > 1024:
+            if row["bytes"] > MIN_LOGGED_BYTES:
                 log.info(
-                    "  %-10s %9.2f MiB, %9.2f MiB a device, %3.0f %% sharded",
+                    "  %-10s %9.2f MiB, %9.2f MiB per device, %3.0f %% sharded",
                     row["part"],
                     row["bytes"] / 2**20,
                     row["bytes_per_device"] / 2**20,
@@ -79,27 +84,28 @@ class Run:
         for line in sharding.badly_split(
             program.abstract.params, program.mesh, settings["rules"], settings["fsdp_min_elements"]
         ):
-            log.warning("not split: %s", line)
+            log.warning("not sharded: %s", line)
 
     def fresh_state(self, init_from: str = "") -> tuple[state.TrainState, dict[str, Any]]:
-        """(the state before the first step, the origin of its weights for checkpoints).
+        """(initial training state, origin of its weights to store in checkpoints).
 
-        init_from: weights to start from, as `cascade.resolve` takes them; parameters and EMA become
-        those. Raises ValueError if they do not fit the model or the data's text encoder.
+        init_from: the initial weights, as for `cascade.resolve`, copied to parameters and EMA; ""
+        for random parameters. Raises ValueError if the weights do not fit the model or the text
+        encoder of the data.
         """
         program = self.program
-        fresh = state.create_state(
+        initial = state.create_state(
             program.stage, program.optimizer, self.config["seed"], program.shardings
         )
         if not init_from:
-            return fresh, {}
+            return initial, {}
         params, meta = checkpoint.load_params(cascade.resolve(init_from))
         if program.stage.text_dim:
             cascade.check_encoder(
                 meta["encoder"], self.meta["encoder"], f"{init_from} and the data"
             )
         origin = {name: meta[name] for name in ("step", "which", "sha256")} | {"path": init_from}
-        return state.with_params(fresh, params, program.shardings), {"init_from": origin}
+        return state.with_params(initial, params, program.shardings), {"init_from": origin}
 
     @property
     def rows(self) -> list[int]:
@@ -107,12 +113,12 @@ class Run:
         return sharding.process_rows(self.config["data"]["batch_size"], self.program.mesh)
 
     def place(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The fields of a host batch that the step reads, on the mesh."""
+        """Moves the fields that the step reads from a host batch to the mesh."""
         fields = {name: batch[name] for name in self.program.batch}
         return sharding.place_batch(fields, self.program.mesh)
 
     def rates(self, times: Mapping[str, float]) -> dict[str, float]:
-        """Times of an interval with model FLOPs a second and MFU (recomputation not counted)."""
+        """Adds model TFLOP/s and MFU (without rematerialization) to an interval's times."""
         if not times:
             return {}
         flops = self.flops_per_image * times["time/images_per_s"]

@@ -1,4 +1,4 @@
-"""Sample grids of a training run: samples of the EMA for the same few rows, during training."""
+"""Sample grids during training: samples of the EMA for a fixed set of rows."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,7 +38,7 @@ class SampleGrid:
     """
 
     def __init__(self, config: Mapping[str, Any], stage: Stage, mesh: Mesh):
-        """config: of a run; its train.sample_rows is the number of rows."""
+        """config: the config of the run; train.sample_rows is the number of rows."""
         prepared = pipeline.open_prepared(config["data"])
         split = prepared.evaluation_split
         count = prepared.manifest["counts"]["images"][split]

@@ -18,15 +18,15 @@ from imagen_jax.training.objective import Objective
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a run carries from step to step.
+    """All arrays that a run carries from step to step.
 
     It holds neither a PRNG key nor a data position: both are functions of (seed, step). The leaves
     are arrays, or their shapes or shardings in a description of a state.
     """
 
-    step: Any  # int32 []: updates done
+    step: Any  # int32 []: number of updates
     params: Any
-    ema: Any  # the average that samples are drawn from
+    ema: Any  # the average used for sampling
     opt_state: Any
     bad_step: Any  # int32 []: the first step whose loss or gradient was not finite, or -1; sticky
     ema_tracks: Any = ()  # further averages, in the order of optim.ema_tracks
@@ -37,7 +37,7 @@ def initial_state(
 ) -> TrainState:
     """The state before the first step; every EMA equals the parameters. Call it under jit.
 
-    tracks: the number of EMAs after the first.
+    tracks: number of EMAs in addition to the first.
     """
     params = objective.init(random_key(seed))
     # Copies, not aliases: the step donates the whole state, and a buffer cannot be donated twice.
@@ -56,7 +56,7 @@ def abstract_state(
     min_elements: int,
     tracks: int = 0,
 ) -> tuple[TrainState, TrainState]:
-    """(shapes with shardings, shardings) of the state; nothing is allocated."""
+    """(shapes with shardings, shardings) of the state. Allocates nothing."""
     shapes = jax.eval_shape(lambda: initial_state(objective, optimizer, 0, tracks))
     shardings = tree_shardings(shapes, mesh, rules, min_elements)
     with_shardings = jax.tree.map(
@@ -68,15 +68,15 @@ def abstract_state(
 def create_state(
     objective: Objective, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState
 ) -> TrainState:
-    """A fresh state; each device computes its own shards."""
-    fresh = lambda: initial_state(objective, optimizer, seed, len(shardings.ema_tracks))
-    return jax.jit(fresh, out_shardings=shardings)()
+    """The initial state; each device computes its own shards."""
+    create = lambda: initial_state(objective, optimizer, seed, len(shardings.ema_tracks))
+    return jax.jit(create, out_shardings=shardings)()
 
 
 def with_params(state: TrainState, params: Any, shardings: TrainState) -> TrainState:
-    """`state` with other parameters; every EMA becomes a copy of them.
+    """`state` with other parameters, which are also copied to every EMA.
 
-    Raises ValueError with the first leaf that is missing, superfluous or of another shape.
+    Raises ValueError with the first leaf that is missing, unexpected or of another shape.
     """
     needed = {
         path_name(path): leaf.shape
@@ -95,8 +95,10 @@ def with_params(state: TrainState, params: Any, shardings: TrainState) -> TrainS
             f" {loaded.get(name, 'missing')}, the model has {needed.get(name, 'none')}; give"
             " weights of the same config"
         )
-    place = lambda tree: jax.device_put(
+    to_devices = lambda tree: jax.device_put(
         jax.tree.map(lambda p, old: p.astype(old.dtype), params, state.params), tree
     )
-    more = tuple(map(place, shardings.ema_tracks))
-    return state.replace(params=place(shardings.params), ema=place(shardings.ema), ema_tracks=more)
+    more = tuple(map(to_devices, shardings.ema_tracks))
+    return state.replace(
+        params=to_devices(shardings.params), ema=to_devices(shardings.ema), ema_tracks=more
+    )

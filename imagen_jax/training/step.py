@@ -21,7 +21,7 @@ Metrics = dict[str, Array]
 
 
 def check_accumulation(batch_size: int, parts: int) -> None:
-    """Raises ValueError unless a batch divides into this number of parts."""
+    """Raises ValueError if the batch is not divisible into this number of micro-batches."""
     if parts < 1 or batch_size % parts:
         raise ValueError(
             f"data.batch_size={batch_size} does not divide into optim.accumulation={parts} parts;"
@@ -44,11 +44,11 @@ def split_batch(tree: Any, parts: int) -> Any:
 
 def loss_and_grad(
     objective: Objective, params: Params, batch: Batch, key: Key[Array, ""], accumulation: int
-) -> tuple[Array, Params]:
+) -> tuple[Float[Array, ""], Params]:
     """The mean loss and its gradient in fp32.
 
     Random numbers are drawn for the whole batch, so `accumulation` changes memory, not the result.
-    With dropout, each part has its own masks.
+    With dropout, each micro-batch has its own masks.
     """
     b = batch["image"].shape[0]
     draw_key, dropout_key = jax.random.split(key)
@@ -76,9 +76,10 @@ def make_update(
 ) -> Callable[[TrainState, Float[Array, ""], Params], tuple[TrainState, Metrics]]:
     """(state, loss, gradients) -> (state, metrics): the part of a step without the network.
 
-    If loss, gradient or updated parameters are not finite, the device skips this and all later
-    updates, and `bad_step` is the first such step. `rate` is the optimizer's learning rate, for the
-    metrics.
+    If the loss, the gradient or the updated parameters are not finite, the device skips this and
+    all later updates, and `bad_step` is the first such step.
+
+    rate: learning rate of the optimizer, for the metrics.
     """
 
     tracks = ema.tracks(optim)
@@ -135,12 +136,12 @@ def make_step(
 class TrainProgram:
     """The train step of a config on a mesh, before compilation; train runs it, plan compiles it.
 
-    stage, mesh, optimizer: what the step was made from.
+    stage, mesh, optimizer: the objects that the step was built from.
     step: the jitted step.
     abstract: the state as shapes with shardings.
-    shardings: those of the state.
+    shardings: shardings of the state.
     batch: the batch as shapes with shardings.
-    accumulation: the number of parts that a batch is computed in.
+    accumulation: number of micro-batches per batch (gradient accumulation).
     """
 
     stage: Stage
@@ -154,7 +155,9 @@ class TrainProgram:
 
     @classmethod
     def create(cls, config: Mapping[str, Any], mesh: Mesh) -> "TrainProgram":
-        """Allocates and compiles nothing. Raises ValueError for a batch that does not divide, and
+        """Builds the train step; allocates and compiles nothing.
+
+        Raises ValueError for a batch that is not divisible over the devices or micro-batches, and
         for an invalid model or sharding rules.
         """
         rows = config["data"]["batch_size"]

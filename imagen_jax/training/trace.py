@@ -10,14 +10,14 @@ log = logging.getLogger("imagen_jax.train")
 
 
 class Trace:
-    """Traces `count` steps after step `first`, or those of them that this process does."""
+    """Traces `count` steps after step `first`, or those of them that this process runs."""
 
     def __init__(self, directory: Path, first: int, count: int):
         self._directory, self._first, self._last = directory, first, first + count
         self._running = self._traced = False
 
     def before(self, done: int) -> None:
-        """Called before each step, with the number of steps done."""
+        """Called before each step with the number of finished steps."""
         if self._first <= done < self._last and not self._running:
             jax.profiler.start_trace(str(self._directory))
             self._running = self._traced = True

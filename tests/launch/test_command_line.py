@@ -15,11 +15,11 @@ from tests.launch.test_job import CONFIG, LOCAL, NEEDED, read
         ((*LOCAL, "--workdir="), "--workdir is empty"),
         (
             ("--where=gke", "--image=i", "--topology=v5e:2x4", "--workdir=gs://", *LOCAL[2:]),
-            "--workdir gs:// names no bucket",
+            "--workdir gs:// has no bucket name",
         ),
         (
             ("--where=gke", "--image=i", "--topology=v5e:2x4", "--workdir=gs:///x", *LOCAL[2:]),
-            "--workdir gs:///x names no bucket",
+            "--workdir gs:///x has no bucket name",
         ),
         ((*LOCAL, "--workdir=r", "--config.optim.lrr=1"), "lrr"),
         ((*LOCAL, "--workdir=r", "--config.optim.lr=fast"), "fast"),
@@ -83,11 +83,11 @@ from tests.launch.test_job import CONFIG, LOCAL, NEEDED, read
         ),
         (
             (*LOCAL, "--workdir=/proc/foo"),
-            "--workdir: cannot make /proc/foo/launch: No such file or directory",
+            "--workdir: cannot create /proc/foo/launch (No such file or directory)",
         ),
         (
             (*LOCAL, "--workdir=/proc/foo", "--dry-run"),
-            "--workdir: cannot make /proc/foo/launch: No such file or directory",
+            "--workdir: cannot create /proc/foo/launch (No such file or directory)",
         ),
         ((*LOCAL, "--workdir=r", "--zone=z"), "--zone is for --where tpu, not for local"),
         (
@@ -186,7 +186,7 @@ from tests.launch.test_job import CONFIG, LOCAL, NEEDED, read
         ),
         (
             ("--where=local", "--workdir=r", "--", "prepare", "--output=x"),
-            "'prepare' is not a verb of imagen_jax; after -- give one of demo, evaluate",
+            "unknown command 'prepare': after -- give one of demo, evaluate",
         ),
         (
             ("--where=local", "--workdir=r", "--", "prepare_data", "--output=x"),

@@ -115,7 +115,7 @@ def test_what_is_not_in_the_commit_is_not_promised_to_other_machines(tmp_path, m
         "--config.data.path=gs://b/d",
     )
     assert command_line.main(argv) == 2
-    assert "configs/base_64.py differs from the commit" in capsys.readouterr().err
+    assert "configs/base_64.py has uncommitted changes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["tpu", "gke", "sky"])
@@ -146,13 +146,13 @@ def test_data_of_this_machine_is_not_promised_to_others(where, capsys):
         ), path
         _out, error = capsys.readouterr()
         assert path in good or (
-            (f"--config.data.path={path} " in error or "names no bucket" in error)
+            (f"--config.data.path={path} " in error or "has no bucket name" in error)
             and "give gs://BUCKET/PATH" in error
         )
     for more in (["--init_from=/old"], ["--init_from=gs://b/o", "--init_from", "old"]):
         assert command_line.main([*argv, "--config.data.path=gs://b/d", "--", *more]) == 2
         assert (
-            f"--init_from={more[-1].removeprefix('--init_from=')} is a path of this machine"
+            f"--init_from={more[-1].removeprefix('--init_from=')} exists only on this machine"
             in capsys.readouterr().err
         )
     for more in (["--init_from=embedded:base_16"], ["--init_from", "gs://b/o"]):
@@ -290,7 +290,7 @@ def test_a_tools_complaint_says_what_to_do(text, shown):
 
 
 def test_the_verbs_are_those_there_are():
-    """Catches a verb that launch does not know, and a module that is not a verb."""
+    """Catches a command that launch does not know, and a module that is not a command."""
     from tests.test_layering import VERBS
 
     assert set(jobs.VERBS) == VERBS

@@ -432,7 +432,7 @@ def test_a_queued_slurm_job_is_not_submitted_again(cluster, tmp_path, capsys):
     first = (cluster / "job.json").stat().st_mtime_ns
     assert places.start([made], options("slurm")) == 0
     assert (
-        "running already (slurm), not started again" in capsys.readouterr().out
+        "already running (slurm), not started again" in capsys.readouterr().out
         and (cluster / "job.json").stat().st_mtime_ns == first
     )
     assert status.read(made).state == "submitted"

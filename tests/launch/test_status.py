@@ -147,7 +147,7 @@ def test_numbers_without_bounds_are_no_traceback(tmp_path, capsys):
     "text, message",
     [
         ("", "WORKDIR is empty"),
-        ("gs://", "names no bucket"),
+        ("gs://", "has no bucket name"),
         ("nowhere", "nowhere is not a directory"),
     ],
 )

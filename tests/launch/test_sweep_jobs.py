@@ -92,7 +92,7 @@ def test_each_training_is_one_job_until_all_are_finished(command, tmp_path, monk
     finish(tmp_path, "slow")
     assert sweep.main(command) == 0
     assert submitted(tmp_path) == [] and evaluated == []
-    assert "waiting already (slurm)" in capsys.readouterr().out
+    assert "already waiting (slurm)" in capsys.readouterr().out
     finish(tmp_path, "fast")
     (tmp_path / "queue").write_text("")
     monkeypatch.setattr(
@@ -154,7 +154,7 @@ def test_data_of_this_machine_is_not_promised_to_the_jobs(capsys):
     assert (
         sweep.main([*command, "--where=gke", "--image=i", "--topology=v5e:2x4", "--dry-run"]) == 2
     )
-    assert "--config.data.path=/data is a path of this machine" in capsys.readouterr().err
+    assert "--config.data.path=/data exists only on this machine" in capsys.readouterr().err
 
 
 def test_mistakes_are_found_before_the_first_job(command, tmp_path, capsys):
