@@ -112,8 +112,8 @@ def start(timeout_s: float = 300.0, lost_s: float = 100.0) -> None:
         local_device_ids=place.local_devices,
         cluster_detection_method="deactivate",
         initialization_timeout=int(timeout_s),
-        # jax ends a process from C++ without naming the lost one, so `Watch` has to come first, also
-        # on a loaded machine.
+        # jax ends a process from C++ without naming the lost one, so `Watch` has to come first,
+        # also on a loaded machine.
         heartbeat_timeout_seconds=int(3 * lost_s),
     )
     _place = place
