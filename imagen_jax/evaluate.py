@@ -28,7 +28,13 @@ from absl import flags
 
 from imagen_jax import cli, field, schema
 from imagen_jax.evals.measures import NAMES
-from imagen_jax.storage import check_local, only_process
+from imagen_jax.storage import (
+    check_local,
+    only_process,
+    write_arrays,
+    write_atomically,
+    write_json,
+)
 
 RECORD = "evaluations.jsonl"
 POLL_S = 10.0
@@ -198,7 +204,6 @@ class Evaluator:
         from imagen_jax.evals import report
         from imagen_jax.evals.evaluation import Evaluation
         from imagen_jax.evals.measures import measure
-        from imagen_jax.storage import write_arrays, write_atomically, write_json
         from imagen_jax.weights.checkpoint import load_params
 
         params, meta = load_params(checkpoint, self._which)
@@ -389,7 +394,6 @@ def evaluated_steps(record: Path) -> set[int]:
 
     Removes an incomplete last line, which a killed process leaves.
     """
-    from imagen_jax.storage import write_atomically
 
     content = record.read_bytes() if record.is_file() else b""
     complete_lines = content[: content.rfind(b"\n") + 1]

@@ -302,13 +302,13 @@ def load_params(
     ValueError if the state has no such tree or `path` is a URL.
     """
     check_local("checkpoint", path)
+    if not re.fullmatch(r"ema|params|ema_[1-9]\d*", which):
+        raise ValueError(f"weights {which!r} are unknown: choose ema, params, or ema_1, ema_2 ...")
     path = Path(path).absolute()
     if path.is_file():
         return read_export(path)
     directory = _find_step(path)
     document = _read_document(directory)
-    if not re.fullmatch(r"ema|params|ema_[1-9]\d*", which):
-        raise ValueError(f"weights {which!r} are unknown: choose ema, params, or ema_1, ema_2 ...")
     subtree = _subtree(which)
     specs = {name: spec for name, spec in document["leaves"].items() if name.startswith(subtree)}
     if not specs:

@@ -194,3 +194,10 @@ def test_load_params_names_what_there_is(saved):
             ValueError, match=f"weights '{part}' are unknown: choose ema, params, or ema_1"
         ):
             load_params(saved, which=part)
+
+
+def test_a_misspelt_kind_of_weights_is_refused_for_files_too(tmp_path):
+    """Catches a misspelt name that is ignored because an exported file holds one tree."""
+    (tmp_path / "x.safetensors").write_bytes(b"not read")
+    with pytest.raises(ValueError, match="weights 'emma' are unknown"):
+        load_params(tmp_path / "x.safetensors", which="emma")
