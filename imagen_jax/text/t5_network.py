@@ -7,6 +7,7 @@ dict; `weights/t5_files.py` maps each to its Hugging Face name.
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Mapping
@@ -110,6 +111,12 @@ class RMSNorm(nn.Module):
         return (x * scale.astype(jnp.float32)[None, None, :]).astype(self.dtype)
 
 
+def projection(name: str, features: int, fan: int, dtype: DTypeLike) -> nn.Dense:
+    """A dense layer without bias, initialised with variance 1 / fan."""
+    init = nn.initializers.normal(fan**-0.5)
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention without 1/sqrt(d_kv): the query's initialisation has that factor."""
 
@@ -122,15 +129,7 @@ class SelfAttention(nn.Module):
     ) -> Float[Array, "b l d"]:
         c = self.config
         inner = c.num_heads * c.d_kv
-
-        def project(name, features, fan):
-            return nn.Dense(
-                features,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.normal(fan**-0.5),
-                name=name,
-            )
+        project = functools.partial(projection, dtype=self.dtype)
 
         def heads(y):
             return y.reshape(*y.shape[:2], c.num_heads, c.d_kv)
@@ -155,15 +154,7 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         c = self.config
-
-        def project(name, features, fan):
-            return nn.Dense(
-                features,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.normal(fan**-0.5),
-                name=name,
-            )
+        project = functools.partial(projection, dtype=self.dtype)
 
         hidden = jax.nn.gelu(project("gate", c.d_ff, c.d_model)(x), approximate=True) * project(
             "up", c.d_ff, c.d_model
