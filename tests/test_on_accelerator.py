@@ -12,7 +12,7 @@ import pytest
 from tests import tiny
 from tools import on_accelerator
 from tools.accelerator import kernels, results, running, tables, wheels
-from tools.accelerator.parts import Parts
+from tools.accelerator.parts import TESTS, TINY_TESTS, Parts
 
 ABOUT = {"date": "2026-01-01", "commit": "abc", "command": "python", "python": "3.12"}
 
@@ -246,3 +246,8 @@ def test_pytorch_network_has_the_size_of_if():
     with torch.device("meta"):
         network = torch_unet.UNet(**torch_unet.IF_I_M)
     assert sum(p.numel() for p in network.parameters()) == 371_605_830
+
+
+def test_the_tests_that_run_on_the_device_exist():
+    """Catches a renamed test file, for which pytest would run none of the others."""
+    assert [name for name in (*TESTS, *TINY_TESTS) if not (tiny.ROOT / name).exists()] == []
