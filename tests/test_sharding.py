@@ -261,7 +261,7 @@ def test_parameters_that_cannot_be_sharded_are_named():
     lines = sharding.badly_split(params, mesh, rules, 8)
     assert [line.partition(":")[0] for line in lines] == ["params/odd [6, 9]", "params/qkv [8, 9]"]
     assert "no dimension is a multiple of mesh.fsdp = 4; set mesh.fsdp to one of 2" in lines[0]
-    assert "multiples of the axes' sizes" in lines[1]
+    assert "must be a multiple of its axis's size" in lines[1]
     (line,) = sharding.badly_split({"prime": params["odd"].update(shape=(7, 7))}, mesh, rules, 8)
     assert "no mesh.fsdp divides it" in line
     assert not sharding.badly_split(params, mesh, [(".*", "replicate")], 8)
