@@ -16,6 +16,11 @@ from tests import tiny
 ENCODER = {"name": "fake", "weights_sha256": "w", "tokenizer_sha256": "t", "dim": tiny.DIM}
 SHARED = {"encoder": "fake", "encoder_dtype": "float32", "which": "ema", "batch_size": 4}
 NAMES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}  # tiny: 8, 8 -> 16, 16 -> 32
+ONE_LEVEL = {
+    "base": tiny.ONE_LEVEL_UNET,
+    "sr_1": tiny.ONE_LEVEL_FIELDS,
+    "sr_2": tiny.ONE_LEVEL_FIELDS,
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +28,11 @@ def config(tmp_path_factory):
     """A cascade config with three exported stages of random weights."""
     root, made = tmp_path_factory.mktemp("cascade"), dict(SHARED)
     for name, file in NAMES.items():
-        stage_config = tiny.config(file)
+        stage_config = tiny.config(file, **ONE_LEVEL[name])
         stage, _, _ = tiny.stage_and_step(stage_config)
-        params = tiny.perturbed(jax.jit(stage.init)(jax.random.key(0)), 0.05)
+        params = tiny.random_params(stage.init)
         meta = {"config": stage_config, "encoder": ENCODER, "manifest_hash": "m", "step": 1}
-        exports.export_params(jax.device_get(params), meta, root / f"{name}.safetensors")
+        exports.export_params(params, meta, root / f"{name}.safetensors")
         sampling = dict(
             method="ancestral",
             steps=3,
@@ -62,8 +67,8 @@ def pictures(stages, seeds, text, batch_size, **more) -> list[list[np.ndarray]]:
 
 def test_sizes_and_variety(stages):
     """Catches stages in the wrong order, rows lost with the last batch, one seed for all rows."""
-    got = pictures(stages, [1, 2, 3], features(1, 2, 3), 2)
-    assert [g.shape for g in got] == [(3, 8, 8, 3), (3, 16, 16, 3), (3, 32, 32, 3)]
+    got = pictures(stages, [1, 2, 3, 4, 5], features(1, 2, 3, 4, 5), 4)
+    assert [g.shape for g in got] == [(5, 8, 8, 3), (5, 16, 16, 3), (5, 32, 32, 3)]
     assert all(g.dtype == np.uint8 and g.std() > 5 and (g[0] != g[1]).any() for g in got)
 
 
@@ -79,20 +84,20 @@ def test_other_prompts_change_nothing(stages):
 def test_other_batch_size_moves_no_pixel_by_more_than_one(stages):
     """Catches keys that depend on the position in the batch."""
     for a, b in zip(
-        pictures(stages, [7, 8, 9], features(5, 6, 7), 4),
-        pictures(stages, [7, 8, 9], features(5, 6, 7), 1),
+        pictures(stages[:2], [7, 8, 9], features(5, 6, 7), 4),
+        pictures(stages[:2], [7, 8, 9], features(5, 6, 7), 1),
     ):
         assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
 def test_a_stage_alone_draws_what_it_draws_in_the_cascade(config, stages):
     """Catches noise keyed to the position among the stages that run, not to the stage."""
-    whole = pictures(stages, [7, 8], features(5, 6), 2)
+    whole = pictures(stages, [7, 8], features(5, 6), 4)
     alone = pictures(
         cascade.load_cascade(config, ["sr_1", "sr_2"]),
         [7, 8],
         features(5, 6),
-        2,
+        4,
         lowres=whole[0],
         first_stage=1,
     )
@@ -102,7 +107,7 @@ def test_a_stage_alone_draws_what_it_draws_in_the_cascade(config, stages):
 def test_super_resolution_reads_the_image_before_it(stages):
     """Catches a stage that ignores its low-res input (design bug 1)."""
     images = np.stack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)])
-    got = pictures(stages[1:2], [7, 7], features(5, 5), 2, lowres=images, first_stage=1)[0].astype(
+    got = pictures(stages[1:2], [7, 7], features(5, 5), 4, lowres=images, first_stage=1)[0].astype(
         float
     )
     assert np.abs(got[0] - got[1]).mean() > 1
@@ -137,7 +142,7 @@ def test_start_from_other_weights():
     """Catches a warm start that changes only some of the EMAs, or takes weights of
     another model.
     """
-    stage, optimizer, _ = tiny.stage_and_step(tiny.config())
+    stage, optimizer, _ = tiny.stage_and_step(tiny.config(**tiny.ONE_LEVEL_UNET))
     fresh = jax.jit(lambda: state.initial_state(stage, optimizer, 0, 2))()
     device = jax.tree.map(lambda leaf: leaf.sharding, fresh)
     params = jax.tree.map(lambda p: np.asarray(p + 1, ml_dtypes.bfloat16), fresh.params)

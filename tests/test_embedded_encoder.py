@@ -163,9 +163,10 @@ def test_features_are_of_unit_size():
     assert 0.3 < np.sqrt(np.mean(features**2)) < 3
 
 
-def test_emoji_captions_are_all_different():
+@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
+def test_emoji_captions_are_all_different(every):
     """Catches an encoder that ignores a word which tells two emoji apart."""
-    vectors = means(embedded(), emoji_captions())
+    vectors = means(embedded(), emoji_captions()[::every])
     similarity = vectors @ vectors.T
     np.fill_diagonal(similarity, -1)
     assert similarity.max() < 1 - 1e-6

@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 
 
 def config(data: Path, steps: int, **changes) -> dict:
-    made = tiny.config(data__path=str(data), **changes)
+    made = tiny.config(data__path=str(data), **tiny.ONE_LEVEL_UNET, **changes)
     made["train"] |= dict(steps=steps, log_every=4, save_every=100, sample_every=4, sample_rows=2)
     return made
 

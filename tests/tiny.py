@@ -19,12 +19,14 @@ from imagen_jax.training.step import make_step
 
 ROOT = Path(__file__).parent.parent
 DIM = 8
-# Fields of sr_256:tiny and sr_1024:tiny for runs of several processes: one level of the two
-# compiles in half the time.
-ONE_LEVEL = (
-    "--config.model.widths=(16,)",
-    "--config.model.blocks=(1,)",
-    "--config.model.attention=('cross',)",
+# One level in place of two compiles in half the time: for tests of anything but networks. As
+# changes of `config` of sr_256 and sr_1024, of base_64, and as options of a command (sr only).
+ONE_LEVEL_FIELDS = dict(model__widths=(16,), model__blocks=(1,), model__attention=("cross",))
+ONE_LEVEL_UNET = dict(
+    model__multipliers=(1,), model__attention=(True,), model__text_attention=(True,)
+)
+ONE_LEVEL = tuple(
+    f"--config.{field.replace('__', '.')}={value!r}" for field, value in ONE_LEVEL_FIELDS.items()
 )
 # The trainer with a disk that is full at the first save and has room at the next.
 FULL_ONCE = """
@@ -96,13 +98,28 @@ def stage_and_step(made: dict, mesh=None):
 
 
 def perturbed(params, scale: float = 0.1, seed: int = 0):
-    """Parameters away from their zero-initialised start."""
-    leaves, tree = jax.tree.flatten(params)
+    """Parameters (numpy) away from their zero-initialised start."""
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(
-        tree,
-        [
-            leaf + jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype)
-            for leaf in leaves
-        ],
-    )
+    move = lambda leaf: leaf + (scale * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+    return jax.tree.map(move, jax.device_get(params))
+
+
+def random_params(init, *args, seed: int = 0):
+    """Parameters (numpy) for `init(key, *args)`, none of them zero. Nothing is compiled, unlike
+    `perturbed(jax.jit(init)(key, *args))`.
+    """
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        noise = rng.standard_normal(leaf.shape).astype(leaf.dtype)
+        if path[-1].key == "kernel":
+            return noise / np.sqrt(np.prod(leaf.shape[:-1]), dtype=leaf.dtype)
+        return (path[-1].key == "scale") + 0.1 * noise
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(init, jax.random.key(0), *args))
+
+
+def relative_error(tree, expected) -> float:
+    """The norm of the difference of two trees, divided by the norm of the second."""
+    norm = lambda t: np.sqrt(sum(np.square(np.asarray(leaf)).sum() for leaf in jax.tree.leaves(t)))
+    return norm(jax.tree.map(np.subtract, tree, expected)) / norm(expected)

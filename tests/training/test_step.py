@@ -15,8 +15,8 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def base():
-    """(config, stage, jitted step, state) of the tiny base stage, its parameters perturbed."""
-    made = tiny.config(optim__warmup=0)
+    """(config, stage, jitted step, state) of a small base stage, its parameters perturbed."""
+    made = tiny.config(**tiny.ONE_LEVEL_UNET, optim__warmup=0)
     stage, optimizer, step = tiny.stage_and_step(made)
     state = jax.jit(lambda: initial_state(stage, optimizer, 0))()
     state = state.replace(params=tiny.perturbed(state.params))
@@ -25,18 +25,16 @@ def base():
 
 def test_accumulation_equals_the_full_batch():
     """Catches draws made per part, a mean of sums, and a last part that overwrites the others."""
-    stage, _, _ = tiny.stage_and_step(tiny.config("sr_256"))
-    params = tiny.perturbed(jax.jit(stage.init)(jax.random.key(0)))
-    batch = tiny.batch(stage, 8)
+    stage, _, _ = tiny.stage_and_step(tiny.config("sr_256", **tiny.ONE_LEVEL_FIELDS))
+    params, batch = tiny.random_params(stage.init), tiny.batch(stage, 8)
     results = [
         jax.jit(lambda p, b, n=n: loss_and_grad(stage, p, b, jax.random.key(5), n))(params, batch)
         for n in (1, 4)
     ]
     (loss, grads), (split_loss, split_grads) = results
     np.testing.assert_allclose(loss, split_loss, rtol=1e-6)
-    norm = optax.tree.norm(grads)
-    assert optax.tree.norm(jax.tree.map(jnp.subtract, grads, split_grads)) < 1e-5 * norm
-    assert norm > 1e-3
+    assert tiny.relative_error(split_grads, grads) < 1e-5
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads)) > 1e-3
 
 
 def test_split_batch_keeps_every_row_once():
@@ -63,7 +61,7 @@ def test_random_numbers_do_not_depend_on_the_sites_defaults():
     """Catches a generator, or its way of dividing numbers over devices, that a site's default
     changes on a resume without a word.
     """
-    made = tiny.config("sr_256")
+    made = tiny.config("sr_256", **tiny.ONE_LEVEL_FIELDS)
 
     def first_loss():
         stage, optimizer, step = tiny.stage_and_step(made)
@@ -116,13 +114,13 @@ def test_loss_reads_what_the_batch_tells(field):
     """Catches a stage that trains on its own target in place of the low-res image or the caption it
     is given: the loss looks the better for it.
     """
-    stage, _, _ = tiny.stage_and_step(tiny.config("sr_256"))
+    stage, _, _ = tiny.stage_and_step(tiny.config("sr_256", **tiny.ONE_LEVEL_FIELDS))
     batch, other = tiny.batch(stage, 2), tiny.batch(stage, 2, seed=1)
-    params = tiny.perturbed(jax.jit(stage.init)(jax.random.key(0)))
+    params = tiny.random_params(stage.init)
     draws = stage.draw(jax.random.key(1), 2) | {"drop": jnp.zeros(2, bool)}
     loss = jax.jit(lambda batch: stage.per_sample_loss(params, batch, draws))
     before, after = loss(batch), loss(batch | {field: np.stack([other[field][0], batch[field][1]])})
-    assert abs(after[0] - before[0]) > 1e-3 * before[0] and after[1] == before[1]
+    assert abs(after[0] - before[0]) > 1e-5 * before[0] and after[1] == before[1]
 
 
 def test_learning_rate():
@@ -145,14 +143,13 @@ def test_weight_decay_acts_on_kernels_only(optimizer, name):
     made = tiny.config(name, optim__optimizer=optimizer, optim__weight_decay=0.5, optim__warmup=0)
     stage, transformation, _ = tiny.stage_and_step(made)
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
-    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
-    zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = transformation.update(zero, transformation.init(params), params)
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+    zero = jax.tree.map(np.zeros_like, params)
+    updates, _ = jax.jit(lambda: transformation.update(zero, transformation.init(params), params))()
     moved = {"kernel": set(), "other": set()}
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
         kind = "kernel" if path[-1].key == "kernel" else "other"
-        moved[kind].add(float(update.ravel()[0]))
-        assert (update == update.ravel()[0]).all()
+        moved[kind] |= set(np.asarray(update).ravel().tolist())
     decay = 0.5 * (made["optim"]["lr"] if optimizer == "adam" else 1.0)
     assert moved["other"] == {0.0} and list(moved["kernel"]) == [pytest.approx(-decay)]
 
@@ -201,8 +198,8 @@ def test_adafactor_is_optax_default():
 
 def test_dropout_acts_in_training_only():
     """Catches dropout that never acts, or acts in sampling."""
-    stage, _, _ = tiny.stage_and_step(tiny.config(model={**tiny.config()["model"], "dropout": 0.5}))
-    params = tiny.perturbed(jax.jit(stage.init)(jax.random.key(0)))
+    stage, _, _ = tiny.stage_and_step(tiny.config(**tiny.ONE_LEVEL_UNET, model__dropout=0.5))
+    params = tiny.random_params(stage.init)
     batch = jax.device_put(tiny.batch(stage, 4))
     draws = stage.draw(jax.random.key(1), 4)
     losses = jax.jit(lambda key: stage.per_sample_loss(params, batch, draws, key))
