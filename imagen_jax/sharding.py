@@ -22,10 +22,11 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Float, Shaped
 
 from imagen_jax.models.attention import Attend, Keys
 from imagen_jax.models.attention_kernel import fits
+from imagen_jax.models.layers import Constrain
 
 AXES = ("data", "fsdp", "model", "spatial")
 BATCH_AXES = ("data", "fsdp")
@@ -165,7 +166,9 @@ def process_rows(rows: int, mesh: Mesh) -> list[int]:
     return rows_on(mesh.local_devices, rows, mesh)
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+def place_batch(
+    batch: dict[str, Shaped[np.ndarray, "local ..."]], mesh: Mesh
+) -> dict[str, Shaped[Array, "b ..."]]:
     """Puts this process's rows (see `process_rows`) on the mesh, as global arrays.
 
     Raises ValueError unless the number of rows is a multiple of data x fsdp.
@@ -178,7 +181,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     # The first row of each shard: global index -> index in this process.
     begin = {shard * size: i * size for i, shard in enumerate(held)}
 
-    def put(array: np.ndarray) -> Array:
+    def put(array: Shaped[np.ndarray, "local *d"]) -> Shaped[Array, "b *d"]:
         part = lambda index: array[begin[index[0].start or 0] :][:size]
         return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
 
@@ -186,7 +189,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
         return {name: put(array) for name, array in batch.items()}
 
 
-def constrain_activations(mesh: Mesh) -> Callable[[Array], Array]:
+def constrain_activations(mesh: Mesh) -> Constrain:
     """The `constrain` callable of a model: fixes the sharding of activations.
 
     Feature maps [b h w c] are sharded like images, other arrays by rows. Without the constraint,
@@ -196,7 +199,7 @@ def constrain_activations(mesh: Mesh) -> Callable[[Array], Array]:
     if mesh.size == 1:
         return lambda h: h
 
-    def constrain(h: Array) -> Array:
+    def constrain(h: Float[Array, "*d"]) -> Float[Array, "*d"]:
         rows = NamedSharding(mesh, P(BATCH_AXES, *[P.UNCONSTRAINED] * (h.ndim - 1)))
         return jax.lax.with_sharding_constraint(h, image_sharding(mesh) if h.ndim == 4 else rows)
 
@@ -219,8 +222,8 @@ def gather_parameters(mesh: Mesh) -> Callable[[Tree], Tree]:
 
 
 def attend_in_parts(
-    mesh: Mesh, kernel: Attend, plain: Attend, q: Array, keys: Keys, heads: int
-) -> Array:
+    mesh: Mesh, kernel: Attend, plain: Attend, q: Float[Array, "b n c"], keys: Keys, heads: int
+) -> Float[Array, "b n c"]:
     """Runs an attention kernel on each device's shard.
 
     Rows are sharded over the batch axes, queries over `spatial` and channels over `model`; the

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import BFloat16
 
 from imagen_jax.storage import check_local, is_away, sha256_file
 
@@ -56,7 +57,7 @@ class CaptionRow:
     """One distinct caption: text and token features [length d] bfloat16, unpadded."""
 
     text: str
-    embedding: np.ndarray
+    embedding: BFloat16[np.ndarray, "length d"]
 
 
 @functools.cache

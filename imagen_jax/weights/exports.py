@@ -11,6 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import safetensors
+from jaxtyping import BFloat16
 from safetensors.numpy import save_file
 
 from imagen_jax.storage import check_local, flush, missing_content
@@ -98,7 +99,7 @@ def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return leaves.unflatten(arrays), {"which": "exported"} | meta | {"sha256": sha256}
 
 
-def _digest(arrays: Mapping[str, np.ndarray], meta: dict[str, Any]) -> str:
+def _digest(arrays: Mapping[str, BFloat16[np.ndarray, "..."]], meta: dict[str, Any]) -> str:
     """SHA-256 of names, shapes, bytes and meta, independent of the file's layout."""
     digest = hashlib.sha256(leaves.to_json(meta).encode())
     for name in sorted(arrays):

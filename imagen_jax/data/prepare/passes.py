@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import BFloat16
 from tqdm import tqdm
 
 from imagen_jax.data import records
@@ -324,7 +325,7 @@ def _write_captions(
     partial: Path,
     name: str,
     texts: list[str],
-    features: list[np.ndarray],
+    features: list[BFloat16[np.ndarray, "_ d"]],
     cut: list[int],
 ) -> int:
     norms = np.concatenate(
