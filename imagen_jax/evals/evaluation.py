@@ -20,7 +20,7 @@ from imagen_jax.evals import nearest
 from imagen_jax.evals.noise_bins import Bins, TrainingBins
 from imagen_jax.evals.rows import TEXTS, Data, Rows, Settings, conditioned, once
 from imagen_jax.run_log import Progress
-from imagen_jax.sharding import AXES, make_mesh, place_batch
+from imagen_jax.sharding import batch_mesh, place_batch, replicated
 from imagen_jax.stage import (
     Batch,
     Params,
@@ -63,17 +63,15 @@ class Probe:
 
     def __init__(self, stage: Stage, settings: Settings):
         self.stage, self.settings = stage, settings
-        axes = dict.fromkeys(AXES, 1) | {"data": -1}
-        self._mesh = make_mesh(axes, jax.local_devices())
+        self._mesh = batch_mesh(jax.local_devices())
         self._fields = tuple(stage.batch_shapes(0))
         self._errors: dict[Hashable, Callable] = {}
         self._draw = jax.jit(self._draw_samples)
 
     def place(self, params: Params) -> Params:
         """Copies host parameters to every device in fp32."""
-        replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         params = jax.tree.map(lambda a: np.asarray(a, np.float32), params)
-        return jax.device_put(params, replicated)
+        return jax.device_put(params, replicated(self._mesh))
 
     def errors(
         self, error: ErrorFn, params: Params, rows: Rows, bins: Bins, clean: bool, label: str

@@ -111,7 +111,7 @@ class FlaxEncoder:
         buckets: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             buckets.setdefault(bucket_length(len(row), self.max_length), []).append(i)
-        devices = self._program.mesh.size
+        devices = self._program.devices
         for length, members in sorted(buckets.items()):
             size = devices * (batch_size if fill else max(1, batch_size * 32 // max(length, 32)))
             if not fill:

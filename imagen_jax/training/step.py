@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, Shaped
 
 from imagen_jax import sharding
@@ -180,7 +180,7 @@ class TrainProgram:
             step,
             donate_argnums=0,
             in_shardings=(shardings, over_rows),
-            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+            out_shardings=(shardings, sharding.replicated(mesh)),
             compiler_options=sharding.compiler_options(mesh),
         )
         batch = {
