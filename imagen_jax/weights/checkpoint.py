@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -35,7 +34,6 @@ from imagen_jax.storage import (
     check_local,
     find_damage,
     flush,
-    read_json,
     seal,
     sha256_file,
 )
@@ -44,9 +42,10 @@ from imagen_jax.weights.leaves import (
     FORMAT_VERSION,
     CheckpointError,
     Tree,
-    check_version,
     first_line,
     flatten,
+    parse_dtype,
+    read_document,
     to_json,
     unflatten,
 )
@@ -171,7 +170,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """The meta of a step that `latest_good` returned, without reading the state."""
-        return _meta(_read_document(self.directory / str(step)))
+        return _meta(read_document(self.directory / str(step) / META))
 
     def restore(self, step: int, abstract_state: Tree) -> tuple[Tree, dict[str, Any]]:
         """Verifies and reads a checkpoint: (state, meta).
@@ -190,7 +189,7 @@ class Checkpoints:
             reason = agreement.gather(reason or "")[0]
             if reason:
                 raise CheckpointError(f"checkpoint {directory} cannot be used: {reason}")
-        document = _read_document(directory)
+        document = read_document(directory / META)
         wanted = flatten(abstract_state)
         _check_leaves(directory, document["leaves"], wanted)
         abstract = {
@@ -296,10 +295,10 @@ def load_params(
     path: a workdir or its checkpoints directory (its newest intact step is read), the directory of
     one step, or a file by `export_params`.
     which: "ema", "params", or "ema_1", "ema_2" ... for an EMA of optim.ema_tracks. Ignored for an
-    exported file, which holds one tree.
+        exported file, which holds one tree.
 
     Raises CheckpointError if `path` does not exist, is damaged or was not written by this package;
-    ValueError if the state has no such tree or `path` is a URL.
+    ValueError if the state or the exported file has no such tree, or `path` is a URL.
     """
     check_local("checkpoint", path)
     if not re.fullmatch(r"ema|params|ema_[1-9]\d*", which):
@@ -308,7 +307,7 @@ def load_params(
     if path.is_file():
         return read_export(path)
     directory = _find_step(path)
-    document = _read_document(directory)
+    document = read_document(directory / META)
     subtree = _subtree(which)
     specs = {name: spec for name, spec in document["leaves"].items() if name.startswith(subtree)}
     if not specs:
@@ -316,7 +315,7 @@ def load_params(
         raise ValueError(f"checkpoint {directory} has no {which!r}; it holds {', '.join(held)}")
     # NumPy arrays tell orbax to load to the host; np.broadcast_to allocates no memory for them.
     abstract = {
-        name: np.broadcast_to(np.zeros((), _dtype(dtype)), shape)
+        name: np.broadcast_to(np.zeros((), parse_dtype(dtype)), shape)
         for name, (shape, dtype) in specs.items()
     }
     loaded = _load(directory, abstract, partial=True)
@@ -408,21 +407,11 @@ def _document(step: int, leaves: Mapping[str, Any], meta: Mapping[str, Any]) -> 
     )
 
 
-def _read_document(directory: Path) -> dict[str, Any]:
-    document = read_json(directory / META)
-    check_version(directory, document)
-    return document
-
-
 def _meta(document: Mapping[str, Any]) -> dict[str, Any]:
     return document["meta"] | {
         "step": document["step"],
         "format_version": document["format_version"],
     }
-
-
-def _dtype(name: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def _keep_aside(directory: Path, reason: str) -> None:

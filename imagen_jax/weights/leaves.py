@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
+import numpy as np
 
 from imagen_jax.sharding import path_name
+from imagen_jax.storage import check_object, read_json
 
 FORMAT_VERSION = 1
+REMEDY = "use another checkpoint, or restore a copy of this one"
 Tree = Any
 
 
@@ -17,10 +21,47 @@ class CheckpointError(ValueError):
     """A checkpoint or export that is missing, incomplete, damaged, or could not be written."""
 
 
-def check_version(path: Path, document: Mapping[str, Any]) -> None:
+def read_document(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's meta.json: format_version, step, leaves, meta.
+
+    Raises CheckpointError if it is not JSON, a field is missing or of a wrong type, or the format
+    version is another one.
+    """
+    try:
+        document = read_json(path, REMEDY)
+        check_version(path, document)
+        check_object(path, document, {"step": int, "leaves": dict, "meta": dict}, REMEDY)
+        for name, spec in document["leaves"].items():
+            if not _is_spec(spec):
+                text = f"{path} is damaged (leaf {name} is {spec!r:.60}, not [shape, dtype])"
+                raise ValueError(f"{text}; {REMEDY}")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return document
+
+
+def _is_spec(spec: Any) -> bool:
+    """Whether parsed JSON is [shape, name of a dtype]."""
+    try:
+        (*shape,), name = spec
+        parse_dtype(name)
+    except (TypeError, ValueError):
+        return False
+    return all(type(n) is int and n > 0 for n in shape)
+
+
+def parse_dtype(name: str) -> np.dtype:
+    """The dtype of a name in meta.json, such as "bfloat16"."""
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def check_version(path: Path, document: Any) -> None:
     """Raises CheckpointError unless `document`, the content of `path`, has FORMAT_VERSION."""
-    version = document["format_version"]
-    if version != FORMAT_VERSION:
+    try:
+        check_object(path, document, {"format_version": int}, REMEDY)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if (version := document["format_version"]) != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {version}; this version of imagen_jax reads format {FORMAT_VERSION}"
         )
