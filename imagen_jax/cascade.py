@@ -25,10 +25,14 @@ from imagen_jax.stage import (
     images_and_finite,
     random_key,
 )
+from imagen_jax.storage import check_object
 from imagen_jax.weights import checkpoint
+from imagen_jax.weights.leaves import check_fit
 
 Features = BFloat16[np.ndarray, "_ d"]  # of one text, unpadded; each has its own length
 STAGES = ("base", "sr_1", "sr_2")  # the names in a cascade config, in order
+# What train stores with the weights: {name: type}.
+STAGE_META = {"config": dict, "encoder": dict, "manifest_hash": str}
 # Fields of an encoder's identity that determine its features.
 SAME_TEXT = ("weights_sha256", "tokenizer_sha256", "dim")
 
@@ -82,7 +86,9 @@ def load_stage(path: str, sampling: Mapping[str, Any], which: str) -> LoadedStag
     sampling = schema.complete_sampling(sampling, f"sampling of {path}")
     check_sampling(sampling)
     params, meta = checkpoint.load_params(resolve(path), which)
+    check_object(path, meta, STAGE_META, "use a checkpoint of imagen_jax.train, or its export")
     stage = create_stage(schema.complete(meta["config"], f"config of {path}"))
+    check_fit(params, jax.eval_shape(stage.init, jax.random.key(0)), f"{path}: ")
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
     draw = jax.jit(
         lambda params, keys, batch: images_and_finite(stage.sample(params, keys, batch, sampling))

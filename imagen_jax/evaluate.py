@@ -209,14 +209,22 @@ class Evaluator:
 
         Returns the content of evaluation.json.
         """
+        import jax
+
+        from imagen_jax.cascade import STAGE_META
         from imagen_jax.evals import report
         from imagen_jax.evals.evaluation import Evaluation
         from imagen_jax.evals.measures import measure
         from imagen_jax.weights.checkpoint import load_params
+        from imagen_jax.weights.leaves import check_fit
 
         params, meta = load_params(checkpoint, self._which)
+        remedy = "use a checkpoint of imagen_jax.train, or its export"
+        check_object(checkpoint, meta, STAGE_META, remedy)
         meta = meta | {"config": schema.complete(meta["config"], f"config of {checkpoint}")}
         self._prepare(meta)
+        model = jax.eval_shape(self._probe.stage.init, jax.random.key(0))
+        check_fit(params, model, f"{checkpoint}: ")
         evaluation = Evaluation(self._probe, self._rows, params)
         log.info("%s, step %s: %s", meta["config"]["name"], meta["step"], ", ".join(self._chosen))
         for name, reason in self._left_out.items():

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from imagen_jax.sharding import path_name, tree_shardings
 from imagen_jax.stage import random_key
 from imagen_jax.training.objective import Objective
+from imagen_jax.weights.leaves import check_fit
 
 
 @flax.struct.dataclass
@@ -79,23 +80,7 @@ def with_params(state: TrainState, params: Any, shardings: TrainState) -> TrainS
 
     Raises ValueError with the first leaf that is missing, unexpected or of another shape.
     """
-    needed = {
-        path_name(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
-    }
-    loaded = {
-        path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    wrong = sorted(
-        name for name in needed.keys() | loaded.keys() if needed.get(name) != loaded.get(name)
-    )
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"{len(wrong)} weights do not fit the model, {name} first: it is"
-            f" {loaded.get(name, 'missing')}, the model has {needed.get(name, 'none')}; give"
-            " weights of the same config"
-        )
+    check_fit(params, state.params)
     to_devices = lambda tree: jax.device_put(
         jax.tree.map(lambda p, old: p.astype(old.dtype), params, state.params), tree
     )

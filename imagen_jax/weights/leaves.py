@@ -105,6 +105,51 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def check_leaves(directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the first leaf in which `stored` and `wanted` differ."""
+    faults = []
+    for path in sorted(stored.keys() | wanted.keys()):
+        if path not in stored:
+            faults.append(f"leaf {path} is missing from the checkpoint")
+        elif path not in wanted:
+            faults.append(f"the checkpoint has an extra leaf {path}")
+        else:
+            have = tuple(stored[path][0]), stored[path][1]
+            want = tuple(wanted[path].shape), np.dtype(wanted[path].dtype).name
+            if have != want:
+                faults.append(
+                    f"leaf {path} is {have[1]}{list(have[0])} in the checkpoint, but the state"
+                    f" needs {want[1]}{list(want[0])}"
+                )
+            elif getattr(wanted[path], "sharding", None) is None:
+                faults.append(f"leaf {path} of the abstract state has no sharding")
+    if faults:
+        more = f" (and {len(faults) - 1} more such faults)" if len(faults) > 1 else ""
+        raise ValueError(f"checkpoint {directory} does not fit the state: {faults[0]}{more}")
+
+
+def check_fit(params: Tree, model: Tree, label: str = "") -> None:
+    """Raises ValueError with the first leaf that is missing, unexpected or of another shape.
+
+    model: the parameters of the model, or their shapes. label: what the message calls `params`.
+    """
+    shapes = lambda tree: {
+        path_name(path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    needed, loaded = shapes(model), shapes(params)
+    wrong = sorted(
+        name for name in needed.keys() | loaded.keys() if needed.get(name) != loaded.get(name)
+    )
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{label}{len(wrong)} weights do not fit the model, {name} first: it is"
+            f" {loaded.get(name, 'missing')}, the model has {needed.get(name, 'none')}; give"
+            " weights of the same config"
+        )
+
+
 def to_json(value: Any) -> str:
     """JSON with sorted keys. Raises ValueError if `value`, the caller's meta, is not JSON."""
     try:
