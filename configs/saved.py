@@ -20,10 +20,11 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError("no run is given: use --config configs/saved.py:WORKDIR/config.json")
     try:
         content = json.loads(Path(arg).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{arg} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{arg} is not a config: it is not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{arg} is not JSON ({error}); give the config.json of a run") from None
+    sections = [] if not isinstance(content, dict) else [content.get(p, {}) for p in defaults.ADDED]
+    if not sections or not all(isinstance(section, dict) for section in sections):
+        raise ValueError(f"{arg} is not a config; give the config.json of a run")
     # The command line can set existing fields only, so those that the record lacks are added.
     added = {part: fields for part, fields in defaults.ADDED.items() if part in content}
     completed = {part: fields | content[part] for part, fields in added.items()}

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, BFloat16, Key, Shaped, UInt8
 
 from imagen_jax import schema
 from imagen_jax.data.transforms import pad_text
@@ -25,9 +25,14 @@ from imagen_jax.stage import (
     images_and_finite,
     random_key,
 )
+from imagen_jax.storage import check_object
 from imagen_jax.weights import checkpoint
+from imagen_jax.weights.leaves import check_fit
 
+Features = BFloat16[np.ndarray, "_ d"]  # of one text, unpadded; each has its own length
 STAGES = ("base", "sr_1", "sr_2")  # the names in a cascade config, in order
+# What train stores with the weights: {name: type}.
+STAGE_META = {"config": dict, "encoder": dict, "manifest_hash": str}
 # Fields of an encoder's identity that determine its features.
 SAME_TEXT = ("weights_sha256", "tokenizer_sha256", "dim")
 
@@ -81,7 +86,9 @@ def load_stage(path: str, sampling: Mapping[str, Any], which: str) -> LoadedStag
     sampling = schema.complete_sampling(sampling, f"sampling of {path}")
     check_sampling(sampling)
     params, meta = checkpoint.load_params(resolve(path), which)
+    check_object(path, meta, STAGE_META, "use a checkpoint of imagen_jax.train, or its export")
     stage = create_stage(schema.complete(meta["config"], f"config of {path}"))
+    check_fit(params, jax.eval_shape(stage.init, jax.random.key(0)), f"{path}: ")
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
     draw = jax.jit(
         lambda params, keys, batch: images_and_finite(stage.sample(params, keys, batch, sampling))
@@ -147,7 +154,7 @@ def check_encoder(a: Mapping[str, Any], b: Mapping[str, Any], who: str) -> None:
         )
 
 
-def sample_keys(seeds: Sequence[int], stage_index: int) -> jax.Array:
+def sample_keys(seeds: Sequence[int], stage_index: int) -> Key[Array, "b"]:
     """PRNG keys [b], one per picture, from its seed and the stage's position in the cascade."""
     key = lambda seed: jax.random.fold_in(random_key(seed), stage_index)
     return jax.vmap(key)(jnp.asarray(seeds, jnp.uint32))
@@ -156,7 +163,7 @@ def sample_keys(seeds: Sequence[int], stage_index: int) -> jax.Array:
 def generate(
     stages: Sequence[LoadedStage],
     seeds: Sequence[int],
-    text: Sequence[np.ndarray],
+    text: Sequence[Features],
     batch_size: int,
     lowres: UInt8[np.ndarray, "n r r 3"] | None = None,
     first_stage: int = 0,
@@ -188,7 +195,7 @@ def generate(
         yield stage_images
 
 
-def pad_rows(features: Sequence[np.ndarray], stage: Stage) -> dict[str, np.ndarray]:
+def pad_rows(features: Sequence[Features], stage: Stage) -> dict[str, Shaped[np.ndarray, "b ..."]]:
     """{"text": [b l d], "text_mask": [b l]} for a stage; {} for a stage without text.
 
     Raises ValueError if a caption has more tokens than the stage's text length.

@@ -25,7 +25,7 @@ from absl import flags
 from PIL import Image
 
 from imagen_jax import cli, pictures, run_log
-from imagen_jax.storage import only_process, read_json, write_atomically
+from imagen_jax.storage import only_process, read_object, write_atomically
 
 STAGES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}  # cascade stage -> config file
 SHARE = {"base": 0.64, "sr_1": 0.2, "sr_2": 0.16}  # of the training time
@@ -162,7 +162,7 @@ def write_report(output: Path, prompts: Sequence[str], seconds: float) -> Path:
     )
     curves = loss_curves({stage: output / stage for stage in STAGES}, output / "loss_curves.png")
     measured = {
-        name: read_json(output / f"evaluate_{name}" / "evaluation.json")
+        name: read_object(output / f"evaluate_{name}" / "evaluation.json", {"retrieval": dict})
         for name in ("embedded", "fresh")
     }
     return write_html(

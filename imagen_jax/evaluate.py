@@ -30,13 +30,21 @@ from imagen_jax import cli, field, schema
 from imagen_jax.evals.measures import NAMES
 from imagen_jax.storage import (
     check_local,
+    check_object,
     only_process,
+    read_object,
     write_arrays,
     write_atomically,
     write_json,
 )
 
 RECORD = "evaluations.jsonl"
+RECORDED = {  # the fields of a line that settings are compared with
+    "provenance.config.sampling": dict,
+    "provenance.data.manifest_hash": str,
+    "provenance.checkpoint.which": str,
+    "provenance.sampling": dict,
+}
 POLL_S = 10.0
 log = logging.getLogger("imagen_jax.evaluate")
 
@@ -201,14 +209,22 @@ class Evaluator:
 
         Returns the content of evaluation.json.
         """
+        import jax
+
+        from imagen_jax.cascade import STAGE_META
         from imagen_jax.evals import report
         from imagen_jax.evals.evaluation import Evaluation
         from imagen_jax.evals.measures import measure
         from imagen_jax.weights.checkpoint import load_params
+        from imagen_jax.weights.leaves import check_fit
 
         params, meta = load_params(checkpoint, self._which)
+        remedy = "use a checkpoint of imagen_jax.train, or its export"
+        check_object(checkpoint, meta, STAGE_META, remedy)
         meta = meta | {"config": schema.complete(meta["config"], f"config of {checkpoint}")}
         self._prepare(meta)
+        model = jax.eval_shape(self._probe.stage.init, jax.random.key(0))
+        check_fit(params, model, f"{checkpoint}: ")
         evaluation = Evaluation(self._probe, self._rows, params)
         log.info("%s, step %s: %s", meta["config"]["name"], meta["step"], ", ".join(self._chosen))
         for name, reason in self._left_out.items():
@@ -242,7 +258,7 @@ class Evaluator:
         lines = record.read_bytes().split(b"\n")[:-1] if record.is_file() else []
         if not lines:
             return
-        recorded = json.loads(lines[-1])["provenance"]
+        recorded = _line(record, len(lines), lines[-1], RECORDED)["provenance"]
         trained = schema.complete_sampling(recorded["config"]["sampling"], f"{record}")
         current = self._numbers | {"data": Prepared(self._data).hash, "which": self._which}
         current |= {"sampling": trained | self._sampling}
@@ -386,7 +402,10 @@ def follow(
 def last_step(workdir: Path) -> float:
     """The last training step, or infinity before the run has written its config."""
     config = workdir / "config.json"
-    return json.loads(config.read_text())["train"]["steps"] if config.is_file() else float("inf")
+    if not config.is_file():
+        return float("inf")
+    remedy = "copy it from the meta.json of a checkpoint"
+    return read_object(config, {"train.steps": int}, remedy)["train"]["steps"]
 
 
 def evaluated_steps(record: Path) -> set[int]:
@@ -400,7 +419,19 @@ def evaluated_steps(record: Path) -> set[int]:
     if complete_lines != content:
         log.warning("%s: removed an incomplete last line", record)
         write_atomically(record, complete_lines)
-    return {json.loads(line)["step"] for line in complete_lines.split(b"\n")[:-1]}
+    lines = enumerate(complete_lines.split(b"\n")[:-1], 1)
+    return {_line(record, number, line, {"step": int})["step"] for number, line in lines}
+
+
+def _line(record: Path, number: int, line: bytes, fields: Mapping[str, type]) -> dict[str, Any]:
+    """The object in a line of an evaluations.jsonl. Raises ValueError that names file and line."""
+    label, remedy = f"{record}, line {number},", "remove the line, or give another --output"
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{label} is not valid JSON ({error}); {remedy}") from error
+    check_object(label, content, fields, remedy)
+    return content
 
 
 def append(record: Path, result: Mapping[str, Any]) -> None:

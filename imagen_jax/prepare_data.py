@@ -222,8 +222,7 @@ def _preview_captions(args: argparse.Namespace) -> None:
 
 def _load_encoder(name: str, max_length: int):
     """Loads the text encoder on all devices of this process."""
-    from imagen_jax.text.program import local_mesh
-    from imagen_jax.weights.text_encoders import load_text_encoder
+    from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh
 
     return load_text_encoder(name, max_length, place=local_mesh)
 

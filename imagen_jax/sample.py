@@ -108,6 +108,8 @@ def read_record(path: Path) -> dict[str, Any]:
         for name, kind in RECORD.items()
         if not isinstance(record, dict) or not isinstance(record.get(name), kind)
     ]
+    if not wrong and not all(isinstance(entry, dict) for entry in record["checkpoints"]):
+        wrong = ["checkpoints"]
     if wrong:
         raise ValueError(
             f"--reproduce {path} is not a picture's record: it has no valid {', '.join(wrong)}"

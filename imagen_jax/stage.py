@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Key, Num, UInt8
+from jaxtyping import Array, Bool, Float, Key, Num, PyTree, Shaped, UInt8
 
 from imagen_jax import schema, sharding
 from imagen_jax.data.transforms import check_sizes
@@ -36,7 +36,7 @@ NETWORKS = {"unet": UNet, "efficient_unet": EfficientUNet}
 RNG = "threefry2x32"
 # Makes random numbers independent of the flag `jax_threefry_partitionable`.
 PINNED = functools.partial(jax.threefry_partitionable, True)
-Batch = Mapping[str, Array]
+Batch = PyTree[Shaped[Array, "b ..."]]  # a dict, see `Stage.batch_shapes`
 Params = Mapping[str, Any]
 
 
@@ -120,7 +120,7 @@ class Stage:
         with PINNED():
             return self.model.init(key, to_unit(batch["image"]), jnp.zeros(1), cond)["params"]
 
-    def draw(self, key: Key[Array, ""], b: int, size: int | None = None) -> dict[str, Array]:
+    def draw(self, key: Key[Array, ""], b: int, size: int | None = None) -> loss.Draws:
         """The random numbers of a training step for `b` images (see `loss.draw`).
 
         size: side of the images in pixels; None for `train_size`.
@@ -152,7 +152,7 @@ class Stage:
         self,
         params: Params,
         batch: Batch,
-        draws: dict[str, Array],
+        draws: loss.Draws,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b"]:
         """The denoising loss of each row of a batch (Appendix A) with random numbers `draws`."""
@@ -161,7 +161,7 @@ class Stage:
         return loss.per_sample_loss(output, x, draws["eps"], logsnr, self.process, self.weight)
 
     def x_error(
-        self, params: Params, batch: Batch, draws: dict[str, Array], logsnr: Float[Array, "b"]
+        self, params: Params, batch: Batch, draws: loss.Draws, logsnr: Float[Array, "b"]
     ) -> Float[Array, "b"]:
         """The squared error of x-hat of each row at its log-SNR (see `loss.x_error`)."""
         x, z, output = self._noised_output(params, batch, draws, logsnr)
@@ -171,7 +171,7 @@ class Stage:
         self,
         params: Params,
         batch: Batch,
-        draws: dict[str, Array],
+        draws: loss.Draws,
         logsnr: Float[Array, "b"],
         dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "b h w 3"], Float[Array, "b h w 3"], Float[Array, "b h w 3"]]:

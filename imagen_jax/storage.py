@@ -28,6 +28,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS point
 # gs://BUCKET/PATH, also after pathlib has changed it to gs:/BUCKET/PATH.
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
+COPY_AGAIN = "download or copy it again"  # the remedy for most damaged files
 # Errors of a network file system that does not answer. The file may be there at the next attempt.
 AWAY = frozenset(
     (
@@ -88,8 +89,10 @@ def check_content(path: Path) -> None:
         raise ValueError(f"{path} {reason}")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str = COPY_AGAIN) -> Any:
     """The value in a JSON file.
+
+    remedy: what to do with a damaged file; ends the message.
 
     Raises:
         OSError: the file cannot be read.
@@ -99,9 +102,34 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); download or copy it again"
-        ) from error
+        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
+
+
+def read_object(path: Path, fields: Mapping[str, type], remedy: str = COPY_AGAIN) -> dict[str, Any]:
+    """The object in a JSON file, see `read_json` and `check_object`."""
+    content = read_json(path, remedy)
+    check_object(path, content, fields, remedy)
+    return content
+
+
+def check_object(label: Any, content: Any, fields: Mapping[str, type], remedy: str) -> None:
+    """Raises ValueError unless parsed JSON is an object with these fields, of these types.
+
+    label: the file that holds it. fields: {dotted name: type}, such as {"train.steps": int}.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{label} is damaged (it is not a JSON object); {remedy}")
+    for name, kind in fields.items():
+        value: Any = content
+        for key in name.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise ValueError(f"{label} is damaged (it has no {name}); {remedy}")
+            value = value[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            raise ValueError(
+                f"{label} is damaged ({name} is {value!r:.40}, not of type {kind.__name__});"
+                f" {remedy}"
+            )
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -26,7 +26,7 @@ from ml_collections import config_flags
 from imagen_jax import cli, distributed
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.watch import Watch
-from imagen_jax.storage import check_local, only_process, write_json
+from imagen_jax.storage import check_local, check_object, only_process, write_json
 
 log = logging.getLogger("imagen_jax.train")
 
@@ -244,6 +244,8 @@ def check_resume(
     from imagen_jax.training import resume
 
     saved = {"rng": RNG} | saved  # not in older checkpoints, which used this one
+    fields = dict.fromkeys(run.meta, object) | {"unlogged": list}
+    check_object(f"the newest checkpoint of {workdir}", saved, fields, "give a new --workdir")
     for line in resume.check({name: saved[name] for name in run.meta}, run.meta):
         log.info("changed since the checkpoint: %s", line)
     origin = {name: saved[name] for name in ("init_from",) if name in saved}

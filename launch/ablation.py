@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from imagen_jax import schema
+from imagen_jax.storage import read_json, read_object
 from launch.job import mounted
 
 FINISHED = "finished.json"  # the command of a finished process, in its directory
@@ -87,7 +88,10 @@ class Step:
         marker = self.directory / FINISHED
         if not marker.exists():
             return False
-        recorded, command = json.loads(marker.read_text()), list(self.command[1:])
+        remedy = f"remove {self.directory}, and run the same command again"
+        recorded, command = read_json(marker, remedy), list(self.command[1:])
+        if not isinstance(recorded, list) or not all(isinstance(word, str) for word in recorded):
+            raise ValueError(f"{marker} is damaged (it is not a list of words); {remedy}")
         evaluation = self.directory / "evaluation.json"
         if recorded != command and not restates(recorded, command, evaluation):
             raise ValueError(
@@ -107,7 +111,9 @@ def restates(recorded: Sequence[str], command: Sequence[str], evaluation: Path) 
     (rest, sampling), (new_rest, new_sampling) = split_sampling(recorded), split_sampling(command)
     if rest != new_rest or not sampling.keys() <= new_sampling.keys() or not evaluation.is_file():
         return False
-    used = json.loads(evaluation.read_text())["provenance"]["sampling"]
+    remedy = f"remove {evaluation.parent}, and run the same command again"
+    result = read_object(evaluation, {"provenance.sampling": dict}, remedy)
+    used = result["provenance"]["sampling"]
     used = schema.complete_sampling(used, str(evaluation))
     parsed = {
         name: schema.parse(text, schema.SAMPLING[name]) for name, text in new_sampling.items()

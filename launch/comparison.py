@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from imagen_jax.storage import read_object
 from launch.ablation import Arm
 
 CHECKPOINT = "provenance.checkpoint.sha256"  # in evaluation.json
@@ -29,7 +30,8 @@ def read_evaluations(
             if (directory / "rows.npz").exists():
                 with np.load(directory / "rows.npz") as file:  # hits are booleans
                     rows = {name: file[name].astype(float) for name in file.files}
-            measures = json.loads((directory / "evaluation.json").read_text())
+            remedy = f"remove {directory}, and run the same command again"
+            measures = read_object(directory / "evaluation.json", {}, remedy)
             evaluations.setdefault(arm.name, []).append({"measures": measures, "rows": rows})
     return evaluations
 

@@ -249,7 +249,7 @@ def test_full_size_step_traces_on_eight_devices(name):
     )
     assert as_placed(new_state) == as_placed(abstract)
     assert metrics["loss"].shape == ()
-    table = {row["part"]: row for row in sharding.bytes_table(abstract, shardings)}
+    table = {row["part"]: row for row in state.bytes_table(abstract, shardings)}
     for part in ("params", "ema"):
         assert table[part]["bytes_per_device"] < 1.02 * table[part]["bytes"] / fsdp
 

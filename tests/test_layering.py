@@ -172,6 +172,19 @@ def test_modules_with_parameters_live_in_few_folders():
         ), path
 
 
+def test_shardings_are_made_in_one_module():
+    """Catches a sharding made outside sharding.py, and a mesh axis named by a network, by the
+    diffusion process or by a text encoder. Planning looks into compiled programs and is exempt.
+    """
+    for path in sources("imagen_jax"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        made = {getattr(node, "id", getattr(node, "attr", "")) for node in nodes}
+        assert unit(path) in {"sharding", "planning"} or "NamedSharding" not in made, path
+        strings = {node.value for node in nodes if isinstance(node, ast.Constant)}
+        apart = {"models", "diffusion", "text"}
+        assert unit(path) not in apart or not strings & {"data", "fsdp", "spatial"}, path
+
+
 IMPORT_ALL = """
 import importlib, socket, sys
 from absl import flags

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from imagen_jax import sharding
 from imagen_jax.planning import hlo
-from imagen_jax.training.state import abstract_state, create_state
+from imagen_jax.training.state import abstract_state, bytes_table, create_state
 from imagen_jax.training.step import TrainProgram, loss_and_grad
 from tests import tiny
 
@@ -88,7 +88,7 @@ def test_state_is_born_sharded(name):
     mesh = sharding.make_mesh(FSDP)
     stage, optimizer, _ = tiny.stage_and_step(tiny.config(name), mesh)
     abstract, shardings = abstract_state(stage, optimizer, mesh, RULES, 8)
-    table = sharding.bytes_table(abstract, shardings)
+    table = bytes_table(abstract, shardings)
     assert sum(row["sharded_bytes"] for row in table) >= 0.9 * sum(row["bytes"] for row in table)
     state = create_state(stage, optimizer, 0, shardings)
     kernel = state.params["down_1"]["block_0"]["conv_0"]["kernel"]
@@ -273,7 +273,7 @@ def test_bytes_table():
     """Catches bytes per device that ignore the sharding."""
     mesh = sharding.make_mesh(dict(data=1, fsdp=8, model=1, spatial=1))
     tree = {"params": {"w": jnp.zeros((16, 4)), "b": jnp.zeros(4)}}
-    table = sharding.bytes_table(tree, sharding.tree_shardings(tree, mesh, RULES, 8))
+    table = bytes_table(tree, sharding.tree_shardings(tree, mesh, RULES, 8))
     assert table == [{"part": "params", "bytes": 272, "bytes_per_device": 48, "sharded_bytes": 256}]
 
 

@@ -12,11 +12,14 @@ from typing import Any
 
 import grain
 import numpy as np
+from jaxtyping import Shaped, UInt8
 
 from imagen_jax.data import transforms
 from imagen_jax.data.records import CaptionStore, ImageStore, Prepared
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Shaped[np.ndarray, "b ..."]]
+Example = dict[str, Shaped[np.ndarray | np.generic, "..."]]  # one row of a batch
+Pixels = UInt8[np.ndarray, "s s 3"]
 _CENTRE = (0.5, 0.5)
 # Per reading process: 2 threads, and up to 4 prefetched batches.
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -33,15 +36,15 @@ class _PixelCache:
         self._limit = limit_bytes
         self._lock = threading.Lock()
         self._used = 0
-        self._rows: dict[int, tuple[np.ndarray, tuple[int, ...]]] = {}
+        self._rows: dict[int, tuple[Pixels, tuple[int, ...]]] = {}
 
     def __reduce__(self):
         return _PixelCache, (self._limit,)
 
-    def get(self, row: int) -> tuple[np.ndarray, tuple[int, ...]] | None:
+    def get(self, row: int) -> tuple[Pixels, tuple[int, ...]] | None:
         return self._rows.get(row)
 
-    def put(self, row: int, pixels: np.ndarray, caption_ids: tuple[int, ...]) -> None:
+    def put(self, row: int, pixels: Pixels, caption_ids: tuple[int, ...]) -> None:
         with self._lock:
             if row not in self._rows and self._used + pixels.nbytes <= self._limit:
                 self._used += pixels.nbytes
@@ -66,14 +69,14 @@ class _Examples(grain.transforms.RandomMap):
     random_caption: bool
     cache: _PixelCache
 
-    def random_map(self, row: int, rng: np.random.Generator) -> Batch:
+    def random_map(self, row: int, rng: np.random.Generator) -> Example:
         # All four are always drawn, so that disabling one choice does not change the others.
         caption, top, left, mirror = rng.random(4).tolist()
         return self.make(
             row, caption if self.random_caption else 0.0, (top, left), self.flip and mirror < 0.5
         )
 
-    def make(self, row: int, caption: float, corner: tuple[float, float], mirror: bool) -> Batch:
+    def make(self, row: int, caption: float, corner: tuple[float, float], mirror: bool) -> Example:
         """Returns one example.
 
         caption: position among the image's captions, as a fraction in [0, 1).
@@ -92,18 +95,18 @@ class _Examples(grain.transforms.RandomMap):
             example[name] = np.ascontiguousarray(pixels[:, ::-1] if mirror else pixels)
         return example
 
-    def image(self, row: int) -> np.ndarray:
+    def image(self, row: int) -> Pixels:
         """The image as in `eval_rows`: cropped at the centre, not mirrored."""
         return self._crop_with_lowres(self._full_image(row)[0], _CENTRE)["image"]
 
-    def _crop_with_lowres(self, full_image: np.ndarray, corner: tuple[float, float]) -> Batch:
+    def _crop_with_lowres(self, full_image: Pixels, corner: tuple[float, float]) -> Example:
         lowres_or_full_size = self.lowres_size or self.image_size
         image, lowres = transforms.crop_pair(
             full_image, lowres_or_full_size, self.crop_size or self.image_size, corner
         )
         return {"image": image, "lowres": lowres} if self.lowres_size else {"image": image}
 
-    def _full_image(self, row: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    def _full_image(self, row: int) -> tuple[Pixels, tuple[int, ...]]:
         cached = self.cache.get(row)
         if cached is not None:
             return cached
@@ -125,7 +128,7 @@ class _Part:
     def __len__(self) -> int:
         return (len(self.stream) // self.size - self.start) * len(self.rows)
 
-    def __getitem__(self, i: int) -> Batch:
+    def __getitem__(self, i: int) -> Example:
         step, row = divmod(i, len(self.rows))
         return self.stream[(self.start + step) * self.size + self.rows[row]]
 
@@ -216,7 +219,9 @@ def _mark_flags_parsed() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-def eval_images(data_cfg: Mapping[str, Any], indices: Sequence[int], split: str) -> np.ndarray:
+def eval_images(
+    data_cfg: Mapping[str, Any], indices: Sequence[int], split: str
+) -> UInt8[np.ndarray, "n s s 3"]:
     """Returns only the images of `eval_rows`, uint8 [n s s 3]; reads no text."""
     examples = _examples(data_cfg, split)
     return np.stack([examples.image(int(row)) for row in indices])

@@ -25,12 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import BFloat16
 
-from imagen_jax.storage import check_local, is_away, sha256_file
+from imagen_jax.storage import check_local, check_object, is_away, read_object, sha256_file
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
+# The fields that readers need: {dotted name: type}.
+MANIFEST_FIELDS = (
+    dict.fromkeys(("hash", "encoder.name"), str)
+    | dict.fromkeys(("shards", "counts.images"), dict)
+    | dict.fromkeys(("encoder.dim", "embedding.length.max", "image_sizes.min_side"), int)
+)
+SHARD_FIELDS = {"rows": int, "bytes": int, "sha256": str}
 # Seconds between attempts to read a row after a transient file-system error.
 PAUSES_S = (1.0, 5.0, 25.0)
 # group_size:1 allows random access to single records. Images are compressed already; zstd saves a
@@ -56,7 +64,7 @@ class CaptionRow:
     """One distinct caption: text and token features [length d] bfloat16, unpadded."""
 
     text: str
-    embedding: np.ndarray
+    embedding: BFloat16[np.ndarray, "length d"]
 
 
 @functools.cache
@@ -351,20 +359,19 @@ class Prepared:
                 f"{self.path} is not prepared data (no {MANIFEST}): run python -m"
                 " imagen_jax.prepare_data"
             )
-        try:
-            self.manifest = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged ({error}): prepare the data again") from error
-        if self.manifest["format_version"] != FORMAT_VERSION:
-            version = self.manifest["format_version"]
+        remedy = "copy the directory again, or remove it and prepare the data again"
+        self.manifest = read_object(file, {"format_version": int}, remedy)
+        if (version := self.manifest["format_version"]) != FORMAT_VERSION:
             raise ValueError(
                 f"{file} has format {version}, but this program reads {FORMAT_VERSION}: prepare"
                 " the data again"
             )
+        check_object(file, self.manifest, MANIFEST_FIELDS, remedy)
         if self.manifest["hash"] != manifest_hash(self.manifest):
             raise ValueError(f"{file} was changed after it was written: prepare the data again")
         for name, entry in self.manifest["shards"].items():
             shard = self.path / name
+            check_object(f"{file}, {name},", entry, SHARD_FIELDS, remedy)
             if not shard.is_file() or shard.stat().st_size != entry["bytes"]:
                 raise ValueError(f"{shard} is missing or cut short: prepare the data again")
 

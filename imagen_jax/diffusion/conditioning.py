@@ -11,12 +11,12 @@ A model without text has neither text nor text_mask.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.diffusion.schedule import Schedule
 
-Cond = dict[str, Array]
+Cond = PyTree[Shaped[Array, "b ..."]]  # a dict; PyTree checks the rows of every entry
 # The process that noises the low-res image, whatever process the stage itself uses.
 VARIANCE_PRESERVING = GaussianProcess("vp", "eps")
 

@@ -9,13 +9,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from imagen_jax.diffusion import conditioning
 from imagen_jax.diffusion.process import Process
 from imagen_jax.diffusion.schedule import Schedule
 from imagen_jax.diffusion.weighting import Weight
 
+Draws = PyTree[Shaped[Array, "b ..."]]  # the dict that `draw` returns
 DenoiseFn = Callable[
     [Float[Array, "b *d"], Float[Array, "b"], conditioning.Cond], Float[Array, "b *d"]
 ]
@@ -27,7 +28,7 @@ def draw(
     lowres_shape: tuple[int, ...] | None,
     text_drop: float,
     aug_max: float = 1.0,
-) -> dict[str, Array]:
+) -> Draws:
     """The random numbers of one step, independent for each sample.
 
     Args:
@@ -61,7 +62,7 @@ def draw(
 def noised(
     x: Float[Array, "b *d"],
     cond: conditioning.Cond,
-    draws: dict[str, Array],
+    draws: Draws,
     logsnr: Float[Array, "b"],
     process: Process,
     aug_schedule: Schedule,

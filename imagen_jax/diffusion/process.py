@@ -138,11 +138,11 @@ class GaussianProcess:
         return jnp.broadcast_to(jnp.square(per_eps[self.prediction]), logsnr.shape)
 
 
-def _vp(logsnr: Array) -> tuple[Array, Array]:
+def _vp(logsnr: Float[Array, "*b"]) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
     return jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))
 
 
-def _flow(logsnr: Array) -> tuple[Array, Array]:
+def _flow(logsnr: Float[Array, "*b"]) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
     return jax.nn.sigmoid(0.5 * logsnr), jax.nn.sigmoid(-0.5 * logsnr)
 
 

@@ -5,14 +5,13 @@ They need no program on the devices, so no collective operation times out while 
 
 import hashlib
 import itertools
-import json
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from imagen_jax.distributed import startup
-from imagen_jax.storage import write_json
+from imagen_jax.storage import read_object, write_json
 
 # A day. A lost process ends the wait earlier; watch.py names one that is stuck.
 FOR_EVER_MS = 1000 * 60 * 60 * 24
@@ -89,7 +88,8 @@ def check_shared(directory: Path, patience_s: float = 60.0) -> None:
 
 
 def _start(path: Path) -> str:
+    """The token in hosts.json; "" if the file is missing, or not yet all of it is visible."""
     try:
-        return json.loads(path.read_text())["start"]
-    except FileNotFoundError:
+        return read_object(path, {"start": str})["start"]
+    except (FileNotFoundError, ValueError):
         return ""

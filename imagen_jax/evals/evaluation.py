@@ -15,11 +15,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from imagen_jax.data.records import SPLITS
+from imagen_jax.diffusion.loss import Draws
 from imagen_jax.evals import nearest
 from imagen_jax.evals.noise_bins import Bins, TrainingBins
 from imagen_jax.evals.rows import TEXTS, Data, Rows, Settings, conditioned, once
 from imagen_jax.run_log import Progress
-from imagen_jax.sharding import AXES, make_mesh, place_batch
+from imagen_jax.sharding import batch_mesh, place_batch, replicated
 from imagen_jax.stage import (
     Batch,
     Params,
@@ -33,11 +34,11 @@ from imagen_jax.stage import (
 ERROR_NOISE, SAMPLE_NOISE = 0, 1
 # (stage, params, batch, draws, logsnr) -> the error of each image [b].
 # draws: the result of `Stage.draw`, without text dropout. logsnr [b]: the noise level.
-ErrorFn = Callable[[Stage, Params, Batch, Mapping[str, Array], Array], Array]
+ErrorFn = Callable[[Stage, Params, Batch, Draws, Float[Array, "b"]], Float[Array, "b"]]
 
 
 def training_loss(
-    stage: Stage, params: Params, batch: Batch, draws: Mapping[str, Array], logsnr: Array
+    stage: Stage, params: Params, batch: Batch, draws: Draws, logsnr: Float[Array, "b"]
 ) -> Float[Array, "b"]:
     """The training loss of the stage.
 
@@ -47,7 +48,7 @@ def training_loss(
 
 
 def x_hat_error(
-    stage: Stage, params: Params, batch: Batch, draws: Mapping[str, Array], logsnr: Array
+    stage: Stage, params: Params, batch: Batch, draws: Draws, logsnr: Float[Array, "b"]
 ) -> Float[Array, "b"]:
     """The squared error of x-hat, comparable between predictions (see `Stage.x_error`)."""
     return stage.x_error(params, batch, draws, logsnr)
@@ -62,17 +63,15 @@ class Probe:
 
     def __init__(self, stage: Stage, settings: Settings):
         self.stage, self.settings = stage, settings
-        axes = dict.fromkeys(AXES, 1) | {"data": -1}
-        self._mesh = make_mesh(axes, jax.local_devices())
+        self._mesh = batch_mesh(jax.local_devices())
         self._fields = tuple(stage.batch_shapes(0))
         self._errors: dict[Hashable, Callable] = {}
         self._draw = jax.jit(self._draw_samples)
 
     def place(self, params: Params) -> Params:
         """Copies host parameters to every device in fp32."""
-        replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         params = jax.tree.map(lambda a: np.asarray(a, np.float32), params)
-        return jax.device_put(params, replicated)
+        return jax.device_put(params, replicated(self._mesh))
 
     def errors(
         self, error: ErrorFn, params: Params, rows: Rows, bins: Bins, clean: bool, label: str
@@ -114,7 +113,7 @@ class Probe:
         size = min(max(1, pixels // rows.batch["image"].shape[1] ** 2), len(rows))
         return size + -size % self._mesh.size
 
-    def _batches(self, rows: Rows, size: int) -> Iterator[tuple[int, int, Mapping[str, Array]]]:
+    def _batches(self, rows: Rows, size: int) -> Iterator[tuple[int, int, Batch]]:
         """Yields (start, stop, the batch of rows [start, stop) on the devices).
 
         The last batch is padded to `size` with the last row.
@@ -127,7 +126,9 @@ class Probe:
             batch = {name: values[indices] for name, values in fields.items()}
             yield start, min(start + size, n), place_batch(batch, self._mesh)
 
-    def _row_keys(self, purpose: int, split: Array, index: Int[Array, "b"]) -> Key[Array, "b"]:
+    def _row_keys(
+        self, purpose: int, split: Int[Array, ""], index: Int[Array, "b"]
+    ) -> Key[Array, "b"]:
         """One key per row, from the seed, the purpose, the split and the row's number."""
         key = jax.random.fold_in(random_key(self.settings.seed), purpose)
         key = jax.random.fold_in(key, split)
@@ -139,9 +140,9 @@ class Probe:
         bins: Bins,
         params: Params,
         batch: Batch,
-        split: Array,
-        bin_index: Array,
-        clean: Array,
+        split: Int[Array, ""],
+        bin_index: Int[Array, ""],
+        clean: Bool[Array, ""],
     ) -> Float[Array, "b"]:
         """`error` of each row at a noise level of the bin; text is never dropped.
 
@@ -159,7 +160,7 @@ class Probe:
         return error(self.stage, params, batch, draws, logsnr)
 
     def _draw_samples(
-        self, params: Params, batch: Batch, split: Array
+        self, params: Params, batch: Batch, split: Int[Array, ""]
     ) -> tuple[UInt8[Array, "b s s 3"], Bool[Array, "b"]]:
         keys = self._row_keys(SAMPLE_NOISE, split, batch["index"])
         return images_and_finite(self.stage.sample(params, keys, batch, self.settings.sampling))

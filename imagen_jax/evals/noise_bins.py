@@ -6,7 +6,7 @@ every bin.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from imagen_jax.diffusion.density import Density, UniformTime
+from imagen_jax.diffusion.loss import Draws
 from imagen_jax.evals.statistics import summary
 
-Draws = Mapping[str, Array]
-Describe = Callable[[np.ndarray], dict[str, Any]]
+Describe = Callable[[Float[np.ndarray, " n"]], dict[str, Any]]
 LEVEL = "u"  # the draw, uniform in [0, 1), that training turns into a noise level
 
 
@@ -28,10 +28,12 @@ class Bins(Protocol):
     def __len__(self) -> int:
         """The number of bins, k."""
 
-    def noise_level(self, draws: Draws, i: Any) -> tuple[dict[str, Array], Float[Array, "b"]]:
+    def noise_level(self, draws: Draws, i: Any) -> tuple[Draws, Float[Array, "b"]]:
         """`draws` with noise levels in bin i, and their log-SNR."""
 
-    def by_bin(self, values: np.ndarray, describe: Describe = summary) -> dict[str, Any]:
+    def by_bin(
+        self, values: Float[np.ndarray, "n k"], describe: Describe = summary
+    ) -> dict[str, Any]:
         """`by_bin` of values [n k] with the edges of these bins."""
 
 
@@ -50,7 +52,7 @@ class TrainingBins:
     def __len__(self) -> int:
         return self.count
 
-    def noise_level(self, draws: Draws, i: Any) -> tuple[dict[str, Array], Float[Array, "b"]]:
+    def noise_level(self, draws: Draws, i: Any) -> tuple[Draws, Float[Array, "b"]]:
         u = (i + draws[LEVEL]) / self.count
         return {**draws, LEVEL: u}, self.density(u)
 
@@ -77,7 +79,7 @@ class LogsnrBins:
     def __len__(self) -> int:
         return len(self.edges) - 1
 
-    def noise_level(self, draws: Draws, i: Any) -> tuple[dict[str, Array], Float[Array, "b"]]:
+    def noise_level(self, draws: Draws, i: Any) -> tuple[Draws, Float[Array, "b"]]:
         edges = jnp.asarray(self.edges, jnp.float32)
         logsnr = edges[i] + (edges[i + 1] - edges[i]) * draws[LEVEL]
         # The draw of training is removed: this log-SNR does not follow from it.

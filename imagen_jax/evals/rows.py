@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped, UInt8
 
 from imagen_jax import schema
 from imagen_jax.data import pipeline
@@ -29,6 +29,7 @@ LEVELS = ("drawn", "clean")  # noise of the low-res image: as in training, or no
 GREY = 128  # the null low-res image: grey, the middle of 0..255
 KEPT_GALLERY_BYTES = 2**30  # a gallery of at most this size stays in memory between checkpoints
 _CHUNK = 256
+HostBatch = Mapping[str, Shaped[np.ndarray, "n ..."]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Rows:
     """Rows of a split as one batch of host arrays."""
 
     split: str
-    batch: Mapping[str, np.ndarray]
+    batch: HostBatch
     seed: int
 
     def __len__(self) -> int:
@@ -142,7 +143,7 @@ class Data:
         return self.wholes(split).unshufflable or f"{self._settings.lowres_from} has none"
 
     @functools.cached_property
-    def generated(self) -> Mapping[str, np.ndarray]:
+    def generated(self) -> Mapping[str, Shaped[np.ndarray, "..."]]:
         """The content of `lowres_from`.
 
         Raises ValueError if it is not a samples.npz, or was drawn from other data, with another
@@ -229,17 +230,17 @@ class Data:
         """A caption's text."""
         return self.prepared.captions()[caption_id].text
 
-    def _choose(self, split: str, count: int) -> np.ndarray:
+    def _choose(self, split: str, count: int) -> Int[np.ndarray, " n"]:
         """Random rows from the seed. The rows of a smaller count are a subset of a larger one's."""
         rng = np.random.default_rng([self._settings.seed, SPLITS.index(split)])
         return np.sort(rng.permutation(self.counts[split])[:count])
 
-    def _read(self, data_cfg: Mapping[str, Any], split: str, index: np.ndarray) -> Rows:
+    def _read(self, data_cfg: Mapping[str, Any], split: str, index: Int[np.ndarray, " n"]) -> Rows:
         batch = pipeline.eval_rows(data_cfg, index.tolist(), split)
         return Rows(split, batch, self._settings.seed)
 
 
-def conditioned(rows: Rows, text: str, lowres: str) -> Mapping[str, np.ndarray]:
+def conditioned(rows: Rows, text: str, lowres: str) -> HostBatch:
     """The batch of `rows` with right, shuffled (those of row `other`) or null text and low-res."""
     batch, changed = rows.batch, {}
     if text == "shuffled":

@@ -14,9 +14,10 @@ from imagen_jax.models.layers import Constrain, Dtype, Projections, dense, group
 from imagen_jax.models.remat import mark_stored
 
 # Groups of (keys [b m c], values [b m c], mask of the valid ones [b m] or None if all are valid).
-Keys = tuple[tuple[Array, Array, Array | None], ...]
+# The groups differ in m.
+Keys = tuple[tuple[Float[Array, "b _ c"], Float[Array, "b _ c"], Bool[Array, "b _"] | None], ...]
 # The signature of `attend`; a faster implementation for one device can replace it.
-Attend = Callable[[Array, Keys, int], Array]
+Attend = Callable[[Float[Array, "b n c"], Keys, int], Float[Array, "b n c"]]
 KINDS = ("fused", "self", "cross")
 POOLINGS = ("attention", "mean")
 
@@ -72,7 +73,7 @@ class Attention(nn.Module):
             raise ValueError(f"{c} channels do not divide into {self.heads} attention heads")
         pixels = h.reshape(b, height * width, c)
         normed = group_norm(c, self.dtype, "norm")(pixels)
-        keys: list[tuple[Array, Array, Array | None]] = []
+        keys = []
         if self.kind == "cross":
             q = self.constrain(dense(c, self.dtype, "q")(normed))
         else:

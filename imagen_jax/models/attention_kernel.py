@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Keys
 from imagen_jax.models.remat import mark_stored
@@ -54,7 +54,9 @@ def flash_attend(
     return _attend(q, tuple(_padded(*group) for group in keys), heads, interpret)
 
 
-def _padded(k: Array, v: Array, valid: Array | None) -> tuple[Array, ...]:
+def _padded(
+    k: Float[Array, "b m c"], v: Float[Array, "b m c"], valid: Bool[Array, "b m"] | None
+) -> tuple[Float[Array, "b _ _"], ...]:
     """Pads a group of keys to a multiple of 128.
 
     Returns (k, v), or (k, v, bias) where the bias [b 1 m] masks invalid and padded keys.
@@ -69,7 +71,12 @@ def _padded(k: Array, v: Array, valid: Array | None) -> tuple[Array, ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _attend(q: Array, keys: tuple[tuple[Array, ...], ...], heads: int, interpret: bool) -> Array:
+def _attend(
+    q: Float[Array, "b n c"],
+    keys: tuple[tuple[Float[Array, "b _ _"], ...], ...],
+    heads: int,
+    interpret: bool,
+) -> Float[Array, "b n c"]:
     return _forward(q, keys, heads, interpret)[0]
 
 
@@ -190,7 +197,7 @@ def _backward_kernel(q, out, d_out, *arrays, channels, groups):
             gradient[...] = total[...].astype(gradient.dtype)
 
 
-def _exp_scores(q, keys, channels: int) -> tuple[list[Array], Array]:
+def _exp_scores(q, keys, channels: int) -> tuple[list[Float[Array, "n _"]], Float[Array, "n 1"]]:
     """Unnormalised attention weights and their sums, in fp32.
 
     Returns exp(scores - row maximum) [n m] for each group of keys, and the sums over all keys [n
@@ -205,7 +212,9 @@ def _exp_scores(q, keys, channels: int) -> tuple[list[Array], Array]:
     return weights, sum(jnp.sum(w, axis=1, keepdims=True) for w in weights)
 
 
-def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+def _product(
+    a: Float[Array, "_ _"], b: Float[Array, "_ _"], axis_a: int, axis_b: int
+) -> Float[Array, "_ _"]:
     """Matrix product over one axis of each operand, accumulated in fp32.
 
     fp32 operands are multiplied at full precision.
@@ -220,7 +229,7 @@ def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     )
 
 
-def _lanes_of(head: int, channels: int, shape: tuple[int, ...]) -> Array:
+def _lanes_of(head: int, channels: int, shape: tuple[int, int]) -> Bool[Array, "_ _"]:
     """Boolean mask of the lanes that belong to one head."""
     lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     return (lane >= head * channels) & (lane < (head + 1) * channels)

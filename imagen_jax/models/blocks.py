@@ -6,7 +6,7 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from imagen_jax.models.attention import TextPool
 from imagen_jax.models.layers import (
@@ -20,6 +20,8 @@ from imagen_jax.models.layers import (
 )
 from imagen_jax.models.resampling import average_pool, upsample_nearest
 
+# The dict `cond` of a network: text, text_mask, lowres, lowres_logsnr. Each entry has b rows.
+Cond = PyTree[Shaped[Array, "b ..."]]
 RESAMPLE = {"down": average_pool, "up": upsample_nearest}
 
 
@@ -92,7 +94,7 @@ class Conditioning(nn.Module):
 
     @nn.compact
     def __call__(
-        self, logsnr: Float[Array, "b"], cond: dict[str, Array]
+        self, logsnr: Float[Array, "b"], cond: Cond
     ) -> tuple[Float[Array, "b e"], Float[Array, "b l d"] | None, Bool[Array, "b l"] | None]:
         level = lambda name: NoiseLevelEmbedding(
             self.sinusoid_features, self.features, self.dtype, name=name

@@ -20,7 +20,9 @@ def add_bias(h: Float[Array, "*d c"], bias: Float[Array, "c"]) -> Float[Array, "
     return h + bias.astype(h.dtype).reshape((1,) * (h.ndim - 1) + bias.shape)
 
 
-def _add_bias_backward(bias: Array, d_out: Array) -> tuple[Array, Array]:
+def _add_bias_backward(
+    bias: Float[Array, "c"], d_out: Float[Array, "*d c"]
+) -> tuple[Float[Array, "*d c"], Float[Array, "c"]]:
     # 8 rows, because the compiler turns a product of fewer rows back into a sum.
     ones = jnp.ones((8, *d_out.shape[:-1]), d_out.dtype)
     precision = jax.lax.Precision.HIGHEST if d_out.dtype == jnp.float32 else None
@@ -34,7 +36,9 @@ def _add_bias_backward(bias: Array, d_out: Array) -> tuple[Array, Array]:
 add_bias.defvjp(lambda h, bias: (add_bias(h, bias), bias), _add_bias_backward)
 
 
-def _strided(image: Array, kernel: Array) -> Array:
+def _strided(
+    image: Float[Array, "b h2 w2 f"], kernel: Float[Array, "3 3 c f"]
+) -> Float[Array, "b h w c"]:
     """3x3 convolution of stride 2, [b 2h 2w f] -> [b h w c], by the adjoint's kernel [3 3 c f]."""
     return jax.lax.conv_general_dilated(
         image,
@@ -59,7 +63,10 @@ def conv_adjoint(
     return jax.vjp(lambda image: _strided(image, kernel), image)[1](h)[0]
 
 
-def _conv_adjoint_backward(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+def _conv_adjoint_backward(
+    residuals: tuple[Float[Array, "b h w c"], Float[Array, "3 3 c f"]],
+    d_out: Float[Array, "b h2 w2 f"],
+) -> tuple[Float[Array, "b h w c"], Float[Array, "3 3 c f"]]:
     h, kernel = residuals
     d_h, kernel_gradient = jax.vjp(lambda kernel: _strided(d_out, kernel), kernel)
     return d_h, kernel_gradient(h)[0]

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Attend, Attention, FeedForward, attend
-from imagen_jax.models.blocks import Conditioning, ResBlock, concat_lowres
+from imagen_jax.models.blocks import Cond, Conditioning, ResBlock, concat_lowres
 from imagen_jax.models.layers import Constrain, Conv, ConvTranspose, Dtype, identity
 from imagen_jax.models.remat import check_kind, checkpointed_module
 
@@ -125,7 +125,7 @@ class EfficientUNet(nn.Module):
         self,
         z: Float[Array, "b h w 3"],
         logsnr: Float[Array, "b"],
-        cond: dict[str, Array],
+        cond: Cond,
         train: bool = False,
     ) -> Float[Array, "b h w 3"]:
         self._check_settings(z)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from imagen_jax.models.custom_gradients import add_bias, conv_adjoint, conv_phases
 
 Dtype = Any
-Constrain = Callable[[Array], Array]
+Constrain = Callable[[Float[Array, "b ..."]], Float[Array, "b ..."]]
 
 
 def identity(tree: Any) -> Any:
@@ -82,7 +82,7 @@ class Projections(nn.Module):
 
 def dense(
     features: int, dtype: Dtype, name: str, zero_init: bool = False
-) -> Callable[[Array], Array]:
+) -> Callable[[Float[Array, "*d e"]], Float[Array, "*d c"]]:
     """One dense layer, [*d e] -> [*d features]: `nn.Dense` with the bias added by `add_bias`."""
     layer = Projections(1, features, dtype, zero_init, name=name)
     return lambda x: layer(x)[0]

@@ -18,7 +18,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Attend, Attention, attend
-from imagen_jax.models.blocks import Conditioning, ResBlock, concat_lowres
+from imagen_jax.models.blocks import Cond, Conditioning, ResBlock, concat_lowres
 from imagen_jax.models.layers import Constrain, Conv, Dtype, group_norm, identity
 from imagen_jax.models.remat import check_kind, checkpointed_module
 from imagen_jax.models.resampling import depth_to_space, space_to_depth, upsample_nearest
@@ -153,7 +153,7 @@ class UNet(nn.Module):
         self,
         z: Float[Array, "b h w 3"],
         logsnr: Float[Array, "b"],
-        cond: dict[str, Array],
+        cond: Cond,
         train: bool = False,
     ) -> Float[Array, "b h w 3"]:
         self._check_settings(z)

@@ -13,14 +13,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from imagen_jax import sharding
 from imagen_jax.hardware.chips import GIB
 from imagen_jax.hardware.topology import Topology, smallest_shape
 from imagen_jax.planning import cost, hlo, links, whole_step
 from imagen_jax.planning.step_time import SECONDS_PER_HOUR
 from imagen_jax.text import program
 from imagen_jax.text.t5_network import T5Config, T5Encoder
-from imagen_jax.weights.text_encoders import read_network
+from imagen_jax.weights.text_encoders import encode_program, one_device, read_network
 
 # Sizes of google/t5-v1_1-NAME, from its config.json.
 _t5 = functools.partial(T5Config, d_kv=64, num_layers=24, vocab_size=32_128)
@@ -72,18 +74,19 @@ def plan_encoder(
     devices = group.devices()
     shapes = program.parameter_shapes(network, DTYPE)
     weights = program.weight_bytes(shapes)
-    mesh = program.make_mesh(
+    mesh = sharding.batch_mesh(
         devices, program.fewest_parts(weights, int(chip.memory_limit), len(devices))
     )
-    encode = program.EncodeProgram.create(network, shapes, mesh)
+    encode = encode_program(network, shapes, mesh)
     # FLOPs are counted in the program for a single device.
-    single = program.EncodeProgram.create(network, shapes, program.one_device(weights))
+    single = encode_program(network, shapes, one_device(weights))
     passes = []
     for length in lengths:
         rows = max(1, batch_size * 32 // max(length, 32))
         flops = single.lower(rows, length).cost_analysis()["flops"]
         passes.append(
-            _pass(encode, group, weights, flops, rows, length) | {"tokens": length, "rows": rows}
+            _pass(encode, mesh, group, weights, flops, rows, length)
+            | {"tokens": length, "rows": rows}
         )
     for row in passes:
         row["captions_per_s_per_chip"] = row["rows"] / row["seconds"]
@@ -104,6 +107,7 @@ def plan_encoder(
 
 def _pass(
     encode: program.EncodeProgram,
+    mesh: Mesh,
     group: Topology,
     weights: int,
     flops: float,
@@ -114,13 +118,14 @@ def _pass(
 
     Args:
         encode: the sharded program.
+        mesh: its mesh.
         group: the chips that it is sharded over.
         weights: bytes of the weights.
         flops: FLOPs per chip.
         rows: captions per chip.
         length: tokens per caption.
     """
-    mesh, chip = encode.mesh, group.chip
+    chip = group.chip
     lowered = encode.lower(rows * mesh.size, length)
     text, peak = whole_step.compile_text(lowered, group, exact=True)
     if chip.platform == "tpu" and text:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Int
 
 NO_ESTIMATE = 2**63 - 1
 # The TPU compiler turns collectives between slices into sends and receives over the hosts' network.
@@ -377,7 +378,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-def _iota(dims: str, order: str | None) -> np.ndarray:
+def _iota(dims: str, order: str | None) -> Int[np.ndarray, "..."]:
     """The device numbers of "[2,3]T(1,0)": 0 to 5 in two rows, transposed."""
     ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
     return ids.transpose(_numbers(order)) if order else ids

@@ -20,6 +20,7 @@ from imagen_jax import sharding
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.planning import hlo, links
 from imagen_jax.training import sample_grids
+from imagen_jax.training.state import bytes_table
 from imagen_jax.training.step import TrainProgram
 
 O0, DEFAULT = "O0", "default"
@@ -126,7 +127,7 @@ def state_parts(program: TrainProgram) -> dict[str, int]:
     """
     rows = {
         row["part"]: row["bytes_per_device"]
-        for row in sharding.bytes_table(program.abstract, program.shardings)
+        for row in bytes_table(program.abstract, program.shardings)
     }
     batch = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

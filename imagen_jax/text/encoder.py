@@ -6,12 +6,14 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import ml_dtypes
 import numpy as np
+from jaxtyping import BFloat16, Float
 
 from imagen_jax.text import tokenizer as tokenizers
 from imagen_jax.text.program import EncodeProgram
 
 # Tokens. Batches are padded to 16, 32, 64 ... tokens, so that few programs are compiled.
 SHORTEST = 16
+Features = BFloat16[np.ndarray, "_ d"]  # of one text; each has its own length
 
 
 @runtime_checkable
@@ -42,7 +44,7 @@ class TextEncoder(Protocol):
         """The characters of each text that the vocabulary lacks, "" if there are none."""
         ...
 
-    def encode(self, texts: list[str], batch_size: int, fill: bool = False) -> list[np.ndarray]:
+    def encode(self, texts: list[str], batch_size: int, fill: bool = False) -> list[Features]:
         """Features of each text. batch_size: texts of up to 32 tokens per device and batch.
 
         fill: every batch has that size, so that the same program encodes a text whatever other
@@ -81,7 +83,7 @@ class FlaxEncoder:
         """The characters of each text that the vocabulary lacks, "" if there are none."""
         return tokenizers.unknown_characters(self._tokenizer, texts)
 
-    def encode(self, texts: list[str], batch_size: int, fill: bool = False) -> list[np.ndarray]:
+    def encode(self, texts: list[str], batch_size: int, fill: bool = False) -> list[Features]:
         """Features of each text, unpadded: bfloat16 [l, dim], l = its number of tokens.
 
         Texts of similar length share a batch. A device gets `batch_size` rows of up to 32 tokens
@@ -93,7 +95,7 @@ class FlaxEncoder:
         if batch_size < 1:
             raise ValueError(f"text encoder batch_size {batch_size}: at least 1 is needed")
         rows, _ = self.tokenize(texts)
-        features: list[np.ndarray] = [np.empty(0)] * len(rows)
+        features = [np.empty(0)] * len(rows)
         for members, out in self._one_behind(self._batches(rows, batch_size, fill)):
             for i, feature in zip(members, np.asarray(out), strict=False):
                 features[i] = feature[: len(rows[i])].astype(ml_dtypes.bfloat16)
@@ -101,7 +103,7 @@ class FlaxEncoder:
 
     def _batches(
         self, rows: list[list[int]], batch_size: int, fill: bool
-    ) -> Iterator[tuple[list[int], jax.Array]]:
+    ) -> Iterator[tuple[list[int], Float[jax.Array, "b l d"]]]:
         """Yields (indices of the texts, their padded features [b l d]), dispatched but not awaited.
 
         Rows beyond the number of texts are filling.
@@ -109,7 +111,7 @@ class FlaxEncoder:
         buckets: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             buckets.setdefault(bucket_length(len(row), self.max_length), []).append(i)
-        devices = self._program.mesh.size
+        devices = self._program.devices
         for length, members in sorted(buckets.items()):
             size = devices * (batch_size if fill else max(1, batch_size * 32 // max(length, 32)))
             if not fill:
@@ -129,7 +131,7 @@ class FlaxEncoder:
         if last is not None:
             yield last
 
-    def _run(self, rows: list[list[int]], size: int, length: int) -> jax.Array:
+    def _run(self, rows: list[list[int]], size: int, length: int) -> Float[jax.Array, "b l d"]:
         """Features [size, length, dim] of one padded batch.
 
         Rows beyond the texts have length 1, so that none is empty.

@@ -19,7 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax.storage import read_json
+from imagen_jax.storage import read_object
 
 # Added to the logits of padding. It is finite, so that a row of padding alone gives finite values.
 MASKED = -1e10
@@ -50,7 +50,7 @@ class T5Config:
 
         Raises ValueError if it is not valid JSON or describes another architecture.
         """
-        raw = source if isinstance(source, Mapping) else read_json(pathlib.Path(source))
+        raw = source if isinstance(source, Mapping) else read_object(pathlib.Path(source), {})
         projection = raw.get("feed_forward_proj", "relu")
         if projection != "gated-gelu":
             raise ValueError(
@@ -61,6 +61,10 @@ class T5Config:
         missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in raw]
         if missing:
             raise ValueError(f"not a T5 config: it lacks {', '.join(missing)}")
+        for f in fields:
+            value = raw.get(f.name, f.default)
+            if type(value) not in (int, float) or (f.type is int and type(value) is not int):
+                raise ValueError(f"{f.name} is {value!r}, not a number; download the file again")
         return cls(**{f.name: raw[f.name] for f in fields if f.name in raw})
 
     def to_json(self) -> dict:

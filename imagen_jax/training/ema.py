@@ -27,7 +27,9 @@ class Track(Protocol):
 class FixedDecay:
     """min(most, (1 + step) / (10 + step)).
 
-    The short memory at the start removes the initial weights from the average early.
+    The short memory at the start removes the initial weights from the average early. The paper does
+    not mention EMA. The rule is that of TensorFlow's `tf.train.ExponentialMovingAverage` with
+    `num_updates`.
     """
 
     most: float

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Key
 
+from imagen_jax.diffusion.loss import Draws
 from imagen_jax.stage import Batch, Params
 
 
@@ -20,14 +21,14 @@ class Objective(Protocol):
     def init(self, key: Key[Array, ""]) -> Params:
         """Initial trainable parameters. Call it under jit or `jax.eval_shape`."""
 
-    def draw(self, key: Key[Array, ""], b: int) -> dict[str, Array]:
+    def draw(self, key: Key[Array, ""], b: int) -> Draws:
         """The random numbers of a step for a whole batch: arrays [b ...]."""
 
     def per_sample_loss(
         self,
         params: Params,
         batch: Batch,
-        draws: dict[str, Array],
+        draws: Draws,
         dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "b"]:
         """The loss [b] of the rows; deterministic without dropout."""

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Shaped, UInt32
 
 from imagen_jax.distributed import startup
 from imagen_jax.exit_codes import HardwareFault
@@ -25,7 +25,7 @@ class Drift(HardwareFault):
     """Copies of the state differ. All processes raise it."""
 
 
-def digest(x: Array) -> UInt32[Array, ""]:
+def digest(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
     """A hash of every bit of `x` and its position.
 
     It is a sum modulo 2^32, so it does not depend on the order of computation.

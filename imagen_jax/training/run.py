@@ -72,7 +72,7 @@ class Run:
             self.peak_flops / 1e12,
             peak_source,
         )
-        for row in sharding.bytes_table(program.abstract, program.shardings):
+        for row in state.bytes_table(program.abstract, program.shardings):
             if row["bytes"] > MIN_LOGGED_BYTES:
                 log.info(
                     "  %-10s %9.2f MiB, %9.2f MiB per device, %3.0f %% sharded",

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from imagen_jax import cascade, pictures, sharding
@@ -26,7 +26,7 @@ def draw_program(stage: Stage, mesh: Mesh, rows: int) -> Any:
 
     return jax.jit(
         draw,
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
+        out_shardings=sharding.replicated(mesh),
         compiler_options=sharding.compiler_options(mesh),
     )
 

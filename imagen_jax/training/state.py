@@ -3,6 +3,7 @@
 Each shard is computed on its own device.
 """
 
+import math
 from typing import Any
 
 import flax
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from imagen_jax.sharding import path_name, tree_shardings
 from imagen_jax.stage import random_key
 from imagen_jax.training.objective import Objective
+from imagen_jax.weights.leaves import check_fit
 
 
 @flax.struct.dataclass
@@ -78,23 +80,7 @@ def with_params(state: TrainState, params: Any, shardings: TrainState) -> TrainS
 
     Raises ValueError with the first leaf that is missing, unexpected or of another shape.
     """
-    needed = {
-        path_name(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
-    }
-    loaded = {
-        path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    wrong = sorted(
-        name for name in needed.keys() | loaded.keys() if needed.get(name) != loaded.get(name)
-    )
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"{len(wrong)} weights do not fit the model, {name} first: it is"
-            f" {loaded.get(name, 'missing')}, the model has {needed.get(name, 'none')}; give"
-            " weights of the same config"
-        )
+    check_fit(params, state.params)
     to_devices = lambda tree: jax.device_put(
         jax.tree.map(lambda p, old: p.astype(old.dtype), params, state.params), tree
     )
@@ -102,3 +88,28 @@ def with_params(state: TrainState, params: Any, shardings: TrainState) -> TrainS
     return state.replace(
         params=to_devices(shardings.params), ema=to_devices(shardings.ema), ema_tracks=more
     )
+
+
+def bytes_table(tree: Any, shardings: Any) -> list[dict[str, Any]]:
+    """The size of each top-level part of the state: a list of dicts.
+
+    part               name of the part
+    bytes              total
+    bytes_per_device   bytes on one device
+    sharded_bytes      bytes of the leaves that are sharded
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings)):
+        size = leaf.dtype.itemsize
+        total, local = (
+            math.prod(leaf.shape) * size,
+            math.prod(sharding.shard_shape(leaf.shape)) * size,
+        )
+        row = rows.setdefault(
+            path_name(path).split("/")[0], {"bytes": 0, "bytes_per_device": 0, "sharded_bytes": 0}
+        )
+        row["bytes"] += total
+        row["bytes_per_device"] += local
+        row["sharded_bytes"] += total if local < total else 0
+    return [{"part": part} | row for part, row in rows.items()]

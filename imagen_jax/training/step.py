@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Key
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key, Shaped
 
 from imagen_jax import sharding
 from imagen_jax.stage import PINNED, Batch, Params, Stage, create_stage, random_key
@@ -17,7 +17,7 @@ from imagen_jax.training.objective import Objective
 from imagen_jax.training.optim import learning_rate, make_optimizer
 from imagen_jax.training.state import TrainState, abstract_state
 
-Metrics = dict[str, Array]
+Metrics = dict[str, Shaped[Array, ""]]
 
 
 def check_accumulation(batch_size: int, parts: int) -> None:
@@ -180,7 +180,7 @@ class TrainProgram:
             step,
             donate_argnums=0,
             in_shardings=(shardings, over_rows),
-            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+            out_shardings=(shardings, sharding.replicated(mesh)),
             compiler_options=sharding.compiler_options(mesh),
         )
         batch = {

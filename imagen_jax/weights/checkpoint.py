@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -35,18 +34,20 @@ from imagen_jax.storage import (
     check_local,
     find_damage,
     flush,
-    read_json,
     seal,
     sha256_file,
 )
-from imagen_jax.weights.exports import read_export
+from imagen_jax.weights.exports import check_which, read_export
 from imagen_jax.weights.leaves import (
     FORMAT_VERSION,
+    REMEDY,
     CheckpointError,
     Tree,
-    check_version,
+    check_leaves,
     first_line,
     flatten,
+    parse_dtype,
+    read_document,
     to_json,
     unflatten,
 )
@@ -171,7 +172,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """The meta of a step that `latest_good` returned, without reading the state."""
-        return _meta(_read_document(self.directory / str(step)))
+        return _meta(read_document(self.directory / str(step) / META))
 
     def restore(self, step: int, abstract_state: Tree) -> tuple[Tree, dict[str, Any]]:
         """Verifies and reads a checkpoint: (state, meta).
@@ -190,9 +191,9 @@ class Checkpoints:
             reason = agreement.gather(reason or "")[0]
             if reason:
                 raise CheckpointError(f"checkpoint {directory} cannot be used: {reason}")
-        document = _read_document(directory)
+        document = read_document(directory / META)
         wanted = flatten(abstract_state)
-        _check_leaves(directory, document["leaves"], wanted)
+        check_leaves(directory, document["leaves"], wanted)
         abstract = {
             path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
             for path, a in wanted.items()
@@ -295,28 +296,31 @@ def load_params(
 
     path: a workdir or its checkpoints directory (its newest intact step is read), the directory of
     one step, or a file by `export_params`.
-    which: "ema", "params", or "ema_1", "ema_2" ... for an EMA of optim.ema_tracks. Ignored for an
-    exported file, which holds one tree.
+    which: "ema", "params", or "ema_1", "ema_2" ... for an EMA of optim.ema_tracks. An exported file
+        holds one tree; "ema", the default, takes it whatever it is.
 
     Raises CheckpointError if `path` does not exist, is damaged or was not written by this package;
-    ValueError if the state has no such tree or `path` is a URL.
+    ValueError if the state or the exported file has no such tree, or `path` is a URL.
     """
     check_local("checkpoint", path)
     if not re.fullmatch(r"ema|params|ema_[1-9]\d*", which):
         raise ValueError(f"weights {which!r} are unknown: choose ema, params, or ema_1, ema_2 ...")
     path = Path(path).absolute()
     if path.is_file():
-        return read_export(path)
+        params, meta = read_export(path)
+        check_which(path, meta["which"], which)
+        return params, meta
     directory = _find_step(path)
-    document = _read_document(directory)
+    document = read_document(directory / META)
     subtree = _subtree(which)
     specs = {name: spec for name, spec in document["leaves"].items() if name.startswith(subtree)}
     if not specs:
         held = _kinds(document["leaves"])
         raise ValueError(f"checkpoint {directory} has no {which!r}; it holds {', '.join(held)}")
+    _check_stored(directory, specs)
     # NumPy arrays tell orbax to load to the host; np.broadcast_to allocates no memory for them.
     abstract = {
-        name: np.broadcast_to(np.zeros((), _dtype(dtype)), shape)
+        name: np.broadcast_to(np.zeros((), parse_dtype(dtype)), shape)
         for name, (shape, dtype) in specs.items()
     }
     loaded = _load(directory, abstract, partial=True)
@@ -378,27 +382,25 @@ def _load(directory: Path, abstract: Mapping[str, Any], partial: bool) -> dict[s
         ) from error
 
 
-def _check_leaves(directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises ValueError naming the first leaf in which `stored` and `wanted` differ."""
-    faults = []
-    for path in sorted(stored.keys() | wanted.keys()):
-        if path not in stored:
-            faults.append(f"leaf {path} is missing from the checkpoint")
-        elif path not in wanted:
-            faults.append(f"the checkpoint has an extra leaf {path}")
-        else:
-            have = tuple(stored[path][0]), stored[path][1]
-            want = tuple(wanted[path].shape), np.dtype(wanted[path].dtype).name
-            if have != want:
-                faults.append(
-                    f"leaf {path} is {have[1]}{list(have[0])} in the checkpoint, but the state"
-                    f" needs {want[1]}{list(want[0])}"
-                )
-            elif getattr(wanted[path], "sharding", None) is None:
-                faults.append(f"leaf {path} of the abstract state has no sharding")
-    if faults:
-        more = f" (and {len(faults) - 1} more such faults)" if len(faults) > 1 else ""
-        raise ValueError(f"checkpoint {directory} does not fit the state: {faults[0]}{more}")
+def _check_stored(directory: Path, specs: Mapping[str, Any]) -> None:
+    """Raises CheckpointError naming the first leaf that orbax stored otherwise than meta.json says.
+
+    orbax itself ignores the shape and converts to the dtype.
+    """
+    try:
+        stored = ocp.metadata(directory).metadata
+    except Exception as error:  # orbax raises bare Exception among others
+        raise CheckpointError(
+            f"checkpoint {directory} could not be read: {first_line(error)}"
+        ) from error
+    for name, (shape, dtype) in specs.items():
+        leaf = stored.get(name)
+        have = leaf and f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+        if have != (said := f"{dtype}{shape}"):
+            raise CheckpointError(
+                f"checkpoint {directory} is damaged: leaf {name} is {said} in {META}, but"
+                f" {have or 'missing'} in the stored arrays; {REMEDY}"
+            )
 
 
 def _document(step: int, leaves: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
@@ -408,21 +410,11 @@ def _document(step: int, leaves: Mapping[str, Any], meta: Mapping[str, Any]) -> 
     )
 
 
-def _read_document(directory: Path) -> dict[str, Any]:
-    document = read_json(directory / META)
-    check_version(directory, document)
-    return document
-
-
 def _meta(document: Mapping[str, Any]) -> dict[str, Any]:
     return document["meta"] | {
         "step": document["step"],
         "format_version": document["format_version"],
     }
-
-
-def _dtype(name: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def _keep_aside(directory: Path, reason: str) -> None:

@@ -1,7 +1,9 @@
 """One-file exports of parameters: bfloat16 safetensors with metadata and checksum in the header."""
 
+import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +13,13 @@ import jax
 import ml_dtypes
 import numpy as np
 import safetensors
+from jaxtyping import BFloat16
 from safetensors.numpy import save_file
 
 from imagen_jax.storage import check_local, flush, missing_content
 from imagen_jax.weights import leaves
 
+log = logging.getLogger(__name__)
 HEADER_KEY = "imagen_jax"  # the one entry of an export's safetensors metadata
 NOT_EXPORTED = ("sha256", "unlogged")  # meta of a checkpoint that does not describe its weights
 
@@ -98,7 +102,29 @@ def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return leaves.unflatten(arrays), {"which": "exported"} | meta | {"sha256": sha256}
 
 
-def _digest(arrays: Mapping[str, np.ndarray], meta: dict[str, Any]) -> str:
+def check_which(path: Path, held: str, which: str) -> None:
+    """Raises ValueError if an exported file holds other weights than `which`.
+
+    held: the weights that the file holds, "exported" if it does not record them. "ema", the
+    default of all commands, takes any; a warning says so if they are others.
+    """
+    if held == "exported":
+        _warn_once(f"{path} does not record which weights it holds; they are used as {which!r}")
+    elif which == "ema" != held:
+        _warn_once(f"{path} holds the weights {held!r}, which are used as 'ema'")
+    elif which != held:
+        raise ValueError(
+            f"{path} holds the weights {held!r}, not {which!r}: choose {held!r}, or export"
+            f" {which!r} from the checkpoint"
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
+
+
+def _digest(arrays: Mapping[str, BFloat16[np.ndarray, "..."]], meta: dict[str, Any]) -> str:
     """SHA-256 of names, shapes, bytes and meta, independent of the file's layout."""
     digest = hashlib.sha256(leaves.to_json(meta).encode())
     for name in sorted(arrays):

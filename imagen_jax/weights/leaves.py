@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
+import numpy as np
 
 from imagen_jax.sharding import path_name
+from imagen_jax.storage import check_object, read_json
 
 FORMAT_VERSION = 1
+REMEDY = "use another checkpoint, or restore a copy of this one"
 Tree = Any
 
 
@@ -17,10 +21,47 @@ class CheckpointError(ValueError):
     """A checkpoint or export that is missing, incomplete, damaged, or could not be written."""
 
 
-def check_version(path: Path, document: Mapping[str, Any]) -> None:
+def read_document(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's meta.json: format_version, step, leaves, meta.
+
+    Raises CheckpointError if it is not JSON, a field is missing or of a wrong type, or the format
+    version is another one.
+    """
+    try:
+        document = read_json(path, REMEDY)
+        check_version(path, document)
+        check_object(path, document, {"step": int, "leaves": dict, "meta": dict}, REMEDY)
+        for name, spec in document["leaves"].items():
+            if not _is_spec(spec):
+                text = f"{path} is damaged (leaf {name} is {spec!r:.60}, not [shape, dtype])"
+                raise ValueError(f"{text}; {REMEDY}")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return document
+
+
+def _is_spec(spec: Any) -> bool:
+    """Whether parsed JSON is [shape, name of a dtype]."""
+    try:
+        (*shape,), name = spec
+        parse_dtype(name)
+    except (TypeError, ValueError):
+        return False
+    return all(type(n) is int and n > 0 for n in shape)
+
+
+def parse_dtype(name: str) -> np.dtype:
+    """The dtype of a name in meta.json, such as "bfloat16"."""
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def check_version(path: Path, document: Any) -> None:
     """Raises CheckpointError unless `document`, the content of `path`, has FORMAT_VERSION."""
-    version = document["format_version"]
-    if version != FORMAT_VERSION:
+    try:
+        check_object(path, document, {"format_version": int}, REMEDY)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if (version := document["format_version"]) != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {version}; this version of imagen_jax reads format {FORMAT_VERSION}"
         )
@@ -62,6 +103,51 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
+
+
+def check_leaves(directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the first leaf in which `stored` and `wanted` differ."""
+    faults = []
+    for path in sorted(stored.keys() | wanted.keys()):
+        if path not in stored:
+            faults.append(f"leaf {path} is missing from the checkpoint")
+        elif path not in wanted:
+            faults.append(f"the checkpoint has an extra leaf {path}")
+        else:
+            have = tuple(stored[path][0]), stored[path][1]
+            want = tuple(wanted[path].shape), np.dtype(wanted[path].dtype).name
+            if have != want:
+                faults.append(
+                    f"leaf {path} is {have[1]}{list(have[0])} in the checkpoint, but the state"
+                    f" needs {want[1]}{list(want[0])}"
+                )
+            elif getattr(wanted[path], "sharding", None) is None:
+                faults.append(f"leaf {path} of the abstract state has no sharding")
+    if faults:
+        more = f" (and {len(faults) - 1} more such faults)" if len(faults) > 1 else ""
+        raise ValueError(f"checkpoint {directory} does not fit the state: {faults[0]}{more}")
+
+
+def check_fit(params: Tree, model: Tree, label: str = "") -> None:
+    """Raises ValueError with the first leaf that is missing, unexpected or of another shape.
+
+    model: the parameters of the model, or their shapes. label: what the message calls `params`.
+    """
+    shapes = lambda tree: {
+        path_name(path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    needed, loaded = shapes(model), shapes(params)
+    wrong = sorted(
+        name for name in needed.keys() | loaded.keys() if needed.get(name) != loaded.get(name)
+    )
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{label}{len(wrong)} weights do not fit the model, {name} first: it is"
+            f" {loaded.get(name, 'missing')}, the model has {needed.get(name, 'none')}; give"
+            " weights of the same config"
+        )
 
 
 def to_json(value: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Sharding
+from jaxtyping import Shaped
 
 from imagen_jax.weights.leaves import flatten, unflatten
 from imagen_jax.weights.tensor_files import open_tensors
@@ -147,13 +148,15 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + more
 
 
-def _digest(name: str, array: np.ndarray) -> str:
+def _digest(name: str, array: Shaped[np.ndarray, "..."]) -> str:
     """A tensor's line in the checksum: name, dtype, shape and SHA-256 of its bytes."""
     content = hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest()
     return f"{name} {array.dtype} {array.shape} {content}"
 
 
-def _place(array: np.ndarray, dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
+def _place(
+    array: Shaped[np.ndarray, "*d"], dtype: np.dtype, sharding: Sharding | None
+) -> Shaped[jax.Array, "*d"]:
     """Casts an array to `dtype` and puts each shard on its device."""
     if sharding is None:
         return jax.device_put(np.array(array, dtype, order="C")).block_until_ready()

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
+from jaxtyping import Shaped
 
 from imagen_jax.storage import check_content, read_json
 from imagen_jax.weights.torch_files import TorchFile
@@ -48,7 +49,7 @@ class SafetensorsFile:
     def __exit__(self, *exc):
         self._file.__exit__(*exc)
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
         try:
             return self._file.get_tensor(name)
         except Exception as error:  # number types that numpy or this version lacks, for example
@@ -72,7 +73,7 @@ class Tensors:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: file.shapes[name] for name, file in self.files.items()}
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
         return self.files[name].read(name)
 
 

@@ -11,12 +11,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from imagen_jax import sharding
 from imagen_jax.storage import check_local, read_json
 from imagen_jax.text.encoder import FlaxEncoder, TextEncoder
-from imagen_jax.text.program import EncodeProgram, one_device, parameter_shapes, weight_bytes
+from imagen_jax.text.program import EncodeProgram, fewest_parts, parameter_shapes, weight_bytes
 from imagen_jax.text.t5_network import T5Config, T5Encoder
 from imagen_jax.text.tokenizer import tokenize
 from imagen_jax.weights import t5_files
@@ -61,6 +63,24 @@ ENCODER_FAMILIES = {
 }
 
 
+def one_device(weights: int) -> Mesh:
+    """A mesh of this process's first device, for weights of any size (bytes)."""
+    return sharding.batch_mesh(jax.local_devices()[:1])
+
+
+def local_mesh(weights: int) -> Mesh:
+    """A mesh of all devices of this process, with `weights` bytes in as few shards as fit."""
+    devices = jax.local_devices()
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit")
+    return sharding.batch_mesh(devices, fewest_parts(weights, memory, len(devices)))
+
+
+def encode_program(network: Any, shapes: Mapping[str, Any], mesh: Mesh) -> EncodeProgram:
+    """The forward pass of `network` on `mesh`. shapes: the result of `parameter_shapes`."""
+    params = sharding.shard_encoder(shapes, mesh)
+    return EncodeProgram.create(network, params, sharding.batch_sharding(mesh))
+
+
 def load_text_encoder(
     name_or_dir: str,
     max_length: int,
@@ -98,7 +118,7 @@ def load_text_encoder(
         )
     network = family.network(config, jnp.dtype(dtype))
     shapes = parameter_shapes(network, dtype)
-    program = EncodeProgram.create(network, shapes, place(weight_bytes(shapes)))
+    program = encode_program(network, shapes, place(weight_bytes(shapes)))
     names = family.name_map(config)
     params, weights_sha256 = read_tree(directory, names, dtype, program.params)
     local = pathlib.Path(name_or_dir).is_dir() and name_or_dir != EMBEDDED

@@ -16,6 +16,7 @@ import zipfile
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Shaped
 
 from imagen_jax.storage import check_content
 
@@ -159,7 +160,7 @@ class TorchFile:
         if self._zip:
             self._zip.close()
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
         """Reads one tensor. Raises ValueError if its bytes are missing or fail their checksum."""
         tensor = self.tensors[name]
         raw = self._read_zip(tensor.storage) if self._zip else self._read_legacy(tensor.storage)

@@ -10,11 +10,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from imagen_jax.sharding import batch_mesh
 from imagen_jax.text.encoder import FlaxEncoder, TextEncoder, bucket_length
-from imagen_jax.text.program import EncodeProgram, make_mesh, one_device, parameter_shapes
+from imagen_jax.text.program import parameter_shapes
 from imagen_jax.text.t5_network import T5Config, T5Encoder
 from imagen_jax.weights.t5_files import load_tokenizer, save_encoder
-from imagen_jax.weights.text_encoders import load_text_encoder
+from imagen_jax.weights.text_encoders import encode_program, load_text_encoder, one_device
 from tests.data.synthetic_source import FakeEncoder
 from tests.text.random_t5 import TOKENIZER, as_params, random_weights
 
@@ -98,7 +99,7 @@ def test_a_network_that_is_not_t5():
     network = MeanOfText()
     shapes = parameter_shapes(network, "float32")
     table = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
-    program = EncodeProgram.create(network, shapes, one_device(0))
+    program = encode_program(network, shapes, one_device(0))
     identity = {"dim": 4, "max_length": 5}
     encoder = FlaxEncoder(program, {"token_embedding": table}, Lengths(), identity)
     assert encoder.tokenize(["a red apple or two"]) == ([[8, 1, 3, 5, 9]], [True])
@@ -178,7 +179,7 @@ def test_rows_of_a_batch(directory, monkeypatch, fsdp, devices):
         return run(self, rows, size, length)
 
     monkeypatch.setattr(FlaxEncoder, "_run", noting)
-    mesh = make_mesh(jax.devices()[:devices], fsdp)
+    mesh = batch_mesh(jax.devices()[:devices], fsdp)
     encoder = load_text_encoder(str(directory), 128, "float32", lambda weights: mesh)
     texts = ["moon"] * 9 * devices + ["two green birds " * 20] * 9 * devices
     assert len({len(feature) for feature in encoder.encode(texts, batch_size=8)}) == 2
@@ -192,7 +193,7 @@ def test_rows_of_a_batch(directory, monkeypatch, fsdp, devices):
 @pytest.mark.parametrize(("fsdp", "batch_size"), [(1, 8), (4, 3), (8, 20)])
 def test_mesh_changes_nothing(encoder, directory, fsdp, batch_size):
     """Catches sharded weights or a sharded batch that change the features."""
-    mesh = make_mesh(jax.devices(), fsdp)
+    mesh = batch_mesh(jax.devices(), fsdp)
     sharded = load_text_encoder(str(directory), 20, "float32", lambda weights: mesh)
     texts = CAPTIONS * 2
     equal_up_to_rounding(sharded.encode(texts, batch_size), encoder.encode(texts, batch_size))

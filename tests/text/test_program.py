@@ -5,15 +5,10 @@ import numpy as np
 import pytest
 
 from imagen_jax.hardware import topology
-from imagen_jax.text import program
-from imagen_jax.text.program import (
-    EncodeProgram,
-    fewest_parts,
-    make_mesh,
-    parameter_shapes,
-    weight_bytes,
-)
+from imagen_jax.sharding import batch_mesh
+from imagen_jax.text.program import EncodeProgram, fewest_parts, parameter_shapes, weight_bytes
 from imagen_jax.text.t5_network import T5Config, T5Encoder
+from imagen_jax.weights import text_encoders
 
 CONFIG = T5Config(d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=2, vocab_size=128)
 XXL = T5Config(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128)
@@ -22,7 +17,7 @@ GIB = 2**30
 
 def create(config: T5Config, dtype: str, mesh) -> EncodeProgram:
     network = T5Encoder(config, dtype)
-    return EncodeProgram.create(network, parameter_shapes(network, dtype), mesh)
+    return text_encoders.encode_program(network, parameter_shapes(network, dtype), mesh)
 
 
 def size(config: T5Config, dtype: str) -> int:
@@ -31,7 +26,7 @@ def size(config: T5Config, dtype: str) -> int:
 
 def compiled(fsdp: int, devices: int = 8):
     return (
-        create(CONFIG, "float32", make_mesh(jax.devices()[:devices], fsdp)).lower(16, 32).compile()
+        create(CONFIG, "float32", batch_mesh(jax.devices()[:devices], fsdp)).lower(16, 32).compile()
     )
 
 
@@ -53,7 +48,7 @@ def test_weights_are_divided_over_fsdp_alone():
     """Catches sharded vectors, replicated kernels, weights sharded over `data`, and a leaf that
     differs from the model's.
     """
-    abstract = create(XXL, "bfloat16", make_mesh(jax.devices(), 4)).params
+    abstract = create(XXL, "bfloat16", batch_mesh(jax.devices(), 4)).params
     leaves = jax.tree.leaves(abstract)
     total = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     held = sum(
@@ -78,17 +73,18 @@ def test_as_few_parts_as_fit():
         ValueError, match="8.9 GiB do not fit on 1 devices of 8.0 GiB: use more devices"
     ):
         fewest_parts(xxl, 8 * GIB, 1)
-    with pytest.raises(ValueError, match="sharded 3 ways: 8 devices are not a multiple of 3"):
-        make_mesh(jax.devices(), 3)
+    with pytest.raises(ValueError, match="fsdp 3, .* does not fit 8 devices"):
+        batch_mesh(jax.devices(), 3)
 
 
 def test_local_mesh_asks_the_devices(monkeypatch):
     """Catches a mesh that never shards weights, or uses only some of the devices."""
-    assert dict(program.local_mesh(10).shape) == {"data": 8, "fsdp": 1}
+    sizes = lambda: tuple(text_encoders.local_mesh(10).shape[axis] for axis in ("data", "fsdp"))
+    assert sizes() == (8, 1)
     monkeypatch.setattr(
-        program, "fewest_parts", lambda weights, memory, devices: 4 if weights == 10 else 1
+        text_encoders, "fewest_parts", lambda weights, memory, devices: 4 if weights == 10 else 1
     )
-    assert dict(program.local_mesh(10).shape) == {"data": 2, "fsdp": 4}
+    assert sizes() == (2, 4)
 
 
 @pytest.mark.filterwarnings(
@@ -98,7 +94,7 @@ def test_local_mesh_asks_the_devices(monkeypatch):
 def test_it_compiles_for_devices_that_are_not_there(fsdp):
     """Catches a program that needs weights or real devices to be planned."""
     pytest.importorskip("libtpu")
-    program = create(CONFIG, "bfloat16", make_mesh(topology.parse("v5e:2x2").devices(), fsdp))
+    program = create(CONFIG, "bfloat16", batch_mesh(topology.parse("v5e:2x2").devices(), fsdp))
     memory = (
         program.lower(8, 16).compile(compiler_options={"optimization_level": 9}).memory_analysis()
     )

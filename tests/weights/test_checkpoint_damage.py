@@ -1,5 +1,6 @@
 """Damaged checkpoints are rejected, named and kept aside; old ones are deleted last."""
 
+import json
 import logging
 import shutil
 import subprocess
@@ -191,3 +192,28 @@ def test_checksums_are_those_of_sha256sum(two_steps):
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(files_of(two_steps / "20")) - 1
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        [[3, 3, 16, 8], "float32"],  # the same number of bytes
+        [[3, 3, 8, 17], "float32"],
+        [[3, 3, 8, 4], "float32"],
+        [[3, 3, 8, 16], "int32"],
+        [[3, 3, 8, 16], "bfloat16"],
+    ],
+)
+def test_leaf_that_meta_json_describes_otherwise_is_named(saved, spec):
+    """Catches an array that is not what meta.json says, and one that orbax converts; the checksums
+    were rewritten."""
+    name, directory = "ema/down_0/block_0/conv_1/kernel", saved / "20"
+    document = json.loads((directory / "meta.json").read_text())
+    document["leaves"][name] = spec
+    (directory / "meta.json").write_text(json.dumps(document))
+    (directory / "SHA256SUMS").unlink()
+    storage.seal(directory)
+    with pytest.raises(CheckpointError, match=f"leaf {name} is .* in meta.json, but float32"):
+        load_params(directory)
+    with pytest.raises(ValueError, match=f"does not fit the state: leaf {name} is"):
+        Checkpoints(saved, keep=2).restore(20, shard(make_state(20))[1])

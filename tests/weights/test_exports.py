@@ -144,3 +144,50 @@ def test_a_pointer_and_a_url_are_named(tmp_path):
             load_params(url)
         with pytest.raises(ValueError, match="is a URL, only local paths work"):
             export_params(make_params(), META, url)
+
+
+@pytest.mark.parametrize(
+    ("held", "which", "said"),
+    [
+        ("ema", "ema", ""),
+        ("ema_1", "ema_1", ""),
+        ("ema_1", "ema", "holds the weights 'ema_1', which are used as 'ema'"),
+        (None, "ema_1", "does not record which weights it holds; they are used as 'ema_1'"),
+    ],
+)
+def test_weights_that_an_export_holds_are_loaded(tmp_path, caplog, held, which, said):
+    """Catches older files that no longer load, and weights of another kind without a warning."""
+    path = tmp_path / "base.safetensors"
+    meta = {name: value for name, value in META.items() if name != "which"}
+    export_params(make_params(), meta | ({"which": held} if held else {}), path)
+    for _ in range(2):
+        assert load_params(path, which)[1]["which"] == (held or "exported")
+    assert [record.getMessage() for record in caplog.records] == (
+        [f"{path} {said}"] if said else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("held", "which"), [("ema", "ema_1"), ("ema", "params"), ("ema_2", "ema_1")]
+)
+def test_weights_that_an_export_does_not_hold_are_refused(tmp_path, held, which):
+    """Catches --which ignored: the EMA evaluated in place of another track."""
+    path = tmp_path / "base.safetensors"
+    export_params(make_params(), META | {"which": held}, path)
+    with pytest.raises(ValueError, match=f"holds the weights '{held}', not '{which}': choose"):
+        load_params(path, which)
+
+
+def test_weights_of_another_model_are_named():
+    """Catches a wrong shape that only the network finds, after everything is loaded."""
+    params = make_params()
+    model = make_params()
+    model["text"]["norm.scale"] = np.zeros(8)
+    leaves.check_fit(params, make_params())
+    with pytest.raises(
+        ValueError, match=r"x: 1 weights do not fit the model, text/norm.scale first: it is \(16,\)"
+    ):
+        leaves.check_fit(params, model, "x: ")
+    del model["text"]
+    with pytest.raises(ValueError, match="text/norm.scale first: .* the model has none"):
+        leaves.check_fit(params, model)

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.text.program import EncodeProgram, make_mesh, parameter_shapes
+from imagen_jax.sharding import batch_mesh
+from imagen_jax.text.program import parameter_shapes
 from imagen_jax.text.t5_network import T5Config, T5Encoder
 from imagen_jax.weights import tensor_files
 from imagen_jax.weights.name_map import read_tree
 from imagen_jax.weights.t5_files import is_t5, load_tokenizer, name_map, save_encoder
+from imagen_jax.weights.text_encoders import encode_program
 from tests.text.random_t5 import (
     CASES,
     GOLDENS,
@@ -114,8 +116,8 @@ def test_born_sharded(tmp_path, dtype):
     directory = write_encoder(tmp_path, CONFIG, random_weights(CONFIG, 3))
     whole = load(directory, CONFIG, dtype)
     network = T5Encoder(CONFIG, dtype)
-    mesh = make_mesh(jax.devices(), fsdp=8)
-    program = EncodeProgram.create(network, parameter_shapes(network, dtype), mesh)
+    mesh = batch_mesh(jax.devices(), fsdp=8)
+    program = encode_program(network, parameter_shapes(network, dtype), mesh)
     parts = load(directory, CONFIG, dtype, program.params)
     assert_same(jax.tree.map(np.asarray, parts), jax.tree.map(np.asarray, whole))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(parts)} == {dtype}

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.text.program import make_mesh, parameter_shapes, weight_bytes
+from imagen_jax.sharding import batch_mesh
+from imagen_jax.text.program import parameter_shapes, weight_bytes
 from imagen_jax.text.t5_network import T5Config, T5Encoder
 from imagen_jax.weights.name_map import read_tree
 from imagen_jax.weights.t5_files import load_tokenizer, name_map, save_encoder
@@ -114,11 +115,11 @@ def test_mesh_is_chosen_by_the_bytes_of_the_weights(directory):
 
     def place(weights):
         told.append(weights)
-        return make_mesh(jax.devices(), fsdp=4)
+        return batch_mesh(jax.devices(), fsdp=4)
 
     encoder = load_text_encoder(str(directory), 20, "bfloat16", place)
     assert told == [weight_bytes(parameter_shapes(T5Encoder(CONFIG), "bfloat16"))]
-    assert dict(encoder._program.mesh.shape) == {"data": 2, "fsdp": 4}
+    assert encoder._program.rows.mesh.shape["fsdp"] == 4
 
 
 def test_mistakes_are_one_clear_line(directory, tmp_path):

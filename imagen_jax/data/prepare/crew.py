@@ -174,7 +174,7 @@ class Crew:
             if self._failure or self._last_messages[other].get("state") == "done":
                 continue
             if self._last_messages[other].get("state") == "failed":
-                self._failure = self._last_messages[other]["message"]
+                self._failure = str(self._last_messages[other].get("message", AGAIN))
             elif time.monotonic() - self._last_seen[other] > SILENT_S:
                 self._failure = (
                     f"{self._name(other)} sent no heartbeat for {SILENT_S:g} s: it died, or cannot"
@@ -189,7 +189,7 @@ class Crew:
             message = json.loads((self._directory / f"{other}.json").read_text())
         except (OSError, ValueError):
             return {}
-        return message if message["run"] == self._run else {}
+        return message if isinstance(message, dict) and message.get("run") == self._run else {}
 
 
 def wait_for_stragglers(directory: Path) -> None:

@@ -17,24 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import BFloat16
 from tqdm import tqdm
 
 from imagen_jax.data import records
 from imagen_jax.data.prepare import checks
-from imagen_jax.data.prepare.crew import ALONE, Crew, wait_for_stragglers
+from imagen_jax.data.prepare.crew import AGAIN, ALONE, Crew, wait_for_stragglers
 from imagen_jax.data.prepare.manifest import finish, listed
 from imagen_jax.data.prepare.preview import preview
 from imagen_jax.data.prepare.selection import KeptImage, Selection, select
 from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.sources.source import Source
-from imagen_jax.storage import only_process, write_atomically
+from imagen_jax.storage import only_process, read_json, read_object, write_atomically
 
 _CHUNK = 256  # images in one task of the first pass, the unit in which it is resumed
 # Caption shards in memory at once; one core writes about 800 captions per second at XXL's width.
 _WRITERS = 6
 # Everything that the written bytes depend on, each a key of the manifest. A run continues only if
 # all of them are equal.
-_REQUEST = ("source", "encoder", "max_length", "shard_size", "min_size", "batch_size")
+_SIZES = ("max_length", "shard_size", "min_size", "batch_size")
+_REQUEST = dict.fromkeys(("source", "encoder"), dict) | dict.fromkeys(_SIZES, int)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _follow(
     partial = work_directory(output)
     if crew.wait_for_leader("go", "done") == "go":
         with crew.at_work():
-            _refuse_changes(partial, json.loads((partial / "request.json").read_text()), request)
+            _refuse_changes(partial, _read_request(partial), request)
             _work(source, encoder, partial, settings, crew)
             crew.wait_for_leader("done")
     crew.wait((output / records.MANIFEST).is_file)
@@ -187,13 +189,9 @@ def _work(
 
 
 def _request(source: Source, encoder, settings: Settings) -> dict[str, Any]:
-    sizes = {name: getattr(settings, name) for name in ("shard_size", "min_size", "batch_size")}
-    request = {
-        "source": source.describe(),
-        "encoder": dict(encoder.identity),
-        "max_length": encoder.max_length,
-    } | sizes
-    return json.loads(json.dumps(request))
+    sizes = {name: getattr(settings, name) for name in _SIZES if name != "max_length"}
+    about = {"source": source.describe(), "encoder": dict(encoder.identity)}
+    return json.loads(json.dumps(about | {"max_length": encoder.max_length} | sizes))
 
 
 def _is_complete(output: Path, request: Mapping) -> bool:
@@ -211,11 +209,14 @@ def _is_complete(output: Path, request: Mapping) -> bool:
 
 def _continues(partial: Path, request: Mapping) -> bool:
     """Whether `partial` holds unfinished work of this request; ValueError if of another one."""
-    file = partial / "request.json"
-    if not file.is_file():
+    if not (partial / "request.json").is_file():
         return False
-    _refuse_changes(partial, json.loads(file.read_text()), request)
+    _refuse_changes(partial, _read_request(partial), request)
     return True
+
+
+def _read_request(partial: Path) -> dict[str, Any]:
+    return read_object(partial / "request.json", _REQUEST, f"remove {partial}; {AGAIN}")
 
 
 def _refuse_changes(directory: Path, before: Mapping, request: Mapping) -> None:
@@ -270,9 +271,15 @@ def _check_all(
             crew.check()
     for file in files.values():
         crew.wait(file.is_file)
-    return select(
-        checks.Checked(**row) for file in files.values() for row in json.loads(file.read_text())
-    )
+    return select(row for file in files.values() for row in _read_checked(file))
+
+
+def _read_checked(file: Path) -> list[checks.Checked]:
+    remedy = f"remove it; {AGAIN}"
+    try:
+        return [checks.Checked(**row) for row in read_json(file, remedy)]
+    except TypeError as error:
+        raise ValueError(f"{file} is damaged ({error}); {remedy}") from error
 
 
 def _check_chunk(source: Source, file: Path, start: int, stop: int, min_size: int) -> int:
@@ -324,7 +331,7 @@ def _write_captions(
     partial: Path,
     name: str,
     texts: list[str],
-    features: list[np.ndarray],
+    features: list[BFloat16[np.ndarray, "_ d"]],
     cut: list[int],
 ) -> int:
     norms = np.concatenate(
@@ -418,7 +425,7 @@ def _finished(partial: Path, name: str) -> dict | None:
     file, shard = partial / "journal" / f"{Path(name).name}.json", partial / "result" / name
     if not file.is_file() or not shard.is_file():
         return None
-    entry = json.loads(file.read_text())
+    entry = read_object(file, records.SHARD_FIELDS, f"remove it; {AGAIN}")
     return entry if shard.stat().st_size == entry["bytes"] else None
 
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from imagen_jax.evals import report, statistics, superres
 from imagen_jax.evals.evaluation import Evaluation, x_hat_error
-from imagen_jax.evals.measures.measure import Column, Line, Result, base_stage
+from imagen_jax.evals.measures.measure import Column, Line, Result, RowValues, base_stage
 from imagen_jax.evals.rows import LEVELS, Settings
 from imagen_jax.stage import Stage
 
@@ -45,11 +46,11 @@ def measure(e: Evaluation) -> dict[str, Any]:
     return {"split": split, "bicubic": statistics.summary(bicubic)} | out
 
 
-def row_values(e: Evaluation) -> dict[str, np.ndarray]:
+def row_values(e: Evaluation) -> RowValues:
     return {f"{level}.x_hat.overall.mean": _errors(e, level).mean(axis=1) for level in LEVELS}
 
 
-def _errors(e: Evaluation, level: str) -> np.ndarray:
+def _errors(e: Evaluation, level: str) -> Float[np.ndarray, "n k"]:
     return e.errors(x_hat_error, e.data.heldout, whole=True, level=level)
 
 

@@ -3,11 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from imagen_jax.evals import report
 from imagen_jax.evals.evaluation import Evaluation, training_loss
-from imagen_jax.evals.measures.measure import Column, Curves, Line, Result
+from imagen_jax.evals.measures.measure import Column, Curves, Line, Result, RowValues
 from imagen_jax.evals.rows import Settings
 from imagen_jax.stage import Stage
 
@@ -25,7 +23,7 @@ def measure(e: Evaluation) -> dict[str, Any]:
     return {split: e.bins.by_bin(e.errors(training_loss, split)) for split in e.data.counts}
 
 
-def row_values(e: Evaluation) -> dict[str, np.ndarray]:
+def row_values(e: Evaluation) -> RowValues:
     errors = {split: e.errors(training_loss, split) for split in e.data.counts}
     return {f"{split}.overall.mean": values.mean(axis=1) for split, values in errors.items()}
 

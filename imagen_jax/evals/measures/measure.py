@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from imagen_jax.evals import measures
 from imagen_jax.evals.evaluation import Evaluation
@@ -29,6 +30,8 @@ from imagen_jax.stage import Stage
 
 Result = Mapping[str, Any]
 Line = tuple[str, str]
+# {key of a mean: its values for the n rows of a split}
+RowValues = dict[str, Float[np.ndarray, " n"] | Bool[np.ndarray, " n"]]
 Curves = tuple[str, Mapping[str, Result]]
 
 
@@ -141,7 +144,7 @@ def columns() -> list[Column]:
     ]
 
 
-def row_values(chosen: Mapping[str, Measure], e: Evaluation) -> dict[str, np.ndarray]:
+def row_values(chosen: Mapping[str, Measure], e: Evaluation) -> RowValues:
     """{key of a mean in evaluation.json: its per-row values}."""
     return {
         f"{name}.{place}": values

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int, UInt8
 
 from imagen_jax.evals import nearest, report
 from imagen_jax.evals.evaluation import Evaluation
-from imagen_jax.evals.measures.measure import Column, Line, Result
+from imagen_jax.evals.measures.measure import Column, Line, Result, RowValues
 from imagen_jax.evals.rows import Data, Settings
 from imagen_jax.pictures import contact_sheet, enlarge, write_png
 from imagen_jax.stage import Stage
@@ -40,7 +41,7 @@ def measure(e: Evaluation) -> dict[str, Any]:
     return out
 
 
-def row_values(e: Evaluation) -> dict[str, np.ndarray]:
+def row_values(e: Evaluation) -> RowValues:
     out = {}
     for (split, text), distance in e.distances().items():
         rank = nearest.ranks(distance, _wanted(e, split))
@@ -48,7 +49,7 @@ def row_values(e: Evaluation) -> dict[str, np.ndarray]:
     return out
 
 
-def _wanted(e: Evaluation, split: str) -> np.ndarray:
+def _wanted(e: Evaluation, split: str) -> Int[np.ndarray, " n"]:
     """The position in the gallery of each row's own image."""
     return e.data.gallery_row(split, e.data.wholes(split).batch["index"])
 
@@ -71,7 +72,7 @@ def write(e: Evaluation, output: Path, origin: Mapping[str, str]) -> None:
     write_arrays(output / "samples.npz", arrays)
 
 
-def sheet(e: Evaluation, split: str) -> np.ndarray:
+def sheet(e: Evaluation, split: str) -> UInt8[np.ndarray, "h w 3"]:
     """A contact sheet of SHEET_ROWS rows: true and low-res image, samples, nearest image."""
     rows, cell = e.data.wholes(split), max(96, e.stage.image_size)
     shown = np.unique(np.linspace(0, len(rows) - 1, SHEET_ROWS).astype(int))

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from imagen_jax.evals import report
 from imagen_jax.evals.evaluation import Evaluation, x_hat_error
-from imagen_jax.evals.measures.measure import Column, Curves, Line, Result
+from imagen_jax.evals.measures.measure import Column, Curves, Line, Result, RowValues
 from imagen_jax.evals.noise_bins import LogsnrBins
 from imagen_jax.evals.rows import Settings
 from imagen_jax.stage import Stage
@@ -41,11 +42,11 @@ def measure(e: Evaluation) -> dict[str, Any]:
     return {split: BINS.by_bin(_errors(e, split)) for split in e.data.counts}
 
 
-def row_values(e: Evaluation) -> dict[str, np.ndarray]:
+def row_values(e: Evaluation) -> RowValues:
     return {f"{split}.overall.mean": _errors(e, split).mean(axis=1) for split in e.data.counts}
 
 
-def _errors(e: Evaluation, split: str) -> np.ndarray:
+def _errors(e: Evaluation, split: str) -> Float[np.ndarray, "n k"]:
     return e.errors(x_hat_error, split, bins=BINS)
 
 
