@@ -186,7 +186,10 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def cause(error: Exception) -> str:
-    """The error's message without the config file's traceback and without a KeyError's quotes."""
+    """The error's message without the config file's traceback and without a KeyError's quotes.
+
+    A ValueError of the config file is a message to the user, so its name is left out too.
+    """
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
         return f"{', '.join(f'--{name}' for name in missing)} must be given"
@@ -198,7 +201,7 @@ def cause(error: Exception) -> str:
     _, traceback, after = text.rpartition("Traceback (most recent call last):")
     if not traceback or not after.strip():
         return text
-    return after.strip().splitlines()[-1]
+    return after.strip().splitlines()[-1].removeprefix("ValueError: ")
 
 
 def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:

@@ -38,7 +38,7 @@ MISTAKES = {
     "unknown variant": (
         "imagen_jax.train",
         ["--config=configs/base_64.py:tinny", "--workdir=w"],
-        "error: ValueError: base_64 has no variant 'tinny'; use",
+        "error: base_64 has no variant 'tinny'; use",
     ),
     "unknown field": (
         "imagen_jax.train",
