@@ -1,9 +1,5 @@
-"""Shared by the commands: flags, one-line errors with exit codes, logging, JAX settings.
+"""Shared by the commands: flags, one-line errors with exit codes, logging, JAX settings."""
 
-prepare_data parses its flags with `Parser`, all other commands with absl.
-"""
-
-import argparse
 import errno
 import json
 import logging
@@ -14,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import app, flags
 
@@ -58,7 +54,11 @@ def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> Non
     not when it is imported. `guard` handles errors.
     """
     escape_unprintable()
+    others = set(flags.FLAGS)
     define_flags()
+    # --help lists the flags of the command's own module only; some are defined in other modules.
+    for name in set(flags.FLAGS) - others:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def guarded(argv):
         if len(argv) > 1:
@@ -167,13 +167,6 @@ def check_platform() -> None:
         )
 
 
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.exit(fail(message))
-
-
 def cores() -> int:
     """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -193,15 +186,22 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def cause(error: Exception) -> str:
-    """The error's message without the config file's traceback and without a KeyError's quotes."""
+    """The error's message without the config file's traceback and without a KeyError's quotes.
+
+    A ValueError of the config file is a message to the user, so its name is left out too.
+    """
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
+        return f"{', '.join(f'--{name}' for name in missing)} must be given"
     # ml_collections quotes its message twice.
     if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
         return f"the config has no field {near[2]!r}; did you mean {near[1]!r}?"
     if isinstance(error, (KeyError, AttributeError)) and (name := text.strip("'\"")).isidentifier():
         return f"the config has no field {name!r}"
     _, traceback, after = text.rpartition("Traceback (most recent call last):")
-    return after.strip().splitlines()[-1] if traceback and after.strip() else text
+    if not traceback or not after.strip():
+        return text
+    return after.strip().splitlines()[-1].removeprefix("ValueError: ")
 
 
 def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
@@ -328,8 +328,6 @@ def define_compile_cache() -> None:
         "directory of the compilation cache; empty disables it. $JAX_COMPILATION_CACHE_DIR sets the"
         " default",
     )
-    # --help lists only the flags that belong to the command's own module.
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[COMPILE_CACHE])
 
 
 def set_up_jax() -> None:

@@ -25,8 +25,12 @@ class HardwareFault(RuntimeError):
     """A device, its memory or a link computed or stored a wrong value."""
 
 
+class ProcessLost(RuntimeError):
+    """Another process of the run failed or stopped sending heartbeats."""
+
+
 # Errors that one line explains. All others are printed with their traceback.
-EXPECTED = (ValueError, OSError, FloatingPointError, ImportError, HardwareFault)
+EXPECTED = (ValueError, OSError, FloatingPointError, ImportError, HardwareFault, ProcessLost)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -36,6 +40,8 @@ def of(error: BaseException) -> int:
         return NOT_FINITE
     if isinstance(error, HardwareFault):
         return HARDWARE
+    if isinstance(error, ProcessLost):
+        return LOST
     return INVALID if isinstance(error, EXPECTED) and not is_transient(error) else FAILED
 
 

@@ -122,7 +122,9 @@ def named(parse: Callable[[str], Any]) -> Callable[[str], Any]:
                 if os.path.realpath(frame.filename) == os.path.realpath(file)
             ]
             location = ":".join(map(str, [file, *lines[-1:]]))
-            raise ValueError(f"{location}: {type(cause).__name__}: {cause}") from error
+            # A ValueError is a message of the config file to its user.
+            kind = "" if isinstance(cause, ValueError) else f"{type(cause).__name__}: "
+            raise ValueError(f"{location}: {kind}{cause}") from error
 
     return read
 

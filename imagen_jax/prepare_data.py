@@ -20,69 +20,100 @@ publishes the result. If a process dies, the others name it and exit within abou
 command continues. Each process needs about 1 kB of memory per image; --dry_run prints an estimate.
 """
 
-import argparse
 import os
 import sys
 import traceback
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
+from absl import flags
 
 from imagen_jax import cli, exit_codes
 from imagen_jax.data import records
-from imagen_jax.data.prepare.crew import ALONE, Crew, Lost
+from imagen_jax.data.prepare.crew import ALONE, Crew
 from imagen_jax.data.prepare.passes import Settings, check_output, prepare, work_directory
 from imagen_jax.data.prepare.preview import preview, preview_captions
-from imagen_jax.data.sources.source import add_options, open_source
+from imagen_jax.data.sources import source
 from imagen_jax.distributed.startup import hosts, start
-from imagen_jax.distributed.watch import LOST
 from imagen_jax.storage import check_local
 
 
-def main() -> None:
-    """Runs the command. An expected error prints one line on standard error.
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the command line in `values`, see `cli.run`."""
+    text = partial(flags.DEFINE_string, flag_values=values)
+    switch = partial(flags.DEFINE_bool, default=False, flag_values=values)
+    integer = partial(flags.DEFINE_integer, flag_values=values)
+    number = partial(flags.DEFINE_float, default=0.0, lower_bound=0, flag_values=values)
+    source.define_flags(values)
+    text("output", None, "directory to create; required", required=True)
+    text(
+        "encoder",
+        None,
+        "t5_tiny, a directory with a text encoder (config.json, weights, tokenizer), or a hub name;"
+        " required",
+        required=True,
+    )
+    integer(
+        "max_length", 128, "captions are truncated to this many tokens; the paper gives no number"
+    )
+    integer("min_size", 0, "skip images with a side shorter than this, in pixels")
+    integer("shard_size", 4096, "images or captions per shard")
+    integer(
+        "batch_size",
+        64,
+        "captions per device and batch, for captions of up to 32 tokens; fewer if longer",
+    )
+    integer("processes", 0, "worker processes that check and write images; 0: one per core")
+    switch(
+        "verify",
+        help="verify the checksum of every shard, after the run or of a finished OUTPUT",
+    )
+    switch("dry_run", help="only estimate size and time")
+    integer(
+        "preview_captions",
+        0,
+        "only estimate the size and time of storing this number of captions like those of the"
+        " source; needs only the encoder's tokenizer and config.json",
+        lower_bound=0,
+    )
+    number(
+        "captions_per_second",
+        help="for --preview_captions: total captions per second of all chips, from imagen_jax.plan"
+        " or measured",
+    )
+    integer("chips", 0, "for --preview_captions: number of chips", lower_bound=0)
+    number(
+        "price_per_gib_month",
+        help="for --preview_captions: storage price per GiB and month, in any currency",
+    )
 
-    imagen_jax/exit_codes.py lists the exit codes.
-    """
-    cli.escape_unprintable()
-    args = parser().parse_args()
+
+def main() -> int:
+    """Prepares the data; returns the exit code."""
     try:
-        _run(args)
-        end(0)
-    except BrokenProcessPool:
-        end(
-            cli.fail(
-                "a worker process was killed, perhaps because memory ran out: run the same command"
-                " with fewer --processes; it continues"
-            )
-        )
-    except KeyboardInterrupt:
-        end(cli.fail("interrupted; the same command continues", exit_codes.INTERRUPTED))
-    except Lost as error:
-        end(cli.fail(str(error), LOST))
-    except Exception as error:
-        if explanation := cli.explain(error):
-            end(cli.fail(*explanation))
+        code = cli.guard(lambda: _run(flags.FLAGS), "interrupted; the same command continues")
+    except Exception:
         if not hosts():
             raise
         traceback.print_exc()
-        end(exit_codes.FAILED)
+        code = exit_codes.FAILED
+    return end(code)
 
 
-def end(code: int) -> NoReturn:
-    """Exits this process.
+def end(code: int) -> int:
+    """Returns the exit code; in a multi-process run, exits with it.
 
-    A multi-process run skips cleanup, because the cleanup of JAX can hang (0.10.2, CPU).
+    That skips cleanup, because the cleanup of JAX can hang (0.10.2, CPU).
     """
     if hosts():
         sys.stdout.flush()
         os._exit(code)
-    sys.exit(code)
+    return code
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: flags.FlagValues) -> None:
+    cli.log_to_stderr()
     settings = Settings(
         shard_size=args.shard_size,
         min_size=args.min_size,
@@ -91,9 +122,6 @@ def _run(args: argparse.Namespace) -> None:
     )
     if not 0 <= args.heldout < 1:
         raise ValueError(f"--heldout is {args.heldout}; give a fraction in [0, 1)")
-    for name in ("preview_captions", "captions_per_second", "chips", "price_per_gib_month"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} {getattr(args, name)} is less than 0")
     check_local("--encoder", args.encoder)
     check_local("--output", args.output)
     output = Path(args.output).resolve()
@@ -103,12 +131,12 @@ def _run(args: argparse.Namespace) -> None:
         check_output(output)
         cli.make_directory("output", str(output.parent))
     with _crew(output) as crew:
-        source = open_source(args)
+        images = source.open_source(args)
         encoder = _load_encoder(args.encoder, args.max_length)
         if not args.dry_run:
-            prepare(source, encoder, output, settings, crew)
+            prepare(images, encoder, output, settings, crew)
         elif crew.leads:
-            preview(source, encoder, settings, crew.count)
+            preview(images, encoder, settings, crew.count)
     if args.verify and crew.leads and not args.dry_run:
         records.Prepared(output).verify()
         print("every shard matches its checksum")
@@ -116,7 +144,6 @@ def _run(args: argparse.Namespace) -> None:
 
 def _crew(output: Path) -> Crew:
     """The group of processes that the environment describes, seen from this process."""
-    cli.log_to_stderr()
     start()
     if not hosts():
         return ALONE
@@ -131,85 +158,12 @@ def _crew(output: Path) -> Crew:
     )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The argument parser."""
-    parser = cli.Parser(
-        prog="python -m imagen_jax.prepare_data", description=__doc__.splitlines()[0]
-    )
-    add_options(parser)
-    parser.add_argument("--output", required=True, help="directory to create")
-    parser.add_argument(
-        "--encoder",
-        required=True,
-        help=(
-            "t5_tiny, a directory with a text encoder (config.json, weights, tokenizer), or a hub"
-            " name"
-        ),
-    )
-    parser.add_argument(
-        "--max_length",
-        type=int,
-        default=128,
-        help="captions are truncated to this many tokens (default 128; not in the paper)",
-    )
-    parser.add_argument(
-        "--min_size",
-        type=int,
-        default=0,
-        help="skip images with a side shorter than this, in pixels",
-    )
-    parser.add_argument("--shard_size", type=int, default=4096, help="images or captions per shard")
-    parser.add_argument(
-        "--batch_size",
-        type=int,
-        default=64,
-        help="captions per device and batch, for captions of up to 32 tokens; fewer if longer",
-    )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=0,
-        help="worker processes that check and write images (default: all cores)",
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="verify the checksum of every shard, after the run or of a finished OUTPUT",
-    )
-    parser.add_argument("--dry_run", action="store_true", help="only estimate size and time")
-    parser.add_argument(
-        "--preview_captions",
-        type=int,
-        default=0,
-        metavar="N",
-        help=(
-            "only estimate the size and time of storing N captions like those of the source;"
-            " needs only the encoder's tokenizer and config.json"
-        ),
-    )
-    rates = (
-        "for --preview_captions: total captions per second of all chips, from imagen_jax.plan or"
-        " measured"
-    )
-    parser.add_argument("--captions_per_second", type=float, default=0.0, help=rates)
-    parser.add_argument(
-        "--chips", type=int, default=0, help="for --preview_captions: number of chips"
-    )
-    parser.add_argument(
-        "--price_per_gib_month",
-        type=float,
-        default=0.0,
-        help="for --preview_captions: storage price per GiB and month, in any currency",
-    )
-    return parser
-
-
-def _preview_captions(args: argparse.Namespace) -> None:
+def _preview_captions(args: flags.FlagValues) -> None:
     from imagen_jax.weights.text_encoders import load_tokenize
 
     tokenize, dim = load_tokenize(args.encoder, args.max_length)
     preview_captions(
-        open_source(args),
+        source.open_source(args),
         tokenize,
         dim,
         args.preview_captions,
@@ -228,4 +182,4 @@ def _load_encoder(name: str, max_length: int):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(define_flags, main)

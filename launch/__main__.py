@@ -7,7 +7,7 @@ r"""Starts a training, several trainings or another command, here or on a cluste
     python -m launch --where gke ... --workdir gs://B/run --stage base=configs/base_64.py \
         --stage sr=configs/sr_256.py --sr.topology=v5e:8x16
     python -m launch --where slurm --topology h100:4x8 --workdir DIR -- prepare_data \
-        --output DIR ...
+        --source=folder:DIR --encoder=ENCODER --output=DIR
 
 --config.FIELD=VALUE applies to every training, --STAGE.config.FIELD=VALUE to one of them;
 --STAGE.topology replaces --topology for one stage, and --STAGE.env extends --env. The arguments

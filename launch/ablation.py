@@ -68,6 +68,10 @@ class Ablation:
     rows: int = 256
     samples: int = 0
 
+    def evaluation(self, arm: Arm, seed: int) -> Path:
+        """The directory of the evaluation of an arm for one seed."""
+        return self.workdir / arm.name / f"seed_{seed}" / "evaluation"
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -197,7 +201,7 @@ def plan(ablation: Ablation) -> tuple[list[Arm], list[Step]]:
             elif key not in models:
                 models[key] = directory / "train"
                 steps.append(train_step(ablation, seed, arm, models[key]))
-            output = directory / "evaluation"
+            output = ablation.evaluation(arm, seed)
             steps.append(evaluate_step(ablation, seed, arm, sampling, models[key], data, output))
     return arms, steps
 

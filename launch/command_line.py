@@ -48,7 +48,7 @@ def parse(
     try:
         return values, values(["launch", *argv], known_only=True)[1:]
     except flags.Error as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(cli.cause(error)) from error
 
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:

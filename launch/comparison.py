@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from imagen_jax.evals.statistics import paired_hits_error
 from imagen_jax.storage import read_object
 from launch.ablation import Arm
 
@@ -20,7 +21,7 @@ def read_evaluations(
 ) -> dict[str, list[dict[str, Any]]]:
     """{arm: [{"measures": evaluation.json, "rows": {place: one value per row}} for each seed]}.
 
-    "rows" is empty where evaluate wrote no rows.npz.
+    "rows" is empty where evaluate wrote no rows.npz; hits are booleans.
     """
     evaluations: dict[str, list[dict[str, Any]]] = {}
     for arm in arms:
@@ -28,8 +29,8 @@ def read_evaluations(
             directory = workdir / arm.name / f"seed_{seed}" / "evaluation"
             rows = {}
             if (directory / "rows.npz").exists():
-                with np.load(directory / "rows.npz") as file:  # hits are booleans
-                    rows = {name: file[name].astype(float) for name in file.files}
+                with np.load(directory / "rows.npz") as file:
+                    rows = {name: file[name] for name in file.files}
             remedy = f"remove {directory}, and run the same command again"
             measures = read_object(directory / "evaluation.json", {}, remedy)
             evaluations.setdefault(arm.name, []).append({"measures": measures, "rows": rows})
@@ -48,7 +49,8 @@ def compare(
     Returns {"seeds", "reference", "overrides", "columns"}; a column is {"name", "place",
     "less_is_better", "arms": {arm: ...}}. Each arm has "values" (one per seed) and their "mean".
     The others also have "difference", the mean over seeds of value minus reference, with its
-    standard errors: "se_seeds" (None for one seed) and "se_rows" (None without rows).
+    standard errors: "se_seeds" (None for one seed) and "se_rows" (None without rows; of a
+    proportion, `paired_hits_error`).
 
     A column lacks the arms that did not measure it. A column is left out if the reference did not
     measure it, or if arms differ in a field that must be the same for a comparison.
@@ -129,11 +131,12 @@ def against(
     complete = all(a is not None and b is not None and len(a) == len(b) for a, b in pairs)
     # All seeds are measured on the same rows: a row is one observation, whatever the number of
     # seeds.
-    by_row = np.mean([a - b for a, b in pairs], axis=0).tolist() if complete else []
+    by_row = np.mean([1.0 * a - b for a, b in pairs], axis=0) if complete else np.zeros(0)
+    hits = complete and all(a.dtype == bool for a, _ in pairs)
     return result | {
         "difference": statistics.mean(differences),
         "se_seeds": standard_error(differences),
-        "se_rows": standard_error(by_row),
+        "se_rows": paired_hits_error(by_row) if hits else standard_error(by_row.tolist()),
     }
 
 

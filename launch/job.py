@@ -42,14 +42,10 @@ VERBS = ("demo", "evaluate", "export", "plan", "prepare_data", "sample", "train"
 # flags read sys.argv when they are defined.
 PARSE = """\
 import importlib, sys
-from imagen_jax import cli, sharding
-verb = importlib.import_module(sys.argv[1])
-if hasattr(verb, "define_flags"):
-    sys.argv = sys.argv[1:]
-    verb.define_flags()
-    cli.parse(sys.argv)
-else:
-    verb.parser().parse_args(sys.argv[2:])
+from imagen_jax import cli
+sys.argv = sys.argv[1:]
+importlib.import_module(sys.argv[0]).define_flags()
+cli.parse(sys.argv)
 """
 
 

@@ -12,15 +12,18 @@ The config file has get_config(arg), the settings common to all arms, and sweep(
 same noise and are evaluated on the same rows with the same noise, so their differences are paired.
 Arms that differ only in `config.sampling` share one training.
 
-Running the same command again continues. With --where it starts the trainings that are neither
+Running the same command again continues. A sweep that is interrupted or fails prints the
+comparison of the arms that are finished. With --where it starts the trainings that are neither
 running nor finished; once all are finished, it evaluates them on this machine and compares the
 arms.
 """
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -92,15 +95,56 @@ def _main(argv: Sequence[str]) -> int:
                 "# trainings are the jobs above; evaluations run on a machine where the buckets"
                 f" are mounted at {mounted('gs://')}"
             )
-    for i, step in enumerate(steps):
-        _run_step(step, f"[{i + 1}/{len(steps)}]", options)
+    try:
+        for i, step in enumerate(steps):
+            _run_step(step, f"[{i + 1}/{len(steps)}]", options)
+    except (KeyboardInterrupt, Exception):
+        if not options.dry_run:
+            # The error that ended the sweep matters more than one of the table.
+            with contextlib.suppress(Exception):
+                print_partial(ablation, arms, steps)
+        raise
     if options.dry_run:
         return 0
-    evaluations = comparison.read_evaluations(ablation.workdir, arms, ablation.seeds)
-    result = comparison.compare(arms, ablation.seeds, evaluations)
+    result = _compared(ablation, arms, ablation.seeds)
     write_json(ablation.workdir / "sweep.json", {"config": ablation.config, **result})
     print(comparison.table(result) + f"\nall in {ablation.workdir / 'sweep.json'}")
     return 0
+
+
+def _compared(ablation: Ablation, arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, Any]:
+    evaluations = comparison.read_evaluations(ablation.workdir, arms, seeds)
+    return comparison.compare(arms, seeds, evaluations)
+
+
+def print_partial(ablation: Ablation, arms: Sequence[Arm], steps: Sequence[Step]) -> None:
+    """Prints the table of the finished arms, if the first arm, the reference, is one of them.
+
+    Each seed has a list of finished arms. The table has the arms of the longest list, over all
+    seeds for which these arms are finished. sweep.json is not written.
+    """
+    done = {step.directory for step in steps if _is_finished(step)}
+    finished = {
+        seed: [arm for arm in arms if ablation.evaluation(arm, seed) in done]
+        for seed in ablation.seeds
+    }
+    chosen = max((found for found in finished.values() if arms[0] in found), key=len, default=[])
+    if not chosen:
+        return
+    seeds = [seed for seed, found in finished.items() if all(arm in found for arm in chosen)]
+    print(comparison.table(_compared(ablation, chosen, seeds)))
+    print(
+        f"PARTIAL: {len(chosen)} of {len(arms)} arms, {len(seeds)} of {len(ablation.seeds)} seeds;"
+        f" {command_line.CONTINUE}"
+    )
+
+
+def _is_finished(step: Step) -> bool:
+    """`step.finished`; False if another command wrote its directory."""
+    try:
+        return step.finished
+    except ValueError:
+        return False
 
 
 def _run_step(step: Step, number: str, options: flags.FlagValues) -> None:
@@ -246,7 +290,8 @@ def execute(step: Step) -> None:
     code = cli.call(step.command)
     if code:
         raise ValueError(
-            f"{step.label} failed with exit code {code}; its command: {shlex.join(step.command)}"
+            f"{step.label} failed with exit code {code}; its command: {shlex.join(step.command)};"
+            f" after the cause is removed, {command_line.CONTINUE}"
         )
     # A training stopped by a signal also exits with 0.
     row = status.read(Job(step.label, (), str(step.directory)))

@@ -16,6 +16,7 @@ ERRORS = [
     (KeyError("a fault of the code"), exit_codes.FAILED),
     (FloatingPointError("the loss is not finite"), exit_codes.NOT_FINITE),
     (Drift("the copies differ"), exit_codes.HARDWARE),
+    (exit_codes.ProcessLost("no heartbeat"), exit_codes.LOST),
 ]
 
 

@@ -376,7 +376,9 @@ def test_evaluations_are_read_with_their_rows(tmp_path):
     found = comparison.compare(arms, [4], comparison.read_evaluations(tmp_path, arms, [4]))[
         "columns"
     ][0]["arms"]
-    assert found["b"]["difference"] == found["b"]["se_rows"] == 0.5
+    assert found["b"]["difference"] == 0.5
+    # One of 2 rows is gained, and a row of each sign is added: sqrt((2/4 + 1/4 - (1/4)^2) / 4).
+    assert found["b"]["se_rows"] == pytest.approx(0.4145781)
     assert found["c"]["se_rows"] is None
 
 

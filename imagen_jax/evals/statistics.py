@@ -57,6 +57,19 @@ def wilson(hits: int, n: int, z: float = Z95) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def paired_hits_error(differences: Float[np.ndarray, " n"]) -> float:
+    """The standard error of a difference of two proportions of hits on the same rows.
+
+    With one row of +1 and one of -1 added: Bonett and Price 2012, "Adjusted Wald confidence
+    interval for a difference of binomial proportions based on paired data". So it is not 0 where
+    no row differs, as in 0 of 8 hits twice.
+
+    differences: hit minus hit of each row, 1, 0 or -1; or their means over several seeds.
+    """
+    adjusted = np.append(differences, (1.0, -1.0))
+    return float(adjusted.std() / math.sqrt(len(adjusted)))
+
+
 def derangement(labels: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"]:
     """A random permutation that maps every row to a row with another label.
 

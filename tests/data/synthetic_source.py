@@ -128,6 +128,7 @@ def crew_of(spec: str, output: Path) -> crew.Crew:
         return crew.ALONE
     crew.BEAT_S, crew.SILENT_S = 0.2, 6.0
     if spec == "environment":
+        cli.log_to_stderr()
         return prepare_data._crew(output)
     index, count, run = spec.split(":")
     return crew.Crew(
@@ -156,15 +157,6 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        main(
-            sys.argv[1],
-            Path(sys.argv[2]),
-            int(sys.argv[3]),
-            int(sys.argv[4]),
-            *sys.argv[5:6],
-            *map(Path, sys.argv[6:7]),
-        )
-        prepare_data.end(0)
-    except crew.Lost as error:
-        prepare_data.end(cli.fail(str(error), prepare_data.LOST))
+    arguments = (sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:5]), *sys.argv[5:6])
+    code = cli.guard(lambda: main(*arguments, *map(Path, sys.argv[6:7])))
+    sys.exit(prepare_data.end(code))

@@ -32,6 +32,19 @@ def test_what_is_no_proportion_is_refused(hits, n):
         statistics.wilson(hits, n)
 
 
+@pytest.mark.parametrize(
+    "gained, lost, same, expected",
+    [
+        (26, 4, 18, 0.09448809),  # the example of ci.prop.ps in the R package statpsych 1.7
+        (0, 0, 8, np.sqrt(0.02)),  # (1/10 + 1/10) / 10
+    ],
+)
+def test_error_of_a_paired_difference_of_hits(gained, lost, same, expected):
+    """Catches the unadjusted error, 0 where no row differs, and other pseudo-rows."""
+    rows = np.repeat([1.0, -1.0, 0.0], [gained, lost, same])
+    assert statistics.paired_hits_error(rows) == pytest.approx(expected, rel=1e-6)
+
+
 def test_standard_error_is_that_of_the_mean():
     """Catches the population's deviation (ddof 0: 1.118 / 2), and the deviation itself in place of
     the mean's error.

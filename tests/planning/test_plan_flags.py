@@ -12,7 +12,7 @@ from tests import tiny
 
 WRONG = {  # the text of a config file: the error
     "def get_config(arg=''):\n    return 1 / 0\n": ":2: ZeroDivisionError: division by zero",
-    "def get_config(arg=''):\n    return int('x')\n": ":2: ValueError: invalid literal for int",
+    "def get_config(arg=''):\n    return int('x')\n": ":2: invalid literal for int",
     "import no_such_module\n": ":1: ModuleNotFoundError: No module named 'no_such_module'",
     "def get_config(arg=''):\n    return {}['b']\n": ":2: KeyError: 'b'",
 }

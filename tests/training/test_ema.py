@@ -1,5 +1,7 @@
 """EMA tracks: their rule, and several of them in one state."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,17 @@ def test_decay_warms_up():
     """Catches a constant decay, under which early samples are those of the initial weights."""
     got = [float(ema.FixedDecay(0.999).decay(jnp.asarray(n))) for n in (0, 8, 10**6)]
     np.testing.assert_allclose(got, [0.1, 0.5, 0.999], rtol=1e-6)
+
+
+def test_share_of_the_initial_weights():
+    """Catches a slower warm-up, with which short runs would compare their initial weights."""
+    track, share = ema.FixedDecay(0.9999), {0: jnp.ones(())}
+    for n in range(10):
+        share[n + 1] = ema.follow(track, share[n], jnp.zeros(()), jnp.asarray(n))
+    assert float(share[1]) <= 0.1 + 1e-7
+    for n in (1, 2, 3, 10):
+        expected = math.factorial(9) * math.factorial(n) / math.factorial(n + 9)
+        np.testing.assert_allclose(share[n], expected, rtol=1e-5)
 
 
 def test_every_track_follows_the_parameters_by_its_own_decay():

@@ -17,16 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from imagen_jax.exit_codes import ProcessLost
 from imagen_jax.storage import try_lock
 
 BEAT_S = 2.0  # between two heartbeats
 SILENT_S = 60.0  # after this long without a heartbeat a process counts as dead
 POLL_S = 0.1
 AGAIN = "start all processes again with the same command; the work continues"
-
-
-class Lost(ValueError):
-    """Another process failed or stopped sending heartbeats."""
 
 
 class Crew:
@@ -96,12 +93,12 @@ class Crew:
             self._beat()
 
     def check(self) -> None:
-        """Raises Lost if another process failed or stopped sending heartbeats."""
+        """Raises ProcessLost if another process failed or stopped sending heartbeats."""
         if self._failure:
-            raise Lost(self._failure)
+            raise ProcessLost(self._failure)
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Waits until `ready()`; raises Lost as soon as another process fails.
+        """Waits until `ready()`; raises ProcessLost as soon as another process fails.
 
         A single process does not wait: if `ready()` is false, finished work was deleted, and it
         raises ValueError.

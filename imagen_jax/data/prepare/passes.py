@@ -74,8 +74,8 @@ def prepare(
 
     Raises:
       ValueError: `output` or its unfinished part was made with other settings, `output` cannot be
-        replaced, nothing in the source is usable, the disk has no room for the result, or another
-        process failed.
+        replaced, nothing in the source is usable, or the disk has no room for the result.
+      ProcessLost: another process of the crew failed.
     """
     started = time.monotonic()
     request = _request(source, encoder, settings)

@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from imagen_jax.data.sources.source import Source
@@ -40,11 +41,23 @@ class Workers:
     ) -> Iterator[Any]:
         """Yields the results as they are ready, in no order; raises an exception of a task.
 
-        Draws `tasks` one by one, at most `ahead` more than have results.
+        Draws `tasks` one by one, at most `ahead` more than have results. Raises ValueError if a
+        worker process was killed.
         """
         if self._pool is None:
             yield from (function(self._source, *task) for task in tasks)
             return
+        try:
+            yield from self._each(function, tasks, ahead)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a worker process was killed, perhaps because memory ran out: run the same command"
+                " with fewer --processes; it continues"
+            ) from error
+
+    def _each(
+        self, function: Callable[..., Any], tasks: Iterable[tuple], ahead: int
+    ) -> Iterator[Any]:
         running: set[Future] = set()
         for task in tasks:
             running.add(self._pool.submit(_run, function, task))

@@ -3,17 +3,18 @@
 `tools/build_emoji.py` makes it and documents the split; `assets/emoji/NOTICE` names its origins.
 """
 
-import argparse
 import importlib.resources
 from collections.abc import Mapping
 from typing import Any
+
+from absl import flags
 
 from imagen_jax.data.sources.source import SourceItem
 
 USAGE = "emoji"
 
 
-def open_source(name: str, args: argparse.Namespace) -> "EmojiSource":
+def open_source(name: str, args: flags.FlagValues) -> "EmojiSource":
     """Opens the embedded set. Raises ValueError for --heldout: the set has its own split."""
     if args.heldout:
         raise ValueError("the emoji have their own held-out compositions: leave --heldout at 0")

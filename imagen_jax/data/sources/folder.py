@@ -1,6 +1,5 @@
 """A folder of images with their captions in one of three forms."""
 
-import argparse
 import errno
 import hashlib
 import json
@@ -8,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from absl import flags
 
 from imagen_jax.caption_text import lines, read_text
 from imagen_jax.data.sources.listing import Listed, read_csv, read_jsonl
@@ -24,7 +25,7 @@ _KINDS = 50  # kinds of ignored files with a note of their own
 _OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
-def open_source(name: str, args: argparse.Namespace) -> "FolderSource":
+def open_source(name: str, args: flags.FlagValues) -> "FolderSource":
     """Opens the folder `name`. An output inside it is not a part of the source."""
     output = getattr(args, "output", None)
     return FolderSource(name, args.heldout, Path(output) if output else None)

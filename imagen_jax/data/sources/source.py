@@ -4,19 +4,20 @@ A source is one module of this folder, and its name is the kind: `folder.py` ope
 `--source folder:DIR`. The module has
 
     USAGE                      the value of `--source`, for messages: "folder:DIR"
-    open_source(name, args)    opens it; `name` is the text after the colon, `args` the options
-    add_options(parser)        optional: options of this kind
+    open_source(name, args)    opens it; `name` is the text after the colon, `args` the flags
+    define_flags(values)       optional: defines the flags of this kind, named after it
 
 A new kind of source is one new file here; no other file names it.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import importlib
 import pkgutil
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from absl import flags
 
 from imagen_jax.data import sources
 
@@ -87,22 +88,22 @@ def kinds() -> dict[str, ModuleType]:
     }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--source`, `--heldout` and the options of every kind of source."""
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines `--source`, `--heldout` and the flags of every kind of source."""
     usages = ", ".join(module.USAGE for module in kinds().values())
-    parser.add_argument("--source", required=True, help=usages)
-    parser.add_argument(
-        "--heldout",
-        type=float,
-        default=0.0,
-        help="fraction of images for the held-out split, chosen by id",
+    flags.DEFINE_string("source", None, f"{usages}; required", required=True, flag_values=values)
+    flags.DEFINE_float(
+        "heldout",
+        0.0,
+        "fraction of images for the held-out split, chosen by id",
+        flag_values=values,
     )
     for module in kinds().values():
-        if hasattr(module, "add_options"):
-            module.add_options(parser)
+        if hasattr(module, "define_flags"):
+            module.define_flags(values)
 
 
-def open_source(args: argparse.Namespace) -> Source:
+def open_source(args: flags.FlagValues) -> Source:
     """Opens the source that `args.source` names.
 
     Raises:

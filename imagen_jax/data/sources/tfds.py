@@ -1,8 +1,10 @@
 """A TFDS dataset that is already on disk in the array_record format."""
 
-import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from absl import flags
 
 from imagen_jax.data.sources.source import Fault, SourceItem, hashed_split
 from imagen_jax.storage import check_local
@@ -10,19 +12,16 @@ from imagen_jax.storage import check_local
 USAGE = "tfds:NAME or tfds:DIR"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that choose a split and features of the dataset."""
-    parser.add_argument("--tfds_dir", default=None, help="TFDS data directory")
-    parser.add_argument("--tfds_split", default="train", help="split to read")
-    parser.add_argument("--tfds_image", default="image", help="image feature")
-    parser.add_argument(
-        "--tfds_caption",
-        default="caption",
-        help="caption feature, a path such as captions/text is fine",
-    )
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags that choose a split and features of the dataset."""
+    define = partial(flags.DEFINE_string, flag_values=values)
+    define("tfds_dir", None, "for tfds:NAME: TFDS data directory")
+    define("tfds_split", "train", "for tfds: split to read")
+    define("tfds_image", "image", "for tfds: image feature")
+    define("tfds_caption", "caption", "for tfds: caption feature, or a path such as captions/text")
 
 
-def open_source(name: str, args: argparse.Namespace) -> "TfdsSource":
+def open_source(name: str, args: flags.FlagValues) -> "TfdsSource":
     """Opens the dataset `name`, or the one in the directory `name`."""
     return TfdsSource(
         name, args.tfds_dir, args.tfds_split, args.tfds_image, args.tfds_caption, args.heldout

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from imagen_jax.data.prepare import crew, passes
-from imagen_jax.data.prepare.crew import Crew, Lost
+from imagen_jax.data.prepare.crew import Crew
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.distributed.watch import LOST
+from imagen_jax.exit_codes import ProcessLost
 from tests.data.synthetic_source import SETTINGS, FakeEncoder, tree
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -135,7 +136,7 @@ def together(*members):
     def run(i):
         try:
             members[i]()
-        except ValueError as error:
+        except (ValueError, ProcessLost) as error:
             ends[i] = error
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(members))]
@@ -207,11 +208,8 @@ def test_a_mistake_of_one_ends_all_with_its_words(folder, tmp_path, quick):
         preparing(folder, tmp_path / "data", i, 3, Broken() if i == 1 else None) for i in range(3)
     ]
     ends = together(*members)
-    assert str(ends[1]) == "no features today" and [isinstance(end, Lost) for end in ends] == [
-        True,
-        False,
-        True,
-    ]
+    assert str(ends[1]) == "no features today"
+    assert [isinstance(end, ProcessLost) for end in ends] == [True, False, True]
     assert str(ends[0]) == str(
         ends[2]
     ) and "process 1 (host-1) stopped: no features today; start all processes again" in str(ends[0])

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 
-from imagen_jax import prepare_data
+from imagen_jax import exit_codes, prepare_data
 from imagen_jax.data import pipeline, records
 from imagen_jax.data.prepare import passes
 from imagen_jax.data.sources.folder import FolderSource
@@ -293,7 +294,10 @@ def test_an_empty_output_is_filled(folder, whole, tmp_path):
 
 def options(source, output, *more):
     base = ["--encoder=t5_tiny", "--processes=1", f"--source={source}", f"--output={output}"]
-    return prepare_data.parser().parse_args([*base, *more])
+    values = flags.FlagValues()
+    prepare_data.define_flags(values)
+    values(["prepare_data", *base, *more])
+    return values
 
 
 def test_the_work_is_on_the_file_system_of_a_linked_output(folder, whole, tmp_path, monkeypatch):
@@ -324,13 +328,46 @@ def test_urls_are_refused_at_once(folder, tmp_path, monkeypatch, changes, messag
     """Catches a local folder "./gs:" that is filled as if it were the bucket."""
     monkeypatch.setattr(prepare_data, "_load_encoder", lambda *_: FakeEncoder())
     monkeypatch.chdir(tmp_path)
-    args = options(f"folder:{folder}", "data")
-    vars(args).update(changes)
+    changed = (f"--{name}={value}" for name, value in changes.items())
+    args = options(f"folder:{folder}", "data", *changed)
     with pytest.raises(ValueError, match=message.replace("URL: mount", "URL, only local paths")):
         prepare_data._run(args)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="prepared data gs:/b/x is a URL"):
         records.Prepared(Path("gs://b/x"))
+
+
+@pytest.mark.parametrize(
+    ("hosts", "error", "code", "message"),
+    [
+        ([], KeyboardInterrupt(), 130, "error: interrupted; the same command continues"),
+        ([], exit_codes.ProcessLost("process 1 died"), 75, "error: process 1 died"),
+        ([], ZeroDivisionError("a fault"), None, ""),
+        (["a", "b"], ValueError("no such file"), 2, "error: no such file"),
+        (["a", "b"], ZeroDivisionError("a fault"), 1, "ZeroDivisionError: a fault"),
+    ],
+)
+def test_how_the_command_ends(monkeypatch, capsys, hosts, error, code, message):
+    """Catches a multi-process run that waits for the cleanup of JAX, and a lost message or code."""
+
+    def run(args):
+        raise error
+
+    def leave(code):
+        raise SystemExit(f"left with {code}")
+
+    monkeypatch.setattr(prepare_data, "_run", run)
+    monkeypatch.setattr(prepare_data, "hosts", lambda: hosts)
+    monkeypatch.setattr(prepare_data.os, "_exit", leave)
+    if code is None:
+        with pytest.raises(ZeroDivisionError):
+            prepare_data.main()
+    elif hosts:
+        with pytest.raises(SystemExit, match=f"left with {code}"):
+            prepare_data.main()
+    else:
+        assert prepare_data.main() == code
+    assert message in capsys.readouterr().err
 
 
 def test_command_line_errors_are_one_line(tmp_path):

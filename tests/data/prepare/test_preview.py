@@ -102,5 +102,5 @@ def test_a_preview_needs_no_weights_and_writes_nothing(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"encoder"}
     done = run("-5")
     assert done.returncode == 2 and done.stderr.endswith(
-        "error: --preview_captions -5 is less than 0\n"
+        "error: flag --preview_captions=-5: -5 is not a non-negative integer\n"
     )

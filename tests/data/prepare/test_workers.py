@@ -1,5 +1,7 @@
 """Tasks are handed to processes one by one."""
 
+import os
+import signal
 import time
 
 import pytest
@@ -33,3 +35,15 @@ def test_tasks_are_asked_for_one_by_one(tmp_path, processes, ahead):
             received.append(result)
             most = max(most, asked - len(received))
     assert sorted(received) == list(range(20)) and most < ahead + 1
+
+
+def killed(source):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line(tmp_path):
+    """Catches a traceback of the process pool, which does not say what to do."""
+    source = FolderSource(write_folder(tmp_path / "ramps", images=1), 0.0)
+    with Workers(source, 2) as workers:
+        with pytest.raises(ValueError, match="perhaps because memory ran out: run the same"):
+            list(workers.each(killed, [()], ahead=2))

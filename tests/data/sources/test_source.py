@@ -1,8 +1,7 @@
 """Sources are found by name; an unknown name is one clear line."""
 
-import argparse
-
 import pytest
+from absl import flags
 
 from imagen_jax.data.sources import source
 from imagen_jax.data.sources.folder import FolderSource
@@ -24,9 +23,10 @@ def test_heldout_fraction_is_by_id():
 
 
 def opened(spec, *options):
-    parser = argparse.ArgumentParser()
-    source.add_options(parser)
-    return source.open_source(parser.parse_args([f"--source={spec}", *options]))
+    values = flags.FlagValues()
+    source.define_flags(values)
+    values(["prepare_data", f"--source={spec}", *options])
+    return source.open_source(values)
 
 
 def test_open_source_by_name(tmp_path):
@@ -42,6 +42,18 @@ def test_open_source_by_name(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             opened(spec, "--heldout=0.1")
+
+
+def test_a_kind_of_source_has_its_own_flags(monkeypatch):
+    """Catches flags of a kind that are not defined, or that do not reach its module."""
+
+    def note(*args):
+        raise LookupError(*args)
+
+    monkeypatch.setattr(source.kinds()["tfds"], "TfdsSource", note)
+    with pytest.raises(LookupError) as noted:
+        opened("tfds:coco", "--tfds_split=val", "--tfds_caption", "a/b", "--heldout=0.1")
+    assert noted.value.args == ("coco", None, "val", "image", "a/b", 0.1)
 
 
 def test_every_module_of_the_folder_is_a_kind():
