@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from launch import places, tpu_pod
+from launch import platforms, tpu_pod
 from launch.job import Job
 from tests import tiny
 
@@ -80,7 +80,7 @@ def gcloud(tmp_path, tool, monkeypatch):
 def options(where: str, *more: str) -> flags.FlagValues:
     """The options of --where and `more`."""
     values = flags.FlagValues()
-    places.define_flags(values, required=True)
+    platforms.define_flags(values, required=True)
     values(["launch", "--where", where, *more])
     return values
 

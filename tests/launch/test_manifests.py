@@ -16,7 +16,7 @@ import yaml
 
 from imagen_jax import exit_codes
 from imagen_jax.hardware.topology import parse
-from launch import gke, places, sky, slurm, status
+from launch import gke, platforms, sky, slurm, status
 from tests.launch.conftest import HERE, job, options
 
 SCHEMAS = {
@@ -226,7 +226,7 @@ def test_jobsets_are_created_once(tool, tmp_path, monkeypatch, capsys):
     }.items():
         answer.write_text("" if state is None else json.dumps({"status": {"terminalState": state}}))
         calls.write_text("")
-        assert places.start([made], given) == 0
+        assert platforms.start([made], given) == 0
         assert calls.read_text() == expected, state
 
 
@@ -287,7 +287,7 @@ def test_sky_jobs_are_submitted_once(tool, tmp_path, monkeypatch):
     for found, starts in {"run-1": False, "run-2": True}.items():
         answer.write_text(json.dumps([{"job_name": found, "status": "RECOVERING"}]))
         calls.write_text("")
-        assert places.start([made], given) == 0
+        assert platforms.start([made], given) == 0
         assert ("jobs launch --yes --detach-run --secret HF_TOKEN" in calls.read_text()) == starts
         assert "hf_secret" not in calls.read_text()
 
@@ -335,7 +335,7 @@ def task(workdir, does: str, topology: str = "h100:2x4", **fields):
 
 def submitted(made: list, *more: str) -> Path:
     """Submits jobs; the path of their output."""
-    assert places.start(made, options("slurm", *more)) == 0
+    assert platforms.start(made, options("slurm", *more)) == 0
     subprocess.run(["bash", "-n", str(made[0].record / slurm.SCRIPT)], check=True)
     return made[0].record / "slurm-17.out"
 
@@ -430,7 +430,7 @@ def test_a_queued_slurm_job_is_not_submitted_again(cluster, tmp_path, capsys):
     made = task(tmp_path / "a", "well")
     submitted([made])
     first = (cluster / "job.json").stat().st_mtime_ns
-    assert places.start([made], options("slurm")) == 0
+    assert platforms.start([made], options("slurm")) == 0
     assert (
         "already running (slurm), not started again" in capsys.readouterr().out
         and (cluster / "job.json").stat().st_mtime_ns == first

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from imagen_jax.storage import CHECKSUMS, is_kept, only_process
-from launch import places, status
+from launch import platforms, status
 from tests.launch.conftest import job, options
 
 
@@ -131,7 +131,7 @@ def test_a_directory_in_the_place_of_a_file_is_named(tmp_path, capsys, file):
     assert status.main([str(tmp_path)]) == 0
     _, bad, good = capsys.readouterr().out.splitlines()
     assert "unreadable" in bad and f"bad/{file} is not a file" in bad and "stopped" in good
-    assert places.start([job(tmp_path / "bad")], options("local", "--dry-run")) == 0
+    assert platforms.start([job(tmp_path / "bad")], options("local", "--dry-run")) == 0
     assert f"{file} is not a file" in capsys.readouterr().out
 
 
@@ -234,9 +234,9 @@ def test_nothing_is_started_twice(tmp_path, monkeypatch, capsys, state, starts):
         else workdir(tmp_path / "run", 50)
     )
     ran = []
-    monkeypatch.setattr(places.local, "run", lambda jobs, _: ran.extend(jobs) or 0)
+    monkeypatch.setattr(platforms.local, "run", lambda jobs, _: ran.extend(jobs) or 0)
     with only_process(tmp_path / ("run" if state == "running" else "other"), "training in"):
-        assert places.start([made], options("local")) == 0
+        assert platforms.start([made], options("local")) == 0
     assert bool(ran) == starts and ("not started again" in capsys.readouterr().out) != starts
 
 
