@@ -64,7 +64,7 @@ def demonstrate(root: Path, output: Path, prompts: Sequence[str], minutes: float
     started = time.monotonic()
     data = output / "data"
     if not (data / "manifest.json").exists():
-        verb(
+        run_command(
             "prepare_data",
             "--source",
             "emoji",
@@ -88,7 +88,9 @@ def demonstrate(root: Path, output: Path, prompts: Sequence[str], minutes: float
     for name, checkpoint in (("embedded", "embedded:base_16"), ("fresh", output / "base")):
         options = ("--rows", rows, "--measures", "retrieval")
         to = output / f"evaluate_{name}"
-        verb("evaluate", "--checkpoint", checkpoint, "--data", data, "--output", to, *options)
+        run_command(
+            "evaluate", "--checkpoint", checkpoint, "--data", data, "--output", to, *options
+        )
     report = write_report(output, prompts, time.monotonic() - started)
     announce(f"done after {(time.monotonic() - started) / 60:.1f} minutes: open {report}")
     return 0
@@ -107,7 +109,7 @@ def train_stages(root: Path, data: Path, output: Path, minutes: float) -> None:
         config = f"--config={root / 'configs' / name}.py:demo"
         budget = f"{minutes * SHARE[stage]:.4f}"
         options = ("--workdir", output / stage, "--minutes", budget)
-        verb("train", config, f"--config.data.path={data}", *options)
+        run_command("train", config, f"--config.data.path={data}", *options)
         trained.touch()
 
 
@@ -115,8 +117,8 @@ def announce(text: str) -> None:
     print(f"== {text}", flush=True)
 
 
-def verb(name: str, *arguments: object) -> None:
-    """Runs another verb and shows its output. If it fails, the demo exits with its code."""
+def run_command(name: str, *arguments: object) -> None:
+    """Runs another command and shows its output. If it fails, the demo exits with its code."""
     command = [sys.executable, "-m", f"imagen_jax.{name}", *map(str, arguments)]
     announce(" ".join(["python", *command[1:]]))
     code = cli.call(command)
@@ -131,7 +133,7 @@ def draw(cascade: str, prompts: Path, output: Path, *options: str) -> None:
     The report finds a prompt's pictures by their number.
     """
     pictures.remove_numbered(output)
-    verb("sample", cascade, *options, "--prompts", prompts, "--output", output)
+    run_command("sample", cascade, *options, "--prompts", prompts, "--output", output)
 
 
 def write_prompts(data: Path, output: Path, own: Sequence[str]) -> list[str]:

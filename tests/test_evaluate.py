@@ -1,5 +1,5 @@
-"""The verb: one stage from an exported file to its report, the cascade's second stage on samples of
-the first, and the follower.
+"""The command `evaluate`: one stage from an exported file to its report, the cascade's second stage
+on samples of the first, and the follower.
 """
 
 import json

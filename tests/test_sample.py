@@ -1,4 +1,4 @@
-"""The verb `sample`: its inputs, warnings and output, without drawing."""
+"""The command `sample`: its inputs, warnings and output, without drawing."""
 
 import json
 import struct
@@ -177,6 +177,6 @@ def test_the_demo_exits_as_its_step_did(monkeypatch, capsys, code, expected):
     """Catches exit code 2, do not retry, for a step whose failure was transient."""
     monkeypatch.setattr(demo.cli, "call", lambda command: code)
     with pytest.raises(SystemExit) as end:
-        demo.verb("sample", "--output", Path("x"))
+        demo.run_command("sample", "--output", Path("x"))
     assert end.value.code == expected
     assert f"sample failed with exit code {code}; run the demo again" in capsys.readouterr().err

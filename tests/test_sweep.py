@@ -145,9 +145,9 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, recorded, c
         method="ddim", steps=4, gamma=0.2, w=3.0, threshold="static", percentile=99.5, aug_level=0.0
     )  # older than grid and w_interval
     (tmp_path / "evaluation.json").write_text(json.dumps({"provenance": {"sampling": used}}))
-    verb = ["-m", "imagen_jax.evaluate", "--data=d"]
-    (tmp_path / FINISHED).write_text(json.dumps(verb + recorded))
-    step = Step("evaluate x", ("python", *verb, *command), tmp_path)
+    program = ["-m", "imagen_jax.evaluate", "--data=d"]
+    (tmp_path / FINISHED).write_text(json.dumps(program + recorded))
+    step = Step("evaluate x", ("python", *program, *command), tmp_path)
     if finished:
         assert step.finished
     else:

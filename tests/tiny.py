@@ -45,7 +45,7 @@ PLUGIN = re.compile(r"WARNING: All log messages before absl|I\d{4} .* cudart_stu
 
 
 def said(stderr: str) -> list[str]:
-    """The lines that a verb itself wrote."""
+    """The lines that a command itself wrote."""
     return [line for line in stderr.splitlines() if not PLUGIN.match(line)]
 
 

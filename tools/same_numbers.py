@@ -6,7 +6,7 @@
     python tools/same_numbers.py record --output after --begun before
     python tools/same_numbers.py compare before after
 
-A refactoring must not change them. The script uses only the verbs' command lines, so it runs in
+A refactoring must not change them. The script uses only the commands' command lines, so it runs in
 checkouts of any layout. A record holds:
 
 - the losses and gradient norms of the first 8 steps of base_64:tiny, sr_256:tiny and sr_1024:tiny,
@@ -35,8 +35,8 @@ METRICS = ("loss", "norm/grad", "norm/params", "norm/update")
 NOT_MEASURED = ("stage", "step", "provenance")  # of an evaluation.json
 
 
-def verb(name: str, *arguments: object) -> None:
-    """Runs a verb of the checkout in the current directory; CalledProcessError if it fails."""
+def run_command(name: str, *arguments: object) -> None:
+    """Runs a command of the checkout in the current directory; CalledProcessError if it fails."""
     command = [sys.executable, "-m", f"imagen_jax.{name}", *map(str, arguments)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -51,7 +51,7 @@ def losses(workdir: Path) -> list[dict[str, float]]:
 def train(stage: str, data: Path, workdir: Path, *options: object) -> list[dict[str, float]]:
     """Trains or resumes a tiny stage; its metrics."""
     config = (f"--config=configs/{stage}.py:tiny", f"--config.data.path={data}")
-    verb("train", *config, "--workdir", workdir, *options)
+    run_command("train", *config, "--workdir", workdir, *options)
     return losses(workdir)
 
 
@@ -60,7 +60,7 @@ def record(output: Path, begun: Path | None, plan: bool) -> None:
     output.mkdir(parents=True)
     data = output / "data"
     encoder = ("--encoder", "t5_tiny", "--max_length", 32)
-    verb("prepare_data", "--source", "emoji", "--output", data, *encoder)
+    run_command("prepare_data", "--source", "emoji", "--output", data, *encoder)
     found: dict = {"losses": {}, "resumed": {}}
     for stage in STAGES:
         found["losses"][stage] = train(stage, data, output / stage)
@@ -74,13 +74,13 @@ def record(output: Path, begun: Path | None, plan: bool) -> None:
             found["resumed"][stage] = found["losses"][stage]
     config = ("--config=configs/cascade.py:demo", "--stages=base,sr_1", "--seed", 3)
     prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
-    verb("sample", *config, *prompts, "--output", output / "pictures")
+    run_command("sample", *config, *prompts, "--output", output / "pictures")
     for picture in sorted(begun.glob("pictures/*.json")) if begun else ():
-        verb("sample", "--reproduce", picture, "--output", output / "reproduced")
+        run_command("sample", "--reproduce", picture, "--output", output / "reproduced")
     for stage in STAGES[:2]:
         evaluation = output / f"evaluation_{stage}"
         numbers = ("--rows", 8, "--samples", 4, "--gallery", 64, "--bins", 3)
-        verb(
+        run_command(
             "evaluate",
             "--checkpoint",
             output / stage,
@@ -102,7 +102,7 @@ def record(output: Path, begun: Path | None, plan: bool) -> None:
             "--topology=v5e:2x2",
         )
         cache = ("--cache", output / "plan_cache")  # nothing that another checkout has compiled
-        verb("plan", *small, "--config.train.sample_every=4", "--output", plans, *cache)
+        run_command("plan", *small, "--config.train.sample_every=4", "--output", plans, *cache)
         found["plan"] = json.loads((plans / "plan.json").read_text())
     (output / "numbers.json").write_text(json.dumps(found, indent=1) + "\n")
 

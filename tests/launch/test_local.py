@@ -264,7 +264,7 @@ def test_exit_code_0_is_the_end_only_at_the_last_step(tmp_path, saved, state):
 
 @pytest.mark.parametrize("does", ["wait", "interrupted"])
 def test_what_is_told_to_end_is_stopped(tmp_path, does):
-    """Catches a stopped verb recorded as finished (exit code 0) or as failed (130)."""
+    """Catches a stopped command recorded as finished (exit code 0) or as failed (130)."""
     process = launcher(tmp_path, [does, does])
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == local.INTERRUPTED
