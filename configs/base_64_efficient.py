@@ -2,6 +2,11 @@ r"""The Efficient U-Net as 64x64 base model, 450M parameters with text. Not in t
 
     python -m imagen_jax.train --config configs/base_64_efficient.py --config.data.path=PREPARED \
         --workdir WORKDIR
+    python -m imagen_jax.train --config configs/base_64_efficient.py:demo \
+        --config.data.path=data/emoji --workdir runs/base_efficient --minutes 5
+
+CPU: the second command trains `:demo` on two cores, on data/emoji of the README, for 5 minutes and
+saves. Expect it to run; its speed and loss were not measured yet.
 
 It differs from base_64.py:width=256 (546M) in the network only. The paper uses the Efficient U-Net
 for super-resolution only (Appendix B.1). Levels at 32, 16 and 8; attention with text at 16 and 8.

@@ -17,9 +17,13 @@ def on_disk():
 
 
 def test_each_file_has_one_row():
-    """Catches a new file without a row, two rows of one file, and a row of several files."""
+    """Catches a new file without a row, two rows of one file, and a row of several files.
+
+    A new ablation needs no row, so that it remains an addition of one file.
+    """
     rows = collections.Counter(name for name, _ in ROWS)
-    assert not on_disk() - rows.keys()
+    without = on_disk() - rows.keys()
+    assert not [name for name in without if not name.startswith("configs/ablations/")]
     assert not [name for name, count in rows.items() if count > 1]
 
 
