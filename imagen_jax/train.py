@@ -223,7 +223,7 @@ def train(
                 watch.at(done, "drawing samples")
                 record.settle()
                 with record.clock.pause(), jax.transfer_guard("allow"):
-                    record.writer.image(done, "ema", grid.draw(state.ema))
+                    record.writer.image(done, "ema", grid.sample(state.ema))
             if done % settings["save_every"] == 0:
                 save()
         save()

@@ -107,7 +107,7 @@ def test_a_changed_record_is_refused():
     """Catches a record whose number of stages or weights was edited, and a traceback for one."""
     identity = RECORD["checkpoints"][0]
     sample.check_same(RECORD, [identity], "")
-    with pytest.raises(ValueError, match="drawn with 1 stages, but its config has 2"):
+    with pytest.raises(ValueError, match="sampled with 1 stages, but its config has 2"):
         sample.check_same(RECORD, [identity, identity], "")
     with pytest.raises(ValueError, match=r"weights .*: step 1 \(ema, sha256 cd\) then"):
         changed = RECORD | {"checkpoints": [identity | {"sha256": "cd"}]}

@@ -87,7 +87,7 @@ def options(where: str, *more: str) -> flags.FlagValues:
 
 def job(workdir, steps: int = 0, **fields) -> Job:
     """A job of `steps` training steps, whose arguments contain characters that need quoting."""
-    made = dict(
+    defaults = dict(
         name="run-1",
         arguments=(
             "-m",
@@ -99,4 +99,4 @@ def job(workdir, steps: int = 0, **fields) -> Job:
         retries=2,
     )
     config = tiny.config() | {"train": {"steps": steps}} if steps else {}
-    return Job(**made | {"config": config} | fields)
+    return Job(**defaults | {"config": config} | fields)

@@ -163,13 +163,19 @@ def test_buckets_that_a_training_reads_are_mounted(tmp_path, monkeypatch):
     """Catches a bucket that is not mounted: named in the config file or by its mount point."""
     config = {"data": {"path": "gs://c/d"}}
     monkeypatch.setattr(jobs, "read_config", lambda *_: config)
-    made = jobs.training("", "configs/base_64.py", ["--config.seed=1"], "gs://b/r", "tpu")
-    assert made.command()[-1] == "--config.data.path=/mnt/gs/c/d" and made.buckets == ("b", "c")
+    one_job = jobs.training("", "configs/base_64.py", ["--config.seed=1"], "gs://b/r", "tpu")
+    assert one_job.command()[-1] == "--config.data.path=/mnt/gs/c/d" and one_job.buckets == (
+        "b",
+        "c",
+    )
     config["data"]["path"] = "/mnt/gs/e/d"
-    made = jobs.training(
+    one_job = jobs.training(
         "", "configs/base_64.py", ["--config.data.path=/mnt/gs/e/d"], "gs://b/r", "tpu"
     )
-    assert made.command()[-1] == "--config.data.path=/mnt/gs/e/d" and made.buckets == ("b", "e")
+    assert one_job.command()[-1] == "--config.data.path=/mnt/gs/e/d" and one_job.buckets == (
+        "b",
+        "e",
+    )
 
 
 def test_stages_have_their_own_fields_and_topologies():
