@@ -55,7 +55,7 @@ def hashed(shape: tuple[int, ...], salt: int) -> jax.Array:
 def parameters(shapes: Any, dtype: Any = jnp.float32) -> Any:
     """Parameters of these shapes: norms near 1, kernels of variance 1 over fan-in. Traceable."""
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
-    leaves = []
+    filled = []
     for salt, (path, leaf) in enumerate(leaves):
         values = hashed(leaf.shape, salt)
         name = str(getattr(path[-1], "key", path[-1]))
@@ -65,8 +65,8 @@ def parameters(shapes: Any, dtype: Any = jnp.float32) -> Any:
             values = values * math.prod(leaf.shape[:-1]) ** -0.5
         else:
             values = 0.02 * values
-        leaves.append(values.astype(dtype))
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+        filled.append(values.astype(dtype))
+    return jax.tree.unflatten(jax.tree.structure(shapes), filled)
 
 
 def stage_parameters(stage: package.Stage, dtype: Any = jnp.float32) -> Any:
