@@ -2,6 +2,11 @@ r"""The 64x64 base model: U-Net of width 512, 2.26B parameters with text (F.1).
 
     python -m imagen_jax.train --config configs/base_64.py --config.data.path=PREPARED \
         --workdir WORKDIR
+    python -m imagen_jax.train --config configs/base_64.py:demo --config.data.path=data/emoji \
+        --workdir runs/base --minutes 5
+
+CPU: the second command trains `:demo` on two cores, on data/emoji of the README, for 5 minutes and
+saves. Expect about 1,400 steps; run the same command again to continue.
 
 Hardware: 256 TPU v4 chips in the paper, 2.5M steps of 2048 images. imagen_jax.plan estimates
 179 h on v4:4x8x8, 228 h on v5e:16x16 (256 chips each) and 165 h on v5p:4x4x8 (128 chips).
@@ -10,8 +15,9 @@ Recorded: BENCHMARKS.md, "Planned, not run"; guided sampling on one H100: "One H
 
 Variants:
 
-    :width=N  smaller models for ablations: N = 192 (300M), 256 (500M), 384 (1B). cond_dim is 512
-              for N <= 256. Neither trained nor planned yet.
+    :width=192, :width=256, :width=384
+              smaller models for ablations: 300M, 500M, 1B. Any other width is possible, too.
+              cond_dim is 512 up to width 256. Neither trained nor planned yet.
     :demo     the demo's base at 16x16 on two CPU cores or one GPU, batches of 32. The embedded
               base_16 is this config after 7,750 steps: held-out loss 0.022, and for 89 % of
               the held-out captions the image is among the 5 nearest to the sample. 4.8 minutes of

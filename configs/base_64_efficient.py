@@ -2,6 +2,11 @@ r"""The Efficient U-Net as 64x64 base model, 450M parameters with text. Not in t
 
     python -m imagen_jax.train --config configs/base_64_efficient.py --config.data.path=PREPARED \
         --workdir WORKDIR
+    python -m imagen_jax.train --config configs/base_64_efficient.py:demo \
+        --config.data.path=data/emoji --workdir runs/base_efficient --minutes 5
+
+CPU: the second command trains `:demo` on two cores, on data/emoji of the README, for 5 minutes and
+saves. Expect a loss of 0.17 after 71 steps, and 33 images/s on two busy cores, more on idle ones.
 
 It differs from base_64.py:width=256 (546M) in the network only. The paper uses the Efficient U-Net
 for super-resolution only (Appendix B.1). Levels at 32, 16 and 8; attention with text at 16 and 8.
@@ -11,7 +16,7 @@ Expect: not trained yet, so no loss or time is known.
 Recorded: nowhere yet. BENCHMARKS.md, "Efficient U-Net against the ordinary U-Net" compares the two
 networks at 64->256, at a quarter of the super-resolution width.
 
-Variants: `:demo` for 16x16 on two CPU cores, not trained yet; `:tiny` for tests, seconds.
+Variants: `:demo` for 16x16 on two CPU cores, trained for 71 steps only; `:tiny` for tests, seconds.
 """
 
 from ml_collections import ConfigDict

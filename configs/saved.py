@@ -1,7 +1,12 @@
 r"""The config of an earlier run, to start another one from it, with or without changes.
 
+    python -m imagen_jax.train --config configs/saved.py:WORKDIR/config.json \
+        --config.optim.lr=5e-5 --workdir OTHER_WORKDIR
     python -m imagen_jax.train --config configs/saved.py:runs/base/config.json \
-        --config.optim.lr=5e-4 --workdir runs/lower_rate
+        --config.optim.lr=5e-4 --workdir runs/lower_rate --minutes 5
+
+CPU: the second command repeats runs/base, the run of configs/base_64.py:demo, at half its learning
+rate, for 5 minutes. Expect the same speed as there.
 
 Hardware, loss and time are those of the earlier run's config; results are recorded with it.
 """

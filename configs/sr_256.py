@@ -2,6 +2,11 @@ r"""The 64->256 super-resolution model: Efficient U-Net, 473M parameters with te
 
     python -m imagen_jax.train --config configs/sr_256.py --config.data.path=PREPARED \
         --workdir WORKDIR
+    python -m imagen_jax.train --config configs/sr_256.py:demo --config.data.path=data/emoji \
+        --workdir runs/sr_64 --minutes 5
+
+CPU: the second command trains `:demo`, 16->64, on two cores, on data/emoji of the README, for 5
+minutes and saves. Expect about 1,000 steps; run the same command again to continue.
 
 The paper's "600M" cannot be reproduced from its printed configuration (the trunk alone has 451M).
 

@@ -45,7 +45,7 @@ class LoadedStage:
     encoder: identity of the text encoder that the stage was trained with.
     identity: provenance of the parameters: path, stage name, step, which weights, manifest hash and
         checksum.
-    draw: jitted (params, keys [b], batch) -> (uint8 images [b s s 3], whether each one is finite
+    sample: jitted (params, keys [b], batch) -> (uint8 images [b s s 3], whether each one is finite
         [b]).
     """
 
@@ -54,7 +54,7 @@ class LoadedStage:
     sampling: Mapping[str, Any]
     encoder: Mapping[str, Any]
     identity: Mapping[str, Any]
-    draw: Callable
+    sample: Callable
 
 
 def resolve(path: str) -> str:
@@ -90,13 +90,13 @@ def load_stage(path: str, sampling: Mapping[str, Any], which: str) -> LoadedStag
     stage = create_stage(schema.complete(meta["config"], f"config of {path}"))
     check_fit(params, jax.eval_shape(stage.init, jax.random.key(0)), f"{path}: ")
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
-    draw = jax.jit(
+    sample = jax.jit(
         lambda params, keys, batch: images_and_finite(stage.sample(params, keys, batch, sampling))
     )
     identity = {"checkpoint": path, "name": stage.name} | {
         key: meta[key] for key in ("step", "which", "manifest_hash", "sha256")
     }
-    return LoadedStage(stage, params, sampling, meta["encoder"], identity, draw)
+    return LoadedStage(stage, params, sampling, meta["encoder"], identity, sample)
 
 
 def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> list[LoadedStage]:
@@ -189,7 +189,7 @@ def generate(
             if image is not None:
                 batch["lowres"] = image
             keys = sample_keys([seeds[index] for index in indices], first_stage + i)
-            image, finite = jax.device_get(loaded.draw(loaded.params, keys, batch))
+            image, finite = jax.device_get(loaded.sample(loaded.params, keys, batch))
             check_finite(finite, loaded.stage.name)
             stage_images.append(image[: min(batch_size, len(seeds) - start)])
         yield stage_images

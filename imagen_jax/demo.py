@@ -5,9 +5,9 @@
 The demo runs each step as a process of its own, with the command that it prints:
 
 1. prepare the embedded images,
-2. draw the prompts with the embedded cascade,
+2. generate images of the prompts with the embedded cascade,
 3. train the same cascade from scratch for --minutes,
-4. draw and evaluate with the new weights, and write demo/report.html.
+4. generate and evaluate images with the new weights, and write demo/report.html.
 
 An interrupted demo continues when the same command is run again.
 """
@@ -40,11 +40,11 @@ SHOWN = {"heldout": 8, "train": 8}  # captions per split in the contact sheet
 def define_flags() -> None:
     """Defines the command line, see `cli.run`."""
     flags.DEFINE_string("output", "demo", "directory of all results")
-    flags.DEFINE_multi_string("prompt", [], "a prompt to draw; may be repeated")
+    flags.DEFINE_multi_string("prompt", [], "a prompt to generate an image for; may be repeated")
     flags.DEFINE_float(
         "minutes", 7.5, "training time of all three stages together", lower_bound=0.1
     )
-    flags.DEFINE_integer("rows", 96, "captions drawn to evaluate each base model", lower_bound=2)
+    flags.DEFINE_integer("rows", 96, "captions sampled to evaluate each base model", lower_bound=2)
 
 
 def main() -> int:
@@ -64,7 +64,7 @@ def demonstrate(root: Path, output: Path, prompts: Sequence[str], minutes: float
     started = time.monotonic()
     data = output / "data"
     if not (data / "manifest.json").exists():
-        verb(
+        run_command(
             "prepare_data",
             "--source",
             "emoji",
@@ -77,18 +77,20 @@ def demonstrate(root: Path, output: Path, prompts: Sequence[str], minutes: float
         )
     prompts = write_prompts(data, output, prompts)
     cascade = f"--config={root / 'configs' / 'cascade.py'}:demo"
-    draw(cascade, output / "prompts.txt", output / "embedded")
+    sample(cascade, output / "prompts.txt", output / "embedded")
     announce(
         f"first pictures after {time.monotonic() - started:.0f} s:"
         f" {output / 'embedded' / 'sheet_0000.png'}"
     )
     train_stages(root, data, output, minutes)
     fresh = [f"--config.{stage}.checkpoint={output / stage}" for stage in STAGES]
-    draw(cascade, output / "prompts.txt", output / "fresh", *fresh)
+    sample(cascade, output / "prompts.txt", output / "fresh", *fresh)
     for name, checkpoint in (("embedded", "embedded:base_16"), ("fresh", output / "base")):
         options = ("--rows", rows, "--measures", "retrieval")
         to = output / f"evaluate_{name}"
-        verb("evaluate", "--checkpoint", checkpoint, "--data", data, "--output", to, *options)
+        run_command(
+            "evaluate", "--checkpoint", checkpoint, "--data", data, "--output", to, *options
+        )
     report = write_report(output, prompts, time.monotonic() - started)
     announce(f"done after {(time.monotonic() - started) / 60:.1f} minutes: open {report}")
     return 0
@@ -107,7 +109,7 @@ def train_stages(root: Path, data: Path, output: Path, minutes: float) -> None:
         config = f"--config={root / 'configs' / name}.py:demo"
         budget = f"{minutes * SHARE[stage]:.4f}"
         options = ("--workdir", output / stage, "--minutes", budget)
-        verb("train", config, f"--config.data.path={data}", *options)
+        run_command("train", config, f"--config.data.path={data}", *options)
         trained.touch()
 
 
@@ -115,8 +117,8 @@ def announce(text: str) -> None:
     print(f"== {text}", flush=True)
 
 
-def verb(name: str, *arguments: object) -> None:
-    """Runs another verb and shows its output. If it fails, the demo exits with its code."""
+def run_command(name: str, *arguments: object) -> None:
+    """Runs another command and shows its output. If it fails, the demo exits with its code."""
     command = [sys.executable, "-m", f"imagen_jax.{name}", *map(str, arguments)]
     announce(" ".join(["python", *command[1:]]))
     code = cli.call(command)
@@ -125,13 +127,13 @@ def verb(name: str, *arguments: object) -> None:
         raise SystemExit(cli.fail(message, max(code, 1)))  # negative: ended by a signal
 
 
-def draw(cascade: str, prompts: Path, output: Path, *options: str) -> None:
-    """Draws the prompts, after deleting the pictures of an earlier call from the directory.
+def sample(cascade: str, prompts: Path, output: Path, *options: str) -> None:
+    """Samples the prompts, after deleting the pictures of an earlier call from the directory.
 
     The report finds a prompt's pictures by their number.
     """
     pictures.remove_numbered(output)
-    verb("sample", cascade, *options, "--prompts", prompts, "--output", output)
+    run_command("sample", cascade, *options, "--prompts", prompts, "--output", output)
 
 
 def write_prompts(data: Path, output: Path, own: Sequence[str]) -> list[str]:
@@ -248,7 +250,7 @@ def write_html(
         embedded_image(sheet, "contact sheet"),
         "<h2>Does the picture belong to its caption?</h2>",
         (
-            "<p>Share of drawn base images whose captioned image is among the nearest of all"
+            "<p>Share of sampled base images whose captioned image is among the nearest of all"
             " images, with a 95 % interval in brackets.</p>"
         ),
         retrieval_table(measured),

@@ -1,4 +1,4 @@
-"""Exit codes of the verbs: what each one tells a launcher to do.
+"""Exit codes of the commands: what each one tells a launcher to do.
 
     0    finished, or stopped in order with everything saved
     1    transient or unexpected failure: retry

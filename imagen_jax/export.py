@@ -2,8 +2,8 @@
 
     python -m imagen_jax.export --checkpoint WORKDIR --output base.safetensors
 
-The file's header holds the config and the provenance. `sample`, `evaluate` and `train --init_from`
-accept the file in place of a checkpoint.
+The file's header holds the config and the provenance. `sample`, `evaluate`, `train --init_from`
+and `launch.sweep --checkpoint` accept the file in place of a checkpoint.
 """
 
 from pathlib import Path

@@ -49,13 +49,13 @@ def contact_sheet(
     body = grid(rows, cell)
     sheet = Image.new("RGB", (text_width + body.shape[1], line + GAP + body.shape[0]), "white")
     sheet.paste(Image.fromarray(body), (text_width, line + GAP))
-    draw = ImageDraw.Draw(sheet)
+    pen = ImageDraw.Draw(sheet)
     for j, heading in enumerate(headings):
-        draw.text((text_width + GAP + j * (cell + GAP), GAP), heading, INK, font)
+        pen.text((text_width + GAP + j * (cell + GAP), GAP), heading, INK, font)
     characters = max(8, int(text_width / (0.55 * size)))
     for i, caption in enumerate(captions):
         wrapped = "\n".join(textwrap.wrap(caption, characters)[: max(1, cell // line)])
-        draw.text((GAP, line + 2 * GAP + i * (cell + GAP)), wrapped, INK, font)
+        pen.text((GAP, line + 2 * GAP + i * (cell + GAP)), wrapped, INK, font)
     return np.asarray(sheet)
 
 

@@ -6,10 +6,13 @@ r"""Predicts memory, step time and cost of a training run on a TPU or GPU topolo
     python -m imagen_jax.plan --text_encoder xxl --topology v5e-64 --captions 400000000
 
 Nothing runs on an accelerator and none is needed. The train step and the sampler are compiled ahead
-of time with the compiler of the target hardware: pip install 'imagen_jax[tpu]' or '[cuda12]', or
-'[gpu-plan]' for GPUs on a machine without one. The first plan of a config takes minutes; block
-costs are cached. For GPUs it reports everything except step times: XLA:GPU provides no cycle
-estimates. Exit code 1: the run does not fit.
+of time with the compiler of the target hardware. To install it, run in the checkout:
+
+    pip install -e '.[tpu]'         # for TPUs
+    pip install -e '.[gpu-plan]'    # for GPUs; '.[cuda12]' contains it too
+
+The first plan of a config takes minutes; block costs are cached. For GPUs it reports everything
+except step times: XLA:GPU provides no cycle estimates. Exit code 1: the run does not fit.
 """
 
 import json
@@ -89,7 +92,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_bool("time", True, "predict the step time (TPUs only)")
     flags.DEFINE_bool(
-        "sampler", True, "also compile the sampler that draws train.sample_rows images in training"
+        "sampler", True, "also compile the sampler of train.sample_rows images in training"
     )
     flags.DEFINE_integer(
         "processes",

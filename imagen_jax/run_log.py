@@ -36,8 +36,9 @@ class MetricsWriter:
     def __init__(self, workdir: str | os.PathLike, start_step: int, enabled: bool = True):
         """Opens the record of a run that continues from `start_step`.
 
-        Drops rows of later steps and invalid rows. Images of later steps stay until they are drawn
-        again. enabled: False makes every method do nothing, for all processes except the first.
+        Drops rows of later steps and invalid rows. Images of later steps stay until they are
+        written again. enabled: False makes every method do nothing, for all processes except the
+        first.
         """
         self._enabled = enabled
         if not enabled:

@@ -1,4 +1,4 @@
-r"""Draws pictures from text prompts, or up-samples an image with super-resolution stages alone.
+r"""Generates pictures from text prompts, or up-samples an image with super-resolution stages alone.
 
     python -m imagen_jax.sample --config configs/cascade.py:demo --prompt "a red apple" \
         --output pictures
@@ -63,7 +63,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "reproduce",
         "",
-        "JSON record of a picture to draw again; replaces --config, --prompt and --seed",
+        "JSON record of a picture to generate again; replaces --config, --prompt and --seed",
     )
 
 
@@ -129,7 +129,7 @@ def read_prompts(options: Sequence[str], file: str) -> list[str]:
         lines = caption_text.lines(caption_text.read_text(file))
         prompts = [prompt for prompt in [*prompts, *lines] if caption_text.clean(prompt)[0]]
     if not prompts:
-        raise ValueError('nothing to draw: give --prompt "..." or --prompts FILE')
+        raise ValueError('no prompt: give --prompt "..." or --prompts FILE')
     return cli.check_prompts(prompts)
 
 
@@ -142,7 +142,7 @@ def sample(
     output: Path,
     expected: Mapping[str, Any] | None = None,
 ) -> int:
-    """Draws all prompts and writes each picture as soon as its batch is done.
+    """Samples all prompts and writes each picture as soon as its batch is done.
 
     expected: the record of the picture to reproduce; other weights or another image raise
     ValueError.
@@ -187,7 +187,7 @@ def write_batches(
     record: Mapping[str, Any],
     output: Path,
 ) -> tuple[list[Sequence[Any]], int]:
-    """Writes pictures as they are drawn: (images of all stages of each picture, first number).
+    """Writes pictures as they are sampled: (images of all stages of each picture, first number).
 
     record: the fields of the JSON records that all pictures share.
     """
@@ -281,7 +281,7 @@ def check_same(
     """
     if len(expected["checkpoints"]) != len(identities):
         raise ValueError(
-            f"the picture was drawn with {len(expected['checkpoints'])} stages, but its config"
+            f"the picture was sampled with {len(expected['checkpoints'])} stages, but its config"
             f" has {len(identities)}: the record was changed"
         )
     for before, now in zip(expected["checkpoints"], identities):

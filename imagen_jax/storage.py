@@ -20,7 +20,7 @@ from typing import Any
 
 CHECKSUMS = "SHA256SUMS"
 LOCK = "lock"
-# Attempts to take a lock. `is_kept` holds it for an instant, so one failure proves nothing.
+# Attempts to take a lock. `is_locked` holds it for an instant, so one failure proves nothing.
 LOCK_ATTEMPTS = 10
 # hashlib releases the GIL; one thread hashes about 1.2 GB/s on a CPU with SHA instructions.
 HASH_THREADS = 4
@@ -177,7 +177,7 @@ def only_process(directory: Path, doing: str) -> Iterator[None]:
         yield
 
 
-def is_kept(directory: Path) -> bool:
+def is_locked(directory: Path) -> bool:
     """Whether a process is inside `only_process(directory)`, as far as this machine can see.
 
     A network file system may not share locks between machines.

@@ -127,7 +127,7 @@ def train(
 
     from imagen_jax import run_log
     from imagen_jax.data import pipeline
-    from imagen_jax.training.record import Record
+    from imagen_jax.training.metrics import TrainingMetrics
     from imagen_jax.training.replicas import Replicas
     from imagen_jax.training.run import Run
     from imagen_jax.training.sample_grids import SampleGrid
@@ -193,7 +193,7 @@ def train(
         progress = stack.enter_context(
             run_log.Progress(config["name"], total, done, quiet=not first)
         )
-        record = stack.enter_context(Record(run, workdir, done, unlogged, progress))
+        record = stack.enter_context(TrainingMetrics(run, workdir, done, unlogged, progress))
         trace = stack.enter_context(Trace(workdir / "profile", *(profile if first else (0, 0))))
         stack.enter_context(jax.transfer_guard("disallow"))
         stack.enter_context(checkpoints)
@@ -223,7 +223,7 @@ def train(
                 watch.at(done, "drawing samples")
                 record.settle()
                 with record.clock.pause(), jax.transfer_guard("allow"):
-                    record.writer.image(done, "ema", grid.draw(state.ema))
+                    record.writer.image(done, "ema", grid.sample(state.ema))
             if done % settings["save_every"] == 0:
                 save()
         save()

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from launch import command_line, places
+from launch import command_line, platforms
 from launch.job import Job, check_options, check_path, in_bucket, name_of, training
 
 # Options of the training that launch sets itself; absl also reads flags from a file.
@@ -57,7 +57,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "stage", [], "NAME=CONFIG: one of several trainings", flag_values=values
     )
-    places.define_flags(values, required=True)
+    platforms.define_flags(values, required=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     jobs, options = read(argv)
-    code = places.start(jobs, options)
-    if options.where not in places.WATCHED and not options.dry_run:
+    code = platforms.start(jobs, options)
+    if options.where not in platforms.WATCHED and not options.dry_run:
         print(f"progress: python -m launch.status {shlex.join([job.workdir for job in jobs])}")
     return code
 
@@ -95,7 +95,7 @@ def read(argv: Sequence[str]) -> tuple[list[Job], flags.FlagValues]:
     check_options(command, after[1:])
     arguments = ("-m", f"imagen_jax.{command}", *after[1:])
     job = Job(name_of(options.workdir), arguments, options.workdir)
-    return places.completed([job], options), options
+    return platforms.completed([job], options), options
 
 
 def _trainings(options: flags.FlagValues, rest: Sequence[str], after: Sequence[str]) -> list[Job]:
@@ -116,7 +116,7 @@ def _trainings(options: flags.FlagValues, rest: Sequence[str], after: Sequence[s
         workdir = f"{options.workdir.rstrip('/')}/{name}" if name else options.workdir
         jobs.append(training(name, stage.config, stage.fields, workdir, options.where, after))
     topologies = [stage.topology for stage in stages.values()]
-    return places.completed(jobs, options, topologies, [stage.env for stage in stages.values()])
+    return platforms.completed(jobs, options, topologies, [stage.env for stage in stages.values()])
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -64,7 +64,7 @@ def compare(
     for column in columns():
         if any(field.startswith(column.needs_same) for field in fields):
             continue
-        place = column.place.replace("SPLIT", split_of(reference[0]["measures"]))
+        place = column.path.replace("SPLIT", split_of(reference[0]["measures"]))
         measured = [
             arm.name
             for arm in arms

@@ -34,7 +34,7 @@ class Commands:
     def __init__(self, job: Job, options: flags.FlagValues):
         self._job, self._options = job, options
         project = [f"--project={options.project}"] if options.project else []
-        self._place = (f"--zone={options.zone}", *project)
+        self._location = (f"--zone={options.zone}", *project)
 
     @property
     def nodes(self) -> list[str]:
@@ -55,30 +55,30 @@ class Commands:
             f"--runtime-version={runtime}",
             *(["--spot"] if options.spot else []),
         )
-        return (*TPUS, "queued-resources", "create", job.name, *self._place, *nodes, *kind)
+        return (*TPUS, "queued-resources", "create", job.name, *self._location, *nodes, *kind)
 
     def describe(self) -> tuple[str, ...]:
         """Describes the queued resource."""
         words = ("queued-resources", "describe", self._job.name)
-        return (*TPUS, *words, *self._place, "--format=json")
+        return (*TPUS, *words, *self._location, "--format=json")
 
     def delete(self) -> tuple[str, ...]:
         """Deletes the queued resource and its machines, and waits until they are gone."""
         words = ("queued-resources", "delete", self._job.name)
-        return (*TPUS, *words, *self._place, "--force", "--quiet")
+        return (*TPUS, *words, *self._location, "--force", "--quiet")
 
     def node(self, node: str) -> tuple[str, ...]:
         """Describes a slice."""
-        return (*TPUS, "tpu-vm", "describe", node, *self._place, "--format=json")
+        return (*TPUS, "tpu-vm", "describe", node, *self._location, "--format=json")
 
     def copy(self, files: Sequence[str], node: str) -> tuple[str, ...]:
         """Copies files to the job's directory on all workers of a slice."""
         target = f"{node}:{self._job.name}/"
-        return (*TPUS, "tpu-vm", "scp", *files, target, *self._place, "--worker=all")
+        return (*TPUS, "tpu-vm", "scp", *files, target, *self._location, "--worker=all")
 
     def ssh(self, node: str, command: str) -> tuple[str, ...]:
         """Runs a shell command on all workers of a slice."""
-        words = ("tpu-vm", "ssh", node, *self._place)
+        words = ("tpu-vm", "ssh", node, *self._location)
         return (*TPUS, *words, "--worker=all", f"--command={command}")
 
 

@@ -2,7 +2,7 @@
 
 JobSet restarts all pods when one is preempted (not counted) or fails (at most --retries times,
 except for exit codes that are not retried). The image contains the code. On TPUs JAX reads each
-pod's place from the variables that GKE sets for google.com/tpu; on GPUs the manifest names the
+pod's index from the variables that GKE sets for google.com/tpu; on GPUs the manifest names the
 first pod as coordinator.
 """
 
@@ -236,7 +236,7 @@ def submit(jobs: Sequence[Job], options: flags.FlagValues) -> int:
         (job.record / MANIFEST).write_text(text)
         # Unlike apply, create refuses a name that is in use.
         refuse(ask(("kubectl", "create", "--filename=-"), TOOL, text), "kubectl create")
-        status.record(job, "gke", "submitted", f"JobSet {job.name}")
+        status.write_state(job, "gke", "submitted", f"JobSet {job.name}")
         print(
             f"{job.title}: JobSet {' '.join(name)} created; kubectl delete jobset {' '.join(name)}"
             " ends it"

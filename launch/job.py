@@ -1,4 +1,4 @@
-"""`Job` describes a run for every backend: command, files, machines and environment."""
+"""`Job` describes a run for every platform: command, files, machines and environment."""
 
 import dataclasses
 import functools
@@ -275,7 +275,7 @@ def training(
 ) -> Job:
     """The job of a training. Raises ValueError if its config is invalid.
 
-    title: name of the stage. fields: --config.FIELD=VALUE options. where: a key of places.PLACES;
+    title: name of the stage. fields: --config.FIELD=VALUE options. where: a key of PLATFORMS;
     other machines read the config from their own checkout. more: further options of train.
     """
     content = read_config(config, fields)

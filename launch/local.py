@@ -203,8 +203,10 @@ class Group:
 
 def _inherited(options: flags.FlagValues) -> dict[str, str]:
     """This environment without variables that set the process index or number of devices."""
-    place = re.compile("JAX_(COORDINATOR|NUM_PROC|PROCESS)")
-    variables = {name: value for name, value in os.environ.items() if not place.match(name)}
+    process_variables = re.compile("JAX_(COORDINATOR|NUM_PROC|PROCESS)")
+    variables = {
+        name: value for name, value in os.environ.items() if not process_variables.match(name)
+    }
     if options.devices:
         count = r"--xla_force_host_platform_device_count=\d+"
         variables["XLA_FLAGS"] = re.sub(count, "", variables.get("XLA_FLAGS", "")).strip()
@@ -242,7 +244,7 @@ class Attempts:
 
     def _start(self) -> None:
         self._last_error = b""
-        self._record("running", f"attempt {self._attempt + 1}" if self._attempt else "")
+        self._write_state("running", f"attempt {self._attempt + 1}" if self._attempt else "")
         self._group = Group(self.job, self._options, self._write)
 
     def poll(self) -> None:
@@ -255,7 +257,7 @@ class Attempts:
             self.code = code
             error = self._last_error.decode(errors="replace")
             detail = f"{why}{f'; {error}' if error else ''}" if code else ""
-            self._record(self._end_state(code), detail)
+            self._write_state(self._end_state(code), detail)
             return
         self._attempt += 1
         self._write(
@@ -271,8 +273,8 @@ class Attempts:
         ended = status.read(self.job).ended if self.job.steps else not self._stopped
         return "finished" if ended else "stopped"
 
-    def _record(self, state: str, detail: str) -> None:
-        status.record(self.job, "local", state, detail, self._attempt)
+    def _write_state(self, state: str, detail: str) -> None:
+        status.write_state(self.job, "local", state, detail, self._attempt)
 
     def stop(self, number: int) -> None:
         """Forwards a signal to the job, which is then not restarted."""
@@ -291,7 +293,7 @@ class Attempts:
         """Kills the processes if they run, and closes the log."""
         if self.code is None:
             self._group.close()
-            self._record("stopped", "the launcher ended")
+            self._write_state("stopped", "the launcher ended")
         self._log.close()
 
     def _write(self, line: bytes) -> None:

@@ -115,7 +115,7 @@ def submit(jobs: Sequence[Job], options: flags.FlagValues) -> int:
         secrets = [part for name in job.secrets for part in ("--secret", name)]
         command = ("sky", "jobs", "launch", "--yes", "--detach-run", *secrets, str(path))
         refuse(ask(command, TOOL), "sky jobs launch")
-        status.record(job, "sky", "submitted", f"managed job {job.name}")
+        status.write_state(job, "sky", "submitted", f"managed job {job.name}")
         print(
             f"{job.title}: managed job {job.name} submitted; sky jobs cancel --name {job.name}"
             " ends it"

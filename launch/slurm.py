@@ -2,7 +2,7 @@
 
 Several jobs share one allocation side by side. One process per node instead of one per GPU: a host
 reads its part of each batch once, and `data.workers` means the same as on a TPU host. JAX's own
-variables give each process its place, because JAX would read one process per GPU from SLURM's.
+variables give each process its index, because JAX would read one process per GPU from SLURM's.
 
 The job is requeued at its time limit, when preempted and after a failure (at most --retries times,
 except for exit codes that are not retried), and continues from its newest checkpoint.
@@ -288,7 +288,7 @@ def submit(jobs: Sequence[Job], options: flags.FlagValues) -> int:
     refuse(done, "sbatch")
     number = done.stdout.strip().partition(";")[0]
     for job in jobs:
-        status.record(job, "slurm", "submitted", f"job {number}")
+        status.write_state(job, "slurm", "submitted", f"job {number}")
     print(
         f"{name_of(jobs)}: submitted as job {number}; scancel {number} ends it; output:"
         f" {jobs[0].record}/slurm-{number}.out"

@@ -23,12 +23,12 @@ from typing import Any
 from absl import flags
 
 from imagen_jax.run_log import METRICS, parse_row
-from imagen_jax.storage import CHECKSUMS, is_kept, write_json
+from imagen_jax.storage import CHECKSUMS, is_locked, write_json
 from launch import command_line
 from launch.job import Job, ask, check_path, in_bucket, name_of, said
 
 # A launcher's last action: {"where", "name", "state", "detail", "attempt", "steps", "time"}
-RECORD = "launch.json"
+STATE_FILE = "launch.json"
 TAIL_BYTES = 65_536  # of metrics.jsonl, which hold the rows for the rate
 RATE_ROWS = 10
 LARGEST = 2**63  # bound for numbers of steps and images
@@ -65,7 +65,7 @@ class Row:
         return bool(self.steps) and self.checkpoint >= self.steps
 
 
-class Place:
+class WorkdirFiles:
     """Reads the files of a workdir: a directory, or a bucket through gcloud."""
 
     def __init__(self, workdir: str):
@@ -119,18 +119,18 @@ def read(job: Job) -> Row:
     reason.
     """
     try:
-        place = Place(job.workdir)
-        last, loss, rate = _metrics(place)
-        total, batch = _config(place)
-        checkpoint = max(place.checkpoints(), default=-1)
-        recorded, detail, requested = _record(job)
-        launching = is_kept(job.record) and recorded in ("running", "preempted", "waiting")
+        workdir_files = WorkdirFiles(job.workdir)
+        last, loss, rate = _metrics(workdir_files)
+        total, batch = _config(workdir_files)
+        checkpoint = max(workdir_files.checkpoints(), default=-1)
+        recorded, detail, requested = _read_state(job)
+        launching = is_locked(job.record) and recorded in ("running", "preempted", "waiting")
         # Locks of other machines may be invisible here; then a recent row means running.
         elsewhere = in_bucket(job.workdir) or recorded == "submitted"
         held = (
             launching
-            or (not in_bucket(job.workdir) and is_kept(Path(job.workdir)))
-            or (elsewhere and place.age() < SILENT_S)
+            or (not in_bucket(job.workdir) and is_locked(Path(job.workdir)))
+            or (elsewhere and workdir_files.age() < SILENT_S)
         )
     except (ValueError, OSError) as error:
         return Row(job.title, "unreadable", detail=str(error))
@@ -157,7 +157,7 @@ def read(job: Job) -> Row:
     return dataclasses.replace(row, state=state, detail=detail)
 
 
-def record(job: Job, where: str, state: str, detail: str = "", attempt: int = 0) -> None:
+def write_state(job: Job, where: str, state: str, detail: str = "", attempt: int = 0) -> None:
     """Writes the launcher's status file of a job, for `read`."""
     content = {
         "where": where,
@@ -168,12 +168,12 @@ def record(job: Job, where: str, state: str, detail: str = "", attempt: int = 0)
         "steps": job.steps,
         "time": time.time(),
     }
-    write_json(job.record / RECORD, content)
+    write_json(job.record / STATE_FILE, content)
 
 
-def _metrics(place: Place) -> tuple[int, float, float]:
+def _metrics(workdir_files: WorkdirFiles) -> tuple[int, float, float]:
     """(step, loss) of the newest row, and the mean images/s of the last RATE_ROWS rows."""
-    content = place.tail(METRICS)
+    content = workdir_files.tail(METRICS)
     with _reading(METRICS):
         rows = [row for row in map(parse_row, content.split(b"\n")) if row]
         last = rows[-1] if rows else {}
@@ -189,19 +189,19 @@ def _metrics(place: Place) -> tuple[int, float, float]:
         )
 
 
-def _config(place: Place) -> tuple[int, int]:
+def _config(workdir_files: WorkdirFiles) -> tuple[int, int]:
     """(steps of the training, images per step); 0 if unknown."""
-    content = place.tail("config.json")
+    content = workdir_files.tail("config.json")
     with _reading("config.json"):
         config = _object(content)
         steps = _field(_field(config, "train", {}), "steps", 0)
         return steps, _field(_field(config, "data", {}), "batch_size", 0)
 
 
-def _record(job: Job) -> tuple[str, str, int]:
+def _read_state(job: Job) -> tuple[str, str, int]:
     """(state, detail, steps) in the launcher's status file."""
-    content = _tail(job.record / RECORD)
-    with _reading(str(job.record / RECORD)):
+    content = _tail(job.record / STATE_FILE)
+    with _reading(str(job.record / STATE_FILE)):
         entry = _object(content)
         return _field(entry, "state", ""), _field(entry, "detail", ""), _field(entry, "steps", 0)
 
@@ -316,7 +316,7 @@ def inside(workdir: str) -> list[tuple[str, str]]:
     """[(title, workdir)] of the trainings in a directory: itself, or those below it."""
     directories = set()
     if not in_bucket(workdir):
-        for name in (METRICS, f"launch/{RECORD}"):
+        for name in (METRICS, f"launch/{STATE_FILE}"):
             directories |= {path.parent for path in Path(workdir).rglob(name)}
     trainings = sorted({path.parent if path.name == "launch" else path for path in directories})
     if not trainings or Path(workdir) in trainings:

@@ -29,7 +29,7 @@ from absl import flags
 
 from imagen_jax import cli, schema
 from imagen_jax.storage import write_json
-from launch import command_line, comparison, places, status
+from launch import command_line, comparison, platforms, status
 from launch.ablation import FINISHED, Ablation, Arm, Step, options_of, plan
 from launch.job import Job, check_path, in_bucket, mounted, read_config, training
 
@@ -73,7 +73,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "images per split to draw samples for; 0: the value of --rows",
         flag_values=values,
     )
-    places.define_flags(values, required=False)
+    platforms.define_flags(values, required=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -218,9 +218,9 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
     from imagen_jax.training.step import check_accumulation
 
     if not options.where:
-        places.check_unused(options)
+        platforms.check_unused(options)
         check_here(bucket)
-        places.check_can_be_made(ablation.workdir)
+        platforms.check_can_be_made(ablation.workdir)
     if not bucket:
         cli.check_directory("workdir", str(ablation.workdir))
     names = [name.strip() for name in ablation.measures.split(",")] if ablation.measures else []
@@ -256,11 +256,11 @@ def start_missing_trainings(
     """
     open_steps = [step for step in steps if not step.finished]
     jobs = [job_of(ablation, step, options, bucket) for step in open_steps]
-    jobs = places.completed(jobs, options)
+    jobs = platforms.completed(jobs, options)
     # Cloud TPU jobs are supervised in parallel; local jobs run one after the other.
     groups = [jobs] * bool(jobs) if options.where == "tpu" else [[job] for job in jobs]
     for group in groups:
-        if code := places.start(group, options):
+        if code := platforms.start(group, options):
             names = ", ".join(job.title for job in group)
             raise ValueError(f"{names}: exit code {code}; {command_line.CONTINUE}")
     rows = [status.read(job) for job in jobs]

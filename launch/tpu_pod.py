@@ -280,7 +280,7 @@ def _stream_output(job: Job, command: Sequence[str]) -> int:
 
 def _report(job: Job, state: str, detail: str, attempt: int = 0) -> None:
     """Records a state and prints it with the time."""
-    status.record(job, "tpu", state, detail, attempt)
+    status.write_state(job, "tpu", state, detail, attempt)
     _print(f"{time.strftime('%H:%M:%S')} {job.title}: {state}{f', {detail}' if detail else ''}")
 
 

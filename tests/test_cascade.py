@@ -26,7 +26,7 @@ ONE_LEVEL = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A cascade config with three exported stages of random weights."""
-    root, made = tmp_path_factory.mktemp("cascade"), dict(SHARED)
+    root, fields = tmp_path_factory.mktemp("cascade"), dict(SHARED)
     for name, file in NAMES.items():
         stage_config = tiny.config(file, **ONE_LEVEL[name])
         stage, _, _ = tiny.stage_and_step(stage_config)
@@ -42,8 +42,8 @@ def config(tmp_path_factory):
             percentile=99.5,
             aug_level=0.2,
         )
-        made[name] = {"checkpoint": str(root / f"{name}.safetensors"), "sampling": sampling}
-    return made
+        fields[name] = {"checkpoint": str(root / f"{name}.safetensors"), "sampling": sampling}
+    return fields
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Each verb as a command: quick --help, and one clear line for invalid input."""
+"""Each command: quick --help, and one clear line for invalid input."""
 
 import os
 import pathlib
@@ -11,7 +11,7 @@ import pytest
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-VERBS = (
+COMMANDS = (
     "imagen_jax.prepare_data",
     "imagen_jax.train",
     "imagen_jax.sample",
@@ -178,12 +178,12 @@ MISTAKES = {
 }
 
 
-def run(verb, *options, cwd):
-    """The finished process of a verb, run as a user would run it, in the directory `cwd`."""
+def run(command, *options, cwd):
+    """The finished process of a command, run as a user would run it, in the directory `cwd`."""
     (cwd / "configs").symlink_to(ROOT / "configs")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", verb, *options],
+        [sys.executable, "-m", command, *options],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -192,17 +192,17 @@ def run(verb, *options, cwd):
     )
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_is_quick(verb, tmp_path):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_quick(command, tmp_path):
     """Catches jax, flax or transformers imported before the command line is read: 3 s of processor
     time; and flags of other modules that --help does not list.
     """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = run(verb, "--help", cwd=tmp_path)
+    done = run(command, "--help", cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode in (0, 1), done.stderr  # absl exits with 1
-    assert f"python -m {verb}" in done.stdout
-    for flag in FROM_OTHER_MODULES.get(verb, ["--"]):
+    assert f"python -m {command}" in done.stdout
+    for flag in FROM_OTHER_MODULES.get(command, ["--"]):
         assert flag in done.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0
 
@@ -212,8 +212,8 @@ def test_a_mistake_is_one_clear_line(mistake, tmp_path):
     """Catches a traceback, exit code 0, a line that does not name the mistake, and a file written
     before the mistake was found.
     """
-    verb, options, message = MISTAKES[mistake]
-    done = run(verb, *options, cwd=tmp_path)
+    command, options, message = MISTAKES[mistake]
+    done = run(command, *options, cwd=tmp_path)
     assert done.returncode == 2
     (line,) = tiny.said(done.stderr)
     assert line.startswith("error: ") and message in line, done.stderr

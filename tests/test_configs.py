@@ -7,30 +7,43 @@ import json
 import math
 import pathlib
 import re
+import shlex
 
 import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from imagen_jax import sharding
+from imagen_jax import schema, sharding
 from imagen_jax.stage import create_stage
 from imagen_jax.training import optim, state, step
+from launch import sweep
+from launch.ablation import plan
+from launch.job import read_config
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 SMALL = ("demo", "tiny")
-VARIANTS = {
-    "base_64": ("", "width=192", "width=256", "width=384", *SMALL),
-    "base_64_efficient": ("", *SMALL),
-    "sr_256": ("", *SMALL),
-    "sr_1024": ("", *SMALL),
-    "ablations.guidance_thresholding": ("", *SMALL),
-    "ablations.noise_augmentation": ("", *SMALL),
-    "ablations.samplers": ("", *SMALL),
-    "ablations.training_noise": ("", *SMALL),
-    "ablations.text_conditioning": ("", *SMALL),
-}
 OTHERS = {"cascade", "defaults", "saved"}  # not the config of a stage by themselves
-ABLATIONS = [name for name in VARIANTS if name.startswith("ablations.")]
+
+
+def files(folder):
+    """The modules of a folder of configs, as names below `configs`."""
+    paths = sorted((CONFIGS / folder).glob("[!_]*.py"))
+    return [".".join(path.relative_to(CONFIGS).with_suffix("").parts) for path in paths]
+
+
+def module(name):
+    return importlib.import_module(f"configs.{name}")
+
+
+def variants(name):
+    """The arguments that a config's docstring names: `:demo`, or FILE.py:demo in a command."""
+    file = "configs/" + name.replace(".", "/") + ".py"
+    result = re.findall(rf"(?:[\s`]|{file}):(\w+(?:=\d+)?)", module(name).__doc__)
+    return ("", *dict.fromkeys(result))
+
+
+ABLATIONS = files("ablations")
+VARIANTS = {name: variants(name) for name in files("") + ABLATIONS if name not in OTHERS}
 COUNTS = {
     ("base_64", ""): 2_263_431_171,
     ("base_64", "width=192"): 311_641_603,
@@ -41,10 +54,6 @@ COUNTS = {
     ("sr_1024", ""): 468_908_675,
 }
 ALL = [(name, arg) for name, args in VARIANTS.items() for arg in args]
-
-
-def module(name):
-    return importlib.import_module(f"configs.{name}")
 
 
 def resolved(config):
@@ -61,14 +70,51 @@ def count(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def test_every_config_file_is_tested():
-    """Wrong: a config file added without a line in this test."""
-    files = {
-        ".".join(path.relative_to(CONFIGS).with_suffix("").parts)
-        for path in CONFIGS.rglob("*.py")
-        if path.stem != "__init__"
-    }
-    assert files - OTHERS == set(VARIANTS)
+def commands(name):
+    """The commands that a docstring prints: (program, value of --config, further options)."""
+    lines = module(name).__doc__.replace("\\\n", " ").splitlines()
+    words = [shlex.split(line)[2:] for line in lines if line.startswith("    python -m ")]
+    assert all(command[1] == "--config" for command in words)
+    return [(command[0], command[2], command[3:]) for command in words]
+
+
+def test_variants_are_those_of_the_docstring():
+    """Wrong: a variant that is read from a sentence or another config's name, or not at all."""
+    assert VARIANTS["base_64"] == ("", "demo", "width=192", "width=256", "width=384", "tiny")
+    assert set(VARIANTS["base_64_efficient"]) == {"", *SMALL}
+    assert all("tiny" in args for args in VARIANTS.values())
+    assert set(COUNTS) <= set(ALL)
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "cascade", "saved"])
+def test_docstring_commands_are_valid(name, tmp_path, monkeypatch):
+    """Wrong: a printed command with a variant, a field or an option that does not exist; a config
+    without a command for a CPU below that for the full size.
+    """
+    for workdir in (tmp_path / "WORKDIR", tmp_path / "runs" / "base"):  # for configs/saved.py
+        workdir.mkdir(parents=True)
+        config = resolved(module("base_64").get_config("tiny"))
+        config["data"]["path"] = "data/emoji"
+        (workdir / "config.json").write_text(json.dumps(config))
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    monkeypatch.chdir(tmp_path)
+    printed = commands(name)
+    for program, config, options in printed:
+        fields = [option for option in options if option.startswith("--config.")]
+        if program == "launch.sweep":
+            plan(sweep.parse([f"--config={config}", *options])[0])
+        elif program == "imagen_jax.sample":
+            known = schema.flat(module(name).get_config(config.partition(":")[2]).to_dict())
+            assert {
+                field.removeprefix("--config.").partition("=")[0] for field in fields
+            } <= known.keys()
+        else:
+            read_config(config, fields)
+    full, small = printed[:2]
+    if name != "saved":
+        assert full[1].endswith(".py") and small[1].endswith((":demo", ":tiny"))
+    if name not in OTHERS:
+        assert "--config.data.path=data/emoji" in small[2]
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "cascade"])
@@ -136,10 +182,10 @@ def test_parameter_count_is_the_stated_one(name, arg):
     """Wrong: an edit of a network or config that changes the paper's sizes unnoticed, or a
     docstring that states another.
     """
-    found = count(parameters(module(name).get_config(arg)))
-    assert found == COUNTS[name, arg]
+    result = count(parameters(module(name).get_config(arg)))
+    assert result == COUNTS[name, arg]
     if not arg:
-        stated = f"{found / 1e9:.2f}B" if found >= 1e9 else f"{found / 1e6:.0f}M"
+        stated = f"{result / 1e9:.2f}B" if result >= 1e9 else f"{result / 1e6:.0f}M"
         assert stated in module(name).__doc__
 
 
@@ -254,8 +300,7 @@ def test_full_size_step_traces_on_eight_devices(name):
         assert table[part]["bytes_per_device"] < 1.02 * table[part]["bytes"] / fsdp
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
-@pytest.mark.parametrize("arg", ("", *SMALL))
+@pytest.mark.parametrize("name, arg", [(name, arg) for name, arg in ALL if name in ABLATIONS])
 def test_ablation_changes_fields_that_exist(name, arg):
     """Wrong: an arm that sets a field no network reads, repeats another arm, or only fits one
     variant.

@@ -1,5 +1,5 @@
-"""The verb: one stage from an exported file to its report, the cascade's second stage on samples of
-the first, and the follower.
+"""The command `evaluate`: one stage from an exported file to its report, the cascade's second stage
+on samples of the first, and the follower.
 """
 
 import json
@@ -142,15 +142,15 @@ def test_a_cascade_is_measured_on_what_its_first_stage_drew(data, base, tmp_path
     whole images are drawn.
     """
     result, output = base
-    found = tmp_path / "sr"
+    second_output = tmp_path / "sr"
     path = export(
         tmp_path / "sr.safetensors",
         tiny.config("sr_1024", model__widths=[16], model__blocks=[1], model__attention=["cross"]),
     )
     drawn = {"lowres_from": str(output / "samples.npz")}
     names = ("sensitivity", "denoising", "consistency", "retrieval", "x_error")
-    second = evaluator(data, *names, sampling={"steps": 1}, **drawn).run(path, found)
-    samples, lowres = np.load(found / "samples.npz"), np.load(output / "samples.npz")
+    second = evaluator(data, *names, sampling={"steps": 1}, **drawn).run(path, second_output)
+    samples, lowres = np.load(second_output / "samples.npz"), np.load(output / "samples.npz")
     assert samples["heldout_right"].shape == (3, 32, 32, 3) and lowres["heldout_right"].shape == (
         3,
         16,
@@ -162,7 +162,7 @@ def test_a_cascade_is_measured_on_what_its_first_stage_drew(data, base, tmp_path
     assert second["consistency"]["samples"] == superres.consistency(shrunk, lowres["heldout_right"])
     assert set(second["sensitivity"]) == {"split", "text", "lowres_drawn", "lowres_clean"}
     assert second["denoising"]["drawn"]["gain"]["overall"]["n"] == 5
-    errors = np.load(found / "rows.npz")[
+    errors = np.load(second_output / "rows.npz")[
         "x_error.heldout.overall.mean"
     ]  # of crops, as the stage trains on
     assert len(errors) == 5 and second["x_error"]["heldout"]["overall"]["mean"] == pytest.approx(
@@ -170,9 +170,9 @@ def test_a_cascade_is_measured_on_what_its_first_stage_drew(data, base, tmp_path
     )
     assert len(second["x_error"]["train"]["bins"]) == 14
     with pytest.raises(ValueError, match="compares with true low-res"):
-        evaluator(data, "detail", **drawn).run(path, found)
-    with pytest.raises(ValueError, match="does not hold samples drawn"):
-        evaluator(data, "consistency", **(drawn | {"seed": 1})).run(path, found)
+        evaluator(data, "detail", **drawn).run(path, second_output)
+    with pytest.raises(ValueError, match="does not hold samples that evaluate made"):
+        evaluator(data, "consistency", **(drawn | {"seed": 1})).run(path, second_output)
     origin = second["provenance"]["lowres_samples"]
     assert (
         origin["checkpoint_sha256"] == result["provenance"]["checkpoint"]["sha256"]
@@ -180,7 +180,9 @@ def test_a_cascade_is_measured_on_what_its_first_stage_drew(data, base, tmp_path
     )
     (tmp_path / "broken.npz").write_bytes((output / "samples.npz").read_bytes()[:-100])
     with pytest.raises(ValueError, match="broken.npz is not a samples.npz"):
-        evaluator(data, "consistency", lowres_from=str(tmp_path / "broken.npz")).run(path, found)
+        evaluator(data, "consistency", lowres_from=str(tmp_path / "broken.npz")).run(
+            path, second_output
+        )
 
 
 def test_a_record_is_continued_with_the_same_settings_only(data, base, tmp_path):

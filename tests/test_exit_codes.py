@@ -42,8 +42,8 @@ def test_codes_differ_and_only_repeatable_failures_are_repeated():
     "error, code", [pair for pair in ERRORS if not isinstance(pair[0], KeyError)]
 )
 def test_a_verb_ends_with_the_code_and_one_line(error, code, monkeypatch, capsys):
-    """Catches a verb that maps its errors by itself."""
-    monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: exits.append(main(["verb"])))
+    """Catches a command that maps its errors by itself."""
+    monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: exits.append(main(["command"])))
     monkeypatch.delenv("IMAGEN_JAX_TRACEBACK", raising=False)
     exits = []
 

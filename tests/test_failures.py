@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def guarded(capsys, error: BaseException) -> tuple[int, str]:
-    """(exit code, line on standard error) of a verb that raises `error`."""
+    """(exit code, line on standard error) of a command that raises `error`."""
 
     def main():
         raise error
@@ -157,12 +157,12 @@ URLS = {
 
 
 @pytest.mark.parametrize("case", URLS)
-def test_verbs_refuse_urls(case, tmp_path):
+def test_commands_refuse_urls(case, tmp_path):
     """Catches a result written into the local directory ./gs: and reported as a success."""
-    verb, options = URLS[case]
+    command, options = URLS[case]
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     done = subprocess.run(
-        [sys.executable, "-m", f"imagen_jax.{verb}", *options],
+        [sys.executable, "-m", f"imagen_jax.{command}", *options],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-VERBS = {"demo", "evaluate", "export", "plan", "prepare_data", "sample", "train"}
+COMMANDS = {"demo", "evaluate", "export", "plan", "prepare_data", "sample", "train"}
 # From the lowest layer up. A unit (a folder, or a module at the root) may import units of lower
 # layers, and of its own layer if there is no circle.
 LAYERS = (
@@ -23,11 +23,11 @@ LAYERS = (
     {"cascade", "stage"},
     {"evals", "training"},
     {"planning"},
-    VERBS,
+    COMMANDS,
 )
 LAYER = {unit: i for i, units in enumerate(LAYERS) for unit in units}
 # None of these may import another unit of its layer.
-APART = {"data", "diffusion", "distributed", "hardware", "models", "text", *VERBS}
+APART = {"data", "diffusion", "distributed", "hardware", "models", "text", *COMMANDS}
 
 
 def imported(path):
@@ -131,7 +131,7 @@ def test_each_folder_says_what_lives_there():
 def test_nobody_imports_a_verb():
     """Catches a script that imports a command; it must run it as a process, as a user would."""
     for path in sources("launch", "tools", "configs"):
-        assert not units_imported(path) & VERBS, path
+        assert not units_imported(path) & COMMANDS, path
 
 
 @pytest.mark.parametrize("path", sources("configs"), ids=lambda path: str(path.relative_to(ROOT)))

@@ -68,7 +68,7 @@ class Team:
         ]
         self.processes = {}
         for i in set(range(count)) - set(leave_out):
-            place = (
+            variables = (
                 {
                     "JAX_COORDINATOR_ADDRESS": address,
                     "JAX_NUM_PROCESSES": str(count),
@@ -80,7 +80,7 @@ class Team:
             env = (
                 os.environ
                 | {"XLA_FLAGS": xla.flags(devices=devices // count), "PYTHONPATH": str(tiny.ROOT)}
-                | place
+                | variables
             )
             program = (
                 ["-c", programs[i]] if programs and i in programs else ["-m", "imagen_jax.train"]

@@ -22,8 +22,8 @@ def session(tmp_path):
     """A session of twenty seconds."""
     work = tmp_path / "work"
     work.mkdir()
-    found = results.Results(tmp_path / "output", ABOUT)
-    session = running.Session(found, work, time.monotonic() + 20, {}, tiny=True)
+    result = results.Results(tmp_path / "output", ABOUT)
+    session = running.Session(result, work, time.monotonic() + 20, {}, tiny=True)
     yield session
     session.stop_all()
 
@@ -48,12 +48,12 @@ def test_failures_cost_their_own_measurement_only(session):
     session.command("train_speed", "hangs", python(f"{partial}; import time; time.sleep(60)"), 1.5)
     session.command("train_speed", "crashes", python("import os; os.abort()"), 10)
     session.command("train_speed", "works", python(partial), 10)
-    found = saved(session)["train_speed"]
-    assert found["raises"]["status"] == "failed with exit code 1: ValueError: bad shape"
-    assert found["hangs"]["status"] == "ended: over its limit of 2 s"
-    assert found["hangs"]["records"] == [{"what": "step", "batch": 4}]
-    assert found["crashes"]["status"] == "failed: killed by SIGABRT"
-    assert found["works"]["status"] == "done"
+    result = saved(session)["train_speed"]
+    assert result["raises"]["status"] == "failed with exit code 1: ValueError: bad shape"
+    assert result["hangs"]["status"] == "ended: over its limit of 2 s"
+    assert result["hangs"]["records"] == [{"what": "step", "batch": 4}]
+    assert result["crashes"]["status"] == "failed: killed by SIGABRT"
+    assert result["works"]["status"] == "done"
     assert "bad shape" in (session.results.output / "log.txt").read_text()
 
 
@@ -140,9 +140,9 @@ def assert_well_formed(page):
             cells = None
             continue
         assert line.endswith("|")
-        found = line.replace("\\|", "").count("|")
-        assert cells in (None, found), line
-        cells = found
+        number = line.replace("\\|", "").count("|")
+        assert cells in (None, number), line
+        cells = number
 
 
 def test_kinds_of_kernels():
@@ -157,7 +157,7 @@ def test_only_missing_wheels_are_installed(tmp_path, monkeypatch):
     for name in ("numpy-9.9-py3-none-any.whl", "surely_missing-1.0-py3-none-any.whl"):
         (tmp_path / name).touch()
     asked = []
-    monkeypatch.setattr(wheels, "pip_install", lambda found, site: asked.extend(found) or True)
+    monkeypatch.setattr(wheels, "pip_install", lambda wanted, site: asked.extend(wanted) or True)
     wheels.install(tmp_path, tmp_path / "site")
     assert [wheel.name for wheel in asked] == ["surely_missing-1.0-py3-none-any.whl"]
 
@@ -198,8 +198,8 @@ def ran(output, *flags, timeout):
 def test_train_step_is_measured(tmp_path):
     """Catches a step that is not timed 20 times, has no MFU or no memory, or a trace not read."""
     flags = ("--parts", "train_speed", "--models", "sr_1024", "--budget", "train_speed=600")
-    found = ran(tmp_path / "output", *flags, "--minutes", "11", "--trials", "0", timeout=700)
-    entry = found["train_speed"]["sr_1024"]
+    result = ran(tmp_path / "output", *flags, "--minutes", "11", "--trials", "0", timeout=700)
+    entry = result["train_speed"]["sr_1024"]
     assert entry["status"] == "done"
     records = {record["what"]: record for record in entry["records"]}
     step = records["step"]
@@ -223,10 +223,10 @@ def test_every_part_at_a_tiny_size(tmp_path):
     output = tmp_path / "output"
     budget = "correct=600,train_speed=600,sampling=600,side_by_side=600,pictures=900"
     flags = ("--minutes", "50", "--budget", budget, "--trials", "0")
-    found = ran(output, *flags, timeout=3300)
+    result = ran(output, *flags, timeout=3300)
     statuses = {
         name: entry["status"]
-        for part, tasks in found.items()
+        for part, tasks in result.items()
         for name, entry in tasks.items()
         if not name.startswith("PyTorch")  # where PyTorch is not installed, it says so
     }

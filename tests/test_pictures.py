@@ -48,12 +48,12 @@ def test_a_number_taken_after_the_listing_is_not_reused(tmp_path, monkeypatch):
     numbers, calls = pictures.numbers, []
 
     def slow(directory):
-        found = numbers(directory)
+        result = numbers(directory)
         if not calls:  # the other process writes two pictures and ends its claims
             (tmp_path / "0000_other.png").touch()
             (tmp_path / "0001_other.png").touch()
         calls.append(directory)
-        return found
+        return result
 
     monkeypatch.setattr(pictures, "numbers", slow)
     assert claimed(tmp_path, 3) == [2, 3, 4]

@@ -1,4 +1,4 @@
-"""The verb `sample`: its inputs, warnings and output, without drawing."""
+"""The command `sample`: its inputs, warnings and output, without drawing."""
 
 import json
 import struct
@@ -107,7 +107,7 @@ def test_a_changed_record_is_refused():
     """Catches a record whose number of stages or weights was edited, and a traceback for one."""
     identity = RECORD["checkpoints"][0]
     sample.check_same(RECORD, [identity], "")
-    with pytest.raises(ValueError, match="drawn with 1 stages, but its config has 2"):
+    with pytest.raises(ValueError, match="sampled with 1 stages, but its config has 2"):
         sample.check_same(RECORD, [identity, identity], "")
     with pytest.raises(ValueError, match=r"weights .*: step 1 \(ema, sha256 cd\) then"):
         changed = RECORD | {"checkpoints": [identity | {"sha256": "cd"}]}
@@ -177,6 +177,6 @@ def test_the_demo_exits_as_its_step_did(monkeypatch, capsys, code, expected):
     """Catches exit code 2, do not retry, for a step whose failure was transient."""
     monkeypatch.setattr(demo.cli, "call", lambda command: code)
     with pytest.raises(SystemExit) as end:
-        demo.verb("sample", "--output", Path("x"))
+        demo.run_command("sample", "--output", Path("x"))
     assert end.value.code == expected
     assert f"sample failed with exit code {code}; run the demo again" in capsys.readouterr().err

@@ -43,25 +43,25 @@ def cascade_config():
 
 def changed(config, **fields):
     """A copy with fields replaced; a dotted name is written with __, a removed field is None."""
-    made = copy.deepcopy(config)
+    changed_config = copy.deepcopy(config)
     for path, value in fields.items():
         *sections, name = path.split("__")
-        place = made
+        inner = changed_config
         for section in sections:
-            place = place[section]
-        place.pop(name, None)
+            inner = inner[section]
+        inner.pop(name, None)
         if value is not None:
-            place[name] = value
-    return made
+            inner[name] = value
+    return changed_config
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_a_record_of_the_embedded_cascade_completes(name):
     """Wrong: a field added after a checkpoint was written makes it unloadable, or moves a value."""
     _, meta = checkpoint.load_params(cascade.resolve(f"embedded:{name}"))
-    saved, found = schema.flat(meta["config"]), schema.flat(schema.complete(meta["config"]))
+    saved, result = schema.flat(meta["config"]), schema.flat(schema.complete(meta["config"]))
     assert not YOUNGER.keys() & saved.keys(), "a record that is older than all younger fields"
-    assert found == {**saved, **YOUNGER}
+    assert result == {**saved, **YOUNGER}
 
 
 def test_the_embedded_cascade_loads():
@@ -80,18 +80,18 @@ def test_absence_means_the_older_value(name):
     config = tiny.config()
     config[section][field] = "something else"
     without = changed(config, **{f"{section}__{field}": None})
-    found = schema.complete(without)[section][field]
-    assert schema.flat({"found": found})["found"] == YOUNGER[name]
+    result = schema.complete(without)[section][field]
+    assert schema.flat({"field": result})["field"] == YOUNGER[name]
     assert config[section][field] == "something else", "the config itself is not changed"
 
 
 def test_values_are_those_of_json():
     """Wrong: a config in memory differs from its own record, so a resume or --follow is refused."""
     config = tiny.config(optim__lr=1, model__multipliers=(1, 2), mesh__rules=((".*", "fsdp"),))
-    found = schema.complete(config)
-    assert json.loads(json.dumps(found)) == found == schema.complete(found)
-    assert type(found["optim"]["lr"]) is float and found["optim"]["lr"] == 1.0
-    assert found["mesh"]["rules"] == [[".*", "fsdp"]] and found["model"]["multipliers"] == [1, 2]
+    result = schema.complete(config)
+    assert json.loads(json.dumps(result)) == result == schema.complete(result)
+    assert type(result["optim"]["lr"]) is float and result["optim"]["lr"] == 1.0
+    assert result["mesh"]["rules"] == [[".*", "fsdp"]] and result["model"]["multipliers"] == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["base_64", "sr_256"])
@@ -223,8 +223,8 @@ def test_all_problems_are_named_at_once():
     """Wrong: five mistakes take five attempts."""
     with pytest.raises(ValueError) as error:
         schema.complete(changed(tiny.config(), sampling__w=None, sampling__v=1.0, optim__eps="x"))
-    found = str(error.value)
-    assert all(name in found for name in ("sampling.w is missing", "sampling.v", "optim.eps"))
+    result = str(error.value)
+    assert all(name in result for name in ("sampling.w is missing", "sampling.v", "optim.eps"))
 
 
 @pytest.mark.parametrize(
@@ -290,10 +290,10 @@ def test_an_older_run_can_be_started_again_with_a_younger_field(tmp_path):
     )
     record["sampling"]["grid_rho"] = 3.0
     (tmp_path / "config.json").write_text(json.dumps(record))
-    found = config_of("saved", str(tmp_path / "config.json"))
-    assert found.sampling.grid == "t" and found.sampling.grid_rho == 3.0
-    found.sampling.grid, found.optim.ema_tracks = "karras", (0.99,)
-    assert cli.stage_config(found)["optim"]["ema_tracks"] == [0.99]
+    result = config_of("saved", str(tmp_path / "config.json"))
+    assert result.sampling.grid == "t" and result.sampling.grid_rho == 3.0
+    result.sampling.grid, result.optim.ema_tracks = "karras", (0.99,)
+    assert cli.stage_config(result)["optim"]["ema_tracks"] == [0.99]
 
 
 @pytest.mark.parametrize("family", NETWORKS)

@@ -48,9 +48,10 @@ def evaluation(loss, rows=None):
     return {"measures": {"loss": {"heldout": {"overall": {"mean": mean}}}}, "rows": rows}
 
 
-def compared(found):
-    arms = [Arm(name, {}) for name in found]
-    return comparison.compare(arms, range(len(found[arms[0].name])), found)["columns"][0]["arms"]
+def compared(evaluations):
+    arms = [Arm(name, {}) for name in evaluations]
+    seeds = range(len(evaluations[arms[0].name]))
+    return comparison.compare(arms, seeds, evaluations)["columns"][0]["arms"]
 
 
 def test_every_arm_and_seed_is_trained_once_with_its_own_settings(file, tmp_path):
@@ -145,9 +146,9 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, recorded, c
         method="ddim", steps=4, gamma=0.2, w=3.0, threshold="static", percentile=99.5, aug_level=0.0
     )  # older than grid and w_interval
     (tmp_path / "evaluation.json").write_text(json.dumps({"provenance": {"sampling": used}}))
-    verb = ["-m", "imagen_jax.evaluate", "--data=d"]
-    (tmp_path / FINISHED).write_text(json.dumps(verb + recorded))
-    step = Step("evaluate x", ("python", *verb, *command), tmp_path)
+    program = ["-m", "imagen_jax.evaluate", "--data=d"]
+    (tmp_path / FINISHED).write_text(json.dumps(program + recorded))
+    step = Step("evaluate x", ("python", *program, *command), tmp_path)
     if finished:
         assert step.finished
     else:
@@ -288,27 +289,27 @@ def test_finished_steps_are_not_run_again(file, tmp_path, monkeypatch, capsys):
 
 def test_differences_are_paired_by_seed():
     """Catches the standard error of unpaired values, and reference minus arm."""
-    found = compared(
+    result = compared(
         {
             "a": [evaluation(1.0), evaluation(5.0), evaluation(9.0)],
             "b": [evaluation(1.5), evaluation(5.6), evaluation(9.7)],
         }
     )
-    assert found["b"]["difference"] == pytest.approx(0.6)
-    assert found["b"]["se_seeds"] == pytest.approx(0.1 / np.sqrt(3))
-    assert found["b"]["se_rows"] is None
-    assert found["a"]["mean"] == pytest.approx(5.0) and "difference" not in found["a"]
+    assert result["b"]["difference"] == pytest.approx(0.6)
+    assert result["b"]["se_seeds"] == pytest.approx(0.1 / np.sqrt(3))
+    assert result["b"]["se_rows"] is None
+    assert result["a"]["mean"] == pytest.approx(5.0) and "difference" not in result["a"]
 
 
 def test_differences_are_paired_by_row():
     """Catches the error of rows instead of differences, and a standard error over one seed."""
     rows = np.array([0.0, 10.0, 20.0, 30.0])
-    found = compared(
+    result = compared(
         {"a": [evaluation(0, rows)], "b": [evaluation(0, rows + [1.0, 1.2, 0.8, 1.0])]}
     )
-    assert found["b"]["difference"] == pytest.approx(1.0)
-    assert found["b"]["se_rows"] == pytest.approx(np.std([1.0, 1.2, 0.8, 1.0], ddof=1) / 2)
-    assert found["b"]["se_seeds"] is None
+    assert result["b"]["difference"] == pytest.approx(1.0)
+    assert result["b"]["se_rows"] == pytest.approx(np.std([1.0, 1.2, 0.8, 1.0], ddof=1) / 2)
+    assert result["b"]["se_seeds"] is None
 
 
 def test_the_same_seed_twice_is_refused(file, tmp_path, capsys):
@@ -347,13 +348,13 @@ def test_errors_of_x_hat_compare_arms_of_other_diffusion(field, compared):
     Also catches errors that are compared although the low-res images have different noise.
     """
     arms = [Arm("a", {}), Arm("b", {f"diffusion.{field}": "other"})]
-    found = {}
+    evaluations = {}
     for arm, value in zip(arms, (0.5, 0.25)):
         one = evaluation(1.0)
         one["measures"]["x_error"] = {"heldout": {"overall": {"mean": value}}}
         one["rows"]["x_error.heldout.overall.mean"] = np.array([value, value])
-        found[arm.name] = [one]
-    columns = comparison.compare(arms, [0], found)["columns"]
+        evaluations[arm.name] = [one]
+    columns = comparison.compare(arms, [0], evaluations)["columns"]
     assert [column["place"] for column in columns] == ["x_error.heldout.overall.mean"] * compared
     assert all(
         column["arms"]["b"]["difference"] == -0.25 and column["arms"]["b"]["se_rows"] == 0
@@ -373,13 +374,13 @@ def test_evaluations_are_read_with_their_rows(tmp_path):
                 directory / "rows.npz", **{"retrieval.heldout.right.top5.rate": np.array(hits)}
             )
     arms = [Arm(name, {}) for name in "abc"]
-    found = comparison.compare(arms, [4], comparison.read_evaluations(tmp_path, arms, [4]))[
+    result = comparison.compare(arms, [4], comparison.read_evaluations(tmp_path, arms, [4]))[
         "columns"
     ][0]["arms"]
-    assert found["b"]["difference"] == 0.5
+    assert result["b"]["difference"] == 0.5
     # One of 2 rows is gained, and a row of each sign is added: sqrt((2/4 + 1/4 - (1/4)^2) / 4).
-    assert found["b"]["se_rows"] == pytest.approx(0.4145781)
-    assert found["c"]["se_rows"] is None
+    assert result["b"]["se_rows"] == pytest.approx(0.4145781)
+    assert result["c"]["se_rows"] is None
 
 
 def test_arms_of_one_training_need_the_same_weights():
@@ -402,12 +403,12 @@ def test_arms_of_one_training_need_the_same_weights():
 def test_table_shows_every_arm():
     """Catches a table that fails for an arm without a measure or for a single seed."""
     arms = [Arm("reference", {}), Arm("b", {"optim.lr": 1.0}), Arm("no_loss", {})]
-    found = {
+    evaluations = {
         "reference": [evaluation(1.0)],
         "b": [evaluation(0.5)],
         "no_loss": [{"measures": {"retrieval": {}}, "rows": {}}],
     }
-    lines = comparison.table(comparison.compare(arms, [0], found)).splitlines()
+    lines = comparison.table(comparison.compare(arms, [0], evaluations)).splitlines()
     assert [line.split() for line in lines[-2:]] == [
         ["reference", "1.0000", "-", "-", "-"],
         ["b", "0.5000", "-0.5000", "-", "-"],

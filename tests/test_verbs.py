@@ -196,10 +196,10 @@ def test_the_report_shows_this_calls_pictures(tmp_path, monkeypatch):
                     np.full((size, size, 3), 10, np.uint8),
                 )
 
-    monkeypatch.setattr(demo, "verb", fake)
+    monkeypatch.setattr(demo, "run_command", fake)
     for prompts in (["cat", "dog", "cow"], ["apple", "pear"]):
         (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-        demo.draw("--config=x", tmp_path / "prompts.txt", tmp_path / "embedded")
+        demo.sample("--config=x", tmp_path / "prompts.txt", tmp_path / "embedded")
     assert len(list((tmp_path / "embedded").iterdir())) == 4
     sheet = demo.cascade_sheet(
         ["apple", "pear"], {"embedded": tmp_path / "embedded"}, tmp_path / "sheet.png"

@@ -47,7 +47,7 @@ PLUGIN = re.compile(r"WARNING: All log messages before absl|I\d{4} .* cudart_stu
 
 
 def said(stderr: str) -> list[str]:
-    """The lines that a verb itself wrote."""
+    """The lines that a command itself wrote."""
     return [line for line in stderr.splitlines() if not PLUGIN.match(line)]
 
 
@@ -61,40 +61,40 @@ def _load(name: str, arg: str) -> str:
 
 def config(name: str = "base_64", arg: str = "tiny", **changes) -> dict:
     """A plain config; `changes` are dotted fields with __ for the dot: optim__lr=0.1."""
-    made = copy.deepcopy(json.loads(_load(name, arg)))
-    made["text"]["dim"] = DIM
-    made["data"]["text_length"] = 6
-    made["optim"]["warmup"] = 1
+    content = copy.deepcopy(json.loads(_load(name, arg)))
+    content["text"]["dim"] = DIM
+    content["data"]["text_length"] = 6
+    content["optim"]["warmup"] = 1
     for field, value in changes.items():
         part, _, key = field.partition("__")
         if key:
-            made[part][key] = value
+            content[part][key] = value
         else:
-            made[part] = value
-    return made
+            content[part] = value
+    return content
 
 
 def batch(stage: Stage, b: int, seed: int = 0) -> dict[str, np.ndarray]:
     """A batch as the pipeline makes it, without indices."""
     rng = np.random.default_rng(seed)
     shapes = stage.batch_shapes(b)
-    made = {"image": rng.integers(0, 256, shapes["image"][0], np.uint8)}
+    arrays = {"image": rng.integers(0, 256, shapes["image"][0], np.uint8)}
     lengths = rng.integers(1, stage.text_length + 1, b)
-    made["text_mask"] = np.arange(stage.text_length) < lengths[:, None]
-    made["text"] = (rng.standard_normal(shapes["text"][0]) * made["text_mask"][..., None]).astype(
-        jnp.bfloat16
-    )
+    arrays["text_mask"] = np.arange(stage.text_length) < lengths[:, None]
+    arrays["text"] = (
+        rng.standard_normal(shapes["text"][0]) * arrays["text_mask"][..., None]
+    ).astype(jnp.bfloat16)
     if "lowres" in shapes:
-        made["lowres"] = rng.integers(0, 256, shapes["lowres"][0], np.uint8)
-    return made
+        arrays["lowres"] = rng.integers(0, 256, shapes["lowres"][0], np.uint8)
+    return arrays
 
 
-def stage_and_step(made: dict, mesh=None):
+def stage_and_step(resolved: dict, mesh=None):
     """(stage, optimizer, step) of a config."""
-    stage = create_stage(made, mesh)
-    optimizer = optim.make_optimizer(made["optim"], made["train"]["steps"])
-    rate = optim.learning_rate(made["optim"], made["train"]["steps"])
-    return stage, optimizer, make_step(stage, optimizer, rate, made["optim"], made["seed"])
+    stage = create_stage(resolved, mesh)
+    optimizer = optim.make_optimizer(resolved["optim"], resolved["train"]["steps"])
+    rate = optim.learning_rate(resolved["optim"], resolved["train"]["steps"])
+    return stage, optimizer, make_step(stage, optimizer, rate, resolved["optim"], resolved["seed"])
 
 
 def perturbed(params, scale: float = 0.1, seed: int = 0):

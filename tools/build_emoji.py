@@ -281,12 +281,12 @@ def tone_of(label):
 
     "woman: medium skin tone, red hair" gives ("woman: red hair", 3).
     """
-    found = TONE.findall(label)
-    if len(found) != 1:
+    tones = TONE.findall(label)
+    if len(tones) != 1:
         return label, 0
     subject = TONE.sub("", label)
     subject = re.sub(r", $|: $|: (?=,)", "", subject.replace(": , ", ": "))
-    return subject, TONES.index(found[0])
+    return subject, TONES.index(tones[0])
 
 
 def tone_families(items):
@@ -367,9 +367,9 @@ def write(items, split, out):
                     "image": io.BytesIO(row["image"]),
                     "captions": row["captions"],
                 }
-                record = tf_example_pb2.Example.FromString(features.serialize_example(example))
+                serialized = tf_example_pb2.Example.FromString(features.serialize_example(example))
                 writer.write(
-                    record.SerializeToString(deterministic=True)
+                    serialized.SerializeToString(deterministic=True)
                 )  # Else features come in another order each run.
             writer.close()
         template = tfds.core.ShardedFileTemplate(
@@ -395,12 +395,12 @@ def contact_sheet(items, path, count=100):
     chosen = np.random.default_rng(0).choice(len(items), count, replace=False)
     columns, cell = 10, 140
     sheet = Image.new("RGB", (columns * cell, -(-count // columns) * (cell + 30)), "white")
-    draw = ImageDraw.Draw(sheet)
+    canvas = ImageDraw.Draw(sheet)
     for n, i in enumerate(chosen):
         x, y = n % columns * cell, n // columns * (cell + 30)
         sheet.paste(Image.open(io.BytesIO(items[i]["image"])).resize((128, 128)), (x, y))
         text = items[i]["captions"][0]
-        draw.text(
+        canvas.text(
             (x, y + 130), "\n".join(text[k : k + 22] for k in range(0, len(text), 22)), fill="black"
         )
     sheet.save(path)

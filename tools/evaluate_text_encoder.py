@@ -110,17 +110,17 @@ class StudentFeatures:
 
         Each word occurs once in its text.
         """
-        found = []
+        vectors = []
         for text, words, features in zip(
             texts, wanted, self.encoder.encode(texts, 256), strict=True
         ):
             owner = self.tokenizer(text).word_ids()
             for word in words:
                 at = corpus.words(text).index(word)
-                found.append(
+                vectors.append(
                     features[max(i for i, w in enumerate(owner) if w == at)].astype(np.float32)
                 )
-        return np.stack(found)
+        return np.stack(vectors)
 
 
 class TeacherFeatures:

@@ -62,17 +62,17 @@ def bare(schema: Any, names: bool = False) -> Any:
         return [bare(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {
+    simplified = {
         key: bare(value, key in ("properties", "$defs"))
         for key, value in schema.items()
         if names or key not in PROSE
     }
-    if not names and "anyOf" in made:
-        choices = [choice for choice in made.pop("anyOf") if choice != {"type": "null"}]
-        made |= choices[0] if len(choices) == 1 else {"anyOf": choices}
-    if not names and made.get("type") == "object" and "properties" in made:
-        made.setdefault("additionalProperties", False)
-    return made
+    if not names and "anyOf" in simplified:
+        choices = [choice for choice in simplified.pop("anyOf") if choice != {"type": "null"}]
+        simplified |= choices[0] if len(choices) == 1 else {"anyOf": choices}
+    if not names and simplified.get("type") == "object" and "properties" in simplified:
+        simplified.setdefault("additionalProperties", False)
+    return simplified
 
 
 def references(schema: Any) -> set[str]:
@@ -135,7 +135,7 @@ def sky() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    for name, made in {"jobset": jobset(), "sky": sky()}.items():
-        text = json.dumps(made, sort_keys=True, separators=(",", ":"))
+    for name, simplified in {"jobset": jobset(), "sky": sky()}.items():
+        text = json.dumps(simplified, sort_keys=True, separators=(",", ":"))
         (HERE / f"{name}.schema.json").write_text(text + "\n")
         print(name, len(text))

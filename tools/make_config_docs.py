@@ -35,7 +35,7 @@ TITLES = {
     "text": "text: the text features",
     "data": "data: images and captions",
     "diffusion": "diffusion: the training problem",
-    "sampling": "sampling: how samples are drawn",
+    "sampling": "sampling: settings of the sampler",
     "optim": "optim: how parameters are updated",
     "mesh": "mesh: where arrays live",
     "train": "train: how long a run is and what it writes",
@@ -72,9 +72,9 @@ def section(title: str, prefix: str, fields: schema.Fields, values: Mapping[str,
     heads = ["field", "meaning", "type", *values, *["older"] * later, "resume", "source"]
     rows = []
     for name, field in fields.items():
-        found = [cell(one[prefix + name]) for one in values.values()]
+        cells = [cell(one[prefix + name]) for one in values.values()]
         older = ["" if field.older is NEEDED else cell(field.older)] * later
-        row = [f"`{name}`", field.meaning, kind(field), *found, *older]
+        row = [f"`{name}`", field.meaning, kind(field), *cells, *older]
         rows.append([*row, resume(field), field.source])
     return table(title, heads, rows)
 
@@ -82,10 +82,10 @@ def section(title: str, prefix: str, fields: schema.Fields, values: Mapping[str,
 def cascade_section() -> str:
     """The config of a cascade; the sampling of its stages is that of a stage."""
     heads, rows = ["field", "meaning", "type", "cascade", "source"], []
-    found = schema.flat(cascade.get_config().to_dict())
+    cells = schema.flat(cascade.get_config().to_dict())
     for name, field in schema.flat(schema.CASCADE).items():
         if ".sampling." not in name:
-            row = [f"`{name}`", field.meaning, kind(field), cell(found[name]), field.source]
+            row = [f"`{name}`", field.meaning, kind(field), cell(cells[name]), field.source]
             rows.append(row)
     note = "`base.sampling`, `sr_1.sampling` and `sr_2.sampling` have the fields of sampling above."
     return table("cascade: configs/cascade.py", heads, rows) + f"\n{note}\n"

@@ -5,7 +5,7 @@ r"""Checks and measures the package on one GPU, within nine minutes, in one comm
 Parts, in order of value: `correct` (tests in fp32, bf16 against fp32, the sampler against a CPU's),
 `train_speed` (images/s, MFU and memory of the train steps; kernels; trials of compiler flags),
 `sampling` (the cascade at the paper's size), `side_by_side` (a PyTorch U-Net of DeepFloyd IF-I-M's
-shape against the same here) and `pictures` (the demo cascade, trained and drawn). Each runs in
+shape against the same here) and `pictures` (the demo cascade, trained and sampled). Each runs in
 processes of its own with a time limit; one that fails, hangs or runs out of memory is reported and
 the next ones run. DIR gets at most eight files: results.json, table.md (rows for BENCHMARKS.md) and
 log.txt, all three written as results come; training.jsonl, base.safetensors, sr_1.safetensors,
@@ -149,14 +149,14 @@ def commit() -> str:
 def environment(work: Path, tiny: bool) -> dict[str, str]:
     """The variables of every process: where modules, compiled programs and memory come from."""
     paths = [str(work / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    found = {
+    variables = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(work / "jax")),
     }
-    return found | ({"JAX_PLATFORMS": "cpu"} if tiny else {})
+    return variables | ({"JAX_PLATFORMS": "cpu"} if tiny else {})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     python tools/same_numbers.py record --output after --begun before
     python tools/same_numbers.py compare before after
 
-A refactoring must not change them. The script uses only the verbs' command lines, so it runs in
+A refactoring must not change them. The script uses only the commands' command lines, so it runs in
 checkouts of any layout. A record holds:
 
 - the losses and gradient norms of the first 8 steps of base_64:tiny, sr_256:tiny and sr_1024:tiny,
@@ -14,7 +14,7 @@ checkouts of any layout. A record holds:
 - the evaluation of base_64:tiny, all measures, and the figures of `plan` for base_64:tiny.
 
 With `--begun BEFORE` the new checkout also resumes the workdirs that BEFORE trained to step 4, and
-draws BEFORE's pictures again with `--reproduce`. `compare` fails unless all numbers are equal
+samples BEFORE's pictures again with `--reproduce`. `compare` fails unless all numbers are equal
 (pictures: within 1 of 255), and names each difference.
 """
 
@@ -35,8 +35,8 @@ METRICS = ("loss", "norm/grad", "norm/params", "norm/update")
 NOT_MEASURED = ("stage", "step", "provenance")  # of an evaluation.json
 
 
-def verb(name: str, *arguments: object) -> None:
-    """Runs a verb of the checkout in the current directory; CalledProcessError if it fails."""
+def run_command(name: str, *arguments: object) -> None:
+    """Runs a command of the checkout in the current directory; CalledProcessError if it fails."""
     command = [sys.executable, "-m", f"imagen_jax.{name}", *map(str, arguments)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -51,7 +51,7 @@ def losses(workdir: Path) -> list[dict[str, float]]:
 def train(stage: str, data: Path, workdir: Path, *options: object) -> list[dict[str, float]]:
     """Trains or resumes a tiny stage; its metrics."""
     config = (f"--config=configs/{stage}.py:tiny", f"--config.data.path={data}")
-    verb("train", *config, "--workdir", workdir, *options)
+    run_command("train", *config, "--workdir", workdir, *options)
     return losses(workdir)
 
 
@@ -60,27 +60,27 @@ def record(output: Path, begun: Path | None, plan: bool) -> None:
     output.mkdir(parents=True)
     data = output / "data"
     encoder = ("--encoder", "t5_tiny", "--max_length", 32)
-    verb("prepare_data", "--source", "emoji", "--output", data, *encoder)
-    found: dict = {"losses": {}, "resumed": {}}
+    run_command("prepare_data", "--source", "emoji", "--output", data, *encoder)
+    results: dict = {"losses": {}, "resumed": {}}
     for stage in STAGES:
-        found["losses"][stage] = train(stage, data, output / stage)
+        results["losses"][stage] = train(stage, data, output / stage)
         half = output / f"{stage}_half"
         train(stage, data, half, "--config.train.steps=4")
         if begun:
             copy = output / f"{stage}_begun"
             shutil.copytree(begun / f"{stage}_half", copy)
-            found["resumed"][stage] = train(stage, data, copy)
+            results["resumed"][stage] = train(stage, data, copy)
         else:
-            found["resumed"][stage] = found["losses"][stage]
+            results["resumed"][stage] = results["losses"][stage]
     config = ("--config=configs/cascade.py:demo", "--stages=base,sr_1", "--seed", 3)
     prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
-    verb("sample", *config, *prompts, "--output", output / "pictures")
+    run_command("sample", *config, *prompts, "--output", output / "pictures")
     for picture in sorted(begun.glob("pictures/*.json")) if begun else ():
-        verb("sample", "--reproduce", picture, "--output", output / "reproduced")
+        run_command("sample", "--reproduce", picture, "--output", output / "reproduced")
     for stage in STAGES[:2]:
         evaluation = output / f"evaluation_{stage}"
         numbers = ("--rows", 8, "--samples", 4, "--gallery", 64, "--bins", 3)
-        verb(
+        run_command(
             "evaluate",
             "--checkpoint",
             output / stage,
@@ -91,7 +91,7 @@ def record(output: Path, begun: Path | None, plan: bool) -> None:
             *numbers,
         )
         result = json.loads((evaluation / "evaluation.json").read_text())
-        found[f"evaluation_{stage}"] = {
+        results[f"evaluation_{stage}"] = {
             name: value for name, value in result.items() if name not in NOT_MEASURED
         }
     if plan:
@@ -102,24 +102,24 @@ def record(output: Path, begun: Path | None, plan: bool) -> None:
             "--topology=v5e:2x2",
         )
         cache = ("--cache", output / "plan_cache")  # nothing that another checkout has compiled
-        verb("plan", *small, "--config.train.sample_every=4", "--output", plans, *cache)
-        found["plan"] = json.loads((plans / "plan.json").read_text())
-    (output / "numbers.json").write_text(json.dumps(found, indent=1) + "\n")
+        run_command("plan", *small, "--config.train.sample_every=4", "--output", plans, *cache)
+        results["plan"] = json.loads((plans / "plan.json").read_text())
+    (output / "numbers.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
-def differences(a: object, b: object, place: str = "") -> list[str]:
+def differences(a: object, b: object, path: str = "") -> list[str]:
     """One line per value that differs; values that only `b` has are no differences."""
     if isinstance(a, dict) and isinstance(b, dict):
-        missing = [f"{place}/{key}: missing" for key in a if key not in b]
+        missing = [f"{path}/{key}: missing" for key in a if key not in b]
         shared = [key for key in a if key in b]
         return missing + [
-            line for key in shared for line in differences(a[key], b[key], f"{place}/{key}")
+            line for key in shared for line in differences(a[key], b[key], f"{path}/{key}")
         ]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [
-            line for i, pair in enumerate(zip(a, b)) for line in differences(*pair, f"{place}/{i}")
+            line for i, pair in enumerate(zip(a, b)) for line in differences(*pair, f"{path}/{i}")
         ]
-    return [] if a == b else [f"{place}: {a!r} and {b!r}"]
+    return [] if a == b else [f"{path}: {a!r} and {b!r}"]
 
 
 def pictures_differ(a: Path, b: Path) -> list[str]:
@@ -140,7 +140,9 @@ def pictures_differ(a: Path, b: Path) -> list[str]:
 
 def compare(before: Path, after: Path) -> int:
     """Prints the differences; the exit code."""
-    numbers = [json.loads((place / "numbers.json").read_text()) for place in (before, after)]
+    numbers = [
+        json.loads((directory / "numbers.json").read_text()) for directory in (before, after)
+    ]
     lines = differences(*numbers) + pictures_differ(before / "pictures", after / "pictures")
     if (after / "reproduced").is_dir():
         lines += pictures_differ(before / "pictures", after / "reproduced")

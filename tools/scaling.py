@@ -123,7 +123,7 @@ def slices_of(chip: str, chips: int) -> topology.Topology:
         ) from error
 
 
-def fsdp_on(mesh: Mapping[str, int], place: topology.Topology) -> int:
+def fsdp_on(mesh: Mapping[str, int], target: topology.Topology) -> int:
     """The config's fsdp, or its largest divisor that fits a slice with the other axes.
 
     -1, which means all remaining chips, stays -1.
@@ -131,7 +131,7 @@ def fsdp_on(mesh: Mapping[str, int], place: topology.Topology) -> int:
     if mesh["fsdp"] == -1:
         return -1
     columns = math.prod(mesh[axis] for axis in ("model", "spatial") if mesh[axis] != -1)
-    return math.gcd(mesh["fsdp"], max(1, place.chips // place.slices // columns))
+    return math.gcd(mesh["fsdp"], max(1, target.chips // target.slices // columns))
 
 
 def planned(
@@ -150,7 +150,7 @@ def planned(
             fsdp,
             config["mesh"]["fsdp"],
         )
-    if not made(directory):
+    if not is_planned(directory):
         command = [sys.executable, "-m", "imagen_jax.plan", f"--config={options.config}", *fields]
         command += [f"--config.data.batch_size={batch}", f"--config.mesh.fsdp={fsdp}"]
         command += [f"--topology={slices}", f"--cache={options.cache}", f"--output={directory}"]
@@ -167,7 +167,7 @@ def planned(
     return plan
 
 
-def made(directory: Path) -> bool:
+def is_planned(directory: Path) -> bool:
     """Whether the directory has a plan with all parts of the step time.
 
     Plans of earlier versions lack some parts. A plan that does not fit has no time at all.

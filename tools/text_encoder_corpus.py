@@ -60,7 +60,7 @@ PEOPLE = (
 ).split()
 TONES = ["light", "medium light", "medium", "medium dark", "dark"]
 CLOTHES = "hat shirt dress jacket tie coat scarf helmet".split()
-PLACES = [
+PREPOSITIONS = [
     "next to",
     "on top of",
     "under",
@@ -197,9 +197,9 @@ def composed_phrase(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
     while is_probe_pair(first, second):
         first, second = rng.sample(NOUNS, 2)
     c1, c2 = rng.sample(COLOURS, 2)
-    size, place, person, tone = (
+    size, preposition, person, tone = (
         rng.choice(SIZES),
-        rng.choice(PLACES),
+        rng.choice(PREPOSITIONS),
         rng.choice(PEOPLE),
         rng.choice(TONES),
     )
@@ -208,11 +208,11 @@ def composed_phrase(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
     wearing = [(person, tone.split()[-1]), (cloth, c1)]
     return rng.choice([
         (f"a {c1} {first} and a {c2} {second}", both),
-        (f"a {c1} {first} {place} a {c2} {second}", both),
+        (f"a {c1} {first} {preposition} a {c2} {second}", both),
         (f"the {first} is {c1} and the {second} is {c2}", both),
-        (f"a {first} that is {c1} {place} a {c2} {second}", both),
+        (f"a {first} that is {c1} {preposition} a {c2} {second}", both),
         (f"{c1} {first}, {c2} {second}", both),
-        (f"a {size} {c1} {first} {place} a {second}", [(first, c1)]),
+        (f"a {size} {c1} {first} {preposition} a {second}", [(first, c1)]),
         (f"a {size} {first} and a {c1} {second}", [(first, size), (second, c1)]),
         (f"two {c1} {first}s and a {c2} {second}", [(second, c2)]),
         (f"a {person} with {tone} skin and a {c1} {cloth}", wearing),

@@ -1,13 +1,18 @@
 r"""Text conditioning: attention over tokens, one pooled vector, or no text (section 2.5, D.3.1).
 
-    python -m launch.sweep --config configs/ablations/text_conditioning.py:demo \
+    python -m launch.sweep --config configs/ablations/text_conditioning.py \
         --config.data.path=PREPARED --workdir DIR
+    python -m launch.sweep --config configs/ablations/text_conditioning.py:tiny \
+        --config.data.path=data/emoji --workdir runs/text
+
+CPU: the second command runs all 4 arms with `:tiny`, about two minutes for each training with its
+evaluation. Expect a table of all arms; after 8 steps its numbers mean nothing. `:demo` trains.
 
 One training for each arm. The paper: attention over the sequence is clearly better than a pooled
 vector of either kind. The variants are those of base_64.py; without one, the 300M model of the
 paper's text ablations.
 
-Hardware: `:demo` two CPU cores, `:tiny` seconds on a CPU; the 300M model was not planned.
+Hardware: `:demo` two CPU cores, `:tiny` minutes on a CPU; the 300M model was not planned.
 Expect: not run yet, so no result or time is known.
 Recorded: nowhere yet; launch.sweep writes DIR/sweep.json.
 """

@@ -1,13 +1,18 @@
 r"""Training noise and prediction of the base model, compared with the paper's choice (Appendix A).
 
-    python -m launch.sweep --config configs/ablations/training_noise.py:demo \
+    python -m launch.sweep --config configs/ablations/training_noise.py \
         --config.data.path=PREPARED --workdir DIR
+    python -m launch.sweep --config configs/ablations/training_noise.py:tiny \
+        --config.data.path=data/emoji --workdir runs/noise
+
+CPU: the second command runs all 6 arms with `:tiny`, about two minutes for each training with its
+evaluation. Expect a table of all arms; after 8 steps its numbers mean nothing. `:demo` trains.
 
 One training for each arm. Their losses are not comparable; the table compares the error of x-hat in
-fixed bins of log-SNR. Samples are drawn with the schedule of the arm. The variants are those of
+fixed bins of log-SNR. Sampling uses the schedule of the arm. The variants are those of
 base_64.py; without one, the 300M model.
 
-Hardware: `:demo` two CPU cores, `:tiny` seconds on a CPU; the 300M model was not planned.
+Hardware: `:demo` two CPU cores, `:tiny` minutes on a CPU; the 300M model was not planned.
 Expect: not run yet, so no result or time is known.
 Recorded: nowhere yet; launch.sweep writes DIR/sweep.json.
 """
@@ -26,13 +31,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
     """The paper's eps with uniform time and the cosine schedule first."""
-    paper = {
-        "prediction": "eps",
-        "schedule": "cosine",
-        "density": "uniform",
-        "process": "vp",
-        "weight": "none",
-    }
+    paper = dict(
+        prediction="eps", schedule="cosine", density="uniform", process="vp", weight="none"
+    )
     changes = {
         "paper": {},
         "linear": {"schedule": "linear"},

@@ -110,10 +110,10 @@ class _Examples(grain.transforms.RandomMap):
         cached = self.cache.get(row)
         if cached is not None:
             return cached
-        record = self.images[row]
-        pixels = transforms.decode_square(record.image, self.image_size)
-        self.cache.put(row, pixels, record.caption_ids)
-        return pixels, record.caption_ids
+        stored = self.images[row]
+        pixels = transforms.decode_square(stored.image, self.image_size)
+        self.cache.put(row, pixels, stored.caption_ids)
+        return pixels, stored.caption_ids
 
 
 @dataclasses.dataclass(frozen=True)

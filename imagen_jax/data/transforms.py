@@ -1,7 +1,7 @@
 """Turns encoded bytes into the arrays of one example.
 
 Shrinking uses PIL's BOX filter, the area average. So the low-res picture that a super-resolution
-stage trains on is the picture that the stage before it learns to draw.
+stage trains on is the picture that the stage before it learns to generate.
 """
 
 import io

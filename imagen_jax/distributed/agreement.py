@@ -20,19 +20,19 @@ _rounds = itertools.count()
 
 def gather(text: str = "") -> list[str]:
     """The texts of all processes, by process. A barrier: all call it in the same order."""
-    place = startup.place()
-    if place is None:
+    member = startup.member()
+    if member is None:
         return [text]
     store, number = startup.store(), next(_rounds)
     said = "imagen_jax/said/{}/".format
-    store.key_value_set(f"{said(number)}{place.index}", text)
+    store.key_value_set(f"{said(number)}{member.index}", text)
     store.wait_at_barrier(f"imagen_jax/round {number}", FOR_EVER_MS)
     texts = {
         int(key.rpartition("/")[2]): value for key, value in store.key_value_dir_get(said(number))
     }
-    if place.index == 0 and number:
+    if member.index == 0 and number:
         store.key_value_delete(said(number - 1))  # all processes have read it
-    return [texts[i] for i in range(place.count)]
+    return [texts[i] for i in range(member.count)]
 
 
 def check(facts: Mapping[str, str]) -> None:
@@ -66,11 +66,11 @@ def check_shared(directory: Path, patience_s: float = 60.0) -> None:
     Process 0 writes hosts.json there, and the others look for it for up to `patience_s` seconds: a
     network file system may show a new file late.
     """
-    hosts, place = startup.hosts(), startup.place()
-    if place is None:
+    hosts, member = startup.hosts(), startup.member()
+    if member is None:
         return
     path, token = directory / "hosts.json", os.urandom(8).hex()
-    if place.index == 0:
+    if member.index == 0:
         write_json(path, {"hosts": hosts, "start": token})
     token, end = gather(token)[0], time.monotonic() + patience_s
     while not (seen := _start(path) == token) and time.monotonic() < end:

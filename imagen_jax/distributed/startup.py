@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Member:
     """The position of this process among all processes of the run.
 
     coordinator: host:port of process 0.
@@ -68,7 +68,7 @@ class Place:
         return f"process {index}" + (f" ({self.names[index]})" if index in self.names else "")
 
 
-_place: Place | None = None
+_member: Member | None = None
 _hosts: list[str] = []  # by process, once started
 
 
@@ -83,46 +83,48 @@ def start(timeout_s: float = 300.0, lost_s: float = 100.0) -> None:
     Raises ValueError, in one line, for contradictory variables, and after `timeout_s` with the
     processes that are missing.
     """
-    global _place
+    global _member
     if _hosts:
         return
-    place = from_environment(os.environ, timeout_s)
-    if place is None:
+    member = from_environment(os.environ, timeout_s)
+    if member is None:
         return
     import jax
 
     about = f"imagen_jax {__version__} with jax {jax.__version__}"
     log.info(
         "process %d of %d (%s) on %s waits for the others at %s",
-        place.index,
-        place.count,
-        place.how,
+        member.index,
+        member.count,
+        member.how,
         socket.gethostname(),
-        place.coordinator,
+        member.coordinator,
     )
-    if place.index == 0:
+    if member.index == 0:
         bind = os.environ.get(BIND, "").rpartition(":")[0].strip("[]")
-        hosts = roll_call.lead(place.port, place.count, about, timeout_s, place.name, bind)
+        hosts = roll_call.lead(member.port, member.count, about, timeout_s, member.name, bind)
     else:
-        hosts = roll_call.report(place.host, place.port, place.index, place.count, about, timeout_s)
+        hosts = roll_call.report(
+            member.host, member.port, member.index, member.count, about, timeout_s
+        )
     jax.distributed.initialize(
-        place.coordinator,
-        place.count,
-        place.index,
-        local_device_ids=place.local_devices,
+        member.coordinator,
+        member.count,
+        member.index,
+        local_device_ids=member.local_devices,
         cluster_detection_method="deactivate",
         initialization_timeout=int(timeout_s),
         # jax ends a process from C++ without naming the lost one, so `Watch` has to come first,
         # also on a loaded machine.
         heartbeat_timeout_seconds=int(3 * lost_s),
     )
-    _place = place
+    _member = member
     _hosts.extend(hosts)
     local = jax.local_devices()
     log.info(
         "process %d of %d: %d devices here (%s), %d in all; hosts %s",
-        place.index,
-        place.count,
+        member.index,
+        member.count,
         len(local),
         local[0].device_kind,
         jax.device_count(),
@@ -135,9 +137,9 @@ def hosts() -> list[str]:
     return list(_hosts)
 
 
-def place() -> Place | None:
+def member() -> Member | None:
     """The position of this process; None in a single-process run."""
-    return _place
+    return _member
 
 
 def store() -> Any:
@@ -150,7 +152,7 @@ def store() -> Any:
     return global_state.client
 
 
-def from_environment(environ: Mapping[str, str], timeout_s: float) -> Place | None:
+def from_environment(environ: Mapping[str, str], timeout_s: float) -> Member | None:
     """The position of this process; None in a single-process run. Raises ValueError, in one line,
     for contradictory variables.
     """
@@ -170,10 +172,10 @@ def from_environment(environ: Mapping[str, str], timeout_s: float) -> Place | No
         if not environ[name].isdecimal():
             raise ValueError(f"{name}={environ[name]!r} is not a number of 0 or more")
         numbers[name] = int(environ[name])
-    return Place(environ[ADDRESS], numbers[COUNT], numbers[INDEX], "by JAX_* variables")
+    return Member(environ[ADDRESS], numbers[COUNT], numbers[INDEX], "by JAX_* variables")
 
 
-def _detected(environ: Mapping[str, str], timeout_s: float) -> Place | None:
+def _detected(environ: Mapping[str, str], timeout_s: float) -> Member | None:
     """The position that jax detects.
 
     `jax.distributed.initialize` detects it too, but only together with the start, which must come
@@ -205,6 +207,6 @@ def _detected(environ: Mapping[str, str], timeout_s: float) -> Place | None:
     names = [host for host in environ.get(TPU_HOSTS, "").split(",") if host]
     if index:  # only process 0 is known to be in the first slice
         names = []
-    return Place(
+    return Member(
         address, count, index, name, None if local is None else (local,), dict(enumerate(names))
     )

@@ -99,9 +99,9 @@ class Watch:
 
         store, end: tests replace them.
         """
-        self._hosts, self._place = startup.hosts(), startup.place()
-        self._multi_process = self._place is not None
-        self._index = self._place.index if self._place else 0
+        self._hosts, self._member = startup.hosts(), startup.member()
+        self._multi_process = self._member is not None
+        self._index = self._member.index if self._member else 0
         self._store, self._end, self._lost_s = store, end, lost_s
         self._interval = lost_s / HEARTBEATS_PER_TIMEOUT
         self._activity = (0, 0, "starting")  # (index, step, name)
@@ -166,7 +166,7 @@ class Watch:
                 self._store.blocking_key_value_get(f"{ENDED}{self._index}", REQUEST_MS)
                 return
             except RuntimeError:  # process 0 is gone, or the request timed out
-                error = _connection_error(self._place.host, self._place.port)
+                error = _connection_error(self._member.host, self._member.port)
             if error is None:
                 last_answer = time.monotonic()
             gone = isinstance(error, ConnectionRefusedError)
@@ -264,7 +264,7 @@ class Watch:
             others = [text for i, text in self._failures.items() if i != self._index]
             reason = others[0] if others else self._lost(self._lost_s / 6)
             if not reason and self._index:
-                error = _connection_error(self._place.host, self._place.port)
+                error = _connection_error(self._member.host, self._member.port)
                 reason = self._lost_coordinator() if error else ""
             if reason:
                 return reason

@@ -18,7 +18,7 @@ from imagen_jax.diffusion.loss import Draws
 from imagen_jax.evals.statistics import summary
 
 Describe = Callable[[Float[np.ndarray, " n"]], dict[str, Any]]
-LEVEL = "u"  # the draw, uniform in [0, 1), that training turns into a noise level
+UNIFORM = "u"  # the draw, uniform in [0, 1), that training turns into a noise level
 
 
 @runtime_checkable
@@ -53,8 +53,8 @@ class TrainingBins:
         return self.count
 
     def noise_level(self, draws: Draws, i: Any) -> tuple[Draws, Float[Array, "b"]]:
-        u = (i + draws[LEVEL]) / self.count
-        return {**draws, LEVEL: u}, self.density(u)
+        u = (i + draws[UNIFORM]) / self.count
+        return {**draws, UNIFORM: u}, self.density(u)
 
     def by_bin(
         self, values: Float[np.ndarray, "n k"], describe: Describe = summary
@@ -81,9 +81,9 @@ class LogsnrBins:
 
     def noise_level(self, draws: Draws, i: Any) -> tuple[Draws, Float[Array, "b"]]:
         edges = jnp.asarray(self.edges, jnp.float32)
-        logsnr = edges[i] + (edges[i + 1] - edges[i]) * draws[LEVEL]
+        logsnr = edges[i] + (edges[i + 1] - edges[i]) * draws[UNIFORM]
         # The draw of training is removed: this log-SNR does not follow from it.
-        return {name: value for name, value in draws.items() if name != LEVEL}, logsnr
+        return {name: value for name, value in draws.items() if name != UNIFORM}, logsnr
 
     def by_bin(
         self, values: Float[np.ndarray, "n k"], describe: Describe = summary

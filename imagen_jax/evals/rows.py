@@ -130,7 +130,7 @@ class Data:
         return once(self._kept, ("wholes", split), lambda: self._read(self._wholes, split, index))
 
     def texts(self, split: str) -> tuple[str, ...]:
-        """The entries of TEXTS that samples of a split can be drawn from."""
+        """The entries of TEXTS that a split can be sampled with."""
         names = ("right", *self.wholes(split).controls)
         if not self._settings.lowres_from:
             return names
@@ -146,7 +146,7 @@ class Data:
     def generated(self) -> Mapping[str, Shaped[np.ndarray, "..."]]:
         """The content of `lowres_from`.
 
-        Raises ValueError if it is not a samples.npz, or was drawn from other data, with another
+        Raises ValueError if it is not a samples.npz, or was sampled from other data, with another
         seed, or at another size.
         """
         path, size = Path(self._settings.lowres_from), self._wholes["lowres_size"]
@@ -165,13 +165,13 @@ class Data:
         seed, drawn_from = int(content["seed"]), str(content["manifest_hash"])
         if drawn_from != self.prepared.hash or seed != self._settings.seed:
             raise ValueError(
-                f"{path} does not hold samples drawn by evaluate with this data"
+                f"{path} does not hold samples that evaluate made with this data"
                 f" and --seed {self._settings.seed}"
             )
-        drawn = content[f"{self.heldout}_right"].shape[1]
-        if drawn != size:
+        sampled = content[f"{self.heldout}_right"].shape[1]
+        if sampled != size:
             raise ValueError(
-                f"{path} holds images of {drawn} pixels; this stage's low-res images have {size}"
+                f"{path} holds images of {sampled} pixels; this stage's low-res images have {size}"
             )
         return content
 

@@ -38,7 +38,7 @@ def mean_square(
 def consistency(
     shrunk: UInt8[np.ndarray, "n r r 3"], lowres: UInt8[np.ndarray, "n r r 3"]
 ) -> dict[str, Any]:
-    """The distance of down-sampled samples from the low-res images that they were drawn from.
+    """The distance of down-sampled samples from the low-res images that they were sampled from.
 
     shrunk: samples down-sampled with the filter that made the data's low-res images. Returns
     {"mae": in 0-255, "psnr": in dB, from the mean squared error over all images}; "psnr" is None if

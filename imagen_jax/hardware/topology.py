@@ -79,8 +79,8 @@ class Topology:
         except Exception as error:  # the plugins raise errors of many types
             extra = {"tpu": "tpu", "cuda": "gpu-plan"}[self.chip.platform]
             raise ValueError(
-                f"cannot compile for {self}: {error}. Install the compiler with pip install"
-                f" 'imagen_jax[{extra}]'"
+                f"cannot compile for {self}: {error}. Install the compiler: run"
+                f" pip install -e '.[{extra}]' in the checkout"
             ) from error
 
     def _compiler_name(self) -> tuple[str, dict[str, Any]]:

@@ -96,12 +96,12 @@ class Conditioning(nn.Module):
     def __call__(
         self, logsnr: Float[Array, "b"], cond: Cond
     ) -> tuple[Float[Array, "b e"], Float[Array, "b l d"] | None, Bool[Array, "b l"] | None]:
-        level = lambda name: NoiseLevelEmbedding(
+        embedding = lambda name: NoiseLevelEmbedding(
             self.sinusoid_features, self.features, self.dtype, name=name
         )
-        emb = level("time")(logsnr)
+        emb = embedding("time")(logsnr)
         if self.lowres:
-            emb = emb + level("lowres_noise")(cond["lowres_logsnr"])
+            emb = emb + embedding("lowres_noise")(cond["lowres_logsnr"])
         if not self.cond_dim:
             return self.constrain(emb), None, None
         text = nn.LayerNorm(dtype=self.dtype, name="text_norm")(cond["text"])

@@ -56,7 +56,7 @@ def block_calls(run: Callable[[], Any]) -> dict[str, tuple[nn.Module, tuple[Any,
     calls: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {}
     open_blocks: list[str] = []
 
-    def record(call, args, kwargs, context):
+    def intercept(call, args, kwargs, context):
         module, path = context.module, "/".join(context.module.path)
         if open_blocks or context.method_name != "__call__" or isinstance(module, CONTAINERS):
             return call(*args, **kwargs)
@@ -68,7 +68,7 @@ def block_calls(run: Callable[[], Any]) -> dict[str, tuple[nn.Module, tuple[Any,
         finally:
             open_blocks.pop()
 
-    with nn.intercept_methods(record):
+    with nn.intercept_methods(intercept):
         run()
     return calls
 

@@ -38,12 +38,12 @@ def seconds(collective: Collective, devices: Sequence[Any], topology: Topology) 
         return 0.0
     return collective.times * sum(
         BYTES_SENT[collective.kind] * share * collective.bytes * (n - 1) / n / bandwidth
-        for n, share, bandwidth in _levels(collective.kind, group, topology)
+        for n, share, bandwidth in _tiers(collective.kind, group, topology)
         if n > 1
     )
 
 
-def _levels(kind: str, group: Sequence[Any], topology: Topology) -> list[tuple[int, float, float]]:
+def _tiers(kind: str, group: Sequence[Any], topology: Topology) -> list[tuple[int, float, float]]:
     """The levels of a hierarchical collective: inside slices or nodes, then between them.
 
     Returns (number of participants, their share of the bytes, bandwidth of each) for each level.

@@ -77,7 +77,7 @@ def plan_training(
 
 
 def fits(plan: Mapping[str, Any]) -> bool:
-    """Whether a run fits: its train step, and its sampler if it draws sample grids."""
+    """Whether a run fits: its train step, and its sampler if it samples grids."""
     return plan["memory"]["fits"] and plan.get("sampler", plan["memory"])["fits"]
 
 
@@ -190,7 +190,7 @@ def describe(
             "fits": memory.fits,
             "peak": memory.peak,
             "limit": memory.limit,
-            "level": whole_step.level(topology, exact),
+            "level": whole_step.optimization_level(topology, exact),
             "parts": memory.parts | {"temporaries": memory.temporaries},
         },
     }
@@ -203,7 +203,7 @@ def sampler(
     parts: Mapping[str, int],
     exact: bool,
 ) -> dict[str, Any]:
-    """The memory for drawing a sample grid during training, in bytes per chip.
+    """The memory for sampling a grid during training, in bytes per chip.
 
     "beside": the parameters, optimizer state, batch and EMA tracks of the training, which stay in
     memory. "peak": the peak of the sampler plus "beside".

@@ -88,7 +88,7 @@ def compile_text(lowered: Any, topology: Topology, exact: bool) -> tuple[str, in
     the one in the error message. GPU compilers refuse nothing; compare the peak with the limit.
     """
     options = (GPU_OPTIONS if topology.chip.platform == "cuda" else {}) | (
-        FAST if level(topology, exact) == O0 else {}
+        FAST if optimization_level(topology, exact) == O0 else {}
     )
     try:
         compiled = lowered.compile(compiler_options=options)
@@ -100,7 +100,7 @@ def compile_text(lowered: Any, topology: Topology, exact: bool) -> tuple[str, in
     return compiled.as_text(), compiled.memory_analysis().peak_memory_in_bytes
 
 
-def level(topology: Topology, exact: bool) -> str:
+def optimization_level(topology: Topology, exact: bool) -> str:
     """The compiler level of `compile_text`: "O0" or "default"."""
     return O0 if topology.chip.platform == "tpu" and not exact else DEFAULT
 
@@ -202,14 +202,14 @@ def traffic(module: hlo.Module, program: TrainProgram, topology: Topology) -> li
 
 
 def lower_sampler(program: TrainProgram, rows: int) -> Any:
-    """The lowered program that draws a sample grid of `rows` images during training."""
+    """The lowered program that samples a grid of `rows` images during training."""
     shapes = program.stage.batch_shapes(rows)
     batch = {
         name: jax.ShapeDtypeStruct(*shapes[name])
         for name in ("text", "text_mask", "lowres")
         if name in shapes
     }
-    return sample_grids.draw_program(program.stage, program.mesh, rows).lower(
+    return sample_grids.sample_program(program.stage, program.mesh, rows).lower(
         program.abstract.ema, batch
     )
 
@@ -233,10 +233,10 @@ def lower_whole_images(program: TrainProgram) -> Any:
         else {}
     )
     over_rows = sharding.batch_sharding(program.mesh)
-    draw = lambda ema, keys, batch: stage.sample(ema, keys, batch, stage.sampling)
+    sample = lambda ema, keys, batch: stage.sample(ema, keys, batch, stage.sampling)
     shardings = program.shardings.ema, over_rows, over_rows
     jitted = jax.jit(
-        draw,
+        sample,
         in_shardings=shardings,
         out_shardings=over_rows,
         compiler_options=sharding.compiler_options(program.mesh),

@@ -13,19 +13,19 @@ from imagen_jax.data import pipeline
 from imagen_jax.stage import Params, Stage, to_uint8
 
 
-def draw_program(stage: Stage, mesh: Mesh, rows: int) -> Any:
+def sample_program(stage: Stage, mesh: Mesh, rows: int) -> Any:
     """Jitted (EMA with the run's shardings, {text, text_mask, lowres}) -> uint8 [rows s s 3].
 
     s is the training size in pixels; the images are replicated on all devices. plan compiles it
     too.
     """
 
-    def draw(ema, batch):
+    def sample_rows(ema, batch):
         keys = cascade.sample_keys(range(rows), 0)
         return to_uint8(stage.sample(ema, keys, batch, stage.sampling, stage.train_size))
 
     return jax.jit(
-        draw,
+        sample_rows,
         out_shardings=sharding.replicated(mesh),
         compiler_options=sharding.compiler_options(mesh),
     )
@@ -34,7 +34,7 @@ def draw_program(stage: Stage, mesh: Mesh, rows: int) -> Any:
 class SampleGrid:
     """Rows evenly spaced over the held-out images, or over the training images if there are none.
 
-    They are read once and drawn by one program.
+    They are read once and sampled by one program.
     """
 
     def __init__(self, config: Mapping[str, Any], stage: Stage, mesh: Mesh):
@@ -49,16 +49,16 @@ class SampleGrid:
         )
         self._batch = pipeline.eval_rows(config["data"], rows, split)
         self._size = stage.train_size
-        self._draw = draw_program(stage, mesh, len(rows))
+        self._sample = sample_program(stage, mesh, len(rows))
 
-    def draw(self, ema: Params) -> UInt8[np.ndarray, "h w 3"]:
+    def sample(self, ema: Params) -> UInt8[np.ndarray, "h w 3"]:
         """Columns of true images, low-res inputs (super-resolution) and samples."""
         fields = {
             name: self._batch[name]
             for name in ("text", "text_mask", "lowres")
             if name in self._batch
         }
-        samples = np.asarray(jax.device_get(self._draw(ema, fields)))
+        samples = np.asarray(jax.device_get(self._sample(ema, fields)))
         columns = (
             [self._batch["image"]]
             + ([self._batch["lowres"]] if "lowres" in self._batch else [])

@@ -97,7 +97,7 @@ def make_update(
         followed = (
             ema.follow(*pair, params, state.step) for pair in zip(tracks, averages, strict=True)
         )
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(bad_step < 0, n, o), new, old)
+        select = lambda new, old: jax.tree.map(lambda n, o: jnp.where(bad_step < 0, n, o), new, old)
         metrics = {
             "loss": loss,
             "optim/lr": rate(state.step),
@@ -106,9 +106,9 @@ def make_update(
             "norm/params": params_norm,
             "bad_step": bad_step,
         }
-        first, *more = (keep(new, old) for new, old in zip(followed, averages))
-        kept = keep(params, state.params), first, keep(opt_state, state.opt_state)
-        return TrainState(state.step + 1, *kept, bad_step, tuple(more)), metrics
+        first, *more = (select(new, old) for new, old in zip(followed, averages))
+        selected = select(params, state.params), first, select(opt_state, state.opt_state)
+        return TrainState(state.step + 1, *selected, bad_step, tuple(more)), metrics
 
     return update
 

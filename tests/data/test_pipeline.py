@@ -84,9 +84,9 @@ def test_global_batch_does_not_depend_on_processes(path, shares):
     """Catches processes that shuffle alone, read others' rows, or key choices by their share."""
     whole = take(6, config(path, **SR))
     parts = [take(6, config(path, **SR), rows=rows) for rows in shares]
-    place = np.argsort(np.concatenate(shares))
+    order = np.argsort(np.concatenate(shares))
     joined = [
-        {k: np.concatenate([part[n][k] for part in parts])[place] for k in whole[n]}
+        {k: np.concatenate([part[n][k] for part in parts])[order] for k in whole[n]}
         for n in range(6)
     ]
     assert_same(joined, whole)
@@ -107,9 +107,9 @@ def test_processes_read_every_row_once_an_epoch_together(path, shares, start_ste
         [i for part in after for i in part[n]["index"].tolist()] for n in range(10 - start_step)
     ]
     stream = [
-        steps[n][place]
+        steps[n][order]
         for n in range(10)
-        for place in (np.argsort(np.concatenate(shares)) if n >= start_step else range(4))
+        for order in (np.argsort(np.concatenate(shares)) if n >= start_step else range(4))
     ]
     assert (np.sort(np.reshape(stream, (4, 10)), axis=1) == np.arange(10)).all()
 

@@ -32,8 +32,8 @@ def test_shrinking_is_the_area_average():
 def test_window_reaches_every_edge():
     """Catches a window that misses the last row or column, or is off by a low-res pixel."""
     image = synthetic.gradient(32)
-    for place, start in [((0.0, 0.0), 0), ((0.999, 0.999), 16), ((0.5, 0.5), 8)]:
-        crop, small = transforms.crop_pair(image, 8, 16, place)
+    for corner, start in [((0.0, 0.0), 0), ((0.999, 0.999), 16), ((0.5, 0.5), 8)]:
+        crop, small = transforms.crop_pair(image, 8, 16, corner)
         assert (crop == image[start : start + 16, start : start + 16]).all()
         assert (
             small

@@ -50,13 +50,13 @@ class Rounds:
 def together(monkeypatch):
     """Runs a function of the process's number in three processes at once."""
     own, store = threading.local(), Store()
-    monkeypatch.setattr(startup, "place", lambda: own.place)
+    monkeypatch.setattr(startup, "member", lambda: own.member)
     monkeypatch.setattr(startup, "hosts", lambda: ["a", "b", "c"])
     monkeypatch.setattr(startup, "store", lambda: store)
     monkeypatch.setattr(agreement, "_rounds", Rounds())
 
     def process(function, index):
-        own.place = startup.Place("a:1", COUNT, index, "test")
+        own.member = startup.Member("a:1", COUNT, index, "test")
         return function(index)
 
     def run(function):

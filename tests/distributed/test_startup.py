@@ -1,4 +1,4 @@
-"""What the environment says of a process's place."""
+"""What the environment says of a process: its index, the number of processes, the coordinator."""
 
 import pytest
 
@@ -9,16 +9,16 @@ ALL = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476", "JAX_NUM_PROCESSES": "4", "JA
 
 def test_explicit_place():
     """Catches: swapped variables, an IPv6 address cut at its first colon."""
-    place = startup.from_environment(ALL, 1)
-    assert (place.host, place.port, place.count, place.index, place.local_devices) == (
+    member = startup.from_environment(ALL, 1)
+    assert (member.host, member.port, member.count, member.index, member.local_devices) == (
         "10.0.0.2",
         8476,
         4,
         3,
         None,
     )
-    place = startup.from_environment(ALL | {"JAX_COORDINATOR_ADDRESS": "[fe80::2]:8476"}, 1)
-    assert (place.host, place.port) == ("fe80::2", 8476)
+    member = startup.from_environment(ALL | {"JAX_COORDINATOR_ADDRESS": "[fe80::2]:8476"}, 1)
+    assert (member.host, member.port) == ("fe80::2", 8476)
 
 
 def test_alone():
@@ -27,7 +27,7 @@ def test_alone():
     """
     assert startup.from_environment({}, 1) is None
     assert startup.from_environment({"JAX_NUM_PROCESSES": "1"}, 1) is None
-    assert startup.hosts() == [] and startup.place() is None
+    assert startup.hosts() == [] and startup.member() is None
 
 
 @pytest.mark.parametrize(
@@ -85,23 +85,23 @@ def cluster(monkeypatch):
 
 
 def test_detected_cluster(cluster, monkeypatch):
-    """Catches: a detected place that is not used, hosts known by name and called by number, one
+    """Catches: detected settings that are not used, hosts known by name and called by number, one
     process a device forgotten.
     """
     cluster()
-    place = startup.from_environment({"TPU_WORKER_HOSTNAMES": "head,b,c,d"}, 1)
-    assert (place.coordinator, place.count, place.index, place.how, place.local_devices) == (
+    member = startup.from_environment({"TPU_WORKER_HOSTNAMES": "head,b,c,d"}, 1)
+    assert (member.coordinator, member.count, member.index, member.how, member.local_devices) == (
         "head:1234",
         4,
         0,
         "pod",
         None,
     )
-    assert place.name(2) == "process 2 (c)"
+    assert member.name(2) == "process 2 (c)"
     cluster(index=3, local=1)
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "99")
-    place = startup.from_environment({}, 1)
-    assert (place.coordinator, place.index, place.local_devices) == ("head:99", 3, (1,))
+    member = startup.from_environment({}, 1)
+    assert (member.coordinator, member.index, member.local_devices) == ("head:99", 3, (1,))
     cluster(count=1)
     assert startup.from_environment({}, 1) is None
 

@@ -105,7 +105,7 @@ def processes(monkeypatch):
     monkeypatch.setattr(startup, "hosts", lambda: HOSTS)
 
     def make(index=0):
-        monkeypatch.setattr(startup, "place", lambda: startup.Place("a:1", 3, index, "test"))
+        monkeypatch.setattr(startup, "member", lambda: startup.Member("a:1", 3, index, "test"))
         store, codes = Store(), []
         return Watch(LOST_S, store, codes.append), store, codes
 

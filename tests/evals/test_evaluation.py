@@ -109,8 +109,8 @@ def test_bins_do_not_share_their_errors(toy):
     level = lambda stage, params, batch, draws, logsnr: logsnr
     low, high = (LogsnrBins((edge, edge + 1.0)) for edge in (-3.0, 5.0))
     for bins in (low, high):
-        found = toy.errors(level, "train", bins=bins)
-        assert ((found >= bins.edges[0]) & (found <= bins.edges[1])).all()
+        result = toy.errors(level, "train", bins=bins)
+        assert ((result >= bins.edges[0]) & (result <= bins.edges[1])).all()
     assert toy.errors(level, "train").shape == (N, BINS)
 
 
@@ -123,10 +123,10 @@ def test_x_hat_error_follows_from_the_error_of_eps(t, size):
     eps = jnp.asarray(noise, jnp.float32)
     logsnr = schedule.cosine(jnp.full(2, t))
     alpha, sigma = GaussianProcess("vp", "eps").alpha_sigma(logsnr, 1)
-    found = x_hat_error(
+    result = x_hat_error(
         toys.Base(eps, size), {}, batch, {"eps": eps, "drop": jnp.zeros(2, bool)}, logsnr
     )
-    np.testing.assert_allclose(found, (sigma / alpha * size) ** 2, rtol=1e-4)
+    np.testing.assert_allclose(result, (sigma / alpha * size) ** 2, rtol=1e-4)
     bounded = x_hat_error(
         toys.Base(eps, -1000.0), {}, batch, {"eps": eps, "drop": jnp.zeros(2, bool)}, logsnr
     )

@@ -26,10 +26,10 @@ def test_planted_answers_are_counted():
     """Catches ranks from 0, `< k` for `<= k`, and an argsort taken for ranks."""
     gallery = flat(0, 10, 20, 30, 40, 50, 60)
     # Distances of 21 to the gallery: 21, 11, 1, 9, 19, 29, 39.
-    found = nearest.score(nearest.distances(flat(21, 21, 21, 21), gallery), np.array([2, 3, 5, 6]))
-    assert [found[name]["hits"] for name in ("top1", "top5")] == [1, 2]
-    assert found["median_rank"] == 4.0 and found["n"] == 4 and found["gallery"] == 7
-    assert found["distance"]["mean"] == pytest.approx((1 + 9 + 29 + 39) / 4)
+    result = nearest.score(nearest.distances(flat(21, 21, 21, 21), gallery), np.array([2, 3, 5, 6]))
+    assert [result[name]["hits"] for name in ("top1", "top5")] == [1, 2]
+    assert result["median_rank"] == 4.0 and result["n"] == 4 and result["gallery"] == 7
+    assert result["distance"]["mean"] == pytest.approx((1 + 9 + 29 + 39) / 4)
     assert nearest.ranks(nearest.distances(flat(21), gallery), np.array([0])).tolist() == [5]
 
 
@@ -37,10 +37,10 @@ def test_ties_count_against_the_sample():
     """Catches a strict comparison: a grey nothing, equally far from all, would find everything; a
     duplicate of the right image too.
     """
-    found = nearest.score(
+    result = nearest.score(
         nearest.distances(flat(20, 20), flat(10, 30, 10, 30, 10, 30)), np.array([0, 1])
     )
-    assert found["top5"]["hits"] == 0 and found["median_rank"] == 6.0
+    assert result["top5"]["hits"] == 0 and result["median_rank"] == 6.0
     assert nearest.ranks(nearest.distances(flat(11), flat(10, 10, 40)), np.array([0])).tolist() == [
         2
     ]

@@ -16,18 +16,20 @@ CENTRES = [6.0, 2.0, -2.0, -6.0]
 def test_overall_error_takes_an_image_as_one_value():
     """Catches all n * k values taken as independent: bins of an image share its content, here
     completely."""
-    found = noise_bins.by_bin(SAME, EDGES, CENTRES, [0.0, 0.25, 0.5, 0.75, 1.0])
+    result = noise_bins.by_bin(SAME, EDGES, CENTRES, [0.0, 0.25, 0.5, 0.75, 1.0])
     mean = {"mean": 3.0, "se": pytest.approx(np.sqrt(7.0 / 3)), "n": 3}
-    assert found["overall"] == mean
-    assert found["bins"][1] == {"t": [0.25, 0.5], "logsnr": [4.0, 0.0], "logsnr_centre": 2.0} | mean
+    assert result["overall"] == mean
+    assert (
+        result["bins"][1] == {"t": [0.25, 0.5], "logsnr": [4.0, 0.0], "logsnr_centre": 2.0} | mean
+    )
 
 
 def test_bins_without_times_lie_between_their_edges():
     """Catches a "t" that is made up, and a centre at an edge."""
-    found = noise_bins.by_bin(SAME, EDGES)["bins"]
-    assert all("t" not in entry for entry in found)
-    assert [entry["logsnr_centre"] for entry in found] == [12.0, 2.0, -2.0, -12.0]
-    assert next(entry["logsnr"] for entry in found) == [20.0, 4.0]
+    result = noise_bins.by_bin(SAME, EDGES)["bins"]
+    assert all("t" not in entry for entry in result)
+    assert [entry["logsnr_centre"] for entry in result] == [12.0, 2.0, -2.0, -12.0]
+    assert next(entry["logsnr"] for entry in result) == [20.0, 4.0]
 
 
 @pytest.mark.parametrize("edges, centres", [(EDGES[:4], CENTRES), (EDGES, CENTRES[:3])])
@@ -62,6 +64,6 @@ def test_log_snr_is_uniform_within_its_bin():
     draws, logsnr = bins.noise_level({"u": jnp.array([0.0, 0.5, 0.75]), "eps": jnp.ones(3)}, 1)
     assert logsnr.tolist() == [-12.0, -9.0, -7.5] and set(draws) == {"eps"}
     assert len(bins) == 2
-    found = bins.by_bin(SAME[:, :2], statistics.difference)
-    assert [entry["logsnr"] for entry in found["bins"]] == [[-14.0, -12.0], [-12.0, -6.0]]
-    assert "ratio" in found["overall"]
+    result = bins.by_bin(SAME[:, :2], statistics.difference)
+    assert [entry["logsnr"] for entry in result["bins"]] == [[-14.0, -12.0], [-12.0, -6.0]]
+    assert "ratio" in result["overall"]

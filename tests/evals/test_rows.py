@@ -28,8 +28,8 @@ def test_gallery_holds_every_image_once_where_it_is_looked_for(tmp_path, monkeyp
     images = data.gallery_images(np.array([11, 8, 0]))
     assert [image[0, 0, 2] for image in images] == [102, 8, 0]
     index = data.wholes("heldout").batch["index"]
-    found = gallery[data.gallery_row("heldout", index)]
-    assert found[:, 0, 0, 2].tolist() == (100 + index).tolist()
+    result = gallery[data.gallery_row("heldout", index)]
+    assert result[:, 0, 0, 2].tolist() == (100 + index).tolist()
 
 
 def test_samples_and_errors_share_their_rows(tmp_path):
@@ -52,9 +52,9 @@ def test_gallery_is_limited_but_holds_what_is_looked_for(tmp_path):
     assert 30 <= len(images) <= 30 + 2 * 6
     for split in data.counts:
         batch = data.wholes(split).batch
-        places = data.gallery_row(split, batch["index"])
-        np.testing.assert_array_equal(images[places], batch["image"])
-        np.testing.assert_array_equal(np.stack(data.gallery_images(places)), batch["image"])
+        rows_of = data.gallery_row(split, batch["index"])
+        np.testing.assert_array_equal(images[rows_of], batch["image"])
+        np.testing.assert_array_equal(np.stack(data.gallery_images(rows_of)), batch["image"])
 
 
 @pytest.mark.parametrize("name", ["rows", "samples", "gallery", "bins", "batch_size"])

@@ -49,8 +49,8 @@ def test_standard_error_is_that_of_the_mean():
     """Catches the population's deviation (ddof 0: 1.118 / 2), and the deviation itself in place of
     the mean's error.
     """
-    found = statistics.summary(np.array([1.0, 2.0, 3.0, 4.0]))
-    assert found == {"mean": 2.5, "se": pytest.approx(1.2909944 / 2), "n": 4}
+    result = statistics.summary(np.array([1.0, 2.0, 3.0, 4.0]))
+    assert result == {"mean": 2.5, "se": pytest.approx(1.2909944 / 2), "n": 4}
     assert statistics.difference(np.array([1.0, 2.0, 3.0, 4.0]))["ratio"] == pytest.approx(
         2.5 / 0.6454972
     )
@@ -60,11 +60,11 @@ def test_the_undefined_is_null_in_json():
     """Catches NaN or Infinity in the result, which JSON readers refuse: one value, no spread, a
     diverged loss.
     """
-    found = [
+    result = [
         statistics.difference(np.array(values)) for values in ([2.0], [1.0, 1.0], [np.nan, 1.0])
     ]
-    assert [(f["se"], f["ratio"]) for f in found] == [(None, None), (0.0, None), (None, None)]
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert [(f["se"], f["ratio"]) for f in result] == [(None, None), (0.0, None), (None, None)]
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ def noise(n, size, seed):
 def test_bicubic_is_smooth_and_in_place():
     """Catches nearest or bilinear up-sampling, and an image shifted by half a pixel."""
     ramp = np.broadcast_to((np.arange(8, dtype=np.uint8) * 32)[None, None, :, None], (1, 8, 8, 3))
-    found = superres.bicubic(ramp, 32)[0, 16, :, 0].astype(int)
+    result = superres.bicubic(ramp, 32)[0, 16, :, 0].astype(int)
     inner = 32 * (
         (np.arange(8, 24) + 0.5) / 4 - 0.5
     )  # pixel centres of the large image, in small pixels
-    assert np.abs(found[8:24] - inner).max() <= 1
+    assert np.abs(result[8:24] - inner).max() <= 1
     step = np.zeros((1, 8, 8, 3), np.uint8)
     step[:, :, 4:] = 200
     assert superres.bicubic(step, 32).max() > 205  # overshoots, as bilinear does not
@@ -34,9 +34,9 @@ def test_consistency_in_grey_levels_and_decibels():
     lowres = np.full((2, 4, 4, 3), 100, np.uint8)
     shrunk = lowres + np.array([5, 0], np.uint8)[:, None, None, None]
     shrunk[1] -= 15
-    found = superres.consistency(shrunk, lowres)
-    assert found["mae"]["mean"] == 10.0 and found["mae"]["se"] == pytest.approx(5.0)
-    assert found["psnr"] == pytest.approx(10 * np.log10(255**2 / 125))
+    result = superres.consistency(shrunk, lowres)
+    assert result["mae"]["mean"] == 10.0 and result["mae"]["se"] == pytest.approx(5.0)
+    assert result["psnr"] == pytest.approx(10 * np.log10(255**2 / 125))
     assert superres.consistency(lowres, lowres)["psnr"] is None
 
 
@@ -47,11 +47,12 @@ def test_detail_tells_right_from_other_images():
     upsampled = np.repeat(noise(1, 16, 0) // 2 + 60, 8, axis=0)
     detail = noise(8, 16, 1) // 16
     images = upsampled + detail
-    found = superres.detail(superres.residual_correlations(images, images, upsampled))
+    result = superres.detail(superres.residual_correlations(images, images, upsampled))
     assert (
-        found["own"]["mean"] == pytest.approx(1.0, abs=1e-6) and abs(found["other"]["mean"]) < 0.05
+        result["own"]["mean"] == pytest.approx(1.0, abs=1e-6)
+        and abs(result["other"]["mean"]) < 0.05
     )
-    assert found["top1"]["hits"] == 8 and found["difference"]["ratio"] > 3
+    assert result["top1"]["hits"] == 8 and result["difference"]["ratio"] > 3
     wrong = superres.detail(
         superres.residual_correlations(np.roll(images, 1, axis=0), images, upsampled)
     )
@@ -61,7 +62,7 @@ def test_detail_tells_right_from_other_images():
 def test_no_detail_finds_nothing():
     """Catches NaN, or every image found, for a stage that only up-samples."""
     upsampled = noise(6, 8, 2) // 2
-    found = superres.detail(
+    result = superres.detail(
         superres.residual_correlations(upsampled, upsampled + noise(6, 8, 3) // 4, upsampled)
     )
-    assert found["own"]["mean"] == 0.0 and found["top5"]["hits"] == 0
+    assert result["own"]["mean"] == 0.0 and result["top5"]["hits"] == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from launch import places, tpu_pod
+from launch import platforms, tpu_pod
 from launch.job import Job
 from tests import tiny
 
@@ -80,14 +80,14 @@ def gcloud(tmp_path, tool, monkeypatch):
 def options(where: str, *more: str) -> flags.FlagValues:
     """The options of --where and `more`."""
     values = flags.FlagValues()
-    places.define_flags(values, required=True)
+    platforms.define_flags(values, required=True)
     values(["launch", "--where", where, *more])
     return values
 
 
 def job(workdir, steps: int = 0, **fields) -> Job:
     """A job of `steps` training steps, whose arguments contain characters that need quoting."""
-    made = dict(
+    defaults = dict(
         name="run-1",
         arguments=(
             "-m",
@@ -99,4 +99,4 @@ def job(workdir, steps: int = 0, **fields) -> Job:
         retries=2,
     )
     config = tiny.config() | {"train": {"steps": steps}} if steps else {}
-    return Job(**made | {"config": config} | fields)
+    return Job(**defaults | {"config": config} | fields)

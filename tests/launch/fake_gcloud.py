@@ -78,14 +78,14 @@ def main(argv: list[str]) -> None:
 
 def plan() -> dict:
     """The plan of the newest resource."""
-    made = json.loads((HERE / "made").read_text()) if (HERE / "made").exists() else 0
+    created = json.loads((HERE / "created").read_text()) if (HERE / "created").exists() else 0
     entries = json.loads((HERE / "plan.json").read_text())
-    return entries[min(made, len(entries)) - 1] if made else entries[0]
+    return entries[min(created, len(entries)) - 1] if created else entries[0]
 
 
 def create(command: str, rest: list[str], options: dict) -> None:
-    made = json.loads((HERE / "made").read_text()) if (HERE / "made").exists() else 0
-    (HERE / "made").write_text(str(made + 1))
+    created = json.loads((HERE / "created").read_text()) if (HERE / "created").exists() else 0
+    (HERE / "created").write_text(str(created + 1))
     if plan()["create"]:
         fail(plan()["create"])
     nodes = (
@@ -108,7 +108,7 @@ def resource() -> dict:
 
 
 def describe(command: str, rest: list[str], options: dict) -> None:
-    found = resource()
+    result = resource()
     if command.startswith("tpu-vm"):
         print(
             json.dumps(
@@ -116,10 +116,10 @@ def describe(command: str, rest: list[str], options: dict) -> None:
             )
         )
         return
-    state, found["states"] = found["states"][0], found["states"][1:] or found["states"]
-    (HERE / "resource").write_text(json.dumps(found))
+    state, result["states"] = result["states"][0], result["states"][1:] or result["states"]
+    (HERE / "resource").write_text(json.dumps(result))
     error = {"failedData": {"error": {"message": "no capacity"}}} if state == "FAILED" else {}
-    print(json.dumps({"name": found["name"], "state": {"state": state, **error}}))
+    print(json.dumps({"name": result["name"], "state": {"state": state, **error}}))
 
 
 def delete(command: str, rest: list[str], options: dict) -> None:
@@ -167,8 +167,8 @@ def ssh(command: str, rest: list[str], options: dict) -> None:
             for process in running:
                 process.kill()
             fail("[/usr/bin/ssh] exited with return code [255].", 255)
-        found = resource() | {"states": ["SUSPENDED"]}
-        (HERE / "resource").write_text(json.dumps(found))
+        result = resource() | {"states": ["SUSPENDED"]}
+        (HERE / "resource").write_text(json.dumps(result))
         for process, log in zip(running, logs):
             os.killpg(int((log.parent / "pid").read_text()), 9)
             process.wait()
@@ -185,17 +185,17 @@ def cat(command: str, rest: list[str], options: dict) -> None:
 
 
 def ls(command: str, rest: list[str], options: dict) -> None:
-    found = sorted((HERE / "buckets").glob(rest[0].removeprefix("gs://")))
-    if not found:
+    paths = sorted((HERE / "buckets").glob(rest[0].removeprefix("gs://")))
+    if not paths:
         fail("One or more URLs matched no objects.")
     if "json" in options:
         updated = [
             time.strftime("%Y-%m-%dT%H:%M:%S+0000", time.gmtime(path.stat().st_mtime))
-            for path in found
+            for path in paths
         ]
         print(json.dumps([{"metadata": {"updated": when}} for when in updated]))
     else:
-        print("\n".join(f"gs://{path.relative_to(HERE / 'buckets')}" for path in found))
+        print("\n".join(f"gs://{path.relative_to(HERE / 'buckets')}" for path in paths))
 
 
 if __name__ == "__main__":

@@ -40,10 +40,10 @@ HERE = Path(os.environ["FAKE_SLURM"])
 
 
 def known(words: list[str], options: set[str]) -> dict[str, str]:
-    found = dict(word.removeprefix("--").partition("=")[::2] for word in words)
-    if unknown := found.keys() - options:
+    given = dict(word.removeprefix("--").partition("=")[::2] for word in words)
+    if unknown := given.keys() - options:
         sys.exit(f"unrecognized option {sorted(unknown)}")
-    return found
+    return given
 
 
 def sbatch(argv: list[str]) -> None:
@@ -54,8 +54,8 @@ def sbatch(argv: list[str]) -> None:
         for line in lines
         if line.startswith("#SBATCH ")
     ]
-    found = known([*argv[:-1], *words], SBATCH)
-    (HERE / "job.json").write_text(json.dumps({"script": argv[-1], **found}))
+    given = known([*argv[:-1], *words], SBATCH)
+    (HERE / "job.json").write_text(json.dumps({"script": argv[-1], **given}))
     print("17")
 
 
@@ -87,7 +87,7 @@ def srun(argv: list[str]) -> None:
     nodes = options.get("nodelist", ",".join(f"n{i}" for i in range(tasks)))
     running = []
     for i in range(tasks):
-        place = {
+        variables = {
             "SLURM_PROCID": i,
             "SLURM_NTASKS": tasks,
             "SLURM_LOCALID": 0,
@@ -95,7 +95,7 @@ def srun(argv: list[str]) -> None:
         }
         running.append(
             subprocess.Popen(
-                argv[at:], env=os.environ | {name: str(value) for name, value in place.items()}
+                argv[at:], env=os.environ | {name: str(value) for name, value in variables.items()}
             )
         )
         with open(HERE / "tasks", "a") as file:

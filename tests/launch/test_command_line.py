@@ -5,7 +5,7 @@ import re
 import pytest
 
 from launch import __main__ as command_line
-from launch import places, status, sweep
+from launch import platforms, status, sweep
 from tests.launch.test_job import CONFIG, LOCAL, NEEDED, read
 
 
@@ -205,7 +205,7 @@ def test_mistakes_are_one_line_before_anything_starts(argv, message, capsys):
     assert message in error and error.count("\n") == 1 and "hf_x" not in error
 
 
-@pytest.mark.parametrize("where", places.PLACES)
+@pytest.mark.parametrize("where", platforms.PLATFORMS)
 def test_dry_run_starts_nothing_and_shows_no_secret(where, monkeypatch, capsys, tmp_path):
     """Catches --dry-run that submits, shows a secret's value or needs the cluster's tool."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")

@@ -163,13 +163,19 @@ def test_buckets_that_a_training_reads_are_mounted(tmp_path, monkeypatch):
     """Catches a bucket that is not mounted: named in the config file or by its mount point."""
     config = {"data": {"path": "gs://c/d"}}
     monkeypatch.setattr(jobs, "read_config", lambda *_: config)
-    made = jobs.training("", "configs/base_64.py", ["--config.seed=1"], "gs://b/r", "tpu")
-    assert made.command()[-1] == "--config.data.path=/mnt/gs/c/d" and made.buckets == ("b", "c")
+    one_job = jobs.training("", "configs/base_64.py", ["--config.seed=1"], "gs://b/r", "tpu")
+    assert one_job.command()[-1] == "--config.data.path=/mnt/gs/c/d" and one_job.buckets == (
+        "b",
+        "c",
+    )
     config["data"]["path"] = "/mnt/gs/e/d"
-    made = jobs.training(
+    one_job = jobs.training(
         "", "configs/base_64.py", ["--config.data.path=/mnt/gs/e/d"], "gs://b/r", "tpu"
     )
-    assert made.command()[-1] == "--config.data.path=/mnt/gs/e/d" and made.buckets == ("b", "e")
+    assert one_job.command()[-1] == "--config.data.path=/mnt/gs/e/d" and one_job.buckets == (
+        "b",
+        "e",
+    )
 
 
 def test_stages_have_their_own_fields_and_topologies():
@@ -198,10 +204,10 @@ def test_stages_have_their_own_fields_and_topologies():
 
 
 def test_any_verb_can_be_launched():
-    """Catches options of the verb taken for options of launch, or the reverse."""
-    verb = ("prepare_data", "--source=emoji", "--encoder=t5_tiny", "--output=a b", "--dry_run")
-    (job,), options = read("--where=local", "--workdir=/r", "--dry-run", "--", *verb)
-    assert job.arguments == ("-m", f"imagen_jax.{verb[0]}", *verb[1:]) and options.dry_run
+    """Catches options of the command taken for options of launch, or the reverse."""
+    command = ("prepare_data", "--source=emoji", "--encoder=t5_tiny", "--output=a b", "--dry_run")
+    (job,), options = read("--where=local", "--workdir=/r", "--dry-run", "--", *command)
+    assert job.arguments == ("-m", f"imagen_jax.{command[0]}", *command[1:]) and options.dry_run
     (job,), _ = read(*LOCAL, "--workdir=/r", "--", "--init_from=embedded:base_16")
     assert (
         job.arguments[-1] == "--init_from=embedded:base_16"
@@ -291,9 +297,9 @@ def test_a_tools_complaint_says_what_to_do(text, shown):
 
 def test_the_verbs_are_those_there_are():
     """Catches a command that launch does not know, and a module that is not a command."""
-    from tests.test_layering import VERBS
+    from tests.test_layering import COMMANDS
 
-    assert set(jobs.VERBS) == VERBS
+    assert set(jobs.VERBS) == COMMANDS
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_processes_are_told_their_place(tmp_path, capfdbinary, monkeypatch):
     first, second = (told(tmp_path / "run", i)[0] for i in (0, 1))
     host, port = first["JAX_COORDINATOR_ADDRESS"].split(":")
     assert host == "127.0.0.1" and int(port) in local.PORTS
-    assert [found.pop("JAX_PROCESS_ID") for found in (first, second)] == [
+    assert [result.pop("JAX_PROCESS_ID") for result in (first, second)] == [
         "0",
         "1",
     ] and first == second
@@ -137,8 +137,8 @@ def test_failures_are_repeated_so_often_and_mistakes_never(tmp_path):
         == 128 + signal.SIGKILL
     )
     for code in exit_codes.FINAL:
-        made = program(tmp_path, [code], name=f"final_{code}", retries=2)
-        assert local.run([made], options("local")) == code
+        one_job = program(tmp_path, [code], name=f"final_{code}", retries=2)
+        assert local.run([one_job], options("local")) == code
         assert len(told(tmp_path / f"final_{code}", 0)) == 1
     row = status.read(job(tmp_path / "final_2"))
     assert (row.state, row.detail) == ("failed", "exit code 2; error: a field is wrong")
@@ -202,13 +202,13 @@ def test_jobs_side_by_side_do_not_end_one_another(tmp_path, capfd):
     assert "hello from 1" in (tmp_path / "sr" / "launch" / local.LOG).read_text()
 
 
-def start(made, stdout: int, *more: str) -> subprocess.Popen:
+def start(one_job, stdout: int, *more: str) -> subprocess.Popen:
     """A launcher in a process of its own."""
     source = f"""
 import sys
 from launch import local
 from tests.launch.conftest import job, options
-jobs = [job({made.workdir!r}, arguments={made.arguments!r})]
+jobs = [job({one_job.workdir!r}, arguments={one_job.arguments!r})]
 sys.exit(local.run(jobs, options("local", *{more!r})))
 """
     environment = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
@@ -255,31 +255,32 @@ def test_a_signal_reaches_every_process_and_starts_nothing_again(tmp_path):
 @pytest.mark.parametrize("saved, state", [(8, "finished"), (4, "stopped")])
 def test_exit_code_0_is_the_end_only_at_the_last_step(tmp_path, saved, state):
     """Catches a training that saved and stopped on request but is recorded as finished."""
-    made = program(tmp_path, [0], steps=8)
+    one_job = program(tmp_path, [0], steps=8)
     (tmp_path / "run" / "checkpoints" / str(saved)).mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / str(saved) / "SHA256SUMS").touch()
-    assert local.run([made], options("local")) == 0
-    assert json.loads((made.record / status.RECORD).read_text())["state"] == state
+    assert local.run([one_job], options("local")) == 0
+    assert json.loads((one_job.record / status.STATE_FILE).read_text())["state"] == state
 
 
 @pytest.mark.parametrize("does", ["wait", "interrupted"])
 def test_what_is_told_to_end_is_stopped(tmp_path, does):
-    """Catches a stopped verb recorded as finished (exit code 0) or as failed (130)."""
+    """Catches a stopped command recorded as finished (exit code 0) or as failed (130)."""
     process = launcher(tmp_path, [does, does])
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == local.INTERRUPTED
     assert (
-        json.loads((tmp_path / "run" / "launch" / status.RECORD).read_text())["state"] == "stopped"
+        json.loads((tmp_path / "run" / "launch" / status.STATE_FILE).read_text())["state"]
+        == "stopped"
     )
 
 
 def test_setup_has_the_variables_of_the_job(tmp_path, capfd):
     """Catches --setup that runs without the variables of --env."""
-    made = program(tmp_path, [0], setup='echo "word is $WORD"', environment={"WORD": "a 'b'"})
-    assert local.run([made], options("local")) == 0
+    one_job = program(tmp_path, [0], setup='echo "word is $WORD"', environment={"WORD": "a 'b'"})
+    assert local.run([one_job], options("local")) == 0
     assert "word is a 'b'\n" in capfd.readouterr().out
     shown = subprocess.run(
-        ["bash", "-c", local.render([made], options("local")).splitlines()[1]],
+        ["bash", "-c", local.render([one_job], options("local")).splitlines()[1]],
         capture_output=True,
         text=True,
         check=True,
@@ -315,12 +316,12 @@ def test_a_killed_launcher_leaves_nothing_running(tmp_path):
 
 def test_output_that_nobody_reads_any_more_holds_nothing_up(tmp_path):
     """Catches `python -m launch ... | head`, which blocks the training on a full pipe."""
-    made = job(
+    one_job = job(
         tmp_path / "run", arguments=("-c", "for i in range(20_000): print('a line of the log', i)")
     )
-    process = start(made, subprocess.PIPE)
+    process = start(one_job, subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
     process.wait(timeout=120)
     assert (tmp_path / "run" / "launch" / local.LOG).read_text().count("\n") == 20_000
-    assert status.read(made).state == "finished"
+    assert status.read(one_job).state == "finished"

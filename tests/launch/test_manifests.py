@@ -16,7 +16,7 @@ import yaml
 
 from imagen_jax import exit_codes
 from imagen_jax.hardware.topology import parse
-from launch import gke, places, sky, slurm, status
+from launch import gke, platforms, sky, slurm, status
 from tests.launch.conftest import HERE, job, options
 
 SCHEMAS = {
@@ -30,27 +30,27 @@ def bucket_job(topology: str, **fields):
     return job("gs://b/r", topology=parse(topology), **SECRETS | fields)
 
 
-def jobset(made, *more: str) -> dict:
+def jobset(one_job, *more: str) -> dict:
     """The rendered JobSet, validated and parsed."""
-    (read,) = yaml.safe_load_all(gke.render([made], options("gke", "--image=image:1", *more)))
+    (read,) = yaml.safe_load_all(gke.render([one_job], options("gke", "--image=image:1", *more)))
     SCHEMAS["jobset"].validate(read)
     return read
 
 
-def sky_task(made, *more: str) -> dict:
+def sky_task(one_job, *more: str) -> dict:
     """The rendered task, validated and parsed."""
-    (read,) = yaml.safe_load_all(sky.render([made], options("sky", *more)))
+    (read,) = yaml.safe_load_all(sky.render([one_job], options("sky", *more)))
     SCHEMAS["sky"].validate(read)
     return read
 
 
 def replicated(read: dict) -> tuple[dict, dict, dict]:
     """(replicated job, its job, its container) of a JobSet."""
-    (found,) = read["spec"]["replicatedJobs"]
+    (group,) = read["spec"]["replicatedJobs"]
     return (
-        found,
-        found["template"]["spec"],
-        found["template"]["spec"]["template"]["spec"]["containers"][0],
+        group,
+        group["template"]["spec"],
+        group["template"]["spec"]["template"]["spec"]["containers"][0],
     )
 
 
@@ -88,8 +88,8 @@ def test_a_jobset_asks_for_all_hosts_of_a_slice_at_once(
 ):
     """Catches pods for a part of a slice, two slices in one node pool, and unknown labels."""
     read = jobset(bucket_job(topology))
-    found, inner, container = replicated(read)
-    assert (found["replicas"], inner["parallelism"], inner["completions"]) == (slices, hosts, hosts)
+    group, inner, container = replicated(read)
+    assert (group["replicas"], inner["parallelism"], inner["completions"]) == (slices, hosts, hosts)
     assert (
         container["resources"]["limits"]
         == {"google.com/tpu": chips}
@@ -105,7 +105,7 @@ def test_a_jobset_asks_for_all_hosts_of_a_slice_at_once(
     }
     assert not {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"} & {
         entry["name"] for entry in container["env"]
-    }  # JAX finds its place by itself
+    }  # JAX finds its process index by itself
 
 
 # Messages of a Job that fails by a rule of its podFailurePolicy, as Kubernetes writes them.
@@ -176,8 +176,8 @@ def test_gpu_pods_find_the_first():
 def test_pods_have_the_buckets_and_the_secrets_by_name(monkeypatch):
     """Catches a bucket that is not mounted, a secret's value in the manifest, and lost quotes."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    made = bucket_job("v5e:4x4", setup="echo $PWD")
-    read = jobset(made, "--service_account=writer")
+    one_job = bucket_job("v5e:4x4", setup="echo $PWD")
+    read = jobset(one_job, "--service_account=writer")
     _, inner, container = replicated(read)
     pod = inner["template"]
     assert (
@@ -217,7 +217,7 @@ def test_jobsets_are_created_once(tool, tmp_path, monkeypatch, capsys):
         f"import sys; open({str(calls)!r}, 'a').write(sys.argv[1] + ' ');"
         f" print(open({str(answer)!r}).read() if sys.argv[1] == 'get' else '')",
     )
-    made, given = bucket_job("v5e:4x4", secrets=()), options("gke", "--image=i")
+    one_job, given = bucket_job("v5e:4x4", secrets=()), options("gke", "--image=i")
     for state, expected in {
         None: "get get create ",
         "": "get ",
@@ -226,7 +226,7 @@ def test_jobsets_are_created_once(tool, tmp_path, monkeypatch, capsys):
     }.items():
         answer.write_text("" if state is None else json.dumps({"status": {"terminalState": state}}))
         calls.write_text("")
-        assert places.start([made], given) == 0
+        assert platforms.start([one_job], given) == 0
         assert calls.read_text() == expected, state
 
 
@@ -283,11 +283,11 @@ def test_sky_jobs_are_submitted_once(tool, tmp_path, monkeypatch):
         f"import sys; print('Fetching', open({str(answer)!r}).read() if sys.argv[2] == 'queue' else"
         f" {note})",
     )
-    made, given = bucket_job("v5e:4x4"), options("sky")
-    for found, starts in {"run-1": False, "run-2": True}.items():
-        answer.write_text(json.dumps([{"job_name": found, "status": "RECOVERING"}]))
+    one_job, given = bucket_job("v5e:4x4"), options("sky")
+    for name, starts in {"run-1": False, "run-2": True}.items():
+        answer.write_text(json.dumps([{"job_name": name, "status": "RECOVERING"}]))
         calls.write_text("")
-        assert places.start([made], given) == 0
+        assert platforms.start([one_job], given) == 0
         assert ("jobs launch --yes --detach-run --secret HF_TOKEN" in calls.read_text()) == starts
         assert "hf_secret" not in calls.read_text()
 
@@ -333,11 +333,11 @@ def task(workdir, does: str, topology: str = "h100:2x4", **fields):
     )
 
 
-def submitted(made: list, *more: str) -> Path:
+def submitted(jobs: list, *more: str) -> Path:
     """Submits jobs; the path of their output."""
-    assert places.start(made, options("slurm", *more)) == 0
-    subprocess.run(["bash", "-n", str(made[0].record / slurm.SCRIPT)], check=True)
-    return made[0].record / "slurm-17.out"
+    assert platforms.start(jobs, options("slurm", *more)) == 0
+    subprocess.run(["bash", "-n", str(jobs[0].record / slurm.SCRIPT)], check=True)
+    return jobs[0].record / "slurm-17.out"
 
 
 @pytest.mark.parametrize(
@@ -355,13 +355,18 @@ def test_a_slurm_job(cluster, tmp_path, does, code, times):
         "--sbatch=constraint=h100",
         "--sbatch=contiguous",
     )
-    made = json.loads((cluster / "job.json").read_text())
-    assert (made["nodes"], made["ntasks-per-node"], made["gpus-per-node"], made["time"]) == (
+    request = json.loads((cluster / "job.json").read_text())
+    assert (
+        request["nodes"],
+        request["ntasks-per-node"],
+        request["gpus-per-node"],
+        request["time"],
+    ) == (
         "2",
         "1",
         "4",
         "1-00",
-    ) and "contiguous" in made
+    ) and "contiguous" in request
     assert subprocess.run(["run"]).returncode == code
     lines = [line for line in output.read_text().splitlines() if line.startswith("task")]
     assert sorted(lines) == sorted(
@@ -427,15 +432,15 @@ def test_a_mistake_of_one_stage_does_not_end_another(cluster, tmp_path):
 
 def test_a_queued_slurm_job_is_not_submitted_again(cluster, tmp_path, capsys):
     """Catches the same command twice that queues two jobs for one workdir."""
-    made = task(tmp_path / "a", "well")
-    submitted([made])
+    one_job = task(tmp_path / "a", "well")
+    submitted([one_job])
     first = (cluster / "job.json").stat().st_mtime_ns
-    assert places.start([made], options("slurm")) == 0
+    assert platforms.start([one_job], options("slurm")) == 0
     assert (
         "already running (slurm), not started again" in capsys.readouterr().out
         and (cluster / "job.json").stat().st_mtime_ns == first
     )
-    assert status.read(made).state == "submitted"
+    assert status.read(one_job).state == "submitted"
 
 
 def test_jobs_with_names_that_nothing_quotes_are_quoted():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from imagen_jax.storage import CHECKSUMS, is_kept, only_process
-from launch import places, status
+from imagen_jax.storage import CHECKSUMS, is_locked, only_process
+from launch import platforms, status
 from tests.launch.conftest import job, options
 
 
@@ -56,10 +56,10 @@ def test_the_ends_of_a_training(tmp_path):
         status.read(job(workdir(tmp_path / "done", 100, checkpoints=("100",)))).state == "finished"
     )
     stopped = job(workdir(tmp_path / "stopped", 60))
-    status.record(stopped, "local", "finished")  # a stopped training exits with 0 as well
+    status.write_state(stopped, "local", "finished")  # a stopped training exits with 0 as well
     assert status.read(stopped).state == "stopped"
     failed = job(workdir(tmp_path / "failed", 60))
-    status.record(failed, "local", "failed", "exit code 2; error: out of memory")
+    status.write_state(failed, "local", "failed", "exit code 2; error: out of memory")
     assert (status.read(failed).state, status.read(failed).detail) == (
         "failed",
         "exit code 2; error: out of memory",
@@ -131,7 +131,7 @@ def test_a_directory_in_the_place_of_a_file_is_named(tmp_path, capsys, file):
     assert status.main([str(tmp_path)]) == 0
     _, bad, good = capsys.readouterr().out.splitlines()
     assert "unreadable" in bad and f"bad/{file} is not a file" in bad and "stopped" in good
-    assert places.start([job(tmp_path / "bad")], options("local", "--dry-run")) == 0
+    assert platforms.start([job(tmp_path / "bad")], options("local", "--dry-run")) == 0
     assert f"{file} is not a file" in capsys.readouterr().out
 
 
@@ -160,15 +160,15 @@ def test_a_workdir_that_is_none_is_one_line(text, message, capsys):
 
 def test_a_failed_job_is_failed_while_its_launcher_looks_after_others(tmp_path):
     """Catches a launcher's lock that makes all of its jobs appear to run."""
-    made = job(workdir(tmp_path / "run", 10))
-    with only_process(made.record, "launching in"):
+    one_job = job(workdir(tmp_path / "run", 10))
+    with only_process(one_job.record, "launching in"):
         for state, shown in {
             "failed": "failed",
             "running": "running",
             "preempted": "preempted",
         }.items():
-            status.record(made, "tpu", state)
-            assert status.read(made).state == shown
+            status.write_state(one_job, "tpu", state)
+            assert status.read(one_job).state == shown
 
 
 def test_half_a_line_is_passed_over(tmp_path):
@@ -209,18 +209,18 @@ def test_looking_does_not_disturb(tmp_path):
     """Catches a look at the lock that prevents a run from starting."""
     source = (
         "import sys, time; from pathlib import Path; from imagen_jax import storage\nwhile True:"
-        " storage.is_kept(Path(sys.argv[1])); time.sleep(0.001)"
+        " storage.is_locked(Path(sys.argv[1])); time.sleep(0.001)"
     )
     looking = subprocess.Popen([sys.executable, "-c", source, str(tmp_path)])
     try:
         end = time.monotonic() + 1
         while time.monotonic() < end:
             with only_process(tmp_path, "training in"):
-                assert is_kept(tmp_path)
+                assert is_locked(tmp_path)
     finally:
         looking.kill()
         looking.wait()
-    assert not is_kept(tmp_path) and not is_kept(tmp_path / "nowhere")
+    assert not is_locked(tmp_path) and not is_locked(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -228,15 +228,15 @@ def test_looking_does_not_disturb(tmp_path):
 )
 def test_nothing_is_started_twice(tmp_path, monkeypatch, capsys, state, starts):
     """Catches a second training in the workdir of a finished or running one."""
-    made = job(
+    one_job = job(
         workdir(tmp_path / "run", 100, checkpoints=["100"])
         if state == "finished"
         else workdir(tmp_path / "run", 50)
     )
     ran = []
-    monkeypatch.setattr(places.local, "run", lambda jobs, _: ran.extend(jobs) or 0)
+    monkeypatch.setattr(platforms.local, "run", lambda jobs, _: ran.extend(jobs) or 0)
     with only_process(tmp_path / ("run" if state == "running" else "other"), "training in"):
-        assert places.start([made], options("local")) == 0
+        assert platforms.start([one_job], options("local")) == 0
     assert bool(ran) == starts and ("not started again" in capsys.readouterr().out) != starts
 
 

@@ -49,7 +49,7 @@ def command(tmp_path, tool, monkeypatch):
 def submitted(tmp_path: Path) -> list[str]:
     """The workdirs whose scripts were submitted since the last call."""
     path = tmp_path / "submitted"
-    found = (
+    result = (
         [
             str(Path(line).parent.parent.relative_to(tmp_path / "runs"))
             for line in path.read_text().splitlines()
@@ -58,7 +58,7 @@ def submitted(tmp_path: Path) -> list[str]:
         else []
     )
     path.write_text("")
-    return found
+    return result
 
 
 def finish(tmp_path: Path, arm: str) -> None:

@@ -71,9 +71,9 @@ def runs(tmp_path) -> list[int]:
 
 def calls(cloud, word: str) -> list[list[str]]:
     return [
-        found
+        result
         for line in (cloud / "calls").read_text().splitlines()
-        if word in (found := json.loads(line))
+        if word in (result := json.loads(line))
     ]
 
 
@@ -178,8 +178,8 @@ def test_a_crash_is_repeated_on_the_same_machines_and_a_mistake_is_not(
 def test_a_hardware_fault_is_repeated_on_other_machines(tmp_path, gcloud, checkout):
     """Catches a faulty device that computes the next attempt as well."""
     cloud = gcloud(ACTIVE, ACTIVE)
-    made = counting(tmp_path, f"{exit_codes.HARDWARE},0")
-    assert tpu_pod.supervise(made, options("tpu", *OPTIONS), poll_s=0) == 0
+    one_job = counting(tmp_path, f"{exit_codes.HARDWARE},0")
+    assert tpu_pod.supervise(one_job, options("tpu", *OPTIONS), poll_s=0) == 0
     assert runs(tmp_path) == [2, 2]
     assert len(calls(cloud, "create")) == 2 == len(calls(cloud, "delete"))
 
@@ -189,9 +189,9 @@ def test_a_second_launcher_takes_up_what_runs(tmp_path, gcloud, checkout, capfd)
     gcloud(ACTIVE)
     workers = tmp_path / "workers"
     workers.mkdir()
-    made = counting(tmp_path, "0")
-    with tpu_worker.written(made) as files:
-        for name in tpu_worker.files(made):
+    one_job = counting(tmp_path, "0")
+    with tpu_worker.written(one_job) as files:
+        for name in tpu_worker.files(one_job):
             (workers / name).write_bytes((files / name).read_bytes())
     (workers / "run.sh").write_text(
         "echo run >> count; until [ -f end ]; do sleep 0.05; done; echo 7 > exit"
@@ -280,21 +280,21 @@ def test_machines_that_ssh_never_reaches(tmp_path, gcloud, checkout, monkeypatch
     """
     monkeypatch.setattr(tpu_pod, "RECONNECTS", 2)
     cloud = gcloud(ACTIVE | {"unreachable": True})
-    made, chosen = counting(tmp_path, "0", retries=0), options("tpu", *OPTIONS)
+    one_job, chosen = counting(tmp_path, "0", retries=0), options("tpu", *OPTIONS)
     if there:
-        subprocess.run(gcloud_tool.Commands(made, chosen).create(), check=True)
-    assert tpu_pod.supervise(made, chosen, poll_s=0) == 1
+        subprocess.run(gcloud_tool.Commands(one_job, chosen).create(), check=True)
+    assert tpu_pod.supervise(one_job, chosen, poll_s=0) == 1
     assert (cloud / "resource").exists() == there
 
 
 def test_an_installation_that_fails_is_tried_again(tmp_path, gcloud, checkout):
     """Catches uv's exit code 2 taken for invalid input, which would give the pod back."""
     cloud = gcloud(ACTIVE)
-    made = counting(tmp_path, "0", retries=1)
-    made = dataclasses.replace(
-        made, setup=f"[ -f ~/tried ] || {{ touch ~/tried; exit 2; }}\n{made.setup}"
+    one_job = counting(tmp_path, "0", retries=1)
+    one_job = dataclasses.replace(
+        one_job, setup=f"[ -f ~/tried ] || {{ touch ~/tried; exit 2; }}\n{one_job.setup}"
     )
-    assert tpu_pod.supervise(made, options("tpu", *OPTIONS), poll_s=0) == 0
+    assert tpu_pod.supervise(one_job, options("tpu", *OPTIONS), poll_s=0) == 0
     assert runs(tmp_path) == [1, 1] and len(calls(cloud, "create")) == 1
 
 

@@ -118,11 +118,11 @@ def test_a_plan_of_an_earlier_version_is_made_again(tmp_path):
     """Catches times without the parts that the table shows, and a plan that does not fit, and so
     has no times, made again for ever.
     """
-    assert not scaling.made(tmp_path)
+    assert not scaling.is_planned(tmp_path)
     for content, enough in (
         ({"time": {"compute_s": 1.0, "parameter_traffic_s": 1.0}}, False),
         (planned(8, 64, 0.1, 0.05), True),
         ({"memory": {}}, True),
     ):
         (tmp_path / "plan.json").write_text(json.dumps(content))
-        assert scaling.made(tmp_path) == enough
+        assert scaling.is_planned(tmp_path) == enough

@@ -79,7 +79,7 @@ def test_the_sampler_is_the_one_that_training_runs(name, monkeypatch):
     }
     assert (
         whole_step.lower_sampler(step, rows).as_text()
-        == drawn._draw.lower(step.abstract.ema, fields).as_text()
+        == drawn._sample.lower(step.abstract.ema, fields).as_text()
     )
 
 

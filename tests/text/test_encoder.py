@@ -75,9 +75,9 @@ def test_every_encoder_has_the_interface(encoder):
         assert isinstance(one, TextEncoder)
         for method in ("tokenize", "unknown", "encode"):
             wanted = inspect.signature(getattr(TextEncoder, method)).parameters
-            found = inspect.signature(getattr(type(one), method)).parameters
-            assert list(found) == list(wanted)
-            assert [p.default for p in found.values()] == [p.default for p in wanted.values()]
+            result = inspect.signature(getattr(type(one), method)).parameters
+            assert list(result) == list(wanted)
+            assert [p.default for p in result.values()] == [p.default for p in wanted.values()]
     assert not isinstance(load_tokenizer(TOKENIZER)[0], TextEncoder)
 
 

@@ -32,8 +32,8 @@ def test_every_track_follows_the_parameters_by_its_own_decay():
     """Catches tracks that share one decay, are swapped, follow the old parameters or follow one
     another.
     """
-    made = tiny.config(**tiny.ONE_LEVEL_UNET, optim__ema=0.9, optim__ema_tracks=(0.5, 0.0))
-    stage, optimizer, step = tiny.stage_and_step(made)
+    config = tiny.config(**tiny.ONE_LEVEL_UNET, optim__ema=0.9, optim__ema_tracks=(0.5, 0.0))
+    stage, optimizer, step = tiny.stage_and_step(config)
     state = jax.jit(lambda: initial_state(stage, optimizer, 0, 2))()
     step = jax.jit(step)
     batch = jax.device_put(tiny.batch(stage, 8))

@@ -16,11 +16,11 @@ from tests import tiny
 @pytest.fixture(scope="module")
 def base():
     """(config, stage, jitted step, state) of a small base stage, its parameters perturbed."""
-    made = tiny.config(**tiny.ONE_LEVEL_UNET, optim__warmup=0)
-    stage, optimizer, step = tiny.stage_and_step(made)
+    config = tiny.config(**tiny.ONE_LEVEL_UNET, optim__warmup=0)
+    stage, optimizer, step = tiny.stage_and_step(config)
     state = jax.jit(lambda: initial_state(stage, optimizer, 0))()
     state = state.replace(params=tiny.perturbed(state.params))
-    return made, stage, jax.jit(step), state
+    return config, stage, jax.jit(step), state
 
 
 def test_accumulation_equals_the_full_batch():
@@ -61,10 +61,10 @@ def test_random_numbers_do_not_depend_on_the_sites_defaults():
     """Catches a generator, or its way of dividing numbers over devices, that a site's default
     changes on a resume without a word.
     """
-    made = tiny.config("sr_256", **tiny.ONE_LEVEL_FIELDS)
+    config = tiny.config("sr_256", **tiny.ONE_LEVEL_FIELDS)
 
     def first_loss():
-        stage, optimizer, step = tiny.stage_and_step(made)
+        stage, optimizer, step = tiny.stage_and_step(config)
         state = jax.jit(lambda: initial_state(stage, optimizer, 0))()
         # The loss alone: the rest of the step, which has no random numbers, is not compiled.
         return float(jax.jit(lambda *args: step(*args)[1]["loss"])(state, tiny.batch(stage, 8)))
@@ -78,14 +78,14 @@ def test_update_moves_parameters_and_ema(base):
     """Catches an EMA of the old parameters, a decay that is swapped with its complement, and an
     update with the wrong sign.
     """
-    made, stage, step, state = base
+    config, stage, step, state = base
     batch = jax.device_put(tiny.batch(stage, 8))
     new, metrics = step(state, batch)
-    decay = min(made["optim"]["ema"], 1 / 10)
+    decay = min(config["optim"]["ema"], 1 / 10)
     expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, new.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.ema, expected)
-    assert int(new.step) == 1 and float(metrics["optim/lr"]) == pytest.approx(made["optim"]["lr"])
-    key = jax.random.fold_in(jax.random.key(made["seed"]), 0)
+    assert int(new.step) == 1 and float(metrics["optim/lr"]) == pytest.approx(config["optim"]["lr"])
+    key = jax.random.fold_in(jax.random.key(config["seed"]), 0)
     loss = jax.jit(
         lambda params: stage.per_sample_loss(
             params, batch, stage.draw(jax.random.split(key)[0], 8)
@@ -141,8 +141,8 @@ def test_learning_rate():
 @pytest.mark.parametrize("name", ["base_64", "sr_256"])
 def test_weight_decay_acts_on_kernels_only(optimizer, name):
     """Catches decay of norms' scales, biases or the learned query, and kernels without decay."""
-    made = tiny.config(name, optim__optimizer=optimizer, optim__weight_decay=0.5, optim__warmup=0)
-    stage, transformation, _ = tiny.stage_and_step(made)
+    config = tiny.config(name, optim__optimizer=optimizer, optim__weight_decay=0.5, optim__warmup=0)
+    stage, transformation, _ = tiny.stage_and_step(config)
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
     zero = jax.tree.map(np.zeros_like, params)
@@ -151,17 +151,17 @@ def test_weight_decay_acts_on_kernels_only(optimizer, name):
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
         kind = "kernel" if path[-1].key == "kernel" else "other"
         moved[kind] |= set(np.asarray(update).ravel().tolist())
-    decay = 0.5 * (made["optim"]["lr"] if optimizer == "adam" else 1.0)
+    decay = 0.5 * (config["optim"]["lr"] if optimizer == "adam" else 1.0)
     assert moved["other"] == {0.0} and list(moved["kernel"]) == [pytest.approx(-decay)]
 
 
 def test_no_weight_decay_is_the_same_to_the_bit():
     """Catches a mask that changes the arithmetic or the state of runs without weight decay."""
-    made = tiny.config(optim__warmup=0)["optim"]
-    ours = optim.make_optimizer(made, 10)
-    rate = optim.learning_rate(made, 10)
-    plain = optax.adamw(rate, made["beta1"], made["beta2"], made["eps"], weight_decay=0.0)
-    theirs = optax.chain(optax.clip_by_global_norm(made["clip"]), plain)
+    config = tiny.config(optim__warmup=0)["optim"]
+    ours = optim.make_optimizer(config, 10)
+    rate = optim.learning_rate(config, 10)
+    plain = optax.adamw(rate, config["beta1"], config["beta2"], config["eps"], weight_decay=0.0)
+    theirs = optax.chain(optax.clip_by_global_norm(config["clip"]), plain)
     params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8)), "bias": jnp.ones(8)}
     grads = jax.tree.map(jnp.cos, params)
     states = [one.init(params) for one in (ours, theirs)]
@@ -237,10 +237,10 @@ def test_forward_flops_by_shapes(name):
     """Catches FLOPs that are off by a factor: 2 a multiply-add of convolutions and matrix products,
     which are nearly all of a wide network's.
     """
-    made = tiny.config(name)
-    made["data"] |= {"image_size": 32, "lowres_size": 16 if made["data"]["lowres_size"] else 0}
-    made["model"] |= {"channels": 64} if name == "base_64" else {"widths": (64, 64)}
-    stage, _, _ = tiny.stage_and_step(made)
+    config = tiny.config(name)
+    config["data"] |= {"image_size": 32, "lowres_size": 16 if config["data"]["lowres_size"] else 0}
+    config["model"] |= {"channels": 64} if name == "base_64" else {"widths": (64, 64)}
+    stage, _, _ = tiny.stage_and_step(config)
     params = jax.eval_shape(stage.init, jax.random.key(0))
     batch = {field: jax.ShapeDtypeStruct(*shape) for field, shape in stage.batch_shapes(1).items()}
     traced = jax.make_jaxpr(

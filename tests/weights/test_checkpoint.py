@@ -56,11 +56,11 @@ def test_each_ema_track_is_read_by_its_number(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, state, META)
     checkpoints.wait()
-    found = {
+    result = {
         which: load_params(tmp_path, which)[0]["w"][0]
         for which in ("params", "ema", "ema_1", "ema_2")
     }
-    assert found == {"params": 0.0, "ema": 1.0, "ema_1": 2.0, "ema_2": 3.0}
+    assert result == {"params": 0.0, "ema": 1.0, "ema_1": 2.0, "ema_2": 3.0}
     with pytest.raises(ValueError, match="has no 'ema_3'; it holds ema, ema_1, ema_2, params"):
         load_params(tmp_path, "ema_3")
 

@@ -54,13 +54,13 @@ def test_every_moment_of_our_part_of_a_save_is_safe(saved, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", copied(shutil.rmtree))
     save(Checkpoints(saved, keep=1), 30)
     monkeypatch.undo()
-    found = []
+    result = []
     for copy in copies:
-        found.append(Checkpoints(copy, keep=1).latest_good())
+        result.append(Checkpoints(copy, keep=1).latest_good())
         assert find_all_intact(copy), copy
-    assert found == sorted(found) and {20, 30} == set(found) and len(copies) > 15
+    assert result == sorted(result) and {20, 30} == set(result) and len(copies) > 15
     assert Checkpoints(saved, keep=1).steps() == [30]
-    last_before = copies[found.index(30) - 1]
+    last_before = copies[result.index(30) - 1]
     save(Checkpoints(last_before, keep=1), 30)
     assert sorted(p.name for p in last_before.iterdir()) == ["30"]
     assert_restores(last_before, 30)

@@ -86,8 +86,8 @@ def test_the_family_is_read_from_the_config(directory):
     config = directory / "config.json"
     expected = load_text_encoder(str(directory), 20).encode(["a red apple"], 1)[0]
     rewrite(config, lambda raw: (raw.pop("model_type"), raw.pop("architectures")))
-    found = load_text_encoder(str(directory), 20).encode(["a red apple"], 1)[0]
-    np.testing.assert_array_equal(found, expected)
+    result = load_text_encoder(str(directory), 20).encode(["a red apple"], 1)[0]
+    np.testing.assert_array_equal(result, expected)
     rewrite(config, lambda raw: raw.update(model_type="bert"))
     with pytest.raises(
         ValueError, match=r"unknown text encoder \(bert\): the supported families are"

@@ -30,13 +30,13 @@ def about() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The installed libraries among LIBRARIES."""
-    found = {}
+    installed = {}
     for name in LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def memory_limit() -> int | None:
@@ -51,19 +51,23 @@ def memory_peak() -> int | None:
 
 def compiled_bytes(compiled: Any) -> dict[str, int]:
     """The compiler's figures of a program: its peak memory and its total allocation."""
-    found = compiled.memory_analysis()
-    if found is None:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
         return {}
-    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    allocated = held + found.temp_size_in_bytes
-    peak = getattr(found, "peak_memory_in_bytes", 0) or allocated
+    held = (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
+    allocated = held + analysis.temp_size_in_bytes
+    peak = getattr(analysis, "peak_memory_in_bytes", 0) or allocated
     return {"compiler_peak_bytes": int(peak), "compiler_allocated_bytes": int(allocated)}
 
 
-def fits(found: dict[str, int]) -> bool:
+def fits(analysis: dict[str, int]) -> bool:
     """Whether a program of these `compiled_bytes` fits the device; True if unknown."""
     limit = memory_limit()
-    return not found or limit is None or max(found.values()) <= SPARE * limit
+    return not analysis or limit is None or max(analysis.values()) <= SPARE * limit
 
 
 def seconds_of(call: Callable[[], Any]) -> float:

@@ -31,21 +31,21 @@ TINY_FIELDS = {
 def stage_config(model: str, tiny: bool, batch: int = 1, **model_fields: Any) -> dict[str, Any]:
     """The config of a measured network on one device, without accumulation."""
     name, arg = MODELS[model]
-    made = package.config(name, "tiny" if tiny else arg)
-    made["mesh"].update(data=1, fsdp=1, model=1, spatial=1)
-    made["data"]["batch_size"] = batch
-    made["optim"]["accumulation"] = 1
+    content = package.config(name, "tiny" if tiny else arg)
+    content["mesh"].update(data=1, fsdp=1, model=1, spatial=1)
+    content["data"]["batch_size"] = batch
+    content["optim"]["accumulation"] = 1
     if tiny:
-        made["model"].update(TINY_FIELDS[made["model"]["family"]])
-        made["text"]["dim"], made["data"]["text_length"] = TINY_TEXT
-    made["model"].update(model_fields)
-    return made
+        content["model"].update(TINY_FIELDS[content["model"]["family"]])
+        content["text"]["dim"], content["data"]["text_length"] = TINY_TEXT
+    content["model"].update(model_fields)
+    return content
 
 
 def hashed(shape: tuple[int, ...], salt: int) -> jax.Array:
     """Uniform values of mean 0 and deviation 1 from an integer hash of their index."""
-    place = jax.lax.iota(jnp.uint32, math.prod(shape)) + jnp.uint32((salt * 40503) % 2**32)
-    mixed = place * jnp.uint32(2654435761)
+    position = jax.lax.iota(jnp.uint32, math.prod(shape)) + jnp.uint32((salt * 40503) % 2**32)
+    mixed = position * jnp.uint32(2654435761)
     mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(2246822519)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(3266489917)
     unit = (mixed ^ (mixed >> 16)).astype(jnp.float32) / 2.0**32 - 0.5
@@ -55,7 +55,7 @@ def hashed(shape: tuple[int, ...], salt: int) -> jax.Array:
 def parameters(shapes: Any, dtype: Any = jnp.float32) -> Any:
     """Parameters of these shapes: norms near 1, kernels of variance 1 over fan-in. Traceable."""
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
-    made = []
+    filled = []
     for salt, (path, leaf) in enumerate(leaves):
         values = hashed(leaf.shape, salt)
         name = str(getattr(path[-1], "key", path[-1]))
@@ -65,8 +65,8 @@ def parameters(shapes: Any, dtype: Any = jnp.float32) -> Any:
             values = values * math.prod(leaf.shape[:-1]) ** -0.5
         else:
             values = 0.02 * values
-        made.append(values.astype(dtype))
-    return jax.tree.unflatten(jax.tree.structure(shapes), made)
+        filled.append(values.astype(dtype))
+    return jax.tree.unflatten(jax.tree.structure(shapes), filled)
 
 
 def stage_parameters(stage: package.Stage, dtype: Any = jnp.float32) -> Any:
@@ -95,13 +95,13 @@ def train_state(program: package.TrainProgram) -> Any:
 def synthetic_batch(shapes: dict[str, tuple[tuple[int, ...], Any]]) -> dict[str, np.ndarray]:
     """Random values for the fields that a step reads; captions differ in length."""
     rng = np.random.default_rng(0)
-    made = {}
+    batch_arrays = {}
     for name, (shape, dtype) in shapes.items():
         if name == "text_mask":
             lengths = rng.integers(1, shape[1] + 1, shape[0])
-            made[name] = np.arange(shape[1]) < lengths[:, None]
+            batch_arrays[name] = np.arange(shape[1]) < lengths[:, None]
         elif name == "text":
-            made[name] = rng.standard_normal(shape, np.float32).astype(dtype)
+            batch_arrays[name] = rng.standard_normal(shape, np.float32).astype(dtype)
         else:
-            made[name] = rng.integers(0, 256, shape, np.uint8)
-    return made
+            batch_arrays[name] = rng.integers(0, 256, shape, np.uint8)
+    return batch_arrays

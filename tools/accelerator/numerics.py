@@ -45,21 +45,21 @@ def bf16(model: str, tiny: bool) -> dict[str, Any]:
 
 
 def sampler(method: str) -> dict[str, Any]:
-    """The largest pixel difference between the embedded base drawn here and on a CPU, in fp32."""
+    """The largest pixel difference between the embedded base sampled here and on a CPU, in fp32."""
     config = package.config("base_64", "demo")
     sampling = config["sampling"] | {"method": method, "steps": SAMPLER_STEPS, "w": 3.0}
     stage, params = package.embedded_base(sampling)
     shapes = {k: v for k, v in stage.batch_shapes(ROWS).items() if k.startswith("text")}
     batch = models.synthetic_batch(shapes)
     batch["text"] = np.where(batch["text_mask"][..., None], batch["text"], 0)
-    drawn = []
+    samples = []
     for device in (jax.devices()[0], jax.devices("cpu")[0]):
         with jax.default_device(device), jax.default_matmul_precision("highest"):
             here = jax.device_put((params, batch), device)
             keys = jax.random.split(jax.random.key(1, impl="threefry2x32"), ROWS)
-            draw = jax.jit(lambda p, k, b: stage.sample(p, k, b, sampling))
-            drawn.append(np.asarray(draw(here[0], keys, here[1]), np.float64))
-    error = np.abs(drawn[0] - drawn[1]).max()
+            sample = jax.jit(lambda p, k, b: stage.sample(p, k, b, sampling))
+            samples.append(np.asarray(sample(here[0], keys, here[1]), np.float64))
+    error = np.abs(samples[0] - samples[1]).max()
     return judged(f"{method}, {SAMPLER_STEPS} steps, against the CPU", error, SAMPLER_TOLERANCE)
 
 

@@ -42,7 +42,7 @@ BESIDE = 3
 LEAST = 15.0  # seconds below which a trial is not started
 # Stage of the cascade -> config file.
 CASCADE = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}
-DRAW_S, START_S = 75.0, 12.0  # of the pictures: what drawing and a trainer's imports may take
+SAMPLE_S, START_S = 75.0, 12.0  # of the pictures: what sampling and a trainer's imports may take
 
 
 class Parts:
@@ -144,20 +144,20 @@ class Parts:
 
     def train_speed(self) -> None:
         """Measures each network's train step in turn, then runs the trials on the slowest."""
-        found, known = {}, {}
+        best, known = {}, {}
         for model in self.models:
             outcome = self._open("train_speed", model)
             known[model] = {k: v for k, v in outcome.last("facts").items() if k != "what"}
             if steps := [r for r in outcome.records if r["what"] == "step"]:
-                found[model] = max(steps, key=lambda step: step["images_per_s"])
-        if not found:
+                best[model] = max(steps, key=lambda step: step["images_per_s"])
+        if not best:
             return
-        slowest = min(found, key=lambda model: found[model].get("mfu") or 0.0)
+        slowest = min(best, key=lambda model: best[model].get("mfu") or 0.0)
         facts = {k: v for k, v in known[slowest].items() if k != "model"}
         for label, (flags, fields, attention) in list(TRIALS.items())[: self.trials]:
             if self.session.left() < LEAST:
                 break
-            arguments = {"model": slowest, "known": facts, "batch": found[slowest]["batch"]}
+            arguments = {"model": slowest, "known": facts, "batch": best[slowest]["batch"]}
             arguments |= {"fields": fields, "attention": attention}
             self.session.task(
                 "train_speed", f"trial: {slowest}, {label}", "train_speed", arguments,
@@ -180,14 +180,14 @@ class Parts:
             run("PyTorch, compiled", self._compared("torch", compiled=True))
 
     def pictures(self) -> None:
-        """Trains the stages of the demo cascade side by side, exports them and draws samples."""
+        """Trains the stages of the demo cascade side by side, exports them and samples."""
         session, python = self.session, [sys.executable, "-m"]
         if not session.finish("pictures", "data", self._data, session.left()).done:
             return
         variant, data = "tiny" if session.tiny else "demo", session.work / "data"
-        drawing = {"data": str(data), "directory": str(session.work), "output": ""}
-        prompts = self._start_task("prompts", "drawing", drawing | {"what": "prompts"})
-        train_s = session.left() - DRAW_S
+        task = {"data": str(data), "directory": str(session.work), "output": ""}
+        prompts = self._start_task("prompts", "contact_sheet", task | {"what": "prompts"})
+        train_s = session.left() - SAMPLE_S
         if train_s < 2 * START_S:
             session.results.add("pictures", "training", "not started: no time left", 0.0, [])
             return
@@ -206,10 +206,10 @@ class Parts:
             session.results.extend("pictures", stage, read_metrics(session.work / stage, stage))
         write_training_log(session, CASCADE)
         session.finish("pictures", "prompts", prompts, session.left())
-        self._export_and_draw(trained, drawing)
+        self._export_and_sample(trained, task)
 
-    def _export_and_draw(self, trained: Sequence[str], drawing: dict[str, Any]) -> None:
-        """Exports the trained stages' EMA weights in bf16 and draws a contact sheet.
+    def _export_and_sample(self, trained: Sequence[str], task: dict[str, Any]) -> None:
+        """Exports the trained stages' EMA weights in bf16 and writes a contact sheet.
 
         A stage that was not trained is replaced by the package's own.
         """
@@ -228,9 +228,9 @@ class Parts:
         for stage, process in exports.items():
             session.finish("pictures", f"export {stage}", process, max(5.0, session.left()))
         if outcome.done:
-            sheet = drawing | {"what": "sheet", "directory": str(drawn)}
+            sheet = task | {"what": "sheet", "directory": str(drawn)}
             sheet["output"] = str(session.results.output / "pictures.png")
-            session.task("pictures", "sheet", "drawing", sheet, max(5.0, session.left()))
+            session.task("pictures", "sheet", "contact_sheet", sheet, max(5.0, session.left()))
 
 
 def read_junit(path: Path) -> list[dict[str, Any]]:
@@ -248,8 +248,8 @@ def read_junit(path: Path) -> list[dict[str, Any]]:
             skipped += 1
         else:
             passed += 1
-    found = {"passed": passed, "failed": len(failures), "skipped": skipped}
-    return [{"what": "tests"} | found | {"failures": failures}]
+    counts = {"passed": passed, "failed": len(failures), "skipped": skipped}
+    return [{"what": "tests"} | counts | {"failures": failures}]
 
 
 def read_metrics(workdir: Path, stage: str) -> list[dict[str, Any]]:
@@ -258,8 +258,13 @@ def read_metrics(workdir: Path, stage: str) -> list[dict[str, Any]]:
     if not rows:
         return []
     speeds = sorted(r["time/images_per_s"] for r in rows[1:] if "time/images_per_s" in r)
-    found = {"what": "trained", "stage": stage, "steps": rows[-1]["step"], "loss": rows[-1]["loss"]}
-    return [found | {"images_per_s": speeds[len(speeds) // 2] if speeds else None}]
+    summary = {
+        "what": "trained",
+        "stage": stage,
+        "steps": rows[-1]["step"],
+        "loss": rows[-1]["loss"],
+    }
+    return [summary | {"images_per_s": speeds[len(speeds) // 2] if speeds else None}]
 
 
 def training_rows(workdir: Path) -> list[dict[str, Any]]:

@@ -152,8 +152,8 @@ class Session:
             size = process.records.stat().st_size if process.records.exists() else 0
             if size != seen:
                 seen = size
-                found = read_records(process.records)
-                self.results.add(part, name, "running", process.seconds, found)
+                complete = read_records(process.records)
+                self.results.add(part, name, "running", process.seconds, complete)
             time.sleep(POLL)
         if code is None:
             stop(process.popen)
@@ -214,10 +214,10 @@ def last_line(output: bytes) -> str:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a records file."""
-    found = []
+    complete = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            found.append(json.loads(line))
+            complete.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return complete

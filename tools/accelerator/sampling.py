@@ -32,10 +32,10 @@ def run(emit: Callable, model: str, batches: Sequence[int], tiny: bool, gate: st
         rows = wanted
         while rows >= 1:
             program, first = first or (lambda: compiled(stage, sampling, rows)), None
-            found, message = measuring.tried(lambda: timed(stage, params, program, rows))
-            if found:
-                found["guidance"] = sampling["w"]
-                emit("drawn", wanted=wanted, batch=rows, **extrapolated(found, wanted, rows, full))
+            timing, message = measuring.tried(lambda: timed(stage, params, program, rows))
+            if timing:
+                timing["guidance"] = sampling["w"]
+                emit("drawn", wanted=wanted, batch=rows, **extrapolated(timing, wanted, rows, full))
                 break
             emit("too_large", batch=rows, message=message)
             rows //= 2
@@ -55,20 +55,23 @@ def keys_of(rows: int) -> jax.Array:
 
 
 def compiled(stage: package.Stage, sampling: dict[str, Any], rows: int) -> tuple[Any, float]:
-    """(program that draws `rows` images with few steps, seconds of its compilation)."""
+    """(program that samples `rows` images with few steps, seconds of its compilation)."""
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in inputs(stage, rows).items()}
     keys = jax.eval_shape(lambda: keys_of(rows))
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
     params = jax.eval_shape(lambda: models.parameters(shapes, jnp.bfloat16))
-    draw = lambda p, k, b: package.to_uint8(stage.sample(p, k, b, sampling))
+    sample = lambda p, k, b: package.to_uint8(stage.sample(p, k, b, sampling))
     started = time.monotonic()
-    program = jax.jit(draw).lower(params, keys, batch).compile()
+    program = jax.jit(sample).lower(params, keys, batch).compile()
     return program, time.monotonic() - started
 
 
-def timed(stage: package.Stage, params: Any, made: Any, rows: int) -> dict[str, Any]:
-    """Seconds of a call of a compiled program; `made` is its result, or a call that returns it."""
-    program, compile_s = made() if callable(made) else made
+def timed(stage: package.Stage, params: Any, pair: Any, rows: int) -> dict[str, Any]:
+    """Seconds of a call of a program.
+
+    pair: (program, seconds of its compilation), or a call that returns them.
+    """
+    program, compile_s = pair() if callable(pair) else pair
     batch = jax.device_put(models.synthetic_batch(inputs(stage, rows)))
     keys = keys_of(rows)
     jax.block_until_ready(program(params, keys, batch))
@@ -76,8 +79,8 @@ def timed(stage: package.Stage, params: Any, made: Any, rows: int) -> dict[str, 
     return measuring.median(times) | {"compile_s": compile_s}
 
 
-def extrapolated(found: dict[str, Any], wanted: int, rows: int, full: int) -> dict[str, Any]:
+def extrapolated(timing: dict[str, Any], wanted: int, rows: int, full: int) -> dict[str, Any]:
     """The times, extrapolated to all steps and to `wanted` images in batches of `rows`."""
-    batch_s = found["seconds"] * full / STEPS * wanted / rows
+    batch_s = timing["seconds"] * full / STEPS * wanted / rows
     memory = {"peak_bytes": measuring.memory_peak(), "steps": STEPS, "full_steps": full}
-    return found | memory | {"full_seconds": batch_s, "images_per_s": wanted / batch_s}
+    return timing | memory | {"full_seconds": batch_s, "images_per_s": wanted / batch_s}

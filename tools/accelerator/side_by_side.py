@@ -71,7 +71,7 @@ def ours(emit: Callable, batches: Sequence[int], tiny: bool, gate: str) -> None:
     for (b, name), (program, took) in programs.items():
         args = jax.jit(lambda b=b: inputs(b))()
         once = lambda: measuring.seconds_of(lambda: program(params, *args))
-        record(emit, "imagen_jax, jit", count, b, name, once, compile_s=took)
+        emit_timing(emit, "imagen_jax, jit", count, b, name, once, compile_s=took)
 
 
 def jax_unet(tiny: bool) -> Any:
@@ -115,10 +115,10 @@ def torchs(emit: Callable, batches: Sequence[int], tiny: bool, compiled: bool) -
     size, text_dim = 16 if tiny else 64, 64 if tiny else 4096
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for b in batches:
-        made = dict(device=device, dtype=torch.bfloat16)
-        z = torch.randn(b, 3, size, size, **made).to(memory_format=torch.channels_last)
+        like = dict(device=device, dtype=torch.bfloat16)
+        z = torch.randn(b, 3, size, size, **like).to(memory_format=torch.channels_last)
         times = torch.linspace(1.0, 999.0, b, device=device)
-        text = torch.randn(b, TOKENS, text_dim, **made)
+        text = torch.randn(b, TOKENS, text_dim, **like)
 
         def forward():
             with torch.no_grad():
@@ -133,7 +133,7 @@ def torchs(emit: Callable, batches: Sequence[int], tiny: bool, compiled: bool) -
             waited(call, wait)
             took = time.monotonic() - started
             once = lambda: waited(call, wait)
-            record(emit, implementation, count, b, name, once, compile_s=took)
+            emit_timing(emit, implementation, count, b, name, once, compile_s=took)
         gc.collect()
 
 
@@ -186,12 +186,12 @@ def waited(call: Callable[[], Any], wait: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def record(
+def emit_timing(
     emit: Callable, implementation: str, count: int, b: int, name: str, once: Callable, **more: Any
 ) -> None:
     """Times a pass and writes its record."""
     once()
-    found = measuring.median([once() for _ in range(REPEATS)])
-    speed = {"images_per_s": b / found["seconds"]}
+    timing = measuring.median([once() for _ in range(REPEATS)])
+    speed = {"images_per_s": b / timing["seconds"]}
     key = {"implementation": implementation, "parameters": count, "batch": b, "pass": name}
-    emit("timed", **key, **found, **speed, **more)
+    emit("timed", **key, **timing, **speed, **more)

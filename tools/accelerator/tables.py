@@ -67,9 +67,9 @@ def correct(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, entry in tasks.items():
         for record in entry["records"]:
             if record["what"] == "tests":
-                found = f"{record['passed']} passed, {record['failed']} failed"
+                outcome = f"{record['passed']} passed, {record['failed']} failed"
                 failed = "; ".join(test["test"] for test in record["failures"][:8])
-                rows.append((name, found, "0 failed", failed))
+                rows.append((name, outcome, "0 failed", failed))
             elif record["what"] == "check":
                 passed = "passed" if record["passed"] else "FAILED"
                 error = number(record["error"], "{:.2e}")
@@ -102,8 +102,8 @@ def train_speed(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 number(step.get("trace_s"), "{:.0f} s"), number(step.get("compile_s"), "{:.0f} s"),
                 note(entry),
             ))  # fmt: skip
-        if found := last(entry, "kernels"):
-            listed.append((best_steps(entry)[-1].get("mfu"), name, found))
+        if profile := last(entry, "kernels"):
+            listed.append((best_steps(entry)[-1].get("mfu"), name, profile))
     lines = table(heads, rows)
     if listed:
         lines += ["", *kernel_table(*min(listed, key=lambda row: row[0] or 0.0)[1:])]
@@ -116,15 +116,15 @@ def best_steps(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(newest.values())
 
 
-def kernel_table(name: str, found: Mapping[str, Any]) -> list[str]:
+def kernel_table(name: str, profile: Mapping[str, Any]) -> list[str]:
     """The three most expensive kernels of a network and the shares of the kinds."""
     rows = [
         (f"`{k['kernel'][:90]}`", k["kind"], number(k["seconds"], "{:.2f} ms", 1e3),
          number(k["share"], "{:.1f} %", 100), number(k["calls"], "{:.0f}"))
-        for k in found["kernels"][:3]
+        for k in profile["kernels"][:3]
     ]  # fmt: skip
     lines = table((f"kernel of {name}", "kind", "a step", "share", "calls a step"), rows)
-    kinds = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in found["kinds"].items())
+    kinds = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in profile["kinds"].items())
     return [*lines, "", f"Kernels of {name} by kind: {kinds or 'none in the trace'}."]
 
 

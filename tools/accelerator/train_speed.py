@@ -136,13 +136,13 @@ def measured(
     compiled, message = measuring.tried(lowered.compile)
     memory = measuring.compiled_bytes(compiled) if compiled else {}
     took = {"trace_s": trace_s, "compile_s": time.monotonic() - started}
-    found = {"batch": rows} | took | memory
-    emit("compiled", **found)
+    figures = {"batch": rows} | took | memory
+    emit("compiled", **figures)
     if compiled is None or not measuring.fits(memory):
         emit("too_large", batch=rows, message=message)
         return None
     before_timing()
-    result, message = measuring.tried(lambda: timed(emit, program, compiled, found, known))
+    result, message = measuring.tried(lambda: timed(emit, program, compiled, figures, known))
     if result is None:
         emit("too_large", batch=rows, message=message)
         return None
@@ -159,11 +159,11 @@ def timed(
     emit: Callable,
     program: package.TrainProgram,
     compiled: Any,
-    found: dict[str, Any],
+    figures: dict[str, Any],
     known: dict[str, Any],
 ) -> tuple[Any, Any, dict[str, Any]]:
     """(state, batch, record) after STEPS timed steps; an early record is written on the way."""
-    rows = found["batch"]
+    rows = figures["batch"]
     shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in program.batch.items()}
     shardings = {name: leaf.sharding for name, leaf in program.batch.items()}
     batch = jax.device_put(models.synthetic_batch(shapes), shardings)
@@ -178,7 +178,7 @@ def timed(
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - started)
         if len(times) in (EARLY, STEPS):
-            record = found | measuring.median(times) | {"loss": loss}
+            record = figures | measuring.median(times) | {"loss": loss}
             record |= rates(rows, record["seconds"], known)
             emit("step", **record)
     return state, batch, record
@@ -187,12 +187,15 @@ def timed(
 def rates(rows: int, seconds: float, known: dict[str, Any]) -> dict[str, Any]:
     """Images/s, MFU and memory of a step."""
     device = jax.devices()[0]
-    found: dict[str, Any] = {"images_per_s": rows / seconds, "peak_bytes": measuring.memory_peak()}
+    figures: dict[str, Any] = {
+        "images_per_s": rows / seconds,
+        "peak_bytes": measuring.memory_peak(),
+    }
     peak, source = package.peak_flops(device)
     flops = known["flops_per_image"]
-    found |= {"flops_per_image": flops, "mfu": rows * flops / seconds / peak, "peak": source}
+    figures |= {"flops_per_image": flops, "mfu": rows * flops / seconds / peak, "peak": source}
     parts = known["held_bytes"] + rows * known["image_bytes"]
-    return found | {"parameters": known["parameters"], "analytic_bytes": parts}
+    return figures | {"parameters": known["parameters"], "analytic_bytes": parts}
 
 
 def traced(compiled: Any, state: Any, batch: Any, steps: int = 3) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The measures of a stage: one module for each, found by its name.
 
-A measure reads an `Evaluation` and defines how its result is printed, drawn and compared. It must
+A measure reads an `Evaluation` and defines how its result is printed, plotted and compared. It must
 not know the command line or any other measure.
 """
 

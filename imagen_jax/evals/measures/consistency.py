@@ -1,4 +1,4 @@
-"""The distance of down-sampled samples from the low-res images that they were drawn from."""
+"""The distance of down-sampled samples from the low-res images that they were sampled from."""
 
 from collections.abc import Iterator
 from typing import Any

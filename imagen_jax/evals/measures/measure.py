@@ -40,7 +40,7 @@ class Column:
     """A column of the table of `launch.sweep`: one number per arm.
 
     name: the column title.
-    place: dotted key of the number in the result, such as "SPLIT.overall.mean". SPLIT stands for
+    path: dotted path of the number in the result, such as "SPLIT.overall.mean". SPLIT stands for
         heldout, or for train if the data have no held-out images.
     less_is_better: whether smaller numbers are better.
     needs_same: prefixes of config fields. Arms that differ in such a field are not compared in this
@@ -48,7 +48,7 @@ class Column:
     """
 
     name: str
-    place: str
+    path: str
     less_is_better: bool
     needs_same: tuple[str, ...] = ()
 
@@ -138,7 +138,7 @@ def base_stage(stage: Stage) -> str:
 def columns() -> list[Column]:
     """The columns of all measures, each with its full key in evaluation.json."""
     return [
-        dataclasses.replace(column, place=f"{name}.{column.place}")
+        dataclasses.replace(column, path=f"{name}.{column.path}")
         for name, module in modules().items()
         for column in module.COLUMNS
     ]
@@ -147,10 +147,10 @@ def columns() -> list[Column]:
 def row_values(chosen: Mapping[str, Measure], e: Evaluation) -> RowValues:
     """{key of a mean in evaluation.json: its per-row values}."""
     return {
-        f"{name}.{place}": values
+        f"{name}.{path}": values
         for name, module in chosen.items()
         if hasattr(module, "row_values")
-        for place, values in module.row_values(e).items()
+        for path, values in module.row_values(e).items()
     }
 
 

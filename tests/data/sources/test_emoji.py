@@ -43,12 +43,12 @@ def subject_and_tone(caption):
 
 def families(items, split=None):
     """Subject -> tone -> index of the items of a split, or of both."""
-    found = collections.defaultdict(dict)
+    result = collections.defaultdict(dict)
     for i, item in enumerate(items):
         if split in (None, item.split):
             subject, tone = subject_and_tone(item.captions[0])
-            found[subject][tone] = i
-    return found
+            result[subject][tone] = i
+    return result
 
 
 def words(items, split):

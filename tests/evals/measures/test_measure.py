@@ -25,8 +25,8 @@ def test_every_file_of_the_folder_is_a_measure():
     files = {path.stem for path in (PACKAGE / "evals/measures").glob("*.py")}
     assert set(measures.NAMES) == files - {"__init__", "measure"} != set()
     known = measure.modules()
-    assert all(isinstance(found, measure.Measure) for found in known.values())
-    orders = [found.ORDER for found in known.values()]
+    assert all(isinstance(one, measure.Measure) for one in known.values())
+    orders = [one.ORDER for one in known.values()]
     assert orders == sorted(set(orders))
 
 
@@ -79,16 +79,16 @@ def test_samples_of_another_stage_need_a_stage_that_takes_them():
 
 @pytest.mark.parametrize("stage", [toys.Toy(), toys.Base()], ids=["toy", "base"])
 def test_values_of_rows_have_the_mean_that_the_result_has(stage):
-    """Catches values of a row at a place where the result has another mean, or none; and columns of
+    """Catches values of a row at a path where the result has another mean, or none; and columns of
     a sweep that point nowhere."""
     e = toys.evaluation(stage, kind=Plain)
     chosen = measure.choose([], e.stage, e.probe.settings)
-    result = {name: found.measure(e) for name, found in chosen.items()}
-    for place, values in measure.row_values(chosen, e).items():
-        assert at(result, place) == pytest.approx(values.mean(), rel=1e-6), place
-    columns = [c for c in measure.columns() if c.place.partition(".")[0] in chosen]
+    result = {name: one.measure(e) for name, one in chosen.items()}
+    for dotted, values in measure.row_values(chosen, e).items():
+        assert at(result, dotted) == pytest.approx(values.mean(), rel=1e-6), dotted
+    columns = [c for c in measure.columns() if c.path.partition(".")[0] in chosen]
     assert columns and all(
-        at(result, c.place.replace("SPLIT", "heldout")) is not None for c in columns
+        at(result, c.path.replace("SPLIT", "heldout")) is not None for c in columns
     )
 
 
@@ -99,8 +99,8 @@ class Plain(toys.Drawn):
         return super().errors(error, split)[:, :1] * [[1.0] * len(bins or self.bins)]
 
 
-def at(result, place):
-    for key in place.split("."):
+def at(result, dotted):
+    for key in dotted.split("."):
         result = result[key]
     return result
 

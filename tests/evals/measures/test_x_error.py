@@ -72,29 +72,29 @@ def test_error_in_each_bin_is_that_of_the_exact_denoiser():
     """Catches an error of eps or v, bins of t, a mean that is weighted by a schedule, and bins in
     another order than their edges."""
     e = evaluation()
-    found = x_error.measure(e)
+    result = x_error.measure(e)
     for split in ("train", "heldout"):
         level = e.errors(logsnr_of, split, bins=x_error.BINS)
         alpha2, sigma2 = (1 / (1 + np.exp(-sign * level)) for sign in (1, -1))
         known = (S**2 * sigma2 / (S**2 * alpha2 + sigma2)).mean(axis=0)
-        bins = found[split]["bins"]
+        bins = result[split]["bins"]
         assert [entry["logsnr"] for entry in bins] == [[i, i + 2] for i in range(-14, 14, 2)]
         np.testing.assert_allclose([entry["mean"] for entry in bins], known, rtol=0.04)
-        overall = found[split]["overall"]
+        overall = result[split]["overall"]
         assert overall["mean"] == pytest.approx(known.mean(), rel=0.02) and overall["n"] == ROWS
-    assert found["train"] != found["heldout"]
+    assert result["train"] != result["heldout"]
 
 
 def test_log_snr_is_uniform_in_fixed_bins():
     """Catches one noise level for all rows or for both splits, levels outside their bin, and levels
     heaped where a schedule has them."""
     levels = lambda split: evaluation().errors(logsnr_of, split, bins=x_error.BINS)
-    found = np.concatenate([levels("train"), levels("heldout")])
-    places = (found - np.arange(-14, 14, 2)) / 2
-    assert places.min() >= 0 and places.max() <= 1
-    assert len(np.unique(places.round(5))) > 0.95 * places.size
+    result = np.concatenate([levels("train"), levels("heldout")])
+    positions = (result - np.arange(-14, 14, 2)) / 2
+    assert positions.min() >= 0 and positions.max() <= 1
+    assert len(np.unique(positions.round(5))) > 0.95 * positions.size
     ranks = (np.arange(2 * ROWS) + 0.5) / (2 * ROWS)
-    assert np.abs(np.sort(places, axis=0) - ranks[:, None]).max() < 2 / (2 * ROWS) ** 0.5
+    assert np.abs(np.sort(positions, axis=0) - ranks[:, None]).max() < 2 / (2 * ROWS) ** 0.5
 
 
 @pytest.mark.parametrize("prediction", ["x", "v"])
@@ -102,25 +102,27 @@ def test_log_snr_is_uniform_in_fixed_bins():
 def test_recipes_with_the_same_x_hat_have_the_same_error(prediction, density):
     """Catches an error in the unit of the prediction, and noise or noise levels that differ between
     arms: row by row, not only in the mean."""
-    found, other = (evaluation(*stage) for stage in (("eps",), (prediction, density)))
+    result, other = (evaluation(*stage) for stage in (("eps",), (prediction, density)))
     for split in ("train", "heldout"):
-        errors = [e.errors(x_error.x_hat_error, split, bins=x_error.BINS) for e in (found, other)]
+        errors = [e.errors(x_error.x_hat_error, split, bins=x_error.BINS) for e in (result, other)]
         np.testing.assert_allclose(*errors, rtol=2e-3)
-        values = [x_error.row_values(e)[f"{split}.overall.mean"] for e in (found, other)]
+        values = [x_error.row_values(e)[f"{split}.overall.mean"] for e in (result, other)]
         np.testing.assert_allclose(*values, rtol=1e-3)
 
 
 def test_x_hat_is_clipped():
     """Catches an error that no sampler would make: x-hat far outside of [-1, 1]."""
-    found = x_error.measure(evaluation("x", UniformTime("cosine"), 100.0))["heldout"]
-    for entry in found["bins"]:
+    result = x_error.measure(evaluation("x", UniformTime("cosine"), 100.0))["heldout"]
+    for entry in result["bins"]:
         assert entry["mean"] == pytest.approx(1 + S**2, rel=0.02)
 
 
 def test_report_has_a_line_and_a_curve_for_each_split():
     """Catches a bin without a place on the axis of log-SNR."""
-    found = x_error.measure(evaluation())
-    mean = found["heldout"]["overall"]["mean"]
-    assert dict(x_error.lines(found))["squared error, x-hat, heldout"].startswith(f"{mean:.4g} +- ")
-    ((_, curves),) = x_error.curves(found)
+    result = x_error.measure(evaluation())
+    mean = result["heldout"]["overall"]["mean"]
+    assert dict(x_error.lines(result))["squared error, x-hat, heldout"].startswith(
+        f"{mean:.4g} +- "
+    )
+    ((_, curves),) = x_error.curves(result)
     assert [entry["logsnr_centre"] for entry in curves["train"]["bins"]] == list(range(-13, 14, 2))

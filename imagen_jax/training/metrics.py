@@ -17,7 +17,7 @@ from imagen_jax.training.run import Run
 IN_FLIGHT = 2
 
 
-class Record:
+class TrainingMetrics:
     """Writes one row, the mean of each metric, every `log_every` steps.
 
     Metrics are fetched IN_FLIGHT steps late. `unlogged` holds the metrics of the steps since the
@@ -82,7 +82,7 @@ class Record:
         rates = self._run.rates(self.clock.read(self._last_step)) if has_step_time else {}
         self.writer.scalars(self._last_step, means | rates)
 
-    def __enter__(self) -> "Record":
+    def __enter__(self) -> "TrainingMetrics":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""The backends on which jobs run, their common options, and the check against double starts."""
+"""The platforms on which jobs run, their common options, and the check against double starts."""
 
 import dataclasses
 import tempfile
@@ -13,28 +13,28 @@ from imagen_jax.hardware import topology
 from launch import gke, local, sky, slurm, status, tpu_pod
 from launch.job import Job, check_inputs, check_mesh, check_secrets, environment_of, in_bucket
 
-PLACES: dict[str, ModuleType] = {
+PLATFORMS: dict[str, ModuleType] = {
     "local": local,
     "tpu": tpu_pod,
     "gke": gke,
     "slurm": slurm,
     "sky": sky,
 }
-WATCHED = ("local", "tpu")  # the launcher runs until the job ends; other backends only submit it
+WATCHED = ("local", "tpu")  # the launcher runs until the job ends; other platforms only submit it
 CLOUDS = ("tpu", "gke", "sky")  # the data of a training must be in a bucket or on all machines
 RETRIES = 3
 
 
 def define_flags(values: flags.FlagValues, required: bool) -> None:
-    """Defines the common options and those of each backend.
+    """Defines the common options and those of each platform.
 
     required: whether --where is mandatory.
     """
     flags.DEFINE_enum(
         "where",
         None,
-        list(PLACES),
-        "backend: local (this machine), tpu (Cloud TPU), gke, slurm or sky (SkyPilot)",
+        list(PLATFORMS),
+        "platform: local (this machine), tpu (Cloud TPU), gke, slurm or sky (SkyPilot)",
         required=required,
         flag_values=values,
     )
@@ -78,8 +78,8 @@ def define_flags(values: flags.FlagValues, required: bool) -> None:
         flag_values=values,
     )
     flags.DEFINE_alias("dry-run", "dry_run", flag_values=values)
-    for backend in PLACES.values():
-        backend.define_flags(values)
+    for platform in PLATFORMS.values():
+        platform.define_flags(values)
 
 
 def completed(
@@ -113,7 +113,7 @@ def completed(
         complete.append(dataclasses.replace(job, **settings))
     for job in complete:
         _check_job(job, options)
-    PLACES[options.where].check(complete, options)
+    PLATFORMS[options.where].check(complete, options)
     if options.where in CLOUDS:
         for job in complete:
             check_inputs(job, options.code if options.where == "gke" else "")
@@ -137,16 +137,16 @@ def _check_job(job: Job, options: flags.FlagValues) -> None:
 
 
 def check_own_options(options: flags.FlagValues) -> None:
-    """Raises ValueError if an option of another backend is set; it would be ignored."""
-    for name, backend in PLACES.items():
-        for flag in options.get_flags_for_module(backend.__name__):
+    """Raises ValueError if an option of another platform is set; it would be ignored."""
+    for name, platform in PLATFORMS.items():
+        for flag in options.get_flags_for_module(platform.__name__):
             if name != options.where and flag.value != flag.default:
                 raise ValueError(f"--{flag.name} is for --where {name}, not for {options.where}")
 
 
 def check_unused(options: flags.FlagValues) -> None:
     """Raises ValueError if a launcher option is set without --where; it would be ignored."""
-    for module in (__name__, *(backend.__name__ for backend in PLACES.values())):
+    for module in (__name__, *(platform.__name__ for platform in PLATFORMS.values())):
         for flag in options.get_flags_for_module(module):
             if flag.name not in ("dry_run", "dry-run") and flag.value != flag.default:
                 raise ValueError(f"--{flag.name} needs --where")
@@ -176,7 +176,7 @@ def start(jobs: Sequence[Job], options: flags.FlagValues) -> int:
 
     Returns the exit code.
     """
-    backend = PLACES[options.where]
+    platform = PLATFORMS[options.where]
     to_start = []
     for job in jobs:
         state, detail = standing(job, options)
@@ -192,16 +192,16 @@ def start(jobs: Sequence[Job], options: flags.FlagValues) -> int:
         return 0
     if options.dry_run:
         for job in to_start:
-            if options.where == "local":  # other backends may create it on another machine
+            if options.where == "local":  # other platforms may create it on another machine
                 check_can_be_made(job.record)
-        print(backend.render(to_start, options))
+        print(platform.render(to_start, options))
         return 0
     for job in to_start:
         try:
             job.record.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(_cannot_create(job.record, error)) from error
-    return (backend.run if options.where in WATCHED else backend.submit)(to_start, options)
+    return (platform.run if options.where in WATCHED else platform.submit)(to_start, options)
 
 
 def check_can_be_made(directory: Path) -> None:
@@ -229,7 +229,7 @@ def standing(job: Job, options: flags.FlagValues) -> tuple[str, str]:
     if row.state == "finished" or (row.state == "running" and not inferred_from_age):
         return row.state, row.detail
     try:
-        state = PLACES[options.where].find(job, options)
+        state = PLATFORMS[options.where].find(job, options)
     except ValueError as error:
         if not options.dry_run:
             raise

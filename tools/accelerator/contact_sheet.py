@@ -1,4 +1,4 @@
-"""Captions to draw, and the contact sheet of the samples."""
+"""Captions to sample, and the contact sheet of the samples."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ COUNT = 8  # captions of each split
 
 
 def run(emit: Callable, what: str, data: str, directory: str, output: str, tiny: bool) -> None:
-    """`what` "prompts": writes captions to DIRECTORY/prompts.txt; "sheet": draws OUTPUT."""
+    """`what` "prompts": writes captions to DIRECTORY/prompts.txt; "sheet": writes OUTPUT."""
     count = 2 if tiny else COUNT
     captions = {split: chosen(data, split, count) for split in ("train", "heldout")}
     if what == "prompts":
