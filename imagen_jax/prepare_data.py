@@ -178,7 +178,7 @@ def _load_encoder(name: str, max_length: int):
     """Loads the text encoder on all devices of this process."""
     from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh
 
-    return load_text_encoder(name, max_length, place=local_mesh)
+    return load_text_encoder(name, max_length, make_mesh=local_mesh)
 
 
 if __name__ == "__main__":

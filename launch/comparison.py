@@ -19,7 +19,7 @@ CHECKPOINT = "provenance.checkpoint.sha256"  # in evaluation.json
 def read_evaluations(
     workdir: Path, arms: Sequence[Arm], seeds: Sequence[int]
 ) -> dict[str, list[dict[str, Any]]]:
-    """{arm: [{"measures": evaluation.json, "rows": {place: one value per row}} for each seed]}.
+    """{arm: [{"measures": evaluation.json, "rows": {path: one value per row}} for each seed]}.
 
     "rows" is empty where evaluate wrote no rows.npz; hits are booleans.
     """
@@ -64,16 +64,16 @@ def compare(
     for column in columns():
         if any(field.startswith(column.needs_same) for field in fields):
             continue
-        place = column.path.replace("SPLIT", split_of(reference[0]["measures"]))
+        path = column.path.replace("SPLIT", split_of(reference[0]["measures"]))
         measured = [
             arm.name
             for arm in arms
-            if all(at(one["measures"], place) is not None for one in evaluations[arm.name])
+            if all(at(one["measures"], path) is not None for one in evaluations[arm.name])
         ]
         if arms[0].name not in measured:
             continue
-        compared = {name: against(evaluations[name], reference, place) for name in measured}
-        about = {"name": column.name, "place": place, "less_is_better": column.less_is_better}
+        compared = {name: against(evaluations[name], reference, path) for name in measured}
+        about = {"name": column.name, "place": path, "less_is_better": column.less_is_better}
         shown.append(about | {"arms": compared})
     overrides = {arm.name: dict(arm.overrides) for arm in arms}
     about = {"seeds": list(seeds), "reference": arms[0].name, "overrides": overrides}
@@ -108,24 +108,24 @@ def split_of(measures: Mapping[str, Any]) -> str:
     return "heldout" if any("heldout" in result for result in results) else "train"
 
 
-def at(measures: Mapping[str, Any], place: str) -> Any:
+def at(measures: Mapping[str, Any], path: str) -> Any:
     """The number at a dotted path; None if it does not exist."""
-    for key in place.split("."):
+    for key in path.split("."):
         measures = measures.get(key) if isinstance(measures, Mapping) else None
     return measures
 
 
 def against(
-    evaluations: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], place: str
+    evaluations: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], path: str
 ) -> dict[str, Any]:
     """An arm's values and its differences to the reference, paired by seed and by row."""
-    values = [at(one["measures"], place) for one in evaluations]
+    values = [at(one["measures"], path) for one in evaluations]
     result = {"values": values, "mean": statistics.mean(values)}
     if evaluations is reference:
         return result
-    differences = [value - at(other["measures"], place) for value, other in zip(values, reference)]
+    differences = [value - at(other["measures"], path) for value, other in zip(values, reference)]
     pairs = [
-        (one["rows"].get(place), other["rows"].get(place))
+        (one["rows"].get(path), other["rows"].get(path))
         for one, other in zip(evaluations, reference)
     ]
     complete = all(a is not None and b is not None and len(a) == len(b) for a, b in pairs)

@@ -37,7 +37,7 @@ VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 SECRET_NAME = re.compile(
     r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY)(_|$)", re.IGNORECASE
 )
-VERBS = ("demo", "evaluate", "export", "plan", "prepare_data", "sample", "train")
+COMMANDS = ("demo", "evaluate", "export", "plan", "prepare_data", "sample", "train")
 # Command lines are parsed in a subprocess, because the flags of a command are global and config
 # flags read sys.argv when they are defined.
 PARSE = """\
@@ -121,24 +121,24 @@ class Job:
         return (python, *(mounted(argument) for argument in self.arguments))
 
 
-def check_options(verb: str, options: Sequence[str]) -> None:
+def check_options(command: str, options: Sequence[str]) -> None:
     """Raises ValueError with the command's own message if it cannot parse the options.
 
     Values that the command checks later, such as paths, are not checked.
 
-    verb: the command, NAME of imagen_jax.NAME.
+    command: the command, NAME of imagen_jax.NAME.
     """
-    if verb not in VERBS:
-        raise ValueError(f"unknown command {verb!r}: after -- give one of {', '.join(VERBS)}")
+    if command not in COMMANDS:
+        raise ValueError(f"unknown command {command!r}: after -- give one of {', '.join(COMMANDS)}")
     result = subprocess.run(
-        (sys.executable, "-c", PARSE, f"imagen_jax.{verb}", *options),
+        (sys.executable, "-c", PARSE, f"imagen_jax.{command}", *options),
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
     )
     if result.returncode:
         text = result.stderr.strip() or result.stdout.strip() or "no error message"
-        raise ValueError(f"options of {verb}: {text.splitlines()[-1].rpartition('error: ')[2]}")
+        raise ValueError(f"options of {command}: {text.splitlines()[-1].rpartition('error: ')[2]}")
 
 
 def check_mesh(job: Job, devices: int, slices: int) -> None:

@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
     no worker is left with them at the end.
     """
     of = lambda name: [item for item in items if item.path.stem == name]
-    first, second = of("test_train"), of("test_multihost") + of("test_verbs") + of("test_cli")
+    first, second = of("test_train"), of("test_multihost") + of("test_commands") + of("test_cli")
     rest = [item for item in items if item not in first and item not in second]
     half = max(0, len(items) // 2 - len(first))
     items[:] = first + rest[:half] + second + rest[half:]

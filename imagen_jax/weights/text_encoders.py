@@ -85,12 +85,12 @@ def load_text_encoder(
     name_or_dir: str,
     max_length: int,
     dtype: str = "bfloat16",
-    place: Callable[[int], Mesh] = one_device,
+    make_mesh: Callable[[int], Mesh] = one_device,
 ) -> TextEncoder:
     """Loads a text encoder from a Hugging Face directory or hub name, or "t5_tiny" (embedded).
 
     max_length: tokens, including the final end-of-sequence.
-    place: bytes of weights -> mesh: `one_device` of this process, or all its devices
+    make_mesh: bytes of weights -> mesh: `one_device` of this process, or all its devices
         (`local_mesh`).
 
     Each process reads all weights, tensor by tensor, because their checksum needs all of them, and
@@ -118,7 +118,7 @@ def load_text_encoder(
         )
     network = family.network(config, jnp.dtype(dtype))
     shapes = parameter_shapes(network, dtype)
-    program = encode_program(network, shapes, place(weight_bytes(shapes)))
+    program = encode_program(network, shapes, make_mesh(weight_bytes(shapes)))
     names = family.name_map(config)
     params, weights_sha256 = read_tree(directory, names, dtype, program.params)
     local = pathlib.Path(name_or_dir).is_dir() and name_or_dir != EMBEDDED

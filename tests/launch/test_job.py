@@ -295,11 +295,11 @@ def test_a_tools_complaint_says_what_to_do(text, shown):
     )
 
 
-def test_the_verbs_are_those_there_are():
+def test_the_commands_are_those_there_are():
     """Catches a command that launch does not know, and a module that is not a command."""
     from tests.test_layering import COMMANDS
 
-    assert set(jobs.VERBS) == COMMANDS
+    assert set(jobs.COMMANDS) == COMMANDS
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The option --profile and the trace it writes; tests/test_verbs.py writes a real one."""
+"""The option --profile and the trace it writes; tests/test_commands.py writes a real one."""
 
 import logging
 
