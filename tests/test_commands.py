@@ -1,4 +1,4 @@
-"""Commands one after another: training with rows and grids, export, warm start, sampling, report."""
+"""Commands in sequence: training with rows and grids, export, warm start, sampling, report."""
 
 import json
 from pathlib import Path

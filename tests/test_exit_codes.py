@@ -41,7 +41,7 @@ def test_codes_differ_and_only_repeatable_failures_are_repeated():
 @pytest.mark.parametrize(
     "error, code", [pair for pair in ERRORS if not isinstance(pair[0], KeyError)]
 )
-def test_a_verb_ends_with_the_code_and_one_line(error, code, monkeypatch, capsys):
+def test_a_command_ends_with_the_code_and_one_line(error, code, monkeypatch, capsys):
     """Catches a command that maps its errors by itself."""
     monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: exits.append(main(["command"])))
     monkeypatch.delenv("IMAGEN_JAX_TRACEBACK", raising=False)

@@ -128,7 +128,7 @@ def test_each_folder_says_what_lives_there():
             assert len(said.splitlines()) > 2 and "must not" in " ".join(said.split()), path
 
 
-def test_nobody_imports_a_verb():
+def test_nobody_imports_a_command():
     """Catches a script that imports a command; it must run it as a process, as a user would."""
     for path in sources("launch", "tools", "configs"):
         assert not units_imported(path) & COMMANDS, path

@@ -203,7 +203,7 @@ def test_stages_have_their_own_fields_and_topologies():
     assert (base.environment, sr.environment) == ({"A": "1"}, {"A": "2"})
 
 
-def test_any_verb_can_be_launched():
+def test_any_command_can_be_launched():
     """Catches options of the command taken for options of launch, or the reverse."""
     command = ("prepare_data", "--source=emoji", "--encoder=t5_tiny", "--output=a b", "--dry_run")
     (job,), options = read("--where=local", "--workdir=/r", "--dry-run", "--", *command)
