@@ -18,7 +18,13 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Attend, Attention, attend
-from imagen_jax.models.blocks import Conditioning, ResBlock, concat_lowres
+from imagen_jax.models.blocks import (
+    LEVEL_FIELDS,
+    ResBlock,
+    concat_lowres,
+    conditioning,
+    fields_of,
+)
 from imagen_jax.models.layers import Constrain, Conv, Dtype, group_norm, identity
 from imagen_jax.models.remat import check_kind, checkpointed_module
 from imagen_jax.models.resampling import depth_to_space, space_to_depth, upsample_nearest
@@ -157,17 +163,7 @@ class UNet(nn.Module):
         train: bool = False,
     ) -> Float[Array, "b h w 3"]:
         self._check_settings(z)
-        emb, text, mask = Conditioning(
-            sinusoid_features=self.channels,
-            features=4 * self.channels,
-            cond_dim=self.cond_dim,
-            pooling=self.pooling,
-            pool_heads=self.pool_heads,
-            lowres=self.lowres,
-            dtype=self.dtype,
-            constrain=self.constrain,
-            name="conditioning",
-        )(logsnr, cond)
+        emb, text, mask = conditioning(self, self.channels)(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
         h = Conv(self.channels, self.dtype, name="stem")(
             space_to_depth(h.astype(self.dtype), self.patch)
@@ -175,17 +171,7 @@ class UNet(nn.Module):
         h = self.constrain(h)
         widths = [self.channels * m for m in self.multipliers]
         last = len(widths) - 1
-        level = partial(
-            Level,
-            res_block=self.res_block,
-            scale_shift=self.scale_shift,
-            head_channels=self.head_channels,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            remat=self.remat,
-            constrain=self.constrain,
-            attend=self.attend,
-        )
+        level = partial(Level, **fields_of(self, *LEVEL_FIELDS, "res_block", "head_channels"))
         kinds = [ATTENTION[pair] for pair in zip(self.attention, self.text_attention)]
         skips = [h]
         for i, width in enumerate(widths):
