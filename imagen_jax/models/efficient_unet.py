@@ -23,7 +23,7 @@ from imagen_jax.models.blocks import (
     fields_of,
 )
 from imagen_jax.models.layers import Constrain, Conv, ConvTranspose, Dtype, identity
-from imagen_jax.models.remat import check_kind, checkpointed_module
+from imagen_jax.models.remat import checkpointed_module
 
 
 class Blocks(nn.Module):
@@ -159,7 +159,6 @@ class EfficientUNet(nn.Module):
         )
 
     def _check_settings(self, z: Float[Array, "b h w 3"]) -> None:
-        check_kind(self.remat)
         if not len(self.widths) == len(self.blocks) == len(self.attention):
             raise ValueError(
                 f"model.widths, model.blocks and model.attention have {len(self.widths)},"

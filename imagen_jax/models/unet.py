@@ -26,7 +26,7 @@ from imagen_jax.models.blocks import (
     fields_of,
 )
 from imagen_jax.models.layers import Constrain, Conv, Dtype, group_norm, identity
-from imagen_jax.models.remat import check_kind, checkpointed_module
+from imagen_jax.models.remat import checkpointed_module
 from imagen_jax.models.resampling import depth_to_space, space_to_depth, upsample_nearest
 
 # {(self-attention, text attention): attention kind of a level}. F.1 gives the resolutions with each
@@ -37,7 +37,8 @@ ATTENTION = {
     (False, True): "cross",
     (False, False): "none",
 }
-RES_BLOCKS = ("biggan", "plain")
+# {res_block: whether resampling is inside a residual block}
+RES_BLOCKS = {"biggan": True, "plain": False}
 
 Text = Float[Array, "b l d"] | None
 Mask = Bool[Array, "b l"] | None
@@ -99,7 +100,7 @@ class Level(nn.Module):
             h = self.constrain(h)
             outputs.append(h)
         if self.resample != "none":
-            if self.res_block == "biggan":
+            if RES_BLOCKS[self.res_block]:
                 h = block(resample=self.resample, name="resample")(h, emb, train)
             elif self.resample == "down":
                 h = Conv(self.features, self.dtype, stride=2, name="resample")(h)
@@ -213,11 +214,6 @@ class UNet(nn.Module):
             )
         if any(self.text_attention) and not self.cond_dim:
             raise ValueError("model.text_attention needs text; set model.cond_dim and text.dim")
-        check_kind(self.remat)
-        if self.res_block not in RES_BLOCKS:
-            raise ValueError(
-                f"model.res_block is {self.res_block!r}; it must be one of {RES_BLOCKS}"
-            )
         factor = self.patch * 2 ** (len(self.multipliers) - 1)
         if z.shape[1] % factor or z.shape[2] % factor:
             raise ValueError(

@@ -312,7 +312,6 @@ def test_another_key_or_another_prompt_is_another_picture():
 
 
 WRONG = [
-    ({"threshold": "off"}, "sampling.threshold"),
     ({"method": "ancestral", "gamma": 1.5}, "sampling.gamma"),
     ({"percentile": 0.0}, "sampling.percentile"),
     ({"w": float("nan")}, "sampling.w is nan"),
@@ -320,7 +319,6 @@ WRONG = [
     ({"grid": "karras", "grid_rho": 0.0}, "sampling.grid_rho"),
     ({"grid": "logsnr", "grid_logsnr": (5.0, -5.0)}, "sampling.grid_logsnr"),
     ({"grid": "karras", "grid_logsnr": (-60.0, 20.0)}, "from -20 to 20"),
-    ({"prediction": "z"}, "diffusion.prediction"),
 ]
 
 
