@@ -13,7 +13,7 @@ import jax
 from imagen_jax import cascade, sharding
 from imagen_jax.data import pipeline
 from imagen_jax.hardware import chips
-from imagen_jax.stage import RNG, create_stage
+from imagen_jax.stage import RNG, check_interval, create_stage
 from imagen_jax.training import state
 from imagen_jax.training.step import TrainProgram, forward_flops
 from imagen_jax.weights import checkpoint
@@ -48,6 +48,7 @@ class Run:
 
         Allocates no arrays. Raises ValueError for a config that does not fit data or devices.
         """
+        check_interval(config["sampling"], config["diffusion"]["schedule"])
         mesh = sharding.make_mesh(config["mesh"])
         data = pipeline.open_prepared(config["data"])
         if config["text"]["dim"]:
