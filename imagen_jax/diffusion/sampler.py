@@ -83,7 +83,8 @@ class Ancestral(Sampler):
 class DPMSolver2M(Sampler):
     """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order.
 
-    It evaluates the network once per step. The carry holds x-hat [b *d] and the step size h [b] of
+    With r = h_before / h it replaces x-hat of a DDIM step by x + (x - x_before) / (2 r). It
+    evaluates the network once per step. The carry holds x-hat [b *d] and the step size h [b] of
     the previous step, h in log(alpha / sigma). The first step is a DDIM step: its previous h is
     infinite, which makes the slope 0.
     """
