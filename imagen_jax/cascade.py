@@ -20,6 +20,7 @@ from imagen_jax.data.transforms import pad_text
 from imagen_jax.stage import (
     Stage,
     check_finite,
+    check_interval,
     check_sampling,
     create_stage,
     images_and_finite,
@@ -137,6 +138,13 @@ def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> l
             before.encoder, after.encoder, f"stages {before.stage.name} and {after.stage.name}"
         )
     return stages
+
+
+def check_intervals(stages: Sequence[LoadedStage]) -> None:
+    """Raises ValueError for a guidance interval without effect, see `stage.check_interval`."""
+    for loaded in stages:
+        if loaded.stage.text_dim:
+            check_interval(loaded.sampling, loaded.stage.schedule)
 
 
 def check_encoder(a: Mapping[str, Any], b: Mapping[str, Any], who: str) -> None:

@@ -289,7 +289,7 @@ class Evaluator:
         from imagen_jax.evals.evaluation import Probe
         from imagen_jax.evals.measures import measure
         from imagen_jax.evals.rows import Data, Settings
-        from imagen_jax.stage import check_sampling, create_stage
+        from imagen_jax.stage import check_interval, check_sampling, create_stage
 
         if meta["config"] == self._config:
             return
@@ -297,6 +297,9 @@ class Evaluator:
         stage = create_stage(config)
         settings = Settings(**self._numbers, sampling={**stage.sampling, **self._sampling})
         check_sampling(settings.sampling)
+        self._check_effect(config | {"sampling": settings.sampling}, stage.sampling)
+        if self._sampling:
+            check_interval(settings.sampling, stage.schedule)
         chosen = measure.choose(self._names, stage, settings)
         self._rows = Data(dict(config["data"]) | {"path": self._data}, settings)
         if stage.text_dim:
@@ -311,6 +314,19 @@ class Evaluator:
             log.info("low-res images are the samples of %s", self._rows.origin)
         self._chosen, self._left_out = measure.allowed(chosen, stage, self._rows)
         self._probe, self._config = Probe(stage, settings), config
+
+    def _check_effect(self, config: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
+        """Raises ValueError if a flag changes a field of `sampling` that has no effect.
+
+        config: with the flags' values. trained: the section `sampling` without them.
+        """
+        changed = [
+            f"sampling.{name}"
+            for name, value in self._sampling.items()
+            if value != trained[name] and schema.SAMPLING[name].defaults
+        ]
+        if changed:
+            schema.check_effect(config, changed, "the flags")
 
     def _provenance(self, meta: Mapping[str, Any]) -> dict[str, Any]:
         """The provenance besides the checkpoint: config, data, settings, versions, devices."""

@@ -1,12 +1,15 @@
-"""One field of a config: its meaning, its type and the values it accepts.
+"""One field of a config: its meaning, its type, the values it accepts and when it has an effect.
 
 imagen_jax/schema.py lists the fields.
 """
 
 import ast
 import dataclasses
+import difflib
+import json
 import math
 import typing
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # `Field.older` of a field that every saved config contains; `_of_kind` returns it for a wrong type.
@@ -18,6 +21,22 @@ WORDS = {
     str: "a string",
     tuple: "a tuple",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """A condition on another field: it has one of `values`, or none of `unless`.
+
+    field: dotted path in the config of a stage, such as "sampling.grid".
+    """
+
+    field: str
+    values: tuple[Any, ...] = ()
+    unless: tuple[Any, ...] = ()
+
+    def holds(self, value: Any) -> bool:
+        """Whether the other field's value fulfils the condition."""
+        return value in self.values if self.values else value not in self.unless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +52,10 @@ class Field:
         value.
     interval: the valid range in a new run, such as "[0, 1)"; "" allows any number. Saved configs
         are not checked.
+    needs: without all of these conditions the field has no effect (see `without_effect`). A tuple
+        of conditions stands for one of them.
+    idle: the values, besides `older`, that a new run may give a field without effect; () with no
+        `older`: any value, because the configs have no common default.
     """
 
     meaning: str
@@ -42,6 +65,13 @@ class Field:
     older: Any = NEEDED
     resume: bool | tuple[str, Any] = False
     interval: str = ""
+    needs: tuple[Need | tuple[Need, ...], ...] = ()
+    idle: tuple[Any, ...] = ()
+
+    @property
+    def defaults(self) -> tuple[Any, ...]:
+        """The values that are accepted without effect; () accepts any."""
+        return self.idle if self.older is NEEDED else (self.older, *self.idle)
 
 
 def read(value: Any, field: Field, new: bool = False) -> Any:
@@ -131,3 +161,103 @@ def _list(value: Any, kinds: tuple[Any, ...]) -> Any:
         return NEEDED
     entries = [_of_kind(entry, kind) for entry, kind in zip(value, kinds)]
     return NEEDED if any(entry is NEEDED for entry in entries) else entries
+
+
+def read_section(
+    section: Any, fields: Mapping[str, Any], prefix: str, new: bool, problems: list[str]
+) -> dict[str, Any]:
+    """The completed section of a config, see `schema.complete`; appends its problems to `problems`.
+
+    fields: {name: Field, or the fields of a section}. prefix: the path of the section, such as
+    "optim.".
+    """
+    if not isinstance(section, Mapping):
+        name = prefix.removesuffix(".") or "the config"
+        problems.append(f"{name} is {section!r}; it must have the fields {', '.join(fields)}")
+        return {}
+    problems += [_unknown(name, fields, prefix) for name in section if name not in fields]
+    completed = {}
+    for name, field in fields.items():
+        path = prefix + name
+        if name in section and isinstance(field, Mapping):
+            completed[name] = read_section(section[name], field, f"{path}.", new, problems)
+        elif name in section:
+            try:
+                completed[name] = read(section[name], field, new)
+            except ValueError as error:
+                problems.append(f"{path} {error}")
+        elif isinstance(field, Mapping) or field.older is NEEDED:
+            problems.append(f"{path} is missing")
+        else:
+            completed[name] = read(field.older, field)
+    return completed
+
+
+def _unknown(name: str, fields: Mapping[str, Any], prefix: str) -> str:
+    similar = difflib.get_close_matches(str(name), fields, 1, cutoff=0.5)
+    valid_fields = f"valid fields are {', '.join(fields)}"
+    hint = f"did you mean {prefix}{similar[0]}?" if similar else valid_fields
+    return f"{prefix}{name} is unknown, {hint}"
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """{dotted path: value}, such as {"optim.lr": 1e-4}.
+
+    Lists become tuples, so that a config read from JSON compares equal.
+    """
+    return dict(_leaves(config, ""))
+
+
+def _leaves(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, _frozen(value)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def alternatives(need: Need | tuple[Need, ...]) -> tuple[Need, ...]:
+    """The conditions of which one must hold."""
+    return need if isinstance(need, tuple) else (need,)
+
+
+def without_effect(
+    values: Mapping[str, Any], fields: Mapping[str, Field]
+) -> dict[str, tuple[Need, ...]]:
+    """{field: conditions of which none holds} of the fields that have no effect.
+
+    values: {dotted path: value}; a condition on a field that is not there counts as fulfilled.
+    fields: {dotted path: its declaration}.
+    """
+    failed = {}
+    for path in values.keys() & fields.keys():
+        for need in map(alternatives, fields[path].needs):
+            if all(
+                other.field in values and not other.holds(values[other.field]) for other in need
+            ):
+                failed[path] = need
+    return dict(sorted(failed.items()))
+
+
+def effect_problem(
+    path: str, values: Mapping[str, Any], need: tuple[Need, ...], defaults: tuple[Any, ...]
+) -> str:
+    """The message for a field without effect: its value, the reason, and the changes that help."""
+    reasons = " and ".join(f"{other.field} = {_shown(values[other.field])}" for other in need)
+    changes = " or ".join(
+        f"set {other.field} = {' or '.join(map(_shown, other.values))}"
+        if other.values
+        else f"change {other.field}"
+        for other in need
+    )
+    default = f" (default {_shown(defaults[0])})" if defaults else ""
+    value = _shown(values[path])
+    return f"{path} = {value} has no effect with {reasons}; {changes}, or omit it{default}"
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)

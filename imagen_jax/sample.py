@@ -95,7 +95,7 @@ def main() -> int:
     prompts = read_prompts(args.prompt, args.prompts)
     prompts = [prompt for prompt in prompts for _ in range(args.count)]
     seeds = [args.seed + i for i in range(len(prompts))]
-    config = schema.complete_cascade(json.loads(args.config.to_json()), "--config")
+    config = schema.complete_cascade(json.loads(args.config.to_json()), "--config", new=True)
     return sample(config, prompts, seeds, args.stages, args.image, Path(args.output))
 
 
@@ -155,6 +155,8 @@ def sample(
     identities = [dict(stage.identity) for stage in loaded]
     if expected:
         check_same(expected, identities, image_sha256)
+    else:
+        cascade.check_intervals(loaded)
     encoder = load_encoder(config, loaded)
     lowres = None if not image else read_image(image, loaded[0].stage.lowres_size, len(prompts))
     cli.make_directory("output", str(output))

@@ -5,15 +5,19 @@ value to assume where the field is absent, so older saved configs stay readable.
 docs/config.md lists all fields; imagen_jax/field.py says which values a field accepts.
 """
 
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from imagen_jax.field import NEEDED, Field, read, within
+from imagen_jax.field import Field, Need, effect_problem, flat, read_section, within, without_effect
 from imagen_jax.field import parse as parse
+from imagen_jax.network_fields import FAMILY_FIELDS, MODEL, WITH_TEXT
 
 Fields = Mapping[str, Any]  # {name: Field, or the Fields of a section}
 SEEDS = "[0, 2^32)"  # JAX and the data order use 32-bit seeds; a larger seed would wrap
+# Conditions for an effect of other fields.
+SUPER_RESOLUTION = Need("data.lowres_size", unless=(0,))
+LOGIT_NORMAL = Need("diffusion.density", ("logit_normal",))
+ADAM = Need("optim.optimizer", ("adam",))
 
 TEXT = {
     "dim": Field(
@@ -34,7 +38,13 @@ DATA = {
     "batch_size": Field(
         "Images per training step, over all devices.", int, "section 4.1", interval="[1, inf)"
     ),
-    "caption": Field("Caption used: a random one or the first.", str, choices=("random", "first")),
+    "caption": Field(
+        "Caption used: a random one or the first.",
+        str,
+        choices=("random", "first"),
+        needs=(WITH_TEXT,),
+        idle=("random",),
+    ),
     "flip": Field("Whether images are mirrored at random.", bool),
     "workers": Field(
         "Worker processes that read data; 0: trainer threads.",
@@ -47,76 +57,39 @@ DATA = {
     ),
 }
 
-MODEL = {
-    "family": Field("Network architecture.", str, "F.1, B.1", choices=("unet", "efficient_unet")),
-    "cond_dim": Field("Width of the projected text features; 0 for a model without text.", int),
-    "pooling": Field(
-        "Pooling of the text tokens into one vector.", str, "F.1", choices=("attention", "mean")
-    ),
-    "pool_heads": Field("Number of heads of attention pooling.", int),
-    "scale_shift": Field("Whether the embedding scales and shifts features.", bool, "F.1"),
-    "dropout": Field("Dropout rate in residual blocks.", float, "F.1", interval="[0, 1)"),
-    "dtype": Field("Floating-point type of activations.", str, choices=("bfloat16", "float32")),
-    "remat": Field(
-        "Rematerialization: none, all but matrix products (matrix), or whole blocks (block).",
-        str,
-        choices=("none", "matrix", "block"),
-        resume=True,
-    ),
-}
-
-FAMILY_FIELDS = {
-    "unet": {
-        "channels": Field("Width of the first level.", int, "F.1"),
-        "multipliers": Field("Level widths as multiples of `channels`.", tuple[int, ...], "F.1"),
-        "blocks": Field("Residual blocks per level.", int, "F.1"),
-        "attention": Field("Whether each level has self-attention.", tuple[bool, ...], "F.1"),
-        "text_attention": Field(
-            "Whether each level has cross-attention to the text.", tuple[bool, ...], "F.1"
-        ),
-        "head_channels": Field("Channels per attention head.", int, "F.1"),
-        "res_block": Field(
-            "Resampling: inside a residual block (biggan) or by a convolution (plain).",
-            str,
-            "F.1",
-            choices=("biggan", "plain"),
-        ),
-        "patch": Field("Side of the input patches folded into channels; 1: none.", int),
-    },
-    "efficient_unet": {
-        "widths": Field("Width of each level.", tuple[int, ...], "F.2, F.3"),
-        "blocks": Field("Residual blocks of each level.", tuple[int, ...], "F.2, F.3"),
-        "attention": Field(
-            "Attention per level: none, to pixels (self), to text (cross), or to both (fused).",
-            tuple[str, ...],
-            "F.2, F.3",
-            choices=("none", "self", "cross", "fused"),
-        ),
-        "heads": Field("Number of attention heads.", int, "F.2, F.3"),
-        "residual_scale": Field("Factor of the sum of shortcut and residual branch.", float, "B.1"),
-    },
-}
-
 DIFFUSION = {
     "schedule": Field(
         "Noise schedule log-SNR(t), used by density = uniform and grid = t.",
         str,
         "F.1-F.3",
         choices=("cosine", "linear", "flow"),
+        needs=((Need("diffusion.density", ("uniform",)), Need("sampling.grid", ("t",))),),
     ),
     "aug_schedule": Field(
         "Noise schedule log-SNR(t) of the augmentation of the low-res image.",
         str,
         choices=("cosine", "linear", "flow"),
+        needs=(SUPER_RESOLUTION,),
+        idle=("cosine",),
     ),
     "aug_max": Field(
-        "Largest low-res augmentation level in training.", float, "section 2.4", interval="[0, 1]"
+        "Largest low-res augmentation level in training.",
+        float,
+        "section 2.4",
+        interval="[0, 1]",
+        needs=(SUPER_RESOLUTION,),
+        idle=(0.0,),
     ),
     "prediction": Field(
         "Output of the network; u = eps - x.", str, "Appendix A", choices=("eps", "x", "v", "u")
     ),
     "text_drop": Field(
-        "Probability of dropping the caption in training.", float, "section 4.1", interval="[0, 1]"
+        "Probability of dropping the caption in training.",
+        float,
+        "section 4.1",
+        interval="[0, 1]",
+        needs=(WITH_TEXT,),
+        idle=(0.1, 0.0),
     ),
     "process": Field(
         "Forward process: variance preserving (vp) or the straight flow path (flow).",
@@ -137,6 +110,7 @@ DIFFUSION = {
         float,
         "Esser et al. 2024",
         older=0.0,
+        needs=(LOGIT_NORMAL,),
     ),
     "density_std": Field(
         "logit_normal only: standard deviation of logit(t).",
@@ -144,6 +118,7 @@ DIFFUSION = {
         "Esser et al. 2024",
         older=1.0,
         interval="(0, inf)",
+        needs=(LOGIT_NORMAL,),
     ),
     "weight": Field(
         "Weight of the squared error.",
@@ -168,8 +143,12 @@ SAMPLING = {
         float,
         "Appendix A",
         resume=True,
+        needs=(Need("sampling.method", ("ancestral",)),),
+        idle=(0.2, 0.0),  # 0 in sr_1024
     ),
-    "w": Field("Guidance weight; 1: no guidance.", float, "section 2.2", resume=True),
+    "w": Field(
+        "Guidance weight; 1: no guidance.", float, "section 2.2", resume=True, needs=(WITH_TEXT,)
+    ),
     "threshold": Field(
         "Thresholding of the predicted clean image x-hat.",
         str,
@@ -178,10 +157,20 @@ SAMPLING = {
         resume=True,
     ),
     "percentile": Field(
-        "dynamic only: percentile of |x-hat|, 0 to 100.", float, "Fig. A.10", resume=True
+        "dynamic only: percentile of |x-hat|, 0 to 100.",
+        float,
+        "Fig. A.10",
+        resume=True,
+        needs=(Need("sampling.threshold", ("dynamic",)),),
+        idle=(99.5,),
     ),
     "aug_level": Field(
-        "Low-res augmentation level in sampling, 0 to 1.", float, "section 2.4", resume=True
+        "Low-res augmentation level in sampling, 0 to 1.",
+        float,
+        "section 2.4",
+        resume=True,
+        needs=(SUPER_RESOLUTION,),
+        idle=(0.0,),
     ),
     "grid": Field(
         "Step spacing: uniform in time (t) or in log-SNR (logsnr), or Karras et al. (karras).",
@@ -197,9 +186,15 @@ SAMPLING = {
         "Karras et al. 2022",
         older=(-8.764, 12.429),
         resume=True,
+        needs=(Need("sampling.grid", ("logsnr", "karras")),),
     ),
     "grid_rho": Field(
-        "karras only: exponent.", float, "Karras et al. 2022", older=7.0, resume=True
+        "karras only: exponent.",
+        float,
+        "Karras et al. 2022",
+        older=7.0,
+        resume=True,
+        needs=(Need("sampling.grid", ("karras",)),),
     ),
     "w_interval": Field(
         "Guidance interval in log-SNR; outside it w = 1.",
@@ -207,6 +202,7 @@ SAMPLING = {
         "Kynkäänniemi et al. 2024",
         older=(-20.0, 20.0),
         resume=True,
+        needs=(WITH_TEXT, Need("sampling.w", unless=(1.0,))),
     ),
 }
 
@@ -220,9 +216,25 @@ OPTIM = {
         "F.1-F.3",
         choices=("constant", "cosine"),
     ),
-    "beta1": Field("Adam's decay of the first moment.", float, "F.2, F.3", interval="[0, 1)"),
-    "beta2": Field("Adam's decay of the second moment.", float, "F.2, F.3", interval="[0, 1)"),
-    "eps": Field("Adam's epsilon.", float, "F.2, F.3", interval="[0, inf)"),
+    "beta1": Field(
+        "Adam's decay of the first moment.",
+        float,
+        "F.2, F.3",
+        interval="[0, 1)",
+        needs=(ADAM,),
+        idle=(0.9,),
+    ),
+    "beta2": Field(
+        "Adam's decay of the second moment.",
+        float,
+        "F.2, F.3",
+        interval="[0, 1)",
+        needs=(ADAM,),
+        idle=(0.999,),
+    ),
+    "eps": Field(
+        "Adam's epsilon.", float, "F.2, F.3", interval="[0, inf)", needs=(ADAM,), idle=(1e-8,)
+    ),
     "weight_decay": Field(
         "Weight decay of the kernels; norms, biases and embeddings are not decayed.",
         float,
@@ -271,7 +283,13 @@ TRAIN = {
     "sample_every": Field(
         "Steps between two sample grids; 0: no grids.", int, resume=True, interval="[0, inf)"
     ),
-    "sample_rows": Field("Images per sample grid.", int, resume=True, interval="[1, inf)"),
+    "sample_rows": Field(
+        "Images per sample grid.",
+        int,
+        resume=True,
+        interval="[1, inf)",
+        needs=(Need("train.sample_every", unless=(0,)),),
+    ),
     "save_every": Field("Steps between two checkpoints.", int, resume=True, interval="[1, inf)"),
     "keep": Field("Number of checkpoints to keep.", int, resume=True, interval="[1, inf)"),
 }
@@ -322,7 +340,8 @@ def complete(config: Mapping[str, Any], where: str = "config", new: bool = False
     Values have their JSON form: tuples become lists, integers in float fields become floats.
 
     where: the name of the config in error messages.
-    new: the config belongs to a new run, not to a saved one, so numbers must be in their intervals.
+    new: the config belongs to a new run, not to a saved one, so numbers must be in their intervals,
+        and fields without effect must have their defaults.
 
     Raises ValueError that lists every unknown or missing field, and every wrong type or invalid
     value with the valid ones.
@@ -337,9 +356,18 @@ def complete(config: Mapping[str, Any], where: str = "config", new: bool = False
     return _completed(config, stage_fields(family), where, new)
 
 
-def complete_cascade(config: Mapping[str, Any], where: str = "cascade config") -> dict[str, Any]:
+def complete_cascade(
+    config: Mapping[str, Any], where: str = "cascade config", new: bool = False
+) -> dict[str, Any]:
     """`complete` for the config of a cascade."""
-    return _completed(config, CASCADE, where)
+    completed = _completed(config, CASCADE, where)
+    for name, stage in completed.items() if new else ():
+        if isinstance(stage, Mapping):
+            lowres = {"lowres_size": int(name != "base")}
+            values = flat({"data": lowres, "sampling": stage["sampling"]})
+            if problems := _effect_problems(values, flat({"sampling": SAMPLING})):
+                raise ValueError(f"{where}.{name}: {'; '.join(problems)}")
+    return completed
 
 
 def complete_sampling(sampling: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
@@ -347,45 +375,40 @@ def complete_sampling(sampling: Mapping[str, Any], where: str = "config") -> dic
     return _completed({"sampling": sampling}, {"sampling": SAMPLING}, where)["sampling"]
 
 
+def check_effect(config: Mapping[str, Any], changed: Iterable[str], where: str) -> None:
+    """Raises ValueError if one of the fields `changed` has no effect in a complete config.
+
+    changed: dotted paths of fields that the caller set; a field that has defaults may have them.
+    """
+    values, fields = flat(config), flat(stage_fields(config["model"]["family"]))
+    if problems := _effect_problems(values, fields, changed):
+        raise ValueError(f"{where}: {'; '.join(problems)}")
+
+
+def _effect_problems(
+    values: Mapping[str, Any], fields: Mapping[str, Field], changed: Iterable[str] = ()
+) -> list[str]:
+    """A message for each field without effect whose value is none of its defaults.
+
+    A field that has no defaults counts only if it is among `changed`; with `changed`, no other
+    field counts.
+    """
+    return [
+        effect_problem(path, values, need, fields[path].defaults)
+        for path, need in without_effect(values, fields).items()
+        if values[path] not in fields[path].defaults
+        and (path in changed if changed else fields[path].defaults)
+    ]
+
+
 def _completed(config: Any, fields: Fields, where: str, new: bool = False) -> dict[str, Any]:
     problems: list[str] = []
-    completed = _section(config, fields, "", new, problems)
+    completed = read_section(config, fields, "", new, problems)
+    if new and not problems:
+        problems = _effect_problems(flat(completed), flat(fields))
     if problems:
         raise ValueError(f"{where}: {'; '.join(problems)}")
     return completed
-
-
-def _section(
-    section: Any, fields: Fields, prefix: str, new: bool, problems: list[str]
-) -> dict[str, Any]:
-    """The completed section; appends its problems to `problems`."""
-    if not isinstance(section, Mapping):
-        name = prefix.removesuffix(".") or "the config"
-        problems.append(f"{name} is {section!r}; it must have the fields {', '.join(fields)}")
-        return {}
-    problems += [_unknown(name, fields, prefix) for name in section if name not in fields]
-    completed = {}
-    for name, field in fields.items():
-        path = prefix + name
-        if name in section and isinstance(field, Mapping):
-            completed[name] = _section(section[name], field, f"{path}.", new, problems)
-        elif name in section:
-            try:
-                completed[name] = read(section[name], field, new)
-            except ValueError as error:
-                problems.append(f"{path} {error}")
-        elif isinstance(field, Mapping) or field.older is NEEDED:
-            problems.append(f"{path} is missing")
-        else:
-            completed[name] = read(field.older, field)
-    return completed
-
-
-def _unknown(name: str, fields: Fields, prefix: str) -> str:
-    similar = difflib.get_close_matches(str(name), fields, 1, cutoff=0.5)
-    valid_fields = f"valid fields are {', '.join(fields)}"
-    hint = f"did you mean {prefix}{similar[0]}?" if similar else valid_fields
-    return f"{prefix}{name} is unknown, {hint}"
 
 
 def check_seed(seed: int, where: str) -> None:
@@ -398,7 +421,7 @@ def check_seed(seed: int, where: str) -> None:
 
 
 def may_change(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a resumed run may change a field.
+    """Whether a resumed run may change a field. It may change any field without effect.
 
     name: dotted path of the field, such as "train.steps".
     config: the complete config of the run.
@@ -406,31 +429,13 @@ def may_change(name: str, config: Mapping[str, Any]) -> bool:
     fields = flat(stage_fields(config["model"]["family"]))
     if name not in fields:
         return False
+    if name in without_effect(flat(config), fields):
+        return True
     condition = fields[name].resume
     if isinstance(condition, tuple):
         other, value = condition
         return flat(config)[other] == value
     return condition
-
-
-def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """{dotted path: value}, such as {"optim.lr": 1e-4}.
-
-    Lists become tuples, so that a config read from JSON compares equal.
-    """
-    return dict(_leaves(config, ""))
-
-
-def _leaves(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, _frozen(value)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -361,3 +361,24 @@ def check_sampling(sampling: Mapping[str, Any]) -> None:
     grid = drawing(sampling, schedule="cosine")["grid"]
     if not isinstance(grid, TimeGrid):
         check_levels(grid, sampling["steps"])
+
+
+def check_interval(sampling: Mapping[str, Any], schedule: str) -> None:
+    """Raises ValueError if `w_interval` contains no log-SNR of the sampling grid, or all of them.
+
+    Then it disables guidance, or has no effect. The default interval contains all.
+    """
+    components = drawing(sampling, schedule)
+    guidance, steps = components["guidance"], sampling["steps"]
+    if guidance.w == 1.0 or guidance.everywhere:
+        return
+    levels = components["grid"](steps)
+    inside = int(guidance.inside(levels).sum())
+    if inside in (0, steps):
+        contains = "none" if inside == 0 else "all"
+        advice = "set sampling.w = 1" if inside == 0 else "omit it"
+        raise ValueError(
+            f"sampling.w_interval = {tuple(guidance.w_interval)} contains {contains} of the"
+            f" {steps} log-SNRs of the sampling grid, {levels[0]:.4g} to {levels[-1]:.4g}: give an"
+            f" interval that contains some of them, or {advice}"
+        )

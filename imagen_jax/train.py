@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "overfit",
         0,
-        "self-test: train for this number of steps on one batch, without saving; fails unless the"
-        " loss falls below a quarter of its first value",
+        "self-test: train for this number of steps on one batch, without checkpoints; fails unless"
+        " the loss falls below a quarter of its first value",
         lower_bound=0,
     )
     flags.DEFINE_string(
@@ -77,20 +77,22 @@ def main() -> int:
     cli.log_to_stderr()
     if args.config is None or args.workdir is None:
         raise ValueError("--config FILE and --workdir DIR are both needed")
-    config = cli.data_config(args.config)
+    config, workdir = cli.data_config(args.config), Path(args.workdir)
     check_local("--config.data.path", config["data"]["path"])
     check_local("--init_from", args.init_from)
     cli.check_directory("workdir", args.workdir)
     profile = read_profile(args.profile, config["train"]["steps"])
     if args.overfit and (args.profile or args.minutes or args.init_from):
         raise ValueError("--overfit does not take --profile, --minutes or --init_from: omit them")
+    if args.overfit:
+        config, workdir = self_test(config, args.overfit), workdir / "overfit"
     cli.set_up_jax()
     distributed.start(args.host_timeout, args.host_lost)
     cli.check_platform()
     with Watch(args.host_lost) as watch:
-        if args.overfit:
-            return overfit(config, args.overfit, watch)
-        return train(config, Path(args.workdir), profile, args.minutes, args.init_from, watch)
+        return train(
+            config, workdir, profile, args.minutes, args.init_from, watch, overfit=args.overfit
+        )
 
 
 def read_profile(text: str, steps: int) -> tuple[int, int]:
@@ -113,6 +115,7 @@ def train(
     minutes: float,
     init_from: str,
     watch: Watch,
+    overfit: int = 0,
 ) -> int:
     """Trains to step config["train"]["steps"], or until a signal or the time limit.
 
@@ -121,12 +124,12 @@ def train(
 
     config: a complete config (`schema.complete` with new=True). profile: (first, count) of the
     traced steps. minutes: the time limit, 0 for none. init_from: initial weights of a new run, ""
-    for random ones.
+    for random ones. overfit: trains for this number of steps on one batch instead, without
+    checkpoints, and returns the `verdict`; config is then that of `self_test`.
     """
     import jax
 
     from imagen_jax import run_log
-    from imagen_jax.data import pipeline
     from imagen_jax.training.metrics import TrainingMetrics
     from imagen_jax.training.replicas import Replicas
     from imagen_jax.training.run import Run
@@ -134,11 +137,12 @@ def train(
     from imagen_jax.training.trace import Trace
     from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints
 
-    settings, total, first = config["train"], config["train"]["steps"], jax.process_index() == 0
+    settings, first = config["train"], jax.process_index() == 0
+    total = overfit or settings["steps"]
 
     # Check that mesh, data and program fit each other, and that all processes have the same
     # settings.
-    run = Run.create(config)
+    run = Run.create(config, overfit=bool(overfit))
     agreement.check(
         {
             "config": json.dumps(config),
@@ -182,7 +186,7 @@ def train(
         agreement.gather()
 
         # Loop.
-        data = pipeline.batches(config["data"], config["seed"], done, "train", run.rows)
+        data = run.batches(done, run.rows)
         program = run.program
         grid = SampleGrid(config, program.stage, program.mesh) if settings["sample_every"] else None
         replicas = Replicas(program.mesh, program.abstract, program.shardings)
@@ -226,9 +230,12 @@ def train(
                     record.writer.image(done, "ema", grid.sample(state.ema))
             if done % settings["save_every"] == 0:
                 save()
+        data.close()
+        if overfit:
+            record.settle()
+            return verdict([metrics["loss"] for metrics in record.unlogged], overfit)
         save()
         checkpoints.wait()
-    data.close()
     log.info("%s: %d of %d steps done, saved in %s", config["name"], done, total, workdir)
     return 0
 
@@ -284,30 +291,27 @@ def stop_requests(minutes: float) -> Callable[[int], bool]:
     return stop
 
 
-def overfit(config: Mapping[str, Any], steps: int, watch: Watch) -> int:
-    """Trains on the first batch only; returns 0 if the loss falls below a quarter, else 1.
+def self_test(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The config of --overfit: warm-up over 1/20 of the steps; no rows, grids or checkpoints."""
+    never = steps + 1
+    train_section = {"log_every": never, "sample_every": 0, "save_every": never}
+    return dict(config) | {
+        "optim": dict(config["optim"]) | {"warmup": max(1, steps // 20)},
+        "train": dict(config["train"]) | train_section,
+    }
 
-    The loss falls only if model, loss, optimizer and data work together correctly.
+
+def verdict(losses: Sequence[float], steps: int) -> int:
+    """The exit code of --overfit: 0 if the loss fell below a quarter of its first value, else 1.
+
+    losses: of every step. The loss falls only if model, loss, optimizer and data work together
+    correctly.
     """
-    import jax
-    import numpy as np
-
-    from imagen_jax import run_log
-    from imagen_jax.data import pipeline
-    from imagen_jax.training.run import Run
-
-    config = dict(config) | {"optim": dict(config["optim"]) | {"warmup": max(1, steps // 20)}}
-    run = Run.create(config)
-    data = pipeline.batches(config["data"], config["seed"], 0, "train", run.rows)
-    batch, state, losses = run.place(next(data)), run.fresh_state()[0], []
-    data.close()
-    with run_log.Progress("overfit", steps, quiet=jax.process_index() > 0) as progress:
-        for i in range(steps):
-            watch.at(i, "training")
-            state, step_metrics = run.program.step(state, batch)
-            losses.append(float(jax.device_get(step_metrics["loss"])))
-            progress.update(i + 1, loss=losses[-1])
-    before, after = losses[0], float(np.mean(losses[-max(1, steps // 10) :]))
+    if len(losses) < steps:
+        log.info("overfit: stopped after %d of %d steps", len(losses), steps)
+        return 1
+    last = losses[-max(1, steps // 10) :]
+    before, after = losses[0], sum(last) / len(last)
     passed = after < before / 4
     outcome = "passed" if passed else "FAILED"
     log.info("overfit: loss %.4f at first, %.4f at the end: %s", before, after, outcome)

@@ -30,7 +30,7 @@ from absl import flags
 from imagen_jax import cli, schema
 from imagen_jax.storage import write_json
 from launch import command_line, comparison, platforms, status
-from launch.ablation import FINISHED, Ablation, Arm, Step, options_of, plan
+from launch.ablation import FINISHED, Ablation, Arm, Step, load, options_of, plan
 from launch.job import Job, check_path, in_bucket, mounted, read_config, training
 
 
@@ -213,7 +213,7 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
     """
     from imagen_jax.evals.measures import measure
     from imagen_jax.evals.rows import Settings
-    from imagen_jax.stage import create_stage
+    from imagen_jax.stage import check_interval, create_stage
     from imagen_jax.training import ema, optim
     from imagen_jax.training.step import check_accumulation
 
@@ -227,14 +227,21 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
     measure.check_known(names)
     numbers = {"rows": ablation.rows, "samples": ablation.samples or ablation.rows}
     settings = Settings(**numbers, gallery=1, bins=1, batch_size=1, seed=0, sampling={})
+    configured, _ = load(ablation.config)
     for arm in arms:
         fields: Mapping[str, object] = {**ablation.shared, **arm.overrides}
         config = read_config(ablation.config, options_of(fields))
+        values = schema.flat(config)
+        own = [field for field in arm.overrides if values[field] != configured[field]]
+        if own:
+            schema.check_effect(config, own, f"arm {arm.name} of {ablation.config}")
+        check_interval(config["sampling"], config["diffusion"]["schedule"])
         if not options.where:
             check_here(config["data"]["path"])
         stage = create_stage(config)
         # With --checkpoint the stage comes from the checkpoint, which is not read here.
         if not ablation.checkpoint:
+            read_config(ablation.config, options_of({**ablation.shared, **arm.training}))
             measure.choose(names, stage, settings)
             optim.make_optimizer(config["optim"], config["train"]["steps"])
             ema.tracks(config["optim"])

@@ -166,6 +166,7 @@ def test_a_read_only_output_is_refused_before_drawing(tmp_path, monkeypatch):
 
     loaded = [types.SimpleNamespace(identity={})]
     monkeypatch.setattr(cascade, "load_cascade", lambda *_: loaded)
+    monkeypatch.setattr(cascade, "check_intervals", lambda *_: None)
     monkeypatch.setattr(sample, "load_encoder", lambda *_: None)
     monkeypatch.setattr(sample.cli, "make_directory", refuse)
     with pytest.raises(ValueError, match="--output .* cannot be written to"):

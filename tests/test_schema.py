@@ -339,7 +339,8 @@ def test_what_a_resume_may_change():
     free = {name for name in schema.flat(config) if schema.may_change(name, config)}
     sections = {n for n in schema.flat(config) if n.split(".")[0] in ("mesh", "train", "sampling")}
     alone = {"name", "model.remat", "data.path", "data.workers", "data.cache_mib"}
-    assert free == sections | alone | {"optim.accumulation"}
+    idle = {f"diffusion.{n}" for n in ("aug_schedule", "aug_max", "density_mean", "density_std")}
+    assert free == sections | alone | idle | {"optim.accumulation"}
     assert not schema.may_change("encoder.dim", config)
     cosine, dropout = tiny.config(optim__decay="cosine"), tiny.config(model__dropout=0.1)
     assert not schema.may_change("train.steps", cosine)

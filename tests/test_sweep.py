@@ -177,6 +177,30 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, recorded, c
             (),
             "sampling.method is 'heun'",
         ),
+        (
+            'config.sampling.w": 3.0',
+            'config.sampling.grid_rho": 5.0',
+            (),
+            "sampling.grid_rho = 5.0 has no effect with sampling.grid =",
+        ),
+        (  # the field has no default, but the arm would repeat another one
+            'optim.lr": 1e-3',
+            'train.sample_rows": 3',
+            (),
+            "arm fast of ",
+        ),
+        (
+            'config.sampling.w": 3.0',
+            'config.sampling.w_interval": (18.0, 19.0)',
+            (),
+            "contains none of the 4 log-SNRs",
+        ),
+        (  # the training does not have the grid of the arms
+            '"config.',
+            '"config.sampling.grid": "karras", "config.',
+            ("--config.sampling.grid_rho=5.0",),
+            "sampling.grid_rho = 5.0 has no effect",
+        ),
         ("", "", ("--measures=nope",), "--measures nope is unknown"),
         (
             "",

@@ -3,6 +3,7 @@ to stop, given bad data or settings.
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -248,6 +249,37 @@ def test_overfit_passes_and_can_fail(data, tmp_path):
     able = [*PROGRAM, *base, f"--workdir={workdir}", "--overfit=150", "--config.optim.lr=1e-2"]
     done = subprocess.run(able, env=ENV, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0 and "passed" in done.stderr + done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "last, code", [([0.2] * 10, 0), ([0.3] * 10, 1), ([0.0] * 9 + [2.6], 1), ([math.nan] * 10, 1)]
+)
+def test_the_verdict_of_overfit(last, code):
+    """Catches a verdict of the last step alone, of all steps, or one that a NaN passes: the mean of
+    the last tenth must be below a quarter of the first loss.
+    """
+    assert train.verdict([1.0] * 90 + last, 100) == code
+    assert train.verdict([1.0, 0.0], 3) == 1, "stopped before its last step"
+
+
+def test_overfit_has_one_batch_and_saves_nothing(data):
+    """Catches a self-test that goes on to the next batch, names the images of another batch after a
+    NaN, or reaches a row, a grid or a checkpoint.
+    """
+    config = tiny.config("sr_1024", data__path=str(data), optim__warmup=10_000)
+    made = train.self_test(schema.complete(config, new=True), 40)
+    assert made["optim"]["warmup"] == 2 and made["train"]["steps"] == config["train"]["steps"]
+    assert min(made["train"][name] for name in ("log_every", "save_every")) > 40
+    assert made["train"]["sample_every"] == 0
+    run = Run.create(made, overfit=True)
+    batches, later = run.batches(0), run.batches(5)
+    first, second = next(batches)["index"], next(batches)["index"]
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first, next(later)["index"])
+    plain = Run.create(made).batches(1)
+    assert (next(plain)["index"] != first).any()
+    for reader in (batches, later, plain):
+        reader.close()
 
 
 @pytest.mark.parametrize(

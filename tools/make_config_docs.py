@@ -10,7 +10,7 @@ from typing import Any
 
 from configs import base_64, cascade, sr_256, sr_1024
 from imagen_jax import schema
-from imagen_jax.field import NEEDED, Field
+from imagen_jax.field import NEEDED, Field, alternatives
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 CONFIGS = {"base_64": base_64, "sr_256": sr_256, "sr_1024": sr_1024}
@@ -23,7 +23,9 @@ edit.
 - *type*: the type, or the valid values. Intervals hold for new runs; older records are not checked.
 - *base_64*, *sr_256*, *sr_1024*: the values of these configs.
 - *older*: the value assumed for records written before the field existed.
-- *resume*: whether a resume may change the field.
+- *needs*: without this the field has no effect. A new run then refuses any value but its default,
+  or, where configs have no common default, accepts any; an arm of a sweep may not change it.
+- *resume*: whether a resume may change the field. It may change any field without effect.
 - *source*: where the paper has it, or another paper.
 
 A new option of sampling or diffusion is one entry in `imagen_jax/schema.py`, one value in
@@ -69,12 +71,14 @@ def model_sections(values: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def section(title: str, prefix: str, fields: schema.Fields, values: Mapping[str, Any]) -> str:
     """One table: a row a field."""
     later = any(field.older is not NEEDED for field in fields.values())
-    heads = ["field", "meaning", "type", *values, *["older"] * later, "resume", "source"]
+    some = any(field.needs for field in fields.values())
+    heads = ["field", "meaning", "type", *values, *["older"] * later, *["needs"] * some]
+    heads += ["resume", "source"]
     rows = []
     for name, field in fields.items():
         cells = [cell(one[prefix + name]) for one in values.values()]
         older = ["" if field.older is NEEDED else cell(field.older)] * later
-        row = [f"`{name}`", field.meaning, kind(field), *cells, *older]
+        row = [f"`{name}`", field.meaning, kind(field), *cells, *older, *[needs(field)] * some]
         rows.append([*row, resume(field), field.source])
     return table(title, heads, rows)
 
@@ -111,6 +115,16 @@ def kind(field: Field) -> str:
         return field.kind.__name__ + interval
     one = kinds[0].__name__
     return (f"tuple of {one}" if Ellipsis in kinds else f"{len(kinds)} x {one}") + interval
+
+
+def needs(field: Field) -> str:
+    """The conditions of an effect: "`sampling.grid` = karras", "`text.dim` other than 0"."""
+    one = lambda need: (
+        f"`{need.field}` = {' or '.join(map(cell, need.values))}"
+        if need.values
+        else f"`{need.field}` other than {' or '.join(map(cell, need.unless))}"
+    )
+    return " and ".join(" or ".join(map(one, alternatives(need))) for need in field.needs)
 
 
 def resume(field: Field) -> str:

@@ -38,6 +38,12 @@ def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
         "paper": {},
         "linear": {"schedule": "linear"},
         "logit_normal": {"density": "logit_normal"},
+        # JiT (Li & He 2025), whose time runs from noise to data: mean -0.8 there.
+        "logit_normal_noisy": {
+            "density": "logit_normal",
+            "density_mean": 0.8,
+            "density_std": 0.8,
+        },
         "min_snr": {"weight": "min_snr"},
         "v": {"prediction": "v"},
         "flow": {"process": "flow", "schedule": "flow", "prediction": "u"},

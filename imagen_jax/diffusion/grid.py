@@ -34,7 +34,7 @@ class TimeGrid:
 
 @dataclasses.dataclass(frozen=True)
 class LogSNRGrid:
-    """Uniform in log-SNR between the two values of `grid_logsnr`.
+    """Uniform in log-SNR between the two values of `grid_logsnr`, both included.
 
     Lu et al. 2022 (DPM-Solver++, arXiv 2211.01095) recommend it for their solver.
     """
@@ -51,7 +51,10 @@ class LogSNRGrid:
 
 @dataclasses.dataclass(frozen=True)
 class KarrasGrid:
-    """Uniform in sigma^(1 / rho) with sigma = exp(-logsnr / 2) (Karras et al. 2022, eq. 5)."""
+    """Uniform in sigma^(1 / rho) with sigma = exp(-logsnr / 2) (Karras et al. 2022, eq. 5).
+
+    sigma_i = (a + i / (n - 1) (b - a))^rho with a and b the first and last sigma^(1 / rho).
+    """
 
     grid_logsnr: tuple[float, float]
     grid_rho: float

@@ -103,7 +103,7 @@ def x_error(
     logsnr: Float[Array, "b"],
     process: Process,
 ) -> Float[Array, "b"]:
-    """Mean squared error of x-hat for each sample [b]; x-hat is clipped to [-1, 1] as in sampling.
+    """mean((clip(x-hat, -1, 1) - x)^2) of each sample [b]; x-hat is clipped as in sampling.
 
     The unit does not depend on what the network predicts, so stages with different predictions,
     densities or weights can be compared.

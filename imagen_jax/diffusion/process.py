@@ -70,11 +70,6 @@ class GaussianProcess:
     process: str
     prediction: str
 
-    def __post_init__(self) -> None:
-        for field, valid in (("process", tuple(ALPHA_SIGMA)), ("prediction", PREDICTIONS)):
-            if (value := getattr(self, field)) not in valid:
-                raise ValueError(f"diffusion.{field} is {value!r}; it must be one of {valid}")
-
     def alpha_sigma(
         self, logsnr: LogSNR, ndim: int
     ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
@@ -96,14 +91,13 @@ class GaussianProcess:
 
     def target(self, x: Images, eps: Images, logsnr: LogSNR) -> Images:
         """The network's training target: eps, x, v or u."""
-        if self.prediction == "eps":
-            return eps
-        if self.prediction == "x":
-            return x
-        if self.prediction == "u":
-            return eps - x
-        alpha, sigma = self.alpha_sigma(logsnr, x.ndim)
-        return alpha * eps - sigma * x
+
+        def v() -> Images:
+            alpha, sigma = self.alpha_sigma(logsnr, x.ndim)
+            return alpha * eps - sigma * x
+
+        targets = {"eps": lambda: eps, "x": lambda: x, "v": v, "u": lambda: eps - x}
+        return targets[self.prediction]()
 
     def x_from_output(self, output: Images, z: Images, logsnr: LogSNR) -> Images:
         """x-hat from the network's output, in fp32.
@@ -113,14 +107,18 @@ class GaussianProcess:
         """
         alpha, sigma = self.alpha_sigma(logsnr, z.ndim)
         output = output.astype(jnp.float32)
-        if self.prediction == "eps":
-            return (z - sigma * output) / alpha
-        if self.prediction == "x":
-            return output
-        if self.prediction == "u":
-            return (z - sigma * output) / (alpha + sigma)
-        x = alpha * z - sigma * output
-        return x if self.process == "vp" else x / (alpha**2 + sigma**2)
+
+        def from_v() -> Images:
+            x = alpha * z - sigma * output
+            return x if self.process == "vp" else x / (alpha**2 + sigma**2)
+
+        x_hats = {
+            "eps": lambda: (z - sigma * output) / alpha,
+            "x": lambda: output,
+            "v": from_v,
+            "u": lambda: (z - sigma * output) / (alpha + sigma),
+        }
+        return x_hats[self.prediction]()
 
     def eps_from_x(self, x: Images, z: Images, logsnr: LogSNR) -> Images:
         """eps = (z - alpha x) / sigma, the noise that is consistent with x-hat."""

@@ -1,8 +1,8 @@
 """Samplers, and the compiled loop that runs any of them on any grid of noise levels.
 
-A sampler may carry state in addition to z. `init` creates the carry, `step` goes from one noise
-level to the next, and `finish` returns x. Each image has its own PRNG key, so it depends on that
-key and on its conditioning, but not on the rest of the batch.
+A sampler may carry state in addition to z. `init` creates the carry, and `step` goes from one noise
+level to the next. The sample is x-hat at the last level. Each image has its own PRNG key, so it
+depends on that key and on its conditioning, but not on the rest of the batch.
 """
 
 import dataclasses
@@ -47,12 +47,6 @@ class Sampler:
         """Returns z at `at.logsnr_s` and the carry of the next step."""
         raise NotImplementedError
 
-    def finish(
-        self, predict: Predict, z: Float[Array, "b *d"], carry: Carry, logsnr: Float[Array, "b"]
-    ) -> Float[Array, "b *d"]:
-        """The final image: x-hat at the last z."""
-        return predict(z, logsnr)
-
 
 @dataclasses.dataclass(frozen=True)
 class DDIM(Sampler):
@@ -89,7 +83,8 @@ class Ancestral(Sampler):
 class DPMSolver2M(Sampler):
     """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order.
 
-    It evaluates the network once per step. The carry holds x-hat [b *d] and the step size h [b] of
+    With r = h_before / h it replaces x-hat of a DDIM step by x + (x - x_before) / (2 r). It
+    evaluates the network once per step. The carry holds x-hat [b *d] and the step size h [b] of
     the previous step, h in log(alpha / sigma). The first step is a DDIM step: its previous h is
     infinite, which makes the slope 0.
     """
@@ -159,10 +154,10 @@ def integrate(
     z: Float[Array, "b *d"],
     keys: Key[Array, "b"],
     levels: Float[Array, "n"],
-) -> tuple[Float[Array, "b *d"], Carry]:
-    """Runs the sampler from z at the first of `levels` to the last one.
+) -> Float[Array, "b *d"]:
+    """Runs the sampler from z at the first of `levels` and returns z at the last one.
 
-    z: noise, or an image with the noise of levels[0]. Returns (z, carry) at the last level.
+    z: noise, or an image with the noise of levels[0].
     """
 
     def step(
@@ -173,7 +168,7 @@ def integrate(
         t, s = jnp.full(keys.shape, levels[i]), jnp.full(keys.shape, levels[i + 1])
         return sampler.step(process, predict, z, carry, Step(t, s, noise))
 
-    return jax.lax.fori_loop(0, levels.shape[0] - 1, step, (z, sampler.init(z)))
+    return jax.lax.fori_loop(0, levels.shape[0] - 1, step, (z, sampler.init(z)))[0]
 
 
 def sample(
@@ -208,5 +203,5 @@ def sample(
 
     logsnr_at = lambda i: jnp.full(keys.shape, levels[i])
     z = process.prior(sample_noise(init_keys, shape), logsnr_at(0))
-    z, carry = integrate(sampler, process, predict, z, step_keys, levels)
-    return sampler.finish(predict, z, carry, logsnr_at(-1))
+    z = integrate(sampler, process, predict, z, step_keys, levels)
+    return predict(z, logsnr_at(-1))

@@ -18,8 +18,8 @@ from imagen_jax.models.remat import mark_stored
 Keys = tuple[tuple[Float[Array, "b _ c"], Float[Array, "b _ c"], Bool[Array, "b _"] | None], ...]
 # The signature of `attend`; a faster implementation for one device can replace it.
 Attend = Callable[[Float[Array, "b n c"], Keys, int], Float[Array, "b n c"]]
-KINDS = ("fused", "self", "cross")
-POOLINGS = ("attention", "mean")
+# {kind of attention: (pixels are keys, text tokens are keys)}
+KINDS = {"fused": (True, True), "self": (True, False), "cross": (False, True)}
 
 
 def attend(q: Float[Array, "b n c"], keys: Keys, heads: int) -> Float[Array, "b n c"]:
@@ -67,19 +67,18 @@ class Attention(nn.Module):
         text_mask: Bool[Array, "b l"] | None,
     ) -> Float[Array, "b h w c"]:
         b, height, width, c = h.shape
-        if self.kind not in KINDS:
-            raise ValueError(f"attention kind is {self.kind!r}; it must be one of {KINDS}")
+        pixel_keys, text_keys = KINDS[self.kind]
         if c % self.heads:
             raise ValueError(f"{c} channels do not divide into {self.heads} attention heads")
         pixels = h.reshape(b, height * width, c)
         normed = group_norm(c, self.dtype, "norm")(pixels)
         keys = []
-        if self.kind == "cross":
-            q = self.constrain(dense(c, self.dtype, "q")(normed))
-        else:
+        if pixel_keys:
             q, k, v = map(self.constrain, Projections(3, c, self.dtype, name="qkv")(normed))
             keys.append((k, v, None))
-        if self.kind != "self":
+        else:
+            q = self.constrain(dense(c, self.dtype, "q")(normed))
+        if text_keys:
             k, v = map(
                 self.constrain,
                 Projections(2, c, self.dtype, name="text_kv")(
@@ -129,19 +128,30 @@ class TextPool(nn.Module):
         self, text: Float[Array, "b l d"], text_mask: Bool[Array, "b l"]
     ) -> Float[Array, "b e"]:
         d = text.shape[-1]
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"model.pooling is {self.pooling!r}; it must be one of {POOLINGS}")
         if d % self.heads:
             raise ValueError(f"text width {d} does not divide into {self.heads} pooling heads")
         text = nn.LayerNorm(dtype=self.dtype, name="norm")(text)
         weight = text_mask[..., None].astype(jnp.float32)
         mean = jnp.sum(text * weight, axis=1) / jnp.sum(weight, axis=1)
-        if self.pooling == "mean":
-            return nn.Dense(self.features, dtype=self.dtype, name="out")(mean)
-        query = mean.astype(self.dtype) + self.param(
-            "query", nn.initializers.normal(d**-0.5), (d,)
-        )[None].astype(self.dtype)
-        q = nn.Dense(d, dtype=self.dtype, name="q")(query)
-        k, v = Projections(2, d, self.dtype, name="kv")(text)
-        pooled = attend(q[:, None], ((k, v, text_mask),), self.heads)[:, 0]
+        pooled = POOLINGS[self.pooling](self, text, text_mask, mean)
         return nn.Dense(self.features, dtype=self.dtype, name="out")(pooled)
+
+
+def _attention_pooling(
+    layer: TextPool,
+    text: Float[Array, "b l d"],
+    text_mask: Bool[Array, "b l"],
+    mean: Float[Array, "b d"],
+) -> Float[Array, "b d"]:
+    d = text.shape[-1]
+    learned = layer.param("query", nn.initializers.normal(d**-0.5), (d,))
+    query = mean.astype(layer.dtype) + learned[None].astype(layer.dtype)
+    q = nn.Dense(d, dtype=layer.dtype, name="q")(query)
+    k, v = Projections(2, d, layer.dtype, name="kv")(text)
+    return attend(q[:, None], ((k, v, text_mask),), layer.heads)[:, 0]
+
+
+POOLINGS = {
+    "attention": _attention_pooling,
+    "mean": lambda layer, text, text_mask, mean: mean,
+}

@@ -3,6 +3,8 @@
 `unet.py` and `efficient_unet.py` assemble them into levels.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -23,6 +25,8 @@ from imagen_jax.models.resampling import average_pool, upsample_nearest
 # The dict `cond` of a network: text, text_mask, lowres, lowres_logsnr. Each entry has b rows.
 Cond = PyTree[Shaped[Array, "b ..."]]
 RESAMPLE = {"down": average_pool, "up": upsample_nearest}
+# Fields of both networks that each of their levels has too.
+LEVEL_FIELDS = ("scale_shift", "dropout", "dtype", "remat", "constrain", "attend")
 
 
 class ResBlock(nn.Module):
@@ -110,6 +114,20 @@ class Conditioning(nn.Module):
             self.pooling, self.pool_heads, self.features, self.dtype, name="text_pool"
         )(text, cond["text_mask"])
         return self.constrain(emb + pooled), text, cond["text_mask"]
+
+
+def fields_of(network: nn.Module, *names: str) -> dict[str, Any]:
+    """The named fields of a network, to build a module that has fields of the same names."""
+    return {name: getattr(network, name) for name in names}
+
+
+def conditioning(network: nn.Module, width: int) -> Conditioning:
+    """The `Conditioning` of a network whose first level has `width` channels; emb has 4 * width.
+
+    Call it inside the network's `__call__`.
+    """
+    shared = ("cond_dim", "pooling", "pool_heads", "lowres", "dtype", "constrain")
+    return Conditioning(width, 4 * width, **fields_of(network, *shared), name="conditioning")
 
 
 def concat_lowres(

@@ -15,9 +15,16 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Attend, Attention, FeedForward, attend
-from imagen_jax.models.blocks import Cond, Conditioning, ResBlock, concat_lowres
+from imagen_jax.models.blocks import (
+    LEVEL_FIELDS,
+    Cond,
+    ResBlock,
+    concat_lowres,
+    conditioning,
+    fields_of,
+)
 from imagen_jax.models.layers import Constrain, Conv, ConvTranspose, Dtype, identity
-from imagen_jax.models.remat import check_kind, checkpointed_module
+from imagen_jax.models.remat import checkpointed_module
 
 
 class Blocks(nn.Module):
@@ -129,30 +136,10 @@ class EfficientUNet(nn.Module):
         train: bool = False,
     ) -> Float[Array, "b h w 3"]:
         self._check_settings(z)
-        emb, text, mask = Conditioning(
-            sinusoid_features=self.widths[0],
-            features=4 * self.widths[0],
-            cond_dim=self.cond_dim,
-            pooling=self.pooling,
-            pool_heads=self.pool_heads,
-            lowres=self.lowres,
-            dtype=self.dtype,
-            constrain=self.constrain,
-            name="conditioning",
-        )(logsnr, cond)
+        emb, text, mask = conditioning(self, self.widths[0])(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
         h = self.constrain(Conv(self.widths[0], self.dtype, name="stem")(h.astype(self.dtype)))
-        level = partial(
-            Blocks,
-            heads=self.heads,
-            residual_scale=self.residual_scale,
-            scale_shift=self.scale_shift,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            remat=self.remat,
-            constrain=self.constrain,
-            attend=self.attend,
-        )
+        level = partial(Blocks, **fields_of(self, *LEVEL_FIELDS, "heads", "residual_scale"))
         per_level = list(zip(self.widths, self.blocks, self.attention))
         skips = []
         for i, (width, blocks, attention) in enumerate(per_level):
@@ -173,7 +160,6 @@ class EfficientUNet(nn.Module):
         )
 
     def _check_settings(self, z: Float[Array, "b h w 3"]) -> None:
-        check_kind(self.remat)
         if not len(self.widths) == len(self.blocks) == len(self.attention):
             raise ValueError(
                 f"model.widths, model.blocks and model.attention have {len(self.widths)},"

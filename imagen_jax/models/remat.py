@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-KINDS = ("none", "matrix", "block")
 STORED = "stored"  # checkpoint name of the arrays that `mark_stored` marks
 
 
@@ -22,15 +21,9 @@ def mark_stored(tree: Any) -> Any:
     return checkpoint_name(tree, STORED)
 
 
-def check_kind(kind: str) -> None:
-    """Raises ValueError if `kind` is not in `KINDS`."""
-    if kind not in KINDS:
-        raise ValueError(f"model.remat is {kind!r}; it must be one of {KINDS}")
-
-
 def checkpointed(kind: str, function: Callable) -> Callable:
     """Applies `jax.checkpoint` to `function` with the policy of `kind` (none: no wrapper)."""
-    return function if kind == "none" else jax.checkpoint(function, policy=_policy(kind))
+    return function if kind == "none" else jax.checkpoint(function, policy=POLICIES[kind]())
 
 
 def checkpointed_module(
@@ -51,16 +44,7 @@ def checkpointed_module(
     """
     if kind == "none" or (kind == "matrix" and skip_matrix):
         return module
-    return nn.remat(module, static_argnums=static_argnums, policy=_policy(kind))
-
-
-def _policy(kind: str) -> Callable | None:
-    check_kind(kind)
-    if kind == "block":
-        return None
-    return jax.checkpoint_policies.save_from_both_policies(
-        _is_matrix_product, jax.checkpoint_policies.save_only_these_names(STORED)
-    )
+    return nn.remat(module, static_argnums=static_argnums, policy=POLICIES[kind]())
 
 
 def _is_matrix_product(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -70,3 +54,12 @@ def _is_matrix_product(primitive: Any, *_: Any, **params: Any) -> bool:
     """
     batch = params["dimension_numbers"][1] if primitive.name == "dot_general" else ((), ())
     return primitive.name in ("conv_general_dilated", "dot_general") and not batch[0]
+
+
+POLICIES = {
+    "matrix": lambda: jax.checkpoint_policies.save_from_both_policies(
+        _is_matrix_product, jax.checkpoint_policies.save_only_these_names(STORED)
+    ),
+    "block": lambda: None,
+}
+KINDS = ("none", *POLICIES)

@@ -18,9 +18,16 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Attend, Attention, attend
-from imagen_jax.models.blocks import Cond, Conditioning, ResBlock, concat_lowres
+from imagen_jax.models.blocks import (
+    LEVEL_FIELDS,
+    Cond,
+    ResBlock,
+    concat_lowres,
+    conditioning,
+    fields_of,
+)
 from imagen_jax.models.layers import Constrain, Conv, Dtype, group_norm, identity
-from imagen_jax.models.remat import check_kind, checkpointed_module
+from imagen_jax.models.remat import checkpointed_module
 from imagen_jax.models.resampling import depth_to_space, space_to_depth, upsample_nearest
 
 # {(self-attention, text attention): attention kind of a level}. F.1 gives the resolutions with each
@@ -31,7 +38,8 @@ ATTENTION = {
     (False, True): "cross",
     (False, False): "none",
 }
-RES_BLOCKS = ("biggan", "plain")
+# {res_block: whether resampling is inside a residual block}
+RES_BLOCKS = {"biggan": True, "plain": False}
 
 Text = Float[Array, "b l d"] | None
 Mask = Bool[Array, "b l"] | None
@@ -93,7 +101,7 @@ class Level(nn.Module):
             h = self.constrain(h)
             outputs.append(h)
         if self.resample != "none":
-            if self.res_block == "biggan":
+            if RES_BLOCKS[self.res_block]:
                 h = block(resample=self.resample, name="resample")(h, emb, train)
             elif self.resample == "down":
                 h = Conv(self.features, self.dtype, stride=2, name="resample")(h)
@@ -157,17 +165,7 @@ class UNet(nn.Module):
         train: bool = False,
     ) -> Float[Array, "b h w 3"]:
         self._check_settings(z)
-        emb, text, mask = Conditioning(
-            sinusoid_features=self.channels,
-            features=4 * self.channels,
-            cond_dim=self.cond_dim,
-            pooling=self.pooling,
-            pool_heads=self.pool_heads,
-            lowres=self.lowres,
-            dtype=self.dtype,
-            constrain=self.constrain,
-            name="conditioning",
-        )(logsnr, cond)
+        emb, text, mask = conditioning(self, self.channels)(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
         h = Conv(self.channels, self.dtype, name="stem")(
             space_to_depth(h.astype(self.dtype), self.patch)
@@ -175,17 +173,7 @@ class UNet(nn.Module):
         h = self.constrain(h)
         widths = [self.channels * m for m in self.multipliers]
         last = len(widths) - 1
-        level = partial(
-            Level,
-            res_block=self.res_block,
-            scale_shift=self.scale_shift,
-            head_channels=self.head_channels,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            remat=self.remat,
-            constrain=self.constrain,
-            attend=self.attend,
-        )
+        level = partial(Level, **fields_of(self, *LEVEL_FIELDS, "res_block", "head_channels"))
         kinds = [ATTENTION[pair] for pair in zip(self.attention, self.text_attention)]
         skips = [h]
         for i, width in enumerate(widths):
@@ -227,11 +215,6 @@ class UNet(nn.Module):
             )
         if any(self.text_attention) and not self.cond_dim:
             raise ValueError("model.text_attention needs text; set model.cond_dim and text.dim")
-        check_kind(self.remat)
-        if self.res_block not in RES_BLOCKS:
-            raise ValueError(
-                f"model.res_block is {self.res_block!r}; it must be one of {RES_BLOCKS}"
-            )
         factor = self.patch * 2 ** (len(self.multipliers) - 1)
         if z.shape[1] % factor or z.shape[2] % factor:
             raise ValueError(

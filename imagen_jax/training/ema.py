@@ -25,7 +25,7 @@ class Track(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FixedDecay:
-    """min(most, (1 + step) / (10 + step)).
+    """min(most, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage.
 
     The short memory at the start removes the initial weights from the average early: while the
     decay is below `most`, their share after n updates is 9! n! / (n + 9)!, which is 0.1 after one,
@@ -46,6 +46,6 @@ def tracks(optim: Mapping[str, Any]) -> tuple[Track, ...]:
 
 
 def follow(track: Track, average: Tree, params: Tree, step: Int[Array, ""]) -> Tree:
-    """The average after an update of the parameters."""
+    """The average after an update of the parameters: decay * average + (1 - decay) * params."""
     decay = track.decay(step)
     return jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), average, params)

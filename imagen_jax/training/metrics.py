@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from imagen_jax import run_log
-from imagen_jax.data import pipeline
 from imagen_jax.storage import write_json
 from imagen_jax.training.run import Run
 
@@ -93,7 +92,7 @@ class TrainingMetrics:
 
 def report_bad_step(run: Run, workdir: Path, bad: int) -> str:
     """Writes workdir/nonfinite.json with the batch of step `bad`. Returns the error message."""
-    data = pipeline.batches(run.config["data"], run.config["seed"], bad)
+    data = run.batches(bad)
     batch = next(data)
     data.close()
     report = {

@@ -27,7 +27,10 @@ def learning_rate(optim: Mapping[str, Any], steps: int) -> optax.Schedule:
 
 def make_optimizer(optim: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then Adam (super-resolution) or optax's Adafactor with its defaults
-    (the 2B base model).
+    (the 2B base model; section 4.1).
+
+    Adam: Kingma & Ba 2015, algorithm 1, with decoupled weight decay (Loshchilov & Hutter 2019).
+    Adafactor: Shazeer & Stern 2018. Clipping: g min(1, clip / |g|) (Pascanu et al. 2013).
 
     Weight decay acts on kernels only (see `kernels`); it is multiplied by the learning rate with
     Adam, not with Adafactor.

@@ -5,15 +5,15 @@ The train step is not compiled here.
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from imagen_jax import cascade, sharding
-from imagen_jax.data.pipeline import open_prepared
+from imagen_jax.data import pipeline
 from imagen_jax.hardware import chips
-from imagen_jax.stage import RNG, create_stage
+from imagen_jax.stage import RNG, check_interval, create_stage
 from imagen_jax.training import state
 from imagen_jax.training.step import TrainProgram, forward_flops
 from imagen_jax.weights import checkpoint
@@ -32,6 +32,7 @@ class Run:
     program: the train step on the mesh.
     flops_per_image: model FLOPs per image, forward and backward, without rematerialization.
     peak_flops: peak FLOP/s of all devices together.
+    overfit: every step has the first batch.
     """
 
     config: Mapping[str, Any]
@@ -39,22 +40,24 @@ class Run:
     program: TrainProgram
     flops_per_image: float
     peak_flops: float
+    overfit: bool
 
     @classmethod
-    def create(cls, config: Mapping[str, Any]) -> "Run":
+    def create(cls, config: Mapping[str, Any], overfit: bool = False) -> "Run":
         """Builds a run and checks its complete config against data and devices.
 
         Allocates no arrays. Raises ValueError for a config that does not fit data or devices.
         """
+        check_interval(config["sampling"], config["diffusion"]["schedule"])
         mesh = sharding.make_mesh(config["mesh"])
-        data = open_prepared(config["data"])
+        data = pipeline.open_prepared(config["data"])
         if config["text"]["dim"]:
             data.check_text(config["text"]["dim"])
         program = TrainProgram.create(config, mesh)
         peak, source = chips.peak_flops(mesh.devices.flat[0])
         meta = {"config": config, "encoder": data.encoder, "manifest_hash": data.hash, "rng": RNG}
         flops = 3 * forward_flops(create_stage(config))
-        run = cls(config, meta, program, flops, peak * mesh.size)
+        run = cls(config, meta, program, flops, peak * mesh.size, overfit)
         run.describe(source)
         return run
 
@@ -112,6 +115,12 @@ class Run:
         """The rows of each global batch that this process reads."""
         return sharding.process_rows(self.config["data"]["batch_size"], self.program.mesh)
 
+    def batches(self, step: int, rows: Sequence[int] | None = None) -> Iterator[pipeline.Batch]:
+        """The training batches of `step`, step + 1, ... (see `pipeline.batches`)."""
+        step = 0 if self.overfit else step
+        data = pipeline.batches(self.config["data"], self.config["seed"], step, "train", rows)
+        return repeat_first(data) if self.overfit else data
+
     def place(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Moves the fields that the step reads from a host batch to the mesh."""
         fields = {name: batch[name] for name in self.program.batch}
@@ -127,3 +136,11 @@ class Run:
             "time/model_tflops_per_s": flops / 1e12,
             "time/mfu": flops / self.peak_flops,
         }
+
+
+def repeat_first(data: Iterator[pipeline.Batch]) -> Iterator[pipeline.Batch]:
+    """Yields the first batch of `data` forever."""
+    batch = next(data)
+    data.close()
+    while True:
+        yield batch

@@ -34,6 +34,18 @@ def test_karras():
     assert len(levels) == 18 and np.all(np.diff(levels) > 0)
 
 
+@pytest.mark.parametrize("rho", [1.0, 3.0])
+def test_karras_by_its_formula(rho):
+    """Catches a rho that is ignored: sigma_i = (a + i/(n-1) (b - a))^rho with a = first^(1/rho) and
+    b = last^(1/rho). With rho 1 the sigmas are evenly spaced.
+    """
+    first, last = np.exp(-0.5 * np.array([-8.0, 6.0]))
+    a, b = first ** (1 / rho), last ** (1 / rho)
+    sigmas = (a + np.linspace(0, 1, 6) * (b - a)) ** rho
+    levels = np.asarray(grid.KarrasGrid((-8.0, 6.0), rho)(6), np.float64)
+    np.testing.assert_allclose(np.exp(-levels / 2), sigmas, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "levels, steps",
     [

@@ -162,7 +162,7 @@ def test_dynamic_threshold_is_over_pixels_and_channels_together():
     assert out.shape == x.shape
 
 
-def test_unknown_threshold_is_one_clear_line():
+def test_an_unknown_threshold_is_no_other_choice():
     """Catches a misspelled threshold that is silently treated as "none"."""
-    with pytest.raises(ValueError, match="sampling.threshold"):
+    with pytest.raises(KeyError, match="Dynamic"):
         Threshold("Dynamic", 99.5)(jnp.ones((1, 2)))

@@ -70,6 +70,11 @@ def test_no_augmentation_means_level_0():
     """
     levels = loss.draw(jax.random.key(0), (50, 1), (50, 1), 0.1, aug_max=0.0)["lowres_level"]
     np.testing.assert_array_equal(levels, np.zeros(50))
+    full, half = (
+        loss.draw(jax.random.key(0), (50, 1), (50, 1), 0.1, aug_max=most)["lowres_level"]
+        for most in (1.0, 0.5)
+    )
+    np.testing.assert_allclose(half, 0.5 * np.asarray(full), rtol=1e-6)
 
 
 def test_draws_are_independent_of_one_another(draws):

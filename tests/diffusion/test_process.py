@@ -179,12 +179,14 @@ def test_low_precision_outputs_become_fp32(prediction):
     )
 
 
-def test_unknown_prediction_is_one_clear_line():
+def test_unknown_names_are_no_other_choice():
     """Catches a misspelled prediction or path that silently trains or samples as another."""
-    with pytest.raises(ValueError, match="diffusion.prediction is 'score'"):
-        GaussianProcess("vp", "score")
-    with pytest.raises(ValueError, match="diffusion.process is 'edm'"):
-        GaussianProcess("edm", "eps")
+    one, logsnr = jnp.ones((1, 2)), jnp.zeros(1)
+    for method in ("target", "x_from_output"):
+        with pytest.raises(KeyError, match="score"):
+            getattr(GaussianProcess("vp", "score"), method)(one, one, logsnr)
+    with pytest.raises(KeyError, match="edm"):
+        GaussianProcess("edm", "eps").diffuse(one, one, logsnr)
 
 
 def test_wrong_shape_fails_with_a_named_dimension():

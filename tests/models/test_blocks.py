@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from imagen_jax.models import layers, resampling
-from imagen_jax.models.attention import Attention, FeedForward, TextPool
+from imagen_jax.models.attention import Attention, FeedForward, TextPool, attend
 from imagen_jax.models.blocks import ResBlock, concat_lowres
+from imagen_jax.models.unet import Level
 from tests.models import reference
 
 F32 = jnp.float32
@@ -130,6 +131,28 @@ def test_learned_query_starts_small():
         jax.random.key(0), jnp.zeros((1, 3, 400)), lengths(3, 3)
     )["params"]
     assert 0.9 < np.linalg.norm(params["query"]) < 1.1
+
+
+@pytest.mark.parametrize("resample", ["down", "up"])
+def test_plain_resampling_is_one_convolution(resample):
+    """Catches res_block "plain" that resamples as "biggan" does, or up-samples after the
+    convolution.
+    """
+    level = Level(
+        **dict(features=6, attention=(), resample=resample, res_block="plain", scale_shift=True),
+        **dict(head_channels=6, dropout=0.0, dtype=F32, remat="none"),
+        **dict(constrain=layers.identity, attend=attend),
+    )
+    args = normal(1, 2, 4, 8, 6), (), normal(2, 2, 5), None, None, False
+    params, p64 = randomized(level, 3, *args)
+    assert params.keys() == {"resample"}
+    h, outputs = level.apply({"params": params}, *args)
+    kernel, bias = p64["resample"]["kernel"], p64["resample"]["bias"]
+    down = lambda x: reference.conv3x3(x, kernel, bias, stride=2)
+    up = lambda x: reference.conv3x3(reference.up(x), kernel, bias)
+    want = {"down": down, "up": up}[resample](f64(args[0]))
+    np.testing.assert_allclose(h, want, atol=1e-5)
+    assert len(outputs) == 1
 
 
 def test_mean_pool():

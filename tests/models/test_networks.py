@@ -332,13 +332,14 @@ def test_non_square_and_larger_images():
     [
         ({"attention": (True,)}, "one entry per level"),
         ({"cond_dim": 0}, "needs text"),
-        ({"res_block": "x"}, "res_block"),
-        ({"pooling": "max"}, "pooling"),
+        ({"res_block": "x"}, "'x'"),
+        ({"pooling": "max"}, "'max'"),
+        ({"remat": "all"}, "'all'"),
     ],
 )
 def test_wrong_fields_are_named(options, message):
     """Catches settings that are accepted and ignored."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, KeyError), match=message):
         jax.eval_shape(UNet(**(BASE | options)).init, jax.random.key(0), *inputs())
 
 

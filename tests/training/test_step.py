@@ -7,6 +7,8 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from imagen_jax.diffusion import loss
+from imagen_jax.stage import create_stage
 from imagen_jax.training import optim
 from imagen_jax.training.state import initial_state
 from imagen_jax.training.step import forward_flops, loss_and_grad, split_batch
@@ -168,6 +170,39 @@ def test_no_weight_decay_is_the_same_to_the_bit():
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
     updates = [one.update(grads, s, params)[0] for one, s in zip((ours, theirs), states)]
     jax.tree.map(np.testing.assert_array_equal, *updates)
+
+
+def test_adam_by_its_formula():
+    """Catches beta1, beta2 or eps that are ignored, exchanged or fixed: two updates of Kingma & Ba
+    2015, algorithm 1, in float64.
+    """
+    settings = tiny.config()["optim"] | dict(beta1=0.6, beta2=0.8, eps=0.05, clip=1e9, warmup=0)
+    optimizer = optim.make_optimizer(settings, 10)
+    params = {"bias": jnp.zeros(2)}
+    state, m, v = optimizer.init(params), 0.0, 0.0
+    for n, gradient in enumerate(([0.3, -2.0], [-0.1, 0.5]), start=1):
+        g = np.array(gradient)
+        m, v = 0.6 * m + 0.4 * g, 0.8 * v + 0.2 * g**2
+        want = -settings["lr"] * m / (1 - 0.6**n) / (np.sqrt(v / (1 - 0.8**n)) + 0.05)
+        update, state = optimizer.update({"bias": jnp.array(gradient)}, state, params)
+        np.testing.assert_allclose(update["bias"], want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "flow"])
+def test_the_augmentation_follows_its_own_schedule(name):
+    """Catches a stage that augments by the schedule of the sampler, or always by the cosine."""
+    stage = create_stage(tiny.config("sr_256", diffusion__aug_schedule=name))
+    batch = jax.device_put(tiny.batch(stage, 3))
+    draws = stage.draw(jax.random.key(0), 3)
+    x, cond = jnp.zeros((3, 16, 16, 3)), stage.cond(batch)
+    _, noised = loss.noised(x, cond, draws, jnp.zeros(3), stage.process, stage.aug_schedule)
+    t = np.asarray(draws["lowres_level"], np.float64)
+    logsnr = {
+        "cosine": -2 * np.log(np.tan(np.pi / 2 * t)),
+        "linear": -np.log(np.expm1(0.1 * t + 9.95 * t**2)),
+        "flow": 2 * np.log((1 - t) / t),
+    }[name]
+    np.testing.assert_allclose(noised["lowres_logsnr"], logsnr, atol=0.01)
 
 
 def test_clipping_is_by_global_norm():
