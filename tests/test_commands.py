@@ -137,7 +137,6 @@ def test_a_picture_is_drawn_again_from_its_record(cascade_config, tmp_path, monk
             out / f"0001_a_cat{kind}.png"
         ).read_bytes()
     assert (out / "0000_a_red_apple.png").read_bytes() != (out / "0001_a_cat.png").read_bytes()
-    assert redraw(record, out) == 0 and (out / "0002_a_cat.png").exists(), "earlier pictures stay"
     record["checkpoints"][1]["sha256"] = "0" * 64
     with pytest.raises(ValueError, match="embedded:sr_64 does not hold the weights of the picture"):
         redraw(record, again)
