@@ -120,7 +120,7 @@ def train(
     """Trains to step config["train"]["steps"], or until a signal or the time limit.
 
     Returns the exit code. All processes run the same code in the same order. Only process 0 writes
-    the record.
+    the metrics.
 
     config: a complete config (`schema.complete` with new=True). profile: (first, count) of the
     traced steps. minutes: the time limit, 0 for none. init_from: initial weights of a new run, ""
@@ -186,7 +186,7 @@ def train(
         agreement.gather()
 
         # Loop.
-        data = run.batches(done, run.rows)
+        data = stack.enter_context(contextlib.closing(run.batches(done, run.rows)))
         program = run.program
         grid = SampleGrid(config, program.stage, program.mesh) if settings["sample_every"] else None
         replicas = Replicas(program.mesh, program.abstract, program.shardings)
@@ -197,7 +197,7 @@ def train(
         progress = stack.enter_context(
             run_log.Progress(config["name"], total, done, quiet=not first)
         )
-        record = stack.enter_context(TrainingMetrics(run, workdir, done, unlogged, progress))
+        metrics = stack.enter_context(TrainingMetrics(run, workdir, done, unlogged, progress))
         trace = stack.enter_context(Trace(workdir / "profile", *(profile if first else (0, 0))))
         stack.enter_context(jax.transfer_guard("disallow"))
         stack.enter_context(checkpoints)
@@ -205,14 +205,14 @@ def train(
         def save() -> None:
             """Saves a state whose metrics are all finite and whose replicas agree."""
             watch.at(done, "saving")
-            record.settle()
-            with record.clock.pause(), jax.transfer_guard("allow"):
+            metrics.settle()
+            with metrics.clock.pause(), jax.transfer_guard("allow"):
                 replicas.check(state, done)
                 try:
                     checkpoints.wait()
                 except CheckpointError as error:  # a full disk may have room again
                     log.error("%s; training continues and saves step %d now", error, done)
-                checkpoints.save(done, state, run.meta | origin | {"unlogged": record.unlogged})
+                checkpoints.save(done, state, run.meta | origin | {"unlogged": metrics.unlogged})
 
         while done < total and not stop(done):
             trace.before(done)
@@ -221,19 +221,18 @@ def train(
             watch.at(done, "training")
             state, step_metrics = step(state, batch)
             done += 1
-            record.add(done, step_metrics)
-            trace.after(done, record.settle)
+            metrics.add(done, step_metrics)
+            trace.after(done, metrics.settle)
             if grid and done % settings["sample_every"] == 0:
                 watch.at(done, "drawing samples")
-                record.settle()
-                with record.clock.pause(), jax.transfer_guard("allow"):
-                    record.writer.image(done, "ema", grid.sample(state.ema))
+                metrics.settle()
+                with metrics.clock.pause(), jax.transfer_guard("allow"):
+                    metrics.writer.image(done, "ema", grid.sample(state.ema))
             if done % settings["save_every"] == 0:
                 save()
-        data.close()
         if overfit:
-            record.settle()
-            return verdict([metrics["loss"] for metrics in record.unlogged], overfit)
+            metrics.settle()
+            return verdict([row["loss"] for row in metrics.unlogged], overfit)
         save()
         checkpoints.wait()
     log.info("%s: %d of %d steps done, saved in %s", config["name"], done, total, workdir)
