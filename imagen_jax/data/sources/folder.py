@@ -112,7 +112,9 @@ class FolderSource:
             )
         used.update(tables)
         for name in tables:
-            return readers[name](self._directory / name)
+            path = self._directory / name
+            _check_regular(path)
+            return readers[name](path, self._notes)
         return self._sidecars(images, files, used)
 
     def _sidecars(self, images: Sequence[str], files: set[str], used: set[str]) -> Iterator[Listed]:
@@ -124,6 +126,7 @@ class FolderSource:
 
     def _captions(self, file: str, text: str) -> list[str]:
         try:
+            _check_regular(self._directory / text)
             return list(lines(read_text(self._directory / text)))
         except (ValueError, OSError) as error:
             _raise_unless_of_the_file(error)
@@ -169,6 +172,12 @@ def _ignored(files: Iterable[str]) -> list[Note]:
         if len(note["files"]) < 3:
             note["files"].append(file)
     return list(kinds.values())
+
+
+def _check_regular(path: Path) -> None:
+    """Opening a named pipe would wait for a writer, forever if there is none."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a named pipe or a device, not a file")
 
 
 def _read_image(path: Path) -> tuple[bytes | None, Fault | None]:
