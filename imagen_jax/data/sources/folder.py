@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import json
+import posixpath
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -92,7 +94,11 @@ class FolderSource:
         """Returns {file: captions} and {file: split}; adds the files it reads to `used`."""
         captions: dict[str, list[str]] = {}
         splits: dict[str, str] = {}
+        spellings: dict[str, str] = {}  # made when a row names no file
         for file, texts, split in self._listed(images, files, used):
+            if file not in files:
+                spellings = spellings or {_spelling(name): name for name in files}
+                file = spellings.get(_spelling(file), file)
             captions.setdefault(file, []).extend(texts)
             if split and splits.setdefault(file, split) != split:
                 raise ValueError(f"{self._directory}: {file} is in both splits")
@@ -119,8 +125,9 @@ class FolderSource:
 
     def _sidecars(self, images: Sequence[str], files: set[str], used: set[str]) -> Iterator[Listed]:
         for file in images:
-            text = PurePosixPath(file).with_suffix(".txt").as_posix()
-            if text in files:
+            names = (PurePosixPath(file).with_suffix(s).as_posix() for s in (".txt", ".TXT"))
+            text = next((name for name in names if name in files), None)
+            if text:
                 used.add(text)
                 yield file, self._captions(file, text), ""
 
@@ -156,6 +163,11 @@ def _work_of(output: Path | None) -> set[str]:
 def _is_image(file: str) -> bool:
     path = PurePosixPath(file)
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(_APPLE_DOUBLE)
+
+
+def _spelling(file: str) -> str:
+    """One spelling for ./a.png, for sub\\a.png of Windows and for the split accents of macOS."""
+    return unicodedata.normalize("NFC", posixpath.normpath(file.replace("\\", "/")))
 
 
 def _ignored(files: Iterable[str]) -> list[Note]:

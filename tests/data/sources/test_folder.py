@@ -149,3 +149,23 @@ def test_a_named_pipe_is_not_waited_for(folder):
     os.mkfifo(folder / "captions.csv")
     with pytest.raises(ValueError, match="captions.csv is a named pipe"):
         FolderSource(folder, 0.0)
+
+
+def test_a_row_may_spell_its_file_differently(folder):
+    """Catches captions lost to ./ of `find`, to \\ of Windows and to split accents of macOS."""
+    (folder / "cafe\u0301.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "captions.csv").write_text(
+        "file,caption\n./a.png,x\ndeep\\c.PNG,y\ncaf\u00e9.png,z\n"
+    )
+    assert captions(FolderSource(folder, 0.0)) == {
+        "a.png": ["x"],
+        "b.png": [],
+        "cafe\u0301.png": ["z"],
+        "deep/c.PNG": ["y"],
+    }
+
+
+def test_the_text_file_of_a_camera_in_capitals(folder):
+    """Catches captions in C.TXT that are not read."""
+    (folder / "deep" / "c.TXT").write_text("a caption")
+    assert captions(FolderSource(folder, 0.0))["deep/c.PNG"] == ["a caption"]
