@@ -1,5 +1,6 @@
 """Shared by the commands: flags, one-line errors with exit codes, logging, JAX settings."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -15,7 +16,7 @@ from typing import Any
 from absl import app, flags
 
 from imagen_jax import caption_text, exit_codes, schema
-from imagen_jax.storage import check_local, is_away
+from imagen_jax.storage import FREE_SPACE, check_local, is_away
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,9 @@ FLAG_ERRORS = (
 )
 # Advice per file-system error.
 ADVICE = {
-    errno.ENOSPC: "free some space, then run the same command again",
-    errno.EDQUOT: "free some space, then run the same command again",
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EFBIG: "raise the limit with `ulimit -f`, or use a file system for larger files",
     errno.EROFS: "give a directory that can be written to",
     errno.EACCES: "check its permissions, or give another path",
     errno.EPERM: "check its permissions, or give another path",
@@ -261,6 +263,9 @@ def check_prompts(prompts: Iterable[str]) -> list[str]:
     """
     cleaned = []
     for prompt in prompts:
+        if not caption_text.is_text(prompt):
+            with contextlib.suppress(UnicodeError):  # bytes of an argument in an ASCII locale
+                prompt = os.fsencode(prompt).decode()
         text, removed = caption_text.clean(prompt)
         if not text:
             raise ValueError(f"prompt {prompt!r} is empty: give some text")
@@ -287,9 +292,13 @@ def log_to_stderr() -> None:
 
 
 def _shorten(record: logging.LogRecord) -> bool:
-    """A logging filter that shortens JAX's traceback of a plugin that fails to load."""
-    if record.name.startswith("jax.") and record.exc_info:
-        record.msg, record.args = f"{record.getMessage()}: {record.exc_info[1]}", ()
+    """A logging filter: one line for JAX's failing plugins and for the threads of orbax.
+
+    The error of such a thread also reaches the caller.
+    """
+    if record.name.startswith(("jax.", "absl")) and record.exc_info:
+        message, error = record.getMessage(), str(record.exc_info[1])
+        record.msg, record.args = message if error in message else f"{message}: {error}", ()
         record.exc_info = record.exc_text = None
     return True
 

@@ -110,6 +110,8 @@ def read_record(path: Path) -> dict[str, Any]:
     ]
     if not wrong and not all(isinstance(entry, dict) for entry in record["checkpoints"]):
         wrong = ["checkpoints"]
+    if not wrong and not 0 <= record["seed"] < 2**32:
+        wrong = ["seed"]
     if wrong:
         raise ValueError(
             f"--reproduce {path} is not a picture's record: it has no valid {', '.join(wrong)}"

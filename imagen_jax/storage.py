@@ -28,6 +28,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS point
 # gs://BUCKET/PATH, also after pathlib has changed it to gs:/BUCKET/PATH.
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
+FREE_SPACE = "free some space, then run the same command again"
 COPY_AGAIN = "download or copy it again"  # the remedy for most damaged files
 # Errors of a network file system that does not answer. The file may be there at the next attempt.
 AWAY = frozenset(
@@ -49,6 +50,15 @@ AWAY = frozenset(
 def is_away(error: BaseException) -> bool:
     """Whether a file system did not answer, so that a retry may succeed."""
     return isinstance(error, OSError) and error.errno in AWAY
+
+
+def disk_limit(text: str) -> int | None:
+    """The errno of a full disk, a quota or a limit on file sizes that another library reports.
+
+    text: the library's message, which holds that of the operating system.
+    """
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return next((number for number in numbers if os.strerror(number) in text), None)
 
 
 def check_local(label: str, path: str | os.PathLike) -> None:
@@ -140,8 +150,10 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
         flush(temporary)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)  # of a full disk, for example
+        if error.filename is None:  # a failed write does not name its file
+            error.filename = os.fspath(path)
         raise
 
 

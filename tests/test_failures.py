@@ -110,6 +110,23 @@ def test_a_plugin_that_does_not_load_is_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "plugin cuda failed: Unable to load CUDA. Is it installed?\n"
 
 
+def test_a_failing_thread_of_orbax_is_one_line(capsys, monkeypatch):
+    """Catches three tracebacks for each checkpoint that a full disk refuses."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    cli.log_to_stderr()
+    try:
+        raise ValueError("No space left on device")
+    except ValueError as error:
+        logging.getLogger("absl").exception("thread raised an exception: %s", error)
+    assert capsys.readouterr().err == "thread raised an exception: No space left on device\n"
+
+
+def test_a_limit_on_file_sizes_is_not_retried(capsys):
+    """Catches a file of more than 4 GiB on FAT32 taken for a file system that is away."""
+    code, message = guarded(capsys, os_error(errno.EFBIG))
+    assert code == 2 and "ulimit -f" in message
+
+
 def test_a_terminal_in_ascii_gets_escapes(monkeypatch):
     """Catches a prompt in another script that ends the run when it is printed."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")

@@ -88,6 +88,8 @@ def test_a_file_that_is_no_image_is_named(tmp_path, content, message):
         (lambda record: json.dumps(record)[:-9], "cat.json is not valid JSON"),
         (lambda record: "[]", "cat.json is not a picture's record"),
         (lambda record: json.dumps(record | {"seed": "3"}), "it has no valid seed"),
+        (lambda record: json.dumps(record | {"seed": -1}), "it has no valid seed"),
+        (lambda record: json.dumps(record | {"seed": 2**32}), "it has no valid seed"),
         (lambda record: json.dumps(record | {"checkpoints": {}}), "it has no valid checkpoints"),
         (
             lambda record: json.dumps({k: v for k, v in record.items() if k != "prompt"}),

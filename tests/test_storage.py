@@ -68,14 +68,15 @@ def test_damage_names_a_pointer(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch):
-    """Catches a temporary file that stays and keeps a full disk full."""
+    """Catches a temporary file that keeps a full disk full, and an error that names no file."""
     storage.write_atomically(tmp_path / "x", b"old")
 
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(storage, "flush", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as error:
         storage.write_atomically(tmp_path / "x", b"new")
+    assert error.value.filename == str(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_bytes() == b"old"

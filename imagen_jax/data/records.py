@@ -27,7 +27,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import BFloat16
 
-from imagen_jax.storage import check_local, check_object, is_away, read_object, sha256_file
+from imagen_jax.storage import (
+    check_local,
+    check_object,
+    disk_limit,
+    is_away,
+    read_object,
+    sha256_file,
+)
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
@@ -205,8 +212,7 @@ def _as_os_error(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        is_full = os.strerror(errno.ENOSPC) in str(error)
-        number = errno.ENOSPC if is_full else errno.EIO
+        number = disk_limit(str(error)) or errno.EIO
         raise OSError(number, str(error).partition(";")[0], str(path)) from error
 
 

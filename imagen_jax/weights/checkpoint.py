@@ -31,7 +31,9 @@ from imagen_jax.distributed import agreement
 from imagen_jax.exit_codes import HardwareFault
 from imagen_jax.storage import (
     CHECKSUMS,
+    FREE_SPACE,
     check_local,
+    disk_limit,
     find_damage,
     flush,
     seal,
@@ -133,9 +135,10 @@ class Checkpoints:
             reason for reason in agreement.gather(first_line(error) if error else "") if reason
         ]
         if reasons:
-            raise CheckpointError(
-                f"checkpoint {step} was not saved in {self.directory}: {reasons[0]}"
-            ) from error
+            text = f"checkpoint {step} was not saved in {self.directory}: {reasons[0]}"
+            if number := disk_limit(reasons[0]):
+                raise CheckpointError(f"{text}; {FREE_SPACE}") from OSError(number, reasons[0])
+            raise CheckpointError(text) from error
         self._current = step
 
     def __enter__(self) -> "Checkpoints":

@@ -181,7 +181,7 @@ def _work(
         selected.skipped += source.notes()
         if not any(selected.images.values()):
             raise ValueError(
-                f"no usable image in {source.describe()}: {listed(selected.reasons())}"
+                f"no usable image in --source: {listed(selected.reasons())}, {selected.examples()}"
             )
         captions = _encode_all(workers, encoder, partial, selected, settings, crew)
         images = _write_all(workers, partial, selected, settings, crew)

@@ -36,6 +36,12 @@ class Selection:
             counts[line["reason"]] += line.get("count", 1)
         return dict(sorted(counts.items()))
 
+    def examples(self) -> str:
+        """One item of each reason, for a message: "such as missing_image: a.png"."""
+        first = {line["reason"]: line for line in reversed(self.skipped)}
+        details = (f"{reason}: {first[reason]['id']}" for reason in sorted(first)[:5])
+        return f"such as {', '.join(details)}"
+
 
 def select(checked: Iterable[Checked]) -> Selection:
     """Selects images and captions; the result depends on the order of the source alone.

@@ -123,7 +123,7 @@ def test_no_good_image_is_a_clear_error(tmp_path):
     folder.mkdir()
     (folder / "a.png").write_bytes(b"nothing")
     (folder / "a.txt").write_text("a caption")
-    with pytest.raises(ValueError, match="no usable image in .*1 broken_image"):
+    with pytest.raises(ValueError, match="no usable image in .*1 broken_image, such as .*: a.png"):
         prepare(folder, tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
