@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -32,7 +33,12 @@ FLAG_ERRORS = (
     SyntaxError,
     ImportError,
     ArithmeticError,
+    NameError,
+    LookupError,
+    AssertionError,
+    RuntimeError,
 )
+_READERS = ("absl", "importlib", "ml_collections", "imagen_jax")  # packages that execute configs
 # Advice per file-system error.
 ADVICE = {
     errno.ENOSPC: FREE_SPACE,
@@ -190,8 +196,12 @@ def parse(argv: list[str]) -> list[str]:
 def cause(error: Exception) -> str:
     """The error's message without the config file's traceback and without a KeyError's quotes.
 
-    A ValueError of the config file is a message to the user, so its name is left out too.
+    A ValueError of the config file is a message to the user, so its name and place are left out.
     """
+    return _message(error) + _place(error)
+
+
+def _message(error: Exception) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
         return f"{', '.join(f'--{name}' for name in missing)} must be given"
@@ -204,6 +214,19 @@ def cause(error: Exception) -> str:
     if not traceback or not after.strip():
         return text
     return after.strip().splitlines()[-1].removeprefix("ValueError: ")
+
+
+def _place(error: Exception) -> str:
+    """The place in a config file that raised the error, as " (FILE, line 3)"."""
+    if isinstance(error, ValueError):
+        return ""
+    # ml_collections writes the traceback of a TypeError into its message.
+    places = re.findall(r'File "(.+)", line (\d+)', str(error)) or [
+        (frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").split(".")[0] not in _READERS
+    ]
+    return f" ({places[-1][0]}, line {places[-1][1]})" if places else ""
 
 
 def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:

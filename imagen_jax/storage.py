@@ -61,6 +61,16 @@ def disk_limit(text: str) -> int | None:
     return next((number for number in numbers if os.strerror(number) in text), None)
 
 
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raises OSError instead of ArrayRecord's RuntimeError for a full or failing disk."""
+    try:
+        yield
+    except RuntimeError as error:
+        number = disk_limit(str(error)) or errno.EIO
+        raise OSError(number, str(error).partition(";")[0], str(path)) from error
+
+
 def check_local(label: str, path: str | os.PathLike) -> None:
     """Raises ValueError if `path` is a URL, such as gs://BUCKET/PATH.
 
@@ -71,6 +81,16 @@ def check_local(label: str, path: str | os.PathLike) -> None:
             f"{label} {os.fspath(path)} is a URL, only local paths work: mount the bucket or copy"
             " the files"
         )
+
+
+def check_utf8(label: str, path: str | os.PathLike) -> None:
+    """Raises ValueError if `path` is not UTF-8: ArrayRecord and orbax cannot open it."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{label} {os.fspath(path)} is not a UTF-8 path: rename the directory or give another"
+        ) from error
 
 
 def missing_content(path: Path) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import jax
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from imagen_jax import cli
 from imagen_jax.weights.checkpoint import CheckpointError
@@ -188,3 +190,24 @@ def test_verbs_refuse_urls(case, tmp_path):
     (line,) = tiny.said(done.stderr)
     assert done.returncode == 2 and "is a URL, only local paths work" in line, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["configs"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1 / 0", "division by zero"),
+        ("nope", "name 'nope' is not defined"),
+        ("[][1]", "list index out of range"),
+        ('1 + "a"', "unsupported operand"),
+    ],
+)
+def test_an_error_in_a_config_names_its_line(tmp_path, capsys, line, message):
+    """Catches "division by zero" without a file, and a traceback for a misspelt name."""
+    config = tmp_path / "config.py"
+    config.write_text(f"def get_config():\n    return {line}\n")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    with pytest.raises(cli.FLAG_ERRORS) as caught:
+        values(["train", f"--config={config}"])
+    text = cli.cause(caught.value)
+    assert message in text and text.endswith(f"({config}, line 2)")

@@ -20,6 +20,13 @@ def test_urls_are_refused(path):
         storage.check_local("--output", path)
 
 
+def test_a_path_that_is_not_utf8_is_refused():
+    """Catches a traceback of ArrayRecord after all captions are encoded."""
+    storage.check_utf8("--output", "runs/caf\u00e9")
+    with pytest.raises(ValueError, match="--output .* is not a UTF-8 path: rename"):
+        storage.check_utf8("--output", Path("runs/caf\udce9"))
+
+
 @pytest.mark.parametrize(
     "path",
     ["", "runs/base", "/mnt/gs/bucket/run", "embedded:base_16", "C:/x", "google/t5", "a:b/c"],
