@@ -48,10 +48,11 @@ def messy(tmp_path):
     return folder
 
 
-def test_nothing_is_dropped_silently(messy, tmp_path):
-    """Catches unusable images and captions that are lost or not counted."""
+def test_nothing_is_dropped_silently(messy, tmp_path, capsys):
+    """Catches unusable images and captions that are lost or not counted, and an unnamed size."""
     output = tmp_path / "data"
     manifest = prepare(messy, output, heldout=0.0, min_size=16)
+    assert "train, 0 heldout images, smallest side 32 pixels, " in capsys.readouterr().out
     lines = {(line["id"], line["reason"]) for line in skipped(output)}
     assert lines == {
         ("cut.png", "broken_image"),
