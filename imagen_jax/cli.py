@@ -49,6 +49,7 @@ ADVICE = {
     errno.EPERM: "check its permissions, or give another path",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
+    errno.EPIPE: "the program that read the output has ended; write the output to a file",
     errno.EMFILE: "raise the limit with `ulimit -n`",
 }
 # Status codes that JAX reports if another process or the network failed.

@@ -182,3 +182,31 @@ def test_the_demo_exits_as_its_step_did(monkeypatch, capsys, code, expected):
         demo.verb("sample", "--output", Path("x"))
     assert end.value.code == expected
     assert f"sample failed with exit code {code}; run the demo again" in capsys.readouterr().err
+
+
+def test_contact_sheets_hold_few_pictures_at_a_time(tmp_path, monkeypatch):
+    """Catches all pictures kept in memory until the end, and sheets without the last pictures."""
+    monkeypatch.setattr(sample, "SHEET_ROWS", 2)
+    ended = []
+
+    def drawn():
+        for number in (3, 4, 6, 7, 8):
+            assert (tmp_path / "sheet_0003.png").exists() == (number > 4)
+            yield number, [np.full((8, 8, 3), number, np.uint8)]
+        ended.append(True)
+
+    sheets = sample.write_sheets(drawn(), ["a", "b", "c", "d", "e"], ["8"], tmp_path)
+    assert [path.name for path in sheets] == ["sheet_0003.png", "sheet_0006.png", "sheet_0008.png"]
+    heights = [Image.open(path).height for path in sheets]
+    assert ended and heights[0] == heights[1] > heights[2]
+
+
+def test_a_repeated_prompt_is_encoded_once():
+    """Catches --count 1000 that encodes a prompt 1000 times, and features in another order."""
+
+    class Encoder:
+        def encode(self, texts, batch_size, fill):
+            assert (texts, batch_size, fill) == (["b", "a"], 4, True)
+            return [text.upper() for text in texts]
+
+    assert sample.encode(Encoder(), ["b", "b", "a", "b"], 4) == ["B", "B", "A", "B"]
