@@ -292,13 +292,18 @@ def check_prompts(prompts: Iterable[str]) -> list[str]:
                 prompt = os.fsencode(prompt).decode()
         text, removed = caption_text.clean(prompt)
         if not text:
-            raise ValueError(f"prompt {prompt!r} is empty: give some text")
+            raise ValueError(f"prompt {quoted(prompt)} is empty: give some text")
         if not caption_text.is_text(text):
-            raise ValueError(f"prompt {prompt!r} is not valid Unicode: give it as UTF-8")
+            raise ValueError(f"prompt {quoted(prompt)} is not valid Unicode: give it as UTF-8")
         if removed:
-            log.warning("removed %s from the prompt %r", removed, text)
+            log.warning("removed %s from the prompt %s", removed, quoted(text))
         cleaned.append(text)
     return cleaned
+
+
+def quoted(prompt: str, most: int = 100) -> str:
+    """A prompt in quotes for a message, cut to `most` characters."""
+    return repr(prompt if len(prompt) <= most else f"{prompt[:most]}...")
 
 
 def fail(message: str, code: int = exit_codes.INVALID) -> int:

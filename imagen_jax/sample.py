@@ -264,12 +264,12 @@ def warn_of_prompts(encoder: Any, prompts: Sequence[str]) -> None:
         if is_cut:
             print(
                 f"warning: prompt is longer than {encoder.max_length} tokens and was cut:"
-                f" {prompt!r}"
+                f" {cli.quoted(prompt)}"
             )
         if unknown:
             print(
                 f"warning: the text encoder does not know {unknown!r} and reads it as the unknown"
-                f" token; use other words: {prompt!r}"
+                f" token; use other words: {cli.quoted(prompt)}"
             )
 
 

@@ -138,6 +138,13 @@ def test_prompts_that_the_encoder_cannot_read_are_named(capsys):
     assert "does not know '🍎'" in lines[2] and "'🍎 x'" in lines[2]
 
 
+def test_a_page_of_text_does_not_fill_the_terminal(capsys):
+    """Catches a warning that repeats a prompt of 100,000 characters."""
+    sample.warn_of_prompts(Encoder(), ["word " * 20_000])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert len(line) < 200 and line.endswith("word word ...'")
+
+
 def test_the_embedded_encoder_knows_what_it_lacks():
     """Catches an encoder whose unknown token is not found: both prompts would be one token."""
     encoder = text_encoders.load_text_encoder("t5_tiny", 32)

@@ -39,8 +39,8 @@ class Selection:
     def examples(self) -> str:
         """One item of each reason, for a message: "such as missing_image: a.png"."""
         first = {line["reason"]: line for line in reversed(self.skipped)}
-        details = (f"{reason}: {first[reason]['id']}" for reason in sorted(first)[:5])
-        return f"such as {', '.join(details)}"
+        names = {reason: line.get("files", [line["id"]])[0] for reason, line in first.items()}
+        return f"such as {', '.join(f'{reason}: {names[reason]}' for reason in sorted(names)[:5])}"
 
 
 def select(checked: Iterable[Checked]) -> Selection:

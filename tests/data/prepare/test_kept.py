@@ -124,7 +124,9 @@ def test_no_good_image_is_a_clear_error(tmp_path):
     folder.mkdir()
     (folder / "a.png").write_bytes(b"nothing")
     (folder / "a.txt").write_text("a caption")
-    with pytest.raises(ValueError, match="no usable image in .*1 broken_image, such as .*: a.png"):
+    (folder / "metadata.jsonl").write_text("")
+    message = "no usable image in .*, such as broken_image: a.png, ignored_file: metadata.jsonl"
+    with pytest.raises(ValueError, match=message):
         prepare(folder, tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
