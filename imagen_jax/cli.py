@@ -1,5 +1,6 @@
 """Shared by the commands: flags, one-line errors with exit codes, logging, JAX settings."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -9,13 +10,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from absl import app, flags
 
 from imagen_jax import caption_text, exit_codes, schema
-from imagen_jax.storage import check_local, is_away
+from imagen_jax.storage import FREE_SPACE, check_local, is_away
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +33,23 @@ FLAG_ERRORS = (
     SyntaxError,
     ImportError,
     ArithmeticError,
+    NameError,
+    LookupError,
+    AssertionError,
+    RuntimeError,
 )
+_READERS = ("absl", "importlib", "ml_collections", "imagen_jax")  # packages that execute configs
 # Advice per file-system error.
 ADVICE = {
-    errno.ENOSPC: "free some space, then run the same command again",
-    errno.EDQUOT: "free some space, then run the same command again",
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EFBIG: "raise the limit with `ulimit -f`, or use a file system for larger files",
     errno.EROFS: "give a directory that can be written to",
     errno.EACCES: "check its permissions, or give another path",
     errno.EPERM: "check its permissions, or give another path",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
+    errno.EPIPE: "the program that read the output has ended; write the output to a file",
     errno.EMFILE: "raise the limit with `ulimit -n`",
 }
 # Status codes that JAX reports if another process or the network failed.
@@ -188,8 +197,12 @@ def parse(argv: list[str]) -> list[str]:
 def cause(error: Exception) -> str:
     """The error's message without the config file's traceback and without a KeyError's quotes.
 
-    A ValueError of the config file is a message to the user, so its name is left out too.
+    A ValueError of the config file is a message to the user, so its name and place are left out.
     """
+    return _message(error) + _place(error)
+
+
+def _message(error: Exception) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
         return f"{', '.join(f'--{name}' for name in missing)} must be given"
@@ -202,6 +215,19 @@ def cause(error: Exception) -> str:
     if not traceback or not after.strip():
         return text
     return after.strip().splitlines()[-1].removeprefix("ValueError: ")
+
+
+def _place(error: Exception) -> str:
+    """The place in a config file that raised the error, as " (FILE, line 3)"."""
+    if isinstance(error, ValueError):
+        return ""
+    # ml_collections writes the traceback of a TypeError into its message.
+    places = re.findall(r'File "(.+)", line (\d+)', str(error)) or [
+        (frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").split(".")[0] not in _READERS
+    ]
+    return f" ({places[-1][0]}, line {places[-1][1]})" if places else ""
 
 
 def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
@@ -261,15 +287,23 @@ def check_prompts(prompts: Iterable[str]) -> list[str]:
     """
     cleaned = []
     for prompt in prompts:
+        if not caption_text.is_text(prompt):
+            with contextlib.suppress(UnicodeError):  # bytes of an argument in an ASCII locale
+                prompt = os.fsencode(prompt).decode()
         text, removed = caption_text.clean(prompt)
         if not text:
-            raise ValueError(f"prompt {prompt!r} is empty: give some text")
+            raise ValueError(f"prompt {quoted(prompt)} is empty: give some text")
         if not caption_text.is_text(text):
-            raise ValueError(f"prompt {prompt!r} is not valid Unicode: give it as UTF-8")
+            raise ValueError(f"prompt {quoted(prompt)} is not valid Unicode: give it as UTF-8")
         if removed:
-            log.warning("removed %s from the prompt %r", removed, text)
+            log.warning("removed %s from the prompt %s", removed, quoted(text))
         cleaned.append(text)
     return cleaned
+
+
+def quoted(prompt: str, most: int = 100) -> str:
+    """A prompt in quotes for a message, cut to `most` characters."""
+    return repr(prompt if len(prompt) <= most else f"{prompt[:most]}...")
 
 
 def fail(message: str, code: int = exit_codes.INVALID) -> int:
@@ -287,9 +321,13 @@ def log_to_stderr() -> None:
 
 
 def _shorten(record: logging.LogRecord) -> bool:
-    """A logging filter that shortens JAX's traceback of a plugin that fails to load."""
-    if record.name.startswith("jax.") and record.exc_info:
-        record.msg, record.args = f"{record.getMessage()}: {record.exc_info[1]}", ()
+    """A logging filter: one line for JAX's failing plugins and for the threads of orbax.
+
+    The error of such a thread also reaches the caller.
+    """
+    if record.name.startswith(("jax.", "absl")) and record.exc_info:
+        message, error = record.getMessage(), str(record.exc_info[1])
+        record.msg, record.args = message if error in message else f"{message}: {error}", ()
         record.exc_info = record.exc_text = None
     return True
 

@@ -31,6 +31,7 @@ from imagen_jax.evals.measures import NAMES
 from imagen_jax.storage import (
     check_local,
     check_object,
+    check_utf8,
     only_process,
     read_object,
     write_arrays,
@@ -132,6 +133,7 @@ def main() -> int:
         raise ValueError("--checkpoint, --data and --output are required")
     for flag in ("checkpoint", "data", "lowres_from"):
         check_local(f"--{flag}", args[flag].value)
+        check_utf8(f"--{flag}", args[flag].value)
     cli.check_directory("output", args.output)
     if args.lowres_from and not Path(args.lowres_from).is_file():
         raise ValueError(f"--lowres_from {args.lowres_from} does not exist; give a samples.npz")

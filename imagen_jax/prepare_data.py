@@ -36,7 +36,7 @@ from imagen_jax.data.prepare.passes import Settings, check_output, prepare, work
 from imagen_jax.data.prepare.preview import preview, preview_captions
 from imagen_jax.data.sources import source
 from imagen_jax.distributed.startup import hosts, start
-from imagen_jax.storage import check_local
+from imagen_jax.storage import check_local, check_utf8
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -125,6 +125,7 @@ def _run(args: flags.FlagValues) -> None:
     check_local("--encoder", args.encoder)
     check_local("--output", args.output)
     output = Path(args.output).resolve()
+    check_utf8("--output", output)
     if args.preview_captions:
         return _preview_captions(args)
     if not args.dry_run:

@@ -9,9 +9,10 @@ Each picture is a PNG file with a JSON record of the same name. The record repro
 `--reproduce pictures/0000_a_red_apple.json`. Several processes may share one --output.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ml_collections import config_flags
 from imagen_jax import caption_text, cli, schema
 from imagen_jax.storage import check_content, check_local, read_json, sha256_file, write_json
 
+SHEET_ROWS = 100  # pictures on one contact sheet
 # Fields of a picture's record, with their types.
 RECORD = {
     "prompt": str,
@@ -110,6 +112,8 @@ def read_record(path: Path) -> dict[str, Any]:
     ]
     if not wrong and not all(isinstance(entry, dict) for entry in record["checkpoints"]):
         wrong = ["checkpoints"]
+    if not wrong and not 0 <= record["seed"] < 2**32:
+        wrong = ["seed"]
     if wrong:
         raise ValueError(
             f"--reproduce {path} is not a picture's record: it has no valid {', '.join(wrong)}"
@@ -161,7 +165,7 @@ def sample(
     lowres = None if not image else read_image(image, loaded[0].stage.lowres_size, len(prompts))
     cli.make_directory("output", str(output))
     warn_of_prompts(encoder, prompts)
-    text = encoder.encode(list(prompts), config["batch_size"], fill=True)
+    text = encode(encoder, prompts, config["batch_size"])
     record = {
         "stages": list(stages),
         "image": image,
@@ -172,14 +176,22 @@ def sample(
     }
     first_stage = cascade.STAGES.index(stages[0])
     batches = cascade.generate(loaded, seeds, text, config["batch_size"], lowres, first_stage)
-    rows, first = write_batches(batches, prompts, seeds, record, output)
+    drawn = write_batches(batches, prompts, seeds, record, output)
     headings = [f"{stage.stage.image_size}" for stage in loaded]
     if image:
-        rows = [[lowres[i], *row] for i, row in enumerate(rows)]
+        drawn = ((number, [lowres[0], *row]) for number, row in drawn)
         headings = [f"input {lowres.shape[1]}", *headings]
-    sheet = write_sheet(output / f"sheet_{first:04d}.png", prompts, rows, headings)
-    print(f"{len(rows)} pictures added to {output}; contact sheet: {sheet}")
+    sheets = write_sheets(drawn, prompts, headings, output)
+    more = f" and {len(sheets) - 1} more" if len(sheets) > 1 else ""
+    print(f"{len(prompts)} pictures added to {output}; contact sheet: {sheets[0]}{more}")
     return 0
+
+
+def encode(encoder: Any, prompts: Sequence[str], batch_size: int) -> list[Any]:
+    """The features of each prompt; a prompt that occurs several times is encoded once."""
+    distinct = list(dict.fromkeys(prompts))
+    features = dict(zip(distinct, encoder.encode(distinct, batch_size, fill=True)))
+    return [features[prompt] for prompt in prompts]
 
 
 def write_batches(
@@ -188,35 +200,48 @@ def write_batches(
     seeds: Sequence[int],
     record: Mapping[str, Any],
     output: Path,
-) -> tuple[list[Sequence[Any]], int]:
-    """Writes pictures as they are sampled: (images of all stages of each picture, first number).
+) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Writes pictures as they are sampled; yields each one's number and its images of all stages.
 
     record: the fields of the JSON records that all pictures share.
     """
     from imagen_jax import pictures, run_log
 
-    rows: list[Sequence[Any]] = []
-    first = -1
+    remaining = zip(prompts, seeds)
+    done = 0
     with run_log.Progress("pictures", len(prompts)) as progress:
         for images in batches:
             with pictures.claim_numbers(output, len(images[0])) as numbers:
-                first = first if rows else numbers[0]
-                for number, row in zip(numbers, zip(*images)):
-                    own = {"prompt": prompts[len(rows)], "seed": seeds[len(rows)]}
-                    write(output, number, row, own | record)
-                    rows.append(row)
-            progress.update(len(rows))
-    return rows, first
+                drawn = list(zip(numbers, zip(*images)))
+                for (number, row), (prompt, seed) in zip(drawn, remaining):
+                    write(output, number, row, {"prompt": prompt, "seed": seed} | record)
+            done += len(drawn)
+            progress.update(done)
+            yield from drawn
 
 
-def write_sheet(
-    path: Path, prompts: Sequence[str], rows: Sequence[Sequence[Any]], headings: Sequence[str]
-) -> Path:
-    """Writes the contact sheet of all pictures of this command."""
+def write_sheets(
+    drawn: Iterable[tuple[int, Sequence[Any]]],
+    prompts: Sequence[str],
+    headings: Sequence[str],
+    output: Path,
+) -> list[Path]:
+    """Writes a contact sheet for every SHEET_ROWS pictures, named after the first of them.
+
+    Holds no more pictures than one sheet has, however many are drawn.
+    """
     from imagen_jax import pictures
 
-    cell = min(256, max(64, rows[-1][-1].shape[0]))
-    return pictures.write_png(path, pictures.contact_sheet(prompts, rows, headings, cell))
+    sheets: list[Path] = []
+    drawn = iter(drawn)
+    for start in range(0, len(prompts), SHEET_ROWS):
+        titles = prompts[start : start + SHEET_ROWS]
+        numbers, rows = zip(*itertools.islice(drawn, len(titles)))
+        cell = min(256, max(64, rows[-1][-1].shape[0]))
+        sheet = pictures.contact_sheet(titles, rows, headings, cell)
+        sheets.append(pictures.write_png(output / f"sheet_{numbers[0]:04d}.png", sheet))
+    next(drawn, None)  # ends the progress bar
+    return sheets
 
 
 def load_encoder(config: Mapping[str, Any], loaded: Sequence[Any]) -> Any:
@@ -241,12 +266,12 @@ def warn_of_prompts(encoder: Any, prompts: Sequence[str]) -> None:
         if is_cut:
             print(
                 f"warning: prompt is longer than {encoder.max_length} tokens and was cut:"
-                f" {prompt!r}"
+                f" {cli.quoted(prompt)}"
             )
         if unknown:
             print(
                 f"warning: the text encoder does not know {unknown!r} and reads it as the unknown"
-                f" token; use other words: {prompt!r}"
+                f" token; use other words: {cli.quoted(prompt)}"
             )
 
 
@@ -317,7 +342,7 @@ def read_image(path: str, size: int, n: int) -> Any:
         image = decode_square(stored_bytes(data), size)
     except Exception as error:  # PIL raises many kinds of exceptions for damaged files
         raise ValueError(f"--image {path} cannot be used: {first_line(error)}") from error
-    return np.repeat(image[None], n, axis=0)
+    return np.broadcast_to(image, (n, *image.shape))
 
 
 def first_line(error: Exception) -> str:

@@ -28,6 +28,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS point
 # gs://BUCKET/PATH, also after pathlib has changed it to gs:/BUCKET/PATH.
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
+FREE_SPACE = "free some space, then run the same command again"
 COPY_AGAIN = "download or copy it again"  # the remedy for most damaged files
 # Errors of a network file system that does not answer. The file may be there at the next attempt.
 AWAY = frozenset(
@@ -51,6 +52,25 @@ def is_away(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in AWAY
 
 
+def disk_limit(text: str) -> int | None:
+    """The errno of a full disk, a quota or a limit on file sizes that another library reports.
+
+    text: the library's message, which holds that of the operating system.
+    """
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return next((number for number in numbers if os.strerror(number) in text), None)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raises OSError instead of ArrayRecord's RuntimeError for a full or failing disk."""
+    try:
+        yield
+    except RuntimeError as error:
+        number = disk_limit(str(error)) or errno.EIO
+        raise OSError(number, str(error).partition(";")[0], str(path)) from error
+
+
 def check_local(label: str, path: str | os.PathLike) -> None:
     """Raises ValueError if `path` is a URL, such as gs://BUCKET/PATH.
 
@@ -61,6 +81,16 @@ def check_local(label: str, path: str | os.PathLike) -> None:
             f"{label} {os.fspath(path)} is a URL, only local paths work: mount the bucket or copy"
             " the files"
         )
+
+
+def check_utf8(label: str, path: str | os.PathLike) -> None:
+    """Raises ValueError if `path` is not UTF-8: ArrayRecord and orbax cannot open it."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{label} {os.fspath(path)} is not a UTF-8 path: rename the directory or give another"
+        ) from error
 
 
 def missing_content(path: Path) -> str:
@@ -140,8 +170,10 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
         flush(temporary)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)  # of a full disk, for example
+        if error.filename is None:  # a failed write does not name its file
+            error.filename = os.fspath(path)
         raise
 
 

@@ -26,7 +26,7 @@ from ml_collections import config_flags
 from imagen_jax import cli, distributed
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.watch import Watch
-from imagen_jax.storage import check_local, check_object, only_process, write_json
+from imagen_jax.storage import check_local, check_object, check_utf8, only_process, write_json
 
 log = logging.getLogger("imagen_jax.train")
 
@@ -79,8 +79,10 @@ def main() -> int:
         raise ValueError("--config FILE and --workdir DIR are both needed")
     config, workdir = cli.data_config(args.config), Path(args.workdir)
     check_local("--config.data.path", config["data"]["path"])
+    check_utf8("--config.data.path", config["data"]["path"])
     check_local("--init_from", args.init_from)
     cli.check_directory("workdir", args.workdir)
+    check_utf8("--workdir", args.workdir)
     profile = read_profile(args.profile, config["train"]["steps"])
     if args.overfit and (args.profile or args.minutes or args.init_from):
         raise ValueError("--overfit does not take --profile, --minutes or --init_from: omit them")

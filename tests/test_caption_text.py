@@ -73,6 +73,12 @@ def test_text_that_is_not_unicode():
         cli.check_prompts(["bad \ud83d"])
 
 
+def test_a_prompt_that_python_left_undecoded():
+    """Catches a UTF-8 prompt on the command line that is refused in an ASCII locale."""
+    undecoded = "a red \U0001f34e".encode().decode("ascii", "surrogateescape")
+    assert cli.check_prompts([undecoded]) == ["a red \U0001f34e"]
+
+
 def test_removed_characters_of_a_prompt_are_a_warning(caplog):
     """Catches a prompt that is changed without a word, and a warning for white space."""
     cli.check_prompts(["a  red\u00a0apple", "a green\u200b apple"])

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import jax
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from imagen_jax import cli
 from imagen_jax.weights.checkpoint import CheckpointError
@@ -38,6 +40,8 @@ OOM = "RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore lines"
 CASES = {
     "disk full": (os_error(errno.ENOSPC), 1, "error: out/0000_cat.png: No space .*; free some"),
     "quota": (os_error(errno.EDQUOT), 1, "0000_cat.png: Disk quota exceeded; free some space"),
+    "file size": (os_error(errno.EFBIG), 2, "0000_cat.png: File too large; .*`ulimit -f`"),
+    "closed pipe": (os_error(errno.EPIPE), 2, "Broken pipe; .*write the output to a file"),
     "read-only": (os_error(errno.EROFS), 2, "0000_cat.png: Read-only file system; give a dir"),
     "not permitted": (os_error(errno.EACCES), 2, "Permission denied; check its permissions"),
     "missing": (os_error(errno.ENOENT), 2, "0000_cat.png: No such file or directory; check"),
@@ -110,6 +114,17 @@ def test_a_plugin_that_does_not_load_is_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "plugin cuda failed: Unable to load CUDA. Is it installed?\n"
 
 
+def test_a_failing_thread_of_orbax_is_one_line(capsys, monkeypatch):
+    """Catches three tracebacks for each checkpoint that a full disk refuses."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    cli.log_to_stderr()
+    try:
+        raise ValueError("No space left on device")
+    except ValueError as error:
+        logging.getLogger("absl").exception("thread raised an exception: %s", error)
+    assert capsys.readouterr().err == "thread raised an exception: No space left on device\n"
+
+
 def test_a_terminal_in_ascii_gets_escapes(monkeypatch):
     """Catches a prompt in another script that ends the run when it is printed."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
@@ -171,3 +186,24 @@ def test_commands_refuse_urls(case, tmp_path):
     (line,) = tiny.said(done.stderr)
     assert done.returncode == 2 and "is a URL, only local paths work" in line, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["configs"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1 / 0", "division by zero"),
+        ("nope", "name 'nope' is not defined"),
+        ("[][1]", "list index out of range"),
+        ('1 + "a"', "unsupported operand"),
+    ],
+)
+def test_an_error_in_a_config_names_its_line(tmp_path, capsys, line, message):
+    """Catches "division by zero" without a file, and a traceback for a misspelt name."""
+    config = tmp_path / "config.py"
+    config.write_text(f"def get_config():\n    return {line}\n")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    with pytest.raises(cli.FLAG_ERRORS) as caught:
+        values(["train", f"--config={config}"])
+    text = cli.cause(caught.value)
+    assert message in text and text.endswith(f"({config}, line 2)")

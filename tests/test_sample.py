@@ -88,6 +88,8 @@ def test_a_file_that_is_no_image_is_named(tmp_path, content, message):
         (lambda record: json.dumps(record)[:-9], "cat.json is not valid JSON"),
         (lambda record: "[]", "cat.json is not a picture's record"),
         (lambda record: json.dumps(record | {"seed": "3"}), "it has no valid seed"),
+        (lambda record: json.dumps(record | {"seed": -1}), "it has no valid seed"),
+        (lambda record: json.dumps(record | {"seed": 2**32}), "it has no valid seed"),
         (lambda record: json.dumps(record | {"checkpoints": {}}), "it has no valid checkpoints"),
         (
             lambda record: json.dumps({k: v for k, v in record.items() if k != "prompt"}),
@@ -136,6 +138,13 @@ def test_prompts_that_the_encoder_cannot_read_are_named(capsys):
     assert "does not know '🍎'" in lines[2] and "'🍎 x'" in lines[2]
 
 
+def test_a_page_of_text_does_not_fill_the_terminal(capsys):
+    """Catches a warning that repeats a prompt of 100,000 characters."""
+    sample.warn_of_prompts(Encoder(), ["word " * 20_000])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert len(line) < 200 and line.endswith("word word ...'")
+
+
 def test_the_embedded_encoder_knows_what_it_lacks():
     """Catches an encoder whose unknown token is not found: both prompts would be one token."""
     encoder = text_encoders.load_text_encoder("t5_tiny", 32)
@@ -181,3 +190,31 @@ def test_the_demo_exits_as_its_step_did(monkeypatch, capsys, code, expected):
         demo.run_command("sample", "--output", Path("x"))
     assert end.value.code == expected
     assert f"sample failed with exit code {code}; run the demo again" in capsys.readouterr().err
+
+
+def test_contact_sheets_hold_few_pictures_at_a_time(tmp_path, monkeypatch):
+    """Catches all pictures kept in memory until the end, and sheets without the last pictures."""
+    monkeypatch.setattr(sample, "SHEET_ROWS", 2)
+    ended = []
+
+    def drawn():
+        for number in (3, 4, 6, 7, 8):
+            assert (tmp_path / "sheet_0003.png").exists() == (number > 4)
+            yield number, [np.full((8, 8, 3), number, np.uint8)]
+        ended.append(True)
+
+    sheets = sample.write_sheets(drawn(), ["a", "b", "c", "d", "e"], ["8"], tmp_path)
+    assert [path.name for path in sheets] == ["sheet_0003.png", "sheet_0006.png", "sheet_0008.png"]
+    heights = [Image.open(path).height for path in sheets]
+    assert ended and heights[0] == heights[1] > heights[2]
+
+
+def test_a_repeated_prompt_is_encoded_once():
+    """Catches --count 1000 that encodes a prompt 1000 times, and features in another order."""
+
+    class Encoder:
+        def encode(self, texts, batch_size, fill):
+            assert (texts, batch_size, fill) == (["b", "a"], 4, True)
+            return [text.upper() for text in texts]
+
+    assert sample.encode(Encoder(), ["b", "b", "a", "b"], 4) == ["B", "B", "A", "B"]

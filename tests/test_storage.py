@@ -20,6 +20,13 @@ def test_urls_are_refused(path):
         storage.check_local("--output", path)
 
 
+def test_a_path_that_is_not_utf8_is_refused():
+    """Catches a traceback of ArrayRecord after all captions are encoded."""
+    storage.check_utf8("--output", "runs/caf\u00e9")
+    with pytest.raises(ValueError, match="--output .* is not a UTF-8 path: rename"):
+        storage.check_utf8("--output", Path("runs/caf\udce9"))
+
+
 @pytest.mark.parametrize(
     "path",
     ["", "runs/base", "/mnt/gs/bucket/run", "embedded:base_16", "C:/x", "google/t5", "a:b/c"],
@@ -68,14 +75,15 @@ def test_damage_names_a_pointer(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch):
-    """Catches a temporary file that stays and keeps a full disk full."""
+    """Catches a temporary file that keeps a full disk full, and an error that names no file."""
     storage.write_atomically(tmp_path / "x", b"old")
 
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(storage, "flush", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as error:
         storage.write_atomically(tmp_path / "x", b"new")
+    assert error.value.filename == str(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_bytes() == b"old"

@@ -11,7 +11,6 @@ Both stores are ArrayRecord shards in TFDS directories. `tfds.builder_from_direc
 after `import ml_dtypes`, which registers bfloat16 with NumPy. Nothing here imports TensorFlow.
 """
 
-import contextlib
 import dataclasses
 import errno
 import functools
@@ -20,14 +19,21 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import BFloat16
 
-from imagen_jax.storage import check_local, check_object, is_away, read_object, sha256_file
+from imagen_jax.storage import (
+    check_local,
+    check_object,
+    disk_errors,
+    is_away,
+    read_object,
+    sha256_file,
+)
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
@@ -181,33 +187,22 @@ def write_shard(root: Path, name: str, records: Iterable[bytes]) -> dict:
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _as_os_error(temporary):
+    with disk_errors(temporary):
         writer = array_record_module.ArrayRecordWriter(
             str(temporary), WRITER_OPTIONS[name.split("/")[0]]
         )
     rows = 0
     for record in records:
-        with _as_os_error(temporary):
+        with disk_errors(temporary):
             writer.write(record)
         rows += 1
-    with _as_os_error(temporary):
+    with disk_errors(temporary):
         writer.close()
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     entry = {"rows": rows, "bytes": temporary.stat().st_size, "sha256": sha256_file(temporary)}
     os.replace(temporary, path)
     return entry
-
-
-@contextlib.contextmanager
-def _as_os_error(path: Path) -> Iterator[None]:
-    """Raises OSError instead of ArrayRecord's RuntimeError for a full or failing disk."""
-    try:
-        yield
-    except RuntimeError as error:
-        is_full = os.strerror(errno.ENOSPC) in str(error)
-        number = errno.ENOSPC if is_full else errno.EIO
-        raise OSError(number, str(error).partition(";")[0], str(path)) from error
 
 
 def write_tfds_metadata(root: Path, store: str, features, shards: Mapping[str, Mapping]) -> None:

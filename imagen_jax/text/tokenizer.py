@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from imagen_jax.storage import check_content, sha256_file
+from imagen_jax.storage import check_content, read_json, sha256_file
 
 EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")  # read by transformers if present
 
@@ -36,9 +36,10 @@ def load_tokenizer(
         raise ImportError(
             f"{file} can only be read with the package sentencepiece: pip install sentencepiece"
         )
-    for path in (file, *(directory / name for name in EXTRAS)):
+    check_content(file)
+    for path in (directory / name for name in EXTRAS):
         if path.is_file():
-            check_content(path)
+            read_json(path)  # transformers would blame no file
     # Never AutoTokenizer: it imports torch if that is installed.
     kind = getattr(transformers, kinds[file.name])
     try:

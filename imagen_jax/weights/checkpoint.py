@@ -31,7 +31,10 @@ from imagen_jax.distributed import agreement
 from imagen_jax.exit_codes import HardwareFault
 from imagen_jax.storage import (
     CHECKSUMS,
+    FREE_SPACE,
     check_local,
+    check_utf8,
+    disk_limit,
     find_damage,
     flush,
     seal,
@@ -73,6 +76,7 @@ class Checkpoints:
         Raises ValueError if `directory` is a URL or `keep` is less than 1.
         """
         check_local("checkpoint directory", directory)
+        check_utf8("checkpoint directory", directory)
         if keep < 1:
             raise ValueError(f"keep={keep} would delete every checkpoint; it must be at least 1")
         self.directory = Path(directory).absolute()
@@ -133,9 +137,10 @@ class Checkpoints:
             reason for reason in agreement.gather(first_line(error) if error else "") if reason
         ]
         if reasons:
-            raise CheckpointError(
-                f"checkpoint {step} was not saved in {self.directory}: {reasons[0]}"
-            ) from error
+            text = f"checkpoint {step} was not saved in {self.directory}: {reasons[0]}"
+            if number := disk_limit(reasons[0]):
+                raise CheckpointError(f"{text}; {FREE_SPACE}") from OSError(number, reasons[0])
+            raise CheckpointError(text) from error
         self._current = step
 
     def __enter__(self) -> "Checkpoints":
@@ -303,6 +308,7 @@ def load_params(
     ValueError if the state or the exported file has no such tree, or `path` is a URL.
     """
     check_local("checkpoint", path)
+    check_utf8("checkpoint", path)
     if not re.fullmatch(r"ema|params|ema_[1-9]\d*", which):
         raise ValueError(f"weights {which!r} are unknown: choose ema, params, or ema_1, ema_2 ...")
     path = Path(path).absolute()

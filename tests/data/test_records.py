@@ -63,7 +63,13 @@ def test_shard_bytes_depend_on_the_records_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("write() failed: No space left on device; x", 28), ("failed; x", 5)]
+    ("text", "number"),
+    [
+        ("write() failed: No space left on device; x", errno.ENOSPC),
+        ("write() failed: Disk quota exceeded; x", errno.EDQUOT),
+        ("write() failed: File too large; x", errno.EFBIG),
+        ("failed; x", errno.EIO),
+    ],
 )
 def test_a_disk_that_is_full_is_an_os_error(tmp_path, monkeypatch, text, number):
     """Catches a full disk in a traceback, as ArrayRecord raises RuntimeError."""

@@ -108,3 +108,6 @@ def test_other_files_of_the_tokenizer_are_checked(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(POINTER)
     with pytest.raises(ValueError, match="tokenizer_config.json is a Git LFS pointer"):
         load_tokenizer(tmp_path, KINDS)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ')
+    with pytest.raises(ValueError, match="tokenizer_config.json is not valid JSON"):
+        load_tokenizer(tmp_path, KINDS)

@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from imagen_jax import storage
+from imagen_jax import exit_codes, storage
 from imagen_jax.weights import checkpoint
 from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints, load_params
 from tests.weights.states import (
@@ -174,12 +174,26 @@ def test_old_ones_stay_until_a_new_one_is_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(storage, "flush", full)
-    with pytest.raises(CheckpointError, match="checkpoint 20 was not saved in .*No space left"):
+    message = "checkpoint 20 was not saved in .*No space left on device; free some space, then run"
+    with pytest.raises(CheckpointError, match=message):
         save(checkpoints, 20)
     monkeypatch.undo()
     assert_restores(tmp_path, 10)
     save(checkpoints, 20)
     assert checkpoints.steps() == [20] and [p.name for p in tmp_path.iterdir()] == ["20"]
+
+
+def test_a_full_disk_that_orbax_reports_is_transient(tmp_path, monkeypatch):
+    """Catches orbax's ValueError taken for invalid input, which launchers do not retry."""
+    checkpoints = save(Checkpoints(tmp_path, keep=1), 10)
+
+    def full(path):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes: No space left on device")
+
+    monkeypatch.setattr(storage, "flush", full)
+    with pytest.raises(CheckpointError, match="free some space") as error:
+        save(checkpoints, 20)
+    assert exit_codes.of(error.value) == exit_codes.FAILED
 
 
 def test_checksums_are_those_of_sha256sum(two_steps):

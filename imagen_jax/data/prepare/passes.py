@@ -181,7 +181,7 @@ def _work(
         selected.skipped += source.notes()
         if not any(selected.images.values()):
             raise ValueError(
-                f"no usable image in {source.describe()}: {listed(selected.reasons())}"
+                f"no usable image in --source: {listed(selected.reasons())}, {selected.examples()}"
             )
         captions = _encode_all(workers, encoder, partial, selected, settings, crew)
         images = _write_all(workers, partial, selected, settings, crew)
@@ -438,8 +438,8 @@ def _report(manifest: Mapping, output: Path, seconds: float) -> None:
     size = sum(entry["bytes"] for entry in manifest["shards"].values())
     images = ", ".join(f"{count} {split}" for split, count in counts["images"].items())
     print(
-        f"{output}: {images} images, {counts['captions']} captions, {size / 2**20:.1f} MiB,"
-        f" {seconds:.0f} s"
+        f"{output}: {images} images, smallest side {manifest['image_sizes']['min_side']} pixels,"
+        f" {counts['captions']} captions, {size / 2**20:.1f} MiB, {seconds:.0f} s"
     )
     print(
         f"skipped or noted in skipped.jsonl: {listed(counts['skipped'])},"

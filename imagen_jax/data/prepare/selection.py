@@ -36,6 +36,12 @@ class Selection:
             counts[line["reason"]] += line.get("count", 1)
         return dict(sorted(counts.items()))
 
+    def examples(self) -> str:
+        """One item of each reason, for a message: "such as missing_image: a.png"."""
+        first = {line["reason"]: line for line in reversed(self.skipped)}
+        names = {reason: line.get("files", [line["id"]])[0] for reason, line in first.items()}
+        return f"such as {', '.join(f'{reason}: {names[reason]}' for reason in sorted(names)[:5])}"
+
 
 def select(checked: Iterable[Checked]) -> Selection:
     """Selects images and captions; the result depends on the order of the source alone.

@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import json
+import posixpath
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -92,7 +94,11 @@ class FolderSource:
         """Returns {file: captions} and {file: split}; adds the files it reads to `used`."""
         captions: dict[str, list[str]] = {}
         splits: dict[str, str] = {}
+        spellings: dict[str, str] = {}  # made when a row names no file
         for file, texts, split in self._listed(images, files, used):
+            if file not in files:
+                spellings = spellings or {_spelling(name): name for name in files}
+                file = spellings.get(_spelling(file), file)
             captions.setdefault(file, []).extend(texts)
             if split and splits.setdefault(file, split) != split:
                 raise ValueError(f"{self._directory}: {file} is in both splits")
@@ -112,18 +118,22 @@ class FolderSource:
             )
         used.update(tables)
         for name in tables:
-            return readers[name](self._directory / name)
+            path = self._directory / name
+            _check_regular(path)
+            return readers[name](path, self._notes)
         return self._sidecars(images, files, used)
 
     def _sidecars(self, images: Sequence[str], files: set[str], used: set[str]) -> Iterator[Listed]:
         for file in images:
-            text = PurePosixPath(file).with_suffix(".txt").as_posix()
-            if text in files:
+            names = (PurePosixPath(file).with_suffix(s).as_posix() for s in (".txt", ".TXT"))
+            text = next((name for name in names if name in files), None)
+            if text:
                 used.add(text)
                 yield file, self._captions(file, text), ""
 
     def _captions(self, file: str, text: str) -> list[str]:
         try:
+            _check_regular(self._directory / text)
             return list(lines(read_text(self._directory / text)))
         except (ValueError, OSError) as error:
             _raise_unless_of_the_file(error)
@@ -155,6 +165,11 @@ def _is_image(file: str) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(_APPLE_DOUBLE)
 
 
+def _spelling(file: str) -> str:
+    """One spelling for ./a.png, for sub\\a.png of Windows and for the split accents of macOS."""
+    return unicodedata.normalize("NFC", posixpath.normpath(file.replace("\\", "/")))
+
+
 def _ignored(files: Iterable[str]) -> list[Note]:
     """One note for each kind of file that is not looked at: its suffix, their number, examples."""
     kinds: dict[str, Note] = {}
@@ -169,6 +184,12 @@ def _ignored(files: Iterable[str]) -> list[Note]:
         if len(note["files"]) < 3:
             note["files"].append(file)
     return list(kinds.values())
+
+
+def _check_regular(path: Path) -> None:
+    """Opening a named pipe would wait for a writer, forever if there is none."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a named pipe or a device, not a file")
 
 
 def _read_image(path: Path) -> tuple[bytes | None, Fault | None]:

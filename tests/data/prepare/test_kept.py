@@ -48,10 +48,11 @@ def messy(tmp_path):
     return folder
 
 
-def test_nothing_is_dropped_silently(messy, tmp_path):
-    """Catches unusable images and captions that are lost or not counted."""
+def test_nothing_is_dropped_silently(messy, tmp_path, capsys):
+    """Catches unusable images and captions that are lost or not counted, and an unnamed size."""
     output = tmp_path / "data"
     manifest = prepare(messy, output, heldout=0.0, min_size=16)
+    assert "train, 0 heldout images, smallest side 32 pixels, " in capsys.readouterr().out
     lines = {(line["id"], line["reason"]) for line in skipped(output)}
     assert lines == {
         ("cut.png", "broken_image"),
@@ -123,7 +124,9 @@ def test_no_good_image_is_a_clear_error(tmp_path):
     folder.mkdir()
     (folder / "a.png").write_bytes(b"nothing")
     (folder / "a.txt").write_text("a caption")
-    with pytest.raises(ValueError, match="no usable image in .*1 broken_image"):
+    (folder / "metadata.jsonl").write_text("")
+    message = "no usable image in .*, such as broken_image: a.png, ignored_file: metadata.jsonl"
+    with pytest.raises(ValueError, match=message):
         prepare(folder, tmp_path / "data")
     assert not (tmp_path / "data").exists()
 

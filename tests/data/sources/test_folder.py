@@ -1,6 +1,7 @@
 """The folder source reads every form of captions; an unreadable one is one clear line."""
 
 import json
+import os
 
 import pytest
 
@@ -135,3 +136,36 @@ def test_one_text_file_that_is_not_utf8_costs_one_item(folder):
         "a.txt:1 is not UTF-8 text (byte 0x92): save the file as UTF-8",
     )
     assert source[1].captions == ["one\x0cpart", "", "two\u2028lines"] and not source[1].fault
+
+
+def test_a_named_pipe_is_not_waited_for(folder):
+    """Catches a .txt or a captions file that is a pipe: reading it would never end."""
+    os.mkfifo(folder / "a.txt")
+    source = FolderSource(folder, 0.0)
+    assert source[0].fault == (
+        "unreadable_captions",
+        "a.txt is a named pipe or a device, not a file",
+    )
+    os.mkfifo(folder / "captions.csv")
+    with pytest.raises(ValueError, match="captions.csv is a named pipe"):
+        FolderSource(folder, 0.0)
+
+
+def test_a_row_may_spell_its_file_differently(folder):
+    """Catches captions lost to ./ of `find`, to \\ of Windows and to split accents of macOS."""
+    (folder / "cafe\u0301.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "captions.csv").write_text(
+        "file,caption\n./a.png,x\ndeep\\c.PNG,y\ncaf\u00e9.png,z\n"
+    )
+    assert captions(FolderSource(folder, 0.0)) == {
+        "a.png": ["x"],
+        "b.png": [],
+        "cafe\u0301.png": ["z"],
+        "deep/c.PNG": ["y"],
+    }
+
+
+def test_the_text_file_of_a_camera_in_capitals(folder):
+    """Catches captions in C.TXT that are not read."""
+    (folder / "deep" / "c.TXT").write_text("a caption")
+    assert captions(FolderSource(folder, 0.0))["deep/c.PNG"] == ["a caption"]

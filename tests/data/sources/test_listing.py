@@ -20,7 +20,7 @@ def write(tmp_path):
 
 
 def rows(read, path, *args):
-    return [(file, captions) for file, captions, _ in read(path, *args)]
+    return [(file, captions) for file, captions, _ in read(path, [], *args)]
 
 
 def test_byte_order_marks(write):
@@ -86,8 +86,9 @@ def test_quoted_captions_are_read_whole(write):
         ('file,caption\na.png,"stop" sign\n', "captions.csv:2 cannot be read .*write a quote"),
         ("file;caption\na.png;x\n", "with commas between; it is 'file;caption'"),
         ("", "must name the columns file and caption"),
+        ("file,caption,\na.png,x,\nb.png,green, by hand\n", "captions.csv:3 has more columns"),
         ("file,caption,caption\na.png,x,y\n", "names the column caption twice"),
-        ("file,caption\n,a lost caption\n", "captions.csv:2: '' is not the name of a file"),
+        ("file,caption\n,a lost caption\n", "captions.csv:2 cannot be used: '' is not the name of"),
         (b"file,caption\na.png,x\nb.png,caf\xe9\n", "captions.csv:3 is not UTF-8 text"),
         ("file,caption\n".encode("utf-16"), "captions.csv is UTF-16 text: save it as UTF-8"),
     ],
@@ -95,7 +96,7 @@ def test_quoted_captions_are_read_whole(write):
 def test_a_table_that_would_lose_text_is_refused(write, table, message):
     """Catches a caption cut at a comma, rows swallowed by a quote, columns and text lost."""
     with pytest.raises(ValueError, match=message):
-        list(read_csv(write("captions.csv", table), {"a.png", "b.png", "c.png"}))
+        read_csv(write("captions.csv", table), [], {"a.png", "b.png", "c.png"})
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,8 @@ def test_a_table_that_would_lose_text_is_refused(write, table, message):
             ":2 is not",
         ),
         ('{"file": "a.png", "caption": "x"}\n{"file": "b.pn', "jsonl:2 is not an object with"),
+        ('{"file": "a.png", "caption": "x", "caption": "y"}', "jsonl:1 .*caption occurs twice"),
+        ('{"file": "a.png", "caption": "x", "captions": ["y"]}', "caption is not one of captions"),
         ("[" * 100_000, "jsonl:1 is not an object with"),
         ('{"file": "a\\ud83d.png", "caption": "x"}', "is not the name of a file"),
         ('{"file": "", "caption": "x"}', "'' is not the name of a file"),
@@ -116,4 +119,45 @@ def test_a_table_that_would_lose_text_is_refused(write, table, message):
 def test_a_broken_line_is_named(write, lines, message):
     """Catches errors without file and line, and exceptions that are no ValueError."""
     with pytest.raises(ValueError, match=message):
-        list(read_jsonl(write("captions.jsonl", lines)))
+        read_jsonl(write("captions.jsonl", lines), [])
+
+
+SOUND = '{"file": "a.png", "caption": "x"}\n{"file": "b.png", "captions": ["y"], "caption": "y"}\n'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file": "c.pn',
+        "[]",
+        "7",
+        '{"file": "c.png"}',
+        '{"file": "c.png", "caption": {"en": "x"}}',
+        '{"file": "c.png", "caption": "x", "id": ' + "9" * 5000 + "}",
+        '{"file": "c.png", "caption": "x", "id": ' + "[" * 100_000,
+        '{"file": "../c.png", "caption": "x"}',
+    ],
+)
+def test_a_damaged_line_costs_only_itself(write, line):
+    """Catches one line of many that ends the preparation, or that is left out without a note."""
+    notes = []
+    listed = read_jsonl(write("captions.jsonl", SOUND + line + "\n"), notes)
+    assert [row[:2] for row in listed] == [("a.png", ["x"]), ("b.png", ["y"])]
+    assert [(note["id"], note["reason"]) for note in notes] == [
+        ("captions.jsonl:3", "unreadable_row")
+    ]
+    assert notes[0]["detail"].startswith("is not an object with file and caption(s): ")
+
+
+def test_a_csv_row_without_a_file_costs_only_itself(write):
+    """Catches a stray row of a spreadsheet that ends the preparation."""
+    notes = []
+    table = write("captions.csv", "file,caption\na.png,x\nb.png,y\n,note to self\n")
+    assert [row[0] for row in read_csv(table, notes)] == ["a.png", "b.png"]
+    assert notes == [
+        {
+            "id": "captions.csv:4",
+            "reason": "unreadable_row",
+            "detail": "cannot be used: '' is not the name of a file",
+        }
+    ]
