@@ -17,7 +17,6 @@ measure that needs more images than the data have is skipped, and the output nam
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from typing import Any
 from absl import flags
 
 from imagen_jax import cli, field, schema
+from imagen_jax.evals import history
 from imagen_jax.evals.measures import NAMES
 from imagen_jax.storage import (
     check_local,
@@ -39,13 +39,6 @@ from imagen_jax.storage import (
     write_json,
 )
 
-RECORD = "evaluations.jsonl"
-RECORDED = {  # the fields of a line that settings are compared with
-    "provenance.config.sampling": dict,
-    "provenance.data.manifest_hash": str,
-    "provenance.checkpoint.which": str,
-    "provenance.sampling": dict,
-}
 POLL_S = 10.0
 log = logging.getLogger("imagen_jax.evaluate")
 
@@ -168,7 +161,7 @@ def main() -> int:
     )
     with only_process(output, "using"):
         if args.follow:
-            evaluator.check_continues(output / RECORD)
+            evaluator.check_continues(output / history.FILE)
             follow(evaluator.run, checkpoint, output, args.follow_minutes)
         else:
             evaluator.run(checkpoint, output)
@@ -257,10 +250,9 @@ class Evaluator:
         """
         from imagen_jax.data.records import Prepared
 
-        lines = record.read_bytes().split(b"\n")[:-1] if record.is_file() else []
-        if not lines:
+        recorded = history.last_provenance(record)
+        if recorded is None:
             return
-        recorded = _line(record, len(lines), lines[-1], RECORDED)["provenance"]
         trained = schema.complete_sampling(recorded["config"]["sampling"], f"{record}")
         current = self._numbers | {"data": Prepared(self._data).hash, "which": self._which}
         current |= {"sampling": trained | self._sampling}
@@ -391,7 +383,7 @@ def follow(
     # Used only to list steps. It never saves, so `keep` has no effect.
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     output.mkdir(parents=True, exist_ok=True)
-    evaluated, damaged = evaluated_steps(output / RECORD), set()
+    evaluated, damaged = history.steps(output / history.FILE), set()
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
     while True:
         steps = checkpoints.steps()
@@ -406,7 +398,7 @@ def follow(
                     log.warning("checkpoint %d is skipped: %s", step, error)
                 damaged.add(step)
                 continue
-            append(output / RECORD, result)
+            history.append(output / history.FILE, result)
             evaluated.add(step)
         elif steps and steps[-1] >= last_step(workdir):
             return
@@ -424,40 +416,6 @@ def last_step(workdir: Path) -> float:
         return float("inf")
     remedy = "copy it from the meta.json of a checkpoint"
     return read_object(config, {"train.steps": int}, remedy)["train"]["steps"]
-
-
-def evaluated_steps(record: Path) -> set[int]:
-    """The steps with a complete line in `record`, an evaluations.jsonl.
-
-    Removes an incomplete last line, which a killed process leaves.
-    """
-
-    content = record.read_bytes() if record.is_file() else b""
-    complete_lines = content[: content.rfind(b"\n") + 1]
-    if complete_lines != content:
-        log.warning("%s: removed an incomplete last line", record)
-        write_atomically(record, complete_lines)
-    lines = enumerate(complete_lines.split(b"\n")[:-1], 1)
-    return {_line(record, number, line, {"step": int})["step"] for number, line in lines}
-
-
-def _line(record: Path, number: int, line: bytes, fields: Mapping[str, type]) -> dict[str, Any]:
-    """The object in a line of an evaluations.jsonl. Raises ValueError that names file and line."""
-    label, remedy = f"{record}, line {number},", "remove the line, or give another --output"
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{label} is not valid JSON ({error}); {remedy}") from error
-    check_object(label, content, fields, remedy)
-    return content
-
-
-def append(record: Path, result: Mapping[str, Any]) -> None:
-    """Appends one line and syncs it to disk."""
-    with record.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from imagen_jax.data import records
 from imagen_jax.data.prepare import passes
 from imagen_jax.data.prepare.crew import Crew
 from imagen_jax.distributed import agreement
+from imagen_jax.evals import history
 from imagen_jax.planning import cost_cache
 from imagen_jax.weights import leaves, tensor_files, text_encoders
 from launch import ablation, comparison
@@ -189,10 +190,10 @@ def test_section_of_another_kind_is_no_config(tmp_path):
 @pytest.mark.parametrize("record", ["step 1", '{"step": 1', "[1]", '{"steps": 1}', '{"step": "1"}'])
 def test_damaged_line_of_evaluations_is_named(tmp_path, record):
     """Catches an error without the number of the line, in both readers of evaluations.jsonl."""
-    file = tmp_path / evaluate.RECORD
+    file = tmp_path / history.FILE
     file.write_text('{"step": 1}\n' + record + "\n")
     evaluator = object.__new__(evaluate.Evaluator)
-    for read in (evaluate.evaluated_steps, evaluator.check_continues):
+    for read in (history.steps, evaluator.check_continues):
         with pytest.raises(ValueError, match=r"evaluations.jsonl, line 2, .* remove the line"):
             read(file)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from imagen_jax import evaluate, storage
 from imagen_jax.data import records
 from imagen_jax.data.transforms import shrink
-from imagen_jax.evals import superres
+from imagen_jax.evals import history, superres
 from imagen_jax.stage import create_stage
 from imagen_jax.weights import checkpoint, exports
 from tests import tiny
@@ -187,11 +187,11 @@ def test_a_cascade_is_measured_on_what_its_first_stage_drew(data, base, tmp_path
 
 def test_a_record_is_continued_with_the_same_settings_only(data, base, tmp_path):
     """Catches a curve of two different measurements in one file."""
-    record = tmp_path / evaluate.RECORD
+    record = tmp_path / history.FILE
     evaluator(data).check_continues(record)  # nothing there yet
     line = json.loads((base[1] / "evaluation.json").read_text())
     line["provenance"]["checkpoint"]["which"] = "ema"  # as from a workdir's checkpoint
-    evaluate.append(record, line)
+    history.append(record, line)
     evaluator(data, sampling={"steps": 2}).check_continues(record)
     for sampling, numbers, message in (
         ({}, {}, "sampling: "),
@@ -236,7 +236,7 @@ def weight(directory: Path, output: Path) -> dict:
 
 
 def lines(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / evaluate.RECORD).read_text().splitlines()]
+    return [json.loads(line) for line in (output / history.FILE).read_text().splitlines()]
 
 
 def test_follower_takes_each_checkpoint_once_and_ends_with_the_run(tmp_path):
@@ -286,7 +286,7 @@ def test_killed_follower_goes_on_where_it_was(tmp_path):
     trainer, output = Trainer(tmp_path, 20), tmp_path / "out"
     trainer.save(10), trainer.save(20)
     output.mkdir()
-    (output / evaluate.RECORD).write_text('{"step": 10, "weight": 10.0}\n{"step": 20, "wei')
+    (output / history.FILE).write_text('{"step": 10, "weight": 10.0}\n{"step": 20, "wei')
     asked = []
     evaluate.follow(
         lambda d, o: asked.append(o.name) or weight(d, o), tmp_path, output, minutes=0, poll_s=0.0
@@ -297,4 +297,4 @@ def test_killed_follower_goes_on_where_it_was(tmp_path):
 def test_follower_waits_for_a_run_that_has_not_begun_no_longer_than_told(tmp_path):
     """Catches an error for an empty workdir, and a time limit that is not kept."""
     evaluate.follow(weight, tmp_path / "none", tmp_path / "out", minutes=1e-4, poll_s=1e-3)
-    assert not (tmp_path / "out" / evaluate.RECORD).exists()
+    assert not (tmp_path / "out" / history.FILE).exists()

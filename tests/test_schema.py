@@ -12,6 +12,7 @@ import pytest
 from configs import defaults
 from imagen_jax import cascade, cli, evaluate, sample, schema
 from imagen_jax.diffusion import density, grid, guidance, process, sampler, schedule, weighting
+from imagen_jax.evals import history
 from imagen_jax.field import NEEDED, parse, within
 from imagen_jax.models import attention, efficient_unet, remat, unet
 from imagen_jax.stage import random_key
@@ -404,7 +405,7 @@ def test_a_line_older_than_a_setting_continues(tmp_path, monkeypatch):
     }
     line = {"config": {"sampling": older}, "sampling": older | {"w": 3.0}, **numbers}
     line |= {"data": {"manifest_hash": "h"}, "checkpoint": {"which": "ema"}}
-    record = tmp_path / evaluate.RECORD
+    record = tmp_path / history.FILE
     record.write_text(json.dumps({"provenance": line}) + "\n")
 
     def check(numbers=numbers, **sampling):
