@@ -72,7 +72,7 @@ def demo(c: ConfigDict) -> None:
 
 
 def tiny(c: ConfigDict) -> None:
-    """A few thousand parameters with every part in place."""
+    """A very small model with all components."""
     defaults.tiny(c)
     c.name = "sr_crops_tiny"
     c.data.update(image_size=32, lowres_size=16, crop_size=16)

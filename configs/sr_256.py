@@ -90,7 +90,7 @@ def demo(c: ConfigDict) -> None:
 
 
 def tiny(c: ConfigDict) -> None:
-    """A few thousand parameters with every part in place."""
+    """A very small model with all components."""
     defaults.tiny(c)
     c.name = "sr_tiny"
     c.data.update(image_size=16, lowres_size=8)

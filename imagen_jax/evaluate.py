@@ -340,18 +340,7 @@ class Evaluator:
                 "trained_on": meta["manifest_hash"],
                 "images": rows.counts,
             },
-            **{
-                name: getattr(settings, name)
-                for name in (
-                    "rows",
-                    "samples",
-                    "gallery",
-                    "bins",
-                    "batch_size",
-                    "seed",
-                    "lowres_from",
-                )
-            },
+            **{name: getattr(settings, name) for name in self._numbers},
             "sampling": dict(settings.sampling),
             "lowres_samples": rows.origin,
             "left_out": self._left_out,

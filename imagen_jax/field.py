@@ -12,8 +12,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# `Field.older` of a field that every saved config contains; `_of_kind` returns it for a wrong type.
-NEEDED = object()
+NEEDED = object()  # `Field.older` of a field that every saved config contains
+WRONG_TYPE = object()  # what `_of_kind` returns for a value of a wrong type
 WORDS = {
     int: "an integer",
     float: "a finite number",
@@ -54,8 +54,8 @@ class Field:
         are not checked.
     needs: without all of these conditions the field has no effect (see `without_effect`). A tuple
         of conditions stands for one of them.
-    idle: the values, besides `older`, that a new run may give a field without effect; () with no
-        `older`: any value, because the configs have no common default.
+    idle: while the field has no effect, a new run may give it one of these values or `older`.
+        Without `idle` and `older` it may give any value: the configs have no common default.
     """
 
     meaning: str
@@ -83,7 +83,7 @@ def read(value: Any, field: Field, new: bool = False) -> Any:
     """
     converted = _of_kind(value, field.kind)
     entries = converted if isinstance(converted, list) else [converted]
-    if converted is NEEDED or (field.choices and not set(entries) <= set(field.choices)):
+    if converted is WRONG_TYPE or (field.choices and not set(entries) <= set(field.choices)):
         raise ValueError(_error_text(value, field))
     if new and not all(within(entry, field.interval) for entry in entries):
         raise ValueError(_error_text(value, field))
@@ -137,14 +137,14 @@ def _error_text(value: Any, field: Field) -> str:
 
 
 def _of_kind(value: Any, kind: Any) -> Any:
-    """`value` in its JSON form, or NEEDED if its type is wrong."""
+    """`value` in its JSON form, or WRONG_TYPE."""
     if kind is tuple or typing.get_origin(kind) is tuple:
         return _list(value, typing.get_args(kind))
     if isinstance(value, bool) and kind is not bool:
-        return NEEDED
+        return WRONG_TYPE
     if kind is float and isinstance(value, (int, float)):
-        return float(value) if math.isfinite(value) else NEEDED  # JSON has no inf and no NaN
-    return value if isinstance(value, kind) else NEEDED
+        return float(value) if math.isfinite(value) else WRONG_TYPE  # JSON has no inf and no NaN
+    return value if isinstance(value, kind) else WRONG_TYPE
 
 
 def _list(value: Any, kinds: tuple[Any, ...]) -> Any:
@@ -153,14 +153,14 @@ def _list(value: Any, kinds: tuple[Any, ...]) -> Any:
     kinds: the types of the entries; () allows any.
     """
     if not isinstance(value, (list, tuple)):
-        return NEEDED
+        return WRONG_TYPE
     if not kinds:
         return [_list(entry, ()) if isinstance(entry, (list, tuple)) else entry for entry in value]
     kinds = kinds[:1] * len(value) if Ellipsis in kinds else kinds
     if len(kinds) != len(value):
-        return NEEDED
+        return WRONG_TYPE
     entries = [_of_kind(entry, kind) for entry, kind in zip(value, kinds)]
-    return NEEDED if any(entry is NEEDED for entry in entries) else entries
+    return WRONG_TYPE if any(entry is WRONG_TYPE for entry in entries) else entries
 
 
 def read_section(

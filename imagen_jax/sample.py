@@ -335,6 +335,7 @@ def read_image(path: str, size: int, n: int) -> Any:
     import numpy as np
 
     from imagen_jax.data.prepare.checks import stored_bytes
+    from imagen_jax.data.prepare.upright import first_line
     from imagen_jax.data.transforms import decode_square
 
     data = Path(path).read_bytes()
@@ -343,12 +344,6 @@ def read_image(path: str, size: int, n: int) -> Any:
     except Exception as error:  # PIL raises many kinds of exceptions for damaged files
         raise ValueError(f"--image {path} cannot be used: {first_line(error)}") from error
     return np.broadcast_to(image, (n, *image.shape))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, without the address of PIL's buffer."""
-    text = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)).strip()
-    return text.split("\n")[0] or type(error).__name__
 
 
 def write(output: Path, number: int, row: Sequence[Any], record: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from imagen_jax.field import Field, Need, effect_problem, flat, read_section, within, without_effect
-from imagen_jax.field import parse as parse
 from imagen_jax.network_fields import FAMILY_FIELDS, MODEL, WITH_TEXT
 
 Fields = Mapping[str, Any]  # {name: Field, or the Fields of a section}

@@ -106,7 +106,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def batch_mesh(devices: Sequence[jax.Device], fsdp: int = 1) -> Mesh:
-    """A mesh over which only batches are split, and parameters `fsdp` ways.
+    """A mesh for batches: sizes of `model` and `spatial` are 1, and `fsdp` shards the parameters.
 
     Raises ValueError if `fsdp` does not divide the number of devices.
     """

@@ -215,7 +215,7 @@ class Stage:
             level = jnp.full(keys.shape, sampling["aug_level"], jnp.float32)
             cond = conditioning.augment_lowres(cond, noise, level, self.aug_schedule)
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-        components = drawing(sampling, self.schedule)
+        components = sampling_rules(sampling, self.schedule)
         levels = components.pop("grid")(sampling["steps"])
         return sampler.sample(
             self.denoiser(params),
@@ -336,7 +336,7 @@ def build(kind: Callable[..., Any], section: Mapping[str, Any]) -> Any:
     return kind(**{field.name: value(field.name) for field in dataclasses.fields(kind)})
 
 
-def drawing(sampling: Mapping[str, Any], schedule: str) -> dict[str, Any]:
+def sampling_rules(sampling: Mapping[str, Any], schedule: str) -> dict[str, Any]:
     """{grid, sampler, guidance, threshold} from a complete section `sampling`. Computes no array.
 
     schedule: name of the noise schedule, used by the grid of uniform times. Raises ValueError that
@@ -358,7 +358,7 @@ def check_sampling(sampling: Mapping[str, Any]) -> None:
     if not 0.0 <= sampling["aug_level"] <= 1.0:
         raise ValueError(f"sampling.aug_level is {sampling['aug_level']}; it must be from 0 to 1")
     # The schedule matters only for the grid of uniform times, which is not checked here.
-    grid = drawing(sampling, schedule="cosine")["grid"]
+    grid = sampling_rules(sampling, schedule="cosine")["grid"]
     if not isinstance(grid, TimeGrid):
         check_levels(grid, sampling["steps"])
 
@@ -368,7 +368,7 @@ def check_interval(sampling: Mapping[str, Any], schedule: str) -> None:
 
     Then it disables guidance, or has no effect. The default interval contains all.
     """
-    components = drawing(sampling, schedule)
+    components = sampling_rules(sampling, schedule)
     guidance, steps = components["guidance"], sampling["steps"]
     if guidance.w == 1.0 or guidance.everywhere:
         return

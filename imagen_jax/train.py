@@ -188,7 +188,8 @@ def train(
         agreement.gather()
 
         # Loop.
-        data = stack.enter_context(contextlib.closing(run.batches(done, run.rows)))
+        data = run.batches(done, run.rows)
+        stack.callback(data.close)
         program = run.program
         grid = SampleGrid(config, program.stage, program.mesh) if settings["sample_every"] else None
         replicas = Replicas(program.mesh, program.abstract, program.shardings)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax import schema
+from imagen_jax import field, schema
 from imagen_jax.storage import read_json, read_object
 from launch.job import mounted
 
@@ -28,7 +28,7 @@ class Arm:
     def training(self) -> dict[str, Any]:
         """The fields that the training depends on."""
         fields = self.overrides.items()
-        return {field: value for field, value in fields if not field.startswith("sampling.")}
+        return {name: value for name, value in fields if not name.startswith("sampling.")}
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -119,9 +119,7 @@ def restates(recorded: Sequence[str], command: Sequence[str], evaluation: Path) 
     result = read_object(evaluation, {"provenance.sampling": dict}, remedy)
     used = result["provenance"]["sampling"]
     used = schema.complete_sampling(used, str(evaluation))
-    parsed = {
-        name: schema.parse(text, schema.SAMPLING[name]) for name, text in new_sampling.items()
-    }
+    parsed = {name: field.parse(text, schema.SAMPLING[name]) for name, text in new_sampling.items()}
     return all(used[name] == value for name, value in parsed.items())
 
 

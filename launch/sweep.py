@@ -214,7 +214,7 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
     from imagen_jax.evals.measures import measure
     from imagen_jax.evals.rows import Settings
     from imagen_jax.stage import check_interval, create_stage
-    from imagen_jax.training import ema, optim
+    from imagen_jax.training import optim
     from imagen_jax.training.step import check_accumulation
 
     if not options.where:
@@ -244,7 +244,6 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
             read_config(ablation.config, options_of({**ablation.shared, **arm.training}))
             measure.choose(names, stage, settings)
             optim.make_optimizer(config["optim"], config["train"]["steps"])
-            ema.tracks(config["optim"])
             check_accumulation(config["data"]["batch_size"], config["optim"]["accumulation"])
 
 

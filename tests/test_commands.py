@@ -11,6 +11,7 @@ from imagen_jax import demo, sample, train
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.pictures import write_png
 from imagen_jax.run_log import read_metrics
+from imagen_jax.training.run import Run
 from imagen_jax.weights import checkpoint, exports
 from tests import tiny
 from tests.data import synthetic
@@ -71,6 +72,14 @@ def test_rows_are_those_of_an_undisturbed_run(data, straight, stopped):
         train.train(config(data, 9), stopped, **PLAIN) == 0
     )  # it has more steps than that: nothing to do
     assert logged(stopped) == logged(straight)
+
+
+@pytest.mark.slow
+def test_the_loop_makes_no_hidden_transfers(data, tmp_path, monkeypatch):
+    """Catches a loop without the transfer guard: a copy at every step goes unnoticed."""
+    monkeypatch.setattr(Run, "place", lambda run, batch: {n: batch[n] for n in run.program.batch})
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train.train(config(data, 1), tmp_path / "run", **PLAIN)
 
 
 def test_grids_follow_training(straight):

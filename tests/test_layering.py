@@ -185,6 +185,13 @@ def test_shardings_are_made_in_one_module():
         assert unit(path) not in apart or not strings & {"data", "fsdp", "spatial"}, path
 
 
+@pytest.mark.parametrize("folder", ["imagen_jax", "launch", "configs", "tools"])
+def test_files_are_short(folder):
+    """Catches a file that grows beyond the 450 lines of CONTRIBUTING.md."""
+    long = {path: path.read_text().count("\n") for path in sources(folder)}
+    assert not {path for path, lines in long.items() if lines > 450}
+
+
 IMPORT_ALL = """
 import importlib, socket, sys
 from absl import flags

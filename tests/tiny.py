@@ -19,8 +19,8 @@ from imagen_jax.training.step import make_step
 
 ROOT = Path(__file__).parent.parent
 DIM = 8
-# One level in place of two compiles in half the time: for tests of anything but networks. As
-# changes of `config` of sr_256 and sr_1024, of base_64, and as options of a command (sr only).
+# A network of one level, which compiles in half the time, for tests of anything but networks:
+# changes for `config` of sr_256 or sr_1024, changes for base_64, and command-line options (sr).
 ONE_LEVEL_FIELDS = dict(model__widths=(16,), model__blocks=(1,), model__attention=("cross",))
 ONE_LEVEL_UNET = dict(
     model__multipliers=(1,), model__attention=(True,), model__text_attention=(True,)

@@ -37,6 +37,8 @@ import torch.nn.functional as F
 import transformers
 from text_encoder_teacher import taught, teach
 
+from imagen_jax.text.t5_network import T5Config
+
 VOCABULARY = 8192
 SUBWORDS = 3500  # pieces learnt by the unigram trainer; the rest are whole words by frequency
 SIZES = dict(d_model=256, d_ff=640, d_kv=64, num_heads=4, num_layers=3, vocab_size=VOCABULARY)
@@ -55,21 +57,7 @@ WARMUP = 60  # steps
 # The last args.refine steps: twice as many phrases, fewer COCO captions, and the binding loss
 # counts more.
 REFINE_RATE, REFINE_BINDING = 7e-4, 5.0
-CONFIG = {
-    "architectures": ["T5EncoderModel"],
-    "model_type": "t5",
-    "feed_forward_proj": "gated-gelu",
-    "is_encoder_decoder": False,
-    "use_cache": False,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "layer_norm_epsilon": 1e-6,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "dropout_rate": 0.0,
-    "torch_dtype": "bfloat16",
-}
+CONFIG = T5Config(**SIZES).to_json() | {"dropout_rate": 0.0, "torch_dtype": "bfloat16"}
 
 
 def train_tokenizer(rows: list[dict], folder: pathlib.Path) -> None:
@@ -391,7 +379,7 @@ def export(work: pathlib.Path, out: pathlib.Path, pieces: np.ndarray, tokenizer)
     state.pop("encoder.embed_tokens.weight", None)
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(CONFIG | SIZES, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     tokenizer.save_pretrained(out)
     np.save(work / "sentence_head.npy", student.heads["sentence"].weight.detach().numpy().T)
 

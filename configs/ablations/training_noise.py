@@ -5,7 +5,7 @@ r"""Training noise and prediction of the base model, compared with the paper's c
     python -m launch.sweep --config configs/ablations/training_noise.py:tiny \
         --config.data.path=data/emoji --workdir runs/noise
 
-CPU: the second command runs all 6 arms with `:tiny`, about two minutes for each training with its
+CPU: the second command runs all 7 arms with `:tiny`, about two minutes for each training with its
 evaluation. Expect a table of all arms; after 8 steps its numbers mean nothing. `:demo` trains.
 
 One training for each arm. Their losses are not comparable; the table compares the error of x-hat in

@@ -7,7 +7,7 @@ therefore needs only its step number to resume, on any number of hosts and worke
 
 import dataclasses
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -167,7 +167,7 @@ def batches(
     start_step: int,
     split: str = "train",
     rows: Sequence[int] | None = None,
-) -> Generator[Batch, None, None]:
+) -> Iterator[Batch]:
     """Yields the batches of steps start_step, start_step + 1, ... indefinitely.
 
     The global batch of a step does not depend on the number of processes. Each image appears once

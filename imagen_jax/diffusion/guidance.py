@@ -34,7 +34,7 @@ class Guidance:
     def __post_init__(self) -> None:
         if not abs(self.w) <= FLOAT32_MAX:
             raise ValueError(f"sampling.w is {self.w}; it must be finite in fp32")
-        if len(self.w_interval) != 2 or not self.w_interval[0] < self.w_interval[1]:
+        if not self.w_interval[0] < self.w_interval[1]:
             message = f"sampling.w_interval is {self.w_interval}; it must be two ascending log-SNRs"
             raise ValueError(message)
 

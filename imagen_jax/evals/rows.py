@@ -25,7 +25,7 @@ from imagen_jax.storage import sha256_file
 
 CONTROLS = ("shuffled", "null")  # another row's caption or low-res image; none at all
 TEXTS = ("right", *CONTROLS)
-LEVELS = ("drawn", "clean")  # noise of the low-res image: as in training, or none
+LOWRES_NOISE = ("drawn", "clean")  # noise of the low-res image: as in training, or none
 GREY = 128  # the null low-res image: grey, the middle of 0..255
 KEPT_GALLERY_BYTES = 2**30  # a gallery of at most this size stays in memory between checkpoints
 _CHUNK = 256

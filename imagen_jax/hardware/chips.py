@@ -38,7 +38,6 @@ class Chip:
         memory: capacity, see above.
         memory_limit: bytes that a program may use, see above.
         memory_bandwidth: bytes/s of device memory.
-        links: number of links to neighbours; NVLink counts as one link.
         link_bandwidth: bytes/s of one link, one way.
         network_bandwidth: bytes/s, one chip's share of the network between slices or nodes.
         chips_per_host: number of chips of a host or node.
@@ -54,7 +53,6 @@ class Chip:
     memory: float
     memory_limit: float
     memory_bandwidth: float
-    links: int
     link_bandwidth: float
     network_bandwidth: float
     chips_per_host: int
@@ -84,7 +82,6 @@ CHIPS = (
         memory=32 * GIB,
         memory_limit=30.75 * GIB,
         memory_bandwidth=1200e9,
-        links=6,
         link_bandwidth=50e9,
         network_bandwidth=3.1e9,
         chips_per_host=4,
@@ -100,7 +97,6 @@ CHIPS = (
         memory=16 * GIB,
         memory_limit=15.75 * GIB,
         memory_bandwidth=819e9,
-        links=4,
         link_bandwidth=50e9,
         network_bandwidth=3.1e9,
         chips_per_host=4,
@@ -115,7 +111,6 @@ CHIPS = (
         memory=95 * GIB,
         memory_limit=95.74 * GIB,
         memory_bandwidth=2765e9,
-        links=6,
         link_bandwidth=100e9,
         network_bandwidth=6.25e9,
         chips_per_host=4,
@@ -131,7 +126,6 @@ CHIPS = (
         memory=32 * GIB,
         memory_limit=31.25 * GIB,
         memory_bandwidth=1638e9,
-        links=4,
         link_bandwidth=100e9,
         network_bandwidth=12.5e9,
         chips_per_host=4,
@@ -152,7 +146,6 @@ CHIPS = (
         memory=80e9,
         memory_limit=74 * GIB,
         memory_bandwidth=2039e9,
-        links=1,
         link_bandwidth=300e9,
         network_bandwidth=25e9,
         chips_per_host=8,
@@ -166,7 +159,6 @@ CHIPS = (
         memory=80e9,
         memory_limit=74 * GIB,
         memory_bandwidth=3350e9,
-        links=1,
         link_bandwidth=450e9,
         network_bandwidth=50e9,
         chips_per_host=8,
@@ -180,7 +172,6 @@ CHIPS = (
         memory=141e9,
         memory_limit=126 * GIB,
         memory_bandwidth=4800e9,
-        links=1,
         link_bandwidth=450e9,
         network_bandwidth=50e9,
         chips_per_host=8,
@@ -212,8 +203,9 @@ def peak_flops(device: jax.Device) -> tuple[float, str]:
     return chips[device.device_kind].peak_flops, "data sheet, dense bf16"
 
 
-def _matmul_rate(n: int = 1024) -> float:
+def _matmul_rate() -> float:
     """FLOP/s of an fp32 matrix product n x n x n on this machine, the best of 0.2 s."""
+    n = 1024
     a = jnp.ones((n, n))
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()

@@ -5,18 +5,18 @@ The parts of a step:
     compute    the estimated time of every block (`block_costs`), times the number of identical
                blocks, times the number of accumulation steps
     gathers    parameter all-gathers along data and fsdp, by link bandwidth (`links`)
-    sums       gradient reductions along data and fsdp (all-reduce and reduce-scatter)
+    reductions gradient reductions along data and fsdp (all-reduce and reduce-scatter)
     exposed    all other collectives, assumed not overlapped: halo exchanges and resharding of
                activations
     update     optimizer, EMA and logged norms (`block_costs.update_cost`)
 
-    step = max(compute, gathers) + sums + exposed + update
+    step = max(compute, gathers) + reductions + exposed + update
 
 The formula assumes that all-gathers are overlapped with compute and that gradient reductions are
 not. Both were observed in steps of sr_256 compiled at the default level for v5e:16x16 and
 v5p:4x4x8 (`overlap`, `plan --exact`): 99 % of the all-gather time was overlapped, and none of the
 gradient-reduction time. If gradient reductions were overlapped as well, a step would take
-max(compute, gathers + sums) + exposed + update.
+max(compute, gathers + reductions) + exposed + update.
 
 For GPUs there is no step time: XLA:GPU provides no cycle estimates.
 """
@@ -64,7 +64,8 @@ def predict(
 
     Returns a dict with
 
-        step_s, compute_s, gathers_s, sums_s, exposed_traffic_s, update_s   see the module docstring
+        step_s, compute_s, gathers_s, exposed_traffic_s, update_s   see the module docstring
+        sums_s                      the reductions of the module docstring
         at_best_s                   the step if gradient reductions were overlapped as well
         in_turn_s                   the step if nothing were overlapped
         mfu                         model FLOPs over peak FLOPs
@@ -74,10 +75,10 @@ def predict(
     """
     micro_batches = program.accumulation
     compute = micro_batches * sum(block.seconds * len(block.paths) for block in blocks)
-    gathers, sums, exposed = (
+    gathers, reductions, exposed = (
         sum(t.seconds for t in collectives) for collectives in _by_purpose(traffic)
     )
-    step = max(compute, gathers) + sums + exposed + update
+    step = max(compute, gathers) + reductions + exposed + update
     images = next(iter(program.batch.values())).shape[0]
     kinds = Counter()
     for block in blocks:
@@ -88,11 +89,11 @@ def predict(
         "step_s": step,
         "compute_s": compute,
         "gathers_s": gathers,
-        "sums_s": sums,
+        "sums_s": reductions,
         "exposed_traffic_s": exposed,
         "update_s": update,
-        "at_best_s": max(compute, gathers + sums) + exposed + update,
-        "in_turn_s": compute + gathers + sums + exposed + update,
+        "at_best_s": max(compute, gathers + reductions) + exposed + update,
+        "in_turn_s": compute + gathers + reductions + exposed + update,
         "mfu": flops / topology.chip.peak_flops / step,
         "images_per_s_per_chip": images / step / topology.chips,
         "kinds_s": dict(kinds.most_common()),
@@ -130,13 +131,13 @@ def overlap(traffic: Sequence[whole_step.Traffic]) -> dict[str, float]:
 
     traffic: the collectives of a step compiled at the default level.
     """
-    gathers, sums, _ = _by_purpose(traffic)
+    gathers, reductions, _ = _by_purpose(traffic)
 
     def share(collectives: Sequence[whole_step.Traffic]) -> float:
         seconds = sum(t.seconds for t in collectives)
-        return sum(t.beside for t in collectives) / max(seconds, 1e-12)
+        return sum(t.overlapped for t in collectives) / max(seconds, 1e-12)
 
-    return {"gathers_beside": share(gathers), "sums_beside": share(sums)}
+    return {"gathers_beside": share(gathers), "sums_beside": share(reductions)}
 
 
 def _by_purpose(
@@ -145,13 +146,11 @@ def _by_purpose(
     """(parameter all-gathers, gradient reductions, all other collectives)."""
     along_batch = [t for t in traffic if set(t.axes) <= set(sharding.BATCH_AXES)]
     gathers = [t for t in along_batch if t.kind == "all-gather"]
-    sums = [t for t in along_batch if t.kind in ("reduce-scatter", "all-reduce")]
-    return gathers, sums, [t for t in traffic if t not in gathers and t not in sums]
+    reductions = [t for t in along_batch if t.kind in ("reduce-scatter", "all-reduce")]
+    return gathers, reductions, [t for t in traffic if t not in [*gathers, *reductions]]
 
 
-def expensive_modules(
-    blocks: Sequence[BlockCost], accumulation: int, count: int = MODULES_LISTED
-) -> list[dict[str, Any]]:
+def expensive_modules(blocks: Sequence[BlockCost], accumulation: int) -> list[dict[str, Any]]:
     """The modules with the most compute time. Identical modules of identical blocks are merged.
 
     Returns dicts with "place" (module path), "others" (number of further identical modules),
@@ -175,7 +174,7 @@ def expensive_modules(
             "seconds": accumulation * seconds,
             "share": seconds / total,
         }
-        for (path, others), seconds in seconds_of.most_common(count)
+        for (path, others), seconds in seconds_of.most_common(MODULES_LISTED)
     ]
 
 

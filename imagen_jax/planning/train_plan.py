@@ -213,13 +213,13 @@ def sampler(
     lowered = whole_step.lower_sampler(program, rows)
     _, sampler_peak = whole_step.compile_text(lowered, topology, exact)
     resident = ("parameters", "optimizer", "batch", "EMA tracks")
-    beside = sum(size for part, size in parts.items() if part in resident)
-    peak = sampler_peak + beside
+    training = sum(size for part, size in parts.items() if part in resident)
+    peak = sampler_peak + training
     return {
         "rows": rows,
         "steps": config["sampling"]["steps"],
         "peak": peak,
-        "beside": beside,
+        "beside": training,
         "fits": peak <= topology.chip.memory_limit,
     }
 

@@ -65,7 +65,7 @@ class Traffic:
         count: number of executions.
         bytes: of their largest arrays, on each chip.
         seconds: on the links.
-        beside: the part of `seconds` that is overlapped with compute; 0 at level O0.
+        overlapped: the part of `seconds` that is overlapped with compute; 0 at level O0.
     """
 
     kind: str
@@ -73,7 +73,7 @@ class Traffic:
     count: int
     bytes: int
     seconds: float
-    beside: float = 0.0
+    overlapped: float = 0.0
 
 
 def make_program(config: Mapping[str, Any], topology: Topology) -> TrainProgram:
@@ -187,16 +187,16 @@ def traffic(module: hlo.Module, program: TrainProgram, topology: Topology) -> li
     """The collectives of a compiled step by kind and mesh axes, the slowest first."""
     devices = list(program.mesh.devices.flat)
     sizes = dict(program.mesh.shape)
-    count, size, seconds, beside = Counter(), Counter(), Counter(), Counter()
+    count, size, seconds, overlapped = Counter(), Counter(), Counter(), Counter()
     for collective in hlo.collectives(module, len(devices)):
         key = (collective.kind, links.axes_of(collective.groups, sizes))
         duration = links.seconds(collective, devices, topology)
         count[key] += collective.times
         size[key] += collective.times * collective.bytes
         seconds[key] += duration
-        beside[key] += collective.overlapped * duration
+        overlapped[key] += collective.overlapped * duration
     return [
-        Traffic(*key, int(count[key]), int(size[key]), seconds[key], beside[key])
+        Traffic(*key, int(count[key]), int(size[key]), seconds[key], overlapped[key])
         for key, _ in seconds.most_common()
     ]
 

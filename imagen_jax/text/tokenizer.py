@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from imagen_jax.caption_text import is_text
 from imagen_jax.storage import check_content, read_json, sha256_file
 
 EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")  # read by transformers if present
@@ -63,7 +64,7 @@ def tokenize(
         ValueError: a text is not a string or not valid Unicode.
     """
     for i, text in enumerate(texts):
-        if not isinstance(text, str) or not _is_unicode(text):
+        if not isinstance(text, str) or not is_text(text):
             raise ValueError(f"caption {i} is not valid text: {text!r}")
     if not texts:
         return [], []
@@ -93,11 +94,3 @@ def unknown_characters(tokenizer: Any, texts: list[str]) -> list[str]:
         "".join(c for c in dict.fromkeys(text) if c in lacking) or text if unknown in row else ""
         for text, row in zip(texts, rows, strict=True)
     ]
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return True

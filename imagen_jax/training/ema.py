@@ -25,12 +25,12 @@ class Track(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FixedDecay:
-    """min(most, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage.
+    """min(most, (1 + step) / (10 + step)).
 
     The short memory at the start removes the initial weights from the average early: while the
     decay is below `most`, their share after n updates is 9! n! / (n + 9)!, which is 0.1 after one,
     0.018 after two and 1e-5 after ten. The paper does not mention EMA. The rule is that of
-    TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`.
+    `tf.train.ExponentialMovingAverage` with `num_updates`.
     """
 
     most: float

@@ -36,7 +36,7 @@ def make_optimizer(optim: Mapping[str, Any], steps: int) -> optax.GradientTransf
     Adam, not with Adafactor.
     """
     rate, decay = learning_rate(optim, steps), optim["weight_decay"]
-    mask = kernels if decay else None  # without decay, the same program as ever
+    mask = kernels if decay else None  # without decay, resumes compile the program of older runs
     update = {
         "adam": lambda: optax.adamw(
             rate, optim["beta1"], optim["beta2"], optim["eps"], weight_decay=decay, mask=mask

@@ -5,7 +5,7 @@ The train step is not compiled here.
 
 import dataclasses
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -115,9 +115,7 @@ class Run:
         """The rows of each global batch that this process reads."""
         return sharding.process_rows(self.config["data"]["batch_size"], self.program.mesh)
 
-    def batches(
-        self, step: int, rows: Sequence[int] | None = None
-    ) -> Generator[pipeline.Batch, None, None]:
+    def batches(self, step: int, rows: Sequence[int] | None = None) -> Iterator[pipeline.Batch]:
         """The training batches of `step`, step + 1, ... (see `pipeline.batches`)."""
         step = 0 if self.overfit else step
         data = pipeline.batches(self.config["data"], self.config["seed"], step, "train", rows)
@@ -141,8 +139,8 @@ class Run:
 
 
 def repeat_first(
-    data: Generator[pipeline.Batch, None, None],
-) -> Generator[pipeline.Batch, None, None]:
+    data: Iterator[pipeline.Batch],
+) -> Iterator[pipeline.Batch]:
     """Yields the first batch of `data` forever."""
     batch = next(data)
     data.close()

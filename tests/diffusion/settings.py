@@ -2,7 +2,7 @@
 
 from configs import defaults
 from imagen_jax.diffusion.process import GaussianProcess
-from imagen_jax.stage import drawing
+from imagen_jax.stage import sampling_rules
 
 # The defaults of the configs, without guidance and threshold, with four deterministic steps.
 PLAIN = defaults.sampling() | {
@@ -18,6 +18,6 @@ def settings(schedule="cosine", prediction="x", process="vp", **sampling):
     """Keyword arguments of `sampler.sample`."""
     section = PLAIN | sampling
     assert section.keys() == PLAIN.keys()
-    rules = drawing(section, schedule)
+    rules = sampling_rules(section, schedule)
     levels = rules.pop("grid")(section["steps"])
     return rules | {"levels": levels, "process": GaussianProcess(process, prediction)}

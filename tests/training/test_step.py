@@ -7,11 +7,12 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from imagen_jax import sharding
 from imagen_jax.diffusion import loss
 from imagen_jax.stage import create_stage
 from imagen_jax.training import optim
 from imagen_jax.training.state import initial_state
-from imagen_jax.training.step import forward_flops, loss_and_grad, split_batch
+from imagen_jax.training.step import TrainProgram, forward_flops, loss_and_grad, split_batch
 from tests import tiny
 
 
@@ -110,6 +111,15 @@ def test_non_finite_update_is_skipped_for_good(base):
     assert int(after.bad_step) == 0 and int(after.step) == 2
     for part in ("params", "ema", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(state, part))
+
+
+def test_the_state_is_donated_and_the_batch_is_not():
+    """Catches a step that holds the state twice: at paper size its memory is the largest part."""
+    config = tiny.config("sr_256", **tiny.ONE_LEVEL_FIELDS)
+    program = TrainProgram.create(config, sharding.make_mesh(tiny.config()["mesh"] | {"data": 8}))
+    (state, batch), _ = program.lower().args_info
+    assert all(leaf.donated for leaf in jax.tree.leaves(state))
+    assert not any(leaf.donated for leaf in jax.tree.leaves(batch))
 
 
 @pytest.mark.parametrize("field", ["text", "lowres"])

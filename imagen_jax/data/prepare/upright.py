@@ -37,9 +37,9 @@ def upright(data: bytes) -> tuple[Image.Image, bytes]:
         image, is_plain, data = _decode(data)
         return image, data if is_plain else _png(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(_first_line(error)) from error
+        raise ValueError(first_line(error)) from error
     except Exception as error:  # struct.error, RuntimeError, KeyError ... on damaged files
-        raise ValueError(f"{type(error).__name__}: {_first_line(error)}") from error
+        raise ValueError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def _decode(data: bytes) -> tuple[Image.Image, bool, bytes]:
@@ -119,9 +119,13 @@ def _without_text(png: bytes) -> bytes:
     return b"".join(parts)
 
 
-def _first_line(error: Exception) -> str:
-    """Without the address of the object that PIL read, so that two passes say the same."""
-    return re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)).split("\n")[0]
+def first_line(error: Exception) -> str:
+    """The first line of an error of PIL, or its type if it has none.
+
+    Without the address of the object that PIL read, so that two passes say the same.
+    """
+    text = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)).strip()
+    return text.split("\n")[0] or type(error).__name__
 
 
 def _png(image: Image.Image) -> bytes:

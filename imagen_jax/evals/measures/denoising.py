@@ -9,7 +9,7 @@ from jaxtyping import Float
 from imagen_jax.evals import report, statistics, superres
 from imagen_jax.evals.evaluation import Evaluation, x_hat_error
 from imagen_jax.evals.measures.measure import Column, Line, Result, RowValues, base_stage
-from imagen_jax.evals.rows import LEVELS, Settings
+from imagen_jax.evals.rows import LOWRES_NOISE, Settings
 from imagen_jax.stage import Stage
 
 ORDER = 30
@@ -39,7 +39,7 @@ def measure(e: Evaluation) -> dict[str, Any]:
     batch = e.data.uncropped(split).batch
     upsampled = superres.bicubic(batch["lowres"], batch["image"].shape[1])
     bicubic = superres.mean_square(upsampled, batch["image"])
-    for level in LEVELS:
+    for level in LOWRES_NOISE:
         x_hat = _errors(e, level)
         gain = e.bins.by_bin(bicubic[:, None] - x_hat, statistics.difference)
         out[level] = {"x_hat": e.bins.by_bin(x_hat), "gain": gain}
@@ -47,7 +47,7 @@ def measure(e: Evaluation) -> dict[str, Any]:
 
 
 def row_values(e: Evaluation) -> RowValues:
-    return {f"{level}.x_hat.overall.mean": _errors(e, level).mean(axis=1) for level in LEVELS}
+    return {f"{level}.x_hat.overall.mean": _errors(e, level).mean(axis=1) for level in LOWRES_NOISE}
 
 
 def _errors(e: Evaluation, level: str) -> Float[np.ndarray, "n k"]:
@@ -56,7 +56,7 @@ def _errors(e: Evaluation, level: str) -> Float[np.ndarray, "n k"]:
 
 def lines(result: Result) -> Iterator[Line]:
     yield "squared error, bicubic", report.mean(result["bicubic"])
-    for level in LEVELS:
+    for level in LOWRES_NOISE:
         error, gain = (result[level][name]["overall"] for name in ("x_hat", "gain"))
         text = f"{report.mean(error)}; better by {report.difference(gain)}"
         yield f"squared error, x-hat, low-res {level}", text

@@ -9,7 +9,7 @@ from typing import Any
 from imagen_jax.evals import report, statistics
 from imagen_jax.evals.evaluation import Evaluation, training_loss
 from imagen_jax.evals.measures.measure import Curves, Line, Result
-from imagen_jax.evals.rows import LEVELS, Data, Settings
+from imagen_jax.evals.rows import LOWRES_NOISE, Data, Settings
 from imagen_jax.stage import Stage
 
 ORDER = 20
@@ -38,7 +38,7 @@ def measure(e: Evaluation) -> dict[str, Any]:
     loss = lambda **condition: e.errors(training_loss, split, **condition)
     if e.stage.text_dim:
         out["text"] = {kind: rise(loss(text=kind), loss()) for kind in controls}
-    for level in LEVELS if e.stage.lowres_size else ():
+    for level in LOWRES_NOISE if e.stage.lowres_size else ():
         right = loss(level=level)
         rises = {kind: rise(loss(lowres=kind, level=level), right) for kind in controls}
         out[f"lowres_{level}"] = rises
