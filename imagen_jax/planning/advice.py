@@ -73,37 +73,58 @@ def alternatives(config: Mapping[str, Any], topology: Topology) -> list[dict[str
     4. Larger `spatial`: image height on several chips, with exposed halo exchanges.
     5. A smaller batch, which changes the result of the training.
     """
-    model, optim, rows = config["model"], config["optim"], config["data"]["batch_size"]
     sizes = block_costs.mesh_sizes(config, topology)
-    current = REMAT_KINDS.index(model["remat"])
-    remat = {"model.remat": REMAT_KINDS[-1]} if current + 1 < len(REMAT_KINDS) else {}
-    chips = sizes["data"] * sizes["fsdp"]
+    shards = sizes["data"] * sizes["fsdp"]
     slices = topology.slices if topology.chip.platform == "tpu" else 1
-    fsdp_sizes = [
-        sizes["fsdp"] * 2**i for i in range(1, 12) if chips // slices % (sizes["fsdp"] * 2**i) == 0
+    remats = [
+        {"model.remat": kind}
+        for kind in REMAT_KINDS[REMAT_KINDS.index(config["model"]["remat"]) + 1 :]
     ]
-    fsdp = [remat | resized(config, sizes, fsdp=size) for size in fsdp_sizes]
-    bases = [remat, *fsdp[-1:]]  # accumulation and batch size are combined with each of these
-    accumulations = [optim["accumulation"] * 2**i for i in range(1, 8)]
-    accumulations = [n for n in accumulations if rows % n == 0 and rows // n % chips == 0]
-    spatial_sizes = [
-        n
-        for n in (2, 4, 8)
-        if sizes["spatial"] == 1 and chips // slices % n == 0 and rows % (chips // n) == 0
+    most = remats[-1] if remats else {}  # combined with every other change
+    wider = [most | change for change in _larger_fsdp(config, sizes, shards // slices)]
+    bases = [most, *wider[-1:]]
+    return [
+        *remats,
+        *wider,
+        *(base | change for change in _more_accumulation(config, shards) for base in bases),
+        *(most | change for change in _larger_spatial(config, sizes, shards // slices)),
+        *(base | change for change in _smaller_batches(config, shards) for base in bases),
     ]
-    overrides = [{"model.remat": kind} for kind in REMAT_KINDS[current + 1 :]] + fsdp
-    overrides += [base | {"optim.accumulation": n} for n in accumulations for base in bases]
-    overrides += [
-        remat
-        | resized(config, sizes, spatial=n, fsdp=math.gcd(sizes["fsdp"], chips // slices // n))
-        for n in spatial_sizes
-    ]
-    return overrides + [
-        base | {"data.batch_size": rows // n}
-        for n in (2, 4, 8)
-        if rows % (n * chips) == 0
-        for base in bases
-    ]
+
+
+def _larger_fsdp(
+    config: Mapping[str, Any], sizes: Mapping[str, int], shards: int
+) -> Iterator[dict[str, int]]:
+    """fsdp doubled up to 2^11 times. shards: of the batch, in one slice."""
+    for size in (sizes["fsdp"] * 2**i for i in range(1, 12)):
+        if shards % size == 0:
+            yield resized(config, sizes, fsdp=size)
+
+
+def _more_accumulation(config: Mapping[str, Any], shards: int) -> Iterator[dict[str, int]]:
+    """accumulation doubled up to 2^7 times. shards: of the batch."""
+    rows = config["data"]["batch_size"]
+    for n in (config["optim"]["accumulation"] * 2**i for i in range(1, 8)):
+        if rows % n == 0 and rows // n % shards == 0:
+            yield {"optim.accumulation": n}
+
+
+def _larger_spatial(
+    config: Mapping[str, Any], sizes: Mapping[str, int], shards: int
+) -> Iterator[dict[str, int]]:
+    """spatial of 2, 4 and 8 where it is 1. shards: of the batch, in one slice."""
+    all_shards = sizes["data"] * sizes["fsdp"]
+    for n in (2, 4, 8) if sizes["spatial"] == 1 else ():
+        if shards % n == 0 and config["data"]["batch_size"] % (all_shards // n) == 0:
+            yield resized(config, sizes, spatial=n, fsdp=math.gcd(sizes["fsdp"], shards // n))
+
+
+def _smaller_batches(config: Mapping[str, Any], shards: int) -> Iterator[dict[str, int]]:
+    """A half, a quarter and an eighth of the batch. shards: of the batch."""
+    rows = config["data"]["batch_size"]
+    for n in (2, 4, 8):
+        if rows % (n * shards) == 0:
+            yield {"data.batch_size": rows // n}
 
 
 def smaller_sample_grids(config: Mapping[str, Any], shards: int) -> list[dict[str, int]]:
