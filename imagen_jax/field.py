@@ -220,7 +220,7 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
-def alternatives(need: Need | tuple[Need, ...]) -> tuple[Need, ...]:
+def any_of(need: Need | tuple[Need, ...]) -> tuple[Need, ...]:
     """The conditions of which one must hold."""
     return need if isinstance(need, tuple) else (need,)
 
@@ -235,7 +235,7 @@ def without_effect(
     """
     failed = {}
     for path in values.keys() & fields.keys():
-        for need in map(alternatives, fields[path].needs):
+        for need in map(any_of, fields[path].needs):
             if all(
                 other.field in values and not other.holds(values[other.field]) for other in need
             ):

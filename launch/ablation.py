@@ -74,8 +74,8 @@ class Ablation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """One process: its display name, command and directory."""
+class Task:
+    """A process of a sweep, which trains or evaluates: display name, command, directory."""
 
     label: str
     command: tuple[str, ...]
@@ -170,7 +170,7 @@ def check_fields(overrides: Mapping[str, Any], fields: Mapping[str, Any], source
         raise ValueError(f"{source} sets {', '.join(unknown)}, which the config does not have")
 
 
-def plan(ablation: Ablation) -> tuple[list[Arm], list[Step]]:
+def plan(ablation: Ablation) -> tuple[list[Arm], list[Task]]:
     """(arms, processes): seed by seed, each training before the evaluations that need it.
 
     Raises ValueError for an invalid combination of fields.
@@ -233,12 +233,12 @@ def options_of(fields: Mapping[str, Any]) -> list[str]:
     return [f"--config.{field}={value}" for field, value in fields.items()]
 
 
-def train_step(ablation: Ablation, seed: int, arm: Arm, workdir: Path) -> Step:
+def train_step(ablation: Ablation, seed: int, arm: Arm, workdir: Path) -> Task:
     """The training of an arm for one seed."""
     options = options_of({**ablation.shared, **arm.training, "seed": seed})
     files = (f"--config={ablation.config}", f"--workdir={workdir}")
     command = (sys.executable, "-m", "imagen_jax.train", *files, *options)
-    return Step(f"train {arm.name}, seed {seed}", command, workdir)
+    return Task(f"train {arm.name}, seed {seed}", command, workdir)
 
 
 def evaluate_step(
@@ -249,7 +249,7 @@ def evaluate_step(
     checkpoint: Path,
     data: str,
     output: Path,
-) -> Step:
+) -> Task:
     """The evaluation of an arm for one seed.
 
     sampling: settings of all arms; the arm's own take precedence. All arms and seeds are evaluated
@@ -261,4 +261,4 @@ def evaluate_step(
     options += [f"--measures={ablation.measures}"] if ablation.measures else []
     files = (f"--checkpoint={checkpoint}", f"--data={mounted(data)}", f"--output={output}")
     command = (sys.executable, "-m", "imagen_jax.evaluate", *files, *options)
-    return Step(f"evaluate {arm.name}, seed {seed}", command, output)
+    return Task(f"evaluate {arm.name}, seed {seed}", command, output)

@@ -30,7 +30,7 @@ from absl import flags
 from imagen_jax import cli, schema
 from imagen_jax.storage import write_json
 from launch import command_line, comparison, platforms, status
-from launch.ablation import FINISHED, Ablation, Arm, Step, load, options_of, plan
+from launch.ablation import FINISHED, Ablation, Arm, Task, load, options_of, plan
 from launch.job import Job, check_path, in_bucket, mounted, read_config, training
 
 
@@ -117,7 +117,7 @@ def _compared(ablation: Ablation, arms: Sequence[Arm], seeds: Sequence[int]) -> 
     return comparison.compare(arms, seeds, evaluations)
 
 
-def print_partial(ablation: Ablation, arms: Sequence[Arm], steps: Sequence[Step]) -> None:
+def print_partial(ablation: Ablation, arms: Sequence[Arm], steps: Sequence[Task]) -> None:
     """Prints the table of the finished arms, if the first arm, the reference, is one of them.
 
     Each seed has a list of finished arms. The table has the arms of the longest list, over all
@@ -139,7 +139,7 @@ def print_partial(ablation: Ablation, arms: Sequence[Arm], steps: Sequence[Step]
     )
 
 
-def _is_finished(step: Step) -> bool:
+def _is_finished(step: Task) -> bool:
     """`step.finished`; False if another command wrote its directory."""
     try:
         return step.finished
@@ -147,7 +147,7 @@ def _is_finished(step: Step) -> bool:
         return False
 
 
-def _run_step(step: Step, number: str, options: flags.FlagValues) -> None:
+def _run_step(step: Task, number: str, options: flags.FlagValues) -> None:
     """Prints a process's state, and its command with --dry_run; runs it if it is not finished."""
     is_job = bool(options.where) and step.trains
     if step.finished:
@@ -254,7 +254,7 @@ def check_here(path: str) -> None:
 
 
 def start_missing_trainings(
-    ablation: Ablation, steps: Sequence[Step], options: flags.FlagValues, bucket: str
+    ablation: Ablation, steps: Sequence[Task], options: flags.FlagValues, bucket: str
 ) -> bool:
     """Starts the trainings that are neither running nor finished, as jobs of --where.
 
@@ -281,7 +281,7 @@ def start_missing_trainings(
     return options.dry_run
 
 
-def job_of(ablation: Ablation, step: Step, options: flags.FlagValues, bucket: str) -> Job:
+def job_of(ablation: Ablation, step: Task, options: flags.FlagValues, bucket: str) -> Job:
     """The job of a training."""
     fields = [option for option in step.command if option.startswith("--config.")]
     workdir = str(step.directory.absolute())
@@ -291,7 +291,7 @@ def job_of(ablation: Ablation, step: Step, options: flags.FlagValues, bucket: st
     return training(title, ablation.config, fields, workdir, options.where)
 
 
-def execute(step: Step) -> None:
+def execute(step: Task) -> None:
     """Runs a process to its end (see `cli.call`). Raises ValueError if it fails or stops early."""
     code = cli.call(step.command)
     if code:

@@ -3,7 +3,7 @@
 import pytest
 
 from imagen_jax import cascade, evaluate, schema
-from imagen_jax.field import alternatives, read
+from imagen_jax.field import any_of, read
 from imagen_jax.stage import check_interval, create_stage
 from tests import tiny
 from tests.test_schema import cascade_config, changed
@@ -60,7 +60,7 @@ def test_every_need_is_tested():
     declared = {path for path, field in fields.items() if field.needs}
     assert declared - ANY_IDLE == {next(iter(idle)).replace("__", ".") for idle, _ in IDLE}
     assert not any(fields[path].defaults for path in ANY_IDLE)
-    others = [o for path in declared for n in fields[path].needs for o in alternatives(n)]
+    others = [o for path in declared for n in fields[path].needs for o in any_of(n)]
     assert {other.field for other in others} <= fields.keys()
     for path in declared:
         values = [schema.flat({"v": read(v, fields[path])})["v"] for v in fields[path].defaults]

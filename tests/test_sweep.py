@@ -11,7 +11,7 @@ import pytest
 
 from imagen_jax import schema
 from launch import comparison, sweep
-from launch.ablation import FINISHED, Arm, Step
+from launch.ablation import FINISHED, Arm, Task
 from tests import tiny
 
 ABLATION = """
@@ -148,7 +148,7 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, recorded, c
     (tmp_path / "evaluation.json").write_text(json.dumps({"provenance": {"sampling": used}}))
     program = ["-m", "imagen_jax.evaluate", "--data=d"]
     (tmp_path / FINISHED).write_text(json.dumps(program + recorded))
-    step = Step("evaluate x", ("python", *program, *command), tmp_path)
+    step = Task("evaluate x", ("python", *program, *command), tmp_path)
     if finished:
         assert step.finished
     else:
@@ -440,7 +440,7 @@ def test_table_shows_every_arm():
 
 
 def step(tmp_path, code):
-    return Step("train x", (sys.executable, "-c", code), tmp_path)
+    return Task("train x", (sys.executable, "-c", code), tmp_path)
 
 
 def test_a_failed_process_is_not_finished(tmp_path):
@@ -480,7 +480,7 @@ def test_a_signal_lets_the_process_save(tmp_path):
     )
     launcher = (
         "import pathlib; from launch import ablation, sweep;"
-        f" sweep.execute(ablation.Step('x', ({sys.executable!r}, '-c', {saving!r}),"
+        f" sweep.execute(ablation.Task('x', ({sys.executable!r}, '-c', {saving!r}),"
         " pathlib.Path('.')))"
     )
     environment = {"PYTHONPATH": ":".join(sys.path)}

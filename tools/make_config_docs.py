@@ -10,7 +10,7 @@ from typing import Any
 
 from configs import base_64, cascade, sr_256, sr_1024
 from imagen_jax import schema
-from imagen_jax.field import NEEDED, Field, alternatives
+from imagen_jax.field import NEEDED, Field, any_of
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 CONFIGS = {"base_64": base_64, "sr_256": sr_256, "sr_1024": sr_1024}
@@ -124,7 +124,7 @@ def needs(field: Field) -> str:
         if need.values
         else f"`{need.field}` other than {' or '.join(map(cell, need.unless))}"
     )
-    return " and ".join(" or ".join(map(one, alternatives(need))) for need in field.needs)
+    return " and ".join(" or ".join(map(one, any_of(need))) for need in field.needs)
 
 
 def resume(field: Field) -> str:

@@ -28,8 +28,8 @@ def advice(
             continue
         scale = _rows_at_once(changed) / _rows_at_once(config)
         scale *= (
-            block_costs.mesh_sizes(config, topology)["spatial"]
-            / block_costs.mesh_sizes(changed, topology)["spatial"]
+            block_costs.resolved_mesh(config, topology)["spatial"]
+            / block_costs.resolved_mesh(changed, topology)["spatial"]
         )
         peak = sum(parts.values()) + plan["memory"]["parts"]["temporaries"] * scale
         yield {"overrides": overrides, "estimated_peak": int(peak)}
@@ -44,7 +44,7 @@ def sampler_advice(
     config: Mapping[str, Any], topology: Topology, plan: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """`advice` where the step fits and the sampler does not: smaller sample grids, or none."""
-    sizes = block_costs.mesh_sizes(config, topology)
+    sizes = block_costs.resolved_mesh(config, topology)
     sampler, shards = plan["sampler"], sizes["data"] * sizes["fsdp"]
     fixed = sampler["beside"] + plan["memory"]["parts"]["EMA"]
     for overrides in smaller_sample_grids(config, shards):
@@ -73,7 +73,7 @@ def alternatives(config: Mapping[str, Any], topology: Topology) -> list[dict[str
     4. Larger `spatial`: image height on several chips, with exposed halo exchanges.
     5. A smaller batch, which changes the result of the training.
     """
-    sizes = block_costs.mesh_sizes(config, topology)
+    sizes = block_costs.resolved_mesh(config, topology)
     shards = sizes["data"] * sizes["fsdp"]
     slices = topology.slices if topology.chip.platform == "tpu" else 1
     remats = [

@@ -72,7 +72,7 @@ class BlockCost:
     inside: dict[str, float]
 
 
-def mesh_sizes(config: Mapping[str, Any], topology: Topology) -> dict[str, int]:
+def resolved_mesh(config: Mapping[str, Any], topology: Topology) -> dict[str, int]:
     """The size of each mesh axis of a config on a topology. Raises as `sharding.mesh_sizes`."""
     slices = topology.slices if topology.chip.platform == "tpu" else 1
     return sharding.mesh_sizes(config["mesh"], topology.chips, slices)
@@ -83,7 +83,7 @@ def rows_per_chip(config: Mapping[str, Any], topology: Topology) -> int:
 
     This is the batch divided by data x fsdp and by the number of accumulation steps.
     """
-    sizes = mesh_sizes(config, topology)
+    sizes = resolved_mesh(config, topology)
     shards = sizes["data"] * sizes["fsdp"]
     return config["data"]["batch_size"] // shards // config["optim"]["accumulation"]
 
@@ -94,7 +94,7 @@ def check_columns(config: Mapping[str, Any], topology: Topology) -> None:
     A block is compiled for the smallest slice with at least model x spatial chips. The
     compiler crashes on some other numbers of chips.
     """
-    sizes = mesh_sizes(config, topology)
+    sizes = resolved_mesh(config, topology)
     columns = sizes["model"] * sizes["spatial"]
     chips = _smallest(topology, columns).chips
     if chips % columns:
@@ -132,13 +132,13 @@ def block_costs(
         cache: directory of cached costs; blocks that are in it are not compiled again.
         processes: number of blocks that are compiled at once; each needs 2 to 4 GB.
 
-    Raises ValueError as `mesh_sizes` and `create_stage` do.
+    Raises ValueError as `resolved_mesh` and `create_stage` do.
     """
     stage = create_stage(config)
     rows = rows_per_chip(config, topology)
     count = len(find_blocks(stage, rows))
     cache.mkdir(parents=True, exist_ok=True)
-    sizes = mesh_sizes(config, topology)
+    sizes = resolved_mesh(config, topology)
     # Resolve -1 for the whole run; on the smaller slice it would give other sizes.
     resolved = {**config, "mesh": {**config["mesh"], **sizes}}
     block_topology = _smallest(topology, sizes["model"] * sizes["spatial"])

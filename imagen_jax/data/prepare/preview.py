@@ -85,7 +85,7 @@ def _print_notes(source: Source) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionStore:
+class StoreEstimate:
     """The estimate of a caption store.
 
     tokens, text_bytes: means over the captions. dim: features a token.
@@ -125,7 +125,7 @@ def preview_captions(
     rate: float,
     chips: int,
     price: float,
-) -> CaptionStore:
+) -> StoreEstimate:
     """Prints the size of a store of `captions` distinct captions like those of the source.
 
     It encodes nothing.
@@ -142,7 +142,7 @@ def preview_captions(
         raise ValueError(f"no caption in {len(indices)} items of {source.describe()}")
     rows, cut = tokenize(texts)
     lengths = np.array([len(row) for row in rows])
-    store = CaptionStore(
+    store = StoreEstimate(
         captions, lengths.mean(), np.mean([len(text.encode()) for text in texts]), dim, shard_size
     )
     error = lengths.std() / np.sqrt(len(lengths))
@@ -158,7 +158,7 @@ def preview_captions(
     return store
 
 
-def _print_store(store: CaptionStore, images: float) -> None:
+def _print_store(store: StoreEstimate, images: float) -> None:
     print(
         f"store     {_size(store.bytes)} in {store.shards:,} shards of {store.shard_size:,}"
         f" captions, {_size(store.bytes / store.shards)} each"
@@ -171,7 +171,7 @@ def _print_store(store: CaptionStore, images: float) -> None:
     print(f"memory    about {memory:,.1f} GiB in each process for the list of {images:,.0f} images")
 
 
-def _print_time(store: CaptionStore, rate: float, chips: int) -> None:
+def _print_time(store: StoreEstimate, rate: float, chips: int) -> None:
     hours = store.captions / rate / 3600
     print(
         f"time      {hours:,.1f} h at {rate:,g} captions per second"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.data import records
-from imagen_jax.data.prepare.preview import CaptionStore, preview_captions
+from imagen_jax.data.prepare.preview import StoreEstimate, preview_captions
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.weights.text_encoders import find_encoder
 from tests.data.synthetic_source import FakeEncoder, write_folder
@@ -36,7 +36,7 @@ def test_size_of_a_store_that_was_written(tmp_path, dim, rows):
         for i, part in enumerate(parts)
     )
     tokens = np.mean([len(row.embedding) for row in captions])
-    store = CaptionStore(rows, tokens, np.mean([len(row.text) for row in captions]), dim, size)
+    store = StoreEstimate(rows, tokens, np.mean([len(row.text) for row in captions]), dim, size)
     assert store.shards == 2 and store.bytes == pytest.approx(written, rel=0.04)
     assert store.uncompressed == pytest.approx(
         sum(row.embedding.nbytes + len(row.text) for row in captions)
