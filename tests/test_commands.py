@@ -82,12 +82,14 @@ def test_the_loop_makes_no_hidden_transfers(data, tmp_path, monkeypatch):
         train.train(config(data, 1), tmp_path / "run", **PLAIN)
 
 
+@pytest.mark.slow
 def test_grids_follow_training(straight):
     """Catches a grid that is never drawn, or that does not change."""
     grids = [path.read_bytes() for path in sorted((straight / "images" / "ema").glob("*.png"))]
     assert len(grids) == 3 and len(set(grids)) == 3
 
 
+@pytest.mark.slow
 def test_a_warm_start_has_the_weights_and_says_so(data, straight, tmp_path):
     """Catches weights that are read and dropped, and a record without the warm start."""
     params, meta = checkpoint.load_params(straight)

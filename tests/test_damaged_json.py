@@ -199,12 +199,13 @@ def test_damaged_line_of_evaluations_is_named(tmp_path, record):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"run": "other", "start": 3, "flops": "x"}'])
-def test_messages_and_caches_that_cannot_be_read_are_ignored(tmp_path, text):
+def test_messages_and_caches_that_cannot_be_read_are_ignored(tmp_path, text, monkeypatch):
     """Catches a run that ends because another process wrote half a message, or a stale cache."""
     (tmp_path / "hosts.json").write_text(text)
     assert agreement._start(tmp_path / "hosts.json") == ""
     (tmp_path / "1.json").write_text(text)
     assert Crew(tmp_path, 0, 2, "this")._read(1) == {}
+    monkeypatch.setattr(cost_cache.importlib.metadata, "version", lambda name: "1.0")
     compute = lambda: {"flops": 2.0}
     made = cost_cache.cached(str(tmp_path / "costs"), "key", {"flops": float}, compute)
     (file,) = (tmp_path / "costs").iterdir()

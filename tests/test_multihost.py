@@ -177,6 +177,7 @@ def test_stopped_killed_and_continued_by_another_number(data, tmp_path, victim, 
     np.testing.assert_allclose(losses(workdir), losses(tmp_path / "straight"), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_missing_and_unlike_processes_are_named(data, tmp_path):
     """Catches: a start that waits for ever, or ends without a name; and hosts with another config
     or version that train together all the same.

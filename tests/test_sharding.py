@@ -138,7 +138,7 @@ SECOND_ORDER = {"method": "dpmpp_2m", "grid": "logsnr", "w_interval": (-2.0, 2.0
 @pytest.mark.parametrize(
     "name, sizes, sampling",
     [
-        ("sr_256", MODEL, {}),
+        pytest.param("sr_256", MODEL, {}, marks=pytest.mark.slow),
         ("sr_1024", SPATIAL, SECOND_ORDER),
         pytest.param("sr_1024", SPATIAL, {}, marks=pytest.mark.slow),
     ],
@@ -280,7 +280,7 @@ def test_bytes_table():
 @pytest.mark.parametrize(
     "name, fields",
     [
-        ("base_64", tiny.ONE_LEVEL_UNET),
+        ("sr_256", tiny.ONE_LEVEL_FIELDS),
         pytest.param("base_64", {}, marks=pytest.mark.slow),
         pytest.param("sr_256", {}, marks=pytest.mark.slow),
     ],

@@ -211,6 +211,7 @@ def test_failed_save_does_not_end_the_run(straight, straight_run):
     assert not (straight_run / "checkpoints" / "5").exists()
 
 
+@pytest.mark.slow
 def test_non_finite_loss_stops_the_run(data, tmp_path, capsys):
     """Catches a run that goes on, or saves, after a NaN; the report names step, seed and images."""
     workdir = tmp_path / "run"

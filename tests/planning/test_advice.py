@@ -52,7 +52,9 @@ MESHES = (
 )
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "mesh", [MESHES[0], pytest.param(MESHES[1], marks=pytest.mark.slow), *MESHES[2:]], ids=str
+)
 def test_alternatives_are_valid(mesh):
     """Catches advice that a run would refuse, such as another fsdp with a fixed size of data;
     another order than cheapest first; and no advice.

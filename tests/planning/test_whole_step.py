@@ -23,6 +23,7 @@ OUT_OF_MEMORY = (
 )
 
 
+@pytest.mark.slow
 def test_parts_of_memory():
     """Catches a part that is as large on every mesh, and activations that ignore rows, accumulation
     or remat.
