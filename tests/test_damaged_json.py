@@ -82,7 +82,7 @@ READERS = {
         lambda d: sample.read_record(d / "0.json"),
     ),
     "finished step": Reader(
-        ablation.FINISHED, ["-m", "x"], "", lambda d: ablation.Step("x", ("python",), d).finished
+        ablation.FINISHED, ["-m", "x"], "", lambda d: ablation.Task("x", ("python",), d).finished
     ),
     "evaluation of a step": Reader(
         "evaluation.json",

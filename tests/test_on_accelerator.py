@@ -195,6 +195,7 @@ def ran(output, *flags, timeout):
     return json.loads((output / "results.json").read_text())["parts"]
 
 
+@pytest.mark.slow
 def test_train_step_is_measured(tmp_path):
     """Catches a step that is not timed 20 times, has no MFU or no memory, or a trace not read."""
     flags = ("--parts", "train_speed", "--models", "sr_1024", "--budget", "train_speed=600")

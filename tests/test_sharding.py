@@ -63,8 +63,8 @@ def on_one_device(name):
 @pytest.mark.parametrize(
     "name, sizes",
     [
-        ("base_64", DATA),
         ("base_64", MODEL),
+        pytest.param("base_64", DATA, marks=pytest.mark.slow),
         ("sr_1024", SPATIAL),
         pytest.param("base_64", SPATIAL, marks=pytest.mark.slow),
         pytest.param("sr_1024", MODEL, marks=pytest.mark.slow),
