@@ -188,7 +188,7 @@ def plan(ablation: Ablation) -> tuple[list[Arm], list[Task]]:
     if ablation.checkpoint:  # a model that is trained here already has the config's settings
         configured = schema.complete_sampling(sampling_of(fields), ablation.config)
         sampling = configured | sampling
-    steps = []
+    tasks = []
     for seed in ablation.seeds:
         models: dict[str, Path] = {}
         for arm in arms:
@@ -198,10 +198,10 @@ def plan(ablation: Ablation) -> tuple[list[Arm], list[Task]]:
                 models[key] = Path(ablation.checkpoint)
             elif key not in models:
                 models[key] = directory / "train"
-                steps.append(train_step(ablation, seed, arm, models[key]))
+                tasks.append(train_task(ablation, seed, arm, models[key]))
             output = ablation.evaluation(arm, seed)
-            steps.append(evaluate_step(ablation, seed, arm, sampling, models[key], data, output))
-    return arms, steps
+            tasks.append(evaluate_task(ablation, seed, arm, sampling, models[key], data, output))
+    return arms, tasks
 
 
 def _check_arms(ablation: Ablation, arms: Sequence[Arm]) -> None:
@@ -233,7 +233,7 @@ def options_of(fields: Mapping[str, Any]) -> list[str]:
     return [f"--config.{field}={value}" for field, value in fields.items()]
 
 
-def train_step(ablation: Ablation, seed: int, arm: Arm, workdir: Path) -> Task:
+def train_task(ablation: Ablation, seed: int, arm: Arm, workdir: Path) -> Task:
     """The training of an arm for one seed."""
     options = options_of({**ablation.shared, **arm.training, "seed": seed})
     files = (f"--config={ablation.config}", f"--workdir={workdir}")
@@ -241,7 +241,7 @@ def train_step(ablation: Ablation, seed: int, arm: Arm, workdir: Path) -> Task:
     return Task(f"train {arm.name}, seed {seed}", command, workdir)
 
 
-def evaluate_step(
+def evaluate_task(
     ablation: Ablation,
     seed: int,
     arm: Arm,

@@ -84,10 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     ablation, options = parse(argv)
     bucket = options.workdir if in_bucket(options.workdir) else ""
-    arms, steps = plan(ablation)
+    arms, tasks = plan(ablation)
     check(ablation, arms, options, bucket)
     if options.where:
-        trainings = [step for step in steps if step.trains]
+        trainings = [task for task in tasks if task.trains]
         if not start_missing_trainings(ablation, trainings, options, bucket):
             return 0
         if options.dry_run and bucket:
@@ -96,13 +96,13 @@ def _main(argv: Sequence[str]) -> int:
                 f" are mounted at {mounted('gs://')}"
             )
     try:
-        for i, step in enumerate(steps):
-            _run_step(step, f"[{i + 1}/{len(steps)}]", options)
+        for i, task in enumerate(tasks):
+            _run_task(task, f"[{i + 1}/{len(tasks)}]", options)
     except (KeyboardInterrupt, Exception):
         if not options.dry_run:
             # The error that ended the sweep matters more than one of the table.
             with contextlib.suppress(Exception):
-                print_partial(ablation, arms, steps)
+                print_partial(ablation, arms, tasks)
         raise
     if options.dry_run:
         return 0
@@ -117,13 +117,13 @@ def _compared(ablation: Ablation, arms: Sequence[Arm], seeds: Sequence[int]) -> 
     return comparison.compare(arms, seeds, evaluations)
 
 
-def print_partial(ablation: Ablation, arms: Sequence[Arm], steps: Sequence[Task]) -> None:
+def print_partial(ablation: Ablation, arms: Sequence[Arm], tasks: Sequence[Task]) -> None:
     """Prints the table of the finished arms, if the first arm, the reference, is one of them.
 
     Each seed has a list of finished arms. The table has the arms of the longest list, over all
     seeds for which these arms are finished. sweep.json is not written.
     """
-    done = {step.directory for step in steps if _is_finished(step)}
+    done = {task.directory for task in tasks if _is_finished(task)}
     finished = {
         seed: [arm for arm in arms if ablation.evaluation(arm, seed) in done]
         for seed in ablation.seeds
@@ -139,28 +139,28 @@ def print_partial(ablation: Ablation, arms: Sequence[Arm], steps: Sequence[Task]
     )
 
 
-def _is_finished(step: Task) -> bool:
-    """`step.finished`; False if another command wrote its directory."""
+def _is_finished(task: Task) -> bool:
+    """`task.finished`; False if another command wrote its directory."""
     try:
-        return step.finished
+        return task.finished
     except ValueError:
         return False
 
 
-def _run_step(step: Task, number: str, options: flags.FlagValues) -> None:
+def _run_task(task: Task, number: str, options: flags.FlagValues) -> None:
     """Prints a process's state, and its command with --dry_run; runs it if it is not finished."""
-    is_job = bool(options.where) and step.trains
-    if step.finished:
+    is_job = bool(options.where) and task.trains
+    if task.finished:
         state = "finished"
     elif is_job:
         state = "a job"
     else:
         state = "to run" if options.dry_run else "running"
-    print(f"{number} {step.label}: {state}", flush=True)
+    print(f"{number} {task.label}: {state}", flush=True)
     if options.dry_run and not is_job:
-        print("  " + shlex.join(("python", *step.command[1:])))
+        print("  " + shlex.join(("python", *task.command[1:])))
     elif state == "running":
-        execute(step)
+        execute(task)
 
 
 def parse(argv: Sequence[str]) -> tuple[Ablation, flags.FlagValues]:
@@ -254,14 +254,14 @@ def check_here(path: str) -> None:
 
 
 def start_missing_trainings(
-    ablation: Ablation, steps: Sequence[Task], options: flags.FlagValues, bucket: str
+    ablation: Ablation, tasks: Sequence[Task], options: flags.FlagValues, bucket: str
 ) -> bool:
     """Starts the trainings that are neither running nor finished, as jobs of --where.
 
     Returns whether all are finished and their files are on this machine.
     """
-    open_steps = [step for step in steps if not step.finished]
-    jobs = [job_of(ablation, step, options, bucket) for step in open_steps]
+    open_tasks = [task for task in tasks if not task.finished]
+    jobs = [job_of(ablation, task, options, bucket) for task in open_tasks]
     jobs = platforms.completed(jobs, options)
     # Cloud TPU jobs are supervised in parallel; local jobs run one after the other.
     groups = [jobs] * bool(jobs) if options.where == "tpu" else [[job] for job in jobs]
@@ -270,10 +270,10 @@ def start_missing_trainings(
             names = ", ".join(job.title for job in group)
             raise ValueError(f"{names}: exit code {code}; {command_line.CONTINUE}")
     rows = [status.read(job) for job in jobs]
-    for step, row in zip(open_steps, rows):
-        if row.state == "finished" and step.directory.exists() and not options.dry_run:
-            write_json(step.directory / FINISHED, step.command[1:])
-    if all(step.finished for step in steps):
+    for task, row in zip(open_tasks, rows):
+        if row.state == "finished" and task.directory.exists() and not options.dry_run:
+            write_json(task.directory / FINISHED, task.command[1:])
+    if all(task.finished for task in tasks):
         return True
     print(status.table(rows))
     here = f" on a machine where the buckets are mounted at {mounted('gs://')}" * bool(bucket)
@@ -281,32 +281,32 @@ def start_missing_trainings(
     return options.dry_run
 
 
-def job_of(ablation: Ablation, step: Task, options: flags.FlagValues, bucket: str) -> Job:
+def job_of(ablation: Ablation, task: Task, options: flags.FlagValues, bucket: str) -> Job:
     """The job of a training."""
-    fields = [option for option in step.command if option.startswith("--config.")]
-    workdir = str(step.directory.absolute())
+    fields = [option for option in task.command if option.startswith("--config.")]
+    workdir = str(task.directory.absolute())
     if bucket:
-        workdir = bucket.rstrip("/") + "/" + str(step.directory.relative_to(ablation.workdir))
-    title = step.label.removeprefix("train ")
+        workdir = bucket.rstrip("/") + "/" + str(task.directory.relative_to(ablation.workdir))
+    title = task.label.removeprefix("train ")
     return training(title, ablation.config, fields, workdir, options.where)
 
 
-def execute(step: Task) -> None:
+def execute(task: Task) -> None:
     """Runs a process to its end (see `cli.call`). Raises ValueError if it fails or stops early."""
-    code = cli.call(step.command)
+    code = cli.call(task.command)
     if code:
         raise ValueError(
-            f"{step.label} failed with exit code {code}; its command: {shlex.join(step.command)};"
+            f"{task.label} failed with exit code {code}; its command: {shlex.join(task.command)};"
             f" after the cause is removed, {command_line.CONTINUE}"
         )
     # A training stopped by a signal also exits with 0.
-    row = status.read(Job(step.label, (), str(step.directory)))
+    row = status.read(Job(task.label, (), str(task.directory)))
     if row.state == "unreadable" or (row.steps and not row.ended):
         reason = f": {row.detail}" if row.detail else ""
         raise ValueError(
-            f"{step.label} stopped before its last step; {command_line.CONTINUE}{reason}"
+            f"{task.label} stopped before its last step; {command_line.CONTINUE}{reason}"
         )
-    write_json(step.directory / FINISHED, step.command[1:])
+    write_json(task.directory / FINISHED, task.command[1:])
 
 
 if __name__ == "__main__":

@@ -52,6 +52,9 @@ COUNTS = {
     ("base_64_efficient", ""): 449_709_059,
     ("sr_256", ""): 473_107_075,
     ("sr_1024", ""): 468_908_675,
+    ("base_64", "demo"): 3_630_508,
+    ("sr_256", "demo"): 3_184_099,
+    ("sr_1024", "demo"): 1_432_643,
 }
 ALL = [(name, arg) for name, args in VARIANTS.items() for arg in args]
 
