@@ -125,6 +125,7 @@ def cascade_config():
     return made | {"batch_size": 2}
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn_again_from_its_record(cascade_config, tmp_path, monkeypatch):
     """Catches a record that lacks an input of the picture, and other weights accepted."""
     out, again = tmp_path / "out", tmp_path / "again"

@@ -137,6 +137,7 @@ def test_result_is_whole_and_reads_back(data, base):
     assert Image.open(output / "loss.png").size[0] > 100
 
 
+@pytest.mark.slow
 def test_a_cascade_is_measured_on_what_its_first_stage_drew(data, base, tmp_path):
     """Catches --lowres_from read but not used, rows that differ between the stages, and crops where
     whole images are drawn.
