@@ -121,6 +121,11 @@ def fields_of(network: nn.Module, *names: str) -> dict[str, Any]:
     return {name: getattr(network, name) for name in names}
 
 
+def level_fields(network: nn.Module, *own: str) -> dict[str, Any]:
+    """The fields that a network's levels take from it: `LEVEL_FIELDS` and `own`."""
+    return fields_of(network, *LEVEL_FIELDS, *own)
+
+
 def conditioning(network: nn.Module, width: int) -> Conditioning:
     """The `Conditioning` of a network whose first level has `width` channels; emb has 4 * width.
 

@@ -15,14 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Attend, Attention, FeedForward, attend
-from imagen_jax.models.blocks import (
-    LEVEL_FIELDS,
-    Cond,
-    ResBlock,
-    concat_lowres,
-    conditioning,
-    fields_of,
-)
+from imagen_jax.models.blocks import Cond, ResBlock, concat_lowres, conditioning, level_fields
 from imagen_jax.models.layers import Constrain, Conv, ConvTranspose, Dtype, identity
 from imagen_jax.models.remat import checkpointed_module
 
@@ -139,7 +132,7 @@ class EfficientUNet(nn.Module):
         emb, text, mask = conditioning(self, self.widths[0])(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
         h = self.constrain(Conv(self.widths[0], self.dtype, name="stem")(h.astype(self.dtype)))
-        level = partial(Blocks, **fields_of(self, *LEVEL_FIELDS, "heads", "residual_scale"))
+        level = partial(Blocks, **level_fields(self, "heads", "residual_scale"))
         per_level = list(zip(self.widths, self.blocks, self.attention))
         skips = []
         for i, (width, blocks, attention) in enumerate(per_level):

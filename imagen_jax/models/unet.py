@@ -18,14 +18,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Attend, Attention, attend
-from imagen_jax.models.blocks import (
-    LEVEL_FIELDS,
-    Cond,
-    ResBlock,
-    concat_lowres,
-    conditioning,
-    fields_of,
-)
+from imagen_jax.models.blocks import Cond, ResBlock, concat_lowres, conditioning, level_fields
 from imagen_jax.models.layers import Constrain, Conv, Dtype, group_norm, identity
 from imagen_jax.models.remat import checkpointed_module
 from imagen_jax.models.resampling import depth_to_space, space_to_depth, upsample_nearest
@@ -173,7 +166,7 @@ class UNet(nn.Module):
         h = self.constrain(h)
         widths = [self.channels * m for m in self.multipliers]
         last = len(widths) - 1
-        level = partial(Level, **fields_of(self, *LEVEL_FIELDS, "res_block", "head_channels"))
+        level = partial(Level, **level_fields(self, "res_block", "head_channels"))
         kinds = [ATTENTION[pair] for pair in zip(self.attention, self.text_attention)]
         skips = [h]
         for i, width in enumerate(widths):
