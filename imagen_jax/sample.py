@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import caption_text, cli, schema
+from imagen_jax import caption_text, cli, field, schema
 from imagen_jax.storage import check_content, check_local, read_json, sha256_file, write_json
 
 SHEET_ROWS = 100  # pictures on one contact sheet
@@ -112,7 +112,7 @@ def read_record(path: Path) -> dict[str, Any]:
     ]
     if not wrong and not all(isinstance(entry, dict) for entry in record["checkpoints"]):
         wrong = ["checkpoints"]
-    if not wrong and not 0 <= record["seed"] < 2**32:
+    if not wrong and not field.within(record["seed"], schema.SEEDS):
         wrong = ["seed"]
     if wrong:
         raise ValueError(
@@ -176,12 +176,12 @@ def sample(
     }
     first_stage = cascade.STAGES.index(stages[0])
     batches = cascade.generate(loaded, seeds, text, config["batch_size"], lowres, first_stage)
-    drawn = write_batches(batches, prompts, seeds, record, output)
+    sampled = write_batches(batches, prompts, seeds, record, output)
     headings = [f"{stage.stage.image_size}" for stage in loaded]
     if image:
-        drawn = ((number, [lowres[0], *row]) for number, row in drawn)
+        sampled = ((number, [lowres[0], *row]) for number, row in sampled)
         headings = [f"input {lowres.shape[1]}", *headings]
-    sheets = write_sheets(drawn, prompts, headings, output)
+    sheets = write_sheets(sampled, prompts, headings, output)
     more = f" and {len(sheets) - 1} more" if len(sheets) > 1 else ""
     print(f"{len(prompts)} pictures added to {output}; contact sheet: {sheets[0]}{more}")
     return 0
@@ -212,35 +212,35 @@ def write_batches(
     with run_log.Progress("pictures", len(prompts)) as progress:
         for images in batches:
             with pictures.claim_numbers(output, len(images[0])) as numbers:
-                drawn = list(zip(numbers, zip(*images)))
-                for (number, row), (prompt, seed) in zip(drawn, remaining):
+                sampled = list(zip(numbers, zip(*images)))
+                for (number, row), (prompt, seed) in zip(sampled, remaining):
                     write(output, number, row, {"prompt": prompt, "seed": seed} | record)
-            done += len(drawn)
+            done += len(sampled)
             progress.update(done)
-            yield from drawn
+            yield from sampled
 
 
 def write_sheets(
-    drawn: Iterable[tuple[int, Sequence[Any]]],
+    sampled: Iterable[tuple[int, Sequence[Any]]],
     prompts: Sequence[str],
     headings: Sequence[str],
     output: Path,
 ) -> list[Path]:
     """Writes a contact sheet for every SHEET_ROWS pictures, named after the first of them.
 
-    Holds no more pictures than one sheet has, however many are drawn.
+    Holds no more pictures than one sheet has, however many are sampled.
     """
     from imagen_jax import pictures
 
     sheets: list[Path] = []
-    drawn = iter(drawn)
+    sampled = iter(sampled)
     for start in range(0, len(prompts), SHEET_ROWS):
         titles = prompts[start : start + SHEET_ROWS]
-        numbers, rows = zip(*itertools.islice(drawn, len(titles)))
+        numbers, rows = zip(*itertools.islice(sampled, len(titles)))
         cell = min(256, max(64, rows[-1][-1].shape[0]))
         sheet = pictures.contact_sheet(titles, rows, headings, cell)
         sheets.append(pictures.write_png(output / f"sheet_{numbers[0]:04d}.png", sheet))
-    next(drawn, None)  # ends the progress bar
+    next(sampled, None)  # ends the progress bar
     return sheets
 
 
