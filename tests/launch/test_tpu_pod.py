@@ -30,7 +30,8 @@ with open(runs / os.environ["HOME"].replace("/", "_"), "a") as file:
     file.flush()
     n = len(open(file.name).readlines())
 secret, code = os.environ.get("HF_TOKEN", "-"), pathlib.Path("code_here").read_text()
-print("hello", os.environ["WORD"], secret, code, sys.argv[2], flush=True)
+line = " ".join(["hello", os.environ["WORD"], secret, code, sys.argv[2]]) + "\\n"
+os.write(1, line.encode())  # in one piece: the workers write to one pipe
 codes = [int(code) for code in sys.argv[3].split(",")]
 time.sleep(60 if codes[n - 1] < 0 else 0)
 sys.exit(codes[n - 1])
