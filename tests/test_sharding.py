@@ -63,7 +63,7 @@ def on_one_device(name):
 @pytest.mark.parametrize(
     "name, sizes",
     [
-        ("base_64", MODEL),
+        pytest.param("base_64", MODEL, marks=pytest.mark.slow),
         pytest.param("base_64", DATA, marks=pytest.mark.slow),
         ("sr_1024", SPATIAL),
         pytest.param("base_64", SPATIAL, marks=pytest.mark.slow),

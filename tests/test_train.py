@@ -155,11 +155,23 @@ def test_killed_runs_resume_bit_for_bit(data, straight, straight_run, tmp_path):
         )
 
 
-def test_sigterm_saves_and_exits(data, straight, tmp_path):
+def test_sigterm_saves_and_exits(data, tmp_path):
     """Catches a signal that loses the steps since the last save, or one that is answered with a
     failure; and a second trainer in the same workdir.
     """
-    workdir = tmp_path / "run"
+    stop_by_sigterm(data, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_losses_before_sigterm_are_those_of_a_straight_run(data, straight, tmp_path):
+    """Catches a run whose losses depend on when it is to end."""
+    got = stop_by_sigterm(data, tmp_path / "run")
+    steps = range(1, min(len(got), STEPS) + 1)
+    assert [got[step] for step in steps] == [straight[step] for step in steps]
+
+
+def stop_by_sigterm(data, workdir) -> dict[int, float]:
+    """The losses of a run that ends by SIGTERM after three steps or more."""
     process = start(
         data, workdir, "--config.train.save_every=100000", "--config.train.steps=100000"
     )
@@ -173,9 +185,7 @@ def test_sigterm_saves_and_exits(data, straight, tmp_path):
     assert len(saved) == 1 and saved[0] >= 3
     got = losses(workdir)
     assert list(got) == list(range(1, saved[0] + 1))
-    assert [got[step] for step in range(1, min(saved[0], STEPS) + 1)] == [
-        straight[step] for step in range(1, min(saved[0], STEPS) + 1)
-    ]
+    return got
 
 
 @pytest.mark.slow
@@ -202,6 +212,7 @@ def test_resume_on_another_mesh_and_refusal_of_other_settings(data, straight, tm
     )
 
 
+@pytest.mark.slow
 def test_failed_save_does_not_end_the_run(straight, straight_run):
     """Catches a full disk that costs the run, and one that nobody is told of."""
     log = straight_run.with_suffix(".log").read_text()

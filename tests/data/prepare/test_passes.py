@@ -222,7 +222,9 @@ def test_features_that_are_not_finite_stop_the_run(folder, tmp_path):
     """Catches an encoder that overflows and poisons the training set."""
     encoder = FakeEncoder()
     features = encoder.features
-    encoder.features = lambda text: features(text) * (np.inf if text == "picture number 11" else 1)
+    encoder.features = lambda text: np.full_like(
+        features(text), np.inf if text == "picture number 11" else 1
+    )
     with pytest.raises(ValueError, match="not finite for the caption 'picture number 11'"):
         prepare(folder, tmp_path / "data", encoder)
 
