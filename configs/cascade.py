@@ -36,6 +36,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.encoder_dtype = "bfloat16"
     c.which = "ema"  # or "params", "ema_1" ...
     c.batch_size = 16 if demo else 4
+    # Parameters are sharded by the rules of each stage's training config.
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1, model=1, spatial=1))
     # The sampling settings of the stages' configs; the command line changes them for the cascade.
     c.base = stage(base_64, arg, "embedded:base_16" if demo else "")
     c.sr_1 = stage(sr_256, arg, "embedded:sr_64" if demo else "")

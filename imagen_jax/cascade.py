@@ -1,11 +1,13 @@
-"""A cascade: text -> base image -> super-resolution -> super-resolution.
+"""A cascade: text -> base image -> super-resolution -> super-resolution, on a mesh.
 
+Parameters are sharded by the rules of each stage's training, rows over the batch axes of the mesh.
 Images are rounded to uint8 between stages, because stages are trained on uint8 low-res images.
 """
 
 import dataclasses
 import importlib.resources
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, BFloat16, Key, Shaped, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Array, BFloat16, Bool, Key, Shaped, UInt8, UInt32
 
-from imagen_jax import schema
+from imagen_jax import schema, sharding
 from imagen_jax.data.transforms import pad_text
 from imagen_jax.stage import (
+    Batch,
+    Params,
     Stage,
     check_finite,
     check_interval,
@@ -36,26 +41,59 @@ STAGES = ("base", "sr_1", "sr_2")  # the names in a cascade config, in order
 STAGE_META = {"config": dict, "encoder": dict, "manifest_hash": str}
 # Fields of an encoder's identity that determine its features.
 SAME_TEXT = ("weights_sha256", "tokenizer_sha256", "dim")
+RESIDENT_SHARE = 0.5  # of a device's memory; larger parameters are placed stage by stage
+GROUP_BYTES = 2**28  # of the images between two stages that are placed one after the other
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedStage:
     """A stage with parameters, ready to sample.
 
+    params: on the mesh, or on the host if the stages do not fit on the devices together.
+    shardings: of the parameters on the mesh.
     sampling: the config section of that name.
     encoder: identity of the text encoder that the stage was trained with.
     identity: provenance of the parameters: path, stage name, step, which weights, manifest hash and
         checksum.
-    sample: jitted (params, keys [b], batch) -> (uint8 images [b s s 3], whether each one is finite
-        [b]).
+    sample: the result of `sample_program`.
     """
 
     stage: Stage
-    params: Any
+    params: Params
+    shardings: Params
     sampling: Mapping[str, Any]
     encoder: Mapping[str, Any]
     identity: Mapping[str, Any]
     sample: Callable
+
+    @property
+    def mesh(self) -> Mesh:
+        return jax.tree.leaves(self.shardings)[0].mesh
+
+    @property
+    def resident(self) -> bool:
+        """Whether the parameters stay on the devices."""
+        return isinstance(jax.tree.leaves(self.params)[0], jax.Array)
+
+    def placed(self) -> Params:
+        """The parameters on the mesh."""
+        return self.params if self.resident else sharding.place_tree(self.params, self.shardings)
+
+    def on_mesh(self) -> "LoadedStage":
+        """This stage with its parameters on the devices."""
+        return dataclasses.replace(self, params=self.placed())
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """The pictures of one batch that this process writes.
+
+    rows: their rows.
+    images: for each stage the images [b s s 3] of these rows.
+    """
+
+    rows: list[int]
+    images: list[UInt8[np.ndarray, "b _ _ 3"]]
 
 
 def resolve(path: str) -> str:
@@ -77,31 +115,87 @@ def resolve(path: str) -> str:
     return str(file)
 
 
-def load_stage(path: str, sampling: Mapping[str, Any], which: str) -> LoadedStage:
-    """Loads one stage with its training config.
+def load_stage(
+    path: str, sampling: Mapping[str, Any], which: str, mesh: Mesh, index: int
+) -> LoadedStage:
+    """Loads one stage with its training config; its parameters stay on the host.
 
     path: a workdir, a checkpoint, an exported file, or embedded:NAME.
     sampling: replaces the section `sampling` of the stage's config.
     which: the weights to load, see `checkpoint.load_params`.
+    index: position of the stage in a cascade, which its noise depends on.
     """
     sampling = schema.complete_sampling(sampling, f"sampling of {path}")
     check_sampling(sampling)
     params, meta = checkpoint.load_params(resolve(path), which)
     check_object(path, meta, STAGE_META, "use a checkpoint of imagen_jax.train, or its export")
-    stage = create_stage(schema.complete(meta["config"], f"config of {path}"))
+    config = schema.complete(meta["config"], f"config of {path}")
+    stage = create_stage(config, mesh)
     check_fit(params, jax.eval_shape(stage.init, jax.random.key(0)), f"{path}: ")
-    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
-    sample = jax.jit(
-        lambda params, keys, batch: images_and_finite(stage.sample(params, keys, batch, sampling))
-    )
+    params = for_sampling(params, stage)
+    shardings = parameter_shardings(params, mesh, config["mesh"])
     identity = {"checkpoint": path, "name": stage.name} | {
         key: meta[key] for key in ("step", "which", "manifest_hash", "sha256")
     }
-    return LoadedStage(stage, params, sampling, meta["encoder"], identity, sample)
+    program = sample_program(stage, mesh, shardings, sampling, index)
+    return LoadedStage(stage, params, shardings, sampling, meta["encoder"], identity, program)
 
 
-def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> list[LoadedStage]:
+def for_sampling(params: Params, stage: Stage) -> Params:
+    """Host parameters in the types that sampling needs: half the memory for a bfloat16 network.
+
+    A kernel gets the type in which the network multiplies it. The network would convert it at each
+    use, so no result changes. Vectors, and the output convolution, which computes in fp32, are
+    fp32. Of abstract parameters it returns the shapes.
+    """
+    dtype = jnp.dtype(stage.model.dtype)
+
+    def convert(path, leaf):
+        whole = len(leaf.shape) < 2 or sharding.path_name(path).startswith("out/")
+        kind = np.dtype(np.float32) if whole else dtype
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, kind)
+        return np.asarray(leaf).astype(kind)
+
+    return jax.tree_util.tree_map_with_path(convert, params)
+
+
+def parameter_shardings(params: Params, mesh: Mesh, section: Mapping[str, Any]) -> Params:
+    """The sharding of each parameter on `mesh`, by the rules of a training config.
+
+    section: the section `mesh` of that config; its sizes are not used.
+    """
+    sizes = section["rules"], section["fsdp_min_elements"]
+    return sharding.tree_shardings({"params": params}, mesh, *sizes, partial=True)["params"]
+
+
+def sample_program(
+    stage: Stage, mesh: Mesh, shardings: Params, sampling: Mapping[str, Any], index: int
+) -> Any:
+    """Jitted (params, batch) -> (uint8 images [b s s 3], whether each one is finite [b]).
+
+    batch: `seed` [b] and what `Stage.sample` needs. index: see `load_stage`. plan compiles it too.
+    """
+
+    def sample(params: Params, batch: Batch) -> tuple[UInt8[Array, "b s s 3"], Bool[Array, "b"]]:
+        keys = sample_keys(batch["seed"], index)
+        return images_and_finite(stage.sample(params, keys, batch, sampling))
+
+    rows = sharding.batch_sharding(mesh)
+    return jax.jit(
+        sample,
+        in_shardings=(shardings, rows),
+        out_shardings=rows,
+        compiler_options=sharding.compiler_options(mesh),
+    )
+
+
+def load_cascade(
+    config: Mapping[str, Any], wanted: Sequence[str] = STAGES, mesh: Mesh | None = None
+) -> list[LoadedStage]:
     """Loads the stages of a cascade config, in order, up to the first one without a checkpoint.
+
+    mesh: by default that of the config, over all devices of all processes.
 
     Raises ValueError if the config is wrong, the first stage has no checkpoint, a checkpoint is of
     the wrong kind (base or super-resolution), the output size of a stage is not the input size of
@@ -113,10 +207,11 @@ def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> l
         raise ValueError(
             f"stage {wanted[0]} has no checkpoint: give --config.{wanted[0]}.checkpoint=PATH"
         )
-    stages = [
-        load_stage(config[name]["checkpoint"], config[name]["sampling"], config["which"])
-        for name in names
-    ]
+    mesh = sharding.make_mesh(config["mesh"]) if mesh is None else mesh
+    stages = []
+    for name in names:
+        section = config[name]["checkpoint"], config[name]["sampling"], config["which"]
+        stages.append(load_stage(*section, mesh, STAGES.index(name)))
     for name, loaded in zip(names, stages):
         if bool(loaded.stage.lowres_size) != (name != STAGES[0]):
             kinds = ("a base stage", "a super-resolution stage")
@@ -138,6 +233,29 @@ def load_cascade(config: Mapping[str, Any], wanted: Sequence[str] = STAGES) -> l
             before.encoder, after.encoder, f"stages {before.stage.name} and {after.stage.name}"
         )
     return stages
+
+
+def place(stages: Sequence[LoadedStage]) -> list[LoadedStage]:
+    """Puts the parameters of all stages on the devices, if they fit there together.
+
+    Otherwise they stay on the host, and `generate` places one stage at a time. Call it when nothing
+    else needs the devices' memory any more, such as a text encoder.
+    """
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    needed = sum(bytes_per_device(loaded.params, loaded.shardings) for loaded in stages)
+    if len(stages) > 1 and limit is not None and needed > RESIDENT_SHARE * limit:
+        return list(stages)
+    return [loaded.on_mesh() for loaded in stages]
+
+
+def bytes_per_device(params: Params, shardings: Params) -> int:
+    """The memory of sharded arrays on one device."""
+    sizes = jax.tree.map(
+        lambda leaf, to: math.prod(to.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        params,
+        shardings,
+    )
+    return sum(jax.tree.leaves(sizes))
 
 
 def check_intervals(stages: Sequence[LoadedStage]) -> None:
@@ -162,7 +280,7 @@ def check_encoder(a: Mapping[str, Any], b: Mapping[str, Any], who: str) -> None:
         )
 
 
-def sample_keys(seeds: Sequence[int], stage_index: int) -> Key[Array, "b"]:
+def sample_keys(seeds: Sequence[int] | UInt32[Array, "b"], stage_index: int) -> Key[Array, "b"]:
     """PRNG keys [b], one per picture, from its seed and the stage's position in the cascade."""
     key = lambda seed: jax.random.fold_in(random_key(seed), stage_index)
     return jax.vmap(key)(jnp.asarray(seeds, jnp.uint32))
@@ -174,33 +292,133 @@ def generate(
     text: Sequence[Features],
     batch_size: int,
     lowres: UInt8[np.ndarray, "n r r 3"] | None = None,
-    first_stage: int = 0,
-) -> Iterator[list[UInt8[np.ndarray, "b s s 3"]]]:
-    """Yields, for each batch of pictures, a list with the images of every stage.
+    rows: Sequence[int] | None = None,
+) -> Iterator[Drawn]:
+    """Samples rows and yields this process's pictures, batch by batch, in the order of the rows.
 
-    seeds: one per picture.
-    text: unpadded features [l d] per picture.
-    lowres: input of the first stage if that is a super-resolution stage.
-    first_stage: position of stages[0] in the full cascade. With it, a stage that runs alone gets
-        the same noise as in the cascade.
+    A picture depends only on its own seed and text. All processes of a run call it with the same
+    rows; each reads the seeds, texts and low-res images of the rows that it holds only.
 
-    The last batch is padded to `batch_size` with its last picture, so each stage is compiled once.
-    A picture depends only on its own seed and text.
+    seeds: one per row.
+    text: unpadded features [l d] per row.
+    batch_size: rows per batch, see `row_batches`. The last batch is padded with its last row, so
+        each stage is compiled once; padding is never returned.
+    lowres: input of the first stage per row if that is a super-resolution stage.
+    rows: the rows to sample; by default all.
+
+    Raises FloatingPointError for a picture with values that are not finite.
     """
-    for start in range(0, len(seeds), batch_size):
-        indices = np.arange(start, start + batch_size)
-        indices = np.minimum(indices, len(seeds) - 1)
-        image = None if lowres is None else lowres[indices]
-        stage_images = []
-        for i, loaded in enumerate(stages):
-            batch = pad_rows([text[index] for index in indices], loaded.stage)
-            if image is not None:
-                batch["lowres"] = image
-            keys = sample_keys([seeds[index] for index in indices], first_stage + i)
-            image, finite = jax.device_get(loaded.sample(loaded.params, keys, batch))
-            check_finite(finite, loaded.stage.name)
-            stage_images.append(image[: min(batch_size, len(seeds) - start)])
-        yield stage_images
+    rows = range(len(seeds)) if rows is None else rows
+    batches = row_batches(rows, batch_size, stages[0].mesh)
+
+    def inputs(batch: RowBatch, stage: Stage) -> dict[str, Shaped[np.ndarray, "b ..."]]:
+        seed = np.asarray([seeds[row] for row in batch.held], np.uint32)
+        return {"seed": seed, **pad_rows([text[row] for row in batch.held], stage)}
+
+    def first(batch: RowBatch) -> UInt8[np.ndarray, "b r r 3"] | None:
+        return None if lowres is None else np.stack([lowres[row] for row in batch.held])
+
+    if all(loaded.resident for loaded in stages):
+        yield from _stage_after_stage(stages, batches, inputs, first)
+    else:
+        per_batch = 3 * max(s.stage.image_size for s in stages[:-1]) ** 2 * batches[0].size
+        group = max(1, GROUP_BYTES // per_batch)
+        for start in range(0, len(batches), group):
+            yield from _stage_by_stage(stages, batches[start : start + group], inputs, first)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowBatch:
+    """The rows of one batch, as this process sees them.
+
+    size: number of rows on the mesh, padding included.
+    held: the row at each position of the batch that this process's devices hold; padding repeats
+        the last row.
+    owned: {row: its index in `held`} of the rows that this process writes: no padding, and no row
+        that a process with a lower index holds as well.
+    """
+
+    size: int
+    held: list[int]
+    owned: dict[int, int]
+
+
+def row_batches(rows: Sequence[int], batch_size: int, mesh: Mesh) -> list[RowBatch]:
+    """Splits rows into batches of `batch_size`, rounded up to a multiple of data x fsdp."""
+    size = batch_size + -batch_size % (mesh.shape["data"] * mesh.shape["fsdp"])
+    here, mine = sharding.process_rows(size, mesh), set(sharding.owned_rows(size, mesh))
+    batches = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        held = [part[min(position, len(part) - 1)] for position in here]
+        owned = {
+            part[position]: i
+            for i, position in enumerate(here)
+            if position in mine and position < len(part)
+        }
+        batches.append(RowBatch(size, held, owned))
+    return batches
+
+
+def _stage_after_stage(
+    stages: Sequence[LoadedStage], batches: Sequence[RowBatch], inputs: Callable, first: Callable
+) -> Iterator[Drawn]:
+    """Samples all stages of a batch, then the next batch. Images stay on the devices in between.
+
+    A batch is yielded once the next one is dispatched, so the devices do not wait for its files.
+    """
+    before = None
+    for batch in batches:
+        image, results = first(batch), []
+        for loaded in stages:
+            fields = inputs(batch, loaded.stage)
+            given = {} if image is None else {"lowres": image}
+            if isinstance(image, np.ndarray):
+                fields, given = fields | given, {}
+            placed = sharding.place_batch(fields, loaded.mesh) | given
+            image, finite = loaded.sample(loaded.params, placed)
+            results.append((image, finite))
+        if before is not None:
+            yield _fetch(stages, *before)
+        before = batch, results
+    if before is not None:
+        yield _fetch(stages, *before)
+
+
+def _stage_by_stage(
+    stages: Sequence[LoadedStage], batches: Sequence[RowBatch], inputs: Callable, first: Callable
+) -> Iterator[Drawn]:
+    """Samples all batches with one stage, then with the next: one stage is on the devices."""
+    images = [first(batch) for batch in batches]
+    drawn = [Drawn(list(batch.owned), []) for batch in batches]
+    for loaded in stages:
+        params = loaded.placed()
+        for i, batch in enumerate(batches):
+            fields = inputs(batch, loaded.stage)
+            fields |= {} if images[i] is None else {"lowres": images[i]}
+            result = loaded.sample(params, sharding.place_batch(fields, loaded.mesh))
+            images[i] = _held(loaded, batch, *result)
+            drawn[i].images.append(images[i][list(batch.owned.values())])
+        del params
+    yield from drawn
+
+
+def _fetch(stages: Sequence[LoadedStage], batch: RowBatch, results: Sequence[Any]) -> Drawn:
+    """The pictures of this process on the host, checked."""
+    images = [_held(loaded, batch, *result) for loaded, result in zip(stages, results)]
+    return Drawn(list(batch.owned), [image[list(batch.owned.values())] for image in images])
+
+
+def _held(
+    loaded: LoadedStage,
+    batch: RowBatch,
+    image: UInt8[Array, "b s s 3"],
+    finite: Bool[Array, "b"],
+) -> UInt8[np.ndarray, "h s s 3"]:
+    """The images of the rows that this process holds. Raises FloatingPointError, see `generate`."""
+    real = [i for i, row in enumerate(batch.held) if row not in batch.held[:i]]
+    check_finite(sharding.fetch_rows(finite)[real], loaded.stage.name)
+    return sharding.fetch_rows(image)
 
 
 def pad_rows(features: Sequence[Features], stage: Stage) -> dict[str, Shaped[np.ndarray, "b ..."]]:

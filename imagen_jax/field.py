@@ -186,11 +186,20 @@ def read_section(
                 completed[name] = read(section[name], field, new)
             except ValueError as error:
                 problems.append(f"{path} {error}")
-        elif isinstance(field, Mapping) or field.older is NEEDED:
+        elif not can_be_absent(field):
             problems.append(f"{path} is missing")
+        elif isinstance(field, Mapping):
+            completed[name] = read_section({}, field, f"{path}.", new, problems)
         else:
             completed[name] = read(field.older, field)
     return completed
+
+
+def can_be_absent(field: Any) -> bool:
+    """Whether a config may lack a field, or a section: all of its fields have an `older` value."""
+    if isinstance(field, Mapping):
+        return all(map(can_be_absent, field.values()))
+    return field.older is not NEEDED
 
 
 def _unknown(name: str, fields: Mapping[str, Any], prefix: str) -> str:

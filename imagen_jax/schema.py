@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from imagen_jax.field import Field, Need, effect_problem, flat, read_section, within, without_effect
+from imagen_jax.mesh_fields import CASCADE_MESH, MESH
 from imagen_jax.network_fields import FAMILY_FIELDS, MODEL, WITH_TEXT
 
 Fields = Mapping[str, Any]  # {name: Field, or the Fields of a section}
@@ -257,19 +258,6 @@ OPTIM = {
     ),
 }
 
-MESH = {
-    "data": Field("Devices along `data`; -1: all remaining ones.", int, resume=True),
-    "fsdp": Field("Devices along `fsdp`, which splits batch and training state.", int, resume=True),
-    "model": Field("Devices along `model`, which splits features by `rules`.", int, resume=True),
-    "spatial": Field("Devices along `spatial`, which splits image height.", int, resume=True),
-    "fsdp_min_elements": Field("Smallest array split over `fsdp`, in elements.", int, resume=True),
-    "rules": Field(
-        "Rules (regular expression for a parameter path, placement); the first match applies.",
-        tuple,
-        resume=True,
-    ),
-}
-
 TRAIN = {
     "steps": Field(
         "Training steps.",
@@ -319,7 +307,12 @@ CASCADE: Fields = {
         "Floating-point type of the text encoder.", str, choices=("bfloat16", "float32")
     ),
     "which": Field("Weights to load: ema, params, or ema_1, ema_2, ... (optim.ema_tracks).", str),
-    "batch_size": Field("Images sampled per batch.", int),
+    "batch_size": Field(
+        "Images per batch on all devices together, rounded up to a multiple of data x fsdp.",
+        int,
+        interval="[1, inf)",
+    ),
+    "mesh": CASCADE_MESH,
     "base": CASCADE_STAGE,
     "sr_1": CASCADE_STAGE,
     "sr_2": CASCADE_STAGE,
@@ -361,7 +354,7 @@ def complete_cascade(
     """`complete` for the config of a cascade."""
     completed = _completed(config, CASCADE, where)
     for name, stage in completed.items() if new else ():
-        if isinstance(stage, Mapping):
+        if isinstance(stage, Mapping) and "sampling" in stage:
             lowres = {"lowres_size": int(name != "base")}
             values = flat({"data": lowres, "sampling": stage["sampling"]})
             if problems := _effect_problems(values, flat({"sampling": SAMPLING})):

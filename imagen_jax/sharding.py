@@ -24,8 +24,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Shaped
 
-from imagen_jax.models.attention import Attend, Keys
-from imagen_jax.models.attention_kernel import fits
 from imagen_jax.models.layers import Constrain
 
 AXES = ("data", "fsdp", "model", "spatial")
@@ -187,6 +185,27 @@ def process_rows(rows: int, mesh: Mesh) -> list[int]:
     return rows_on(mesh.local_devices, rows, mesh)
 
 
+def owned_rows(rows: int, mesh: Mesh) -> list[int]:
+    """The rows of `process_rows` that no process with a lower index holds, ascending.
+
+    Every row of a batch is owned by exactly one process.
+    """
+    first: dict[int, int] = {}
+    for device, part in batch_sharding(mesh).devices_indices_map((rows,)).items():
+        start = part[0].start or 0
+        first[start] = min(first.get(start, device.process_index), device.process_index)
+    size = rows // len(first)
+    return [
+        row for row in process_rows(rows, mesh) if first[row - row % size] == jax.process_index()
+    ]
+
+
+def fetch_rows(array: Shaped[Array, "b *d"]) -> Shaped[np.ndarray, "local *d"]:
+    """This process's rows of an array with a batch's sharding, in the order of `process_rows`."""
+    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
 def place_batch(
     batch: dict[str, Shaped[np.ndarray, "local ..."]], mesh: Mesh
 ) -> dict[str, Shaped[Array, "b ..."]]:
@@ -240,49 +259,6 @@ def gather_parameters(mesh: Mesh) -> Callable[[Tree], Tree]:
     if mesh.shape["spatial"] == 1:
         return lambda tree: tree
     return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))
-
-
-def attend_in_parts(
-    mesh: Mesh, kernel: Attend, plain: Attend, q: Float[Array, "b n c"], keys: Keys, heads: int
-) -> Float[Array, "b n c"]:
-    """Runs an attention kernel on each device's shard.
-
-    Rows are sharded over the batch axes, queries over `spatial` and channels over `model`; the
-    compiler cannot partition a Pallas kernel itself. If the shards are uneven or the kernel does
-    not support their sizes, `plain` runs instead.
-
-    Args:
-        mesh: the device mesh.
-        kernel: attention of one shard.
-        plain: attention that the compiler can partition.
-        q: queries [b n c].
-        keys: groups of keys, values and masks, see `models.attention`.
-        heads: number of heads.
-    """
-    pixels, parts = mesh.shape["spatial"], mesh.shape["model"]
-    (b, n, c), m = q.shape, sum(k.shape[1] for k, _, _ in keys)
-    if (
-        b % (mesh.shape["data"] * mesh.shape["fsdp"])
-        or n % pixels
-        or heads % parts
-        or not fits(n // pixels, m, c // parts, heads // parts)
-    ):
-        return plain(q, keys, heads)
-    rows, queries = P(BATCH_AXES), P(BATCH_AXES, "spatial", "model")
-    # Every device needs all keys, so they are not sharded over `spatial`. If `spatial` has one
-    # device, naming the axis gives the same result and avoids a reduction of the keys' gradients.
-    channels = P(BATCH_AXES, "spatial" if pixels == 1 else None, "model")
-    specs = (
-        queries,
-        tuple((channels, channels, None if valid is None else rows) for _, _, valid in keys),
-    )
-    return jax.shard_map(
-        lambda q, keys: kernel(q, keys, heads // parts),
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=queries,
-        check_vma=False,
-    )(q, keys)
 
 
 def path_name(path: tuple) -> str:
@@ -406,10 +382,25 @@ def check_rules(rules: Any, mesh: Mesh) -> None:
         )
 
 
+def place_tree(tree: Tree, shardings: Tree) -> Tree:
+    """Puts host arrays, the same in all processes, on the mesh; each device gets its shards."""
+
+    def put(leaf, to):
+        return jax.make_array_from_callback(leaf.shape, to, lambda index: leaf[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
 def tree_shardings(
-    tree: Tree, mesh: Mesh, rules: Sequence[Sequence[Any]], min_elements: int
+    tree: Tree,
+    mesh: Mesh,
+    rules: Sequence[Sequence[Any]],
+    min_elements: int,
+    partial: bool = False,
 ) -> Tree:
     """A NamedSharding for each leaf of a tree of arrays or shapes, by the first rule that matches.
+
+    partial: the tree is a part of a training state, so rules may match none of its leaves.
 
     Raises ValueError for invalid rules, a rule that matches no leaf, and a leaf without a rule.
     """
@@ -422,7 +413,7 @@ def tree_shardings(
 
     shardings = jax.tree_util.tree_map_with_path(named_sharding, tree)
     unused = [rules[i][0] for i in range(len(rules)) if i not in used]
-    if unused:
+    if unused and not partial:
         raise ValueError(
             f"sharding rules match no leaf: {unused}; fix the pattern or remove the rule"
         )

@@ -24,18 +24,17 @@ from imagen_jax.diffusion.process import GaussianProcess, Process
 from imagen_jax.diffusion.sampler import SAMPLERS
 from imagen_jax.diffusion.schedule import SCHEDULES, Schedule
 from imagen_jax.diffusion.weighting import WEIGHTS, Weight
-from imagen_jax.models.attention import Attend, attend
-from imagen_jax.models.attention_kernel import flash_attend
 from imagen_jax.models.efficient_unet import EfficientUNet
-from imagen_jax.models.layers import identity
-from imagen_jax.models.remat import checkpointed
+from imagen_jax.models.layers import TEXT, identity
 from imagen_jax.models.unet import UNet
+from imagen_jax.sharded_attention import attention_on
 
 NETWORKS = {"unet": UNet, "efficient_unet": EfficientUNet}
 # Generator of all keys, independent of jax's default; checkpoints store its name.
 RNG = "threefry2x32"
 # Makes random numbers independent of the flag `jax_threefry_partitionable`.
 PINNED = functools.partial(jax.threefry_partitionable, True)
+TEXT_VALUES = "text_values"  # the entry of `cond` with what the network derives from the text
 Batch = PyTree[Shaped[Array, "b ..."]]  # a dict, see `Stage.batch_shapes`
 Params = Mapping[str, Any]
 
@@ -139,14 +138,19 @@ class Stage:
     def denoiser(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> loss.DenoiseFn:
         """Returns denoise_fn(z, logsnr, cond).
 
-        With a `dropout_key`, the network runs in training mode.
+        With a `dropout_key`, the network runs in training mode. `cond` may have an entry
+        TEXT_VALUES, see `layers.from_text`.
         """
         train = dropout_key is not None
         rngs = {"dropout": dropout_key} if train else None
         params = self.gather(params)
-        return lambda z, logsnr, cond: self.model.apply(
-            {"params": params}, z, logsnr, cond, train, rngs=rngs
-        )
+
+        def denoise_fn(z, logsnr, cond):
+            given = {TEXT: cond[TEXT_VALUES]} if TEXT_VALUES in cond else {}
+            cond = {name: value for name, value in cond.items() if name != TEXT_VALUES}
+            return self.model.apply({"params": params, **given}, z, logsnr, cond, train, rngs=rngs)
+
+        return denoise_fn
 
     def per_sample_loss(
         self,
@@ -224,8 +228,22 @@ class Stage:
             cond,
             process=self.process,
             levels=levels,
+            prepare=functools.partial(self.with_text_values, params, size=size),
             **components,
         )
+
+    def with_text_values(
+        self, params: Params, cond: conditioning.Cond, size: int
+    ) -> conditioning.Cond:
+        """`cond` with TEXT_VALUES, for images of this size in pixels."""
+        if not self.text_dim:
+            return cond
+        b = cond["text"].shape[0]
+        # The values need no z. The compiler removes the rest of the network.
+        inputs = jnp.zeros((b, size, size, 3)), jnp.zeros(b), cond
+        variables = {"params": self.gather(params)}
+        _, values = self.model.apply(variables, *inputs, mutable=[TEXT])
+        return cond | {TEXT_VALUES: values[TEXT]}
 
 
 def random_key(seed: Any) -> Key[Array, ""]:
@@ -311,22 +329,6 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
         text_length=data["text_length"],
         sampling=dict(config["sampling"]),
         gather=sharding.gather_parameters(mesh) if mesh else identity,
-    )
-
-
-def attention_on(mesh: Mesh | None, remat: str) -> Attend:
-    """The attention function: on TPUs the kernel if it supports the shapes, otherwise `attend`.
-
-    Each device computes its own rows, pixels and heads. The backward pass recomputes the attention
-    weights, except in `attend` with `remat` "none".
-    """
-    plain = lambda q, keys, heads: checkpointed(
-        "none" if remat == "none" else "block", lambda q, keys: attend(q, keys, heads)
-    )(q, keys)
-    if mesh is None or mesh.devices.flat[0].platform != "tpu":
-        return plain
-    return lambda q, keys, heads: sharding.attend_in_parts(
-        mesh, flash_attend, plain, q, keys, heads
     )
 
 

@@ -8,13 +8,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax import cascade
+from imagen_jax import cascade, sharding
 from imagen_jax.training import resume, state
 from imagen_jax.weights import checkpoint, exports
 from tests import tiny
 
 ENCODER = {"name": "fake", "weights_sha256": "w", "tokenizer_sha256": "t", "dim": tiny.DIM}
 SHARED = {"encoder": "fake", "encoder_dtype": "float32", "which": "ema", "batch_size": 4}
+MESH = sharding.batch_mesh(jax.devices()[:1])
 NAMES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}  # tiny: 8, 8 -> 16, 16 -> 32
 ONE_LEVEL = {
     "base": tiny.ONE_LEVEL_UNET,
@@ -28,7 +29,7 @@ def config(tmp_path_factory):
     """A cascade config with three exported stages of random weights."""
     root, fields = tmp_path_factory.mktemp("cascade"), dict(SHARED)
     for name, file in NAMES.items():
-        stage_config = tiny.config(file, **ONE_LEVEL[name])
+        stage_config = tiny.config(file, mesh__fsdp_min_elements=64, **ONE_LEVEL[name])
         stage, _, _ = tiny.stage_and_step(stage_config)
         params = tiny.random_params(stage.init)
         meta = {"config": stage_config, "encoder": ENCODER, "manifest_hash": "m", "step": 1}
@@ -48,7 +49,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stages(config):
-    return cascade.load_cascade(config)
+    return cascade.place(cascade.load_cascade(config, mesh=MESH))
 
 
 def features(*captions: int) -> list[np.ndarray]:
@@ -62,7 +63,8 @@ def features(*captions: int) -> list[np.ndarray]:
 def pictures(stages, seeds, text, batch_size, **more) -> list[list[np.ndarray]]:
     """[stage][picture]."""
     batches = list(cascade.generate(stages, seeds, text, batch_size, **more))
-    return [np.concatenate([batch[i] for batch in batches]) for i in range(len(stages))]
+    assert [row for batch in batches for row in batch.rows] == list(range(len(seeds)))
+    return [np.concatenate([batch.images[i] for batch in batches]) for i in range(len(stages))]
 
 
 def test_sizes_and_variety(stages):
@@ -94,12 +96,11 @@ def test_a_stage_alone_draws_what_it_draws_in_the_cascade(config, stages):
     """Catches noise keyed to the position among the stages that run, not to the stage."""
     whole = pictures(stages, [7, 8], features(5, 6), 4)
     alone = pictures(
-        cascade.load_cascade(config, ["sr_1", "sr_2"]),
+        cascade.place(cascade.load_cascade(config, ["sr_1", "sr_2"], MESH)),
         [7, 8],
         features(5, 6),
         4,
         lowres=whole[0],
-        first_stage=1,
     )
     np.testing.assert_array_equal(alone[1], whole[2])
 
@@ -107,9 +108,7 @@ def test_a_stage_alone_draws_what_it_draws_in_the_cascade(config, stages):
 def test_super_resolution_reads_the_image_before_it(stages):
     """Catches a stage that ignores its low-res input (design bug 1)."""
     images = np.stack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)])
-    got = pictures(stages[1:2], [7, 7], features(5, 5), 4, lowres=images, first_stage=1)[0].astype(
-        float
-    )
+    got = pictures(stages[1:2], [7, 7], features(5, 5), 4, lowres=images)[0].astype(float)
     assert np.abs(got[0] - got[1]).mean() > 1
 
 
@@ -204,3 +203,47 @@ def test_a_picture_that_is_not_finite_is_an_error(stages):
     broken = dataclasses.replace(stages[0], params=params)
     with pytest.raises(FloatingPointError, match="1 of 1 images with values that are not finite"):
         next(cascade.generate([broken], [0], features(1), 1))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2}, {"fsdp": 2, "spatial": 2}])
+def test_a_mesh_moves_no_pixel_by_more_than_one(config, stages, sizes):
+    """Catches rows that change places between devices, noise drawn per device, and padding that is
+    returned or moves a row.
+    """
+    seeds, text = [7, 8, 9, 10, 11], features(5, 6, 7, 8, 9)
+    alone = pictures(stages[:2], seeds, text, 4)
+    mesh = sharding.make_mesh({"data": 1, "model": 1, "spatial": 1} | sizes, jax.devices()[:4])
+    loaded = cascade.load_cascade(config, ["base", "sr_1"], mesh)
+    kernel = cascade.place(loaded)[0].params["stem"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 2  # by the rules of training
+    for a, b in zip(alone, pictures(cascade.place(loaded), seeds, text, 4)):
+        assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+def test_stages_that_do_not_fit_together_are_placed_in_turn(config, stages, monkeypatch):
+    """Catches a batch whose images or texts are exchanged when one stage runs after the other."""
+    seeds, text = [7, 8, 9, 10, 11], features(5, 6, 7, 8, 9)
+    monkeypatch.setattr(cascade, "GROUP_BYTES", 4 * 16 * 16 * 3 * 2)  # two batches
+    loaded = cascade.load_cascade(config, mesh=MESH)
+    assert not any(stage.resident for stage in loaded)
+    for a, b in zip(pictures(stages, seeds, text, 2), pictures(loaded, seeds, text, 2)):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["base", "sr_1"])
+def test_half_precision_parameters_change_no_picture(config, tmp_path, name):
+    """Catches a parameter that the network reads in fp32 but that sampling stores in bfloat16."""
+    params, meta = checkpoint.load_params(config[name]["checkpoint"])
+    meta["config"]["model"]["dtype"] = "bfloat16"
+    exports.export_params(params, meta, tmp_path / "x.safetensors")
+    section = config[name] | {"checkpoint": str(tmp_path / "x.safetensors")}
+    (loaded,) = cascade.load_cascade(config | {name: section}, [name], MESH)
+    kernels = [leaf for leaf in jax.tree.leaves(loaded.params) if leaf.dtype != np.float32]
+    assert sum(leaf.size for leaf in kernels) > 0.9 * sum(
+        leaf.size for leaf in jax.tree.leaves(params)
+    )
+    whole = dataclasses.replace(loaded, params=jax.tree.map(jnp.asarray, params))
+    lowres = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    given = {} if name == "base" else {"lowres": lowres}
+    draw = lambda stage: pictures([stage], [1, 2], features(1, 2), 2, **given)[0]
+    np.testing.assert_array_equal(draw(loaded.on_mesh()), draw(whole))

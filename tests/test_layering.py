@@ -17,9 +17,18 @@ COMMANDS = {"demo", "evaluate", "export", "plan", "prepare_data", "sample", "tra
 # From the lowest layer up. A unit (a folder, or a module at the root) may import units of lower
 # layers, and of its own layer if there is no circle.
 LAYERS = (
-    {"caption_text", "exit_codes", "field", "network_fields", "run_log", "schema", "storage"},
+    {
+        "caption_text",
+        "exit_codes",
+        "field",
+        "mesh_fields",
+        "network_fields",
+        "run_log",
+        "schema",
+        "storage",
+    },
     {"cli", "data", "diffusion", "distributed", "hardware", "models", "pictures", "text"},
-    {"sharding", "weights"},
+    {"sharded_attention", "sharding", "weights"},
     {"cascade", "stage"},
     {"evals", "training"},
     {"planning"},

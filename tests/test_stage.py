@@ -15,6 +15,7 @@ def sample(name, monkeypatch, denoise, **sampling):
     """Two samples of a tiny stage whose network is `denoise(z, logsnr, cond)`, and their batch."""
     stage, _, _ = tiny.stage_and_step(tiny.config(name))
     monkeypatch.setattr(Stage, "denoiser", lambda stage, params, key=None: denoise)
+    monkeypatch.setattr(Stage, "with_text_values", lambda stage, params, cond, size: cond)
     batch = jax.device_put(tiny.batch(stage, 2))
     keys = jax.random.split(jax.random.key(3), 2)
     settings = {**stage.sampling, "w": 1.0, "steps": 2, **sampling}

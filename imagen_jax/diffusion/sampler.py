@@ -182,6 +182,7 @@ def sample(
     sampler: Sampler,
     guidance: Guidance,
     threshold: Threshold,
+    prepare: Callable[[Cond], Cond] = lambda cond: cond,
 ) -> Float[Array, "b ..."]:
     """Draws images x [b, *shape] from noise, with one (guided) network evaluation per level.
 
@@ -194,12 +195,13 @@ def sample(
         levels: log-SNRs [n], ascending.
         sampler: the sampling algorithm.
         guidance, threshold: applied at every evaluation.
+        prepare: what the network computes from `cond` once, before the loop (see `guide`).
     """
-    guided = guide(denoise_fn, guidance)
+    guided = guide(denoise_fn, guidance, cond, prepare)
     init_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
 
     def predict(z: Float[Array, "b *d"], logsnr: Float[Array, "b"]) -> Float[Array, "b *d"]:
-        return threshold(process.x_from_output(guided(z, logsnr, cond), z, logsnr))
+        return threshold(process.x_from_output(guided(z, logsnr), z, logsnr))
 
     logsnr_at = lambda i: jnp.full(keys.shape, levels[i])
     z = process.prior(sample_noise(init_keys, shape), logsnr_at(0))

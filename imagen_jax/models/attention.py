@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.models.layers import Constrain, Dtype, Projections, dense, group_norm, identity
+from imagen_jax.models.layers import (
+    Constrain,
+    Dtype,
+    Projections,
+    dense,
+    from_text,
+    group_norm,
+    identity,
+)
 from imagen_jax.models.remat import mark_stored
 
 # Groups of (keys [b m c], values [b m c], mask of the valid ones [b m] or None if all are valid).
@@ -79,15 +87,17 @@ class Attention(nn.Module):
         else:
             q = self.constrain(dense(c, self.dtype, "q")(normed))
         if text_keys:
-            k, v = map(
-                self.constrain,
-                Projections(2, c, self.dtype, name="text_kv")(
-                    nn.LayerNorm(dtype=self.dtype, name="text_norm")(text)
-                ),
-            )
+            k, v = from_text(self, "keys", lambda: self._text_keys(text, c))
             keys.append((k, v, text_mask))
         out = dense(c, self.dtype, "out", zero_init=True)(self.attend(q, tuple(keys), self.heads))
         return (pixels + out).reshape(h.shape)
+
+    def _text_keys(
+        self, text: Float[Array, "b l d"], c: int
+    ) -> tuple[Float[Array, "b l c"], Float[Array, "b l c"]]:
+        text = nn.LayerNorm(dtype=self.dtype, name="text_norm")(text)
+        k, v = Projections(2, c, self.dtype, name="text_kv")(text)
+        return self.constrain(k), self.constrain(v)
 
 
 class FeedForward(nn.Module):

@@ -17,6 +17,7 @@ from imagen_jax.models.layers import (
     Dtype,
     NoiseLevelEmbedding,
     dense,
+    from_text,
     group_norm,
     identity,
 )
@@ -108,12 +109,15 @@ class Conditioning(nn.Module):
             emb = emb + embedding("lowres_noise")(cond["lowres_logsnr"])
         if not self.cond_dim:
             return self.constrain(emb), None, None
+        text, pooled = from_text(self, "text", lambda: self._text(cond))
+        return self.constrain(emb + pooled), text, cond["text_mask"]
+
+    def _text(self, cond: Cond) -> tuple[Float[Array, "b l d"], Float[Array, "b e"]]:
+        """The projected tokens and the pooled text."""
         text = nn.LayerNorm(dtype=self.dtype, name="text_norm")(cond["text"])
         text = self.constrain(nn.Dense(self.cond_dim, dtype=self.dtype, name="text_proj")(text))
-        pooled = TextPool(
-            self.pooling, self.pool_heads, self.features, self.dtype, name="text_pool"
-        )(text, cond["text_mask"])
-        return self.constrain(emb + pooled), text, cond["text_mask"]
+        pool = TextPool(self.pooling, self.pool_heads, self.features, self.dtype, name="text_pool")
+        return text, pool(text, cond["text_mask"])
 
 
 def fields_of(network: nn.Module, *names: str) -> dict[str, Any]:

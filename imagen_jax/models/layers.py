@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from imagen_jax.models.custom_gradients import add_bias, conv_adjoint, conv_phases
 
 Dtype = Any
+TEXT = "text"  # the Flax collection of `from_text`
 Constrain = Callable[[Float[Array, "b ..."]], Float[Array, "b ..."]]
 
 
@@ -27,6 +28,20 @@ def group_norm(features: int, dtype: Dtype, name: str) -> nn.GroupNorm:
     """
     groups = max(g for g in range(1, 33) if features % g == 0 and (features // g >= 4 or g == 1))
     return nn.GroupNorm(num_groups=groups, epsilon=1e-5, dtype=dtype, name=name)
+
+
+def from_text(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
+    """What `module` computes from the text alone, or the value given in the collection TEXT.
+
+    A sampler evaluates a network many times with one text. It asks for these values once, by a call
+    in which TEXT is mutable, and gives them to all other calls.
+    """
+    if module.has_variable(TEXT, name):
+        return module.get_variable(TEXT, name)
+    value = compute()
+    if module.is_mutable_collection(TEXT) and not module.is_initializing():
+        module.put_variable(TEXT, name, value)
+    return value
 
 
 class Conv(nn.Module):

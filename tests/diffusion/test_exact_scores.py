@@ -300,13 +300,10 @@ def test_guided_x_of_one_evaluation(prediction):
 
     @jax.jit
     def x_hats(z, logsnr):
-        guided, plain = (
-            f(z, logsnr, text_cond(np.tile(scale * OFFSET, (b, 1))))
-            for f, scale in (
-                (guidance.guide(network, guidance.Guidance(w, (-20.0, 20.0))), 1.0),
-                (network, w),
-            )
-        )
+        cond = lambda scale: text_cond(np.tile(scale * OFFSET, (b, 1)))
+        weights = guidance.Guidance(w, (-20.0, 20.0))
+        guided = guidance.guide(network, weights, cond(1.0))(z, logsnr)
+        plain = network(z, logsnr, cond(w))
         return [
             GaussianProcess("vp", prediction).x_from_output(output, z, logsnr)
             for output in (guided, plain)

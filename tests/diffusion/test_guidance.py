@@ -37,32 +37,31 @@ def test_guided_output_is_equation_2(w):
     """
     unconditional = 0.1 * np.asarray(Z) + np.asarray(LOGSNR)[:, None]
     conditional = unconditional + np.array([[2.0], [3.0]])
-    guided = guidance.guide(network([]), Guidance(w, EVERYWHERE))(Z, LOGSNR, COND)
+    guided = guidance.guide(network([]), Guidance(w, EVERYWHERE), COND)(Z, LOGSNR)
     np.testing.assert_allclose(
         guided, w * conditional + (1 - w) * unconditional, rtol=1e-5, atol=1e-5
     )
 
 
 def test_both_halves_run_in_one_batch():
-    """Catches two evaluations in place of one with twice the batch, and an unconditional half
-    without its null text, z or noise level.
+    """Catches two evaluations in place of one with twice the batch, rows of a sample that are not
+    neighbours (on a mesh they would move between devices), and an unconditional row without its
+    null text, z or noise level.
     """
     calls = []
-    guidance.guide(network(calls), Guidance(3.0, EVERYWHERE))(Z, LOGSNR, COND)
+    guidance.guide(network(calls), Guidance(3.0, EVERYWHERE), COND)(Z, LOGSNR)
     ((z, logsnr, cond),) = calls
-    np.testing.assert_array_equal(z, np.concatenate([Z, Z]))
-    np.testing.assert_array_equal(logsnr, np.concatenate([LOGSNR, LOGSNR]))
-    np.testing.assert_array_equal(cond["text"][:2], COND["text"])
-    np.testing.assert_array_equal(cond["text"][2:], 0.0)
-    np.testing.assert_array_equal(
-        cond["text_mask"], 2 * [4 * [True]] + 2 * [[True, False, False, False]]
-    )
+    np.testing.assert_array_equal(z, np.repeat(Z, 2, axis=0))
+    np.testing.assert_array_equal(logsnr, np.repeat(LOGSNR, 2))
+    np.testing.assert_array_equal(cond["text"][::2], COND["text"])
+    np.testing.assert_array_equal(cond["text"][1::2], 0.0)
+    np.testing.assert_array_equal(cond["text_mask"], 2 * [4 * [True], [True, False, False, False]])
 
 
 def test_w_1_is_the_network_itself():
     """Catches a second evaluation at w = 1, and an output that only approximates the network's."""
     calls = []
-    output = guidance.guide(network(calls), Guidance(1.0, EVERYWHERE))(Z, LOGSNR, COND)
+    output = guidance.guide(network(calls), Guidance(1.0, EVERYWHERE), COND)(Z, LOGSNR)
     assert len(calls) == 1 and calls[0][0].shape == Z.shape
     np.testing.assert_array_equal(output, network([])(Z, LOGSNR, COND))
 
@@ -73,11 +72,11 @@ def test_low_precision_outputs_are_combined_in_fp32():
     """
     rng = np.random.default_rng(0)
     outputs = jnp.asarray(rng.standard_normal((4, 50)), jnp.bfloat16)
-    guided = guidance.guide(lambda z, logsnr, cond: outputs, Guidance(8.3, EVERYWHERE))(
-        jnp.zeros((2, 50)), LOGSNR, COND
+    guided = guidance.guide(lambda z, logsnr, cond: outputs, Guidance(8.3, EVERYWHERE), COND)(
+        jnp.zeros((2, 50)), LOGSNR
     )
     exact = np.asarray(outputs, np.float64)
-    np.testing.assert_allclose(guided, 8.3 * exact[:2] - 7.3 * exact[2:], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(guided, 8.3 * exact[::2] - 7.3 * exact[1::2], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +89,7 @@ def test_without_text_guidance_changes_nothing(cond):
     calls = []
     denoise_fn = lambda z, logsnr, cond: calls.append(z.shape) or 0.5 * z
     np.testing.assert_array_equal(
-        guidance.guide(denoise_fn, Guidance(3.0, EVERYWHERE))(Z, LOGSNR, cond), 0.5 * Z
+        guidance.guide(denoise_fn, Guidance(3.0, EVERYWHERE), cond)(Z, LOGSNR), 0.5 * Z
     )
     assert calls == [Z.shape]
 
@@ -101,11 +100,32 @@ def test_an_interval_guides_each_sample_by_its_own_level():
     """
     unconditional = 0.1 * np.asarray(Z) + np.asarray(LOGSNR)[:, None]
     conditional = unconditional + np.array([[2.0], [3.0]])
-    guided = guidance.guide(network([]), Guidance(4.0, (-0.5, 0.5)))(Z, LOGSNR, COND)
+    guided = guidance.guide(network([]), Guidance(4.0, (-0.5, 0.5)), COND)(Z, LOGSNR)
     np.testing.assert_allclose(guided[0], conditional[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
         guided[1], 4 * conditional[1] - 3 * unconditional[1], rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("interval", [EVERYWHERE, (-0.2, 0.2)])
+@pytest.mark.parametrize("w", [1.0, 3.0])
+def test_the_text_is_prepared_once(w, interval):
+    """Catches text that is projected at every evaluation, and rows of the prepared text that go to
+    another sample.
+    """
+    prepared = []
+
+    def prepare(cond):
+        prepared.append(cond)
+        return cond | {"values": {"first": cond["text"][:, 0, 0]}}
+
+    denoise_fn = lambda z, logsnr, cond: 0.1 * z + (logsnr + cond["values"]["first"])[:, None]
+    weights = Guidance(w, interval)
+    guided = guidance.guide(denoise_fn, weights, COND, prepare)
+    expected = guidance.guide(network([]), weights, COND)
+    for logsnr in (LOGSNR, 0.1 * LOGSNR):  # outside and inside the interval
+        np.testing.assert_array_equal(guided(Z, logsnr), expected(Z, logsnr))
+    assert len(prepared) == 1
 
 
 def test_no_threshold_changes_nothing():

@@ -10,7 +10,7 @@ import pytest
 from imagen_jax import sharding
 from imagen_jax.models.attention import attend
 from imagen_jax.models.attention_kernel import QUERIES, fits, flash_attend
-from imagen_jax.sharding import attend_in_parts
+from imagen_jax.sharded_attention import attend_in_parts
 
 interpreted = functools.partial(flash_attend, interpret=True)
 

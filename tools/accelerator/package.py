@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from imagen_jax import stage as stages
 from imagen_jax.hardware.chips import peak_flops
 from imagen_jax.models.unet import UNet
@@ -37,9 +39,10 @@ def state_parts(program: TrainProgram) -> dict[str, int]:
 
 def embedded_base(sampling: Mapping[str, Any]) -> tuple[Stage, Any]:
     """The stage and parameters of the base that ships with the package."""
-    from imagen_jax import cascade
+    from imagen_jax import cascade, sharding
 
-    loaded = cascade.load_stage("embedded:base_16", sampling, "ema")
+    mesh = sharding.batch_mesh(jax.devices()[:1])
+    loaded = cascade.load_stage("embedded:base_16", sampling, "ema", mesh, 0).on_mesh()
     return loaded.stage, loaded.params
 
 
