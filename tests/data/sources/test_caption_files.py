@@ -163,7 +163,9 @@ def test_wrong_geneval(read, lines, message):
 def test_gpic(read, monkeypatch):
     """Catches a category that is not the type of the caption, and a lost key."""
     monkeypatch.setattr(caption_files, "GPIC", 40)
-    captions, _ = read(caption_files.read_gpic, "\n".join(gpic_lines(40)))
+    lines = gpic_lines(40)
+    lines[20] = "\ufeff" + lines[20]  # of files that were joined
+    captions, _ = read(caption_files.read_gpic, "\n".join(lines))
     assert captions[31] == Caption(31, GEMS[31], "short", "1f")
     assert len(captions) == 40
 

@@ -153,6 +153,7 @@ def test_two_orders_in_one_list(read, beside, text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("", "list.csv is empty; download or copy it again"),
         ("image,text\n3,gem\n", "must name the columns image_id and text, or image_id and caption"),
         ("image_id,bbox\n3,1\n", "it is 'image_id,bbox'"),
         ("image_id,text,text\n3,gem,gem\n", "must name the columns image_id, text once each"),
