@@ -20,6 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import caption_text, cli, field, schema
+from imagen_jax.data.sources import caption_files
 from imagen_jax.storage import check_content, check_local, read_json, sha256_file, write_json
 
 SHEET_ROWS = 100  # pictures on one contact sheet
@@ -130,7 +131,7 @@ def read_prompts(options: Sequence[str], file: str) -> list[str]:
     prompts = list(options)
     if file:
         check_local("--prompts", file)
-        lines = caption_text.lines(caption_text.read_text(file))
+        lines = caption_files.prompt_lines(file)
         prompts = [prompt for prompt in [*prompts, *lines] if caption_text.clean(prompt)[0]]
     if not prompts:
         raise ValueError('no prompt: give --prompt "..." or --prompts FILE')

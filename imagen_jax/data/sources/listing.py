@@ -79,7 +79,7 @@ def read_csv(path: Path, notes: list[Note], files: Collection[str] = ()) -> list
       ValueError: the file is not such a table. A row with text outside the named columns is an
         error too: its caption has commas outside quotes, and only a part of it would be read.
     """
-    table = _rows(path, files)
+    table = csv_rows(path, files)
     _, header = next(table, (1, []))
     _check_header(path, header)
     unnamed = {at for at, name in enumerate(header) if not name.strip()}
@@ -108,8 +108,11 @@ def read_csv(path: Path, notes: list[Note], files: Collection[str] = ()) -> list
     return rows
 
 
-def _rows(path: Path, files: Collection[str]) -> Iterator[tuple[int, list[str]]]:
-    """Each row that is not blank, with the number of its first line."""
+def csv_rows(path: Path, files: Collection[str] = ()) -> Iterator[tuple[int, list[str]]]:
+    """Yields each row that is not blank, with the number of its first line.
+
+    files: names of files, by which a row inside a caption is recognised.
+    """
     csv.field_size_limit(sys.maxsize)  # a caption may be a whole page
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     while True:
