@@ -89,10 +89,12 @@ class Drawn:
     """The pictures of one batch that this process writes.
 
     rows: their rows.
+    count: the number of pictures in the batch, of all processes.
     images: for each stage the images [b s s 3] of these rows.
     """
 
     rows: list[int]
+    count: int
     images: list[UInt8[np.ndarray, "b _ _ 3"]]
 
 
@@ -332,6 +334,7 @@ class RowBatch:
     """The rows of one batch, as this process sees them.
 
     size: number of rows on the mesh, padding included.
+    count: number of rows without padding.
     held: the row at each position of the batch that this process's devices hold; padding repeats
         the last row.
     owned: {row: its index in `held`} of the rows that this process writes: no padding, and no row
@@ -339,6 +342,7 @@ class RowBatch:
     """
 
     size: int
+    count: int
     held: list[int]
     owned: dict[int, int]
 
@@ -356,7 +360,7 @@ def row_batches(rows: Sequence[int], batch_size: int, mesh: Mesh) -> list[RowBat
             for i, position in enumerate(here)
             if position in mine and position < len(part)
         }
-        batches.append(RowBatch(size, held, owned))
+        batches.append(RowBatch(size, len(part), held, owned))
     return batches
 
 
@@ -390,7 +394,7 @@ def _stage_by_stage(
 ) -> Iterator[Drawn]:
     """Samples all batches with one stage, then with the next: one stage is on the devices."""
     images = [first(batch) for batch in batches]
-    drawn = [Drawn(list(batch.owned), []) for batch in batches]
+    drawn = [Drawn(list(batch.owned), batch.count, []) for batch in batches]
     for loaded in stages:
         params = loaded.placed()
         for i, batch in enumerate(batches):
@@ -406,7 +410,8 @@ def _stage_by_stage(
 def _fetch(stages: Sequence[LoadedStage], batch: RowBatch, results: Sequence[Any]) -> Drawn:
     """The pictures of this process on the host, checked."""
     images = [_held(loaded, batch, *result) for loaded, result in zip(stages, results)]
-    return Drawn(list(batch.owned), [image[list(batch.owned.values())] for image in images])
+    owned = list(batch.owned.values())
+    return Drawn(list(batch.owned), batch.count, [image[owned] for image in images])
 
 
 def _held(

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags
 
-from imagen_jax import caption_text, exit_codes, schema
+from imagen_jax import caption_text, distributed, exit_codes, schema
+from imagen_jax.distributed.watch import Watch
 from imagen_jax.storage import FREE_SPACE, check_local, is_away
 
 log = logging.getLogger(__name__)
@@ -366,6 +367,31 @@ def define_compile_cache() -> None:
         "directory of the compilation cache; empty disables it. $JAX_COMPILATION_CACHE_DIR sets the"
         " default",
     )
+
+
+def define_processes() -> None:
+    """Defines the flags of `processes`."""
+    flags.DEFINE_float(
+        "host_timeout", 300.0, "seconds to wait at the start for the other processes", lower_bound=1
+    )
+    flags.DEFINE_float(
+        "host_lost",
+        100.0,
+        "seconds without a heartbeat after which a process counts as lost; the log names it after"
+        " half this time",
+        lower_bound=4,
+    )
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[Watch]:
+    """Sets JAX up and joins the other processes of the run, which are watched in the context."""
+    args = flags.FLAGS
+    set_up_jax()
+    distributed.start(args.host_timeout, args.host_lost)
+    check_platform()
+    with Watch(args.host_lost) as watch:
+        yield watch
 
 
 def set_up_jax() -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from imagen_jax import cli, pictures, run_log
+from imagen_jax import cli, picture_set, pictures, run_log
 from imagen_jax.storage import only_process, read_object, write_atomically
 
 STAGES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}  # cascade stage -> config file
@@ -132,7 +132,7 @@ def sample(cascade: str, prompts: Path, output: Path, *options: str) -> None:
 
     The report finds a prompt's pictures by their number.
     """
-    pictures.remove_numbered(output)
+    picture_set.remove(output)
     run_command("sample", cascade, *options, "--prompts", prompts, "--output", output)
 
 

@@ -1,11 +1,10 @@
 """Pictures for people: grids, contact sheets with captions, numbered PNG files."""
 
-import contextlib
 import io
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ GAP = 4
 INK = (20, 20, 20)
 # Files that hold a number: 0007_a_red_apple.png, its record 0007_a_red_apple.json, sheet_0007.png.
 NUMBERED = re.compile(r"(?:sheet_(\d+)|(\d+)_.*)\.(?:png|json)")
-CLAIM = re.compile(r"\.\d+\.claim")
+CLAIM = re.compile(r"\.\d+\.claim")  # left by earlier versions
 
 
 def enlarge(image: Picture, size: int) -> Picture:
@@ -83,53 +82,21 @@ def write_png(path: str | os.PathLike, image: Picture) -> Path:
     return path
 
 
+def read_png(path: Path, most: int) -> Picture:
+    """A picture, shrunk to at most `most` pixels high."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    if image.height > most:
+        image = image.resize((round(image.width * most / image.height), most))
+    return np.asarray(image)
+
+
 def numbers(directory: Path) -> set[int]:
     """The numbers that pictures, records and contact sheets in a directory have."""
     if not directory.is_dir():
         return set()
     matches = [NUMBERED.fullmatch(entry.name) for entry in os.scandir(directory)]
     return {int(match[1] or match[2]) for match in matches if match}
-
-
-@contextlib.contextmanager
-def claim_numbers(directory: Path, count: int) -> Iterator[list[int]]:
-    """`count` ascending numbers for new pictures that no other process uses.
-
-    They follow the numbers of the pictures in `directory`. A number is claimed by creating the
-    file .NUMBER.claim exclusively, which also works on a network file system. Claims end with the
-    context; the pictures written inside it hold the numbers from then on. A killed process leaves
-    its claims behind, and their numbers stay unused.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    claimed: list[int] = []
-    try:
-        while len(claimed) < count:
-            number = max([*numbers(directory), *claimed], default=-1) + 1
-            while len(claimed) < count:
-                if _create(_claim(directory, number)):
-                    claimed.append(number)
-                number += 1
-            # Another process may have written pictures and ended its claims after the listing.
-            for number in numbers(directory).intersection(claimed):
-                claimed.remove(number)
-                _claim(directory, number).unlink()
-        yield claimed
-    finally:
-        for number in claimed:
-            _claim(directory, number).unlink(missing_ok=True)
-
-
-def _claim(directory: Path, number: int) -> Path:
-    return directory / f".{number:04d}.claim"
-
-
-def _create(path: Path) -> bool:
-    """Creates an empty file. False if it exists."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    except FileExistsError:
-        return False
-    return True
 
 
 def remove_numbered(directory: Path) -> None:

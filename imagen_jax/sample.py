@@ -6,24 +6,24 @@ r"""Generates pictures from text prompts, or up-samples an image with super-reso
         --prompt "a red apple" --output pictures
 
 Each picture is a PNG file with a JSON record of the same name. The record reproduces the picture:
-`--reproduce pictures/0000_a_red_apple.json`. Several processes may share one --output.
+`--reproduce pictures/0000_a_red_apple.json`. Several commands may share one --output. All devices
+of all processes sample together; an interrupted command continues when it is run again.
 """
 
-import itertools
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import caption_text, cli, field, schema
+from imagen_jax import caption_text, cli, field, picture_set, schema
 from imagen_jax.data.sources import caption_files
-from imagen_jax.storage import check_content, check_local, read_json, sha256_file, write_json
+from imagen_jax.picture_set import Requests
+from imagen_jax.storage import check_content, check_local, read_json, sha256_file
 
-SHEET_ROWS = 100  # pictures on one contact sheet
+SHEET_ROWS, SHEETS = 100, 10  # pictures on one contact sheet, and contact sheets of one command
 # Fields of a picture's record, with their types.
 RECORD = {
     "prompt": str,
@@ -40,6 +40,7 @@ RECORD = {
 def define_flags() -> None:
     """Defines the command line, see `cli.run`."""
     cli.define_compile_cache()
+    cli.define_processes()
     config_flags.DEFINE_config_file(
         "config",
         None,
@@ -48,7 +49,11 @@ def define_flags() -> None:
     )
     flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated")
     flags.DEFINE_string("prompts", "", "a text file with one prompt per line")
-    flags.DEFINE_string("output", None, "directory of the pictures; earlier pictures stay")
+    flags.DEFINE_string(
+        "output",
+        None,
+        "directory of the pictures, the same for all processes; earlier pictures stay",
+    )
     flags.DEFINE_integer(
         "seed",
         0,
@@ -76,30 +81,25 @@ def main() -> int:
     if not args.output:
         raise ValueError("--output DIR is needed")
     cli.check_directory("output", args.output)
-    cli.set_up_jax()
-    cli.check_platform()
     if args.reproduce:
         record = read_record(Path(args.reproduce))
-        return sample(
-            record["config"],
-            [record["prompt"]],
-            [record["seed"]],
-            record["stages"],
-            record["image"],
-            Path(args.output),
-            record,
-        )
-    if args.config is None:
-        raise ValueError(
-            "--config FILE is needed, configs/cascade.py:demo for the embedded cascade"
-        )
-    if "base" not in args.config:
-        raise ValueError("--config is not the config of a cascade, such as configs/cascade.py:demo")
-    prompts = read_prompts(args.prompt, args.prompts)
-    prompts = [prompt for prompt in prompts for _ in range(args.count)]
-    seeds = [args.seed + i for i in range(len(prompts))]
-    config = schema.complete_cascade(json.loads(args.config.to_json()), "--config", new=True)
-    return sample(config, prompts, seeds, args.stages, args.image, Path(args.output))
+        config, prompts, seed = record["config"], [record["prompt"]], record["seed"]
+        stages, image, per_prompt = record["stages"], record["image"], 1
+    else:
+        if args.config is None:
+            raise ValueError(
+                "--config FILE is needed, configs/cascade.py:demo for the embedded cascade"
+            )
+        if "base" not in args.config:
+            raise ValueError(
+                "--config is not the config of a cascade, such as configs/cascade.py:demo"
+            )
+        record, prompts = None, read_prompts(args.prompt, args.prompts)
+        config = schema.complete_cascade(json.loads(args.config.to_json()), "--config", new=True)
+        stages, image, seed, per_prompt = args.stages, args.image, args.seed, args.count
+    requests = Requests(prompts, per_prompt, seed)
+    with cli.processes():
+        return sample(config, requests, stages, image, Path(args.output), record)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -140,140 +140,80 @@ def read_prompts(options: Sequence[str], file: str) -> list[str]:
 
 def sample(
     config: Mapping[str, Any],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
+    requests: Requests,
     stages: Sequence[str],
     image: str,
     output: Path,
     expected: Mapping[str, Any] | None = None,
 ) -> int:
-    """Samples all prompts and writes each picture as soon as its batch is done.
+    """Draws a set of pictures with all devices of all processes.
 
     expected: the record of the picture to reproduce; other weights or another image raise
     ValueError.
     """
-    from imagen_jax import cascade
+    import jax
+
+    from imagen_jax import cascade, drawing
 
     check_stages(stages, image)
-    image_sha256 = check_image(image)
-    loaded = cascade.load_cascade(config, stages)
-    identities = [dict(stage.identity) for stage in loaded]
+    given = {"image": image, "image_sha256": check_image(image)}
     if expected:
-        check_same(expected, identities, image_sha256)
+        config = with_mesh_that_fits(config)
+    drawer = drawing.Drawer(config, stages)
+    if expected:
+        check_same(expected, drawer.record["checkpoints"], given["image_sha256"])
     else:
-        cascade.check_intervals(loaded)
-    encoder = load_encoder(config, loaded)
-    lowres = None if not image else read_image(image, loaded[0].stage.lowres_size, len(prompts))
+        cascade.check_intervals(drawer.stages)
+    first = drawer.stages[0].stage
+    lowres = None if not image else read_image(image, first.lowres_size)
     cli.make_directory("output", str(output))
-    warn_of_prompts(encoder, prompts)
-    text = encode(encoder, prompts, config["batch_size"])
-    record = {
-        "stages": list(stages),
-        "image": image,
-        "image_sha256": image_sha256,
-        "config": dict(config),
-        "checkpoints": identities,
-        "encoder": encoder.identity,
-    }
-    first_stage = cascade.STAGES.index(stages[0])
-    batches = cascade.generate(loaded, seeds, text, config["batch_size"], lowres, first_stage)
-    sampled = write_batches(batches, prompts, seeds, record, output)
-    headings = [f"{stage.stage.image_size}" for stage in loaded]
-    if image:
-        sampled = ((number, [lowres[0], *row]) for number, row in sampled)
-        headings = [f"input {lowres.shape[1]}", *headings]
-    sheets = write_sheets(sampled, prompts, headings, output)
-    more = f" and {len(sheets) - 1} more" if len(sheets) > 1 else ""
-    print(f"{len(prompts)} pictures added to {output}; contact sheet: {sheets[0]}{more}")
+    if jax.process_index() == 0:
+        drawing.warn_of_prompts(drawer.encoder, requests.prompts)
+    manifest = drawing.draw(drawer, requests, output, given, lowres)
+    if jax.process_index() == 0:
+        sizes = [loaded.stage.image_size for loaded in drawer.stages]
+        sheets = write_sheets(manifest, sizes, lowres)
+        print(
+            f"{len(requests)} pictures in {output}, listed in {manifest.name}; contact sheet:"
+            f" {sheets[0]}{f' and {len(sheets) - 1} more' if len(sheets) > 1 else ''}"
+        )
     return 0
 
 
-def encode(encoder: Any, prompts: Sequence[str], batch_size: int) -> list[Any]:
-    """The features of each prompt; a prompt that occurs several times is encoded once."""
-    distinct = list(dict.fromkeys(prompts))
-    features = dict(zip(distinct, encoder.encode(distinct, batch_size, fill=True)))
-    return [features[prompt] for prompt in prompts]
+def with_mesh_that_fits(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A record's config, with all devices along `data` if its mesh does not fit them."""
+    import jax
+
+    from imagen_jax.sharding import mesh_sizes
+
+    try:
+        mesh_sizes(config["mesh"], jax.device_count())
+    except ValueError:
+        return {**config, "mesh": {"data": -1, "fsdp": 1, "model": 1, "spatial": 1}}
+    return config
 
 
-def write_batches(
-    batches: Iterable[Sequence[Any]],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    record: Mapping[str, Any],
-    output: Path,
-) -> Iterator[tuple[int, Sequence[Any]]]:
-    """Writes pictures as they are sampled; yields each one's number and its images of all stages.
+def write_sheets(manifest: Path, sizes: Sequence[int], lowres: Any) -> list[Path]:
+    """Writes a contact sheet for every SHEET_ROWS pictures of a set, the first SHEETS of them.
 
-    record: the fields of the JSON records that all pictures share.
-    """
-    from imagen_jax import pictures, run_log
-
-    remaining = zip(prompts, seeds)
-    done = 0
-    with run_log.Progress("pictures", len(prompts)) as progress:
-        for images in batches:
-            with pictures.claim_numbers(output, len(images[0])) as numbers:
-                sampled = list(zip(numbers, zip(*images)))
-                for (number, row), (prompt, seed) in zip(sampled, remaining):
-                    write(output, number, row, {"prompt": prompt, "seed": seed} | record)
-            done += len(sampled)
-            progress.update(done)
-            yield from sampled
-
-
-def write_sheets(
-    sampled: Iterable[tuple[int, Sequence[Any]]],
-    prompts: Sequence[str],
-    headings: Sequence[str],
-    output: Path,
-) -> list[Path]:
-    """Writes a contact sheet for every SHEET_ROWS pictures, named after the first of them.
-
-    Holds no more pictures than one sheet has, however many are sampled.
+    sizes: image sizes of the stages. lowres: the --image, or None. Reads the pictures from their
+    files; holds those of one sheet, at the sheet's size.
     """
     from imagen_jax import pictures
 
-    sheets: list[Path] = []
-    sampled = iter(sampled)
-    for start in range(0, len(prompts), SHEET_ROWS):
-        titles = prompts[start : start + SHEET_ROWS]
-        numbers, rows = zip(*itertools.islice(sampled, len(titles)))
-        cell = min(256, max(64, rows[-1][-1].shape[0]))
-        sheet = pictures.contact_sheet(titles, rows, headings, cell)
-        sheets.append(pictures.write_png(output / f"sheet_{numbers[0]:04d}.png", sheet))
-    next(sampled, None)  # ends the progress bar
+    given = [] if lowres is None else [lowres]
+    headings = [*(f"input {image.shape[0]}" for image in given), *map(str, sizes)]
+    cell, sheets = min(256, max(64, sizes[-1])), []
+    for rows in picture_set.chunks(manifest, SHEET_ROWS, SHEETS):
+        cells = []
+        for row in rows:
+            path = manifest.parent / row["file"]
+            earlier = [path.with_name(f"{path.stem}_{size}.png") for size in sizes[:-1]]
+            cells.append([*given, *(pictures.read_png(file, cell) for file in [*earlier, path])])
+        sheet = pictures.contact_sheet([row["prompt"] for row in rows], cells, headings, cell)
+        number = int(Path(rows[0]["file"]).name.partition("_")[0])
+        sheets.append(pictures.write_png(manifest.parent / f"sheet_{number:04d}.png", sheet))
     return sheets
-
-
-def load_encoder(config: Mapping[str, Any], loaded: Sequence[Any]) -> Any:
-    """The text encoder of a cascade config, if it is the one its stages were trained with."""
-    from imagen_jax.cascade import check_encoder
-    from imagen_jax.weights.text_encoders import load_text_encoder
-
-    length = max(s.stage.text_length for s in loaded)
-    encoder = load_text_encoder(config["encoder"], length, config["encoder_dtype"])
-    for stage in loaded:
-        if stage.stage.text_dim:
-            who = f"{stage.stage.name} and {config['encoder']}"
-            check_encoder(stage.encoder, encoder.identity, who)
-    return encoder
-
-
-def warn_of_prompts(encoder: Any, prompts: Sequence[str]) -> None:
-    """Prints a warning for each prompt that the encoder cuts or cannot read completely."""
-    distinct = list(dict.fromkeys(prompts))
-    _, cut = encoder.tokenize(distinct)
-    for prompt, is_cut, unknown in zip(distinct, cut, encoder.unknown(distinct)):
-        if is_cut:
-            print(
-                f"warning: prompt is longer than {encoder.max_length} tokens and was cut:"
-                f" {cli.quoted(prompt)}"
-            )
-        if unknown:
-            print(
-                f"warning: the text encoder does not know {unknown!r} and reads it as the unknown"
-                f" token; use other words: {cli.quoted(prompt)}"
-            )
 
 
 def check_stages(stages: Sequence[str], image: str) -> None:
@@ -329,36 +269,17 @@ def _weights(identity: Mapping[str, Any]) -> str:
     return f"step {identity.get('step')} ({identity.get('which')}, sha256 {sha256})"
 
 
-def read_image(path: str, size: int, n: int) -> Any:
-    """The --image upright, cut to its centre square, at `size` pixels, n times: uint8
-    [n size size 3].
-    """
-    import numpy as np
-
+def read_image(path: str, size: int) -> Any:
+    """The --image upright, cut to its centre square, at `size` pixels: uint8 [size size 3]."""
     from imagen_jax.data.prepare.checks import stored_bytes
     from imagen_jax.data.prepare.upright import first_line
     from imagen_jax.data.transforms import decode_square
 
     data = Path(path).read_bytes()
     try:
-        image = decode_square(stored_bytes(data), size)
+        return decode_square(stored_bytes(data), size)
     except Exception as error:  # PIL raises many kinds of exceptions for damaged files
         raise ValueError(f"--image {path} cannot be used: {first_line(error)}") from error
-    return np.broadcast_to(image, (n, *image.shape))
-
-
-def write(output: Path, number: int, row: Sequence[Any], record: Mapping[str, Any]) -> None:
-    """Writes 0000_prompt.png (last stage), 0000_prompt_16.png ... (earlier stages) and the record
-    0000_prompt.json.
-    """
-    from imagen_jax import pictures
-
-    words = re.sub(r"[^a-z0-9]+", "_", record["prompt"].lower()).strip("_")[:60]
-    stem = f"{number:04d}_{words}"
-    for image in row[:-1]:
-        pictures.write_png(output / f"{stem}_{image.shape[0]}.png", image)
-    pictures.write_png(output / f"{stem}.png", row[-1])
-    write_json(output / f"{stem}.json", record)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli, distributed
+from imagen_jax import cli
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.storage import check_local, check_object, check_utf8, only_process, write_json
@@ -54,16 +54,7 @@ def define_flags() -> None:
         "save and stop after this time, as after SIGTERM; 0: no limit",
         lower_bound=0,
     )
-    flags.DEFINE_float(
-        "host_timeout", 300.0, "seconds to wait at the start for the other processes", lower_bound=1
-    )
-    flags.DEFINE_float(
-        "host_lost",
-        100.0,
-        "seconds without a heartbeat after which a process counts as lost; the log names it after"
-        " half this time",
-        lower_bound=4,
-    )
+    cli.define_processes()
     flags.DEFINE_string(
         "init_from",
         "",
@@ -88,10 +79,7 @@ def main() -> int:
         raise ValueError("--overfit does not take --profile, --minutes or --init_from: omit them")
     if args.overfit:
         config, workdir = self_test(config, args.overfit), workdir / "overfit"
-    cli.set_up_jax()
-    distributed.start(args.host_timeout, args.host_lost)
-    cli.check_platform()
-    with Watch(args.host_lost) as watch:
+    with cli.processes() as watch:
         return train(
             config, workdir, profile, args.minutes, args.init_from, watch, overfit=args.overfit
         )

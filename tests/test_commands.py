@@ -9,6 +9,7 @@ import pytest
 
 from imagen_jax import demo, sample, train
 from imagen_jax.distributed.watch import Watch
+from imagen_jax.picture_set import Requests
 from imagen_jax.pictures import write_png
 from imagen_jax.run_log import read_metrics
 from imagen_jax.training.run import Run
@@ -130,14 +131,15 @@ def test_a_picture_is_drawn_again_from_its_record(cascade_config, tmp_path, monk
     """Catches a record that lacks an input of the picture, and other weights accepted."""
     out, again = tmp_path / "out", tmp_path / "again"
     assert (
-        sample.sample(cascade_config, ["a red apple", "a cat"], [3, 4], ["base", "sr_1"], "", out)
+        sample.sample(
+            cascade_config, Requests(["a red apple", "a cat"], 1, 3), ["base", "sr_1"], "", out
+        )
         == 0
     )
     record = json.loads((out / "0001_a_cat.json").read_text())
     redraw = lambda record, output: sample.sample(
         record["config"],
-        [record["prompt"]],
-        [record["seed"]],
+        Requests([record["prompt"]], 1, record["seed"]),
         record["stages"],
         record["image"],
         output,
@@ -161,8 +163,7 @@ def test_an_image_of_the_user_is_up_sampled(cascade_config, tmp_path):
         assert (
             sample.sample(
                 cascade_config,
-                ["a cat"],
-                [3],
+                Requests(["a cat"], 1, 3),
                 ["sr_1"],
                 str(tmp_path / f"{name}.png"),
                 tmp_path / name,
@@ -176,7 +177,12 @@ def test_an_image_of_the_user_is_up_sampled(cascade_config, tmp_path):
     write_png(tmp_path / "dark.png", np.full((20, 30, 3), 9, np.uint8))
     with pytest.raises(ValueError, match="dark.png is not the image that was up-sampled"):
         sample.sample(
-            record["config"], ["a cat"], [3], ["sr_1"], record["image"], tmp_path / "x", record
+            record["config"],
+            Requests(["a cat"], 1, 3),
+            ["sr_1"],
+            record["image"],
+            tmp_path / "x",
+            record,
         )
 
 

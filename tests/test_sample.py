@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from imagen_jax import cascade, demo, pictures, sample
+from imagen_jax import cascade, demo, drawing, pictures, sample
+from imagen_jax.picture_set import Requests
 from imagen_jax.weights import text_encoders
 from tests.test_storage import POINTER
 
@@ -42,8 +43,8 @@ def test_a_photo_with_a_bad_rational_is_drawn_upright(tmp_path):
     """Catches struct.error as a traceback, from PIL writing the EXIF data back."""
     path = tmp_path / "phone.jpg"
     gradient(40, 30).save(path, exif=exif_with_a_bad_rational(6))
-    image = sample.read_image(str(path), 16, 2)
-    assert image.shape == (2, 16, 16, 3) and image[0, 0, 0, 1] > 200
+    image = sample.read_image(str(path), 16)
+    assert image.shape == (16, 16, 3) and image[0, 0, 1] > 200
 
 
 def test_an_image_with_large_metadata_is_used(tmp_path):
@@ -52,16 +53,16 @@ def test_an_image_with_large_metadata_is_used(tmp_path):
     info.add_text("workflow", "node " * 300_000, zip=True)
     path = tmp_path / "generated.png"
     gradient(32, 32).save(path, pnginfo=info)
-    image = sample.read_image(str(path), 32, 1)
-    np.testing.assert_array_equal(image[0], np.asarray(gradient(32, 32)))
+    image = sample.read_image(str(path), 32)
+    np.testing.assert_array_equal(image, np.asarray(gradient(32, 32)))
 
 
 def test_an_image_is_cut_square_and_shrunk(tmp_path):
     """Catches an image that is squeezed, or taken from a corner."""
     pictures.write_png(tmp_path / "x.png", np.asarray(gradient(60, 20)))
-    image = sample.read_image(str(tmp_path / "x.png"), 10, 3)
-    assert image.shape == (3, 10, 10, 3) and image.dtype == np.uint8
-    assert 80 < image[0, 0, 0, 0] < image[0, 0, -1, 0] < 175
+    image = sample.read_image(str(tmp_path / "x.png"), 10)
+    assert image.shape == (10, 10, 3) and image.dtype == np.uint8
+    assert 80 < image[0, 0, 0] < image[0, -1, 0] < 175
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path, content, message):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         sample.check_image(str(tmp_path / "x.png"))
-        sample.read_image(str(tmp_path / "x.png"), 16, 1)
+        sample.read_image(str(tmp_path / "x.png"), 16)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_a_changed_record_is_refused():
 class Encoder:
     """Knows ASCII and at most 3 words."""
 
-    max_length = 3
+    dim, max_length, identity = 1, 3, {}
 
     def tokenize(self, texts):
         return [[0]] * len(texts), [len(text.split()) > 3 for text in texts]
@@ -127,10 +128,13 @@ class Encoder:
     def unknown(self, texts):
         return ["".join(c for c in text if not c.isascii()) for text in texts]
 
+    def encode(self, texts, batch_size, fill=False):
+        return []
+
 
 def test_prompts_that_the_encoder_cannot_read_are_named(capsys):
     """Catches unknown characters that pass in silence, and a warning for every repetition."""
-    sample.warn_of_prompts(Encoder(), ["一只红苹果", "a cat", "a b c d", "🍎 x", "🍎 x"])
+    drawing.warn_of_prompts(Encoder(), ["一只红苹果", "a cat", "a b c d", "🍎 x", "🍎 x"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.startswith("warning: ") for line in lines] == [True] * 3
     assert "does not know '一只红苹果'" in lines[0]
@@ -140,7 +144,7 @@ def test_prompts_that_the_encoder_cannot_read_are_named(capsys):
 
 def test_a_page_of_text_does_not_fill_the_terminal(capsys):
     """Catches a warning that repeats a prompt of 100,000 characters."""
-    sample.warn_of_prompts(Encoder(), ["word " * 20_000])
+    drawing.warn_of_prompts(Encoder(), ["word " * 20_000])
     (line,) = capsys.readouterr().out.splitlines()
     assert len(line) < 200 and line.endswith("word word ...'")
 
@@ -173,13 +177,15 @@ def test_a_read_only_output_is_refused_before_drawing(tmp_path, monkeypatch):
     def refuse(flag, path):
         raise ValueError(f"--{flag} {path} cannot be written to")
 
-    loaded = [types.SimpleNamespace(identity={})]
-    monkeypatch.setattr(cascade, "load_cascade", lambda *_: loaded)
+    class Drawer:
+        def __init__(self, config, names):
+            self.stages = [types.SimpleNamespace(stage=types.SimpleNamespace(lowres_size=0))]
+
+    monkeypatch.setattr(drawing, "Drawer", Drawer)
     monkeypatch.setattr(cascade, "check_intervals", lambda *_: None)
-    monkeypatch.setattr(sample, "load_encoder", lambda *_: None)
     monkeypatch.setattr(sample.cli, "make_directory", refuse)
     with pytest.raises(ValueError, match="--output .* cannot be written to"):
-        sample.sample({"batch_size": 1}, ["a"], [0], ["base"], "", tmp_path / "out")
+        sample.sample({}, Requests(["a"], 1, 0), ["base"], "", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("code", "expected"), [(2, 2), (1, 1), (75, 75), (-9, 1)])
@@ -192,29 +198,23 @@ def test_the_demo_exits_as_its_step_did(monkeypatch, capsys, code, expected):
     assert f"sample failed with exit code {code}; run the demo again" in capsys.readouterr().err
 
 
-def test_contact_sheets_hold_few_pictures_at_a_time(tmp_path, monkeypatch):
-    """Catches all pictures kept in memory until the end, and sheets without the last pictures."""
+def test_contact_sheets_show_the_first_pictures(tmp_path, monkeypatch):
+    """Catches sheets without the last picture, more sheets than allowed, and large pictures that
+    are shown by every n-th pixel.
+    """
     monkeypatch.setattr(sample, "SHEET_ROWS", 2)
-    ended = []
-
-    def drawn():
-        for number in (3, 4, 6, 7, 8):
-            assert (tmp_path / "sheet_0003.png").exists() == (number > 4)
-            yield number, [np.full((8, 8, 3), number, np.uint8)]
-        ended.append(True)
-
-    sheets = sample.write_sheets(drawn(), ["a", "b", "c", "d", "e"], ["8"], tmp_path)
-    assert [path.name for path in sheets] == ["sheet_0003.png", "sheet_0006.png", "sheet_0008.png"]
-    heights = [Image.open(path).height for path in sheets]
-    assert ended and heights[0] == heights[1] > heights[2]
-
-
-def test_a_repeated_prompt_is_encoded_once():
-    """Catches --count 1000 that encodes a prompt 1000 times, and features in another order."""
-
-    class Encoder:
-        def encode(self, texts, batch_size, fill):
-            assert (texts, batch_size, fill) == (["b", "a"], 4, True)
-            return [text.upper() for text in texts]
-
-    assert sample.encode(Encoder(), ["b", "b", "a", "b"], 4) == ["B", "B", "A", "B"]
+    monkeypatch.setattr(sample, "SHEETS", 2)
+    rows = []
+    for number in range(3, 8):
+        stripes = np.zeros((512, 512, 3), np.uint8)
+        stripes[:, ::2] = 200
+        pictures.write_png(tmp_path / f"000{number}_a.png", stripes)
+        pictures.write_png(tmp_path / f"000{number}_a_8.png", stripes[:8, :8])
+        rows.append({"prompt": "a", "file": f"000{number}_a.png"})
+    manifest = tmp_path / "set_0003.jsonl"
+    for count, names in {5: ["sheet_0003.png", "sheet_0005.png"], 1: ["sheet_0003.png"]}.items():
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+        sheets = sample.write_sheets(manifest, [8, 512], None)
+        assert [path.name for path in sheets] == names
+    sheet = np.asarray(Image.open(tmp_path / "sheet_0003.png"))
+    assert (abs(sheet[100:110, -100:-20, 0].astype(int) - 100) < 20).all()  # grey, not stripes

@@ -1,0 +1,254 @@
+"""A set of pictures in a directory: numbered, written once, continued after an interruption.
+
+A set is the pictures of one command. It owns a range of numbers, and its rows 0, 1 ... have the
+numbers from the first of the range on. Its files, for the numbers 0 to 99:
+
+    set_0000.json             the job: what determines the pictures; the number of pictures
+    set_0000.part-P.jsonl     rows that are written, while the set is being drawn; one per process
+    set_0000.jsonl            the manifest, once all rows are written: row, prompt, seed, file, and
+                              the SHA-256 of the file
+    0000_a_red_apple.png ...  the pictures; those of large sets in folders of FOLDER_SIZE
+
+The same command continues a set that is not complete, with any number of processes. Several
+commands may draw in one directory at the same time: each number belongs to one set.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from imagen_jax import pictures
+from imagen_jax.storage import (
+    check_object,
+    read_object,
+    try_lock,
+    write_atomically,
+    write_json,
+)
+
+FOLDER_SIZE = 1000  # pictures; a larger set is divided into folders
+SET = re.compile(r"set_(\d+)\.json")
+FILES = re.compile(r"set_\d+\.(?:json|jsonl|part-.*\.jsonl)")
+SET_FIELDS = {"count": int, "sha256": str, "job": dict}
+ROW_FIELDS = {"row": int, "prompt": str, "seed": int, "file": str, "sha256": str}
+PATIENCE_S = 10.0  # for a set file that another process is writing
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """The rows of a set: every prompt `per_prompt` times; each row has the next seed."""
+
+    prompts: Sequence[str]
+    per_prompt: int
+    first_seed: int
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.per_prompt
+
+    def prompt(self, row: int) -> str:
+        return self.prompts[row // self.per_prompt]
+
+    def seed(self, row: int) -> int:
+        return self.first_seed + row
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """What identifies the rows."""
+        lines = "\n".join(self.prompts).encode()
+        return {
+            "prompts": len(self.prompts),
+            "prompts_sha256": hashlib.sha256(lines).hexdigest(),
+            "per_prompt": self.per_prompt,
+            "first_seed": self.first_seed,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureSet:
+    """The part of a set that this process writes.
+
+    first: number of row 0. part: file of the rows that this process has written.
+    """
+
+    directory: Path
+    requests: Requests
+    record: Mapping[str, Any]
+    first: int
+    part: Path
+
+    def add(self, row: int, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> None:
+        """Writes the images of all stages of a row, its record, and then its line of the part."""
+        number, prompt = self.first + row, self.requests.prompt(row)
+        folder = self.directory
+        if len(self.requests) > FOLDER_SIZE:
+            folder = folder / f"{number - number % FOLDER_SIZE:06d}"
+            folder.mkdir(exist_ok=True)
+        words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60]
+        stem = f"{number:04d}_{words}"
+        for image in images[:-1]:
+            pictures.write_png(folder / f"{stem}_{image.shape[0]}.png", image)
+        png, path = pictures.png_bytes(images[-1]), folder / f"{stem}.png"
+        write_atomically(path, png)
+        picture = {"prompt": prompt, "seed": self.requests.seed(row)}
+        write_json(folder / f"{stem}.json", picture | dict(self.record))
+        line = {"row": row} | picture
+        line |= {"file": str(path.relative_to(self.directory))}
+        line |= {"sha256": hashlib.sha256(png).hexdigest()}
+        with open(self.part, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def finish(self) -> Path:
+        """Joins the parts of all processes to the manifest and returns its path.
+
+        Call it in one process, when all have written their rows. Raises ValueError, which names the
+        rows, if a row is missing; the same command then draws them.
+        """
+        rows = {row["row"]: row for row in part_rows(self.directory, self.first)}
+        missing = [row for row in range(len(self.requests)) if row not in rows]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(self.requests)} pictures of {self.directory} are missing,"
+                f" row {missing[0]} first; run the same command again"
+            )
+        lines = [json.dumps(rows[row], ensure_ascii=False) for row in range(len(self.requests))]
+        path = manifest(self.directory, self.first)
+        write_atomically(path, ("\n".join(lines) + "\n").encode())
+        for part in parts(self.directory, self.first):
+            part.unlink()
+        return path
+
+
+@contextlib.contextmanager
+def reserve(directory: Path, job: Mapping[str, Any], count: int) -> Iterator[int]:
+    """The number of row 0 of the set of this job: an incomplete one, or a new one.
+
+    Another process cannot reserve the set inside the context. A complete set is not continued but
+    returned as well, so that its rows count as done.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+    for first, content in sorted(sets(directory).items()):
+        if (content["sha256"], content["count"]) == (digest, count):
+            with open(_file(directory, first)) as file:
+                if try_lock(file, fcntl.LOCK_EX):
+                    yield first
+                    return
+    content = {"count": count, "sha256": digest, "job": dict(job)}
+    while True:
+        first = free_number(directory)
+        try:
+            with open(_file(directory, first), "x", encoding="utf-8") as file:
+                try_lock(file, fcntl.LOCK_EX)
+                json.dump(content, file, indent=1)
+                file.flush()
+                yield first
+                return
+        except FileExistsError:
+            continue  # another process was faster
+
+
+def free_number(directory: Path) -> int:
+    """The number after all pictures and sets of a directory."""
+    ends = [first + content["count"] for first, content in sets(directory).items()]
+    return max([0, *ends, *(number + 1 for number in pictures.numbers(directory))])
+
+
+def sets(directory: Path) -> dict[int, dict[str, Any]]:
+    """{number of row 0: content of its file} of all sets of a directory."""
+    found = {}
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if match := SET.fullmatch(path.name):
+            found[int(match[1])] = _read_set(path)
+    return found
+
+
+def _read_set(path: Path) -> dict[str, Any]:
+    """The content of a set's file. One that a killed process left incomplete has one number."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        try:
+            return read_object(path, SET_FIELDS)
+        except ValueError:
+            time.sleep(0.05)  # another process is writing it
+    return {"count": 1, "sha256": "", "job": {}}
+
+
+def part_rows(directory: Path, first: int) -> Iterator[dict[str, Any]]:
+    """The rows of a set that are written, complete or not, and whose picture is there.
+
+    A line that a killed process did not finish is left out. A row that is listed twice comes once.
+    """
+    seen = set()
+    for path in [manifest(directory, first), *parts(directory, first)]:
+        for line in _lines(path):
+            row = _parse(line, path)
+            if row and row["row"] not in seen and (directory / row["file"]).is_file():
+                seen.add(row["row"])
+                yield row
+
+
+def _lines(path: Path) -> Iterable[bytes]:
+    try:
+        return path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return ()
+
+
+def _parse(line: bytes, path: Path) -> dict[str, Any] | None:
+    """A row, or None for a line that was cut off."""
+    try:
+        row = json.loads(line)
+        check_object(path, row, ROW_FIELDS, "")
+    except ValueError:
+        return None
+    return row
+
+
+def parts(directory: Path, first: int) -> list[Path]:
+    """The parts of a set."""
+    return sorted(directory.glob(f"set_{first:04d}.part-*.jsonl"))
+
+
+def part_path(directory: Path, first: int, process: str) -> Path:
+    """The part of a process; `process` is unique among all that ever draw in the directory."""
+    return directory / f"set_{first:04d}.part-{process}.jsonl"
+
+
+def manifest(directory: Path, first: int) -> Path:
+    """The manifest of a set."""
+    return directory / f"set_{first:04d}.jsonl"
+
+
+def chunks(path: Path, size: int, count: int) -> Iterator[list[dict[str, Any]]]:
+    """Up to `count` lists of up to `size` consecutive rows of a manifest."""
+    with open(path, "rb") as file:
+        lines = (json.loads(line) for line in itertools.islice(file, size * count))
+        while rows := list(itertools.islice(lines, size)):
+            yield rows
+
+
+def _file(directory: Path, first: int) -> Path:
+    return directory / f"set_{first:04d}.json"
+
+
+def remove(directory: Path) -> None:
+    """Deletes all sets of a directory with their pictures, and other numbered pictures."""
+    pictures.remove_numbered(directory)
+    for path in list(directory.iterdir()) if directory.is_dir() else ():
+        if FILES.fullmatch(path.name):
+            path.unlink()
+        elif re.fullmatch(r"\d{6}", path.name) and path.is_dir():
+            pictures.remove_numbered(path)
+            with contextlib.suppress(OSError):
+                path.rmdir()

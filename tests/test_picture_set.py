@@ -1,0 +1,125 @@
+"""Sets of pictures: numbers that belong to one set, rows written once, continued sets."""
+
+import concurrent.futures
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax import picture_set, pictures
+from imagen_jax.picture_set import PictureSet, Requests
+
+IMAGE = np.zeros((4, 4, 3), np.uint8)
+JOB = {"prompts_sha256": "x"}
+
+
+def reserve(directory, job=JOB, count=5):
+    with picture_set.reserve(directory, job, count) as first:
+        return first
+
+
+def new_set(directory, prompts=("a red apple", "ein Käse"), first=0, process="p"):
+    requests = Requests(list(prompts), 1, 7)
+    part = picture_set.part_path(directory, first, process)
+    return PictureSet(directory, requests, {"stages": ["base"]}, first, part)
+
+
+def test_numbers_follow_pictures_and_sets(tmp_path):
+    """Catches a set that begins inside another one, whose pictures are not written yet, or at the
+    number of an older picture.
+    """
+    pictures.write_png(tmp_path / "0007_old.png", IMAGE)
+    assert reserve(tmp_path, JOB, 5) == 8
+    assert reserve(tmp_path, {"other": 1}, 3) == 13
+    assert reserve(tmp_path / "new") == 0
+
+
+def test_the_same_job_continues_its_set(tmp_path):
+    """Catches an interrupted command that begins again, and another command that continues it."""
+    first = reserve(tmp_path)
+    assert reserve(tmp_path) == first
+    assert reserve(tmp_path, JOB, 6) != first  # more pictures
+    with picture_set.reserve(tmp_path, JOB, 5) as held:
+        # The first process is alive, so the second draws a set of its own.
+        assert held == first != reserve(tmp_path)
+
+
+def test_sets_of_many_commands_do_not_overlap(tmp_path):
+    """Catches two commands that start at the same time with the same numbers."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        jobs = [(tmp_path, {"job": i}, 1 + i % 3) for i in range(24)]
+        firsts = list(pool.map(lambda job: reserve(*job), jobs))
+    numbers = [first + i for first, (_, _, count) in zip(firsts, jobs) for i in range(count)]
+    assert sorted(numbers) == list(range(48))
+
+
+def test_a_set_file_that_was_cut_off_blocks_nothing(tmp_path, monkeypatch):
+    """Catches a killed command that makes every later one fail."""
+    monkeypatch.setattr(picture_set, "PATIENCE_S", 0.1)
+    (tmp_path / "set_0004.json").write_text('{"count": 1')
+    assert reserve(tmp_path) == 5
+
+
+def test_a_manifest_lists_every_row_with_its_checksum(tmp_path):
+    """Catches rows in the order of the processes, and a checksum of pixels instead of the file."""
+    one, two = new_set(tmp_path, process="1"), new_set(tmp_path, process="2")
+    two.add(1, [IMAGE, np.full((8, 8, 3), 9, np.uint8)])
+    with pytest.raises(ValueError, match=r"1 of 2 pictures .* are missing, row 0 first"):
+        one.finish()
+    one.add(0, [IMAGE, np.full((8, 8, 3), 8, np.uint8)])
+    rows = [json.loads(line) for line in one.finish().read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["a red apple", "ein Käse"]
+    assert [row["seed"] for row in rows] == [7, 8]
+    for row, value in zip(rows, (8, 9)):
+        data = (tmp_path / row["file"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == row["sha256"]
+        assert np.asarray(Image.open(tmp_path / row["file"])).flat[0] == value
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"0000_a_red_apple.png", "0000_a_red_apple_4.png", "0001_ein_k_se.json"} <= names
+    assert not any("part" in name for name in names)
+    record = json.loads((tmp_path / "0001_ein_k_se.json").read_text())
+    assert record == {"prompt": "ein Käse", "seed": 8, "stages": ["base"]}
+
+
+@pytest.mark.parametrize("damage", ["picture", "line"])
+def test_a_row_counts_once_its_picture_and_its_line_are_whole(tmp_path, damage):
+    """Catches a line that a killed process cut off, and a picture that was deleted since."""
+    part = new_set(tmp_path)
+    for row in (0, 1):
+        part.add(row, [IMAGE])
+    if damage == "picture":
+        (tmp_path / "0001_ein_k_se.png").unlink()
+    else:
+        part.part.write_bytes(part.part.read_bytes()[:-9])
+    assert [row["row"] for row in picture_set.part_rows(tmp_path, 0)] == [0]
+    new_set(tmp_path, process="later").add(1, [IMAGE])
+    assert sorted(row["row"] for row in picture_set.part_rows(tmp_path, 0)) == [0, 1]
+    part.finish()
+
+
+def test_large_sets_are_divided_into_folders(tmp_path, monkeypatch):
+    """Catches one folder with every picture of a large set, and files that the manifest names
+    without their folder.
+    """
+    monkeypatch.setattr(picture_set, "FOLDER_SIZE", 2)
+    large = new_set(tmp_path, prompts=["a"] * 3, first=1)
+    for row in range(3):
+        large.add(row, [IMAGE])
+    rows = [json.loads(line) for line in large.finish().read_text().splitlines()]
+    files = ["000000/0001_a.png", "000002/0002_a.png", "000002/0003_a.png"]
+    assert [row["file"] for row in rows] == files
+    assert list(picture_set.chunks(tmp_path / "set_0001.jsonl", 2, 1)) == [rows[:2]]
+    (tmp_path / "notes.txt").touch()
+    reserve(tmp_path)
+    picture_set.remove(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_each_row_has_its_prompt_and_seed():
+    """Catches --count pictures of one prompt with one seed, and rows in another order."""
+    requests = Requests(["a", "b"], 3, 5)
+    rows = [(requests.prompt(row), requests.seed(row)) for row in range(len(requests))]
+    assert rows == [("a", 5), ("a", 6), ("a", 7), ("b", 8), ("b", 9), ("b", 10)]
+    assert requests.job != Requests(["b", "a"], 3, 5).job
