@@ -42,7 +42,7 @@ STAGE_META = {"config": dict, "encoder": dict, "manifest_hash": str}
 # Fields of an encoder's identity that determine its features.
 SAME_TEXT = ("weights_sha256", "tokenizer_sha256", "dim")
 RESIDENT_SHARE = 0.5  # of a device's memory; larger parameters are placed stage by stage
-GROUP_BYTES = 2**28  # of the images between two stages that are placed one after the other
+GROUP_BYTES = 2**28  # of the images of earlier stages, if stages are placed one after the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,8 +323,8 @@ def generate(
     if all(loaded.resident for loaded in stages):
         yield from _stage_after_stage(stages, batches, inputs, first)
     else:
-        per_batch = 3 * max(s.stage.image_size for s in stages[:-1]) ** 2 * batches[0].size
-        group = max(1, GROUP_BYTES // per_batch)
+        per_row = sum(3 * loaded.stage.image_size**2 for loaded in stages[:-1])
+        group = max(1, GROUP_BYTES // max(1, per_row * len(batches[0].held)))
         for start in range(0, len(batches), group):
             yield from _stage_by_stage(stages, batches[start : start + group], inputs, first)
 
@@ -394,7 +394,7 @@ def _stage_by_stage(
 ) -> Iterator[Drawn]:
     """Samples all batches with one stage, then with the next: one stage is on the devices."""
     images = [first(batch) for batch in batches]
-    drawn = [Drawn(list(batch.owned), batch.count, []) for batch in batches]
+    earlier: list[list[UInt8[np.ndarray, "b _ _ 3"]]] = [[] for _ in batches]
     for loaded in stages:
         params = loaded.placed()
         for i, batch in enumerate(batches):
@@ -402,9 +402,11 @@ def _stage_by_stage(
             fields |= {} if images[i] is None else {"lowres": images[i]}
             result = loaded.sample(params, sharding.place_batch(fields, loaded.mesh))
             images[i] = _held(loaded, batch, *result)
-            drawn[i].images.append(images[i][list(batch.owned.values())])
+            earlier[i].append(images[i][list(batch.owned.values())])
+            if loaded is stages[-1]:
+                yield Drawn(list(batch.owned), batch.count, earlier[i])
+                images[i], earlier[i] = None, []
         del params
-    yield from drawn
 
 
 def _fetch(stages: Sequence[LoadedStage], batch: RowBatch, results: Sequence[Any]) -> Drawn:

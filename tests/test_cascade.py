@@ -223,7 +223,7 @@ def test_a_mesh_moves_no_pixel_by_more_than_one(config, stages, sizes):
 def test_stages_that_do_not_fit_together_are_placed_in_turn(config, stages, monkeypatch):
     """Catches a batch whose images or texts are exchanged when one stage runs after the other."""
     seeds, text = [7, 8, 9, 10, 11], features(5, 6, 7, 8, 9)
-    monkeypatch.setattr(cascade, "GROUP_BYTES", 4 * 16 * 16 * 3 * 2)  # two batches
+    monkeypatch.setattr(cascade, "GROUP_BYTES", 2 * 2 * 3 * (8**2 + 16**2))  # of two batches
     loaded = cascade.load_cascade(config, mesh=MESH)
     assert not any(stage.resident for stage in loaded)
     for a, b in zip(pictures(stages, seeds, text, 2), pictures(loaded, seeds, text, 2)):
