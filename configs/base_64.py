@@ -62,7 +62,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.sampling = defaults.sampling() | dict(steps=256)
     c.optim = defaults.optim() | dict(optimizer="adafactor")
     c.mesh = defaults.mesh()
-    c.train = defaults.train()
+    # 256 rows take the time of about 5 training steps.
+    c.train = defaults.train() | dict(validate_every=5_000)
     name, _, value = arg.partition("=")
     if name == "width":
         width = int(value)

@@ -25,6 +25,7 @@ ADDED: dict[str, dict[str, Any]] = {
         w_interval=(-20.0, 20.0),  # the full range of log-SNR
     ),
     "optim": dict(ema_tracks=()),
+    "train": dict(validate_every=0, validate_rows=256),
 }
 
 
@@ -105,6 +106,7 @@ def train() -> dict[str, Any]:
         sample_rows=16,
         save_every=5_000,
         keep=3,
+        **ADDED["train"],
     )
 
 
@@ -115,6 +117,7 @@ def small(c: ConfigDict) -> None:
     c.mesh.fsdp = 1
     c.model.update(dtype="float32", remat="none")
     c.optim.update(optimizer="adam", lr=1e-3, warmup=100, ema=0.9998)
+    c.train.validate_every = 0
 
 
 def tiny(c: ConfigDict) -> None:

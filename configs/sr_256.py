@@ -59,7 +59,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.sampling = defaults.sampling() | dict(steps=128, aug_level=0.1)
     c.optim = defaults.optim() | dict(optimizer="adam")
     c.mesh = defaults.mesh()
-    c.train = defaults.train()
+    # 256 rows take the time of about 5 training steps.
+    c.train = defaults.train() | dict(validate_every=5_000)
     if arg in ("demo", "tiny"):
         defaults.small(c)
         (demo if arg == "demo" else tiny)(c)

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl (the record), TensorBoard, images, step times, progress.
+"""The log of a run: metrics.jsonl and validation.jsonl (the record), TensorBoard, images, times.
 
 This module does not import jax, so that reports and launchers can use it. Values may be anything
 that `float()` accepts, device scalars included.
@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 from imagen_jax.storage import write_atomically
 
 METRICS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
 TENSORBOARD_FLUSH_S = 5
 
 log = logging.getLogger(__name__)
@@ -30,15 +31,23 @@ class MetricsWriter:
     """Writes scalars to workdir/metrics.jsonl and TensorBoard, images to workdir/images and
     TensorBoard.
 
-    metrics.jsonl holds one JSON object per line. TensorBoard's files are in workdir/tensorboard.
+    metrics.jsonl and validation.jsonl hold one JSON object per line. TensorBoard's files are in
+    workdir/tensorboard.
     """
 
-    def __init__(self, workdir: str | os.PathLike, start_step: int, enabled: bool = True):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        start_step: int,
+        enabled: bool = True,
+        validated: int | None = None,
+    ):
         """Opens the record of a run that continues from `start_step`.
 
         Drops rows of later steps and invalid rows. Images of later steps stay until they are
         written again. enabled: False makes every method do nothing, for all processes except the
-        first.
+        first. validated: the step from which the run continues, if metrics.jsonl continues from an
+        earlier one; rows of validation.jsonl up to it stay.
         """
         self._enabled = enabled
         if not enabled:
@@ -47,9 +56,10 @@ class MetricsWriter:
 
         self._workdir = Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
-        path = self._workdir / METRICS
-        _truncate(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        validated = start_step if validated is None else validated
+        _truncate(self._workdir / METRICS, start_step)
+        _truncate(self._workdir / VALIDATION, validated)
+        self._file = (self._workdir / METRICS).open("a", encoding="utf-8")
         # purge_step makes TensorBoard drop the later steps of an earlier process.
         self._board = SummaryWriter(
             str(self._workdir / "tensorboard"),
@@ -57,19 +67,34 @@ class MetricsWriter:
             flush_secs=TENSORBOARD_FLUSH_S,
             filename_suffix=f".{start_step}",
         )
+        # TensorBoard has dropped these too, but no step writes them again.
+        for row in read_metrics(workdir, VALIDATION):
+            if row["step"] > start_step:
+                self._add_to_board(row)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends {"step": step, **values} and flushes it to the operating system.
 
         NaN and Infinity are written as such. Raises ValueError if a value is not one number.
         """
-        if not self._enabled:
-            return
+        if self._enabled:
+            self._write(self._file, step, values)
+
+    def validation(self, step: int, values: Mapping[str, Any]) -> None:
+        """`scalars` for workdir/validation.jsonl."""
+        if self._enabled:
+            with (self._workdir / VALIDATION).open("a", encoding="utf-8") as file:
+                self._write(file, step, values)
+
+    def _write(self, file: TextIO, step: int, values: Mapping[str, Any]) -> None:
         row = {"step": int(step)} | {name: _scalar(name, value) for name, value in values.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name in values:
-            self._board.add_scalar(name, row[name], step)
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        self._add_to_board(row)
+
+    def _add_to_board(self, row: Mapping[str, int | float]) -> None:
+        for name in [name for name in row if name != "step"]:
+            self._board.add_scalar(name, row[name], row["step"])
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> Path | None:
         """Writes workdir/images/<name>/<step>.png and returns its path.
@@ -96,12 +121,12 @@ class MetricsWriter:
             self._board.close()
 
 
-def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+def read_metrics(workdir: str | os.PathLike, name: str = METRICS) -> list[dict[str, Any]]:
     """The valid rows of workdir/metrics.jsonl in order; [] if the file does not exist.
 
-    Can be called while a trainer writes the file.
+    Can be called while a trainer writes the file. name: METRICS or VALIDATION.
     """
-    path = Path(workdir) / METRICS
+    path = Path(workdir) / name
     return [row for row in map(parse_row, _lines(path)) if row is not None]
 
 

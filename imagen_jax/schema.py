@@ -18,11 +18,11 @@ SEEDS = "[0, 2^32)"  # JAX and the data order use 32-bit seeds; a larger seed wo
 SUPER_RESOLUTION = Need("data.lowres_size", unless=(0,))
 LOGIT_NORMAL = Need("diffusion.density", ("logit_normal",))
 ADAM = Need("optim.optimizer", ("adam",))
+GRIDS = Need("train.sample_every", unless=(0,))
+VALIDATION = Need("train.validate_every", unless=(0,))
 
 TEXT = {
-    "dim": Field(
-        "Width of the text features; 0: no text.", int, "section 2.1", interval="[0, inf)"
-    ),
+    "dim": Field("Width of the text features; 0: no text.", int, "section 2.1", interval="[0, inf)")
 }
 
 DATA = {
@@ -47,10 +47,7 @@ DATA = {
     ),
     "flip": Field("Whether images are mirrored at random.", bool),
     "workers": Field(
-        "Worker processes that read data; 0: trainer threads.",
-        int,
-        resume=True,
-        interval="[0, inf)",
+        "Worker processes reading data; 0: trainer threads.", int, resume=True, interval="[0, inf)"
     ),
     "cache_mib": Field(
         "Decoded-image cache in MiB; no effect on batches.", int, resume=True, interval="[0, inf)"
@@ -242,9 +239,7 @@ OPTIM = {
         interval="[0, inf)",
     ),
     "clip": Field(
-        "Largest global norm of the gradient (clipping); 1e9 disables it.",
-        float,
-        interval="(0, inf)",
+        "Largest global norm of the gradient; 1e9 disables clipping.", float, interval="(0, inf)"
     ),
     "ema": Field("Decay of the EMA of the parameters.", float, interval="[0, 1)"),
     "accumulation": Field(
@@ -271,11 +266,18 @@ TRAIN = {
         "Steps between two sample grids; 0: no grids.", int, resume=True, interval="[0, inf)"
     ),
     "sample_rows": Field(
-        "Images per sample grid.",
+        "Images per sample grid.", int, resume=True, interval="[1, inf)", needs=(GRIDS,)
+    ),
+    "validate_every": Field(
+        "Steps between two validations; 0: none.", int, older=0, resume=True, interval="[0, inf)"
+    ),
+    "validate_rows": Field(
+        "Images per validation.",
         int,
+        older=256,
         resume=True,
-        interval="[1, inf)",
-        needs=(Need("train.sample_every", unless=(0,)),),
+        interval="[2, inf)",
+        needs=(VALIDATION,),
     ),
     "save_every": Field("Steps between two checkpoints.", int, resume=True, interval="[1, inf)"),
     "keep": Field("Number of checkpoints to keep.", int, resume=True, interval="[1, inf)"),

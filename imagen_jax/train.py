@@ -125,10 +125,11 @@ def train(
     from imagen_jax.training.run import Run
     from imagen_jax.training.sample_grids import SampleGrid
     from imagen_jax.training.trace import Trace
+    from imagen_jax.training.validation import Validation
     from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints
 
     settings, first = config["train"], jax.process_index() == 0
-    total = overfit or settings["steps"]
+    total, validate_every = overfit or settings["steps"], settings["validate_every"]
 
     # Check that mesh, data and program fit each other, and that all processes have the same
     # settings.
@@ -180,6 +181,7 @@ def train(
         stack.callback(data.close)
         program = run.program
         grid = SampleGrid(config, program.stage, program.mesh) if settings["sample_every"] else None
+        validation = Validation(config, program.stage, program.mesh) if validate_every else None
         replicas = Replicas(program.mesh, program.abstract, program.shardings)
         share = (
             "%.0f %% of the state's bytes are replicated; replicas are compared before every save"
@@ -219,6 +221,11 @@ def train(
                 metrics.settle()
                 with metrics.clock.pause(), jax.transfer_guard("allow"):
                     metrics.writer.image(done, "ema", grid.sample(state.ema))
+            if validation and (done % validate_every == 0 or done == total):
+                watch.at(done, "validating")
+                metrics.settle()
+                with metrics.clock.pause(), jax.transfer_guard("allow"):
+                    metrics.writer.validation(done, validation.run(state, done))
             if done % settings["save_every"] == 0:
                 save()
         if overfit:
@@ -282,9 +289,10 @@ def stop_requests(minutes: float) -> Callable[[int], bool]:
 
 
 def self_test(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The config of --overfit: warm-up over 1/20 of the steps; no rows, grids or checkpoints."""
+    """The config of --overfit: warm-up over 1/20 of the steps; no output but the verdict."""
     never = steps + 1
-    train_section = {"log_every": never, "sample_every": 0, "save_every": never}
+    train_section = {"log_every": never, "save_every": never}
+    train_section |= {"sample_every": 0, "validate_every": 0}
     return dict(config) | {
         "optim": dict(config["optim"]) | {"warmup": max(1, steps // 20)},
         "train": dict(config["train"]) | train_section,

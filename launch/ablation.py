@@ -142,13 +142,7 @@ def load(config: str) -> tuple[Mapping[str, Any], list[Arm]]:
     Raises ValueError if the file has no sweep, or an arm sets a field that does not exist.
     """
     path, _, arg = config.partition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"--config {path} does not exist")
-    spec = importlib.util.spec_from_file_location("ablation", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "sweep"):
-        raise ValueError(f"{path} has no sweep(arg): give it to imagen_jax.train, or add sweep")
+    module = _module(path)
     fields = schema.flat(module.get_config(arg).to_dict())
     arms = []
     for content in module.sweep(arg):
@@ -161,6 +155,32 @@ def load(config: str) -> tuple[Mapping[str, Any], list[Arm]]:
     for arm in arms:
         check_fields(arm.overrides, fields, f"arm {arm.name} of {path}")
     return fields, arms
+
+
+def columns_of(config: str) -> tuple[str, ...]:
+    """The names in COLUMNS of an ablation file, see `measure.columns`; () for the default columns.
+
+    Raises ValueError if COLUMNS is not a tuple of names.
+    """
+    path = config.partition(":")[0]
+    names = getattr(_module(path), "COLUMNS", ())
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"COLUMNS of {path} is {names!r}; it must be a tuple of names, such as ('loss',)"
+        )
+    return tuple(names)
+
+
+def _module(path: str) -> Any:
+    """The module of an ablation file. Raises ValueError if the file has no sweep."""
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path} does not exist")
+    spec = importlib.util.spec_from_file_location("ablation", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "sweep"):
+        raise ValueError(f"{path} has no sweep(arg): give it to imagen_jax.train, or add sweep")
+    return module
 
 
 def check_fields(overrides: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> None:

@@ -41,10 +41,11 @@ def compare(
     arms: Sequence[Arm],
     seeds: Sequence[int],
     evaluations: Mapping[str, Sequence[Mapping[str, Any]]],
+    names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compares each arm with the first one, the reference, column by column.
 
-    evaluations: as `read_evaluations` returns them.
+    evaluations: as `read_evaluations` returns them. names: as for `measure.columns`.
 
     Returns {"seeds", "reference", "overrides", "columns"}; a column is {"name", "place",
     "less_is_better", "arms": {arm: ...}}. Each arm has "values" (one per seed) and their "mean".
@@ -61,7 +62,7 @@ def compare(
     reference = evaluations[arms[0].name]
     fields = {field for arm in arms for field in arm.overrides}
     shown = []
-    for column in columns():
+    for column in columns(names):
         if any(field.startswith(column.needs_same) for field in fields):
             continue
         path = column.path.replace("SPLIT", split_of(reference[0]["measures"]))

@@ -10,7 +10,8 @@ job. Set a config field for all arms with --config.train.steps=1000.
 The config file has get_config(arg), the settings common to all arms, and sweep(arg), which yields
 {"name": ..., "config.optim.lr": ...} for each arm. All arms of a seed see the same batches with the
 same noise and are evaluated on the same rows with the same noise, so their differences are paired.
-Arms that differ only in `config.sampling` share one training.
+Arms that differ only in `config.sampling` share one training. COLUMNS = ("loss", ...) in the file
+chooses the columns of the table, by name of the measure or of the column.
 
 Running the same command again continues. A sweep that is interrupted or fails prints the
 comparison of the arms that are finished. With --where it starts the trainings that are neither
@@ -30,7 +31,16 @@ from absl import flags
 from imagen_jax import cli, schema
 from imagen_jax.storage import write_json
 from launch import command_line, comparison, platforms, status
-from launch.ablation import FINISHED, Ablation, Arm, Task, load, options_of, plan
+from launch.ablation import (
+    FINISHED,
+    Ablation,
+    Arm,
+    Task,
+    columns_of,
+    load,
+    options_of,
+    plan,
+)
 from launch.job import Job, check_path, in_bucket, mounted, read_config, training
 
 
@@ -114,7 +124,7 @@ def _main(argv: Sequence[str]) -> int:
 
 def _compared(ablation: Ablation, arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, Any]:
     evaluations = comparison.read_evaluations(ablation.workdir, arms, seeds)
-    return comparison.compare(arms, seeds, evaluations)
+    return comparison.compare(arms, seeds, evaluations, columns_of(ablation.config))
 
 
 def print_partial(ablation: Ablation, arms: Sequence[Arm], tasks: Sequence[Task]) -> None:
@@ -227,6 +237,7 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
     measure.check_known(names)
     numbers = {"rows": ablation.rows, "samples": ablation.samples or ablation.rows}
     settings = Settings(**numbers, gallery=1, bins=1, batch_size=1, seed=0, sampling={})
+    columns = chosen_columns(ablation, arms, names)
     configured, _ = load(ablation.config)
     for arm in arms:
         fields: Mapping[str, object] = {**ablation.shared, **arm.overrides}
@@ -243,8 +254,50 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
         if not ablation.checkpoint:
             read_config(ablation.config, options_of({**ablation.shared, **arm.training}))
             measure.choose(names, stage, settings)
+            if arm is arms[0]:  # the table shows no column that the reference lacks
+                check_measured(ablation, columns, stage, settings)
             optim.make_optimizer(config["optim"], config["train"]["steps"])
             check_accumulation(config["data"]["batch_size"], config["optim"]["accumulation"])
+
+
+def chosen_columns(ablation: Ablation, arms: Sequence[Arm], measures: Sequence[str]) -> list[Any]:
+    """The columns in COLUMNS of the ablation file; [] for the default.
+
+    Raises ValueError for a column that is unknown or that the table could not show. measures: those
+    of --measures; [] for all that apply.
+    """
+    from imagen_jax.evals.measures import measure
+
+    source = f"COLUMNS of {ablation.config.partition(':')[0]}"
+    names = columns_of(ablation.config)
+    try:
+        columns = measure.columns(names) if names else []
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    fields = sorted({field for arm in arms for field in arm.overrides})
+    for column in columns:
+        if measures and measure.measure_of(column) not in measures:
+            raise ValueError(
+                f"{source}: {column.name!r} needs the measure {measure.measure_of(column)}; add it"
+                " to --measures"
+            )
+        if differ := [field for field in fields if field.startswith(column.needs_same)]:
+            raise ValueError(
+                f"{source}: {column.name!r} cannot compare arms that differ in"
+                f" {', '.join(differ)}; choose another column, such as 'error of x-hat'"
+            )
+    return columns
+
+
+def check_measured(ablation: Ablation, columns: Sequence[Any], stage: Any, settings: Any) -> None:
+    """Raises ValueError for a column whose measure does not apply to the stage."""
+    from imagen_jax.evals.measures import measure
+
+    for column in columns:
+        module = measure.modules()[measure.measure_of(column)]
+        if reason := module.excluded(stage, settings):
+            source = ablation.config.partition(":")[0]
+            raise ValueError(f"COLUMNS of {source}: {column.name!r} does not apply: {reason}")
 
 
 def check_here(path: str) -> None:

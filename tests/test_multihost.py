@@ -16,7 +16,7 @@ import pytest
 
 from imagen_jax import exit_codes
 from imagen_jax.exit_codes import LOST
-from imagen_jax.run_log import read_metrics
+from imagen_jax.run_log import VALIDATION, read_metrics
 from tests import tiny, xla
 from tests.data import synthetic
 
@@ -377,6 +377,28 @@ def test_new_run_from_weights_ends_for_all_at_the_same_time(data, tmp_path):
         == 4
     )
     assert all(f"{newest} of 100000 steps done, saved" in team.log(i) for i in (0, 1))
+
+
+@pytest.mark.slow
+def test_validation_does_not_depend_on_the_number_of_processes(tmp_path):
+    """Catches: rows that a process does not read, reads twice or pads the batch with; a shuffled
+    condition that each process chooses for itself; rows written by several.
+    """
+    data = synthetic.write_prepared(tmp_path / "data", images=20, size=32, heldout=0)
+    more = [
+        "--config.train.steps=4",
+        "--config.train.validate_every=3",
+        "--config.train.validate_rows=10",
+    ]
+    finish(data, tmp_path / "two", 2, *more)
+    finish(data, tmp_path / "one", 1, *more)
+    two, one = (read_metrics(tmp_path / name, VALIDATION) for name in ("two", "one"))
+    assert [row["step"] for row in one] == [3, 4]
+    assert [row.keys() for row in two] == [row.keys() for row in one]
+    for found, expected in zip(two, one):
+        for name, value in expected.items():  # differences are measured against the error itself
+            scale = expected[f"{name.split('x_error_rise')[0]}x_error" if "rise" in name else name]
+            assert abs(found[name] - value) <= 1e-6 * scale, name
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.run_log import MetricsWriter, Progress, StepClock, read_metrics
+from imagen_jax.run_log import VALIDATION, MetricsWriter, Progress, StepClock, read_metrics
 
 
 def write(workdir, start_step, steps):
@@ -45,6 +45,21 @@ def test_resume_drops_later_rows_and_only_those(tmp_path):
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
     write(tmp_path, 0, [1])
     assert steps_of(tmp_path) == [1]
+
+
+def test_validations_before_the_resumed_step_stay(tmp_path):
+    """Catches validations that are cut with the rows of metrics.jsonl, which a resume writes again
+    from an earlier step; ones of later steps that stay; and a curve of TensorBoard without them.
+    """
+    writer = MetricsWriter(tmp_path, 0)
+    for step in (2, 4, 6):
+        writer.validation(step, {"heldout/ema/loss": step / 8})
+    writer.close()
+    MetricsWriter(tmp_path, 2, validated=5).close()
+    assert [row["step"] for row in read_metrics(tmp_path, VALIDATION)] == [2, 4]
+    assert read_metrics(tmp_path) == []
+    scalars = [(e.step, v.simple_value) for e in board_events(tmp_path) for v in e.summary.value]
+    assert scalars == [(2, 0.25), (4, 0.5), (6, 0.75), (4, 0.5)]
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,8 @@ OUTSIDE = {
     "train.log_every": [0],
     "train.sample_every": [-1],
     "train.sample_rows": [0],
+    "train.validate_every": [-1],
+    "train.validate_rows": [1],
     "train.save_every": [0],
     "train.keep": [0],
 }

@@ -202,6 +202,27 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, recorded, c
             "sampling.grid_rho = 5.0 has no effect",
         ),
         ("", "", ("--measures=nope",), "--measures nope is unknown"),
+        ("def sweep", "COLUMNS = ('nope',)\n\ndef sweep", (), "'nope' is unknown; use a measure"),
+        ("def sweep", "COLUMNS = ('loss')\n\ndef sweep", (), "must be a tuple of names"),
+        (
+            "def sweep",
+            "COLUMNS = ('own detail',)\n\ndef sweep",
+            ("--measures=loss",),
+            "'own detail' needs the measure detail; add it to --measures",
+        ),
+        (
+            "def sweep",
+            "COLUMNS = ('own detail',)\n\ndef sweep",
+            (),
+            "'own detail' does not apply: base_tiny is a base stage",
+        ),
+        (
+            'def sweep(arg=""):',
+            'COLUMNS = ("loss",)\n\ndef sweep(arg=""):\n'
+            '    yield {"name": "other", "config.diffusion.prediction": "v"}',
+            (),
+            "'loss' cannot compare arms that differ in diffusion.prediction; choose another",
+        ),
         (
             "",
             "",
@@ -351,6 +372,31 @@ def test_seeds_share_their_rows():
         for seeds in (1, 3)
     )
     assert one["se_rows"] == three["se_rows"] == pytest.approx(np.std(rows, ddof=1) / 2)
+
+
+def test_the_columns_are_those_that_the_file_chooses():
+    """Catches a choice that is ignored, in another order, or without paired errors; and a default
+    that shows the columns that must be chosen.
+    """
+    path = "sensitivity.text.shuffled.overall.mean"
+    evaluations = {}
+    for name, rises in {"a": [0.5, 1.0], "b": [0.5, 2.0]}.items():
+        one = evaluation(0.25)
+        mean = float(np.mean(rises))
+        one["measures"]["sensitivity"] = {"text": {"shuffled": {"overall": {"mean": mean}}}}
+        one["rows"][path] = np.array(rises)
+        evaluations[name] = [one]
+    places = lambda *names: {
+        column["place"]: column["arms"]["b"]
+        for column in comparison.compare(arms, [0], evaluations, names)["columns"]
+    }
+    arms = [Arm("a", {}), Arm("b", {"optim.lr": 1.0})]
+    assert list(places()) == ["loss.heldout.overall.mean"]
+    assert list(places("sensitivity")) == [path]
+    chosen = places("loss rise, text shuffled", "loss")
+    assert list(chosen) == [path, "loss.heldout.overall.mean"]
+    assert chosen[path]["difference"] == 0.5
+    assert chosen[path]["se_rows"] == pytest.approx(0.5)  # differences 0 and 1 of two rows
 
 
 def test_losses_of_other_noise_are_not_compared():

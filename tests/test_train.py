@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 
 from imagen_jax import cli, exit_codes, schema, train
 from imagen_jax.distributed.watch import Watch
-from imagen_jax.run_log import read_metrics
+from imagen_jax.run_log import VALIDATION, read_metrics
 from imagen_jax.storage import only_process
 from imagen_jax.training.run import Run
 from imagen_jax.weights.checkpoint import load_params
@@ -31,6 +32,7 @@ KILLS = int(os.environ.get("IMAGEN_JAX_KILLS", "3"))
 STEPS = 10 * KILLS  # a kill after some steps waits for up to eight more
 ENV = os.environ | {"XLA_FLAGS": xla.flags(), "PYTHONPATH": str(tiny.ROOT)}
 PROGRAM = (sys.executable, "-m", "imagen_jax.train")
+VALIDATED = ("--config.train.validate_every=8", "--config.train.validate_rows=3")
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +84,11 @@ def run(data: Path, workdir: Path, *more: str, program: Sequence[str] = PROGRAM)
 
 @pytest.fixture(scope="module")
 def straight_run(data, tmp_path_factory):
-    """The workdir of a run that nothing stops. Its first save fails, which must change nothing:
-    `test_sigterm_saves_and_exits` compares it with a run that has saved nothing so far.
+    """The workdir of a run that nothing stops. Its first save fails and it validates, which must
+    change nothing: `test_sigterm_saves_and_exits` compares it with a run that has done neither.
     """
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    code, log = run(data, workdir, program=(sys.executable, "-c", tiny.FULL_ONCE))
+    code, log = run(data, workdir, *VALIDATED, program=(sys.executable, "-c", tiny.FULL_ONCE))
     assert code == 0, log
     return workdir
 
@@ -117,7 +119,7 @@ def kill_at(moment: str, data: Path, workdir: Path, rng: random.Random) -> None:
     """Starts the run and kills its whole process group at a moment: in compilation, inside a save,
     or after some steps.
     """
-    process = start(data, workdir)
+    process = start(data, workdir, *VALIDATED)
     seen = lambda text: text in workdir.with_suffix(".log").read_text()[before:]
     before = len(workdir.with_suffix(".log").read_text())
     done = len(read_metrics(workdir))
@@ -145,9 +147,10 @@ def test_killed_runs_resume_bit_for_bit(data, straight, straight_run, tmp_path):
     )
     for moment in moments[:KILLS]:
         kill_at(moment, data, workdir, rng)
-    code, log = run(data, workdir)
+    code, log = run(data, workdir, *VALIDATED)
     assert code == 0, log
     assert losses(workdir) == straight
+    assert read_metrics(workdir, VALIDATION) == read_metrics(straight_run, VALIDATION)
     for which in ("ema", "ema_1"):
         jax.tree.map(
             np.testing.assert_array_equal,
@@ -210,6 +213,19 @@ def test_resume_on_another_mesh_and_refusal_of_other_settings(data, straight, tm
     np.testing.assert_allclose(
         [got[n] for n in range(1, STEPS + 1)], [straight[n] for n in range(1, STEPS + 1)], rtol=1e-5
     )
+
+
+@pytest.mark.slow
+def test_validations_come_every_few_steps_and_at_the_last(straight_run):
+    """Catches a validation that is missing or double, and time of it in the time of a step."""
+    rows = read_metrics(straight_run, VALIDATION)
+    assert [row["step"] for row in rows] == [*range(8, STEPS, 8), STEPS]
+    assert all(row["heldout/ema/x_error"] > 0 for row in rows)
+    log = straight_run.with_suffix(".log").read_text()
+    validated = [float(s) for s in re.findall(r"validation of step \d+ on 3 rows: ([\d.]+) s", log)]
+    assert len(validated) == len(rows)
+    steps = [row.get("time/step_s", 0) for row in read_metrics(straight_run)]
+    assert max(steps[8:11]) < validated[0]  # the first one compiles for seconds
 
 
 @pytest.mark.slow
@@ -278,11 +294,13 @@ def test_overfit_has_one_batch_and_saves_nothing(data):
     """Catches a self-test that goes on to the next batch, names the images of another batch after a
     NaN, or reaches a row, a grid or a checkpoint.
     """
-    config = tiny.config("sr_1024", data__path=str(data), optim__warmup=10_000)
+    config = tiny.config(
+        "sr_1024", data__path=str(data), optim__warmup=10_000, train__validate_every=2
+    )
     made = train.self_test(schema.complete(config, new=True), 40)
     assert made["optim"]["warmup"] == 2 and made["train"]["steps"] == config["train"]["steps"]
     assert min(made["train"][name] for name in ("log_every", "save_every")) > 40
-    assert made["train"]["sample_every"] == 0
+    assert made["train"]["sample_every"] == made["train"]["validate_every"] == 0
     run = Run.create(made, overfit=True)
     batches, later = run.batches(0), run.batches(5)
     first, second = next(batches)["index"], next(batches)["index"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Int, Shaped, UInt8
 
 from imagen_jax.data import transforms
 from imagen_jax.data.records import CaptionStore, ImageStore, Prepared
@@ -225,6 +225,14 @@ def eval_images(
     """Returns only the images of `eval_rows`, uint8 [n s s 3]; reads no text."""
     examples = _examples(data_cfg, split)
     return np.stack([examples.image(int(row)) for row in indices])
+
+
+def eval_caption_ids(
+    data_cfg: Mapping[str, Any], indices: Sequence[int], split: str
+) -> Int[np.ndarray, " n"]:
+    """Returns only `caption_id` of `eval_rows`; decodes no image."""
+    images = open_prepared(data_cfg).images(split)
+    return np.array([images[int(row)].caption_ids[0] for row in indices], np.int64)
 
 
 def eval_rows(data_cfg: Mapping[str, Any], indices: Sequence[int], split: str) -> Batch:

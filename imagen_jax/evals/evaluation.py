@@ -6,21 +6,31 @@ levels and noise, so differences are paired.
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from imagen_jax.data.records import SPLITS
 from imagen_jax.diffusion.loss import Draws
 from imagen_jax.evals import nearest
 from imagen_jax.evals.noise_bins import Bins, TrainingBins
-from imagen_jax.evals.rows import TEXTS, Data, Rows, Settings, conditioned, once
+from imagen_jax.evals.rows import TEXTS, Data, Rows, RowSource, Settings, conditioned, once
 from imagen_jax.run_log import Progress
-from imagen_jax.sharding import batch_mesh, place_batch, replicated
+from imagen_jax.sharding import (
+    BATCH_AXES,
+    batch_mesh,
+    compiler_options,
+    place_batch,
+    process_rows,
+    replicated,
+)
 from imagen_jax.stage import (
     Batch,
     Params,
@@ -57,13 +67,14 @@ def x_hat_error(
 class Probe:
     """Computes errors and samples of a stage for given parameters and rows.
 
-    Rows are split over all devices of this process. One compilation serves all checkpoints of a
-    config.
+    Rows are split over the batch axes of a mesh, by default over all devices of this process. One
+    compilation serves all checkpoints of a config.
     """
 
-    def __init__(self, stage: Stage, settings: Settings):
+    def __init__(self, stage: Stage, settings: Settings, mesh: Mesh | None = None):
+        """mesh: of one process or several; a stage with sharded activations needs its own mesh."""
         self.stage, self.settings = stage, settings
-        self._mesh = batch_mesh(jax.local_devices())
+        self._mesh = batch_mesh(jax.local_devices()) if mesh is None else mesh
         self._fields = tuple(stage.batch_shapes(0))
         self._errors: dict[Hashable, Callable] = {}
         self._draw = jax.jit(self._draw_samples)
@@ -76,21 +87,52 @@ class Probe:
     def errors(
         self, error: ErrorFn, params: Params, rows: Rows, bins: Bins, clean: bool, label: str
     ) -> Float[np.ndarray, "n k"]:
+        """`quiet_errors` with its own progress.
+
+        params: from `place`.
+        """
+        with Progress(label, self.calls(rows, bins)) as progress:
+            done = itertools.count(1)
+            tick = lambda: progress.update(next(done))
+            return self.quiet_errors(error, params, rows, bins, clean, tick)
+
+    def calls(self, rows: RowSource, bins: Bins) -> int:
+        """How often `quiet_errors` calls its compiled function, and `tick`."""
+        return -(-len(rows) // self._batch_size(rows)) * len(bins)
+
+    def quiet_errors(
+        self,
+        error: ErrorFn,
+        params: Params,
+        rows: RowSource,
+        bins: Bins,
+        clean: bool,
+        tick: Callable[[], None],
+    ) -> Float[np.ndarray, "n k"]:
         """`error` of n rows in k noise bins.
 
-        clean: keep the low-res image free of noise.
+        All processes of the mesh call it with the same arguments and get the same result. Each
+        reads only its own part of every batch from `rows`.
+
+        params: on the mesh, sharded in any way. clean: keep the low-res image free of noise.
         """
-        compile_error = lambda: jax.jit(functools.partial(self._error_in_bin, error, bins))
-        error_in_bin = once(self._errors, (error, bins), compile_error)
+        error_in_bin = once(self._errors, (error, bins), lambda: self._jitted(error, bins))
         n, k, size = len(rows), len(bins), self._batch_size(rows)
         errors, split = np.zeros((n, k)), SPLITS.index(rows.split)
-        with Progress(label, -(-n // size) * k) as progress:
-            for batch_number, (start, stop, batch) in enumerate(self._batches(rows, size)):
-                for i in range(k):
-                    values = np.asarray(error_in_bin(params, batch, split, i, clean))
-                    errors[start:stop, i] = values[: stop - start]
-                    progress.update(batch_number * k + i + 1)
+        for start, stop, batch in self._batches(rows, size):
+            for i in range(k):
+                values = np.asarray(error_in_bin(params, batch, split, i, clean))
+                errors[start:stop, i] = values[: stop - start]
+                tick()
         return errors
+
+    def _jitted(self, error: ErrorFn, bins: Bins) -> Callable[..., Float[Array, "b"]]:
+        """`_error_in_bin`, compiled; every device gets the errors of all rows."""
+        return jax.jit(
+            functools.partial(self._error_in_bin, error, bins),
+            out_shardings=replicated(self._mesh),
+            compiler_options=compiler_options(self._mesh),
+        )
 
     def samples(self, params: Params, rows: Rows, label: str) -> UInt8[np.ndarray, "n s s 3"]:
         """One sample per row. The noise depends on the row, not on the caption."""
@@ -103,27 +145,26 @@ class Probe:
                 progress.update(stop)
         return np.concatenate(batches)
 
-    def _batch_size(self, rows: Rows) -> int:
+    def _batch_size(self, rows: RowSource) -> int:
         """Rows per batch: `settings.batch_size` at the training size.
 
         Larger images have fewer rows per batch, with the same number of pixels. The result is
-        rounded up to a multiple of the number of devices.
+        rounded up to a multiple of the number of shards.
         """
         pixels = self.settings.batch_size * self.stage.train_size**2
-        size = min(max(1, pixels // rows.batch["image"].shape[1] ** 2), len(rows))
-        return size + -size % self._mesh.size
+        size = min(max(1, pixels // rows.side**2), len(rows))
+        return size + -size % math.prod(self._mesh.shape[axis] for axis in BATCH_AXES)
 
-    def _batches(self, rows: Rows, size: int) -> Iterator[tuple[int, int, Batch]]:
+    def _batches(self, rows: RowSource, size: int) -> Iterator[tuple[int, int, Batch]]:
         """Yields (start, stop, the batch of rows [start, stop) on the devices).
 
-        The last batch is padded to `size` with the last row.
+        The last batch is padded to `size` with the last row. This process reads only its rows.
         """
-        n = len(rows)
-        fields = {name: rows.batch[name] for name in self._fields}
-        fields["index"] = rows.batch["index"].astype(np.int32)
+        n, own = len(rows), np.array(process_rows(size, self._mesh))
         for start in range(0, n, size):
-            indices = np.minimum(np.arange(start, start + size), n - 1)
-            batch = {name: values[indices] for name, values in fields.items()}
+            read = rows.at(np.minimum(start + own, n - 1))
+            batch = {name: read[name] for name in self._fields}
+            batch["index"] = read["index"].astype(np.int32)
             yield start, min(start + size, n), place_batch(batch, self._mesh)
 
     def _row_keys(

@@ -9,7 +9,7 @@ import functools
 import zipfile
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +63,25 @@ class Settings:
         schema.check_seed(self.seed, "--seed")
 
 
+@runtime_checkable
+class RowSource(Protocol):
+    """Rows of a split, in which `Probe` computes errors; `Rows` and `ConditionedRows`.
+
+    split: name of the split. side: side of the images in pixels.
+    """
+
+    split: str
+
+    @property
+    def side(self) -> int: ...
+
+    def __len__(self) -> int:
+        """The number of rows, n."""
+
+    def at(self, positions: Int[np.ndarray, " k"]) -> HostBatch:
+        """The rows at these positions, each in [0, n)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Rows of a split as one batch of host arrays."""
@@ -73,6 +92,13 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.batch["index"])
+
+    @property
+    def side(self) -> int:
+        return self.batch["image"].shape[1]
+
+    def at(self, positions: Int[np.ndarray, " k"]) -> HostBatch:
+        return {name: values[positions] for name, values in self.batch.items()}
 
     @property
     def other(self) -> Int[np.ndarray, " n"]:
@@ -91,6 +117,74 @@ class Rows:
     def controls(self) -> tuple[str, ...]:
         """The entries of CONTROLS that these rows allow."""
         return CONTROLS[1:] if self.unshufflable else CONTROLS
+
+
+class ReadRows:
+    """Rows of a split that are read when they are first needed, and kept.
+
+    In a multi-process run, each process reads only the rows that it asks for. `caption_id` of all
+    rows is read at once, so that all processes agree which row provides a shuffled condition.
+    """
+
+    def __init__(
+        self, data_cfg: Mapping[str, Any], split: str, index: Int[np.ndarray, " n"], seed: int
+    ):
+        """index: the rows in the image store. seed: of the shuffled conditions."""
+        self.split, self._data_cfg, self._index = split, data_cfg, index
+        self._kept: dict[int, dict[str, Any]] = {}
+        self.caption_id = pipeline.eval_caption_ids(data_cfg, index.tolist(), split)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def side(self) -> int:
+        return self._data_cfg["crop_size"] or self._data_cfg["image_size"]
+
+    def at(self, positions: Int[np.ndarray, " k"]) -> HostBatch:
+        missing = sorted(set(positions.tolist()) - self._kept.keys())
+        if missing:
+            batch = pipeline.eval_rows(self._data_cfg, self._index[missing].tolist(), self.split)
+            for i, position in enumerate(missing):
+                # Copies: a view would keep the whole batch.
+                self._kept[position] = {name: np.copy(value[i]) for name, value in batch.items()}
+        rows = [self._kept[position] for position in positions.tolist()]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    @functools.cached_property
+    def other(self) -> Int[np.ndarray, " n"]:
+        """As `Rows.other`."""
+        return statistics.derangement(self.caption_id, self._seed)
+
+    @property
+    def unshufflable(self) -> str:
+        """As `Rows.unshufflable`."""
+        return statistics.no_derangement(self.caption_id)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionedRows:
+    """`rows` with right, shuffled or null text and low-res images (see `conditioned`)."""
+
+    rows: ReadRows
+    text: str = "right"
+    lowres: str = "right"
+
+    @property
+    def split(self) -> str:
+        return self.rows.split
+
+    @property
+    def side(self) -> int:
+        return self.rows.side
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, positions: Int[np.ndarray, " k"]) -> HostBatch:
+        other = lambda: self.rows.at(self.rows.other[positions])
+        return with_conditions(self.rows.at(positions), other, self.text, self.lowres)
 
 
 class Data:
@@ -231,9 +325,7 @@ class Data:
         return self.prepared.captions()[caption_id].text
 
     def _choose(self, split: str, count: int) -> Int[np.ndarray, " n"]:
-        """Random rows from the seed. The rows of a smaller count are a subset of a larger one's."""
-        rng = np.random.default_rng([self._settings.seed, SPLITS.index(split)])
-        return np.sort(rng.permutation(self.counts[split])[:count])
+        return choose(self.counts[split], split, count, self._settings.seed)
 
     def _read(self, data_cfg: Mapping[str, Any], split: str, index: Int[np.ndarray, " n"]) -> Rows:
         batch = pipeline.eval_rows(data_cfg, index.tolist(), split)
@@ -242,18 +334,37 @@ class Data:
 
 def conditioned(rows: Rows, text: str, lowres: str) -> HostBatch:
     """The batch of `rows` with right, shuffled (those of row `other`) or null text and low-res."""
-    batch, changed = rows.batch, {}
+    return with_conditions(rows.batch, lambda: rows.at(rows.other), text, lowres)
+
+
+def with_conditions(
+    batch: HostBatch, other: Callable[[], HostBatch], text: str, lowres: str
+) -> HostBatch:
+    """A batch with right, shuffled or null text and low-res images.
+
+    other: returns the rows that provide the shuffled ones; called only if they are needed.
+    """
+    changed: dict[str, Any] = {}
     if text == "shuffled":
-        changed |= {name: batch[name][rows.other] for name in ("text", "text_mask")}
+        changed |= {name: other()[name] for name in ("text", "text_mask")}
     if text == "null":
         cond = {name: jnp.asarray(batch[name]) for name in ("text", "text_mask")}
         null = conditioning.null_text(cond)
         changed |= {name: np.asarray(value) for name, value in null.items()}
     if lowres == "shuffled":
-        changed["lowres"] = batch["lowres"][rows.other]
+        changed["lowres"] = other()["lowres"]
     if lowres == "null":
         changed["lowres"] = np.full_like(batch["lowres"], GREY)
     return {**batch, **changed}
+
+
+def choose(total: int, split: str, count: int, seed: int) -> Int[np.ndarray, " n"]:
+    """Random rows of a split of `total` rows, ascending; all rows if `count` is not smaller.
+
+    The rows of a smaller count are a subset of a larger one's.
+    """
+    rng = np.random.default_rng([seed, SPLITS.index(split)])
+    return np.sort(rng.permutation(total)[:count])
 
 
 def once(kept: dict[Hashable, Any], key: Hashable, make: Callable[[], Any]) -> Any:

@@ -38,7 +38,7 @@ class TrainingMetrics:
         self._queue: collections.deque = collections.deque()
         self._last_step, self._draining, self.unlogged = done, False, list(unlogged)
         first = jax.process_index() == 0
-        self.writer = run_log.MetricsWriter(workdir, done - len(unlogged), enabled=first)
+        self.writer = run_log.MetricsWriter(workdir, done - len(unlogged), first, validated=done)
         self.clock = run_log.StepClock(run.config["data"]["batch_size"], done)
 
     def add(self, step: int, device_metrics: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ no other file lists it.
 
 import dataclasses
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,12 +45,14 @@ class Column:
     less_is_better: whether smaller numbers are better.
     needs_same: prefixes of config fields. Arms that differ in such a field are not compared in this
         column: ("diffusion.",) requires that arms agree in the whole section.
+    default: whether the table shows it if the ablation chooses no columns.
     """
 
     name: str
     path: str
     less_is_better: bool
     needs_same: tuple[str, ...] = ()
+    default: bool = True
 
 
 @runtime_checkable
@@ -135,13 +137,35 @@ def base_stage(stage: Stage) -> str:
     return "" if stage.lowres_size else f"{stage.name} is a base stage"
 
 
-def columns() -> list[Column]:
-    """The columns of all measures, each with its full key in evaluation.json."""
-    return [
+def columns(names: Sequence[str] = ()) -> list[Column]:
+    """The columns of a sweep table, each with its full key in evaluation.json.
+
+    names: titles of columns, or names of measures for all columns of a measure, in the order of
+    the table. Without names: all columns that are shown by default.
+
+    Raises ValueError for an unknown name.
+    """
+    known = [
         dataclasses.replace(column, path=f"{name}.{column.path}")
         for name, module in modules().items()
         for column in module.COLUMNS
     ]
+    if not names:
+        return [column for column in known if column.default]
+    chosen: dict[str, Column] = {}
+    for name in names:
+        found = [column for column in known if name in (column.name, measure_of(column))]
+        if not found:
+            of = ", ".join(dict.fromkeys(map(measure_of, known)))
+            titles = ", ".join(repr(column.name) for column in known)
+            raise ValueError(f"{name!r} is unknown; use a measure ({of}) or a column ({titles})")
+        chosen |= {column.path: column for column in found}
+    return list(chosen.values())
+
+
+def measure_of(column: Column) -> str:
+    """The name of the measure of a column from `columns`."""
+    return column.path.partition(".")[0]
 
 
 def row_values(chosen: Mapping[str, Measure], e: Evaluation) -> RowValues:

@@ -6,14 +6,29 @@ Right and wrong conditions see the same rows and noise. A ratio above 3 is signi
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from imagen_jax.evals import report, statistics
 from imagen_jax.evals.evaluation import Evaluation, training_loss
-from imagen_jax.evals.measures.measure import Curves, Line, Result
-from imagen_jax.evals.rows import LOWRES_NOISE, Data, Settings
+from imagen_jax.evals.measures.measure import Column, Curves, Line, Result, RowValues
+from imagen_jax.evals.rows import CONTROLS, LOWRES_NOISE, Data, Settings
 from imagen_jax.stage import Stage
 
 ORDER = 20
-COLUMNS = ()
+# Shown in a sweep table if the ablation chooses them. Like losses, they are not comparable between
+# arms that differ in `diffusion`.
+COLUMNS = tuple(
+    Column(
+        f"loss rise, {condition} {kind}",
+        f"{condition}.{kind}.overall.mean",
+        less_is_better=False,
+        needs_same=("diffusion.",),
+        default=False,
+    )
+    for condition in ("text", *(f"lowres_{level}" for level in LOWRES_NOISE))
+    for kind in CONTROLS
+)
 
 
 def excluded(stage: Stage, settings: Settings) -> str:
@@ -32,17 +47,32 @@ def measure(e: Evaluation) -> dict[str, Any]:
 
     Conditions: "text", "lowres_drawn", "lowres_clean". Controls: "shuffled", "null".
     """
+    describe = lambda rises: e.bins.by_bin(rises, statistics.difference)
+    return {"split": e.data.heldout} | {
+        condition: {kind: describe(rises) for kind, rises in kinds.items()}
+        for condition, kinds in _rises(e).items()
+    }
+
+
+def row_values(e: Evaluation) -> RowValues:
+    return {
+        f"{condition}.{kind}.overall.mean": rises.mean(axis=1)
+        for condition, kinds in _rises(e).items()
+        for kind, rises in kinds.items()
+    }
+
+
+def _rises(e: Evaluation) -> dict[str, dict[str, Float[np.ndarray, "n k"]]]:
+    """{condition: {control: the rise of n rows in k bins}}."""
     split, out = e.data.heldout, {}
     controls = e.data.crops(split).controls
-    rise = lambda wrong, right: e.bins.by_bin(wrong - right, statistics.difference)
     loss = lambda **condition: e.errors(training_loss, split, **condition)
     if e.stage.text_dim:
-        out["text"] = {kind: rise(loss(text=kind), loss()) for kind in controls}
+        out["text"] = {kind: loss(text=kind) - loss() for kind in controls}
     for level in LOWRES_NOISE if e.stage.lowres_size else ():
         right = loss(level=level)
-        rises = {kind: rise(loss(lowres=kind, level=level), right) for kind in controls}
-        out[f"lowres_{level}"] = rises
-    return {"split": split} | out
+        out[f"lowres_{level}"] = {kind: loss(lowres=kind, level=level) - right for kind in controls}
+    return out
 
 
 def lines(result: Result) -> Iterator[Line]:

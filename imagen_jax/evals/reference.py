@@ -1,0 +1,106 @@
+"""Reference files: the features of real images for one network, with their statistics.
+
+A file holds what repeats and checks it: the features, their mean and covariance, the number and the
+origin of the images, their preparation, and the identity of the network.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from imagen_jax import __version__
+from imagen_jax.evals.distances.moments import Statistics
+from imagen_jax.evals.networks.network import FeatureNetwork
+from imagen_jax.evals.real_images import Images, RealImages
+from imagen_jax.run_log import Progress
+from imagen_jax.storage import sha256_file, write_arrays
+
+CHUNK = 512  # images
+# Fields of a network's identity that determine its features.
+SAME_NETWORK = ("network", "preprocessing", "dim", "weights_sha256")
+TOLERANCE = 1e-6  # of the stored statistics against the features, relative
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Features of real images.
+
+    identity: JSON for results: the images, the network, the file and its checksum.
+    """
+
+    features: Float32[np.ndarray, "n d"]
+    identity: Mapping[str, Any]
+
+
+def make(images: RealImages, network: FeatureNetwork, path: Path) -> Reference:
+    """Computes the features of all images and writes the file, whole or not at all."""
+    features = np.empty((len(images), network.dim), np.float32)
+    label = f"{network.name} features of real images"
+    with Progress(label, len(images)) as progress:
+        for start in range(0, len(images), CHUNK):
+            end = min(start + CHUNK, len(images))
+            features[start:end] = network.features(Images(images, start, end))
+            progress.update(end)
+    statistics = Statistics.of(features)
+    meta = {
+        "images": images.identity,
+        "network": dict(network.identity),
+        "imagen_jax": __version__,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_arrays(
+        path,
+        {
+            "features": features,
+            "mean": statistics.mean,
+            "covariance": statistics.cov,
+            "meta": np.array(json.dumps(meta)),
+        },
+    )
+    return load(path, network, images.identity)
+
+
+def load(path: Path, network: FeatureNetwork, images: Mapping[str, Any] | None) -> Reference:
+    """Reads a reference file and tests it.
+
+    images: the identity of the images that it must be of; None accepts any.
+
+    Raises ValueError if the file is damaged, its statistics are not those of its features, or it is
+    of another network or other images.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            features, mean, covariance = (
+                file[name] for name in ("features", "mean", "covariance")
+            )
+            meta = json.loads(str(file["meta"]))
+            count, made_by, origin = meta["images"]["count"], meta["network"], meta["images"]
+    except FileNotFoundError:
+        raise ValueError(f"reference {path} does not exist; give a file of --reference") from None
+    except Exception as error:  # zipfile and numpy raise many kinds of exceptions
+        raise ValueError(f"reference {path} is damaged ({error}); make it again") from error
+    statistics = Statistics.of(features)
+    close = lambda a, b: np.abs(a - b).max() <= TOLERANCE * max(np.abs(b).max(), 1e-12)
+    if (
+        len(features) != count
+        or not np.isfinite(features).all()
+        or not (close(mean, statistics.mean) and close(covariance, statistics.cov))
+    ):
+        raise ValueError(
+            f"reference {path} contradicts itself: its statistics or its number of images are not"
+            " those of its features; make it again"
+        )
+    differ = [name for name in SAME_NETWORK if made_by.get(name) != network.identity[name]]
+    if differ:
+        raise ValueError(
+            f"reference {path} was made with another network ({', '.join(differ)} differ); make it"
+            f" again with {network.name}"
+        )
+    if images is not None and {**origin, "path": ""} != {**images, "path": ""}:
+        raise ValueError(f"reference {path} is of other images; make it again or give --reference")
+    return Reference(features, meta | {"file": str(path), "sha256": sha256_file(path)})

@@ -1,0 +1,106 @@
+"""Values per picture, such as features, in files of consecutive rows.
+
+An evaluation that is interrupted computes only the files that are missing, with any number of
+processes. A file remembers the checksums of its pictures and what its values are, so that it is
+never used for others.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from imagen_jax.evals import keyed_rows
+from imagen_jax.run_log import Progress
+from imagen_jax.storage import write_arrays
+
+SHARD_BYTES = 2**27  # of the pictures of one shard
+SHARD_ROWS = 512  # at most
+Row = Mapping[str, Any]  # a row of a manifest
+Compute = Callable[[Sequence[Row]], Shaped[np.ndarray, "k d"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShards:
+    """The values of one kind of all rows of a set of pictures.
+
+    directory: where the files are. what: JSON that says what the values are. rows: the manifest.
+    per_prompt: pictures per prompt. size: rows per file.
+    """
+
+    directory: Path
+    what: Mapping[str, Any]
+    rows: Sequence[Row]
+    per_prompt: int
+    size: int
+
+    def compute(self, function: Compute, process: int, processes: int, label: str) -> int:
+        """Computes this process's share of the missing files; returns the number of rows.
+
+        function: rows -> their values [k d].
+        """
+        missing = [shard for shard in range(self._count) if self._read(shard) is None]
+        own = missing[process::processes]
+        done = 0
+        with Progress(label, sum(len(self._rows(s)) for s in own), quiet=process > 0) as progress:
+            for shard in own:
+                rows = self._rows(shard)
+                arrays = {
+                    "keys": self._keys(shard),
+                    "values": function(rows),
+                    "digest": np.array(self._digest(shard)),
+                }
+                self.directory.mkdir(parents=True, exist_ok=True)
+                write_arrays(self._path(shard), arrays)
+                done += len(rows)
+                progress.update(done)
+        return done
+
+    def joined(self) -> Shaped[np.ndarray, "n d"]:
+        """The values of all rows, in their order. Raises ValueError for a missing file."""
+        expected = np.concatenate([self._keys(shard) for shard in range(self._count)])
+        return keyed_rows.join(expected, self._shards())
+
+    def _shards(self) -> Iterator[tuple[Int[np.ndarray, "k 2"], Shaped[np.ndarray, "k d"]]]:
+        for shard in range(self._count):
+            if (found := self._read(shard)) is not None:
+                yield found
+
+    @property
+    def _count(self) -> int:
+        return -(-len(self.rows) // self.size)
+
+    def _rows(self, shard: int) -> Sequence[Row]:
+        return self.rows[shard * self.size : (shard + 1) * self.size]
+
+    def _keys(self, shard: int) -> Int[np.ndarray, "k 2"]:
+        return np.array([divmod(row["row"], self.per_prompt) for row in self._rows(shard)])
+
+    def _path(self, shard: int) -> Path:
+        return self.directory / f"rows_{shard * self.size:06d}.npz"
+
+    def _digest(self, shard: int) -> str:
+        """Of what determines the values: their kind, and the pictures and prompts of the rows."""
+        rows = [[row["row"], row["prompt"], row["sha256"]] for row in self._rows(shard)]
+        text = json.dumps([self.what, rows], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _read(self, shard: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """(keys, values) of a file; None if it is missing, damaged or of other pictures."""
+        try:
+            with np.load(self._path(shard), allow_pickle=False) as file:
+                if str(file["digest"]) == self._digest(shard):
+                    return file["keys"], file["values"]
+        except Exception:  # missing, or cut short: zipfile and numpy raise many kinds
+            pass
+        return None
+
+
+def rows_per_shard(image_size: int) -> int:
+    """Rows of a file whose pictures take at most SHARD_BYTES."""
+    return int(np.clip(SHARD_BYTES // (3 * image_size**2), 1, SHARD_ROWS))

@@ -1,0 +1,142 @@
+"""Validation during training: held-out errors and sensitivities of the live training state.
+
+Rows, noise and bins are those of `evaluate --seed 0`, the same at every validation and in every
+run on the same data. So a row of validation.jsonl is a pure function of the state, and differences
+between steps and between runs are paired. The functions are those of `evals`; the parameters stay
+where they are on the training mesh.
+"""
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from imagen_jax import run_log
+from imagen_jax.data import pipeline
+from imagen_jax.evals import statistics
+from imagen_jax.evals.evaluation import Probe, training_loss, x_hat_error
+from imagen_jax.evals.measures import x_error
+from imagen_jax.evals.noise_bins import TrainingBins
+from imagen_jax.evals.rows import CONTROLS, ConditionedRows, ReadRows, Settings, choose
+from imagen_jax.stage import Params, Stage
+from imagen_jax.training.state import TrainState
+
+SEED, LOSS_BINS = 0, 10  # the defaults of evaluate
+# An effect of an input within this number of standard errors of 0 is not distinguishable from none.
+WITHIN_SE = 2.0
+ADVICE = {
+    "text": "check that the captions describe their images and that diffusion.text_drop is not 1",
+    "lowres": "check that the low-res images belong to their images and that diffusion.aug_max is"
+    " not too large",
+}
+
+log = logging.getLogger("imagen_jax.train")
+
+
+class Validation:
+    """The errors of a stage's EMA and parameters on fixed rows, with right and wrong conditions."""
+
+    def __init__(self, config: Mapping[str, Any], stage: Stage, mesh: Mesh):
+        """config: of the run. stage, mesh: those of the train step.
+
+        Rows are held-out, or training rows, with a warning, if the data have no held-out ones.
+        """
+        data, optim = config["data"], config["optim"]
+        prepared = pipeline.open_prepared(data)
+        self.split = prepared.evaluation_split
+        if self.split == "train":
+            log.warning("%s has no held-out images; validating on training images", data["path"])
+        total = prepared.manifest["counts"]["images"][self.split]
+        index = choose(total, self.split, config["train"]["validate_rows"], SEED)
+        self._rows = ReadRows(data, self.split, index, SEED)
+        if reason := self._rows.unshufflable:
+            log.warning("validation without shuffled conditions: %s", reason)
+        # As many rows at once as the train step has; without a gradient they need less memory.
+        size = data["batch_size"] // optim["accumulation"]
+        counts = {"rows": len(index), "samples": 1, "gallery": 1, "bins": LOSS_BINS}
+        settings = Settings(**counts, batch_size=size, seed=SEED, sampling=stage.sampling)
+        self._probe, self._stage = Probe(stage, settings, mesh), stage
+        self._loss_bins = TrainingBins(stage.density, LOSS_BINS)
+        self._warmup = optim["warmup"]
+
+    @property
+    def controls(self) -> dict[str, ConditionedRows]:
+        """{"text_shuffled", ...: the rows with this wrong condition}."""
+        kinds = [kind for kind in CONTROLS if kind != "shuffled" or not self._rows.unshufflable]
+        inputs = {"text": self._stage.text_dim, "lowres": self._stage.lowres_size}
+        return {
+            f"{name}_{kind}": ConditionedRows(self._rows, **{name: kind})
+            for name, present in inputs.items()
+            for kind in kinds
+            if present
+        }
+
+    def run(self, state: TrainState, step: int) -> dict[str, float]:
+        """The row of validation.jsonl of the state after `step` steps.
+
+        All processes call it. Logs a warning if the stage ignores an input after the warm-up.
+        """
+        started, first = time.monotonic(), jax.process_index() == 0
+        right, weights = ConditionedRows(self._rows), {"ema": state.ema, "params": state.params}
+        calls = self._probe.calls(right, x_error.BINS) * (1 + len(self.controls))
+        calls = len(weights) * (calls + self._probe.calls(right, self._loss_bins))
+        with run_log.Progress(f"validation, step {step}", calls, quiet=not first) as progress:
+            done = itertools.count(1)
+            tick = lambda: progress.update(next(done))
+            row = {
+                f"{self.split}/{which}/{name}": value
+                for which, params in weights.items()
+                for name, value in self._measure(params, tick).items()
+            }
+        if first:
+            seconds = time.monotonic() - started
+            log.info("validation of step %d on %d rows: %.1f s", step, len(right), seconds)
+            if step > self._warmup and (problem := ignored_inputs(row, f"{self.split}/params")):
+                log.warning("validation of step %d: %s", step, problem)
+        return row
+
+    def _measure(self, params: Params, tick: Callable[[], None]) -> dict[str, float]:
+        """The numbers of one set of weights, see docs/training.md; undefined ones are left out."""
+        compute = lambda error, rows, bins: self._probe.quiet_errors(
+            error, params, rows, bins, False, tick
+        )
+        right = ConditionedRows(self._rows)
+        errors = compute(x_hat_error, right, x_error.BINS)
+        losses = compute(training_loss, right, self._loss_bins)
+        out = with_error("loss", losses) | with_error("x_error", errors)
+        for i, (start, end) in enumerate(zip(x_error.BINS.edges, x_error.BINS.edges[1:])):
+            out[f"x_error/logsnr_{start:g}_{end:g}"] = statistics.number(errors[:, i].mean())
+        for name, rows in self.controls.items():
+            out |= with_error(
+                f"x_error_rise/{name}", compute(x_hat_error, rows, x_error.BINS) - errors
+            )
+        return {name: value for name, value in out.items() if value is not None}
+
+
+def with_error(name: str, values: Float[np.ndarray, "n k"]) -> dict[str, float | None]:
+    """{name: the mean over rows and bins, name_se: its standard error over rows}."""
+    summary = statistics.summary(values.mean(axis=1))
+    return {name: summary["mean"], f"{name}_se": summary["se"]}
+
+
+def ignored_inputs(row: Mapping[str, float], weights: str) -> str:
+    """A line about the inputs whose wrong values do not raise the error; "" if there are none.
+
+    The control is another row's input or, where rows have none, the null input.
+
+    row: of validation.jsonl. weights: prefix of its names, such as "heldout/params".
+    """
+    problems = []
+    for name, advice in ADVICE.items():
+        keys = [f"{weights}/x_error_rise/{name}_{kind}" for kind in CONTROLS]
+        key = next((key for key in keys if f"{key}_se" in row), None)
+        if key is not None and abs(row[key]) <= WITHIN_SE * row[f"{key}_se"]:
+            rise = f"{key} is {row[key]:.2g} +- {row[f'{key}_se']:.2g}"
+            problems.append(f"the stage ignores its {name} ({rise}): {advice}")
+    return "; ".join(problems)
