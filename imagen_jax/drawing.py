@@ -26,6 +26,7 @@ from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh
 
 # Fields of a cascade config that change no picture.
 FREE_FIELDS = ("mesh", "batch_size")
+NO_IMAGE = {"image": "", "image_sha256": ""}  # the record's fields without --image
 log = logging.getLogger("imagen_jax.sample")
 
 

@@ -198,6 +198,11 @@ def part_rows(directory: Path, first: int) -> Iterator[dict[str, Any]]:
                 yield row
 
 
+def count_written(directory: Path) -> int:
+    """The number of pictures that all sets of a directory list."""
+    return sum(1 for first in sets(directory) for _ in part_rows(directory, first))
+
+
 def _lines(path: Path) -> Iterable[bytes]:
     try:
         return path.read_bytes().splitlines()

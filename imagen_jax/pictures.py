@@ -82,11 +82,11 @@ def write_png(path: str | os.PathLike, image: Picture) -> Path:
     return path
 
 
-def read_png(path: Path, most: int) -> Picture:
-    """A picture, shrunk to at most `most` pixels high."""
+def read_png(path: Path, most: int = 0) -> Picture:
+    """A picture, shrunk to at most `most` pixels high; 0: not shrunk."""
     with Image.open(path) as file:
         image = file.convert("RGB")
-    if image.height > most:
+    if most and image.height > most:
         image = image.resize((round(image.width * most / image.height), most))
     return np.asarray(image)
 

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from imagen_jax.data.records import Prepared
 from imagen_jax.evals import nearest
 from imagen_jax.evals.real_images import Images, PreparedImages
+from imagen_jax.evals.statistics import proportion
 from imagen_jax.evals.suites import Prompt, Suite, prompts_sha256, rank
 
 CHUNK = 256  # images of the gallery
@@ -63,4 +64,5 @@ def ranks(
 
 def summary(ranks: Int[np.ndarray, " n"], gallery: int) -> Mapping[str, Any]:
     """The result for JSON: the rates at which the own image is the nearest, or one of 5."""
-    return {"top1": nearest.top(ranks, 1), "top5": nearest.top(ranks, 5), "gallery": gallery}
+    top = {f"top{k}": proportion(int((ranks <= k).sum()), len(ranks)) for k in (1, 5)}
+    return top | {"n": len(ranks), "gallery": gallery}

@@ -77,6 +77,11 @@ class PreparedImages:
             index -= len(store)
         raise IndexError(index)
 
+    def position(self, split: str, row: int) -> int:
+        """The index of a row of a split."""
+        before = self.splits[: self.splits.index(split)]
+        return row + sum(self.prepared.num_images(name) for name in before)
+
     def check(self) -> None:
         """Does nothing: `prepare_data` has checked every image."""
 
@@ -116,7 +121,8 @@ class FolderImages:
         return len(self._names)
 
     def image(self, index: int) -> UInt8[np.ndarray, "s s 3"]:
-        return decode_square(stored_bytes((self.folder / self._names[index]).read_bytes()), self.size)
+        data = (self.folder / self._names[index]).read_bytes()
+        return decode_square(stored_bytes(data), self.size)
 
     def check(self) -> None:
         def problem(index: int) -> str:

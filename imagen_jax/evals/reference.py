@@ -18,7 +18,7 @@ from imagen_jax.evals.distances.moments import Statistics
 from imagen_jax.evals.networks.network import FeatureNetwork
 from imagen_jax.evals.real_images import Images, RealImages
 from imagen_jax.run_log import Progress
-from imagen_jax.storage import sha256_file, write_arrays
+from imagen_jax.storage import check_local, sha256_file, write_arrays
 
 CHUNK = 512  # images
 # Fields of a network's identity that determine its features.
@@ -75,9 +75,7 @@ def load(path: Path, network: FeatureNetwork, images: Mapping[str, Any] | None) 
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            features, mean, covariance = (
-                file[name] for name in ("features", "mean", "covariance")
-            )
+            features, mean, covariance = (file[name] for name in ("features", "mean", "covariance"))
             meta = json.loads(str(file["meta"]))
             count, made_by, origin = meta["images"]["count"], meta["network"], meta["images"]
     except FileNotFoundError:
@@ -104,3 +102,18 @@ def load(path: Path, network: FeatureNetwork, images: Mapping[str, Any] | None) 
     if images is not None and {**origin, "path": ""} != {**images, "path": ""}:
         raise ValueError(f"reference {path} is of other images; make it again or give --reference")
     return Reference(features, meta | {"file": str(path), "sha256": sha256_file(path)})
+
+
+def network_of(path: Path) -> str:
+    """The name of the network of a reference file. Raises ValueError if it is none."""
+    check_local("--reference", path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(str(file["meta"]))["network"]["network"]
+    except FileNotFoundError:
+        raise ValueError(f"--reference {path} does not exist") from None
+    except Exception as error:  # zipfile and numpy raise many kinds of exceptions
+        raise ValueError(
+            f"--reference {path} is not a reference file ({error}); evaluate writes them to"
+            " OUTPUT/reference"
+        ) from error
