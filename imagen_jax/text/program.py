@@ -38,7 +38,7 @@ def fewest_parts(weights: int, memory: int | None, devices: int) -> int:
     fitting = [n for n in possible if weights / n <= WEIGHTS_SHARE * memory]
     if not fitting:
         raise ValueError(
-            f"the text encoder's {weights / 2**30:.1f} GiB do not fit on {devices} devices of "
+            f"weights of {weights / 2**30:.1f} GiB do not fit on {devices} devices of "
             f"{memory / 2**30:.1f} GiB: use more devices"
         )
     return fitting[0]

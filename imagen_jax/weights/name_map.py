@@ -24,7 +24,8 @@ from imagen_jax.weights.tensor_files import open_tensors
 class Slot:
     """A tensor's path in the parameter tree, its shape in the file, whether it is transposed.
 
-    Flax kernels are [in, out] and torch's linear layers [out, in], so these are transposed.
+    Kernels are transposed: those of linear layers are [out, in] in the file and [in, out] in the
+    tree, those of convolutions [out, in, h, w] and [h, w, in, out].
     """
 
     path: tuple[str, ...]
@@ -57,6 +58,23 @@ class NameMap:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+def map_tree(
+    shapes: Mapping[str, Any],
+    rename: Callable[[str], str],
+    covers: Callable[[str], bool] = everything,
+) -> NameMap:
+    """The map of a parameter tree, given as arrays or shapes, in which all kernels are transposed.
+
+    rename: path of a leaf, such as "block_0/mlp/up/kernel" -> tensor name in the file.
+    """
+    slots = {}
+    for path, leaf in flatten(shapes).items():
+        kernel = path.endswith("kernel")
+        shape = leaf.shape[:-3:-1] + leaf.shape[:-2] if kernel else leaf.shape
+        slots[rename(path)] = Slot(tuple(path.split("/")), tuple(shape), kernel)
+    return NameMap(slots, covers)
+
+
 def read_tree(
     path: pathlib.Path, names: NameMap, dtype: str, abstract: Mapping | None = None
 ) -> tuple[dict[str, Any], str]:
@@ -83,7 +101,7 @@ def read_tree(
                 raise ValueError(f"{path}: {name} is {array.dtype}, not a floating-point tensor")
             digests.append(_digest(name, array))
             sharding = shardings[slot.name].sharding if shardings else None
-            array = array.T if slot.transposed else array
+            array = _from_torch(array) if slot.transposed else array
             leaves[slot.name] = _place(array, np.dtype(dtype), sharding)
     return unflatten(leaves), hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
@@ -104,12 +122,22 @@ def write_tree(path: pathlib.Path, params: Mapping, names: NameMap, dtype: str) 
     for name, slot in names.slots.items():
         if slot.name in leaves:
             array = np.asarray(leaves[slot.name])
-            array = array.T if slot.transposed else array
+            array = _to_torch(array) if slot.transposed else array
             tensors[name] = np.array(array, np.dtype(dtype), order="C")
     _check({name: array.shape for name, array in tensors.items()}, names, path)
     partial = path.with_name(f"{path.name}.partial")
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, path)
+
+
+def _from_torch(kernel: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """A kernel [out, in, ...] as [..., in, out]."""
+    return np.moveaxis(kernel, (0, 1), (-1, -2))
+
+
+def _to_torch(kernel: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """The inverse of `_from_torch`."""
+    return np.moveaxis(kernel, (-1, -2), (0, 1))
 
 
 def _stored_names(tensors: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:

@@ -6,8 +6,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from imagen_jax.weights.name_map import NameMap, Slot, read_tree, write_tree
+from imagen_jax.weights.name_map import NameMap, Slot, map_tree, read_tree, write_tree
 from tests.weights import layouts
 
 SLOTS = {
@@ -127,6 +128,18 @@ def test_written_trees_read_again(tmp_path, dtype):
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
     want = jax.tree.map(lambda x: np.asarray(jax.numpy.asarray(x, dtype)), as_params(weights))
     assert_same(read_tree(path, NAMES, dtype)[0], want)
+
+
+def test_kernels_of_convolutions(tmp_path):
+    """Catches height and width exchanged by a plain transpose, in reading, writing or the map."""
+    weight = np.arange(2 * 3 * 5 * 7, dtype=np.float32).reshape(2, 3, 5, 7)  # [out, in, h, w]
+    tree = {"conv": {"kernel": weight.transpose(2, 3, 1, 0), "bias": np.ones(2, np.float32)}}
+    names = map_tree(tree, lambda path: path.replace("/", ".").replace("kernel", "weight"))
+    assert names.slots["conv.weight"] == Slot(("conv", "kernel"), (2, 3, 5, 7), True)
+    assert names.slots["conv.bias"] == Slot(("conv", "bias"), (2,), False)
+    write_tree(tmp_path / "model.safetensors", tree, names, "float32")
+    np.testing.assert_array_equal(load_file(tmp_path / "model.safetensors")["conv.weight"], weight)
+    assert_same(read_tree(tmp_path, names, "float32")[0], tree)
 
 
 def test_trees_that_do_not_fit_are_not_written(tmp_path):

@@ -1,0 +1,105 @@
+"""CLIP in the Hugging Face layout: the check of config.json, tensor names, the tokenizer.
+
+A file of both towers serves either. OpenAI's own archives are TorchScript and are not read.
+"""
+
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from imagen_jax.storage import read_json
+from imagen_jax.text import tokenizer as tokenizers
+from imagen_jax.weights.name_map import NameMap, map_tree
+
+TOKENIZERS = {"tokenizer.json": "PreTrainedTokenizerFast", "vocab.json": "CLIPTokenizer"}
+ACTIVATION = "quick_gelu"
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+BLOCK = {
+    "attention_norm": "layer_norm1",
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.out_proj",
+    "mlp_norm": "layer_norm2",
+    "mlp/up": "mlp.fc1",
+    "mlp/down": "mlp.fc2",
+}
+TEXT = {
+    "token_embedding": "text_model.embeddings.token_embedding.weight",
+    "position_embedding": "text_model.embeddings.position_embedding.weight",
+    "final_norm/scale": "text_model.final_layer_norm.weight",
+    "final_norm/bias": "text_model.final_layer_norm.bias",
+    "projection/kernel": "text_projection.weight",
+}
+IMAGE = {
+    "class_embedding": "vision_model.embeddings.class_embedding",
+    "patch_embedding/kernel": "vision_model.embeddings.patch_embedding.weight",
+    "position_embedding": "vision_model.embeddings.position_embedding.weight",
+    "pre_norm/scale": "vision_model.pre_layrnorm.weight",
+    "pre_norm/bias": "vision_model.pre_layrnorm.bias",
+    "post_norm/scale": "vision_model.post_layernorm.weight",
+    "post_norm/bias": "vision_model.post_layernorm.bias",
+    "projection/kernel": "visual_projection.weight",
+}
+
+
+def text_map(shapes: Mapping[str, Any]) -> NameMap:
+    """The map from Hugging Face tensor names to the parameters of CLIPText."""
+    return _tower(shapes, TEXT, "text_model", "text_projection.")
+
+
+def image_map(shapes: Mapping[str, Any]) -> NameMap:
+    """The map from Hugging Face tensor names to the parameters of CLIPImage."""
+    return _tower(shapes, IMAGE, "vision_model", "visual_projection.")
+
+
+def check_config(path: pathlib.Path) -> None:
+    """Raises ValueError if the config.json beside the weights describes another variant of CLIP.
+
+    A CLIP of other authors may have the tensors of OpenAI's and another activation.
+    """
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file():
+        return
+    raw = read_json(file)
+    for tower in ("text_config", "vision_config"):
+        fields = raw.get(tower) if isinstance(raw, dict) else None
+        activation = fields.get("hidden_act") if isinstance(fields, dict) else None
+        if activation not in (None, ACTIVATION):
+            raise ValueError(
+                f"{file} has {tower}.hidden_act {activation!r}: only OpenAI's CLIP ({ACTIVATION!r})"
+                " is supported"
+            )
+
+
+def load_tokenizer(directory: pathlib.Path) -> tuple[Any, str]:
+    """(tokenizer of a directory, SHA-256 of its file).
+
+    Raises:
+        FileNotFoundError: the directory has none.
+        ValueError: it cannot be read, or does not put each text between a start and an end token.
+    """
+    tokenizer, file, sha256 = tokenizers.load_tokenizer(directory, TOKENIZERS)
+    ends = tokenizer("")["input_ids"]
+    if len(ends) != 2 or ends[0] == ends[1]:
+        raise ValueError(
+            f"{file} is not a CLIP tokenizer: it does not put each text between a start and an end"
+            " token"
+        )
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[1])
+    return tokenizer, sha256
+
+
+def _tower(shapes: Mapping[str, Any], names: Mapping[str, str], tower: str, head: str) -> NameMap:
+    def rename(path: str) -> str:
+        if path in names:
+            return names[path]
+        block, part, leaf = re.fullmatch(r"block_(\d+)/(.+)/(\w+)", path).groups()
+        return f"{tower}.encoder.layers.{block}.{BLOCK[part]}.{LEAVES[leaf]}"
+
+    def covers(name: str) -> bool:
+        """Older files also store `position_ids`, which are 0, 1, 2 ..."""
+        return name.startswith((f"{tower}.", head)) and not name.endswith("position_ids")
+
+    return map_tree(shapes, rename, covers)
