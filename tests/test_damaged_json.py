@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from configs import saved
-from imagen_jax import evaluate, sample
+from imagen_jax import sample
 from imagen_jax.data import records
 from imagen_jax.data.prepare import passes
 from imagen_jax.data.prepare.crew import Crew
 from imagen_jax.distributed import agreement
-from imagen_jax.evals import history
+from imagen_jax.evals import history, stage_evaluation
 from imagen_jax.planning import cost_cache
 from imagen_jax.weights import leaves, tensor_files, text_encoders
 from launch import ablation, comparison
@@ -73,7 +73,7 @@ READERS = {
         "config.json", tiny.config(), "", lambda d: saved.get_config(str(d / "config.json"))
     ),
     "config, steps": Reader(
-        "config.json", {"train": {"steps": 4}}, "train.steps", evaluate.last_step
+        "config.json", {"train": {"steps": 4}}, "train.steps", stage_evaluation.last_step
     ),
     "picture": Reader(
         "0.json",
@@ -192,7 +192,7 @@ def test_damaged_line_of_evaluations_is_named(tmp_path, record):
     """Catches an error without the number of the line, in both readers of evaluations.jsonl."""
     file = tmp_path / history.FILE
     file.write_text('{"step": 1}\n' + record + "\n")
-    evaluator = object.__new__(evaluate.Evaluator)
+    evaluator = object.__new__(stage_evaluation.Evaluator)
     for read in (history.steps, evaluator.check_continues):
         with pytest.raises(ValueError, match=r"evaluations.jsonl, line 2, .* remove the line"):
             read(file)

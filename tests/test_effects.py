@@ -2,7 +2,8 @@
 
 import pytest
 
-from imagen_jax import cascade, evaluate, schema
+from imagen_jax import cascade, schema
+from imagen_jax.evals import stage_evaluation
 from imagen_jax.field import any_of, read
 from imagen_jax.stage import check_interval, create_stage
 from tests import tiny
@@ -167,7 +168,7 @@ def test_a_flag_of_evaluate_without_effect_is_refused(flags, message):
     numbers = dict(rows=4, samples=4, gallery=4, bins=2, batch_size=4, seed=0, lowres_from="")
     meta = {"config": schema.complete(tiny.config())}
     with pytest.raises(ValueError, match=message):
-        evaluate.Evaluator("nowhere", "ema", [], numbers, flags)._prepare(meta)
+        stage_evaluation.Evaluator("nowhere", "ema", [], numbers, flags)._prepare(meta)
 
 
 def test_a_flag_of_evaluate_may_repeat_what_has_no_effect():
@@ -178,4 +179,4 @@ def test_a_flag_of_evaluate_may_repeat_what_has_no_effect():
     meta = {"config": schema.complete(tiny.config(sampling__grid_rho=5.0))}
     flags = dict(grid_rho=5.0, method="ddim", gamma=0.2, percentile=99.5, threshold="static")
     with pytest.raises(ValueError, match="nowhere"):  # the data, which are read after the check
-        evaluate.Evaluator("nowhere", "ema", [], numbers, flags)._prepare(meta)
+        stage_evaluation.Evaluator("nowhere", "ema", [], numbers, flags)._prepare(meta)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import evaluate, storage
+from imagen_jax import storage
 from imagen_jax.data import records
 from imagen_jax.data.transforms import shrink
-from imagen_jax.evals import history, superres
+from imagen_jax.evals import history, stage_evaluation, superres
 from imagen_jax.stage import create_stage
 from imagen_jax.weights import checkpoint, exports
 from tests import tiny
@@ -84,8 +84,10 @@ def export(path: Path, config: dict, **meta) -> Path:
     return path
 
 
-def evaluator(data: Path, *names: str, sampling=None, **numbers) -> evaluate.Evaluator:
-    return evaluate.Evaluator(str(data), "ema", list(names), NUMBERS | numbers, sampling or {})
+def evaluator(data: Path, *names: str, sampling=None, **numbers) -> stage_evaluation.Evaluator:
+    return stage_evaluation.Evaluator(
+        str(data), "ema", list(names), NUMBERS | numbers, sampling or {}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +255,7 @@ def test_follower_takes_each_checkpoint_once_and_ends_with_the_run(tmp_path):
             trainer.save(20), trainer.save(30)
         return weight(directory, output)
 
-    evaluate.follow(run, tmp_path, tmp_path / "out", minutes=0, poll_s=0.0)
+    stage_evaluation.follow(run, tmp_path, tmp_path / "out", minutes=0, poll_s=0.0)
     assert lines(tmp_path / "out") == [{"step": step, "weight": step} for step in (10, 20, 30)]
 
 
@@ -275,7 +277,7 @@ def test_damaged_and_deleted_checkpoints_are_passed_over(tmp_path, caplog):
             directory.rename(directory.with_name("20.deleting"))
         return weight(directory, output)
 
-    evaluate.follow(run, tmp_path, tmp_path / "out", minutes=0, poll_s=0.0)
+    stage_evaluation.follow(run, tmp_path, tmp_path / "out", minutes=0, poll_s=0.0)
     assert [line["step"] for line in lines(tmp_path / "out")] == [30]
     assert "checkpoint 10 is skipped" in caplog.text and "checkpoint 20" not in caplog.text
 
@@ -289,7 +291,7 @@ def test_killed_follower_goes_on_where_it_was(tmp_path):
     output.mkdir()
     (output / history.FILE).write_text('{"step": 10, "weight": 10.0}\n{"step": 20, "wei')
     asked = []
-    evaluate.follow(
+    stage_evaluation.follow(
         lambda d, o: asked.append(o.name) or weight(d, o), tmp_path, output, minutes=0, poll_s=0.0
     )
     assert asked == ["20"] and [line["step"] for line in lines(output)] == [10, 20]
@@ -297,5 +299,5 @@ def test_killed_follower_goes_on_where_it_was(tmp_path):
 
 def test_follower_waits_for_a_run_that_has_not_begun_no_longer_than_told(tmp_path):
     """Catches an error for an empty workdir, and a time limit that is not kept."""
-    evaluate.follow(weight, tmp_path / "none", tmp_path / "out", minutes=1e-4, poll_s=1e-3)
+    stage_evaluation.follow(weight, tmp_path / "none", tmp_path / "out", minutes=1e-4, poll_s=1e-3)
     assert not (tmp_path / "out" / history.FILE).exists()

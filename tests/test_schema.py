@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from configs import defaults
-from imagen_jax import cascade, cli, evaluate, sample, schema
+from imagen_jax import cascade, cli, sample, schema
 from imagen_jax.diffusion import density, grid, guidance, process, sampler, schedule, weighting
-from imagen_jax.evals import history
+from imagen_jax.evals import history, stage_evaluation
 from imagen_jax.field import NEEDED, parse, within
 from imagen_jax.models import attention, efficient_unet, remat, unet
 from imagen_jax.stage import random_key
@@ -399,7 +399,7 @@ def test_evaluate_has_a_flag_for_each_sampling_field():
 def test_a_line_older_than_a_setting_continues(tmp_path, monkeypatch):
     """Wrong: --follow ends in a KeyError, or a curve of two measurements in one file."""
     monkeypatch.setattr(
-        "imagen_jax.data.records.Prepared", lambda path: type("P", (), {"hash": "h"})
+        "imagen_jax.evals.stage_evaluation.Prepared", lambda path: type("P", (), {"hash": "h"})
     )
     numbers = {"rows": 5, "seed": 0}
     older = {
@@ -411,7 +411,7 @@ def test_a_line_older_than_a_setting_continues(tmp_path, monkeypatch):
     record.write_text(json.dumps({"provenance": line}) + "\n")
 
     def check(numbers=numbers, **sampling):
-        evaluate.Evaluator("d", "ema", [], numbers, sampling).check_continues(record)
+        stage_evaluation.Evaluator("d", "ema", [], numbers, sampling).check_continues(record)
 
     check(w=3.0)
     check(w=3.0, grid="t", w_interval=[-20.0, 20.0])

@@ -3,7 +3,7 @@
 `retrieval` finds the captioned image among all images of the data.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,19 +50,20 @@ def load(prepared: Prepared, split: str, count: int | None, seed: int) -> Suite:
 
 def ranks(
     pictures: Sequence[np.ndarray], own: Int[np.ndarray, " n"], gallery: PreparedImages
-) -> Int[np.ndarray, " n"]:
-    """The rank of each picture's own image among the gallery, see `nearest`.
+) -> Int[np.ndarray, "n 2"]:
+    """For each picture the rank of its own image among the gallery, and the size of the gallery.
 
-    own: the position of that image in the gallery.
+    own: the position of that image in the gallery. See `nearest` for the distance.
     """
     samples, distances = np.stack(pictures), []
     for start in range(0, len(gallery), CHUNK):
         images = np.stack(Images(gallery, start, start + CHUNK)[:])
         distances.append(nearest.distances(samples, images))
-    return nearest.ranks(np.concatenate(distances, axis=1), own)
+    found = nearest.ranks(np.concatenate(distances, axis=1), own)
+    return np.stack([found, np.full_like(found, len(gallery))], axis=1)
 
 
-def summary(ranks: Int[np.ndarray, " n"], gallery: int) -> Mapping[str, Any]:
-    """The result for JSON: the rates at which the own image is the nearest, or one of 5."""
-    top = {f"top{k}": proportion(int((ranks <= k).sum()), len(ranks)) for k in (1, 5)}
-    return top | {"n": len(ranks), "gallery": gallery}
+def summary(ranks: Int[np.ndarray, "n 2"]) -> dict[str, Any]:
+    """The rates at which the own image is the nearest, or one of the 5 nearest."""
+    top = {f"top{k}": proportion(int((ranks[:, 0] <= k).sum()), len(ranks)) for k in (1, 5)}
+    return top | {"n": len(ranks), "gallery": int(ranks[0, 1])}

@@ -9,17 +9,18 @@ network samples nothing again.
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from imagen_jax import cascade, drawing, picture_set, pictures
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import data_suite, image_metrics, provenance, reference, report, statistics
+from imagen_jax.evals.distances import clip_score
 from imagen_jax.evals.networks import clip_text, network
 from imagen_jax.evals.networks.network import FeatureNetwork
 from imagen_jax.evals.real_images import PreparedImages, RealImages
@@ -38,8 +39,10 @@ class Settings:
     config: a complete cascade config. stages: the stages to run, from base on.
     suite: the prompts. per_prompt: pictures per prompt. seed: of the first picture.
     networks: {name: path of its weights}. metrics: their names, [] for all that apply.
-    images: the real images, None without a reference. references: files of other references.
-    gallery: images among which the captioned one is to be found; only for a suite of prepared data.
+    images: size in pixels -> the real images; None without a reference. references: files of other
+        references.
+    gallery: size in pixels -> the images among which the captioned one is to be found; only for a
+        suite of prepared data.
     """
 
     config: Mapping[str, Any]
@@ -49,9 +52,9 @@ class Settings:
     seed: int
     networks: Mapping[str, str]
     metrics: Sequence[str]
-    images: RealImages | None
+    images: Callable[[int], RealImages] | None
     references: Sequence[str] = ()
-    gallery: PreparedImages | None = None
+    gallery: Callable[[int], PreparedImages] | None = None
 
 
 def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
@@ -61,10 +64,11 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     is sampled.
     """
     image_metrics.check_known(settings.metrics)
-    references = make_references(settings, output / "reference")
+    check_networks(settings)
     drawer = drawing.Drawer(settings.config, settings.stages)
     cascade.check_intervals(drawer.stages)
     size, record = drawer.stages[-1].stage.image_size, drawer.record
+    references = make_references(settings, size, output / "reference")
     check_disk(output, len(settings.suite.prompts) * settings.per_prompt, size)
     texts = [prompt.text for prompt in settings.suite.prompts]
     requests = picture_set.Requests(texts, settings.per_prompt, settings.seed)
@@ -83,20 +87,32 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     return result
 
 
-def make_references(settings: Settings, directory: Path) -> dict[str, reference.Reference]:
-    """{network: features of the real images}: of the given files, or computed and kept.
+def check_networks(settings: Settings) -> None:
+    """Raises ValueError for weights that do not fit, a metric without network, and the like."""
+    for name, path in settings.networks.items():
+        network.load(name, path)
+        if name in image_metrics.CLIP:
+            clip_text.load(name, path)
+    for metric in settings.metrics:
+        if not set(image_metrics.METRICS[metric].networks) & set(settings.networks):
+            raise ValueError(
+                f"--metrics {metric} needs one of the networks"
+                f" {', '.join(image_metrics.METRICS[metric].networks)}: give --network NAME=PATH"
+            )
 
-    Loads every network once, so wrong weights are found here.
-    """
+
+def make_references(
+    settings: Settings, size: int, directory: Path
+) -> dict[str, reference.Reference]:
+    """{network: features of the real images}: of the given files, or computed and kept."""
     found: dict[str, reference.Reference] = {}
     for name, path in settings.networks.items():
         loaded = network.load(name, path)
-        if name in image_metrics.CLIP:
-            clip_text.load(name, path)
         if given := _reference_of(settings.references, name):
             found[name] = reference.load(Path(given), loaded, None)
         elif settings.images is not None:
-            found[name] = _kept_reference(settings.images, loaded, directory / f"{name}.npz")
+            images = settings.images(size)
+            found[name] = _kept_reference(images, loaded, directory / f"{name}.npz")
     unused = set(settings.references) - {
         given for name in settings.networks if (given := _reference_of(settings.references, name))
     }
@@ -171,23 +187,16 @@ def picture_features(
             of_text = lambda part: tower.features([row["prompt"] for row in part])
             compute(f"{name} text", tower.identity, of_text)
     if settings.gallery is not None:
-        gallery, own = settings.gallery, _own_images(settings)
+        gallery = settings.gallery(size)
+        own = [gallery.position(prompt.category, prompt.id) for prompt in settings.suite.prompts]
         of_part = lambda part: np.array([own[row["row"] // settings.per_prompt] for row in part])
         compute(
             "retrieval",
             gallery.identity,
-            lambda part: data_suite.ranks(open_pictures(part), of_part(part), gallery)[:, None],
+            lambda part: data_suite.ranks(open_pictures(part), of_part(part), gallery),
         )
     agreement.gather()
     return {kind: shard.joined() for kind, shard in shards.items()} if process == 0 else {}
-
-
-def _own_images(settings: Settings) -> Int[np.ndarray, " p"]:
-    """The position in the gallery of the image of each prompt."""
-    assert settings.gallery is not None
-    return np.array(
-        [settings.gallery.position(prompt.category, prompt.id) for prompt in settings.suite.prompts]
-    )
 
 
 class _Pictures(Sequence):
@@ -224,15 +233,14 @@ def score(
         results["metrics"][name] = found
         results["left_out"] |= {f"{name}: {metric}": why for metric, why in left_out.items()}
         if "clip_score" in found:
-            results["categories"] = _by_category(settings, found["clip_score"]["per_prompt"])
+            values = clip_score.per_prompt(features[name], others["captions"], prompts)
+            results["categories"] = _by_category(settings, values)
     if "retrieval" in features:
-        assert settings.gallery is not None
-        ranks = features["retrieval"][:, 0].astype(int)
-        results["retrieval"] = data_suite.summary(ranks, len(settings.gallery))
+        results["retrieval"] = data_suite.summary(features["retrieval"])
     return results
 
 
-def _by_category(settings: Settings, values: Sequence[float]) -> dict[str, Any]:
+def _by_category(settings: Settings, values: Float[np.ndarray, " p"]) -> dict[str, Any]:
     """{category: mean of a value per prompt}, if the suite has several categories."""
     groups: dict[str, list[float]] = {}
     for prompt, value in zip(settings.suite.prompts, values, strict=True):

@@ -1,0 +1,241 @@
+"""Evaluates checkpoints of one stage on prepared data, one or as they appear.
+
+All processes of a run call it together; process 0 writes the results.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from imagen_jax import schema
+from imagen_jax.cascade import STAGE_META, check_encoder
+from imagen_jax.data.records import Prepared
+from imagen_jax.evals import history, provenance, report
+from imagen_jax.evals.evaluation import Evaluation, Probe
+from imagen_jax.evals.measures import measure
+from imagen_jax.evals.rows import Data, Settings
+from imagen_jax.stage import check_interval, check_sampling, create_stage
+from imagen_jax.storage import (
+    check_object,
+    read_object,
+    write_arrays,
+    write_atomically,
+    write_json,
+)
+from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints, load_params
+from imagen_jax.weights.leaves import check_fit
+
+POLL_S = 10.0
+log = logging.getLogger("imagen_jax.evaluate")
+
+
+class Evaluator:
+    """Evaluates checkpoints one after another.
+
+    Rows and compiled functions are reused as long as the config does not change.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        which: str,
+        names: list[str],
+        numbers: Mapping[str, Any],
+        sampling: Mapping[str, Any],
+    ):
+        """Loads nothing yet; `run` loads a checkpoint and the data.
+
+        data: a prepared directory.
+        which: the weights to load, such as "ema".
+        names: names of the measures; [] for all that apply.
+        numbers: fields of `rows.Settings`.
+        sampling: values that override those of the checkpoint's config.
+
+        Raises ValueError for an unknown measure.
+        """
+        measure.check_known(names)
+        self._data, self._which, self._names = data, which, names
+        self._numbers, self._sampling = numbers, sampling
+        self._config: Mapping[str, Any] | None = None
+
+    def run(self, checkpoint: Path, output: Path) -> dict[str, Any]:
+        """Evaluates one checkpoint and writes all files to `output`, evaluation.json last.
+
+        Returns the content of evaluation.json.
+        """
+        params, meta = load_params(checkpoint, self._which)
+        remedy = "use a checkpoint of imagen_jax.train, or its export"
+        check_object(checkpoint, meta, STAGE_META, remedy)
+        meta = meta | {"config": schema.complete(meta["config"], f"config of {checkpoint}")}
+        self._prepare(meta)
+        model = jax.eval_shape(self._probe.stage.init, jax.random.key(0))
+        check_fit(params, model, f"{checkpoint}: ")
+        evaluation = Evaluation(self._probe, self._rows, params)
+        log.info("%s, step %s: %s", meta["config"]["name"], meta["step"], ", ".join(self._chosen))
+        for name, reason in self._left_out.items():
+            log.warning("skipping %s: %s", name, reason)
+        results = {name: chosen.measure(evaluation) for name, chosen in self._chosen.items()}
+        weights = {"path": str(checkpoint), "which": meta["which"], "sha256": meta["sha256"]}
+        provenance = {"checkpoint": weights} | self._provenance(meta)
+        header = {"stage": meta["config"]["name"], "step": meta["step"]}
+        result = header | results | {"provenance": provenance}
+        output.mkdir(parents=True, exist_ok=True)
+        if curves := measure.curves(results):
+            write_atomically(output / "loss.png", report.plot(curves))
+        sampling = json.dumps(self._probe.settings.sampling)
+        origin = {"checkpoint_sha256": meta["sha256"], "sampling": sampling}
+        measure.write(self._chosen, evaluation, output, origin)
+        write_arrays(output / "rows.npz", measure.row_values(self._chosen, evaluation))
+        write_json(output / "evaluation.json", result)
+        skipped = [(name, f"skipped: {reason}") for name, reason in self._left_out.items()]
+        table = report.table([*measure.lines(results), *skipped])
+        print(f"{result['stage']}, step {result['step']}", table, sep="\n")
+        print(f"all results: {output / 'evaluation.json'}")
+        return result
+
+    def check_continues(self, record: Path) -> None:
+        """Raises ValueError if the last line of `record` has other settings or data than this run.
+
+        record: an evaluations.jsonl, which may be missing.
+        """
+        recorded = history.last_provenance(record)
+        if recorded is None:
+            return
+        trained = schema.complete_sampling(recorded["config"]["sampling"], f"{record}")
+        current = self._numbers | {"data": Prepared(self._data).hash, "which": self._which}
+        current |= {"sampling": trained | self._sampling}
+        previous = {name: recorded[name] for name in self._numbers if name in recorded}
+        previous |= {
+            "data": recorded["data"]["manifest_hash"],
+            "which": recorded["checkpoint"]["which"],
+            "sampling": schema.complete_sampling(recorded["sampling"], f"{record}"),
+        }
+        changed = [
+            f"{name}: {previous.get(name, 'not recorded')}, now {value}"
+            for name, value in current.items()
+            if name not in previous or previous[name] != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{record} was made with other settings; give another --output:"
+                f" {'; '.join(changed)}"
+            )
+
+    def _prepare(self, meta: Mapping[str, Any]) -> None:
+        """Creates stage, rows and compiled functions for a config, and selects the measures.
+
+        Raises ValueError if checkpoint, data and settings are incompatible, before anything is
+        computed.
+        """
+        if meta["config"] == self._config:
+            return
+        config = meta["config"]
+        stage = create_stage(config)
+        settings = Settings(**self._numbers, sampling={**stage.sampling, **self._sampling})
+        check_sampling(settings.sampling)
+        self._check_effect(config | {"sampling": settings.sampling}, stage.sampling)
+        if self._sampling:
+            check_interval(settings.sampling, stage.schedule)
+        chosen = measure.choose(self._names, stage, settings)
+        self._rows = Data(dict(config["data"]) | {"path": self._data}, settings)
+        if stage.text_dim:
+            check_encoder(
+                self._rows.prepared.encoder, meta["encoder"], f"{self._data} and the checkpoint"
+            )
+        if "heldout" not in self._rows.counts:
+            log.warning("%s has no held-out images; evaluating on training images", self._data)
+        if self._rows.prepared.hash != meta["manifest_hash"]:
+            log.warning("the checkpoint was trained on other data than %s", self._data)
+        if settings.lowres_from:
+            log.info("low-res images are the samples of %s", self._rows.origin)
+        self._chosen, self._left_out = measure.allowed(chosen, stage, self._rows)
+        self._probe, self._config = Probe(stage, settings), config
+
+    def _check_effect(self, config: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
+        """Raises ValueError if a flag changes a field of `sampling` that has no effect.
+
+        config: with the flags' values. trained: the section `sampling` without them.
+        """
+        changed = [
+            f"sampling.{name}"
+            for name, value in self._sampling.items()
+            if value != trained[name] and schema.SAMPLING[name].defaults
+        ]
+        if changed:
+            schema.check_effect(config, changed, "the flags")
+
+    def _provenance(self, meta: Mapping[str, Any]) -> dict[str, Any]:
+        """The provenance besides the checkpoint: config, data, settings, versions, devices."""
+        settings, rows = self._probe.settings, self._rows
+        return {
+            "config": meta["config"],
+            "encoder": meta["encoder"],
+            "data": {
+                "manifest_hash": rows.prepared.hash,
+                "trained_on": meta["manifest_hash"],
+                "images": rows.counts,
+            },
+            **{name: getattr(settings, name) for name in self._numbers},
+            "sampling": dict(settings.sampling),
+            "lowres_samples": rows.origin,
+            "left_out": self._left_out,
+            **provenance.software(),
+            "devices": provenance.devices(),
+        }
+
+
+def follow(
+    run: Callable[[Path, Path], dict[str, Any]],
+    workdir: Path,
+    output: Path,
+    minutes: float,
+    poll_s: float = POLL_S,
+) -> None:
+    """Calls `run` for each intact checkpoint that output/evaluations.jsonl does not list.
+
+    The oldest checkpoint comes first; each result is appended to the file. Returns when the
+    checkpoint of the last training step is evaluated, or after `minutes` (0: no limit). The workdir
+    may still be empty, and the trainer may delete old checkpoints in the meantime. A damaged
+    checkpoint is reported once and skipped.
+    """
+    # Used only to list steps. It never saves, so `keep` has no effect.
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
+    output.mkdir(parents=True, exist_ok=True)
+    evaluated, damaged = history.steps(output / history.FILE), set()
+    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+    while True:
+        steps = checkpoints.steps()
+        waiting = [step for step in steps if step not in evaluated | damaged]
+        if waiting:
+            step, directory = waiting[0], checkpoints.directory / str(waiting[0])
+            try:
+                result = run(directory, output / str(step))
+            except (CheckpointError, FileNotFoundError) as error:
+                # Otherwise the trainer deleted it in the meantime.
+                if directory.exists():
+                    log.warning("checkpoint %d is skipped: %s", step, error)
+                damaged.add(step)
+                continue
+            history.append(output / history.FILE, result)
+            evaluated.add(step)
+        elif steps and steps[-1] >= last_step(workdir):
+            return
+        if time.monotonic() >= deadline:
+            log.info("followed for %g minutes, %d checkpoints evaluated", minutes, len(evaluated))
+            return
+        if not waiting:
+            time.sleep(poll_s)
+
+
+def last_step(workdir: Path) -> float:
+    """The last training step, or infinity before the run has written its config."""
+    config = workdir / "config.json"
+    if not config.is_file():
+        return float("inf")
+    remedy = "copy it from the meta.json of a checkpoint"
+    return read_object(config, {"train.steps": int}, remedy)["train"]["steps"]
