@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from imagen_jax.evals import report
 from imagen_jax.evals.distances import clip_score, cmmd, frechet, kid, mind, neighbours
+from imagen_jax.evals.distances.jackknife import BLOCKS
 
 Result = Mapping[str, Any]
 CLIP = ("clip-b32", "clip-l14", "clip-l14-336")
@@ -97,9 +98,11 @@ def score_all(
     """
     results: dict[str, Result] = {}
     left_out: dict[str, str] = {}
+    blocks = min(BLOCKS, len(np.unique(prompts)))
     for name, metric in metrics.items():
+        more = {"blocks": blocks} if metric.against == "reference" else {}
         try:
-            results[name] = metric.score(features, others[metric.against], prompts)
+            results[name] = metric.score(features, others[metric.against], prompts, **more)
         except ValueError as error:
             left_out[name] = str(error)
     return results, left_out

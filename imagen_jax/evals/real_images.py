@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -26,6 +26,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SHOWN = 3  # damaged files that a message names
 
 
+@runtime_checkable
 class RealImages(Protocol):
     """A list of images, read one by one.
 

@@ -44,8 +44,9 @@ class RowShards:
 
         function: rows -> their values [k d].
         """
-        missing = [shard for shard in range(self._count) if self._read(shard) is None]
-        own = missing[process::processes]
+        # By number, not by position among the missing: another process may be writing meanwhile.
+        shards = range(process, self._count, processes)
+        own = [shard for shard in shards if self._read(shard) is None]
         done = 0
         with Progress(label, sum(len(self._rows(s)) for s in own), quiet=process > 0) as progress:
             for shard in own:

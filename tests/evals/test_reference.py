@@ -1,0 +1,119 @@
+"""Reference files: what they hold, and which ones are refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax import sharding
+from imagen_jax.evals import reference
+from imagen_jax.evals.networks.network import FeatureNetwork
+from imagen_jax.evals.real_images import FolderImages, Images
+
+IDENTITY = {"network": "n", "preprocessing": "p", "dim": 3, "weights_sha256": "w", "file": "f"}
+
+
+def network(**changes):
+    """A network whose features are the mean colour of an image."""
+    mesh = sharding.batch_mesh(jax.devices()[:1])
+    prepare = lambda image: image.astype(np.float32)
+    apply = jax.jit(lambda images: images.mean(axis=(1, 2)))
+    identity = IDENTITY | changes
+    return FeatureNetwork("n", "p", 3, identity, 8, prepare, apply, mesh)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven images of different sizes, one of them in a subfolder, and a file that is no image."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images" / "more").mkdir(parents=True)
+    for i in range(7):
+        image = rng.integers(0, 256, (12 + i, 16, 3)).astype(np.uint8)
+        path = tmp_path / "images" / ("more/" if i == 3 else "") / f"{i}.png"
+        Image.fromarray(image).save(path)
+    (tmp_path / "images" / "notes.txt").write_text("x")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def made(folder, tmp_path, monkeypatch):
+    """(the file of a reference, the images)."""
+    monkeypatch.setattr(reference, "CHUNK", 3)
+    images = FolderImages(folder, 8)
+    reference.make(images, network(), tmp_path / "r" / "n.npz")
+    return tmp_path / "r" / "n.npz", images
+
+
+def test_a_reference_holds_every_image_once(made):
+    """Catches a chunk that is left out or repeated, and an order other than that of the names."""
+    path, images = made
+    loaded = reference.load(path, network(), images.identity)
+    expected = [images.image(i).reshape(-1, 3).mean(axis=0) for i in range(7)]
+    np.testing.assert_allclose(loaded.features, expected, rtol=1e-5)
+    assert loaded.identity["images"]["count"] == 7 == len(loaded.features)
+    assert loaded.identity["images"]["size"] == 8 and len(loaded.identity["sha256"]) == 64
+    assert [image.shape for image in Images(images, 5, 99)] == [(8, 8, 3)] * 2
+    assert reference.network_of(path) == "n"
+
+
+def change(path, **arrays):
+    with np.load(path) as file:
+        content = {name: file[name] for name in file.files} | arrays
+    np.savez(path, **content)
+
+
+@pytest.mark.parametrize("name", ["features", "mean", "covariance"])
+def test_statistics_of_other_images_are_refused(made, name):
+    """Catches statistics and features of different sets, the fault of a published file."""
+    path, images = made
+    with np.load(path) as file:
+        changed = file[name] + np.float32(0.1)
+    change(path, **{name: changed})
+    with pytest.raises(ValueError, match="contradicts itself"):
+        reference.load(path, network(), images.identity)
+
+
+def test_other_networks_and_images_are_refused(made, folder):
+    """Catches features of other weights or another resize, and a folder that has changed."""
+    path, _ = made
+    other = network(preprocessing="q")
+    with pytest.raises(ValueError, match=r"another network \(preprocessing differ\)"):
+        reference.load(path, other, None)
+    (folder / "6.png").unlink()
+    with pytest.raises(ValueError, match="is of other images"):
+        reference.load(path, network(), FolderImages(folder, 8).identity)
+    with pytest.raises(ValueError, match="is of other images"):
+        reference.load(path, network(), FolderImages(folder, 4).identity | {"count": 7})
+
+
+def test_damaged_files_are_one_line(made, tmp_path):
+    """Catches a traceback of numpy or zipfile."""
+    path, _ = made
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged .*; make it again"):
+        reference.load(path, network(), None)
+    with pytest.raises(ValueError, match="is not a reference file"):
+        reference.network_of(path)
+    with pytest.raises(ValueError, match="does not exist"):
+        reference.network_of(tmp_path / "none.npz")
+    change_meta = tmp_path / "meta.npz"
+    np.savez(change_meta, meta=np.array(json.dumps({"x": 1})))
+    with pytest.raises(ValueError, match="is not a reference file"):
+        reference.network_of(change_meta)
+
+
+def test_damaged_images_are_counted_and_named(folder, tmp_path):
+    """Catches a damaged image that is skipped in silence, or found after hours."""
+    FolderImages(folder, 8).check()
+    (folder / "2.png").write_bytes(b"no image")
+    whole = (folder / "5.png").read_bytes()
+    (folder / "5.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"2 of 7 images .*2\.png .*5\.png .*replace or remove"):
+        FolderImages(folder, 8).check()
+    with pytest.raises(ValueError, match="is not a directory"):
+        FolderImages(tmp_path / "none", 8)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no image files"):
+        FolderImages(tmp_path / "empty", 8)
