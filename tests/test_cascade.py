@@ -223,14 +223,14 @@ def test_a_mesh_moves_no_pixel_by_more_than_one(config, stages, sizes):
 def test_stages_that_do_not_fit_together_are_placed_in_turn(config, stages, monkeypatch):
     """Catches a batch whose images or texts are exchanged when one stage runs after the other."""
     seeds, text = [7, 8, 9, 10, 11], features(5, 6, 7, 8, 9)
-    monkeypatch.setattr(cascade, "GROUP_BYTES", 2 * 2 * 3 * (8**2 + 16**2))  # of two batches
-    loaded = cascade.load_cascade(config, mesh=MESH)
+    monkeypatch.setattr(cascade, "GROUP_BYTES", 2 * 2 * 3 * 8**2)  # of two batches
+    loaded = cascade.load_cascade(config, ["base", "sr_1"], MESH)
     assert not any(stage.resident for stage in loaded)
-    for a, b in zip(pictures(stages, seeds, text, 2), pictures(loaded, seeds, text, 2)):
+    for a, b in zip(pictures(stages[:2], seeds, text, 2), pictures(loaded, seeds, text, 2)):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["base", "sr_1"])
+@pytest.mark.parametrize("name", ["base", pytest.param("sr_1", marks=pytest.mark.slow)])
 def test_half_precision_parameters_change_no_picture(config, tmp_path, name):
     """Catches a parameter that the network reads in fp32 but that sampling stores in bfloat16."""
     params, meta = checkpoint.load_params(config[name]["checkpoint"])

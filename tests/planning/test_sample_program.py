@@ -50,7 +50,7 @@ def in_loops(module: hlo.Module) -> Iterator[hlo.Instruction]:
 @pytest.mark.parametrize(
     "name, platform, interval",
     [
-        ("base_64", "cpu", (-20.0, 20.0)),
+        pytest.param("base_64", "cpu", (-20.0, 20.0), marks=pytest.mark.slow),
         ("base_64", "cpu", (-2.0, 2.0)),
         pytest.param("sr_1024", "cpu", (-2.0, 2.0), marks=pytest.mark.slow),
         pytest.param("base_64", "v5e:2x2", (-20.0, 20.0), marks=pytest.mark.slow),

@@ -135,6 +135,7 @@ def test_equal_captions_leave_the_null_control(tmp_path, caplog):
     assert "ignores its text (heldout/params/x_error_rise/text_null is 0" in said[1]
 
 
+@pytest.mark.slow
 def test_a_sharded_state_has_the_numbers_of_one_device_and_of_evaluate(data):
     """Catches rows or noise that depend on the mesh, a stage of another mesh, and rows, noise or
     bins that are not those of evaluate.
