@@ -3,6 +3,7 @@
 `make parity` installs both. Weights go through the files that users have.
 """
 
+import importlib
 import importlib.util
 
 import jax
@@ -22,12 +23,6 @@ from imagen_jax.weights.torch_files import TorchFile
 from tests.evals.networks import tiny
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-references = pytest.importorskip("tests.evals.networks.torch_references")
-needs_fidelity = pytest.mark.skipif(
-    importlib.util.find_spec("torch_fidelity") is None, reason="needs torch-fidelity: make parity"
-)
 PICTURES = [tiny.picture(256, 256), tiny.picture(341, 270, seed=4)]
 # A full-size L/14 takes minutes on two cores; this one has its patch and head size.
 SHORT_L14 = CLIPImageConfig(224, 14, 1024, 3, 16, 768)
@@ -37,8 +32,27 @@ def one(size):
     return sharding.batch_mesh(jax.devices()[:1])
 
 
+@pytest.fixture(scope="module", name="torch")
+def installed_torch():
+    """torch, which is imported only where these tests run."""
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module", name="references")
+def torch_references(torch):
+    return importlib.import_module("tests.evals.networks.torch_references")
+
+
+@pytest.fixture(scope="module", name="fidelity")
+def installed_fidelity(references):
+    """A function that imports a module of torch-fidelity."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        pytest.skip("needs torch-fidelity: make parity")
+    return references.fidelity
+
+
 @pytest.fixture(scope="module", name="inception")
-def random_inception(tmp_path_factory):
+def random_inception(tmp_path_factory, torch, references, fidelity):
     """(torch-fidelity's network with random weights, its file as torch.save writes it)."""
     path = tmp_path_factory.mktemp("inception") / "pt_inception.pth"
     model = references.inception()
@@ -46,8 +60,7 @@ def random_inception(tmp_path_factory):
     return model, path
 
 
-@needs_fidelity
-def test_inception(inception):
+def test_inception(inception, torch):
     """Catches a difference from the graph in resize, range, network or file that small sizes hide:
     uint8 pictures go in, 2048 features come out.
     """
@@ -64,10 +77,9 @@ def test_inception(inception):
     assert np.abs(clean - want).max() > 0.01 * want.std()
 
 
-@needs_fidelity
-def test_inception_resize():
+def test_inception_resize(references, fidelity):
     """Catches sizes at which the resize differs from torch-fidelity's, which follows TF1's."""
-    resize = references.fidelity("interpolate_compat_tensorflow")
+    resize = fidelity("interpolate_compat_tensorflow")
     for shape in ((64, 64), (256, 256), (299, 299), (1024, 640), (300, 299), (1, 7)):
         image = tiny.picture(*shape)
         x = references.channels_first(image[None].astype(np.float32))
@@ -76,7 +88,7 @@ def test_inception_resize():
         np.testing.assert_allclose(out, y[0].permute(1, 2, 0).numpy(), rtol=0, atol=1e-5)
 
 
-def test_clip(tmp_path):
+def test_clip(tmp_path, references):
     """Catches differences from transformers' ViT-B/32 that small sizes hide, in both towers."""
     config, text = NETWORKS["clip-b32"].network.config, clip_text.TOWERS["clip-b32"]
     model = references.clip(config, text)
@@ -95,7 +107,7 @@ def test_clip(tmp_path):
     tiny.assert_close(pooled, want_pooled)
 
 
-def test_clip_l14():
+def test_clip_l14(references):
     """Catches differences from transformers in a large tower of three layers."""
     model = references.clip(SHORT_L14, CLIPTextConfig(64, 1, 1, 768, vocab_size=50))
     network = CLIPImage(SHORT_L14)
@@ -110,6 +122,7 @@ def test_clip_preprocessing():
 
     Where an odd number of pixels is cut, transformers crops one pixel beside OpenAI's crop.
     """
+    pytest.importorskip("torch")
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     processor = CLIPImageProcessorPil(
@@ -122,7 +135,7 @@ def test_clip_preprocessing():
         np.testing.assert_allclose(out, want.transpose(1, 2, 0), rtol=0, atol=1e-5)
 
 
-def test_dinov2(tmp_path):
+def test_dinov2(tmp_path, references):
     """Catches differences from transformers' ViT-B/14 that small sizes hide, but for the scale of
     the position embeddings, which follows Meta's code (test_positions).
     """
@@ -143,7 +156,7 @@ def test_dinov2(tmp_path):
 
 
 @pytest.mark.parametrize("target", [5, 16, 24, 40])
-def test_positions(target):
+def test_positions(target, torch):
     """Catches sizes at which position embeddings are not resized as torch resizes them."""
     eye = torch.eye(37)[None, :, :, None]
     for offset in (0.0, 0.1):
@@ -153,7 +166,7 @@ def test_positions(target):
         np.testing.assert_allclose(out, want[0, :, :, 0].T.numpy(), rtol=0, atol=1e-5)
 
 
-def test_efficientnet_lite():
+def test_efficientnet_lite(references):
     """Catches a difference from torch with the trained weights."""
     path, _ = find_weights("efficientnet-lite0", NETWORKS["efficientnet-lite0"], "")
     with TorchFile(path) as file:
