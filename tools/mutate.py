@@ -53,6 +53,8 @@ TARGETS = {
     "imagen_jax/diffusion/": ["tests/diffusion"],
     "imagen_jax/models/": ["tests/models"],
     "imagen_jax/sharding.py": ["tests/test_sharding.py"],
+    "imagen_jax/evals/distances/": ["tests/evals/distances"],
+    "imagen_jax/evals/keyed_rows.py": ["tests/evals/test_keyed_rows.py"],
 }
 
 # Each operator and what it may become.

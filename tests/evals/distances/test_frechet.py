@@ -7,7 +7,7 @@ import pytest
 
 from imagen_jax.evals.distances import frechet
 from imagen_jax.evals.distances.frechet import Reference
-from imagen_jax.evals.distances.jackknife import prompt_blocks, replicates
+from imagen_jax.evals.distances.jackknife import estimate, prompt_blocks, replicates
 from imagen_jax.evals.distances.moments import Statistics
 
 D = 6
@@ -131,3 +131,22 @@ def test_score_is_valid_json_with_its_parts():
     assert result["value"] == pytest.approx(frechet.distance(Statistics.of(x), Statistics.of(y)))
     from_statistics = frechet.score(x, Statistics.of(y), np.arange(60))
     assert from_statistics["value"] == result["value"] and from_statistics["warnings"] == []
+
+
+@pytest.mark.slow
+def test_estimates_at_the_size_of_an_ablation():
+    """Catches an estimate that fails only in many dimensions: 3,000 samples of 128 features."""
+    rng, n, d = np.random.default_rng(0), 3000, 128
+    scales, shift = np.linspace(0.6, 1.4, d) * 2 / np.sqrt(d), np.full(d, 0.5 / np.sqrt(d))
+    reference = Reference.of(rng.standard_normal((10 * n, d)) * scales)
+    limit = reference.distance(gaussian(shift, np.diag(scales**2)))
+    found, blocks = [], prompt_blocks(np.arange(n))
+    for seed in range(30):
+        x = rng.standard_normal((n, d)) * scales + shift
+        result = estimate(frechet.replicates(x, reference, blocks))
+        extrapolated = frechet.infinity(x, reference, np.arange(n), seed)["value"]
+        found.append([result["value"], result["bias_corrected"], extrapolated, result["se"]])
+    found = np.array(found)
+    distance, corrected, extrapolated = np.abs(found[:, :3].mean(axis=0) - limit)
+    assert distance > 0.03 and corrected < 0.1 * distance and extrapolated < 0.2 * distance
+    assert 1 < np.sqrt((found[:, 3] ** 2).mean()) / found[:, 0].std(ddof=1) < 1.7

@@ -143,3 +143,21 @@ def test_standard_error_is_the_spread_of_independent_draws(name, images):
     values, errors = np.array(found).T
     ratio = np.sqrt((errors**2).mean()) / values.std(ddof=1)
     assert 0.88 < ratio < 1.7
+
+
+def test_paired_standard_error_is_the_spread_of_paired_draws():
+    """Catches blocks that differ between the checkpoints, and errors added in quadrature, which are
+    eight times the spread here: both draw the same images but for a small shift and noise.
+    """
+    rng, n, found = np.random.default_rng(0), 180, []
+    blocks = prompt_blocks(np.arange(n))
+    for _ in range(100):
+        x = 0.3 + rng.standard_normal((n, D))
+        other = x + 0.05 + 0.1 * rng.standard_normal((n, D))
+        first, second = (frechet.replicates(a, FRECHET, blocks) for a in (x, other))
+        result = paired_jackknife(first, second)
+        unpaired = np.hypot(estimate(first)["se"], estimate(second)["se"])
+        found.append((result["value"], result["se"], unpaired))
+    values, errors, unpaired = np.array(found).T
+    spread = values.std(ddof=1)
+    assert 0.88 < np.sqrt((errors**2).mean()) / spread < 1.7 < unpaired.mean() / spread

@@ -48,6 +48,19 @@ def test_tiles_and_deleted_blocks_give_the_definitions(monkeypatch, elements, k,
         assert len(set(wanted.deleted)) > 1
 
 
+def test_radii_of_many_rows():
+    """Catches another rank in a partition of long rows, with and without each block."""
+    x, blocks = features(300), prompt_blocks(np.arange(300), 4)
+    distances = np.sort(((x[:, None] - x[None]) ** 2).sum(axis=2), axis=1)
+    np.testing.assert_allclose(neighbours.radii(x, (3, 20)), distances[:, [3, 20]].T, rtol=1e-9)
+    full, deleted = neighbours.deleted_radii(x, 20, blocks)
+    np.testing.assert_allclose(full, distances[:, 20], rtol=1e-9)
+    for block in range(4):
+        kept = blocks != block
+        wanted = neighbours.radii(x[kept], (20,))[0]
+        np.testing.assert_allclose(deleted[kept, block], wanted, rtol=1e-9)
+
+
 def test_planted_answers():
     """Catches precision and recall swapped: all samples in one of two clusters are precise, and
     recall only that cluster.
