@@ -27,6 +27,7 @@ FROM_OTHER_MODULES = {
     "imagen_jax.train": ["--compile_cache", "--config"],
     "imagen_jax.evaluate": ["--compile_cache"],
 }
+CASCADE = "--cascade=configs/cascade.py:demo"
 TINY = "--config=configs/base_64.py:tiny"
 MISTAKES = {
     "no arguments": ("imagen_jax.train", [], "--config FILE and --workdir DIR"),
@@ -137,6 +138,27 @@ MISTAKES = {
         "imagen_jax.evaluate",
         ["--checkpoint=gone", "--data=gone", "--output=o"],
         "gone",
+    ),
+    "checkpoint and cascade": (
+        "imagen_jax.evaluate",
+        [CASCADE, "--checkpoint=gone", "--output=o"],
+        "either --cascade CONFIG (with --suite) or --checkpoint (with --data)",
+    ),
+    "flag of the other evaluation": (
+        "imagen_jax.evaluate",
+        [CASCADE, "--suite=embedded", "--network=efficientnet-lite0", "--output=o", "--w=2"],
+        "--w is for --checkpoint; leave it out; set fields with --cascade.STAGE.sampling.FIELD",
+    ),
+    "no suite": ("imagen_jax.evaluate", [CASCADE, "--output=o"], "--cascade needs --suite NAME"),
+    "no network": (
+        "imagen_jax.evaluate",
+        [CASCADE, "--suite=embedded", "--output=o"],
+        "--network is needed",
+    ),
+    "captions of no data": (
+        "imagen_jax.evaluate",
+        [CASCADE, "--suite=data", "--output=o"],
+        "--suite data needs --data",
     ),
     "no source": (
         "imagen_jax.prepare_data",

@@ -68,8 +68,8 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     drawer = drawing.Drawer(settings.config, settings.stages)
     cascade.check_intervals(drawer.stages)
     size, record = drawer.stages[-1].stage.image_size, drawer.record
-    references = make_references(settings, size, output / "reference")
     check_disk(output, len(settings.suite.prompts) * settings.per_prompt, size)
+    references = make_references(settings, size, output / "reference")
     texts = [prompt.text for prompt in settings.suite.prompts]
     requests = picture_set.Requests(texts, settings.per_prompt, settings.seed)
     if jax.process_index() == 0:
@@ -226,7 +226,9 @@ def score(
         metrics = image_metrics.applicable(name, settings.metrics, name in references)
         if not metrics:
             continue
-        others = {"captions": features.get(f"{name} text")}
+        others = {}
+        if f"{name} text" in features:
+            others["captions"] = features[f"{name} text"]
         if name in references:
             others["reference"] = references[name].features
         found, left_out = image_metrics.score_all(metrics, features[name], others, prompts)

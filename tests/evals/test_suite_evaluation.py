@@ -1,0 +1,99 @@
+"""The evaluation of a suite: what is refused before anything is drawn, and what is written."""
+
+import collections
+import json
+
+import numpy as np
+import pytest
+
+from imagen_jax import pictures
+from imagen_jax.evals import suite_evaluation
+from imagen_jax.evals.reference import Reference
+from imagen_jax.evals.suite_evaluation import Settings
+from imagen_jax.evals.suites import Prompt, Suite
+
+RNG = np.random.default_rng(0)
+
+
+def suite(categories=("a", "b"), per_category=4):
+    prompts = [
+        Prompt(i, f"{name} {i}", name, "")
+        for i, name in enumerate(name for name in categories for _ in range(per_category))
+    ]
+    return Suite("toy", prompts, "", {"name": "toy"})
+
+
+def settings(networks=("clip-b32",), per_prompt=2, **changes):
+    fields = {
+        "config": {},
+        "stages": ["base"],
+        "suite": suite(),
+        "per_prompt": per_prompt,
+        "seed": 0,
+        "networks": dict.fromkeys(networks, ""),
+        "metrics": [],
+        "images": None,
+    }
+    return Settings(**fields | changes)
+
+
+def test_a_set_larger_than_the_disk_is_refused(tmp_path, monkeypatch):
+    """Catches a disk that is full after a night of sampling, and pictures that are there already
+    counted again.
+    """
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(
+        suite_evaluation.shutil, "disk_usage", lambda _: usage(0, 0, 3 * 64**2 * 10)
+    )
+    suite_evaluation.check_disk(tmp_path, 10, 64)
+    with pytest.raises(ValueError, match=r"11 pictures of 64x64 pixels need .* give another"):
+        suite_evaluation.check_disk(tmp_path, 11, 64)
+    monkeypatch.setattr(suite_evaluation.picture_set, "count_written", lambda _: 1)
+    suite_evaluation.check_disk(tmp_path, 11, 64)
+
+
+def test_scores_of_each_network_and_category():
+    """Catches captions of other pictures, prompts that are counted per picture, and a metric
+    without enough pictures that ends the evaluation.
+    """
+    n, texts = 16, RNG.standard_normal((8, 6)).astype(np.float32)
+    texts = np.repeat(texts, 2, axis=0)
+    found = {
+        "clip-b32": texts + 0.01 * RNG.standard_normal((n, 6)).astype(np.float32),
+        "clip-b32 text": texts,
+        "inception": RNG.standard_normal((n, 6)).astype(np.float32),
+        "retrieval": np.array([[1 + (i % 4) * 3, 50] for i in range(n)]),
+    }
+    other = RNG.standard_normal((30, 6)).astype(np.float32)
+    references = {"inception": Reference(other, {})}
+    result = suite_evaluation.score(
+        settings(("clip-b32", "inception"), gallery=lambda size: None), found, references
+    )
+    assert set(result["metrics"]["clip-b32"]) == {"clip_score"}
+    assert result["metrics"]["clip-b32"]["clip_score"]["mean"] > 99
+    assert result["metrics"]["clip-b32"]["clip_score"]["prompts"] == 8
+    assert {name: mean["n"] for name, mean in result["categories"].items()} == {"a": 4, "b": 4}
+    assert set(result["metrics"]["inception"]) == {"fd", "kid", "mind", "neighbours"}
+    assert result["retrieval"]["top1"]["rate"] == 0.25
+    assert result["retrieval"]["top5"]["rate"] == 0.5 and result["retrieval"]["gallery"] == 50
+    lines = dict(suite_evaluation.lines(result))
+    assert "top-5 50.0 %" in lines["retrieval"] and "inception: FID" in lines
+    json.dumps(result)
+
+
+def test_pictures_are_read_when_they_are_used(tmp_path):
+    """Catches all pictures of a shard in memory before the first one is used."""
+    rows = []
+    for i in range(4):
+        pictures.write_png(tmp_path / f"{i}.png", np.full((4, 4, 3), i, np.uint8))
+        rows.append({"file": f"{i}.png"})
+    lazy = suite_evaluation._Pictures(tmp_path, rows)
+    (tmp_path / "0.png").unlink()
+    assert len(lazy) == 4 and [image.flat[0] for image in lazy[1:3]] == [1, 2]
+    assert lazy[3].flat[0] == 3
+
+
+def test_a_metric_without_its_network_is_refused():
+    """Catches a metric that is left out in silence."""
+    with pytest.raises(ValueError, match="--metrics clip_score needs one of the networks clip-b32"):
+        suite_evaluation.check_networks(settings((), metrics=["clip_score"]))
