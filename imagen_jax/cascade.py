@@ -291,7 +291,7 @@ def sample_keys(seeds: Sequence[int] | UInt32[Array, "b"], stage_index: int) -> 
 def generate(
     stages: Sequence[LoadedStage],
     seeds: Sequence[int],
-    text: Sequence[Features],
+    text: Callable[[int], Features],
     batch_size: int,
     lowres: UInt8[np.ndarray, "n r r 3"] | None = None,
     rows: Sequence[int] | None = None,
@@ -302,7 +302,7 @@ def generate(
     rows; each reads the seeds, texts and low-res images of the rows that it holds only.
 
     seeds: one per row.
-    text: unpadded features [l d] per row.
+    text: row -> its unpadded features [l d].
     batch_size: rows per batch, see `row_batches`. The last batch is padded with its last row, so
         each stage is compiled once; padding is never returned.
     lowres: input of the first stage per row if that is a super-resolution stage.
@@ -315,7 +315,7 @@ def generate(
 
     def inputs(batch: RowBatch, stage: Stage) -> dict[str, Shaped[np.ndarray, "b ..."]]:
         seed = np.asarray([seeds[row] for row in batch.held], np.uint32)
-        return {"seed": seed, **pad_rows([text[row] for row in batch.held], stage)}
+        return {"seed": seed, **pad_rows([text(row) for row in batch.held], stage)}
 
     def first(batch: RowBatch) -> UInt8[np.ndarray, "b r r 3"] | None:
         return None if lowres is None else np.stack([lowres[row] for row in batch.held])

@@ -184,7 +184,7 @@ def _draw_rows(
     drawer.encoder = None  # its memory is needed for the stages
     stages = cascade.place(drawer.stages)
     seeds = range(requests.first_seed, requests.first_seed + len(requests))
-    text = feature_file.Rows(features, requests.prompt, len(requests))
+    text = lambda row: features[requests.prompt(row)]
     if lowres is not None:
         lowres = np.broadcast_to(lowres, (len(requests), *lowres.shape))
     drawn = cascade.generate(stages, seeds, text, batch_size, lowres, rows)

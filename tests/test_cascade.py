@@ -62,7 +62,7 @@ def features(*captions: int) -> list[np.ndarray]:
 
 def pictures(stages, seeds, text, batch_size, **more) -> list[list[np.ndarray]]:
     """[stage][picture]."""
-    batches = list(cascade.generate(stages, seeds, text, batch_size, **more))
+    batches = list(cascade.generate(stages, seeds, text.__getitem__, batch_size, **more))
     assert [row for batch in batches for row in batch.rows] == list(range(len(seeds)))
     return [np.concatenate([batch.images[i] for batch in batches]) for i in range(len(stages))]
 
@@ -202,7 +202,7 @@ def test_a_picture_that_is_not_finite_is_an_error(stages):
     params = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), stages[0].params)
     broken = dataclasses.replace(stages[0], params=params)
     with pytest.raises(FloatingPointError, match="1 of 1 images with values that are not finite"):
-        next(cascade.generate([broken], [0], features(1), 1))
+        next(cascade.generate([broken], [0], features(1).__getitem__, 1))
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2}, {"fsdp": 2, "spatial": 2}])

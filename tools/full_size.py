@@ -84,8 +84,9 @@ def sample() -> None:
         stage = loaded.stage
         rng = np.random.default_rng(0)
         text = rng.standard_normal((min(TOKENS, stage.text_length), stage.text_dim))
+        text = text.astype(ml_dtypes.bfloat16)
         started = time.monotonic()
-        (drawn,) = cascade.generate([loaded], [0], [text.astype(ml_dtypes.bfloat16)], 1, image)
+        (drawn,) = cascade.generate([loaded], [0], lambda row, text=text: text, 1, image)
         image = drawn.images[0]  # `generate` raises for values that are not finite
         report(
             stage=stage.name,

@@ -41,19 +41,6 @@ class FeatureFile:
         return np.frombuffer(data, ml_dtypes.bfloat16).reshape(tokens, self._dim)
 
 
-class Rows(Sequence):
-    """The features of each of n rows, by its text."""
-
-    def __init__(self, features: FeatureFile, text_of: Callable[[int], str], n: int):
-        self._features, self._text_of, self._n = features, text_of, n
-
-    def __len__(self) -> int:
-        return self._n
-
-    def __getitem__(self, row):
-        return self._features[self._text_of(row)]
-
-
 def encode(
     encoder: TextEncoder,
     texts: Iterable[str],

@@ -1,0 +1,117 @@
+"""From prompts to pictures: each prompt encoded once, the encoder freed, sets continued."""
+
+import gc
+import json
+import weakref
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from imagen_jax import cascade, drawing, picture_set
+from imagen_jax.picture_set import Requests
+from tests import test_cascade, tiny
+
+config = test_cascade.config  # the fixture: a cascade of tiny random stages
+
+
+class Encoder:
+    """Random features of each text; counts its calls."""
+
+    dim, max_length, identity = tiny.DIM, 6, test_cascade.ENCODER
+
+    def __init__(self):
+        self.texts = []
+
+    def tokenize(self, texts):
+        return [[0]] * len(texts), [False] * len(texts)
+
+    def unknown(self, texts):
+        return [""] * len(texts)
+
+    def encode(self, texts, batch_size, fill=False):
+        assert fill
+        self.texts += texts
+        rng = lambda text: np.random.default_rng(len(text))
+        features = [rng(text).standard_normal((1 + len(text) % 5, tiny.DIM)) for text in texts]
+        return [feature.astype(ml_dtypes.bfloat16) for feature in features]
+
+
+@pytest.fixture
+def encoder(monkeypatch):
+    made = Encoder()
+    monkeypatch.setattr(drawing, "load_encoder", lambda *_: made)
+    return made
+
+
+@pytest.fixture
+def complete(config):
+    mesh = {"data": 2, "fsdp": 4, "model": 1, "spatial": 1}
+    base = {"base": config["base"], "sr_1": config["sr_1"] | {"checkpoint": ""}}
+    return {**config, **base, "sr_2": config["sr_2"] | {"checkpoint": ""}, "mesh": mesh}
+
+
+def draw(config, requests, output):
+    return drawing.draw(drawing.Drawer(config, ["base"]), requests, output, drawing.NO_IMAGE)
+
+
+def manifest_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_set_is_drawn_and_continued(complete, encoder, tmp_path):
+    """Catches a prompt that is encoded for each of its pictures, a continued set that is drawn
+    again, and another command that continues it.
+    """
+    requests = Requests(["a", "bb", "a"], 2, 5)
+    rows = manifest_rows(draw(complete, requests, tmp_path))
+    assert encoder.texts == ["a", "bb"]
+    prompts = [(row["prompt"], row["seed"]) for row in rows]
+    assert prompts == [("a", 5), ("a", 6), ("bb", 7), ("bb", 8), ("a", 9), ("a", 10)]
+    assert len({row["sha256"] for row in rows}) == 6
+    for row in rows[2:4]:
+        (tmp_path / row["file"]).unlink()
+    encoder.texts.clear()
+    changed = complete | {"batch_size": 1, "mesh": complete["mesh"] | {"data": 8, "fsdp": 1}}
+    assert manifest_rows(draw(changed, requests, tmp_path)) == rows
+    assert encoder.texts == ["bb"]
+    draw(complete, requests, tmp_path)
+    assert encoder.texts == ["bb"]  # nothing left to draw
+    other = draw(complete, Requests(["a"], 1, 5), tmp_path)
+    assert other.name == "set_0006.jsonl"
+    assert manifest_rows(other)[0]["sha256"] == rows[0]["sha256"]
+
+
+def test_the_encoder_is_freed_before_the_stages_are_placed(complete, monkeypatch, tmp_path):
+    """Catches an encoder of 9 GiB that stays on the devices beside the stages."""
+    drawer_encoder = Encoder()
+    alive = weakref.ref(drawer_encoder)
+    monkeypatch.setattr(drawing, "load_encoder", lambda *_, made=[drawer_encoder]: made.pop())
+    del drawer_encoder
+    place, seen = cascade.place, []
+
+    def record(stages):
+        gc.collect()
+        seen.append(alive() is None)
+        return place(stages)
+
+    monkeypatch.setattr(cascade, "place", record)
+    draw(complete, Requests(["a"], 1, 0), tmp_path)
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("rows", [[], [0], [0, 1, 2, 5, 7, 8], list(range(9))])
+def test_ranges_are_those_rows(rows):
+    """Catches a run without its last row, and rows that are agreed on by their number alone."""
+    assert drawing.from_ranges(drawing.to_ranges(rows)) == rows
+    assert len(drawing.to_ranges([0, 1, 2, 5, 7, 8])) == 3
+
+
+def test_a_row_belongs_to_its_set(tmp_path):
+    """Catches numbers of an earlier set in the manifest of a later one."""
+    requests = Requests(["a"], 1, 0)
+    part = picture_set.part_path(tmp_path, 3, "p")
+    pictures = picture_set.PictureSet(tmp_path, requests, {}, 3, part)
+    pictures.add(0, [np.zeros((4, 4, 3), np.uint8)])
+    assert pictures.finish().name == "set_0003.jsonl"
+    assert (tmp_path / "0003_a.png").is_file()
