@@ -10,6 +10,7 @@ import pytest
 
 from imagen_jax.models.blocks import concat_lowres
 from imagen_jax.models.efficient_unet import EfficientUNet
+from imagen_jax.models.layers import TEXT
 from imagen_jax.models.unet import UNet
 from tests import tiny
 from tests.models import reference
@@ -217,6 +218,25 @@ def test_noise_level_arrives(network):
     """Catches a network that does not use the log-SNR."""
     apply, params, (z, logsnr, cond) = network
     assert np.abs(apply(params, z, logsnr + 1, cond) - apply(params, z, logsnr, cond)).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", [UNet, EfficientUNet])
+def test_text_values_replace_the_text(family):
+    """Catches a part of the network that reads the text although its values are given, values that
+    depend on z, and values of another layer.
+    """
+    model = family(**(EFFICIENT if family is EfficientUNet else BASE | {"lowres": True}))
+    z, logsnr, cond = inputs(lowres=4)
+    params = tiny.random_params(model.init, z, logsnr, cond)["params"]
+    run = jax.jit(
+        lambda given, *args: model.apply({"params": params, **given}, *args, mutable=[TEXT])
+    )
+    expected, values = run({}, z, logsnr, cond)
+    jax.tree.map(np.testing.assert_array_equal, values, run({}, 2 * z + 1, logsnr + 1, cond)[1])
+    blank = cond | {"text": jnp.full_like(cond["text"], 7.0)}
+    output, _ = run(values, z, logsnr, blank)
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(run({}, z, logsnr, blank)[0] - expected).max() > 1e-2
 
 
 def test_padding_does_not_change_the_output(network):
