@@ -46,7 +46,11 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def stage(config, arg: str, checkpoint: str) -> ConfigDict:
-    """The checkpoint and the sampling settings of one stage."""
+    """One stage: its checkpoint, its training config, its sampling settings."""
     return ConfigDict(
-        dict(checkpoint=checkpoint, sampling=config.get_config(arg).sampling.to_dict())
+        dict(
+            checkpoint=checkpoint,
+            config=f"configs/{config.__name__.rpartition('.')[2]}.py" + f":{arg}" * bool(arg),
+            sampling=config.get_config(arg).sampling.to_dict(),
+        )
     )
