@@ -13,6 +13,7 @@ each branch, and the two costs are averaged by the share of guided evaluations.
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +34,7 @@ from imagen_jax.stage import Stage, create_stage, sampling_rules
 # What is cached of a compiled program: its peak in bytes per device, and the sums of `_sums` if
 # every evaluation is guided, and if none is. Both are empty if it does not fit.
 COST_FIELDS = {"peak": float, "guided": dict, "plain": dict}
+KERNEL_BODY = re.compile(r"\\22body\\22: \\22[^\\]*\\22")  # in the text of a lowered program
 COMPUTE = (cost.MATRIX, cost.ELEMENTWISE, cost.COPY, cost.KERNEL)
 
 
@@ -111,7 +113,8 @@ def compiled_cost(request: str, name: str, level: str, cache: str) -> dict[str, 
         cache: directory of cached costs.
     """
     topology = parse_topology(name)
-    lowered = traced(request, topology)[0].lower()
+    program, _ = traced(request, topology)
+    lowered = program.lower()
 
     def compute() -> dict[str, Any]:
         exact = level == whole_step.DEFAULT
@@ -122,8 +125,18 @@ def compiled_cost(request: str, name: str, level: str, cache: str) -> dict[str, 
         guided, plain = (_sums(module, topology, sizes, smaller) for smaller in (False, True))
         return {"peak": peak, "guided": guided, "plain": plain}
 
-    key = f"sampling {topology} {level} {lowered.as_text()}"
+    key = f"sampling {topology} {level} {program_text(program, lowered)}"
     return cached(cache, key, COST_FIELDS, compute, COMPILERS[topology.chip.platform])
+
+
+def program_text(program: Any, lowered: Any) -> str:
+    """Text that determines a traced and lowered program.
+
+    The lowered text of a Pallas kernel contains the files and lines of the code that calls it. It
+    is replaced by the kernel's signature.
+    """
+    calls = [kernels.signature(call) for call, _ in kernels.calls(program.jaxpr.jaxpr)]
+    return "\n".join([KERNEL_BODY.sub("", lowered.as_text()), *calls])
 
 
 def kernel_seconds(request: str, name: str, cache: str) -> tuple[float, float]:

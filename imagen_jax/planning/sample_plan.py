@@ -18,7 +18,7 @@ from imagen_jax.hardware.topology import Topology
 from imagen_jax.planning import encoder_plan, sample_cost, whole_step
 from imagen_jax.planning.compile_pool import compile_pool
 from imagen_jax.planning.step_time import SECONDS_PER_HOUR
-from imagen_jax.stage import Stage, check_sampling, create_stage
+from imagen_jax.stage import Stage, check_interval, check_sampling, create_stage
 from imagen_jax.storage import check_object
 from imagen_jax.weights import exports
 from imagen_jax.weights.checkpoint import META, find_step
@@ -122,6 +122,8 @@ def _part(
 ) -> Part:
     check_sampling(sampling)
     stage = create_stage(config, mesh)
+    if stage.text_dim:
+        check_interval(sampling, stage.schedule)
     params, _ = whole_step.sampling_inputs(stage, 1)
     shardings = cascade.parameter_shardings(params, mesh, config["mesh"])
     return Part(name, source, config, sampling, stage, params, shardings)

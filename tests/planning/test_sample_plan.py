@@ -1,12 +1,15 @@
 """The plan of a cascade: evaluations, FLOPs, memory, times and their report."""
 
 import json
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from imagen_jax import cascade, plan, schema, sharding
 from imagen_jax.hardware import chips, topology
+from imagen_jax.models.attention_kernel import flash_attend
 from imagen_jax.planning import cost, sample_cost, sample_plan, sample_report, whole_step
 from imagen_jax.stage import create_stage
 from tests import tiny
@@ -255,6 +258,21 @@ def request(fsdp: int = 1, **sampling) -> str:
     sizes = {"data": 4 // fsdp, "fsdp": fsdp, "model": 1, "spatial": 1}
     content = {"config": config, "sampling": sampling, "mesh": sizes, "rows": 8, "index": 0}
     return json.dumps(content)
+
+
+def test_cached_costs_do_not_depend_on_line_numbers():
+    """Catches a cache that is lost when a line is added above the call of a Pallas kernel, whose
+    body in the lowered text holds files and lines; and one that mistakes a kernel for another.
+    """
+
+    def text(body: str, rows: int = 2) -> str:
+        q = jnp.zeros((rows, 64, 128), jnp.bfloat16)
+        program = jax.jit(lambda q: flash_attend(q, ((q, q, None),), 2)).trace(q)
+        config = rf"{{\22custom_call_config\22: {{\22body\22: \22{body}\22, \22a\22: 1}}}}"
+        return sample_cost.program_text(program, SimpleNamespace(as_text=lambda: config))
+
+    assert text("TUzvUg==") == text("TUzvUh+/") and "TUzv" not in text("TUzvUg==")
+    assert text("TUzvUg==") != text("TUzvUg==", rows=4)
 
 
 @pytest.mark.slow
