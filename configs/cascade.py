@@ -12,9 +12,11 @@ red apple at 16, 64 and 256 pixels after about a minute, most of it compilation.
 The paper's cascade is 64 -> 256 -> 1024. A checkpoint is a workdir, a checkpoint's directory or an
 exported file. A stage without a checkpoint ends the cascade before it.
 
-Hardware: one GPU; base_64 samples 0.516 images/s with 256 steps of DDIM on an H100.
+Hardware: one H100, or at least four TPU v5e chips. `imagen_jax.plan --sample` plans 30,000
+pictures in 19.3 h on v5e:2x2 and in 4.8 h on v5e:4x4 (batch_size 64), and in no less than 11.4 h on
+one H100. Measured: base_64 samples 0.516 images/s with 256 steps of DDIM on an H100.
 Expect: the paper's stages are not trained yet.
-Recorded: BENCHMARKS.md, "One H100".
+Recorded: BENCHMARKS.md, "Planned, not run: sampling the paper's cascade", and "One H100".
 
 Variant `:demo`: the cascade that ships with the package, 16 -> 64 -> 256, on two CPU cores or one
 GPU. 84 % of held-out captions have their image among the 5 nearest at 256.
@@ -35,8 +37,13 @@ def get_config(arg: str = "") -> ConfigDict:
     c.encoder = "t5_tiny" if demo else "google/t5-v1_1-xxl"
     c.encoder_dtype = "bfloat16"
     c.which = "ema"  # or "params", "ema_1" ...
-    c.batch_size = 16 if demo else 4
-    # Parameters are sharded by the rules of each stage's training config.
+    # Planned peaks of the stages: 6.4, 6.2 and 10.1 of 15.75 GiB per chip of v5e:2x2 with 4 images
+    # per chip, 6.0 of them parameters; 14.2, 8.3 and 31.1 of 74 GiB on one H100. More chips need a
+    # larger batch: 64 on v5e:4x4 has the same peaks.
+    c.batch_size = 16
+    # Every chip holds all parameters. fsdp=4 saves 4.5 GiB per chip of v5e:2x2, but all-gathers the
+    # parameters at every step: use it for batches that do not fit otherwise. The rules are those of
+    # each stage's training config.
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, model=1, spatial=1))
     # The sampling settings of the stages' configs; the command line changes them for the cascade.
     c.base = stage(base_64, arg, "embedded:base_16" if demo else "")
@@ -46,7 +53,11 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def stage(config, arg: str, checkpoint: str) -> ConfigDict:
-    """The checkpoint and the sampling settings of one stage."""
+    """One stage: its checkpoint, its training config, its sampling settings."""
     return ConfigDict(
-        dict(checkpoint=checkpoint, sampling=config.get_config(arg).sampling.to_dict())
+        dict(
+            checkpoint=checkpoint,
+            config=f"configs/{config.__name__.rpartition('.')[2]}.py" + f":{arg}" * bool(arg),
+            sampling=config.get_config(arg).sampling.to_dict(),
+        )
     )

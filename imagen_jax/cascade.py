@@ -347,9 +347,14 @@ class RowBatch:
     owned: dict[int, int]
 
 
+def rows_per_batch(batch_size: int, mesh: Mesh) -> int:
+    """`batch_size`, rounded up to a multiple of data x fsdp."""
+    return batch_size + -batch_size % (mesh.shape["data"] * mesh.shape["fsdp"])
+
+
 def row_batches(rows: Sequence[int], batch_size: int, mesh: Mesh) -> list[RowBatch]:
-    """Splits rows into batches of `batch_size`, rounded up to a multiple of data x fsdp."""
-    size = batch_size + -batch_size % (mesh.shape["data"] * mesh.shape["fsdp"])
+    """Splits rows into batches of `rows_per_batch`."""
+    size = rows_per_batch(batch_size, mesh)
     here, mine = sharding.process_rows(size, mesh), set(sharding.owned_rows(size, mesh))
     batches = []
     for start in range(0, len(rows), size):

@@ -1,9 +1,10 @@
-r"""Predicts memory, step time and cost of a training run on a TPU or GPU topology.
+r"""Predicts memory, time and cost of a training run, or of sampling, on a TPU or GPU topology.
 
     python -m imagen_jax.plan --config configs/base_64.py --topology v5e:16x16
     python -m imagen_jax.plan --config configs/sr_1024.py --topology v5p-256 \
         --config.data.batch_size=1024 --search --output plans/sr_1024
     python -m imagen_jax.plan --text_encoder xxl --topology v5e-64 --captions 400000000
+    python -m imagen_jax.plan --sample --config configs/cascade.py --topology v5e:4x4
 
 Nothing runs on an accelerator and none is needed. The train step and the sampler are compiled ahead
 of time with the compiler of the target hardware. To install it, run in the checkout:
@@ -51,7 +52,8 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "config file of a stage; fields are set with flags such as --config.mesh.fsdp=32",
+        "config file of a stage, or with --sample of a cascade; fields are set with flags such as"
+        " --config.mesh.fsdp=32",
         lock_config=True,
     )
     flags.FLAGS["config"].parser.parse = named(flags.FLAGS["config"].parser.parse)
@@ -79,6 +81,10 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "captions", 0, "with --text_encoder: number of captions, to report hours", lower_bound=0
     )
+    flags.DEFINE_bool("sample", False, "plan the sampling of a cascade instead of a training")
+    flags.DEFINE_integer(
+        "pictures", 30_000, "with --sample: number of pictures to report hours for", lower_bound=1
+    )
     flags.DEFINE_string("output", "", "directory for plan.json and plan.png")
     flags.DEFINE_bool("json", False, "print JSON instead of text")
     flags.DEFINE_bool(
@@ -90,7 +96,9 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "search", False, "if the run does not fit, compile the advised configs until one fits"
     )
-    flags.DEFINE_bool("time", True, "predict the step time (TPUs only)")
+    flags.DEFINE_bool(
+        "time", True, "predict the step time (TPUs only), or the time of sampling with --sample"
+    )
     flags.DEFINE_bool(
         "sampler", True, "also compile the sampler of train.sample_rows images in training"
     )
@@ -101,9 +109,7 @@ def define_flags() -> None:
         lower_bound=1,
     )
     flags.DEFINE_string("cache", "~/.cache/imagen_jax/plan", "directory for cached block costs")
-    flags.DEFINE_float(
-        "price", 0.0, "price of a chip-hour, to report the cost of the training", lower_bound=0.0
-    )
+    flags.DEFINE_float("price", 0.0, "price of a chip-hour, to report the cost", lower_bound=0.0)
 
 
 def named(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -138,7 +144,9 @@ def main() -> int:
     args = flags.FLAGS
     cli.log_to_stderr()
     check_flags(args)
-    config = cli.stage_config(args.config) if args.config else {}
+    config = {}
+    if args.config:
+        config = cascade_config(args.config) if args.sample else cli.stage_config(args.config)
     from imagen_jax.hardware.topology import parse
 
     topology = parse(args.topology)
@@ -147,6 +155,8 @@ def main() -> int:
             cli.make_directory(flag, os.path.expanduser(args[flag].value))
     if args.text_encoder:
         return plan_encoder(topology, args)
+    if args.sample:
+        return plan_sampling(config, topology, args)
     use_cpu_only()
     from imagen_jax.planning import plan_report, train_plan
 
@@ -168,6 +178,8 @@ def main() -> int:
 
 def check_flags(args: Any) -> None:
     """Raises ValueError for flags that contradict each other or have invalid values."""
+    if args.sample and args.text_encoder:
+        raise ValueError("--sample and --text_encoder are both given; use one of them")
     if args.config is not None and args.text_encoder:
         raise ValueError("--config and --text_encoder are both given; use one of them")
     if (args.config is None and not args.text_encoder) or args.topology is None:
@@ -232,6 +244,40 @@ def use_cpu_only() -> None:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", None)
+
+
+def cascade_config(config: Any) -> dict[str, Any]:
+    """The config of a cascade as a plain dict. Raises ValueError if it is something else."""
+    from imagen_jax import schema
+
+    if not hasattr(config, "to_json") or "base" not in config:
+        raise ValueError("--config is not the config of a cascade, such as configs/cascade.py")
+    return schema.complete_cascade(json.loads(config.to_json()), "--config", new=True)
+
+
+def read_stage_config(text: str) -> dict[str, Any]:
+    """The config of a stage from "FILE" or "FILE:VARIANT"."""
+    parse = named(config_flags.config_flags.ConfigFileFlagParser("config").parse)
+    return cli.stage_config(parse(text), text)
+
+
+def plan_sampling(config: Mapping[str, Any], topology: Any, args: Any) -> int:
+    """Plans the sampling of a cascade. Returns 0 if it fits, else 1."""
+    use_cpu_only()
+    from imagen_jax.planning import sample_plan, sample_report
+
+    options = sample_plan.Options(
+        cache=Path(args.cache).expanduser(),
+        processes=args.processes,
+        pictures=args.pictures,
+        time=args.time,
+        price=args.price,
+    )
+    plan = sample_plan.plan_cascade(config, topology, options, read_stage_config)
+    print(json.dumps(plan, indent=1) if args.json else sample_report.text(plan), flush=True)
+    if args.output:
+        write(plan, args.output)
+    return 0 if sample_plan.fits(plan) else 1
 
 
 def plan_encoder(topology: Any, args: Any) -> int:

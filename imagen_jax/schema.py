@@ -300,6 +300,11 @@ CASCADE_STAGE: Fields = {
     "checkpoint": Field(
         "Workdir, checkpoint, export or embedded:NAME; empty: the cascade ends here.", str
     ),
+    "config": Field(
+        "The stage's training config, FILE or FILE:VARIANT; plan uses it without a checkpoint.",
+        str,
+        older="",
+    ),
     "sampling": SAMPLING,
 }
 
@@ -354,7 +359,7 @@ def complete_cascade(
     config: Mapping[str, Any], where: str = "cascade config", new: bool = False
 ) -> dict[str, Any]:
     """`complete` for the config of a cascade."""
-    completed = _completed(config, CASCADE, where)
+    completed = _read(config, CASCADE, where, new)
     for name, stage in completed.items() if new else ():
         if isinstance(stage, Mapping) and "sampling" in stage:
             lowres = {"lowres_size": int(name != "base")}
@@ -396,10 +401,15 @@ def _effect_problems(
 
 
 def _completed(config: Any, fields: Fields, where: str, new: bool = False) -> dict[str, Any]:
+    completed = _read(config, fields, where, new)
+    if new and (problems := _effect_problems(flat(completed), flat(fields))):
+        raise ValueError(f"{where}: {'; '.join(problems)}")
+    return completed
+
+
+def _read(config: Any, fields: Fields, where: str, new: bool) -> dict[str, Any]:
     problems: list[str] = []
     completed = read_section(config, fields, "", new, problems)
-    if new and not problems:
-        problems = _effect_problems(flat(completed), flat(fields))
     if problems:
         raise ValueError(f"{where}: {'; '.join(problems)}")
     return completed

@@ -80,7 +80,7 @@ def test_a_mesh_for_blocks_over_eight_chips():
     """Catches a row of the batch that eight chips compute, compiled for the four of the smallest
     slice.
     """
-    hardware = block_costs._smallest(topology.parse("v5p:4x4x8"), 8)
+    hardware = block_costs.smallest(topology.parse("v5p:4x4x8"), 8)
     mesh = block_costs.block_mesh(hardware, {"model": 1, "spatial": 8})
     x = jax.ShapeDtypeStruct((2, 64, 8, 128), BF16, sharding=sharding.image_sharding(mesh))
     text = (

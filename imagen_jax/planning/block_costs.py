@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
-from jax.interpreters import partial_eval as pe
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imagen_jax import sharding
@@ -96,7 +95,7 @@ def check_columns(config: Mapping[str, Any], topology: Topology) -> None:
     """
     sizes = resolved_mesh(config, topology)
     columns = sizes["model"] * sizes["spatial"]
-    chips = _smallest(topology, columns).chips
+    chips = smallest(topology, columns).chips
     if chips % columns:
         raise ValueError(
             f"mesh.model x mesh.spatial = {columns} does not divide the {chips} chips of the"
@@ -112,7 +111,7 @@ def block_mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
     return sharding.make_mesh(block_sizes, topology.devices()[:chips])
 
 
-def _smallest(topology: Topology, chips: int) -> Topology:
+def smallest(topology: Topology, chips: int) -> Topology:
     """The smallest slice with at least `chips` chips and with inter-chip links (4 chips or more).
 
     A chip's program depends only on the chips that share its rows, not on the rest of the run.
@@ -141,7 +140,7 @@ def block_costs(
     sizes = resolved_mesh(config, topology)
     # Resolve -1 for the whole run; on the smaller slice it would give other sizes.
     resolved = {**config, "mesh": {**config["mesh"], **sizes}}
-    block_topology = _smallest(topology, sizes["model"] * sizes["spatial"])
+    block_topology = smallest(topology, sizes["model"] * sizes["spatial"])
     arguments = (json.dumps(resolved), str(block_topology), rows)
     with (
         tempfile.TemporaryDirectory(prefix="schedules") as schedules,
@@ -180,7 +179,7 @@ def update_cost(
         shapes: number of parameters by per-chip shape.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    arguments = (json.dumps(config), str(_smallest(topology, 1)))
+    arguments = (json.dumps(config), str(smallest(topology, 1)))
     with compile_pool(processes) as pool:
         tasks = {shape: pool.submit(_update_of, *arguments, shape, str(cache)) for shape in shapes}
         costs = [(count, *tasks[shape].result()) for shape, count in shapes.items()]
@@ -269,18 +268,8 @@ def _kernels_of(config: str, name: str, rows: int, index: int, cache: str) -> fl
     """
     stage, blocks, mesh = _prepared(config, name, rows)
     _, both, shapes = block_program(stage, blocks[index])
-    chip, total = parse_topology(name).chip, 0.0
-    for call, times in kernels.calls(_without_dead_code(jax.make_jaxpr(both)(*shapes).jaxpr)):
-        compute = lambda call=call: {"seconds": kernels.seconds(call, chip, mesh)}
-        key = f"{chip.name} {kernels.signature(call)}"
-        seconds = cached(cache, key, {"seconds": float}, compute)["seconds"]
-        total += times * seconds / kernels.cores_at_work(call, chip)
-    return total
-
-
-def _without_dead_code(jaxpr: Any) -> Any:
-    """A traced program without unused operations, such as recomputation of stored arrays."""
-    return pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+    jaxpr = jax.make_jaxpr(both)(*shapes).jaxpr
+    return kernels.total_seconds(jaxpr, parse_topology(name).chip, mesh, cache)
 
 
 def _shardings(

@@ -51,9 +51,12 @@ class Item:
     name: str
 
 
-def items(module: Module, chip: Chip) -> Iterator[Item]:
-    """Yields the cost of every instruction that takes time on the chip."""
-    for instruction, computation, times in module.run():
+def items(module: Module, chip: Chip, smaller: bool = False) -> Iterator[Item]:
+    """Yields the cost of every instruction that takes time on the chip.
+
+    smaller: which branch of a conditional counts, see `Module.run`.
+    """
+    for instruction, computation, times in module.run(smaller=smaller):
         if _is_free(instruction, module) or _is_kernel(instruction):
             continue
         cycles = instruction.cycles
@@ -71,13 +74,13 @@ def items(module: Module, chip: Chip) -> Iterator[Item]:
         )
 
 
-def memory_bytes(module: Module) -> float:
+def memory_bytes(module: Module, smaller: bool = False) -> float:
     """Bytes that a program reads and writes in device memory.
 
-    Includes kernels and asynchronous copies; excludes collectives.
+    Includes kernels and asynchronous copies; excludes collectives. smaller: see `items`.
     """
     total = 0.0
-    for instruction, computation, times in module.run():
+    for instruction, computation, times in module.run(smaller=smaller):
         if instruction.opcode in ("copy-done", "slice-done"):
             total += times * _moved(instruction, computation)
         elif not _is_free(instruction, module):

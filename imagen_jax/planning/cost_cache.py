@@ -12,12 +12,17 @@ from typing import Any
 
 from imagen_jax.storage import write_json
 
+COMPILERS = {"tpu": "libtpu", "cuda": "jax-cuda12-pjrt"}  # package by platform
 VERSION = 2  # raise it when the meaning of the cached numbers changes
 log = logging.getLogger("imagen_jax.planning.cost_cache")
 
 
 def cached(
-    directory: str, key: str, fields: Mapping[str, type], compute: Callable[[], Any]
+    directory: str,
+    key: str,
+    fields: Mapping[str, type],
+    compute: Callable[[], Any],
+    compiler: str = COMPILERS["tpu"],
 ) -> dict[str, Any]:
     """The costs stored under a key, or the result of `compute`, which is then stored.
 
@@ -28,10 +33,10 @@ def cached(
         fields: the expected fields: {name: float, or dict for {name: number}}. A file with other
             content is computed again.
         compute: returns the costs.
+        compiler: the package of the compiler.
     """
-    versions = (
-        f"{VERSION} {importlib.metadata.version('libtpu')} {importlib.metadata.version('jaxlib')}"
-    )
+    version = importlib.metadata.version
+    versions = f"{VERSION} {version(compiler)} {version('jaxlib')}"
     digest = hashlib.sha256(f"{versions} {key}".encode()).hexdigest()[:32]
     file = Path(directory) / f"{digest}.json"
     with contextlib.suppress(OSError, ValueError, RecursionError):

@@ -19,6 +19,7 @@ from imagen_jax import sharding
 from imagen_jax.hardware.chips import GIB
 from imagen_jax.hardware.topology import Topology, smallest_shape
 from imagen_jax.planning import cost, hlo, links, whole_step
+from imagen_jax.planning.cost_cache import COMPILERS, cached
 from imagen_jax.planning.step_time import SECONDS_PER_HOUR
 from imagen_jax.text import program
 from imagen_jax.text.t5_network import T5Config, T5Encoder
@@ -34,20 +35,22 @@ SIZES = {
 DTYPE = "bfloat16"
 
 
-def find_network(name: str) -> nn.Module:
+def find_network(name: str, dtype: str = DTYPE) -> nn.Module:
     """The network of a text encoder, by its name, its directory or its config.json.
+
+    dtype: floating-point type of the weights.
 
     Raises ValueError if there is no such encoder or its family is not supported.
     """
     if name in SIZES:
-        return T5Encoder(SIZES[name], jnp.dtype(DTYPE))
+        return T5Encoder(SIZES[name], jnp.dtype(dtype))
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise ValueError(
             f"--text_encoder {name!r} is not one of {', '.join(SIZES)}, and not a directory with an"
             " encoder's config.json"
         )
-    return read_network(path, DTYPE)
+    return read_network(path, dtype)
 
 
 def plan_encoder(
@@ -69,14 +72,9 @@ def plan_encoder(
     over, "passes" has an entry for each length.
     """
     chip = topology.chip
-    shape = smallest_shape(chip) if chip.platform == "tpu" else (1, topology.shape[-1])
-    group = dataclasses.replace(topology, shape=shape, slices=1)
-    devices = group.devices()
     shapes = program.parameter_shapes(network, DTYPE)
     weights = program.weight_bytes(shapes)
-    mesh = sharding.batch_mesh(
-        devices, program.fewest_parts(weights, int(chip.memory_limit), len(devices))
-    )
+    group, mesh = _group(topology, weights)
     encode = encode_program(network, shapes, mesh)
     # FLOPs are counted in the program for a single device.
     single = encode_program(network, shapes, one_device(weights))
@@ -103,6 +101,45 @@ def plan_encoder(
         "limit": int(chip.memory_limit),
         "passes": passes,
     }
+
+
+def _group(topology: Topology, weights: int) -> tuple[Topology, Mesh]:
+    """The chips that weights of this number of bytes are sharded over: (topology, mesh)."""
+    chip = topology.chip
+    shape = smallest_shape(chip) if chip.platform == "tpu" else (1, topology.shape[-1])
+    group = dataclasses.replace(topology, shape=shape, slices=1)
+    devices = group.devices()
+    parts = program.fewest_parts(weights, int(chip.memory_limit), len(devices))
+    return group, sharding.batch_mesh(devices, parts)
+
+
+def memory(
+    network: nn.Module, topology: Topology, dtype: str, rows: int, length: int, cache: str
+) -> dict[str, Any]:
+    """Memory per chip of encoding one batch, in bytes: {"weights", "parts", "peak", "fits"}.
+
+    Args:
+        network: the encoder.
+        topology: the hardware.
+        dtype: floating-point type of the weights.
+        rows: texts per chip.
+        length: tokens per text.
+        cache: directory of cached costs.
+    """
+    chip = topology.chip
+    shapes = program.parameter_shapes(network, dtype)
+    weights = program.weight_bytes(shapes)
+    group, mesh = _group(topology, weights)
+    lowered = encode_program(network, shapes, mesh).lower(rows * mesh.size, length)
+    peak = cached(
+        cache,
+        f"encoding {group} {lowered.as_text()}",
+        {"peak": float},
+        lambda: {"peak": whole_step.compile_text(lowered, group, exact=True)[1]},
+        COMPILERS[chip.platform],
+    )["peak"]
+    parts = mesh.shape["fsdp"]
+    return {"weights": weights, "parts": parts, "peak": peak, "fits": peak <= chip.memory_limit}
 
 
 def _pass(

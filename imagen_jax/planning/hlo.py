@@ -104,13 +104,15 @@ class Module:
     entry: str
 
     def run(
-        self, computation: str | None = None, times: float = 1
+        self, computation: str | None = None, times: float = 1, smaller: bool = False
     ) -> Iterator[tuple[Instruction, dict[str, Instruction], float]]:
         """Yields (instruction, its computation, number of executions) for all that runs.
 
         The body of a loop counts once per iteration. Of the branches of a conditional, the one with
-        the most instructions counts. The instructions inside a fusion are not listed, see `inside`.
+        the largest results counts, or with `smaller` the one with the smallest. The instructions
+        inside a fusion are not listed, see `inside`.
         """
+        pick = min if smaller else max
         here = self.computations[computation or self.entry]
         for instruction in here.values():
             yield instruction, here, times
@@ -118,14 +120,16 @@ class Module:
             if instruction.opcode == "while":
                 trips = self.trip_count(instruction)
                 for name in called["body"]:
-                    yield from self.run(name, times * trips)
+                    yield from self.run(name, times * trips, smaller)
             elif instruction.opcode == "conditional":
-                yield from self.run(
-                    max(called["branches"], key=lambda name: len(self.computations[name])), times
-                )
+                yield from self.run(pick(called["branches"], key=self._size), times, smaller)
             elif instruction.opcode in ("call", "async-start"):
                 for name in called.get("calls", []) + called.get("to_apply", []):
-                    yield from self.run(name, times)
+                    yield from self.run(name, times, smaller)
+
+    def _size(self, computation: str) -> int:
+        """Bytes of the results of all instructions of a computation."""
+        return sum(type_bytes(i.type) for i in self.computations[computation].values())
 
     def inside(self, instruction: Instruction) -> list[dict[str, Instruction]]:
         """The computations inside a fusion; an empty list for other instructions."""
@@ -223,9 +227,13 @@ def type_bytes(text: str, hbm_only: bool = False) -> int:
 def traffic(instruction: Instruction, computation: dict[str, Instruction]) -> int:
     """Bytes that an instruction reads and writes in device memory, each operand counted once.
 
-    This is a lower bound: an instruction may read an operand several times.
+    This is a lower bound: an instruction may read an operand several times. The workspaces that
+    cuBLAS and cuDNN calls have among their results do not count.
     """
-    return type_bytes(instruction.type, hbm_only=True) + sum(
+    result = instruction.type
+    if 'custom_call_target="__cu' in instruction.rest:
+        result = re.sub(r"\b[su]8\[\d+\]", "", result)
+    return type_bytes(result, hbm_only=True) + sum(
         type_bytes(o.type, hbm_only=True) for o in operands(instruction, computation)
     )
 
@@ -257,8 +265,10 @@ class Collective:
     overlapped: bool = False
 
 
-def collectives(module: Module, devices: int) -> Iterator[Collective]:
+def collectives(module: Module, devices: int, smaller: bool = False) -> Iterator[Collective]:
     """Yields every collective of a program for `devices` devices, also those inside fusions.
+
+    smaller: see `Module.run`.
 
     An all-reduce fused with a slice of its result is reported as a reduce-scatter. A collective
     over several TPU slices is compiled into one part within slices and one between them; each is
@@ -266,7 +276,7 @@ def collectives(module: Module, devices: int) -> Iterator[Collective]:
     compute, appears in each of them with the same `chain_id` and is reported once.
     """
     chains = set()
-    for instruction, here, times in module.run():
+    for instruction, here, times in module.run(smaller=smaller):
         if instruction.opcode == "send" and "_xla_megascale_transfer_type" in instruction.rest:
             yield _between_slices(instruction, here, times)
         parts = [

@@ -17,9 +17,11 @@ from typing import Any
 
 import jax
 import jax.extend
+from jax.interpreters import partial_eval as pe
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imagen_jax.hardware.chips import Chip
+from imagen_jax.planning.cost_cache import cached
 
 
 def ask_for_schedules(directory: str) -> None:
@@ -32,15 +34,44 @@ def ask_for_schedules(directory: str) -> None:
     os.environ["IMAGEN_JAX_SCHEDULES"] = directory
 
 
-def calls(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
-    """Yields every pallas_call of a traced program and the number of times it runs."""
+def calls(jaxpr: Any, times: int = 1, branch: int = -1) -> Iterator[tuple[Any, int]]:
+    """Yields every pallas_call of a traced program and the number of times it runs.
+
+    branch: the branch of each conditional that runs: -1 (a true predicate) or 0 (a false one).
+    """
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             yield equation, times
             continue
         inner = times * equation.params["length"] if equation.primitive.name == "scan" else times
-        for subprogram in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from calls(subprogram, inner)
+        params = equation.params
+        if equation.primitive.name == "cond":
+            params = {"branches": params["branches"][branch]}
+        for subprogram in jax.extend.core.jaxprs_in_params(params):
+            yield from calls(subprogram, inner, branch)
+
+
+def total_seconds(jaxpr: Any, chip: Chip, mesh: Mesh, cache: str, branch: int = -1) -> float:
+    """Seconds of all kernels of a traced program on one chip.
+
+    Runs in a process that called `ask_for_schedules`.
+
+    Args:
+        jaxpr: the program.
+        chip: the chip.
+        mesh: the mesh of the program.
+        cache: directory of cached costs.
+        branch: see `calls`.
+    """
+    # Unused operations, such as recomputation of stored arrays, do not run.
+    live = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+    total = 0.0
+    for call, times in calls(live, branch=branch):
+        key = f"{chip.name} {signature(call)}"
+        compute = lambda call=call: {"seconds": seconds(call, chip, mesh)}
+        one = cached(cache, key, {"seconds": float}, compute)["seconds"]
+        total += times * one / cores_at_work(call, chip)
+    return total
 
 
 def signature(call: Any) -> str:

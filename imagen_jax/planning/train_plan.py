@@ -113,7 +113,7 @@ def examine(config: Mapping[str, Any], topology: Topology, options: Options) -> 
     if options.sampler and config["train"]["sample_every"]:
         plan["sampler"] = sampler(config, topology, program, plan["memory"]["parts"], options.exact)
     if options.sampler and program.stage.train_size != program.stage.image_size:
-        plan["whole_images"] = whole_images(topology, program, options.exact)
+        plan["whole_images"] = whole_images(config, topology, program, options.exact)
     return plan
 
 
@@ -224,14 +224,17 @@ def sampler(
     }
 
 
-def whole_images(topology: Topology, program: TrainProgram, exact: bool) -> dict[str, Any]:
+def whole_images(
+    config: Mapping[str, Any], topology: Topology, program: TrainProgram, exact: bool
+) -> dict[str, Any]:
     """The memory of sampling full-size images, for a stage that trains on crops.
 
     No training state is in memory then, so this does not affect whether the run fits.
     """
     size = program.stage.image_size
     log.info("compiling the sampler for full images of %d pixels", size)
-    _, peak = whole_step.compile_text(whole_step.lower_whole_images(program), topology, exact)
+    lowered = whole_step.lower_whole_images(config, program)
+    _, peak = whole_step.compile_text(lowered, topology, exact)
     return {
         "size": size,
         "rows": program.mesh.shape["data"] * program.mesh.shape["fsdp"],

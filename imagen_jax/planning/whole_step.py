@@ -15,10 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from imagen_jax import sharding
+from imagen_jax import cascade, sharding
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.planning import hlo, links
+from imagen_jax.stage import Params, Stage
 from imagen_jax.training import sample_grids
 from imagen_jax.training.state import bytes_table
 from imagen_jax.training.step import TrainProgram
@@ -214,31 +216,44 @@ def lower_sampler(program: TrainProgram, rows: int) -> Any:
     )
 
 
-def lower_whole_images(program: TrainProgram) -> Any:
-    """The lowered sampler at the stage's full image size, one image for each shard of the batch.
+def lower_whole_images(config: Mapping[str, Any], program: TrainProgram) -> Any:
+    """The lowered sampling program of a stage after training, one image for each shard.
 
     The full size is larger than the training size for a stage that trains on crops.
     """
-    stage, rows = program.stage, program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    shapes = stage.batch_shapes(rows)
+    rows = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+    stage, mesh = program.stage, program.mesh
+    jitted, arguments = images_program(stage, config["mesh"], mesh, stage.sampling, rows)
+    return jitted.lower(*arguments)
+
+
+def images_program(
+    stage: Stage,
+    section: Mapping[str, Any],
+    mesh: Mesh,
+    sampling: Mapping[str, Any],
+    rows: int,
+    index: int = 0,
+) -> tuple[Any, tuple[Any, ...]]:
+    """(`cascade.sample_program` of a stage, its arguments for `rows` full-size images as shapes).
+
+    stage: created for `mesh`.
+    section: the section `mesh` of the stage's training config, see `cascade.parameter_shardings`.
+    sampling, index: see `cascade.sample_program`.
+    """
+    params, batch = sampling_inputs(stage, rows)
+    shardings = cascade.parameter_shardings(params, mesh, section)
+    program = cascade.sample_program(stage, mesh, shardings, sampling, index)
+    return program, (params, batch)
+
+
+def sampling_inputs(stage: Stage, rows: int) -> tuple[Params, dict[str, jax.ShapeDtypeStruct]]:
+    """The arguments of `cascade.sample_program` as shapes; allocates nothing."""
+    params = cascade.for_sampling(jax.eval_shape(stage.init, jax.random.key(0)), stage)
+    low = stage.lowres_size
+    shapes = stage.batch_shapes(rows) | {"seed": ((rows,), jnp.uint32)}
+    shapes |= {"lowres": ((rows, low, low, 3), jnp.uint8)} if low else {}
     batch = {
-        name: jax.ShapeDtypeStruct(*shapes[name])
-        for name in ("text", "text_mask")
-        if name in shapes
+        name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items() if name != "image"
     }
-    batch |= (
-        {"lowres": jax.ShapeDtypeStruct((rows, stage.lowres_size, stage.lowres_size, 3), jnp.uint8)}
-        if stage.lowres_size
-        else {}
-    )
-    over_rows = sharding.batch_sharding(program.mesh)
-    sample = lambda ema, keys, batch: stage.sample(ema, keys, batch, stage.sampling)
-    shardings = program.shardings.ema, over_rows, over_rows
-    jitted = jax.jit(
-        sample,
-        in_shardings=shardings,
-        out_shardings=over_rows,
-        compiler_options=sharding.compiler_options(program.mesh),
-    )
-    return jitted.lower(program.abstract.ema, keys, batch)
+    return params, batch

@@ -316,7 +316,7 @@ def load_params(
         params, meta = read_export(path)
         check_which(path, meta["which"], which)
         return params, meta
-    directory = _find_step(path)
+    directory = find_step(path)
     document = read_document(directory / META)
     subtree = _subtree(which)
     specs = {name: spec for name, spec in document["leaves"].items() if name.startswith(subtree)}
@@ -358,7 +358,7 @@ def _kinds(leaves: Iterable[str]) -> list[str]:
     return sorted(kinds)
 
 
-def _find_step(path: Path) -> Path:
+def find_step(path: Path) -> Path:
     """The verified step directory of a workdir, a checkpoints directory or one step."""
     if path.name.isdigit() and path.is_dir() and not (path / "checkpoints").is_dir():
         reason = find_damage(path)

@@ -116,7 +116,7 @@ def test_blocks_have_the_chips_they_are_split_over(name, chips, shape):
     """Catches blocks of mesh.spatial = 8, which plan itself advises, on a slice of four chips; and
     another slice for fewer chips, which would invalidate the cache.
     """
-    assert block_costs._smallest(topology.parse(name), chips).shape == shape
+    assert block_costs.smallest(topology.parse(name), chips).shape == shape
 
 
 def test_a_number_of_chips_without_a_slice():

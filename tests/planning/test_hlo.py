@@ -88,6 +88,50 @@ def test_loops_that_count_without_a_sign():
     assert {times for i, _, times in module.run() if i.name == "fusion.1"} == {6}
 
 
+CONDITIONAL = """HloModule jit_sample
+
+%one (a: f32[2,8]) -> f32[2,8] {
+  %a = f32[2,8]{1,0} parameter(0)
+  %half = f32[2,8]{1,0} negate(%a)
+  %again = f32[2,8]{1,0} negate(%half)
+  ROOT %copy = f32[2,8]{1,0} copy(%again)
+}
+
+%both (b: f32[2,8]) -> f32[2,8] {
+  %b = f32[2,8]{1,0} parameter(0)
+  %twice = f32[4,8]{1,0} concatenate(%b, %b), dimensions={0}
+  ROOT %slice = f32[2,8]{1,0} slice(%twice), slice={[0:2], [0:8]}
+}
+
+ENTRY %main (i: s32[], p: f32[2,8]) -> f32[2,8] {
+  %i = s32[] parameter(0)
+  %p = f32[2,8]{1,0} parameter(1)
+  ROOT %out = f32[2,8]{1,0} conditional(%i, %p, %p), branch_computations={%one, %both}
+}
+"""
+
+
+def test_the_branch_of_a_conditional():
+    """Catches the branch with more instructions taken for the one with more work: unguided and
+    guided evaluations have about the same instructions, on other numbers of rows.
+    """
+    module = hlo.parse(CONDITIONAL.replace("%twice = f32[4,8]", "%twice = f32[16,8]"))
+    names = lambda smaller: {i.name for i, _, _ in module.run(smaller=smaller)}
+    assert "twice" in names(False) and "half" not in names(False)
+    assert "half" in names(True) and "twice" not in names(True)
+
+
+def test_workspaces_are_no_traffic():
+    """Catches the workspace of a cuBLAS call, 32 MiB on an H100, counted as traffic."""
+    call = (
+        "  %gemm = (bf16[4,8]{1,0}, s8[33554432]{0}) custom-call(%a, %b),"
+        ' custom_call_target="__cublas$gemm"'
+    )
+    text = f"ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {{\n{call}\n}}\n"
+    ((instruction, computation, _),) = hlo.parse(text).run()
+    assert hlo.traffic(instruction, computation) == 4 * 8 * 2
+
+
 def test_collectives(module):
     """Catches an asynchronous all-gather counted by its operand or twice, a reduce-scatter reported
     as an all-reduce, and groups misread.

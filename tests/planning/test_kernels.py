@@ -21,6 +21,18 @@ def test_calls_in_loops_count():
     assert [times for _, times in calls(2, 128, times=3)] == [3]
 
 
+@pytest.mark.parametrize("branch, rows", [(-1, 4), (0, 2)])
+def test_one_branch_of_a_conditional_counts(branch, rows):
+    """Catches the kernels of guided and unguided evaluations counted together."""
+    q = jnp.zeros((2, 64, 128), jnp.bfloat16)
+    attend = lambda q: flash_attend(q, ((q, q, None),), 2)
+    both = lambda q: attend(jnp.concatenate([q, q]))[:2]
+    program = lambda guided, q: jax.lax.cond(guided, both, attend, q)
+    jaxpr = jax.make_jaxpr(program)(True, q).jaxpr
+    ((call, _),) = kernels.calls(jaxpr, branch=branch)
+    assert call.outvars[0].aval.shape[0] == rows
+
+
 @pytest.mark.parametrize(
     "b, c, name, cores",
     [(2, 128, "v4", 2), (1, 256, "v5p", 2), (1, 128, "v4", 1), (2, 128, "v5e", 1)],

@@ -4,12 +4,11 @@ import re
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from imagen_jax import cascade, sharding
+from imagen_jax import sharding
 from imagen_jax.hardware import topology
-from imagen_jax.planning import hlo
+from imagen_jax.planning import hlo, whole_step
 from imagen_jax.stage import create_stage
 from tests import tiny
 
@@ -23,15 +22,11 @@ def compiled(name: str, devices: list, interval: tuple[float, float]) -> hlo.Mod
     config = tiny.config(name, **fields)
     mesh = sharding.make_mesh(dict(data=1, fsdp=len(devices), model=1, spatial=1), devices)
     stage = create_stage(config, mesh)
-    params = cascade.for_sampling(jax.eval_shape(stage.init, jax.random.key(0)), stage)
     sampling = stage.sampling | {"w": 3.0, "w_interval": interval, "steps": 8}
-    shardings = cascade.parameter_shardings(params, mesh, config["mesh"])
-    program = cascade.sample_program(stage, mesh, shardings, sampling, 0)
-    shapes = stage.batch_shapes(2 * len(devices)) | {"seed": ((2 * len(devices),), jnp.uint32)}
-    batch = {
-        name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items() if name != "image"
-    }
-    return hlo.parse(program.lower(params, batch).compile().as_text())
+    program, arguments = whole_step.images_program(
+        stage, config["mesh"], mesh, sampling, 2 * len(devices)
+    )
+    return hlo.parse(program.lower(*arguments).compile().as_text())
 
 
 def in_loops(module: hlo.Module) -> Iterator[hlo.Instruction]:

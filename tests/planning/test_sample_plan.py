@@ -1,0 +1,320 @@
+"""The plan of a cascade: evaluations, FLOPs, memory, times and their report."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from imagen_jax import cascade, plan, schema, sharding
+from imagen_jax.hardware import chips, topology
+from imagen_jax.models.attention_kernel import flash_attend
+from imagen_jax.planning import cost, sample_cost, sample_plan, sample_report, whole_step
+from imagen_jax.stage import create_stage
+from tests import tiny
+
+NAMES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}
+V5E, H100 = chips.by_name("v5e"), chips.by_name("h100")
+SUMS = {cost.MATRIX: 2.0, cost.COPY: 1.0, "unestimated": 0.3, "bytes": 8e12}
+GUIDED = SUMS | {cost.MATRIX: 6.0, "overlapped": 1.0, "exposed": 0.5}
+COMPILED = {"peak": 1, "guided": GUIDED, "plain": SUMS}
+
+
+def stage_config(name: str) -> dict:
+    return schema.complete(tiny.config(NAMES.get(name, name)))
+
+
+def cascade_config(**sampling) -> dict:
+    """A cascade of the tiny configs, which are named like their stages."""
+    stage = lambda name: {
+        "checkpoint": "",
+        "config": name,
+        "sampling": stage_config(name)["sampling"] | {"steps": 4, "w": 3.0} | sampling,
+    }
+    return schema.complete_cascade(
+        {
+            "encoder": "t5_tiny",
+            "encoder_dtype": "bfloat16",
+            "which": "ema",
+            "batch_size": 3,
+            "mesh": {"data": -1, "fsdp": 1, "model": 1, "spatial": 1},
+            **{name: stage(name) for name in NAMES},
+        }
+    )
+
+
+def only_base(config: dict) -> dict:
+    return config | {"sr_1": config["sr_1"] | {"config": ""}}
+
+
+def mesh(fsdp: int = 1):
+    return sharding.make_mesh({"data": -1, "fsdp": fsdp, "model": 1, "spatial": 1})
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"w": 1.0}, (9, 0)),
+        ({"w": 3.0}, (9, 9)),
+        ({"w": 3.0, "w_interval": (-2.0, 2.0)}, (9, 2)),
+    ],
+)
+def test_evaluations(change, expected):
+    """Catches guidance counted with w = 1 or outside of its interval, and one evaluation more than
+    there are noise levels.
+    """
+    stage = create_stage(stage_config("base"))
+    sampling = stage.sampling | {"steps": 9, "grid": "logsnr", "grid_logsnr": (-8.0, 8.0)} | change
+    assert sample_cost.evaluations(sampling, stage) == expected
+
+
+def test_flops_are_those_of_full_images_without_the_text():
+    """Catches FLOPs of a training crop, and text projected at every evaluation."""
+    config = stage_config("sr_2")
+    whole = config | {"data": config["data"] | {"crop_size": 0}}
+    flops = sample_cost.evaluation_flops(config)
+    assert flops == sample_cost.evaluation_flops(whole)
+    longer = config | {"data": config["data"] | {"text_length": 7}}
+    # One more token in the attention itself, and not in the projections.
+    assert flops < sample_cost.evaluation_flops(longer) < 1.01 * flops
+
+
+def test_guidance_doubles_the_flops_of_a_stage():
+    """Catches FLOPs that do not depend on guidance."""
+    find = lambda w: sample_plan.find_parts(only_base(cascade_config(w=w)), mesh(), stage_config)
+    parts = {w: find(w)[0] for w in (1.0, 3.0)}
+    rows = {
+        w: sample_plan.describe(part, mesh(), 8, part.bytes + 800, 0, part.bytes + 400)
+        for w, part in parts.items()
+    }
+    assert rows[3.0]["flops_per_image"] == 2 * rows[1.0]["flops_per_image"] > 0
+    # 8 rows on 8 devices need 800 bytes besides the parameters, and 400 are left.
+    assert rows[3.0]["largest_batch"] == 0 and not rows[3.0]["fits"]
+
+
+@pytest.mark.parametrize("limit, largest", [(1300, 16), (1299, 8), (800, 0)])
+def test_largest_batch(limit, largest):
+    """Catches a batch per device reported as that of all devices, and resident parameters of other
+    stages left out.
+    """
+    assert sample_plan.largest_batch(900, 100, 400, limit, 16, mesh()) == largest
+
+
+def test_time_of_a_tpu():
+    """Catches overlapped collectives added to compute, exposed ones hidden, and the unguided part
+    of an interval counted as guided.
+    """
+    time = sample_cost.batch_time(COMPILED, (2.0, 1.0), 1.0, 1e12, V5E)
+    assert time["seconds"] == pytest.approx(6 + 1 + 2 + 0.5) and not time["is_bound"]
+    half = sample_cost.batch_time(COMPILED, (2.0, 1.0), 0.5, 1e12, V5E)
+    assert half["seconds"] == pytest.approx(4 + 1 + 1.5 + 0.25)
+    assert half["kinds_s"][cost.KERNEL] == pytest.approx(1.5)
+    slow = COMPILED | {"guided": GUIDED | {"overlapped": 20.0}}
+    assert sample_cost.batch_time(slow, (0.0, 0.0), 1.0, 1e12, V5E)["seconds"] == 20.5
+
+
+@pytest.mark.parametrize(
+    "flops, seconds", [(989e12, 8e12 / 3350e9), (4 * 989e12, 4.0)], ids=["bytes", "FLOPs"]
+)
+def test_time_of_a_gpu_is_a_bound(flops, seconds):
+    """Catches a GPU's time reported as an estimate, and a bound that is the smaller of two."""
+    time = sample_cost.batch_time(COMPILED, (0.0, 0.0), 1.0, flops, H100)
+    assert time["is_bound"] and time["seconds"] == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "name, fsdp, rows, smallest, data, batch",
+    [
+        ("v5e:16x16", 1, 512, "v5e:2x2", 4, 8),
+        ("v5e:4x4", 16, 32, "v5e:4x4", 1, 32),
+        ("v5e:2x2", 2, 4, "v5e:2x2", 2, 4),
+        ("h100-8", 2, 16, "h100:1x2", 1, 4),
+    ],
+)
+def test_a_program_is_compiled_for_the_smallest_topology(name, fsdp, rows, smallest, data, batch):
+    """Catches a program with another number of rows or parameter shards per chip."""
+    hardware = topology.parse(name)
+    sizes = {"data": hardware.chips // fsdp, "fsdp": fsdp, "model": 1, "spatial": 1}
+    reduced, found, found_rows = sample_cost.smallest(hardware, sizes, rows)
+    assert (str(reduced), found["data"], found_rows) == (smallest, data, batch)
+    assert found_rows // (data * fsdp) == rows // hardware.chips
+
+
+def test_a_cascade_ends_before_the_first_stage_without_a_network():
+    """Catches a plan that fails for a cascade of two stages, and stages of different cascades."""
+    config = cascade_config()
+    find = lambda config: sample_plan.find_parts(config, mesh(), stage_config)
+    assert [part.stage.name for part in find(config)] == ["base_tiny", "sr_tiny", "sr_crops_tiny"]
+    two = config | {"sr_2": config["sr_2"] | {"config": ""}}
+    assert [part.name for part in find(two)] == ["base", "sr_1"]
+    with pytest.raises(ValueError, match="base has neither a checkpoint nor a config: give"):
+        find(config | {"base": config["base"] | {"config": ""}})
+    with pytest.raises(ValueError, match="sr_1: sr_2 expects low-res images of 16 pixels"):
+        find(config | {"sr_1": config["sr_1"] | {"config": "sr_2"}})
+
+
+def test_the_network_is_that_of_the_checkpoint():
+    """Catches the field `config` preferred to the checkpoint."""
+    config = cascade_config()
+    config["base"] |= {"checkpoint": "embedded:base_16", "config": "base"}
+    (part,) = sample_plan.find_parts(only_base(config), mesh(), stage_config)
+    assert part.stage.name == "base_16" and part.source == "embedded:base_16"
+    assert jax.tree.leaves(part.params)[0].__class__ is jax.ShapeDtypeStruct
+
+
+@pytest.mark.parametrize("arg", ["", "demo"])
+def test_the_configs_of_the_cascade_exist(arg, monkeypatch):
+    """Catches a cascade config that names a file or a variant that does not exist."""
+    from configs import cascade as file
+
+    monkeypatch.chdir(tiny.ROOT)
+    config = json.loads(file.get_config(arg).to_json())
+    read = {name: plan.read_stage_config(config[name]["config"]) for name in cascade.STAGES}
+    for name, stage in read.items():
+        assert stage["sampling"] == config[name]["sampling"]
+
+
+def test_the_config_must_be_that_of_a_cascade():
+    """Catches a stage's config read as a cascade's, and a cascade's invalid value accepted."""
+    from configs import base_64
+    from configs import cascade as file
+
+    with pytest.raises(ValueError, match="is not the config of a cascade"):
+        plan.cascade_config(base_64.get_config("tiny"))
+    wrong = file.get_config("demo")
+    wrong.batch_size = 0
+    with pytest.raises(ValueError, match="batch_size"):
+        plan.cascade_config(wrong)
+
+
+def written(is_bound: bool, fits: bool = True) -> dict:
+    """A plan of one stage."""
+    time = sample_cost.batch_time(COMPILED, (0.0, 0.0), 1.0, 1e12, H100 if is_bound else V5E)
+    money = {"images_per_s_per_chip": 0.5, "hours": 2.0, "chip_hours": 8.0, "money": 10.0}
+    stage = {
+        "stage": "base",
+        "name": "base_64",
+        "size": 64,
+        "steps": 256,
+        "evaluations": 256,
+        "guided": 256,
+        "flops_per_image": 1e15,
+        "parameter_bytes": 2**30,
+        "other_parameters": 2**29,
+        "peak": 4 * 2**30,
+        "fits": fits,
+        "largest_batch": 12,
+        "time": time,
+        "cost": money,
+    }
+    return {
+        "topology": "v5e:2x2",
+        "platform": "cuda" if is_bound else "tpu",
+        "chips": 4,
+        "mesh": {"data": 4, "fsdp": 1},
+        "batch": 16,
+        "pictures": 30_000,
+        "level": "default",
+        "limit": 16 * 2**30,
+        "resident": True,
+        "parameters": 3 * 2**29,
+        "encoder": {
+            "name": "t5",
+            "tokens": 128,
+            "rows": 16,
+            "parts": 1,
+            "peak": 9 * 2**30,
+            "fits": True,
+        },
+        "stages": [stage],
+        "cost": money,
+    }
+
+
+def test_bounds_are_labelled():
+    """Catches a GPU's bound that reads like an estimate, and an estimate marked as a bound."""
+    bound, estimate = (sample_report.text(written(is_bound)) for is_bound in (True, False))
+    assert "ROOFLINE BOUNDS, not estimates" in bound and "<0.500" in bound and ">2.00" in bound
+    assert "ROOFLINE BOUNDS" not in estimate and ">" not in estimate and "<" not in estimate
+    assert "10.00 for all pictures at the given price" in estimate
+    assert "t5, 16 prompts of 128 tokens: 9.00, fits; freed before sampling" in estimate
+
+
+def test_advice():
+    """Catches a stage that does not fit reported without a batch that would."""
+    large = written(False, fits=False)
+    assert "DOES NOT FIT" in sample_report.text(large) and not sample_plan.fits(large)
+    assert "about 12 images would fit: --config.batch_size=12" in sample_report.text(large)
+    large["stages"][0]["largest_batch"] = 0
+    assert "no batch size would fit; shard the parameters" in sample_report.text(large)
+    assert "batch_size" not in sample_report.text(written(False))
+
+
+def request(fsdp: int = 1, **sampling) -> str:
+    config = stage_config("base")
+    config["mesh"]["fsdp_min_elements"] = 8
+    sampling = config["sampling"] | {"grid": "logsnr", "grid_logsnr": (-8.0, 8.0)} | sampling
+    sizes = {"data": 4 // fsdp, "fsdp": fsdp, "model": 1, "spatial": 1}
+    content = {"config": config, "sampling": sampling, "mesh": sizes, "rows": 8, "index": 0}
+    return json.dumps(content)
+
+
+def test_cached_costs_do_not_depend_on_line_numbers():
+    """Catches a cache that is lost when a line is added above the call of a Pallas kernel, whose
+    body in the lowered text holds files and lines; and one that mistakes a kernel for another.
+    """
+
+    def text(body: str, rows: int = 2) -> str:
+        q = jnp.zeros((rows, 64, 128), jnp.bfloat16)
+        program = jax.jit(lambda q: flash_attend(q, ((q, q, None),), 2)).trace(q)
+        config = rf"{{\22custom_call_config\22: {{\22body\22: \22{body}\22, \22a\22: 1}}}}"
+        return sample_cost.program_text(program, SimpleNamespace(as_text=lambda: config))
+
+    assert text("TUzvUg==") == text("TUzvUh+/") and "TUzv" not in text("TUzvUg==")
+    assert text("TUzvUg==") != text("TUzvUg==", rows=4)
+
+
+@pytest.mark.slow
+def test_costs_of_compiled_programs(tmp_path):
+    """Catches a loop body counted once, guidance counted everywhere or nowhere, parameters missing
+    in the peak, and parameters that are as large when sharded.
+    """
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with the extra `tpu`")
+    hardware = topology.parse("v5e:2x2")
+
+    def cost_of(fsdp=1, **sampling):
+        return sample_cost.compiled_cost(
+            request(fsdp, **sampling), str(hardware), whole_step.DEFAULT, str(tmp_path)
+        )
+
+    def seconds(compiled, share=1.0):
+        return sample_cost.batch_time(compiled, (0.0, 0.0), share, 1.0, hardware.chip)["seconds"]
+
+    few, more, most = (cost_of(steps=n, w=3.0) for n in (9, 17, 25))
+    assert seconds(most) - seconds(more) == pytest.approx(seconds(more) - seconds(few), rel=0.02)
+    assert seconds(more) > 1.5 * seconds(few)
+    conditional = cost_of(steps=9, w=3.0, w_interval=(-2.0, 2.0))
+    plain = cost_of(steps=9, w=1.0)
+    assert seconds(plain) < seconds(conditional, 2 / 9) < seconds(few)
+    config = stage_config("base")
+    stage = create_stage(config)
+    params, _ = whole_step.sampling_inputs(stage, 1)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    assert few["peak"] > size
+    assert cost_of(fsdp=4, steps=9, w=3.0)["peak"] < few["peak"]
+
+
+@pytest.mark.slow
+def test_chips_along_data_compute_the_same_program(tmp_path):
+    """Catches a program of the smallest topology that differs from that of the whole one."""
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with the extra `tpu`")
+    large = json.loads(request(steps=9, w=3.0))
+    large |= {"mesh": large["mesh"] | {"data": 16}, "rows": 32}
+    names = {"v5e:2x2": request(steps=9, w=3.0), "v5e:4x4": json.dumps(large)}
+    small, whole = (
+        sample_cost.compiled_cost(content, name, whole_step.DEFAULT, str(tmp_path))
+        for name, content in names.items()
+    )
+    assert small["guided"] == pytest.approx(whole["guided"], rel=1e-3)
+    assert small["peak"] == pytest.approx(whole["peak"], rel=1e-2)
