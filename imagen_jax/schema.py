@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from imagen_jax.field import Field, Need, effect_problem, flat, read_section, within, without_effect
-from imagen_jax.mesh_fields import CASCADE_MESH, MESH
 from imagen_jax.network_fields import FAMILY_FIELDS, MODEL, WITH_TEXT
+from imagen_jax.run_fields import CASCADE_MESH, MESH, TRAIN
 
 Fields = Mapping[str, Any]  # {name: Field, or the Fields of a section}
 SEEDS = "[0, 2^32)"  # JAX and the data order use 32-bit seeds; a larger seed would wrap
@@ -18,8 +18,6 @@ SEEDS = "[0, 2^32)"  # JAX and the data order use 32-bit seeds; a larger seed wo
 SUPER_RESOLUTION = Need("data.lowres_size", unless=(0,))
 LOGIT_NORMAL = Need("diffusion.density", ("logit_normal",))
 ADAM = Need("optim.optimizer", ("adam",))
-GRIDS = Need("train.sample_every", unless=(0,))
-VALIDATION = Need("train.validate_every", unless=(0,))
 
 TEXT = {
     "dim": Field("Width of the text features; 0: no text.", int, "section 2.1", interval="[0, inf)")
@@ -251,36 +249,6 @@ OPTIM = {
     "ema_tracks": Field(
         "Decays of additional EMAs.", tuple[float, ...], older=(), interval="[0, 1)"
     ),
-}
-
-TRAIN = {
-    "steps": Field(
-        "Training steps.",
-        int,
-        "section 4.1",
-        resume=("optim.decay", "constant"),
-        interval="[1, 2^31)",
-    ),
-    "log_every": Field("Steps between two rows of metrics.", int, resume=True, interval="[1, inf)"),
-    "sample_every": Field(
-        "Steps between two sample grids; 0: no grids.", int, resume=True, interval="[0, inf)"
-    ),
-    "sample_rows": Field(
-        "Images per sample grid.", int, resume=True, interval="[1, inf)", needs=(GRIDS,)
-    ),
-    "validate_every": Field(
-        "Steps between two validations; 0: none.", int, older=0, resume=True, interval="[0, inf)"
-    ),
-    "validate_rows": Field(
-        "Images per validation.",
-        int,
-        older=256,
-        resume=True,
-        interval="[2, inf)",
-        needs=(VALIDATION,),
-    ),
-    "save_every": Field("Steps between two checkpoints.", int, resume=True, interval="[1, inf)"),
-    "keep": Field("Number of checkpoints to keep.", int, resume=True, interval="[1, inf)"),
 }
 
 STAGE: Fields = {

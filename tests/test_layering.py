@@ -21,7 +21,7 @@ LAYERS = (
         "caption_text",
         "exit_codes",
         "field",
-        "mesh_fields",
+        "run_fields",
         "network_fields",
         "run_log",
         "schema",

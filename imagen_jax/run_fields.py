@@ -1,0 +1,57 @@
+"""The fields of the config sections `train` and `mesh`, for imagen_jax/schema.py."""
+
+from imagen_jax.field import Field, Need
+
+GRIDS = Need("train.sample_every", unless=(0,))
+VALIDATION = Need("train.validate_every", unless=(0,))
+
+MESH = {
+    "data": Field("Devices along `data`; -1: all remaining ones.", int, resume=True),
+    "fsdp": Field("Devices along `fsdp`, which splits batch and training state.", int, resume=True),
+    "model": Field("Devices along `model`, which splits features by `rules`.", int, resume=True),
+    "spatial": Field("Devices along `spatial`, which splits image height.", int, resume=True),
+    "fsdp_min_elements": Field("Smallest array split over `fsdp`, in elements.", int, resume=True),
+    "rules": Field(
+        "Rules (regular expression for a parameter path, placement); the first match applies.",
+        tuple,
+        resume=True,
+    ),
+}
+
+# Of a cascade; the rules are those of each stage's training.
+CASCADE_MESH = {
+    "data": Field("Devices along `data`; -1: all remaining ones.", int, older=-1),
+    "fsdp": Field("Devices along `fsdp`, which splits batch and parameters.", int, older=1),
+    "model": Field("Devices along `model`, which splits features by the rules.", int, older=1),
+    "spatial": Field("Devices along `spatial`, which splits image height.", int, older=1),
+}
+
+TRAIN = {
+    "steps": Field(
+        "Training steps.",
+        int,
+        "section 4.1",
+        resume=("optim.decay", "constant"),
+        interval="[1, 2^31)",
+    ),
+    "log_every": Field("Steps between two rows of metrics.", int, resume=True, interval="[1, inf)"),
+    "sample_every": Field(
+        "Steps between two sample grids; 0: no grids.", int, resume=True, interval="[0, inf)"
+    ),
+    "sample_rows": Field(
+        "Images per sample grid.", int, resume=True, interval="[1, inf)", needs=(GRIDS,)
+    ),
+    "validate_every": Field(
+        "Steps between two validations; 0: none.", int, older=0, resume=True, interval="[0, inf)"
+    ),
+    "validate_rows": Field(
+        "Images per validation.",
+        int,
+        older=256,
+        resume=True,
+        interval="[2, inf)",
+        needs=(VALIDATION,),
+    ),
+    "save_every": Field("Steps between two checkpoints.", int, resume=True, interval="[1, inf)"),
+    "keep": Field("Number of checkpoints to keep.", int, resume=True, interval="[1, inf)"),
+}
