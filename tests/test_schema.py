@@ -428,3 +428,14 @@ def test_the_list_of_fields_is_current():
     assert path.read_text(encoding="utf-8") == text, "run python -m tools.make_config_docs"
     names = [n.rpartition(".")[2] for n in schema.flat(schema.STAGE)]
     assert all(f"| `{name}` |" in text for name in names)
+
+
+def test_a_cascade_older_than_its_mesh_uses_all_devices():
+    """Catches a record of a picture that no longer reproduces because it lacks a new section."""
+    config = cascade_config()
+    whole = schema.complete_cascade(config)
+    older = {name: value for name, value in config.items() if name != "mesh"}
+    assert schema.complete_cascade(older) == whole
+    assert whole["mesh"] == {"data": -1, "fsdp": 1, "model": 1, "spatial": 1}
+    with pytest.raises(ValueError, match=r"mesh.dta is unknown, did you mean mesh.data\?"):
+        schema.complete_cascade(config | {"mesh": {"dta": 2}})
