@@ -83,6 +83,11 @@ class LoadedStage:
         """This stage with its parameters on the devices."""
         return dataclasses.replace(self, params=self.placed())
 
+    def with_sampling(self, sampling: Mapping[str, Any], index: int) -> "LoadedStage":
+        """This stage with another section `sampling`. index: see `load_stage`."""
+        program = sample_program(self.stage, self.mesh, self.shardings, sampling, index)
+        return dataclasses.replace(self, sampling=sampling, sample=program)
+
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
@@ -293,7 +298,7 @@ def generate(
     seeds: Sequence[int],
     text: Callable[[int], Features],
     batch_size: int,
-    lowres: UInt8[np.ndarray, "n r r 3"] | None = None,
+    lowres: Sequence[UInt8[np.ndarray, "r r 3"]] | UInt8[np.ndarray, "n r r 3"] | None = None,
     rows: Sequence[int] | None = None,
 ) -> Iterator[Drawn]:
     """Samples rows and yields this process's pictures, batch by batch, in the order of the rows.
@@ -305,7 +310,7 @@ def generate(
     text: row -> its unpadded features [l d].
     batch_size: rows per batch, see `row_batches`. The last batch is padded with its last row, so
         each stage is compiled once; padding is never returned.
-    lowres: input of the first stage per row if that is a super-resolution stage.
+    lowres: input of the first stage per row if that is a super-resolution stage; may be lazy.
     rows: the rows to sample; by default all.
 
     Raises FloatingPointError for a picture with values that are not finite.
@@ -398,13 +403,14 @@ def _stage_by_stage(
     stages: Sequence[LoadedStage], batches: Sequence[RowBatch], inputs: Callable, first: Callable
 ) -> Iterator[Drawn]:
     """Samples all batches with one stage, then with the next: one stage is on the devices."""
-    images = [first(batch) for batch in batches]
+    images: list[UInt8[np.ndarray, "b _ _ 3"] | None] = [None] * len(batches)
     earlier: list[list[UInt8[np.ndarray, "b _ _ 3"]]] = [[] for _ in batches]
     for loaded in stages:
         params = loaded.placed()
         for i, batch in enumerate(batches):
             fields = inputs(batch, loaded.stage)
-            fields |= {} if images[i] is None else {"lowres": images[i]}
+            lowres = first(batch) if loaded is stages[0] else images[i]
+            fields |= {} if lowres is None else {"lowres": lowres}
             result = loaded.sample(params, sharding.place_batch(fields, loaded.mesh))
             images[i] = _held(loaded, batch, *result)
             earlier[i].append(images[i][list(batch.owned.values())])

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,48 +95,64 @@ def draw(
     Raises ValueError if the processes do not agree, FloatingPointError, see `cascade.generate`.
     """
     record = drawer.record | image
+    agreement.check(
+        {
+            "pictures": json.dumps(job_of(requests, record, FREE_FIELDS)),
+            "--output": str(output.absolute()),
+        }
+    )
+    agreement.check_shared(output)
+    inputs = None
+    if lowres is not None:
+        inputs = np.broadcast_to(lowres, (len(requests), *lowres.shape))
+    with Reservation(output, requests, record) as reserved:
+        if reserved.left:
+            text = encode_prompts(drawer, requests, [reserved.left], output)
+            stages = cascade.place(drawer.stages)
+            draw_left(reserved, stages, text, drawer.config["batch_size"], inputs)
+        return reserved.finish()
+
+
+def job_of(
+    requests: Requests, record: Mapping[str, Any], free: Sequence[str] = FREE_FIELDS
+) -> dict[str, Any]:
+    """What determines the pictures of a set. free: fields of the config that change no picture."""
     job = requests.job | {
         name: value for name, value in record.items() if name not in ("config", "image")
     }
-    job["config"] = {k: v for k, v in drawer.config.items() if k not in FREE_FIELDS}
-    agreement.check({"pictures": json.dumps(job), "--output": str(output.absolute())})
-    agreement.check_shared(output)
-    with Reservation(output, job, len(requests)) as reserved:
-        if reserved.left:
-            part = picture_set.part_path(output, reserved.first, reserved.process)
-            pictures = PictureSet(output, requests, record, reserved.first, part)
-            _draw_rows(drawer, pictures, reserved.left, lowres)
-        agreement.gather()  # all pictures are written
-        if jax.process_index() == 0 and reserved.left:
-            PictureSet(output, requests, record, reserved.first, Path()).finish()
-        agreement.gather()  # the manifest is written
-    return picture_set.manifest(output, reserved.first)
+    return job | {"config": {k: v for k, v in record["config"].items() if k not in free}}
 
 
 class Reservation:
     """The set of a job, reserved by process 0 for all processes while the context lasts.
 
-    first: the number of row 0. left: the rows to draw, ascending. process: a unique name of this
-    process, for its files.
+    first: the number of row 0. left: the rows to draw, ascending.
     """
 
     first: int
     left: list[int]
 
-    def __init__(self, output: Path, job: Mapping[str, Any], count: int):
-        self._output, self._count = output, count
-        self._context = picture_set.reserve(output, job, count) if _is_first() else None
-        self.process = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+    def __init__(
+        self,
+        output: Path,
+        requests: Requests,
+        record: Mapping[str, Any],
+        free: Sequence[str] = FREE_FIELDS,
+    ):
+        """record: the fields that all pictures share. free: see `job_of`."""
+        self._output, self.requests, self._record = output, requests, record
+        job = job_of(requests, record, free)
+        self._context = picture_set.reserve(output, job, len(requests)) if _is_first() else None
 
     def __enter__(self) -> "Reservation":
         text = ""
         if self._context:
             first = self._context.__enter__()
             done = {row["row"] for row in picture_set.part_rows(self._output, first)}
-            left = [row for row in range(self._count) if row not in done]
+            left = [row for row in range(len(self.requests)) if row not in done]
             text = json.dumps({"first": first, "left": to_ranges(left)})
             if done:
-                log.info("%d of %d pictures are there already", len(done), self._count)
+                log.info("%d of %d pictures are there already", len(done), len(self.requests))
         agreed = json.loads(agreement.gather(text)[0])
         self.first, self.left = agreed["first"], from_ranges(agreed["left"])
         return self
@@ -144,6 +160,20 @@ class Reservation:
     def __exit__(self, *error: Any) -> None:
         if self._context:
             self._context.__exit__(*error)
+
+    def pictures(self) -> PictureSet:
+        """The part of the set that this process writes."""
+        process = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"  # never used before
+        part = picture_set.part_path(self._output, self.first, process)
+        return PictureSet(self._output, self.requests, self._record, self.first, part)
+
+    def finish(self) -> Path:
+        """Waits for all processes; process 0 writes the manifest. Returns its path."""
+        agreement.gather()  # all pictures are written
+        if self._context and self.left:
+            self.pictures().finish()
+        agreement.gather()  # the manifest is written
+        return picture_set.manifest(self._output, self.first)
 
 
 def _is_first() -> bool:
@@ -166,30 +196,43 @@ def from_ranges(ranges: Sequence[Sequence[int]]) -> list[int]:
     return [row for first, end in ranges for row in range(first, end)]
 
 
-def _draw_rows(
-    drawer: Drawer,
-    pictures: PictureSet,
-    rows: Sequence[int],
-    lowres: UInt8[np.ndarray, "r r 3"] | None,
-) -> None:
-    """Encodes and samples these rows, and writes those that this process owns."""
-    requests, batch_size = pictures.requests, drawer.config["batch_size"]
-    quiet = not _is_first()
-    batches = cascade.row_batches(rows, batch_size, drawer.stages[0].mesh)
-    texts = [requests.prompt(row) for batch in batches for row in batch.held]
-    with run_log.Progress("prompts encoded", len(set(texts)), quiet=quiet) as progress:
+def encode_prompts(
+    drawer: Drawer, requests: Requests, sets: Iterable[Sequence[int]], directory: Path
+) -> Callable[[int], cascade.Features]:
+    """Row -> its text features, for the rows that this process holds; frees the encoder.
+
+    sets: rows to draw, of one set or of several sets with the same requests. Each distinct prompt
+    is encoded once. directory: of the temporary file.
+    """
+    batch_size, mesh = drawer.config["batch_size"], drawer.stages[0].mesh
+    batches = [batch for rows in sets for batch in cascade.row_batches(rows, batch_size, mesh)]
+    texts = {requests.prompt(row): None for batch in batches for row in batch.held}
+    with run_log.Progress("prompts encoded", len(texts), quiet=not _is_first()) as progress:
         features = feature_file.encode(
-            drawer.encoder, texts, batch_size, pictures.directory, progress.update
+            drawer.encoder, texts, batch_size, directory, progress.update
         )
     drawer.encoder = None  # its memory is needed for the stages
-    stages = cascade.place(drawer.stages)
+    return lambda row: features[requests.prompt(row)]
+
+
+def draw_left(
+    reserved: Reservation,
+    stages: Sequence[cascade.LoadedStage],
+    text: Callable[[int], cascade.Features],
+    batch_size: int,
+    lowres: Sequence[UInt8[np.ndarray, "r r 3"]] | UInt8[np.ndarray, "n r r 3"] | None = None,
+    label: str = "pictures",
+) -> None:
+    """Samples the rows of a set that are left, and writes those that this process owns.
+
+    stages: as placed by `cascade.place`. text: of `encode_prompts`. lowres: input of the first
+    stage per row. label: of the progress bar.
+    """
+    requests, pictures = reserved.requests, reserved.pictures()
     seeds = range(requests.first_seed, requests.first_seed + len(requests))
-    text = lambda row: features[requests.prompt(row)]
-    if lowres is not None:
-        lowres = np.broadcast_to(lowres, (len(requests), *lowres.shape))
-    drawn = cascade.generate(stages, seeds, text, batch_size, lowres, rows)
+    drawn = cascade.generate(stages, seeds, text, batch_size, lowres, reserved.left)
     started, done = time.monotonic(), 0
-    with run_log.Progress("pictures", len(rows), quiet=quiet) as progress:
+    with run_log.Progress(label, len(reserved.left), quiet=not _is_first()) as progress:
         for batch in drawn:
             for i, row in enumerate(batch.rows):
                 pictures.add(row, [images[i] for images in batch.images])

@@ -42,6 +42,7 @@ SET = re.compile(r"set_(\d+)\.json")
 FILES = re.compile(r"set_\d+\.(?:json|jsonl|part-.*\.jsonl)")
 SET_FIELDS = {"count": int, "sha256": str, "job": dict}
 ROW_FIELDS = {"row": int, "prompt": str, "seed": int, "file": str, "sha256": str}
+SHEET_ROWS, SHEETS = 100, 10  # pictures on one contact sheet, and contact sheets of one set
 PATIENCE_S = 10.0  # for a set file that another process is writing
 
 
@@ -187,10 +188,11 @@ def _read_set(path: Path) -> dict[str, Any]:
 def part_rows(directory: Path, first: int) -> Iterator[dict[str, Any]]:
     """The rows of a set that are written, complete or not, and whose picture is there.
 
-    A line that a killed process did not finish is left out. A row that is listed twice comes once.
+    A line that a killed process did not finish is left out. A row that is listed twice comes once;
+    a part, which lists pictures that were drawn again, counts before the manifest.
     """
     seen = set()
-    for path in [manifest(directory, first), *parts(directory, first)]:
+    for path in [*parts(directory, first), manifest(directory, first)]:
         for line in _lines(path):
             row = _parse(line, path)
             if row and row["row"] not in seen and (directory / row["file"]).is_file():
@@ -241,6 +243,60 @@ def chunks(path: Path, size: int, count: int) -> Iterator[list[dict[str, Any]]]:
         lines = (json.loads(line) for line in itertools.islice(file, size * count))
         while rows := list(itertools.islice(lines, size)):
             yield rows
+
+
+class Pictures(Sequence):
+    """The pictures of rows of a set, read from their files when they are used."""
+
+    def __init__(self, directory: Path, rows: Sequence[Mapping[str, Any]]):
+        """directory: of the set. rows: of its manifest."""
+        self._directory, self._rows = directory, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        """A picture, or a list. Raises ValueError for a file that is not the one that was drawn."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        path, row = self._directory / self._rows[index]["file"], self._rows[index]
+        if hashlib.sha256(path.read_bytes()).hexdigest() != row["sha256"]:
+            raise ValueError(f"{path} was changed since it was drawn; delete it and run it again")
+        return pictures.read_png(path)
+
+
+def manifest_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a manifest."""
+    return [row for chunk in chunks(path, 10**6, 10**6) for row in chunk]
+
+
+def write_sheets(
+    manifest: Path,
+    sizes: Sequence[int],
+    lowres: UInt8[np.ndarray, "_ _ 3"] | None = None,
+    directory: Path | None = None,
+) -> list[Path]:
+    """Writes a contact sheet for every SHEET_ROWS pictures of a set, the first SHEETS of them.
+
+    sizes: image sizes of the stages. lowres: the input of the first stage, the same for all.
+    directory: of the sheets, by default that of the manifest.
+
+    Reads the pictures from their files; holds those of one sheet, at the sheet's size.
+    """
+    given = [] if lowres is None else [lowres]
+    headings = [*(f"input {image.shape[0]}" for image in given), *map(str, sizes)]
+    cell, sheets = min(256, max(64, sizes[-1])), []
+    for rows in chunks(manifest, SHEET_ROWS, SHEETS):
+        cells = []
+        for row in rows:
+            path = manifest.parent / row["file"]
+            earlier = [path.with_name(f"{path.stem}_{size}.png") for size in sizes[:-1]]
+            cells.append([*given, *(pictures.read_png(file, cell) for file in [*earlier, path])])
+        sheet = pictures.contact_sheet([row["prompt"] for row in rows], cells, headings, cell)
+        number = int(Path(rows[0]["file"]).name.partition("_")[0])
+        path = (directory or manifest.parent) / f"sheet_{number:04d}.png"
+        sheets.append(pictures.write_png(path, sheet))
+    return sheets
 
 
 def _file(directory: Path, first: int) -> Path:

@@ -23,7 +23,6 @@ from imagen_jax.data.sources import caption_files
 from imagen_jax.picture_set import Requests
 from imagen_jax.storage import check_content, check_local, read_json, sha256_file
 
-SHEET_ROWS, SHEETS = 100, 10  # pictures on one contact sheet, and contact sheets of one command
 # Fields of a picture's record, with their types.
 RECORD = {
     "prompt": str,
@@ -172,7 +171,7 @@ def sample(
     manifest = drawing.draw(drawer, requests, output, given, lowres)
     if jax.process_index() == 0:
         sizes = [loaded.stage.image_size for loaded in drawer.stages]
-        sheets = write_sheets(manifest, sizes, lowres)
+        sheets = picture_set.write_sheets(manifest, sizes, lowres)
         print(
             f"{len(requests)} pictures in {output}, listed in {manifest.name}; contact sheet:"
             f" {sheets[0]}{f' and {len(sheets) - 1} more' if len(sheets) > 1 else ''}"
@@ -191,29 +190,6 @@ def with_mesh_that_fits(config: Mapping[str, Any]) -> Mapping[str, Any]:
     except ValueError:
         return {**config, "mesh": {"data": -1, "fsdp": 1, "model": 1, "spatial": 1}}
     return config
-
-
-def write_sheets(manifest: Path, sizes: Sequence[int], lowres: Any) -> list[Path]:
-    """Writes a contact sheet for every SHEET_ROWS pictures of a set, the first SHEETS of them.
-
-    sizes: image sizes of the stages. lowres: the --image, or None. Reads the pictures from their
-    files; holds those of one sheet, at the sheet's size.
-    """
-    from imagen_jax import pictures
-
-    given = [] if lowres is None else [lowres]
-    headings = [*(f"input {image.shape[0]}" for image in given), *map(str, sizes)]
-    cell, sheets = min(256, max(64, sizes[-1])), []
-    for rows in picture_set.chunks(manifest, SHEET_ROWS, SHEETS):
-        cells = []
-        for row in rows:
-            path = manifest.parent / row["file"]
-            earlier = [path.with_name(f"{path.stem}_{size}.png") for size in sizes[:-1]]
-            cells.append([*given, *(pictures.read_png(file, cell) for file in [*earlier, path])])
-        sheet = pictures.contact_sheet([row["prompt"] for row in rows], cells, headings, cell)
-        number = int(Path(rows[0]["file"]).name.partition("_")[0])
-        sheets.append(pictures.write_png(manifest.parent / f"sheet_{number:04d}.png", sheet))
-    return sheets
 
 
 def check_stages(stages: Sequence[str], image: str) -> None:

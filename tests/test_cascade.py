@@ -1,6 +1,7 @@
 """The cascade: pictures depend on their own seed and prompt only; stages must fit each other."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,41 @@ def test_super_resolution_reads_the_image_before_it(stages):
     images = np.stack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)])
     got = pictures(stages[1:2], [7, 7], features(5, 5), 4, lowres=images)[0].astype(float)
     assert np.abs(got[0] - got[1]).mean() > 1
+
+
+class LazyImages(Sequence):
+    """Low-res images that remember which rows were read."""
+
+    def __init__(self, images):
+        self.images, self.read = images, []
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        self.read.append(row)
+        return self.images[row]
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_low_res_images_are_read_when_they_are_needed(stages, config, resident):
+    """Catches the images of all rows in memory, rows that are not drawn among them, and the input
+    of another row.
+    """
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3)).astype(np.uint8)
+    text, chosen = features(*range(9)), [0, 1, 5, 6]
+    pair = stages[1:] if resident else cascade.load_cascade(config, ["sr_1", "sr_2"], MESH)
+    lazy = LazyImages(images)
+    # the checker of types reads a random image as well
+    unchecked = getattr(cascade.generate, "__wrapped__", cascade.generate)
+    batches = unchecked(pair, range(9), text.__getitem__, 1, lazy, chosen)
+    first = next(batches)
+    seen = len(lazy.read)
+    rest = list(batches)
+    assert lazy.read == chosen and seen <= (2 if resident else 4)
+    drawn = np.concatenate([batch.images[0] for batch in [first, *rest]])
+    whole = cascade.generate(pair, range(9), text.__getitem__, 1, images, chosen)
+    np.testing.assert_array_equal(drawn, np.concatenate([b.images[0] for b in whole]))
 
 
 def test_what_does_not_chain_is_refused(config, tmp_path):

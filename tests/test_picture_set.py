@@ -123,3 +123,31 @@ def test_each_row_has_its_prompt_and_seed():
     rows = [(requests.prompt(row), requests.seed(row)) for row in range(len(requests))]
     assert rows == [("a", 5), ("a", 6), ("a", 7), ("b", 8), ("b", 9), ("b", 10)]
     assert requests.job != Requests(["b", "a"], 3, 5).job
+
+
+def test_pictures_are_read_when_they_are_used(tmp_path):
+    """Catches all pictures of a shard in memory before the first one is used, and a picture that
+    is not the one that the manifest lists.
+    """
+    made = new_set(tmp_path, ["a", "b", "c"])
+    for row in range(3):
+        made.add(row, [IMAGE + row])
+    lazy = picture_set.Pictures(tmp_path, picture_set.manifest_rows(made.finish()))
+    (tmp_path / "0000_a.png").unlink()
+    assert len(lazy) == 3 and [image.flat[0] for image in lazy[1:3]] == [1, 2]
+    pictures.write_png(tmp_path / "0001_b.png", IMAGE + 9)
+    assert lazy[2].flat[0] == 2
+    with pytest.raises(ValueError, match="0001_b.png was changed since it was drawn; delete it"):
+        lazy[1]
+
+
+def test_a_picture_that_is_drawn_again_is_listed_anew(tmp_path):
+    """Catches a manifest with the checksum of a picture that was deleted."""
+    new_set(tmp_path, ["a"], process="1").add(0, [IMAGE])
+    made = new_set(tmp_path, ["a"], process="1")
+    made.finish()
+    (tmp_path / "0000_a.png").unlink()
+    again = new_set(tmp_path, ["a"], process="2")
+    again.add(0, [IMAGE + 1])
+    lazy = picture_set.Pictures(tmp_path, picture_set.manifest_rows(again.finish()))
+    assert (lazy[0] == 1).all()

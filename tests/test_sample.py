@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from imagen_jax import cascade, demo, drawing, pictures, sample
+from imagen_jax import cascade, demo, drawing, picture_set, pictures, sample
 from imagen_jax.picture_set import Requests
 from imagen_jax.weights import text_encoders
 from tests.test_storage import POINTER
@@ -202,8 +202,8 @@ def test_contact_sheets_show_the_first_pictures(tmp_path, monkeypatch):
     """Catches sheets without the last picture, more sheets than allowed, and large pictures that
     are shown by every n-th pixel.
     """
-    monkeypatch.setattr(sample, "SHEET_ROWS", 2)
-    monkeypatch.setattr(sample, "SHEETS", 2)
+    monkeypatch.setattr(picture_set, "SHEET_ROWS", 2)
+    monkeypatch.setattr(picture_set, "SHEETS", 2)
     rows = []
     for number in range(3, 8):
         stripes = np.zeros((512, 512, 3), np.uint8)
@@ -214,7 +214,7 @@ def test_contact_sheets_show_the_first_pictures(tmp_path, monkeypatch):
     manifest = tmp_path / "set_0003.jsonl"
     for count, names in {5: ["sheet_0003.png", "sheet_0005.png"], 1: ["sheet_0003.png"]}.items():
         manifest.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
-        sheets = sample.write_sheets(manifest, [8, 512], None)
+        sheets = picture_set.write_sheets(manifest, [8, 512])
         assert [path.name for path in sheets] == names
     sheet = np.asarray(Image.open(tmp_path / "sheet_0003.png"))
     assert (abs(sheet[100:110, -100:-20, 0].astype(int) - 100) < 20).all()  # grey, not stripes
