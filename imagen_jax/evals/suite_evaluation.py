@@ -15,16 +15,24 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from imagen_jax import cascade, drawing, picture_set, pictures
+from imagen_jax import cascade, drawing, picture_set
 from imagen_jax.distributed import agreement
-from imagen_jax.evals import data_suite, image_metrics, provenance, reference, report, statistics
+from imagen_jax.evals import (
+    data_suite,
+    image_metrics,
+    provenance,
+    reference,
+    report,
+    statistics,
+    suite_figures,
+)
 from imagen_jax.evals.distances import clip_score
 from imagen_jax.evals.networks import clip_text, network
 from imagen_jax.evals.networks.network import FeatureNetwork
 from imagen_jax.evals.real_images import PreparedImages, RealImages
-from imagen_jax.evals.row_shards import Row, RowShards, rows_per_shard
+from imagen_jax.evals.row_shards import Compute, Row, RowShards, rows_per_shard
 from imagen_jax.evals.suites import Suite
 from imagen_jax.storage import sha256_file, write_json
 
@@ -56,6 +64,17 @@ class Settings:
     references: Sequence[str] = ()
     gallery: Callable[[int], PreparedImages] | None = None
 
+    @property
+    def requests(self) -> picture_set.Requests:
+        """The pictures to draw."""
+        texts = [prompt.text for prompt in self.suite.prompts]
+        return picture_set.Requests(texts, self.per_prompt, self.seed)
+
+    @property
+    def prompt_of_row(self) -> Int[np.ndarray, " n"]:
+        """The index of the prompt of each picture."""
+        return np.repeat(np.arange(len(self.suite.prompts)), self.per_prompt)
+
 
 def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     """Runs the whole evaluation in the directory `output`. Returns the result in process 0.
@@ -67,22 +86,27 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     check_networks(settings)
     drawer = drawing.Drawer(settings.config, settings.stages)
     cascade.check_intervals(drawer.stages)
-    size, record = drawer.stages[-1].stage.image_size, drawer.record
-    check_disk(output, len(settings.suite.prompts) * settings.per_prompt, size)
-    references = make_references(settings, size, output / "reference")
-    texts = [prompt.text for prompt in settings.suite.prompts]
-    requests = picture_set.Requests(texts, settings.per_prompt, settings.seed)
+    sizes, record = [loaded.stage.image_size for loaded in drawer.stages], drawer.record
+    requests = settings.requests
+    there = picture_set.count_written(output / "pictures")
+    check_disk(output, [(len(requests) - there, sizes[-1])])
+    references = make_references(settings, sizes[-1], output / "reference")
     if jax.process_index() == 0:
-        drawing.warn_of_prompts(drawer.encoder, texts)
+        drawing.warn_of_prompts(drawer.encoder, requests.prompts)
     manifest = drawing.draw(drawer, requests, output / "pictures", drawing.NO_IMAGE)
     del drawer
-    rows = [row for chunk in picture_set.chunks(manifest, 10**6, 10**6) for row in chunk]
-    features = picture_features(settings, manifest, rows, size, output / "features")
+    networks = load_networks(settings)
+    rows = picture_set.manifest_rows(manifest)
+    features = caption_features(settings, networks, rows, output / "features")
+    features |= picture_features(settings, networks, manifest, rows, sizes[-1], output / "features")
     result = None
     if jax.process_index() == 0:
         scores = score(settings, features, references)
-        result = scores | {"provenance": describe(settings, record, manifest, references)}
+        described = describe(settings, record, references)
+        described["pictures"] |= described_manifest(manifest)
+        result = scores | {"provenance": described}
         write_json(output / RESULT, result)
+        suite_figures.write(result, manifest, sizes, output)
     agreement.gather()  # all files are there
     return result
 
@@ -141,77 +165,105 @@ def _kept_reference(images: RealImages, loaded: FeatureNetwork, path: Path) -> r
     return reference.load(path, loaded, images.identity)
 
 
-def check_disk(output: Path, count: int, size: int) -> None:
-    """Raises ValueError if `count` pictures of `size` pixels may not fit on the disk."""
+def check_disk(output: Path, missing: Sequence[tuple[int, int]]) -> None:
+    """Raises ValueError if the pictures to draw may not fit on the disk.
+
+    missing: (number of pictures, size in pixels) of each set.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    there = picture_set.count_written(output / "pictures")
-    needed, free = (count - there) * 3 * size**2, shutil.disk_usage(output).free
+    needed = sum(3 * count * size**2 for count, size in missing)
+    free = shutil.disk_usage(output).free
     if needed > free:
         raise ValueError(
-            f"{count - there:,} pictures of {size}x{size} pixels need up to"
-            f" {needed / 2**30:.1f} GiB, but {output} has {free / 2**30:.1f} GiB: give another"
-            " --output, or fewer prompts"
+            f"{sum(count for count, _ in missing):,} pictures need up to {needed / 2**30:.1f} GiB,"
+            f" but {output} has {free / 2**30:.1f} GiB: give another --output, or fewer prompts"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A feature network, with the text tower of its CLIP if a metric needs captions."""
+
+    images: FeatureNetwork
+    captions: clip_text.CaptionNetwork | None
+
+
+def load_networks(settings: Settings) -> dict[str, Loaded]:
+    """{name: network} of the networks that a metric needs."""
+    found = {}
+    for name, path in settings.networks.items():
+        wanted = image_metrics.applicable(name, settings.metrics, True).values()
+        captions = any(metric.against == "captions" for metric in wanted)
+        if wanted:
+            tower = clip_text.load(name, path) if captions else None
+            found[name] = Loaded(network.load(name, path), tower)
+    return found
+
+
+def caption_features(
+    settings: Settings, networks: Mapping[str, Loaded], rows: Sequence[Row], directory: Path
+) -> dict[str, Float[np.ndarray, "n _"]]:
+    """{"NETWORK text": CLIP's features of the prompt of each row}; see `picture_features`."""
+    texts = [{**row, "sha256": ""} for row in rows]  # whatever the pictures
+    shards: dict[str, RowShards] = {}
+    for name, loaded in networks.items():
+        if tower := loaded.captions:
+            of_part = lambda part, tower=tower: tower.features([row["prompt"] for row in part])
+            place = directory / f"{name}_text"
+            shards[f"{name} text"] = _computed(settings, place, tower.identity, texts, 1, of_part)
+    return _joined(shards)
 
 
 def picture_features(
-    settings: Settings, manifest: Path, rows: Sequence[Row], size: int, directory: Path
+    settings: Settings,
+    networks: Mapping[str, Loaded],
+    manifest: Path,
+    rows: Sequence[Row],
+    size: int,
+    directory: Path,
 ) -> dict[str, Float[np.ndarray, "n _"]]:
     """{kind: values of all rows}, computed by all processes; empty except in process 0.
 
-    Kinds are the networks, "NETWORK text" for CLIP's captions, and "retrieval".
+    Kinds are the networks, and "retrieval". size: of the pictures in pixels.
     """
     shards: dict[str, RowShards] = {}
-    process, processes = jax.process_index(), jax.process_count()
-    open_pictures = lambda part: _Pictures(manifest.parent, part)
-
-    def compute(kind: str, what: Mapping[str, Any], function: Any) -> None:
-        shard = RowShards(
-            directory / kind.replace(" ", "_"),
-            what,
-            rows,
-            settings.per_prompt,
-            rows_per_shard(size),
+    open_pictures = lambda part: picture_set.Pictures(manifest.parent, part)
+    for name, loaded in networks.items():
+        of_part = lambda part, loaded=loaded: loaded.images.features(open_pictures(part))
+        shards[name] = _computed(
+            settings, directory / name, loaded.images.identity, rows, size, of_part
         )
-        shard.compute(function, process, processes, kind)
-        shards[kind] = shard
-
-    for name, path in settings.networks.items():
-        wanted = image_metrics.applicable(name, settings.metrics, True)
-        if not wanted:
-            continue
-        loaded = network.load(name, path)
-        compute(name, loaded.identity, lambda part: loaded.features(open_pictures(part)))
-        if any(metric.against == "captions" for metric in wanted.values()):
-            tower = clip_text.load(name, path)
-            of_text = lambda part: tower.features([row["prompt"] for row in part])
-            compute(f"{name} text", tower.identity, of_text)
     if settings.gallery is not None:
         gallery = settings.gallery(size)
         own = [gallery.position(prompt.category, prompt.id) for prompt in settings.suite.prompts]
-        of_part = lambda part: np.array([own[row["row"] // settings.per_prompt] for row in part])
-        compute(
-            "retrieval",
-            gallery.identity,
-            lambda part: data_suite.ranks(open_pictures(part), of_part(part), gallery),
+        own_of = lambda part: np.array([own[row["row"] // settings.per_prompt] for row in part])
+        ranks = lambda part: data_suite.ranks(open_pictures(part), own_of(part), gallery)
+        shards["retrieval"] = _computed(
+            settings, directory / "retrieval", gallery.identity, rows, size, ranks
         )
-    agreement.gather()
-    return {kind: shard.joined() for kind, shard in shards.items()} if process == 0 else {}
+    return _joined(shards)
 
 
-class _Pictures(Sequence):
-    """The pictures of rows, read when they are used."""
+def _computed(
+    settings: Settings,
+    directory: Path,
+    what: Mapping[str, Any],
+    rows: Sequence[Row],
+    size: int,
+    function: Compute,
+) -> RowShards:
+    """The values of rows, of which this process computes its share."""
+    shards = RowShards(directory, what, rows, settings.per_prompt, rows_per_shard(size))
+    shards.compute(function, jax.process_index(), jax.process_count(), directory.name)
+    return shards
 
-    def __init__(self, directory: Path, rows: Sequence[Row]):
-        self._directory, self._rows = directory, rows
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return pictures.read_png(self._directory / self._rows[index]["file"])
+def _joined(shards: Mapping[str, RowShards]) -> dict[str, Float[np.ndarray, "n _"]]:
+    """The values of all processes, in process 0."""
+    agreement.gather()  # all files are there
+    if jax.process_index():
+        return {}
+    return {kind: shard.joined() for kind, shard in shards.items()}
 
 
 def score(
@@ -220,7 +272,7 @@ def score(
     references: Mapping[str, reference.Reference],
 ) -> dict[str, Any]:
     """The metrics: {"metrics": {network: {metric: result}}, "left_out", "retrieval"}."""
-    prompts = np.repeat(np.arange(len(settings.suite.prompts)), settings.per_prompt)
+    prompts = settings.prompt_of_row
     results: dict[str, Any] = {"metrics": {}, "left_out": {}}
     for name in settings.networks:
         metrics = image_metrics.applicable(name, settings.metrics, name in references)
@@ -234,7 +286,7 @@ def score(
         found, left_out = image_metrics.score_all(metrics, features[name], others, prompts)
         results["metrics"][name] = found
         results["left_out"] |= {f"{name}: {metric}": why for metric, why in left_out.items()}
-        if "clip_score" in found:
+        if "clip_score" in found and "categories" not in results:  # of the first CLIP
             values = clip_score.per_prompt(features[name], others["captions"], prompts)
             results["categories"] = _by_category(settings, values)
     if "retrieval" in features:
@@ -253,23 +305,18 @@ def _by_category(settings: Settings, values: Float[np.ndarray, " p"]) -> dict[st
 
 
 def describe(
-    settings: Settings,
-    record: Mapping[str, Any],
-    manifest: Path,
-    references: Mapping[str, reference.Reference],
+    settings: Settings, record: Mapping[str, Any], references: Mapping[str, reference.Reference]
 ) -> dict[str, Any]:
-    """Everything that is needed to repeat the evaluation."""
+    """Everything that is needed to repeat the evaluation, except the manifest."""
     networks = {name: network.NETWORKS[name].preprocessing for name in settings.networks}
     return {
         "suite": settings.suite.identity | {"categories": settings.suite.categories()},
         "pictures": {
-            "count": len(settings.suite.prompts) * settings.per_prompt,
+            "count": len(settings.requests),
             "per_prompt": settings.per_prompt,
             "seeds": f"{settings.seed} + number of the picture",
             "format": "uint8 RGB, PNG; features are computed from the files",
             "refused_or_filtered": 0,
-            "manifest": str(manifest),
-            "manifest_sha256": sha256_file(manifest),
         },
         **{name: record[name] for name in ("stages", "config", "checkpoints", "encoder")},
         "references": {name: dict(ref.identity) for name, ref in references.items()},
@@ -277,6 +324,11 @@ def describe(
         **provenance.software(),
         "devices": provenance.devices(),
     }
+
+
+def described_manifest(manifest: Path) -> dict[str, str]:
+    """The path and the checksum of a manifest."""
+    return {"manifest": str(manifest), "manifest_sha256": sha256_file(manifest)}
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

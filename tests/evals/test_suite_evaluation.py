@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 
-from imagen_jax import pictures
 from imagen_jax.evals import suite_evaluation
 from imagen_jax.evals.reference import Reference
 from imagen_jax.evals.suite_evaluation import Settings
@@ -38,18 +37,14 @@ def settings(networks=("clip-b32",), per_prompt=2, **changes):
 
 
 def test_a_set_larger_than_the_disk_is_refused(tmp_path, monkeypatch):
-    """Catches a disk that is full after a night of sampling, and pictures that are there already
-    counted again.
-    """
+    """Catches a disk that is full after a night of sampling, and sets that are not added up."""
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(
         suite_evaluation.shutil, "disk_usage", lambda _: usage(0, 0, 3 * 64**2 * 10)
     )
-    suite_evaluation.check_disk(tmp_path, 10, 64)
-    with pytest.raises(ValueError, match=r"11 pictures of 64x64 pixels need .* give another"):
-        suite_evaluation.check_disk(tmp_path, 11, 64)
-    monkeypatch.setattr(suite_evaluation.picture_set, "count_written", lambda _: 1)
-    suite_evaluation.check_disk(tmp_path, 11, 64)
+    suite_evaluation.check_disk(tmp_path, [(6, 64), (16, 32)])
+    with pytest.raises(ValueError, match=r"23 pictures need up to .* GiB, .* give another"):
+        suite_evaluation.check_disk(tmp_path, [(7, 64), (16, 32)])
 
 
 def test_scores_of_each_network_and_category():
@@ -79,18 +74,6 @@ def test_scores_of_each_network_and_category():
     lines = dict(suite_evaluation.lines(result))
     assert "top-5 50.0 %" in lines["retrieval"] and "inception: FID" in lines
     json.dumps(result)
-
-
-def test_pictures_are_read_when_they_are_used(tmp_path):
-    """Catches all pictures of a shard in memory before the first one is used."""
-    rows = []
-    for i in range(4):
-        pictures.write_png(tmp_path / f"{i}.png", np.full((4, 4, 3), i, np.uint8))
-        rows.append({"file": f"{i}.png"})
-    lazy = suite_evaluation._Pictures(tmp_path, rows)
-    (tmp_path / "0.png").unlink()
-    assert len(lazy) == 4 and [image.flat[0] for image in lazy[1:3]] == [1, 2]
-    assert lazy[3].flat[0] == 3
 
 
 def test_a_metric_without_its_network_is_refused():
