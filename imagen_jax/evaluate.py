@@ -2,11 +2,13 @@ r"""Evaluates a cascade on a prompt suite, or one stage on prepared data.
 
     python -m imagen_jax.evaluate --cascade configs/cascade.py:demo --suite embedded \
         --network efficientnet-lite0 --data PREPARED --output DIR
+    python -m imagen_jax.evaluate --cascade ... --grid base.w=1,2,4 --grid sr_1.w=1,4,8
     python -m imagen_jax.evaluate --checkpoint WORKDIR --data PREPARED --output DIR
 
 The first command draws a picture of every prompt and computes the metrics that papers report, from
-the features of the pictures and of real images. The second computes denoising errors by noise level
-and samples of one stage. docs/evaluation.md describes both, and the files that they write.
+the features of the pictures and of real images. The second does so for every combination of
+sampling settings. The third computes denoising errors by noise level and samples of one stage.
+docs/evaluation.md describes all of them, and the files that they write.
 
 All devices of all processes take part. An interrupted evaluation continues when it is run again.
 """
@@ -24,6 +26,7 @@ from imagen_jax.evals import history
 from imagen_jax.evals.measures import NAMES
 from imagen_jax.storage import check_local, check_utf8, only_process
 
+GRID = "grid"  # a flag of both kinds of evaluation
 DATA_SUITE = "data"  # the captions of --data as a suite
 # Flags that belong to one of the two kinds of evaluation, by the flag that chooses it.
 OF_CHECKPOINT = (
@@ -74,6 +77,13 @@ def define_flags() -> None:
         20_000,
         "largest number of images to compare samples with; if there are more, --seed determines a"
         " random subset",
+    )
+    flags.DEFINE_multi_string(
+        GRID,
+        [],
+        f"{sampling_help(GRID)}. With --cascade: STAGE.FIELD=V1,V2,..., values of a field of"
+        " `sampling` of a stage, such as base.w=1,2,4; may be repeated: evaluates every"
+        " combination, and draws pictures that combinations share once",
     )
     define_cascade_flags()
     define_checkpoint_flags()
@@ -140,8 +150,10 @@ def define_checkpoint_flags() -> None:
         "bins", 10, "number of noise-level bins; training draws every bin equally often"
     )
     flags.DEFINE_integer("batch_size", 64, "images per batch; it changes results only by rounding")
-    for name, config_field in schema.SAMPLING.items():
-        define_sampling_flag(name, config_field)
+    for name, flag in schema.EVALUATE_FLAGS.items():
+        if flag != GRID:
+            parser = FieldParser(schema.SAMPLING[name])
+            flags.DEFINE(parser, flag, None, sampling_help(name))
     flags.DEFINE_string(
         "lowres_from",
         "",
@@ -174,10 +186,9 @@ class FieldParser(flags.ArgumentParser):
         return field.kind_name(self._field.kind)
 
 
-def define_sampling_flag(name: str, config_field: field.Field) -> None:
-    """Defines the flag that overrides a field of the checkpoint's `sampling`."""
-    text = f"{config_field.meaning} Default: sampling.{name} of the checkpoint"
-    flags.DEFINE(FieldParser(config_field), schema.EVALUATE_FLAGS[name], None, text)
+def sampling_help(name: str) -> str:
+    """The help of the flag that overrides a field of the checkpoint's `sampling`."""
+    return f"{schema.SAMPLING[name].meaning} Default: sampling.{name} of the checkpoint"
 
 
 def main() -> int:
@@ -202,7 +213,7 @@ def check_flags(args: Any) -> None:
     others, chosen = (OF_CASCADE, "cascade") if args.checkpoint else (OF_CHECKPOINT, "checkpoint")
     others = [*others, *(() if args.checkpoint else schema.EVALUATE_FLAGS.values())]
     for name in others:
-        if args[name].present:
+        if args[name].present and name != GRID:
             advice = "" if args.checkpoint else "; set fields with --cascade.STAGE.sampling.FIELD"
             raise ValueError(f"--{name} is for --{chosen}; leave it out{advice}")
     schema.check_seed(args.seed, "--seed")
@@ -220,6 +231,7 @@ def check_checkpoint_flags(args: Any) -> None:
         raise ValueError("--checkpoint needs --data, a directory of imagen_jax.prepare_data")
     if args.lowres_from and not Path(args.lowres_from).is_file():
         raise ValueError(f"--lowres_from {args.lowres_from} does not exist; give a samples.npz")
+    sampling_grid(args)
     if args.follow_minutes and not args.follow:
         raise ValueError("--follow_minutes needs --follow")
     from imagen_jax.cascade import resolve
@@ -232,6 +244,18 @@ def check_checkpoint_flags(args: Any) -> None:
             f"--follow needs a workdir, but --checkpoint {checkpoint} is a file: give the"
             " workdir or omit --follow"
         )
+
+
+def sampling_grid(args: Any) -> str | None:
+    """The field `sampling.grid` of --grid, for an evaluation of one stage."""
+    if not args.grid:
+        return None
+    if len(args.grid) > 1:
+        raise ValueError("--grid may be repeated with --cascade only; give it once")
+    try:
+        return field.parse(args.grid[0], schema.SAMPLING[GRID])
+    except ValueError as error:
+        raise ValueError(f"--grid {error}") from None
 
 
 def check_cascade_flags(args: Any) -> None:
@@ -262,6 +286,7 @@ def evaluate_checkpoint(args: Any) -> None:
     }
     settings["samples"] = settings["samples"] or settings["rows"]
     overrides = {name: args[flag].value for name, flag in schema.EVALUATE_FLAGS.items()}
+    overrides[GRID] = sampling_grid(args)
     evaluator = stage_evaluation.Evaluator(
         args.data,
         args.which,
@@ -278,13 +303,19 @@ def evaluate_checkpoint(args: Any) -> None:
 
 
 def evaluate_cascade(args: Any) -> None:
-    """Evaluates a cascade on a suite, and prints its table in process 0."""
-    from imagen_jax.evals import report, suite_evaluation
+    """Evaluates a cascade, or a grid of its settings, and prints the table in process 0."""
+    from imagen_jax.evals import grid_evaluation, report, suite_evaluation
 
-    result = suite_evaluation.evaluate(cascade_settings(args), Path(args.output))
+    settings, output = cascade_settings(args), Path(args.output)
+    if args.grid:
+        table = grid_evaluation.evaluate(settings, args.grid, output)
+        if table is not None:
+            print(table)
+        return
+    result = suite_evaluation.evaluate(settings, output)
     if result is not None:
         print(report.table(suite_evaluation.lines(result)))
-        print(f"all results: {Path(args.output) / suite_evaluation.RESULT}")
+        print(f"all results: {output / suite_evaluation.RESULT}")
 
 
 def cascade_settings(args: Any) -> Any:

@@ -1,0 +1,222 @@
+"""Evaluates a cascade on a prompt suite at every point of a grid of sampling settings.
+
+The order is that of `suite_evaluation`: check everything, compute the features of the real images,
+draw all pictures, compute the features and the metrics of each point, compare the points. Every
+part that is complete is kept.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from imagen_jax import cascade, drawing, picture_set
+from imagen_jax.distributed import agreement
+from imagen_jax.evals import (
+    grid_comparison,
+    grid_pictures,
+    image_metrics,
+    pareto,
+    reference,
+    settings_grid,
+    suite_evaluation,
+)
+from imagen_jax.evals.distances import clip_score
+from imagen_jax.evals.grid_comparison import PointResult
+from imagen_jax.evals.settings_grid import Axis, Node
+from imagen_jax.evals.suite_evaluation import Loaded, Settings
+from imagen_jax.storage import read_object, write_atomically, write_json
+
+RESULT, FIGURE, DIRECTORY = "grid.json", "pareto.png", "grid"
+SCORES = "scores.json"  # of a point, in its directory
+SCORES_FIELDS = {"of": str, "scores": dict, "per_prompt": dict}
+log = logging.getLogger("imagen_jax.evaluate")
+
+
+def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | None:
+    """Runs the whole grid in the directory `output`. Returns its table in process 0.
+
+    options: of --grid. Raises ValueError in one line for options, settings, files and weights that
+    do not fit, before anything is sampled.
+    """
+    stages = settings_grid.run_stages(settings.config, settings.stages)
+    axes = settings_grid.parse(options, settings.config, stages)
+    points = settings_grid.points(axes, settings.config, stages)
+    image_metrics.check_known(settings.metrics)
+    suite_evaluation.check_networks(settings)
+    drawer = drawing.Drawer(settings.config, stages)
+    check_loaded(drawer, points, axes)
+    size, record = drawer.stages[-1].stage.image_size, drawer.record
+    directory, requests = output / DIRECTORY, settings.requests
+    suite_evaluation.check_disk(output, list(missing(drawer, points, directory, len(requests))))
+    references = suite_evaluation.make_references(settings, size, output / "reference")
+    if jax.process_index() == 0:
+        drawing.warn_of_prompts(drawer.encoder, requests.prompts)
+    manifests = grid_pictures.draw(drawer, points, requests, directory)
+    del drawer
+    scored = score_points(settings, points, manifests, size, references, directory)
+    text = None
+    if jax.process_index() == 0:
+        provenance = suite_evaluation.describe(settings, record, references)
+        text = write_results(axes, points, manifests, scored, provenance, output)
+    agreement.gather()  # all files are there
+    return text
+
+
+def check_loaded(drawer: drawing.Drawer, points: Sequence[Node], axes: Sequence[Axis]) -> None:
+    """Raises ValueError for settings of the grid that the loaded stages cannot draw with."""
+    loaded = dict(zip(points[0].stages, drawer.stages))
+    text_dims = {name: stage.stage.text_dim for name, stage in loaded.items()}
+    settings_grid.check_settings(points, axes, text_dims)
+    for i, level in enumerate(settings_grid.levels(points)):
+        for node in level:
+            cascade.check_intervals([loaded[node.stage].with_sampling(node.sampling, i)])
+
+
+def missing(drawer: drawing.Drawer, points: Sequence[Node], directory: Path, count: int):
+    """Yields (pictures to draw, size in pixels) of each set."""
+    for loaded, level in zip(drawer.stages, settings_grid.levels(points)):
+        for node in level:
+            place = directory / node.directory / grid_pictures.PICTURES
+            yield max(0, count - picture_set.count_written(place)), loaded.stage.image_size
+
+
+def score_points(
+    settings: Settings,
+    points: Sequence[Node],
+    manifests: Mapping[Node, Path],
+    size: int,
+    references: Mapping[str, reference.Reference],
+    directory: Path,
+) -> list[PointResult]:
+    """The metrics of each point, in process 0; points that are scored already are read."""
+    networks = suite_evaluation.load_networks(settings)
+    digests = [_digest(settings, networks, references, manifests[node], size) for node in points]
+    paths = [directory / node.directory / SCORES for node in points]
+    kept = [read_scores(path, digest) for path, digest in zip(paths, digests)]
+    # Process 0 decides, because the others may see its files late.
+    done = json.loads(agreement.gather(json.dumps([found is not None for found in kept]))[0])
+    captions = {}
+    if not all(done):
+        rows = picture_set.manifest_rows(manifests[points[0]])
+        captions = suite_evaluation.caption_features(settings, networks, rows, directory)
+    results = []
+    for number, node in enumerate(points):
+        found = kept[number]
+        if not done[number]:
+            log.info("point %d of %d: %s", number + 1, len(points), node.label)
+            manifest = manifests[node]
+            rows, place = picture_set.manifest_rows(manifest), paths[number].parent / "features"
+            features = captions | suite_evaluation.picture_features(
+                settings, networks, manifest, rows, size, place
+            )
+            if jax.process_index() == 0:
+                found = score_point(settings, features, references)
+                write_scores(paths[number], digests[number], found)
+        results.append(found)
+    return results
+
+
+def score_point(
+    settings: Settings, features: Mapping[str, Any], references: Mapping[str, reference.Reference]
+) -> PointResult:
+    """The metrics of one point, with what pairs it with other points."""
+    scores = suite_evaluation.score(settings, features, references)
+    prompts = settings.prompt_of_row
+    per_prompt = {
+        name: clip_score.per_prompt(features[name], features[f"{name} text"], prompts)
+        for name, found in scores["metrics"].items()
+        if "clip_score" in found
+    }
+    ranks = features.get(grid_comparison.RETRIEVAL)
+    if ranks is not None:
+        ranks = ranks[:, 0].astype(float).reshape(-1, settings.per_prompt)
+    return PointResult(scores, per_prompt, ranks)
+
+
+def _digest(
+    settings: Settings,
+    networks: Mapping[str, Loaded],
+    references: Mapping[str, reference.Reference],
+    manifest: Path,
+    size: int,
+) -> str:
+    """Of everything that determines the metrics of a point."""
+    what = {
+        "manifest": suite_evaluation.described_manifest(manifest)["manifest_sha256"],
+        "networks": {
+            name: [dict(part.identity) for part in (loaded.images, loaded.captions) if part]
+            for name, loaded in networks.items()
+        },
+        "references": {name: found.identity["sha256"] for name, found in references.items()},
+        "metrics": list(settings.metrics),
+        "gallery": settings.gallery(size).identity if settings.gallery else None,
+        "suite": settings.suite.identity["prompts_sha256"],
+        "per_prompt": settings.per_prompt,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def write_scores(path: Path, digest: str, found: PointResult) -> None:
+    """Writes the metrics of a point."""
+    content = {"of": digest, "scores": found.scores}
+    content["per_prompt"] = {name: values.tolist() for name, values in found.per_prompt.items()}
+    content["ranks"] = None if found.ranks is None else found.ranks.tolist()
+    write_json(path, content)
+
+
+def read_scores(path: Path, digest: str) -> PointResult | None:
+    """The metrics of a point; None if they are missing, damaged or of something else."""
+    try:
+        content = read_object(path, SCORES_FIELDS)
+    except (FileNotFoundError, ValueError):
+        return None
+    if content["of"] != digest:
+        return None
+    per_prompt = {name: np.array(values) for name, values in content["per_prompt"].items()}
+    ranks = content.get("ranks")
+    return PointResult(content["scores"], per_prompt, None if ranks is None else np.array(ranks))
+
+
+def write_results(
+    axes: Sequence[Axis],
+    points: Sequence[Node],
+    manifests: Mapping[Node, Path],
+    scored: Sequence[PointResult],
+    provenance: Mapping[str, Any],
+    output: Path,
+) -> str:
+    """Writes grid.json and the figure; returns the table."""
+    quantities = grid_comparison.quantities(scored)
+    found = [best for quantity in quantities if (best := grid_comparison.best(quantity))]
+    result = {
+        "grid": {axis.name: list(axis.values) for axis in axes},
+        "points": [
+            {
+                "settings": dict(node.settings),
+                **result.scores,
+                "pictures": suite_evaluation.described_manifest(manifests[node]),
+            }
+            for node, result in zip(points, scored)
+        ],
+        "best": found,
+        "provenance": provenance,
+    }
+    write_json(output / RESULT, result)
+    left_out = {name: why for point in scored for name, why in point.scores["left_out"].items()}
+    lines = [f"{name} left out: {why}" for name, why in left_out.items()]
+    if shown := pareto.choose(quantities):
+        write_atomically(output / FIGURE, pareto.figure(axes, *shown))
+        lines.append(f"figure: {output / FIGURE}")
+    else:
+        log.info(
+            "no %s: it needs real images, and a CLIP network or --suite data, for its two axes",
+            FIGURE,
+        )
+    table = grid_comparison.table([node.label for node in points], quantities, found)
+    return "\n".join([table, *lines, f"all results: {output / RESULT}"])
