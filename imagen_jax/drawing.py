@@ -169,11 +169,12 @@ class Reservation:
 
     def finish(self) -> Path:
         """Waits for all processes; process 0 writes the manifest. Returns its path."""
+        path = picture_set.manifest(self._output, self.first)
         agreement.gather()  # all pictures are written
-        if self._context and self.left:
+        if self._context and (self.left or not path.exists()):
             self.pictures().finish()
         agreement.gather()  # the manifest is written
-        return picture_set.manifest(self._output, self.first)
+        return path
 
 
 def _is_first() -> bool:

@@ -115,3 +115,13 @@ def test_a_row_belongs_to_its_set(tmp_path):
     pictures.add(0, [np.zeros((4, 4, 3), np.uint8)])
     assert pictures.finish().name == "set_0003.jsonl"
     assert (tmp_path / "0003_a.png").is_file()
+
+
+def test_a_set_that_was_killed_before_its_manifest_gets_it(tmp_path):
+    """Catches a set with all pictures and no manifest, which no later command can complete."""
+    make = lambda: drawing.Reservation(tmp_path, Requests(["a"], 1, 0), {"config": {}})
+    with make() as reserved:
+        reserved.pictures().add(0, [np.zeros((4, 4, 3), np.uint8)])
+    with make() as reserved:
+        assert reserved.left == []
+        assert len(manifest_rows(reserved.finish())) == 1
