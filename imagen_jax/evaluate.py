@@ -24,7 +24,7 @@ from ml_collections import config_flags
 from imagen_jax import cli, field, schema
 from imagen_jax.evals import history
 from imagen_jax.evals.measures import NAMES
-from imagen_jax.storage import check_local, check_utf8, only_process
+from imagen_jax.storage import check_local, check_utf8
 
 GRID = "grid"  # a flag of both kinds of evaluation
 DATA_SUITE = "data"  # the captions of --data as a suite
@@ -294,7 +294,9 @@ def evaluate_checkpoint(args: Any) -> None:
         settings,
         {name: value for name, value in overrides.items() if value is not None},
     )
-    with only_process(output, "using"):
+    told = settings | overrides | {"measures": args.measures, "which": args.which}
+    told |= {"checkpoint": str(checkpoint), "follow": args.follow}
+    with stage_evaluation.agreed_output(output, told):
         if args.follow:
             evaluator.check_continues(output / history.FILE)
             stage_evaluation.follow(evaluator.run, checkpoint, output, args.follow_minutes)

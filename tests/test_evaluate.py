@@ -37,6 +37,14 @@ ENCODER = {
     "max_length": synthetic.TEXT_LENGTH,
 }
 
+BASE = tiny.config(
+    data__image_size=16,
+    model__multipliers=[1],
+    model__attention=[True],
+    model__text_attention=[True],
+)
+SHARD_ALL = {"fsdp_min_elements": 16}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
@@ -96,15 +104,9 @@ def base(data, tmp_path_factory):
     have.
     """
     output = tmp_path_factory.mktemp("base")
-    config = tiny.config(
-        data__image_size=16,
-        model__multipliers=[1],
-        model__attention=[True],
-        model__text_attention=[True],
-    )
     return (
         evaluator(data, "loss", "retrieval", sampling={"steps": 2}).run(
-            export(output / "base.safetensors", config), output
+            export(output / "base.safetensors", BASE), output
         ),
         output,
     )
@@ -139,6 +141,27 @@ def test_result_is_whole_and_reads_back(data, base):
     assert Image.open(output / "loss.png").size[0] > 100
 
 
+def test_sharded_parameters_give_the_same_numbers(data, base, tmp_path, monkeypatch):
+    """Catches parameters that every device holds whole, and kernels in a type that changes the
+    result."""
+    placed = []
+
+    class Watched(stage_evaluation.Evaluation):
+        def __init__(self, probe, rows, params):
+            super().__init__(probe, rows, params)
+            placed.append(params)
+
+    monkeypatch.setattr(stage_evaluation, "Evaluation", Watched)
+    monkeypatch.setattr(stage_evaluation.program, "fewest_parts", lambda *sizes: 4)
+    path = export(tmp_path / "base.safetensors", BASE | {"mesh": BASE["mesh"] | SHARD_ALL})
+    result = evaluator(data, "loss", sampling={"steps": 2}).run(path, tmp_path / "out")
+    kernel = placed[0]["down_0"]["block_0"]["conv_1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    for split in COUNTS:
+        expected = base[0]["loss"][split]["overall"]["mean"]
+        assert result["loss"][split]["overall"]["mean"] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_a_cascade_is_measured_on_what_its_first_stage_drew(data, base, tmp_path):
     """Catches --lowres_from read but not used, rows that differ between the stages, and crops where
@@ -162,7 +185,9 @@ def test_a_cascade_is_measured_on_what_its_first_stage_drew(data, base, tmp_path
     )
     np.testing.assert_array_equal(samples["heldout_index"], lowres["heldout_index"])
     shrunk = np.stack([shrink(image, 16) for image in samples["heldout_right"]])
-    assert second["consistency"]["samples"] == superres.consistency(shrunk, lowres["heldout_right"])
+    assert second["consistency"]["samples"] == superres.consistency(
+        superres.consistency_errors(shrunk, lowres["heldout_right"])
+    )
     assert set(second["sensitivity"]) == {"split", "text", "lowres_drawn", "lowres_clean"}
     assert second["denoising"]["drawn"]["gain"]["overall"]["n"] == 5
     errors = np.load(second_output / "rows.npz")[

@@ -4,7 +4,6 @@ Measures read an `Evaluation`, which computes each result once. Compared values 
 levels and noise, so differences are paired.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -19,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from imagen_jax.data.records import SPLITS
 from imagen_jax.diffusion.loss import Draws
-from imagen_jax.evals import nearest
+from imagen_jax.evals import nearest, processes
 from imagen_jax.evals.noise_bins import Bins, TrainingBins
-from imagen_jax.evals.rows import TEXTS, Data, Rows, RowSource, Settings, conditioned, once
+from imagen_jax.evals.rows import TEXTS, ConditionedRows, Data, RowSource, Settings, once
 from imagen_jax.run_log import Progress
 from imagen_jax.sharding import (
     BATCH_AXES,
@@ -72,26 +71,22 @@ class Probe:
     """
 
     def __init__(self, stage: Stage, settings: Settings, mesh: Mesh | None = None):
-        """mesh: of one process or several; a stage with sharded activations needs its own mesh."""
+        """mesh: that of the stage and the parameters, of one process or several."""
         self.stage, self.settings = stage, settings
         self._mesh = batch_mesh(jax.local_devices()) if mesh is None else mesh
         self._fields = tuple(stage.batch_shapes(0))
         self._errors: dict[Hashable, Callable] = {}
-        self._draw = jax.jit(self._draw_samples)
-
-    def place(self, params: Params) -> Params:
-        """Copies host parameters to every device in fp32."""
-        params = jax.tree.map(lambda a: np.asarray(a, np.float32), params)
-        return jax.device_put(params, replicated(self._mesh))
+        self._draw = jax.jit(
+            self._draw_samples,
+            out_shardings=replicated(self._mesh),
+            compiler_options=compiler_options(self._mesh),
+        )
 
     def errors(
-        self, error: ErrorFn, params: Params, rows: Rows, bins: Bins, clean: bool, label: str
+        self, error: ErrorFn, params: Params, rows: RowSource, bins: Bins, clean: bool, label: str
     ) -> Float[np.ndarray, "n k"]:
-        """`quiet_errors` with its own progress.
-
-        params: from `place`.
-        """
-        with Progress(label, self.calls(rows, bins)) as progress:
+        """`quiet_errors` with its own progress."""
+        with progress_of_all(label, self.calls(rows, bins)) as progress:
             done = itertools.count(1)
             tick = lambda: progress.update(next(done))
             return self.quiet_errors(error, params, rows, bins, clean, tick)
@@ -134,10 +129,13 @@ class Probe:
             compiler_options=compiler_options(self._mesh),
         )
 
-    def samples(self, params: Params, rows: Rows, label: str) -> UInt8[np.ndarray, "n s s 3"]:
-        """One sample per row. The noise depends on the row, not on the caption."""
+    def samples(self, params: Params, rows: RowSource, label: str) -> UInt8[np.ndarray, "n s s 3"]:
+        """One sample per row, in every process. The noise depends on the row, not on the caption.
+
+        For the arguments see `quiet_errors`.
+        """
         size, batches = self._batch_size(rows), []
-        with Progress(label, len(rows)) as progress:
+        with progress_of_all(label, len(rows)) as progress:
             for start, stop, batch in self._batches(rows, size):
                 images, finite = jax.device_get(self._draw(params, batch, SPLITS.index(rows.split)))
                 check_finite(finite, self.stage.name)
@@ -210,13 +208,16 @@ class Probe:
 class Evaluation:
     """Results of one checkpoint on `data`, each computed when it is first read.
 
+    All processes of a run ask for the same results in the same order, and get the same values.
+
     bins: `settings.bins` noise-level bins that training draws equally often.
     """
 
     def __init__(self, probe: Probe, data: Data, params: Params):
+        """params: on the mesh of the probe."""
         self.probe, self.data, self.stage = probe, data, probe.stage
         self.bins = TrainingBins(probe.stage.density, probe.settings.bins)
-        self._params = probe.place(params)
+        self._params = params
         self._computed: dict[Hashable, Any] = {}
 
     def texts(self, split: str) -> tuple[str, ...]:
@@ -245,24 +246,30 @@ class Evaluation:
 
         def compute():
             rows = self.data.uncropped(split) if whole else self.data.crops(split)
-            conditioned_rows = dataclasses.replace(rows, batch=conditioned(rows, text, lowres))
             label = f"{error.__name__.replace('_', ' ')}, {split}"
             label += f", {text} text" * (text != "right")
             label += f", {lowres} low-res" * (lowres != "right")
             label += ", clean low-res" * (level == "clean")
             return self.probe.errors(
-                error, self._params, conditioned_rows, bins, level == "clean", label
+                error,
+                self._params,
+                ConditionedRows(rows, text, lowres),
+                bins,
+                level == "clean",
+                label,
             )
 
         return once(self._computed, (error, bins, split, whole, text, lowres, level), compute)
 
-    def sampled(self, split: str, text: str) -> Rows:
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The result of `make`, kept for this checkpoint under `key`."""
+        return once(self._computed, key, make)
+
+    def sampled(self, split: str, text: str) -> ConditionedRows:
         """The inputs of `samples`: rows with their captions and low-res images."""
-        rows = self.data.wholes(split)
-        batch = conditioned(rows, text, "right")
-        if self.probe.settings.lowres_from:
-            batch = {**batch, "lowres": self.data.generated[f"{split}_{text}"]}
-        return dataclasses.replace(rows, batch=batch)
+        drawn_from = self.probe.settings.lowres_from
+        given = self.data.generated[f"{split}_{text}"] if drawn_from else None
+        return ConditionedRows(self.data.wholes(split), text, lowres_images=given)
 
     def samples(self, split: str, text: str = "right") -> UInt8[np.ndarray, "n s s 3"]:
         """Samples for one kind of caption.
@@ -276,7 +283,7 @@ class Evaluation:
     def distances(self) -> Mapping[tuple[str, str], Float[np.ndarray, "n m"]]:
         """{(split, text): distances of its n samples to the m gallery images}.
 
-        The gallery is read once.
+        The gallery is read once, each process reads its part.
         """
 
         def compute():
@@ -284,8 +291,27 @@ class Evaluation:
             pairs = [(split, text) for split in splits for text in self.texts(split)]
             drawn = {pair: self.samples(*pair) for pair in pairs}
             stacked = np.concatenate(list(drawn.values()))
-            chunk_distances = [nearest.distances(stacked, chunk) for chunk in self.data.gallery()]
+            matrix = processes.for_rows(
+                self.data.gallery_size, functools.partial(self._from_gallery, stacked)
+            )
             split_points = np.cumsum([len(samples) for samples in drawn.values()])[:-1]
-            return dict(zip(drawn, np.split(np.concatenate(chunk_distances, axis=1), split_points)))
+            return dict(zip(drawn, np.split(matrix.T, split_points)))
 
         return once(self._computed, "distances", compute)
+
+    def _from_gallery(
+        self, samples: UInt8[np.ndarray, "n s s 3"], positions: Int[np.ndarray, " m"]
+    ) -> Float[np.ndarray, "m n"]:
+        """The distance of each of these gallery images to each sample."""
+        parts, done = [], 0
+        with progress_of_all("images to compare with", len(positions)) as progress:
+            for images in self.data.gallery(positions):
+                parts.append(nearest.distances(images, samples))
+                done += len(images)
+                progress.update(done)
+        return np.concatenate(parts)
+
+
+def progress_of_all(label: str, total: int) -> Progress:
+    """Progress that process 0 shows for all processes."""
+    return Progress(label, total, quiet=jax.process_index() > 0)

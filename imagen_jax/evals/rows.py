@@ -20,7 +20,6 @@ from imagen_jax.data import pipeline
 from imagen_jax.data.records import SPLITS, Prepared
 from imagen_jax.diffusion import conditioning
 from imagen_jax.evals import statistics
-from imagen_jax.run_log import Progress
 from imagen_jax.storage import sha256_file
 
 CONTROLS = ("shuffled", "null")  # another row's caption or low-res image; none at all
@@ -28,7 +27,7 @@ TEXTS = ("right", *CONTROLS)
 LOWRES_NOISE = ("drawn", "clean")  # noise of the low-res image: as in training, or none
 GREY = 128  # the null low-res image: grey, the middle of 0..255
 KEPT_GALLERY_BYTES = 2**30  # a gallery of at most this size stays in memory between checkpoints
-_CHUNK = 256
+CHUNK = 256  # images read at once
 HostBatch = Mapping[str, Shaped[np.ndarray, "n ..."]]
 
 
@@ -65,7 +64,7 @@ class Settings:
 
 @runtime_checkable
 class RowSource(Protocol):
-    """Rows of a split, in which `Probe` computes errors; `Rows` and `ConditionedRows`.
+    """Rows of a split, in which `Probe` computes errors; `ReadRows` and `ConditionedRows`.
 
     split: name of the split. side: side of the images in pixels.
     """
@@ -82,43 +81,6 @@ class RowSource(Protocol):
         """The rows at these positions, each in [0, n)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Rows of a split as one batch of host arrays."""
-
-    split: str
-    batch: HostBatch
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.batch["index"])
-
-    @property
-    def side(self) -> int:
-        return self.batch["image"].shape[1]
-
-    def at(self, positions: Int[np.ndarray, " k"]) -> HostBatch:
-        return {name: values[positions] for name, values in self.batch.items()}
-
-    @property
-    def other(self) -> Int[np.ndarray, " n"]:
-        """For each row, the index of the row that provides its shuffled caption and low-res image.
-
-        Raises ValueError if one caption has more than half of the rows.
-        """
-        return statistics.derangement(self.batch["caption_id"], self.seed)
-
-    @property
-    def unshufflable(self) -> str:
-        """The reason why these rows have no shuffled control; "" if they have one."""
-        return statistics.no_derangement(self.batch["caption_id"])
-
-    @property
-    def controls(self) -> tuple[str, ...]:
-        """The entries of CONTROLS that these rows allow."""
-        return CONTROLS[1:] if self.unshufflable else CONTROLS
-
-
 class ReadRows:
     """Rows of a split that are read when they are first needed, and kept.
 
@@ -130,13 +92,13 @@ class ReadRows:
         self, data_cfg: Mapping[str, Any], split: str, index: Int[np.ndarray, " n"], seed: int
     ):
         """index: the rows in the image store. seed: of the shuffled conditions."""
-        self.split, self._data_cfg, self._index = split, data_cfg, index
+        self.split, self._data_cfg, self.index = split, data_cfg, index
         self._kept: dict[int, dict[str, Any]] = {}
         self.caption_id = pipeline.eval_caption_ids(data_cfg, index.tolist(), split)
         self._seed = seed
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     @property
     def side(self) -> int:
@@ -145,7 +107,7 @@ class ReadRows:
     def at(self, positions: Int[np.ndarray, " k"]) -> HostBatch:
         missing = sorted(set(positions.tolist()) - self._kept.keys())
         if missing:
-            batch = pipeline.eval_rows(self._data_cfg, self._index[missing].tolist(), self.split)
+            batch = pipeline.eval_rows(self._data_cfg, self.index[missing].tolist(), self.split)
             for i, position in enumerate(missing):
                 # Copies: a view would keep the whole batch.
                 self._kept[position] = {name: np.copy(value[i]) for name, value in batch.items()}
@@ -154,22 +116,34 @@ class ReadRows:
 
     @functools.cached_property
     def other(self) -> Int[np.ndarray, " n"]:
-        """As `Rows.other`."""
+        """For each row, the index of the row that provides its shuffled caption and low-res image.
+
+        Raises ValueError if one caption has more than half of the rows.
+        """
         return statistics.derangement(self.caption_id, self._seed)
 
     @property
     def unshufflable(self) -> str:
-        """As `Rows.unshufflable`."""
+        """The reason why these rows have no shuffled control; "" if they have one."""
         return statistics.no_derangement(self.caption_id)
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The entries of CONTROLS that these rows allow."""
+        return CONTROLS[1:] if self.unshufflable else CONTROLS
 
 
 @dataclasses.dataclass(frozen=True)
 class ConditionedRows:
-    """`rows` with right, shuffled or null text and low-res images (see `conditioned`)."""
+    """`rows` with right, shuffled or null text and low-res images (see `with_conditions`).
+
+    lowres_images: replace the low-res images of all rows, if given.
+    """
 
     rows: ReadRows
     text: str = "right"
     lowres: str = "right"
+    lowres_images: UInt8[np.ndarray, "n r r 3"] | None = None
 
     @property
     def split(self) -> str:
@@ -184,7 +158,10 @@ class ConditionedRows:
 
     def at(self, positions: Int[np.ndarray, " k"]) -> HostBatch:
         other = lambda: self.rows.at(self.rows.other[positions])
-        return with_conditions(self.rows.at(positions), other, self.text, self.lowres)
+        batch = with_conditions(self.rows.at(positions), other, self.text, self.lowres)
+        if self.lowres_images is None:
+            return batch
+        return {**batch, "lowres": self.lowres_images[positions]}
 
 
 class Data:
@@ -203,25 +180,29 @@ class Data:
         self._settings = settings
         self._kept: dict[Hashable, Any] = {}
 
-    def crops(self, split: str) -> Rows:
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The result of `make`, kept for all checkpoints under `key`."""
+        return once(self._kept, key, make)
+
+    def crops(self, split: str) -> ReadRows:
         """Rows as in training: crops if the stage trains on crops, otherwise whole images."""
-        make = lambda: self._read(self._crops, split, self._choose(split, self._settings.rows))
+        make = lambda: self._rows(self._crops, split, self.choose(split, self._settings.rows))
         return once(self._kept, ("crops", split), make)
 
-    def uncropped(self, split: str) -> Rows:
+    def uncropped(self, split: str) -> ReadRows:
         """The rows of `crops` as whole images."""
         if not self._crops["crop_size"]:
             return self.crops(split)
-        make = lambda: self._read(self._wholes, split, self._choose(split, self._settings.rows))
+        make = lambda: self._rows(self._wholes, split, self.choose(split, self._settings.rows))
         return once(self._kept, ("uncropped", split), make)
 
-    def wholes(self, split: str) -> Rows:
+    def wholes(self, split: str) -> ReadRows:
         """Rows of whole images, for samples: those of `lowres_from`, if given."""
         if self._settings.lowres_from:
             index = self.generated[f"{split}_index"]
         else:
-            index = self._choose(split, self._settings.samples)
-        return once(self._kept, ("wholes", split), lambda: self._read(self._wholes, split, index))
+            index = self.choose(split, self._settings.samples)
+        return once(self._kept, ("wholes", split), lambda: self._rows(self._wholes, split, index))
 
     def texts(self, split: str) -> tuple[str, ...]:
         """The entries of TEXTS that a split can be sampled with."""
@@ -289,24 +270,25 @@ class Data:
             return {split: np.arange(count) for split, count in self.counts.items()}
         rows = {}
         for split, count in self.counts.items():
-            others = self._choose(split, self._settings.gallery * count // total)
-            rows[split] = np.union1d(self.wholes(split).batch["index"], others)
+            others = self.choose(split, self._settings.gallery * count // total)
+            rows[split] = np.union1d(self.wholes(split).index, others)
         return rows
 
-    def gallery(self) -> Iterator[UInt8[np.ndarray, "k s s 3"]]:
-        """The images of `gallery_rows` at the stage's size, in chunks, in that order."""
-        size, done = self._wholes["image_size"], 0
-        total = sum(map(len, self.gallery_rows.values()))
-        keep = total * size * size * 3 <= KEPT_GALLERY_BYTES
-        with Progress("images to compare with", total) as progress:
-            for split, all_rows in self.gallery_rows.items():
-                for start in range(0, len(all_rows), _CHUNK):
-                    rows = all_rows[start : start + _CHUNK]
-                    chunk = lambda: pipeline.eval_images(self._wholes, rows.tolist(), split)
-                    key = ("gallery", split, start)
-                    yield once(self._kept, key, chunk) if keep else chunk()
-                    done += len(rows)
-                    progress.update(done)
+    @property
+    def gallery_size(self) -> int:
+        """The number of images in `gallery_rows`."""
+        return sum(map(len, self.gallery_rows.values()))
+
+    def gallery(self, positions: Int[np.ndarray, " n"]) -> Iterator[UInt8[np.ndarray, "k s s 3"]]:
+        """The images at these positions of the gallery, at the stage's size, in chunks.
+
+        They are kept for the next checkpoint if they are small together.
+        """
+        keep = len(positions) * self._wholes["image_size"] ** 2 * 3 <= KEPT_GALLERY_BYTES
+        for start in range(0, len(positions), CHUNK):
+            part = positions[start : start + CHUNK]
+            read = lambda: self.gallery_images(part)
+            yield once(self._kept, ("gallery", part.tobytes()), read) if keep else read()
 
     def gallery_row(self, split: str, index: Any) -> Any:
         """The position in the gallery of row(s) `index` of a split."""
@@ -314,27 +296,33 @@ class Data:
         before = 0 if split == first else len(self.gallery_rows[first])
         return np.searchsorted(self.gallery_rows[split], index) + before
 
-    def gallery_images(self, positions: Int[np.ndarray, " n"]) -> list[UInt8[np.ndarray, "s s 3"]]:
-        """The images at these positions of the gallery."""
-        rows = [(split, row) for split, rows in self.gallery_rows.items() for row in rows.tolist()]
-        chosen = [rows[position] for position in positions]
-        return [pipeline.eval_images(self._wholes, [row], split)[0] for split, row in chosen]
+    def gallery_images(self, positions: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n s s 3"]:
+        """The images at these positions of the gallery, each in [0, gallery_size)."""
+        size, first = self._wholes["image_size"], 0
+        images = np.empty((len(positions), size, size, 3), np.uint8)
+        for split, rows in self.gallery_rows.items():
+            here = (positions >= first) & (positions < first + len(rows))
+            if here.any():
+                images[here] = self.images(split, rows[positions[here] - first])
+            first += len(rows)
+        return images
+
+    def images(self, split: str, index: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n s s 3"]:
+        """Whole images of a split at the stage's size."""
+        return pipeline.eval_images(self._wholes, index.tolist(), split)
+
+    def choose(self, split: str, count: int) -> Int[np.ndarray, " n"]:
+        """Random rows of a split, see `choose`."""
+        return choose(self.counts[split], split, count, self._settings.seed)
 
     def caption(self, caption_id: int) -> str:
         """A caption's text."""
         return self.prepared.captions()[caption_id].text
 
-    def _choose(self, split: str, count: int) -> Int[np.ndarray, " n"]:
-        return choose(self.counts[split], split, count, self._settings.seed)
-
-    def _read(self, data_cfg: Mapping[str, Any], split: str, index: Int[np.ndarray, " n"]) -> Rows:
-        batch = pipeline.eval_rows(data_cfg, index.tolist(), split)
-        return Rows(split, batch, self._settings.seed)
-
-
-def conditioned(rows: Rows, text: str, lowres: str) -> HostBatch:
-    """The batch of `rows` with right, shuffled (those of row `other`) or null text and low-res."""
-    return with_conditions(rows.batch, lambda: rows.at(rows.other), text, lowres)
+    def _rows(
+        self, data_cfg: Mapping[str, Any], split: str, index: Int[np.ndarray, " n"]
+    ) -> ReadRows:
+        return ReadRows(data_cfg, split, index, self._settings.seed)
 
 
 def with_conditions(

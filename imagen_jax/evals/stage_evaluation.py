@@ -3,31 +3,42 @@
 All processes of a run call it together; process 0 writes the results.
 """
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from imagen_jax import schema
-from imagen_jax.cascade import STAGE_META, check_encoder
+from imagen_jax import schema, sharding
+from imagen_jax.cascade import STAGE_META, check_encoder, for_sampling, parameter_shardings
 from imagen_jax.data.records import Prepared
+from imagen_jax.distributed import agreement
 from imagen_jax.evals import history, provenance, report
 from imagen_jax.evals.evaluation import Evaluation, Probe
 from imagen_jax.evals.measures import measure
 from imagen_jax.evals.rows import Data, Settings
-from imagen_jax.stage import check_interval, check_sampling, create_stage
+from imagen_jax.stage import Params, check_interval, check_sampling, create_stage
 from imagen_jax.storage import (
     check_object,
+    only_process,
     read_object,
     write_arrays,
     write_atomically,
     write_json,
 )
-from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints, load_params
+from imagen_jax.text import program
+from imagen_jax.weights.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    load_params,
+    opened,
+    read_params,
+)
 from imagen_jax.weights.leaves import check_fit
 
 POLL_S = 10.0
@@ -35,7 +46,7 @@ log = logging.getLogger("imagen_jax.evaluate")
 
 
 class Evaluator:
-    """Evaluates checkpoints one after another.
+    """Evaluates checkpoints one after another. All processes make the same calls.
 
     Rows and compiled functions are reused as long as the config does not change.
     """
@@ -64,39 +75,57 @@ class Evaluator:
         self._config: Mapping[str, Any] | None = None
 
     def run(self, checkpoint: Path, output: Path) -> dict[str, Any]:
-        """Evaluates one checkpoint and writes all files to `output`, evaluation.json last.
+        """Evaluates one checkpoint; process 0 writes all files to `output`, evaluation.json last.
 
         Returns the content of evaluation.json.
         """
-        params, meta = load_params(checkpoint, self._which)
+        params, meta = load_same(checkpoint, self._which)
         remedy = "use a checkpoint of imagen_jax.train, or its export"
         check_object(checkpoint, meta, STAGE_META, remedy)
         meta = meta | {"config": schema.complete(meta["config"], f"config of {checkpoint}")}
-        self._prepare(meta)
+        self._prepare(meta, params)
         model = jax.eval_shape(self._probe.stage.init, jax.random.key(0))
         check_fit(params, model, f"{checkpoint}: ")
-        evaluation = Evaluation(self._probe, self._rows, params)
+        params = for_sampling(params, self._probe.stage)
+        shardings = parameter_shardings(params, self._mesh, meta["config"]["mesh"])
+        evaluation = Evaluation(self._probe, self._rows, sharding.place_tree(params, shardings))
+        del params
         log.info("%s, step %s: %s", meta["config"]["name"], meta["step"], ", ".join(self._chosen))
         for name, reason in self._left_out.items():
             log.warning("skipping %s: %s", name, reason)
         results = {name: chosen.measure(evaluation) for name, chosen in self._chosen.items()}
+        values = measure.row_values(self._chosen, evaluation)
         weights = {"path": str(checkpoint), "which": meta["which"], "sha256": meta["sha256"]}
         provenance = {"checkpoint": weights} | self._provenance(meta)
         header = {"stage": meta["config"]["name"], "step": meta["step"]}
         result = header | results | {"provenance": provenance}
+        if jax.process_index() == 0:
+            self._write(output, evaluation, result, values)
+        agreement.gather()  # the files are written
+        return result
+
+    def _write(
+        self,
+        output: Path,
+        evaluation: Evaluation,
+        result: Mapping[str, Any],
+        values: measure.RowValues,
+    ) -> None:
+        """Writes the files of one evaluation and prints its table."""
+        results = {name: result[name] for name in self._chosen}
         output.mkdir(parents=True, exist_ok=True)
         if curves := measure.curves(results):
             write_atomically(output / "loss.png", report.plot(curves))
         sampling = json.dumps(self._probe.settings.sampling)
-        origin = {"checkpoint_sha256": meta["sha256"], "sampling": sampling}
+        sha256 = result["provenance"]["checkpoint"]["sha256"]
+        origin = {"checkpoint_sha256": sha256, "sampling": sampling}
         measure.write(self._chosen, evaluation, output, origin)
-        write_arrays(output / "rows.npz", measure.row_values(self._chosen, evaluation))
+        write_arrays(output / "rows.npz", values)
         write_json(output / "evaluation.json", result)
         skipped = [(name, f"skipped: {reason}") for name, reason in self._left_out.items()]
         table = report.table([*measure.lines(results), *skipped])
         print(f"{result['stage']}, step {result['step']}", table, sep="\n")
         print(f"all results: {output / 'evaluation.json'}")
-        return result
 
     def check_continues(self, record: Path) -> None:
         """Raises ValueError if the last line of `record` has other settings or data than this run.
@@ -126,8 +155,10 @@ class Evaluator:
                 f" {'; '.join(changed)}"
             )
 
-    def _prepare(self, meta: Mapping[str, Any]) -> None:
-        """Creates stage, rows and compiled functions for a config, and selects the measures.
+    def _prepare(self, meta: Mapping[str, Any], params: Params) -> None:
+        """Creates mesh, stage, rows and compiled functions for a config; selects the measures.
+
+        params: of the checkpoint, for their size.
 
         Raises ValueError if checkpoint, data and settings are incompatible, before anything is
         computed.
@@ -135,7 +166,8 @@ class Evaluator:
         if meta["config"] == self._config:
             return
         config = meta["config"]
-        stage = create_stage(config)
+        self._mesh = make_mesh(sum(4 * leaf.size for leaf in jax.tree.leaves(params)))
+        stage = create_stage(config, self._mesh)
         settings = Settings(**self._numbers, sampling={**stage.sampling, **self._sampling})
         check_sampling(settings.sampling)
         self._check_effect(config | {"sampling": settings.sampling}, stage.sampling)
@@ -154,7 +186,9 @@ class Evaluator:
         if settings.lowres_from:
             log.info("low-res images are the samples of %s", self._rows.origin)
         self._chosen, self._left_out = measure.allowed(chosen, stage, self._rows)
-        self._probe, self._config = Probe(stage, settings), config
+        possible = json.dumps([list(self._chosen), self._left_out])
+        agreement.check({"data": self._rows.prepared.hash, "list of possible measures": possible})
+        self._probe, self._config = Probe(stage, settings, self._mesh), config
 
     def _check_effect(self, config: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
         """Raises ValueError if a flag changes a field of `sampling` that has no effect.
@@ -189,6 +223,58 @@ class Evaluator:
         }
 
 
+def make_mesh(weights: int) -> Mesh:
+    """A mesh of all devices of all processes, for `weights` bytes of parameters.
+
+    The parameters are in as few shards as fit; rows are split over all devices.
+    """
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    slices = len({sharding.slice_of(device) for device in jax.devices()})
+    parts = program.fewest_parts(weights, memory, jax.device_count() // slices)
+    return sharding.batch_mesh(jax.devices(), int(agreement.gather(str(parts))[0]))
+
+
+def load_same(checkpoint: Path, which: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`load_params` of the same checkpoint in all processes, chosen and verified by process 0.
+
+    Its trainer does not delete it before all processes have read it. Raises CheckpointError in all
+    processes if one of them cannot read it.
+    """
+    if jax.process_count() == 1:
+        return load_params(checkpoint, which)
+    with contextlib.ExitStack() as stack:
+        loaded, chosen, fault = None, "", ""
+        if jax.process_index() == 0:
+            try:
+                chosen = str(stack.enter_context(opened(checkpoint)))
+            except (ValueError, OSError) as error:
+                fault = str(error)
+        chosen, fault = json.loads(agreement.gather(json.dumps([chosen, fault]))[0])
+        if not fault:
+            try:
+                loaded = read_params(Path(chosen), which)
+            except (ValueError, OSError) as error:
+                fault = str(error)
+        faults = [text for text in agreement.gather(fault) if text]
+    if faults:
+        raise CheckpointError(faults[0])
+    return loaded
+
+
+@contextlib.contextmanager
+def agreed_output(output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Locks the output directory for this run while the context lasts.
+
+    Raises ValueError in all processes if they differ in `settings`, or in the directory.
+    """
+    agreement.check({"--output": str(output.absolute()), "list of settings": json.dumps(settings)})
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(only_process(output, "using"))
+        agreement.check_shared(output)
+        yield
+
+
 def follow(
     run: Callable[[Path, Path], dict[str, Any]],
     workdir: Path,
@@ -201,35 +287,60 @@ def follow(
     The oldest checkpoint comes first; each result is appended to the file. Returns when the
     checkpoint of the last training step is evaluated, or after `minutes` (0: no limit). The workdir
     may still be empty, and the trainer may delete old checkpoints in the meantime. A damaged
-    checkpoint is reported once and skipped.
+    checkpoint is reported once and skipped. All processes call it; process 0 decides which
+    checkpoint is next.
     """
-    # Used only to list steps. It never saves, so `keep` has no effect.
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
-    output.mkdir(parents=True, exist_ok=True)
-    evaluated, damaged = history.steps(output / history.FILE), set()
-    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
-    while True:
-        steps = checkpoints.steps()
-        waiting = [step for step in steps if step not in evaluated | damaged]
-        if waiting:
-            step, directory = waiting[0], checkpoints.directory / str(waiting[0])
-            try:
-                result = run(directory, output / str(step))
-            except (CheckpointError, FileNotFoundError) as error:
-                # Otherwise the trainer deleted it in the meantime.
-                if directory.exists():
-                    log.warning("checkpoint %d is skipped: %s", step, error)
-                damaged.add(step)
-                continue
-            history.append(output / history.FILE, result)
-            evaluated.add(step)
-        elif steps and steps[-1] >= last_step(workdir):
-            return
-        if time.monotonic() >= deadline:
-            log.info("followed for %g minutes, %d checkpoints evaluated", minutes, len(evaluated))
-            return
-        if not waiting:
-            time.sleep(poll_s)
+    first = jax.process_index() == 0
+    follower = Follower(workdir, output, minutes, poll_s) if first else None
+    while step := agreement.gather(follower.next() if follower else "")[0]:
+        directory = workdir / "checkpoints" / step
+        try:
+            result = run(directory, output / step)
+        except (CheckpointError, FileNotFoundError) as error:
+            # Otherwise the trainer deleted it in the meantime.
+            if first and directory.exists():
+                log.warning("checkpoint %s is skipped: %s", step, error)
+        else:
+            if first:
+                history.append(output / history.FILE, result)
+                follower.evaluated += 1
+
+
+class Follower:
+    """Chooses the checkpoints of a running workdir one after another, in process 0.
+
+    evaluated: the number of checkpoints evaluated by this command.
+    """
+
+    def __init__(self, workdir: Path, output: Path, minutes: float, poll_s: float):
+        """For the arguments see `follow`."""
+        # Used only to list steps. It never saves, so `keep` has no effect.
+        self._checkpoints, self._workdir = Checkpoints(workdir / "checkpoints", keep=1), workdir
+        output.mkdir(parents=True, exist_ok=True)
+        self._done, self.evaluated = history.steps(output / history.FILE), 0
+        self._minutes, self._poll_s, self._tried = minutes, poll_s, False
+        self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+
+    def next(self) -> str:
+        """Waits for the next checkpoint and returns its step, "" if there is none to wait for."""
+        while True:
+            over = self._tried and time.monotonic() >= self._deadline
+            steps = self._checkpoints.steps()
+            waiting = [step for step in steps if step not in self._done]
+            if waiting and not over:
+                self._tried = True
+                self._done.add(waiting[0])
+                return str(waiting[0])
+            if not waiting and steps and steps[-1] >= last_step(self._workdir):
+                return ""
+            if over or time.monotonic() >= self._deadline:
+                log.info(
+                    "followed for %g minutes, %d checkpoints evaluated",
+                    self._minutes,
+                    self.evaluated,
+                )
+                return ""
+            time.sleep(self._poll_s)
 
 
 def last_step(workdir: Path) -> float:

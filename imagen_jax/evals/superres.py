@@ -35,21 +35,29 @@ def mean_square(
     )
 
 
-def consistency(
+def consistency_errors(
     shrunk: UInt8[np.ndarray, "n r r 3"], lowres: UInt8[np.ndarray, "n r r 3"]
-) -> dict[str, Any]:
+) -> Float[np.ndarray, "n 2"]:
     """The distance of down-sampled samples from the low-res images that they were sampled from.
 
-    shrunk: samples down-sampled with the filter that made the data's low-res images. Returns
-    {"mae": in 0-255, "psnr": in dB, from the mean squared error over all images}; "psnr" is None if
-    the error is 0.
+    shrunk: samples down-sampled with the filter that made the data's low-res images. Returns the
+    mean absolute error in 0-255 and `mean_square` of each pair.
     """
     error = np.array(
         [np.mean(np.abs(x.astype(np.float64) - y)) for x, y in zip(shrunk, lowres, strict=True)]
     )
-    square = float(np.mean(mean_square(shrunk, lowres))) * (PEAK / 2) ** 2
+    return np.stack([error, mean_square(shrunk, lowres)], axis=1)
+
+
+def consistency(errors: Float[np.ndarray, "n 2"]) -> dict[str, Any]:
+    """A summary of `consistency_errors`.
+
+    {"mae": in 0-255, "psnr": in dB, from the mean squared error over all images}; "psnr" is None if
+    the error is 0.
+    """
+    square = float(np.mean(errors[:, 1])) * (PEAK / 2) ** 2
     return {
-        "mae": summary(error),
+        "mae": summary(errors[:, 0]),
         "psnr": number(10 * math.log10(PEAK**2 / square)) if square else None,
     }
 

@@ -21,7 +21,7 @@ from imagen_jax.planning.step_time import SECONDS_PER_HOUR
 from imagen_jax.stage import Stage, check_interval, check_sampling, create_stage
 from imagen_jax.storage import check_object
 from imagen_jax.weights import exports
-from imagen_jax.weights.checkpoint import META, find_step
+from imagen_jax.weights.checkpoint import META, opened
 from imagen_jax.weights.leaves import read_document
 from imagen_jax.weights.text_encoders import EMBEDDED, find_encoder
 
@@ -80,7 +80,8 @@ def checkpoint_config(path: str) -> dict[str, Any]:
     if file.is_file():
         meta = exports.read_export(file)[1]
     else:
-        meta = read_document(find_step(file) / META)["meta"]
+        with opened(file) as directory:
+            meta = read_document(directory / META)["meta"]
     check_object(path, meta, {"config": dict}, "use a checkpoint of imagen_jax.train")
     return schema.complete(meta["config"], f"config of {path}")
 

@@ -14,12 +14,13 @@ flipped bits without an error. The directory must be on a POSIX file system.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from imagen_jax.storage import (
     seal,
     sha256_file,
 )
+from imagen_jax.weights import step_directories
 from imagen_jax.weights.exports import check_which, read_export
 from imagen_jax.weights.leaves import (
     FORMAT_VERSION,
@@ -89,7 +91,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a directory, oldest first. `latest_good` checks their content."""
-        return _steps(self.directory)
+        return step_directories.steps(self.directory)
 
     def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> None:
         """Starts an asynchronous save. Returns as soon as `state` has been copied to the host.
@@ -165,7 +167,7 @@ class Checkpoints:
         newest, damage = None, ""
         if jax.process_index() == 0:
             try:
-                newest = newest_intact(self.directory, self._damaged.add)
+                newest = step_directories.newest_intact(self.directory, self._damaged.add)
             except CheckpointError as error:
                 damage = str(error)
         newest, damage = json.loads(agreement.gather(json.dumps([newest, damage]))[0])
@@ -224,7 +226,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             if reason is not None:
-                _keep_aside(target, reason)
+                step_directories.keep_aside(target, reason)
                 self._damaged.discard(step)
             for leftover in sorted(self.directory.iterdir()):
                 if re.fullmatch(r"\d+\.(writing|deleting).*", leftover.name):
@@ -246,48 +248,7 @@ class Checkpoints:
         seal(writing)
         os.rename(writing, self.directory / str(step))
         flush(self.directory)
-        self._delete_old(step)
-
-    def _delete_old(self, newest: int) -> None:
-        """Deletes old steps, so that `keep` intact steps up to `newest` remain.
-
-        Damaged steps are neither counted nor deleted.
-        """
-        older = [s for s in self.steps() if s < newest and s not in self._damaged]
-        for step in older[: max(0, len(older) - (self.keep - 1))]:
-            try:
-                os.rename(self.directory / str(step), self._path(step, "deleting"))
-                shutil.rmtree(self._path(step, "deleting"))
-            except OSError as error:
-                log.warning(
-                    "old checkpoint %s could not be deleted: %s", self.directory / str(step), error
-                )
-
-
-def newest_intact(
-    directory: Path, on_damaged: Callable[[int], None] = lambda step: None
-) -> int | None:
-    """The newest intact step in a checkpoints directory, None if it has no steps.
-
-    Logs each damaged step and passes it to `on_damaged`. Skips a step that a running trainer
-    deletes during the check. Raises CheckpointError if all steps are damaged.
-    """
-    newest_fault = None
-    for step in reversed(_steps(directory)):
-        reason = find_damage(directory / str(step))
-        if reason is None:
-            return step
-        if not (directory / str(step)).exists():
-            continue
-        log.warning("CHECKPOINT REJECTED: %s is not used, %s", directory / str(step), reason)
-        on_damaged(step)
-        newest_fault = newest_fault or f"{step}: {reason}"
-    if newest_fault:
-        raise CheckpointError(
-            f"no checkpoint in {directory} is intact ({newest_fault}); restore a copy, or start in"
-            " another workdir"
-        )
-    return None
+        step_directories.delete_old(self.directory, step, self.keep, self._damaged)
 
 
 def load_params(
@@ -299,42 +260,73 @@ def load_params(
     ml_dtypes.bfloat16. `meta` also has "which", and "sha256": the checksum of the file, or of the
     checkpoint's SHA256SUMS.
 
-    path: a workdir or its checkpoints directory (its newest intact step is read), the directory of
-    one step, or a file by `export_params`.
+    path: see `opened`.
     which: "ema", "params", or "ema_1", "ema_2" ... for an EMA of optim.ema_tracks. An exported file
         holds one tree; "ema", the default, takes it whatever it is.
 
     Raises CheckpointError if `path` does not exist, is damaged or was not written by this package;
     ValueError if the state or the exported file has no such tree, or `path` is a URL.
     """
-    check_local("checkpoint", path)
-    check_utf8("checkpoint", path)
     if not re.fullmatch(r"ema|params|ema_[1-9]\d*", which):
         raise ValueError(f"weights {which!r} are unknown: choose ema, params, or ema_1, ema_2 ...")
+    with opened(path) as verified:
+        return read_params(verified, which)
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike) -> Iterator[Path]:
+    """The verified directory of one step, or the file, that `path` means.
+
+    path: a workdir or its checkpoints directory (its newest intact step), the directory of one
+    step, or a file by `export_params`. While the context lasts, a trainer does not delete the step.
+
+    Raises CheckpointError if there is none or it is damaged, ValueError if `path` is a URL.
+    """
+    check_local("checkpoint", path)
+    check_utf8("checkpoint", path)
     path = Path(path).absolute()
+    if path.is_file():
+        yield path
+    elif path.name.isdigit() and path.is_dir() and not (path / "checkpoints").is_dir():
+        with step_directories.marked(path):
+            if reason := find_damage(path):
+                raise CheckpointError(f"checkpoint {path} cannot be used: {reason}")
+            yield path
+    else:
+        directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        with step_directories.marked_newest(directory) as step:
+            if step is None:
+                raise CheckpointError(
+                    f"{path} holds no checkpoint: give a workdir, its checkpoints directory, one"
+                    " checkpoint, or an exported .safetensors file"
+                )
+            yield directory / str(step)
+
+
+def read_params(path: Path, which: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`load_params` of the result of `opened`, while that lasts, in any process."""
     if path.is_file():
         params, meta = read_export(path)
         check_which(path, meta["which"], which)
         return params, meta
-    directory = find_step(path)
-    document = read_document(directory / META)
+    document = read_document(path / META)
     subtree = _subtree(which)
     specs = {name: spec for name, spec in document["leaves"].items() if name.startswith(subtree)}
     if not specs:
         held = _kinds(document["leaves"])
-        raise ValueError(f"checkpoint {directory} has no {which!r}; it holds {', '.join(held)}")
-    _check_stored(directory, specs)
+        raise ValueError(f"checkpoint {path} has no {which!r}; it holds {', '.join(held)}")
+    _check_stored(path, specs)
     # NumPy arrays tell orbax to load to the host; np.broadcast_to allocates no memory for them.
     abstract = {
         name: np.broadcast_to(np.zeros((), parse_dtype(dtype)), shape)
         for name, (shape, dtype) in specs.items()
     }
-    loaded = _load(directory, abstract, partial=True)
+    loaded = _load(path, abstract, partial=True)
     try:
-        sha256 = sha256_file(directory / CHECKSUMS)
+        sha256 = sha256_file(path / CHECKSUMS)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{directory} was deleted while it was read; run the same command again"
+            f"{path} was deleted while it was read; run the same command again"
         ) from error
     params = unflatten({name.removeprefix(subtree): leaf for name, leaf in loaded.items()})
     return params, _meta(document) | {"which": which, "sha256": sha256}
@@ -356,23 +348,6 @@ def _kinds(leaves: Iterable[str]) -> list[str]:
         elif first in ("ema", "params"):
             kinds.add(first)
     return sorted(kinds)
-
-
-def find_step(path: Path) -> Path:
-    """The verified step directory of a workdir, a checkpoints directory or one step."""
-    if path.name.isdigit() and path.is_dir() and not (path / "checkpoints").is_dir():
-        reason = find_damage(path)
-        if reason is not None:
-            raise CheckpointError(f"checkpoint {path} cannot be used: {reason}")
-        return path
-    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    step = newest_intact(directory)
-    if step is None:
-        raise CheckpointError(
-            f"{path} holds no checkpoint: give a workdir, its checkpoints directory, one"
-            " checkpoint, or an exported .safetensors file"
-        )
-    return directory / str(step)
 
 
 def _load(directory: Path, abstract: Mapping[str, Any], partial: bool) -> dict[str, Any]:
@@ -421,27 +396,3 @@ def _meta(document: Mapping[str, Any]) -> dict[str, Any]:
         "step": document["step"],
         "format_version": document["format_version"],
     }
-
-
-def _keep_aside(directory: Path, reason: str) -> None:
-    aside, n = directory.with_name(f"{directory.name}.damaged"), 1
-    while aside.exists():
-        n += 1
-        aside = directory.with_name(f"{directory.name}.damaged_{n}")
-    log.warning(
-        "CHECKPOINT REJECTED: %s is damaged and blocks the save, %s; kept as %s",
-        directory,
-        reason,
-        aside.name,
-    )
-    os.rename(directory, aside)
-
-
-def _steps(directory: Path) -> list[int]:
-    if not directory.is_dir():
-        return []
-    return sorted(
-        int(p.name)
-        for p in directory.iterdir()
-        if re.fullmatch(r"0|[1-9]\d*", p.name) and p.is_dir()
-    )

@@ -15,19 +15,23 @@ def data_of(path, **changed):
     return lambda **numbers: rows.Data(sizes | changed, settings(**numbers))
 
 
+def whole_batch(read):
+    return read.at(np.arange(len(read)))
+
+
 def test_gallery_holds_every_image_once_where_it_is_looked_for(tmp_path, monkeypatch):
     """Catches splits in another order than counted, rows lost between chunks, and the nearest image
     fetched from the wrong split."""
-    monkeypatch.setattr(rows, "_CHUNK", 4)
+    monkeypatch.setattr(rows, "CHUNK", 4)
     synthetic.write_prepared(tmp_path, images=9, size=SIZE, heldout=3)
     data = data_of(tmp_path, lowres_size=LOW, crop_size=LOW)(rows=5, samples=3, gallery=12)
     for _ in range(2):  # read, then kept
-        gallery = np.concatenate(list(data.gallery()))
+        gallery = np.concatenate(list(data.gallery(np.arange(data.gallery_size))))
         blue = [*range(9), 100, 101, 102]  # how synthetic images are told apart
         assert gallery[:, 0, 0, 2].tolist() == blue
     images = data.gallery_images(np.array([11, 8, 0]))
     assert [image[0, 0, 2] for image in images] == [102, 8, 0]
-    index = data.wholes("heldout").batch["index"]
+    index = data.wholes("heldout").index
     result = gallery[data.gallery_row("heldout", index)]
     assert result[:, 0, 0, 2].tolist() == (100 + index).tolist()
 
@@ -36,11 +40,11 @@ def test_samples_and_errors_share_their_rows(tmp_path):
     """Catches crops where whole images are compared, and other rows for samples than for errors."""
     synthetic.write_prepared(tmp_path, images=9, size=SIZE, heldout=3)
     data = data_of(tmp_path, lowres_size=LOW, crop_size=LOW)(rows=5, samples=3, gallery=12)
-    assert data.wholes("train").batch["image"].shape == (3, SIZE, SIZE, 3)
-    crops, whole = data.crops("train").batch, data.uncropped("train").batch
+    assert whole_batch(data.wholes("train"))["image"].shape == (3, SIZE, SIZE, 3)
+    crops, whole = whole_batch(data.crops("train")), whole_batch(data.uncropped("train"))
     assert crops["image"].shape == (5, LOW, LOW, 3) and whole["image"].shape == (5, SIZE, SIZE, 3)
     assert whole["index"].tolist() == crops["index"].tolist()
-    assert set(data.wholes("train").batch["index"]) <= set(crops["index"].tolist())
+    assert set(data.wholes("train").index) <= set(crops["index"].tolist())
 
 
 def test_gallery_is_limited_but_holds_what_is_looked_for(tmp_path):
@@ -48,10 +52,10 @@ def test_gallery_is_limited_but_holds_what_is_looked_for(tmp_path):
     and places counted in the whole."""
     synthetic.write_prepared(tmp_path, images=40, size=SIZE, heldout=20)
     data = data_of(tmp_path)(rows=6, samples=6, gallery=30)
-    images = np.concatenate(list(data.gallery()))
+    images = np.concatenate(list(data.gallery(np.arange(data.gallery_size))))
     assert 30 <= len(images) <= 30 + 2 * 6
     for split in data.counts:
-        batch = data.wholes(split).batch
+        batch = whole_batch(data.wholes(split))
         rows_of = data.gallery_row(split, batch["index"])
         np.testing.assert_array_equal(images[rows_of], batch["image"])
         np.testing.assert_array_equal(np.stack(data.gallery_images(rows_of)), batch["image"])

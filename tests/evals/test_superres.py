@@ -34,10 +34,11 @@ def test_consistency_in_grey_levels_and_decibels():
     lowres = np.full((2, 4, 4, 3), 100, np.uint8)
     shrunk = lowres + np.array([5, 0], np.uint8)[:, None, None, None]
     shrunk[1] -= 15
-    result = superres.consistency(shrunk, lowres)
+    result = superres.consistency(superres.consistency_errors(shrunk, lowres))
     assert result["mae"]["mean"] == 10.0 and result["mae"]["se"] == pytest.approx(5.0)
     assert result["psnr"] == pytest.approx(10 * np.log10(255**2 / 125))
-    assert superres.consistency(lowres, lowres)["psnr"] is None
+    same = superres.consistency_errors(lowres, lowres)
+    assert superres.consistency(same)["psnr"] is None
 
 
 def test_detail_tells_right_from_other_images():

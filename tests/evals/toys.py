@@ -1,5 +1,7 @@
 """Stages whose loss and samples are known, and data whose rows can be told apart."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from imagen_jax.diffusion import schedule
 from imagen_jax.diffusion.density import UniformTime
 from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.evals.evaluation import Evaluation, Probe
-from imagen_jax.evals.rows import Data, Rows, Settings
+from imagen_jax.evals.rows import Data, ReadRows, Settings
 from imagen_jax.stage import Stage, to_unit
 
 N, SIZE, LOW, BINS = 11, 8, 4, 4
@@ -72,13 +74,40 @@ class Base(Toy):
         return lambda z, logsnr, cond: self.predicted
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows(ReadRows):
+    """Rows in memory."""
+
+    split: str
+    batch: dict
+    _seed: int
+
+    def __len__(self):
+        return len(self.index)
+
+    @property
+    def index(self):
+        return self.batch["index"]
+
+    @property
+    def caption_id(self):
+        return self.batch["caption_id"]
+
+    @property
+    def side(self):
+        return self.batch["image"].shape[1]
+
+    def at(self, positions):
+        return {name: values[positions] for name, values in self.batch.items()}
+
+
 class Marked(Data):
     """N marked rows a split, all of them the gallery."""
 
     def __init__(self):
         self.counts, self.heldout = {"train": N, "heldout": N}, "heldout"
         self.gallery_rows = {split: np.arange(N) for split in self.counts}
-        self._settings = settings()
+        self._settings, self._kept = settings(), {}
 
     def crops(self, split):
         mark = 10 * (np.arange(N) + 1) + (SIZE if split == "heldout" else 0)
@@ -92,9 +121,15 @@ class Marked(Data):
 
     wholes = uncropped = crops
 
-    def gallery(self):
-        for split in self.counts:
-            yield self.wholes(split).batch["image"]
+    def images(self, split, index):
+        return self.wholes(split).batch["image"][index]
+
+    def gallery_images(self, positions):
+        images = [self.wholes(split).batch["image"] for split in self.counts]
+        return np.concatenate(images)[positions]
+
+    def gallery(self, positions):
+        yield self.gallery_images(positions)
 
 
 class Textured(Marked):
@@ -130,4 +165,4 @@ def settings(**changed):
 def evaluation(stage=None, data=None, kind=Evaluation, **changed):
     """The toy, or another stage, on marked rows, or others; `changed`: of the settings."""
     probe = Probe(stage or Toy(), settings(**changed))
-    return kind(probe, data or Marked(), {"bias": np.zeros(())})
+    return kind(probe, data or Marked(), {"bias": jnp.zeros(())})

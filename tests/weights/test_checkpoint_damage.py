@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import exit_codes, storage
-from imagen_jax.weights import checkpoint
+from imagen_jax.weights import checkpoint, step_directories
 from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints, load_params
 from tests.weights.states import (
     assert_equal,
@@ -151,14 +151,14 @@ def test_damaged_ones_are_kept_apart(saved, caplog):
 
 def test_step_deleted_while_it_is_read_is_no_fault(saved, monkeypatch, caplog):
     """Catches a checkpoint called damaged because the trainer deleted it meanwhile."""
-    find_damage = checkpoint.find_damage
+    find_damage = storage.find_damage
 
     def trainer_deletes(directory):
         shutil.rmtree(directory)
         return find_damage(directory)
 
     monkeypatch.setattr(
-        checkpoint,
+        step_directories,
         "find_damage",
         lambda d: trainer_deletes(d) if d.name == "20" else find_damage(d),
     )

@@ -54,10 +54,10 @@ class KernelSums:
         one = np.zeros(len(reference), int)
         return cls(
             samples=_sums_within(samples, kernel, blocks),
-            diagonal=np.bincount(blocks, _diagonal(samples, kernel)),
-            cross=_sums_between(samples, reference, kernel, blocks),
+            diagonal=np.bincount(blocks, diagonal(samples, kernel)),
+            cross=np.bincount(blocks, row_sums(samples, reference, kernel)),
             reference=float(_sums_within(reference, kernel, one).sum()),
-            reference_diagonal=float(_diagonal(reference, kernel).sum()),
+            reference_diagonal=float(diagonal(reference, kernel).sum()),
             sizes=np.bincount(blocks),
             n_reference=len(reference),
         )
@@ -104,9 +104,21 @@ def matrix(
     return kernel(products(x, y), squares(x)[:, None], squares(y)[None])
 
 
-def _diagonal(x: Float[np.ndarray, "n d"], kernel: Kernel) -> Float[np.ndarray, " n"]:
+def diagonal(x: Float[np.ndarray, "n d"], kernel: Kernel) -> Float[np.ndarray, " n"]:
+    """The kernel of each row with itself."""
     lengths = squares(x)
     return kernel(lengths, lengths, lengths)
+
+
+def row_sums(
+    x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], kernel: Kernel
+) -> Float[np.ndarray, " n"]:
+    """The sum of the kernel of each row of x with all rows of y."""
+    sums = np.zeros(len(x))
+    for rows in _tiles(len(x)):
+        for columns in _tiles(len(y)):
+            sums[rows] += matrix(x[rows], y[columns], kernel).sum(axis=1)
+    return sums
 
 
 def _members(blocks: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n k"]:
@@ -131,17 +143,3 @@ def _sums_within(
             sums = members[rows].T @ (matrix(x[rows], x[columns], kernel) @ members[columns])
             out += sums if rows == columns else sums + sums.T
     return out
-
-
-def _sums_between(
-    x: Float[np.ndarray, "n d"],
-    y: Float[np.ndarray, "m d"],
-    kernel: Kernel,
-    blocks: Int[np.ndarray, " n"],
-) -> Float[np.ndarray, " k"]:
-    """Kernel sums over pairs of rows of x and y, by the block of the row of x."""
-    sums = np.zeros(len(x))
-    for rows in _tiles(len(x)):
-        for columns in _tiles(len(y)):
-            sums[rows] += matrix(x[rows], y[columns], kernel).sum(axis=1)
-    return np.bincount(blocks, sums)

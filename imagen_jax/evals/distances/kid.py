@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from imagen_jax.evals.distances import guards
 from imagen_jax.evals.distances.jackknife import BLOCKS, estimate, prompt_blocks
-from imagen_jax.evals.distances.kernels import KernelSums, polynomial
+from imagen_jax.evals.distances.kernels import KernelSums, diagonal, polynomial, row_sums
 from imagen_jax.evals.statistics import number
 
 SUBSETS, SUBSET_SIZE = 100, 1000
@@ -20,6 +20,30 @@ def distance(samples: Float[np.ndarray, "n d"], reference: Float[np.ndarray, "m 
     """The unbiased estimate from all pairs."""
     blocks = np.zeros(len(samples), int)
     return KernelSums.of(samples, reference, polynomial(samples.shape[1]), blocks).mmd(True)
+
+
+def pseudo_values(
+    samples: Float[np.ndarray, "n d"], reference: Float[np.ndarray, "m d"]
+) -> Float[np.ndarray, " n"]:
+    """The delete-one jackknife pseudo-value of each sample: n K - (n - 1) K without the sample.
+
+    K is `distance`; the reference is fixed. The mean of the values is K itself, because K is
+    unbiased, and the standard error of their mean is the jackknife's error of K. Values of the
+    same rows of two checkpoints can be paired.
+
+    Raises ValueError for fewer than 3 samples, or fewer than 2 reference rows.
+    """
+    n, m = len(samples), len(reference)
+    if n < 3 or m < 2:
+        raise ValueError(
+            f"{n} samples and {m} reference images are too few for KID with an error; pass at least"
+            " 3 samples and 2 reference images"
+        )
+    kernel = polynomial(samples.shape[1])
+    others = row_sums(samples, samples, kernel) - diagonal(samples, kernel)
+    within = others.sum() / (n - 1) - (others.sum() - 2 * others) / (n - 2)
+    pairs = row_sums(reference, reference, kernel) - diagonal(reference, kernel)
+    return within + pairs.sum() / (m * (m - 1)) - 2 * row_sums(samples, reference, kernel) / m
 
 
 def subsets(

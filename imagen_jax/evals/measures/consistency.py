@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 
 from imagen_jax.data import transforms
-from imagen_jax.evals import report, superres
+from imagen_jax.evals import processes, report, superres
 from imagen_jax.evals.evaluation import Evaluation
 from imagen_jax.evals.measures.measure import Column, Line, Result, base_stage
 from imagen_jax.evals.rows import Settings
 from imagen_jax.stage import Stage
 
 ORDER = 60
+GROUPS = ("samples", "bicubic")
 COLUMNS = (Column("error of the shrunk sample", "samples.mae.mean", True),)
 
 
@@ -23,16 +24,21 @@ def excluded(stage: Stage, settings: Settings) -> str:
 def measure(e: Evaluation) -> dict[str, Any]:
     """{"split", "samples", "bicubic": `superres.consistency`}, on held-out rows."""
     split = e.data.heldout
-    lowres = e.sampled(split, "right").batch["lowres"]
-    bicubic = superres.bicubic(lowres, e.stage.image_size)
-    groups = {"samples": e.samples(split), "bicubic": bicubic}
+    rows, samples = e.sampled(split, "right"), e.samples(split)
     shrink = lambda images: np.stack([transforms.shrink(i, e.stage.lowres_size) for i in images])
-    scores = {name: superres.consistency(shrink(g), lowres) for name, g in groups.items()}
+
+    def errors(positions):
+        lowres = rows.at(positions)["lowres"]
+        groups = samples[positions], superres.bicubic(lowres, e.stage.image_size)
+        return np.stack([superres.consistency_errors(shrink(g), lowres) for g in groups], axis=1)
+
+    found = processes.for_rows(len(rows), errors)
+    scores = {name: superres.consistency(found[:, i]) for i, name in enumerate(GROUPS)}
     return {"split": split} | scores
 
 
 def lines(result: Result) -> Iterator[Line]:
-    for name in ("samples", "bicubic"):
+    for name in GROUPS:
         score = result[name]
         psnr = "infinite" if score["psnr"] is None else f"{score['psnr']:.1f} dB"
         yield f"shrunk {name} to low-res", f"{report.mean(score['mae'])} of 255, PSNR {psnr}"

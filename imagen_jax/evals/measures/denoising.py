@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from imagen_jax.evals import report, statistics, superres
+from imagen_jax.evals import processes, report, statistics, superres
 from imagen_jax.evals.evaluation import Evaluation, x_hat_error
 from imagen_jax.evals.measures.measure import Column, Line, Result, RowValues, base_stage
 from imagen_jax.evals.rows import LOWRES_NOISE, Settings
@@ -36,9 +36,14 @@ def measure(e: Evaluation) -> dict[str, Any]:
     "gain" is the error of bicubic minus the error of x-hat: positive where x-hat is nearer.
     """
     split, out = e.data.heldout, {}
-    batch = e.data.uncropped(split).batch
-    upsampled = superres.bicubic(batch["lowres"], batch["image"].shape[1])
-    bicubic = superres.mean_square(upsampled, batch["image"])
+    rows = e.data.uncropped(split)
+
+    def error_of_bicubic(positions):
+        batch = rows.at(positions)
+        upsampled = superres.bicubic(batch["lowres"], rows.side)
+        return superres.mean_square(upsampled, batch["image"])
+
+    bicubic = processes.for_rows(len(rows), error_of_bicubic)
     for level in LOWRES_NOISE:
         x_hat = _errors(e, level)
         gain = e.bins.by_bin(bicubic[:, None] - x_hat, statistics.difference)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax.evals import report, statistics, superres
+from imagen_jax.evals import processes, report, statistics, superres
 from imagen_jax.evals.evaluation import Evaluation
 from imagen_jax.evals.measures.measure import Column, Line, Result, base_stage
 from imagen_jax.evals.rows import TEXTS, Data, Settings
@@ -35,12 +35,16 @@ def too_few(stage: Stage, data: Data) -> dict[str, str]:
 def measure(e: Evaluation) -> dict[str, Any]:
     """{"split", text: `superres.detail`, "right_minus_<text>": paired difference}, held-out."""
     split = e.data.heldout
-    batch = e.data.wholes(split).batch
-    upsampled = superres.bicubic(batch["lowres"], e.stage.image_size)
-    correlations = {
-        text: superres.residual_correlations(e.samples(split, text), batch["image"], upsampled)
-        for text in e.texts(split)
-    }
+    drawn = [e.samples(split, text) for text in e.texts(split)]
+
+    def correlate():
+        rows = e.data.wholes(split)
+        batch = rows.at(np.arange(len(rows)))
+        upsampled = superres.bicubic(batch["lowres"], e.stage.image_size)
+        of = lambda samples: superres.residual_correlations(samples, batch["image"], upsampled)
+        return np.stack([of(samples) for samples in drawn])
+
+    correlations = dict(zip(e.texts(split), processes.by_first(correlate)))
     own = {text: np.diagonal(correlation) for text, correlation in correlations.items()}
     gains = {
         f"right_minus_{text}": statistics.difference(own["right"] - own[text])

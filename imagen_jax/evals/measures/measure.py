@@ -1,10 +1,13 @@
 """The measure interface, and the discovery of measures.
 
 Each module of this folder is one measure, named like its module: `--measures loss` runs `loss.py`.
-A module defines the members of `Measure` and, optionally,
+All processes of a run call a measure, with the same results; only process 0 calls `write`.
+`evals/processes.py` shares arithmetic on rows. A module defines the members of `Measure` and,
+optionally,
 
-    too_few(stage, data)       {part: reason why the rows do not suffice}; part is a suffix of the
-                               measure's name, such as ", shuffled"; "" is the whole measure
+    too_few(stage, data)       {part: reason why it is left out, such as too few rows}; part is a
+                               suffix of the measure's name, such as ", shuffled"; "" is the whole
+                               measure
     row_values(e)              {result key of a mean: its per-row values [n]}, saved in rows.npz so
                                that two evaluations can be compared row by row
     curves(result)             (title, {legend entry: result of `by_bin`}) per panel of loss.png
@@ -115,7 +118,7 @@ def choose(names: list[str], stage: Stage, settings: Settings) -> dict[str, Meas
 def allowed(
     chosen: Mapping[str, Measure], stage: Stage, data: Data
 ) -> tuple[dict[str, Measure], dict[str, str]]:
-    """(measures with enough rows, {skipped measure or part of a measure: reason}).
+    """(measures that are possible, {skipped measure or part of a measure: reason}).
 
     Reads rows only and computes nothing. Raises ValueError if no measure remains.
     """
@@ -128,7 +131,7 @@ def allowed(
     remaining = {name: module for name, module in chosen.items() if name not in left_out}
     if not remaining:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise ValueError(f"no measure has enough rows: {reasons}")
+        raise ValueError(f"no measure is possible: {reasons}")
     return remaining, left_out
 
 

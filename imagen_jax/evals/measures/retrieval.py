@@ -51,7 +51,7 @@ def row_values(e: Evaluation) -> RowValues:
 
 def _wanted(e: Evaluation, split: str) -> Int[np.ndarray, " n"]:
     """The position in the gallery of each row's own image."""
-    return e.data.gallery_row(split, e.data.wholes(split).batch["index"])
+    return e.data.gallery_row(split, e.data.wholes(split).index)
 
 
 def lines(result: Result) -> Iterator[Line]:
@@ -66,7 +66,7 @@ def write(e: Evaluation, output: Path, origin: Mapping[str, str]) -> None:
     settings = {"manifest_hash": e.data.prepared.hash, "seed": e.probe.settings.seed, **origin}
     arrays = {name: np.array(value) for name, value in settings.items()}
     for split in e.data.counts:
-        arrays[f"{split}_index"] = e.data.wholes(split).batch["index"]
+        arrays[f"{split}_index"] = e.data.wholes(split).index
         arrays |= {f"{split}_{text}": e.samples(split, text) for text in e.texts(split)}
         write_png(output / f"samples_{split}.png", sheet(e, split))
     write_arrays(output / "samples.npz", arrays)
@@ -76,14 +76,13 @@ def sheet(e: Evaluation, split: str) -> UInt8[np.ndarray, "h w 3"]:
     """A contact sheet of SHEET_ROWS rows: true and low-res image, samples, nearest image."""
     rows, cell = e.data.wholes(split), max(96, e.stage.image_size)
     shown = np.unique(np.linspace(0, len(rows) - 1, SHEET_ROWS).astype(int))
-    nearest_images = e.data.gallery_images(e.distances()[split, "right"].argmin(axis=1)[shown])
-    columns = {"true": rows.batch["image"]}
+    batch = e.sampled(split, "right").at(shown)
+    columns = {"true": batch["image"]}
     if e.stage.lowres_size:
-        columns["low-res"] = e.sampled(split, "right").batch["lowres"]
-    columns |= {f"{text} text": e.samples(split, text) for text in e.texts(split)}
-    cells = [
-        [enlarge(image, cell) for image in [*(column[i] for column in columns.values()), near]]
-        for i, near in zip(shown, nearest_images)
-    ]
-    captions = [e.data.caption(rows.batch["caption_id"][i].item()) for i in shown]
-    return contact_sheet(captions, cells, [*columns, "nearest"], cell)
+        columns["low-res"] = batch["lowres"]
+    columns |= {f"{text} text": e.samples(split, text)[shown] for text in e.texts(split)}
+    near = e.distances()[split, "right"].argmin(axis=1)[shown]
+    columns["nearest"] = e.data.gallery_images(near)
+    cells = [[enlarge(image, cell) for image in row] for row in zip(*columns.values())]
+    captions = [e.data.caption(rows.caption_id[i].item()) for i in shown]
+    return contact_sheet(captions, cells, [*columns], cell)

@@ -220,6 +220,15 @@ def find_weights(name: str, kind: Architecture, path: str) -> tuple[pathlib.Path
     return pathlib.Path(str(distribution.locate_file(inside))), version
 
 
+def no_package(name: str) -> str:
+    """The reason why a network whose weights are in a package cannot be loaded; "" if it can be."""
+    try:
+        find_weights(name, NETWORKS[name], "")
+    except FileNotFoundError as error:
+        return str(error)
+    return ""
+
+
 def load_parameters(
     name: str,
     network: nn.Module,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.evals.distances import cmmd, kernels, kid
-from imagen_jax.evals.distances.jackknife import prompt_blocks, replicates
+from imagen_jax.evals.distances.jackknife import estimate, prompt_blocks, replicates
 from imagen_jax.evals.distances.kernels import KernelSums, gaussian, polynomial
 
 D = 6
@@ -150,3 +150,22 @@ def test_score_is_valid_json(family):
     result = family.score(x, y, np.arange(40))
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert (result["n"], result["n_reference"], len(result["warnings"])) == (40, 30, 1)
+
+
+@pytest.mark.parametrize("tile", [4, 100])
+def test_pseudo_values_are_those_of_the_deletions(monkeypatch, tile):
+    """Catches pairs of a deleted sample that remain, a mean that is not the estimate, and a
+    standard error that is not the jackknife's."""
+    monkeypatch.setattr(kernels, "TILE", tile)
+    n = 12
+    x, y = features(n), features(9, seed=1, shift=0.4)
+    values = kid.pseudo_values(x, y)
+    whole = direct(cubic, x, y, True)
+    deleted = [direct(cubic, np.delete(x, i, axis=0), y, True) for i in range(n)]
+    np.testing.assert_allclose(values, n * whole - (n - 1) * np.array(deleted), rtol=1e-9)
+    assert values.mean() == pytest.approx(whole, rel=1e-11)
+    one_each = KernelSums.of(x, y, polynomial(D), np.arange(n)).replicates(True)
+    assert values.std(ddof=1) / n**0.5 == pytest.approx(estimate(one_each)["se"], rel=1e-9)
+    for few, reference in ((2, 9), (3, 1)):
+        with pytest.raises(ValueError, match="too few for KID with an error"):
+            kid.pseudo_values(x[:few], y[:reference])

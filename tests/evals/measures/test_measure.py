@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.evals import measures
-from imagen_jax.evals.measures import measure
+from imagen_jax.evals.measures import kid, measure
 from tests.evals import toys
 
 ROOT = pathlib.Path(measures.__file__).parents[3]
@@ -20,6 +20,18 @@ OTHERS = [PACKAGE / "evaluate.py", ROOT / "launch/sweep.py", *(PACKAGE / "evals"
 OF_CASCADES = {"grid_comparison.py", "image_metrics.py", "suite_evaluation.py"}
 OTHERS = [path for path in OTHERS if path.name not in OF_CASCADES]
 OTHERS += [PACKAGE / "evals/measures" / name for name in ("__init__.py", "measure.py")]
+
+
+@pytest.fixture(autouse=True)
+def quick_features(monkeypatch):
+    """Features without a network: a few pixels."""
+    quick = lambda: type("Quick", (), {"identity": {}, "features": staticmethod(few_pixels)})
+    monkeypatch.setattr(kid, "_network", quick)
+    monkeypatch.setattr(kid.network, "no_package", lambda name: "")
+
+
+def few_pixels(images):
+    return images.reshape(len(images), -1)[:, :5].astype(np.float32)
 
 
 def test_every_file_of_the_folder_is_a_measure():
@@ -131,16 +143,26 @@ class Few(toys.Marked):
 @pytest.mark.parametrize(
     "captions, left_out",
     [
-        ([0], {"detail", "sensitivity, shuffled", "retrieval, heldout, shuffled text"}),
+        (
+            [0],
+            {
+                "detail",
+                "sensitivity, shuffled",
+                "retrieval, heldout, shuffled text",
+                "kid, heldout",
+            },
+        ),
         (
             [0, 0],
             {
                 "detail, shuffled text",
                 "sensitivity, shuffled",
                 "retrieval, heldout, shuffled text",
+                "kid, heldout",
             },
         ),
-        ([0, 1], set()),
+        ([0, 1], {"kid, heldout"}),
+        ([0, 1, 2], set()),
     ],
 )
 def test_rows_that_are_too_few_cost_what_needs_more(captions, left_out):
@@ -153,7 +175,8 @@ def test_rows_that_are_too_few_cost_what_needs_more(captions, left_out):
     e = toys.evaluation(toy, data, kind=Plain)
     results = {name: one.measure(e) for name, one in chosen.items()}
     assert ("detail" in results) == ("detail" not in left_out)
-    shuffled = not left_out
+    assert ("heldout" in results["kid"]) == ("kid, heldout" not in left_out)
+    shuffled = "sensitivity, shuffled" not in left_out
     assert ("shuffled" in results["retrieval"]["heldout"]) == shuffled
     assert "shuffled" in results["retrieval"]["train"]
     assert set(results["sensitivity"]["text"]) == {"null", *["shuffled"] * shuffled}
@@ -163,5 +186,5 @@ def test_rows_that_are_too_few_cost_what_needs_more(captions, left_out):
 def test_no_measure_that_is_possible_is_an_error():
     """Catches an evaluation without a result that ends as if all was well."""
     toy, data = toys.Toy(), Few([0])
-    with pytest.raises(ValueError, match="no measure has enough rows: detail: it comp"):
+    with pytest.raises(ValueError, match="no measure is possible: detail: it comp"):
         measure.allowed(measure.choose(["detail"], toy, toys.settings()), toy, data)

@@ -10,7 +10,6 @@ import pytest
 from imagen_jax.diffusion.density import LogitNormal, UniformTime
 from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.evals.measures import x_error
-from imagen_jax.evals.rows import Rows
 from imagen_jax.stage import Stage
 from tests.evals import toys
 
@@ -55,7 +54,7 @@ class Pixels(toys.Marked):
         rng = np.random.default_rng(["train", "heldout"].index(split))
         x = rng.normal(0.0, S, (ROWS, SIZE, SIZE, 3))
         image = np.round((np.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
-        return Rows(split, {"image": image, "index": np.arange(ROWS)}, 5)
+        return toys.Rows(split, {"image": image, "index": np.arange(ROWS)}, 5)
 
 
 @functools.cache
