@@ -44,7 +44,7 @@ $(VENV)/installed: setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python {v[0]}.{v[1]} is too old: make $(MAKECMDGOALS) PYTHON=python3.11")'
 	@echo "installing imagen_jax into $(VENV) (a minute or two)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) --editable .
+	@$(PIP) --editable ".[eval]"
 	@touch $@
 
 $(VENV)/installed-slow: $(VENV)/installed

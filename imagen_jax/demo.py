@@ -34,6 +34,7 @@ STYLE = (
     "body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0"
     " 1em}img{max-width:100%}td,th{padding:.2em .8em;text-align:left}"
 )
+MEASURES = "retrieval,kid"
 SHOWN = {"heldout": 8, "train": 8}  # captions per split in the contact sheet
 
 
@@ -42,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", "demo", "directory of all results")
     flags.DEFINE_multi_string("prompt", [], "a prompt to generate an image for; may be repeated")
     flags.DEFINE_float(
-        "minutes", 7.0, "training time of all three stages together", lower_bound=0.1
+        "minutes", 5.0, "training time of all three stages together", lower_bound=0.1
     )
     flags.DEFINE_integer("rows", 96, "captions sampled to evaluate each base model", lower_bound=2)
 
@@ -86,7 +87,7 @@ def demonstrate(root: Path, output: Path, prompts: Sequence[str], minutes: float
     fresh = [f"--config.{stage}.checkpoint={output / stage}" for stage in STAGES]
     sample(cascade, output / "prompts.txt", output / "fresh", *fresh)
     for name, checkpoint in (("embedded", "embedded:base_16"), ("fresh", output / "base")):
-        options = ("--rows", rows, "--measures", "retrieval")
+        options = ("--rows", rows, "--measures", MEASURES)
         to = output / f"evaluate_{name}"
         run_command(
             "evaluate", "--checkpoint", checkpoint, "--data", data, "--output", to, *options
@@ -254,6 +255,13 @@ def write_html(
             " images, with a 95 % interval in brackets.</p>"
         ),
         retrieval_table(measured),
+        "<h2>Do the pictures look like the real ones?</h2>",
+        (
+            "<p>KID, a distance between the base images and real images of the same split by"
+            " features of a pretrained classifier, with one standard error: 0 for images that"
+            " cannot be told apart from real ones, smaller is better.</p>"
+        ),
+        kid_table(measured),
         "<h2>Training</h2>",
         training_table(workdirs),
         embedded_image(curves, "loss curves"),
@@ -320,6 +328,20 @@ def retrieval_table(measured: Mapping[str, Mapping[str, Any]]) -> str:
     return table(
         ["weights", "captions of", "caption given", "n", "nearest", "among 5 nearest"], rows
     )
+
+
+def kid_table(measured: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table of KID by weights and split, or the reason why there is none."""
+    rows = []
+    for name, evaluation in measured.items():
+        if "kid" not in evaluation:
+            reason = evaluation["provenance"]["left_out"]["kid"]
+            return f"<p>Not measured: {html.escape(reason)}.</p>"
+        for split in ("heldout", "train"):
+            if (score := evaluation["kid"].get(split)) is not None:
+                value = f"{score['mean']:.4f} ± {score['se']:.4f}"
+                rows.append([name, split, str(score["n"]), str(score["n_reference"]), value])
+    return table(["weights", "captions of", "n", "real images", "KID"], rows)
 
 
 if __name__ == "__main__":

@@ -237,3 +237,16 @@ def test_the_report_names_a_stage_that_logged_no_step(tmp_path):
     workdirs = {name: tmp_path / name for name in rows}
     assert "<td>sr_2</td><td>none logged</td>" in demo.training_table(workdirs)
     assert demo.loss_curves(workdirs, tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_the_demo_shows_kid_or_why_there_is_none():
+    """Catches a number without its error, one of the other split, and a report that fails without
+    the package."""
+    score = {"mean": 0.25, "se": 0.0625, "n": 96, "n_reference": 500}
+    measured = {
+        "embedded": {"kid": {"network": {}, "heldout": score, "train": score | {"mean": -0.5}}}
+    }
+    cells = ["embedded", "heldout", "96", "500", "0.2500 ± 0.0625", "train", "-0.5000 ± 0.0625"]
+    assert all(f"<td>{cell}</td>" in demo.kid_table(measured) for cell in cells)
+    left_out = {"provenance": {"left_out": {"kid": "it needs the package <p>"}}}
+    assert "it needs the package &lt;p&gt;" in demo.kid_table(measured | {"fresh": left_out})

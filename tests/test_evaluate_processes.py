@@ -163,7 +163,7 @@ def test_damage_is_an_error_in_all_processes(data, workdir, tmp_path):
     """Catches processes that wait for process 0, which alone verifies the checkpoint."""
     damaged, output = tmp_path / "5", tmp_path / "out"
     damaged.mkdir()
-    (damaged / "SHA256SUMS").write_text("")
+    (damaged / "SHA256SUMS").write_text(f"{64 * '0'}  meta.json\n")
     finish(output, 2, 2, f"--checkpoint={damaged}", f"--data={data}", code=2)
     for i in (0, 1):
-        assert "5 cannot be used: SHA256SUMS is empty" in log_of(output, i).read_text()
+        assert "5 cannot be used: meta.json is missing" in log_of(output, i).read_text()
