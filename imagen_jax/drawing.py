@@ -120,7 +120,11 @@ def job_of(
     job = requests.job | {
         name: value for name, value in record.items() if name not in ("config", "image")
     }
-    return job | {"config": {k: v for k, v in record["config"].items() if k not in free}}
+    config = {name: value for name, value in record["config"].items() if name not in free}
+    # The field `config` of a stage is for `plan`; it changes no picture either.
+    stages = {name: config[name] for name in cascade.STAGES if name in config}
+    without = lambda stage: {name: value for name, value in stage.items() if name != "config"}
+    return job | {"config": config | {name: without(stage) for name, stage in stages.items()}}
 
 
 class Reservation:

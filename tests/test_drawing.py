@@ -125,3 +125,14 @@ def test_a_set_that_was_killed_before_its_manifest_gets_it(tmp_path):
     with make() as reserved:
         assert reserved.left == []
         assert len(manifest_rows(reserved.finish())) == 1
+
+
+def test_what_changes_no_picture_is_not_part_of_the_job():
+    """Catches a set that begins again because the mesh, the batch or a path for `plan` differs."""
+    record = {"image": "", "stages": ["base"]}
+    config = {"mesh": {}, "batch_size": 4, "base": {"sampling": {"w": 2.0}, "config": "a.py"}}
+    requests = Requests(["a"], 1, 0)
+    job = lambda **changes: drawing.job_of(requests, record | {"config": config | changes})
+    assert job() == job(mesh={"data": 8}) == job(batch_size=1)
+    assert job() == job(base={"sampling": {"w": 2.0}})
+    assert job() != job(base={"sampling": {"w": 3.0}, "config": "a.py"})

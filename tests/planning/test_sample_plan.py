@@ -251,12 +251,12 @@ def test_advice():
     assert "batch_size" not in sample_report.text(written(False))
 
 
-def request(fsdp: int = 1, **sampling) -> str:
+def request(fsdp: int = 1, rows: int = 8, **sampling) -> str:
     config = stage_config("base")
     config["mesh"]["fsdp_min_elements"] = 8
     sampling = config["sampling"] | {"grid": "logsnr", "grid_logsnr": (-8.0, 8.0)} | sampling
     sizes = {"data": 4 // fsdp, "fsdp": fsdp, "model": 1, "spatial": 1}
-    content = {"config": config, "sampling": sampling, "mesh": sizes, "rows": 8, "index": 0}
+    content = {"config": config, "sampling": sampling, "mesh": sizes, "rows": rows, "index": 0}
     return json.dumps(content)
 
 
@@ -284,9 +284,9 @@ def test_costs_of_compiled_programs(tmp_path):
     hardware = topology.parse("v5e:2x2")
 
     def cost_of(fsdp=1, **sampling):
-        return sample_cost.compiled_cost(
-            request(fsdp, **sampling), str(hardware), whole_step.DEFAULT, str(tmp_path)
-        )
+        # With a few rows per chip, a tiny network does not take longer for twice the rows.
+        asked = request(fsdp, 256, **sampling)
+        return sample_cost.compiled_cost(asked, str(hardware), whole_step.DEFAULT, str(tmp_path))
 
     def seconds(compiled, share=1.0):
         return sample_cost.batch_time(compiled, (0.0, 0.0), share, 1.0, hardware.chip)["seconds"]
@@ -295,8 +295,8 @@ def test_costs_of_compiled_programs(tmp_path):
     assert seconds(most) - seconds(more) == pytest.approx(seconds(more) - seconds(few), rel=0.02)
     assert seconds(more) > 1.5 * seconds(few)
     conditional = cost_of(steps=9, w=3.0, w_interval=(-2.0, 2.0))
-    plain = cost_of(steps=9, w=1.0)
-    assert seconds(plain) < seconds(conditional, 2 / 9) < seconds(few)
+    assert seconds(conditional, 0) < seconds(conditional, 2 / 9) < seconds(conditional)
+    assert seconds(conditional, 2 / 9) < seconds(few)
     config = stage_config("base")
     stage = create_stage(config)
     params, _ = whole_step.sampling_inputs(stage, 1)
