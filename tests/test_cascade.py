@@ -241,7 +241,10 @@ def test_a_picture_that_is_not_finite_is_an_error(stages):
         next(cascade.generate([broken], [0], features(1).__getitem__, 1))
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2}, {"fsdp": 2, "spatial": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param({"data": 2, "fsdp": 2}, marks=pytest.mark.slow), {"fsdp": 2, "spatial": 2}],
+)
 def test_a_mesh_moves_no_pixel_by_more_than_one(config, stages, sizes):
     """Catches rows that change places between devices, noise drawn per device, and padding that is
     returned or moves a row.
@@ -266,7 +269,8 @@ def test_stages_that_do_not_fit_together_are_placed_in_turn(config, stages, monk
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["base", pytest.param("sr_1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["base", "sr_1"])
 def test_half_precision_parameters_change_no_picture(config, tmp_path, name):
     """Catches a parameter that the network reads in fp32 but that sampling stores in bfloat16."""
     params, meta = checkpoint.load_params(config[name]["checkpoint"])

@@ -168,7 +168,7 @@ def test_a_flag_of_evaluate_without_effect_is_refused(flags, message):
     numbers = dict(rows=4, samples=4, gallery=4, bins=2, batch_size=4, seed=0, lowres_from="")
     meta = {"config": schema.complete(tiny.config())}
     with pytest.raises(ValueError, match=message):
-        stage_evaluation.Evaluator("nowhere", "ema", [], numbers, flags)._prepare(meta)
+        stage_evaluation.Evaluator("nowhere", "ema", [], numbers, flags)._prepare(meta, {})
 
 
 def test_a_flag_of_evaluate_may_repeat_what_has_no_effect():
@@ -179,4 +179,4 @@ def test_a_flag_of_evaluate_may_repeat_what_has_no_effect():
     meta = {"config": schema.complete(tiny.config(sampling__grid_rho=5.0))}
     flags = dict(grid_rho=5.0, method="ddim", gamma=0.2, percentile=99.5, threshold="static")
     with pytest.raises(ValueError, match="nowhere"):  # the data, which are read after the check
-        stage_evaluation.Evaluator("nowhere", "ema", [], numbers, flags)._prepare(meta)
+        stage_evaluation.Evaluator("nowhere", "ema", [], numbers, flags)._prepare(meta, {})

@@ -80,7 +80,8 @@ def test_mesh_changes_nothing(name, sizes):
     assert tiny.relative_error(mesh_grads, grads) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["base_64", pytest.param("sr_1024", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["base_64", "sr_1024"])
 def test_state_is_born_sharded(name):
     """Catches a state that is replicated although a rule shards it, and initial parameters that
     depend on the mesh.

@@ -31,6 +31,7 @@ def files(manifest):
     return [(manifest.parent / row["file"]).read_bytes() for row in rows]
 
 
+@pytest.mark.slow
 def test_a_point_equals_the_cascade_and_is_drawn_once(make_drawer, tmp_path, monkeypatch):
     """Catches base pictures drawn per point, low-res images that are not those of the cascade, a
     set with the settings of another one, prompts encoded per set, and finished or shared pictures

@@ -261,7 +261,7 @@ REMAT = {
 }
 
 
-@pytest.mark.parametrize("family", REMAT)
+@pytest.mark.parametrize("family", [EfficientUNet, pytest.param(UNet, marks=pytest.mark.slow)])
 def test_remat_recomputes_and_changes_nothing(family):
     """Catches a remat setting that has no effect, by comparing the traced programs, and one that
     changes the gradients.

@@ -237,7 +237,7 @@ def test_a_directory_that_is_not_shared_is_noticed(folder, tmp_path, quick):
     assert "process 0 (host-0) sent no heartbeat" in str(ends[1])
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_processes_of_an_earlier_start_are_waited_for(
     folder, whole, tmp_path, quick, monkeypatch, count
 ):
