@@ -251,12 +251,12 @@ def test_advice():
     assert "batch_size" not in sample_report.text(written(False))
 
 
-def request(fsdp: int = 1, rows: int = 8, **sampling) -> str:
+def request(fsdp: int = 1, **sampling) -> str:
     config = stage_config("base")
     config["mesh"]["fsdp_min_elements"] = 8
     sampling = config["sampling"] | {"grid": "logsnr", "grid_logsnr": (-8.0, 8.0)} | sampling
     sizes = {"data": 4 // fsdp, "fsdp": fsdp, "model": 1, "spatial": 1}
-    content = {"config": config, "sampling": sampling, "mesh": sizes, "rows": rows, "index": 0}
+    content = {"config": config, "sampling": sampling, "mesh": sizes, "rows": 8, "index": 0}
     return json.dumps(content)
 
 
@@ -277,32 +277,18 @@ def test_cached_costs_do_not_depend_on_line_numbers():
 
 @pytest.mark.slow
 def test_costs_of_compiled_programs(tmp_path):
-    """Catches a loop body counted once, guidance counted everywhere or nowhere, parameters missing
-    in the peak, and parameters that are as large when sharded.
-    """
+    """Catches a loop body counted once: the time must grow with the number of steps."""
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the extra `tpu`")
     hardware = topology.parse("v5e:2x2")
 
-    def cost_of(fsdp=1, **sampling):
-        # With a few rows per chip, a tiny network does not take longer for twice the rows.
-        asked = request(fsdp, 256, **sampling)
-        return sample_cost.compiled_cost(asked, str(hardware), whole_step.DEFAULT, str(tmp_path))
+    def seconds(steps):
+        asked = request(steps=steps, w=3.0)
+        costs = sample_cost.compiled_cost(asked, str(hardware), whole_step.DEFAULT, str(tmp_path))
+        return sample_cost.batch_time(costs, (0.0, 0.0), 1.0, 1.0, hardware.chip)["seconds"]
 
-    def seconds(compiled, share=1.0):
-        return sample_cost.batch_time(compiled, (0.0, 0.0), share, 1.0, hardware.chip)["seconds"]
-
-    few, more, most = (cost_of(steps=n, w=3.0) for n in (9, 17, 25))
-    assert seconds(most) - seconds(more) == pytest.approx(seconds(more) - seconds(few), rel=0.02)
-    assert seconds(more) > 1.5 * seconds(few)
-    conditional = cost_of(steps=9, w=3.0, w_interval=(-2.0, 2.0))
-    assert seconds(conditional, 0) < seconds(conditional, 2 / 9) < seconds(conditional)
-    assert seconds(conditional, 2 / 9) < seconds(few)
-    config = stage_config("base")
-    stage = create_stage(config)
-    params, _ = whole_step.sampling_inputs(stage, 1)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    assert few["peak"] > size
-    assert cost_of(fsdp=4, steps=9, w=3.0)["peak"] < few["peak"]
+    few, more, most = (seconds(steps) for steps in (9, 17, 25))
+    assert most - more == pytest.approx(more - few, rel=0.02)
+    assert more > 1.5 * few
 
 
 @pytest.mark.slow
