@@ -1,10 +1,6 @@
 """`evaluate --checkpoint` with several processes: the numbers of one process, written once."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,8 +9,9 @@ import pytest
 
 from imagen_jax.stage import create_stage
 from imagen_jax.weights.checkpoint import Checkpoints
-from tests import tiny, xla
+from tests import processes, tiny
 from tests.data import synthetic
+from tests.processes import log_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SHARDED = """
@@ -51,41 +48,19 @@ def workdir(data, tmp_path_factory):
     return workdir
 
 
-def start(output: Path, processes: int, devices: int, *more: str, program=(), apart=()):
-    """Starts `evaluate` on all `devices` together; logs are output.P.log.
+def start(output: Path, count: int, devices: int, *more: str, program=(), apart=()):
+    """Starts `evaluate` in `count` processes, on all `devices` together.
 
     program: Python options to run instead of the command. apart: options of the last process only.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    started = []
-    for i in range(processes):
-        env = os.environ | {
-            "XLA_FLAGS": xla.flags(devices=devices // processes),
-            "PYTHONPATH": str(tiny.ROOT),
-        }
-        if processes > 1:
-            env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(i)}
-            env |= {"JAX_NUM_PROCESSES": str(processes)}
-        command = [*(program or ("-m", "imagen_jax.evaluate")), f"--output={output}", *more]
-        command += apart if i == processes - 1 else ()
-        with open(log_of(output, i), "w") as log:
-            started.append(
-                subprocess.Popen([sys.executable, *command], env=env, stdout=log, stderr=log)
-            )
-    return started
+    command = [*(program or ("-m", "imagen_jax.evaluate")), f"--output={output}", *more]
+    options = lambda i: [*command, *(apart if i == count - 1 else ())]
+    return processes.start(options, output, count, devices)
 
 
-def log_of(output: Path, process: int) -> Path:
-    return output.with_name(f"{output.name}.{process}.log")
-
-
-def finish(output: Path, processes: int, devices: int, *more: str, code=0, **others) -> None:
-    running = start(output, processes, devices, *more, *NUMBERS, **others)
-    codes = [process.wait(timeout=600) for process in running]
-    assert set(codes) == {code}, "\n".join(
-        log_of(output, i).read_text()[-3000:] for i in range(processes)
-    )
+def finish(output: Path, count: int, devices: int, *more: str, code=0, **others) -> None:
+    running = start(output, count, devices, *more, *NUMBERS, **others)
+    processes.finish(running, output, code)
 
 
 @pytest.fixture(scope="module")

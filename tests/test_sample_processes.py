@@ -1,11 +1,8 @@
 """`sample` with several processes: each picture is that of one process, drawn once."""
 
-import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +11,8 @@ import pytest
 from PIL import Image
 
 from imagen_jax import picture_set
-from tests import tiny, xla
+from tests import processes, tiny
+from tests.processes import log_of
 
 PROMPTS = [f"{colour} {thing}" for colour in ("red", "blue") for thing in "apple cat sun".split()]
 COUNT = 4  # pictures per prompt
@@ -23,44 +21,21 @@ TOTAL = COUNT * len(PROMPTS)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def start(output: Path, processes: int, devices: int, *more: str) -> list[subprocess.Popen]:
-    """Starts `sample` on all `devices` together; logs are output.P.log."""
+def start(output: Path, count: int, devices: int, *more: str) -> list[subprocess.Popen]:
+    """Starts `sample` in `count` processes, on all `devices` together."""
     prompts = output.parent / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [
         *("-m", "imagen_jax.sample", f"--config={tiny.ROOT}/configs/cascade.py:demo"),
         *("--config.base.sampling.steps=2", "--config.sr_1.sampling.steps=2"),
         *("--stages=base,sr_1", f"--prompts={prompts}", f"--count={COUNT}", f"--output={output}"),
         *("--config.batch_size=8", "--host_lost=12", "--host_timeout=120", *more),
     ]
-    started = []
-    for i in range(processes):
-        env = os.environ | {
-            "XLA_FLAGS": xla.flags(devices=devices // processes),
-            "PYTHONPATH": str(tiny.ROOT),
-        }
-        if processes > 1:
-            env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(i)}
-            env |= {"JAX_NUM_PROCESSES": str(processes)}
-        with open(log_of(output, i), "w") as log:
-            started.append(
-                subprocess.Popen([sys.executable, *command], env=env, stdout=log, stderr=log)
-            )
-    return started
+    return processes.start(lambda i: command, output, count, devices)
 
 
-def log_of(output: Path, process: int) -> Path:
-    return output.with_name(f"{output.name}.{process}.log")
-
-
-def finish(output: Path, processes: int, devices: int, *more: str) -> None:
-    running = start(output, processes, devices, *more)
-    codes = [process.wait(timeout=600) for process in running]
-    assert set(codes) == {0}, "\n".join(
-        log_of(output, i).read_text()[-3000:] for i in range(processes)
-    )
+def finish(output: Path, count: int, devices: int, *more: str) -> None:
+    processes.finish(start(output, count, devices, *more), output)
 
 
 def rows(output: Path) -> list[dict]:

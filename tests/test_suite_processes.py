@@ -1,11 +1,7 @@
 """`evaluate --cascade` with several processes: the result of one process, after a kill too."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +9,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import picture_set, pictures
-from tests import tiny, xla
+from tests import processes, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PROMPTS = [f"{colour} {thing}" for colour in ("red", "blue") for thing in "apple cat sun".split()]
@@ -33,9 +29,7 @@ def files(tmp_path_factory):
     return root
 
 
-def start(files: Path, output: Path, processes: int, devices: int, *more: str):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+def start(files: Path, output: Path, count: int, devices: int, *more: str):
     command = [
         *("-m", "imagen_jax.evaluate", f"--cascade={tiny.ROOT}/configs/cascade.py:demo"),
         *("--cascade.base.sampling.steps=2", "--cascade.batch_size=8", "--stages=base"),
@@ -43,30 +37,15 @@ def start(files: Path, output: Path, processes: int, devices: int, *more: str):
         *(f"--images={files / 'images'}", "--network=efficientnet-lite0", "--metrics=kid,mind"),
         *(f"--output={output}", "--host_lost=12", "--host_timeout=120", *more),
     ]
-    running = []
-    for i in range(processes):
-        env = os.environ | {
-            "XLA_FLAGS": xla.flags(devices=devices // processes),
-            "PYTHONPATH": str(tiny.ROOT),
-        }
-        if processes > 1:
-            env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(i)}
-            env |= {"JAX_NUM_PROCESSES": str(processes)}
-        with open(output.with_name(f"{output.name}.{i}.log"), "w") as log:
-            running.append(
-                subprocess.Popen([sys.executable, *command], env=env, stdout=log, stderr=log)
-            )
-    return running
+    return processes.start(lambda i: command, output, count, devices)
 
 
-def log(output: Path, process: int = 0) -> str:
-    return output.with_name(f"{output.name}.{process}.log").read_text(errors="replace")
+def log(output: Path) -> str:
+    return processes.log_of(output, 0).read_text(errors="replace")
 
 
-def finish(files: Path, output: Path, processes: int, devices: int, *more: str) -> dict:
-    running = start(files, output, processes, devices, *more)
-    codes = [process.wait(timeout=600) for process in running]
-    assert set(codes) == {0}, "\n".join(log(output, i)[-3000:] for i in range(processes))
+def finish(files: Path, output: Path, count: int, devices: int, *more: str) -> dict:
+    processes.finish(start(files, output, count, devices, *more), output)
     return json.loads((output / "evaluation.json").read_text())
 
 
