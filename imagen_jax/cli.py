@@ -247,6 +247,13 @@ def stage_config(config: Any, flag: str = "--config") -> dict[str, Any]:
     return schema.complete(json.loads(config.to_json()), flag, new=True)
 
 
+def cascade_config(config: Any, flag: str = "--config") -> dict[str, Any]:
+    """The completed config of a cascade, from its flag. Raises ValueError for any other config."""
+    if not hasattr(config, "to_json") or "base" not in config:
+        raise ValueError(f"{flag} is not the config of a cascade, such as configs/cascade.py:demo")
+    return schema.complete_cascade(json.loads(config.to_json()), flag, new=True)
+
+
 def data_config(config: Any, flag: str = "--config") -> dict[str, Any]:
     """`stage_config`, but raises ValueError if data.path is empty."""
     plain = stage_config(config, flag)

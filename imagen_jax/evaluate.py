@@ -13,7 +13,6 @@ docs/evaluation.md describes all of them, and the files that they write.
 All devices of all processes take part. An interrupted evaluation continues when it is run again.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -342,7 +341,7 @@ def cascade_settings(args: Any) -> Any:
         splits = [name for name, n in prepared.manifest["counts"]["images"].items() if n]
         gallery = lambda size: PreparedImages(prepared, tuple(splits), size)
     return Settings(
-        config=schema.complete_cascade(json.loads(args.cascade.to_json()), "--cascade", new=True),
+        config=cli.cascade_config(args.cascade, "--cascade"),
         stages=args.stages,
         suite=suite,
         per_prompt=args.per_prompt,

@@ -146,7 +146,7 @@ def main() -> int:
     check_flags(args)
     config = {}
     if args.config:
-        config = cascade_config(args.config) if args.sample else cli.stage_config(args.config)
+        config = cli.cascade_config(args.config) if args.sample else cli.stage_config(args.config)
     from imagen_jax.hardware.topology import parse
 
     topology = parse(args.topology)
@@ -244,15 +244,6 @@ def use_cpu_only() -> None:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", None)
-
-
-def cascade_config(config: Any) -> dict[str, Any]:
-    """The config of a cascade as a plain dict. Raises ValueError if it is something else."""
-    from imagen_jax import schema
-
-    if not hasattr(config, "to_json") or "base" not in config:
-        raise ValueError("--config is not the config of a cascade, such as configs/cascade.py")
-    return schema.complete_cascade(json.loads(config.to_json()), "--config", new=True)
 
 
 def read_stage_config(text: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ Each picture is a PNG file with a JSON record of the same name. The record repro
 of all processes sample together; an interrupted command continues when it is run again.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,12 +88,8 @@ def main() -> int:
             raise ValueError(
                 "--config FILE is needed, configs/cascade.py:demo for the embedded cascade"
             )
-        if "base" not in args.config:
-            raise ValueError(
-                "--config is not the config of a cascade, such as configs/cascade.py:demo"
-            )
         record, prompts = None, read_prompts(args.prompt, args.prompts)
-        config = schema.complete_cascade(json.loads(args.config.to_json()), "--config", new=True)
+        config = cli.cascade_config(args.config)
         stages, image, seed, per_prompt = args.stages, args.image, args.seed, args.count
     requests = Requests(prompts, per_prompt, seed)
     with cli.processes():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from imagen_jax import cascade, plan, schema, sharding
+from imagen_jax import cascade, cli, plan, schema, sharding
 from imagen_jax.hardware import chips, topology
 from imagen_jax.models.attention_kernel import flash_attend
 from imagen_jax.planning import cost, sample_cost, sample_plan, sample_report, whole_step
@@ -181,11 +181,11 @@ def test_the_config_must_be_that_of_a_cascade():
     from configs import cascade as file
 
     with pytest.raises(ValueError, match="is not the config of a cascade"):
-        plan.cascade_config(base_64.get_config("tiny"))
+        cli.cascade_config(base_64.get_config("tiny"))
     wrong = file.get_config("demo")
     wrong.batch_size = 0
     with pytest.raises(ValueError, match="batch_size"):
-        plan.cascade_config(wrong)
+        cli.cascade_config(wrong)
 
 
 def written(is_bound: bool, fits: bool = True) -> dict:
