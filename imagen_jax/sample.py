@@ -183,7 +183,8 @@ def with_mesh_that_fits(config: Mapping[str, Any]) -> Mapping[str, Any]:
     try:
         mesh_sizes(config["mesh"], jax.device_count())
     except ValueError:
-        return {**config, "mesh": {"data": -1, "fsdp": 1, "model": 1, "spatial": 1}}
+        without = {name: value for name, value in config.items() if name != "mesh"}
+        return schema.complete_cascade(without)
     return config
 
 

@@ -155,14 +155,15 @@ def _reference_of(paths: Sequence[str], name: str) -> str:
 
 def _kept_reference(images: RealImages, loaded: FeatureNetwork, path: Path) -> reference.Reference:
     """The reference file in the output directory; process 0 makes it if it is missing or old."""
+    found = None
     if jax.process_index() == 0:
         try:
-            reference.load(path, loaded, images.identity)
+            found = reference.load(path, loaded, images.identity)
         except ValueError:
             images.check()
-            reference.make(images, loaded, path)
-    agreement.gather()
-    return reference.load(path, loaded, images.identity)
+            found = reference.make(images, loaded, path)
+    agreement.gather()  # the file is there
+    return found or reference.load(path, loaded, images.identity)
 
 
 def check_disk(output: Path, missing: Sequence[tuple[int, int]]) -> None:

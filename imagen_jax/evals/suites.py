@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from imagen_jax.data.sources import caption_files, coco
 from imagen_jax.data.sources.caption_files import Caption
+from imagen_jax.evals.real_images import SUFFIXES
 from imagen_jax.storage import check_local, sha256_file
 
 EMBEDDED = "imagen_jax/assets/suites/embedded.csv"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 COCO_PROMPTS = 30_000  # of zero-shot FID-30K
 _NAMED = 3  # missing images that a message names
 
