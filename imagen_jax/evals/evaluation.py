@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from imagen_jax.data.records import SPLITS
 from imagen_jax.diffusion.loss import Draws
-from imagen_jax.evals import nearest, processes
+from imagen_jax.distributed import host_work
+from imagen_jax.evals import nearest
 from imagen_jax.evals.noise_bins import Bins, TrainingBins
 from imagen_jax.evals.rows import TEXTS, ConditionedRows, Data, RowSource, Settings, once
 from imagen_jax.run_log import Progress
@@ -291,7 +292,7 @@ class Evaluation:
             pairs = [(split, text) for split in splits for text in self.texts(split)]
             drawn = {pair: self.samples(*pair) for pair in pairs}
             stacked = np.concatenate(list(drawn.values()))
-            matrix = processes.for_rows(
+            matrix = host_work.for_rows(
                 self.data.gallery_size, functools.partial(self._from_gallery, stacked)
             )
             split_points = np.cumsum([len(samples) for samples in drawn.values()])[:-1]

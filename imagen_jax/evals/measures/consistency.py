@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from imagen_jax.data import transforms
-from imagen_jax.evals import processes, report, superres
+from imagen_jax.distributed import host_work
+from imagen_jax.evals import report, superres
 from imagen_jax.evals.evaluation import Evaluation
 from imagen_jax.evals.measures.measure import Column, Line, Result, base_stage
 from imagen_jax.evals.rows import Settings
@@ -32,7 +33,7 @@ def measure(e: Evaluation) -> dict[str, Any]:
         groups = samples[positions], superres.bicubic(lowres, e.stage.image_size)
         return np.stack([superres.consistency_errors(shrink(g), lowres) for g in groups], axis=1)
 
-    found = processes.for_rows(len(rows), errors)
+    found = host_work.for_rows(len(rows), errors)
     scores = {name: superres.consistency(found[:, i]) for i, name in enumerate(GROUPS)}
     return {"split": split} | scores
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from imagen_jax.evals import processes, report, statistics, superres
+from imagen_jax.distributed import host_work
+from imagen_jax.evals import report, statistics, superres
 from imagen_jax.evals.evaluation import Evaluation, x_hat_error
 from imagen_jax.evals.measures.measure import Column, Line, Result, RowValues, base_stage
 from imagen_jax.evals.rows import LOWRES_NOISE, Settings
@@ -43,7 +44,7 @@ def measure(e: Evaluation) -> dict[str, Any]:
         upsampled = superres.bicubic(batch["lowres"], rows.side)
         return superres.mean_square(upsampled, batch["image"])
 
-    bicubic = processes.for_rows(len(rows), error_of_bicubic)
+    bicubic = host_work.for_rows(len(rows), error_of_bicubic)
     for level in LOWRES_NOISE:
         x_hat = _errors(e, level)
         gain = e.bins.by_bin(bicubic[:, None] - x_hat, statistics.difference)

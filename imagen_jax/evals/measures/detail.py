@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax.evals import processes, report, statistics, superres
+from imagen_jax.distributed import host_work
+from imagen_jax.evals import report, statistics, superres
 from imagen_jax.evals.evaluation import Evaluation
 from imagen_jax.evals.measures.measure import Column, Line, Result, base_stage
 from imagen_jax.evals.rows import TEXTS, Data, Settings
@@ -44,7 +45,7 @@ def measure(e: Evaluation) -> dict[str, Any]:
         of = lambda samples: superres.residual_correlations(samples, batch["image"], upsampled)
         return np.stack([of(samples) for samples in drawn])
 
-    correlations = dict(zip(e.texts(split), processes.by_first(correlate)))
+    correlations = dict(zip(e.texts(split), host_work.by_first(correlate)))
     own = {text: np.diagonal(correlation) for text, correlation in correlations.items()}
     gains = {
         f"right_minus_{text}": statistics.difference(own["right"] - own[text])

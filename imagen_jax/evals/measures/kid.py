@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
 
-from imagen_jax.evals import processes, report, statistics
+from imagen_jax.distributed import host_work
+from imagen_jax.evals import report, statistics
 from imagen_jax.evals.distances import kid
 from imagen_jax.evals.evaluation import Evaluation
 from imagen_jax.evals.measures.measure import Column, Line, Result, RowValues
@@ -109,4 +110,4 @@ def _features(
             [_network().features(read(positions[start : start + CHUNK])) for start in chunks]
         )
 
-    return processes.for_rows(n, compute)
+    return host_work.for_rows(n, compute)

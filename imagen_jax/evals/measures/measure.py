@@ -2,7 +2,7 @@
 
 Each module of this folder is one measure, named like its module: `--measures loss` runs `loss.py`.
 All processes of a run call a measure, with the same results; only process 0 calls `write`.
-`evals/processes.py` shares arithmetic on rows. A module defines the members of `Measure` and,
+`distributed/host_work.py` shares arithmetic on rows. A module defines the members of `Measure` and,
 optionally,
 
     too_few(stage, data)       {part: reason why it is left out, such as too few rows}; part is a

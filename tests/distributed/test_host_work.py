@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from imagen_jax.evals import processes
+from imagen_jax.distributed import host_work
 
 
 @pytest.fixture
@@ -24,13 +24,13 @@ def together(monkeypatch):
             return everything
 
         monkeypatch.setattr(
-            processes,
+            host_work,
             "jax",
             types.SimpleNamespace(process_count=lambda: count, process_index=lambda: local.index),
         )
-        monkeypatch.setattr(processes.agreement, "gather", exchange)
+        monkeypatch.setattr(host_work.agreement, "gather", exchange)
         gather = lambda array: np.stack(exchange(array))
-        monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+        monkeypatch.setattr(host_work.multihost_utils, "process_allgather", gather)
         results = [None] * count
 
         def work(index):
@@ -52,14 +52,14 @@ def together(monkeypatch):
 def test_every_process_gets_the_values_of_all_rows(together, monkeypatch, count, n):
     """Catches padding that is counted, rows in another order, float64 cut to float32, a row that
     two processes compute, and a process without rows."""
-    monkeypatch.setattr(processes, "PART_BYTES", 20)
+    monkeypatch.setattr(host_work, "PART_BYTES", 20)
     asked = []
 
     def compute(rows):
         asked.extend(rows.tolist())
         return np.sin(rows[:, None] + np.arange(3)[None] / 7)
 
-    results = together(count, lambda: processes.for_rows(n, compute))
+    results = together(count, lambda: host_work.for_rows(n, compute))
     assert sorted(asked) == list(range(n))
     expected = np.sin(np.arange(n)[:, None] + np.arange(3)[None] / 7)
     for result in results:
@@ -75,7 +75,7 @@ def test_what_one_process_computes_is_told_to_all(together, count):
         asked.append(1)
         return np.arange(6.0).reshape(2, 3)
 
-    results = together(count, lambda: processes.by_first(compute))
+    results = together(count, lambda: host_work.by_first(compute))
     assert len(asked) == 1
     for result in results:
         np.testing.assert_array_equal(result, np.arange(6.0).reshape(2, 3))
