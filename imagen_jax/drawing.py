@@ -116,7 +116,10 @@ def draw(
 def job_of(
     requests: Requests, record: Mapping[str, Any], free: Sequence[str] = FREE_FIELDS
 ) -> dict[str, Any]:
-    """What determines the pictures of a set. free: fields of the config that change no picture."""
+    """The inputs that determine the pictures of a set.
+
+    free: fields of the config that change no picture.
+    """
     job = requests.job | {
         name: value for name, value in record.items() if name not in ("config", "image")
     }

@@ -65,7 +65,7 @@ class Requests:
 
     @property
     def job(self) -> dict[str, Any]:
-        """What identifies the rows."""
+        """The identity of the rows, as JSON."""
         lines = "\n".join(self.prompts).encode()
         return {
             "prompts": len(self.prompts),

@@ -34,7 +34,7 @@ NETWORKS = {"unet": UNet, "efficient_unet": EfficientUNet}
 RNG = "threefry2x32"
 # Makes random numbers independent of the flag `jax_threefry_partitionable`.
 PINNED = functools.partial(jax.threefry_partitionable, True)
-TEXT_VALUES = "text_values"  # the entry of `cond` with what the network derives from the text
+TEXT_VALUES = "text_values"  # the entry of `cond` with the network's values of the text
 Batch = PyTree[Shaped[Array, "b ..."]]  # a dict, see `Stage.batch_shapes`
 Params = Mapping[str, Any]
 

@@ -76,8 +76,8 @@ def guide(
     of them, and the doubled batch needs no communication. Without text, with w = 1, or when no
     sample is in the interval, there is only the conditional evaluation.
 
-    prepare: computes what the network derives from `cond` alone, one row per sample; it runs once,
-        here, and not at every evaluation.
+    prepare: adds values that depend on `cond` alone, one row per sample; it runs once, here, and
+        not at every evaluation.
     """
     # Without text both evaluations would be equal, and the weights sum to 1.
     if guidance.w == 1.0 or "text" not in cond:

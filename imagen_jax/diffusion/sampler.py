@@ -195,7 +195,7 @@ def sample(
         levels: log-SNRs [n], ascending.
         sampler: the sampling algorithm.
         guidance, threshold: applied at every evaluation.
-        prepare: what the network computes from `cond` once, before the loop (see `guide`).
+        prepare: computes the network's values of `cond` once, before the loop (see `guide`).
     """
     guided = guide(denoise_fn, guidance, cond, prepare)
     init_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)

@@ -46,7 +46,7 @@ def choose(quantities: Sequence[Quantity]) -> tuple[Quantity, Quantity] | None:
 
 
 def axis_label(quantity: Quantity) -> str:
-    """What an axis shows, with the network and the meaning of the error bars."""
+    """The label of an axis, with the network and the meaning of the error bars."""
     if quantity.group == RETRIEVAL:
         return "captioned image among the 5 nearest (%), 95 % interval"
     return f"{quantity.label} ({quantity.group}), ± 1 standard error"

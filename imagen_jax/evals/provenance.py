@@ -1,4 +1,4 @@
-"""What repeats a result besides its settings: versions, code, devices."""
+"""The provenance of a result besides its settings: versions, code, devices."""
 
 import importlib.metadata
 import platform

@@ -29,7 +29,7 @@ Compute = Callable[[Sequence[Row]], Shaped[np.ndarray, "k d"]]
 class RowShards:
     """The values of one kind of all rows of a set of pictures.
 
-    directory: where the files are. what: JSON that says what the values are. rows: the manifest.
+    directory: of the files. what: identity of the values, as JSON. rows: the manifest.
     per_prompt: pictures per prompt. size: rows per file.
     """
 

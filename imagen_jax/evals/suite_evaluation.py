@@ -42,7 +42,7 @@ log = logging.getLogger("imagen_jax.evaluate")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is evaluated.
+    """The settings of an evaluation.
 
     config: a complete cascade config. stages: the stages to run, from base on.
     suite: the prompts. per_prompt: pictures per prompt. seed: of the first picture.

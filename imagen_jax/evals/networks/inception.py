@@ -37,7 +37,7 @@ class Conv(nn.Module):
 
 
 class Block(nn.Module):
-    """What the blocks share. thin: divides the channel counts."""
+    """The base of the blocks. thin: divides the channel counts."""
 
     thin: int
 

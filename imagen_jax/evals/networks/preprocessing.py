@@ -1,4 +1,4 @@
-"""What happens to an image before its feature network, on the host, one image at a time.
+"""The preprocessing of an image for its feature network, on the host, one image at a time.
 
 Metrics depend on the filter, on its antialiasing and on the rounding between two steps, so each
 network has the preprocessing of the code that published numbers come from. Each function takes a
