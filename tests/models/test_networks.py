@@ -45,6 +45,12 @@ EFFICIENT = dict(
     dropout=0.0,
 )
 
+# One level, for what does not depend on the number of levels.
+ONE_LEVEL = {
+    UNet: BASE | dict(multipliers=(1,), attention=(True,), text_attention=(True,)),
+    EfficientUNet: EFFICIENT | dict(widths=(16,), blocks=(1,), attention=("fused",)),
+}
+
 
 def inputs(size=8, lowres=0, length=5, dim=8, b=2):
     key = lambda i: jax.random.key(i)
@@ -195,7 +201,7 @@ def test_names():
 
 def test_output_starts_at_zero():
     """Catches an output layer that is not zero-initialised."""
-    model, args = EfficientUNet(**EFFICIENT), inputs(lowres=4)
+    model, args = EfficientUNet(**ONE_LEVEL[EfficientUNet]), inputs(lowres=4)
     out = jax.jit(lambda *a: model.apply(model.init(jax.random.key(0), *a), *a))(*args)
     assert out.shape == (2, 8, 8, 3) and out.dtype == jnp.float32 and not out.any()
 
@@ -254,23 +260,16 @@ def test_padding_does_not_change_the_output(network):
     np.testing.assert_allclose(apply(params, z, logsnr, cond | longer), before, atol=1e-5)
 
 
-# One level: the blocks' policies are those of all levels.
-REMAT = {
-    UNet: BASE | dict(multipliers=(1,), attention=(True,), text_attention=(True,)),
-    EfficientUNet: EFFICIENT | dict(widths=(16,), blocks=(1,), attention=("fused",)),
-}
-
-
 @pytest.mark.parametrize("family", [EfficientUNet, pytest.param(UNet, marks=pytest.mark.slow)])
 def test_remat_recomputes_and_changes_nothing(family):
     """Catches a remat setting that has no effect, by comparing the traced programs, and one that
     changes the gradients.
     """
     args = inputs(lowres=0 if family is UNet else 4)
-    params = perturbed(family(**REMAT[family]), args)
+    params = perturbed(family(**ONE_LEVEL[family]), args)
     rematted, grads = {}, {}
     for kind in ("none", "matrix", "block"):
-        model = family(**REMAT[family], remat=kind)
+        model = family(**ONE_LEVEL[family], remat=kind)
         loss = lambda p, model=model: jnp.sum(jnp.square(model.apply({"params": p}, *args)))
         traced = jax.jit(jax.grad(loss)).trace(params)
         rematted[kind] = str(traced.jaxpr).count("remat")
@@ -297,11 +296,10 @@ def test_remat_keeps_what_it_says():
     """
     counts = {}
     for kind in ("none", "matrix", "block"):
-        model, args = UNet(**BASE, remat=kind), inputs()
-        params = perturbed(model, args)
-        traced = jax.make_jaxpr(
-            jax.grad(lambda p: jnp.sum(model.apply({"params": p}, *args) ** 2))
-        )(params).jaxpr
+        model, args = UNet(**ONE_LEVEL[UNet], remat=kind), inputs()
+        shapes = jax.eval_shape(model.init, jax.random.key(0), *args)
+        loss = lambda p, model=model, args=args: jnp.sum(model.apply(p, *args) ** 2)
+        traced = jax.make_jaxpr(jax.grad(loss))(shapes).jaxpr
         counts[kind] = collections.Counter(primitives(traced))
     assert (
         counts["none"]["conv_general_dilated"]

@@ -2,13 +2,12 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax.training import ema
 from imagen_jax.training.state import initial_state
-from tests import tiny
+from tests import quadratic
 
 
 def test_decay_warms_up():
@@ -32,13 +31,11 @@ def test_every_track_follows_the_parameters_by_its_own_decay():
     """Catches tracks that share one decay, are swapped, follow the old parameters or follow one
     another.
     """
-    config = tiny.config(**tiny.ONE_LEVEL_UNET, optim__ema=0.9, optim__ema_tracks=(0.5, 0.0))
-    stage, optimizer, step = tiny.stage_and_step(config)
-    state = jax.jit(lambda: initial_state(stage, optimizer, 0, 2))()
-    step = jax.jit(step)
-    batch = jax.device_put(tiny.batch(stage, 8))
+    changes = dict(optim__ema=0.9, optim__ema_tracks=(0.5, 0.0))
+    _, objective, optimizer, step = quadratic.objective_and_step(**changes)
+    state = initial_state(objective, optimizer, 0, 2)
     for _ in range(12):
-        before, (state, _) = state, step(state, batch)
+        before, (state, _) = state, step(state, quadratic.batch())
     leaf = lambda tree: np.asarray(tree["stem"]["kernel"], np.float64)
     warm = 12 / 21  # of step 11
     for decay, old, new in zip(

@@ -13,17 +13,14 @@ from imagen_jax.stage import create_stage
 from imagen_jax.training import optim
 from imagen_jax.training.state import initial_state
 from imagen_jax.training.step import TrainProgram, forward_flops, loss_and_grad, split_batch
-from tests import tiny
+from tests import quadratic, tiny
 
 
 @pytest.fixture(scope="module")
-def base():
-    """(config, stage, jitted step, state) of a small base stage, its parameters perturbed."""
-    config = tiny.config(**tiny.ONE_LEVEL_UNET, optim__warmup=0)
-    stage, optimizer, step = tiny.stage_and_step(config)
-    state = jax.jit(lambda: initial_state(stage, optimizer, 0))()
-    state = state.replace(params=tiny.perturbed(state.params))
-    return config, stage, jax.jit(step), state
+def simple():
+    """(config, objective, jitted step, state) of a simple objective."""
+    config, objective, optimizer, step = quadratic.objective_and_step()
+    return config, objective, step, initial_state(objective, optimizer, 0)
 
 
 def test_accumulation_equals_the_full_batch():
@@ -48,12 +45,12 @@ def test_split_batch_keeps_every_row_once():
         split_batch(jnp.arange(12), 5)
 
 
-def test_step_is_a_function_of_seed_and_step(base):
+def test_step_is_a_function_of_seed_and_step(simple):
     """Catches randomness from anywhere else: a resumed run must draw what the undisturbed one
     draws.
     """
-    _, stage, step, state = base
-    batch = tiny.batch(stage, 8)
+    _, _, step, state = simple
+    batch = quadratic.batch()
     _, first = step(state, batch)
     _, again = step(state, batch)
     _, later = step(state.replace(step=state.step + 1), batch)
@@ -77,37 +74,34 @@ def test_random_numbers_do_not_depend_on_the_sites_defaults():
         assert first_loss() == expected
 
 
-def test_update_moves_parameters_and_ema(base):
+def test_update_moves_parameters_and_ema(simple):
     """Catches an EMA of the old parameters, a decay that is swapped with its complement, and an
     update with the wrong sign.
     """
-    config, stage, step, state = base
-    batch = jax.device_put(tiny.batch(stage, 8))
+    config, objective, step, state = simple
+    batch = quadratic.batch()
     new, metrics = step(state, batch)
     decay = min(config["optim"]["ema"], 1 / 10)
     expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, new.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.ema, expected)
     assert int(new.step) == 1 and float(metrics["optim/lr"]) == pytest.approx(config["optim"]["lr"])
     key = jax.random.fold_in(jax.random.key(config["seed"]), 0)
-    loss = jax.jit(
-        lambda params: stage.per_sample_loss(
-            params, batch, stage.draw(jax.random.split(key)[0], 8)
-        ).mean()
-    )
+    draws = objective.draw(jax.random.split(key)[0], 8)
+    loss = lambda params: objective.per_sample_loss(params, batch, draws).mean()
     np.testing.assert_allclose(loss(state.params), metrics["loss"], rtol=1e-5)
     assert loss(new.params) < loss(state.params)
 
 
-def test_non_finite_update_is_skipped_for_good(base):
+def test_non_finite_update_is_skipped_for_good(simple):
     """Catches NaNs that reach parameters, EMA or optimizer, and a flag that a later finite step
     clears.
     """
-    _, stage, step, state = base
-    bad = tiny.batch(stage, 8)
-    bad["text"][0, 0, 0] = np.nan
+    _, _, step, state = simple
+    bad = quadratic.batch()
+    bad["image"][0, 0] = np.nan
     broken, metrics = step(state, bad)
     assert not np.isfinite(metrics["loss"]) and int(broken.bad_step) == 0
-    after, _ = step(broken, tiny.batch(stage, 8))
+    after, _ = step(broken, quadratic.batch())
     assert int(after.bad_step) == 0 and int(after.step) == 2
     for part in ("params", "ema", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(state, part))

@@ -75,14 +75,18 @@ def estimate(replicates: Replicates) -> dict[str, Any]:
     """{"value", "se", "bias_corrected", "deleted", "sizes"} of a statistic.
 
     Blocks may differ in size: the delete-m_j jackknife of Busing, Meijer and van der Leeden 1999,
-    "Delete-m jackknife for unequal m". "bias_corrected" removes a bias proportional to 1/n.
-    "deleted" and "sizes" let `paired_jackknife` compare two saved results.
+    "Delete-m jackknife for unequal m". Its variance is multiplied by k / (k - 1), k being the
+    number of blocks: by Efron and Stein 1981, "The jackknife estimate of variance", it is then on
+    average at least the variance of the statistic of k - 1 blocks. So "se" is 2.6 % larger than the
+    unbiased error of a mean in 20 blocks, and not smaller than the spread of other statistics.
+    "bias_corrected" removes a bias proportional to 1/n. "deleted" and "sizes" let
+    `paired_jackknife` compare two saved results.
     """
     value, deleted, sizes = replicates.value, replicates.deleted, replicates.sizes
     h = sizes.sum() / sizes
     pseudo = h * value - (h - 1) * deleted
     corrected = len(sizes) * value - ((1 - 1 / h) * deleted).sum()
-    variance = ((pseudo - corrected) ** 2 / (h - 1)).mean()
+    variance = ((pseudo - corrected) ** 2 / (h - 1)).sum() / (len(sizes) - 1)
     return {
         "value": number(value),
         "se": number(np.sqrt(variance)),
