@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax import picture_set
-from tests import processes, tiny
+from tests import processes, tiny_cascade
 from tests.processes import log_of
 
 PROMPTS = [f"{colour} {thing}" for colour in ("red", "blue") for thing in "apple cat sun".split()]
@@ -21,21 +21,22 @@ TOTAL = COUNT * len(PROMPTS)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def start(output: Path, count: int, devices: int, *more: str) -> list[subprocess.Popen]:
+def start(
+    files: dict[str, Path], output: Path, count: int, devices: int, *more: str
+) -> list[subprocess.Popen]:
     """Starts `sample` in `count` processes, on all `devices` together."""
     prompts = output.parent / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
     command = [
-        *("-m", "imagen_jax.sample", f"--config={tiny.ROOT}/configs/cascade.py:demo"),
-        *("--config.base.sampling.steps=2", "--config.sr_1.sampling.steps=2"),
-        *("--stages=base,sr_1", f"--prompts={prompts}", f"--count={COUNT}", f"--output={output}"),
+        *("-m", "imagen_jax.sample", *tiny_cascade.options(files)),
+        *(f"--prompts={prompts}", f"--count={COUNT}", f"--output={output}"),
         *("--config.batch_size=8", "--host_lost=12", "--host_timeout=120", *more),
     ]
     return processes.start(lambda i: command, output, count, devices)
 
 
-def finish(output: Path, count: int, devices: int, *more: str) -> None:
-    processes.finish(start(output, count, devices, *more), output)
+def finish(files: dict[str, Path], output: Path, count: int, devices: int, *more: str) -> None:
+    processes.finish(start(files, output, count, devices, *more), output)
 
 
 def rows(output: Path) -> list[dict]:
@@ -50,10 +51,16 @@ def pixels(output: Path, row: dict) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def files(tmp_path_factory):
+    """The stages of a small cascade."""
+    return tiny_cascade.write(tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture(scope="module")
+def alone(files, tmp_path_factory):
     """The pictures of one process with one device."""
     output = tmp_path_factory.mktemp("alone") / "out"
-    finish(output, 1, 1)
+    finish(files, output, 1, 1)
     return output
 
 
@@ -64,18 +71,18 @@ def assert_same_pictures(output: Path, alone: Path) -> None:
         assert np.abs(pixels(output, mine) - pixels(alone, other)).max() <= 1
 
 
-def test_two_processes_of_four_devices_draw_the_same(alone, tmp_path):
+def test_two_processes_of_four_devices_draw_the_same(files, alone, tmp_path):
     """Catches noise that depends on the device, rows that change places between processes, and a
     row that two processes write. The parameters are sharded.
     """
-    finish(tmp_path / "out", 2, 8, "--config.mesh.data=4", "--config.mesh.fsdp=2")
+    finish(files, tmp_path / "out", 2, 8, "--config.mesh.data=4", "--config.mesh.fsdp=2")
     assert_same_pictures(tmp_path / "out", alone)
 
 
-def test_a_killed_run_is_finished_by_more_processes(alone, tmp_path):
+def test_a_killed_run_is_finished_by_more_processes(files, alone, tmp_path):
     """Catches pictures that are drawn again, or never, after a kill."""
     output = tmp_path / "out"
-    running = start(output, 2, 2)
+    running = start(files, output, 2, 2)
     end = time.monotonic() + 600
     drawn = lambda: [*picture_set.part_rows(output, 0)]
     while len(drawn()) < 8 and time.monotonic() < end:
@@ -85,12 +92,12 @@ def test_a_killed_run_is_finished_by_more_processes(alone, tmp_path):
     assert running[0].wait(timeout=120) != 0  # it names the lost process and ends
     before = {row["row"]: row["sha256"] for row in drawn()}
     assert 8 <= len(before) < TOTAL
-    finish(output, 4, 4)
+    finish(files, output, 4, 4)
     log = log_of(output, 0).read_text()
     assert re.search(rf"\b{len(before)} of {TOTAL} pictures are there already", log)
     assert re.search(rf"\b{TOTAL - len(before)} pictures in ", log)
     assert before.items() <= {row["row"]: row["sha256"] for row in rows(output)}.items()
     assert_same_pictures(output, alone)
-    finish(output, 1, 1)
+    finish(files, output, 1, 1)
     assert f"{TOTAL} of {TOTAL} pictures are there already" in log_of(output, 0).read_text()
     assert sorted(path.name for path in output.glob("set_*")) == ["set_0000.json", "set_0000.jsonl"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import picture_set, pictures
-from tests import processes, tiny
+from tests import processes, tiny_cascade
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PROMPTS = [f"{colour} {thing}" for colour in ("red", "blue") for thing in "apple cat sun".split()]
@@ -18,8 +18,9 @@ TOTAL = 4 * len(PROMPTS)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A prompt file, and a folder of real images."""
+    """A prompt file, a folder of real images, and the stages of a small cascade."""
     root = tmp_path_factory.mktemp("files")
+    tiny_cascade.write(root)
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     rng = np.random.default_rng(0)
     for i in range(9):
@@ -30,9 +31,10 @@ def files(tmp_path_factory):
 
 
 def start(files: Path, output: Path, count: int, devices: int, *more: str):
+    base = {"base": files / "base.safetensors"}
     command = [
-        *("-m", "imagen_jax.evaluate", f"--cascade={tiny.ROOT}/configs/cascade.py:demo"),
-        *("--cascade.base.sampling.steps=2", "--cascade.batch_size=8", "--stages=base"),
+        *("-m", "imagen_jax.evaluate", *tiny_cascade.options(base, "cascade")),
+        "--cascade.batch_size=8",
         *("--suite=prompts", f"--suite_file={files / 'prompts.txt'}", "--per_prompt=4"),
         *(f"--images={files / 'images'}", "--network=efficientnet-lite0", "--metrics=kid,mind"),
         *(f"--output={output}", "--host_lost=12", "--host_timeout=120", *more),
