@@ -10,7 +10,8 @@ the features of the pictures and of real images. The second does so for every co
 sampling settings. The third computes denoising errors by noise level and samples of one stage.
 docs/evaluation.md describes all of them, and the files that they write.
 
-All devices of all processes take part. An interrupted evaluation continues when it is run again.
+All devices of all processes take part. An interrupted evaluation of a cascade continues when it is
+run again, and so does `--follow`. `--checkpoint` without `--follow` starts again.
 """
 
 import logging

@@ -1,4 +1,4 @@
-r"""Samplers, grids of noise levels and guidance intervals at equal steps.
+r"""Samplers, step spacings and guidance intervals at equal steps.
 
     python -m launch.sweep --config configs/ablations/samplers.py \
         --config.data.path=PREPARED --workdir DIR
