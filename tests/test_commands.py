@@ -14,7 +14,7 @@ from imagen_jax.pictures import write_png
 from imagen_jax.run_log import read_metrics
 from imagen_jax.training.run import Run
 from imagen_jax.weights import checkpoint, exports
-from tests import tiny
+from tests import tiny, tiny_cascade
 from tests.data import synthetic
 
 PLAIN = dict(profile=(0, 0), minutes=0.0, init_from="", watch=Watch(100.0))
@@ -158,11 +158,13 @@ def test_a_picture_is_drawn_again_from_its_record(cascade_config, tmp_path, monk
 
 def test_an_image_of_the_user_is_up_sampled(cascade_config, tmp_path):
     """Catches an --image that is ignored, and a record that does not identify it."""
+    small = {"checkpoint": str(tiny_cascade.write(tmp_path)["sr_1"])}
+    config = cascade_config | {"sr_1": cascade_config["sr_1"] | small}
     for name, value in {"dark": 0, "light": 255}.items():
         write_png(tmp_path / f"{name}.png", np.full((20, 30, 3), value, np.uint8))
         assert (
             sample.sample(
-                cascade_config,
+                config,
                 Requests(["a cat"], 1, 3),
                 ["sr_1"],
                 str(tmp_path / f"{name}.png"),
