@@ -157,6 +157,7 @@ def _kept_reference(images: RealImages, loaded: FeatureNetwork, path: Path) -> r
     """The reference file in the output directory; process 0 makes it if it is missing or old."""
     found = None
     if jax.process_index() == 0:
+        images.check_sizes()
         try:
             found = reference.load(path, loaded, images.identity)
         except ValueError:
