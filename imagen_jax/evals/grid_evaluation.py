@@ -48,12 +48,13 @@ def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | 
     axes = settings_grid.parse(options, settings.config, stages)
     points = settings_grid.points(axes, settings.config, stages)
     image_metrics.check_known(settings.metrics)
-    suite_evaluation.check_networks(settings)
+    networks = suite_evaluation.check_networks(settings)
     drawer = drawing.Drawer(settings.config, stages)
     check_loaded(drawer, points, axes)
     size, record = drawer.stages[-1].stage.image_size, drawer.record
     directory, requests = output / DIRECTORY, settings.requests
     suite_evaluation.check_disk(output, list(missing(drawer, points, directory, len(requests))))
+    warnings = suite_evaluation.check_counts(settings, networks, size)
     references = suite_evaluation.make_references(settings, size, output / "reference")
     if jax.process_index() == 0:
         drawing.warn_of_prompts(drawer.encoder, requests.prompts)
@@ -62,8 +63,9 @@ def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | 
     scored = score_points(settings, points, manifests, size, references, directory)
     text = None
     if jax.process_index() == 0:
-        provenance = suite_evaluation.describe(settings, record, references)
-        text = write_results(axes, points, manifests, scored, provenance, output)
+        described = suite_evaluation.describe(settings, record, references, networks)
+        more = {"warnings": warnings, "provenance": described}
+        text = write_results(axes, points, manifests, scored, more, output)
     agreement.gather()  # all files are there
     return text
 
@@ -188,10 +190,10 @@ def write_results(
     points: Sequence[Node],
     manifests: Mapping[Node, Path],
     scored: Sequence[PointResult],
-    provenance: Mapping[str, Any],
+    more: Mapping[str, Any],
     output: Path,
 ) -> str:
-    """Writes grid.json and the figure; returns the table."""
+    """Writes grid.json and the figure; returns the table. more: "warnings" and "provenance"."""
     quantities = grid_comparison.quantities(scored)
     found = [best for quantity in quantities if (best := grid_comparison.best(quantity))]
     result = {
@@ -205,11 +207,12 @@ def write_results(
             for node, result in zip(points, scored)
         ],
         "best": found,
-        "provenance": provenance,
+        **more,
     }
     write_json(output / RESULT, result)
     left_out = {name: why for point in scored for name, why in point.scores["left_out"].items()}
     lines = [f"{name} left out: {why}" for name, why in left_out.items()]
+    lines += [f"warning: {warning}" for warning in more["warnings"]]
     if shown := pareto.choose(quantities):
         write_atomically(output / FIGURE, pareto.figure(axes, *shown))
         lines.append(f"figure: {output / FIGURE}")

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from imagen_jax.evals import report
-from imagen_jax.evals.distances import clip_score, cmmd, frechet, kid, mind, neighbours
+from imagen_jax.evals.distances import clip_score, cmmd, frechet, guards, kid, mind, neighbours
 from imagen_jax.evals.distances.jackknife import BLOCKS
 
 Result = Mapping[str, Any]
@@ -83,6 +83,20 @@ def applicable(network: str, names: Sequence[str], has_reference: bool) -> dict[
         and (not names or name in names)
         and (has_reference or metric.against == "captions")
     }
+
+
+def too_few(metrics: Mapping[str, Metric], dimensions: int, counts: Mapping[str, int]) -> list[str]:
+    """The reasons why metrics with a smallest number of images cannot be computed.
+
+    dimensions: features of the network. counts: {name: number of images} of each side.
+    """
+    reasons = []
+    for name, count in counts.items() if "fd" in metrics else ():
+        try:
+            guards.check_count(name, count, dimensions)
+        except ValueError as error:
+            reasons.append(str(error))
+    return reasons
 
 
 def score_all(

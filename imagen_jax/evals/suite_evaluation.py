@@ -37,6 +37,7 @@ from imagen_jax.evals.suites import Suite
 from imagen_jax.storage import sha256_file, write_json
 
 RESULT = "evaluation.json"
+Identities = Mapping[str, Mapping[str, Any]]  # of networks, by name
 log = logging.getLogger("imagen_jax.evaluate")
 
 
@@ -83,46 +84,90 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     is sampled.
     """
     image_metrics.check_known(settings.metrics)
-    check_networks(settings)
+    networks = check_networks(settings)
     drawer = drawing.Drawer(settings.config, settings.stages)
     cascade.check_intervals(drawer.stages)
     sizes, record = [loaded.stage.image_size for loaded in drawer.stages], drawer.record
     requests = settings.requests
     there = picture_set.count_written(output / "pictures")
     check_disk(output, [(len(requests) - there, sizes[-1])])
+    warnings = check_counts(settings, networks, sizes[-1])
     references = make_references(settings, sizes[-1], output / "reference")
     if jax.process_index() == 0:
         drawing.warn_of_prompts(drawer.encoder, requests.prompts)
     manifest = drawing.draw(drawer, requests, output / "pictures", drawing.NO_IMAGE)
     del drawer
-    networks = load_networks(settings)
+    loaded = load_networks(settings)
     rows = picture_set.manifest_rows(manifest)
-    features = caption_features(settings, networks, rows, output / "features")
-    features |= picture_features(settings, networks, manifest, rows, sizes[-1], output / "features")
+    features = caption_features(settings, loaded, rows, output / "features")
+    features |= picture_features(settings, loaded, manifest, rows, sizes[-1], output / "features")
     result = None
     if jax.process_index() == 0:
         scores = score(settings, features, references)
-        described = describe(settings, record, references)
+        described = describe(settings, record, references, networks)
         described["pictures"] |= described_manifest(manifest)
-        result = scores | {"provenance": described}
+        result = scores | {"warnings": warnings, "provenance": described}
         write_json(output / RESULT, result)
         suite_figures.write(result, manifest, sizes, output)
     agreement.gather()  # all files are there
     return result
 
 
-def check_networks(settings: Settings) -> None:
-    """Raises ValueError for weights that do not fit, a metric without network, and the like."""
+def check_networks(settings: Settings) -> Identities:
+    """The identities of the networks, of a CLIP with that of its text tower as "captions".
+
+    Raises ValueError for weights that do not fit, a metric without network, and the like.
+    """
+    found = {}
     for name, path in settings.networks.items():
-        network.load(name, path)
+        found[name] = dict(network.load(name, path).identity)
         if name in image_metrics.CLIP:
-            clip_text.load(name, path)
+            found[name]["captions"] = dict(clip_text.load(name, path).identity)
     for metric in settings.metrics:
         if not set(image_metrics.METRICS[metric].networks) & set(settings.networks):
             raise ValueError(
                 f"--metrics {metric} needs one of the networks"
                 f" {', '.join(image_metrics.METRICS[metric].networks)}: give --network NAME=PATH"
             )
+    return found
+
+
+def check_counts(settings: Settings, networks: Identities, size: int) -> list[str]:
+    """Logs and returns warnings about the numbers of pictures and of real images.
+
+    size: of the pictures in pixels. Raises ValueError if a metric of --metrics cannot be computed
+    with so few, and for a reference file of another image size.
+    """
+    warnings = []
+    for name, identity in networks.items():
+        if (real := _real_images(settings, name, size)) is None:
+            continue
+        counts = {"pictures": len(settings.requests), "real images": real["count"]}
+        wanted = image_metrics.applicable(name, settings.metrics, True)
+        reasons = image_metrics.too_few(wanted, identity["dim"], counts)
+        if reasons and settings.metrics:
+            raise ValueError(f"--metrics: {name}: {reasons[0]}, or leave the metric out")
+        warnings += [f"{name}: {reason}" for reason in reasons]
+        if reason := settings.suite.other_reference(real["count"]):
+            warnings.append(reason)
+    warnings = list(dict.fromkeys(warnings))
+    if jax.process_index() == 0:
+        for warning in warnings:
+            log.warning(warning)
+    return warnings
+
+
+def _real_images(settings: Settings, name: str, size: int) -> Mapping[str, Any] | None:
+    """The identity of the real images of a network: of a reference file, or those to read."""
+    if given := _reference_of(settings.references, name):
+        found = reference.images_of(Path(given))
+        if found.get("size", size) != size:
+            raise ValueError(
+                f"--reference {given} is of images of {found['size']} pixels, but the pictures of"
+                f" the last stage have {size}: give a reference of that size, or other --stages"
+            )
+        return found
+    return None if settings.images is None else settings.images(size).identity
 
 
 def make_references(
@@ -307,22 +352,24 @@ def _by_category(settings: Settings, values: Float[np.ndarray, " p"]) -> dict[st
 
 
 def describe(
-    settings: Settings, record: Mapping[str, Any], references: Mapping[str, reference.Reference]
+    settings: Settings,
+    record: Mapping[str, Any],
+    references: Mapping[str, reference.Reference],
+    networks: Identities,
 ) -> dict[str, Any]:
     """Everything that is needed to repeat the evaluation, except the manifest."""
-    networks = {name: network.NETWORKS[name].preprocessing for name in settings.networks}
     return {
         "suite": settings.suite.identity | {"categories": settings.suite.categories()},
         "pictures": {
             "count": len(settings.requests),
             "per_prompt": settings.per_prompt,
-            "seeds": f"{settings.seed} + number of the picture",
+            "seeds": f"{settings.seed} + row of the manifest",
             "format": "uint8 RGB, PNG; features are computed from the files",
             "refused_or_filtered": 0,
         },
         **{name: record[name] for name in ("stages", "config", "checkpoints", "encoder")},
         "references": {name: dict(ref.identity) for name, ref in references.items()},
-        "networks": {name: {"preprocessing": text} for name, text in networks.items()},
+        "networks": {name: dict(identity) for name, identity in networks.items()},
         **provenance.software(),
         "devices": provenance.devices(),
     }
@@ -344,3 +391,5 @@ def lines(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"CLIP score, {name}", report.mean(mean)
     for name, reason in result["left_out"].items():
         yield name, f"left out: {reason}"
+    for warning in result.get("warnings", ()):
+        yield "warning", warning
