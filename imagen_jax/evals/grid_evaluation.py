@@ -8,7 +8,7 @@ part that is complete is kept.
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | 
     check_loaded(drawer, points, axes)
     size, record = drawer.stages[-1].stage.image_size, drawer.record
     directory, requests = output / DIRECTORY, settings.requests
-    suite_evaluation.check_disk(output, list(missing(drawer, points, directory, len(requests))))
+    suite_evaluation.check_disk(output, list(missing(drawer, points, directory, requests)))
     warnings = suite_evaluation.check_counts(settings, networks, size)
     references = suite_evaluation.make_references(settings, size, output / "reference")
     if jax.process_index() == 0:
@@ -80,12 +80,16 @@ def check_loaded(drawer: drawing.Drawer, points: Sequence[Node], axes: Sequence[
             cascade.check_intervals([loaded[node.stage].with_sampling(node.sampling, i)])
 
 
-def missing(drawer: drawing.Drawer, points: Sequence[Node], directory: Path, count: int):
+def missing(
+    drawer: drawing.Drawer, points: Sequence[Node], directory: Path, requests: picture_set.Requests
+) -> Iterator[tuple[int, int]]:
     """Yields (pictures to draw, size in pixels) of each set."""
     for loaded, level in zip(drawer.stages, settings_grid.levels(points)):
         for node in level:
             place = directory / node.directory / grid_pictures.PICTURES
-            yield max(0, count - picture_set.count_written(place)), loaded.stage.image_size
+            job = grid_pictures.job(drawer, node, requests)
+            written = picture_set.count_written(place, job, len(requests))
+            yield len(requests) - written, loaded.stage.image_size
 
 
 def score_points(

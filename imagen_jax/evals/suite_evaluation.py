@@ -89,8 +89,7 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     cascade.check_intervals(drawer.stages)
     sizes, record = [loaded.stage.image_size for loaded in drawer.stages], drawer.record
     requests = settings.requests
-    there = picture_set.count_written(output / "pictures")
-    check_disk(output, [(len(requests) - there, sizes[-1])])
+    check_disk(output, missing(requests, record, output / "pictures", sizes))
     warnings = check_counts(settings, networks, sizes[-1])
     references = make_references(settings, sizes[-1], output / "reference")
     if jax.process_index() == 0:
@@ -210,6 +209,18 @@ def _kept_reference(images: RealImages, loaded: FeatureNetwork, path: Path) -> r
             found = reference.make(images, loaded, path)
     agreement.gather()  # the file is there
     return found or reference.load(path, loaded, images.identity)
+
+
+def missing(
+    requests: picture_set.Requests, record: Mapping[str, Any], directory: Path, sizes: Sequence[int]
+) -> list[tuple[int, int]]:
+    """(pictures to draw, size in pixels) of each stage of a set; other sets do not count.
+
+    sizes: of the stages in pixels.
+    """
+    job = drawing.job_of(requests, record | drawing.NO_IMAGE)
+    left = len(requests) - picture_set.count_written(directory, job, len(requests))
+    return [(left, size) for size in sizes]
 
 
 def check_disk(output: Path, missing: Sequence[tuple[int, int]]) -> None:

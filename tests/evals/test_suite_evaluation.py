@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 
+from imagen_jax import drawing, picture_set
 from imagen_jax.evals import reference, suite_evaluation
 from imagen_jax.evals.reference import Reference
 from imagen_jax.evals.suite_evaluation import Settings
@@ -156,3 +157,20 @@ def test_the_result_names_the_weights_of_every_network(monkeypatch):
     assert found["networks"]["clip-b32"]["captions"]["weights_sha256"] == "captions of "
     assert "captions" not in found["networks"]["inception"]
     assert found["pictures"]["seeds"] == "0 + row of the manifest"
+
+
+def test_an_evaluation_with_other_settings_draws_everything(tmp_path):
+    """Catches a check of the disk that counts the pictures of an earlier evaluation, or only those
+    of the last stage.
+    """
+    record = {"config": {"which": "ema"}, "checkpoints": [], "stages": ["base"]}
+    requests = settings().requests
+    job = drawing.job_of(requests, record | drawing.NO_IMAGE)
+    with picture_set.reserve(tmp_path, job, len(requests)) as first:
+        part = picture_set.part_path(tmp_path, first, "p")
+        made = picture_set.PictureSet(tmp_path, requests, record, first, part)
+        made.add(0, [np.zeros((4, 4, 3), np.uint8)])
+    left = lambda record: suite_evaluation.missing(requests, record, tmp_path, [16, 64])
+    assert left(record) == [(len(requests) - 1, 16), (len(requests) - 1, 64)]
+    other = record | {"config": {"which": "params"}}
+    assert left(other) == [(len(requests), 16), (len(requests), 64)]
