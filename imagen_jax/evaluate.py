@@ -35,6 +35,7 @@ OF_CHECKPOINT = (
     "samples",
     "bins",
     "batch_size",
+    "gallery",
     "lowres_from",
     "follow",
     "follow_minutes",
@@ -74,8 +75,8 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "gallery",
         20_000,
-        "largest number of images to compare samples with; if there are more, --seed determines a"
-        " random subset",
+        "with --checkpoint: largest number of images to compare samples with; if there are more,"
+        " --seed determines a random subset",
     )
     flags.DEFINE_multi_string(
         GRID,
@@ -263,6 +264,10 @@ def check_cascade_flags(args: Any) -> None:
         raise ValueError("--cascade needs --suite NAME, such as embedded")
     if args.suite == DATA_SUITE and not args.data:
         raise ValueError("--suite data needs --data, a directory of imagen_jax.prepare_data")
+    if args.suite == DATA_SUITE and args.suite_file:
+        raise ValueError("--suite data takes its prompts from --data; leave --suite_file out")
+    if args["split"].present and not args.data:
+        raise ValueError("--split is a split of --data, which is not given; leave it out")
     if args.images and args.data:
         raise ValueError("--images and --data both name real images; give one of them")
     if not args.network and args.suite != DATA_SUITE:

@@ -162,8 +162,7 @@ def sample(
     # A record from before the check of the size draws its picture again.
     lowres = None if not image else read_image(image, first.lowres_size, any_size=bool(expected))
     cli.make_directory("output", str(output))
-    if jax.process_index() == 0:
-        drawing.warn_of_prompts(drawer.encoder, requests.prompts)
+    drawing.check_prompts(drawer, requests.prompts)
     manifest = drawing.draw(drawer, requests, output, given, lowres)
     if jax.process_index() == 0:
         sizes = [loaded.stage.image_size for loaded in drawer.stages]

@@ -150,6 +150,22 @@ def test_prompts_that_the_encoder_cannot_read_are_named(capsys):
     assert "does not know '🍎'" in lines[2] and "'🍎 x'" in lines[2]
 
 
+def test_a_prompt_that_a_stage_cannot_read_is_refused():
+    """Catches a prompt that fits the first stage and stops the sampling of a later one."""
+    stage = lambda name, length, dim=1: types.SimpleNamespace(
+        stage=types.SimpleNamespace(name=name, text_length=length, text_dim=dim)
+    )
+    encoder = Encoder()
+    encoder.tokenize = lambda texts: ([text.split() for text in texts], [False] * len(texts))
+    drawer = object.__new__(drawing.Drawer)  # without loading
+    drawer.encoder, drawer.stages = encoder, [stage("a", 3), stage("b", 2)]
+    drawing.check_prompts(drawer, ["one two"])
+    with pytest.raises(ValueError, match="stage b reads at most 2 tokens, .* has 3: .* 'x y z'"):
+        drawing.check_prompts(drawer, ["one two", "x y z"])
+    drawer.stages = [stage("a", 3), stage("without text", 2, 0)]
+    drawing.check_prompts(drawer, ["x y z"])
+
+
 def test_a_page_of_text_does_not_fill_the_terminal(capsys):
     """Catches a warning that repeats a prompt of 100,000 characters."""
     drawing.warn_of_prompts(Encoder(), ["word " * 20_000])

@@ -56,8 +56,7 @@ def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | 
     suite_evaluation.check_disk(output, list(missing(drawer, points, directory, requests)))
     warnings = suite_evaluation.check_counts(settings, networks, size)
     references = suite_evaluation.make_references(settings, size, output / "reference")
-    if jax.process_index() == 0:
-        drawing.warn_of_prompts(drawer.encoder, requests.prompts)
+    drawing.check_prompts(drawer, requests.prompts)
     manifests = grid_pictures.draw(drawer, points, requests, directory)
     del drawer
     scored = score_points(settings, points, manifests, size, references, directory)

@@ -25,6 +25,7 @@ from imagen_jax.evals import (
     provenance,
     reference,
     report,
+    settings_grid,
     statistics,
     suite_figures,
 )
@@ -85,6 +86,7 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     """
     image_metrics.check_known(settings.metrics)
     networks = check_networks(settings)
+    settings_grid.run_stages(settings.config, settings.stages)
     drawer = drawing.Drawer(settings.config, settings.stages)
     cascade.check_intervals(drawer.stages)
     sizes, record = [loaded.stage.image_size for loaded in drawer.stages], drawer.record
@@ -92,8 +94,7 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     check_disk(output, missing(requests, record, output / "pictures", sizes))
     warnings = check_counts(settings, networks, sizes[-1])
     references = make_references(settings, sizes[-1], output / "reference")
-    if jax.process_index() == 0:
-        drawing.warn_of_prompts(drawer.encoder, requests.prompts)
+    drawing.check_prompts(drawer, requests.prompts)
     manifest = drawing.draw(drawer, requests, output / "pictures", drawing.NO_IMAGE)
     del drawer
     loaded = load_networks(settings)
