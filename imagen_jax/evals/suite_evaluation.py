@@ -107,6 +107,7 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
         described = describe(settings, record, references, networks)
         described["pictures"] |= described_manifest(manifest)
         result = scores | {"warnings": warnings, "provenance": described}
+        result["by_prompt"] = by_prompt(settings, scores, features)
         write_json(output / RESULT, result)
         suite_figures.write(result, manifest, sizes, output)
     agreement.gather()  # all files are there
@@ -351,6 +352,29 @@ def score(
     if "retrieval" in features:
         results["retrieval"] = data_suite.summary(features["retrieval"])
     return results
+
+
+def by_prompt(
+    settings: Settings,
+    scores: Mapping[str, Any],
+    features: Mapping[str, Float[np.ndarray, "n _"]],
+) -> dict[str, Any]:
+    """What pairs two results, besides the jackknife's values in the metrics themselves.
+
+    {"scores": {network: CLIP score of each prompt}, "ranks": of the captioned image, [prompts,
+    pictures], None without retrieval}; rounded to what the comparison needs.
+    """
+    values = {
+        name: clip_score.per_prompt(
+            features[name], features[f"{name} text"], settings.prompt_of_row
+        ).round(4)
+        for name, found in scores["metrics"].items()
+        if "clip_score" in found
+    }
+    ranks = features.get("retrieval")
+    if ranks is not None:
+        ranks = ranks[:, 0].reshape(-1, settings.per_prompt).tolist()
+    return {"scores": {name: found.tolist() for name, found in values.items()}, "ranks": ranks}
 
 
 def _by_category(settings: Settings, values: Float[np.ndarray, " p"]) -> dict[str, Any]:

@@ -159,3 +159,14 @@ def test_flags_without_effect_on_a_cascade_are_refused(tmp_path, given, message)
     evaluate.check_flags(Flags(output=str(tmp_path / "out"), split="train"))
     with pytest.raises(ValueError, match=message):
         evaluate.check_flags(Flags(output=str(tmp_path / "out"), **given))
+
+
+def test_flags_of_an_evaluation_are_refused_with_compare(tmp_path):
+    """Catches a comparison of one directory, and settings that are accepted and not used."""
+    with pytest.raises(ValueError, match="--compare DIR is needed twice"):
+        evaluate.compare(Flags(compare=["a"]))
+    for name in ("suite", "gallery", "seed", "grid", "steps"):
+        with pytest.raises(ValueError, match=f"--{name} has no effect with --compare"):
+            evaluate.compare(Flags(compare=["a", "b"], **{name: 1}))
+    with pytest.raises(FileNotFoundError):
+        evaluate.compare(Flags(compare=[str(tmp_path), str(tmp_path)]))
