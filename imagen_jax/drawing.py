@@ -61,6 +61,28 @@ def load_encoder(config: Mapping[str, Any], stages: Sequence[cascade.LoadedStage
     return encoder
 
 
+def check_prompts(drawer: Drawer, prompts: Sequence[str]) -> None:
+    """`warn_of_prompts` in process 0, and the check of the stages with a shorter text length.
+
+    Raises ValueError, in all processes, for a prompt that such a stage cannot read.
+    """
+    stages = [loaded.stage for loaded in drawer.stages if loaded.stage.text_dim]
+    shortest = min(stages, key=lambda stage: stage.text_length, default=None)
+    if shortest and shortest.text_length < drawer.encoder.max_length:
+        distinct = list(dict.fromkeys(prompts))
+        for start in range(0, len(distinct), feature_file.CHUNK):
+            chunk = distinct[start : start + feature_file.CHUNK]
+            for prompt, tokens in zip(chunk, drawer.encoder.tokenize(chunk)[0]):
+                if len(tokens) > shortest.text_length:
+                    raise ValueError(
+                        f"stage {shortest.name} reads at most {shortest.text_length} tokens, but a"
+                        f" prompt has {len(tokens)}: shorten it, or give stages of one text length:"
+                        f" {cli.quoted(prompt)}"
+                    )
+    if _is_first():
+        warn_of_prompts(drawer.encoder, prompts)
+
+
 def warn_of_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
     """Prints a warning for each prompt that the encoder cuts or cannot read completely."""
     distinct = list(dict.fromkeys(prompts))

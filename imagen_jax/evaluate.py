@@ -4,10 +4,12 @@ r"""Evaluates a cascade on a prompt suite, or one stage on prepared data.
         --network efficientnet-lite0 --data PREPARED --output DIR
     python -m imagen_jax.evaluate --cascade ... --grid base.w=1,2,4 --grid sr_1.w=1,4,8
     python -m imagen_jax.evaluate --checkpoint WORKDIR --data PREPARED --output DIR
+    python -m imagen_jax.evaluate --compare DIR_A --compare DIR_B
 
 The first command draws a picture of every prompt and computes the metrics that papers report, from
 the features of the pictures and of real images. The second does so for every combination of
-sampling settings. The third computes denoising errors by noise level and samples of one stage.
+sampling settings. The third computes denoising errors by noise level and samples of one stage. The
+last compares two results of the first.
 docs/evaluation.md describes all of them, and the files that they write.
 
 All devices of all processes take part. An interrupted evaluation of a cascade continues when it is
@@ -24,7 +26,7 @@ from ml_collections import config_flags
 from imagen_jax import cli, field, schema
 from imagen_jax.evals import history
 from imagen_jax.evals.measures import NAMES
-from imagen_jax.storage import check_local, check_utf8
+from imagen_jax.storage import check_local, check_utf8, write_json
 
 GRID = "grid"  # a flag of both kinds of evaluation
 DATA_SUITE = "data"  # the captions of --data as a suite
@@ -36,6 +38,7 @@ OF_CHECKPOINT = (
     "samples",
     "bins",
     "batch_size",
+    "gallery",
     "lowres_from",
     "follow",
     "follow_minutes",
@@ -75,8 +78,8 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "gallery",
         20_000,
-        "largest number of images to compare samples with; if there are more, --seed determines a"
-        " random subset",
+        "with --checkpoint: largest number of images to compare samples with; if there are more,"
+        " --seed determines a random subset",
     )
     flags.DEFINE_multi_string(
         GRID,
@@ -84,6 +87,12 @@ def define_flags() -> None:
         f"{sampling_help(GRID)}. With --cascade: STAGE.FIELD=V1,V2,..., values of a field of"
         " `sampling` of a stage, such as base.w=1,2,4; may be repeated: evaluates every"
         " combination, and draws pictures that combinations share once",
+    )
+    flags.DEFINE_multi_string(
+        "compare",
+        [],
+        "the output directories of two evaluations with --cascade, each with its own --compare:"
+        " prints their paired differences; with --output, also writes comparison.json there",
     )
     define_cascade_flags()
     define_checkpoint_flags()
@@ -194,6 +203,8 @@ def sampling_help(name: str) -> str:
 def main() -> int:
     args = flags.FLAGS
     cli.log_to_stderr()
+    if args.compare:
+        return compare(args)
     check_flags(args)
     with cli.processes():
         if args.cascade is None:
@@ -264,6 +275,10 @@ def check_cascade_flags(args: Any) -> None:
         raise ValueError("--cascade needs --suite NAME, such as embedded")
     if args.suite == DATA_SUITE and not args.data:
         raise ValueError("--suite data needs --data, a directory of imagen_jax.prepare_data")
+    if args.suite == DATA_SUITE and args.suite_file:
+        raise ValueError("--suite data takes its prompts from --data; leave --suite_file out")
+    if args["split"].present and not args.data:
+        raise ValueError("--split is a split of --data, which is not given; leave it out")
     if args.images and args.data:
         raise ValueError("--images and --data both name real images; give one of them")
     if not args.network and args.suite != DATA_SUITE:
@@ -353,6 +368,24 @@ def cascade_settings(args: Any) -> Any:
         references=args.reference,
         gallery=gallery,
     )
+
+
+def compare(args: Any) -> int:
+    """Prints the comparison of two results, and writes it to --output if that is given."""
+    others = (*OF_CASCADE, *OF_CHECKPOINT, *schema.EVALUATE_FLAGS.values())
+    for name in (*others, "cascade", "checkpoint", "data", "seed"):
+        if args[name].present:
+            raise ValueError(f"--{name} has no effect with --compare; leave it out")
+    if len(args.compare) != 2:
+        raise ValueError("--compare DIR is needed twice: two output directories of --cascade")
+    from imagen_jax.evals import evaluation_comparison
+
+    result = evaluation_comparison.compare(*map(Path, args.compare))
+    print(evaluation_comparison.table(result))
+    if args.output:
+        cli.make_directory("output", args.output)
+        write_json(Path(args.output) / evaluation_comparison.FILE, result)
+    return 0
 
 
 def network_option(text: str) -> tuple[str, str]:

@@ -138,14 +138,12 @@ def reserve(directory: Path, job: Mapping[str, Any], count: int) -> Iterator[int
     returned as well, so that its rows count as done.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
-    for first, content in sorted(sets(directory).items()):
-        if (content["sha256"], content["count"]) == (digest, count):
-            with open(_file(directory, first)) as file:
-                if try_lock(file, fcntl.LOCK_EX):
-                    yield first
-                    return
-    content = {"count": count, "sha256": digest, "job": dict(job)}
+    for first in _sets_of(directory, job, count):
+        with open(_file(directory, first)) as file:
+            if try_lock(file, fcntl.LOCK_EX):
+                yield first
+                return
+    content = {"count": count, "sha256": _digest(job), "job": dict(job)}
     while True:
         first = free_number(directory)
         try:
@@ -157,6 +155,17 @@ def reserve(directory: Path, job: Mapping[str, Any], count: int) -> Iterator[int
                 return
         except FileExistsError:
             continue  # another process was faster
+
+
+def _digest(job: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+
+
+def _sets_of(directory: Path, job: Mapping[str, Any], count: int) -> list[int]:
+    """The numbers of row 0 of the sets of a job, ascending."""
+    wanted = _digest(job), count
+    found = sorted(sets(directory).items())
+    return [first for first, content in found if (content["sha256"], content["count"]) == wanted]
 
 
 def free_number(directory: Path) -> int:
@@ -200,9 +209,10 @@ def part_rows(directory: Path, first: int) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def count_written(directory: Path) -> int:
-    """The number of pictures that all sets of a directory list."""
-    return sum(1 for first in sets(directory) for _ in part_rows(directory, first))
+def count_written(directory: Path, job: Mapping[str, Any], count: int) -> int:
+    """The number of pictures that the set of a job lists, which `reserve` would continue."""
+    firsts = _sets_of(directory, job, count)[:1]
+    return sum(1 for first in firsts for _ in part_rows(directory, first))
 
 
 def _lines(path: Path) -> Iterable[bytes]:

@@ -36,6 +36,7 @@ from imagen_jax import cli
 
 STOPS = {signal.SIGINT, signal.SIGTERM}
 PARENT = "IMAGEN_JAX_PARENT"  # environment variable: the plan ends when this process ends
+OF_TRAINING = ("exact", "search", "sampler")  # flags that --sample has no use for
 # Errors that code in a config file may raise.
 CONFIG_ERRORS = (
     ValueError,
@@ -85,7 +86,9 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "pictures", 30_000, "with --sample: number of pictures to report hours for", lower_bound=1
     )
-    flags.DEFINE_string("output", "", "directory for plan.json and plan.png")
+    flags.DEFINE_string(
+        "output", "", "directory for plan.json and, in the plan of a training, plan.png"
+    )
     flags.DEFINE_bool("json", False, "print JSON instead of text")
     flags.DEFINE_bool(
         "exact",
@@ -180,6 +183,9 @@ def check_flags(args: Any) -> None:
     """Raises ValueError for flags that contradict each other or have invalid values."""
     if args.sample and args.text_encoder:
         raise ValueError("--sample and --text_encoder are both given; use one of them")
+    for name in OF_TRAINING if args.sample else ():
+        if args[name].present:
+            raise ValueError(f"--{name} is for the plan of a training; leave it out with --sample")
     if args.config is not None and args.text_encoder:
         raise ValueError("--config and --text_encoder are both given; use one of them")
     if (args.config is None and not args.text_encoder) or args.topology is None:

@@ -159,10 +159,10 @@ def sample(
     else:
         cascade.check_intervals(drawer.stages)
     first = drawer.stages[0].stage
-    lowres = None if not image else read_image(image, first.lowres_size)
+    # A record from before the check of the size draws its picture again.
+    lowres = None if not image else read_image(image, first.lowres_size, any_size=bool(expected))
     cli.make_directory("output", str(output))
-    if jax.process_index() == 0:
-        drawing.warn_of_prompts(drawer.encoder, requests.prompts)
+    drawing.check_prompts(drawer, requests.prompts)
     manifest = drawing.draw(drawer, requests, output, given, lowres)
     if jax.process_index() == 0:
         sizes = [loaded.stage.image_size for loaded in drawer.stages]
@@ -241,17 +241,27 @@ def _weights(identity: Mapping[str, Any]) -> str:
     return f"step {identity.get('step')} ({identity.get('which')}, sha256 {sha256})"
 
 
-def read_image(path: str, size: int) -> Any:
-    """The --image upright, cut to its centre square, at `size` pixels: uint8 [size size 3]."""
-    from imagen_jax.data.prepare.checks import stored_bytes
-    from imagen_jax.data.prepare.upright import first_line
+def read_image(path: str, size: int, any_size: bool = False) -> Any:
+    """The --image upright, cut to its centre square, shrunk to `size` pixels: uint8 [size size 3].
+
+    Raises ValueError if it cannot be read or, unless any_size, if it is smaller than `size`.
+    """
+    from imagen_jax.data.prepare.upright import first_line, upright
     from imagen_jax.data.transforms import decode_square
 
     data = Path(path).read_bytes()
     try:
-        return decode_square(stored_bytes(data), size)
+        image, stored = upright(data)
+        square = decode_square(stored, size)
     except Exception as error:  # PIL raises many kinds of exceptions for damaged files
         raise ValueError(f"--image {path} cannot be used: {first_line(error)}") from error
+    if min(image.size) < size and not any_size:
+        raise ValueError(
+            f"--image {path} is {image.width}x{image.height}, but the first stage reads"
+            f" {size}x{size} pixels: give a larger image, or --stages that begin with an earlier"
+            " stage"
+        )
+    return square
 
 
 if __name__ == "__main__":

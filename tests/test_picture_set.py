@@ -46,6 +46,16 @@ def test_the_same_job_continues_its_set(tmp_path):
         assert held == first != reserve(tmp_path)
 
 
+def test_written_pictures_are_those_of_one_job(tmp_path):
+    """Catches a check of the disk that passes because of the pictures of other settings."""
+    first = reserve(tmp_path, {"other": 1}, 2)
+    new_set(tmp_path, first=first).add(0, [IMAGE])
+    assert picture_set.count_written(tmp_path, {"other": 1}, 2) == 1
+    assert picture_set.count_written(tmp_path, {"other": 1}, 3) == 0
+    assert picture_set.count_written(tmp_path, JOB, 2) == 0
+    assert picture_set.count_written(tmp_path / "none", JOB, 2) == 0
+
+
 def test_sets_of_many_commands_do_not_overlap(tmp_path):
     """Catches two commands that start at the same time with the same numbers."""
     with concurrent.futures.ThreadPoolExecutor(8) as pool:

@@ -65,6 +65,14 @@ def test_an_image_is_cut_square_and_shrunk(tmp_path):
     assert 80 < image[0, 0, 0] < image[0, -1, 0] < 175
 
 
+def test_a_small_image_is_refused(tmp_path):
+    """Catches an --image that is enlarged to blocks; a picture's record may still have one."""
+    pictures.write_png(tmp_path / "x.png", np.asarray(gradient(60, 15)))
+    with pytest.raises(ValueError, match="x.png is 60x15, but the first stage reads 16x16"):
+        sample.read_image(str(tmp_path / "x.png"), 16)
+    assert sample.read_image(str(tmp_path / "x.png"), 16, any_size=True).shape == (16, 16, 3)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -140,6 +148,22 @@ def test_prompts_that_the_encoder_cannot_read_are_named(capsys):
     assert "does not know '一只红苹果'" in lines[0]
     assert "longer than 3 tokens and was cut: 'a b c d'" in lines[1]
     assert "does not know '🍎'" in lines[2] and "'🍎 x'" in lines[2]
+
+
+def test_a_prompt_that_a_stage_cannot_read_is_refused():
+    """Catches a prompt that fits the first stage and stops the sampling of a later one."""
+    stage = lambda name, length, dim=1: types.SimpleNamespace(
+        stage=types.SimpleNamespace(name=name, text_length=length, text_dim=dim)
+    )
+    encoder = Encoder()
+    encoder.tokenize = lambda texts: ([text.split() for text in texts], [False] * len(texts))
+    drawer = object.__new__(drawing.Drawer)  # without loading
+    drawer.encoder, drawer.stages = encoder, [stage("a", 3), stage("b", 2)]
+    drawing.check_prompts(drawer, ["one two"])
+    with pytest.raises(ValueError, match="stage b reads at most 2 tokens, .* has 3: .* 'x y z'"):
+        drawing.check_prompts(drawer, ["one two", "x y z"])
+    drawer.stages = [stage("a", 3), stage("without text", 2, 0)]
+    drawing.check_prompts(drawer, ["x y z"])
 
 
 def test_a_page_of_text_does_not_fill_the_terminal(capsys):

@@ -37,18 +37,21 @@ class PointResult:
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """One number of every point, in printed units.
+    """One number of every point.
 
     group: the network, or "retrieval". metric: its key in the results. label: of the number.
+    heading: the label of printed numbers. scale: the factor of printed numbers.
     less_is_better: whether smaller numbers are better.
-    estimates: {"mean", "se"} of each point, also "low" and "high" for a rate; None where it could
-        not be computed.
-    compare: (point, other) -> {"value", "se"} of their paired difference.
+    estimates: {"mean", "se"} of each point, also "low" and "high" for a rate, in printed units;
+        None where it could not be computed.
+    compare: (point, other) -> {"value", "se"} of their paired difference, in the units of files.
     """
 
     group: str
     metric: str
     label: str
+    heading: str
+    scale: float
     less_is_better: bool
     estimates: Sequence[Result | None]
     compare: Callable[[int, int], Result]
@@ -87,21 +90,18 @@ def _of_metric(
     def by_blocks(i: int, j: int) -> Result:
         first, second = (results[n][key] if key else results[n] for n in (i, j))
         paired = paired_jackknife(Replicates.from_result(first), Replicates.from_result(second))
-        return {part: _times(metric.scale, paired[part]) for part in ("value", "se")}
+        return {part: paired[part] for part in ("value", "se")}
 
     def by_prompt(i: int, j: int) -> Result:
         paired = difference(points[i].per_prompt[network] - points[j].per_prompt[network])
         return {"value": paired["mean"], "se": paired["se"]}
 
-    if name == "fd":
-        label = image_metrics.FRECHET_NAMES.get(network, label)
+    heading = image_metrics.heading(network, name, label)
+    label = heading if metric.scale == 1 else label
     estimates = [estimate(result) for result in results]
     compare = by_prompt if metric.against == "captions" else by_blocks
-    return Quantity(network, name, label, metric.less_is_better, estimates, compare)
-
-
-def _times(scale: float, value: float | None) -> float | None:
-    return None if value is None else scale * value
+    less, scale = metric.less_is_better, metric.scale
+    return Quantity(network, name, label, heading, scale, less, estimates, compare)
 
 
 def _of_retrieval(points: Sequence[PointResult], k: int) -> Quantity:
@@ -114,19 +114,20 @@ def _of_retrieval(points: Sequence[PointResult], k: int) -> Quantity:
         hits = [(points[n].ranks <= k).mean(axis=1) for n in (i, j)]
         differences = hits[0] - hits[1]
         return {
-            "value": number(100 * differences.mean()),
-            "se": number(100 * paired_hits_error(differences)),
+            "value": number(differences.mean()),
+            "se": number(paired_hits_error(differences)),
         }
 
     estimates = [estimate(point) for point in points]
-    return Quantity(RETRIEVAL, f"top{k}", f"top-{k} %", False, estimates, compare)
+    label, heading = f"top-{k}", f"top-{k} %"
+    return Quantity(RETRIEVAL, f"top{k}", label, heading, 100.0, False, estimates, compare)
 
 
 def best(quantity: Quantity) -> dict[str, Any] | None:
     """The best point of a quantity and the points tied with it, as JSON; None without any number.
 
     Tied: the paired difference from the best point is at most TIED standard errors. "differences"
-    are point minus best point.
+    are point minus best point, in the units of the other numbers of the file.
     """
     known = [i for i, found in enumerate(quantity.estimates) if found is not None]
     if not known:
@@ -179,7 +180,7 @@ def _column(quantity: Quantity, found: Sequence[Result]) -> Iterator[str]:
     """The heading of a column and the text of each point."""
     key = quantity.group, quantity.label
     mine = next((f for f in found if (f["of"], f["label"]) == key), {"best": -1, "tied": []})
-    yield quantity.label
+    yield quantity.heading
     for i, estimate in enumerate(quantity.estimates):
         mark = BEST_MARK if i == mine["best"] else TIED_MARK if i in mine["tied"] else ""
         yield f"{report.mean(estimate)} {mark}".rstrip() if estimate else "-"

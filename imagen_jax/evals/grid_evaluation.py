@@ -8,7 +8,7 @@ part that is complete is kept.
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +48,23 @@ def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | 
     axes = settings_grid.parse(options, settings.config, stages)
     points = settings_grid.points(axes, settings.config, stages)
     image_metrics.check_known(settings.metrics)
-    suite_evaluation.check_networks(settings)
+    networks = suite_evaluation.check_networks(settings)
     drawer = drawing.Drawer(settings.config, stages)
     check_loaded(drawer, points, axes)
     size, record = drawer.stages[-1].stage.image_size, drawer.record
     directory, requests = output / DIRECTORY, settings.requests
-    suite_evaluation.check_disk(output, list(missing(drawer, points, directory, len(requests))))
+    suite_evaluation.check_disk(output, list(missing(drawer, points, directory, requests)))
+    warnings = suite_evaluation.check_counts(settings, networks, size)
     references = suite_evaluation.make_references(settings, size, output / "reference")
-    if jax.process_index() == 0:
-        drawing.warn_of_prompts(drawer.encoder, requests.prompts)
+    drawing.check_prompts(drawer, requests.prompts)
     manifests = grid_pictures.draw(drawer, points, requests, directory)
     del drawer
     scored = score_points(settings, points, manifests, size, references, directory)
     text = None
     if jax.process_index() == 0:
-        provenance = suite_evaluation.describe(settings, record, references)
-        text = write_results(axes, points, manifests, scored, provenance, output)
+        described = suite_evaluation.describe(settings, record, references, networks)
+        more = {"warnings": warnings, "provenance": described}
+        text = write_results(axes, points, manifests, scored, more, output)
     agreement.gather()  # all files are there
     return text
 
@@ -78,12 +79,16 @@ def check_loaded(drawer: drawing.Drawer, points: Sequence[Node], axes: Sequence[
             cascade.check_intervals([loaded[node.stage].with_sampling(node.sampling, i)])
 
 
-def missing(drawer: drawing.Drawer, points: Sequence[Node], directory: Path, count: int):
+def missing(
+    drawer: drawing.Drawer, points: Sequence[Node], directory: Path, requests: picture_set.Requests
+) -> Iterator[tuple[int, int]]:
     """Yields (pictures to draw, size in pixels) of each set."""
     for loaded, level in zip(drawer.stages, settings_grid.levels(points)):
         for node in level:
             place = directory / node.directory / grid_pictures.PICTURES
-            yield max(0, count - picture_set.count_written(place)), loaded.stage.image_size
+            job = grid_pictures.job(drawer, node, requests)
+            written = picture_set.count_written(place, job, len(requests))
+            yield len(requests) - written, loaded.stage.image_size
 
 
 def score_points(
@@ -188,10 +193,10 @@ def write_results(
     points: Sequence[Node],
     manifests: Mapping[Node, Path],
     scored: Sequence[PointResult],
-    provenance: Mapping[str, Any],
+    more: Mapping[str, Any],
     output: Path,
 ) -> str:
-    """Writes grid.json and the figure; returns the table."""
+    """Writes grid.json and the figure; returns the table. more: "warnings" and "provenance"."""
     quantities = grid_comparison.quantities(scored)
     found = [best for quantity in quantities if (best := grid_comparison.best(quantity))]
     result = {
@@ -205,11 +210,12 @@ def write_results(
             for node, result in zip(points, scored)
         ],
         "best": found,
-        "provenance": provenance,
+        **more,
     }
     write_json(output / RESULT, result)
     left_out = {name: why for point in scored for name, why in point.scores["left_out"].items()}
     lines = [f"{name} left out: {why}" for name, why in left_out.items()]
+    lines += [f"warning: {warning}" for warning in more["warnings"]]
     if shown := pareto.choose(quantities):
         write_atomically(output / FIGURE, pareto.figure(axes, *shown))
         lines.append(f"figure: {output / FIGURE}")

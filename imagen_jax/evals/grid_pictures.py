@@ -33,7 +33,7 @@ def draw(
     """
     levels = settings_grid.levels(points)
     nodes = [node for level in levels for node in level]
-    jobs = [drawing.job_of(requests, record(drawer, node), free_fields(node)) for node in nodes]
+    jobs = [job(drawer, node, requests) for node in nodes]
     agreement.check({"grid": json.dumps(jobs), "--output": str(directory.absolute())})
     directory.mkdir(parents=True, exist_ok=True)
     agreement.check_shared(directory)
@@ -73,6 +73,11 @@ def record(drawer: Drawer, node: Node) -> dict[str, Any]:
         "checkpoints": drawer.record["checkpoints"][: len(node.stages)],
         "encoder": drawer.record["encoder"],
     }
+
+
+def job(drawer: Drawer, node: Node, requests: Requests) -> dict[str, Any]:
+    """The inputs that determine the pictures of a set."""
+    return drawing.job_of(requests, record(drawer, node), free_fields(node))
 
 
 def free_fields(node: Node) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from imagen_jax.evals import report
-from imagen_jax.evals.distances import clip_score, cmmd, frechet, kid, mind, neighbours
+from imagen_jax.evals.distances import clip_score, cmmd, frechet, guards, kid, mind, neighbours
 from imagen_jax.evals.distances.jackknife import BLOCKS
 
 Result = Mapping[str, Any]
@@ -29,7 +29,7 @@ class Metric:
     against: "reference" or "captions".
     score: (features of the pictures, features of the other side, prompt of each picture) -> result.
     values: {label: key of a `jackknife.estimate` in the result, "" for the result itself}.
-    scale: factor of the printed numbers.
+    scale: factor of the printed numbers; files have numbers without it.
     less_is_better: whether smaller numbers are better; None if neither is.
     """
 
@@ -45,7 +45,7 @@ METRICS = {
     "fd": Metric(
         PICTURES, "reference", frechet.score, {"Fréchet distance": ""}, less_is_better=True
     ),
-    "kid": Metric(PICTURES, "reference", kid.score, {"KID x 1000": ""}, True, scale=1000.0),
+    "kid": Metric(PICTURES, "reference", kid.score, {"KID": ""}, True, scale=1000.0),
     "mind": Metric(PICTURES, "reference", mind.score, {"MIND": ""}, less_is_better=True),
     "neighbours": Metric(
         PICTURES,
@@ -85,6 +85,20 @@ def applicable(network: str, names: Sequence[str], has_reference: bool) -> dict[
     }
 
 
+def too_few(metrics: Mapping[str, Metric], dimensions: int, counts: Mapping[str, int]) -> list[str]:
+    """The reasons why metrics with a smallest number of images cannot be computed.
+
+    dimensions: features of the network. counts: {name: number of images} of each side.
+    """
+    reasons = []
+    for name, count in counts.items() if "fd" in metrics else ():
+        try:
+            guards.check_count(name, count, dimensions)
+        except ValueError as error:
+            reasons.append(str(error))
+    return reasons
+
+
 def score_all(
     metrics: Mapping[str, Metric],
     features: Float[np.ndarray, "n d"],
@@ -109,7 +123,7 @@ def score_all(
 
 
 def value_of(metric: Metric, result: Result, key: str) -> Result:
-    """An estimate of a result in printed units: {"value", "se"}."""
+    """An estimate of a result in printed units: {"mean", "se"}."""
     found = result[key] if key else result
     # The CLIP score is a mean over prompts, the others are jackknife estimates.
     value = found["mean"] if "mean" in found else found["value"]
@@ -117,15 +131,22 @@ def value_of(metric: Metric, result: Result, key: str) -> Result:
     return {"mean": times(value), "se": times(found["se"])}
 
 
+def heading(network: str, name: str, label: str) -> str:
+    """The printed name of a number of a metric, with the scale of printed numbers."""
+    if name == "fd":
+        return FRECHET_NAMES.get(network, label)
+    scale = METRICS[name].scale
+    return label if scale == 1 else f"{label} x {scale:g}"
+
+
 def lines(network: str, results: Mapping[str, Result]) -> Iterator[tuple[str, str]]:
     """(label, text) of each printed number of a network."""
     for name, result in results.items():
         metric = METRICS[name]
         for label, key in metric.values.items():
-            label = FRECHET_NAMES.get(network, label) if name == "fd" else label
             text = report.mean(value_of(metric, result, key))
             if name == "fd":
                 text += f", extrapolated to infinitely many {result['infinity']['value']:.4g}"
-            yield f"{network}: {label}", text
+            yield f"{network}: {heading(network, name, label)}", text
         for warning in result.get("warnings", ()):
             yield f"{network}: {name}", f"warning: {warning}"

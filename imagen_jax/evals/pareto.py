@@ -49,7 +49,7 @@ def axis_label(quantity: Quantity) -> str:
     """The label of an axis, with the network and the meaning of the error bars."""
     if quantity.group == RETRIEVAL:
         return "captioned image among the 5 nearest (%), 95 % interval"
-    return f"{quantity.label} ({quantity.group}), ± 1 standard error"
+    return f"{quantity.heading} ({quantity.group}), ± 1 standard error"
 
 
 def error_bars(quantity: Quantity, indices: Sequence[int]) -> Float[np.ndarray, "2 n"]:

@@ -7,15 +7,18 @@ Images are upright, cut to the centre square and resized to one size by area ave
 import concurrent.futures
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from imagen_jax.data.prepare.checks import stored_bytes
-from imagen_jax.data.prepare.upright import first_line
+from imagen_jax.data.prepare.upright import first_line, upright
 from imagen_jax.data.records import Prepared
 from imagen_jax.data.sources.walk import files_below
 from imagen_jax.data.transforms import decode_square
@@ -23,6 +26,8 @@ from imagen_jax.run_log import Progress
 from imagen_jax.storage import check_local
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+log = logging.getLogger(__name__)
+ENLARGED = 0.05  # share of real images that may be enlarged; COCO has a few below 256 pixels
 SHOWN = 3  # damaged files that a message names
 
 
@@ -42,6 +47,12 @@ class RealImages(Protocol):
 
     def check(self) -> None:
         """Raises ValueError, which names the first ones, if an image cannot be read."""
+        ...
+
+    def check_sizes(self) -> None:
+        """Raises ValueError if many images would have to be enlarged, and warns of a few; reads no
+        pixels.
+        """
         ...
 
 
@@ -85,6 +96,9 @@ class PreparedImages:
 
     def check(self) -> None:
         """Does nothing: `prepare_data` has checked every image."""
+
+    def check_sizes(self) -> None:
+        """Does nothing: `Prepared.check_image_size` has checked them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,20 +147,56 @@ class FolderImages:
                 return f"{self._names[index]} ({first_line(error)})"
             return ""
 
+        if found := self._problems(problem, "images checked"):
+            raise ValueError(
+                f"{len(found)} of {len(self)} images of {self.folder} cannot be used:"
+                f" {_first(found)}; replace or remove them"
+            )
+
+    def check_sizes(self) -> None:
+        def problem(index: int) -> str:
+            width, height = _size_of(self.folder / self._names[index])
+            small = min(width, height) < self.size
+            return f"{self._names[index]} ({width:g}x{height:g})" if small else ""
+
+        found = self._problems(problem, "image sizes checked")
+        told = (
+            f"{len(found)} of {len(self)} images of {self.folder} have a side below {self.size}"
+            f" pixels, the size to compare at, e.g. {_first(found)}"
+        )
+        if len(found) > ENLARGED * len(self):
+            raise ValueError(f"{told}: give fewer --stages, such as base,sr_1, or larger images")
+        if found:
+            log.warning("%s: they are enlarged", told)
+
+    def _problems(self, problem: Callable[[int], str], label: str) -> list[str]:
+        """The texts of problem(index) that are not empty, in order."""
         found = []
         with (
             concurrent.futures.ThreadPoolExecutor() as pool,
-            Progress("images checked", len(self)) as progress,
+            Progress(label, len(self)) as progress,
         ):
             for i, text in enumerate(pool.map(problem, range(len(self)))):
                 found += [text] * bool(text)
                 progress.update(i + 1)
-        if found:
-            more = ", ..." if len(found) > SHOWN else ""
-            raise ValueError(
-                f"{len(found)} of {len(self)} images of {self.folder} cannot be used:"
-                f" {', '.join(found[:SHOWN])}{more}; replace or remove them"
-            )
+        return found
+
+
+def _size_of(path: Path) -> tuple[float, float]:
+    """Width and height of an image file; infinite for a damaged one, which `check` reports."""
+    try:
+        with Image.open(path) as opened:
+            return opened.size
+    except Exception:  # PIL refuses headers with much text, which `upright` reads
+        try:
+            return upright(path.read_bytes())[0].size
+        except Exception:
+            return math.inf, math.inf
+
+
+def _first(found: Sequence[str]) -> str:
+    """The first ones of a list, for a message."""
+    return ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
 
 
 def _preparation(size: int) -> dict[str, Any]:

@@ -106,10 +106,20 @@ def load(path: Path, network: FeatureNetwork, images: Mapping[str, Any] | None) 
 
 def network_of(path: Path) -> str:
     """The name of the network of a reference file. Raises ValueError if it is none."""
+    return _facts(path)[0]
+
+
+def images_of(path: Path) -> Mapping[str, Any]:
+    """The identity of the images of a reference file. Raises ValueError if it is none."""
+    return _facts(path)[1]
+
+
+def _facts(path: Path) -> tuple[str, Mapping[str, Any]]:
     check_local("--reference", path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            return json.loads(str(file["meta"]))["network"]["network"]
+            meta = json.loads(str(file["meta"]))
+        return meta["network"]["network"], {"count": int(meta["images"]["count"])} | meta["images"]
     except FileNotFoundError:
         raise ValueError(f"--reference {path} does not exist") from None
     except Exception as error:  # zipfile and numpy raise many kinds of exceptions

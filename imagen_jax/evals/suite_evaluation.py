@@ -25,6 +25,7 @@ from imagen_jax.evals import (
     provenance,
     reference,
     report,
+    settings_grid,
     statistics,
     suite_figures,
 )
@@ -37,6 +38,7 @@ from imagen_jax.evals.suites import Suite
 from imagen_jax.storage import sha256_file, write_json
 
 RESULT = "evaluation.json"
+Identities = Mapping[str, Mapping[str, Any]]  # of networks, by name
 log = logging.getLogger("imagen_jax.evaluate")
 
 
@@ -83,46 +85,90 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     is sampled.
     """
     image_metrics.check_known(settings.metrics)
-    check_networks(settings)
+    networks = check_networks(settings)
+    settings_grid.run_stages(settings.config, settings.stages)
     drawer = drawing.Drawer(settings.config, settings.stages)
     cascade.check_intervals(drawer.stages)
     sizes, record = [loaded.stage.image_size for loaded in drawer.stages], drawer.record
     requests = settings.requests
-    there = picture_set.count_written(output / "pictures")
-    check_disk(output, [(len(requests) - there, sizes[-1])])
+    check_disk(output, missing(requests, record, output / "pictures", sizes))
+    warnings = check_counts(settings, networks, sizes[-1])
     references = make_references(settings, sizes[-1], output / "reference")
-    if jax.process_index() == 0:
-        drawing.warn_of_prompts(drawer.encoder, requests.prompts)
+    drawing.check_prompts(drawer, requests.prompts)
     manifest = drawing.draw(drawer, requests, output / "pictures", drawing.NO_IMAGE)
     del drawer
-    networks = load_networks(settings)
+    loaded = load_networks(settings)
     rows = picture_set.manifest_rows(manifest)
-    features = caption_features(settings, networks, rows, output / "features")
-    features |= picture_features(settings, networks, manifest, rows, sizes[-1], output / "features")
+    features = caption_features(settings, loaded, rows, output / "features")
+    features |= picture_features(settings, loaded, manifest, rows, sizes[-1], output / "features")
     result = None
     if jax.process_index() == 0:
         scores = score(settings, features, references)
-        described = describe(settings, record, references)
+        described = describe(settings, record, references, networks)
         described["pictures"] |= described_manifest(manifest)
-        result = scores | {"provenance": described}
+        result = scores | {"warnings": warnings, "provenance": described}
+        result["by_prompt"] = by_prompt(settings, scores, features)
         write_json(output / RESULT, result)
         suite_figures.write(result, manifest, sizes, output)
     agreement.gather()  # all files are there
     return result
 
 
-def check_networks(settings: Settings) -> None:
-    """Raises ValueError for weights that do not fit, a metric without network, and the like."""
+def check_networks(settings: Settings) -> Identities:
+    """The identities of the networks, of a CLIP with that of its text tower as "captions".
+
+    Raises ValueError for weights that do not fit, a metric without network, and the like.
+    """
+    found = {}
     for name, path in settings.networks.items():
-        network.load(name, path)
+        found[name] = dict(network.load(name, path).identity)
         if name in image_metrics.CLIP:
-            clip_text.load(name, path)
+            found[name]["captions"] = dict(clip_text.load(name, path).identity)
     for metric in settings.metrics:
         if not set(image_metrics.METRICS[metric].networks) & set(settings.networks):
             raise ValueError(
                 f"--metrics {metric} needs one of the networks"
                 f" {', '.join(image_metrics.METRICS[metric].networks)}: give --network NAME=PATH"
             )
+    return found
+
+
+def check_counts(settings: Settings, networks: Identities, size: int) -> list[str]:
+    """Logs and returns warnings about the numbers of pictures and of real images.
+
+    size: of the pictures in pixels. Raises ValueError if a metric of --metrics cannot be computed
+    with so few, and for a reference file of another image size.
+    """
+    warnings = []
+    for name, identity in networks.items():
+        if (real := _real_images(settings, name, size)) is None:
+            continue
+        counts = {"pictures": len(settings.requests), "real images": real["count"]}
+        wanted = image_metrics.applicable(name, settings.metrics, True)
+        reasons = image_metrics.too_few(wanted, identity["dim"], counts)
+        if reasons and settings.metrics:
+            raise ValueError(f"--metrics: {name}: {reasons[0]}, or leave the metric out")
+        warnings += [f"{name}: {reason}" for reason in reasons]
+        if reason := settings.suite.other_reference(real["count"]):
+            warnings.append(reason)
+    warnings = list(dict.fromkeys(warnings))
+    if jax.process_index() == 0:
+        for warning in warnings:
+            log.warning(warning)
+    return warnings
+
+
+def _real_images(settings: Settings, name: str, size: int) -> Mapping[str, Any] | None:
+    """The identity of the real images of a network: of a reference file, or those to read."""
+    if given := _reference_of(settings.references, name):
+        found = reference.images_of(Path(given))
+        if found.get("size", size) != size:
+            raise ValueError(
+                f"--reference {given} is of images of {found['size']} pixels, but the pictures of"
+                f" the last stage have {size}: give a reference of that size, or other --stages"
+            )
+        return found
+    return None if settings.images is None else settings.images(size).identity
 
 
 def make_references(
@@ -157,6 +203,7 @@ def _kept_reference(images: RealImages, loaded: FeatureNetwork, path: Path) -> r
     """The reference file in the output directory; process 0 makes it if it is missing or old."""
     found = None
     if jax.process_index() == 0:
+        images.check_sizes()
         try:
             found = reference.load(path, loaded, images.identity)
         except ValueError:
@@ -164,6 +211,18 @@ def _kept_reference(images: RealImages, loaded: FeatureNetwork, path: Path) -> r
             found = reference.make(images, loaded, path)
     agreement.gather()  # the file is there
     return found or reference.load(path, loaded, images.identity)
+
+
+def missing(
+    requests: picture_set.Requests, record: Mapping[str, Any], directory: Path, sizes: Sequence[int]
+) -> list[tuple[int, int]]:
+    """(pictures to draw, size in pixels) of each stage of a set; other sets do not count.
+
+    sizes: of the stages in pixels.
+    """
+    job = drawing.job_of(requests, record | drawing.NO_IMAGE)
+    left = len(requests) - picture_set.count_written(directory, job, len(requests))
+    return [(left, size) for size in sizes]
 
 
 def check_disk(output: Path, missing: Sequence[tuple[int, int]]) -> None:
@@ -295,6 +354,29 @@ def score(
     return results
 
 
+def by_prompt(
+    settings: Settings,
+    scores: Mapping[str, Any],
+    features: Mapping[str, Float[np.ndarray, "n _"]],
+) -> dict[str, Any]:
+    """What pairs two results, besides the jackknife's values in the metrics themselves.
+
+    {"scores": {network: CLIP score of each prompt}, "ranks": of the captioned image, [prompts,
+    pictures], None without retrieval}; rounded to what the comparison needs.
+    """
+    values = {
+        name: clip_score.per_prompt(
+            features[name], features[f"{name} text"], settings.prompt_of_row
+        ).round(4)
+        for name, found in scores["metrics"].items()
+        if "clip_score" in found
+    }
+    ranks = features.get("retrieval")
+    if ranks is not None:
+        ranks = ranks[:, 0].reshape(-1, settings.per_prompt).tolist()
+    return {"scores": {name: found.tolist() for name, found in values.items()}, "ranks": ranks}
+
+
 def _by_category(settings: Settings, values: Float[np.ndarray, " p"]) -> dict[str, Any]:
     """{category: mean of a value per prompt}, if the suite has several categories."""
     groups: dict[str, list[float]] = {}
@@ -306,22 +388,24 @@ def _by_category(settings: Settings, values: Float[np.ndarray, " p"]) -> dict[st
 
 
 def describe(
-    settings: Settings, record: Mapping[str, Any], references: Mapping[str, reference.Reference]
+    settings: Settings,
+    record: Mapping[str, Any],
+    references: Mapping[str, reference.Reference],
+    networks: Identities,
 ) -> dict[str, Any]:
     """Everything that is needed to repeat the evaluation, except the manifest."""
-    networks = {name: network.NETWORKS[name].preprocessing for name in settings.networks}
     return {
         "suite": settings.suite.identity | {"categories": settings.suite.categories()},
         "pictures": {
             "count": len(settings.requests),
             "per_prompt": settings.per_prompt,
-            "seeds": f"{settings.seed} + number of the picture",
+            "seeds": f"{settings.seed} + row of the manifest",
             "format": "uint8 RGB, PNG; features are computed from the files",
             "refused_or_filtered": 0,
         },
         **{name: record[name] for name in ("stages", "config", "checkpoints", "encoder")},
         "references": {name: dict(ref.identity) for name, ref in references.items()},
-        "networks": {name: {"preprocessing": text} for name, text in networks.items()},
+        "networks": {name: dict(identity) for name, identity in networks.items()},
         **provenance.software(),
         "devices": provenance.devices(),
     }
@@ -343,3 +427,5 @@ def lines(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"CLIP score, {name}", report.mean(mean)
     for name, reason in result["left_out"].items():
         yield name, f"left out: {reason}"
+    for warning in result.get("warnings", ()):
+        yield "warning", warning

@@ -21,6 +21,7 @@ from imagen_jax.evals.real_images import SUFFIXES
 from imagen_jax.storage import check_local, sha256_file
 
 EMBEDDED = "imagen_jax/assets/suites/embedded.csv"
+COCO = "coco"
 COCO_PROMPTS = 30_000  # of zero-shot FID-30K
 _NAMED = 3  # missing images that a message names
 
@@ -50,6 +51,15 @@ class Suite:
     images: str
     identity: dict[str, Any]
 
+    def other_reference(self, count: int) -> str:
+        """A warning if `count` real images are not the reference of the published protocol."""
+        if self.name != COCO or count == coco.VAL2014["images"]:
+            return ""
+        return (
+            f"{count:,} real images are not the {coco.VAL2014['images']:,} of COCO's validation"
+            " set, the reference of FID-30K: compare no published number with these distances"
+        )
+
     def categories(self) -> dict[str, int]:
         """The number of prompts of each category, in the order of first occurrence."""
         return dict(Counter(prompt.category for prompt in self.prompts))
@@ -64,7 +74,7 @@ class _Kind(NamedTuple):
 
 
 KINDS = {
-    "coco": _Kind(
+    COCO: _Kind(
         coco.read_annotations,
         "zero-shot FID on COCO 2014 (Imagen, section 3): captions drawn at random without"
         " replacement from all captions of the validation set, so that an image may occur several"
@@ -117,9 +127,9 @@ def load_suite(
         raise ValueError(f"there is no suite {name!r}: choose one of {', '.join(KINDS)}")
     path = _path(name, file)
     kind = KINDS[name]
-    if name == "coco" and path.suffix.lower() in (".csv", ".tsv"):
+    if name == COCO and path.suffix.lower() in (".csv", ".tsv"):
         kind = COCO_LIST
-    elif name == "coco" and count is None:
+    elif name == COCO and count is None:
         count = COCO_PROMPTS
     names = _image_names(images)
     notes: Counter[str] = Counter()

@@ -73,17 +73,23 @@ def test_retrieval_is_paired_by_hits(points):
     found = best_of(points[:2], "top1")
     assert found["best"] == 1 and found["tied"] == [0]
     (entry,) = found["differences"]
-    assert entry["value"] == pytest.approx(-100 / PROMPTS)
-    assert entry["se"] == pytest.approx(100 * np.sqrt(3 * 82 - 1) / 82 / np.sqrt(82), rel=1e-3)
+    assert entry["value"] == pytest.approx(-1 / PROMPTS)
+    assert entry["se"] == pytest.approx(np.sqrt(3 * 82 - 1) / 82 / np.sqrt(82), rel=1e-3)
 
 
-def test_the_difference_is_in_printed_units(points):
-    """Catches a difference of KID without the factor 1000 of its values."""
+def test_differences_have_the_unit_of_the_values_of_the_file(points):
+    """Catches a difference of KID times 1000 in a file whose KIDs are not, and a printed KID
+    without that factor.
+    """
     found = best_of(points, "kid")
     values = {i: points[i].scores["metrics"]["inception"]["kid"]["value"] for i in range(3)}
     for entry in found["differences"]:
-        expected = 1000 * (values[entry["point"]] - values[found["best"]])
+        expected = values[entry["point"]] - values[found["best"]]
         assert entry["value"] == pytest.approx(expected)
+    (kid,) = (q for q in grid_comparison.quantities(points) if q.metric == "kid")
+    assert found["label"] == "KID" and kid.estimates[0]["mean"] == pytest.approx(1000 * values[0])
+    assert "KID x 1000" in grid_comparison.table(list("abc"), [kid], [found])
+    assert pareto.axis_label(kid).startswith("KID x 1000 (inception)")
 
 
 def test_a_missing_number_is_no_best(points):

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from imagen_jax import cascade, drawing, picture_set, schema
-from imagen_jax.evals import grid_pictures, settings_grid
+from imagen_jax.evals import grid_evaluation, grid_pictures, settings_grid
 from imagen_jax.picture_set import Requests
 from tests.test_cascade import MESH, config  # noqa: F401  a fixture
 from tests.test_drawing import Encoder
@@ -108,6 +109,23 @@ def test_settings_of_later_stages_leave_a_set_as_it_is(make_drawer):
     before, after = jobs(), jobs(w=3.0)
     assert before[:2] == after[:2] and before[0] != before[1]
     assert before[2] != after[2] and before[2] != before[3]
+
+
+def test_pictures_of_other_prompts_do_not_count_as_drawn(make_drawer, tmp_path):
+    """Catches a grid that fits on the disk only because another one is in its directory."""
+    drawer = make_drawer()
+    axes = settings_grid.parse(["sr_1.w=2,1"], drawer.config, STAGES)
+    points = settings_grid.points(axes, drawer.config, STAGES)
+    place = tmp_path / points[0].parent.directory / grid_pictures.PICTURES
+    for requests, pictures in ((Requests(["other"], 4, 7), 4), (REQUESTS, 1)):
+        job = grid_pictures.job(drawer, points[0].parent, requests)
+        with picture_set.reserve(place, job, len(requests)) as first:
+            part = picture_set.part_path(place, first, "p")
+            made = picture_set.PictureSet(place, requests, {}, first, part)
+            for row in range(pictures):
+                made.add(row, [np.zeros((8, 8, 3), np.uint8)])
+    found = list(grid_evaluation.missing(drawer, points, tmp_path, REQUESTS))
+    assert found == [(3, 8), (4, 16), (4, 16)]
 
 
 def test_settings_with_another_program_keep_the_parameters(config):  # noqa: F811

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax import sharding
-from imagen_jax.evals import reference
+from imagen_jax.evals import reference, suite_evaluation
 from imagen_jax.evals.networks.network import FeatureNetwork
 from imagen_jax.evals.real_images import FolderImages, Images
 
@@ -102,6 +102,37 @@ def test_damaged_files_are_one_line(made, tmp_path):
     np.savez(change_meta, meta=np.array(json.dumps({"x": 1})))
     with pytest.raises(ValueError, match="is not a reference file"):
         reference.network_of(change_meta)
+
+
+def test_images_that_would_be_enlarged_are_refused(folder):
+    """Catches real images that PIL's area average enlarges to blocks. They are 16 pixels wide and
+    12 to 18 high; a size is read without decoding, so a damaged file is left to `check`.
+    """
+    FolderImages(folder, 12).check_sizes()
+    (folder / "6.png").write_bytes(b"no image")
+    message = r"2 of 7 images .* below 14 pixels.*, e\.g\. 0\.png \(16x12\), 1\.png \(16x13\): give"
+    with pytest.raises(ValueError, match=message):
+        FolderImages(folder, 14).check_sizes()
+
+
+def test_a_few_images_that_are_enlarged_are_a_warning(tmp_path, caplog):
+    """Catches a folder such as COCO's, in which few images are small, that cannot be used."""
+    for i in range(40):
+        Image.new("RGB", (16, 7 if i < 2 else 9)).save(tmp_path / f"{i:02}.png")
+    FolderImages(tmp_path, 8).check_sizes()
+    assert "2 of 40 images" in caplog.text and "00.png (16x7), 01.png (16x7)" in caplog.text
+    Image.new("RGB", (16, 7)).save(tmp_path / "39.png")
+    with pytest.raises(ValueError, match="3 of 40 images"):
+        FolderImages(tmp_path, 8).check_sizes()
+
+
+def test_a_kept_reference_of_enlarged_images_is_refused(folder, tmp_path):
+    """Catches a reference of an earlier evaluation that is used although its images are small."""
+    Image.new("RGB", (9, 6)).save(folder / "0.png")
+    path, images = tmp_path / "n.npz", FolderImages(folder, 8)
+    reference.make(images, network(), path)
+    with pytest.raises(ValueError, match=r"below 8 pixels.* 0\.png \(9x6\)"):
+        suite_evaluation._kept_reference(images, network(), path)
 
 
 def test_damaged_images_are_counted_and_named(folder, tmp_path):

@@ -2,12 +2,15 @@
 
 import json
 import types
+from pathlib import Path
 
 import pytest
 
 from configs import cascade
 from imagen_jax import evaluate, schema
-from imagen_jax.evals import settings_grid
+from imagen_jax.evals import grid_evaluation, settings_grid, suite_evaluation
+from imagen_jax.evals.suite_evaluation import Settings
+from imagen_jax.evals.suites import Suite
 
 STAGES = ["base", "sr_1"]
 
@@ -103,6 +106,19 @@ def test_stages_without_checkpoint_do_not_run(config):
     assert settings_grid.run_stages(shorter, ["base", "sr_1", "sr_2"]) == ["base"]
 
 
+def test_a_cascade_without_base_is_refused_with_the_flag_of_evaluate(config):
+    """Catches advice to give --config, a flag of sample, and an empty list of stages."""
+    shorter = config | {"base": config["base"] | {"checkpoint": ""}}
+    message = "base has no checkpoint: give --cascade.base.checkpoint=PATH"
+    with pytest.raises(ValueError, match=message):
+        settings_grid.run_stages(shorter, STAGES)
+    given = Settings(shorter, STAGES, Suite("", [], "", {}), 1, 0, {}, [], None)
+    with pytest.raises(ValueError, match=message):
+        suite_evaluation.evaluate(given, Path("none"))
+    with pytest.raises(ValueError, match=message):
+        grid_evaluation.evaluate(given, ["base.w=1"], Path("none"))
+
+
 def test_the_flag_of_one_stage_keeps_its_meaning():
     """Catches --grid=karras with --checkpoint, as ablations of samplers pass it, that is lost, and
     a grid of settings that is taken for a name.
@@ -113,3 +129,44 @@ def test_the_flag_of_one_stage_keeps_its_meaning():
         of("base.w=1")
     with pytest.raises(ValueError, match="--grid may be repeated with --cascade only"):
         of("t", "karras")
+
+
+class Flags(dict):
+    """The flags of an evaluation of a cascade, as absl gives them; `present` if set here."""
+
+    def __init__(self, **given):
+        names = [*evaluate.OF_CHECKPOINT, *evaluate.OF_CASCADE, *schema.EVALUATE_FLAGS.values()]
+        values = dict.fromkeys([*names, "checkpoint", "data", "output"], "") | {"seed": 0}
+        values |= {"cascade": {"base": {}}, "suite": "data", "data": "d", "stages": ["base"]}
+        values |= {"network": ["x"], **given}
+        holder = lambda name: types.SimpleNamespace(value=values[name], present=name in given)
+        super().__init__({name: holder(name) for name in values})
+
+    def __getattr__(self, name):
+        return self[name].value
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gallery": 99}, "--gallery is for --checkpoint; leave it out"),
+        ({"split": "train", "data": "", "suite": "embedded"}, "--split is a split of --data"),
+        ({"suite_file": "x.txt"}, "--suite data takes its prompts from --data"),
+    ],
+)
+def test_flags_without_effect_on_a_cascade_are_refused(tmp_path, given, message):
+    """Catches a flag that is accepted and not used."""
+    evaluate.check_flags(Flags(output=str(tmp_path / "out"), split="train"))
+    with pytest.raises(ValueError, match=message):
+        evaluate.check_flags(Flags(output=str(tmp_path / "out"), **given))
+
+
+def test_flags_of_an_evaluation_are_refused_with_compare(tmp_path):
+    """Catches a comparison of one directory, and settings that are accepted and not used."""
+    with pytest.raises(ValueError, match="--compare DIR is needed twice"):
+        evaluate.compare(Flags(compare=["a"]))
+    for name in ("suite", "gallery", "seed", "grid", "steps"):
+        with pytest.raises(ValueError, match=f"--{name} has no effect with --compare"):
+            evaluate.compare(Flags(compare=["a", "b"], **{name: 1}))
+    with pytest.raises(FileNotFoundError):
+        evaluate.compare(Flags(compare=[str(tmp_path), str(tmp_path)]))

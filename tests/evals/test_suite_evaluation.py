@@ -2,11 +2,13 @@
 
 import collections
 import json
+import types
 
 import numpy as np
 import pytest
 
-from imagen_jax.evals import suite_evaluation
+from imagen_jax import drawing, picture_set
+from imagen_jax.evals import reference, suite_evaluation
 from imagen_jax.evals.reference import Reference
 from imagen_jax.evals.suite_evaluation import Settings
 from imagen_jax.evals.suites import Prompt, Suite
@@ -80,3 +82,95 @@ def test_a_metric_without_its_network_is_refused():
     """Catches a metric that is left out in silence."""
     with pytest.raises(ValueError, match="--metrics clip_score needs one of the networks clip-b32"):
         suite_evaluation.check_networks(settings((), metrics=["clip_score"]))
+
+
+def real_images(count, size=64):
+    identity = {"kind": "folder", "path": "p", "count": count, "sha256": "s", "size": size}
+    return lambda size: types.SimpleNamespace(identity=identity)
+
+
+WIDE = {"inception": {"dim": 2048}, "efficientnet-lite0": {"dim": 8}}
+
+
+def test_a_frechet_distance_that_cannot_be_computed_is_found_before_sampling(caplog):
+    """Catches --metrics fd that is left out after a night of sampling, with too few pictures or too
+    few real images, and no warning without --metrics.
+    """
+    few = settings(tuple(WIDE), images=real_images(3000))  # 16 pictures
+    (warning,) = suite_evaluation.check_counts(few, WIDE, 64)
+    assert (
+        warning.startswith("inception: pictures: 16 images are too few") and warning in caplog.text
+    )
+    with pytest.raises(ValueError, match="--metrics: inception: pictures: 16 .* leave the metric"):
+        suite_evaluation.check_counts(
+            settings(tuple(WIDE), images=real_images(3000), metrics=["fd"]), WIDE, 64
+        )
+    with pytest.raises(ValueError, match="efficientnet-lite0: real images: 8 images are too few"):
+        changed = dict(images=real_images(8), metrics=["fd"])
+        suite_evaluation.check_counts(
+            settings(("efficientnet-lite0",), **changed), {"efficientnet-lite0": {"dim": 8}}, 64
+        )
+    others = settings(tuple(WIDE), images=real_images(3000), metrics=["kid"])
+    assert suite_evaluation.check_counts(others, WIDE, 64) == []
+    assert suite_evaluation.check_counts(settings(tuple(WIDE)), WIDE, 64) == []
+
+
+@pytest.mark.parametrize(("count", "expected"), [(40_504, 0), (40_500, 1)])
+def test_another_reference_than_that_of_coco_is_a_warning(count, expected):
+    """Catches an FID against part of COCO's validation set that reads like FID-30K."""
+    coco = Suite("coco", suite().prompts, "", {})
+    changed = settings(("efficientnet-lite0",), suite=coco, images=real_images(count))
+    warnings = suite_evaluation.check_counts(changed, {"efficientnet-lite0": {"dim": 8}}, 64)
+    assert len(warnings) == expected and all("40,504 of COCO's" in text for text in warnings)
+    result = {"metrics": {}, "left_out": {}, "warnings": warnings}
+    assert len(list(suite_evaluation.lines(result))) == expected
+    toy = settings(("efficientnet-lite0",), images=real_images(count))
+    assert suite_evaluation.check_counts(toy, {"efficientnet-lite0": {"dim": 8}}, 64) == []
+
+
+def test_a_reference_of_another_size_is_refused(tmp_path):
+    """Catches pictures of 64 pixels that are compared with real images of 256."""
+    meta = {"network": {"network": "efficientnet-lite0"}, "images": {"count": 99, "size": 256}}
+    np.savez(tmp_path / "r.npz", meta=np.array(json.dumps(meta)))
+    kept = settings(("efficientnet-lite0",), references=[str(tmp_path / "r.npz")])
+    identities = {"efficientnet-lite0": {"dim": 8}}
+    assert suite_evaluation.check_counts(kept, identities, 256) == []
+    with pytest.raises(ValueError, match=r"r\.npz is of images of 256 pixels, .* have 64: give"):
+        suite_evaluation.check_counts(kept, identities, 64)
+    assert reference.images_of(tmp_path / "r.npz") == meta["images"]
+
+
+def test_the_result_names_the_weights_of_every_network(monkeypatch):
+    """Catches a CLIP score without a record of its CLIP, and seeds by the number of the file."""
+    tower = lambda kind: (
+        lambda name, path: types.SimpleNamespace(
+            identity={"network": name, "weights_sha256": f"{kind} of {path}"}
+        )
+    )
+    monkeypatch.setattr(suite_evaluation.network, "load", tower("images"))
+    monkeypatch.setattr(suite_evaluation.clip_text, "load", tower("captions"))
+    given = settings(networks=("clip-b32", "inception"))
+    identities = suite_evaluation.check_networks(given)
+    record = dict.fromkeys(("stages", "config", "checkpoints", "encoder"))
+    found = suite_evaluation.describe(given, record, {}, identities)
+    assert found["networks"]["clip-b32"]["weights_sha256"] == "images of "
+    assert found["networks"]["clip-b32"]["captions"]["weights_sha256"] == "captions of "
+    assert "captions" not in found["networks"]["inception"]
+    assert found["pictures"]["seeds"] == "0 + row of the manifest"
+
+
+def test_an_evaluation_with_other_settings_draws_everything(tmp_path):
+    """Catches a check of the disk that counts the pictures of an earlier evaluation, or only those
+    of the last stage.
+    """
+    record = {"config": {"which": "ema"}, "checkpoints": [], "stages": ["base"]}
+    requests = settings().requests
+    job = drawing.job_of(requests, record | drawing.NO_IMAGE)
+    with picture_set.reserve(tmp_path, job, len(requests)) as first:
+        part = picture_set.part_path(tmp_path, first, "p")
+        made = picture_set.PictureSet(tmp_path, requests, record, first, part)
+        made.add(0, [np.zeros((4, 4, 3), np.uint8)])
+    left = lambda record: suite_evaluation.missing(requests, record, tmp_path, [16, 64])
+    assert left(record) == [(len(requests) - 1, 16), (len(requests) - 1, 64)]
+    other = record | {"config": {"which": "params"}}
+    assert left(other) == [(len(requests), 16), (len(requests), 64)]

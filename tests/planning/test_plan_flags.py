@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 from ml_collections import config_flags
@@ -55,3 +56,17 @@ def test_flags_that_contradict_are_refused(options, message):
         and done.stderr.startswith("error: ")
         and done.stderr.count("\n") == 1
     )
+
+
+@pytest.mark.parametrize("name", ["exact", "search", "sampler"])
+def test_flags_of_a_training_are_refused_with_sample(name):
+    """Catches --search that is accepted with --sample and not used."""
+    given = {"sample": True, "text_encoder": "", "config": {}, "topology": "v5e-4", "price": 0.0}
+
+    class Flags(types.SimpleNamespace):
+        __getitem__ = lambda self, flag: types.SimpleNamespace(present=flag in self.there)
+
+    plan.check_flags(Flags(**given, there=()))
+    plan.check_flags(Flags(**given | {"sample": False}, there=(name,)))
+    with pytest.raises(ValueError, match=f"--{name} is for the plan of a training; leave it out"):
+        plan.check_flags(Flags(**given, there=(name,)))

@@ -17,7 +17,13 @@ ROOT = pathlib.Path(measures.__file__).parents[3]
 PACKAGE = ROOT / "imagen_jax"
 OTHERS = [PACKAGE / "evaluate.py", ROOT / "launch/sweep.py", *(PACKAGE / "evals").glob("*.py")]
 # The metrics of a cascade are a list of their own, and some have the name of a measure.
-OF_CASCADES = {"grid_comparison.py", "image_metrics.py", "pareto.py", "suite_evaluation.py"}
+OF_CASCADES = {
+    "evaluation_comparison.py",
+    "grid_comparison.py",
+    "image_metrics.py",
+    "pareto.py",
+    "suite_evaluation.py",
+}
 OTHERS = [path for path in OTHERS if path.name not in OF_CASCADES]
 OTHERS += [PACKAGE / "evals/measures" / name for name in ("__init__.py", "measure.py")]
 
