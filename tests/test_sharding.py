@@ -33,12 +33,13 @@ def rules_for(mesh):
     return MODEL_RULES if mesh.shape["model"] > 1 else RULES
 
 
-def loss_on(name, mesh, params=None):
+def loss_on(name, mesh, params=None, fields=None):
     """(loss, gradients, parameters) of a tiny stage on a mesh.
 
-    Parameters are the given host arrays, or the stage's initial ones, perturbed.
+    Parameters are the given host arrays, or the stage's initial ones, perturbed. fields: changes of
+    the config.
     """
-    stage, optimizer, _ = tiny.stage_and_step(tiny.config(name), mesh)
+    stage, optimizer, _ = tiny.stage_and_step(tiny.config(name, **fields or {}), mesh)
     _, shardings = abstract_state(stage, optimizer, mesh, rules_for(mesh), 8)
     if params is None:
         params = tiny.perturbed(jax.device_get(create_state(stage, optimizer, 0, shardings).params))
@@ -53,31 +54,37 @@ def loss_on(name, mesh, params=None):
 
 
 @functools.cache
-def on_one_device(name):
-    return loss_on(
-        name, sharding.make_mesh(dict(data=1, fsdp=1, model=1, spatial=1), jax.devices()[:1])
-    )
+def on_one_device(name, one_level=False):
+    mesh = sharding.make_mesh(dict(data=1, fsdp=1, model=1, spatial=1), jax.devices()[:1])
+    return loss_on(name, mesh, fields=tiny.ONE_LEVEL_FIELDS if one_level else None)
+
+
+def assert_same_on(mesh, name, one_level=False):
+    """The loss and the gradients on a mesh are those of one device."""
+    loss, grads, params = on_one_device(name, one_level)
+    fields = tiny.ONE_LEVEL_FIELDS if one_level else None
+    mesh_loss, mesh_grads, _ = loss_on(name, mesh, params, fields)
+    np.testing.assert_allclose(loss, mesh_loss, rtol=1e-5)
+    assert tiny.relative_error(mesh_grads, grads) < 1e-5
 
 
 # FSDP on sr_1024 is in `test_slices_lie_along_data`.
 @pytest.mark.parametrize(
-    "name, sizes",
+    "name, sizes, one_level",
     [
-        pytest.param("base_64", MODEL, marks=pytest.mark.slow),
-        pytest.param("base_64", DATA, marks=pytest.mark.slow),
-        ("sr_1024", SPATIAL),
-        pytest.param("base_64", SPATIAL, marks=pytest.mark.slow),
-        pytest.param("sr_1024", MODEL, marks=pytest.mark.slow),
+        ("sr_1024", SPATIAL, True),
+        pytest.param("sr_1024", SPATIAL, False, marks=pytest.mark.slow),
+        pytest.param("base_64", SPATIAL, False, marks=pytest.mark.slow),
+        pytest.param("base_64", MODEL, False, marks=pytest.mark.slow),
+        pytest.param("base_64", DATA, False, marks=pytest.mark.slow),
+        pytest.param("sr_1024", MODEL, False, marks=pytest.mark.slow),
     ],
 )
-def test_mesh_changes_nothing(name, sizes):
+def test_mesh_changes_nothing(name, sizes, one_level):
     """Catches a loss averaged per device, noise that depends on the mesh, and a missing halo
     exchange.
     """
-    loss, grads, params = on_one_device(name)
-    mesh_loss, mesh_grads, _ = loss_on(name, sharding.make_mesh(sizes), params)
-    np.testing.assert_allclose(loss, mesh_loss, rtol=1e-5)
-    assert tiny.relative_error(mesh_grads, grads) < 1e-5
+    assert_same_on(sharding.make_mesh(sizes), name, one_level)
 
 
 @pytest.mark.slow
@@ -117,12 +124,12 @@ def test_every_block_is_split_by_rows_and_height(name, count):
     assert program.count("(('data', 'fsdp'), 'spatial')") == 2 * count  # forward and backward
 
 
-def sample_on(name, mesh, sampling):
+def sample_on(name, mesh, sampling, fields):
     """Eight samples of a tiny stage; its parameters do not depend on the mesh.
 
-    `sampling` are changed settings.
+    sampling: changed settings. fields: changes of the config.
     """
-    stage, _, _ = tiny.stage_and_step(tiny.config(name), mesh)
+    stage, _, _ = tiny.stage_and_step(tiny.config(name, **fields), mesh)
     params = tiny.random_params(stage.init)
     placed, rows = (
         jax.device_put(params, sharding.tree_shardings(params, mesh, rules_for(mesh), 8)),
@@ -137,23 +144,21 @@ SECOND_ORDER = {"method": "dpmpp_2m", "grid": "logsnr", "w_interval": (-2.0, 2.0
 
 
 @pytest.mark.parametrize(
-    "name, sizes, sampling",
+    "name, sizes, sampling, fields",
     [
-        pytest.param("sr_256", MODEL, {}, marks=pytest.mark.slow),
-        ("sr_1024", SPATIAL, SECOND_ORDER),
-        pytest.param("sr_1024", SPATIAL, {}, marks=pytest.mark.slow),
+        ("sr_1024", SPATIAL, SECOND_ORDER, tiny.ONE_LEVEL_FIELDS),
+        pytest.param("sr_256", MODEL, {}, {}, marks=pytest.mark.slow),
+        pytest.param("sr_1024", SPATIAL, SECOND_ORDER, {}, marks=pytest.mark.slow),
     ],
 )
-def test_sample_is_the_same_on_a_mesh(name, sizes, sampling):
+def test_sample_is_the_same_on_a_mesh(name, sizes, sampling, fields):
     """Catches noise drawn per device, and a missing halo exchange in the sampler: no fp32 pixel may
     change by more than 1/255.
     """
-    alone = sample_on(
-        name,
-        sharding.make_mesh(dict(data=1, fsdp=1, model=1, spatial=1), jax.devices()[:1]),
-        sampling,
-    )
-    assert np.abs(alone - sample_on(name, sharding.make_mesh(sizes), sampling)).max() <= 2 / 255
+    one = sharding.make_mesh(dict(data=1, fsdp=1, model=1, spatial=1), jax.devices()[:1])
+    alone = sample_on(name, one, sampling, fields)
+    meshed = sample_on(name, sharding.make_mesh(sizes), sampling, fields)
+    assert np.abs(alone - meshed).max() <= 2 / 255
     assert alone.std() > 0.05
 
 
@@ -169,10 +174,7 @@ def test_slices_lie_along_data(monkeypatch):
         [1, 1],
         [1, 1],
     ]
-    loss, grads, params = on_one_device("sr_1024")
-    mesh_loss, mesh_grads, _ = loss_on("sr_1024", mesh, params)
-    np.testing.assert_allclose(loss, mesh_loss, rtol=1e-5)
-    assert tiny.relative_error(mesh_grads, grads) < 1e-5
+    assert_same_on(mesh, "sr_1024", one_level=True)
     with pytest.raises(
         ValueError, match="cuts through 2 slices of 4 devices: `data` must be a multiple of 2"
     ):
