@@ -150,6 +150,7 @@ class Reservation:
         self._output, self.requests, self._record = output, requests, record
         job = job_of(requests, record, free)
         self._context = picture_set.reserve(output, job, len(requests)) if _is_first() else None
+        self._parts: list[Path] = []  # of this process
 
     def __enter__(self) -> "Reservation":
         text = ""
@@ -172,15 +173,17 @@ class Reservation:
         """The part of the set that this process writes."""
         process = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"  # never used before
         part = picture_set.part_path(self._output, self.first, process)
+        self._parts.append(part)
         return PictureSet(self._output, self.requests, self._record, self.first, part)
 
     def finish(self) -> Path:
         """Waits for all processes; process 0 writes the manifest. Returns its path."""
         path = picture_set.manifest(self._output, self.first)
-        agreement.gather()  # all pictures are written
+        agreement.share_files(part for part in self._parts if part.exists())
+        agreement.wait_for_files(picture_set.listed_files(self._output, self.first))
         if self._context and (self.left or not path.exists()):
             self.pictures().finish()
-        agreement.gather()  # the manifest is written
+        agreement.share_files([path] if self._context else [])
         return path
 
 

@@ -200,6 +200,14 @@ def part_rows(directory: Path, first: int) -> Iterator[dict[str, Any]]:
                 yield row
 
 
+def listed_files(directory: Path, first: int) -> Iterator[Path]:
+    """The pictures that the parts of a set list, whether they are visible or not."""
+    for path in parts(directory, first):
+        for line in _lines(path):
+            if row := _parse(line, path):
+                yield directory / row["file"]
+
+
 def count_written(directory: Path) -> int:
     """The number of pictures that all sets of a directory list."""
     return sum(1 for first in sets(directory) for _ in part_rows(directory, first))

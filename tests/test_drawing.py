@@ -127,6 +127,22 @@ def test_a_set_that_was_killed_before_its_manifest_gets_it(tmp_path):
         assert len(manifest_rows(reserved.finish())) == 1
 
 
+def test_the_files_of_all_processes_are_visible_before_they_are_read(tmp_path, monkeypatch):
+    """Catches a manifest without the pictures that a network file system shows late, and a manifest
+    that other processes read before they see it.
+    """
+    awaited = []
+    record = lambda files: awaited.append([path.name for path in files])
+    monkeypatch.setattr(drawing.agreement, "share_files", record)
+    monkeypatch.setattr(drawing.agreement, "wait_for_files", record)
+    with drawing.Reservation(tmp_path, Requests(["a", "b"], 1, 0), {"config": {}}) as reserved:
+        pictures = reserved.pictures()
+        for row in (0, 1):
+            pictures.add(row, [np.zeros((4, 4, 3), np.uint8)])
+        reserved.finish()
+    assert awaited == [[pictures.part.name], ["0000_a.png", "0001_b.png"], ["set_0000.jsonl"]]
+
+
 def test_what_changes_no_picture_is_not_part_of_the_job():
     """Catches a set that begins again because the mesh, the batch or a path for `plan` differs."""
     record = {"image": "", "stages": ["base"]}

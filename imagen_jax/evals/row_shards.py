@@ -45,8 +45,7 @@ class RowShards:
         function: rows -> their values [k d].
         """
         # By number, not by position among the missing: another process may be writing meanwhile.
-        shards = range(process, self._count, processes)
-        own = [shard for shard in shards if self._read(shard) is None]
+        own = [s for s in self._share(process, processes) if self._read(s) is None]
         done = 0
         with Progress(label, sum(len(self._rows(s)) for s in own), quiet=process > 0) as progress:
             for shard in own:
@@ -62,6 +61,10 @@ class RowShards:
                 progress.update(done)
         return done
 
+    def files(self, process: int, processes: int) -> list[Path]:
+        """The files of a process's share."""
+        return [self._path(shard) for shard in self._share(process, processes)]
+
     def joined(self) -> Shaped[np.ndarray, "n d"]:
         """The values of all rows, in their order. Raises ValueError for a missing file."""
         expected = np.concatenate([self._keys(shard) for shard in range(self._count)])
@@ -71,6 +74,9 @@ class RowShards:
         for shard in range(self._count):
             if (found := self._read(shard)) is not None:
                 yield found
+
+    def _share(self, process: int, processes: int) -> range:
+        return range(process, self._count, processes)
 
     @property
     def _count(self) -> int:

@@ -162,7 +162,7 @@ def _kept_reference(images: RealImages, loaded: FeatureNetwork, path: Path) -> r
         except ValueError:
             images.check()
             found = reference.make(images, loaded, path)
-    agreement.gather()  # the file is there
+    agreement.share_files([] if found is None else [path])
     return found or reference.load(path, loaded, images.identity)
 
 
@@ -261,7 +261,8 @@ def _computed(
 
 def _joined(shards: Mapping[str, RowShards]) -> dict[str, Float[np.ndarray, "n _"]]:
     """The values of all processes, in process 0."""
-    agreement.gather()  # all files are there
+    place = jax.process_index(), jax.process_count()
+    agreement.share_files(path for shard in shards.values() for path in shard.files(*place))
     if jax.process_index():
         return {}
     return {kind: shard.joined() for kind, shard in shards.items()}

@@ -2,12 +2,14 @@
 
 import collections
 import json
+import types
 
 import numpy as np
 import pytest
 
 from imagen_jax.evals import suite_evaluation
 from imagen_jax.evals.reference import Reference
+from imagen_jax.evals.row_shards import RowShards
 from imagen_jax.evals.suite_evaluation import Settings
 from imagen_jax.evals.suites import Prompt, Suite
 
@@ -80,3 +82,30 @@ def test_a_metric_without_its_network_is_refused():
     """Catches a metric that is left out in silence."""
     with pytest.raises(ValueError, match="--metrics clip_score needs one of the networks clip-b32"):
         suite_evaluation.check_networks(settings((), metrics=["clip_score"]))
+
+
+def test_shards_are_visible_before_they_are_joined(tmp_path, monkeypatch):
+    """Catches shards of other processes that process 0 misses because they become visible late."""
+    rows = [{"row": i, "prompt": "a", "sha256": ""} for i in range(5)]
+    shards = RowShards(tmp_path, {}, rows, 1, 2)
+    shards.compute(lambda part: np.array([[float(row["row"])] for row in part]), 0, 1, "x")
+    awaited = []
+    monkeypatch.setattr(suite_evaluation.agreement, "share_files", awaited.extend)
+    assert suite_evaluation._joined({"x": shards})["x"][:, 0].tolist() == list(range(5))
+    assert awaited == shards.files(0, 1) == sorted(tmp_path.iterdir())
+    assert shards.files(1, 2) == awaited[1:2]
+
+
+def test_a_reference_is_visible_before_it_is_read(tmp_path, monkeypatch):
+    """Catches processes that read the reference of process 0 before they can see it."""
+    awaited, made, path = [], object(), tmp_path / "r.npz"
+    monkeypatch.setattr(suite_evaluation.agreement, "share_files", awaited.append)
+    monkeypatch.setattr(suite_evaluation.reference, "load", lambda *_: made)
+    images = types.SimpleNamespace(identity={})
+    # the checker of types knows no such images
+    checked = suite_evaluation._kept_reference
+    kept = getattr(checked, "__wrapped__", checked)
+    assert kept(images, None, path) is made
+    monkeypatch.setattr(suite_evaluation.jax, "process_index", lambda: 1)
+    assert kept(images, None, path) is made
+    assert awaited == [[path], []]
