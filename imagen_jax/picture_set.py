@@ -23,7 +23,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -146,17 +146,20 @@ def reserve(directory: Path, job: Mapping[str, Any], count: int) -> Iterator[int
                     yield first
                     return
     content = {"count": count, "sha256": digest, "job": dict(job)}
+    first, file = _new_file(directory)
+    with file:
+        try_lock(file, fcntl.LOCK_EX)
+        json.dump(content, file, indent=1)
+        file.flush()
+        yield first
+
+
+def _new_file(directory: Path) -> tuple[int, TextIO]:
+    """The number of row 0 of a new set, and the set's file, opened for writing."""
     while True:
         first = free_number(directory)
-        try:
-            with open(_file(directory, first), "x", encoding="utf-8") as file:
-                try_lock(file, fcntl.LOCK_EX)
-                json.dump(content, file, indent=1)
-                file.flush()
-                yield first
-                return
-        except FileExistsError:
-            continue  # another process was faster
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            return first, open(_file(directory, first), "x", encoding="utf-8")
 
 
 def free_number(directory: Path) -> int:

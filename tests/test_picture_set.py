@@ -55,6 +55,13 @@ def test_sets_of_many_commands_do_not_overlap(tmp_path):
     assert sorted(numbers) == list(range(48))
 
 
+def test_an_error_of_the_work_is_not_taken_for_a_number_in_use(tmp_path):
+    """Catches a FileExistsError inside the context that reserves one more set."""
+    with pytest.raises(FileExistsError, match="other"), picture_set.reserve(tmp_path, JOB, 5):
+        raise FileExistsError("other")
+    assert list(picture_set.sets(tmp_path)) == [0]
+
+
 def test_a_set_file_that_was_cut_off_blocks_nothing(tmp_path, monkeypatch):
     """Catches a killed command that makes every later one fail."""
     monkeypatch.setattr(picture_set, "PATIENCE_S", 0.1)
