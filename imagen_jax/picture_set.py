@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -271,9 +272,10 @@ class Pictures(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         path, row = self._directory / self._rows[index]["file"], self._rows[index]
-        if hashlib.sha256(path.read_bytes()).hexdigest() != row["sha256"]:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != row["sha256"]:
             raise ValueError(f"{path} was changed since it was drawn; delete it and run it again")
-        return pictures.read_png(path)
+        return pictures.read_png(io.BytesIO(data))
 
 
 def manifest_rows(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,6 +147,21 @@ def test_pictures_are_read_when_they_are_used(tmp_path):
     assert lazy[2].flat[0] == 2
     with pytest.raises(ValueError, match="0001_b.png was changed since it was drawn; delete it"):
         lazy[1]
+
+
+def test_a_picture_is_decoded_from_the_bytes_that_were_hashed(tmp_path, monkeypatch):
+    """Catches a file that is read twice, and pixels of another content than the checksum's."""
+    made = new_set(tmp_path, ["a"])
+    made.add(0, [IMAGE + 3])
+    lazy = picture_set.Pictures(tmp_path, picture_set.manifest_rows(made.finish()))
+
+    def read_once(path, read=Path.read_bytes):
+        data = read(path)
+        path.unlink()
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", read_once)
+    assert (lazy[0] == 3).all()
 
 
 def test_a_picture_that_is_drawn_again_is_listed_anew(tmp_path):
