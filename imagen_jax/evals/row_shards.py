@@ -19,8 +19,7 @@ from imagen_jax.evals import keyed_rows
 from imagen_jax.run_log import Progress
 from imagen_jax.storage import write_arrays
 
-SHARD_BYTES = 2**27  # of the pictures of one shard
-SHARD_ROWS = 512  # at most
+SHARD_ROWS = 512  # of one shard, if a batch is not larger
 Row = Mapping[str, Any]  # a row of a manifest
 Compute = Callable[[Sequence[Row]], Shaped[np.ndarray, "k d"]]
 
@@ -108,6 +107,15 @@ class RowShards:
         return None
 
 
-def rows_per_shard(image_size: int) -> int:
-    """Rows of a file whose pictures take at most SHARD_BYTES."""
-    return int(np.clip(SHARD_BYTES // (3 * image_size**2), 1, SHARD_ROWS))
+def rows_per_shard(count: int, processes: int, batch: int, most: int = SHARD_ROWS) -> int:
+    """Rows of a file: whole batches of the network, and a share of the work for every process.
+
+    count: rows of the set. batch: rows that a process computes at once. most: the largest number
+    of rows, unless a batch is larger. Another number of rows, which other processes or devices may
+    lead to, computes the files again.
+    """
+    share = -(-count // processes)
+    if share <= batch:
+        return max(1, share)
+    batches = min(-(-share // batch), max(1, most // batch))
+    return batches * batch

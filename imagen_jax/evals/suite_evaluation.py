@@ -211,7 +211,9 @@ def caption_features(
         if tower := loaded.captions:
             of_part = lambda part, tower=tower: tower.features([row["prompt"] for row in part])
             place = directory / f"{name}_text"
-            shards[f"{name} text"] = _computed(settings, place, tower.identity, texts, 1, of_part)
+            shards[f"{name} text"] = _computed(
+                settings, place, tower.identity, texts, _network_shard(texts), of_part
+            )
     return _joined(shards)
 
 
@@ -232,7 +234,7 @@ def picture_features(
     for name, loaded in networks.items():
         of_part = lambda part, loaded=loaded: loaded.images.features(open_pictures(part))
         shards[name] = _computed(
-            settings, directory / name, loaded.images.identity, rows, size, of_part
+            settings, directory / name, loaded.images.identity, rows, _network_shard(rows), of_part
         )
     if settings.gallery is not None:
         gallery = settings.gallery(size)
@@ -240,9 +242,21 @@ def picture_features(
         own_of = lambda part: np.array([own[row["row"] // settings.per_prompt] for row in part])
         ranks = lambda part: data_suite.ranks(open_pictures(part), own_of(part), gallery)
         shards["retrieval"] = _computed(
-            settings, directory / "retrieval", gallery.identity, rows, size, ranks
+            settings,
+            directory / "retrieval",
+            gallery.identity,
+            rows,
+            rows_per_shard(len(rows), jax.process_count(), 1),
+            ranks,
         )
     return _joined(shards)
+
+
+def _network_shard(rows: Sequence[Row]) -> int:
+    """Rows per file of the features of a network."""
+    # From numbers that are the same in all processes.
+    batch = network.BATCH_SIZE * (jax.device_count() // jax.process_count())
+    return rows_per_shard(len(rows), jax.process_count(), batch)
 
 
 def _computed(
@@ -253,8 +267,8 @@ def _computed(
     size: int,
     function: Compute,
 ) -> RowShards:
-    """The values of rows, of which this process computes its share."""
-    shards = RowShards(directory, what, rows, settings.per_prompt, rows_per_shard(size))
+    """The values of rows, of which this process computes its share. size: rows per file."""
+    shards = RowShards(directory, what, rows, settings.per_prompt, size)
     shards.compute(function, jax.process_index(), jax.process_count(), directory.name)
     return shards
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.evals import suite_evaluation
+from imagen_jax.evals.networks import network
 from imagen_jax.evals.reference import Reference
 from imagen_jax.evals.row_shards import RowShards
 from imagen_jax.evals.suite_evaluation import Settings
@@ -109,3 +110,11 @@ def test_a_reference_is_visible_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(suite_evaluation.jax, "process_index", lambda: 1)
     assert kept(images, None, path) is made
     assert awaited == [[path], []]
+
+
+def test_shards_of_features_are_batches_of_the_network(monkeypatch):
+    """Catches shards that are padded in every batch, and a set that one process computes alone."""
+    monkeypatch.setattr(suite_evaluation.jax, "device_count", lambda: 8)
+    monkeypatch.setattr(suite_evaluation.jax, "process_count", lambda: 4)
+    assert suite_evaluation._network_shard([{}] * 1000) == 4 * (2 * network.BATCH_SIZE)
+    assert suite_evaluation._network_shard([{}] * 200) == 50

