@@ -75,7 +75,7 @@ def define_flags() -> None:
         "gallery",
         20_000,
         "largest number of images to compare samples with; if there are more, --seed determines a"
-        " random subset",
+        " random subset. --suite data uses all images",
     )
     flags.DEFINE_multi_string(
         GRID,

@@ -246,7 +246,7 @@ def picture_features(
             directory / "retrieval",
             gallery.identity,
             rows,
-            rows_per_shard(len(rows), jax.process_count(), 1),
+            rows_per_shard(len(rows), jax.process_count(), 1, data_suite.pictures_at_once(size)),
             ranks,
         )
     return _joined(shards)
