@@ -13,7 +13,7 @@ from jaxtyping import Int
 from imagen_jax.data.records import Prepared
 from imagen_jax.evals import nearest
 from imagen_jax.evals.real_images import Images, PreparedImages
-from imagen_jax.evals.statistics import proportion
+from imagen_jax.evals.statistics import grouped_proportion
 from imagen_jax.evals.suites import Prompt, Suite, prompts_sha256, rank
 
 CHUNK = 256  # images of the gallery, and pictures, whose distances are computed at once
@@ -84,7 +84,11 @@ def _parts(count: int) -> list[slice]:
     return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
 
 
-def summary(ranks: Int[np.ndarray, "n 2"]) -> dict[str, Any]:
-    """The rates at which the own image is the nearest, or one of the 5 nearest."""
-    top = {f"top{k}": proportion(int((ranks[:, 0] <= k).sum()), len(ranks)) for k in (1, 5)}
+def summary(ranks: Int[np.ndarray, "n 2"], per_prompt: int = 1) -> dict[str, Any]:
+    """The rates at which the own image is the nearest, or one of the 5 nearest.
+
+    per_prompt: pictures of a prompt, which share the own image, in consecutive rows.
+    """
+    found = ranks[:, 0].reshape(-1, per_prompt)
+    top = {f"top{k}": grouped_proportion(found <= k) for k in (1, 5)}
     return top | {"n": len(ranks), "gallery": int(ranks[0, 1])}

@@ -306,7 +306,7 @@ def score(
             values = clip_score.per_prompt(features[name], others["captions"], prompts)
             results["categories"] = _by_category(settings, values)
     if "retrieval" in features:
-        results["retrieval"] = data_suite.summary(features["retrieval"])
+        results["retrieval"] = data_suite.summary(features["retrieval"], settings.per_prompt)
     return results
 
 

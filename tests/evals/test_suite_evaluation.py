@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from imagen_jax.evals import suite_evaluation
+from imagen_jax.evals import data_suite, suite_evaluation
 from imagen_jax.evals.networks import network
 from imagen_jax.evals.reference import Reference
 from imagen_jax.evals.row_shards import RowShards
@@ -73,6 +73,8 @@ def test_scores_of_each_network_and_category():
     assert {name: mean["n"] for name, mean in result["categories"].items()} == {"a": 4, "b": 4}
     assert set(result["metrics"]["inception"]) == {"fd", "kid", "mind", "neighbours"}
     assert result["retrieval"]["top1"]["rate"] == 0.25
+    assert result["retrieval"] == data_suite.summary(found["retrieval"], per_prompt=2)
+    assert result["retrieval"] != data_suite.summary(found["retrieval"])
     assert result["retrieval"]["top5"]["rate"] == 0.5 and result["retrieval"]["gallery"] == 50
     lines = dict(suite_evaluation.lines(result))
     assert "top-5 50.0 %" in lines["retrieval"] and "inception: FID" in lines
