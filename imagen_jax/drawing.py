@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 from imagen_jax import cascade, cli, picture_set, run_log
 from imagen_jax.distributed import agreement
 from imagen_jax.picture_set import PictureSet, Requests
+from imagen_jax.row_batches import row_batches
 from imagen_jax.text import feature_file
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh
@@ -216,7 +217,7 @@ def encode_prompts(
     is encoded once. directory: of the temporary file.
     """
     batch_size, mesh = drawer.config["batch_size"], drawer.stages[0].mesh
-    batches = [batch for rows in sets for batch in cascade.row_batches(rows, batch_size, mesh)]
+    batches = [batch for rows in sets for batch in row_batches(rows, batch_size, mesh)]
     texts = {requests.prompt(row): None for batch in batches for row in batch.held}
     with run_log.Progress("prompts encoded", len(texts), quiet=not _is_first()) as progress:
         features = feature_file.encode(

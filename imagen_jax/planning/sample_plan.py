@@ -18,6 +18,7 @@ from imagen_jax.hardware.topology import Topology
 from imagen_jax.planning import encoder_plan, sample_cost, whole_step
 from imagen_jax.planning.compile_pool import compile_pool
 from imagen_jax.planning.step_time import SECONDS_PER_HOUR
+from imagen_jax.row_batches import rows_per_batch
 from imagen_jax.stage import Stage, check_interval, check_sampling, create_stage
 from imagen_jax.storage import check_object
 from imagen_jax.weights import exports
@@ -142,7 +143,7 @@ def plan_cascade(
     """
     mesh = sharding.make_mesh(config["mesh"], topology.devices())
     parts = find_parts(config, mesh, read_config)
-    rows = cascade.rows_per_batch(config["batch_size"], mesh)
+    rows = rows_per_batch(config["batch_size"], mesh)
     limit = int(topology.chip.memory_limit)
     parameters = sum(part.bytes for part in parts)
     resident = len(parts) == 1 or parameters <= cascade.RESIDENT_SHARE * limit
