@@ -220,8 +220,9 @@ def encode_prompts(
     batches = [batch for rows in sets for batch in row_batches(rows, batch_size, mesh)]
     texts = {requests.prompt(row): None for batch in batches for row in batch.held}
     with run_log.Progress("prompts encoded", len(texts), quiet=not _is_first()) as progress:
+        per_device = feature_file.texts_per_device(batch_size, jax.device_count())
         features = feature_file.encode(
-            drawer.encoder, texts, batch_size, directory, progress.update
+            drawer.encoder, texts, per_device, directory, progress.update
         )
     drawer.encoder = None  # its memory is needed for the stages
     return lambda row: features[requests.prompt(row)]

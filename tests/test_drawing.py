@@ -2,14 +2,16 @@
 
 import gc
 import json
+import types
 import weakref
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, drawing, picture_set
+from imagen_jax import cascade, drawing, picture_set, sharding
 from imagen_jax.picture_set import Requests
+from imagen_jax.text import feature_file
 from tests import test_cascade, tiny
 
 config = test_cascade.config  # the fixture: a cascade of tiny random stages
@@ -21,7 +23,7 @@ class Encoder:
     dim, max_length, identity = tiny.DIM, 6, test_cascade.ENCODER
 
     def __init__(self):
-        self.texts = []
+        self.texts, self.batch_sizes = [], set()
 
     def tokenize(self, texts):
         return [[0]] * len(texts), [False] * len(texts)
@@ -32,6 +34,7 @@ class Encoder:
     def encode(self, texts, batch_size, fill=False):
         assert fill
         self.texts += texts
+        self.batch_sizes.add(batch_size)
         rng = lambda text: np.random.default_rng(len(text))
         features = [rng(text).standard_normal((1 + len(text) % 5, tiny.DIM)) for text in texts]
         return [feature.astype(ml_dtypes.bfloat16) for feature in features]
@@ -98,6 +101,20 @@ def test_the_encoder_is_freed_before_the_stages_are_placed(complete, monkeypatch
     monkeypatch.setattr(cascade, "place", record)
     draw(complete, Requests(["a"], 1, 0), tmp_path)
     assert seen == [True]
+
+
+def test_a_device_encodes_its_part_of_a_batch(monkeypatch, tmp_path):
+    """Catches texts per device as many as images on all devices: eight times the memory here."""
+    mesh = sharding.make_mesh({"data": 8, "fsdp": 1, "model": 1, "spatial": 1})
+    made = Encoder()
+    drawer = types.SimpleNamespace(
+        config={"batch_size": 24}, encoder=made, stages=[types.SimpleNamespace(mesh=mesh)]
+    )
+    encode = getattr(drawing.encode_prompts, "__wrapped__", drawing.encode_prompts)
+    text = encode(drawer, Requests(["a", "bb"], 1, 0), [[0, 1]], tmp_path)
+    assert made.batch_sizes == {3} and text(1).shape == (3, tiny.DIM)
+    sizes = [feature_file.texts_per_device(size, 8) for size in (1, 8, 9, 64, 10_000)]
+    assert sizes == [1, 1, 2, 8, 64]
 
 
 @pytest.mark.parametrize("rows", [[], [0], [0, 1, 2, 5, 7, 8], list(range(9))])
