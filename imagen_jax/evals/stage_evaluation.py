@@ -238,10 +238,13 @@ def load_same(checkpoint: Path, which: str) -> tuple[dict[str, Any], dict[str, A
     """`load_params` of the same checkpoint in all processes, chosen and verified by process 0.
 
     Its trainer does not delete it before all processes have read it. Raises CheckpointError in all
-    processes if one of them cannot read it.
+    processes if one of them cannot read it, also if it was deleted in the meantime.
     """
     if jax.process_count() == 1:
-        return load_params(checkpoint, which)
+        try:
+            return load_params(checkpoint, which)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{checkpoint} cannot be read: {error}") from error
     with contextlib.ExitStack() as stack:
         loaded, chosen, fault = None, "", ""
         if jax.process_index() == 0:
@@ -296,7 +299,7 @@ def follow(
         directory = workdir / "checkpoints" / step
         try:
             result = run(directory, output / step)
-        except (CheckpointError, FileNotFoundError) as error:
+        except CheckpointError as error:  # of `load_same`, in all processes
             # Otherwise the trainer deleted it in the meantime.
             if first and directory.exists():
                 log.warning("checkpoint %s is skipped: %s", step, error)
