@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import cascade, cli, picture_set, run_log
+from imagen_jax import cascade, cli, field, picture_set, run_log
 from imagen_jax.distributed import agreement
 from imagen_jax.picture_set import PictureSet, Requests
 from imagen_jax.row_batches import row_batches
@@ -96,12 +96,7 @@ def draw(
     Raises ValueError if the processes do not agree, FloatingPointError, see `cascade.generate`.
     """
     record = drawer.record | image
-    agreement.check(
-        {
-            "pictures": json.dumps(job_of(requests, record, FREE_FIELDS)),
-            "--output": str(output.absolute()),
-        }
-    )
+    agreement.check(facts_of(job_of(requests, record)) | {"--output": str(output.absolute())})
     agreement.check_shared(output)
     inputs = None
     if lowres is not None:
@@ -129,6 +124,11 @@ def job_of(
     stages = {name: config[name] for name in cascade.STAGES if name in config}
     without = lambda stage: {name: value for name, value in stage.items() if name != "config"}
     return job | {"config": config | {name: without(stage) for name, stage in stages.items()}}
+
+
+def facts_of(job: Mapping[str, Any]) -> dict[str, str]:
+    """{dotted path of a field: its value as JSON} of a job, for `agreement.check`."""
+    return {name: json.dumps(value) for name, value in field.flat(job).items()}
 
 
 class Reservation:

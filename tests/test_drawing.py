@@ -103,6 +103,21 @@ def test_the_encoder_is_freed_before_the_stages_are_placed(complete, monkeypatch
     assert seen == [True]
 
 
+def test_processes_agree_on_each_field_of_a_job(complete, encoder, monkeypatch, tmp_path):
+    """Catches a message that names the whole job, and a field that is not compared."""
+    compared = {}
+    monkeypatch.setattr(drawing.agreement, "check", compared.update)
+    monkeypatch.setattr(drawing, "Reservation", None)  # draws nothing
+    for w in (2.0, 3.0):
+        changed = complete["base"] | {"sampling": complete["base"]["sampling"] | {"w": w}}
+        with pytest.raises(TypeError):
+            draw(complete | {"base": changed}, Requests(["a"], 1, 5), tmp_path)
+        assert compared["config.base.sampling.w"] == str(w) and compared["first_seed"] == "5"
+    assert {"prompts_sha256", "per_prompt", "checkpoints", "encoder.name", "--output"} < set(
+        compared
+    )
+
+
 def test_a_device_encodes_its_part_of_a_batch(monkeypatch, tmp_path):
     """Catches texts per device as many as images on all devices: eight times the memory here."""
     mesh = sharding.make_mesh({"data": 8, "fsdp": 1, "model": 1, "spatial": 1})

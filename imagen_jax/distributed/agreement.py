@@ -16,6 +16,7 @@ from imagen_jax.storage import read_object, write_json
 
 # A day. A lost process ends the wait earlier; watch.py names one that is stuck.
 FOR_EVER_MS = 1000 * 60 * 60 * 24
+SHOWN = 5  # facts of a process that a message names
 PATIENCE_S = 60.0  # a network file system may show a new file late
 _rounds = itertools.count()
 
@@ -38,27 +39,24 @@ def gather(text: str = "") -> list[str]:
 
 
 def check(facts: Mapping[str, str]) -> None:
-    """Raises ValueError in all processes if a fact differs from process 0's.
+    """Raises ValueError in all processes unless {name: content} is the same in all.
 
-    The message names the fact and the process. All processes call it with the same names.
+    The message names the process and the facts that differ. All processes call it.
     """
     hosts = startup.hosts()
-    digests = [
-        said.split()
-        for said in gather(
-            " ".join(hashlib.sha256(text.encode()).hexdigest() for text in facts.values())
-        )
-    ]
-    faults = [
-        f"process {i} ({hosts[i]}) has another {name}"
-        for i, digests_there in enumerate(digests)
-        for name, here, first in zip(facts, digests_there, digests[0])
-        if here != first
-    ]
+    own = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in facts.items()}
+    first, *others = map(json.loads, gather(json.dumps(own)))
+    faults = []
+    for i, there in enumerate(others, 1):
+        if names := [name for name in first | there if first.get(name) != there.get(name)]:
+            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            faults.append(
+                f"process {i} ({hosts[i]}) differs from process 0 ({hosts[0]}) in: {shown}"
+            )
     if faults:
         raise ValueError(
-            f"the processes were not started alike: {'; '.join(faults)} than process 0"
-            f" ({hosts[0]}); start the same command everywhere"
+            f"the processes were not started alike: {'; '.join(faults)}; start the same command"
+            " everywhere"
         )
 
 

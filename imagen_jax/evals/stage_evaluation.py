@@ -187,7 +187,7 @@ class Evaluator:
             log.info("low-res images are the samples of %s", self._rows.origin)
         self._chosen, self._left_out = measure.allowed(chosen, stage, self._rows)
         possible = json.dumps([list(self._chosen), self._left_out])
-        agreement.check({"data": self._rows.prepared.hash, "list of possible measures": possible})
+        agreement.check({"data": self._rows.prepared.hash, "possible measures": possible})
         self._probe, self._config = Probe(stage, settings, self._mesh), config
 
     def _check_effect(self, config: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
@@ -270,7 +270,8 @@ def agreed_output(output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
 
     Raises ValueError in all processes if they differ in `settings`, or in the directory.
     """
-    agreement.check({"--output": str(output.absolute()), "list of settings": json.dumps(settings)})
+    facts = {name: json.dumps(value) for name, value in settings.items()}
+    agreement.check({"--output": str(output.absolute())} | facts)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(only_process(output, "using"))

@@ -99,13 +99,31 @@ def test_unlike_processes_are_named_in_all(together):
         with pytest.raises(
             ValueError,
             match=(
-                r"^the processes were not started alike: process 2 \(c\) has another data than"
-                r" process 0 \(a\); start the same command everywhere$"
+                r"^the processes were not started alike: process 2 \(c\) differs from process 0"
+                r" \(a\) in: data; start the same command everywhere$"
             ),
         ):
             agreement.check({"config": "same", "data": "other" if index == 2 else "same"})
 
     together(start)
+
+
+def test_facts_that_a_process_lacks_differ(together):
+    """Catches: facts that are compared by their position, and a message with hundreds of them."""
+
+    def start(index):
+        facts = {f"base.{name}": name for name in "abcdefgh"}
+        facts |= {"base.a": "other"} if index == 1 else {"x": ""}
+        with pytest.raises(ValueError, match=r"process 1 .* in: base\.a, x; start") as error:
+            agreement.check(facts)
+        assert "process 2" not in str(error.value)
+
+    def many(index):
+        with pytest.raises(ValueError, match=r"process 2 \(c\) .* in: 0, 1, 2, 3, 4, \.\.\.;"):
+            agreement.check({str(i): str(index // 2) for i in range(9)})
+
+    together(start)
+    together(many)
 
 
 def test_directories_that_are_not_shared(together, tmp_path):
