@@ -199,10 +199,15 @@ def sample_program(
     )
 
 
+def run_stages(config: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
+    """The wanted stages up to the first one without a checkpoint, which `load_cascade` loads."""
+    return list(itertools.takewhile(lambda name: config[name]["checkpoint"], wanted))
+
+
 def load_cascade(
     config: Mapping[str, Any], wanted: Sequence[str] = STAGES, mesh: Mesh | None = None
 ) -> list[LoadedStage]:
-    """Loads the stages of a cascade config, in order, up to the first one without a checkpoint.
+    """Loads the stages of a cascade config, in order: those of `run_stages`.
 
     mesh: by default that of the config, over all devices of all processes.
 
@@ -211,7 +216,7 @@ def load_cascade(
     the next one, or two stages were trained with different text encoders.
     """
     config = schema.complete_cascade(config)
-    names = list(itertools.takewhile(lambda name: config[name]["checkpoint"], wanted))
+    names = run_stages(config, wanted)
     if not names:
         raise ValueError(
             f"stage {wanted[0]} has no checkpoint: give --config.{wanted[0]}.checkpoint=PATH"

@@ -39,12 +39,12 @@ class Drawer:
     """
 
     def __init__(self, config: Mapping[str, Any], names: Sequence[str]):
-        """names: the stages, in order. Raises ValueError if stages and encoder do not fit."""
+        """names: the wanted stages, in order. Raises ValueError if stages or encoder do not fit."""
         self.config = config
         self.stages = cascade.load_cascade(config, names)
         self.encoder: TextEncoder | None = load_encoder(config, self.stages)
         self.record = {
-            "stages": list(names),
+            "stages": cascade.run_stages(config, names),
             "config": dict(config),
             "checkpoints": [dict(loaded.identity) for loaded in self.stages],
             "encoder": self.encoder.identity,

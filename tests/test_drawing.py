@@ -103,6 +103,12 @@ def test_the_encoder_is_freed_before_the_stages_are_placed(complete, monkeypatch
     assert seen == [True]
 
 
+def test_a_record_lists_the_stages_that_ran(complete, encoder):
+    """Catches a record of three stages for a picture of one: the others have no checkpoint."""
+    record = drawing.Drawer(complete, cascade.STAGES).record
+    assert record["stages"] == ["base"] and len(record["checkpoints"]) == 1
+
+
 def test_processes_agree_on_each_field_of_a_job(complete, encoder, monkeypatch, tmp_path):
     """Catches a message that names the whole job, and a field that is not compared."""
     compared = {}

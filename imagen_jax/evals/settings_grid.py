@@ -76,11 +76,6 @@ def shown_value(value: Any) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def run_stages(config: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
-    """The wanted stages up to the first one without a checkpoint."""
-    return list(itertools.takewhile(lambda name: config[name]["checkpoint"], wanted))
-
-
 def parse(options: Sequence[str], config: Mapping[str, Any], stages: Sequence[str]) -> list[Axis]:
     """The axes of --grid options.
 

@@ -7,6 +7,7 @@ import pytest
 
 from configs import cascade
 from imagen_jax import evaluate, schema
+from imagen_jax.cascade import run_stages
 from imagen_jax.evals import settings_grid
 
 STAGES = ["base", "sr_1"]
@@ -100,7 +101,7 @@ def test_guidance_of_a_stage_without_text_is_refused(config):
 def test_stages_without_checkpoint_do_not_run(config):
     """Catches an axis of a stage that the cascade lacks."""
     shorter = config | {"sr_1": config["sr_1"] | {"checkpoint": ""}}
-    assert settings_grid.run_stages(shorter, ["base", "sr_1", "sr_2"]) == ["base"]
+    assert run_stages(shorter, ["base", "sr_1", "sr_2"]) == ["base"]
 
 
 def test_the_flag_of_one_stage_keeps_its_meaning():
