@@ -30,6 +30,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax import pictures
+from imagen_jax.field import within
+from imagen_jax.schema import SEEDS
 from imagen_jax.storage import (
     check_object,
     read_object,
@@ -49,11 +51,22 @@ PATIENCE_S = 10.0  # for a set file that another process is writing
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """The rows of a set: every prompt `per_prompt` times; each row has the next seed."""
+    """The rows of a set: every prompt `per_prompt` times; each row has the next seed.
+
+    Raises ValueError for a row without a valid seed.
+    """
 
     prompts: Sequence[str]
     per_prompt: int
     first_seed: int
+
+    def __post_init__(self) -> None:
+        last = self.first_seed + max(len(self), 1) - 1
+        if not (within(self.first_seed, SEEDS) and within(last, SEEDS)):
+            raise ValueError(
+                f"{len(self):,} pictures from --seed {self.first_seed} on need seeds up to {last},"
+                f" but seeds are in {SEEDS}: give a smaller --seed"
+            )
 
     def __len__(self) -> int:
         return len(self.prompts) * self.per_prompt

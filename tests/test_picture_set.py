@@ -133,6 +133,13 @@ def test_each_row_has_its_prompt_and_seed():
     assert requests.job != Requests(["b", "a"], 3, 5).job
 
 
+def test_rows_without_a_valid_seed_are_refused():
+    """Catches seeds that wrap, or an error after hours at the first row with such a seed."""
+    assert Requests(["a", "b"], 3, 2**32 - 6).seed(5) == 2**32 - 1
+    with pytest.raises(ValueError, match=r"6 pictures from --seed 4294967291 on .* a smaller"):
+        Requests(["a", "b"], 3, 2**32 - 5)
+
+
 def test_pictures_are_read_when_they_are_used(tmp_path):
     """Catches all pictures of a shard in memory before the first one is used, and a picture that
     is not the one that the manifest lists.

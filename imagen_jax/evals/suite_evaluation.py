@@ -51,6 +51,7 @@ class Settings:
         references.
     gallery: size in pixels -> the images among which the captioned one is to be found; only for a
         suite of prepared data.
+    requests: the pictures to draw. Raises ValueError if they need invalid seeds.
     """
 
     config: Mapping[str, Any]
@@ -63,12 +64,12 @@ class Settings:
     images: Callable[[int], RealImages] | None
     references: Sequence[str] = ()
     gallery: Callable[[int], PreparedImages] | None = None
+    requests: picture_set.Requests = dataclasses.field(init=False)
 
-    @property
-    def requests(self) -> picture_set.Requests:
-        """The pictures to draw."""
+    def __post_init__(self) -> None:
         texts = [prompt.text for prompt in self.suite.prompts]
-        return picture_set.Requests(texts, self.per_prompt, self.seed)
+        requests = picture_set.Requests(texts, self.per_prompt, self.seed)
+        object.__setattr__(self, "requests", requests)
 
     @property
     def prompt_of_row(self) -> Int[np.ndarray, " n"]:

@@ -81,6 +81,13 @@ def test_scores_of_each_network_and_category():
     json.dumps(result)
 
 
+def test_seeds_of_all_pictures_are_checked_before_any_work():
+    """Catches a seed beyond 2^32 that is found when its picture is drawn."""
+    assert settings(seed=2**32 - 16).requests.seed(15) == 2**32 - 1
+    with pytest.raises(ValueError, match="give a smaller --seed"):
+        settings(seed=2**32 - 15)
+
+
 def test_a_metric_without_its_network_is_refused():
     """Catches a metric that is left out in silence."""
     with pytest.raises(ValueError, match="--metrics clip_score needs one of the networks clip-b32"):
