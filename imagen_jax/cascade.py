@@ -20,6 +20,8 @@ from jaxtyping import Array, BFloat16, Bool, Key, Shaped, UInt8, UInt32
 
 from imagen_jax import schema, sharding
 from imagen_jax.data.transforms import pad_text
+from imagen_jax.distributed import agreement
+from imagen_jax.row_batches import RowBatch, most_held, row_batches
 from imagen_jax.stage import (
     Batch,
     Params,
@@ -197,10 +199,36 @@ def sample_program(
     )
 
 
+def check_stages(stages: Sequence[str]) -> None:
+    """Raises ValueError unless these are consecutive stages of a cascade."""
+    runs = [STAGES[i:j] for i in range(len(STAGES)) for j in range(i + 1, len(STAGES) + 1)]
+    if tuple(stages) not in runs:
+        raise ValueError(
+            f"--stages {','.join(stages)}: give consecutive stages of {','.join(STAGES)}"
+        )
+
+
+def run_stages(
+    config: Mapping[str, Any], wanted: Sequence[str], flag: str = "--config"
+) -> list[str]:
+    """The wanted stages up to the first one without a checkpoint: those that a cascade runs.
+
+    flag: the flag of the config, for the message. Raises ValueError if the stages are not
+    consecutive or the first one has no checkpoint.
+    """
+    check_stages(wanted)
+    names = list(itertools.takewhile(lambda name: config[name]["checkpoint"], wanted))
+    if not names:
+        raise ValueError(
+            f"stage {wanted[0]} has no checkpoint: give {flag}.{wanted[0]}.checkpoint=PATH"
+        )
+    return names
+
+
 def load_cascade(
     config: Mapping[str, Any], wanted: Sequence[str] = STAGES, mesh: Mesh | None = None
 ) -> list[LoadedStage]:
-    """Loads the stages of a cascade config, in order, up to the first one without a checkpoint.
+    """Loads the stages of a cascade config, in order: those of `run_stages`.
 
     mesh: by default that of the config, over all devices of all processes.
 
@@ -209,11 +237,7 @@ def load_cascade(
     the next one, or two stages were trained with different text encoders.
     """
     config = schema.complete_cascade(config)
-    names = list(itertools.takewhile(lambda name: config[name]["checkpoint"], wanted))
-    if not names:
-        raise ValueError(
-            f"stage {wanted[0]} has no checkpoint: give --config.{wanted[0]}.checkpoint=PATH"
-        )
+    names = run_stages(config, wanted)
     mesh = sharding.make_mesh(config["mesh"]) if mesh is None else mesh
     stages = []
     for name in names:
@@ -245,12 +269,13 @@ def load_cascade(
 def place(stages: Sequence[LoadedStage]) -> list[LoadedStage]:
     """Puts the parameters of all stages on the devices, if they fit there together.
 
-    Otherwise they stay on the host, and `generate` places one stage at a time. Call it when nothing
-    else needs the devices' memory any more, such as a text encoder.
+    Otherwise they stay on the host, and `generate` places one stage at a time. Process 0 decides
+    for all. Call it when nothing else needs the devices' memory any more, such as a text encoder.
     """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     needed = sum(bytes_per_device(loaded.params, loaded.shardings) for loaded in stages)
-    if len(stages) > 1 and limit is not None and needed > RESIDENT_SHARE * limit:
+    large = len(stages) > 1 and limit is not None and needed > RESIDENT_SHARE * limit
+    if agreement.gather("large" if large else "")[0]:  # the memory of processes may differ
         return list(stages)
     return [loaded.on_mesh() for loaded in stages]
 
@@ -329,49 +354,10 @@ def generate(
         yield from _stage_after_stage(stages, batches, inputs, first)
     else:
         per_row = sum(3 * loaded.stage.image_size**2 for loaded in stages[:-1])
-        group = max(1, GROUP_BYTES // max(1, per_row * len(batches[0].held)))
+        held = most_held(batch_size, stages[0].mesh)  # the order of programs depends on it
+        group = max(1, GROUP_BYTES // max(1, per_row * held))
         for start in range(0, len(batches), group):
             yield from _stage_by_stage(stages, batches[start : start + group], inputs, first)
-
-
-@dataclasses.dataclass(frozen=True)
-class RowBatch:
-    """The rows of one batch, as this process sees them.
-
-    size: number of rows on the mesh, padding included.
-    count: number of rows without padding.
-    held: the row at each position of the batch that this process's devices hold; padding repeats
-        the last row.
-    owned: {row: its index in `held`} of the rows that this process writes: no padding, and no row
-        that a process with a lower index holds as well.
-    """
-
-    size: int
-    count: int
-    held: list[int]
-    owned: dict[int, int]
-
-
-def rows_per_batch(batch_size: int, mesh: Mesh) -> int:
-    """`batch_size`, rounded up to a multiple of data x fsdp."""
-    return batch_size + -batch_size % (mesh.shape["data"] * mesh.shape["fsdp"])
-
-
-def row_batches(rows: Sequence[int], batch_size: int, mesh: Mesh) -> list[RowBatch]:
-    """Splits rows into batches of `rows_per_batch`."""
-    size = rows_per_batch(batch_size, mesh)
-    here, mine = sharding.process_rows(size, mesh), set(sharding.owned_rows(size, mesh))
-    batches = []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        held = [part[min(position, len(part) - 1)] for position in here]
-        owned = {
-            part[position]: i
-            for i, position in enumerate(here)
-            if position in mine and position < len(part)
-        }
-        batches.append(RowBatch(size, len(part), held, owned))
-    return batches
 
 
 def _stage_after_stage(

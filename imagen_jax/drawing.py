@@ -17,9 +17,10 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import cascade, cli, picture_set, run_log
+from imagen_jax import cascade, cli, field, picture_set, run_log
 from imagen_jax.distributed import agreement
 from imagen_jax.picture_set import PictureSet, Requests
+from imagen_jax.row_batches import row_batches
 from imagen_jax.text import feature_file
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh
@@ -38,12 +39,12 @@ class Drawer:
     """
 
     def __init__(self, config: Mapping[str, Any], names: Sequence[str]):
-        """names: the stages, in order. Raises ValueError if stages and encoder do not fit."""
+        """names: the wanted stages, in order. Raises ValueError if stages or encoder do not fit."""
         self.config = config
         self.stages = cascade.load_cascade(config, names)
         self.encoder: TextEncoder | None = load_encoder(config, self.stages)
         self.record = {
-            "stages": list(names),
+            "stages": cascade.run_stages(config, names),
             "config": dict(config),
             "checkpoints": [dict(loaded.identity) for loaded in self.stages],
             "encoder": self.encoder.identity,
@@ -117,12 +118,7 @@ def draw(
     Raises ValueError if the processes do not agree, FloatingPointError, see `cascade.generate`.
     """
     record = drawer.record | image
-    agreement.check(
-        {
-            "pictures": json.dumps(job_of(requests, record, FREE_FIELDS)),
-            "--output": str(output.absolute()),
-        }
-    )
+    agreement.check(facts_of(job_of(requests, record)) | {"--output": str(output.absolute())})
     agreement.check_shared(output)
     inputs = None
     if lowres is not None:
@@ -152,6 +148,11 @@ def job_of(
     return job | {"config": config | {name: without(stage) for name, stage in stages.items()}}
 
 
+def facts_of(job: Mapping[str, Any]) -> dict[str, str]:
+    """{dotted path of a field: its value as JSON} of a job, for `agreement.check`."""
+    return {name: json.dumps(value) for name, value in field.flat(job).items()}
+
+
 class Reservation:
     """The set of a job, reserved by process 0 for all processes while the context lasts.
 
@@ -172,6 +173,7 @@ class Reservation:
         self._output, self.requests, self._record = output, requests, record
         job = job_of(requests, record, free)
         self._context = picture_set.reserve(output, job, len(requests)) if _is_first() else None
+        self._parts: list[Path] = []  # of this process
 
     def __enter__(self) -> "Reservation":
         text = ""
@@ -194,15 +196,17 @@ class Reservation:
         """The part of the set that this process writes."""
         process = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"  # never used before
         part = picture_set.part_path(self._output, self.first, process)
+        self._parts.append(part)
         return PictureSet(self._output, self.requests, self._record, self.first, part)
 
     def finish(self) -> Path:
         """Waits for all processes; process 0 writes the manifest. Returns its path."""
         path = picture_set.manifest(self._output, self.first)
-        agreement.gather()  # all pictures are written
+        agreement.share_files(part for part in self._parts if part.exists())
+        agreement.wait_for_files(picture_set.listed_files(self._output, self.first))
         if self._context and (self.left or not path.exists()):
             self.pictures().finish()
-        agreement.gather()  # the manifest is written
+        agreement.share_files([path] if self._context else [])
         return path
 
 
@@ -235,11 +239,12 @@ def encode_prompts(
     is encoded once. directory: of the temporary file.
     """
     batch_size, mesh = drawer.config["batch_size"], drawer.stages[0].mesh
-    batches = [batch for rows in sets for batch in cascade.row_batches(rows, batch_size, mesh)]
+    batches = [batch for rows in sets for batch in row_batches(rows, batch_size, mesh)]
     texts = {requests.prompt(row): None for batch in batches for row in batch.held}
     with run_log.Progress("prompts encoded", len(texts), quiet=not _is_first()) as progress:
+        per_device = feature_file.texts_per_device(batch_size, jax.device_count())
         features = feature_file.encode(
-            drawer.encoder, texts, batch_size, directory, progress.update
+            drawer.encoder, texts, per_device, directory, progress.update
         )
     drawer.encoder = None  # its memory is needed for the stages
     return lambda row: features[requests.prompt(row)]

@@ -17,18 +17,21 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax import pictures
+from imagen_jax.field import within
+from imagen_jax.schema import SEEDS
 from imagen_jax.storage import (
     check_object,
     read_object,
@@ -48,11 +51,22 @@ PATIENCE_S = 10.0  # for a set file that another process is writing
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """The rows of a set: every prompt `per_prompt` times; each row has the next seed."""
+    """The rows of a set: every prompt `per_prompt` times; each row has the next seed.
+
+    Raises ValueError for a row without a valid seed.
+    """
 
     prompts: Sequence[str]
     per_prompt: int
     first_seed: int
+
+    def __post_init__(self) -> None:
+        last = self.first_seed + max(len(self), 1) - 1
+        if not (within(self.first_seed, SEEDS) and within(last, SEEDS)):
+            raise ValueError(
+                f"{len(self):,} pictures from --seed {self.first_seed} on need seeds up to {last},"
+                f" but seeds are in {SEEDS}: give a smaller --seed"
+            )
 
     def __len__(self) -> int:
         return len(self.prompts) * self.per_prompt
@@ -144,17 +158,20 @@ def reserve(directory: Path, job: Mapping[str, Any], count: int) -> Iterator[int
                 yield first
                 return
     content = {"count": count, "sha256": _digest(job), "job": dict(job)}
+    first, file = _new_file(directory)
+    with file:
+        try_lock(file, fcntl.LOCK_EX)
+        json.dump(content, file, indent=1)
+        file.flush()
+        yield first
+
+
+def _new_file(directory: Path) -> tuple[int, TextIO]:
+    """The number of row 0 of a new set, and the set's file, opened for writing."""
     while True:
         first = free_number(directory)
-        try:
-            with open(_file(directory, first), "x", encoding="utf-8") as file:
-                try_lock(file, fcntl.LOCK_EX)
-                json.dump(content, file, indent=1)
-                file.flush()
-                yield first
-                return
-        except FileExistsError:
-            continue  # another process was faster
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            return first, open(_file(directory, first), "x", encoding="utf-8")
 
 
 def _digest(job: Mapping[str, Any]) -> str:
@@ -207,6 +224,14 @@ def part_rows(directory: Path, first: int) -> Iterator[dict[str, Any]]:
             if row and row["row"] not in seen and (directory / row["file"]).is_file():
                 seen.add(row["row"])
                 yield row
+
+
+def listed_files(directory: Path, first: int) -> Iterator[Path]:
+    """The pictures that the parts of a set list, whether they are visible or not."""
+    for path in parts(directory, first):
+        for line in _lines(path):
+            if row := _parse(line, path):
+                yield directory / row["file"]
 
 
 def count_written(directory: Path, job: Mapping[str, Any], count: int) -> int:
@@ -270,9 +295,10 @@ class Pictures(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         path, row = self._directory / self._rows[index]["file"], self._rows[index]
-        if hashlib.sha256(path.read_bytes()).hexdigest() != row["sha256"]:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != row["sha256"]:
             raise ValueError(f"{path} was changed since it was drawn; delete it and run it again")
-        return pictures.read_png(path)
+        return pictures.read_png(io.BytesIO(data))
 
 
 def manifest_rows(path: Path) -> list[dict[str, Any]]:

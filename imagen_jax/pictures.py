@@ -82,9 +82,9 @@ def write_png(path: str | os.PathLike, image: Picture) -> Path:
     return path
 
 
-def read_png(path: Path, most: int = 0) -> Picture:
+def read_png(source: Path | io.BytesIO, most: int = 0) -> Picture:
     """A picture, shrunk to at most `most` pixels high; 0: not shrunk."""
-    with Image.open(path) as file:
+    with Image.open(source) as file:
         image = file.convert("RGB")
     if most and image.height > most:
         image = image.resize((round(image.width * most / image.height), most))

@@ -192,13 +192,9 @@ def check_stages(stages: Sequence[str], image: str) -> None:
     """Raises ValueError unless the stages are consecutive, with an image exactly if base is not
     among them.
     """
-    from imagen_jax.cascade import STAGES
+    from imagen_jax.cascade import check_stages as check_consecutive
 
-    runs = [STAGES[i:j] for i in range(len(STAGES)) for j in range(i + 1, len(STAGES) + 1)]
-    if tuple(stages) not in runs:
-        raise ValueError(
-            f"--stages {','.join(stages)}: give consecutive stages of {','.join(STAGES)}"
-        )
+    check_consecutive(stages)
     if bool(image) != (stages[0] != "base"):
         raise ValueError("--image is needed by --stages without base, and cannot be used with base")
 

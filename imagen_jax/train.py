@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli
+from imagen_jax import cli, field
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.storage import check_local, check_object, check_utf8, only_process, write_json
@@ -135,8 +135,8 @@ def train(
     # settings.
     run = Run.create(config, overfit=bool(overfit))
     agreement.check(
-        {
-            "config": json.dumps(config),
+        {f"config.{name}": json.dumps(value) for name, value in field.flat(config).items()}
+        | {
             "prepared data": run.meta["manifest_hash"],
             "--init_from": init_from,
             "--workdir": str(workdir.absolute()),

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, sharding
+from imagen_jax import cascade, row_batches, sharding
 from imagen_jax.training import resume, state
 from imagen_jax.weights import checkpoint, exports
 from tests import tiny
@@ -66,6 +66,13 @@ def pictures(stages, seeds, text, batch_size, **more) -> list[list[np.ndarray]]:
     batches = list(cascade.generate(stages, seeds, text.__getitem__, batch_size, **more))
     assert [row for batch in batches for row in batch.rows] == list(range(len(seeds)))
     return [np.concatenate([batch.images[i] for batch in batches]) for i in range(len(stages))]
+
+
+@pytest.mark.parametrize("names", [["base", "sr1"], ["base", "sr_2"], []])
+def test_other_stages_are_refused(config, names):
+    """Catches a KeyError for a stage that does not exist, and a stage that is skipped."""
+    with pytest.raises(ValueError, match="give consecutive stages of base,sr_1,sr_2"):
+        cascade.run_stages(config, names)
 
 
 def test_sizes_and_variety(stages):
@@ -267,6 +274,25 @@ def test_stages_that_do_not_fit_together_are_placed_in_turn(config, stages, monk
     assert not any(stage.resident for stage in loaded)
     for a, b in zip(pictures(stages[:2], seeds, text, 2), pictures(loaded, seeds, text, 2)):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("first", ["large", ""])
+def test_process_0_decides_whether_the_stages_stay_on_the_devices(config, monkeypatch, first):
+    """Catches processes with other devices' memory that run the programs in another order."""
+    monkeypatch.setattr(cascade.agreement, "gather", lambda text: [first, text])
+    loaded = cascade.load_cascade(config, ["base", "sr_1"], MESH)
+    assert {stage.resident for stage in cascade.place(loaded)} == {not first}
+
+
+@pytest.mark.parametrize(
+    "processes, sizes, most", [(1, (2, 4), 16), (4, (8, 1), 4), (4, (2, 1), 16)]
+)
+def test_the_rows_of_a_group_are_the_same_in_all_processes(monkeypatch, processes, sizes, most):
+    """Catches groups of batches by the rows of one process, which others may not have: 16 rows."""
+    monkeypatch.setattr(row_batches.jax, "process_count", lambda: processes)
+    data, fsdp = sizes
+    mesh = {"data": data, "fsdp": fsdp, "model": 8 // data // fsdp, "spatial": 1}
+    assert row_batches.most_held(15, sharding.make_mesh(mesh)) == most
 
 
 @pytest.mark.slow

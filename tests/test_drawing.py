@@ -2,14 +2,16 @@
 
 import gc
 import json
+import types
 import weakref
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, drawing, picture_set
+from imagen_jax import cascade, drawing, picture_set, sharding
 from imagen_jax.picture_set import Requests
+from imagen_jax.text import feature_file
 from tests import test_cascade, tiny
 
 config = test_cascade.config  # the fixture: a cascade of tiny random stages
@@ -21,7 +23,7 @@ class Encoder:
     dim, max_length, identity = tiny.DIM, 6, test_cascade.ENCODER
 
     def __init__(self):
-        self.texts = []
+        self.texts, self.batch_sizes = [], set()
 
     def tokenize(self, texts):
         return [[0]] * len(texts), [False] * len(texts)
@@ -32,6 +34,7 @@ class Encoder:
     def encode(self, texts, batch_size, fill=False):
         assert fill
         self.texts += texts
+        self.batch_sizes.add(batch_size)
         rng = lambda text: np.random.default_rng(len(text))
         features = [rng(text).standard_normal((1 + len(text) % 5, tiny.DIM)) for text in texts]
         return [feature.astype(ml_dtypes.bfloat16) for feature in features]
@@ -100,6 +103,41 @@ def test_the_encoder_is_freed_before_the_stages_are_placed(complete, monkeypatch
     assert seen == [True]
 
 
+def test_a_record_lists_the_stages_that_ran(complete, encoder):
+    """Catches a record of three stages for a picture of one: the others have no checkpoint."""
+    record = drawing.Drawer(complete, cascade.STAGES).record
+    assert record["stages"] == ["base"] and len(record["checkpoints"]) == 1
+
+
+def test_processes_agree_on_each_field_of_a_job(complete, encoder, monkeypatch, tmp_path):
+    """Catches a message that names the whole job, and a field that is not compared."""
+    compared = {}
+    monkeypatch.setattr(drawing.agreement, "check", compared.update)
+    monkeypatch.setattr(drawing, "Reservation", None)  # draws nothing
+    for w in (2.0, 3.0):
+        changed = complete["base"] | {"sampling": complete["base"]["sampling"] | {"w": w}}
+        with pytest.raises(TypeError):
+            draw(complete | {"base": changed}, Requests(["a"], 1, 5), tmp_path)
+        assert compared["config.base.sampling.w"] == str(w) and compared["first_seed"] == "5"
+    assert {"prompts_sha256", "per_prompt", "checkpoints", "encoder.name", "--output"} < set(
+        compared
+    )
+
+
+def test_a_device_encodes_its_part_of_a_batch(monkeypatch, tmp_path):
+    """Catches texts per device as many as images on all devices: eight times the memory here."""
+    mesh = sharding.make_mesh({"data": 8, "fsdp": 1, "model": 1, "spatial": 1})
+    made = Encoder()
+    drawer = types.SimpleNamespace(
+        config={"batch_size": 24}, encoder=made, stages=[types.SimpleNamespace(mesh=mesh)]
+    )
+    encode = getattr(drawing.encode_prompts, "__wrapped__", drawing.encode_prompts)
+    text = encode(drawer, Requests(["a", "bb"], 1, 0), [[0, 1]], tmp_path)
+    assert made.batch_sizes == {3} and text(1).shape == (3, tiny.DIM)
+    sizes = [feature_file.texts_per_device(size, 8) for size in (1, 8, 9, 64, 10_000)]
+    assert sizes == [1, 1, 2, 8, 64]
+
+
 @pytest.mark.parametrize("rows", [[], [0], [0, 1, 2, 5, 7, 8], list(range(9))])
 def test_ranges_are_those_rows(rows):
     """Catches a run without its last row, and rows that are agreed on by their number alone."""
@@ -125,6 +163,22 @@ def test_a_set_that_was_killed_before_its_manifest_gets_it(tmp_path):
     with make() as reserved:
         assert reserved.left == []
         assert len(manifest_rows(reserved.finish())) == 1
+
+
+def test_the_files_of_all_processes_are_visible_before_they_are_read(tmp_path, monkeypatch):
+    """Catches a manifest without the pictures that a network file system shows late, and a manifest
+    that other processes read before they see it.
+    """
+    awaited = []
+    record = lambda files: awaited.append([path.name for path in files])
+    monkeypatch.setattr(drawing.agreement, "share_files", record)
+    monkeypatch.setattr(drawing.agreement, "wait_for_files", record)
+    with drawing.Reservation(tmp_path, Requests(["a", "b"], 1, 0), {"config": {}}) as reserved:
+        pictures = reserved.pictures()
+        for row in (0, 1):
+            pictures.add(row, [np.zeros((4, 4, 3), np.uint8)])
+        reserved.finish()
+    assert awaited == [[pictures.part.name], ["0000_a.png", "0001_b.png"], ["set_0000.jsonl"]]
 
 
 def test_what_changes_no_picture_is_not_part_of_the_job():

@@ -307,6 +307,22 @@ def test_damaged_and_deleted_checkpoints_are_passed_over(tmp_path, caplog):
     assert "checkpoint 10 is skipped" in caplog.text and "checkpoint 20" not in caplog.text
 
 
+def test_a_missing_file_of_the_data_is_not_a_deleted_checkpoint(tmp_path, monkeypatch):
+    """Catches one process that skips a checkpoint because of its data, while the others wait in the
+    evaluation for it; and a deleted checkpoint that ends the evaluation.
+    """
+    Trainer(tmp_path, 10).save(10)
+
+    def missing(*_):
+        raise FileNotFoundError("shard 3")
+
+    with pytest.raises(FileNotFoundError, match="shard 3"):
+        stage_evaluation.follow(missing, tmp_path, tmp_path / "out", minutes=0, poll_s=0.0)
+    monkeypatch.setattr(stage_evaluation, "load_params", missing)
+    with pytest.raises(stage_evaluation.CheckpointError, match="shard 3"):
+        stage_evaluation.load_same(tmp_path, "ema")
+
+
 def test_killed_follower_goes_on_where_it_was(tmp_path):
     """Catches a repeated evaluation, and a line cut short by the kill that makes the record
     unreadable.

@@ -131,7 +131,7 @@ def test_processes_with_other_settings_are_refused(data, workdir, tmp_path):
     options = (f"--checkpoint={workdir}", f"--data={data}")
     finish(output, 2, 2, *options, code=2, apart=("--seed=1",))
     assert "process 1 (" in log_of(output, 0).read_text()
-    assert "has another list of settings" in log_of(output, 0).read_text()
+    assert ") in: seed; start the same command" in log_of(output, 0).read_text()
 
 
 def test_damage_is_an_error_in_all_processes(data, workdir, tmp_path):

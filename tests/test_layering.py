@@ -38,7 +38,7 @@ LAYERS = (
         "pictures",
         "text",
     },
-    {"sharded_attention", "sharding", "weights"},
+    {"row_batches", "sharded_attention", "sharding", "weights"},
     {"cascade", "drawing", "stage"},
     {"evals", "training"},
     {"planning"},

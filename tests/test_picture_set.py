@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +64,13 @@ def test_sets_of_many_commands_do_not_overlap(tmp_path):
         firsts = list(pool.map(lambda job: reserve(*job), jobs))
     numbers = [first + i for first, (_, _, count) in zip(firsts, jobs) for i in range(count)]
     assert sorted(numbers) == list(range(48))
+
+
+def test_an_error_of_the_work_is_not_taken_for_a_number_in_use(tmp_path):
+    """Catches a FileExistsError inside the context that reserves one more set."""
+    with pytest.raises(FileExistsError, match="other"), picture_set.reserve(tmp_path, JOB, 5):
+        raise FileExistsError("other")
+    assert list(picture_set.sets(tmp_path)) == [0]
 
 
 def test_a_set_file_that_was_cut_off_blocks_nothing(tmp_path, monkeypatch):
@@ -135,6 +143,13 @@ def test_each_row_has_its_prompt_and_seed():
     assert requests.job != Requests(["b", "a"], 3, 5).job
 
 
+def test_rows_without_a_valid_seed_are_refused():
+    """Catches seeds that wrap, or an error after hours at the first row with such a seed."""
+    assert Requests(["a", "b"], 3, 2**32 - 6).seed(5) == 2**32 - 1
+    with pytest.raises(ValueError, match=r"6 pictures from --seed 4294967291 on .* a smaller"):
+        Requests(["a", "b"], 3, 2**32 - 5)
+
+
 def test_pictures_are_read_when_they_are_used(tmp_path):
     """Catches all pictures of a shard in memory before the first one is used, and a picture that
     is not the one that the manifest lists.
@@ -149,6 +164,21 @@ def test_pictures_are_read_when_they_are_used(tmp_path):
     assert lazy[2].flat[0] == 2
     with pytest.raises(ValueError, match="0001_b.png was changed since it was drawn; delete it"):
         lazy[1]
+
+
+def test_a_picture_is_decoded_from_the_bytes_that_were_hashed(tmp_path, monkeypatch):
+    """Catches a file that is read twice, and pixels of another content than the checksum's."""
+    made = new_set(tmp_path, ["a"])
+    made.add(0, [IMAGE + 3])
+    lazy = picture_set.Pictures(tmp_path, picture_set.manifest_rows(made.finish()))
+
+    def read_once(path, read=Path.read_bytes):
+        data = read(path)
+        path.unlink()
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", read_once)
+    assert (lazy[0] == 3).all()
 
 
 def test_a_picture_that_is_drawn_again_is_listed_anew(tmp_path):

@@ -52,9 +52,14 @@ def finish(files: Path, output: Path, count: int, devices: int, *more: str) -> d
 
 
 def features(output: Path) -> np.ndarray:
-    with np.load(output / "features" / "efficientnet-lite0" / "rows_000000.npz") as file:
-        assert file["keys"].tolist() == [[i, j] for i in range(len(PROMPTS)) for j in range(4)]
-        return file["values"]
+    """The features of all files; their rows depend on the number of processes."""
+    rows = {}
+    for path in (output / "features" / "efficientnet-lite0").glob("rows_*.npz"):
+        with np.load(path) as file:
+            rows |= zip(map(tuple, file["keys"].tolist()), file["values"])
+    keys = [(i, j) for i in range(len(PROMPTS)) for j in range(4)]
+    assert sorted(rows) == keys
+    return np.stack([rows[key] for key in keys])
 
 
 @pytest.fixture(scope="module")

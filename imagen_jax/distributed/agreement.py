@@ -5,9 +5,10 @@ They need no program on the devices, so no collective operation times out while 
 
 import hashlib
 import itertools
+import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from imagen_jax.distributed import startup
@@ -15,6 +16,8 @@ from imagen_jax.storage import read_object, write_json
 
 # A day. A lost process ends the wait earlier; watch.py names one that is stuck.
 FOR_EVER_MS = 1000 * 60 * 60 * 24
+SHOWN = 5  # facts of a process that a message names
+PATIENCE_S = 60.0  # a network file system may show a new file late
 _rounds = itertools.count()
 
 
@@ -36,35 +39,31 @@ def gather(text: str = "") -> list[str]:
 
 
 def check(facts: Mapping[str, str]) -> None:
-    """Raises ValueError in all processes if a fact differs from process 0's.
+    """Raises ValueError in all processes unless {name: content} is the same in all.
 
-    The message names the fact and the process. All processes call it with the same names.
+    The message names the process and the facts that differ. All processes call it.
     """
     hosts = startup.hosts()
-    digests = [
-        said.split()
-        for said in gather(
-            " ".join(hashlib.sha256(text.encode()).hexdigest() for text in facts.values())
-        )
-    ]
-    faults = [
-        f"process {i} ({hosts[i]}) has another {name}"
-        for i, digests_there in enumerate(digests)
-        for name, here, first in zip(facts, digests_there, digests[0])
-        if here != first
-    ]
+    own = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in facts.items()}
+    first, *others = map(json.loads, gather(json.dumps(own)))
+    faults = []
+    for i, there in enumerate(others, 1):
+        if names := [name for name in first | there if first.get(name) != there.get(name)]:
+            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            faults.append(
+                f"process {i} ({hosts[i]}) differs from process 0 ({hosts[0]}) in: {shown}"
+            )
     if faults:
         raise ValueError(
-            f"the processes were not started alike: {'; '.join(faults)} than process 0"
-            f" ({hosts[0]}); start the same command everywhere"
+            f"the processes were not started alike: {'; '.join(faults)}; start the same command"
+            " everywhere"
         )
 
 
-def check_shared(directory: Path, patience_s: float = 60.0) -> None:
+def check_shared(directory: Path, patience_s: float = PATIENCE_S) -> None:
     """Raises ValueError in all processes unless `directory` is the same directory for all.
 
-    Process 0 writes hosts.json there, and the others look for it for up to `patience_s` seconds: a
-    network file system may show a new file late.
+    Process 0 writes hosts.json there, and the others look for it for up to `patience_s` seconds.
     """
     hosts, member = startup.hosts(), startup.member()
     if member is None:
@@ -93,3 +92,62 @@ def _start(path: Path) -> str:
         return read_object(path, {"start": str})["start"]
     except (FileNotFoundError, ValueError):
         return ""
+
+
+def share_files(written: Iterable[Path] = (), patience_s: float = PATIENCE_S) -> None:
+    """A barrier after which all processes see the files that each has written, at full size.
+
+    written: files of this process, complete, on a shared file system. Raises what `wait_for_files`
+    raises.
+    """
+    if startup.member() is None:
+        return
+    own = {str(path.absolute()): path.stat().st_size for path in written}
+    sizes: dict[str, int | None] = {}
+    for text in gather(json.dumps(own)):
+        sizes |= json.loads(text)
+    _wait(sizes, patience_s)
+
+
+def wait_for_files(files: Iterable[Path], patience_s: float = PATIENCE_S) -> None:
+    """A barrier; each process first waits until it sees `files`, which are written atomically.
+
+    Does nothing in a single-process run. Raises ValueError in all processes if one of them does not
+    see a file within `patience_s` seconds.
+    """
+    if startup.member() is not None:
+        _wait({str(path.absolute()): None for path in files}, patience_s)
+
+
+def _wait(sizes: Mapping[str, int | None], patience_s: float) -> None:
+    """`wait_for_files` for {path: size in bytes, None for any}."""
+    hosts, end = startup.hosts(), time.monotonic() + patience_s
+    late = list(sizes)
+    while late := [path for path in late if not _is_whole(path, sizes[path])]:
+        if time.monotonic() >= end:
+            break
+        time.sleep(0.1)
+    blind = [
+        f"{path} on process {i} ({hosts[i]})"
+        for i, path in enumerate(gather(late[0] if late else ""))
+        if path
+    ]
+    if blind:
+        raise ValueError(
+            f"files of other processes are not visible after {patience_s:g} s: {', '.join(blind)};"
+            " check the shared file system, then run the same command again"
+        )
+
+
+def _is_whole(path: str, size: int | None) -> bool:
+    """Whether a file is visible with its size."""
+    seen = _size(path)
+    return seen is not None and size in (None, seen)
+
+
+def _size(path: str) -> int | None:
+    """The size of a file in bytes; None if it is not visible."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None

@@ -3,6 +3,7 @@
 `retrieval` finds the captioned image among all images of the data.
 """
 
+import concurrent.futures
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,11 @@ from jaxtyping import Int
 from imagen_jax.data.records import Prepared
 from imagen_jax.evals import nearest
 from imagen_jax.evals.real_images import Images, PreparedImages
-from imagen_jax.evals.statistics import proportion
+from imagen_jax.evals.statistics import grouped_proportion
 from imagen_jax.evals.suites import Prompt, Suite, prompts_sha256, rank
 
-CHUNK = 256  # images of the gallery
+CHUNK = 256  # images of the gallery, and pictures, whose distances are computed at once
+PICTURE_BYTES = 2**30  # of the pictures that are compared with the gallery in one pass
 
 
 def load(prepared: Prepared, split: str, count: int | None, seed: int) -> Suite:
@@ -48,22 +50,45 @@ def load(prepared: Prepared, split: str, count: int | None, seed: int) -> Suite:
     return Suite("data", prompts, "", identity)
 
 
+def pictures_at_once(size: int) -> int:
+    """The number of pictures of `size` pixels that `ranks` compares in one pass of the gallery."""
+    return max(1, PICTURE_BYTES // (3 * size**2))
+
+
 def ranks(
     pictures: Sequence[np.ndarray], own: Int[np.ndarray, " n"], gallery: PreparedImages
 ) -> Int[np.ndarray, "n 2"]:
     """For each picture the rank of its own image among the gallery, and the size of the gallery.
 
-    own: the position of that image in the gallery. See `nearest` for the distance.
+    own: the position of that image in the gallery. See `nearest` for the distance. All images of
+    the gallery are read once. Holds the pictures, and CHUNK images.
     """
-    samples, distances = np.stack(pictures), []
-    for start in range(0, len(gallery), CHUNK):
-        images = np.stack(Images(gallery, start, start + CHUNK)[:])
-        distances.append(nearest.distances(samples, images))
-    found = nearest.ranks(np.concatenate(distances, axis=1), own)
-    return np.stack([found, np.full_like(found, len(gallery))], axis=1)
+    nearer = np.zeros(len(own), np.int64)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        read = lambda images, rows: np.stack(list(pool.map(images.__getitem__, rows)))
+        samples = read(pictures, range(len(own)))
+        parts = _parts(len(own))
+        mine = lambda part: nearest.own_distances(samples[part], read(images, own[part]))
+        images = Images(gallery, 0, len(gallery))
+        limits = np.concatenate([mine(part) for part in parts])
+        for start in range(0, len(gallery), CHUNK):
+            some = read(images, range(start, min(start + CHUNK, len(gallery))))
+            for part in parts:
+                found = nearest.distances(samples[part], some) <= limits[part, None]
+                nearer[part] += found.sum(axis=1)
+    return np.stack([nearer, np.full_like(nearer, len(gallery))], axis=1)
 
 
-def summary(ranks: Int[np.ndarray, "n 2"]) -> dict[str, Any]:
-    """The rates at which the own image is the nearest, or one of the 5 nearest."""
-    top = {f"top{k}": proportion(int((ranks[:, 0] <= k).sum()), len(ranks)) for k in (1, 5)}
+def _parts(count: int) -> list[slice]:
+    """Slices of at most CHUNK rows, whose distances are computed at once."""
+    return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
+
+
+def summary(ranks: Int[np.ndarray, "n 2"], per_prompt: int = 1) -> dict[str, Any]:
+    """The rates at which the own image is the nearest, or one of the 5 nearest.
+
+    per_prompt: pictures of a prompt, which share the own image, in consecutive rows.
+    """
+    found = ranks[:, 0].reshape(-1, per_prompt)
+    top = {f"top{k}": grouped_proportion(found <= k) for k in (1, 5)}
     return top | {"n": len(ranks), "gallery": int(ranks[0, 1])}

@@ -44,7 +44,7 @@ def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | 
     options: of --grid. Raises ValueError in one line for options, settings, files and weights that
     do not fit, before anything is sampled.
     """
-    stages = settings_grid.run_stages(settings.config, settings.stages)
+    stages = cascade.run_stages(settings.config, settings.stages, "--cascade")
     axes = settings_grid.parse(options, settings.config, stages)
     points = settings_grid.points(axes, settings.config, stages)
     image_metrics.check_known(settings.metrics)

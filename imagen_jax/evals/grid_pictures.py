@@ -33,8 +33,7 @@ def draw(
     """
     levels = settings_grid.levels(points)
     nodes = [node for level in levels for node in level]
-    jobs = [job(drawer, node, requests) for node in nodes]
-    agreement.check({"grid": json.dumps(jobs), "--output": str(directory.absolute())})
+    agreement.check(facts_of(drawer, points, requests) | {"--output": str(directory.absolute())})
     directory.mkdir(parents=True, exist_ok=True)
     agreement.check_shared(directory)
     with contextlib.ExitStack() as stack:
@@ -60,6 +59,16 @@ def draw(
         for loaded, level in zip(drawer.stages, levels):
             _draw_level(drawer, loaded, level, reserved, text, manifests)
     return manifests
+
+
+def facts_of(drawer: Drawer, points: Sequence[Node], requests: Requests) -> dict[str, str]:
+    """Everything that determines the pictures of a grid, for `agreement.check`.
+
+    Points differ in the settings of the axes only, so the job of one point has all other fields.
+    """
+    first = points[0]
+    job = drawing.job_of(requests, record(drawer, first), free_fields(first))
+    return drawing.facts_of(job) | {"--grid": json.dumps([dict(node.settings) for node in points])}
 
 
 def record(drawer: Drawer, node: Node) -> dict[str, Any]:

@@ -146,7 +146,9 @@ def lines(network: str, results: Mapping[str, Result]) -> Iterator[tuple[str, st
         for label, key in metric.values.items():
             text = report.mean(value_of(metric, result, key))
             if name == "fd":
-                text += f", extrapolated to infinitely many {result['infinity']['value']:.4g}"
+                limit = result["infinity"]
+                error = {"mean": limit["value"], "se": limit.get("se")}  # none in older results
+                text += f", extrapolated to infinitely many {report.mean(error)}"
             yield f"{network}: {heading(network, name, label)}", text
         for warning in result.get("warnings", ()):
             yield f"{network}: {name}", f"warning: {warning}"

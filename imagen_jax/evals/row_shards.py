@@ -19,8 +19,7 @@ from imagen_jax.evals import keyed_rows
 from imagen_jax.run_log import Progress
 from imagen_jax.storage import write_arrays
 
-SHARD_BYTES = 2**27  # of the pictures of one shard
-SHARD_ROWS = 512  # at most
+SHARD_ROWS = 512  # of one shard, if a batch is not larger
 Row = Mapping[str, Any]  # a row of a manifest
 Compute = Callable[[Sequence[Row]], Shaped[np.ndarray, "k d"]]
 
@@ -45,8 +44,7 @@ class RowShards:
         function: rows -> their values [k d].
         """
         # By number, not by position among the missing: another process may be writing meanwhile.
-        shards = range(process, self._count, processes)
-        own = [shard for shard in shards if self._read(shard) is None]
+        own = [s for s in self._share(process, processes) if self._read(s) is None]
         done = 0
         with Progress(label, sum(len(self._rows(s)) for s in own), quiet=process > 0) as progress:
             for shard in own:
@@ -62,6 +60,10 @@ class RowShards:
                 progress.update(done)
         return done
 
+    def files(self, process: int, processes: int) -> list[Path]:
+        """The files of a process's share."""
+        return [self._path(shard) for shard in self._share(process, processes)]
+
     def joined(self) -> Shaped[np.ndarray, "n d"]:
         """The values of all rows, in their order. Raises ValueError for a missing file."""
         expected = np.concatenate([self._keys(shard) for shard in range(self._count)])
@@ -71,6 +73,9 @@ class RowShards:
         for shard in range(self._count):
             if (found := self._read(shard)) is not None:
                 yield found
+
+    def _share(self, process: int, processes: int) -> range:
+        return range(process, self._count, processes)
 
     @property
     def _count(self) -> int:
@@ -102,6 +107,15 @@ class RowShards:
         return None
 
 
-def rows_per_shard(image_size: int) -> int:
-    """Rows of a file whose pictures take at most SHARD_BYTES."""
-    return int(np.clip(SHARD_BYTES // (3 * image_size**2), 1, SHARD_ROWS))
+def rows_per_shard(count: int, processes: int, batch: int, most: int = SHARD_ROWS) -> int:
+    """Rows of a file: whole batches of the network, and a share of the work for every process.
+
+    count: rows of the set. batch: rows that a process computes at once. most: the largest number
+    of rows, unless a batch is larger. Another number of rows, which other processes or devices may
+    lead to, computes the files again.
+    """
+    share = -(-count // processes)
+    if share <= batch:
+        return max(1, share)
+    batches = min(-(-share // batch), max(1, most // batch))
+    return batches * batch

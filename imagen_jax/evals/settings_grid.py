@@ -76,19 +76,6 @@ def shown_value(value: Any) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def run_stages(config: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
-    """The wanted stages up to the first one without a checkpoint.
-
-    Raises ValueError if the first one has none.
-    """
-    names = list(itertools.takewhile(lambda name: config[name]["checkpoint"], wanted))
-    if not names:
-        raise ValueError(
-            f"stage {wanted[0]} has no checkpoint: give --cascade.{wanted[0]}.checkpoint=PATH"
-        )
-    return names
-
-
 def parse(options: Sequence[str], config: Mapping[str, Any], stages: Sequence[str]) -> list[Axis]:
     """The axes of --grid options.
 

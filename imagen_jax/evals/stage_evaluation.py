@@ -187,7 +187,7 @@ class Evaluator:
             log.info("low-res images are the samples of %s", self._rows.origin)
         self._chosen, self._left_out = measure.allowed(chosen, stage, self._rows)
         possible = json.dumps([list(self._chosen), self._left_out])
-        agreement.check({"data": self._rows.prepared.hash, "list of possible measures": possible})
+        agreement.check({"data": self._rows.prepared.hash, "possible measures": possible})
         self._probe, self._config = Probe(stage, settings, self._mesh), config
 
     def _check_effect(self, config: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
@@ -238,10 +238,13 @@ def load_same(checkpoint: Path, which: str) -> tuple[dict[str, Any], dict[str, A
     """`load_params` of the same checkpoint in all processes, chosen and verified by process 0.
 
     Its trainer does not delete it before all processes have read it. Raises CheckpointError in all
-    processes if one of them cannot read it.
+    processes if one of them cannot read it, also if it was deleted in the meantime.
     """
     if jax.process_count() == 1:
-        return load_params(checkpoint, which)
+        try:
+            return load_params(checkpoint, which)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{checkpoint} cannot be read: {error}") from error
     with contextlib.ExitStack() as stack:
         loaded, chosen, fault = None, "", ""
         if jax.process_index() == 0:
@@ -267,7 +270,8 @@ def agreed_output(output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
 
     Raises ValueError in all processes if they differ in `settings`, or in the directory.
     """
-    agreement.check({"--output": str(output.absolute()), "list of settings": json.dumps(settings)})
+    facts = {name: json.dumps(value) for name, value in settings.items()}
+    agreement.check({"--output": str(output.absolute())} | facts)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(only_process(output, "using"))
@@ -296,7 +300,7 @@ def follow(
         directory = workdir / "checkpoints" / step
         try:
             result = run(directory, output / step)
-        except (CheckpointError, FileNotFoundError) as error:
+        except CheckpointError as error:  # of `load_same`, in all processes
             # Otherwise the trainer deleted it in the meantime.
             if first and directory.exists():
                 log.warning("checkpoint %s is skipped: %s", step, error)

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 Z95 = 1.959964  # two-sided 95 % of the normal distribution
 
@@ -44,7 +44,24 @@ def proportion(hits: int, n: int) -> dict[str, Any]:
     return {"rate": hits / n, "low": low, "high": high, "hits": hits, "n": n}
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
+def grouped_proportion(hits: Bool[np.ndarray, "p k"]) -> dict[str, Any]:
+    """`proportion` of k rows of each of p groups, such as the pictures of a prompt.
+
+    Rows of a group are alike, so the error is that of the mean rate per group. Wilson's interval is
+    that of the number of independent rows with this error, which is between p and p k. For k = 1 it
+    is `proportion`.
+    """
+    groups, n, rate = len(hits), hits.size, float(hits.mean())
+    if groups == n:
+        return proportion(int(hits.sum()), n)
+    error = summary(hits.mean(axis=1))["se"]
+    independent = rate * (1 - rate) / error**2 if error else n if 0 < rate < 1 else groups
+    independent = min(max(independent, groups), n)
+    low, high = wilson(rate * independent, independent)
+    return {"rate": rate, "low": low, "high": high, "hits": int(hits.sum()), "n": n}
+
+
+def wilson(hits: int | float, n: int | float) -> tuple[float, float]:
     """Wilson's 95 % score interval of a proportion (Wilson 1927).
 
     It holds near 0 and 1 too, where the normal interval has no width.

@@ -25,7 +25,6 @@ from imagen_jax.evals import (
     provenance,
     reference,
     report,
-    settings_grid,
     statistics,
     suite_figures,
 )
@@ -53,6 +52,7 @@ class Settings:
         references.
     gallery: size in pixels -> the images among which the captioned one is to be found; only for a
         suite of prepared data.
+    requests: the pictures to draw. Raises ValueError if they need invalid seeds.
     """
 
     config: Mapping[str, Any]
@@ -65,12 +65,12 @@ class Settings:
     images: Callable[[int], RealImages] | None
     references: Sequence[str] = ()
     gallery: Callable[[int], PreparedImages] | None = None
+    requests: picture_set.Requests = dataclasses.field(init=False)
 
-    @property
-    def requests(self) -> picture_set.Requests:
-        """The pictures to draw."""
+    def __post_init__(self) -> None:
         texts = [prompt.text for prompt in self.suite.prompts]
-        return picture_set.Requests(texts, self.per_prompt, self.seed)
+        requests = picture_set.Requests(texts, self.per_prompt, self.seed)
+        object.__setattr__(self, "requests", requests)
 
     @property
     def prompt_of_row(self) -> Int[np.ndarray, " n"]:
@@ -86,7 +86,7 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     """
     image_metrics.check_known(settings.metrics)
     networks = check_networks(settings)
-    settings_grid.run_stages(settings.config, settings.stages)
+    cascade.run_stages(settings.config, settings.stages, "--cascade")
     drawer = drawing.Drawer(settings.config, settings.stages)
     cascade.check_intervals(drawer.stages)
     sizes, record = [loaded.stage.image_size for loaded in drawer.stages], drawer.record
@@ -209,7 +209,7 @@ def _kept_reference(images: RealImages, loaded: FeatureNetwork, path: Path) -> r
         except ValueError:
             images.check()
             found = reference.make(images, loaded, path)
-    agreement.gather()  # the file is there
+    agreement.share_files([] if found is None else [path])
     return found or reference.load(path, loaded, images.identity)
 
 
@@ -270,7 +270,9 @@ def caption_features(
         if tower := loaded.captions:
             of_part = lambda part, tower=tower: tower.features([row["prompt"] for row in part])
             place = directory / f"{name}_text"
-            shards[f"{name} text"] = _computed(settings, place, tower.identity, texts, 1, of_part)
+            shards[f"{name} text"] = _computed(
+                settings, place, tower.identity, texts, _network_shard(texts), of_part
+            )
     return _joined(shards)
 
 
@@ -291,7 +293,7 @@ def picture_features(
     for name, loaded in networks.items():
         of_part = lambda part, loaded=loaded: loaded.images.features(open_pictures(part))
         shards[name] = _computed(
-            settings, directory / name, loaded.images.identity, rows, size, of_part
+            settings, directory / name, loaded.images.identity, rows, _network_shard(rows), of_part
         )
     if settings.gallery is not None:
         gallery = settings.gallery(size)
@@ -299,9 +301,21 @@ def picture_features(
         own_of = lambda part: np.array([own[row["row"] // settings.per_prompt] for row in part])
         ranks = lambda part: data_suite.ranks(open_pictures(part), own_of(part), gallery)
         shards["retrieval"] = _computed(
-            settings, directory / "retrieval", gallery.identity, rows, size, ranks
+            settings,
+            directory / "retrieval",
+            gallery.identity,
+            rows,
+            rows_per_shard(len(rows), jax.process_count(), 1, data_suite.pictures_at_once(size)),
+            ranks,
         )
     return _joined(shards)
+
+
+def _network_shard(rows: Sequence[Row]) -> int:
+    """Rows per file of the features of a network."""
+    # From numbers that are the same in all processes.
+    batch = network.BATCH_SIZE * (jax.device_count() // jax.process_count())
+    return rows_per_shard(len(rows), jax.process_count(), batch)
 
 
 def _computed(
@@ -312,15 +326,16 @@ def _computed(
     size: int,
     function: Compute,
 ) -> RowShards:
-    """The values of rows, of which this process computes its share."""
-    shards = RowShards(directory, what, rows, settings.per_prompt, rows_per_shard(size))
+    """The values of rows, of which this process computes its share. size: rows per file."""
+    shards = RowShards(directory, what, rows, settings.per_prompt, size)
     shards.compute(function, jax.process_index(), jax.process_count(), directory.name)
     return shards
 
 
 def _joined(shards: Mapping[str, RowShards]) -> dict[str, Float[np.ndarray, "n _"]]:
     """The values of all processes, in process 0."""
-    agreement.gather()  # all files are there
+    place = jax.process_index(), jax.process_count()
+    agreement.share_files(path for shard in shards.values() for path in shard.files(*place))
     if jax.process_index():
         return {}
     return {kind: shard.joined() for kind, shard in shards.items()}
@@ -350,7 +365,7 @@ def score(
             values = clip_score.per_prompt(features[name], others["captions"], prompts)
             results["categories"] = _by_category(settings, values)
     if "retrieval" in features:
-        results["retrieval"] = data_suite.summary(features["retrieval"])
+        results["retrieval"] = data_suite.summary(features["retrieval"], settings.per_prompt)
     return results
 
 

@@ -57,10 +57,11 @@ def extrapolation(distances: Mapping[str, Result]) -> bytes:
             fmt="s", color="C2", capsize=3, markersize=5,
             label=f"all {counts[-1]:,}: {result['value']:.4g} ± {result['se']:.2g}",
         )  # fmt: skip
+        error = limit.get("se")  # none in older results
         axes.errorbar(
-            *(0, limit["value"], limit["spread"] or 0.0),
+            *(0, limit["value"], error or 0.0),
             fmt="D", color="C1", capsize=3, markersize=5, clip_on=False,
-            label=f"extrapolated: {limit['value']:.4g}",
+            label=f"extrapolated: {limit['value']:.4g}" + (f" ± {error:.2g}" if error else ""),
         )  # fmt: skip
         name = image_metrics.FRECHET_NAMES.get(network, "Fréchet distance")
         axes.set(xlabel="1000 / number of pictures", ylabel=f"{name} ({network})")

@@ -18,8 +18,10 @@ from imagen_jax.hardware.topology import Topology
 from imagen_jax.planning import encoder_plan, sample_cost, whole_step
 from imagen_jax.planning.compile_pool import compile_pool
 from imagen_jax.planning.step_time import SECONDS_PER_HOUR
+from imagen_jax.row_batches import rows_per_batch
 from imagen_jax.stage import Stage, check_interval, check_sampling, create_stage
 from imagen_jax.storage import check_object
+from imagen_jax.text import feature_file
 from imagen_jax.weights import exports
 from imagen_jax.weights.checkpoint import META, opened
 from imagen_jax.weights.leaves import read_document
@@ -142,7 +144,7 @@ def plan_cascade(
     """
     mesh = sharding.make_mesh(config["mesh"], topology.devices())
     parts = find_parts(config, mesh, read_config)
-    rows = cascade.rows_per_batch(config["batch_size"], mesh)
+    rows = rows_per_batch(config["batch_size"], mesh)
     limit = int(topology.chip.memory_limit)
     parameters = sum(part.bytes for part in parts)
     resident = len(parts) == 1 or parameters <= cascade.RESIDENT_SHARE * limit
@@ -296,7 +298,8 @@ def encoder_memory(
     length: tokens per prompt, the longest that the stages accept.
     cache: directory of cached costs.
     """
-    name, dtype, rows = config["encoder"], config["encoder_dtype"], config["batch_size"]
+    name, dtype = config["encoder"], config["encoder_dtype"]
+    rows = feature_file.texts_per_device(config["batch_size"], topology.chips)
     if known := re.fullmatch(rf"google/t5-v1_1-({'|'.join(encoder_plan.SIZES)})", name):
         network = encoder_plan.find_network(known[1], dtype)
     elif name == EMBEDDED or Path(name).is_dir():

@@ -11,6 +11,7 @@ from jaxtyping import BFloat16
 from imagen_jax.text.encoder import TextEncoder
 
 CHUNK = 1024  # texts that are encoded before they are written
+MOST_PER_DEVICE = 64  # texts of a batch; more make a token no cheaper, see `TextEncoder.encode`
 
 
 class FeatureFile:
@@ -39,6 +40,11 @@ class FeatureFile:
         self._file.seek(offset)
         data = self._file.read(2 * tokens * self._dim)
         return np.frombuffer(data, ml_dtypes.bfloat16).reshape(tokens, self._dim)
+
+
+def texts_per_device(batch_size: int, devices: int) -> int:
+    """The `batch_size` of `encode` for a batch of images on all `devices` of all processes."""
+    return min(-(-batch_size // devices), MOST_PER_DEVICE)
 
 
 def encode(

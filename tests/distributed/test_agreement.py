@@ -3,6 +3,7 @@
 import concurrent.futures
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -98,13 +99,31 @@ def test_unlike_processes_are_named_in_all(together):
         with pytest.raises(
             ValueError,
             match=(
-                r"^the processes were not started alike: process 2 \(c\) has another data than"
-                r" process 0 \(a\); start the same command everywhere$"
+                r"^the processes were not started alike: process 2 \(c\) differs from process 0"
+                r" \(a\) in: data; start the same command everywhere$"
             ),
         ):
             agreement.check({"config": "same", "data": "other" if index == 2 else "same"})
 
     together(start)
+
+
+def test_facts_that_a_process_lacks_differ(together):
+    """Catches: facts that are compared by their position, and a message with hundreds of them."""
+
+    def start(index):
+        facts = {f"base.{name}": name for name in "abcdefgh"}
+        facts |= {"base.a": "other"} if index == 1 else {"x": ""}
+        with pytest.raises(ValueError, match=r"process 1 .* in: base\.a, x; start") as error:
+            agreement.check(facts)
+        assert "process 2" not in str(error.value)
+
+    def many(index):
+        with pytest.raises(ValueError, match=r"process 2 \(c\) .* in: 0, 1, 2, 3, 4, \.\.\.;"):
+            agreement.check({str(i): str(index // 2) for i in range(9)})
+
+    together(start)
+    together(many)
 
 
 def test_directories_that_are_not_shared(together, tmp_path):
@@ -128,7 +147,40 @@ def test_directories_that_are_not_shared(together, tmp_path):
     together(apart)
 
 
+def test_files_of_other_processes_are_awaited(together, tmp_path, monkeypatch):
+    """Catches: a barrier alone, after which a file that the file system shows late is missing, and
+    a file that is read before all of it is visible.
+    """
+    seen = {}
+
+    def size(path):
+        seen[path] = seen.get(path, 0) + 1
+        return [None, 1, 4][min(seen[path], 3) - 1]
+
+    def write(index):
+        (tmp_path / str(index)).write_bytes(b"four")
+        agreement.share_files([tmp_path / str(index)])
+        return [seen[str(tmp_path / str(other))] for other in range(COUNT)]
+
+    monkeypatch.setattr(agreement, "_size", size)
+    assert all(count >= 3 for counts in together(write) for count in counts)
+
+
+def test_a_file_that_stays_invisible_is_an_error_in_all(together, tmp_path):
+    """Catches: an error in one process, after which the others wait for it."""
+
+    def start(index):
+        path = tmp_path / ("missing" if index == 1 else ".")
+        with pytest.raises(
+            ValueError, match=r"not visible .*missing on process 1 \(b\); check the"
+        ):
+            agreement.wait_for_files([path], 0.1)
+
+    together(start)
+
+
 def test_alone():
     """Catches: a process that waits for others where there are none."""
     assert agreement.gather("x") == ["x"]
     agreement.check({"config": "any"})
+    agreement.wait_for_files([Path("missing")])

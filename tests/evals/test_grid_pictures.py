@@ -128,6 +128,22 @@ def test_pictures_of_other_prompts_do_not_count_as_drawn(make_drawer, tmp_path):
     assert found == [(3, 8), (4, 16), (4, 16)]
 
 
+def test_processes_agree_on_the_points_and_on_each_field(make_drawer):
+    """Catches processes with other points, and a message that does not name the field."""
+    drawer = make_drawer()
+
+    def facts(grid, **settings):
+        section = drawer.config["sr_1"]
+        changed = drawer.config | {"sr_1": section | {"sampling": section["sampling"] | settings}}
+        points = settings_grid.points(settings_grid.parse(grid, changed, STAGES), changed, STAGES)
+        return grid_pictures.facts_of(drawer, points, REQUESTS)
+
+    before, other = facts(["base.w=2,1"]), facts(["base.w=2,3"])
+    differ = lambda now: [name for name in before if before[name] != now[name]]
+    assert differ(other) == ["--grid"]
+    assert differ(facts(["base.w=2,1"], w=3.0)) == ["config.sr_1.sampling.w"]
+
+
 def test_settings_with_another_program_keep_the_parameters(config):  # noqa: F811
     """Catches weights that are loaded again for each setting, and a stage with the old settings."""
     (loaded,) = cascade.load_cascade(config, ["base"])

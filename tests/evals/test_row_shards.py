@@ -69,7 +69,20 @@ def test_values_of_other_pictures_are_not_used(tmp_path, change):
     assert compute.rows == (list(range(6)) if change == "network" else [3, 4, 5])
 
 
-def test_large_pictures_have_small_shards():
-    """Catches shards whose pictures do not fit into memory."""
-    assert rows_per_shard(64) == 512 and 30 <= rows_per_shard(1024) <= 60
-    assert rows_per_shard(20_000) == 1
+@pytest.mark.parametrize(
+    ("count", "processes", "batch", "size"),
+    [
+        (30_000, 4, 256, 512),
+        (30_000, 4, 1024, 1024),  # a batch is larger than a shard
+        (30_000, 4, 96, 480),
+        (1_000, 4, 32, 256),
+        (200, 8, 32, 25),
+        (200, 1, 256, 200),
+        (3, 8, 32, 1),
+    ],
+)
+def test_shards_are_whole_batches_and_leave_no_process_idle(count, processes, batch, size):
+    """Catches shards that are padded to several times their size in each batch, and a small set in
+    one shard, which one process computes alone.
+    """
+    assert rows_per_shard(count, processes, batch) == size

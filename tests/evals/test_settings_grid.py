@@ -8,6 +8,7 @@ import pytest
 
 from configs import cascade
 from imagen_jax import evaluate, schema
+from imagen_jax.cascade import run_stages
 from imagen_jax.evals import grid_evaluation, settings_grid, suite_evaluation
 from imagen_jax.evals.suite_evaluation import Settings
 from imagen_jax.evals.suites import Suite
@@ -103,7 +104,7 @@ def test_guidance_of_a_stage_without_text_is_refused(config):
 def test_stages_without_checkpoint_do_not_run(config):
     """Catches an axis of a stage that the cascade lacks."""
     shorter = config | {"sr_1": config["sr_1"] | {"checkpoint": ""}}
-    assert settings_grid.run_stages(shorter, ["base", "sr_1", "sr_2"]) == ["base"]
+    assert run_stages(shorter, ["base", "sr_1", "sr_2"]) == ["base"]
 
 
 def test_a_cascade_without_base_is_refused_with_the_flag_of_evaluate(config):
@@ -111,7 +112,7 @@ def test_a_cascade_without_base_is_refused_with_the_flag_of_evaluate(config):
     shorter = config | {"base": config["base"] | {"checkpoint": ""}}
     message = "base has no checkpoint: give --cascade.base.checkpoint=PATH"
     with pytest.raises(ValueError, match=message):
-        settings_grid.run_stages(shorter, STAGES)
+        run_stages(shorter, STAGES, "--cascade")
     given = Settings(shorter, STAGES, Suite("", [], "", {}), 1, 0, {}, [], None)
     with pytest.raises(ValueError, match=message):
         suite_evaluation.evaluate(given, Path("none"))

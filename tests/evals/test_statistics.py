@@ -89,3 +89,26 @@ def test_rows_of_one_caption_cannot_be_shuffled():
     """Catches a control that silently gives most rows their own caption."""
     with pytest.raises(ValueError, match="one caption has 3 rows"):
         statistics.derangement(np.array([4, 4, 4, 1, 2]), 0)
+
+
+def test_rows_of_a_group_are_not_independent():
+    """Catches an interval of the number of rows: with copies of each row it would shrink."""
+    rng = np.random.default_rng(0)
+    one = rng.random((400, 1)) < 0.3
+    single = statistics.grouped_proportion(one)
+    assert single == statistics.proportion(int(one.sum()), 400)
+    copies = statistics.grouped_proportion(np.repeat(one, 8, axis=1))
+    assert (copies["rate"], copies["n"], copies["hits"]) == (single["rate"], 3200, 8 * one.sum())
+    for end in ("low", "high"):
+        assert copies[end] == pytest.approx(single[end], abs=1e-3)
+
+
+def test_the_interval_of_groups_has_the_error_of_their_rates():
+    """Catches the variance of single rows, and an interval without width where no row is a hit."""
+    rng = np.random.default_rng(0)
+    hits = rng.random((2000, 4)) < rng.beta(1, 2, (2000, 1))
+    found = statistics.grouped_proportion(hits)
+    error = statistics.summary(hits.mean(axis=1))["se"]
+    assert (found["high"] - found["low"]) / (2 * statistics.Z95) == pytest.approx(error, rel=0.01)
+    none = statistics.grouped_proportion(np.zeros((50, 4), bool))
+    assert none["high"] == pytest.approx(statistics.wilson(0, 50)[1])

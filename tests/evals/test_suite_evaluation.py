@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from imagen_jax import drawing, picture_set
-from imagen_jax.evals import reference, suite_evaluation
+from imagen_jax.evals import data_suite, reference, suite_evaluation
+from imagen_jax.evals.networks import network
 from imagen_jax.evals.reference import Reference
+from imagen_jax.evals.row_shards import RowShards
 from imagen_jax.evals.suite_evaluation import Settings
 from imagen_jax.evals.suites import Prompt, Suite
 
@@ -72,10 +74,19 @@ def test_scores_of_each_network_and_category():
     assert {name: mean["n"] for name, mean in result["categories"].items()} == {"a": 4, "b": 4}
     assert set(result["metrics"]["inception"]) == {"fd", "kid", "mind", "neighbours"}
     assert result["retrieval"]["top1"]["rate"] == 0.25
+    assert result["retrieval"] == data_suite.summary(found["retrieval"], per_prompt=2)
+    assert result["retrieval"] != data_suite.summary(found["retrieval"])
     assert result["retrieval"]["top5"]["rate"] == 0.5 and result["retrieval"]["gallery"] == 50
     lines = dict(suite_evaluation.lines(result))
     assert "top-5 50.0 %" in lines["retrieval"] and "inception: FID" in lines
     json.dumps(result)
+
+
+def test_seeds_of_all_pictures_are_checked_before_any_work():
+    """Catches a seed beyond 2^32 that is found when its picture is drawn."""
+    assert settings(seed=2**32 - 16).requests.seed(15) == 2**32 - 1
+    with pytest.raises(ValueError, match="give a smaller --seed"):
+        settings(seed=2**32 - 15)
 
 
 def test_a_metric_without_its_network_is_refused():
@@ -174,3 +185,38 @@ def test_an_evaluation_with_other_settings_draws_everything(tmp_path):
     assert left(record) == [(len(requests) - 1, 16), (len(requests) - 1, 64)]
     other = record | {"config": {"which": "params"}}
     assert left(other) == [(len(requests), 16), (len(requests), 64)]
+
+
+def test_shards_are_visible_before_they_are_joined(tmp_path, monkeypatch):
+    """Catches shards of other processes that process 0 misses because they become visible late."""
+    rows = [{"row": i, "prompt": "a", "sha256": ""} for i in range(5)]
+    shards = RowShards(tmp_path, {}, rows, 1, 2)
+    shards.compute(lambda part: np.array([[float(row["row"])] for row in part]), 0, 1, "x")
+    awaited = []
+    monkeypatch.setattr(suite_evaluation.agreement, "share_files", awaited.extend)
+    assert suite_evaluation._joined({"x": shards})["x"][:, 0].tolist() == list(range(5))
+    assert awaited == shards.files(0, 1) == sorted(tmp_path.iterdir())
+    assert shards.files(1, 2) == awaited[1:2]
+
+
+def test_a_reference_is_visible_before_it_is_read(tmp_path, monkeypatch):
+    """Catches processes that read the reference of process 0 before they can see it."""
+    awaited, made, path = [], object(), tmp_path / "r.npz"
+    monkeypatch.setattr(suite_evaluation.agreement, "share_files", awaited.append)
+    monkeypatch.setattr(suite_evaluation.reference, "load", lambda *_: made)
+    images = types.SimpleNamespace(identity={}, check_sizes=lambda: None)
+    # the checker of types knows no such images
+    checked = suite_evaluation._kept_reference
+    kept = getattr(checked, "__wrapped__", checked)
+    assert kept(images, None, path) is made
+    monkeypatch.setattr(suite_evaluation.jax, "process_index", lambda: 1)
+    assert kept(images, None, path) is made
+    assert awaited == [[path], []]
+
+
+def test_shards_of_features_are_batches_of_the_network(monkeypatch):
+    """Catches shards that are padded in every batch, and a set that one process computes alone."""
+    monkeypatch.setattr(suite_evaluation.jax, "device_count", lambda: 8)
+    monkeypatch.setattr(suite_evaluation.jax, "process_count", lambda: 4)
+    assert suite_evaluation._network_shard([{}] * 1000) == 4 * (2 * network.BATCH_SIZE)
+    assert suite_evaluation._network_shard([{}] * 200) == 50

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from imagen_jax import pictures
@@ -44,3 +45,21 @@ def test_a_result_gets_the_figures_that_it_has_numbers_for(tmp_path, manifest):
     assert names(full) == ["sheet_0000.png", "extrapolation.png", "categories.png"]
     assert names({**full, "categories": {}}) == ["sheet_0000.png", "extrapolation.png"]
     assert all(Image.open(path).width > 200 for path in tmp_path.glob("*.png"))
+
+
+def test_the_bar_of_the_extrapolation_is_its_standard_error(monkeypatch):
+    """Catches a bar of the spread of random subsets, and a result of an earlier version, which has
+    no error, that stops the figure.
+    """
+    drawn, errorbar = [], Axes.errorbar
+
+    def recorded(axes, x, y, yerr, **style):
+        drawn.append((x, yerr))
+        return errorbar(axes, x, y, yerr, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", recorded)
+    limit = {"counts": [10, 20], "distances": [2.0, 1.5], "value": 1.0, "spread": 0.5}
+    for error in ({"se": 0.25}, {}):
+        fd = {"value": 1.5, "se": 0.1, "infinity": limit | error}
+        suite_figures.extrapolation({"inception": fd})
+    assert drawn == [(50.0, 0.1), (0, 0.25), (50.0, 0.1), (0, 0.0)]

@@ -304,3 +304,12 @@ def test_chips_along_data_compute_the_same_program(tmp_path):
     )
     assert small["guided"] == pytest.approx(whole["guided"], rel=1e-3)
     assert small["peak"] == pytest.approx(whole["peak"], rel=1e-2)
+
+
+def test_the_encoder_is_planned_with_its_part_of_a_batch(monkeypatch):
+    """Catches as many texts on each chip as there are images on all chips."""
+    memory = lambda network, topology, dtype, rows, length, cache: {"asked": rows}
+    monkeypatch.setattr(sample_plan.encoder_plan, "memory", memory)
+    config = cascade_config() | {"batch_size": 64}
+    found = sample_plan.encoder_memory(config, topology.parse("v5e:2x2"), 16, "")
+    assert found["rows"] == found["asked"] == 16

@@ -5,6 +5,7 @@ the roots of the eigenvalues of S1^1/2 S2 S1^1/2, which is symmetric, so no numb
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from imagen_jax.evals.distances.moments import Statistics
 
 POINTS = 15  # numbers of samples in the fit of `infinity`
 REPEATS = 4  # fits that `infinity` averages
+ERROR_BLOCKS = 10  # of the error of `infinity`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ def infinity(
     points: int = POINTS,
     repeats: int = REPEATS,
 ) -> dict[str, Any]:
-    """{"value", "spread", "counts", "distances"}: the distance extrapolated to infinite samples.
+    """{"value", "se", "spread", "counts", "distances"}: extrapolated to infinitely many samples.
 
     Chong and Forsyth 2020, with the choices of dgm-eval: `points` numbers of samples from
     min(5000, n / 10) to n, drawn without replacement; the value is the intercept of the
@@ -81,26 +83,61 @@ def infinity(
     images, because images of one prompt are alike.
 
     "value" is the mean of `repeats` fits, each with its own draws, and "spread" their standard
-    deviation, which is the effect of the draws, not the standard error. "distances" are means over
-    the repeats.
+    deviation, which is the effect of the draws, not the standard error. That is "se": the
+    `infinity_error` of the first fit, not smaller than that of the mean; None for few images.
+    "distances" are means over the repeats.
     """
     n, rng = len(samples), np.random.default_rng(seed)
     unique, inverse = np.unique(prompts, return_inverse=True)
     counts = np.linspace(min(5000, max(n // 10, 2)), n, points).astype(int)
     complete = reference.distance(Statistics.of(samples))
-    distances = np.full((repeats, points), complete)
+    distances, draws = np.full((repeats, points), complete), []
     for repeat in range(repeats):
         for i, count in enumerate(counts):
+            order = np.arange(n)
             if count < n:
                 order = np.argsort(rng.permutation(len(unique))[inverse], kind="stable")
                 distances[repeat, i] = reference.distance(Statistics.of(samples[order[:count]]))
+            draws += [order[:count]] * (repeat == 0)
     intercepts = np.polynomial.polynomial.polyfit(1 / counts, distances.T, 1)[0]
     return {
         "value": float(intercepts.mean()),
+        "se": infinity_error(samples, reference, prompts, draws, seed),
         "spread": float(intercepts.std(ddof=1)) if repeats > 1 else None,
         "counts": counts.tolist(),
         "distances": distances.mean(axis=0).tolist(),
     }
+
+
+def infinity_error(
+    samples: Float[np.ndarray, "n d"],
+    reference: Reference,
+    prompts: Int[np.ndarray, " n"],
+    draws: Sequence[Int[np.ndarray, " _"]],
+    seed: int = 0,
+) -> float | None:
+    """The jackknife standard error of one fit of `infinity`, over ERROR_BLOCKS blocks of prompts.
+
+    draws: the samples of each distance of the fit. A block is deleted from the same draws, by its
+    moments; draws of their own would add their spread. Costs as much as three fits of four draws.
+    None if there are too few images.
+    """
+    count = min(ERROR_BLOCKS, len(np.unique(prompts)))
+    if count < 2:
+        return None
+    blocks = prompt_blocks(prompts, count, seed)
+    counts, distances = np.empty((2, count + 1, len(draws)))
+    for i, draw in enumerate(draws):
+        drawn, block_of = samples[draw], blocks[draw]
+        total = Statistics.of(drawn)
+        for block in range(count + 1):  # the last one is empty: the fit of all
+            members = drawn[block_of == block]
+            if len(drawn) - len(members) < 2:
+                return None
+            rest = total.without(Statistics.of(members)) if len(members) else total
+            counts[block, i], distances[block, i] = rest.n, reference.distance(rest)
+    fits = [np.polynomial.polynomial.polyfit(1 / n, y, 1)[0] for n, y in zip(counts, distances)]
+    return estimate(Replicates(fits[-1], np.array(fits[:-1]), np.bincount(blocks)))["se"]
 
 
 def score(

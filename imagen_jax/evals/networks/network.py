@@ -148,9 +148,12 @@ class FeatureNetwork:
         Raises:
             ValueError: there is no image, or one is not uint8 [h w 3].
         """
-        check_images(images)
+        check_count(images)
         rows = batch_size * self.mesh.size
         out, last = np.empty((len(images), self.dim), np.float32), None
+
+        def prepared(i):  # reads a lazy image in the pool's thread, once
+            return self.prepare(checked(i, images[i]))
 
         def collect(start, features):
             out[start : start + rows] = np.asarray(features)[: len(images) - start]
@@ -158,7 +161,8 @@ class FeatureNetwork:
         with concurrent.futures.ThreadPoolExecutor() as pool:
             for start in range(0, len(images), rows):
                 batch = np.zeros((rows, self.size, self.size, 3), np.float32)
-                for i, x in enumerate(pool.map(self.prepare, images[start : start + rows])):
+                numbers = range(start, min(start + rows, len(images)))
+                for i, x in enumerate(pool.map(prepared, numbers)):
                     batch[i] = x
                 features = self.apply(sharding.place_batch({"images": batch}, self.mesh)["images"])
                 if last:  # the device computes while the next batch is prepared
@@ -275,13 +279,17 @@ def feature_program(network: nn.Module, params: Mapping[str, Any], mesh: Mesh) -
     return functools.partial(jax.jit(apply, out_shardings=rows), params)
 
 
-def check_images(images: Sequence[np.ndarray] | np.ndarray) -> None:
-    """Raises ValueError unless there are images and all are uint8 [h w 3]."""
+def check_count(images: Sequence[np.ndarray] | np.ndarray) -> None:
+    """Raises ValueError unless there are images."""
     if not len(images):
         raise ValueError("no images: feature networks need at least one")
-    for i, image in enumerate(images):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-            raise ValueError(
-                f"image {i} is {image.dtype}{list(image.shape)}: feature networks need RGB images,"
-                " uint8[height, width, 3]"
-            )
+
+
+def checked(i: int, image: np.ndarray) -> UInt8[np.ndarray, "_ _ 3"]:
+    """Image number `i`. Raises ValueError unless it is uint8 [h w 3]."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
+        raise ValueError(
+            f"image {i} is {image.dtype}{list(image.shape)}: feature networks need RGB images,"
+            " uint8[height, width, 3]"
+        )
+    return image

@@ -99,6 +99,26 @@ def test_infinity_is_nearer_to_the_limit_than_the_distance():
     assert abs(extrapolated) < 0.35 * complete
 
 
+def test_the_error_of_infinity_is_the_spread_of_independent_samples():
+    """Catches the spread of the draws taken for the error, draws that differ between the deleted
+    blocks (more than twice the error), and blocks that stay in the draws (no error).
+    """
+    reference, found = Reference.of(features(n=20000, seed=1)), []
+    for seed in range(40):
+        x = features(n=1000, seed=10 + seed, shift=0.1)
+        result = frechet.infinity(x, reference, np.arange(1000), seed, points=8, repeats=1)
+        found.append([result["value"], result["se"]])
+    values, errors = np.array(found).T
+    assert 0.75 < np.sqrt((errors**2).mean()) / values.std(ddof=1) < 1.4
+
+
+def test_an_error_that_few_images_do_not_allow_is_none():
+    """Catches a covariance of one image, which ends the evaluation."""
+    x, reference = features(n=12), Reference.of(features(seed=1))
+    assert frechet.infinity(x, reference, np.arange(12), points=3)["se"] is None
+    assert frechet.infinity(x, reference, np.zeros(12, int), points=3)["se"] is None
+
+
 def test_infinity_takes_counts_like_dgm_eval():
     """Catches other numbers of samples, and results that change with the seed of nothing."""
     x, reference = features(n=200, shift=0.1), Reference.of(features(seed=1))

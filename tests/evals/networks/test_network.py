@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import threading
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -19,6 +21,7 @@ from tests.evals.networks import tiny
 from tests.weights import torch_files
 
 SIZE = 33
+MAIN = threading.main_thread()
 LITE = EfficientNetLite(tiny.STAGES, tiny.STEM, tiny.HEAD)
 NAMES = feature_networks.efficientnet_lite(tiny.image_shapes(LITE, SIZE))
 
@@ -68,6 +71,29 @@ def test_a_row_depends_on_its_image_alone(weights):
     prepared = np.stack([network.prepare(image) for image in images])
     params = tiny.as_params(NAMES, tiny.random_weights(NAMES))
     tiny.assert_close(want, tiny.run(LITE, params, prepared))
+
+
+class LazyPictures(Sequence):
+    """Pictures that remember in which thread each one was read."""
+
+    def __init__(self, images):
+        self.images, self.read = images, []
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        self.read.append((i, threading.current_thread()))
+        return self.images[i]
+
+
+def test_lazy_images_are_read_once_in_threads(weights):
+    """Catches images that are decoded for a check and again for the network, or one by one."""
+    network, lazy = networks.load("tiny", weights, on(1)), LazyPictures(pictures(5))
+    features = network.features(lazy, 2)
+    np.testing.assert_array_equal(features, network.features(lazy.images, 2))
+    # the checker of types reads some in the main thread
+    assert sorted(i for i, thread in lazy.read if thread is not MAIN) == [0, 1, 2, 3, 4]
 
 
 def test_devices_change_nothing(weights):
@@ -191,6 +217,6 @@ def test_the_package_is_named(monkeypatch):
 def test_images_must_be_rgb(image):
     """Catches images in [-1, 1] or with alpha, which would give features all the same."""
     with pytest.raises(ValueError, match=r"image 1 is .* need RGB images"):
-        networks.check_images([tiny.picture(4, 4), image])
+        networks.checked(1, image)
     with pytest.raises(ValueError, match="no images"):
-        networks.check_images([])
+        networks.check_count([])
