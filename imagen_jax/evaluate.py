@@ -292,6 +292,7 @@ def check_cascade_flags(args: Any) -> None:
 def evaluate_checkpoint(args: Any) -> None:
     """Evaluates one stage, or each checkpoint of a run."""
     from imagen_jax.cascade import resolve
+    from imagen_jax.distributed import agreement
     from imagen_jax.evals import stage_evaluation
 
     checkpoint, output = Path(resolve(args.checkpoint)), Path(args.output)
@@ -311,7 +312,7 @@ def evaluate_checkpoint(args: Any) -> None:
     )
     told = settings | overrides | {"measures": args.measures, "which": args.which}
     told |= {"checkpoint": str(checkpoint), "follow": args.follow}
-    with stage_evaluation.agreed_output(output, told):
+    with agreement.agreed_output(output, told):
         if args.follow:
             evaluator.check_continues(output / history.FILE)
             stage_evaluation.follow(evaluator.run, checkpoint, output, args.follow_minutes)
@@ -321,17 +322,19 @@ def evaluate_checkpoint(args: Any) -> None:
 
 def evaluate_cascade(args: Any) -> None:
     """Evaluates a cascade, or a grid of its settings, and prints the table in process 0."""
+    from imagen_jax.distributed import agreement
     from imagen_jax.evals import grid_evaluation, report, suite_evaluation
 
     settings, output = cascade_settings(args), Path(args.output)
-    if args.grid:
-        table = grid_evaluation.evaluate(settings, args.grid, output)
-        if table is not None:
-            print(table)
-        return
-    result = suite_evaluation.evaluate(settings, output)
-    if result is not None:
-        print(report.table(suite_evaluation.lines(result)))
+    with agreement.agreed_output(output, settings.facts() | {"--grid": args.grid}):
+        if args.grid:
+            table = grid_evaluation.evaluate(settings, args.grid, output)
+        else:
+            result = suite_evaluation.evaluate(settings, output)
+            table = None if result is None else report.table(suite_evaluation.lines(result))
+    if table is not None:
+        print(table)
+    if table is not None and not args.grid:
         print(f"all results: {output / suite_evaluation.RESULT}")
 
 
@@ -340,7 +343,7 @@ def cascade_settings(args: Any) -> Any:
     from imagen_jax.data.records import Prepared
     from imagen_jax.evals import data_suite, suites
     from imagen_jax.evals.real_images import FolderImages, PreparedImages
-    from imagen_jax.evals.suite_evaluation import Settings
+    from imagen_jax.evals.suite_settings import Settings
 
     prepared, count = Prepared(args.data) if args.data else None, args.prompts or None
     if args.suite == DATA_SUITE:

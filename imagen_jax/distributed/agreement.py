@@ -3,16 +3,18 @@
 They need no program on the devices, so no collective operation times out while one process works.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from imagen_jax.distributed import startup
-from imagen_jax.storage import read_object, write_json
+from imagen_jax.storage import only_process, read_object, write_json
 
 # A day. A lost process ends the wait earlier; watch.py names one that is stuck.
 FOR_EVER_MS = 1000 * 60 * 60 * 24
@@ -84,6 +86,21 @@ def check_shared(directory: Path, patience_s: float = PATIENCE_S) -> None:
             f"{directory} is another directory on {', '.join(blind)} than on process 0"
             f" ({hosts[0]}): give one on a file system that all processes share"
         )
+
+
+@contextlib.contextmanager
+def agreed_output(output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Locks the output directory for this run while the context lasts.
+
+    Raises ValueError in all processes if they differ in `settings`, or in the directory.
+    """
+    facts = {name: json.dumps(value) for name, value in settings.items()}
+    check({"--output": str(output.absolute())} | facts)
+    with contextlib.ExitStack() as stack:
+        if (member := startup.member()) is None or member.index == 0:
+            stack.enter_context(only_process(output, "using"))
+        check_shared(output)
+        yield
 
 
 def _start(path: Path) -> str:

@@ -25,15 +25,19 @@ from imagen_jax.evals import (
     reference,
     settings_grid,
     suite_evaluation,
+    suite_features,
+    suite_references,
 )
 from imagen_jax.evals.distances import clip_score
 from imagen_jax.evals.grid_comparison import PointResult
 from imagen_jax.evals.settings_grid import Axis, Node
-from imagen_jax.evals.suite_evaluation import Loaded, Settings
+from imagen_jax.evals.suite_features import Loaded
+from imagen_jax.evals.suite_settings import Settings, check_networks
 from imagen_jax.storage import read_object, write_atomically, write_json
 
 RESULT, FIGURE, DIRECTORY = "grid.json", "pareto.png", "grid"
 SCORES = "scores.json"  # of a point, in its directory
+SCORES_VERSION = 2  # raise it when a metric changes, so that all are computed again
 SCORES_FIELDS = {"of": str, "scores": dict, "per_prompt": dict}
 log = logging.getLogger("imagen_jax.evaluate")
 
@@ -48,14 +52,14 @@ def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | 
     axes = settings_grid.parse(options, settings.config, stages)
     points = settings_grid.points(axes, settings.config, stages)
     image_metrics.check_known(settings.metrics)
-    networks = suite_evaluation.check_networks(settings)
+    networks = check_networks(settings)
     drawer = drawing.Drawer(settings.config, stages)
     check_loaded(drawer, points, axes)
     size, record = drawer.stages[-1].stage.image_size, drawer.record
     directory, requests = output / DIRECTORY, settings.requests
     suite_evaluation.check_disk(output, list(missing(drawer, points, directory, requests)))
-    warnings = suite_evaluation.check_counts(settings, networks, size)
-    references = suite_evaluation.make_references(settings, size, output / "reference")
+    warnings = suite_references.check(settings, networks, size)
+    references = suite_references.make(settings, size, output / "reference")
     drawing.check_prompts(drawer, requests.prompts)
     manifests = grid_pictures.draw(drawer, points, requests, directory)
     del drawer
@@ -100,7 +104,7 @@ def score_points(
     directory: Path,
 ) -> list[PointResult]:
     """The metrics of each point, in process 0; points that are scored already are read."""
-    networks = suite_evaluation.load_networks(settings)
+    networks = suite_features.load_networks(settings)
     digests = [_digest(settings, networks, references, manifests[node], size) for node in points]
     paths = [directory / node.directory / SCORES for node in points]
     kept = [read_scores(path, digest) for path, digest in zip(paths, digests)]
@@ -109,7 +113,7 @@ def score_points(
     captions = {}
     if not all(done):
         rows = picture_set.manifest_rows(manifests[points[0]])
-        captions = suite_evaluation.caption_features(settings, networks, rows, directory)
+        captions = suite_features.caption_features(settings, networks, rows, directory)
     results = []
     for number, node in enumerate(points):
         found = kept[number]
@@ -117,7 +121,7 @@ def score_points(
             log.info("point %d of %d: %s", number + 1, len(points), node.label)
             manifest = manifests[node]
             rows, place = picture_set.manifest_rows(manifest), paths[number].parent / "features"
-            features = captions | suite_evaluation.picture_features(
+            features = captions | suite_features.picture_features(
                 settings, networks, manifest, rows, size, place
             )
             if jax.process_index() == 0:
@@ -153,6 +157,7 @@ def _digest(
 ) -> str:
     """Of everything that determines the metrics of a point."""
     what = {
+        "version": SCORES_VERSION,
         "manifest": suite_evaluation.described_manifest(manifest)["manifest_sha256"],
         "networks": {
             name: [dict(part.identity) for part in (loaded.images, loaded.captions) if part]

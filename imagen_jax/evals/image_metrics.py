@@ -30,7 +30,7 @@ class Metric:
     score: (features of the pictures, features of the other side, prompt of each picture) -> result.
     values: {label: key of a `jackknife.estimate` in the result, "" for the result itself}.
     scale: factor of the printed numbers; files have numbers without it.
-    less_is_better: whether smaller numbers are better; None if neither is.
+    less_is_better: whether smaller numbers are better.
     """
 
     networks: tuple[str, ...]
@@ -83,6 +83,12 @@ def applicable(network: str, names: Sequence[str], has_reference: bool) -> dict[
         and (not names or name in names)
         and (has_reference or metric.against == "captions")
     }
+
+
+def against_reference(network: str, names: Sequence[str]) -> dict[str, Metric]:
+    """The metrics to compute with a network that need real images."""
+    found = applicable(network, names, True)
+    return {name: metric for name, metric in found.items() if metric.against == "reference"}
 
 
 def too_few(metrics: Mapping[str, Metric], dimensions: int, counts: Mapping[str, int]) -> list[str]:

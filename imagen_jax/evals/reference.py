@@ -16,11 +16,9 @@ from jaxtyping import Float32
 from imagen_jax import __version__
 from imagen_jax.evals.distances.moments import Statistics
 from imagen_jax.evals.networks.network import FeatureNetwork
-from imagen_jax.evals.real_images import Images, RealImages
-from imagen_jax.run_log import Progress
+from imagen_jax.evals.real_images import RealImages
 from imagen_jax.storage import check_local, sha256_file, write_arrays
 
-CHUNK = 512  # images
 # Fields of a network's identity that determine its features.
 SAME_NETWORK = ("network", "preprocessing", "dim", "weights_sha256")
 TOLERANCE = 1e-6  # of the stored statistics against the features, relative
@@ -37,15 +35,10 @@ class Reference:
     identity: Mapping[str, Any]
 
 
-def make(images: RealImages, network: FeatureNetwork, path: Path) -> Reference:
-    """Computes the features of all images and writes the file, whole or not at all."""
-    features = np.empty((len(images), network.dim), np.float32)
-    label = f"{network.name} features of real images"
-    with Progress(label, len(images)) as progress:
-        for start in range(0, len(images), CHUNK):
-            end = min(start + CHUNK, len(images))
-            features[start:end] = network.features(Images(images, start, end))
-            progress.update(end)
+def write(
+    images: RealImages, network: FeatureNetwork, features: Float32[np.ndarray, "n d"], path: Path
+) -> Reference:
+    """Writes the file of the features of all images, whole or not at all, and reads it back."""
     statistics = Statistics.of(features)
     meta = {
         "images": images.identity,

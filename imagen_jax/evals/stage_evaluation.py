@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from imagen_jax.evals.rows import Data, Settings
 from imagen_jax.stage import Params, check_interval, check_sampling, create_stage
 from imagen_jax.storage import (
     check_object,
-    only_process,
     read_object,
     write_arrays,
     write_atomically,
@@ -262,21 +261,6 @@ def load_same(checkpoint: Path, which: str) -> tuple[dict[str, Any], dict[str, A
     if faults:
         raise CheckpointError(faults[0])
     return loaded
-
-
-@contextlib.contextmanager
-def agreed_output(output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Locks the output directory for this run while the context lasts.
-
-    Raises ValueError in all processes if they differ in `settings`, or in the directory.
-    """
-    facts = {name: json.dumps(value) for name, value in settings.items()}
-    agreement.check({"--output": str(output.absolute())} | facts)
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            stack.enter_context(only_process(output, "using"))
-        agreement.check_shared(output)
-        yield
 
 
 def follow(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax import sharding
-from imagen_jax.evals import reference, suite_evaluation
+from imagen_jax.evals import reference, suite_features, suite_references
 from imagen_jax.evals.networks.network import FeatureNetwork
 from imagen_jax.evals.real_images import FolderImages, Images
 
@@ -37,12 +37,16 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
+def kept(*args):
+    return suite_references._kept(*args)
+
+
 @pytest.fixture
 def made(folder, tmp_path, monkeypatch):
     """(the file of a reference, the images)."""
-    monkeypatch.setattr(reference, "CHUNK", 3)
+    monkeypatch.setattr(suite_features, "network_shard", lambda rows: 3)
     images = FolderImages(folder, 8)
-    reference.make(images, network(), tmp_path / "r" / "n.npz")
+    kept(images, network(), tmp_path / "r" / "n.npz")
     return tmp_path / "r" / "n.npz", images
 
 
@@ -130,9 +134,10 @@ def test_a_kept_reference_of_enlarged_images_is_refused(folder, tmp_path):
     """Catches a reference of an earlier evaluation that is used although its images are small."""
     Image.new("RGB", (9, 6)).save(folder / "0.png")
     path, images = tmp_path / "n.npz", FolderImages(folder, 8)
-    reference.make(images, network(), path)
+    few = np.zeros((7, 3), np.float32)
+    reference.write(images, network(), few, path)
     with pytest.raises(ValueError, match=r"below 8 pixels.* 0\.png \(9x6\)"):
-        suite_evaluation._kept_reference(images, network(), path)
+        kept(images, network(), path)
 
 
 def test_damaged_images_are_counted_and_named(folder, tmp_path):

@@ -10,7 +10,7 @@ from configs import cascade
 from imagen_jax import evaluate, schema
 from imagen_jax.cascade import run_stages
 from imagen_jax.evals import grid_evaluation, settings_grid, suite_evaluation
-from imagen_jax.evals.suite_evaluation import Settings
+from imagen_jax.evals.suite_settings import Settings
 from imagen_jax.evals.suites import Suite
 
 STAGES = ["base", "sr_1"]

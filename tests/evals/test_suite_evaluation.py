@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 
 from imagen_jax import drawing, picture_set
-from imagen_jax.evals import data_suite, reference, suite_evaluation
+from imagen_jax.evals import (
+    data_suite,
+    reference,
+    suite_evaluation,
+    suite_features,
+    suite_references,
+    suite_settings,
+)
 from imagen_jax.evals.networks import network
 from imagen_jax.evals.reference import Reference
 from imagen_jax.evals.row_shards import RowShards
-from imagen_jax.evals.suite_evaluation import Settings
+from imagen_jax.evals.suite_settings import Settings
 from imagen_jax.evals.suites import Prompt, Suite
 
 RNG = np.random.default_rng(0)
@@ -92,7 +99,7 @@ def test_seeds_of_all_pictures_are_checked_before_any_work():
 def test_a_metric_without_its_network_is_refused():
     """Catches a metric that is left out in silence."""
     with pytest.raises(ValueError, match="--metrics clip_score needs one of the networks clip-b32"):
-        suite_evaluation.check_networks(settings((), metrics=["clip_score"]))
+        suite_settings.check_networks(settings((), metrics=["clip_score"]))
 
 
 def real_images(count, size=64):
@@ -108,22 +115,21 @@ def test_a_frechet_distance_that_cannot_be_computed_is_found_before_sampling(cap
     few real images, and no warning without --metrics.
     """
     few = settings(tuple(WIDE), images=real_images(3000))  # 16 pictures
-    (warning,) = suite_evaluation.check_counts(few, WIDE, 64)
+    (warning,) = suite_references.check(few, WIDE, 64)
     assert (
         warning.startswith("inception: pictures: 16 images are too few") and warning in caplog.text
     )
     with pytest.raises(ValueError, match="--metrics: inception: pictures: 16 .* leave the metric"):
-        suite_evaluation.check_counts(
+        suite_references.check(
             settings(tuple(WIDE), images=real_images(3000), metrics=["fd"]), WIDE, 64
         )
     with pytest.raises(ValueError, match="efficientnet-lite0: real images: 8 images are too few"):
         changed = dict(images=real_images(8), metrics=["fd"])
-        suite_evaluation.check_counts(
+        suite_references.check(
             settings(("efficientnet-lite0",), **changed), {"efficientnet-lite0": {"dim": 8}}, 64
         )
     others = settings(tuple(WIDE), images=real_images(3000), metrics=["kid"])
-    assert suite_evaluation.check_counts(others, WIDE, 64) == []
-    assert suite_evaluation.check_counts(settings(tuple(WIDE)), WIDE, 64) == []
+    assert suite_references.check(others, WIDE, 64) == []
 
 
 @pytest.mark.parametrize(("count", "expected"), [(40_504, 0), (40_500, 1)])
@@ -131,12 +137,12 @@ def test_another_reference_than_that_of_coco_is_a_warning(count, expected):
     """Catches an FID against part of COCO's validation set that reads like FID-30K."""
     coco = Suite("coco", suite().prompts, "", {})
     changed = settings(("efficientnet-lite0",), suite=coco, images=real_images(count))
-    warnings = suite_evaluation.check_counts(changed, {"efficientnet-lite0": {"dim": 8}}, 64)
+    warnings = suite_references.check(changed, {"efficientnet-lite0": {"dim": 8}}, 64)
     assert len(warnings) == expected and all("40,504 of COCO's" in text for text in warnings)
     result = {"metrics": {}, "left_out": {}, "warnings": warnings}
     assert len(list(suite_evaluation.lines(result))) == expected
     toy = settings(("efficientnet-lite0",), images=real_images(count))
-    assert suite_evaluation.check_counts(toy, {"efficientnet-lite0": {"dim": 8}}, 64) == []
+    assert suite_references.check(toy, {"efficientnet-lite0": {"dim": 8}}, 64) == []
 
 
 def test_a_reference_of_another_size_is_refused(tmp_path):
@@ -145,9 +151,9 @@ def test_a_reference_of_another_size_is_refused(tmp_path):
     np.savez(tmp_path / "r.npz", meta=np.array(json.dumps(meta)))
     kept = settings(("efficientnet-lite0",), references=[str(tmp_path / "r.npz")])
     identities = {"efficientnet-lite0": {"dim": 8}}
-    assert suite_evaluation.check_counts(kept, identities, 256) == []
+    assert suite_references.check(kept, identities, 256) == []
     with pytest.raises(ValueError, match=r"r\.npz is of images of 256 pixels, .* have 64: give"):
-        suite_evaluation.check_counts(kept, identities, 64)
+        suite_references.check(kept, identities, 64)
     assert reference.images_of(tmp_path / "r.npz") == meta["images"]
 
 
@@ -158,10 +164,10 @@ def test_the_result_names_the_weights_of_every_network(monkeypatch):
             identity={"network": name, "weights_sha256": f"{kind} of {path}"}
         )
     )
-    monkeypatch.setattr(suite_evaluation.network, "load", tower("images"))
-    monkeypatch.setattr(suite_evaluation.clip_text, "load", tower("captions"))
+    monkeypatch.setattr(suite_settings.network, "load", tower("images"))
+    monkeypatch.setattr(suite_settings.clip_text, "load", tower("captions"))
     given = settings(networks=("clip-b32", "inception"))
-    identities = suite_evaluation.check_networks(given)
+    identities = suite_settings.check_networks(given)
     record = dict.fromkeys(("stages", "config", "checkpoints", "encoder"))
     found = suite_evaluation.describe(given, record, {}, identities)
     assert found["networks"]["clip-b32"]["weights_sha256"] == "images of "
@@ -194,29 +200,39 @@ def test_shards_are_visible_before_they_are_joined(tmp_path, monkeypatch):
     shards.compute(lambda part: np.array([[float(row["row"])] for row in part]), 0, 1, "x")
     awaited = []
     monkeypatch.setattr(suite_evaluation.agreement, "share_files", awaited.extend)
-    assert suite_evaluation._joined({"x": shards})["x"][:, 0].tolist() == list(range(5))
+    assert suite_features.joined({"x": shards})["x"][:, 0].tolist() == list(range(5))
     assert awaited == shards.files(0, 1) == sorted(tmp_path.iterdir())
     assert shards.files(1, 2) == awaited[1:2]
 
 
-def test_a_reference_is_visible_before_it_is_read(tmp_path, monkeypatch):
-    """Catches processes that read the reference of process 0 before they can see it."""
-    awaited, made, path = [], object(), tmp_path / "r.npz"
-    monkeypatch.setattr(suite_evaluation.agreement, "share_files", awaited.append)
-    monkeypatch.setattr(suite_evaluation.reference, "load", lambda *_: made)
-    images = types.SimpleNamespace(identity={}, check_sizes=lambda: None)
-    # the checker of types knows no such images
-    checked = suite_evaluation._kept_reference
-    kept = getattr(checked, "__wrapped__", checked)
-    assert kept(images, None, path) is made
-    monkeypatch.setattr(suite_evaluation.jax, "process_index", lambda: 1)
-    assert kept(images, None, path) is made
-    assert awaited == [[path], []]
+@pytest.mark.parametrize("names", [["efficientnet-lite0"], ["clip-b32", "inception"]])
+def test_a_network_without_any_metric_is_refused(names):
+    """Catches pictures of a night for which nothing can be computed, as real images are missing."""
+    given = settings(tuple(names))
+    identities = {name: {"dim": 8} for name in names}
+    with pytest.raises(ValueError, match=f"{names[-1]}: fd, kid.* need real images: give --data"):
+        suite_references.check(given, identities, 64)
+
+
+def test_a_clip_without_real_images_has_its_score_and_a_warning():
+    """Catches CMMD that is left out in silence, and one that was asked for."""
+    (warning,) = suite_references.check(settings(), {"clip-b32": {"dim": 8}}, 64)
+    assert warning == "clip-b32: no real images are given, so it has only clip_score"
+    with pytest.raises(ValueError, match="clip-b32: cmmd need real images"):
+        suite_references.check(
+            settings(metrics=["cmmd", "clip_score"]), {"clip-b32": {"dim": 8}}, 64
+        )
+
+
+def test_real_images_are_read_only_for_metrics_that_need_them(tmp_path):
+    """Catches features of all real images for a CLIP score."""
+    never = settings(metrics=["clip_score"], images=lambda size: pytest.fail("read"))
+    assert suite_references.make(never, 64, tmp_path) == {}
 
 
 def test_shards_of_features_are_batches_of_the_network(monkeypatch):
     """Catches shards that are padded in every batch, and a set that one process computes alone."""
-    monkeypatch.setattr(suite_evaluation.jax, "device_count", lambda: 8)
-    monkeypatch.setattr(suite_evaluation.jax, "process_count", lambda: 4)
-    assert suite_evaluation._network_shard([{}] * 1000) == 4 * (2 * network.BATCH_SIZE)
-    assert suite_evaluation._network_shard([{}] * 200) == 50
+    monkeypatch.setattr(suite_features.jax, "device_count", lambda: 8)
+    monkeypatch.setattr(suite_features.jax, "process_count", lambda: 4)
+    assert suite_features.network_shard([{}] * 1000) == 4 * (2 * network.BATCH_SIZE)
+    assert suite_features.network_shard([{}] * 200) == 50

@@ -23,6 +23,7 @@ OF_CASCADES = {
     "image_metrics.py",
     "pareto.py",
     "suite_evaluation.py",
+    "suite_features.py",
 }
 OTHERS = [path for path in OTHERS if path.name not in OF_CASCADES]
 OTHERS += [PACKAGE / "evals/measures" / name for name in ("__init__.py", "measure.py")]
