@@ -1,7 +1,7 @@
 """From prompts to a set of pictures: encodes the prompts, samples the cascade, writes the files.
 
 All processes of a run call it together. The text encoder is freed before the stages are placed on
-the devices, and nothing is kept in memory per picture.
+the devices. Memory holds a row of the manifest per picture, and the images of a few batches.
 """
 
 import json

@@ -201,7 +201,7 @@ def sets(directory: Path) -> dict[int, dict[str, Any]]:
 
 
 def _read_set(path: Path) -> dict[str, Any]:
-    """The content of a set's file. One that a killed process left incomplete has one number."""
+    """The content of a set's file; a file that a killed process left incomplete has one picture."""
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         try:

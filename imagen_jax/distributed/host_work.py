@@ -1,8 +1,8 @@
 """Host arithmetic on many rows, shared by the processes of a run.
 
 Each process computes its own rows, and every process gets the values of all rows, bit for bit: the
-result does not depend on the number of processes. All processes make the same calls in the same
-order.
+result depends on the number of processes only if `compute` does. All processes make the same calls
+in the same order.
 """
 
 import json

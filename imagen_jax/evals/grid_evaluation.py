@@ -134,7 +134,7 @@ def score_points(
 def score_point(
     settings: Settings, features: Mapping[str, Any], references: Mapping[str, reference.Reference]
 ) -> PointResult:
-    """The metrics of one point, with what pairs it with other points."""
+    """The metrics of one point, and the values by prompt that pair it with other points."""
     scores = suite_evaluation.score(settings, features, references)
     prompts = settings.prompt_of_row
     per_prompt = {

@@ -27,7 +27,7 @@ log = logging.getLogger("imagen_jax.evaluate")
 def draw(
     drawer: Drawer, points: Sequence[Node], requests: Requests, directory: Path
 ) -> dict[Node, Path]:
-    """Draws what is missing of all sets of a grid. Returns their manifests.
+    """Draws the missing pictures of all sets of a grid. Returns their manifests.
 
     All processes call it together. Raises what `drawing.draw` raises.
     """

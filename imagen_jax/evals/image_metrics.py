@@ -113,8 +113,9 @@ def score_all(
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """({metric: result}, {metric: reason why it has none}).
 
-    others: {"reference": features [m d], "captions": features [n d]}. A metric that needs more
-    pictures than there are is left out with its reason.
+    others: {"reference": features [m d], "captions": features [n d]}. A metric that cannot be
+    computed, as there are too few pictures or the two sides are equal, is left out with its reason;
+    the others are computed.
     """
     results: dict[str, Result] = {}
     left_out: dict[str, str] = {}

@@ -1,8 +1,8 @@
 """Values per picture, such as features, in files of consecutive rows.
 
 An evaluation that is interrupted computes only the files that are missing, with any number of
-processes. A file remembers the checksums of its pictures and what its values are, so that it is
-never used for others.
+processes. A file remembers the checksums of its pictures and the identity of its values, so that it
+is never used for others.
 """
 
 import dataclasses

@@ -39,7 +39,7 @@ COMPUTE = (cost.MATRIX, cost.ELEMENTWISE, cost.COPY, cost.KERNEL)
 
 
 def evaluations(sampling: Mapping[str, Any], stage: Stage) -> tuple[int, int]:
-    """(network evaluations of one sample, how many of them are guided).
+    """(network evaluations of one sample, the number of guided ones).
 
     There is one evaluation at each of the `steps` noise levels: one in each iteration of the loop,
     and one after it.

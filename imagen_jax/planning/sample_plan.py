@@ -32,7 +32,7 @@ log = logging.getLogger("imagen_jax.plan")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a plan includes.
+    """The contents of a plan.
 
     Fields:
         cache: directory of cached costs.

@@ -95,7 +95,7 @@ def _cost(cost: Plan, less: str, more: str, utilization: str) -> str:
 
 
 def _parts(rows: list[Plan]) -> Iterator[str]:
-    """What the time of each stage consists of."""
+    """The parts of the time of each stage."""
     yield "  evaluations: a guided evaluation counts twice"
     for row in rows:
         time = row["time"]
@@ -115,7 +115,7 @@ def _parts(rows: list[Plan]) -> Iterator[str]:
 
 
 def _advice(plan: Plan) -> Iterator[str]:
-    """What to change if a stage does not fit."""
+    """Changes that help if a stage does not fit."""
     wrong = [row for row in plan["stages"] if not row["fits"]]
     if not wrong:
         return

@@ -104,7 +104,7 @@ def jackknife(
 
 
 def paired_jackknife(first: Replicates, second: Replicates) -> dict[str, Any]:
-    """`estimate` of first - second, two checkpoints without the same prompts.
+    """`estimate` of first - second; each replicate leaves out the same prompts in both.
 
     "ratio" is the difference in standard errors; above 3 it is significant. Raises ValueError for
     different blocks.
