@@ -3,6 +3,7 @@
 # make test       the test suite (PYTEST_ARGS="-k sampler", WORKERS=8)
 # make test-slow  several processes, stopped, killed and resumed; plan with the TPU and GPU
 #                 compilers: 1.2 GB to install, a quarter of an hour
+# make test-long  larger cases of the slow tests, for changes of what they cover: ten minutes
 # make lint       ruff: rules and format (pyproject.toml)
 # make parity     comparisons with the reference implementations; installs torch
 # make clean      removes $(VENV) and build output
@@ -17,7 +18,7 @@ PYTEST_ARGS ?=
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test test-slow parity lint clean
+.PHONY: demo test test-slow test-long parity lint clean
 
 demo: $(VENV)/installed
 	$(RUN) -m imagen_jax.demo $(ARGS)
@@ -26,7 +27,11 @@ test: $(VENV)/installed-test
 	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(VENV)/installed-slow
-	$(RUN) -m pytest -q -n $(WORKERS) --dist loadscope -m slow --durations=25 $(PYTEST_ARGS)
+	$(RUN) -m pytest -q -n $(WORKERS) --dist loadscope -m "slow and not long" --durations=25 \
+	    $(PYTEST_ARGS)
+
+test-long: $(VENV)/installed-slow
+	$(RUN) -m pytest -q -n $(WORKERS) --dist loadscope -m long --durations=25 $(PYTEST_ARGS)
 
 parity: $(VENV)/installed-parity
 	$(RUN) -m pytest -q -m parity $(PYTEST_ARGS)

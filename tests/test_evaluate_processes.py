@@ -97,7 +97,10 @@ def assert_same(output: Path, alone: Path) -> None:
     assert (output / "loss.png").is_file() and (output / "samples_heldout.png").is_file()
 
 
-@pytest.mark.parametrize("processes, devices, program", [(2, 2, ()), (4, 8, ("-c", SHARDED))])
+@pytest.mark.parametrize(
+    "processes, devices, program",
+    [(2, 2, ()), pytest.param(4, 8, ("-c", SHARDED), marks=pytest.mark.long)],
+)
 def test_several_processes_measure_what_one_does(
     data, workdir, alone, tmp_path, processes, devices, program
 ):
@@ -114,6 +117,7 @@ def test_several_processes_measure_what_one_does(
         assert printed == (i == 0)
 
 
+@pytest.mark.long
 def test_followers_take_each_checkpoint_together(data, workdir, alone, tmp_path):
     """Catches processes that evaluate different checkpoints, or that append a line each."""
     output = tmp_path / "out"

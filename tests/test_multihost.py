@@ -149,7 +149,7 @@ def last_line(log: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim, next_count", [(1, 1), (0, 4)])
+@pytest.mark.parametrize("victim, next_count", [(1, 1), pytest.param(0, 4, marks=pytest.mark.long)])
 def test_stopped_killed_and_continued_by_another_number(data, tmp_path, victim, next_count):
     """Catches: a signal that each process answers after a step of its own; survivors that wait for
     ever, or do not say for whom; checkpoints, data or noise that depend on the number of processes.
@@ -324,6 +324,7 @@ def test_non_finite_loss_stops_all_alike(data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_failed_save_fails_in_all_and_the_run_goes_on(data, tmp_path):
     """Catches: a failed save of one process that the others wait for, or count as done; samples
     drawn by one process alone; a profile that stops it.
@@ -345,6 +346,7 @@ def test_failed_save_fails_in_all_and_the_run_goes_on(data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_fall_back_to_the_same_checkpoint(data, tmp_path):
     """Catches: processes that each look for the newest checkpoint and find different ones; one that
     is damaged used by the process that did not look.
@@ -361,6 +363,7 @@ def test_all_fall_back_to_the_same_checkpoint(data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_new_run_from_weights_ends_for_all_at_the_same_time(data, tmp_path):
     """Catches: weights loaded by one process alone, a time limit that each process keeps for
     itself.
@@ -403,6 +406,7 @@ def test_validation_does_not_depend_on_the_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_image_split_over_processes(data, tmp_path):
     """Catches: processes that share an image's rows but read different ones."""
     split = [
@@ -429,6 +433,7 @@ runpy.run_module("imagen_jax.train", run_name="__main__")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_rows_that_are_not_neighbours(data, tmp_path):
     """Catches: rows in another order, with other noise, than on one host, where a process's devices
     are not neighbours.
@@ -439,6 +444,7 @@ def test_rows_that_are_not_neighbours(data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_overfit_on_several_processes(data, tmp_path):
     """Catches: a self-test that gives each process the whole batch, or ends differently in each."""
     found = []

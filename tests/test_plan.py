@@ -282,6 +282,7 @@ def test_a_plan_ends_with_scaling(tmp_path):
     assert "error: interrupted" in errors and not list(tmp_path.rglob("plan.json"))
 
 
+@pytest.mark.long
 def test_advice_works_when_followed(tmp_path):
     """Catches a program that does not fit reported as a crash, and advice that does not fit when it
     is compiled.

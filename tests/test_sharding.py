@@ -14,6 +14,7 @@ from imagen_jax.training.state import abstract_state, bytes_table, create_state
 from imagen_jax.training.step import TrainProgram, loss_and_grad
 from tests import tiny
 
+LONG = (pytest.mark.slow, pytest.mark.long)
 DATA = dict(data=8, fsdp=1, model=1, spatial=1)
 FSDP = dict(data=2, fsdp=4, model=1, spatial=1)
 SPATIAL = dict(data=2, fsdp=2, model=1, spatial=2)
@@ -73,10 +74,10 @@ def assert_same_on(mesh, name, one_level=False):
     "name, sizes, one_level",
     [
         ("sr_1024", SPATIAL, True),
-        pytest.param("sr_1024", SPATIAL, False, marks=pytest.mark.slow),
+        pytest.param("sr_1024", SPATIAL, False, marks=LONG),
         pytest.param("base_64", SPATIAL, False, marks=pytest.mark.slow),
-        pytest.param("base_64", MODEL, False, marks=pytest.mark.slow),
-        pytest.param("base_64", DATA, False, marks=pytest.mark.slow),
+        pytest.param("base_64", MODEL, False, marks=LONG),
+        pytest.param("base_64", DATA, False, marks=LONG),
         pytest.param("sr_1024", MODEL, False, marks=pytest.mark.slow),
     ],
 )
@@ -148,7 +149,7 @@ SECOND_ORDER = {"method": "dpmpp_2m", "grid": "logsnr", "w_interval": (-2.0, 2.0
     [
         ("sr_1024", SPATIAL, SECOND_ORDER, tiny.ONE_LEVEL_FIELDS),
         pytest.param("sr_256", MODEL, {}, {}, marks=pytest.mark.slow),
-        pytest.param("sr_1024", SPATIAL, SECOND_ORDER, {}, marks=pytest.mark.slow),
+        pytest.param("sr_1024", SPATIAL, SECOND_ORDER, {}, marks=LONG),
     ],
 )
 def test_sample_is_the_same_on_a_mesh(name, sizes, sampling, fields):
@@ -284,7 +285,7 @@ def test_bytes_table():
     "name, fields",
     [
         ("sr_256", tiny.ONE_LEVEL_FIELDS),
-        pytest.param("base_64", {}, marks=pytest.mark.slow),
+        pytest.param("base_64", {}, marks=LONG),
         pytest.param("sr_256", {}, marks=pytest.mark.slow),
     ],
 )

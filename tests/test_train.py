@@ -262,6 +262,7 @@ def test_non_finite_loss_stops_the_run(data, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_overfit_passes_and_can_fail(data, tmp_path):
     """Catches a self-test that passes whatever happens: with a learning rate of nothing it must
     fail.

@@ -82,7 +82,7 @@ def undisturbed(data, tmp_path_factory):
     return losses(workdir)
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_process_killed_in_the_middle_changes_no_loss(data, undisturbed, tmp_path, index):
     """Catches a run that stays down, hangs or starts over after a process was killed.
 

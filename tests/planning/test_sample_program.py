@@ -42,15 +42,18 @@ def in_loops(module: hlo.Module) -> Iterator[hlo.Instruction]:
                 todo += [name for names in instruction.called.values() for name in names]
 
 
+LONG = (pytest.mark.slow, pytest.mark.long)
+
+
 @pytest.mark.parametrize(
     "name, platform, interval",
     [
-        pytest.param("base_64", "cpu", (-20.0, 20.0), marks=pytest.mark.slow),
+        pytest.param("base_64", "cpu", (-20.0, 20.0), marks=LONG),
         ("base_64", "cpu", (-2.0, 2.0)),
         pytest.param("sr_1024", "cpu", (-2.0, 2.0), marks=pytest.mark.slow),
-        pytest.param("base_64", "v5e:2x2", (-20.0, 20.0), marks=pytest.mark.slow),
+        pytest.param("base_64", "v5e:2x2", (-20.0, 20.0), marks=LONG),
         pytest.param("base_64", "v5e:2x2", (-2.0, 2.0), marks=pytest.mark.slow),
-        pytest.param("sr_1024", "v5e:2x2", (-2.0, 2.0), marks=pytest.mark.slow),
+        pytest.param("sr_1024", "v5e:2x2", (-2.0, 2.0), marks=LONG),
     ],
 )
 def test_no_text_projection_is_inside_the_loop(name, platform, interval):
