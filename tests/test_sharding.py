@@ -284,9 +284,9 @@ def test_bytes_table():
 @pytest.mark.parametrize(
     "name, fields",
     [
-        ("sr_256", tiny.ONE_LEVEL_FIELDS),
+        pytest.param("sr_256", tiny.ONE_LEVEL_FIELDS, marks=pytest.mark.slow),
         pytest.param("base_64", {}, marks=LONG),
-        pytest.param("sr_256", {}, marks=pytest.mark.slow),
+        pytest.param("sr_256", {}, marks=LONG),
     ],
 )
 def test_no_feature_map_is_gathered(name, fields):

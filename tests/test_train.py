@@ -158,16 +158,11 @@ def test_killed_runs_resume_bit_for_bit(data, straight, straight_run, tmp_path):
         )
 
 
-def test_sigterm_saves_and_exits(data, tmp_path):
-    """Catches a signal that loses the steps since the last save, or one that is answered with a
-    failure; and a second trainer in the same workdir.
-    """
-    stop_by_sigterm(data, tmp_path / "run")
-
-
 @pytest.mark.slow
-def test_losses_before_sigterm_are_those_of_a_straight_run(data, straight, tmp_path):
-    """Catches a run whose losses depend on when it is to end."""
+def test_sigterm_saves_and_exits_with_the_losses_of_a_straight_run(data, straight, tmp_path):
+    """Catches a signal that loses the steps since the last save, or one that is answered with a
+    failure; a second trainer in the same workdir; losses that depend on when a run is to end.
+    """
     got = stop_by_sigterm(data, tmp_path / "run")
     steps = range(1, min(len(got), STEPS) + 1)
     assert [got[step] for step in steps] == [straight[step] for step in steps]

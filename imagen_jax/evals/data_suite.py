@@ -14,7 +14,7 @@ from imagen_jax.data.records import Prepared
 from imagen_jax.evals import nearest
 from imagen_jax.evals.real_images import Images, PreparedImages
 from imagen_jax.evals.statistics import grouped_proportion
-from imagen_jax.evals.suites import Prompt, Suite, prompts_sha256, rank
+from imagen_jax.evals.suites import Prompt, Suite, draw_key, prompts_sha256
 
 CHUNK = 256  # images of the gallery, and pictures, whose distances are computed at once
 PICTURE_BYTES = 2**30  # of the pictures that are compared with the gallery in one pass
@@ -35,7 +35,7 @@ def load(prepared: Prepared, split: str, count: int | None, seed: int) -> Suite:
         )
     rows = range(available)
     if count is not None:
-        rows = sorted(rows, key=lambda row: rank(seed, row))[:count]
+        rows = sorted(rows, key=lambda row: draw_key(seed, row))[:count]
     prompts = [Prompt(row, captions[images[row].caption_ids[0]].text, split, "") for row in rows]
     identity: dict[str, Any] = {
         "name": "data",

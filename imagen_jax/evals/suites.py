@@ -188,14 +188,14 @@ def select(
         nonlocal available
         for caption in captions:
             available += 1
-            yield rank(seed, caption.id), caption.id, caption
+            yield draw_key(seed, caption.id), caption.id, caption
 
     drawn = [caption for *_, caption in heapq.nsmallest(count, ranked())]
     _check_count(available, count, where)
     return drawn, available
 
 
-def rank(seed: int, number: int) -> bytes:
+def draw_key(seed: int, number: int) -> bytes:
     """The sort key of a caption in a draw: SHA-256 of "SEED/ID" in decimal digits."""
     return hashlib.sha256(f"{seed}/{number}".encode()).digest()
 

@@ -143,7 +143,11 @@ def gaussian_samples(method, gamma, steps, schedule="cosine"):
 
 @pytest.mark.parametrize(
     "method, gamma, schedule",
-    [("ddim", 0.0, "cosine"), ("ancestral", 0.0, "cosine"), ("ancestral", 1.0, "linear")],
+    [
+        ("ddim", 0.0, "cosine"),
+        pytest.param("ancestral", 0.0, "cosine", marks=pytest.mark.slow),
+        pytest.param("ancestral", 1.0, "linear", marks=pytest.mark.slow),
+    ],
 )
 def test_many_steps_make_the_data(method, gamma, schedule):
     """Catches a sampler that is consistent but converges to another distribution than that of the

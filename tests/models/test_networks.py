@@ -123,9 +123,9 @@ def count(tree):
     "width, wanted",
     [
         (192, 295_131_267),
-        (256, 524_563_971),
-        (320, 819_524_483),
-        (384, 1_180_012_803),
+        pytest.param(256, 524_563_971, marks=pytest.mark.slow),
+        pytest.param(320, 819_524_483, marks=pytest.mark.slow),
+        pytest.param(384, 1_180_012_803, marks=pytest.mark.slow),
         (512, 2_097_572_867),
     ],
 )

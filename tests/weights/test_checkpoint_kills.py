@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from imagen_jax import storage
 from imagen_jax.weights.checkpoint import Checkpoints, load_params
@@ -121,6 +122,7 @@ def assert_child_state(directory, step):
         )
 
 
+@pytest.mark.slow
 def test_sigkill_inside_saves(tmp_path, caplog):
     """Catches a partial checkpoint read as complete, and leftovers that stay or block the next
     run.
