@@ -42,7 +42,8 @@ from imagen_jax.storage import (
 
 FOLDER_SIZE = 1000  # pictures; a larger set is divided into folders
 SET = re.compile(r"set_(\d+)\.json")
-FILES = re.compile(r"set_\d+\.(?:json|jsonl|part-.*\.jsonl)")
+FILES = re.compile(r"set_(\d+)\.(?:json|jsonl|part-.*\.jsonl)")
+FOLDER = re.compile(r"\d{6,}")
 SET_FIELDS = {"count": int, "sha256": str, "job": dict}
 ROW_FIELDS = {"row": int, "prompt": str, "seed": int, "file": str, "sha256": str}
 SHEET_ROWS, SHEETS = 100, 10  # pictures on one contact sheet, and contact sheets of one set
@@ -186,9 +187,29 @@ def _sets_of(directory: Path, job: Mapping[str, Any], count: int) -> list[int]:
 
 
 def free_number(directory: Path) -> int:
-    """The number after all pictures and sets of a directory."""
-    ends = [first + content["count"] for first, content in sets(directory).items()]
-    return max([0, *ends, *(number + 1 for number in pictures.numbers(directory))])
+    """The number after all pictures and sets of a directory.
+
+    A set whose file is damaged or gone ends after the last row that its other files list.
+    """
+    ends = [0]
+    for path in [directory, *_folders(directory)]:
+        ends += [number + 1 for number in pictures.numbers(path)]
+    files = list(directory.iterdir()) if directory.is_dir() else []
+    # Read last: a set may begin meanwhile, and some of its files are not all of it.
+    known = sets(directory)
+    ends += [first + content["count"] for first, content in known.items()]
+    for path in files:
+        match = FILES.fullmatch(path.name)
+        if match and not known.get(int(match[1]), {}).get("job"):
+            rows = [row["row"] for line in _lines(path) if (row := _parse(line, path))]
+            ends.append(int(match[1]) + max(rows, default=0) + 1)
+    return max(ends)
+
+
+def _folders(directory: Path) -> list[Path]:
+    """The folders of large sets."""
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return [path for path in entries if FOLDER.fullmatch(path.name) and path.is_dir()]
 
 
 def sets(directory: Path) -> dict[int, dict[str, Any]]:
@@ -342,10 +363,10 @@ def _file(directory: Path, first: int) -> Path:
 def remove(directory: Path) -> None:
     """Deletes all sets of a directory with their pictures, and other numbered pictures."""
     pictures.remove_numbered(directory)
+    for folder in _folders(directory):
+        pictures.remove_numbered(folder)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
     for path in list(directory.iterdir()) if directory.is_dir() else ():
         if FILES.fullmatch(path.name):
             path.unlink()
-        elif re.fullmatch(r"\d{6}", path.name) and path.is_dir():
-            pictures.remove_numbered(path)
-            with contextlib.suppress(OSError):
-                path.rmdir()

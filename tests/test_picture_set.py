@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,29 @@ def test_a_set_file_that_was_cut_off_blocks_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(picture_set, "PATIENCE_S", 0.1)
     (tmp_path / "set_0004.json").write_text('{"count": 1')
     assert reserve(tmp_path) == 5
+
+
+@pytest.mark.parametrize("damage", ["", None, '{"count": 1'])
+@pytest.mark.parametrize("kept", ["folders", "part", "manifest"])
+def test_no_set_begins_inside_one_whose_file_is_damaged(tmp_path, monkeypatch, kept, damage):
+    """Catches pictures that a later set replaces, because the folders of large sets and the rows of
+    the damaged set are not counted.
+    """
+    monkeypatch.setattr(picture_set, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(picture_set, "FOLDER_SIZE", 2)
+    large = new_set(tmp_path, prompts=["a"] * 4, first=reserve(tmp_path, JOB, 4))
+    for row in range(4):
+        large.add(row, [IMAGE])
+    if kept == "manifest":
+        large.finish()
+    if kept == "folders":
+        large.part.unlink()
+    else:  # the pictures are elsewhere, and will come back
+        shutil.rmtree(tmp_path / "000000"), shutil.rmtree(tmp_path / "000002")
+    (tmp_path / "set_0000.json").unlink()
+    if damage is not None:
+        (tmp_path / "set_0000.json").write_text(damage)
+    assert reserve(tmp_path, {"other": 1}, 4) == 4
 
 
 def test_a_manifest_lists_every_row_with_its_checksum(tmp_path):
