@@ -20,11 +20,13 @@ import hashlib
 import io
 import itertools
 import json
+import logging
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -48,6 +50,8 @@ SET_FIELDS = {"count": int, "sha256": str, "job": dict}
 ROW_FIELDS = {"row": int, "prompt": str, "seed": int, "file": str, "sha256": str}
 SHEET_ROWS, SHEETS = 100, 10  # pictures on one contact sheet, and contact sheets of one set
 PATIENCE_S = 10.0  # for a set file that another process is writing
+_damaged: set[tuple[Path, int]] = set()  # (file of a set, time of its change) that was warned of
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,20 +163,54 @@ def reserve(directory: Path, job: Mapping[str, Any], count: int) -> Iterator[int
                 yield first
                 return
     content = {"count": count, "sha256": _digest(job), "job": dict(job)}
-    first, file = _new_file(directory)
+    first, file = _new_file(directory, json.dumps(content, indent=1).encode())
     with file:
-        try_lock(file, fcntl.LOCK_EX)
-        json.dump(content, file, indent=1)
-        file.flush()
         yield first
 
 
-def _new_file(directory: Path) -> tuple[int, TextIO]:
-    """The number of row 0 of a new set, and the set's file, opened for writing."""
+def _new_file(directory: Path, content: bytes) -> tuple[int, BinaryIO]:
+    """The number of row 0 of a new set, and the set's file, open and locked."""
     while True:
         first = free_number(directory)
         with contextlib.suppress(FileExistsError):  # another process was faster
-            return first, open(_file(directory, first), "x", encoding="utf-8")
+            return first, _create(_file(directory, first), content)
+
+
+def _create(path: Path, content: bytes) -> BinaryIO:
+    """A new file, open and locked. Its name appears with all of its content.
+
+    Raises FileExistsError if the file exists. On a file system without hard links, the name appears
+    first.
+    """
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
+    file = _create_in_place(temporary, content)
+    try:
+        os.link(temporary, path)  # unlike a rename, it never replaces a file
+    except OSError as error:
+        file.close()
+        if isinstance(error, FileExistsError):
+            raise
+        return _create_in_place(path, content)
+    finally:
+        temporary.unlink()
+    return file
+
+
+def _create_in_place(path: Path, content: bytes) -> BinaryIO:
+    """`_create` under the final name. Nothing is left of a file that cannot be written."""
+    file = open(path, "xb")
+    try:
+        try_lock(file, fcntl.LOCK_EX)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        path.unlink()
+        with contextlib.suppress(OSError):
+            file.close()
+        error.filename = error.filename or os.fspath(path)  # a failed write does not name its file
+        raise
+    return file
 
 
 def _digest(job: Mapping[str, Any]) -> str:
@@ -200,7 +238,7 @@ def free_number(directory: Path) -> int:
     ends += [first + content["count"] for first, content in known.items()]
     for path in files:
         match = FILES.fullmatch(path.name)
-        if match and not known.get(int(match[1]), {}).get("job"):
+        if match and int(match[1]) not in known:
             rows = [row["row"] for line in _lines(path) if (row := _parse(line, path))]
             ends.append(int(match[1]) + max(rows, default=0) + 1)
     return max(ends)
@@ -213,23 +251,40 @@ def _folders(directory: Path) -> list[Path]:
 
 
 def sets(directory: Path) -> dict[int, dict[str, Any]]:
-    """{number of row 0: content of its file} of all sets of a directory."""
+    """{number of row 0: content of its file} of the sets of a directory, without damaged files."""
     found = {}
     for path in directory.iterdir() if directory.is_dir() else ():
-        if match := SET.fullmatch(path.name):
-            found[int(match[1])] = _read_set(path)
+        match = SET.fullmatch(path.name)
+        if match and (content := _read_set(path)):
+            found[int(match[1])] = content
     return found
 
 
-def _read_set(path: Path) -> dict[str, Any]:
-    """The content of a set's file; a file that a killed process left incomplete has one picture."""
-    end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
-        try:
+def _read_set(path: Path) -> dict[str, Any] | None:
+    """The content of a set's file; None, with a warning, if it is damaged.
+
+    Waits while another process writes it.
+    """
+    version = path, path.stat().st_mtime_ns
+    end, unlocked = time.monotonic() + PATIENCE_S, 0
+    while True:
+        with contextlib.suppress(ValueError):
             return read_object(path, SET_FIELDS)
-        except ValueError:
-            time.sleep(0.05)  # another process is writing it
-    return {"count": 1, "sha256": "", "job": {}}
+        if version in _damaged:
+            return None
+        # Its writer may lock a new file between two readings.
+        unlocked += not _is_locked(path)
+        if unlocked > 1 or time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    _damaged.add(version)
+    log.warning("%s is damaged; its pictures are kept but not continued", path)
+    return None
+
+
+def _is_locked(path: Path) -> bool:
+    with open(path) as file:
+        return not try_lock(file, fcntl.LOCK_SH)
 
 
 def part_rows(directory: Path, first: int) -> Iterator[dict[str, Any]]:

@@ -1,9 +1,12 @@
 """Sets of pictures: numbers that belong to one set, rows written once, continued sets."""
 
 import concurrent.futures
+import errno
+import fcntl
 import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +77,61 @@ def test_an_error_of_the_work_is_not_taken_for_a_number_in_use(tmp_path):
     assert list(picture_set.sets(tmp_path)) == [0]
 
 
-def test_a_set_file_that_was_cut_off_blocks_nothing(tmp_path, monkeypatch):
-    """Catches a killed command that makes every later one fail."""
-    monkeypatch.setattr(picture_set, "PATIENCE_S", 0.1)
+def test_a_set_file_that_was_cut_off_blocks_nothing(tmp_path, caplog):
+    """Catches a killed command that makes every later one fail or wait, and one that hides it."""
     (tmp_path / "set_0004.json").write_text('{"count": 1')
-    assert reserve(tmp_path) == 5
+    began = time.monotonic()
+    assert reserve(tmp_path) == 5 and reserve(tmp_path, {"other": 1}) == 10
+    assert time.monotonic() - began < picture_set.PATIENCE_S / 4
+    (warning,) = caplog.messages
+    assert "set_0004.json is damaged; its pictures are kept but not continued" in warning
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_no_set_file_is_left_of_a_full_disk(tmp_path, monkeypatch, links):
+    """Catches an empty file under the final name, which no later command can continue."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(picture_set.os, "link", unsupported)
+    assert reserve(tmp_path) == 0 == reserve(tmp_path)
+    calls = iter([lambda _: None] * (not links))
+    monkeypatch.setattr(picture_set.os, "fsync", lambda file: next(calls, full)(file))
+    with pytest.raises(OSError, match=r"No space left .*set_0005\.json"):
+        reserve(tmp_path, {"other": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["set_0000.json"]
+
+
+def test_a_set_file_appears_whole_and_locked(tmp_path, monkeypatch):
+    """Catches a reader that takes a set for damaged, or continues it, while it is written."""
+    sync, seen = picture_set.os.fsync, []
+
+    def record(descriptor):
+        seen.append([path.name for path in tmp_path.glob("set_*")])
+        sync(descriptor)
+
+    monkeypatch.setattr(picture_set.os, "fsync", record)
+    with picture_set.reserve(tmp_path, JOB, 5) as first:
+        assert seen == [[]] and list(picture_set.sets(tmp_path)) == [first]
+        assert reserve(tmp_path) == 5
+
+
+def test_a_set_file_is_awaited_while_it_is_locked(tmp_path):
+    """Catches a set that is taken for damaged while another process writes it."""
+    path, content = tmp_path / "set_0000.json", {"count": 7, "sha256": "", "job": {}}
+    with open(path, "x") as file, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = pool.submit(picture_set.sets, tmp_path)
+        time.sleep(0.3)
+        assert not found.done()
+        file.write(json.dumps(content))
+        file.flush()
+        assert found.result(timeout=5) == {0: content}
 
 
 @pytest.mark.parametrize("damage", ["", None, '{"count": 1'])
@@ -87,7 +140,6 @@ def test_no_set_begins_inside_one_whose_file_is_damaged(tmp_path, monkeypatch, k
     """Catches pictures that a later set replaces, because the folders of large sets and the rows of
     the damaged set are not counted.
     """
-    monkeypatch.setattr(picture_set, "PATIENCE_S", 0.1)
     monkeypatch.setattr(picture_set, "FOLDER_SIZE", 2)
     large = new_set(tmp_path, prompts=["a"] * 4, first=reserve(tmp_path, JOB, 4))
     for row in range(4):
