@@ -179,7 +179,8 @@ class Reservation:
         text = ""
         if self._context:
             first = self._context.__enter__()
-            done = {row["row"] for row in picture_set.part_rows(self._output, first)}
+            found = picture_set.part_rows(self._output, first, self.requests)
+            done = {row["row"] for row in found}
             left = [row for row in range(len(self.requests)) if row not in done]
             text = json.dumps({"first": first, "left": to_ranges(left)})
             if done:

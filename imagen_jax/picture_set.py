@@ -24,74 +24,26 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import pictures
-from imagen_jax.field import within
-from imagen_jax.schema import SEEDS
-from imagen_jax.storage import (
-    check_object,
-    read_object,
-    try_lock,
-    write_atomically,
-    write_json,
-)
+from imagen_jax import pictures, set_rows
+from imagen_jax.set_rows import Requests
+from imagen_jax.storage import read_object, try_lock, write_atomically, write_json
 
 FOLDER_SIZE = 1000  # pictures; a larger set is divided into folders
 SET = re.compile(r"set_(\d+)\.json")
 FILES = re.compile(r"set_(\d+)\.(?:json|jsonl|part-.*\.jsonl)")
 FOLDER = re.compile(r"\d{6,}")
 SET_FIELDS = {"count": int, "sha256": str, "job": dict}
-ROW_FIELDS = {"row": int, "prompt": str, "seed": int, "file": str, "sha256": str}
 SHEET_ROWS, SHEETS = 100, 10  # pictures on one contact sheet, and contact sheets of one set
 PATIENCE_S = 10.0  # for a set file that another process is writing
 _damaged: set[tuple[Path, int]] = set()  # (file of a set, time of its change) that was warned of
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Requests:
-    """The rows of a set: every prompt `per_prompt` times; each row has the next seed.
-
-    Raises ValueError for a row without a valid seed.
-    """
-
-    prompts: Sequence[str]
-    per_prompt: int
-    first_seed: int
-
-    def __post_init__(self) -> None:
-        last = self.first_seed + max(len(self), 1) - 1
-        if not (within(self.first_seed, SEEDS) and within(last, SEEDS)):
-            raise ValueError(
-                f"{len(self):,} pictures from --seed {self.first_seed} on need seeds up to {last},"
-                f" but seeds are in {SEEDS}: give a smaller --seed"
-            )
-
-    def __len__(self) -> int:
-        return len(self.prompts) * self.per_prompt
-
-    def prompt(self, row: int) -> str:
-        return self.prompts[row // self.per_prompt]
-
-    def seed(self, row: int) -> int:
-        return self.first_seed + row
-
-    @property
-    def job(self) -> dict[str, Any]:
-        """The identity of the rows, as JSON."""
-        lines = "\n".join(self.prompts).encode()
-        return {
-            "prompts": len(self.prompts),
-            "prompts_sha256": hashlib.sha256(lines).hexdigest(),
-            "per_prompt": self.per_prompt,
-            "first_seed": self.first_seed,
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +86,8 @@ class PictureSet:
         Call it in one process, when all have written their rows. Raises ValueError, which names the
         rows, if a row is missing; the same command then draws them.
         """
-        rows = {row["row"]: row for row in part_rows(self.directory, self.first)}
+        found = part_rows(self.directory, self.first, self.requests)
+        rows = {row["row"]: row for row in found}
         missing = [row for row in range(len(self.requests)) if row not in rows]
         if missing:
             raise ValueError(
@@ -239,7 +192,7 @@ def free_number(directory: Path) -> int:
     for path in files:
         match = FILES.fullmatch(path.name)
         if match and int(match[1]) not in known:
-            rows = [row["row"] for line in _lines(path) if (row := _parse(line, path))]
+            rows = (row["row"] for row in set_rows.read(path))
             ends.append(int(match[1]) + max(rows, default=0) + 1)
     return max(ends)
 
@@ -287,50 +240,35 @@ def _is_locked(path: Path) -> bool:
         return not try_lock(file, fcntl.LOCK_SH)
 
 
-def part_rows(directory: Path, first: int) -> Iterator[dict[str, Any]]:
-    """The rows of a set that are written, complete or not, and whose picture is there.
+def part_rows(
+    directory: Path, first: int, requests: Requests | None = None
+) -> list[dict[str, Any]]:
+    """The rows of a set that are written, complete or not, and whose picture is there, ascending.
 
-    A line that a killed process did not finish is left out. A row that is listed twice comes once;
-    a part, which lists pictures that were drawn again, counts before the manifest.
+    requests: of the set; rows that do not fit them are left out, and so are damaged lines. A row
+    that is listed twice comes once; a part, which lists pictures that were drawn again, counts
+    before the manifest.
     """
-    seen = set()
+    found: dict[int, dict[str, Any]] = {}
     for path in [*parts(directory, first), manifest(directory, first)]:
-        for line in _lines(path):
-            row = _parse(line, path)
-            if row and row["row"] not in seen and (directory / row["file"]).is_file():
-                seen.add(row["row"])
-                yield row
+        for row in set_rows.read(path):
+            fits = requests is None or requests.fit(row)
+            if fits and row["row"] not in found and (directory / row["file"]).is_file():
+                found[row["row"]] = row
+    return [found[number] for number in sorted(found)]
 
 
 def listed_files(directory: Path, first: int) -> Iterator[Path]:
     """The pictures that the parts of a set list, whether they are visible or not."""
     for path in parts(directory, first):
-        for line in _lines(path):
-            if row := _parse(line, path):
-                yield directory / row["file"]
+        for row in set_rows.read(path):
+            yield directory / row["file"]
 
 
 def count_written(directory: Path, job: Mapping[str, Any], count: int) -> int:
     """The number of pictures that the set of a job lists, which `reserve` would continue."""
     firsts = _sets_of(directory, job, count)[:1]
-    return sum(1 for first in firsts for _ in part_rows(directory, first))
-
-
-def _lines(path: Path) -> Iterable[bytes]:
-    try:
-        return path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return ()
-
-
-def _parse(line: bytes, path: Path) -> dict[str, Any] | None:
-    """A row, or None for a line that was cut off."""
-    try:
-        row = json.loads(line)
-        check_object(path, row, ROW_FIELDS, "")
-    except ValueError:
-        return None
-    return row
+    return sum(len(part_rows(directory, first)) for first in firsts)
 
 
 def parts(directory: Path, first: int) -> list[Path]:
@@ -349,11 +287,13 @@ def manifest(directory: Path, first: int) -> Path:
 
 
 def chunks(path: Path, size: int, count: int) -> Iterator[list[dict[str, Any]]]:
-    """Up to `count` lists of up to `size` consecutive rows of a manifest."""
-    with open(path, "rb") as file:
-        lines = (json.loads(line) for line in itertools.islice(file, size * count))
-        while rows := list(itertools.islice(lines, size)):
-            yield rows
+    """Up to `count` lists of up to `size` consecutive rows of a manifest.
+
+    Raises what `set_rows.read_in_order` raises.
+    """
+    found = itertools.islice(set_rows.read_in_order(path), size * count)
+    while rows := list(itertools.islice(found, size)):
+        yield rows
 
 
 class Pictures(Sequence):
@@ -378,8 +318,8 @@ class Pictures(Sequence):
 
 
 def manifest_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a manifest."""
-    return [row for chunk in chunks(path, 10**6, 10**6) for row in chunk]
+    """All rows of a manifest, by row. Raises ValueError unless they are the rows 0 ... n-1."""
+    return set_rows.read_sorted(path)
 
 
 def write_sheets(

@@ -267,3 +267,50 @@ def test_a_picture_that_is_drawn_again_is_listed_anew(tmp_path):
     again.add(0, [IMAGE + 1])
     lazy = picture_set.Pictures(tmp_path, picture_set.manifest_rows(again.finish()))
     assert (lazy[0] == 1).all()
+
+
+def drawn_set(directory, prompts=("a", "b", "c")):
+    """The manifest of a complete set of one process."""
+    made = new_set(directory, prompts)
+    for row in range(len(prompts)):
+        made.add(row, [IMAGE + row])
+    return made.finish()
+
+
+def change(manifest, number, **fields):
+    """Changes fields of one row of a manifest."""
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows[number] |= fields
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"prompt": "c"}, {"seed": 9}, {"row": 3}, {"row": -2}, {"file": "../b.png"}, {"file": "/b"}],
+)
+def test_a_row_of_other_requests_counts_as_missing(tmp_path, fields):
+    """Catches a manifest that is trusted: a prompt with the picture of another one, for example."""
+    manifest = drawn_set(tmp_path / "set")
+    for outside in (tmp_path / "b.png", tmp_path / "set" / "b.png"):
+        pictures.write_png(outside, IMAGE)
+    if fields == {"file": "/b"}:
+        fields = {"file": str(tmp_path / "b.png")}
+    change(manifest, 1, **fields)
+    requests = Requests(["a", "b", "c"], 1, 7)
+    found = picture_set.part_rows(tmp_path / "set", 0, requests)
+    assert [row["row"] for row in found] == [0, 2]
+
+
+def test_rows_are_read_in_order(tmp_path):
+    """Catches features and captions that are paired by the position of a line."""
+    manifest = drawn_set(tmp_path)
+    lines = manifest.read_bytes().splitlines(keepends=True)
+    manifest.write_bytes(b"".join(lines[::-1]))
+    assert [row["prompt"] for row in picture_set.manifest_rows(manifest)] == ["a", "b", "c"]
+    assert [row["prompt"] for row in picture_set.part_rows(tmp_path, 0)] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="lists row 2 in place of row 0; run the command that"):
+        list(picture_set.chunks(manifest, 2, 2))
+    for wrong, there, number in (([0, 2], 2, 1), ([0, 1, 1, 2], 1, 2), ([1, 2], 1, 0)):
+        manifest.write_bytes(b"".join(lines[i] for i in wrong))
+        with pytest.raises(ValueError, match=f"lists row {there} in place of row {number}; run"):
+            picture_set.manifest_rows(manifest)

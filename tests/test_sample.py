@@ -234,7 +234,8 @@ def test_contact_sheets_show_the_first_pictures(tmp_path, monkeypatch):
         stripes[:, ::2] = 200
         pictures.write_png(tmp_path / f"000{number}_a.png", stripes)
         pictures.write_png(tmp_path / f"000{number}_a_8.png", stripes[:8, :8])
-        rows.append({"prompt": "a", "file": f"000{number}_a.png"})
+        row = {"row": number - 3, "prompt": "a", "seed": 0, "sha256": ""}
+        rows.append(row | {"file": f"000{number}_a.png"})
     manifest = tmp_path / "set_0003.jsonl"
     for count, names in {5: ["sheet_0003.png", "sheet_0005.png"], 1: ["sheet_0003.png"]}.items():
         manifest.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
