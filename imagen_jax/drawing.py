@@ -201,11 +201,11 @@ class Reservation:
         return PictureSet(self._output, self.requests, self._record, self.first, part)
 
     def finish(self) -> Path:
-        """Waits for all processes; process 0 writes the manifest. Returns its path."""
+        """Waits for all processes; process 0 writes or repairs the manifest. Returns its path."""
         path = picture_set.manifest(self._output, self.first)
         agreement.share_files(part for part in self._parts if part.exists())
         agreement.wait_for_files(picture_set.listed_files(self._output, self.first))
-        if self._context and (self.left or not path.exists()):
+        if self._context:
             self.pictures().finish()
         agreement.share_files([path] if self._context else [])
         return path

@@ -83,6 +83,8 @@ class PictureSet:
     def finish(self) -> Path:
         """Joins the parts of all processes to the manifest and returns its path.
 
+        Repairs a manifest with damaged or doubled lines. A whole one is not written again.
+
         Call it in one process, when all have written their rows. Raises ValueError, which names the
         rows, if a row is missing; the same command then draws them.
         """
@@ -95,8 +97,9 @@ class PictureSet:
                 f" row {missing[0]} first; run the same command again"
             )
         lines = [json.dumps(rows[row], ensure_ascii=False) for row in range(len(self.requests))]
-        path = manifest(self.directory, self.first)
-        write_atomically(path, ("\n".join(lines) + "\n").encode())
+        path, content = manifest(self.directory, self.first), ("\n".join(lines) + "\n").encode()
+        if not path.exists() or path.read_bytes() != content:
+            write_atomically(path, content)
         for part in parts(self.directory, self.first):
             part.unlink()
         return path

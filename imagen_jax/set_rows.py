@@ -71,23 +71,28 @@ class Requests:
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file, in its order; damaged lines are left out. None if there is no file."""
-    for line in _lines(path):
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
         with contextlib.suppress(ValueError):  # such as a line that a killed process cut off
-            yield _parse(line, path)
+            yield _parse(line, str(path))
 
 
 def read_in_order(path: Path) -> Iterator[dict[str, Any]]:
     """The rows 0, 1 ... of a manifest. Raises ValueError if the next line is not the next row."""
     with open(path, "rb") as file:
         for number, line in enumerate(file):
-            row = _parse(line, path)
+            row = _parse(line, f"{path}, line {number + 1},")
             check_number(path, number, row)
             yield row
 
 
 def read_sorted(path: Path) -> list[dict[str, Any]]:
     """All rows of a manifest, by row. Raises ValueError unless they are the rows 0 ... n-1."""
-    rows = [_parse(line, path) for line in path.read_bytes().splitlines()]
+    lines = enumerate(path.read_bytes().splitlines(), 1)
+    rows = [_parse(line, f"{path}, line {number},") for number, line in lines]
     rows.sort(key=lambda row: row["row"])
     for number, row in enumerate(rows):
         check_number(path, number, row)
@@ -100,18 +105,17 @@ def check_number(path: Path, number: int, row: Row) -> None:
         raise ValueError(f"{path} lists row {row['row']} in place of row {number}; {REPAIR}")
 
 
-def _lines(path: Path) -> Sequence[bytes]:
+def _parse(line: bytes, label: str) -> dict[str, Any]:
+    """A row. Raises ValueError for a damaged line, or a file outside of the set's directory.
+
+    label: what the message calls the line.
+    """
     try:
-        return path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return ()
-
-
-def _parse(line: bytes, path: Path) -> dict[str, Any]:
-    """A row. Raises ValueError for a damaged line, or a file outside of the set's directory."""
-    row = json.loads(line)
-    check_object(path, row, ROW_FIELDS, REPAIR)
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{label} is damaged ({error}); {REPAIR}") from error
+    check_object(label, row, ROW_FIELDS, REPAIR)
     file = PurePosixPath(row["file"])
     if row["row"] < 0 or file.is_absolute() or ".." in file.parts:
-        raise ValueError(f"{path} is damaged (row {row['row']} is the file {file}); {REPAIR}")
+        raise ValueError(f"{label} is damaged (row {row['row']} is the file {file}); {REPAIR}")
     return row

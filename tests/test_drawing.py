@@ -162,6 +162,10 @@ def test_a_set_that_was_killed_before_its_manifest_gets_it(tmp_path):
         reserved.pictures().add(0, [np.zeros((4, 4, 3), np.uint8)])
     with make() as reserved:
         assert reserved.left == []
+        path = reserved.finish()
+        assert len(manifest_rows(path)) == 1
+    path.write_bytes(path.read_bytes() * 2 + b"\n")
+    with make() as reserved:
         assert len(manifest_rows(reserved.finish())) == 1
 
 

@@ -314,3 +314,35 @@ def test_rows_are_read_in_order(tmp_path):
         manifest.write_bytes(b"".join(lines[i] for i in wrong))
         with pytest.raises(ValueError, match=f"lists row {there} in place of row {number}; run"):
             picture_set.manifest_rows(manifest)
+
+
+DAMAGES = {
+    "blank": (b"\n", "Expecting value"),
+    "not JSON": (b"{row: 1}\n", "Expecting property name"),
+    "not UTF-8": (b'{"row": "\xff"}\n', "can't decode"),
+    "not a row": (b"[1]\n", "it is not a JSON object"),
+    "too deep": (b"[" * 100_000 + b"\n", "recursion"),
+    "incomplete": (b'{"row": 1}\n', "it has no prompt"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_line_is_named_and_repaired(tmp_path, damage):
+    """Catches a raw error without file and line, and one that the same command does not repair."""
+    manifest = drawn_set(tmp_path)
+    whole, (line, reason) = manifest.read_bytes(), DAMAGES[damage]
+    first, *others = whole.splitlines(keepends=True)
+    manifest.write_bytes(b"".join([first, line, *others]))
+    for read in (picture_set.manifest_rows, lambda path: list(picture_set.chunks(path, 9, 9))):
+        with pytest.raises(ValueError, match=rf"set_0000.jsonl, line 2, .*{reason}.*; run the com"):
+            read(manifest)
+    new_set(tmp_path, ["a", "b", "c"]).finish()
+    assert manifest.read_bytes() == whole
+
+
+def test_a_whole_manifest_is_not_written_again(tmp_path):
+    """Catches a complete set that cannot be evaluated in a read-only directory."""
+    manifest = drawn_set(tmp_path)
+    before = manifest.stat().st_ino
+    assert new_set(tmp_path, ["a", "b", "c"]).finish() == manifest
+    assert manifest.stat().st_ino == before
