@@ -123,7 +123,8 @@ def draw(
     inputs = None
     if lowres is not None:
         inputs = np.broadcast_to(lowres, (len(requests), *lowres.shape))
-    with Reservation(output, requests, record) as reserved:
+    earlier = [loaded.stage.image_size for loaded in drawer.stages[:-1]]
+    with Reservation(output, requests, record, earlier=earlier) as reserved:
         if reserved.left:
             text = encode_prompts(drawer, requests, [reserved.left], output)
             stages = cascade.place(drawer.stages)
@@ -168,9 +169,14 @@ class Reservation:
         requests: Requests,
         record: Mapping[str, Any],
         free: Sequence[str] = FREE_FIELDS,
+        earlier: Sequence[int] = (),
     ):
-        """record: the fields that all pictures share. free: see `job_of`."""
+        """record: the fields that all pictures share. free: see `job_of`.
+
+        earlier: image sizes of the stages before the last one, if the set has their pictures.
+        """
         self._output, self.requests, self._record = output, requests, record
+        self._earlier = earlier
         job = job_of(requests, record, free)
         self._context = picture_set.reserve(output, job, len(requests)) if _is_first() else None
         self._parts: list[Path] = []  # of this process
@@ -179,7 +185,7 @@ class Reservation:
         text = ""
         if self._context:
             first = self._context.__enter__()
-            found = picture_set.part_rows(self._output, first, self.requests)
+            found = picture_set.part_rows(self._output, first, self.requests, self._earlier)
             done = {row["row"] for row in found}
             left = [row for row in range(len(self.requests)) if row not in done]
             text = json.dumps({"first": first, "left": to_ranges(left)})
@@ -198,13 +204,15 @@ class Reservation:
         process = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"  # never used before
         part = picture_set.part_path(self._output, self.first, process)
         self._parts.append(part)
-        return PictureSet(self._output, self.requests, self._record, self.first, part)
+        owned = self._output, self.requests, self._record, self.first, part, self._earlier
+        return PictureSet(*owned)
 
     def finish(self) -> Path:
         """Waits for all processes; process 0 writes or repairs the manifest. Returns its path."""
         path = picture_set.manifest(self._output, self.first)
         agreement.share_files(part for part in self._parts if part.exists())
-        agreement.wait_for_files(picture_set.listed_files(self._output, self.first))
+        listed = picture_set.listed_files(self._output, self.first, self._earlier)
+        agreement.wait_for_files(listed)
         if self._context:
             self.pictures().finish()
         agreement.share_files([path] if self._context else [])

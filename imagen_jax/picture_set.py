@@ -50,7 +50,8 @@ log = logging.getLogger(__name__)
 class PictureSet:
     """The part of a set that this process writes.
 
-    first: number of row 0. part: file of the rows that this process has written.
+    first: number of row 0. part: file of the rows that this process has written. earlier: sizes in
+    pixels of the pictures of earlier stages, which are written beside the last stage's.
     """
 
     directory: Path
@@ -58,6 +59,7 @@ class PictureSet:
     record: Mapping[str, Any]
     first: int
     part: Path
+    earlier: Sequence[int] = ()
 
     def add(self, row: int, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> None:
         """Writes the images of all stages of a row, its record, and then its line of the part."""
@@ -88,7 +90,7 @@ class PictureSet:
         Call it in one process, when all have written their rows. Raises ValueError, which names the
         rows, if a row is missing; the same command then draws them.
         """
-        found = part_rows(self.directory, self.first, self.requests)
+        found = part_rows(self.directory, self.first, self.requests, self.earlier)
         rows = {row["row"]: row for row in found}
         missing = [row for row in range(len(self.requests)) if row not in rows]
         if missing:
@@ -244,34 +246,50 @@ def _is_locked(path: Path) -> bool:
 
 
 def part_rows(
-    directory: Path, first: int, requests: Requests | None = None
+    directory: Path, first: int, requests: Requests | None = None, earlier: Sequence[int] = ()
 ) -> list[dict[str, Any]]:
-    """The rows of a set that are written, complete or not, and whose picture is there, ascending.
+    """The rows of a set that are written, complete or not, and whose files are there, ascending.
 
-    requests: of the set; rows that do not fit them are left out, and so are damaged lines. A row
-    that is listed twice comes once; a part, which lists pictures that were drawn again, counts
-    before the manifest.
+    requests: of the set; rows that do not fit them are left out, and so are damaged lines. earlier:
+    sizes of the pictures of earlier stages. A row that is listed twice comes once; a part, which
+    lists pictures that were drawn again, counts before the manifest.
     """
     found: dict[int, dict[str, Any]] = {}
     for path in [*parts(directory, first), manifest(directory, first)]:
         for row in set_rows.read(path):
-            fits = requests is None or requests.fit(row)
-            if fits and row["row"] not in found and (directory / row["file"]).is_file():
+            if row["row"] in found or not (requests is None or requests.fit(row)):
+                continue
+            if all(file.is_file() for file in files_of(directory / row["file"], earlier)):
                 found[row["row"]] = row
     return [found[number] for number in sorted(found)]
 
 
-def listed_files(directory: Path, first: int) -> Iterator[Path]:
-    """The pictures that the parts of a set list, whether they are visible or not."""
+def files_of(picture: Path, earlier: Sequence[int]) -> list[Path]:
+    """The files of a row: the picture, those of earlier stages of these sizes, and the record."""
+    return [picture, *_earlier(picture, earlier), picture.with_suffix(".json")]
+
+
+def _earlier(picture: Path, sizes: Sequence[int]) -> list[Path]:
+    """The pictures of earlier stages."""
+    return [picture.with_name(f"{picture.stem}_{size}.png") for size in sizes]
+
+
+def listed_files(directory: Path, first: int, earlier: Sequence[int] = ()) -> Iterator[Path]:
+    """The files of the rows that the parts of a set list, whether they are visible or not."""
     for path in parts(directory, first):
         for row in set_rows.read(path):
-            yield directory / row["file"]
+            yield from files_of(directory / row["file"], earlier)
 
 
-def count_written(directory: Path, job: Mapping[str, Any], count: int) -> int:
-    """The number of pictures that the set of a job lists, which `reserve` would continue."""
+def count_written(
+    directory: Path, job: Mapping[str, Any], count: int, earlier: Sequence[int] = ()
+) -> int:
+    """The number of rows of the set of a job that `reserve` would continue with all their files.
+
+    earlier: sizes of the pictures of earlier stages.
+    """
     firsts = _sets_of(directory, job, count)[:1]
-    return sum(len(part_rows(directory, first)) for first in firsts)
+    return sum(len(part_rows(directory, first, None, earlier)) for first in firsts)
 
 
 def parts(directory: Path, first: int) -> list[Path]:
@@ -345,8 +363,8 @@ def write_sheets(
         cells = []
         for row in rows:
             path = manifest.parent / row["file"]
-            earlier = [path.with_name(f"{path.stem}_{size}.png") for size in sizes[:-1]]
-            cells.append([*given, *(pictures.read_png(file, cell) for file in [*earlier, path])])
+            files = [*_earlier(path, sizes[:-1]), path]
+            cells.append([*given, *(pictures.read_png(file, cell) for file in files)])
         sheet = pictures.contact_sheet([row["prompt"] for row in rows], cells, headings, cell)
         number = int(Path(rows[0]["file"]).name.partition("_")[0])
         path = (directory or manifest.parent) / f"sheet_{number:04d}.png"

@@ -177,12 +177,32 @@ def test_the_files_of_all_processes_are_visible_before_they_are_read(tmp_path, m
     record = lambda files: awaited.append([path.name for path in files])
     monkeypatch.setattr(drawing.agreement, "share_files", record)
     monkeypatch.setattr(drawing.agreement, "wait_for_files", record)
-    with drawing.Reservation(tmp_path, Requests(["a", "b"], 1, 0), {"config": {}}) as reserved:
+    given = Requests(["a", "b"], 1, 0), {"config": {}}
+    with drawing.Reservation(tmp_path, *given, earlier=[4]) as reserved:
         pictures = reserved.pictures()
         for row in (0, 1):
-            pictures.add(row, [np.zeros((4, 4, 3), np.uint8)])
+            pictures.add(row, [np.zeros((size, size, 3), np.uint8) for size in (4, 8)])
         reserved.finish()
-    assert awaited == [[pictures.part.name], ["0000_a.png", "0001_b.png"], ["set_0000.jsonl"]]
+    files = [f"{stem}{end}" for stem in ("0000_a", "0001_b") for end in (".png", "_4.png", ".json")]
+    assert awaited == [[pictures.part.name], files, ["set_0000.jsonl"]]
+
+
+def test_a_set_without_a_picture_of_an_earlier_stage_is_completed(tmp_path):
+    """Catches a row that counts as there by its last picture, so that no run draws the others."""
+    given = tmp_path, Requests(["a", "b"], 1, 0), {"config": {}}
+    reserve = lambda: drawing.Reservation(*given, earlier=[4])
+    images = [np.zeros((size, size, 3), np.uint8) for size in (4, 8)]
+    with reserve() as reserved:
+        for row in reserved.left:
+            reserved.pictures().add(row, images)
+        reserved.finish()
+    (tmp_path / "0001_b_4.png").unlink()
+    with reserve() as reserved:
+        assert reserved.left == [1]
+        reserved.pictures().add(1, images)
+        reserved.finish()
+    with reserve() as reserved:
+        assert reserved.left == []
 
 
 def test_what_changes_no_picture_is_not_part_of_the_job():

@@ -1,6 +1,7 @@
 """Sets of pictures: numbers that belong to one set, rows written once, continued sets."""
 
 import concurrent.futures
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -177,19 +178,25 @@ def test_a_manifest_lists_every_row_with_its_checksum(tmp_path):
     assert record == {"prompt": "ein Käse", "seed": 8, "stages": ["base"]}
 
 
-@pytest.mark.parametrize("damage", ["picture", "line"])
-def test_a_row_counts_once_its_picture_and_its_line_are_whole(tmp_path, damage):
-    """Catches a line that a killed process cut off, and a picture that was deleted since."""
+@pytest.mark.parametrize("damage", [".png", "_4.png", ".json", "line"])
+def test_a_row_counts_once_its_files_and_its_line_are_whole(tmp_path, damage):
+    """Catches a line that a killed process cut off, and a picture that was deleted since: without
+    that of an earlier stage, no contact sheet can be drawn.
+    """
+    images = [IMAGE, np.zeros((8, 8, 3), np.uint8)]
+    written = lambda: [row["row"] for row in picture_set.part_rows(tmp_path, 0, None, [4])]
     part = new_set(tmp_path)
     for row in (0, 1):
-        part.add(row, [IMAGE])
-    if damage == "picture":
-        (tmp_path / "0001_ein_k_se.png").unlink()
-    else:
+        part.add(row, images)
+    if damage == "line":
         part.part.write_bytes(part.part.read_bytes()[:-9])
-    assert [row["row"] for row in picture_set.part_rows(tmp_path, 0)] == [0]
-    new_set(tmp_path, process="later").add(1, [IMAGE])
-    assert sorted(row["row"] for row in picture_set.part_rows(tmp_path, 0)) == [0, 1]
+    else:
+        (tmp_path / f"0001_ein_k_se{damage}").unlink()
+    assert written() == [0]
+    with pytest.raises(ValueError, match="1 of 2 pictures .* are missing, row 1 first"):
+        dataclasses.replace(part, earlier=[4]).finish()
+    new_set(tmp_path, process="later").add(1, images)
+    assert written() == [0, 1]
     part.finish()
 
 

@@ -79,7 +79,7 @@ def missing(
     sizes: of the stages in pixels.
     """
     job = drawing.job_of(requests, record | drawing.NO_IMAGE)
-    left = len(requests) - picture_set.count_written(directory, job, len(requests))
+    left = len(requests) - picture_set.count_written(directory, job, len(requests), sizes[:-1])
     return [(left, size) for size in sizes]
 
 

@@ -186,7 +186,7 @@ def test_an_evaluation_with_other_settings_draws_everything(tmp_path):
     with picture_set.reserve(tmp_path, job, len(requests)) as first:
         part = picture_set.part_path(tmp_path, first, "p")
         made = picture_set.PictureSet(tmp_path, requests, record, first, part)
-        made.add(0, [np.zeros((4, 4, 3), np.uint8)])
+        made.add(0, [np.zeros((size, size, 3), np.uint8) for size in (16, 64)])
     left = lambda record: suite_evaluation.missing(requests, record, tmp_path, [16, 64])
     assert left(record) == [(len(requests) - 1, 16), (len(requests) - 1, 64)]
     other = record | {"config": {"which": "params"}}
