@@ -28,6 +28,7 @@ from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh
 # Fields of a cascade config that change no picture.
 FREE_FIELDS = ("mesh", "batch_size")
 NO_IMAGE = {"image": "", "image_sha256": ""}  # the record's fields without --image
+SHOWN = 5  # changed pictures that are named
 log = logging.getLogger("imagen_jax.sample")
 
 
@@ -185,8 +186,7 @@ class Reservation:
         text = ""
         if self._context:
             first = self._context.__enter__()
-            found = picture_set.part_rows(self._output, first, self.requests, self._earlier)
-            done = {row["row"] for row in found}
+            done = self._done(first)
             left = [row for row in range(len(self.requests)) if row not in done]
             text = json.dumps({"first": first, "left": to_ranges(left)})
             if done:
@@ -194,6 +194,17 @@ class Reservation:
         agreed = json.loads(agreement.gather(text)[0])
         self.first, self.left = agreed["first"], from_ranges(agreed["left"])
         return self
+
+    def _done(self, first: int) -> set[int]:
+        """The rows that are there as they were drawn. Warns of pictures that were changed."""
+        rows = picture_set.part_rows(self._output, first, self.requests, self._earlier)
+        changed = picture_set.changed_rows(self._output, rows)
+        for row in changed[:SHOWN]:
+            path = self._output / row["file"]
+            log.warning("%s was changed since it was drawn; it is drawn again", path)
+        if len(changed) > SHOWN:
+            log.warning("... and %d more pictures", len(changed) - SHOWN)
+        return {row["row"] for row in rows} - {row["row"] for row in changed}
 
     def __exit__(self, *error: Any) -> None:
         if self._context:

@@ -13,11 +13,11 @@ The same command continues a set that is not complete, with any number of proces
 commands may draw in one directory at the same time: each number belongs to one set.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import logging
@@ -31,9 +31,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import pictures, set_rows
-from imagen_jax.set_rows import Requests
-from imagen_jax.storage import read_object, try_lock, write_atomically, write_json
+from imagen_jax import pictures, run_log, set_rows
+from imagen_jax.set_rows import Requests, Row
+from imagen_jax.storage import (
+    HASH_THREADS,
+    read_object,
+    sha256_file,
+    try_lock,
+    write_atomically,
+    write_json,
+)
 
 FOLDER_SIZE = 1000  # pictures; a larger set is divided into folders
 SET = re.compile(r"set_(\d+)\.json")
@@ -41,6 +48,7 @@ FILES = re.compile(r"set_(\d+)\.(?:json|jsonl|part-.*\.jsonl)")
 FOLDER = re.compile(r"\d{6,}")
 SET_FIELDS = {"count": int, "sha256": str, "job": dict}
 SHEET_ROWS, SHEETS = 100, 10  # pictures on one contact sheet, and contact sheets of one set
+MANY = 1000  # pictures; checking more of them shows the progress
 PATIENCE_S = 10.0  # for a set file that another process is writing
 _damaged: set[tuple[Path, int]] = set()  # (file of a set, time of its change) that was warned of
 log = logging.getLogger(__name__)
@@ -251,17 +259,35 @@ def part_rows(
     """The rows of a set that are written, complete or not, and whose files are there, ascending.
 
     requests: of the set; rows that do not fit them are left out, and so are damaged lines. earlier:
-    sizes of the pictures of earlier stages. A row that is listed twice comes once; a part, which
-    lists pictures that were drawn again, counts before the manifest.
+    sizes of the pictures of earlier stages. A row that is listed twice comes once, with the
+    checksum of its picture: it was drawn again.
     """
     found: dict[int, dict[str, Any]] = {}
-    for path in [*parts(directory, first), manifest(directory, first)]:
-        for row in set_rows.read(path):
-            if row["row"] in found or not (requests is None or requests.fit(row)):
+    for listing in [*parts(directory, first), manifest(directory, first)]:
+        for row in set_rows.read(listing):
+            if requests is not None and not requests.fit(row):
                 continue
-            if all(file.is_file() for file in files_of(directory / row["file"], earlier)):
+            path, other = directory / row["file"], found.get(row["row"], row)
+            if not all(file.is_file() for file in files_of(path, earlier)):
+                continue
+            if other["sha256"] == row["sha256"] or sha256_file(path) == row["sha256"]:
                 found[row["row"]] = row
     return [found[number] for number in sorted(found)]
+
+
+def changed_rows(directory: Path, rows: Sequence[Row]) -> list[Row]:
+    """The rows whose pictures are not those that were drawn."""
+    digest = lambda row: sha256_file(directory / row["file"])
+    found, quiet = [], len(rows) <= MANY
+    with (
+        concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool,
+        run_log.Progress("pictures checked", len(rows), quiet=quiet) as progress,
+    ):
+        for done, (row, sha256) in enumerate(zip(rows, pool.map(digest, rows)), 1):
+            if sha256 != row["sha256"]:
+                found.append(row)
+            progress.update(done)
+    return found
 
 
 def files_of(picture: Path, earlier: Sequence[int]) -> list[Path]:
@@ -335,7 +361,7 @@ class Pictures(Sequence):
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != row["sha256"]:
             raise ValueError(f"{path} was changed since it was drawn; delete it and run it again")
-        return pictures.read_png(io.BytesIO(data))
+        return pictures.read_png(path, content=data)
 
 
 def manifest_rows(path: Path) -> list[dict[str, Any]]:

@@ -205,6 +205,30 @@ def test_a_set_without_a_picture_of_an_earlier_stage_is_completed(tmp_path):
         assert reserved.left == []
 
 
+def test_a_changed_picture_is_named_and_drawn_again(tmp_path, monkeypatch, caplog):
+    """Catches a corrupt picture that stops every run, and one that is evaluated."""
+    monkeypatch.setattr(drawing, "SHOWN", 1)
+    image = np.zeros((4, 4, 3), np.uint8)
+    reserve = lambda: drawing.Reservation(tmp_path, Requests(["a", "b", "c"], 1, 0), {"config": {}})
+    with reserve() as reserved:
+        for row in reserved.left:
+            reserved.pictures().add(row, [image])
+        before = manifest_rows(reserved.finish())
+    (tmp_path / "0001_b.png").write_bytes(b"x")
+    (tmp_path / "0002_c.png").write_bytes((tmp_path / "0002_c.png").read_bytes()[:-9])
+    with reserve() as reserved:
+        assert reserved.left == [1, 2]
+        for row, value in ((1, 0), (2, 1)):
+            reserved.pictures().add(row, [image + value])
+        after = manifest_rows(reserved.finish())
+    assert after[:2] == before[:2] and after[2]["sha256"] != before[2]["sha256"]
+    named, more = (record.getMessage() for record in caplog.records if record.levelname != "INFO")
+    assert named.endswith("0001_b.png was changed since it was drawn; it is drawn again")
+    assert more == "... and 1 more pictures"
+    with reserve() as reserved:
+        assert reserved.left == []
+
+
 def test_what_changes_no_picture_is_not_part_of_the_job():
     """Catches a set that begins again because the mesh, the batch or a path for `plan` differs."""
     record = {"image": "", "stages": ["base"]}

@@ -269,11 +269,12 @@ def test_a_picture_that_is_drawn_again_is_listed_anew(tmp_path):
     new_set(tmp_path, ["a"], process="1").add(0, [IMAGE])
     made = new_set(tmp_path, ["a"], process="1")
     made.finish()
-    (tmp_path / "0000_a.png").unlink()
-    again = new_set(tmp_path, ["a"], process="2")
-    again.add(0, [IMAGE + 1])
+    for value, process in enumerate("2143", 1):
+        (tmp_path / "0000_a.png").unlink()
+        again = new_set(tmp_path, ["a"], process=process)
+        again.add(0, [IMAGE + value])
     lazy = picture_set.Pictures(tmp_path, picture_set.manifest_rows(again.finish()))
-    assert (lazy[0] == 1).all()
+    assert (lazy[0] == 4).all()
 
 
 def drawn_set(directory, prompts=("a", "b", "c")):
@@ -353,3 +354,26 @@ def test_a_whole_manifest_is_not_written_again(tmp_path):
     before = manifest.stat().st_ino
     assert new_set(tmp_path, ["a", "b", "c"]).finish() == manifest
     assert manifest.stat().st_ino == before
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", "cut"])
+def test_a_damaged_picture_is_named(tmp_path, content):
+    """Catches an error of PIL that names no file, or is taken for a transient failure."""
+    path = pictures.write_png(tmp_path / "0000_a_16.png", IMAGE)
+    path.write_bytes(path.read_bytes()[:45] if content == "cut" else content)
+    for given in (None, path.read_bytes()):
+        with pytest.raises(ValueError, match=r"0000_a_16.png is damaged .*; delete it, then run"):
+            pictures.read_png(path, content=given)
+    with pytest.raises(FileNotFoundError, match=r"0001.png"):
+        pictures.read_png(tmp_path / "0001.png")
+
+
+def test_changed_pictures_are_found(tmp_path, monkeypatch, capsys):
+    """Catches the rows of other pictures, and a check of a large set that shows no progress."""
+    rows = picture_set.manifest_rows(drawn_set(tmp_path))
+    pictures.write_png(tmp_path / "0001_b.png", IMAGE + 9)
+    assert picture_set.changed_rows(tmp_path, rows) == rows[1:2]
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(picture_set, "MANY", 2)
+    picture_set.changed_rows(tmp_path, rows)
+    assert "pictures checked" in capsys.readouterr().err
