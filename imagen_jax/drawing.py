@@ -7,6 +7,7 @@ the devices. Memory holds a row of the manifest per picture, and the images of a
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -102,6 +103,33 @@ def warn_of_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
                     f"warning: the text encoder does not know {unknown!r} and reads it as the"
                     f" unknown token; use other words: {cli.quoted(prompt)}"
                 )
+
+
+def missing(
+    requests: Requests, record: Mapping[str, Any], directory: Path, sizes: Sequence[int]
+) -> list[tuple[int, int]]:
+    """(pictures to draw, size in pixels) of each stage of a set; other sets do not count.
+
+    record: the fields that all pictures share, with those of the image. sizes: of the stages.
+    """
+    job, earlier = job_of(requests, record), sizes[:-1]
+    left = len(requests) - picture_set.count_written(directory, job, len(requests), earlier)
+    return [(left, size) for size in sizes]
+
+
+def check_disk(output: Path, missing: Sequence[tuple[int, int]]) -> None:
+    """Raises ValueError if the pictures to draw may not fit on the disk.
+
+    missing: (number of pictures, size in pixels) of each set.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    needed = sum(3 * count * size**2 for count, size in missing)
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise ValueError(
+            f"{sum(count for count, _ in missing):,} pictures need up to {needed / 2**30:.1f} GiB,"
+            f" but {output} has {free / 2**30:.1f} GiB: give another --output, or fewer prompts"
+        )
 
 
 def draw(

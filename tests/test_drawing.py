@@ -1,5 +1,6 @@
 """From prompts to pictures: each prompt encoded once, the encoder freed, sets continued."""
 
+import collections
 import gc
 import json
 import types
@@ -238,3 +239,29 @@ def test_what_changes_no_picture_is_not_part_of_the_job():
     assert job() == job(mesh={"data": 8}) == job(batch_size=1)
     assert job() == job(base={"sampling": {"w": 2.0}})
     assert job() != job(base={"sampling": {"w": 3.0}, "config": "a.py"})
+
+
+def test_a_set_larger_than_the_disk_is_refused(tmp_path, monkeypatch):
+    """Catches a disk that is full after a night of sampling, and sets that are not added up."""
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(drawing.shutil, "disk_usage", lambda _: usage(0, 0, 3 * 64**2 * 10))
+    drawing.check_disk(tmp_path, [(6, 64), (16, 32)])
+    with pytest.raises(ValueError, match=r"23 pictures need up to .* GiB, .* give another"):
+        drawing.check_disk(tmp_path, [(7, 64), (16, 32)])
+
+
+def test_a_set_with_other_settings_is_drawn_whole(tmp_path):
+    """Catches a check of the disk that counts the pictures of other settings, or only those
+    of the last stage.
+    """
+    record = drawing.NO_IMAGE | {"config": {"which": "ema"}, "checkpoints": [], "stages": ["base"]}
+    requests = Requests(["a", "b"], 2, 0)
+    job = drawing.job_of(requests, record)
+    with picture_set.reserve(tmp_path, job, len(requests)) as first:
+        part = picture_set.part_path(tmp_path, first, "p")
+        made = picture_set.PictureSet(tmp_path, requests, record, first, part)
+        made.add(0, [np.zeros((size, size, 3), np.uint8) for size in (16, 64)])
+    left = lambda record: drawing.missing(requests, record, tmp_path, [16, 64])
+    assert left(record) == [(len(requests) - 1, 16), (len(requests) - 1, 64)]
+    other = record | {"config": {"which": "params"}}
+    assert left(other) == [(len(requests), 16), (len(requests), 64)]
