@@ -7,6 +7,7 @@ the devices. Memory holds a row of the manifest per picture, and the images of a
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh
 # Fields of a cascade config that change no picture.
 FREE_FIELDS = ("mesh", "batch_size")
 NO_IMAGE = {"image": "", "image_sha256": ""}  # the record's fields without --image
+SHOWN = 5  # changed pictures that are named
 log = logging.getLogger("imagen_jax.sample")
 
 
@@ -103,6 +105,33 @@ def warn_of_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
                 )
 
 
+def missing(
+    requests: Requests, record: Mapping[str, Any], directory: Path, sizes: Sequence[int]
+) -> list[tuple[int, int]]:
+    """(pictures to draw, size in pixels) of each stage of a set; other sets do not count.
+
+    record: the fields that all pictures share, with those of the image. sizes: of the stages.
+    """
+    job, earlier = job_of(requests, record), sizes[:-1]
+    left = len(requests) - picture_set.count_written(directory, job, len(requests), earlier)
+    return [(left, size) for size in sizes]
+
+
+def check_disk(output: Path, missing: Sequence[tuple[int, int]]) -> None:
+    """Raises ValueError if the pictures to draw may not fit on the disk.
+
+    missing: (number of pictures, size in pixels) of each set.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    needed = sum(3 * count * size**2 for count, size in missing)
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise ValueError(
+            f"{sum(count for count, _ in missing):,} pictures need up to {needed / 2**30:.1f} GiB,"
+            f" but {output} has {free / 2**30:.1f} GiB: give another --output, or fewer prompts"
+        )
+
+
 def draw(
     drawer: Drawer,
     requests: Requests,
@@ -123,7 +152,8 @@ def draw(
     inputs = None
     if lowres is not None:
         inputs = np.broadcast_to(lowres, (len(requests), *lowres.shape))
-    with Reservation(output, requests, record) as reserved:
+    earlier = [loaded.stage.image_size for loaded in drawer.stages[:-1]]
+    with Reservation(output, requests, record, earlier=earlier) as reserved:
         if reserved.left:
             text = encode_prompts(drawer, requests, [reserved.left], output)
             stages = cascade.place(drawer.stages)
@@ -168,9 +198,14 @@ class Reservation:
         requests: Requests,
         record: Mapping[str, Any],
         free: Sequence[str] = FREE_FIELDS,
+        earlier: Sequence[int] = (),
     ):
-        """record: the fields that all pictures share. free: see `job_of`."""
+        """record: the fields that all pictures share. free: see `job_of`.
+
+        earlier: image sizes of the stages before the last one, if the set has their pictures.
+        """
         self._output, self.requests, self._record = output, requests, record
+        self._earlier = earlier
         job = job_of(requests, record, free)
         self._context = picture_set.reserve(output, job, len(requests)) if _is_first() else None
         self._parts: list[Path] = []  # of this process
@@ -179,7 +214,7 @@ class Reservation:
         text = ""
         if self._context:
             first = self._context.__enter__()
-            done = {row["row"] for row in picture_set.part_rows(self._output, first)}
+            done = self._done(first)
             left = [row for row in range(len(self.requests)) if row not in done]
             text = json.dumps({"first": first, "left": to_ranges(left)})
             if done:
@@ -187,6 +222,17 @@ class Reservation:
         agreed = json.loads(agreement.gather(text)[0])
         self.first, self.left = agreed["first"], from_ranges(agreed["left"])
         return self
+
+    def _done(self, first: int) -> set[int]:
+        """The rows that are there as they were drawn. Warns of pictures that were changed."""
+        rows = picture_set.part_rows(self._output, first, self.requests, self._earlier)
+        changed = picture_set.changed_rows(self._output, rows)
+        for row in changed[:SHOWN]:
+            path = self._output / row["file"]
+            log.warning("%s was changed since it was drawn; it is drawn again", path)
+        if len(changed) > SHOWN:
+            log.warning("... and %d more pictures", len(changed) - SHOWN)
+        return {row["row"] for row in rows} - {row["row"] for row in changed}
 
     def __exit__(self, *error: Any) -> None:
         if self._context:
@@ -197,14 +243,16 @@ class Reservation:
         process = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"  # never used before
         part = picture_set.part_path(self._output, self.first, process)
         self._parts.append(part)
-        return PictureSet(self._output, self.requests, self._record, self.first, part)
+        owned = self._output, self.requests, self._record, self.first, part, self._earlier
+        return PictureSet(*owned)
 
     def finish(self) -> Path:
-        """Waits for all processes; process 0 writes the manifest. Returns its path."""
+        """Waits for all processes; process 0 writes or repairs the manifest. Returns its path."""
         path = picture_set.manifest(self._output, self.first)
         agreement.share_files(part for part in self._parts if part.exists())
-        agreement.wait_for_files(picture_set.listed_files(self._output, self.first))
-        if self._context and (self.left or not path.exists()):
+        listed = picture_set.listed_files(self._output, self.first, self._earlier)
+        agreement.wait_for_files(listed)
+        if self._context:
             self.pictures().finish()
         agreement.share_files([path] if self._context else [])
         return path

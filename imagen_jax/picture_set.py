@@ -13,28 +13,30 @@ The same command continues a set that is not complete, with any number of proces
 commands may draw in one directory at the same time: each number belongs to one set.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import io
 import itertools
 import json
+import logging
+import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import pictures
-from imagen_jax.field import within
-from imagen_jax.schema import SEEDS
+from imagen_jax import pictures, run_log, set_rows
+from imagen_jax.set_rows import Requests, Row
 from imagen_jax.storage import (
-    check_object,
+    HASH_THREADS,
     read_object,
+    sha256_file,
     try_lock,
     write_atomically,
     write_json,
@@ -42,58 +44,22 @@ from imagen_jax.storage import (
 
 FOLDER_SIZE = 1000  # pictures; a larger set is divided into folders
 SET = re.compile(r"set_(\d+)\.json")
-FILES = re.compile(r"set_\d+\.(?:json|jsonl|part-.*\.jsonl)")
+FILES = re.compile(r"set_(\d+)\.(?:json|jsonl|part-.*\.jsonl)")
+FOLDER = re.compile(r"\d{6,}")
 SET_FIELDS = {"count": int, "sha256": str, "job": dict}
-ROW_FIELDS = {"row": int, "prompt": str, "seed": int, "file": str, "sha256": str}
 SHEET_ROWS, SHEETS = 100, 10  # pictures on one contact sheet, and contact sheets of one set
+MANY = 1000  # pictures; checking more of them shows the progress
 PATIENCE_S = 10.0  # for a set file that another process is writing
-
-
-@dataclasses.dataclass(frozen=True)
-class Requests:
-    """The rows of a set: every prompt `per_prompt` times; each row has the next seed.
-
-    Raises ValueError for a row without a valid seed.
-    """
-
-    prompts: Sequence[str]
-    per_prompt: int
-    first_seed: int
-
-    def __post_init__(self) -> None:
-        last = self.first_seed + max(len(self), 1) - 1
-        if not (within(self.first_seed, SEEDS) and within(last, SEEDS)):
-            raise ValueError(
-                f"{len(self):,} pictures from --seed {self.first_seed} on need seeds up to {last},"
-                f" but seeds are in {SEEDS}: give a smaller --seed"
-            )
-
-    def __len__(self) -> int:
-        return len(self.prompts) * self.per_prompt
-
-    def prompt(self, row: int) -> str:
-        return self.prompts[row // self.per_prompt]
-
-    def seed(self, row: int) -> int:
-        return self.first_seed + row
-
-    @property
-    def job(self) -> dict[str, Any]:
-        """The identity of the rows, as JSON."""
-        lines = "\n".join(self.prompts).encode()
-        return {
-            "prompts": len(self.prompts),
-            "prompts_sha256": hashlib.sha256(lines).hexdigest(),
-            "per_prompt": self.per_prompt,
-            "first_seed": self.first_seed,
-        }
+_damaged: set[tuple[Path, int]] = set()  # (file of a set, time of its change) that was warned of
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class PictureSet:
     """The part of a set that this process writes.
 
-    first: number of row 0. part: file of the rows that this process has written.
+    first: number of row 0. part: file of the rows that this process has written. earlier: sizes in
+    pixels of the pictures of earlier stages, which are written beside the last stage's.
     """
 
     directory: Path
@@ -101,6 +67,7 @@ class PictureSet:
     record: Mapping[str, Any]
     first: int
     part: Path
+    earlier: Sequence[int] = ()
 
     def add(self, row: int, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> None:
         """Writes the images of all stages of a row, its record, and then its line of the part."""
@@ -126,10 +93,13 @@ class PictureSet:
     def finish(self) -> Path:
         """Joins the parts of all processes to the manifest and returns its path.
 
+        Repairs a manifest with damaged or doubled lines. A whole one is not written again.
+
         Call it in one process, when all have written their rows. Raises ValueError, which names the
         rows, if a row is missing; the same command then draws them.
         """
-        rows = {row["row"]: row for row in part_rows(self.directory, self.first)}
+        found = part_rows(self.directory, self.first, self.requests, self.earlier)
+        rows = {row["row"]: row for row in found}
         missing = [row for row in range(len(self.requests)) if row not in rows]
         if missing:
             raise ValueError(
@@ -137,8 +107,9 @@ class PictureSet:
                 f" row {missing[0]} first; run the same command again"
             )
         lines = [json.dumps(rows[row], ensure_ascii=False) for row in range(len(self.requests))]
-        path = manifest(self.directory, self.first)
-        write_atomically(path, ("\n".join(lines) + "\n").encode())
+        path, content = manifest(self.directory, self.first), ("\n".join(lines) + "\n").encode()
+        if not path.exists() or path.read_bytes() != content:
+            write_atomically(path, content)
         for part in parts(self.directory, self.first):
             part.unlink()
         return path
@@ -158,20 +129,54 @@ def reserve(directory: Path, job: Mapping[str, Any], count: int) -> Iterator[int
                 yield first
                 return
     content = {"count": count, "sha256": _digest(job), "job": dict(job)}
-    first, file = _new_file(directory)
+    first, file = _new_file(directory, json.dumps(content, indent=1).encode())
     with file:
-        try_lock(file, fcntl.LOCK_EX)
-        json.dump(content, file, indent=1)
-        file.flush()
         yield first
 
 
-def _new_file(directory: Path) -> tuple[int, TextIO]:
-    """The number of row 0 of a new set, and the set's file, opened for writing."""
+def _new_file(directory: Path, content: bytes) -> tuple[int, BinaryIO]:
+    """The number of row 0 of a new set, and the set's file, open and locked."""
     while True:
         first = free_number(directory)
         with contextlib.suppress(FileExistsError):  # another process was faster
-            return first, open(_file(directory, first), "x", encoding="utf-8")
+            return first, _create(_file(directory, first), content)
+
+
+def _create(path: Path, content: bytes) -> BinaryIO:
+    """A new file, open and locked. Its name appears with all of its content.
+
+    Raises FileExistsError if the file exists. On a file system without hard links, the name appears
+    first.
+    """
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
+    file = _create_in_place(temporary, content)
+    try:
+        os.link(temporary, path)  # unlike a rename, it never replaces a file
+    except OSError as error:
+        file.close()
+        if isinstance(error, FileExistsError):
+            raise
+        return _create_in_place(path, content)
+    finally:
+        temporary.unlink()
+    return file
+
+
+def _create_in_place(path: Path, content: bytes) -> BinaryIO:
+    """`_create` under the final name. Nothing is left of a file that cannot be written."""
+    file = open(path, "xb")
+    try:
+        try_lock(file, fcntl.LOCK_EX)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        path.unlink()
+        with contextlib.suppress(OSError):
+            file.close()
+        error.filename = error.filename or os.fspath(path)  # a failed write does not name its file
+        raise
+    return file
 
 
 def _digest(job: Mapping[str, Any]) -> str:
@@ -186,75 +191,131 @@ def _sets_of(directory: Path, job: Mapping[str, Any], count: int) -> list[int]:
 
 
 def free_number(directory: Path) -> int:
-    """The number after all pictures and sets of a directory."""
-    ends = [first + content["count"] for first, content in sets(directory).items()]
-    return max([0, *ends, *(number + 1 for number in pictures.numbers(directory))])
+    """The number after all pictures and sets of a directory.
+
+    A set whose file is damaged or gone ends after the last row that its other files list.
+    """
+    ends = [0]
+    for path in [directory, *_folders(directory)]:
+        ends += [number + 1 for number in pictures.numbers(path)]
+    files = list(directory.iterdir()) if directory.is_dir() else []
+    # Read last: a set may begin meanwhile, and some of its files are not all of it.
+    known = sets(directory)
+    ends += [first + content["count"] for first, content in known.items()]
+    for path in files:
+        match = FILES.fullmatch(path.name)
+        if match and int(match[1]) not in known:
+            rows = (row["row"] for row in set_rows.read(path))
+            ends.append(int(match[1]) + max(rows, default=0) + 1)
+    return max(ends)
+
+
+def _folders(directory: Path) -> list[Path]:
+    """The folders of large sets."""
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return [path for path in entries if FOLDER.fullmatch(path.name) and path.is_dir()]
 
 
 def sets(directory: Path) -> dict[int, dict[str, Any]]:
-    """{number of row 0: content of its file} of all sets of a directory."""
+    """{number of row 0: content of its file} of the sets of a directory, without damaged files."""
     found = {}
     for path in directory.iterdir() if directory.is_dir() else ():
-        if match := SET.fullmatch(path.name):
-            found[int(match[1])] = _read_set(path)
+        match = SET.fullmatch(path.name)
+        if match and (content := _read_set(path)):
+            found[int(match[1])] = content
     return found
 
 
-def _read_set(path: Path) -> dict[str, Any]:
-    """The content of a set's file; a file that a killed process left incomplete has one picture."""
-    end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
-        try:
-            return read_object(path, SET_FIELDS)
-        except ValueError:
-            time.sleep(0.05)  # another process is writing it
-    return {"count": 1, "sha256": "", "job": {}}
+def _read_set(path: Path) -> dict[str, Any] | None:
+    """The content of a set's file; None, with a warning, if it is damaged.
 
-
-def part_rows(directory: Path, first: int) -> Iterator[dict[str, Any]]:
-    """The rows of a set that are written, complete or not, and whose picture is there.
-
-    A line that a killed process did not finish is left out. A row that is listed twice comes once;
-    a part, which lists pictures that were drawn again, counts before the manifest.
+    Waits while another process writes it.
     """
-    seen = set()
-    for path in [*parts(directory, first), manifest(directory, first)]:
-        for line in _lines(path):
-            row = _parse(line, path)
-            if row and row["row"] not in seen and (directory / row["file"]).is_file():
-                seen.add(row["row"])
-                yield row
+    version = path, path.stat().st_mtime_ns
+    end, unlocked = time.monotonic() + PATIENCE_S, 0
+    while True:
+        with contextlib.suppress(ValueError):
+            return read_object(path, SET_FIELDS)
+        if version in _damaged:
+            return None
+        # Its writer may lock a new file between two readings.
+        unlocked += not _is_locked(path)
+        if unlocked > 1 or time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    _damaged.add(version)
+    log.warning("%s is damaged; its pictures are kept but not continued", path)
+    return None
 
 
-def listed_files(directory: Path, first: int) -> Iterator[Path]:
-    """The pictures that the parts of a set list, whether they are visible or not."""
+def _is_locked(path: Path) -> bool:
+    with open(path) as file:
+        return not try_lock(file, fcntl.LOCK_SH)
+
+
+def part_rows(
+    directory: Path, first: int, requests: Requests | None = None, earlier: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """The rows of a set that are written, complete or not, and whose files are there, ascending.
+
+    requests: of the set; rows that do not fit them are left out, and so are damaged lines. earlier:
+    sizes of the pictures of earlier stages. A row that is listed twice comes once, with the
+    checksum of its picture: it was drawn again.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for listing in [*parts(directory, first), manifest(directory, first)]:
+        for row in set_rows.read(listing):
+            if requests is not None and not requests.fit(row):
+                continue
+            path, other = directory / row["file"], found.get(row["row"], row)
+            if not all(file.is_file() for file in files_of(path, earlier)):
+                continue
+            if other["sha256"] == row["sha256"] or sha256_file(path) == row["sha256"]:
+                found[row["row"]] = row
+    return [found[number] for number in sorted(found)]
+
+
+def changed_rows(directory: Path, rows: Sequence[Row]) -> list[Row]:
+    """The rows whose pictures are not those that were drawn."""
+    digest = lambda row: sha256_file(directory / row["file"])
+    found, quiet = [], len(rows) <= MANY
+    with (
+        concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool,
+        run_log.Progress("pictures checked", len(rows), quiet=quiet) as progress,
+    ):
+        for done, (row, sha256) in enumerate(zip(rows, pool.map(digest, rows)), 1):
+            if sha256 != row["sha256"]:
+                found.append(row)
+            progress.update(done)
+    return found
+
+
+def files_of(picture: Path, earlier: Sequence[int]) -> list[Path]:
+    """The files of a row: the picture, those of earlier stages of these sizes, and the record."""
+    return [picture, *_earlier(picture, earlier), picture.with_suffix(".json")]
+
+
+def _earlier(picture: Path, sizes: Sequence[int]) -> list[Path]:
+    """The pictures of earlier stages."""
+    return [picture.with_name(f"{picture.stem}_{size}.png") for size in sizes]
+
+
+def listed_files(directory: Path, first: int, earlier: Sequence[int] = ()) -> Iterator[Path]:
+    """The files of the rows that the parts of a set list, whether they are visible or not."""
     for path in parts(directory, first):
-        for line in _lines(path):
-            if row := _parse(line, path):
-                yield directory / row["file"]
+        for row in set_rows.read(path):
+            yield from files_of(directory / row["file"], earlier)
 
 
-def count_written(directory: Path, job: Mapping[str, Any], count: int) -> int:
-    """The number of pictures that the set of a job lists, which `reserve` would continue."""
+def count_written(
+    directory: Path, job: Mapping[str, Any], count: int, earlier: Sequence[int] = ()
+) -> int:
+    """The number of rows of the set of a job that `reserve` would continue with all their files.
+
+    earlier: sizes of the pictures of earlier stages.
+    """
     firsts = _sets_of(directory, job, count)[:1]
-    return sum(1 for first in firsts for _ in part_rows(directory, first))
-
-
-def _lines(path: Path) -> Iterable[bytes]:
-    try:
-        return path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return ()
-
-
-def _parse(line: bytes, path: Path) -> dict[str, Any] | None:
-    """A row, or None for a line that was cut off."""
-    try:
-        row = json.loads(line)
-        check_object(path, row, ROW_FIELDS, "")
-    except ValueError:
-        return None
-    return row
+    return sum(len(part_rows(directory, first, None, earlier)) for first in firsts)
 
 
 def parts(directory: Path, first: int) -> list[Path]:
@@ -273,11 +334,13 @@ def manifest(directory: Path, first: int) -> Path:
 
 
 def chunks(path: Path, size: int, count: int) -> Iterator[list[dict[str, Any]]]:
-    """Up to `count` lists of up to `size` consecutive rows of a manifest."""
-    with open(path, "rb") as file:
-        lines = (json.loads(line) for line in itertools.islice(file, size * count))
-        while rows := list(itertools.islice(lines, size)):
-            yield rows
+    """Up to `count` lists of up to `size` consecutive rows of a manifest.
+
+    Raises what `set_rows.read_in_order` raises.
+    """
+    found = itertools.islice(set_rows.read_in_order(path), size * count)
+    while rows := list(itertools.islice(found, size)):
+        yield rows
 
 
 class Pictures(Sequence):
@@ -298,12 +361,12 @@ class Pictures(Sequence):
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != row["sha256"]:
             raise ValueError(f"{path} was changed since it was drawn; delete it and run it again")
-        return pictures.read_png(io.BytesIO(data))
+        return pictures.read_png(path, content=data)
 
 
 def manifest_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a manifest."""
-    return [row for chunk in chunks(path, 10**6, 10**6) for row in chunk]
+    """All rows of a manifest, by row. Raises ValueError unless they are the rows 0 ... n-1."""
+    return set_rows.read_sorted(path)
 
 
 def write_sheets(
@@ -326,8 +389,8 @@ def write_sheets(
         cells = []
         for row in rows:
             path = manifest.parent / row["file"]
-            earlier = [path.with_name(f"{path.stem}_{size}.png") for size in sizes[:-1]]
-            cells.append([*given, *(pictures.read_png(file, cell) for file in [*earlier, path])])
+            files = [*_earlier(path, sizes[:-1]), path]
+            cells.append([*given, *(pictures.read_png(file, cell) for file in files)])
         sheet = pictures.contact_sheet([row["prompt"] for row in rows], cells, headings, cell)
         number = int(Path(rows[0]["file"]).name.partition("_")[0])
         path = (directory or manifest.parent) / f"sheet_{number:04d}.png"
@@ -342,10 +405,10 @@ def _file(directory: Path, first: int) -> Path:
 def remove(directory: Path) -> None:
     """Deletes all sets of a directory with their pictures, and other numbered pictures."""
     pictures.remove_numbered(directory)
+    for folder in _folders(directory):
+        pictures.remove_numbered(folder)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
     for path in list(directory.iterdir()) if directory.is_dir() else ():
         if FILES.fullmatch(path.name):
             path.unlink()
-        elif re.fullmatch(r"\d{6}", path.name) and path.is_dir():
-            pictures.remove_numbered(path)
-            with contextlib.suppress(OSError):
-                path.rmdir()

@@ -82,10 +82,21 @@ def write_png(path: str | os.PathLike, image: Picture) -> Path:
     return path
 
 
-def read_png(source: Path | io.BytesIO, most: int = 0) -> Picture:
-    """A picture, shrunk to at most `most` pixels high; 0: not shrunk."""
-    with Image.open(source) as file:
-        image = file.convert("RGB")
+def read_png(path: Path, most: int = 0, content: bytes | None = None) -> Picture:
+    """A picture, shrunk to at most `most` pixels high; 0: not shrunk.
+
+    content: of the file, if it is read already. Raises ValueError, which names the file, if it is
+    damaged.
+    """
+    try:
+        with Image.open(path if content is None else io.BytesIO(content)) as file:
+            image = file.convert("RGB")
+    except Exception as error:  # PIL raises many kinds of exceptions for damaged files
+        if isinstance(error, OSError) and error.errno:  # of the file system
+            raise
+        raise ValueError(
+            f"{path} is damaged ({error}); delete it, then run the same command again"
+        ) from error
     if most and image.height > most:
         image = image.resize((round(image.width * most / image.height), most))
     return np.asarray(image)

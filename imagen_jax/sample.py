@@ -162,10 +162,11 @@ def sample(
     # A record from before the check of the size draws its picture again.
     lowres = None if not image else read_image(image, first.lowres_size, any_size=bool(expected))
     cli.make_directory("output", str(output))
+    sizes = [loaded.stage.image_size for loaded in drawer.stages]
+    drawing.check_disk(output, drawing.missing(requests, drawer.record | given, output, sizes))
     drawing.check_prompts(drawer, requests.prompts)
     manifest = drawing.draw(drawer, requests, output, given, lowres)
     if jax.process_index() == 0:
-        sizes = [loaded.stage.image_size for loaded in drawer.stages]
         sheets = picture_set.write_sheets(manifest, sizes, lowres)
         print(
             f"{len(requests)} pictures in {output}, listed in {manifest.name}; contact sheet:"

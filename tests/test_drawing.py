@@ -1,5 +1,6 @@
 """From prompts to pictures: each prompt encoded once, the encoder freed, sets continued."""
 
+import collections
 import gc
 import json
 import types
@@ -162,6 +163,10 @@ def test_a_set_that_was_killed_before_its_manifest_gets_it(tmp_path):
         reserved.pictures().add(0, [np.zeros((4, 4, 3), np.uint8)])
     with make() as reserved:
         assert reserved.left == []
+        path = reserved.finish()
+        assert len(manifest_rows(path)) == 1
+    path.write_bytes(path.read_bytes() * 2 + b"\n")
+    with make() as reserved:
         assert len(manifest_rows(reserved.finish())) == 1
 
 
@@ -173,12 +178,56 @@ def test_the_files_of_all_processes_are_visible_before_they_are_read(tmp_path, m
     record = lambda files: awaited.append([path.name for path in files])
     monkeypatch.setattr(drawing.agreement, "share_files", record)
     monkeypatch.setattr(drawing.agreement, "wait_for_files", record)
-    with drawing.Reservation(tmp_path, Requests(["a", "b"], 1, 0), {"config": {}}) as reserved:
+    given = Requests(["a", "b"], 1, 0), {"config": {}}
+    with drawing.Reservation(tmp_path, *given, earlier=[4]) as reserved:
         pictures = reserved.pictures()
         for row in (0, 1):
-            pictures.add(row, [np.zeros((4, 4, 3), np.uint8)])
+            pictures.add(row, [np.zeros((size, size, 3), np.uint8) for size in (4, 8)])
         reserved.finish()
-    assert awaited == [[pictures.part.name], ["0000_a.png", "0001_b.png"], ["set_0000.jsonl"]]
+    files = [f"{stem}{end}" for stem in ("0000_a", "0001_b") for end in (".png", "_4.png", ".json")]
+    assert awaited == [[pictures.part.name], files, ["set_0000.jsonl"]]
+
+
+def test_a_set_without_a_picture_of_an_earlier_stage_is_completed(tmp_path):
+    """Catches a row that counts as there by its last picture, so that no run draws the others."""
+    given = tmp_path, Requests(["a", "b"], 1, 0), {"config": {}}
+    reserve = lambda: drawing.Reservation(*given, earlier=[4])
+    images = [np.zeros((size, size, 3), np.uint8) for size in (4, 8)]
+    with reserve() as reserved:
+        for row in reserved.left:
+            reserved.pictures().add(row, images)
+        reserved.finish()
+    (tmp_path / "0001_b_4.png").unlink()
+    with reserve() as reserved:
+        assert reserved.left == [1]
+        reserved.pictures().add(1, images)
+        reserved.finish()
+    with reserve() as reserved:
+        assert reserved.left == []
+
+
+def test_a_changed_picture_is_named_and_drawn_again(tmp_path, monkeypatch, caplog):
+    """Catches a corrupt picture that stops every run, and one that is evaluated."""
+    monkeypatch.setattr(drawing, "SHOWN", 1)
+    image = np.zeros((4, 4, 3), np.uint8)
+    reserve = lambda: drawing.Reservation(tmp_path, Requests(["a", "b", "c"], 1, 0), {"config": {}})
+    with reserve() as reserved:
+        for row in reserved.left:
+            reserved.pictures().add(row, [image])
+        before = manifest_rows(reserved.finish())
+    (tmp_path / "0001_b.png").write_bytes(b"x")
+    (tmp_path / "0002_c.png").write_bytes((tmp_path / "0002_c.png").read_bytes()[:-9])
+    with reserve() as reserved:
+        assert reserved.left == [1, 2]
+        for row, value in ((1, 0), (2, 1)):
+            reserved.pictures().add(row, [image + value])
+        after = manifest_rows(reserved.finish())
+    assert after[:2] == before[:2] and after[2]["sha256"] != before[2]["sha256"]
+    named, more = (record.getMessage() for record in caplog.records if record.levelname != "INFO")
+    assert named.endswith("0001_b.png was changed since it was drawn; it is drawn again")
+    assert more == "... and 1 more pictures"
+    with reserve() as reserved:
+        assert reserved.left == []
 
 
 def test_what_changes_no_picture_is_not_part_of_the_job():
@@ -190,3 +239,29 @@ def test_what_changes_no_picture_is_not_part_of_the_job():
     assert job() == job(mesh={"data": 8}) == job(batch_size=1)
     assert job() == job(base={"sampling": {"w": 2.0}})
     assert job() != job(base={"sampling": {"w": 3.0}, "config": "a.py"})
+
+
+def test_a_set_larger_than_the_disk_is_refused(tmp_path, monkeypatch):
+    """Catches a disk that is full after a night of sampling, and sets that are not added up."""
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(drawing.shutil, "disk_usage", lambda _: usage(0, 0, 3 * 64**2 * 10))
+    drawing.check_disk(tmp_path, [(6, 64), (16, 32)])
+    with pytest.raises(ValueError, match=r"23 pictures need up to .* GiB, .* give another"):
+        drawing.check_disk(tmp_path, [(7, 64), (16, 32)])
+
+
+def test_a_set_with_other_settings_is_drawn_whole(tmp_path):
+    """Catches a check of the disk that counts the pictures of other settings, or only those
+    of the last stage.
+    """
+    record = drawing.NO_IMAGE | {"config": {"which": "ema"}, "checkpoints": [], "stages": ["base"]}
+    requests = Requests(["a", "b"], 2, 0)
+    job = drawing.job_of(requests, record)
+    with picture_set.reserve(tmp_path, job, len(requests)) as first:
+        part = picture_set.part_path(tmp_path, first, "p")
+        made = picture_set.PictureSet(tmp_path, requests, record, first, part)
+        made.add(0, [np.zeros((size, size, 3), np.uint8) for size in (16, 64)])
+    left = lambda record: drawing.missing(requests, record, tmp_path, [16, 64])
+    assert left(record) == [(len(requests) - 1, 16), (len(requests) - 1, 64)]
+    other = record | {"config": {"which": "params"}}
+    assert left(other) == [(len(requests), 16), (len(requests), 64)]

@@ -36,6 +36,7 @@ LAYERS = (
         "models",
         "picture_set",
         "pictures",
+        "set_rows",
         "text",
     },
     {"row_batches", "sharded_attention", "sharding", "weights"},

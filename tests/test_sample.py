@@ -212,6 +212,25 @@ def test_a_read_only_output_is_refused_before_drawing(tmp_path, monkeypatch):
         sample.sample({}, Requests(["a"], 1, 0), ["base"], "", tmp_path / "out")
 
 
+def test_a_disk_that_is_too_small_is_refused_before_drawing(tmp_path, monkeypatch):
+    """Catches a disk that is full after hours, and pictures of earlier stages that need none."""
+
+    class Drawer:
+        def __init__(self, config, names):
+            sizes = {"base": 64, "sr_1": 256}
+            make = lambda size: types.SimpleNamespace(lowres_size=0, image_size=size)
+            self.stages = [types.SimpleNamespace(stage=make(sizes[name])) for name in names]
+            self.record = {"config": {}}
+
+    usage = types.SimpleNamespace(free=3 * 2 * (64**2 + 256**2) - 1)
+    monkeypatch.setattr(drawing, "Drawer", Drawer)
+    monkeypatch.setattr(cascade, "check_intervals", lambda *_: None)
+    monkeypatch.setattr(drawing.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"4 pictures need up to .* give another --output"):
+        sample.sample({}, Requests(["a"], 2, 0), ["base", "sr_1"], "", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize(("code", "expected"), [(2, 2), (1, 1), (75, 75), (-9, 1)])
 def test_the_demo_exits_as_its_step_did(monkeypatch, capsys, code, expected):
     """Catches exit code 2, do not retry, for a step whose failure was transient."""
@@ -234,7 +253,8 @@ def test_contact_sheets_show_the_first_pictures(tmp_path, monkeypatch):
         stripes[:, ::2] = 200
         pictures.write_png(tmp_path / f"000{number}_a.png", stripes)
         pictures.write_png(tmp_path / f"000{number}_a_8.png", stripes[:8, :8])
-        rows.append({"prompt": "a", "file": f"000{number}_a.png"})
+        row = {"row": number - 3, "prompt": "a", "seed": 0, "sha256": ""}
+        rows.append(row | {"file": f"000{number}_a.png"})
     manifest = tmp_path / "set_0003.jsonl"
     for count, names in {5: ["sheet_0003.png", "sheet_0005.png"], 1: ["sheet_0003.png"]}.items():
         manifest.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))

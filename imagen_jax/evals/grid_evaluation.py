@@ -57,7 +57,7 @@ def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | 
     check_loaded(drawer, points, axes)
     size, record = drawer.stages[-1].stage.image_size, drawer.record
     directory, requests = output / DIRECTORY, settings.requests
-    suite_evaluation.check_disk(output, list(missing(drawer, points, directory, requests)))
+    drawing.check_disk(output, list(missing(drawer, points, directory, requests)))
     warnings = suite_references.check(settings, networks, size)
     references = suite_references.make(settings, size, output / "reference")
     drawing.check_prompts(drawer, requests.prompts)

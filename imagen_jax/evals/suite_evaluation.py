@@ -6,8 +6,7 @@ Every part that is complete is kept, so an interrupted evaluation continues, and
 network samples nothing again.
 """
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,8 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     cascade.check_intervals(drawer.stages)
     sizes, record = [loaded.stage.image_size for loaded in drawer.stages], drawer.record
     requests = settings.requests
-    check_disk(output, missing(requests, record, output / "pictures", sizes))
+    missing = drawing.missing(requests, record | drawing.NO_IMAGE, output / "pictures", sizes)
+    drawing.check_disk(output, missing)
     warnings = suite_references.check(settings, networks, sizes[-1])
     references = suite_references.make(settings, sizes[-1], output / "reference")
     drawing.check_prompts(drawer, requests.prompts)
@@ -69,33 +69,6 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
         suite_figures.write(result, manifest, sizes, output)
     agreement.gather()  # all files are there
     return result
-
-
-def missing(
-    requests: picture_set.Requests, record: Mapping[str, Any], directory: Path, sizes: Sequence[int]
-) -> list[tuple[int, int]]:
-    """(pictures to draw, size in pixels) of each stage of a set; other sets do not count.
-
-    sizes: of the stages in pixels.
-    """
-    job = drawing.job_of(requests, record | drawing.NO_IMAGE)
-    left = len(requests) - picture_set.count_written(directory, job, len(requests))
-    return [(left, size) for size in sizes]
-
-
-def check_disk(output: Path, missing: Sequence[tuple[int, int]]) -> None:
-    """Raises ValueError if the pictures to draw may not fit on the disk.
-
-    missing: (number of pictures, size in pixels) of each set.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    needed = sum(3 * count * size**2 for count, size in missing)
-    free = shutil.disk_usage(output).free
-    if needed > free:
-        raise ValueError(
-            f"{sum(count for count, _ in missing):,} pictures need up to {needed / 2**30:.1f} GiB,"
-            f" but {output} has {free / 2**30:.1f} GiB: give another --output, or fewer prompts"
-        )
 
 
 def score(

@@ -1,13 +1,11 @@
 """The evaluation of a suite: what is refused before anything is drawn, and what is written."""
 
-import collections
 import json
 import types
 
 import numpy as np
 import pytest
 
-from imagen_jax import drawing, picture_set
 from imagen_jax.evals import (
     data_suite,
     reference,
@@ -45,17 +43,6 @@ def settings(networks=("clip-b32",), per_prompt=2, **changes):
         "images": None,
     }
     return Settings(**fields | changes)
-
-
-def test_a_set_larger_than_the_disk_is_refused(tmp_path, monkeypatch):
-    """Catches a disk that is full after a night of sampling, and sets that are not added up."""
-    usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(
-        suite_evaluation.shutil, "disk_usage", lambda _: usage(0, 0, 3 * 64**2 * 10)
-    )
-    suite_evaluation.check_disk(tmp_path, [(6, 64), (16, 32)])
-    with pytest.raises(ValueError, match=r"23 pictures need up to .* GiB, .* give another"):
-        suite_evaluation.check_disk(tmp_path, [(7, 64), (16, 32)])
 
 
 def test_scores_of_each_network_and_category():
@@ -174,23 +161,6 @@ def test_the_result_names_the_weights_of_every_network(monkeypatch):
     assert found["networks"]["clip-b32"]["captions"]["weights_sha256"] == "captions of "
     assert "captions" not in found["networks"]["inception"]
     assert found["pictures"]["seeds"] == "0 + row of the manifest"
-
-
-def test_an_evaluation_with_other_settings_draws_everything(tmp_path):
-    """Catches a check of the disk that counts the pictures of an earlier evaluation, or only those
-    of the last stage.
-    """
-    record = {"config": {"which": "ema"}, "checkpoints": [], "stages": ["base"]}
-    requests = settings().requests
-    job = drawing.job_of(requests, record | drawing.NO_IMAGE)
-    with picture_set.reserve(tmp_path, job, len(requests)) as first:
-        part = picture_set.part_path(tmp_path, first, "p")
-        made = picture_set.PictureSet(tmp_path, requests, record, first, part)
-        made.add(0, [np.zeros((4, 4, 3), np.uint8)])
-    left = lambda record: suite_evaluation.missing(requests, record, tmp_path, [16, 64])
-    assert left(record) == [(len(requests) - 1, 16), (len(requests) - 1, 64)]
-    other = record | {"config": {"which": "params"}}
-    assert left(other) == [(len(requests), 16), (len(requests), 64)]
 
 
 def test_shards_are_visible_before_they_are_joined(tmp_path, monkeypatch):
