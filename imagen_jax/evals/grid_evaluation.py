@@ -18,6 +18,7 @@ import numpy as np
 from imagen_jax import cascade, drawing, picture_set
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import (
+    earlier_result,
     grid_comparison,
     grid_pictures,
     image_metrics,
@@ -57,6 +58,11 @@ def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | 
     check_loaded(drawer, points, axes)
     size, record = drawer.stages[-1].stage.image_size, drawer.record
     directory, requests = output / DIRECTORY, settings.requests
+    earlier_result.check(
+        output / RESULT,
+        suite_evaluation.drawn_from(settings, record),
+        [axis.name for axis in axes],
+    )
     suite_evaluation.check_disk(output, list(missing(drawer, points, directory, requests)))
     warnings = suite_references.check(settings, networks, size)
     references = suite_references.make(settings, size, output / "reference")
@@ -225,6 +231,7 @@ def write_results(
         write_atomically(output / FIGURE, pareto.figure(axes, *shown))
         lines.append(f"figure: {output / FIGURE}")
     else:
+        (output / FIGURE).unlink(missing_ok=True)  # of an earlier result
         log.info(
             "no %s: it needs real images, and a CLIP network or --suite data, for its two axes",
             FIGURE,

@@ -19,6 +19,7 @@ from imagen_jax import cascade, drawing, picture_set
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import (
     data_suite,
+    earlier_result,
     image_metrics,
     provenance,
     reference,
@@ -48,6 +49,7 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     cascade.check_intervals(drawer.stages)
     sizes, record = [loaded.stage.image_size for loaded in drawer.stages], drawer.record
     requests = settings.requests
+    earlier_result.check(output / RESULT, drawn_from(settings, record))
     check_disk(output, missing(requests, record, output / "pictures", sizes))
     warnings = suite_references.check(settings, networks, sizes[-1])
     references = suite_references.make(settings, sizes[-1], output / "reference")
@@ -159,13 +161,8 @@ def _by_category(settings: Settings, values: Float[np.ndarray, " p"]) -> dict[st
     return {name: statistics.summary(np.array(group)) for name, group in groups.items()}
 
 
-def describe(
-    settings: Settings,
-    record: Mapping[str, Any],
-    references: Mapping[str, reference.Reference],
-    networks: Identities,
-) -> dict[str, Any]:
-    """Everything that is needed to repeat the evaluation, except the manifest."""
+def drawn_from(settings: Settings, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `describe` that determines the pictures."""
     return {
         "suite": settings.suite.identity | {"categories": settings.suite.categories()},
         "pictures": {
@@ -176,6 +173,18 @@ def describe(
             "refused_or_filtered": 0,
         },
         **{name: record[name] for name in ("stages", "config", "checkpoints", "encoder")},
+    }
+
+
+def describe(
+    settings: Settings,
+    record: Mapping[str, Any],
+    references: Mapping[str, reference.Reference],
+    networks: Identities,
+) -> dict[str, Any]:
+    """Everything that is needed to repeat the evaluation, except the manifest."""
+    return {
+        **drawn_from(settings, record),
         "references": {name: dict(ref.identity) for name, ref in references.items()},
         "networks": {name: dict(identity) for name, identity in networks.items()},
         **provenance.software(),
