@@ -34,7 +34,7 @@ from imagen_jax.evals.grid_comparison import PointResult
 from imagen_jax.evals.settings_grid import Axis, Node
 from imagen_jax.evals.suite_features import Loaded
 from imagen_jax.evals.suite_settings import Settings, check_networks
-from imagen_jax.storage import read_object, write_atomically, write_json
+from imagen_jax.storage import check_outputs, read_object, write_atomically, write_json
 
 RESULT, FIGURE, DIRECTORY = "grid.json", "pareto.png", "grid"
 SCORES = "scores.json"  # of a point, in its directory
@@ -49,6 +49,7 @@ def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | 
     options: of --grid. Raises ValueError in one line for options, settings, files and weights that
     do not fit, before anything is sampled.
     """
+    check_outputs(output, (RESULT, FIGURE), (DIRECTORY, "reference"))
     stages = cascade.run_stages(settings.config, settings.stages, "--cascade")
     axes = settings_grid.parse(options, settings.config, stages)
     points = settings_grid.points(axes, settings.config, stages)

@@ -31,9 +31,11 @@ from imagen_jax.evals import (
 )
 from imagen_jax.evals.distances import clip_score
 from imagen_jax.evals.suite_settings import Identities, Settings, check_networks
-from imagen_jax.storage import sha256_file, write_json
+from imagen_jax.storage import check_outputs, sha256_file, write_json
 
 RESULT = "evaluation.json"
+FILES = (RESULT, suite_figures.EXTRAPOLATION, suite_figures.CATEGORIES)
+DIRECTORIES = ("pictures", "reference", "features")
 
 
 def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
@@ -42,6 +44,7 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     Raises ValueError in one line for settings, files and weights that do not fit, before anything
     is sampled.
     """
+    check_outputs(output, FILES, DIRECTORIES)
     image_metrics.check_known(settings.metrics)
     networks = check_networks(settings)
     cascade.run_stages(settings.config, settings.stages, "--cascade")
