@@ -39,7 +39,12 @@ from imagen_jax.storage import check_outputs, read_object, write_atomically, wri
 RESULT, FIGURE, DIRECTORY = "grid.json", "pareto.png", "grid"
 SCORES = "scores.json"  # of a point, in its directory
 SCORES_VERSION = 2  # raise it when a metric changes, so that all are computed again
-SCORES_FIELDS = {"of": str, "scores": dict, "per_prompt": dict}
+SCORES_FIELDS = {
+    "of": str,
+    "scores.metrics": dict,
+    "scores.left_out": dict,
+    "per_prompt": dict,
+}
 log = logging.getLogger("imagen_jax.evaluate")
 
 
@@ -114,7 +119,8 @@ def score_points(
     networks = suite_features.load_networks(settings)
     digests = [_digest(settings, networks, references, manifests[node], size) for node in points]
     paths = [directory / node.directory / SCORES for node in points]
-    kept = [read_scores(path, digest) for path, digest in zip(paths, digests)]
+    prompts = len(settings.suite.prompts)
+    kept = [read_scores(path, digest, prompts) for path, digest in zip(paths, digests)]
     # Process 0 decides, because the others may see its files late.
     done = json.loads(agreement.gather(json.dumps([found is not None for found in kept]))[0])
     captions = {}
@@ -187,17 +193,23 @@ def write_scores(path: Path, digest: str, found: PointResult) -> None:
     write_json(path, content)
 
 
-def read_scores(path: Path, digest: str) -> PointResult | None:
-    """The metrics of a point; None if they are missing, damaged or of something else."""
+def read_scores(path: Path, digest: str, prompts: int) -> PointResult | None:
+    """The metrics of a point; None if they are missing, damaged or of something else.
+
+    prompts: their number.
+    """
     try:
         content = read_object(path, SCORES_FIELDS)
-    except (FileNotFoundError, ValueError):
+        if content["of"] != digest:
+            return None
+        per_prompt = {name: np.array(found, float) for name, found in content["per_prompt"].items()}
+        ranks = content["ranks"]
+        ranks = None if ranks is None else np.array(ranks, float)
+        point = PointResult(content["scores"], per_prompt, ranks)
+        grid_comparison.check_complete(point, prompts)
+    except (FileNotFoundError, *grid_comparison.DAMAGE):
         return None
-    if content["of"] != digest:
-        return None
-    per_prompt = {name: np.array(values) for name, values in content["per_prompt"].items()}
-    ranks = content.get("ranks")
-    return PointResult(content["scores"], per_prompt, None if ranks is None else np.array(ranks))
+    return point
 
 
 def write_results(
