@@ -285,6 +285,10 @@ def check_cascade_flags(args: Any) -> None:
         raise ValueError(
             "--network is needed: NAME=PATH of a feature network's weights, or efficientnet-lite0"
         )
+    names = [network_option(option)[0] for option in args.network]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--network {name} is given twice: leave one out")
     if "base" not in args.cascade or args.stages[:1] != ["base"]:
         raise ValueError("--cascade needs a cascade config, and --stages must begin with base")
 
