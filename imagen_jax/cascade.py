@@ -113,15 +113,13 @@ def resolve(path: str) -> str:
     name = path.removeprefix("embedded:")
     if name == path:
         return path
-    file = Path(
-        str(importlib.resources.files("imagen_jax") / "assets" / "cascade" / f"{name}.safetensors")
-    )
-    if not file.exists():
+    folder = Path(str(importlib.resources.files("imagen_jax") / "assets" / "cascade"))
+    files = {file.stem: str(file) for file in folder.glob("*.safetensors")}
+    if name not in files:
         raise ValueError(
-            f"there is no embedded checkpoint {name!r}; choose one of"
-            f" {sorted(f.stem for f in file.parent.glob('*.safetensors'))}"
+            f"there is no embedded checkpoint {name!r}; choose one of {', '.join(sorted(files))}"
         )
-    return str(file)
+    return files[name]
 
 
 def load_stage(

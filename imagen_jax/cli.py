@@ -23,6 +23,8 @@ from imagen_jax.storage import FREE_SPACE, check_local, is_away
 log = logging.getLogger(__name__)
 
 COMPILE_CACHE = "compile_cache"
+MOST_PICTURES = 10_000_000  # of a command, which holds a row of each in memory
+CONFIGS = {"config", "cascade"}  # flags that name a config file
 # Exceptions raised while parsing flags or executing a config file.
 FLAG_ERRORS = (
     flags.Error,
@@ -50,6 +52,7 @@ ADVICE = {
     errno.EPERM: "check its permissions, or give another path",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
+    errno.EISDIR: "give a file",
     errno.EPIPE: "the program that read the output has ended; write the output to a file",
     errno.EMFILE: "raise the limit with `ulimit -n`",
 }
@@ -188,7 +191,10 @@ def parse(argv: list[str]) -> list[str]:
     An error in either ends the process with one line.
     """
     try:
-        return flags.FLAGS(argv)
+        arguments = flags.FLAGS(argv)
+        for name in CONFIGS & set(flags.FLAGS):
+            hasattr(flags.FLAGS[name].value, "to_json")  # raises for a file that was not loaded
+        return arguments
     except FLAG_ERRORS as error:
         if os.environ.get("IMAGEN_JAX_TRACEBACK"):
             raise
@@ -207,6 +213,8 @@ def _message(error: Exception) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
         return f"{', '.join(f'--{name}' for name in missing)} must be given"
+    if unread := re.search(r"Is a directory: '(.+)'", text):
+        return f"the config {unread[1]} is a directory; give a file, such as configs/base_64.py"
     # ml_collections quotes its message twice.
     if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
         return f"the config has no field {near[2]!r}; did you mean {near[1]!r}?"
@@ -273,6 +281,12 @@ def check_directory(flag: str, path: str) -> None:
         raise ValueError(f"--{flag} {path} is a file; give a directory")
 
 
+def check_file(flag: str, path: str) -> None:
+    """Raises ValueError if `path` is a directory."""
+    if path and os.path.isdir(path):
+        raise ValueError(f"--{flag} {path} is a directory; give a file")
+
+
 def make_directory(flag: str, path: str) -> None:
     """Creates an output directory before a long computation starts.
 
@@ -286,6 +300,18 @@ def make_directory(flag: str, path: str) -> None:
         raise ValueError(
             f"--{flag} {path} cannot be written to: {error.strerror}; give another directory"
         ) from error
+
+
+def check_count(prompts: int, per_prompt: int, advice: str) -> None:
+    """Raises ValueError if one command would draw too many pictures.
+
+    advice: what to do.
+    """
+    if (count := prompts * per_prompt) > MOST_PICTURES:
+        raise ValueError(
+            f"{count:,} pictures are more than one command can list in memory ({MOST_PICTURES:,}):"
+            f" {advice}"
+        )
 
 
 def check_prompts(prompts: Iterable[str]) -> list[str]:

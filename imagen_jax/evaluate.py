@@ -285,6 +285,10 @@ def check_cascade_flags(args: Any) -> None:
         raise ValueError(
             "--network is needed: NAME=PATH of a feature network's weights, or efficientnet-lite0"
         )
+    names = [network_option(option)[0] for option in args.network]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--network {name} is given twice: leave one out")
     if "base" not in args.cascade or args.stages[:1] != ["base"]:
         raise ValueError("--cascade needs a cascade config, and --stages must begin with base")
 
@@ -351,6 +355,7 @@ def cascade_settings(args: Any) -> Any:
     else:
         options = {"file": args.suite_file, "images": args.images}
         suite = suites.load_suite(args.suite, count=count, seed=args.draw_seed, **options)
+    cli.check_count(len(suite.prompts), args.per_prompt, "give a smaller --per_prompt or --prompts")
     images = gallery = None
     if args.images:
         images = lambda size: FolderImages(Path(args.images), size)

@@ -37,6 +37,7 @@ from imagen_jax import cli
 STOPS = {signal.SIGINT, signal.SIGTERM}
 PARENT = "IMAGEN_JAX_PARENT"  # environment variable: the plan ends when this process ends
 OF_TRAINING = ("exact", "search", "sampler")  # flags that --sample has no use for
+OF_ENCODER = ("tokens", "encode_batch", "captions")  # flags of --text_encoder only
 # Errors that code in a config file may raise.
 CONFIG_ERRORS = (
     ValueError,
@@ -120,6 +121,8 @@ def named(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
     def read(text: str) -> Any:
         file = text.partition(":")[0]
+        if os.path.isdir(file):
+            raise ValueError(f"{file} is a directory; give a file, such as configs/base_64.py")
         if not os.path.isfile(file):
             raise ValueError(f"the file {file} does not exist")
         try:
@@ -186,6 +189,9 @@ def check_flags(args: Any) -> None:
     for name in OF_TRAINING if args.sample else ():
         if args[name].present:
             raise ValueError(f"--{name} is for the plan of a training; leave it out with --sample")
+    for name in () if args.text_encoder else OF_ENCODER:
+        if args[name].present:
+            raise ValueError(f"--{name} is for --text_encoder; leave it out")
     if args.config is not None and args.text_encoder:
         raise ValueError("--config and --text_encoder are both given; use one of them")
     if (args.config is None and not args.text_encoder) or args.topology is None:

@@ -22,6 +22,8 @@ from imagen_jax.data.sources import caption_files
 from imagen_jax.picture_set import Requests
 from imagen_jax.storage import check_content, check_local, read_json, sha256_file
 
+# Flags that a record replaces, with all settings of its picture.
+REPLACED = ("config", "prompt", "prompts", "seed", "count", "stages", "image")
 # Fields of a picture's record, with their types.
 RECORD = {
     "prompt": str,
@@ -69,7 +71,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "reproduce",
         "",
-        "JSON record of a picture to generate again; replaces --config, --prompt and --seed",
+        "JSON record of a picture to generate again; used without --config, --prompt and --seed",
     )
 
 
@@ -79,6 +81,7 @@ def main() -> int:
     if not args.output:
         raise ValueError("--output DIR is needed")
     cli.check_directory("output", args.output)
+    check_flags(args)
     if args.reproduce:
         record = read_record(Path(args.reproduce))
         config, prompts, seed = record["config"], [record["prompt"]], record["seed"]
@@ -91,9 +94,23 @@ def main() -> int:
         record, prompts = None, read_prompts(args.prompt, args.prompts)
         config = cli.cascade_config(args.config)
         stages, image, seed, per_prompt = args.stages, args.image, args.seed, args.count
+    advice = "give a smaller --count, and draw the others with other commands and seeds"
+    cli.check_count(len(prompts), per_prompt, advice)
     requests = Requests(prompts, per_prompt, seed)
     with cli.processes():
         return sample(config, requests, stages, image, Path(args.output), record)
+
+
+def check_flags(args: Any) -> None:
+    """Raises ValueError for flags without effect, and for a directory in place of a file."""
+    for name in REPLACED if args.reproduce else ():
+        if args[name].present:
+            raise ValueError(
+                f"--{name} has no effect with --reproduce, which takes it from the record; leave it"
+                " out"
+            )
+    for name in ("prompts", "image", "reproduce"):
+        cli.check_file(name, args[name].value)
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +172,26 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)  # of a full disk, for example
-        if error.filename is None:  # a failed write does not name its file
-            error.filename = os.fspath(path)
-        raise
+        if error.errno is None:
+            raise
+        # A failed write names no file, a failed rename the temporary file too.
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def check_outputs(directory: Path, files: Iterable[str], directories: Iterable[str]) -> None:
+    """Raises ValueError if a file to write is a directory, or a directory to create is a file.
+
+    files, directories: their names in `directory`. Call it before a long computation.
+    """
+    wrong = [(name, "directory", "file") for name in files if (directory / name).is_dir()]
+    for name in directories:
+        if os.path.lexists(directory / name) and not (directory / name).is_dir():
+            wrong.append((name, "file", "directory"))
+    for name, found, needed in wrong:
+        raise ValueError(
+            f"{directory / name} is a {found}, but a {needed} of that name is to be written:"
+            " remove it, or give another output directory"
+        )
 
 
 def write_json(path: Path, content: Any) -> None:

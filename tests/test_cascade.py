@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -313,3 +314,13 @@ def test_half_precision_parameters_change_no_picture(config, tmp_path, name):
     given = {} if name == "base" else {"lowres": lowres}
     draw = lambda stage: pictures([stage], [1, 2], features(1, 2), 2, **given)[0]
     np.testing.assert_array_equal(draw(loaded.on_mesh()), draw(whole))
+
+
+@pytest.mark.parametrize("name", ["../../etc", "../t5_tiny", "", "base_16.safetensors"])
+def test_unknown_embedded_checkpoints_are_refused_with_the_names(name):
+    """Catches a name with separators that leaves the folder, and a list of another folder."""
+    with pytest.raises(
+        ValueError, match=r"no embedded checkpoint .*; choose one of base_16, sr_256"
+    ):
+        cascade.resolve(f"embedded:{name}")
+    assert Path(cascade.resolve("embedded:base_16")).is_file()

@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
+from imagen_jax import cli
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -77,6 +80,11 @@ MISTAKES = {
         "imagen_jax.sample",
         ["--config=configs/cascade.py:demo", "--output=o", "--prompt= "],
         "prompt ' ' is empty",
+    ),
+    "too many pictures": (
+        "imagen_jax.sample",
+        ["--config=configs/cascade.py:demo", "--output=o", "--prompt=a", "--count=10000001"],
+        "10,000,001 pictures are more than one command can list in memory",
     ),
     "no such stage": (
         "imagen_jax.sample",
@@ -266,3 +274,37 @@ def test_the_cpu_stays_beside_the_accelerator(platforms, expected):
         env=os.environ | {"JAX_PLATFORMS": platforms},
     )
     assert ran.stdout.strip() == expected, ran.stderr
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("", " is a directory; give a file, such as"), ("gone.py", "gone.py")],
+)
+def test_a_config_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys, name, message):
+    """Catches "Configuration is not available", and a config that is read after other checks."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    monkeypatch.setattr(cli.flags, "FLAGS", values)
+    with pytest.raises(SystemExit):
+        cli.parse(["command", f"--config={tmp_path / name}"])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_a_directory_in_place_of_a_file_is_explained(tmp_path):
+    """Catches "Is a directory" without the flag, or without advice."""
+    with pytest.raises(ValueError, match=r"^--prompts .* is a directory; give a file$"):
+        cli.check_file("prompts", str(tmp_path))
+    cli.check_file("prompts", "")
+    with pytest.raises(IsADirectoryError) as error:
+        tmp_path.read_bytes()
+    assert cli.describe(error.value) == f"{tmp_path}: Is a directory; give a file"
+
+
+def test_a_list_of_pictures_that_does_not_fit_is_refused():
+    """Catches --count=1000000000 that fills the memory of the host."""
+    cli.check_count(1_000_000, 10, "")
+    message = "10,000,001 pictures are more than one .* [(]10,000,000[)]: give a smaller --count"
+    with pytest.raises(ValueError, match=message):
+        cli.check_count(1, 10_000_001, "give a smaller --count")

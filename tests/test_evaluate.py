@@ -141,6 +141,14 @@ def test_result_is_whole_and_reads_back(data, base):
     assert Image.open(output / "loss.png").size[0] > 100
 
 
+@pytest.mark.parametrize("name", ["evaluation.json", "samples.npz"])
+def test_a_blocked_output_is_found_before_the_weights_are_read(data, tmp_path, name):
+    """Catches an evaluation whose result cannot be written."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name} is a directory, but a file of that name"):
+        evaluator(data, "loss").run(tmp_path / "gone", tmp_path)
+
+
 def test_sharded_parameters_give_the_same_numbers(data, base, tmp_path, monkeypatch):
     """Catches parameters that every device holds whole, and kernels in a type that changes the
     result."""

@@ -262,3 +262,23 @@ def test_contact_sheets_show_the_first_pictures(tmp_path, monkeypatch):
         assert [path.name for path in sheets] == names
     sheet = np.asarray(Image.open(tmp_path / "sheet_0003.png"))
     assert (abs(sheet[100:110, -100:-20, 0].astype(int) - 100) < 20).all()  # grey, not stripes
+
+
+@pytest.mark.parametrize(
+    "name", ["config", "prompt", "prompts", "seed", "count", "stages", "image"]
+)
+def test_flags_that_a_record_replaces_are_refused(name):
+    """Catches --prompt blue with --reproduce, which draws the prompt of the record."""
+
+    def given(reproduce):
+        holder = lambda flag: types.SimpleNamespace(present=flag == name, value="")
+        flags = {flag: holder(flag) for flag in (*sample.REPLACED, "reproduce")}
+
+        class Flags(dict):
+            __getattr__ = lambda self, flag: reproduce
+
+        return Flags(flags)
+
+    sample.check_flags(given(""))
+    with pytest.raises(ValueError, match=f"--{name} has no effect with --reproduce"):
+        sample.check_flags(given("r.json"))

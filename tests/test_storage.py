@@ -87,3 +87,27 @@ def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch):
     assert error.value.filename == str(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_a_blocked_file_is_named_by_its_own_name(tmp_path):
+    """Catches an error that names the temporary file only."""
+    (tmp_path / "x").mkdir()
+    with pytest.raises(OSError) as error:
+        storage.write_atomically(tmp_path / "x", b"new")
+    assert str(error.value).endswith(f"{str(tmp_path / 'x')!r}")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_outputs_that_cannot_be_written_are_found(tmp_path):
+    """Catches a directory in place of a file, a file or a dangling link in place of a directory,
+    and a refusal of what an earlier run has written.
+    """
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    storage.check_outputs(tmp_path, ["file", "new"], ["directory", "other"])
+    with pytest.raises(ValueError, match=r"/directory is a directory, but a file of that name .*"):
+        storage.check_outputs(tmp_path, ["directory"], [])
+    for name in ("file", "link"):
+        with pytest.raises(ValueError, match=f"/{name} is a file, but a directory .*: remove it"):
+            storage.check_outputs(tmp_path, [], [name])

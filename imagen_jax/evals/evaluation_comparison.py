@@ -20,27 +20,55 @@ from imagen_jax.storage import read_object
 
 FILE = "comparison.json"
 FIELDS = {"metrics": dict, "left_out": dict, "provenance": dict}
+REMEDY = "remove it and run evaluate --cascade again, or give another directory"
 NO_PAIRS = "cannot be paired: a result has no numbers by prompt; run evaluate again there"
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
-    """The comparison of two output directories of `evaluate --cascade`, as JSON.
+    """The comparison of two output directories of `evaluate --cascade`, or their files, as JSON.
 
     {"a", "b", "differences", "not_paired": {number: reason}}. Raises ValueError in one line if the
-    prompts, the pictures per prompt, the real images or the networks differ.
+    prompts, the pictures per prompt, the real images or the networks differ, or a file is damaged.
     """
-    a, b = (read_object(directory / RESULT, FIELDS) for directory in (first, second))
+    (a, first_point), (b, second_point) = map(read, (first, second))
     check_same(a, b)
-    points = [PointResult(found, *paired_numbers(found)) for found in (a, b)]
+    points = [first_point, second_point]
     differences, not_paired = [], {}
     for quantity in grid_comparison.quantities(points):
         if reason := why_not_paired(points, quantity):
             not_paired[f"{quantity.group}: {quantity.label}"] = reason
         else:
-            differences.append(_difference(quantity))
+            try:
+                differences.append(_difference(quantity))
+            except grid_comparison.DAMAGE as error:
+                raise ValueError(
+                    f"{quantity.group}: {quantity.label} of {first} and {second} cannot be compared"
+                    f" ({error}); evaluate both again with the same settings"
+                ) from error
     if "retrieval" in a and "retrieval" in b and all(point.ranks is None for point in points):
         not_paired["retrieval"] = NO_PAIRS
     return {"a": str(first), "b": str(second), "differences": differences, "not_paired": not_paired}
+
+
+def read(path: Path) -> tuple[dict[str, Any], PointResult]:
+    """A result and its numbers. Raises ValueError in one line if the file is damaged.
+
+    path: an output directory, or its evaluation.json.
+    """
+    file = path if path.is_file() else path / RESULT
+    found = read_object(file, FIELDS, REMEDY)
+    try:
+        facts(found)
+        point = PointResult(found, *paired_numbers(found))
+        pairs = lambda quantity: not why_not_paired([point], quantity)
+        prompts = found["provenance"]["suite"].get("count")
+        grid_comparison.check_complete(point, prompts, pairs)
+    except grid_comparison.DAMAGE as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{file} is damaged, or not of evaluate --cascade ({reason}); {REMEDY}"
+        ) from error
+    return found, point
 
 
 def paired_numbers(result: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:

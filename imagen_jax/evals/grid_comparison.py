@@ -19,6 +19,8 @@ TIED = 2.0  # standard errors of a paired difference
 BEST_MARK, TIED_MARK = "*", "~"
 RETRIEVAL = "retrieval"
 Result = Mapping[str, Any]
+# Exceptions that a damaged result raises when its numbers are compared.
+DAMAGE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +123,26 @@ def _of_retrieval(points: Sequence[PointResult], k: int) -> Quantity:
     estimates = [estimate(point) for point in points]
     label, heading = f"top-{k}", f"top-{k} %"
     return Quantity(RETRIEVAL, f"top{k}", label, heading, 100.0, False, estimates, compare)
+
+
+def check_complete(
+    point: PointResult, prompts: int | None, pairs: Callable[[Quantity], bool] = lambda _: True
+) -> None:
+    """Raises one of DAMAGE if a point that was read from a file cannot be compared.
+
+    prompts: their number, None if it is unknown. pairs: whether a number has a paired difference.
+    """
+    for network, metrics in point.scores["metrics"].items():
+        if not isinstance(metrics, dict) or not all(isinstance(v, dict) for v in metrics.values()):
+            raise ValueError(f"a metric of {network} is not an object")
+    for name, values in {**point.per_prompt, RETRIEVAL: point.ranks}.items():
+        if values is None:
+            continue
+        if values.ndim != (2 if name == RETRIEVAL else 1) or prompts not in (None, len(values)):
+            raise ValueError(f"{name} has not one row per prompt")
+    for quantity in quantities([point]):
+        if quantity.complete and pairs(quantity):
+            quantity.compare(0, 0)
 
 
 def best(quantity: Quantity) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ import numpy as np
 from imagen_jax import cascade, drawing, picture_set
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import (
+    earlier_result,
     grid_comparison,
     grid_pictures,
     image_metrics,
@@ -33,12 +34,17 @@ from imagen_jax.evals.grid_comparison import PointResult
 from imagen_jax.evals.settings_grid import Axis, Node
 from imagen_jax.evals.suite_features import Loaded
 from imagen_jax.evals.suite_settings import Settings, check_networks
-from imagen_jax.storage import read_object, write_atomically, write_json
+from imagen_jax.storage import check_outputs, read_object, write_atomically, write_json
 
 RESULT, FIGURE, DIRECTORY = "grid.json", "pareto.png", "grid"
 SCORES = "scores.json"  # of a point, in its directory
 SCORES_VERSION = 2  # raise it when a metric changes, so that all are computed again
-SCORES_FIELDS = {"of": str, "scores": dict, "per_prompt": dict}
+SCORES_FIELDS = {
+    "of": str,
+    "scores.metrics": dict,
+    "scores.left_out": dict,
+    "per_prompt": dict,
+}
 log = logging.getLogger("imagen_jax.evaluate")
 
 
@@ -48,6 +54,7 @@ def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | 
     options: of --grid. Raises ValueError in one line for options, settings, files and weights that
     do not fit, before anything is sampled.
     """
+    check_outputs(output, (RESULT, FIGURE), (DIRECTORY, "reference"))
     stages = cascade.run_stages(settings.config, settings.stages, "--cascade")
     axes = settings_grid.parse(options, settings.config, stages)
     points = settings_grid.points(axes, settings.config, stages)
@@ -57,6 +64,11 @@ def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | 
     check_loaded(drawer, points, axes)
     size, record = drawer.stages[-1].stage.image_size, drawer.record
     directory, requests = output / DIRECTORY, settings.requests
+    earlier_result.check(
+        output / RESULT,
+        suite_evaluation.drawn_from(settings, record),
+        [axis.name for axis in axes],
+    )
     drawing.check_disk(output, list(missing(drawer, points, directory, requests)))
     warnings = suite_references.check(settings, networks, size)
     references = suite_references.make(settings, size, output / "reference")
@@ -107,7 +119,8 @@ def score_points(
     networks = suite_features.load_networks(settings)
     digests = [_digest(settings, networks, references, manifests[node], size) for node in points]
     paths = [directory / node.directory / SCORES for node in points]
-    kept = [read_scores(path, digest) for path, digest in zip(paths, digests)]
+    prompts = len(settings.suite.prompts)
+    kept = [read_scores(path, digest, prompts) for path, digest in zip(paths, digests)]
     # Process 0 decides, because the others may see its files late.
     done = json.loads(agreement.gather(json.dumps([found is not None for found in kept]))[0])
     captions = {}
@@ -180,17 +193,23 @@ def write_scores(path: Path, digest: str, found: PointResult) -> None:
     write_json(path, content)
 
 
-def read_scores(path: Path, digest: str) -> PointResult | None:
-    """The metrics of a point; None if they are missing, damaged or of something else."""
+def read_scores(path: Path, digest: str, prompts: int) -> PointResult | None:
+    """The metrics of a point; None if they are missing, damaged or of something else.
+
+    prompts: their number.
+    """
     try:
         content = read_object(path, SCORES_FIELDS)
-    except (FileNotFoundError, ValueError):
+        if content["of"] != digest:
+            return None
+        per_prompt = {name: np.array(found, float) for name, found in content["per_prompt"].items()}
+        ranks = content["ranks"]
+        ranks = None if ranks is None else np.array(ranks, float)
+        point = PointResult(content["scores"], per_prompt, ranks)
+        grid_comparison.check_complete(point, prompts)
+    except (FileNotFoundError, *grid_comparison.DAMAGE):
         return None
-    if content["of"] != digest:
-        return None
-    per_prompt = {name: np.array(values) for name, values in content["per_prompt"].items()}
-    ranks = content.get("ranks")
-    return PointResult(content["scores"], per_prompt, None if ranks is None else np.array(ranks))
+    return point
 
 
 def write_results(
@@ -225,6 +244,7 @@ def write_results(
         write_atomically(output / FIGURE, pareto.figure(axes, *shown))
         lines.append(f"figure: {output / FIGURE}")
     else:
+        (output / FIGURE).unlink(missing_ok=True)  # of an earlier result
         log.info(
             "no %s: it needs real images, and a CLIP network or --suite data, for its two axes",
             FIGURE,

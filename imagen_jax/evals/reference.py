@@ -70,15 +70,21 @@ def load(path: Path, network: FeatureNetwork, images: Mapping[str, Any] | None) 
         with np.load(path, allow_pickle=False) as file:
             features, mean, covariance = (file[name] for name in ("features", "mean", "covariance"))
             meta = json.loads(str(file["meta"]))
-            count, made_by, origin = meta["images"]["count"], meta["network"], meta["images"]
+            made_by, origin = dict(meta["network"]), dict(meta["images"])
+            count = origin["count"]
     except FileNotFoundError:
         raise ValueError(f"reference {path} does not exist; give a file of --reference") from None
     except Exception as error:  # zipfile and numpy raise many kinds of exceptions
-        raise ValueError(f"reference {path} is damaged ({error}); make it again") from error
+        raise ValueError(
+            f"reference {path} is damaged ({_reason(error)}); make it again"
+        ) from error
+    if fault := _wrong_shape(features, mean, covariance):
+        raise ValueError(f"reference {path} is damaged ({fault}); make it again")
     statistics = Statistics.of(features)
     close = lambda a, b: np.abs(a - b).max() <= TOLERANCE * max(np.abs(b).max(), 1e-12)
     if (
         len(features) != count
+        or features.shape[1] != made_by.get("dim", features.shape[1])
         or not np.isfinite(features).all()
         or not (close(mean, statistics.mean) and close(covariance, statistics.cov))
     ):
@@ -97,6 +103,32 @@ def load(path: Path, network: FeatureNetwork, images: Mapping[str, Any] | None) 
     return Reference(features, meta | {"file": str(path), "sha256": sha256_file(path)})
 
 
+def _wrong_shape(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> str:
+    """The first array that is not one of numbers of the right shape; "" if there is none."""
+    rows, *widths = features.shape or (0,)
+    if len(widths) != 1 or rows < 2 or 0 in widths:
+        return f"features have the shape {features.shape}, not that of 2 or more images"
+    for name, array, shape in (
+        ("features", features, features.shape),
+        ("mean", mean, (*widths,)),
+        ("covariance", covariance, (*widths, *widths)),
+    ):
+        if not np.issubdtype(array.dtype, np.floating):
+            return f"{name} has the type {array.dtype}, not that of numbers with a fraction"
+        if array.shape != shape:
+            return f"{name} has the shape {array.shape}, not {shape}"
+    return ""
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read: numpy's own messages advise pickle."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return "it is not a complete .npz file of evaluate"
+
+
 def network_of(path: Path) -> str:
     """The name of the network of a reference file. Raises ValueError if it is none."""
     return _facts(path)[0]
@@ -112,11 +144,13 @@ def _facts(path: Path) -> tuple[str, Mapping[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             meta = json.loads(str(file["meta"]))
-        return meta["network"]["network"], {"count": int(meta["images"]["count"])} | meta["images"]
+        return str(meta["network"]["network"]), {"count": int(meta["images"]["count"])} | meta[
+            "images"
+        ]
     except FileNotFoundError:
         raise ValueError(f"--reference {path} does not exist") from None
     except Exception as error:  # zipfile and numpy raise many kinds of exceptions
         raise ValueError(
-            f"--reference {path} is not a reference file ({error}); evaluate writes them to"
-            " OUTPUT/reference"
+            f"--reference {path} is not a reference file ({_reason(error)}); evaluate writes them"
+            " to OUTPUT/reference"
         ) from error

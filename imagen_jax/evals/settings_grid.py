@@ -189,7 +189,10 @@ def check_settings(
             check_sampling(node.sampling)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        schema.complete_cascade(node.config, where, new=True)
+        try:
+            schema.complete_cascade(node.config, new=True)
+        except ValueError as error:  # begins with a label of the config
+            raise ValueError(f"{where}: {str(error).partition(': ')[2]}") from None
         facts = {"data": {"lowres_size": int(node.stage != "base")}, "sampling": node.sampling}
         if text_dims:
             facts["text"] = {"dim": text_dims[node.stage]}

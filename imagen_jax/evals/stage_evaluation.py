@@ -25,6 +25,7 @@ from imagen_jax.evals.rows import Data, Settings
 from imagen_jax.stage import Params, check_interval, check_sampling, create_stage
 from imagen_jax.storage import (
     check_object,
+    check_outputs,
     read_object,
     write_arrays,
     write_atomically,
@@ -41,6 +42,8 @@ from imagen_jax.weights.checkpoint import (
 from imagen_jax.weights.leaves import check_fit
 
 POLL_S = 10.0
+RESULT, ROWS, CURVES = "evaluation.json", "rows.npz", "loss.png"
+FILES = (RESULT, ROWS, CURVES, "samples.npz")
 log = logging.getLogger("imagen_jax.evaluate")
 
 
@@ -78,6 +81,7 @@ class Evaluator:
 
         Returns the content of evaluation.json.
         """
+        check_outputs(output, FILES, ())
         params, meta = load_same(checkpoint, self._which)
         remedy = "use a checkpoint of imagen_jax.train, or its export"
         check_object(checkpoint, meta, STAGE_META, remedy)
@@ -114,17 +118,17 @@ class Evaluator:
         results = {name: result[name] for name in self._chosen}
         output.mkdir(parents=True, exist_ok=True)
         if curves := measure.curves(results):
-            write_atomically(output / "loss.png", report.plot(curves))
+            write_atomically(output / CURVES, report.plot(curves))
         sampling = json.dumps(self._probe.settings.sampling)
         sha256 = result["provenance"]["checkpoint"]["sha256"]
         origin = {"checkpoint_sha256": sha256, "sampling": sampling}
         measure.write(self._chosen, evaluation, output, origin)
-        write_arrays(output / "rows.npz", values)
-        write_json(output / "evaluation.json", result)
+        write_arrays(output / ROWS, values)
+        write_json(output / RESULT, result)
         skipped = [(name, f"skipped: {reason}") for name, reason in self._left_out.items()]
         table = report.table([*measure.lines(results), *skipped])
         print(f"{result['stage']}, step {result['step']}", table, sep="\n")
-        print(f"all results: {output / 'evaluation.json'}")
+        print(f"all results: {output / RESULT}")
 
     def check_continues(self, record: Path) -> None:
         """Raises ValueError if the last line of `record` has other settings or data than this run.

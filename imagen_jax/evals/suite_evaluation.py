@@ -18,6 +18,7 @@ from imagen_jax import cascade, drawing, picture_set
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import (
     data_suite,
+    earlier_result,
     image_metrics,
     provenance,
     reference,
@@ -29,9 +30,11 @@ from imagen_jax.evals import (
 )
 from imagen_jax.evals.distances import clip_score
 from imagen_jax.evals.suite_settings import Identities, Settings, check_networks
-from imagen_jax.storage import sha256_file, write_json
+from imagen_jax.storage import check_outputs, sha256_file, write_json
 
 RESULT = "evaluation.json"
+FILES = (RESULT, suite_figures.EXTRAPOLATION, suite_figures.CATEGORIES)
+DIRECTORIES = ("pictures", "reference", "features")
 
 
 def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
@@ -40,6 +43,7 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     Raises ValueError in one line for settings, files and weights that do not fit, before anything
     is sampled.
     """
+    check_outputs(output, FILES, DIRECTORIES)
     image_metrics.check_known(settings.metrics)
     networks = check_networks(settings)
     cascade.run_stages(settings.config, settings.stages, "--cascade")
@@ -47,6 +51,7 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     cascade.check_intervals(drawer.stages)
     sizes, record = [loaded.stage.image_size for loaded in drawer.stages], drawer.record
     requests = settings.requests
+    earlier_result.check(output / RESULT, drawn_from(settings, record))
     missing = drawing.missing(requests, record | drawing.NO_IMAGE, output / "pictures", sizes)
     drawing.check_disk(output, missing)
     warnings = suite_references.check(settings, networks, sizes[-1])
@@ -132,13 +137,8 @@ def _by_category(settings: Settings, values: Float[np.ndarray, " p"]) -> dict[st
     return {name: statistics.summary(np.array(group)) for name, group in groups.items()}
 
 
-def describe(
-    settings: Settings,
-    record: Mapping[str, Any],
-    references: Mapping[str, reference.Reference],
-    networks: Identities,
-) -> dict[str, Any]:
-    """Everything that is needed to repeat the evaluation, except the manifest."""
+def drawn_from(settings: Settings, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `describe` that determines the pictures."""
     return {
         "suite": settings.suite.identity | {"categories": settings.suite.categories()},
         "pictures": {
@@ -149,6 +149,18 @@ def describe(
             "refused_or_filtered": 0,
         },
         **{name: record[name] for name in ("stages", "config", "checkpoints", "encoder")},
+    }
+
+
+def describe(
+    settings: Settings,
+    record: Mapping[str, Any],
+    references: Mapping[str, reference.Reference],
+    networks: Identities,
+) -> dict[str, Any]:
+    """Everything that is needed to repeat the evaluation, except the manifest."""
+    return {
+        **drawn_from(settings, record),
         "references": {name: dict(ref.identity) for name, ref in references.items()},
         "networks": {name: dict(identity) for name, identity in networks.items()},
         **provenance.software(),

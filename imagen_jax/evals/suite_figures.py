@@ -18,6 +18,8 @@ EXTRAPOLATION, CATEGORIES = "extrapolation.png", "categories.png"
 def write(result: Result, manifest: Path, sizes: Sequence[int], output: Path) -> list[Path]:
     """Writes the figures that a result has into the directory `output`; returns their paths.
 
+    Removes figures of an earlier result that this one has no numbers for.
+
     result: of `suite_evaluation`. manifest: of its pictures. sizes: image sizes of the stages.
     """
     written = picture_set.write_sheets(manifest, sizes, directory=output)
@@ -29,6 +31,8 @@ def write(result: Result, manifest: Path, sizes: Sequence[int], output: Path) ->
         figures[EXTRAPOLATION] = extrapolation(distances)
     if result.get("categories"):
         figures[CATEGORIES] = categories(result["categories"], metrics[clip]["clip_score"], clip)
+    for name in {EXTRAPOLATION, CATEGORIES} - figures.keys():
+        (output / name).unlink(missing_ok=True)
     for name, content in figures.items():
         write_atomically(output / name, content)
         written.append(output / name)

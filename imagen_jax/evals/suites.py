@@ -124,7 +124,10 @@ def load_suite(
       ValueError: the file or the folder is not what the suite needs.
     """
     if name not in KINDS:
-        raise ValueError(f"there is no suite {name!r}: choose one of {', '.join(KINDS)}")
+        raise ValueError(
+            f"there is no suite {name!r}: choose one of {', '.join(KINDS)}, or data (the captions"
+            " of prepared data)"
+        )
     path = _path(name, file)
     kind = KINDS[name]
     if name == COCO and path.suffix.lower() in (".csv", ".tsv"):

@@ -107,6 +107,56 @@ def test_results_of_an_earlier_version_are_read(pair, tmp_path):
     assert found["not_paired"]["inception: KID"] == "only one of the results has it"
 
 
+DAMAGED = {  # place: value
+    ("metrics", "inception"): [],
+    ("metrics", "inception", "fd"): {},
+    ("metrics", "inception", "fd", "value"): "1",
+    ("metrics", "inception", "fd", "deleted"): [1.0, 2.0, 3.0],
+    ("metrics", "clip-b32", "clip_score"): 3,
+    ("retrieval",): None,
+    ("provenance", "suite"): [],
+    ("provenance", "pictures"): {},
+    ("provenance", "references", "inception"): {},
+    ("provenance", "networks"): None,
+    ("by_prompt",): None,
+    ("by_prompt", "scores"): {"clip-b32": ["a"]},
+    ("by_prompt", "scores", "clip-b32"): [1.0, 2.0],
+    ("by_prompt", "ranks"): [1, 2],
+}
+
+
+@pytest.mark.parametrize("place", DAMAGED)
+def test_a_damaged_result_is_one_line_with_its_file(pair, tmp_path, place):
+    """Catches a KeyError of a lost field, and shapes that numpy cannot broadcast."""
+    broken = copy.deepcopy(pair[1])
+    broken["provenance"]["suite"]["count"] = PROMPTS
+    *parents, last = place
+    inner = broken
+    for name in parents:
+        inner = inner[name]
+    inner[last] = DAMAGED[place]
+    with pytest.raises(
+        ValueError, match=r"(?s)/b/evaluation\.json is damaged, or not of .*; remove it"
+    ):
+        compared(tmp_path, pair[0], broken)
+
+
+def test_results_of_different_blocks_are_one_line(pair, tmp_path):
+    """Catches a message of the arithmetic that names neither result."""
+    other = copy.deepcopy(pair[1])
+    for name in ("deleted", "sizes"):
+        other["metrics"]["inception"]["fd"][name] = [1] * 3
+    with pytest.raises(ValueError, match=r"of .*/a and .*/b cannot be compared .*different blocks"):
+        compared(tmp_path, pair[0], other)
+
+
+def test_a_file_stands_for_its_directory(pair, tmp_path):
+    """Catches "Not a directory" for the path that evaluate printed."""
+    expected = compared(tmp_path, *pair)
+    files = [tmp_path / name / suite_evaluation.RESULT for name in "ab"]
+    assert evaluation_comparison.compare(*files)["differences"] == expected["differences"]
+
+
 def test_every_evaluation_keeps_its_numbers_by_prompt():
     """Catches CLIP scores and ranks that pair nothing: of pictures, or of another order."""
     texts = np.repeat(np.eye(8, dtype=np.float32), 2, axis=0)

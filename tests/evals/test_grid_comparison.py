@@ -1,13 +1,14 @@
 """The best point of a grid and the points tied with it; the Pareto figure."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from imagen_jax.evals import data_suite, grid_comparison, pareto
+from imagen_jax.evals import data_suite, grid_comparison, grid_evaluation, pareto
 from imagen_jax.evals.distances import frechet, kid
 from imagen_jax.evals.grid_comparison import PointResult
 from imagen_jax.evals.settings_grid import Axis
@@ -166,3 +167,27 @@ def test_labels_cover_nothing():
     assert [label.text for label in pareto.write_labels(labels)] == ["0", "1", "2", "3", "5"]
     boxes = [text.get_window_extent() for text in place.texts]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_damaged_scores_of_a_point_are_computed_again(tmp_path):
+    """Catches a traceback when the points are compared, and sound scores that are not read."""
+    path, found = tmp_path / "scores.json", point(hits=3)
+    grid_evaluation.write_scores(path, "digest", found)
+    whole = json.loads(path.read_text())
+    read = grid_evaluation.read_scores(path, "digest", PROMPTS)
+    assert read.scores == json.loads(json.dumps(found.scores)) and read.ranks.tolist()
+    np.testing.assert_array_equal(read.per_prompt["clip-b32"], found.per_prompt["clip-b32"])
+    assert grid_evaluation.read_scores(path, "other", PROMPTS) is None
+    metrics = whole["scores"]["metrics"]
+    for damage in (
+        {"scores": {}},
+        {"scores": {"metrics": {}}},
+        {"scores": whole["scores"] | {"metrics": metrics | {"inception": {"fd": {"value": 1}}}}},
+        {"scores": whole["scores"] | {"retrieval": {}}},
+        {"per_prompt": {}},
+        {"per_prompt": {"clip-b32": [1.0]}},
+        {"ranks": [[1]]},
+        {"ranks": "x"},
+    ):
+        path.write_text(json.dumps(whole | damage))
+        assert grid_evaluation.read_scores(path, "digest", PROMPTS) is None, damage

@@ -108,6 +108,42 @@ def test_damaged_files_are_one_line(made, tmp_path):
         reference.network_of(change_meta)
 
 
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"features": np.float32(1)},
+        {"features": np.zeros((7, 3, 1), np.float32)},
+        {"features": np.zeros((1, 3), np.float32)},
+        {"features": np.full((7, 3), "a")},
+        {"mean": np.zeros(4)},
+        {"mean": np.zeros(1)},
+        {"covariance": np.zeros((3, 4))},
+        {"covariance": np.zeros((3, 3), int)},
+    ],
+)
+def test_arrays_of_a_wrong_shape_are_one_line(made, arrays):
+    """Catches a message of numpy about shapes, and a mean of one number that is broadcast."""
+    path, _ = made
+    change(path, **arrays)
+    name = next(iter(arrays))
+    with pytest.raises(ValueError, match=rf"n\.npz is damaged \({name} .*; make it again"):
+        reference.load(path, network(), None)
+
+
+@pytest.mark.parametrize("content", [b"\x00\x93random bytes" * 9, b"", b"PK\x03\x04 cut"])
+def test_bytes_that_are_no_reference_are_one_line(tmp_path, content):
+    """Catches numpy's advice to load the file with pickle."""
+    path = tmp_path / "n.npz"
+    path.write_bytes(content)
+    message = r"n\.npz is (damaged|not a reference file) \(it is not a complete \.npz file"
+    for read in (reference.network_of, lambda path: reference.load(path, network(), None)):
+        with pytest.raises(ValueError, match=message) as error:
+            read(path)
+        assert "pickle" not in str(error.value)
+    with pytest.raises(ValueError, match=r"not a reference file \(Is a directory\)"):
+        reference.network_of(tmp_path)
+
+
 def test_images_that_would_be_enlarged_are_refused(folder):
     """Catches real images that PIL's area average enlarges to blocks. They are 16 pixels wide and
     12 to 18 high; a size is read without decoding, so a damaged file is left to `check`.

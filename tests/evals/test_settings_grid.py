@@ -82,6 +82,7 @@ def test_a_value_may_be_a_tuple(config):
         (["sr_1.aug_level=0,1.5"], "sampling.aug_level is 1.5; it must be from 0 to 1"),
         (["base.aug_level=0,.1"], "sampling.aug_level = 0.0 has no effect with data.lowres_size"),
         (["base.method=ddim", "base.gamma=0,0.2"], "gamma = 0.0 has no effect with"),
+        (["base.gamma=.1,.3"], "^--grid base.gamma=0.1: sampling.gamma = 0.1 has no effect with"),
         (["base.w=1,2", "base.w_interval=(-8,3),(-5,2)"], "w_interval = .* has no effect with"),
     ],
 )  # fmt: skip
@@ -152,6 +153,7 @@ class Flags(dict):
     [
         ({"gallery": 99}, "--gallery is for --checkpoint; leave it out"),
         ({"split": "train", "data": "", "suite": "embedded"}, "--split is a split of --data"),
+        ({"network": ["x", "y", "x=p"]}, "--network x is given twice"),
         ({"suite_file": "x.txt"}, "--suite data takes its prompts from --data"),
     ],
 )

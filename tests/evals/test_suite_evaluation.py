@@ -206,3 +206,15 @@ def test_shards_of_features_are_batches_of_the_network(monkeypatch):
     monkeypatch.setattr(suite_features.jax, "process_count", lambda: 4)
     assert suite_features.network_shard([{}] * 1000) == 4 * (2 * network.BATCH_SIZE)
     assert suite_features.network_shard([{}] * 200) == 50
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "pictures", "reference", "features"])
+def test_a_blocked_output_is_found_before_anything_is_loaded(tmp_path, monkeypatch, name):
+    """Catches a night of sampling that ends at a file in place of a directory."""
+    if name == suite_evaluation.RESULT:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(suite_evaluation, "check_networks", lambda _: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=f"{name} is a .* of that name is to be written: remove"):
+        suite_evaluation.evaluate(settings(), tmp_path)

@@ -25,8 +25,8 @@ def manifest(tmp_path):
 
 
 def test_a_result_gets_the_figures_that_it_has_numbers_for(tmp_path, manifest):
-    """Catches a figure without its numbers, figures between the pictures, and a result without
-    categories or distances that stops the evaluation.
+    """Catches a figure without its numbers, figures between the pictures, a result without
+    categories or distances that stops the evaluation, and a figure of an earlier result that stays.
     """
     rng = np.random.default_rng(0)
     samples, reference = rng.standard_normal((60, 4)), rng.standard_normal((60, 4))
@@ -45,6 +45,9 @@ def test_a_result_gets_the_figures_that_it_has_numbers_for(tmp_path, manifest):
     assert names(full) == ["sheet_0000.png", "extrapolation.png", "categories.png"]
     assert names({**full, "categories": {}}) == ["sheet_0000.png", "extrapolation.png"]
     assert all(Image.open(path).width > 200 for path in tmp_path.glob("*.png"))
+    assert not (tmp_path / "categories.png").exists()
+    assert names({"metrics": {}}) == ["sheet_0000.png"]
+    assert [path.name for path in tmp_path.glob("*.png")] == ["sheet_0000.png"]
 
 
 def test_the_bar_of_the_extrapolation_is_its_standard_error(monkeypatch):

@@ -180,7 +180,7 @@ def test_a_reference_without_pairs(tmp_path, images):
 @pytest.mark.parametrize(
     ("name", "file", "message"),
     [
-        ("cocos", "", "there is no suite 'cocos': choose one of coco, prompts, drawbench"),
+        ("cocos", "", "there is no suite 'cocos': choose one of coco, .* or data"),
         ("drawbench", "", "the suite drawbench needs a file: docs/evaluation.md says where"),
         ("drawbench", "no/such.csv", "no/such.csv is not a file: docs/evaluation.md says where"),
         ("coco", "gs://bucket/captions.json", "is a URL, only local paths work"),

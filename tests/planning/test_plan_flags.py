@@ -58,15 +58,30 @@ def test_flags_that_contradict_are_refused(options, message):
     )
 
 
+class Flags(types.SimpleNamespace):
+    """The flags of plan; `there`: those of the command line."""
+
+    __getitem__ = lambda self, flag: types.SimpleNamespace(present=flag in self.there)
+
+
 @pytest.mark.parametrize("name", ["exact", "search", "sampler"])
 def test_flags_of_a_training_are_refused_with_sample(name):
     """Catches --search that is accepted with --sample and not used."""
     given = {"sample": True, "text_encoder": "", "config": {}, "topology": "v5e-4", "price": 0.0}
 
-    class Flags(types.SimpleNamespace):
-        __getitem__ = lambda self, flag: types.SimpleNamespace(present=flag in self.there)
-
     plan.check_flags(Flags(**given, there=()))
     plan.check_flags(Flags(**given | {"sample": False}, there=(name,)))
     with pytest.raises(ValueError, match=f"--{name} is for the plan of a training; leave it out"):
+        plan.check_flags(Flags(**given, there=(name,)))
+
+
+@pytest.mark.parametrize("name", ["tokens", "encode_batch", "captions"])
+@pytest.mark.parametrize("sample", [True, False])
+def test_flags_of_an_encoding_are_refused_with_a_config(name, sample):
+    """Catches --captions that is accepted without --text_encoder and not used."""
+    given = {"sample": sample, "text_encoder": "", "config": {}, "topology": "v5e-4", "price": 0.0}
+    plan.check_flags(Flags(**given | {"sample": False}, there=()))
+    encoding = {"sample": False, "text_encoder": "xl", "config": None, "tokens": ["8"]}
+    plan.check_flags(Flags(**given | encoding, there=(name,)))
+    with pytest.raises(ValueError, match=f"--{name} is for --text_encoder; leave it out"):
         plan.check_flags(Flags(**given, there=(name,)))

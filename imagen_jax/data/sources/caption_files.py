@@ -5,8 +5,6 @@ or changed, with the reasons of skipped.jsonl. A list of known size is complete 
 error comes after the last caption.
 """
 
-import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -186,10 +184,7 @@ def _json_lines(path: Path, names: tuple[str, ...]) -> Iterator[tuple[int, dict[
 def read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The rows of a table with their lines, the header first: tabs in .tsv, else commas."""
     check_content(path)
-    if path.suffix.lower() != ".tsv":
-        return csv_rows(path)
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
-    return ((reader.line_num, row) for row in reader if any(row))
+    return csv_rows(path, separator="\t" if path.suffix.lower() == ".tsv" else ",")
 
 
 def table_fields(path: Path, line: int, header: list[str], row: list[str]) -> dict[str, str]:

@@ -108,13 +108,16 @@ def read_csv(path: Path, notes: list[Note], files: Collection[str] = ()) -> list
     return rows
 
 
-def csv_rows(path: Path, files: Collection[str] = ()) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(
+    path: Path, files: Collection[str] = (), separator: str = ","
+) -> Iterator[tuple[int, list[str]]]:
     """Yields each row that is not blank, with the number of its first line.
 
-    files: names of files, by which a row inside a caption is recognised.
+    files: names of files, by which a row inside a caption is recognised. separator: of columns;
+    with tabs, a row inside a caption is recognised by its tab.
     """
     csv.field_size_limit(sys.maxsize)  # a caption may be a whole page
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=separator)
     while True:
         line = reader.line_num + 1
         try:
@@ -123,15 +126,20 @@ def csv_rows(path: Path, files: Collection[str] = ()) -> Iterator[tuple[int, lis
             return
         except csv.Error as error:
             raise ValueError(f"{path}:{line} cannot be read ({error}): {_QUOTES}") from error
-        if any(_holds_row(field, files) for field in row):
+        if any(_holds_row(field, files, separator) for field in row):
             raise ValueError(f"{path}:{line}: a quote takes in the rows after it: {_QUOTES}")
         if any(row):
             yield line, row
 
 
-def _holds_row(field: str, files: Collection[str]) -> bool:
-    """Whether a later line of a field has commas and names a file: its quote was never closed."""
+def _holds_row(field: str, files: Collection[str], separator: str) -> bool:
+    """Whether a field holds another row: its quote was never closed.
+
+    A later line of the field has tabs between columns, or commas and the name of a file.
+    """
     later = re.split(r"[\r\n]+", field)[1:]
+    if separator == "\t":
+        return any("\t" in line for line in later)
     cells = (line.split(",") for line in later if "," in line)
     return any(cell.strip(' "') in files for row in cells for cell in row)
 

@@ -50,7 +50,9 @@ class Replicates:
 
     @classmethod
     def from_result(cls, result: Mapping[str, Any]) -> "Replicates":
-        """The replicates saved in a result of `estimate`."""
+        """The replicates saved in a result of `estimate`. Raises ValueError for a damaged one."""
+        if len(result["deleted"]) != len(result["sizes"]):
+            raise ValueError("the numbers of `deleted` and of `sizes` differ")
         return cls(result["value"], np.array(result["deleted"], float), np.array(result["sizes"]))
 
 

@@ -100,6 +100,7 @@ def beside(tmp_path, monkeypatch):
         (",image_id,caption,extra\n0,7,blue gems,x\n1,3,gem,y\n", "list.csv", [0, 1]),
         ("case_number,prompt,coco_id\n1,blue gems,7\n2,gem,3\n", "list.CSV", [0, 1]),
         ("id\timage_id\tcaption\n38\t7\tblue gems\n90\t3\tgem\n", "list.tsv", [38, 90]),
+        ('image_id\tcaption\n7\t"blue\ngems"\n3\tgem\n', "list.tsv", [0, 1]),
         (
             f"caption_id,image_id,text,file_name\n38,7,blue gems,val2014/{FILE(7)}\n90,3,gem,\n",
             "list.csv",
@@ -114,6 +115,27 @@ def test_lists_with_texts(read, text, name, ids):
         Caption(ids[0], "blue gems", "", FILE(7)),
         Caption(ids[1], "gem", "", FILE(3)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            ['7\t"blue gems', "3\tgem", "4\tgem"],
+            r"list\.tsv:2 cannot be read .*: close every quote",
+        ),
+        (['7\t"blue gems', "3\tgem", '4\t"gem"'], r"list\.tsv:2 cannot be read .*: close every"),
+        (
+            ['7\t"blue gems', "3\tgem", '4\tgem"'],
+            r"list\.tsv:2: a quote takes in the rows after it",
+        ),
+        (['7\t"' + "x" * 200_000, "3\tgem"], r"list\.tsv:2 cannot be read .*: close every quote"),
+    ],
+)
+def test_an_open_quote_in_a_table_with_tabs(read, rows, message):
+    """Catches rows that become part of a caption, and a traceback of the module csv."""
+    with pytest.raises(ValueError, match=message):
+        read(coco.read_list, "\n".join(["image_id\ttext", *rows, ""]), "list.tsv")
 
 
 def test_lists_of_ids(read, beside):
