@@ -206,6 +206,23 @@ def test_a_set_without_a_picture_of_an_earlier_stage_is_completed(tmp_path):
         assert reserved.left == []
 
 
+def test_a_set_has_the_pictures_of_the_earlier_stages(tmp_path, monkeypatch):
+    """Catches `draw` that takes a set for complete without them."""
+    given = []
+
+    def reserve(*_, earlier):
+        given.extend(earlier)
+        raise InterruptedError
+
+    monkeypatch.setattr(drawing, "Reservation", reserve)
+    stage = lambda size: types.SimpleNamespace(stage=types.SimpleNamespace(image_size=size))
+    drawer = object.__new__(drawing.Drawer)  # without loading
+    drawer.record, drawer.stages = {"config": {}}, [stage(size) for size in (64, 256, 1024)]
+    with pytest.raises(InterruptedError):
+        drawing.draw(drawer, Requests(["a"], 1, 0), tmp_path, drawing.NO_IMAGE)
+    assert given == [64, 256]
+
+
 def test_a_changed_picture_is_named_and_drawn_again(tmp_path, monkeypatch, caplog):
     """Catches a corrupt picture that stops every run, and one that is evaluated."""
     monkeypatch.setattr(drawing, "SHOWN", 1)

@@ -301,6 +301,7 @@ def test_a_row_of_other_requests_counts_as_missing(tmp_path, fields):
     manifest = drawn_set(tmp_path / "set")
     for outside in (tmp_path / "b.png", tmp_path / "set" / "b.png"):
         pictures.write_png(outside, IMAGE)
+        outside.with_suffix(".json").touch()
     if fields == {"file": "/b"}:
         fields = {"file": str(tmp_path / "b.png")}
     change(manifest, 1, **fields)
