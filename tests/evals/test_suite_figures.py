@@ -20,7 +20,8 @@ def manifest(tmp_path):
     for size in ("", "_4"):
         image = np.zeros((4 if size else 8,) * 2 + (3,), np.uint8)
         pictures.write_png(path.with_name(f"0000_a{size}.png"), image)
-    path.write_text(json.dumps({"prompt": "a", "file": "0000_a.png"}) + "\n")
+    row = {"row": 0, "prompt": "a", "seed": 0, "file": "0000_a.png", "sha256": ""}
+    path.write_text(json.dumps(row) + "\n")
     return path
 
 
