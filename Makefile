@@ -1,5 +1,5 @@
 # make demo       draws with the embedded cascade, then trains it from scratch
-#                 (ARGS="--prompt 'a red apple' --minutes 5")
+#                 (ARGS="--prompt 'a red apple' --minutes 3")
 # make test       the test suite (PYTEST_ARGS="-k sampler", WORKERS=8)
 # make test-slow  several processes, stopped, killed and resumed; plan with the TPU and GPU
 #                 compilers: 1.2 GB to install, a quarter of an hour

@@ -43,7 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", "demo", "directory of all results")
     flags.DEFINE_multi_string("prompt", [], "a prompt to generate an image for; may be repeated")
     flags.DEFINE_float(
-        "minutes", 5.0, "training time of all three stages together", lower_bound=0.1
+        "minutes", 4.0, "training time of all three stages together", lower_bound=0.1
     )
     flags.DEFINE_integer("rows", 96, "captions sampled to evaluate each base model", lower_bound=2)
 
