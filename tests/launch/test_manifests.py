@@ -312,7 +312,8 @@ def told(*_):
     sys.exit(0)
 names = "JAX_PROCESS_ID JAX_NUM_PROCESSES SLURM_STEP_NODELIST JAX_COORDINATOR_ADDRESS WORD".split()
 values = [os.environ[name] for name in names]
-print("task {} of {} on {} {} {}".format(*values), sys.argv[1], flush=True)
+line = "task {} of {} on {} {} {} {}\\n".format(*values, sys.argv[1])
+os.write(1, line.encode())  # at once: the tasks share a file, and print writes word by word
 restart = int(os.environ["SLURM_RESTART_COUNT"])
 if restart and sys.argv[2] not in ("mistake", "nan"):
     sys.exit(5 if sys.argv[2] == "wait_crash" and restart == 1 else 0)
