@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,18 @@ def check(facts: Mapping[str, str]) -> None:
             f"the processes were not started alike: {'; '.join(faults)}; start the same command"
             " everywhere"
         )
+
+
+def check_in_first(check: Callable[[], None]) -> None:
+    """Calls `check` in process 0 and raises its ValueError in all processes. All call it."""
+    fault = ""
+    if (member := startup.member()) is None or member.index == 0:
+        try:
+            check()
+        except ValueError as error:
+            fault = str(error)
+    if fault := gather(fault)[0]:
+        raise ValueError(fault)
 
 
 def check_shared(directory: Path, patience_s: float = PATIENCE_S) -> None:

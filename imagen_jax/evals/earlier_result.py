@@ -8,8 +8,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from imagen_jax import schema
 from imagen_jax.distributed import agreement
 from imagen_jax.storage import read_json
@@ -23,14 +21,7 @@ def check(path: Path, described: Mapping[str, Any], axes: Collection[str] = ()) 
     All processes call it; process 0 reads the file. described: as of `suite_evaluation.drawn_from`.
     axes: of a grid, such as "base.w".
     """
-    fault = ""
-    if jax.process_index() == 0:
-        try:
-            _check(path, described, axes)
-        except ValueError as error:
-            fault = str(error)
-    if fault := agreement.gather(fault)[0]:
-        raise ValueError(fault)
+    agreement.check_in_first(lambda: _check(path, described, axes))
 
 
 def _check(path: Path, described: Mapping[str, Any], axes: Collection[str]) -> None:

@@ -91,7 +91,7 @@ def check_same(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
 
 
 def facts(result: Mapping[str, Any]) -> dict[str, Any]:
-    """{what must agree: its value} of a result."""
+    """{name: value} of everything in a result that two results must share to be paired."""
     told = result["provenance"]
     found = {
         "prompts (SHA-256)": told["suite"].get("prompts_sha256"),

@@ -1,6 +1,5 @@
 """The real images of an evaluation on a suite: checks before sampling, and their features."""
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -79,8 +78,8 @@ def _real_images(settings: Settings, name: str, size: int) -> Mapping[str, Any] 
 def make(settings: Settings, size: int, directory: Path) -> dict[str, reference.Reference]:
     """{network: features of the real images}: of the given files, or computed and kept.
 
-    Empty except in process 0, which computes the metrics. Networks without a metric that needs real
-    images are left out.
+    Computed ones are in process 0 only, which computes the metrics. Networks without a metric that
+    needs real images are left out.
     """
     found: dict[str, reference.Reference] = {}
     for name, path in settings.networks.items():
@@ -103,19 +102,15 @@ def _reference_of(paths: Sequence[str], name: str) -> str:
 
 def _kept(images: RealImages, loaded: FeatureNetwork, path: Path) -> reference.Reference | None:
     """The reference file in the output directory, in process 0; all make it if it is missing."""
-    found, fault = None, ""
-    if jax.process_index() == 0:
-        try:
-            images.check_sizes()
-            found = _read(images, loaded, path)
-            if found is None:
-                images.check()
-        except ValueError as error:
-            fault = str(error)
-    found_there, fault = json.loads(agreement.gather(json.dumps([found is not None, fault]))[0])
-    if fault:
-        raise ValueError(fault)
-    if found_there:
+    found = _read(images, loaded, path) if jax.process_index() == 0 else None
+
+    def check_images() -> None:
+        images.check_sizes()
+        if found is None:
+            images.check()
+
+    agreement.check_in_first(check_images)
+    if agreement.gather("found" if found else "")[0]:
         return found
     rows = [{"row": i, "prompt": "", "sha256": ""} for i in range(len(images))]
     what = {"network": dict(loaded.identity), "images": dict(images.identity)}

@@ -48,7 +48,7 @@ class Settings:
         object.__setattr__(self, "requests", requests)
 
     def facts(self) -> dict[str, Any]:
-        """What must be the same in all processes, by the names of the flags."""
+        """The settings that must be the same in all processes, by the names of the flags."""
         return {
             "--cascade": dict(self.config),
             "--stages": list(self.stages),
