@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import cli
-from tests import tiny
+from tests import command_process, tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMANDS = (
@@ -238,12 +238,13 @@ def test_help_is_quick(command, tmp_path):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_clear_line(mistake, tmp_path):
+def test_a_mistake_is_one_clear_line(mistake, tmp_path, tmp_path_factory):
     """Catches a traceback, exit code 0, a line that does not name the mistake, and a file written
     before the mistake was found.
     """
     command, options, message = MISTAKES[mistake]
-    done = run(command, *options, cwd=tmp_path)
+    log = tmp_path_factory.mktemp("log") / "stderr"
+    done = command_process.run(command, *options, cwd=tmp_path, log=log)
     assert done.returncode == 2
     (line,) = tiny.said(done.stderr)
     assert line.startswith("error: ") and message in line, done.stderr

@@ -135,10 +135,9 @@ def test_few_steps_make_exactly_the_gaussian_they_should(method, gamma):
 
 
 @functools.cache
-def gaussian_samples(method, gamma, steps, schedule="cosine"):
-    return draw_samples(
-        gaussian_network("eps"), steps=steps, method=method, gamma=gamma, schedule=schedule
-    )
+def gaussian_samples(method, gamma, steps, schedule="cosine", b=B):
+    options = {"steps": steps, "method": method, "gamma": gamma, "schedule": schedule}
+    return draw_samples(gaussian_network("eps"), b=b, **options)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +191,7 @@ def test_errors_shrink_and_samplers_agree_as_steps_grow():
     """
     covariances = np.array(
         [
-            [np.cov(gaussian_samples(*method, steps).T) for method in METHODS[:2]]
+            [np.cov(gaussian_samples(*method, steps, b=8_000).T) for method in METHODS[:2]]
             for steps in (5, 200)
         ]
     )
