@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -224,6 +225,25 @@ def only_process(directory: Path, doing: str) -> Iterator[None]:
         else:
             raise ValueError(f"another process is {doing} {directory}")
         yield
+
+
+@contextlib.contextmanager
+def whole_directory(output: Path, doing: str) -> Iterator[Path]:
+    """A directory to fill, which gets the name `output` at the end, and is removed after an error.
+
+    output: does not exist, or is empty. doing: as for `only_process`, for two commands with the
+    same `output`.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    with only_process(partial, doing):
+        try:
+            work = partial / "content"
+            shutil.rmtree(work, ignore_errors=True)  # of a killed process
+            work.mkdir()
+            yield work
+            os.rename(work, output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def is_locked(directory: Path) -> bool:

@@ -1,0 +1,136 @@
+"""Means of votes with intervals for new prompts and new raters.
+
+Votes on one prompt agree, and so do the votes of one rater. The variance here is that of resampling
+prompts, plus that of resampling raters, minus that of resampling votes, which the first two both
+contain (Cameron, Gelbach and Miller 2011, "Robust inference with multiway clustering"). Each of the
+three is the limit of infinitely many draws of a bootstrap that is linear in the counts (the
+infinitesimal jackknife, Efron 1982), so no random numbers are needed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Float, Int
+
+from imagen_jax.evals import statistics
+
+STEP = 1e-4  # of numerical derivatives, as a share of all votes
+
+
+@dataclasses.dataclass(frozen=True)
+class Variance:
+    """A variance, with the degrees of freedom of its estimate (Satterthwaite)."""
+
+    value: float
+    dof: float
+
+    @property
+    def quantile(self) -> float:
+        """The two-sided 95 % quantile of Student's t."""
+        return float(scipy.stats.t.ppf(0.975, self.dof))
+
+    @property
+    def error(self) -> float:
+        """The standard error."""
+        return self.value**0.5
+
+
+def variance(
+    influence: Float[np.ndarray, " n"],
+    prompts: Int[np.ndarray, " n"],
+    raters: Int[np.ndarray, " n"],
+) -> Variance:
+    """The variance of an estimate that is the sum of influences, one per vote.
+
+    At least the variance of independent votes. A term with one cluster only is left out: nothing
+    can be said about new ones.
+    """
+    cells = prompts * (int(raters.max()) + 1) + raters
+    terms, dofs = [], []
+    for labels in (prompts, raters, cells):
+        _, codes = np.unique(labels, return_inverse=True)
+        sums = np.bincount(codes, influence)
+        count = len(sums)
+        terms.append(count / (count - 1) * float(sums @ sums) if count > 1 else 0.0)
+        dofs.append(max(count - 1, 1))
+    by_prompt, by_rater, by_vote = terms
+    value = max(by_prompt + by_rater - by_vote, by_vote)
+    spread = by_prompt**2 / dofs[0] + by_rater**2 / dofs[1]
+    dof = (by_prompt + by_rater) ** 2 / spread if spread else float(dofs[2])
+    return Variance(value, max(dof, 1.0))
+
+
+def mean(
+    values: Float[np.ndarray, " n"], prompts: Int[np.ndarray, " n"], raters: Int[np.ndarray, " n"]
+) -> dict[str, Any]:
+    """{"mean", "se", "low", "high", "n"} of values such as scores from 0 to 100."""
+    average = float(values.mean())
+    found = variance((values - average) / len(values), prompts, raters)
+    half = found.quantile * found.error
+    return {
+        "mean": average,
+        "se": found.error,
+        "low": average - half,
+        "high": average + half,
+        "n": len(values),
+    }
+
+
+def rate(
+    hits: Float[np.ndarray, " n"], prompts: Int[np.ndarray, " n"], raters: Int[np.ndarray, " n"]
+) -> dict[str, Any]:
+    """{"rate", "low", "high", "se", "n", "design_effect"} of votes that are 0 or 1.
+
+    The interval is Wilson's for the number of independent votes with the same variance, with
+    Student's quantile. If all votes agree, that number is the number of prompts or of raters,
+    whichever is smaller. design_effect: variance over that of independent votes.
+    """
+    n, share = len(hits), float(hits.mean())
+    found = variance((hits - share) / n, prompts, raters)
+    plain = share * (1 - share) / n
+    if found.value and plain:
+        independent = n * plain / found.value
+        low, high = wilson(share, independent, found.quantile)
+    else:
+        independent = min(len(np.unique(prompts)), len(np.unique(raters)))
+        low, high = wilson(share, independent, statistics.Z95)
+    return {
+        "rate": share,
+        "low": low,
+        "high": high,
+        "se": found.error,
+        "n": n,
+        "design_effect": found.value / plain if plain else None,
+    }
+
+
+def wilson(share: float, n: float, z: float) -> tuple[float, float]:
+    """Wilson's score interval of a proportion of n independent votes, with the quantile z."""
+    shrink = 1 + z**2 / n
+    centre = (share + z**2 / (2 * n)) / shrink
+    half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / shrink
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def influences(
+    statistic: Callable[[Float[np.ndarray, " k"]], Float[np.ndarray, " m"]],
+    kinds: Int[np.ndarray, " n"],
+    k: int,
+) -> Float[np.ndarray, "n m"]:
+    """The influence of each vote on a statistic of the counts of k kinds of votes.
+
+    statistic: does not change if all counts are multiplied by a number.
+    """
+    counts = np.bincount(kinds, minlength=k).astype(np.float64)
+    step = STEP * counts.sum()
+    used = np.unique(kinds)
+    gradient = np.zeros((k, len(statistic(counts))))
+    for kind in used:
+        change = np.zeros(k)
+        change[kind] = min(step, 0.5 * counts[kind])
+        rise = statistic(counts + change) - statistic(counts - change)
+        gradient[kind] = rise / (2 * change[kind])
+    return gradient[kinds] - (counts @ gradient) / counts.sum()

@@ -1,0 +1,254 @@
+"""Reads the files that raters send back, and checks them against the key.
+
+Each line of a file is one trial. A line that cannot be used is left out and reported; the other
+lines count. A trial counts once per rater, whichever files have it.
+"""
+
+import dataclasses
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from imagen_jax.evals.rating.protocols import QUESTIONS
+from imagen_jax.evals.rating.study import FORMAT, VERSION
+from imagen_jax.storage import read_object
+
+MOST_BYTES = 64 << 20  # of a file; a line has about 300 bytes
+_KEY_FIELDS = {"format": int, "study": str, "settings": dict, "systems": list, "runs": list}
+_LINE_FIELDS = {
+    "version": int,
+    "study": str,
+    "run": int,
+    "rater": str,
+    "number": int,
+    "trial": str,
+    "left": str,
+    "answers": dict,
+    "ms": dict,
+    "skipped": bool,
+    "revision": int,
+    "records": int,
+}
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key. trials: {name of a trial: its record and its run}."""
+
+    study: str
+    settings: Mapping[str, Any]
+    systems: Sequence[Mapping[str, Any]]
+    runs: Mapping[int, Mapping[str, Any]]
+    trials: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the systems."""
+        return [system["name"] for system in self.systems]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rating:
+    """One trial of one rater. right: None for one set."""
+
+    rater: str
+    number: int
+    trial: str
+    left: str
+    right: str | None
+    answers: Mapping[str, str]
+    ms: Mapping[str, float]
+    skipped: bool
+    revision: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratings:
+    """The usable lines of all files. problems: what was left out or is unusual, a line each."""
+
+    rows: Sequence[Rating]
+    problems: Sequence[str]
+    files: int
+
+
+def read_key(path: Path) -> Key:
+    """Raises ValueError if the file is no key of this version."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: give the key.json that `rate make` wrote")
+    content = read_object(path, _KEY_FIELDS)
+    if content["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has format {content['format']}, not {FORMAT}: analyse it with the version of"
+            " the package that made it"
+        )
+    try:
+        runs = {run["number"]: run for run in content["runs"]}
+        trials = {
+            token: trial | {"run": run["number"], "part": run["part"]}
+            for run in content["runs"]
+            for token, trial in run["trials"].items()
+        }
+        names = [system["name"] for system in content["systems"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); copy it again") from error
+    if len(names) < 2 or not trials:
+        raise ValueError(f"{path} has no trials of two systems; copy it again")
+    return Key(content["study"], content["settings"], content["systems"], runs, trials)
+
+
+def read(paths: Sequence[str], key: Key) -> Ratings:
+    """All ratings of some files, or of the .jsonl files in some folders.
+
+    Raises:
+      ValueError: a path does not exist, or no line of any file can be used.
+    """
+    files = list(dict.fromkeys(file.resolve() for path in paths for file in _files(Path(path))))
+    found: dict[tuple[str, str], Rating] = {}
+    problems, conflicts = [], set()
+    for file in files:
+        ratings, told = _read_file(file, key)
+        problems += told
+        repeated = 0
+        for rating in ratings:
+            place = rating.rater, rating.trial
+            earlier = found.get(place)
+            repeated += earlier is not None
+            if earlier is None or rating.revision > earlier.revision:
+                found[place] = rating
+            elif rating.revision == earlier.revision and rating != earlier:
+                conflicts.add(place)
+        if repeated:
+            problems.append(
+                f"{file.name}: {repeated} trials are in an earlier file or line too;"
+                " each counts once"
+            )
+    for rater, trial in sorted(conflicts):
+        problems.append(f"rater {rater}, trial {trial}: files disagree; it is left out")
+        del found[rater, trial]
+    problems += _doubled_numbers(found.values(), key)
+    if not found:
+        raise ValueError("no line can be used: " + "; ".join(problems[:5] or ["no file has one"]))
+    return Ratings(list(found.values()), problems, len(files))
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(path.glob("*.jsonl"))
+        if not files:
+            raise ValueError(f"{path} has no .jsonl files: give the folder with the saved files")
+        return files
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give the files that raters sent")
+    return [path]
+
+
+def _read_file(path: Path, key: Key) -> tuple[list[Rating], list[str]]:
+    """The usable lines of a file, and what is wrong with the others."""
+    if path.stat().st_size > MOST_BYTES:
+        return [], [
+            f"{path.name}: larger than {MOST_BYTES >> 20} MiB, no file of answers; left out"
+        ]
+    reasons: Counter[str] = Counter()
+    first_lines: dict[str, int] = {}
+    ratings, records = [], 0
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            records = max(records, _records(row))
+            ratings.append(_check(row, key))
+        except (ValueError, RecursionError) as error:
+            reason = "cut off or damaged" if _is_syntax(error) else str(error)
+            reasons[reason] += 1
+            first_lines.setdefault(reason, number)
+    problems = [
+        f"{path.name}, line {first_lines[reason]}"
+        f"{f' and {count - 1} others' if count > 1 else ''}: {reason}; left out"
+        for reason, count in reasons.items()
+    ]
+    if (whole := len(ratings) + sum(reasons.values())) < records:
+        problems.append(
+            f"{path.name}: {whole} of {records} lines are there; ask for the whole file"
+        )
+    if not lines:
+        problems.append(f"{path.name}: empty; ask for the file again")
+    return ratings, problems
+
+
+def _is_syntax(error: Exception) -> bool:
+    return isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, RecursionError))
+
+
+def _records(row: Any) -> int:
+    value = row.get("records") if isinstance(row, dict) else None
+    return value if type(value) is int else 0
+
+
+def _check(row: Any, key: Key) -> Rating:
+    """A line as a rating. Raises ValueError with the reason if it is none of this study."""
+    if not isinstance(row, dict):
+        raise ValueError("not an object")
+    for name, kind in _LINE_FIELDS.items():
+        if type(row.get(name)) is not kind:
+            raise ValueError(f"no valid {name!r}")
+    if row["study"] != key.study:
+        raise ValueError(f"of another study ({row['study'][:12]}, not {key.study[:12]})")
+    if row["version"] != VERSION:
+        raise ValueError(f"of a page of version {row['version']}, not {VERSION}")
+    trial = key.trials.get(row["trial"])
+    if trial is None or trial["run"] != row["run"]:
+        raise ValueError("a trial that the study has not")
+    schedules = key.runs[row["run"]]["schedules"]
+    if not 1 <= row["number"] <= len(schedules):
+        raise ValueError(f"rater number {row['number']}, but there are {len(schedules)}")
+    if row["trial"] not in schedules[row["number"] - 1]:
+        raise ValueError("a trial that its rater was not shown")
+    sides = [row["left"], *([row["right"]] if row.get("right") is not None else [])]
+    if sorted(map(str, sides)) != sorted(trial["sets"]):
+        raise ValueError("sets that its trial has not")
+    _check_answers(row, trial["questions"])
+    return Rating(
+        row["rater"],
+        row["number"],
+        row["trial"],
+        row["left"],
+        row.get("right"),
+        dict(row["answers"]),
+        {name: float(value) for name, value in row["ms"].items()},
+        row["skipped"],
+        row["revision"],
+    )
+
+
+def _check_answers(row: Mapping[str, Any], questions: Sequence[str]) -> None:
+    if row["skipped"]:
+        if row["answers"]:
+            raise ValueError("a skipped trial with answers")
+        return
+    if set(row["answers"]) != set(questions):
+        raise ValueError("not the answers to the questions of its trial")
+    for name, answer in row["answers"].items():
+        if not isinstance(answer, str) or answer not in QUESTIONS[name].answers:
+            raise ValueError(f"an answer that the question {name!r} has not")
+    for value in row["ms"].values():
+        if type(value) not in (int, float) or not 0 <= value < 1e9:
+            raise ValueError("a response time that is no number of milliseconds")
+
+
+def _doubled_numbers(ratings: Iterable[Rating], key: Key) -> list[str]:
+    """A line for each number that several raters used. They saw the same sides."""
+    raters: dict[tuple[int, int], set[str]] = {}
+    for rating in ratings:
+        place = key.trials[rating.trial]["run"], rating.number
+        raters.setdefault(place, set()).add(rating.rater)
+    return [
+        f"run {run}: {len(members)} raters used the number {number}; all count"
+        for (run, number), members in sorted(raters.items())
+        if len(members) > 1
+    ]

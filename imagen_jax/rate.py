@@ -1,0 +1,271 @@
+r"""Compares pictures of several systems by human raters, in the protocol of DrawBench.
+
+    python -m imagen_jax.rate make --pictures ours=DIR --pictures theirs=DIR --suite drawbench \
+        --suite_file FILE --output STUDY
+    python -m imagen_jax.rate analyse EXPORTS --key STUDY/key.json --output RESULT
+    python -m imagen_jax.rate export --pictures DIR --suite geneval --suite_file FILE \
+        --layout geneval --output DIR
+
+`make` writes pages that work from a disk or a static host, and a key. `analyse` reads the files
+that raters send back. `export` writes pictures for scorers that are not part of this package.
+docs/rating.md describes all of them. The commands run in one process, without an accelerator.
+"""
+
+import dataclasses
+import logging
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+
+from imagen_jax import cli
+from imagen_jax.storage import check_local
+
+log = logging.getLogger("imagen_jax.rate")
+
+
+def define_make_flags() -> None:
+    """The flags of `make`."""
+    from imagen_jax.evals.rating.design import PAIRINGS
+    from imagen_jax.evals.rating.protocols import PER_SIDE, PROTOCOLS
+
+    define_suite_flags()
+    flags.DEFINE_multi_string(
+        "pictures", [], "NAME=PATH of a system: a folder, or a set of `sample` or `evaluate`"
+    )
+    flags.DEFINE_string("output", None, "directory of the study, which must not exist")
+    flags.DEFINE_enum("protocol", "drawbench", list(PROTOCOLS), "the questions; coco: Imagen's")
+    flags.DEFINE_enum(
+        "per_side", "", ["", *map(str, PER_SIDE)], "pictures of a set; default 8, of coco 1"
+    )
+    flags.DEFINE_integer("raters", 25, "raters of each run", lower_bound=1)
+    flags.DEFINE_integer(
+        "block", None, "trials of a rater; default: all of a run, of coco 50", lower_bound=0
+    )
+    flags.DEFINE_integer("controls", 2, "control trials of each kind per rater", lower_bound=0)
+    flags.DEFINE_boolean("by_category", True, "a run with raters of its own for each category")
+    flags.DEFINE_enum("pairs", "all", list(PAIRINGS), "compare all pairs, or the first with each")
+    flags.DEFINE_enum(
+        "order",
+        "hidden",
+        ["hidden", "together"],
+        "hidden: the caption appears after the question about quality; together: both questions"
+        " with the caption, as in the paper",
+    )
+    flags.DEFINE_integer(
+        "size", 0, "height of all pictures in pixels, bicubic; 0: they must agree", lower_bound=0
+    )
+    flags.DEFINE_boolean("leave_out", False, "leave out prompts without enough usable pictures")
+    flags.DEFINE_boolean("single_file", False, "one HTML file per run, with its pictures inside")
+    flags.DEFINE_string("consent", "", "text file with your own consent text")
+    flags.DEFINE_string("warning", None, "content warning; empty: none")
+    flags.DEFINE_string("seed", "", "hexadecimal, secret, from an earlier key; default: random")
+
+
+def define_suite_flags() -> None:
+    """The flags of the prompt suite."""
+    flags.DEFINE_string("suite", "", "prompts: drawbench, coco, partiprompts, embedded ...")
+    flags.DEFINE_string("suite_file", "", "the suite's list of prompts; embedded needs none")
+    flags.DEFINE_integer(
+        "prompts", 0, "number of prompts, drawn by --draw_seed; 0: all, of coco 200", lower_bound=0
+    )
+    flags.DEFINE_integer("draw_seed", 0, "seed of the draw of prompts", lower_bound=0)
+    flags.DEFINE_string("images", "", "folder of the reference images, for the protocol coco")
+
+
+def define_analyse_flags() -> None:
+    """The flags of `analyse`."""
+    flags.DEFINE_string("key", None, "key.json of the study")
+    flags.DEFINE_string("output", None, "directory of the results; default: only print them")
+
+
+def define_export_flags() -> None:
+    """The flags of `export`."""
+    define_suite_flags()
+    flags.DEFINE_string("pictures", None, "a folder, or a set of `sample` or `evaluate`")
+    flags.DEFINE_string("output", None, "directory to write, which must not exist")
+    flags.DEFINE_enum("layout", "manifest", ["manifest", "geneval"], "of the written files")
+
+
+COCO_PAIRS = 200  # of Imagen's section 3
+
+
+def load_suite():
+    """The suite of the flags. Raises ValueError if it cannot be read."""
+    from imagen_jax.evals import suites
+
+    args = flags.FLAGS
+    if not args.suite:
+        raise ValueError(f"--suite is needed: one of {', '.join(suites.KINDS)}")
+    count = args.prompts or (COCO_PAIRS if args.suite == suites.COCO else None)
+    return suites.load_suite(
+        args.suite, file=args.suite_file, images=args.images, count=count, seed=args.draw_seed
+    )
+
+
+def make(arguments: Sequence[str]) -> int:
+    """`rate make`."""
+    from imagen_jax.evals.rating import preparing, study, suite_items, system_pictures
+    from imagen_jax.evals.rating.protocols import PROTOCOLS, REFERENCE
+
+    no_arguments(arguments)
+    args = flags.FLAGS
+    output = new_directory(args.output)
+    named = [split(text) for text in args.pictures]
+    texts = texts_of(args.consent, args.warning)
+    study.check_names([name for name, _ in named], texts)
+    protocol = PROTOCOLS[args.protocol]
+    suite = load_suite()
+    items = suite_items.items_of(suite)
+    settings = settings_of(args, protocol)
+    systems = [system_pictures.read(name, path, items) for name, path in named]
+    if protocol.with_reference:
+        systems.append(system_pictures.of_reference(REFERENCE, suite))
+    for note in (note for system in systems for note in system.notes):
+        log.warning("%s", note)
+    checked = preparing.check(items, systems, settings.per_side, args.size)
+    if checked.left_out:
+        told = f"{len(checked.left_out):,} of {len(items):,} prompts: {checked.explain()}"
+        if not args.leave_out:
+            raise ValueError(f"{told}; complete the pictures, or leave them out with --leave_out")
+        log.warning("left out %s", told)
+    record = {"suite": suite.identity}
+    runs = study.make(output, systems, checked, settings, texts, record, args.single_file)
+    names = [system.name for system in systems]
+    print(study.describe(runs, len(checked.items), names, settings))
+    print(f"for the raters: {output / study.STUDY}; pages by rater: {output / study.HANDOUT}")
+    print(f"for you alone: {output / study.KEY}")
+    return 0
+
+
+def settings_of(args, protocol):
+    """The settings of a study from the flags."""
+    from imagen_jax.evals.rating.design import SEED_BITS, Settings
+
+    try:
+        seed = int(args.seed, 16) if args.seed else secrets.randbits(SEED_BITS)
+    except ValueError as error:
+        raise ValueError(f"--seed {args.seed} is not hexadecimal: copy it from a key") from error
+    if not 0 <= seed < 1 << SEED_BITS:
+        raise ValueError(f"--seed {args.seed} has more than {SEED_BITS} bits: copy it from a key")
+    return Settings(
+        protocol=args.protocol,
+        per_side=int(args.per_side) if args.per_side else protocol.per_side,
+        raters=args.raters,
+        block=protocol.block if args.block is None else args.block,
+        controls=args.controls,
+        by_category=args.by_category and not protocol.with_reference,
+        pairs=args.pairs,
+        order=args.order,
+        seed=seed,
+    )
+
+
+def texts_of(consent: str, warning: str | None):
+    """What raters read first. Raises ValueError for a consent file that cannot be read."""
+    from imagen_jax.caption_text import read_text
+    from imagen_jax.evals.rating.study import Texts
+
+    texts = Texts()
+    if consent:
+        texts = dataclasses.replace(texts, consent=read_text(consent).strip())
+    return texts if warning is None else dataclasses.replace(texts, warning=warning)
+
+
+def split(text: str) -> tuple[str, str]:
+    """NAME=PATH. Raises ValueError for anything else."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ValueError(f"--pictures {text} must be NAME=PATH, such as ours=eval/cascade")
+    return name, path
+
+
+def new_directory(path: str | None) -> Path:
+    """--output as a path. Raises ValueError if something is there."""
+    if not path:
+        raise ValueError("--output DIRECTORY is needed")
+    check_local("--output", path)
+    cli.check_directory("output", path)
+    output = Path(path)
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"--output {path} is not empty: give another directory")
+    return output
+
+
+def no_arguments(arguments: Sequence[str]) -> None:
+    """Raises ValueError if there are arguments that are not flags."""
+    if arguments:
+        raise ValueError(f"unexpected argument {arguments[0]!r}; options start with --, see --help")
+
+
+def analyse(exports: Sequence[str]) -> int:
+    """`rate analyse`."""
+    from imagen_jax.evals.rating import analysis, rating_exports, rating_report
+
+    args = flags.FLAGS
+    if not args.key:
+        raise ValueError("--key FILE is needed: the key.json of the study")
+    if not exports:
+        raise ValueError("give the files that raters sent, or a folder with them")
+    if args.output:
+        cli.check_directory("output", args.output)
+    key = rating_exports.read_key(Path(args.key))
+    ratings = rating_exports.read(exports, key)
+    result = analysis.analyse(key, ratings)
+    print(rating_report.text(result))
+    if args.output:
+        cli.make_directory("output", args.output)
+        for path in rating_report.write(result, Path(args.output)):
+            print(path)
+    return 0
+
+
+def export(arguments: Sequence[str]) -> int:
+    """`rate export`."""
+    from imagen_jax.evals.rating import picture_exports, suite_items, system_pictures
+
+    no_arguments(arguments)
+    args = flags.FLAGS
+    output = new_directory(args.output)
+    if not args.pictures:
+        raise ValueError("--pictures PATH is needed: a folder, or a set of pictures")
+    suite = load_suite()
+    system = system_pictures.read("pictures", args.pictures, suite_items.items_of(suite))
+    for note in system.notes:
+        log.warning("%s", note)
+    write = {"geneval": picture_exports.write_geneval, "manifest": picture_exports.write_manifest}
+    print(write[args.layout](system, suite, output))
+    return 0
+
+
+class Verb(NamedTuple):
+    """One of the commands."""
+
+    define_flags: Callable[[], None]
+    main: Callable[[Sequence[str]], int]
+
+
+VERBS = {
+    "make": Verb(define_make_flags, make),
+    "analyse": Verb(define_analyse_flags, analyse),
+    "export": Verb(define_export_flags, export),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command that the first argument names."""
+    verb = argv[1] if len(argv) > 1 else ""
+    if verb in ("-h", "--help", "--helpshort", "--helpfull"):
+        print(__doc__.strip(), "\n\n`rate make --help` and so on list the flags.")
+        sys.exit(0)
+    if verb not in VERBS:
+        sys.exit(cli.fail(f"{verb!r} is none of {', '.join(VERBS)}: see --help"))
+    cli.log_to_stderr()
+    cli.run(*VERBS[verb], argv=[argv[0], *argv[2:]], files=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv)
