@@ -384,6 +384,7 @@ def test_new_run_from_weights_ends_for_all_at_the_same_time(data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_validation_does_not_depend_on_the_number_of_processes(tmp_path):
     """Catches: rows that a process does not read, reads twice or pads the batch with; a shuffled
     condition that each process chooses for itself; rows written by several.

@@ -154,6 +154,7 @@ def test_score_is_valid_json_with_its_parts():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_estimates_at_the_size_of_an_ablation():
     """Catches an estimate that fails only in many dimensions: 3,000 samples of 128 features."""
     rng, n, d = np.random.default_rng(0), 3000, 128
