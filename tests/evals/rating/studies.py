@@ -3,6 +3,9 @@
 import dataclasses
 import json
 
+from absl import flags
+
+from imagen_jax import rate
 from imagen_jax.evals.rating import design, rating_exports, study
 from imagen_jax.evals.rating.design import Item, Settings
 
@@ -62,3 +65,16 @@ def write_exports(filled, directory):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (directory / f"{rater}.jsonl").write_text(text)
     return directory
+
+
+def call(verb, arguments):
+    """Runs a verb of `rate` in this process, and returns its exit code."""
+    before = set(flags.FLAGS)
+    rate.VERBS[verb].define_flags()
+    try:
+        rest = flags.FLAGS(["rate", *arguments])[1:]
+        return rate.VERBS[verb].main(rest)
+    finally:
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
