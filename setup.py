@@ -45,6 +45,8 @@ setup(
         "importlib_resources>=6.0",  # tensorflow-datasets imports it when it writes a data set
         "jax>=0.10.2,<0.13",
         "jaxtyping>=0.3.6",
+        "jinja2>=3.1",
+        "krippendorff>=0.8",
         "matplotlib>=3.9",
         "ml_collections>=1.1.0",
         "ml_dtypes>=0.5.0",
@@ -54,6 +56,7 @@ setup(
         "Pillow>=11.0",
         "PyYAML>=6.0",  # launch writes the manifests of GKE and SkyPilot with it
         "safetensors>=0.8.0",
+        "scipy>=1.13",
         # reads tokenizers that are published only as spiece.model, such as T5-XXL's
         "sentencepiece>=0.2.1",
         "tensorboardX>=2.6.4",
@@ -79,6 +82,6 @@ setup(
         ],
         "lint": ["ruff==0.17.6"],  # versions format differently
         "parity": ["torch==2.13.0"],  # and torch-fidelity, see the Makefile
-        "tools": ["scipy>=1.13", "tokenizers>=0.22"],  # for tools/build_emoji.py and others
+        "tools": ["tokenizers>=0.22"],  # for tools/build_emoji.py and others
     },
 )

@@ -22,6 +22,7 @@ COMMANDS = (
     "imagen_jax.export",
     "imagen_jax.demo",
     "imagen_jax.plan",
+    "imagen_jax.rate",
     "launch.sweep",
 )
 # Flags that the module of a command does not define itself.
@@ -55,6 +56,7 @@ MISTAKES = {
         "could not convert string to float: 'fast'",
     ),
     "unknown option": ("imagen_jax.train", [TINY, "--wokdir=w"], "wokdir"),
+    "no such verb": ("imagen_jax.rate", ["analyze"], "'analyze' is none of make, analyse, export"),
     "stray word": (
         "imagen_jax.train",
         [TINY, "--workdir=w", "resume"],

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-COMMANDS = {"demo", "evaluate", "export", "plan", "prepare_data", "sample", "train"}
+COMMANDS = {"demo", "evaluate", "export", "plan", "prepare_data", "rate", "sample", "train"}
 # From the lowest layer up. A unit (a folder, or a module at the root) may import units of lower
 # layers, and of its own layer if there is no circle.
 LAYERS = (
@@ -240,3 +240,15 @@ def test_importing_needs_no_network():
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_rating_needs_neither_networks_nor_training():
+    """Catches a rating page that imports jax: whoever rates pictures may not have it."""
+    modules = [f"imagen_jax.evals.rating.{path.stem}" for path in sources("imagen_jax/evals/rating")]
+    names = [name for name in modules if not name.endswith("__init__")]
+    code = f"import sys, imagen_jax.rate, {', '.join(names)}; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    loaded = set(ran.stdout.split())
+    forbidden = ("jax", "flax", "imagen_jax.models", "imagen_jax.training", "imagen_jax.stage")
+    assert not loaded & set(forbidden)

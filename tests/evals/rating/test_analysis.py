@@ -136,11 +136,14 @@ def test_an_analysis_on_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_thousand_studies(tmp_path):
-    """Preference, side bias, a careless rater and clusters in 1,000 studies.
+@pytest.mark.parametrize(
+    "number, low, high", [(100, 0.88, 0.99), pytest.param(1000, 0.93, 0.97, marks=pytest.mark.long)]
+)
+def test_many_studies(tmp_path, number, low, high):
+    """Preference, side bias, a careless rater and clusters, in many studies.
 
-    Intervals of rates cover 93 to 97 %, the side bias is found, and the filter removes the
-    careless rater and keeps the careful ones.
+    Intervals of rates cover 95 %, the side bias is found, and the filter removes the careless
+    rater and keeps the careful ones.
     """
     _, pages, content = studies.make(24, raters=12, controls=2)
     key = studies.read_key(content, tmp_path)
@@ -149,7 +152,7 @@ def test_a_thousand_studies(tmp_path):
     expected = world.expected_rate("zebra", "okapi")
     rng = np.random.default_rng(0)
     hits, means, biases, kept = [], [], [], []
-    for _ in range(1000):
+    for _ in range(number):
         rows = rows_of(simulated_raters.fill_in(pages, key, world, rng), key)
         (pair,) = analysis.preferences(
             analysis.votes_of(key, regular(rows, key), "fidelity"), key.names, ["c0", "c1"]
@@ -169,8 +172,8 @@ def test_a_thousand_studies(tmp_path):
         ]
         scores = rater_checks.score(mixed, key)
         kept.append(sum(score.is_kept for score in scores.values()))
-    assert 0.93 < np.mean(hits) < 0.97
-    assert abs(np.mean(means) - expected[0]) < 0.01
+    assert low < np.mean(hits) < high
+    assert abs(np.mean(means) - expected[0]) < 0.02
     assert np.mean(biases) > 0.9
     assert 11 <= np.mean(kept) < 11.2
 

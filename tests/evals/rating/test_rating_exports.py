@@ -42,7 +42,9 @@ def test_nothing_counts_twice(study, tmp_path):
     key, filled = study
     (rater, lines), _ = filled.items()
     half = [line | {"records": 5} for line in lines[:5]]
-    paths = [write(tmp_path, name, rows) for name, rows in (("a", half), ("b", lines), ("c", lines))]
+    paths = [
+        write(tmp_path, name, rows) for name, rows in (("a", half), ("b", lines), ("c", lines))
+    ]
     ratings = rating_exports.read([paths[0], *paths, paths[1]], key)
     assert len(ratings.rows) == len(lines) and ratings.files == 3
     assert ratings.problems[0].startswith("b: 5 trials are in an earlier file")
