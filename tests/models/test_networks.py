@@ -122,7 +122,7 @@ def count(tree):
 @pytest.mark.parametrize(
     "width, wanted",
     [
-        (192, 295_131_267),
+        pytest.param(192, 295_131_267, marks=pytest.mark.slow),
         pytest.param(256, 524_563_971, marks=pytest.mark.slow),
         pytest.param(320, 819_524_483, marks=pytest.mark.slow),
         pytest.param(384, 1_180_012_803, marks=pytest.mark.slow),
@@ -226,7 +226,7 @@ def test_noise_level_arrives(network):
     assert np.abs(apply(params, z, logsnr + 1, cond) - apply(params, z, logsnr, cond)).max() > 1e-3
 
 
-@pytest.mark.parametrize("family", [UNet, EfficientUNet])
+@pytest.mark.parametrize("family", [pytest.param(UNet, marks=pytest.mark.slow), EfficientUNet])
 def test_text_values_replace_the_text(family):
     """Catches a part of the network that reads the text although its values are given, values that
     depend on z, and values of another layer.
