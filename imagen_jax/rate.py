@@ -80,6 +80,7 @@ def define_analyse_flags() -> None:
     """The flags of `analyse`."""
     flags.DEFINE_string("key", None, "key.json of the study")
     flags.DEFINE_string("output", None, "directory of the results; default: only print them")
+    flags.DEFINE_string("title", "", "title of the figures")
 
 
 def define_export_flags() -> None:
@@ -214,7 +215,7 @@ def analyse(exports: Sequence[str]) -> int:
         cli.check_directory("output", args.output)
     key = rating_exports.read_key(Path(args.key))
     ratings = rating_exports.read(exports, key)
-    result = analysis.analyse(key, ratings)
+    result = analysis.analyse(key, ratings) | {"title": args.title}
     print(rating_report.text(result))
     if args.output:
         cli.make_directory("output", args.output)

@@ -1,5 +1,6 @@
 """The results of a study as text, JSON and figures."""
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from imagen_jax.storage import write_atomically, write_json
 RESULT, PREFERENCE, CATEGORIES = "analysis.json", "preference.png", "categories.png"
 FIGURE_ORDER = ("alignment", "fidelity", "photorealism")  # of Imagen's figure 3, from the left
 COLUMNS = 4  # panels in a row
+LETTERS_PER_INCH = 14  # of titles
 COLORS = {"first": "#2f6db3", "tie": "#c9c9c9", "second": "#d98032"}
 
 
@@ -36,7 +38,10 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
         for question, found in result[name].items():
             yield ""
             yield f"{question}, {label}"
-            yield from _pair_lines(found) if "pairs" in found else _score_lines(found)
+            if "pairs" in found:
+                yield from _pair_lines(found, with_categories=name == "all_raters")
+            else:
+                yield from _score_lines(found)
 
 
 def _percent(found: Mapping[str, Any] | None) -> str:
@@ -46,7 +51,7 @@ def _percent(found: Mapping[str, Any] | None) -> str:
     return f"{100 * found['rate']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
 
 
-def _pair_lines(found: Mapping[str, Any]) -> Iterator[str]:
+def _pair_lines(found: Mapping[str, Any], with_categories: bool) -> Iterator[str]:
     for pair in found["pairs"]:
         whole = pair[OVERALL]
         yield (
@@ -61,7 +66,7 @@ def _pair_lines(found: Mapping[str, Any]) -> Iterator[str]:
             f"    prompts won {test['first']} to {test['second']}, {test['equal']} equal; sign test"
             f" p = {test['p']:.2g}"
         )
-        if len(pair["categories"]) > 1:
+        if with_categories and len(pair["categories"]) > 1:
             for name, own in pair["categories"].items():
                 rates = own["rates"]
                 yield (
@@ -133,6 +138,7 @@ def preference_figure(result: Mapping[str, Any]) -> Any:
     columns = min(COLUMNS, len(pairs))
     rows = -(-len(pairs) // columns)
     figure = Figure(figsize=(1.2 + 2.6 * columns, 3.4 * rows), layout="constrained")
+    _write_title(figure, result)
     for number, pair in enumerate(pairs, 1):
         axes = figure.add_subplot(rows, columns, number)
         for i, question in enumerate(questions):
@@ -150,6 +156,12 @@ def preference_figure(result: Mapping[str, Any]) -> Any:
         if (number - 1) % columns == 0:
             axes.set_ylabel("preference rate (%)")
     return figure
+
+
+def _write_title(figure: Any, result: Mapping[str, Any]) -> None:
+    """The title of the result, in lines that fit the width of the figure."""
+    width = int(LETTERS_PER_INCH * figure.get_size_inches()[0])
+    figure.suptitle("\n".join(textwrap.wrap(result.get("title", ""), width)), fontsize=9)
 
 
 def _whisker(axes: Any, x: float, rate: Mapping[str, Any]) -> None:
@@ -173,6 +185,7 @@ def category_figure(result: Mapping[str, Any]) -> Any:
     rows = -(-len(panels) // columns)
     size = (1.6 + 3.6 * columns, (1.1 + 0.28 * len(names)) * rows)
     figure = Figure(figsize=size, layout="constrained")
+    _write_title(figure, result)
     for number, (question, pair) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, number)
         _stacked_bars(axes, names, pair["categories"])
