@@ -45,6 +45,7 @@ setup(
         "importlib_resources>=6.0",  # tensorflow-datasets imports it when it writes a data set
         "jax>=0.10.2,<0.13",
         "jaxtyping>=0.3.6",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "ml_collections>=1.1.0",
         "ml_dtypes>=0.5.0",
@@ -76,6 +77,7 @@ setup(
             "pytest>=8.3",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.6",
+            "selenium>=4.30",  # with Debian's chromium and chromium-driver, else its tests skip
         ],
         "lint": ["ruff==0.17.6"],  # versions format differently
         "parity": ["torch==2.13.0"],  # and torch-fidelity, see the Makefile
