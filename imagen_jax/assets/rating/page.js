@@ -212,7 +212,7 @@ function showState() {
   byId("trial").dataset.state = view.state;
   byId("status").textContent = {
     loading: "Loading the pictures…",
-    ready: revisited() ? "Rated before: new answers replace the old ones." : "",
+    ready: revisited() ? "New answers will replace your earlier ones." : "",
     broken: "A picture could not be loaded. Reload the page to try again, or skip this trial.",
   }[view.state];
   byId("back").disabled = session.position === 0;
@@ -273,7 +273,7 @@ function helpLine() {
   const parts = [`Keys: ${answers} answer`, "Z zoom, then ↑ ↓", "S skip", "Backspace back"];
   if (revisited()) parts.push("K keep");
   const unbroken = parts.map((part) => part.replaceAll(" ", "\u00a0")); // lines end between parts
-  return unbroken.join(" · ");
+  return unbroken.join("\u00a0· ");
 }
 
 // Sizes

@@ -13,7 +13,7 @@ QUESTIONS = {
         "answers": PAIR,
     },
     "alignment": {
-        "text": "Which set of pictures shows what the caption says?",
+        "text": "Which set fits the caption?",
         "caption": True,
         "answers": PAIR,
     },

@@ -336,8 +336,8 @@ def columns(rects):
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize(("count", "wide", "narrow"), [(1, 2, 2), (4, 4, 4), (8, 8, 4)])
 def test_layout(driver, tmp_path, size, count, wide, narrow):
-    """Catches sides of different sizes, a page wider than the window, and pictures that move when
-    the caption appears or at the next trial.
+    """Catches sides of different sizes, a page larger than the window, and pictures or answers that
+    move when the caption appears or at the next trial.
     """
     long = studies.CAPTION + ", which stands on a table beside a window"
     trials = [studies.make_trial(0), studies.make_trial(1, caption=long)]
@@ -351,14 +351,18 @@ def test_layout(driver, tmp_path, size, count, wide, narrow):
         rects = check_layout(rater, f"trial_{count}_{size[0]}")
         assert len(rects) == 2 * count
         assert columns(rects) == (wide if size[0] > 700 else narrow)
-        assert rater.script("return document.documentElement.scrollHeight <= innerHeight")
+        answers = lambda: [button.rect for button in rater.all(".asked button")]
+        places = answers()
         rater.answer("1")
         assert check_layout(rater, f"caption_{count}_{size[0]}") == rects
+        assert answers() == places
+        assert rater.script("return document.documentElement.scrollHeight <= innerHeight")
         rater.press("z")
         assert len(check_layout(rater, f"zoom_{count}_{size[0]}", "#zoom")) == 2
         rater.press("z", "1")
         rater.wait_for("#trial[data-state=ready]")
         assert check_layout(rater, f"next_{count}_{size[0]}") == rects
+        assert answers() == places
         rater.press("s")
         check_layout(rater, f"end_{count}_{size[0]}")
     finally:
