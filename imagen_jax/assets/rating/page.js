@@ -362,14 +362,13 @@ function copy() {
 
 // Keys
 
-/** What the keys of answers do: 1, 2, 3, and arrows if the answers are sides. */
+/** What the keys of answers do: 1, 2, 3, and arrows for sides. */
 function answerActions() {
   const actions = {};
   const { answers } = study.questions[view.trial.questions[askedIndex()]];
-  const values = answers.map(([value]) => value);
-  values.forEach((value, index) => {
+  answers.forEach(([value], index) => {
     actions[index + 1] = () => answer(value);
-    if (values.includes("left") && ARROWS[value]) actions[ARROWS[value]] = () => answer(value);
+    if (ARROWS[value]) actions[ARROWS[value]] = () => answer(value);
   });
   return actions;
 }

@@ -99,9 +99,10 @@ def test_ten_trials(driver, tmp_path):
     keys = list(MEANING)
     typed = [(keys[p % 6], keys[(5 * p + 1) % 6]) for p in range(10)]
     times = [(1000 + p, 200 + 10 * p) for p in range(10)]
-    rater.open()
+    rater.open("?rater=99")
+    assert "no rater number 99" in rater.text("#error")
     rater.press("11", Keys.ENTER)
-    assert "enter a number from 1 to 2" in rater.text("#error")
+    assert "no rater number 11: enter a number from 1 to 2" in rater.text("#error")
     rater.press(Keys.BACKSPACE * 2, "2", Keys.ENTER)
     lines = [rate(rater, p, typed[p], times[p]) for p in range(4)]
 
@@ -249,6 +250,7 @@ def test_answers_wait_for_the_pictures(driver, tmp_path):
     rater.press(Keys.ENTER, "1")
     assert rater.one("#trial").get_attribute("data-state") == "loading"
     assert not rater.one(".answers button").is_enabled()
+    assert not any(img.is_displayed() for img in rater.all("#sides img"))
     rater.script("window.clock += 5000; endDelay();")
     rater.answer("3", 7)
     rater.one("#download").click()
