@@ -15,7 +15,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from imagen_jax.evals.rating import page
-from tests.evals.rating import studies
+from tests.evals.rating import shown_studies
 
 OPTIONS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run"
@@ -44,7 +44,7 @@ class Rater:
     def __init__(self, driver, folder, study):
         name = hashlib.sha256(str(folder).encode()).hexdigest()
         self.driver, self.folder, self.study = driver, folder, {**study, "study": name}
-        studies.write_pictures(folder, study)
+        shown_studies.write_pictures(folder, study)
         (folder / "page.html").write_bytes(page.render(self.study))
         downloads = {"behavior": "allow", "downloadPath": str(folder / "downloads")}
         driver.execute_cdp_cmd("Browser.setDownloadBehavior", downloads)
@@ -96,7 +96,7 @@ class Rater:
         folder = self.folder / "downloads"
         files = lambda _: list(folder.glob("*.jsonl"))
         (file,) = WebDriverWait(self.driver, 20).until(files)
-        records = studies.parse_records(file.read_text(encoding="utf-8"))
+        records = shown_studies.parse_records(file.read_text(encoding="utf-8"))
         file.unlink()
         return file.name, records
 

@@ -5,7 +5,7 @@ import re
 from html.parser import HTMLParser
 
 from imagen_jax.evals.rating import page
-from tests.evals.rating import studies
+from tests.evals.rating import shown_studies
 
 
 class Elements(HTMLParser):
@@ -24,8 +24,8 @@ class Elements(HTMLParser):
             self.found[-1][2] += data
 
 
-def rendered(caption=studies.CAPTION):
-    study = studies.make_study([studies.make_trial(0, caption=caption)], [[[0, 0]]])
+def rendered(caption=shown_studies.CAPTION):
+    study = shown_studies.make_study([shown_studies.make_trial(0, caption=caption)], [[[0, 0]]])
     return study, page.render(study).decode()
 
 

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from tests.evals.rating import studies
+from tests.evals.rating import shown_studies
 
 pytest.importorskip("selenium", reason="selenium is not installed; it is in the extra `test`")
 from selenium.webdriver.common.by import By
@@ -86,9 +86,9 @@ def parts(file_name):
 
 
 def ten_trials():
-    trials = [studies.make_trial(index) for index in range(10)]
+    trials = [shown_studies.make_trial(index) for index in range(10)]
     own = [[3, 1], [0, 0], [7, 1], [1, 1], [9, 0], [2, 0], [4, 1], [8, 0], [6, 1], [5, 0]]
-    return studies.make_study(trials, [[[i, 0] for i in range(10)], own], count=4)
+    return shown_studies.make_study(trials, [[[i, 0] for i in range(10)], own], count=4)
 
 
 def test_ten_trials(driver, tmp_path):
@@ -131,14 +131,14 @@ def test_ten_trials(driver, tmp_path):
     run, number, rater_id = parts(name)
     assert (run, number) == ("3", "2")
     assert without_rater(records, rater_id) == lines
-    assert studies.parse_records(rater.one("#lines").get_property("value")) == records
+    assert shown_studies.parse_records(rater.one("#lines").get_property("value")) == records
 
 
 def test_a_finished_number_stays_finished(driver, tmp_path):
     """Catches a second rater id for a number that was rated in this browser, and a last trial that
     cannot be corrected.
     """
-    study = studies.make_study([studies.make_trial(0, ["fidelity"])], [[[0, 0]]])
+    study = shown_studies.make_study([shown_studies.make_trial(0, ["fidelity"])], [[[0, 0]]])
     rater = Rater(driver, tmp_path, study)
     rater.start()
     rater.answer("1", 5)
@@ -155,14 +155,14 @@ def test_a_finished_number_stays_finished(driver, tmp_path):
 
 def mixed_trials(order):
     trials = [
-        studies.make_trial(0, ["caption"], sides=1),
-        studies.make_trial(1, ["fidelity", "alignment"]),
-        studies.make_trial(2, ["fidelity"]),
-        studies.make_trial(3, ["preferred"]),
+        shown_studies.make_trial(0, ["caption"], sides=1),
+        shown_studies.make_trial(1, ["fidelity", "alignment"]),
+        shown_studies.make_trial(2, ["fidelity"]),
+        shown_studies.make_trial(3, ["preferred"]),
     ]
-    two_answers = {"text": "Which one?", "caption": False, "answers": studies.PAIR[::2]}
-    questions = studies.QUESTIONS | {"preferred": two_answers}
-    return studies.make_study(
+    two_answers = {"text": "Which one?", "caption": False, "answers": shown_studies.PAIR[::2]}
+    questions = shown_studies.QUESTIONS | {"preferred": two_answers}
+    return shown_studies.make_study(
         trials, [[[i, 0] for i in range(4)]], order=order, questions=questions
     )
 
@@ -204,8 +204,8 @@ def test_a_broken_picture_can_only_be_skipped(driver, tmp_path):
     """Catches an answer to a trial of which a picture is missing, and a file that contains the
     open trial.
     """
-    trials = [studies.make_trial(index) for index in range(2)]
-    rater = Rater(driver, tmp_path, studies.make_study(trials, [[[0, 0], [1, 0]]], count=4))
+    trials = [shown_studies.make_trial(index) for index in range(2)]
+    rater = Rater(driver, tmp_path, shown_studies.make_study(trials, [[[0, 0], [1, 0]]], count=4))
     (tmp_path / "pictures" / "01_3.png").unlink()
     rater.open("?rater=1")
     rater.press(Keys.ENTER)
@@ -223,7 +223,7 @@ def test_a_broken_picture_can_only_be_skipped(driver, tmp_path):
 
 def test_a_picture_is_loaded_again(driver, tmp_path):
     """Catches a trial that a short failure of the network makes unusable."""
-    study = studies.make_study([studies.make_trial(0, ["fidelity"])], [[[0, 0]]])
+    study = shown_studies.make_study([shown_studies.make_trial(0, ["fidelity"])], [[[0, 0]]])
     rater = Rater(driver, tmp_path, study)
     picture, elsewhere = tmp_path / "pictures" / "00_0.png", tmp_path / "elsewhere.png"
     picture.rename(elsewhere)
@@ -241,7 +241,7 @@ def test_a_picture_is_loaded_again(driver, tmp_path):
 
 def test_answers_wait_for_the_pictures(driver, tmp_path):
     """Catches an answer before the pictures are visible, and a time that includes their loading."""
-    study = studies.make_study([studies.make_trial(0, ["fidelity"])], [[[0, 0]]])
+    study = shown_studies.make_study([shown_studies.make_trial(0, ["fidelity"])], [[[0, 0]]])
     rater = Rater(driver, tmp_path, study)
     rater.open("?rater=1")
     # Loading ends when the test says so.
@@ -260,7 +260,7 @@ def test_answers_wait_for_the_pictures(driver, tmp_path):
 
 def test_a_browser_without_storage(driver, tmp_path):
     """Catches a page that fails without localStorage, or says nothing."""
-    study = studies.make_study([studies.make_trial(0, ["fidelity"])], [[[0, 0]]])
+    study = shown_studies.make_study([shown_studies.make_trial(0, ["fidelity"])], [[[0, 0]]])
     rater = Rater(driver, tmp_path, study)
     rater.open()
     assert not rater.one("#notice").is_displayed()
@@ -279,8 +279,8 @@ def test_a_browser_without_storage(driver, tmp_path):
 
 def test_two_tabs_of_one_number(driver, tmp_path):
     """Catches a tab that overwrites the answers of another one."""
-    trials = [studies.make_trial(index, ["fidelity"]) for index in range(3)]
-    rater = Rater(driver, tmp_path, studies.make_study(trials, [[[i, 0] for i in range(3)]]))
+    trials = [shown_studies.make_trial(index, ["fidelity"]) for index in range(3)]
+    rater = Rater(driver, tmp_path, shown_studies.make_study(trials, [[[i, 0] for i in range(3)]]))
     rater.start()
     first = driver.current_window_handle
     driver.switch_to.new_window("tab")
@@ -296,7 +296,7 @@ def test_two_tabs_of_one_number(driver, tmp_path):
 
 def test_zoom_shows_the_same_picture_of_both_sides(driver, tmp_path):
     """Catches a zoom of one side, of different pictures or sizes, and an answer during the zoom."""
-    study = studies.make_study([studies.make_trial(0)], [[[0, 1]]], count=4)
+    study = shown_studies.make_study([shown_studies.make_trial(0)], [[[0, 1]]], count=4)
     rater = Rater(driver, tmp_path, study)
     rater.start()
     sources = lambda: [
@@ -341,9 +341,9 @@ def test_layout(driver, tmp_path, size, count, wide, narrow):
     """Catches sides of different sizes, a page larger than the window, and pictures or answers that
     move when the caption appears or at the next trial.
     """
-    long = studies.CAPTION + ", which stands on a table beside a window"
-    trials = [studies.make_trial(0), studies.make_trial(1, caption=long)]
-    rater = Rater(driver, tmp_path, studies.make_study(trials, [[[0, 0], [1, 0]]], count=count))
+    long = shown_studies.CAPTION + ", which stands on a table beside a window"
+    trials = [shown_studies.make_trial(0), shown_studies.make_trial(1, caption=long)]
+    rater = Rater(driver, tmp_path, shown_studies.make_study(trials, [[[0, 0], [1, 0]]], count=count))
     rater.resize(*size)
     try:
         rater.open()
