@@ -79,6 +79,7 @@ setup(
             "pytest>=8.3",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.6",
+            "selenium>=4.30",  # with Debian's chromium and chromium-driver, else its tests skip
         ],
         "lint": ["ruff==0.17.6"],  # versions format differently
         "parity": ["torch==2.13.0"],  # and torch-fidelity, see the Makefile

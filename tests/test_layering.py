@@ -244,8 +244,8 @@ def test_importing_needs_no_network():
 
 def test_rating_needs_neither_networks_nor_training():
     """Catches a rating page that imports jax: whoever rates pictures may not have it."""
-    modules = [f"imagen_jax.evals.rating.{path.stem}" for path in sources("imagen_jax/evals/rating")]
-    names = [name for name in modules if not name.endswith("__init__")]
+    stems = [path.stem for path in sources("imagen_jax/evals/rating")]
+    names = [f"imagen_jax.evals.rating.{stem}" for stem in stems if stem != "__init__"]
     code = f"import sys, imagen_jax.rate, {', '.join(names)}; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

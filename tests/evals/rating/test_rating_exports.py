@@ -40,7 +40,7 @@ def test_whole_files_count_completely(study, tmp_path):
 def test_nothing_counts_twice(study, tmp_path):
     """Catches a copy of a file, a file saved half-way, and the same path given twice."""
     key, filled = study
-    (rater, lines), _ = filled.items()
+    lines = next(iter(filled.values()))
     half = [line | {"records": 5} for line in lines[:5]]
     paths = [
         write(tmp_path, name, rows) for name, rows in (("a", half), ("b", lines), ("c", lines))
