@@ -119,6 +119,11 @@ def make(arguments: Sequence[str]) -> int:
     texts = texts_of(args.consent, args.warning)
     study.check_names([name for name, _ in named], texts)
     protocol = PROTOCOLS[args.protocol]
+    if len(named) + protocol.with_reference < 2:
+        given = "--pictures NAME=PATH" + (
+            "" if protocol.with_reference else " twice, or more often"
+        )
+        raise ValueError(f"a comparison needs two systems: give {given}")
     suite = load_suite()
     items = suite_items.items_of(suite)
     settings = settings_of(args, protocol)
@@ -191,6 +196,11 @@ def new_directory(path: str | None) -> Path:
     check_local("--output", path)
     cli.check_directory("output", path)
     output = Path(path)
+    if output.is_symlink() or not output.name:
+        raise ValueError(
+            f"--output {path} is a link or the current directory, which cannot be replaced by a"
+            " finished one: give a new directory"
+        )
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"--output {path} is not empty: give another directory")
     return output

@@ -273,7 +273,7 @@ def _check(row: Any, key: Key) -> Rating:
     if row["trial"] not in schedules[row["number"] - 1]:
         raise ValueError("a trial that its rater was not shown")
     sides = [row["left"], *([row["right"]] if row.get("right") is not None else [])]
-    if not all(isinstance(side, str) for side in sides) or sorted(sides) != sorted(trial["sets"]):
+    if sorted(map(str, sides)) != sorted(trial["sets"]):
         raise ValueError("sets that its trial has not")
     _check_answers(row, trial["questions"])
     return Rating(

@@ -144,7 +144,6 @@ DAMAGES = {
         {"skipped": True, "answers": {}, "ms": {"fidelity": None}},
         "a response time that is no number",
     ),
-    "an object as a side": ({"right": {}}, "sets that its trial has not"),
     "an object as a time": ({"ms": {"fidelity": {}}}, "a response time that is no number"),
 }
 
