@@ -119,6 +119,11 @@ def make(arguments: Sequence[str]) -> int:
     texts = texts_of(args.consent, args.warning)
     study.check_names([name for name, _ in named], texts)
     protocol = PROTOCOLS[args.protocol]
+    if len(named) + protocol.with_reference < 2:
+        given = "--pictures NAME=PATH" + (
+            "" if protocol.with_reference else " twice, or more often"
+        )
+        raise ValueError(f"a comparison needs two systems: give {given}")
     suite = load_suite()
     items = suite_items.items_of(suite)
     settings = settings_of(args, protocol)
@@ -151,7 +156,9 @@ def settings_of(args, protocol):
     except ValueError as error:
         raise ValueError(f"--seed {args.seed} is not hexadecimal: copy it from a key") from error
     if not 0 <= seed < 1 << SEED_BITS:
-        raise ValueError(f"--seed {args.seed} has more than {SEED_BITS} bits: copy it from a key")
+        raise ValueError(
+            f"--seed {args.seed} is negative or has more than {SEED_BITS} bits: copy it from a key"
+        )
     return Settings(
         protocol=args.protocol,
         per_side=int(args.per_side) if args.per_side else protocol.per_side,
@@ -191,6 +198,11 @@ def new_directory(path: str | None) -> Path:
     check_local("--output", path)
     cli.check_directory("output", path)
     output = Path(path)
+    if output.is_symlink() or not output.name:
+        raise ValueError(
+            f"--output {path} is a link or the current directory, which cannot be replaced by a"
+            " finished one: give a new directory"
+        )
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"--output {path} is not empty: give another directory")
     return output

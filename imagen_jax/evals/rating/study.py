@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from imagen_jax.evals.rating import page, preparing
-from imagen_jax.evals.rating.design import Item, Run, Settings, make_runs, pairs_of
+from imagen_jax.evals.rating.design import REGULAR, Item, Run, Settings, make_runs, pairs_of
 from imagen_jax.evals.rating.preparing import Checked
 from imagen_jax.evals.rating.protocols import PROTOCOLS, QUESTIONS, REFERENCE
 from imagen_jax.evals.rating.system_pictures import SystemPictures
-from imagen_jax.storage import whole_directory, write_atomically, write_json
+from imagen_jax.storage import sha256_file, whole_directory, write_atomically, write_json
 
 MOST_EMBEDDED = 200 << 20  # bytes of pictures inside one page
 FORMAT = 1  # of keys
@@ -58,9 +58,9 @@ def check_names(names: Sequence[str], texts: Texts) -> None:
     manifest = _manifest(Run(1, "", "", [], [[]]), {}, {}, "together", texts) | {"study": "0" * 64}
     words = page.render(manifest).decode()
     for name in names:
-        if not _NAME.fullmatch(name) or name == REFERENCE:
+        if not _NAME.fullmatch(name) or not name.isprintable() or name == REFERENCE:
             raise ValueError(
-                f"{name!r} cannot name a system: give letters and digits, not {REFERENCE!r}"
+                f"{name!a} cannot name a system: give letters and digits, not {REFERENCE!r}"
             )
         if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", words, re.IGNORECASE):
             raise ValueError(
@@ -83,6 +83,8 @@ def make(
     record: JSON about the prompts and the program, for the key. single_file: pages contain their
     pictures.
     """
+    if not checked.items:
+        raise ValueError("no prompt is left: complete the pictures of all systems")
     runs = make_runs(checked.items, [system.name for system in systems], settings)
     with whole_directory(output, "making a study in") as work:
         pictures = work / STUDY / PICTURES
@@ -107,13 +109,17 @@ def _write_pages(
     work: Path,
     single_file: bool,
 ) -> str:
-    """Writes the page of every run. Returns the SHA-256 of their manifests."""
+    """Writes the page of every run. Returns the SHA-256 of their manifests and of all pictures.
+
+    Pictures count because ratings of other pictures, by a study with the same seed, must not.
+    """
     captions = {item.id: item.text for item in items}
     names = preparing.file_names(runs, settings)
     paths = {token: [f"{PICTURES}/{name}" for name in files] for token, files in names.items()}
     manifests = [_manifest(run, captions, paths, settings.order, texts) for run in runs]
-    content = json.dumps(manifests, sort_keys=True, ensure_ascii=False).encode()
-    study = hashlib.sha256(content).hexdigest()
+    sums = {file.name: sha256_file(file) for file in (work / STUDY / PICTURES).iterdir()}
+    content = json.dumps([manifests, sums], sort_keys=True)
+    study = hashlib.sha256(content.encode()).hexdigest()
     for run, manifest in zip(runs, manifests):
         if single_file:
             manifest = manifest | {"pictures": _embed(work / STUDY, manifest["pictures"])}
@@ -237,17 +243,26 @@ def describe(runs: Sequence[Run], items: int, systems: Sequence[str], settings: 
         f"{items:,} prompts, {len(runs)} runs with {raters:,} raters in all,"
         f" {min(trials)} to {max(trials)} trials each"
     ]
+    seen = {(run.number, i) for run in runs for rater in run.schedules for i, _ in rater}
+    regular = {
+        (run.number, i) for run in runs for i, t in enumerate(run.trials) if t.kind == REGULAR
+    }
+    if unseen := len(regular - seen):
+        lines.append(
+            f"{unseen:,} of {len(regular):,} trials are shown to nobody: give more --raters, or"
+            " larger blocks"
+        )
     for part, questions in PROTOCOLS[settings.protocol].parts.items():
         if not QUESTIONS[questions[0]].is_pair:
             continue
-        regular = sum(
-            run.trials[index].kind == "regular"
+        shown = sum(
+            run.trials[index].kind == REGULAR
             for run in runs
             if run.part == part
             for rater in run.schedules
             for index, _ in rater
         )
-        votes = regular / len(pairs_of(systems, settings.pairs))
+        votes = shown / len(pairs_of(systems, settings.pairs))
         effect = 1 + max(votes / items - 1, 0) * INTRA_PROMPT
         half = [196 * math.sqrt(0.25 * factor / votes) for factor in (1, effect)]
         lines.append(
