@@ -61,15 +61,11 @@ UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 
 
 def run(
-    define_flags: Callable[[], None],
-    main: Callable[..., int | None],
-    argv: Sequence[str] | None = None,
-    files: bool = False,
+    define_flags: Callable[[], None], main: Callable[..., int | None], files: bool = False
 ) -> None:
     """Parses the flags of `define_flags`, calls `main` and exits with its return value (None: 0).
 
-    argv: the name of the command and its arguments, by default those of the process. files: `main`
-    takes the list of the arguments that are not flags; otherwise they are an error.
+    files: `main` takes the list of the arguments that are not flags; otherwise they are an error.
 
     Flags are global and commands share flag names, so each command defines its flags when it runs,
     not when it is imported. `guard` handles errors.
@@ -88,7 +84,7 @@ def run(
             return fail(f"unexpected argument {argv[1]!r}; options start with --, see --help")
         return guard(main)
 
-    app.run(guarded, argv=None if argv is None else list(argv), flags_parser=parse)
+    app.run(guarded, flags_parser=parse)
 
 
 def guard(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:

@@ -256,17 +256,18 @@ VERBS = {
 }
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Runs the command that the first argument names."""
-    verb = argv[1] if len(argv) > 1 else ""
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
     if verb in ("-h", "--help", "--helpshort", "--helpfull"):
         print(__doc__.strip(), "\n\n`rate make --help` and so on list the flags.")
         sys.exit(0)
     if verb not in VERBS:
         sys.exit(cli.fail(f"{verb!r} is none of {', '.join(VERBS)}: see --help"))
     cli.log_to_stderr()
-    cli.run(*VERBS[verb], argv=[argv[0], *argv[2:]], files=True)
+    del sys.argv[1]
+    cli.run(*VERBS[verb], files=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    main()

@@ -180,7 +180,13 @@ def test_small_variant_builds(name, arg):
     assert count(parameters(module(name).get_config(arg))) < (16e6 if arg == "demo" else 3e5)
 
 
-@pytest.mark.parametrize("name, arg", COUNTS)
+@pytest.mark.parametrize(
+    "name, arg",
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if "width" in case[1] else [])
+        for case in COUNTS
+    ],
+)
 def test_parameter_count_is_the_stated_one(name, arg):
     """Wrong: an edit of a network or config that changes the paper's sizes unnoticed, or a
     docstring that states another.

@@ -299,7 +299,7 @@ def test_the_commands_are_those_there_are():
     """Catches a command that launch does not know, and a module that is not a command."""
     from tests.test_layering import COMMANDS
 
-    assert set(jobs.COMMANDS) == COMMANDS
+    assert set(jobs.COMMANDS) == COMMANDS - {"rate"}  # it runs on the machine of its user
 
 
 @pytest.mark.parametrize(

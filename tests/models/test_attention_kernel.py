@@ -34,7 +34,12 @@ def grouped(kv, valid):
 
 @pytest.mark.parametrize(
     "n, image_keys, text_keys, heads, channels",
-    [(64, 64, 20, 4, 64), (2 * QUERIES, 128, 128, 1, 128), (16, 40, 7, 8, 32), (32, 32, 0, 2, 64)],
+    [
+        pytest.param(64, 64, 20, 4, 64, marks=pytest.mark.slow),
+        (2 * QUERIES, 128, 128, 1, 128),
+        (16, 40, 7, 8, 32),
+        (32, 32, 0, 2, 64),
+    ],
     ids=["two heads a vector, padded text", "two blocks of queries", "padded pixels", "no text"],
 )
 def test_kernel_is_attend(n, image_keys, text_keys, heads, channels):

@@ -15,7 +15,9 @@ from tests import tiny
 NAMES = ("base_64", "sr_256", "sr_1024")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["base_64", "sr_256", pytest.param("sr_1024", marks=pytest.mark.slow)]
+)
 def test_blocks_are_the_whole_network(name):
     """Catches a module in no block or in two, equal blocks counted once, and FLOPs that do not add
     up to those of the loss.

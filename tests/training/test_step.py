@@ -143,8 +143,15 @@ def test_learning_rate():
         optim.learning_rate(settings | {"decay": "cosine"}, 10)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adafactor"])
-@pytest.mark.parametrize("name", ["base_64", "sr_256"])
+@pytest.mark.parametrize(
+    "optimizer, name",
+    [
+        ("adam", "sr_256"),
+        ("adafactor", "base_64"),
+        pytest.param("adam", "base_64", marks=pytest.mark.slow),
+        pytest.param("adafactor", "sr_256", marks=pytest.mark.slow),
+    ],
+)
 def test_weight_decay_acts_on_kernels_only(optimizer, name):
     """Catches decay of norms' scales, biases or the learned query, and kernels without decay."""
     config = tiny.config(name, optim__optimizer=optimizer, optim__weight_decay=0.5, optim__warmup=0)
