@@ -34,19 +34,28 @@ def define_make_flags() -> None:
 
     define_suite_flags()
     flags.DEFINE_multi_string(
-        "pictures", [], "NAME=PATH of a system: a folder, or a set of `sample` or `evaluate`"
+        "pictures", [], "NAME=PATH per system: a folder, or output of `sample` or `evaluate`"
     )
-    flags.DEFINE_string("output", None, "directory of the study, which must not exist")
-    flags.DEFINE_enum("protocol", "drawbench", list(PROTOCOLS), "the questions; coco: Imagen's")
+    flags.DEFINE_string("output", None, "directory of the study; new or empty")
     flags.DEFINE_enum(
-        "per_side", "", ["", *map(str, PER_SIDE)], "pictures of a set; default 8, of coco 1"
+        "protocol",
+        "drawbench",
+        list(PROTOCOLS),
+        "drawbench: set against set; coco: picture against reference photograph",
     )
-    flags.DEFINE_integer("raters", 25, "raters of each run", lower_bound=1)
+    flags.DEFINE_enum(
+        "per_side", "", ["", *map(str, PER_SIDE)], "pictures per set; default 8, protocol coco 1"
+    )
+    flags.DEFINE_integer("raters", 25, "raters per run", lower_bound=1)
     flags.DEFINE_integer(
-        "block", None, "trials of a rater; default: all of a run, of coco 50", lower_bound=0
+        "block",
+        None,
+        "trials per rater, control trials not counted; 0: all of the run; default 0, protocol"
+        " coco 50",
+        lower_bound=0,
     )
-    flags.DEFINE_integer("controls", 2, "control trials of each kind per rater", lower_bound=0)
-    flags.DEFINE_boolean("by_category", True, "a run with raters of its own for each category")
+    flags.DEFINE_integer("controls", 2, "control trials per kind and rater", lower_bound=0)
+    flags.DEFINE_boolean("by_category", True, "one run, with its own raters, per category")
     flags.DEFINE_enum("pairs", "all", list(PAIRINGS), "compare all pairs, or the first with each")
     flags.DEFINE_enum(
         "order",
@@ -56,13 +65,18 @@ def define_make_flags() -> None:
         " with the caption, as in the paper",
     )
     flags.DEFINE_integer(
-        "size", 0, "height of all pictures in pixels, bicubic; 0: they must agree", lower_bound=0
+        "size",
+        0,
+        "height in pixels to which all pictures are scaled, bicubic; 0: sizes must be equal",
+        lower_bound=0,
     )
-    flags.DEFINE_boolean("leave_out", False, "leave out prompts without enough usable pictures")
-    flags.DEFINE_boolean("single_file", False, "one HTML file per run, with its pictures inside")
+    flags.DEFINE_boolean(
+        "leave_out", False, "leave out prompts with missing, damaged or unequal pictures"
+    )
+    flags.DEFINE_boolean("single_file", False, "one HTML file per run that contains its pictures")
     flags.DEFINE_string("consent", "", "text file with your own consent text")
     flags.DEFINE_string("warning", None, "content warning; empty: none")
-    flags.DEFINE_string("seed", "", "hexadecimal, secret, from an earlier key; default: random")
+    flags.DEFINE_string("seed", "", "the hexadecimal seed of an earlier key; default: random")
 
 
 def define_suite_flags() -> None:
@@ -70,7 +84,10 @@ def define_suite_flags() -> None:
     flags.DEFINE_string("suite", "", "prompts: drawbench, coco, partiprompts, embedded ...")
     flags.DEFINE_string("suite_file", "", "the suite's list of prompts; embedded needs none")
     flags.DEFINE_integer(
-        "prompts", 0, "number of prompts, drawn by --draw_seed; 0: all, of coco 200", lower_bound=0
+        "prompts",
+        0,
+        "prompts to draw with --draw_seed; 0: all, suite coco 200",
+        lower_bound=0,
     )
     flags.DEFINE_integer("draw_seed", 0, "seed of the draw of prompts", lower_bound=0)
     flags.DEFINE_string("images", "", "folder of the reference images, for the protocol coco")
@@ -86,9 +103,14 @@ def define_analyse_flags() -> None:
 def define_export_flags() -> None:
     """The flags of `export`."""
     define_suite_flags()
-    flags.DEFINE_string("pictures", None, "a folder, or a set of `sample` or `evaluate`")
-    flags.DEFINE_string("output", None, "directory to write, which must not exist")
-    flags.DEFINE_enum("layout", "manifest", ["manifest", "geneval"], "of the written files")
+    flags.DEFINE_string("pictures", None, "a folder, or output of `sample` or `evaluate`")
+    flags.DEFINE_string("output", None, "directory to write; new or empty")
+    flags.DEFINE_enum(
+        "layout",
+        "manifest",
+        ["manifest", "geneval"],
+        "manifest: PNG files and manifest.jsonl; geneval: the folders that its scorer reads",
+    )
 
 
 COCO_PAIRS = 200  # of Imagen's section 3
@@ -129,16 +151,19 @@ def make(arguments: Sequence[str]) -> int:
         log.warning("%s", note)
     checked = preparing.check(items, systems, settings.per_side, args.size)
     if checked.left_out:
-        told = f"{len(checked.left_out):,} of {len(items):,} prompts: {checked.explain()}"
+        share = f"{len(checked.left_out):,} of {len(items):,} prompts"
         if not args.leave_out:
-            raise ValueError(f"{told}; complete the pictures, or leave them out with --leave_out")
-        log.warning("left out %s", told)
+            raise ValueError(
+                f"{share} cannot be compared: {checked.explain()}; complete the pictures, give"
+                " another --per_side or --size, or leave these prompts out with --leave_out"
+            )
+        log.warning("left out %s: %s", share, checked.explain())
     record = {"suite": suite.identity}
     runs = study.make(output, systems, checked, settings, texts, record, args.single_file)
     names = [system.name for system in systems]
     print(study.describe(runs, len(checked.items), names, settings))
-    print(f"for the raters: {output / study.STUDY}; pages by rater: {output / study.HANDOUT}")
-    print(f"for you alone: {output / study.KEY}")
+    print(f"for the raters: {output / study.STUDY}")
+    print(f"for you: {output / study.HANDOUT} (which page for whom), {output / study.KEY} (secret)")
     return 0
 
 
@@ -263,7 +288,8 @@ def main() -> None:
         print(__doc__.strip(), "\n\n`rate make --help` and so on list the flags.")
         sys.exit(0)
     if verb not in VERBS:
-        sys.exit(cli.fail(f"{verb!r} is none of {', '.join(VERBS)}: see --help"))
+        problem = f"{verb!r} is none of" if verb else "the first argument must be one of"
+        sys.exit(cli.fail(f"{problem} {', '.join(VERBS)}: see --help"))
     cli.log_to_stderr()
     del sys.argv[1]
     cli.run(*VERBS[verb], files=True)

@@ -110,7 +110,7 @@ def make_runs(items: Sequence[Item], systems: Sequence[str], settings: Settings)
     Raises ValueError for fewer than two systems or prompts.
     """
     if len(systems) < 2:
-        raise ValueError("a comparison needs two systems: give --pictures NAME=DIRECTORY twice")
+        raise ValueError("a comparison needs two systems: give --pictures NAME=PATH for each")
     if len(items) < 2 and settings.controls:
         raise ValueError("control trials need two prompts: give more prompts, or --controls 0")
     categories = dict.fromkeys(item.category for item in items)

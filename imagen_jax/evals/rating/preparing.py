@@ -107,7 +107,7 @@ def _difference(systems: Sequence[SystemPictures], found: Sequence[Shapes], size
         f"{system.name} has {' and '.join(f'{w}x{h}' for h, w in shapes)}"
         for system, shapes in zip(systems, found)
     ]
-    remedy = "the shapes differ" if size else "--size brings all pictures to one height"
+    remedy = "crop them to one aspect ratio" if size else "--size scales all to one height"
     return f"{', '.join(told)} ({remedy})"
 
 
@@ -118,7 +118,7 @@ def read_picture(path: Path, sha256: str | None = None) -> UInt8[np.ndarray, "_ 
     """
     content = path.read_bytes()
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError("it is not the picture that its manifest lists")
+        raise ValueError("its SHA-256 is not the one in the manifest")
     return np.asarray(upright(content)[0])
 
 

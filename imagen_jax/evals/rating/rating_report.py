@@ -22,19 +22,17 @@ def text(result: Mapping[str, Any]) -> str:
 
 
 def _lines(result: Mapping[str, Any]) -> Iterator[str]:
-    controls = result["controls"]
     yield (
         f"study {result['study'][:12]}: {result['trials']:,} trials in {result['files']:,} files,"
         f" {result['skipped']:,} of them skipped"
     )
     for problem in result["problems"]:
         yield f"  note: {problem}"
-    yield (
-        f"control trials: {_percent(controls['right'])} right; repeats answered alike:"
-        f" {_percent(controls['same_on_repeat'])}; {controls['kept']} of"
-        f" {controls['raters']} raters have at least {controls['threshold']:.0%} right"
-    )
-    for label, name in (("all raters", "all_raters"), ("raters who pass the controls", "filtered")):
+    yield from _control_lines(result["controls"])
+    for label, name in (
+        ("all raters", "all_raters"),
+        ("raters who pass", "filtered"),
+    ):
         for question, found in result[name].items():
             yield ""
             yield f"{question}, {label}"
@@ -44,10 +42,23 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
                 yield from _score_lines(found)
 
 
+def _control_lines(controls: Mapping[str, Any]) -> Iterator[str]:
+    unchecked = controls["without_controls"]
+    yield (
+        f"right answers to control trials: {_percent(controls['right'])}; same answers to repeats:"
+        f" {_percent(controls['same_on_repeat'])}"
+    )
+    yield (
+        f"{controls['kept']} of {controls['raters']} raters pass: at least"
+        f" {100 * controls['threshold']:.0f} % right"
+        f"{f', or no control trials ({unchecked})' if unchecked else ''}"
+    )
+
+
 def _percent(found: Mapping[str, Any] | None) -> str:
     """A rate with its interval in percent."""
     if found is None:
-        return "none asked"
+        return "no data"
     return f"{100 * found['rate']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
 
 
@@ -73,7 +84,7 @@ def _pair_lines(found: Mapping[str, Any], with_categories: bool) -> Iterator[str
                     f"      {name:<22} {_percent(rates['first'])} against"
                     f" {_percent(rates['second'])}"
                 )
-    yield f"  answers for the left side: {_percent(found['side_bias'])}; {_alpha(found)}"
+    yield f"  left side preferred: {_percent(found['side_bias'])}; {_alpha(found)}"
     yield from _strength_lines(found.get("strengths"))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from imagen_jax.evals.rating import page, preparing
-from imagen_jax.evals.rating.design import Item, Run, Settings, make_runs, pairs_of
+from imagen_jax.evals.rating.design import REGULAR, Item, Run, Settings, make_runs, pairs_of
 from imagen_jax.evals.rating.preparing import Checked
 from imagen_jax.evals.rating.protocols import PROTOCOLS, QUESTIONS, REFERENCE
 from imagen_jax.evals.rating.system_pictures import SystemPictures
@@ -60,12 +60,13 @@ def check_names(names: Sequence[str], texts: Texts) -> None:
     for name in names:
         if not _NAME.fullmatch(name) or name == REFERENCE:
             raise ValueError(
-                f"{name!r} cannot name a system: give letters and digits, not {REFERENCE!r}"
+                f"{name!r} cannot be the name of a system: use letters and digits;"
+                f" {REFERENCE!r} is reserved"
             )
         if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", words, re.IGNORECASE):
             raise ValueError(
-                f"the page itself has the word {name!r}, so raters could not be kept from seeing"
-                " it: give the system another name"
+                f"the page itself has the word {name!r}, so a search cannot show that the page is"
+                " blind: give the system another name"
             )
 
 
@@ -230,29 +231,32 @@ def _write_handout(path: Path, runs: Sequence[Run]) -> None:
 
 
 def describe(runs: Sequence[Run], items: int, systems: Sequence[str], settings: Settings) -> str:
-    """The size of a study, and the error to expect, in a few lines."""
-    raters = sum(len(run.schedules) for run in runs)
+    """The size of a study, and the interval to expect of a rate, in a few lines."""
     trials = [len(rater) for run in runs for rater in run.schedules]
+    span = " to ".join(map(str, sorted({min(trials), max(trials)})))
     lines = [
-        f"{items:,} prompts, {len(runs)} runs with {raters:,} raters in all,"
-        f" {min(trials)} to {max(trials)} trials each"
+        f"prompts: {items:,}; runs: {len(runs)}; raters: {len(trials):,}; trials per rater: {span}"
     ]
     for part, questions in PROTOCOLS[settings.protocol].parts.items():
-        if not QUESTIONS[questions[0]].is_pair:
-            continue
-        regular = sum(
-            run.trials[index].kind == "regular"
-            for run in runs
-            if run.part == part
-            for rater in run.schedules
-            for index, _ in rater
-        )
-        votes = regular / len(pairs_of(systems, settings.pairs))
-        effect = 1 + max(votes / items - 1, 0) * INTRA_PROMPT
-        half = [196 * math.sqrt(0.25 * factor / votes) for factor in (1, effect)]
-        lines.append(
-            f"{', '.join(questions)}: {votes:,.0f} votes per pair of systems; a rate of 50 % has an"
-            f" interval of about +-{half[1]:.1f} points if votes on a prompt correlate by"
-            f" {INTRA_PROMPT:g} (+-{half[0]:.1f} if they were independent)"
-        )
+        if QUESTIONS[questions[0]].is_pair:
+            pairs = pairs_of(systems, settings.pairs)
+            votes = sum(_regular_votes(run) for run in runs if run.part == part) / len(pairs)
+            lines.append(f"{' and '.join(questions)}: {_expected_interval(votes, items)}")
     return "\n".join(lines)
+
+
+def _regular_votes(run: Run) -> int:
+    """The votes of all raters on each question, without control trials."""
+    kinds = [trial.kind for trial in run.trials]
+    return sum(kinds[index] == REGULAR for rater in run.schedules for index, _ in rater)
+
+
+def _expected_interval(votes: float, items: int) -> str:
+    """The half-width of the 95 % interval of a rate of 50 %, for correlated votes on a prompt."""
+    design_effect = 1 + max(votes / items - 1, 0) * INTRA_PROMPT
+    independent = 196 * math.sqrt(0.25 / votes)
+    return (
+        f"{votes:,.0f} votes per pair of systems; a rate of 50 % will have a 95 % interval of about"
+        f" +-{independent * math.sqrt(design_effect):.1f} points if votes on the same prompt have a"
+        f" correlation of {INTRA_PROMPT:g} (+-{independent:.1f} points if they are independent)"
+    )

@@ -74,8 +74,8 @@ def of_reference(name: str, suite: Suite) -> SystemPictures:
     missing = [prompt.id for prompt in suite.prompts if not prompt.image]
     if missing:
         raise ValueError(
-            f"{len(missing):,} prompts of the suite {suite.name} have no reference image: give"
-            " --images with the folder of all of them"
+            f"{len(missing):,} prompts of the suite {suite.name} have no reference image: use a"
+            " suite that names images, such as coco, and give their folder with --images"
         )
     folder = Path(suite.images)
     files = {prompt.id: [folder / prompt.image] for prompt in suite.prompts}
@@ -88,7 +88,7 @@ def _only_manifest(folder: Path, firsts: Sequence[int]) -> Path:
         raise ValueError(f"{folder} has {len(paths)} sets of pictures: give one, as {paths[0]}")
     if not paths[0].is_file():
         raise ValueError(
-            f"the set of pictures in {folder} is not complete: run the command that draws it again"
+            f"the set of pictures in {folder} is not complete: run the command that made it again"
         )
     return paths[0]
 
@@ -96,7 +96,7 @@ def _only_manifest(folder: Path, firsts: Sequence[int]) -> Path:
 def _from_set(name: str, manifest: Path, items: Sequence[Item]) -> SystemPictures:
     """Rows of a prompt that the suite has several times are shared out among its ids in order."""
     if not (manifest.suffix == ".jsonl" and manifest.is_file()):
-        raise ValueError(f"--pictures {name}={manifest} is no manifest, such as set_0000.jsonl")
+        raise ValueError(f"--pictures {name}={manifest} is not a manifest such as set_0000.jsonl")
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for row in picture_set.manifest_rows(manifest):
         rows.setdefault(clean(row["prompt"])[0], []).append(row)
@@ -153,8 +153,8 @@ def _from_folder(name: str, directory: Path, items: Sequence[Item]) -> SystemPic
             others.add(first)
     if not files:
         raise ValueError(
-            f"--pictures {name}={directory} has no picture named by a prompt's id, as 17.png or"
-            f" 17/0.png ({', '.join(SUFFIXES)}), and no set of pictures: give another folder"
+            f"--pictures {name}={directory} has no picture named by a prompt's id, such as 17.png"
+            f" or 17/0.png ({', '.join(SUFFIXES)}), and no set of pictures: give another folder"
         )
     return SystemPictures(name, files, {}, {"folder": str(directory)}, _left_out(name, others))
 
@@ -176,7 +176,7 @@ def _left_out(name: str, others: set) -> list[str]:
     if not others:
         return []
     return [
-        f"{name}: {len(others):,} of its prompts or names are not in the suite and are left out:"
+        f"{name}: {len(others):,} prompts or file names are not in the suite and are left out:"
         f" {named(sorted(others))}"
     ]
 

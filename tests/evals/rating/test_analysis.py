@@ -114,7 +114,7 @@ def test_reports_and_figures(tmp_path):
     """Catches a report that lacks a number, a figure that fails, and JSON with NaN."""
     _, result = result_of(World({"zebra": 1.0}), tmp_path)
     text = rating_report.text(result)
-    assert "fidelity, all raters" in text and "alignment, raters who pass the controls" in text
+    assert "fidelity, all raters" in text and "alignment, raters who pass" in text
     rate = overall(result)["rates"]["first"]["rate"]
     assert f"{100 * rate:.1f} %" in text
     files = rating_report.write(result, tmp_path / "result")
