@@ -24,6 +24,7 @@ from absl import flags
 from imagen_jax import cli
 from imagen_jax.storage import check_local
 
+COCO_PAIRS = 200  # of Imagen's section 3
 log = logging.getLogger("imagen_jax.rate")
 
 
@@ -113,9 +114,6 @@ def define_export_flags() -> None:
     )
 
 
-COCO_PAIRS = 200  # of Imagen's section 3
-
-
 def load_suite():
     """The suite of the flags. Raises ValueError if it cannot be read."""
     from imagen_jax.evals import suites
@@ -129,22 +127,21 @@ def load_suite():
     )
 
 
-def make(arguments: Sequence[str]) -> int:
-    """`rate make`."""
+def make() -> int:
+    """`rate make`: writes the pages and the key of a study."""
     from imagen_jax.evals.rating import preparing, study, suite_items, system_pictures
     from imagen_jax.evals.rating.protocols import PROTOCOLS, REFERENCE
 
-    no_arguments(arguments)
     args = flags.FLAGS
     output = new_directory(args.output)
-    named = [split(text) for text in args.pictures]
+    sources = [name_and_path(text) for text in args.pictures]
     texts = texts_of(args.consent, args.warning)
-    study.check_names([name for name, _ in named], texts)
+    study.check_names([name for name, _ in sources], texts)
     protocol = PROTOCOLS[args.protocol]
     suite = load_suite()
     items = suite_items.items_of(suite)
     settings = settings_of(args, protocol)
-    systems = [system_pictures.read(name, path, items) for name, path in named]
+    systems = [system_pictures.read(name, path, items) for name, path in sources]
     if protocol.with_reference:
         systems.append(system_pictures.of_reference(REFERENCE, suite))
     for note in (note for system in systems for note in system.notes):
@@ -201,8 +198,8 @@ def texts_of(consent: str, warning: str | None):
     return texts if warning is None else dataclasses.replace(texts, warning=warning)
 
 
-def split(text: str) -> tuple[str, str]:
-    """NAME=PATH. Raises ValueError for anything else."""
+def name_and_path(text: str) -> tuple[str, str]:
+    """The parts of NAME=PATH. Raises ValueError for anything else."""
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise ValueError(f"--pictures {text} must be NAME=PATH, such as ours=eval/cascade")
@@ -210,7 +207,7 @@ def split(text: str) -> tuple[str, str]:
 
 
 def new_directory(path: str | None) -> Path:
-    """--output as a path. Raises ValueError if something is there."""
+    """--output as a path. Raises ValueError if it is not new or empty."""
     if not path:
         raise ValueError("--output DIRECTORY is needed")
     check_local("--output", path)
@@ -221,14 +218,8 @@ def new_directory(path: str | None) -> Path:
     return output
 
 
-def no_arguments(arguments: Sequence[str]) -> None:
-    """Raises ValueError if there are arguments that are not flags."""
-    if arguments:
-        raise ValueError(f"unexpected argument {arguments[0]!r}; options start with --, see --help")
-
-
 def analyse(exports: Sequence[str]) -> int:
-    """`rate analyse`."""
+    """`rate analyse`: reports the results of the files or folders `exports`."""
     from imagen_jax.evals.rating import analysis, rating_exports, rating_report
 
     args = flags.FLAGS
@@ -249,11 +240,10 @@ def analyse(exports: Sequence[str]) -> int:
     return 0
 
 
-def export(arguments: Sequence[str]) -> int:
-    """`rate export`."""
+def export() -> int:
+    """`rate export`: writes the pictures of one system for other scorers."""
     from imagen_jax.evals.rating import picture_exports, suite_items, system_pictures
 
-    no_arguments(arguments)
     args = flags.FLAGS
     output = new_directory(args.output)
     if not args.pictures:
@@ -268,15 +258,16 @@ def export(arguments: Sequence[str]) -> int:
 
 
 class Verb(NamedTuple):
-    """One of the commands."""
+    """One of the commands. positional: `main` takes the list of positional arguments."""
 
     define_flags: Callable[[], None]
-    main: Callable[[Sequence[str]], int]
+    main: Callable[..., int]
+    positional: bool = False
 
 
 VERBS = {
     "make": Verb(define_make_flags, make),
-    "analyse": Verb(define_analyse_flags, analyse),
+    "analyse": Verb(define_analyse_flags, analyse, positional=True),
     "export": Verb(define_export_flags, export),
 }
 
@@ -292,7 +283,7 @@ def main() -> None:
         sys.exit(cli.fail(f"{problem} {', '.join(VERBS)}: see --help"))
     cli.log_to_stderr()
     del sys.argv[1]
-    cli.run(*VERBS[verb], files=True)
+    cli.run(*VERBS[verb])
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key. trials: {name of a trial: its record and its run}."""
+    """The key of a study. runs: {number: its record}. trials: {token: its record, with its run}."""
 
     study: str
     settings: Mapping[str, Any]
@@ -53,7 +53,17 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Rating:
-    """One trial of one rater. right: None for one set."""
+    """The answers of one rater to one trial.
+
+    rater: the random id of the rater.
+    number: of the rater in the run, from 1.
+    trial: the token of the trial.
+    left, right: the tokens of the sets as shown; right is None if there is one set.
+    answers: {question: answer}; empty if the trial was skipped.
+    ms: {question: response time in milliseconds}.
+    skipped: whether the rater skipped the trial.
+    revision: how often the rater has replaced the answers.
+    """
 
     rater: str
     number: int
@@ -68,7 +78,7 @@ class Rating:
 
 @dataclasses.dataclass(frozen=True)
 class Ratings:
-    """The usable lines of all files. problems: what was left out or is unusual, a line each."""
+    """The usable lines of all files. problems: one line for each thing left out or unusual."""
 
     rows: Sequence[Rating]
     problems: Sequence[str]
@@ -110,8 +120,8 @@ def read(paths: Sequence[str], key: Key) -> Ratings:
     found: dict[tuple[str, str], Rating] = {}
     problems, conflicts = [], set()
     for file in files:
-        ratings, told = _read_file(file, key)
-        problems += told
+        ratings, file_problems = _read_file(file, key)
+        problems += file_problems
         repeated = 0
         for rating in ratings:
             place = rating.rater, rating.trial
@@ -242,7 +252,7 @@ def _check_answers(row: Mapping[str, Any], questions: Sequence[str]) -> None:
 
 
 def _doubled_numbers(ratings: Iterable[Rating], key: Key) -> list[str]:
-    """A line for each number that several raters used. They saw the same sides."""
+    """A line for each number that several raters used: they saw the same order and sides."""
     raters: dict[tuple[int, int], set[str]] = {}
     for rating in ratings:
         place = key.trials[rating.trial]["run"], rating.number

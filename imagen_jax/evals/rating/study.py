@@ -31,9 +31,10 @@ FORMAT = 1  # of keys
 VERSION = 1  # of pages and exports
 STUDY, PICTURES, KEY, HANDOUT = "study", "pictures", "key.json", "handout.csv"
 CONSENT = (
-    "You will compare computer-made pictures. Taking part is voluntary, and you can stop at any"
-    " time. Your answers and response times are kept under a random number, without your name or"
-    " any other personal data. They stay in this browser until you send the saved file."
+    "You will judge pictures, some or all of them made by computers. Taking part is voluntary, and"
+    " you can stop at any time. Your answers and response times are kept under a random number,"
+    " without your name or any other personal data. They stay in this browser until you send the"
+    " saved file."
 )
 WARNING = "Some texts and pictures show people, and some may be disturbing or offensive."
 INTRA_PROMPT = 0.2  # assumed correlation of the votes on one prompt, for the expected error
@@ -51,7 +52,7 @@ class Texts:
 def check_names(names: Sequence[str], texts: Texts) -> None:
     """Raises ValueError for names that are repeated, malformed, or words of the page itself.
 
-    Otherwise a search for a name could not show that the study is blind.
+    With such a word, a search for the names in the page could not show that it is blind.
     """
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two systems are called {min(repeated)!r}: give each its own name")
@@ -81,8 +82,7 @@ def make(
 ) -> list[Run]:
     """Writes a study to a new directory, whole or not at all, and returns its runs.
 
-    record: JSON about the prompts and the program, for the key. single_file: pages contain their
-    pictures.
+    record: further fields of the key. single_file: pages contain their pictures.
     """
     runs = make_runs(checked.items, [system.name for system in systems], settings)
     with whole_directory(output, "making a study in") as work:
@@ -108,7 +108,7 @@ def _write_pages(
     work: Path,
     single_file: bool,
 ) -> str:
-    """Writes the page of every run. Returns the SHA-256 of their manifests."""
+    """Writes the page of every run. Returns the SHA-256 of all manifests, the name of the study."""
     captions = {item.id: item.text for item in items}
     names = preparing.file_names(runs, settings)
     paths = {token: [f"{PICTURES}/{name}" for name in files] for token, files in names.items()}
@@ -146,7 +146,8 @@ def _manifest(
     order: str,
     texts: Texts,
 ) -> dict[str, Any]:
-    """What the page of a run knows. Nothing in it says which system a set is from."""
+    """The content of the page of a run. Nothing in it says which system a set is from."""
+    # `check_names` passes a run without trials, to search the words of all questions.
     asked = {name for trial in run.trials for name in trial.questions} or set(QUESTIONS)
     trials = [
         {
@@ -173,7 +174,7 @@ def _manifest(
 
 
 def page_name(run: Run, runs: int) -> str:
-    """The file of a run."""
+    """The file name of the page of a run."""
     return "index.html" if runs == 1 else f"run_{run.number:02d}.html"
 
 

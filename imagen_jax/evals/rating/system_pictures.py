@@ -2,11 +2,12 @@
 
 A plain folder names the prompts by their ids in the suite:
 
-    17.png, 17_0.png, 17_1.png ...   pictures of the prompt 17; zeros before the number are ignored
-    17/*.png, 00017/samples/*.png    the same, in folders (GenEval's layout is the second)
+    17.png, 17_0.png, 17_1.png ...   pictures of prompt 17; leading zeros are ignored
+    17/*.png, 00017/samples/*.png    the same in folders; the second is GenEval's layout
     manifest.jsonl                   lines {"prompt_id": 17, "file": ...}, as `rate export` writes
 
-Pictures of a prompt are taken in the order of rows, of lines, or of names, numbers by value.
+The pictures of a prompt are in the order of the set, of the manifest's lines, or of the file names;
+numbers in names are compared by value.
 """
 
 import dataclasses
@@ -25,18 +26,17 @@ from imagen_jax.storage import check_local, check_object, sha256_file
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 MANIFEST = "manifest.jsonl"
 SETS = "pictures"  # of an evaluation's output: the folder of its set
-_NAMED = 5  # prompts that a message lists
+_LISTED = 5  # values that a message lists
 _STEM = re.compile(r"(\d+)(?:[_-].*)?")
 _LINE_FIELDS = {"prompt_id": int, "file": str}
-_AGAIN = "write the manifest again"
 
 
 @dataclasses.dataclass(frozen=True)
 class SystemPictures:
     """The pictures of a system.
 
-    files: {prompt id: files}. sha256: of the files that a manifest lists. origin: for the key.
-    notes: what was left out, one line each.
+    files: {prompt id: its files}. sha256: {file: its hash in a manifest}. origin: where they come
+    from, for the key. notes: one line for each kind of thing that was left out.
     """
 
     name: str
@@ -47,12 +47,11 @@ class SystemPictures:
 
 
 def read(name: str, source: str, items: Sequence[Item]) -> SystemPictures:
-    """Lists the pictures of a system; opens none.
+    """Lists the pictures of a system without opening them.
 
     source: a folder, the output of `sample` or `evaluate --cascade`, or the manifest of a set.
 
-    Raises:
-      ValueError: there is nothing to read, several sets, or a damaged manifest.
+    Raises ValueError for a source without pictures, with several sets, or with a damaged manifest.
     """
     check_local(f"--pictures {name}", source)
     path = Path(source)
@@ -94,7 +93,7 @@ def _only_manifest(folder: Path, firsts: Sequence[int]) -> Path:
 
 
 def _from_set(name: str, manifest: Path, items: Sequence[Item]) -> SystemPictures:
-    """Rows of a prompt that the suite has several times are shared out among its ids in order."""
+    """If the suite has a text several times, its ids share the rows of that text in order."""
     if not (manifest.suffix == ".jsonl" and manifest.is_file()):
         raise ValueError(f"--pictures {name}={manifest} is not a manifest such as set_0000.jsonl")
     rows: dict[str, list[Mapping[str, Any]]] = {}
@@ -177,11 +176,11 @@ def _left_out(name: str, others: set) -> list[str]:
         return []
     return [
         f"{name}: {len(others):,} prompts or file names are not in the suite and are left out:"
-        f" {named(sorted(others))}"
+        f" {first_values(sorted(others))}"
     ]
 
 
-def named(values: Sequence[Any]) -> str:
+def first_values(values: Sequence[Any]) -> str:
     """The first values of a list, for a message."""
-    more = ", ..." if len(values) > _NAMED else ""
-    return ", ".join(str(value)[:200] for value in values[:_NAMED]) + more
+    more = ", ..." if len(values) > _LISTED else ""
+    return ", ".join(str(value)[:200] for value in values[:_LISTED]) + more

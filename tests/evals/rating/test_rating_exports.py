@@ -1,4 +1,4 @@
-"""The files of raters: what counts, what is left out, and what is said about it."""
+"""The files of raters: what counts, what is left out, and what is reported."""
 
 import json
 
@@ -143,11 +143,13 @@ def test_files_that_are_no_exports(study, tmp_path):
     write(tmp_path, "good.jsonl", next(iter(filled.values())))
     ratings = rating_exports.read([str(tmp_path)], key)
     assert len(ratings.rows) == len(next(iter(filled.values())))
-    told = " ".join(ratings.problems)
-    assert "x.jsonl, line 1" in told and "y.jsonl: empty" in told and "z.jsonl, line 1" in told
+    problems = " ".join(ratings.problems)
+    assert all(
+        text in problems for text in ("x.jsonl, line 1", "y.jsonl: empty", "z.jsonl, line 1")
+    )
 
 
-def test_one_number_for_two_raters_is_told(study, tmp_path):
+def test_one_number_for_two_raters_is_reported(study, tmp_path):
     """Catches a link that was given to two people, unnoticed."""
     key, filled = study
     lines = next(iter(filled.values()))
