@@ -7,6 +7,7 @@ from typing import Any
 
 from imagen_jax import pictures
 from imagen_jax.evals.rating.analysis import OVERALL
+from imagen_jax.evals.rating.protocols import QUESTIONS
 from imagen_jax.storage import write_atomically, write_json
 
 RESULT, PREFERENCE, CATEGORIES = "analysis.json", "preference.png", "categories.png"
@@ -37,7 +38,7 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
             yield ""
             yield f"{question}, {label}"
             if "pairs" in found:
-                yield from _pair_lines(found, with_categories=name == "all_raters")
+                yield from _pair_lines(question, found, with_categories=name == "all_raters")
             else:
                 yield from _score_lines(found)
 
@@ -62,7 +63,7 @@ def _percent(found: Mapping[str, Any] | None) -> str:
     return f"{100 * found['rate']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
 
 
-def _pair_lines(found: Mapping[str, Any], with_categories: bool) -> Iterator[str]:
+def _pair_lines(question: str, found: Mapping[str, Any], with_categories: bool) -> Iterator[str]:
     for pair in found["pairs"]:
         whole = pair[OVERALL]
         yield (
@@ -70,7 +71,8 @@ def _pair_lines(found: Mapping[str, Any], with_categories: bool) -> Iterator[str
             f" {whole['prompts']} prompts, {whole['raters']} raters"
         )
         yield f"    prefer {pair['first']:<20} {_percent(whole['rates']['first'])}"
-        yield f"    neither{'':<20} {_percent(whole['rates']['tie'])}"
+        if QUESTIONS[question].has_ties:
+            yield f"    neither{'':<20} {_percent(whole['rates']['tie'])}"
         yield f"    prefer {pair['second']:<20} {_percent(whole['rates']['second'])}"
         test = whole["sign_test"]
         yield (
@@ -200,7 +202,8 @@ def category_figure(result: Mapping[str, Any]) -> Any:
     for number, (question, pair) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, number)
         _stacked_bars(axes, names, pair["categories"])
-        axes.set_title(f"{question}: {pair['first']} | neither | {pair['second']}", fontsize=9)
+        between = " | neither | " if QUESTIONS[question].has_ties else " | "
+        axes.set_title(f"{question}: {pair['first']}{between}{pair['second']}", fontsize=9)
         if (number - 1) % columns:
             axes.set_yticklabels([])
     return figure

@@ -99,7 +99,7 @@ def test_undefined_strengths_are_said(tmp_path):
 
 
 def test_the_coco_protocol_has_scores(tmp_path):
-    """Catches scores of the wrong system, and a preference rate with ties."""
+    """Catches scores of the wrong system, and ties of a question that has no such answer."""
     world = World({"ours": -0.8, REFERENCE: 0.8}, prompt=0.2, rater=0.2)
     fields = {"protocol": "coco", "block": 20, "raters": 10}
     _, result = result_of(world, tmp_path, prompts=40, systems=("ours", REFERENCE), **fields)
@@ -108,6 +108,7 @@ def test_the_coco_protocol_has_scores(tmp_path):
     assert set(systems["ours"]["categories"]) == {"c0", "c1"}
     rates = overall(result, "photorealism")["rates"]
     assert rates["tie"]["rate"] == 0.0 and rates["first"]["high"] < 0.5
+    assert "neither" not in rating_report.text(result)
 
 
 def test_reports_and_figures(tmp_path):
