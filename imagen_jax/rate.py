@@ -129,7 +129,7 @@ def load_suite():
 
 def make() -> int:
     """`rate make`: writes the pages and the key of a study."""
-    from imagen_jax.evals.rating import preparing, study, suite_items, system_pictures
+    from imagen_jax.evals.rating import study, suite_items, system_pictures
     from imagen_jax.evals.rating.protocols import PROTOCOLS, REFERENCE
 
     args = flags.FLAGS
@@ -138,15 +138,32 @@ def make() -> int:
     texts = texts_of(args.consent, args.warning)
     study.check_names([name for name, _ in sources], texts)
     protocol = PROTOCOLS[args.protocol]
+    if len(sources) + protocol.with_reference < 2:
+        raise ValueError("a comparison needs two systems: give --pictures NAME=PATH for each")
     suite = load_suite()
     items = suite_items.items_of(suite)
     settings = settings_of(args, protocol)
     systems = [system_pictures.read(name, path, items) for name, path in sources]
     if protocol.with_reference:
         systems.append(system_pictures.of_reference(REFERENCE, suite))
+    checked = check_pictures(items, systems, settings.per_side)
+    record = {"suite": suite.identity}
+    runs = study.make(output, systems, checked, settings, texts, record, args.single_file)
+    names = [system.name for system in systems]
+    print(study.describe(runs, len(checked.items), names, settings))
+    print(f"for the raters: {output / study.STUDY}")
+    print(f"for you: {output / study.HANDOUT} (which page for whom), {output / study.KEY} (secret)")
+    return 0
+
+
+def check_pictures(items, systems, per_side: int):
+    """The prompts that can be compared. Raises ValueError for others without --leave_out."""
+    from imagen_jax.evals.rating import preparing
+
+    args = flags.FLAGS
     for note in (note for system in systems for note in system.notes):
         log.warning("%s", note)
-    checked = preparing.check(items, systems, settings.per_side, args.size)
+    checked = preparing.check(items, systems, per_side, args.size)
     if checked.left_out:
         share = f"{len(checked.left_out):,} of {len(items):,} prompts"
         if not args.leave_out:
@@ -155,13 +172,7 @@ def make() -> int:
                 " another --per_side or --size, or leave these prompts out with --leave_out"
             )
         log.warning("left out %s: %s", share, checked.explain())
-    record = {"suite": suite.identity}
-    runs = study.make(output, systems, checked, settings, texts, record, args.single_file)
-    names = [system.name for system in systems]
-    print(study.describe(runs, len(checked.items), names, settings))
-    print(f"for the raters: {output / study.STUDY}")
-    print(f"for you: {output / study.HANDOUT} (which page for whom), {output / study.KEY} (secret)")
-    return 0
+    return checked
 
 
 def settings_of(args, protocol):
@@ -213,6 +224,11 @@ def new_directory(path: str | None) -> Path:
     check_local("--output", path)
     cli.check_directory("output", path)
     output = Path(path)
+    if output.is_symlink() or not output.name:
+        raise ValueError(
+            f"--output {path} is a link or the current directory, which cannot be replaced by a"
+            " finished one: give a new directory"
+        )
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"--output {path} is not empty: give another directory")
     return output

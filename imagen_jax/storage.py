@@ -237,6 +237,8 @@ def whole_directory(output: Path, doing: str) -> Iterator[Path]:
     partial = output.with_name(f".{output.name}.partial")
     with only_process(partial, doing):
         try:
+            if output.is_dir() and any(output.iterdir()):  # since the caller looked
+                raise ValueError(f"{output} is not empty: give another directory")
             work = partial / "content"
             shutil.rmtree(work, ignore_errors=True)  # left by a killed process
             work.mkdir()

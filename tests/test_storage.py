@@ -111,3 +111,16 @@ def test_outputs_that_cannot_be_written_are_found(tmp_path):
     for name in ("file", "link"):
         with pytest.raises(ValueError, match=f"/{name} is a file, but a directory .*: remove it"):
             storage.check_outputs(tmp_path, [], [name])
+
+
+def test_a_whole_directory_does_not_replace_another(tmp_path):
+    """Catches the second of two commands with one output, which fails after all of its work."""
+    output = tmp_path / "study"
+    output.mkdir()
+    (output / "key.json").touch()
+    with (
+        pytest.raises(ValueError, match="is not empty: give another directory"),
+        storage.whole_directory(output, "making a study in"),
+    ):
+        pytest.fail("the work began")
+    assert [path.name for path in tmp_path.iterdir()] == ["study"]

@@ -216,6 +216,7 @@ class _Builder:
             kinds = (IDENTICAL, BROKEN) if ties else (BROKEN,)
         trials = []
         for kind in kinds:
+            systems = self._shuffled_systems(kind)
             for index in range(self.settings.controls):
                 item = members[self.rng.integers(len(members))]
                 others = [other.id for other in self.items if other.text != item.text]
@@ -225,9 +226,19 @@ class _Builder:
                         " --controls 0"
                     )
                 other = others[self.rng.integers(len(others))]
-                system = self.systems[index % len(self.systems)]
+                system = systems[index % len(systems)]
                 trials.append(self._control(kind, index, system, item.id, other))
         return trials
+
+    def _shuffled_systems(self, kind: str) -> list[str]:
+        """The systems in an order that raters do not know.
+
+        Pictures of a control trial are those of a regular trial, so their files tell which side of
+        that trial is of the same system. They must not tell which system it is.
+        """
+        token = self.settings.token("control systems", self.number, kind)
+        order = np.random.default_rng(int(token, 16)).permutation(len(self.systems))
+        return [self.systems[index] for index in order]
 
     def _control(self, kind: str, index: int, system: str, prompt: int, other: int) -> Trial:
         """One control trial. Its sets have names of their own, so files do not give it away."""

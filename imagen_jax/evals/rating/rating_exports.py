@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from imagen_jax.evals.rating.protocols import QUESTIONS
-from imagen_jax.evals.rating.study import FORMAT, VERSION
-from imagen_jax.storage import read_object
+from imagen_jax.evals.rating.study import FORMAT, HANDOUT, KEY, STUDY, VERSION
+from imagen_jax.storage import check_object, read_object
 
 MOST_BYTES = 64 << 20  # of a file; a line has about 300 bytes
+_NAMED = 5  # files that a note lists
+_TRIAL_FIELDS = {
+    "kind": str,
+    "prompt": int,
+    "category": str,
+    "questions": list,
+    "sets": dict,
+    "repeats": str,
+}
 _KEY_FIELDS = {"format": int, "study": str, "settings": dict, "systems": list, "runs": list}
 _LINE_FIELDS = {
     "version": int,
@@ -107,7 +116,32 @@ def read_key(path: Path) -> Key:
         raise ValueError(f"{path} is damaged ({error!r}); copy it again") from error
     if len(names) < 2 or not trials:
         raise ValueError(f"{path} has no trials of two systems; copy it again")
+    if reason := _damage(runs, trials, names):
+        raise ValueError(f"{path} is damaged ({reason}); copy it again")
     return Key(content["study"], content["settings"], content["systems"], runs, trials)
+
+
+def _damage(
+    runs: Mapping[int, Mapping[str, Any]],
+    trials: Mapping[str, Mapping[str, Any]],
+    names: Sequence[str],
+) -> str:
+    """What is wrong in the runs of a key; "" if nothing is."""
+    if len(set(names)) < len(names):
+        return "two systems have one name"
+    for number, run in runs.items():
+        schedules = run.get("schedules")
+        if not isinstance(schedules, list) or not all(isinstance(s, list) for s in schedules):
+            return f"run {number} has no schedules"
+    for token, trial in trials.items():
+        check_object(f"trial {token} of the key", trial, _TRIAL_FIELDS, "copy the key again")
+        if unknown := set(map(str, trial["questions"])) - set(QUESTIONS):
+            return f"trial {token} has an unknown question {min(unknown)!r}"
+        if unknown := set(map(str, trial["sets"].values())) - set(names):
+            return f"trial {token} shows {min(unknown)!r}, which is none of the systems"
+        if "answer" not in trial:
+            return f"trial {token} has no answer"
+    return ""
 
 
 def read(paths: Sequence[str], key: Key) -> Ratings:
@@ -118,7 +152,7 @@ def read(paths: Sequence[str], key: Key) -> Ratings:
     """
     files = list(dict.fromkeys(file.resolve() for path in paths for file in _files(Path(path))))
     found: dict[tuple[str, str], Rating] = {}
-    problems, conflicts = [], set()
+    problems, conflicts = _ignored(paths), set()
     for file in files:
         ratings, file_problems = _read_file(file, key)
         problems += file_problems
@@ -129,6 +163,7 @@ def read(paths: Sequence[str], key: Key) -> Ratings:
             repeated += earlier is not None
             if earlier is None or rating.revision > earlier.revision:
                 found[place] = rating
+                conflicts.discard(place)
             elif rating.revision == earlier.revision and rating != earlier:
                 conflicts.add(place)
         if repeated:
@@ -156,6 +191,26 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
+def _ignored(paths: Sequence[str]) -> list[str]:
+    """A line for each folder with files or folders that are not read, such as *.jsonl.txt."""
+    notes = []
+    for path in filter(Path.is_dir, map(Path, dict.fromkeys(paths))):
+        others = sorted(
+            entry.name
+            for entry in path.iterdir()
+            if entry.suffix != ".jsonl"
+            and not entry.name.startswith(".")
+            and entry.name not in (KEY, HANDOUT, STUDY)
+        )
+        if others:
+            more = ", ..." if len(others) > _NAMED else ""
+            notes.append(
+                f"{path}: {len(others)} other files or folders are not read, because their names do"
+                f" not end in .jsonl: {', '.join(others[:_NAMED])}{more}"
+            )
+    return notes
+
+
 def _read_file(path: Path, key: Key) -> tuple[list[Rating], list[str]]:
     """The usable lines of a file, and what is wrong with the others."""
     if path.stat().st_size > MOST_BYTES:
@@ -164,14 +219,15 @@ def _read_file(path: Path, key: Key) -> tuple[list[Rating], list[str]]:
         ]
     reasons: Counter[str] = Counter()
     first_lines: dict[str, int] = {}
-    ratings, records = [], 0
+    ratings = []
+    records: dict[str, int] = {}  # {rater: lines that were saved}
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            records = max(records, _records(row))
+            _note_records(row, records)
             ratings.append(_check(row, key))
         except (ValueError, RecursionError) as error:
             reason = "cut off or damaged" if _is_syntax(error) else str(error)
@@ -182,9 +238,13 @@ def _read_file(path: Path, key: Key) -> tuple[list[Rating], list[str]]:
         f"{f' and {count - 1} others' if count > 1 else ''}: {reason}; left out"
         for reason, count in reasons.items()
     ]
-    if (whole := len(ratings) + sum(reasons.values())) < records:
+    there = Counter(rating.rater for rating in ratings)
+    # A merged file has several raters. A line that is left out may be of any of them.
+    lacking = sum(max(0, count - there[rater]) for rater, count in records.items())
+    if lacking > (damaged := sum(reasons.values())):
         problems.append(
-            f"{path.name}: {whole} of {records} lines are there; ask for the whole file"
+            f"{path.name}: {len(ratings) + damaged} of {sum(records.values())} lines are there; ask"
+            " for the whole file"
         )
     if not lines:
         problems.append(f"{path.name}: empty; ask for the file again")
@@ -195,9 +255,12 @@ def _is_syntax(error: Exception) -> bool:
     return isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, RecursionError))
 
 
-def _records(row: Any) -> int:
-    value = row.get("records") if isinstance(row, dict) else None
-    return value if type(value) is int else 0
+def _note_records(row: Any, records: dict[str, int]) -> None:
+    """Adds the number of lines that a line's rater has saved, if it says both."""
+    if isinstance(row, dict) and type(row.get("records")) is int:
+        rater = row.get("rater")
+        if isinstance(rater, str):
+            records[rater] = max(records.get(rater, 0), row["records"])
 
 
 def _check(row: Any, key: Key) -> Rating:
@@ -237,6 +300,9 @@ def _check(row: Any, key: Key) -> Rating:
 
 
 def _check_answers(row: Mapping[str, Any], questions: Sequence[str]) -> None:
+    for value in row["ms"].values():
+        if type(value) not in (int, float) or not 0 <= value < 1e9:
+            raise ValueError("a response time that is not a number of milliseconds")
     if row["skipped"]:
         if row["answers"]:
             raise ValueError("a skipped trial with answers")
@@ -246,9 +312,6 @@ def _check_answers(row: Mapping[str, Any], questions: Sequence[str]) -> None:
     for name, answer in row["answers"].items():
         if not isinstance(answer, str) or answer not in QUESTIONS[name].answers:
             raise ValueError(f"an answer that the question {name!r} does not have")
-    for value in row["ms"].values():
-        if type(value) not in (int, float) or not 0 <= value < 1e9:
-            raise ValueError("a response time that is not a number of milliseconds")
 
 
 def _doubled_numbers(ratings: Iterable[Rating], key: Key) -> list[str]:

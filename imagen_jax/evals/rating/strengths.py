@@ -7,11 +7,11 @@ that j wins are proportional to p_i, v sqrt(p_i p_j), p_j.
 
 import numpy as np
 import scipy.optimize
-import scipy.sparse.csgraph
 from jaxtyping import Float, Int
 
 WIN, TIE, LOSS = 0, 1, 2  # of the first system of a pair
 NO_TIES = -30.0  # log v if there are no ties
+LEAST_RISE = 1e-6  # of a linear program whose solution is 0 or of the order of 1
 
 
 def fit(counts: Float[np.ndarray, "p 3"], pairs: Int[np.ndarray, "p 2"], systems: int):
@@ -54,20 +54,42 @@ def no_maximum(
 ) -> str:
     """The reason why the strengths are not defined; "" if they are.
 
-    They are if no group of systems won every comparison with the others (Ford 1957). Ties count as
-    half a win for both.
+    The likelihood has no maximum if it never falls along some direction of log strengths and log v:
+    every outcome that was observed then becomes as likely as the others of its pair, or likelier.
+    Such a direction is found by linear programming. It exists if a group of systems won every
+    comparison with the others, and also if it won or tied all of them, or if all were ties.
     """
-    wins = np.zeros((systems, systems))
-    for (first, second), (win, tie, loss) in zip(pairs, counts):
-        wins[first, second] += win + tie
-        wins[second, first] += loss + tie
-    groups, _ = scipy.sparse.csgraph.connected_components(wins, connection="strong")
-    if groups == 1:
-        return ""
+    slopes = _slopes(pairs, systems)
+    possible = [WIN, LOSS] if not counts[:, TIE].sum() else [WIN, TIE, LOSS]
+    gains = [
+        of_pair[seen] - of_pair[other]
+        for of_pair, row in zip(slopes, counts)
+        for seen in possible
+        for other in possible
+        if row[seen] > 0 and seen != other
+    ]
+    compared = np.array(gains).reshape(-1, systems + 1)
+    # Of full rank but for the mean of the strengths: a lower rank means systems never compared.
+    if np.linalg.matrix_rank(compared) == systems - 1 + (TIE in possible):
+        rise, zero = compared.sum(axis=0), np.zeros(len(compared))
+        found = scipy.optimize.linprog(-rise, -compared, zero, bounds=(-1, 1))
+        if -found.fun < LEAST_RISE:
+            return ""
     return (
-        "some systems won every comparison with the others, or were never compared with them, so"
-        " their strength has no limit: read the rates"
+        "some systems won or tied every comparison with the others, or were never compared with"
+        " them, or all were ties, so their strength has no limit: read the rates"
     )
+
+
+def _slopes(pairs: Int[np.ndarray, "p 2"], systems: int) -> Float[np.ndarray, "p 3 m"]:
+    """The derivatives of the logits of each pair by (log strengths, log v), which are constant."""
+    slopes = np.zeros((len(pairs), 3, systems + 1))
+    rows = np.arange(len(pairs))
+    slopes[rows, WIN, pairs[:, 0]] = 1.0
+    slopes[rows, LOSS, pairs[:, 1]] = 1.0
+    slopes[rows, TIE, pairs[:, 0]] = slopes[rows, TIE, pairs[:, 1]] = 0.5
+    slopes[:, TIE, systems] = 1.0
+    return slopes
 
 
 def probability(first: float, second: float, log_v: float) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from imagen_jax.evals.rating.design import REGULAR, Item, Run, Settings, make_ru
 from imagen_jax.evals.rating.preparing import Checked
 from imagen_jax.evals.rating.protocols import PROTOCOLS, QUESTIONS, REFERENCE
 from imagen_jax.evals.rating.system_pictures import SystemPictures
-from imagen_jax.storage import whole_directory, write_atomically, write_json
+from imagen_jax.storage import sha256_file, whole_directory, write_atomically, write_json
 
 MOST_EMBEDDED = 200 << 20  # bytes of pictures inside one page
 FORMAT = 1  # of keys
@@ -59,9 +60,9 @@ def check_names(names: Sequence[str], texts: Texts) -> None:
     manifest = _manifest(Run(1, "", "", [], [[]]), {}, {}, "together", texts) | {"study": "0" * 64}
     words = page.render(manifest).decode()
     for name in names:
-        if not _NAME.fullmatch(name) or name == REFERENCE:
+        if not _NAME.fullmatch(name) or not name.isprintable() or name == REFERENCE:
             raise ValueError(
-                f"{name!r} cannot be the name of a system: use letters and digits;"
+                f"{name!a} cannot be the name of a system: use letters and digits;"
                 f" {REFERENCE!r} is reserved"
             )
         if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", words, re.IGNORECASE):
@@ -84,6 +85,8 @@ def make(
 
     record: further fields of the key. single_file: pages contain their pictures.
     """
+    if not checked.items:
+        raise ValueError("no prompt is left: complete the pictures of all systems")
     runs = make_runs(checked.items, [system.name for system in systems], settings)
     with whole_directory(output, "making a study in") as work:
         pictures = work / STUDY / PICTURES
@@ -108,13 +111,18 @@ def _write_pages(
     work: Path,
     single_file: bool,
 ) -> str:
-    """Writes the page of every run. Returns the SHA-256 of all manifests, the name of the study."""
+    """Writes the page of every run. Returns the id of the study.
+
+    The id is the SHA-256 of all manifests and pictures. It includes the pictures because ratings of
+    other pictures, by a study with the same seed, must not count.
+    """
     captions = {item.id: item.text for item in items}
     names = preparing.file_names(runs, settings)
     paths = {token: [f"{PICTURES}/{name}" for name in files] for token, files in names.items()}
     manifests = [_manifest(run, captions, paths, settings.order, texts) for run in runs]
-    content = json.dumps(manifests, sort_keys=True, ensure_ascii=False).encode()
-    study = hashlib.sha256(content).hexdigest()
+    sums = {file.name: sha256_file(file) for file in (work / STUDY / PICTURES).iterdir()}
+    content = json.dumps([manifests, sums], sort_keys=True)
+    study = hashlib.sha256(content.encode()).hexdigest()
     for run, manifest in zip(runs, manifests):
         if single_file:
             manifest = manifest | {"pictures": _embed(work / STUDY, manifest["pictures"])}
@@ -238,18 +246,25 @@ def describe(runs: Sequence[Run], items: int, systems: Sequence[str], settings: 
     lines = [
         f"prompts: {items:,}; runs: {len(runs)}; raters: {len(trials):,}; trials per rater: {span}"
     ]
+    votes_by_trial = {run.number: _votes_by_trial(run) for run in runs}
+    counts = [count for votes in votes_by_trial.values() for count in votes]
+    if unseen := counts.count(0):
+        lines.append(
+            f"{unseen:,} of {len(counts):,} trials are shown to nobody: give more --raters, or a"
+            " larger --block"
+        )
     for part, questions in PROTOCOLS[settings.protocol].parts.items():
         if QUESTIONS[questions[0]].is_pair:
-            pairs = pairs_of(systems, settings.pairs)
-            votes = sum(_regular_votes(run) for run in runs if run.part == part) / len(pairs)
+            votes = sum(sum(votes_by_trial[run.number]) for run in runs if run.part == part)
+            votes /= len(pairs_of(systems, settings.pairs))
             lines.append(f"{' and '.join(questions)}: {_expected_interval(votes, items)}")
     return "\n".join(lines)
 
 
-def _regular_votes(run: Run) -> int:
-    """The votes of all raters on each question, without control trials."""
-    kinds = [trial.kind for trial in run.trials]
-    return sum(kinds[index] == REGULAR for rater in run.schedules for index, _ in rater)
+def _votes_by_trial(run: Run) -> list[int]:
+    """The number of raters of each regular trial."""
+    raters = Counter(index for rater in run.schedules for index, _ in rater)
+    return [raters[i] for i, trial in enumerate(run.trials) if trial.kind == REGULAR]
 
 
 def _expected_interval(votes: float, items: int) -> str:

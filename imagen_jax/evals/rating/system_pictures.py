@@ -3,7 +3,8 @@
 A plain folder names the prompts by their ids in the suite:
 
     17.png, 17_0.png, 17_1.png ...   pictures of prompt 17; leading zeros are ignored
-    17/*.png, 00017/samples/*.png    the same in folders; the second is GenEval's layout
+    17/*.png, 00017/samples/*.png    the same in folders; the second is GenEval's layout, whose
+                                     other files, such as grid.png, are not read
     manifest.jsonl                   lines {"prompt_id": 17, "file": ...}, as `rate export` writes
 
 The pictures of a prompt are in the order of the set, of the manifest's lines, or of the file names;
@@ -26,9 +27,11 @@ from imagen_jax.storage import check_local, check_object, sha256_file
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 MANIFEST = "manifest.jsonl"
 SETS = "pictures"  # of an evaluation's output: the folder of its set
+SAMPLES = "samples"  # of a prompt's folder in GenEval's layout
 _LISTED = 5  # values that a message lists
 _STEM = re.compile(r"(\d+)(?:[_-].*)?")
 _LINE_FIELDS = {"prompt_id": int, "file": str}
+_AGAIN = "write the manifest again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,24 +118,35 @@ def _from_set(name: str, manifest: Path, items: Sequence[Item]) -> SystemPicture
 
 
 def _from_manifest(name: str, directory: Path, items: Sequence[Item]) -> SystemPictures:
+    """Raises ValueError for a line that is damaged, doubled, or of a prompt of another suite."""
     path = directory / MANIFEST
-    known = {item.id for item in items}
+    known = {item.id: item for item in items}
     files: dict[int, list[Path]] = {}
     sums: dict[Path, str] = {}
     others = set()
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number} is damaged ({error}); write it again"
-            ) from error
-        check_object(f"{path}, line {number}", row, _LINE_FIELDS, "write it again")
+            raise ValueError(f"{path}, line {number} is damaged ({error}); {_AGAIN}") from error
+        check_object(f"{path}, line {number}", row, _LINE_FIELDS, _AGAIN)
         if row["prompt_id"] not in known:
             others.add(row["prompt_id"])
             continue
+        text, expected = row.get("prompt"), known[row["prompt_id"]].text
+        if isinstance(text, str) and clean(text)[0] != clean(expected)[0]:
+            raise ValueError(
+                f"{path}, line {number} has the text {text[:60]!a} for the prompt"
+                f" {row['prompt_id']}, which is {expected[:60]!a} in the suite: give the suite that"
+                " the pictures were drawn for"
+            )
         file = directory / row["file"]
-        files.setdefault(row["prompt_id"], []).append(file)
+        mine = files.setdefault(row["prompt_id"], [])
+        if file in mine:
+            raise ValueError(f"{path}, line {number} lists {file.name} again; {_AGAIN}")
+        mine.append(file)
         if isinstance(row.get("sha256"), str):
             sums[file] = row["sha256"]
     origin = {"manifest": str(path), "sha256": sha256_file(path)}
@@ -159,16 +173,20 @@ def _from_folder(name: str, directory: Path, items: Sequence[Item]) -> SystemPic
 
 
 def _pictures(directory: Path) -> Iterator[Path]:
-    for path in directory.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
-        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
-            yield path
+    """The pictures of a folder of all prompts. Links to folders of prompts are followed."""
+    for entry in directory.iterdir():
+        samples = entry / SAMPLES
+        root = samples if samples.is_dir() else entry
+        for path in root.rglob("*") if root.is_dir() else (entry,):
+            hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+            if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
+                yield path
 
 
 def _by_numbers(path: Path) -> list[tuple[int, int | str]]:
     """Sorts 2.png before 10.png."""
     parts = re.split(r"(\d+)", str(path))
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
+    return [(0, int(part)) if index % 2 else (1, part) for index, part in enumerate(parts)]
 
 
 def _left_out(name: str, others: set) -> list[str]:

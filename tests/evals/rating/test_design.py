@@ -66,6 +66,19 @@ def test_control_trials_have_a_known_answer():
             assert wrong.prompt != trial.prompt and wrong.scrambled
 
 
+def test_control_trials_do_not_tell_the_first_system():
+    """Catches controls that always show the first system: their files equal those of one side of a
+    regular trial, which would then be known without looking.
+    """
+    shown = collections.Counter()
+    for seed in range(60):
+        (run,), _, _ = studies.make(prompts=3, raters=1, controls=1, seed=seed)
+        for trial in run.trials:
+            if trial.kind in (IDENTICAL, BROKEN):
+                shown[trial.kind, trial.sets[trial.answer or 0].system] += 1
+    assert len(shown) == 4 and all(15 < count < 45 for count in shown.values())
+
+
 def test_repeats_come_later_with_swapped_sides_and_other_names():
     """Catches a repeat with the same sides, which shows no bias, or right after its trial."""
     (run,), _, _ = studies.make(prompts=20)

@@ -1,5 +1,6 @@
 """The files of raters: what counts, what is left out, and what is reported."""
 
+import itertools
 import json
 
 import numpy as np
@@ -76,6 +77,44 @@ def test_files_that_disagree_are_left_out(study, tmp_path):
     assert any("the files disagree; left out" in text for text in ratings.problems)
 
 
+def test_a_later_revision_ends_a_disagreement(study, tmp_path):
+    """Catches a result that depends on the order of the files."""
+    key, filled = study
+    lines = next(iter(filled.values()))
+    answers = lambda value: {"answers": dict.fromkeys(("fidelity", "alignment"), value)}
+    versions = [(1, "left"), (1, "right"), (2, "same")]
+    paths = [
+        write(tmp_path, str(i), [lines[0] | answers(value) | {"revision": revision, "records": 1}])
+        for i, (revision, value) in enumerate(versions)
+    ]
+    for order in itertools.permutations(paths):
+        ratings = rating_exports.read(order, key)
+        assert [row.answers["fidelity"] for row in ratings.rows] == ["same"]
+        assert not any("disagree" in text for text in ratings.problems)
+
+
+def test_files_that_are_not_read_are_told(study, tmp_path):
+    """Catches a rater who is lost because a mail program changed the name of the file."""
+    key, filled = study
+    first, second = filled.values()
+    write(tmp_path, "a.jsonl", first)
+    write(tmp_path, "b.jsonl.txt", second)
+    (tmp_path / "more").mkdir()
+    (problem,) = rating_exports.read([str(tmp_path)], key).problems
+    assert "2 other files or folders are not read" in problem
+    assert problem.endswith("b.jsonl.txt, more")
+
+
+def test_a_missing_part_of_a_merged_file_is_told(study, tmp_path):
+    """Catches a rater's lines that are lost in a file of several raters."""
+    key, filled = study
+    first, second = filled.values()
+    ratings = rating_exports.read([write(tmp_path, "a", first[:4] + second)], key)
+    there, whole = 4 + len(second), len(first) + len(second)
+    assert ratings.problems == [f"a: {there} of {whole} lines are there; ask for the whole file"]
+    assert rating_exports.read([write(tmp_path, "b", first + second)], key).problems == []
+
+
 def test_a_truncated_line_costs_one_trial(study, tmp_path):
     """Catches a file that is lost with its last line, and a missing part that nobody notices."""
     key, filled = study
@@ -104,6 +143,10 @@ DAMAGES = {
     "answers to a skipped trial": ({"skipped": True}, "a skipped trial with answers"),
     "a negative time": ({"ms": {"fidelity": -1}}, "a response time that is not a number"),
     "a number as text": ({"number": "1"}, "no valid 'number'"),
+    "no time of a skipped trial": (
+        {"skipped": True, "answers": {}, "ms": {"fidelity": None}},
+        "a response time that is not a number",
+    ),
     "an object as a time": ({"ms": {"fidelity": {}}}, "a response time that is not a number"),
 }
 
@@ -159,6 +202,11 @@ def test_one_number_for_two_raters_is_reported(study, tmp_path):
     assert len(ratings.rows) == 2 * len(lines)
 
 
+def trial_of(content):
+    """The first trial of a key."""
+    return next(iter(content["runs"][0]["trials"].values()))
+
+
 def test_keys_are_checked(study, tmp_path):
     """Catches a damaged key that ends in a traceback, and one of another version."""
     _, _, content = studies.make()
@@ -166,6 +214,17 @@ def test_keys_are_checked(study, tmp_path):
         ({"format": 9}, "has format 9, not 1"),
         ({"runs": [{}]}, "is damaged"),
         ({"runs": []}, "has no trials"),
+        (
+            {"systems": [{"name": "zebra"}, {"name": "lion"}]},
+            "'okapi', which is none of the systems",
+        ),
+        ({"systems": [{"name": "zebra"}] * 2}, "two systems have one name"),
+        ({"runs": [content["runs"][0] | {"schedules": [1]}]}, "run 1 has no schedules"),
+        *(
+            ({"runs": [content["runs"][0] | {"trials": {"feed": trial}}]}, f"feed .*{name}")
+            for name in trial_of(content)
+            for trial in [{k: v for k, v in trial_of(content).items() if k != name}]
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             studies.read_key(content | changes, tmp_path)

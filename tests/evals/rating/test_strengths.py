@@ -37,6 +37,8 @@ def test_ties_lie_between():
     [
         [[9.0, 0.0, 0.0], [5.0, 1.0, 3.0], [2.0, 0.0, 0.0]],  # the first always wins
         [[3.0, 0.0, 2.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]],  # the last has no comparison
+        [[5.0, 5.0, 0.0], [5.0, 5.0, 0.0], [10.0, 0.0, 0.0]],  # wins and ties, all one way
+        [[0.0, 5.0, 0.0], [0.0, 4.0, 0.0], [0.0, 3.0, 0.0]],  # nothing but ties
     ],
 )
 def test_strengths_without_a_limit(counts):
@@ -44,3 +46,23 @@ def test_strengths_without_a_limit(counts):
     pairs = np.array([[0, 1], [1, 2], [0, 2]])
     with pytest.raises(ValueError, match="no limit"):
         strengths.fit(np.array(counts), pairs, 3)
+
+
+def test_ties_can_limit_the_strengths():
+    """Catches strengths that are called undefined because the first system never lost.
+
+    A tie between the first and the last system limits them: no point of a grid is likelier.
+    """
+    counts = np.array([[5.0, 5.0, 0.0], [5.0, 5.0, 0.0], [10.0, 3.0, 0.0]])
+    pairs = np.array([[0, 1], [1, 2], [0, 2]])
+
+    def likelihood(top, tie):
+        gaps = np.array([top, top, 2 * top])[:, None] / 2
+        logits = np.hstack([gaps, np.full((3, 1), tie), -gaps])
+        return (counts * (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))).sum()
+
+    found, log_v = strengths.fit(counts, pairs, 3)
+    np.testing.assert_allclose(found, [found[0], 0.0, -found[0]], atol=1e-5)
+    grid = np.linspace(0.0, 6.0, 61)
+    best = max(likelihood(top, tie) for top in grid for tie in grid)
+    assert best <= likelihood(found[0], log_v) < best + 0.1

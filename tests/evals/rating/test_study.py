@@ -123,18 +123,50 @@ MISTAKES = {
     "one system": (["zebrafish"], [], "two systems"),
     "the same name": (["okapi", "okapi"], [], "two systems are called 'okapi'"),
     "too few pictures": (NAMES, ["--per_side=4"], "zebrafish has 1 of 4 pictures"),
+    "no system": ([], [], "needs two systems: give --pictures NAME=PATH twice"),
+    "an unprintable name": (["okapi", "ze\nbra"], [], "cannot be the name of a system"),
+    "a link as output": (NAMES, ["--output=link"], "--output link is a link"),
     "a word of the page": (["okapi", "pictures"], [], "the page itself has the word 'pictures'"),
     "no hexadecimal seed": (NAMES, ["--seed=xyz"], "not hexadecimal"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_one_clear_line(place, mistake):
+def test_mistakes_are_one_clear_line(place, mistake, monkeypatch):
     """Catches a study that is made all the same, or half of it."""
     systems, options, message = MISTAKES[mistake]
+    monkeypatch.chdir(place)
+    (place / "new").mkdir()
+    (place / "link").symlink_to("new")
     with pytest.raises(ValueError, match=re.escape(message)):
         run(place, *options, systems=systems)
     assert not (place / "study").exists() and not list(place.glob(".study*"))
+
+
+def test_a_study_is_of_its_pictures(place):
+    """Catches ratings of other pictures that count, because a study was made again by its seed."""
+    run(place, "--seed=ff", "--raters=2", output="a")
+    write_pictures(place / "okapi", 7)
+    run(place, "--seed=ff", "--raters=2", output="b")
+    one, other = (json.loads((place / name / study.KEY).read_text()) for name in "ab")
+    assert one["runs"] == other["runs"] and one["study"] != other["study"]
+
+
+@pytest.mark.parametrize("controls", [0, 2])
+def test_no_prompt_left(place, controls):
+    """Catches a study without trials, or advice about control trials."""
+    write_pictures(place / "okapi", 5, size=8)
+    with pytest.raises(ValueError, match="no prompt is left"):
+        run(place, "--leave_out", f"--controls={controls}")
+    assert not (place / "study").exists()
+
+
+def test_trials_that_nobody_sees_are_told(place, capsys):
+    """Catches blocks that leave out prompts unnoticed."""
+    run(place, "--raters=2", "--block=2", "--controls=0", output="a")
+    assert "shown to nobody" not in capsys.readouterr().out
+    run(place, "--raters=1", "--block=3", "--controls=0", output="b")
+    assert "1 of 4 trials are shown to nobody" in capsys.readouterr().out
 
 
 def test_missing_pictures_and_other_sizes(place, caplog):
