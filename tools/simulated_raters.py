@@ -161,6 +161,8 @@ class _Person:
 def simulate(directory: Path, world: World, output: Path, seed: int) -> int:
     """Fills in all pages of a study. Writes one file per rater, and returns their number."""
     key = read_key(directory / study.KEY)
+    if unknown := set(world.preference) - set(key.names):
+        raise ValueError(f"{min(unknown)!r} is none of the systems {', '.join(key.names)}")
     pages = [read_page(path) for path in sorted((directory / study.STUDY).glob("*.html"))]
     by_run = {page["run"]: page for page in pages}
     for rater, lines in fill_in(by_run, key, world, np.random.default_rng(seed)):
@@ -179,9 +181,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    preference = {name: float(value) for name, value in (text.split("=") for text in args.prefer)}
+    try:
+        pairs = (text.rpartition("=") for text in args.prefer)
+        preference = {name: float(value) for name, _, value in pairs}
+    except ValueError:
+        parser.error(f"--prefer {' '.join(args.prefer)} must be NAME=PREFERENCE, such as ours=0.5")
     world = World(preference, **{name: getattr(args, name) for name in fields})
-    print(f"{simulate(args.study, world, args.output, args.seed)} simulated raters: {args.output}")
+    try:
+        count = simulate(args.study, world, args.output, args.seed)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"error: {error}\n")
+    print(f"{count} simulated raters: {args.output}")
 
 
 if __name__ == "__main__":

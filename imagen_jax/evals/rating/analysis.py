@@ -158,7 +158,7 @@ def preference(votes: Votes) -> dict[str, Any]:
     difference = np.where(votes.outcome == WIN, 1.0, np.where(votes.outcome == LOSS, -1.0, 0.0))
     return {
         "rates": rates,
-        "difference": clustered.mean(difference, votes.prompt, votes.rater),
+        "difference": clustered.mean(difference, votes.prompt, votes.rater, (-1.0, 1.0)),
         "sign_test": sign_test(votes),
         "votes": len(votes),
         "prompts": len(np.unique(votes.prompt)),
@@ -238,7 +238,8 @@ def _grouped(
 
     def average(rows: Sequence[tuple[int, int, str, float]]) -> dict[str, Any]:
         prompts, raters, _, values = zip(*rows)
-        return clustered.mean(np.array(values), np.array(prompts), np.array(raters))
+        bounds = min(SCORES.values()), max(SCORES.values())
+        return clustered.mean(np.array(values), np.array(prompts), np.array(raters), bounds)
 
     yield OVERALL, average(entries)
     groups: dict[str, list] = {}

@@ -64,19 +64,30 @@ def variance(
 
 
 def mean(
-    values: Float[np.ndarray, " n"], prompts: Int[np.ndarray, " n"], raters: Int[np.ndarray, " n"]
+    values: Float[np.ndarray, " n"],
+    prompts: Int[np.ndarray, " n"],
+    raters: Int[np.ndarray, " n"],
+    bounds: tuple[float, float],
 ) -> dict[str, Any]:
-    """{"mean", "se", "low", "high", "n"} of values such as scores from 0 to 100."""
-    average = float(values.mean())
+    """{"mean", "se", "low", "high", "n"} of values between bounds, such as scores from 0 to 100.
+
+    If all values are equal, the interval is Wilson's for values at the bounds, see `rate`.
+    """
+    average, (least, most) = float(values.mean()), bounds
     found = variance((values - average) / len(values), prompts, raters)
-    half = found.quantile * found.error
-    return {
-        "mean": average,
-        "se": found.error,
-        "low": average - half,
-        "high": average + half,
-        "n": len(values),
-    }
+    if found.value:
+        half = found.quantile * found.error
+        low, high = max(least, average - half), min(most, average + half)
+    else:
+        share = (average - least) / (most - least)
+        ends = wilson(share, _independent(prompts, raters), statistics.Z95)
+        low, high = (least + end * (most - least) for end in ends)
+    return {"mean": average, "se": found.error, "low": low, "high": high, "n": len(values)}
+
+
+def _independent(prompts: Int[np.ndarray, " n"], raters: Int[np.ndarray, " n"]) -> int:
+    """The number of independent votes if all agree: of prompts or of raters, the smaller."""
+    return min(len(np.unique(prompts)), len(np.unique(raters)))
 
 
 def rate(
@@ -95,8 +106,7 @@ def rate(
         independent = n * plain / found.value
         low, high = wilson(share, independent, found.quantile)
     else:
-        independent = min(len(np.unique(prompts)), len(np.unique(raters)))
-        low, high = wilson(share, independent, statistics.Z95)
+        low, high = wilson(share, _independent(prompts, raters), statistics.Z95)
     return {
         "rate": share,
         "low": low,

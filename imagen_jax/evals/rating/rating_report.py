@@ -163,7 +163,9 @@ def preference_figure(result: Mapping[str, Any]) -> Any:
         axes.set(xticks=range(len(questions)), ylim=(0, 100), xlim=(-0.6, len(questions) - 0.4))
         axes.set_xticklabels([name.capitalize() for name in questions])
         handles = [axes.bar(0, 0, color=COLORS[side]) for side in ("first", "second")]
-        axes.legend(handles, pair, loc="upper center", ncols=2, frameon=False, fontsize=8)
+        axes.legend(
+            handles, map(_plain, pair), loc="upper center", ncols=2, frameon=False, fontsize=8
+        )
         axes.grid(axis="y", color="#e6e6e6")
         axes.set_axisbelow(True)
         if (number - 1) % columns == 0:
@@ -171,10 +173,16 @@ def preference_figure(result: Mapping[str, Any]) -> Any:
     return figure
 
 
+def _plain(text: str) -> str:
+    """Text for matplotlib, which would read a part between two dollar signs as a formula."""
+    return text.replace("$", r"\$")
+
+
 def _write_title(figure: Any, result: Mapping[str, Any]) -> None:
     """The title of the result, in lines that fit the width of the figure."""
     width = int(LETTERS_PER_INCH * figure.get_size_inches()[0])
-    figure.suptitle("\n".join(textwrap.wrap(result.get("title", ""), width)), fontsize=9)
+    lines = textwrap.wrap(result.get("title", ""), width)
+    figure.suptitle(_plain("\n".join(lines)), fontsize=9)
 
 
 def _whisker(axes: Any, x: float, rate: Mapping[str, Any]) -> None:
@@ -203,7 +211,8 @@ def category_figure(result: Mapping[str, Any]) -> Any:
         axes = figure.add_subplot(rows, columns, number)
         _stacked_bars(axes, names, pair["categories"])
         between = " | neither | " if QUESTIONS[question].has_ties else " | "
-        axes.set_title(f"{question}: {pair['first']}{between}{pair['second']}", fontsize=9)
+        title = f"{question}: {pair['first']}{between}{pair['second']}"
+        axes.set_title(_plain(title), fontsize=9)
         if (number - 1) % columns:
             axes.set_yticklabels([])
     return figure
@@ -226,5 +235,10 @@ def _stacked_bars(axes: Any, names: Sequence[str], by_category: Mapping[str, Any
             left += share
         axes.plot([100 * rates["first"][end] for end in ("low", "high")], [y, y], color="black")
     axes.axvline(50, color="black", linewidth=0.6, linestyle=":")
-    axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 100), xlabel="% of votes")
+    axes.set(
+        yticks=range(len(names)),
+        yticklabels=list(map(_plain, names)),
+        xlim=(0, 100),
+        xlabel="% of votes",
+    )
     axes.invert_yaxis()

@@ -123,6 +123,23 @@ def test_reports_and_figures(tmp_path):
     assert json.loads(files[0].read_text())["all_raters"]["fidelity"]["pairs"]
 
 
+def test_simulated_raters_know_their_systems(tmp_path):
+    """Catches a misspelt name, whose preference would be 0."""
+    _, _, content = studies.make()
+    studies.read_key(content, tmp_path)
+    with pytest.raises(ValueError, match="'zebre' is none of the systems zebra, okapi"):
+        simulated_raters.simulate(tmp_path, World({"zebre": 1.0}), tmp_path / "exports", 0)
+    assert not (tmp_path / "exports").exists()
+
+
+def test_names_and_titles_are_no_formulas(tmp_path):
+    """Catches a dollar sign that ends the analysis of a finished study."""
+    _, result = result_of(World({}), tmp_path, systems=("$x^$", "a$b$c"), raters=2)
+    rating_report.write(result | {"title": "for $1 or $x^$"}, tmp_path / "result")
+    figure = rating_report.preference_figure(result | {"title": "$x^$"})
+    assert figure.get_suptitle() == r"\$x^\$"
+
+
 def test_an_analysis_on_the_command_line(tmp_path, capsys):
     """Catches a verb that reads other files than those it is given."""
     _, pages, content = studies.make()

@@ -89,6 +89,18 @@ def test_votes_that_all_agree():
     assert found["design_effect"] is None
 
 
+def test_scores_that_all_agree_or_reach_a_bound():
+    """Catches an interval without width, and one that ends beyond the highest score."""
+    one = np.zeros(1, int)
+    for value in (0.0, 50.0, 100.0):
+        found = clustered.mean(np.array([value]), one, one, (0.0, 100.0))
+        assert found["mean"] == value and found["high"] - found["low"] > 70
+        assert 0 <= found["low"] <= value <= found["high"] <= 100
+    p, r = np.divmod(np.arange(30), 3)
+    found = clustered.mean(np.where(np.arange(30) == 7, 0.0, 100.0), p, r, (0.0, 100.0))
+    assert found["high"] == 100.0 and 80 < found["low"] < 95
+
+
 def test_one_prompt_is_no_cluster():
     """Catches a division by zero, and a variance of 0 from one cluster."""
     hits = np.tile([1.0, 0.0, 1.0], 10)

@@ -66,3 +66,10 @@ def test_style_and_script_are_not_escaped():
     assert not re.findall(r"&(#\d+|amp|lt|gt|quot);", text)
     assert '"use strict";' in [text for tag, _, text in elements if tag == "script"][1]
     assert "--cell" in next(text for tag, _, text in elements if tag == "style")
+
+
+def test_a_caption_has_the_direction_of_its_letters():
+    """Catches Arabic or Hebrew whose punctuation stands at the wrong end."""
+    _, text = rendered()
+    (caption,) = [attrs for _, attrs, _ in Elements(text).found if attrs.get("id") == "caption"]
+    assert caption["dir"] == "auto"

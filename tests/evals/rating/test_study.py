@@ -123,7 +123,7 @@ MISTAKES = {
     "one system": (["zebrafish"], [], "two systems"),
     "the same name": (["okapi", "okapi"], [], "two systems are called 'okapi'"),
     "too few pictures": (NAMES, ["--per_side=4"], "zebrafish has 1 of 4 pictures"),
-    "no system": ([], [], "needs two systems: give --pictures NAME=PATH twice"),
+    "no system": ([], [], "needs two systems: give --pictures NAME=PATH for each"),
     "an unprintable name": (["okapi", "ze\nbra"], [], "cannot be the name of a system"),
     "a link as output": (NAMES, ["--output=link"], "--output link is a link"),
     "a word of the page": (["okapi", "pictures"], [], "the page itself has the word 'pictures'"),
