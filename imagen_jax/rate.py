@@ -184,7 +184,9 @@ def settings_of(args, protocol):
     except ValueError as error:
         raise ValueError(f"--seed {args.seed} is not hexadecimal: copy it from a key") from error
     if not 0 <= seed < 1 << SEED_BITS:
-        raise ValueError(f"--seed {args.seed} has more than {SEED_BITS} bits: copy it from a key")
+        raise ValueError(
+            f"--seed {args.seed} is negative or has more than {SEED_BITS} bits: copy it from a key"
+        )
     return Settings(
         protocol=args.protocol,
         per_side=int(args.per_side) if args.per_side else protocol.per_side,

@@ -127,6 +127,7 @@ MISTAKES = {
     "an unprintable name": (["okapi", "ze\nbra"], [], "cannot be the name of a system"),
     "a link as output": (NAMES, ["--output=link"], "--output link is a link"),
     "a word of the page": (["okapi", "pictures"], [], "the page itself has the word 'pictures'"),
+    "a negative seed": (NAMES, ["--seed=-1"], "is negative or has more than 128 bits"),
     "no hexadecimal seed": (NAMES, ["--seed=xyz"], "not hexadecimal"),
 }
 
