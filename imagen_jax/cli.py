@@ -61,11 +61,11 @@ UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 
 
 def run(
-    define_flags: Callable[[], None], main: Callable[..., int | None], files: bool = False
+    define_flags: Callable[[], None], main: Callable[..., int | None], positional: bool = False
 ) -> None:
     """Parses the flags of `define_flags`, calls `main` and exits with its return value (None: 0).
 
-    files: `main` takes the list of the arguments that are not flags; otherwise they are an error.
+    positional: `main` takes the list of positional arguments; otherwise these are an error.
 
     Flags are global and commands share flag names, so each command defines its flags when it runs,
     not when it is imported. `guard` handles errors.
@@ -78,7 +78,7 @@ def run(
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def guarded(argv):
-        if files:
+        if positional:
             return guard(lambda: main(argv[1:]))
         if len(argv) > 1:
             return fail(f"unexpected argument {argv[1]!r}; options start with --, see --help")

@@ -24,6 +24,7 @@ from absl import flags
 from imagen_jax import cli
 from imagen_jax.storage import check_local
 
+COCO_PAIRS = 200  # of Imagen's section 3
 log = logging.getLogger("imagen_jax.rate")
 
 
@@ -34,19 +35,28 @@ def define_make_flags() -> None:
 
     define_suite_flags()
     flags.DEFINE_multi_string(
-        "pictures", [], "NAME=PATH of a system: a folder, or a set of `sample` or `evaluate`"
+        "pictures", [], "NAME=PATH per system: a folder, or output of `sample` or `evaluate`"
     )
-    flags.DEFINE_string("output", None, "directory of the study, which must not exist")
-    flags.DEFINE_enum("protocol", "drawbench", list(PROTOCOLS), "the questions; coco: Imagen's")
+    flags.DEFINE_string("output", None, "directory of the study; new or empty")
     flags.DEFINE_enum(
-        "per_side", "", ["", *map(str, PER_SIDE)], "pictures of a set; default 8, of coco 1"
+        "protocol",
+        "drawbench",
+        list(PROTOCOLS),
+        "drawbench: set against set; coco: picture against reference photograph",
     )
-    flags.DEFINE_integer("raters", 25, "raters of each run", lower_bound=1)
+    flags.DEFINE_enum(
+        "per_side", "", ["", *map(str, PER_SIDE)], "pictures per set; default 8, protocol coco 1"
+    )
+    flags.DEFINE_integer("raters", 25, "raters per run", lower_bound=1)
     flags.DEFINE_integer(
-        "block", None, "trials of a rater; default: all of a run, of coco 50", lower_bound=0
+        "block",
+        None,
+        "trials per rater, control trials not counted; 0: all of the run; default 0, protocol"
+        " coco 50",
+        lower_bound=0,
     )
-    flags.DEFINE_integer("controls", 2, "control trials of each kind per rater", lower_bound=0)
-    flags.DEFINE_boolean("by_category", True, "a run with raters of its own for each category")
+    flags.DEFINE_integer("controls", 2, "control trials per kind and rater", lower_bound=0)
+    flags.DEFINE_boolean("by_category", True, "one run, with its own raters, per category")
     flags.DEFINE_enum("pairs", "all", list(PAIRINGS), "compare all pairs, or the first with each")
     flags.DEFINE_enum(
         "order",
@@ -56,13 +66,18 @@ def define_make_flags() -> None:
         " with the caption, as in the paper",
     )
     flags.DEFINE_integer(
-        "size", 0, "height of all pictures in pixels, bicubic; 0: they must agree", lower_bound=0
+        "size",
+        0,
+        "height in pixels to which all pictures are scaled, bicubic; 0: sizes must be equal",
+        lower_bound=0,
     )
-    flags.DEFINE_boolean("leave_out", False, "leave out prompts without enough usable pictures")
-    flags.DEFINE_boolean("single_file", False, "one HTML file per run, with its pictures inside")
+    flags.DEFINE_boolean(
+        "leave_out", False, "leave out prompts with missing, damaged or unequal pictures"
+    )
+    flags.DEFINE_boolean("single_file", False, "one HTML file per run that contains its pictures")
     flags.DEFINE_string("consent", "", "text file with your own consent text")
     flags.DEFINE_string("warning", None, "content warning; empty: none")
-    flags.DEFINE_string("seed", "", "hexadecimal, secret, from an earlier key; default: random")
+    flags.DEFINE_string("seed", "", "the hexadecimal seed of an earlier key; default: random")
 
 
 def define_suite_flags() -> None:
@@ -70,7 +85,10 @@ def define_suite_flags() -> None:
     flags.DEFINE_string("suite", "", "prompts: drawbench, coco, partiprompts, embedded ...")
     flags.DEFINE_string("suite_file", "", "the suite's list of prompts; embedded needs none")
     flags.DEFINE_integer(
-        "prompts", 0, "number of prompts, drawn by --draw_seed; 0: all, of coco 200", lower_bound=0
+        "prompts",
+        0,
+        "prompts to draw with --draw_seed; 0: all, suite coco 200",
+        lower_bound=0,
     )
     flags.DEFINE_integer("draw_seed", 0, "seed of the draw of prompts", lower_bound=0)
     flags.DEFINE_string("images", "", "folder of the reference images, for the protocol coco")
@@ -86,12 +104,14 @@ def define_analyse_flags() -> None:
 def define_export_flags() -> None:
     """The flags of `export`."""
     define_suite_flags()
-    flags.DEFINE_string("pictures", None, "a folder, or a set of `sample` or `evaluate`")
-    flags.DEFINE_string("output", None, "directory to write, which must not exist")
-    flags.DEFINE_enum("layout", "manifest", ["manifest", "geneval"], "of the written files")
-
-
-COCO_PAIRS = 200  # of Imagen's section 3
+    flags.DEFINE_string("pictures", None, "a folder, or output of `sample` or `evaluate`")
+    flags.DEFINE_string("output", None, "directory to write; new or empty")
+    flags.DEFINE_enum(
+        "layout",
+        "manifest",
+        ["manifest", "geneval"],
+        "manifest: PNG files and manifest.jsonl; geneval: the folders that its scorer reads",
+    )
 
 
 def load_suite():
@@ -107,44 +127,52 @@ def load_suite():
     )
 
 
-def make(arguments: Sequence[str]) -> int:
-    """`rate make`."""
-    from imagen_jax.evals.rating import preparing, study, suite_items, system_pictures
+def make() -> int:
+    """`rate make`: writes the pages and the key of a study."""
+    from imagen_jax.evals.rating import study, suite_items, system_pictures
     from imagen_jax.evals.rating.protocols import PROTOCOLS, REFERENCE
 
-    no_arguments(arguments)
     args = flags.FLAGS
     output = new_directory(args.output)
-    named = [split(text) for text in args.pictures]
+    sources = [name_and_path(text) for text in args.pictures]
     texts = texts_of(args.consent, args.warning)
-    study.check_names([name for name, _ in named], texts)
+    study.check_names([name for name, _ in sources], texts)
     protocol = PROTOCOLS[args.protocol]
-    if len(named) + protocol.with_reference < 2:
-        given = "--pictures NAME=PATH" + (
-            "" if protocol.with_reference else " twice, or more often"
-        )
-        raise ValueError(f"a comparison needs two systems: give {given}")
+    if len(sources) + protocol.with_reference < 2:
+        raise ValueError("a comparison needs two systems: give --pictures NAME=PATH for each")
     suite = load_suite()
     items = suite_items.items_of(suite)
     settings = settings_of(args, protocol)
-    systems = [system_pictures.read(name, path, items) for name, path in named]
+    systems = [system_pictures.read(name, path, items) for name, path in sources]
     if protocol.with_reference:
         systems.append(system_pictures.of_reference(REFERENCE, suite))
-    for note in (note for system in systems for note in system.notes):
-        log.warning("%s", note)
-    checked = preparing.check(items, systems, settings.per_side, args.size)
-    if checked.left_out:
-        told = f"{len(checked.left_out):,} of {len(items):,} prompts: {checked.explain()}"
-        if not args.leave_out:
-            raise ValueError(f"{told}; complete the pictures, or leave them out with --leave_out")
-        log.warning("left out %s", told)
+    checked = check_pictures(items, systems, settings.per_side)
     record = {"suite": suite.identity}
     runs = study.make(output, systems, checked, settings, texts, record, args.single_file)
     names = [system.name for system in systems]
     print(study.describe(runs, len(checked.items), names, settings))
-    print(f"for the raters: {output / study.STUDY}; pages by rater: {output / study.HANDOUT}")
-    print(f"for you alone: {output / study.KEY}")
+    print(f"for the raters: {output / study.STUDY}")
+    print(f"for you: {output / study.HANDOUT} (which page for whom), {output / study.KEY} (secret)")
     return 0
+
+
+def check_pictures(items, systems, per_side: int):
+    """The prompts that can be compared. Raises ValueError for others without --leave_out."""
+    from imagen_jax.evals.rating import preparing
+
+    args = flags.FLAGS
+    for note in (note for system in systems for note in system.notes):
+        log.warning("%s", note)
+    checked = preparing.check(items, systems, per_side, args.size)
+    if checked.left_out:
+        share = f"{len(checked.left_out):,} of {len(items):,} prompts"
+        if not args.leave_out:
+            raise ValueError(
+                f"{share} cannot be compared: {checked.explain()}; complete the pictures, give"
+                " another --per_side or --size, or leave these prompts out with --leave_out"
+            )
+        log.warning("left out %s: %s", share, checked.explain())
+    return checked
 
 
 def settings_of(args, protocol):
@@ -183,8 +211,8 @@ def texts_of(consent: str, warning: str | None):
     return texts if warning is None else dataclasses.replace(texts, warning=warning)
 
 
-def split(text: str) -> tuple[str, str]:
-    """NAME=PATH. Raises ValueError for anything else."""
+def name_and_path(text: str) -> tuple[str, str]:
+    """The parts of NAME=PATH. Raises ValueError for anything else."""
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise ValueError(f"--pictures {text} must be NAME=PATH, such as ours=eval/cascade")
@@ -192,7 +220,7 @@ def split(text: str) -> tuple[str, str]:
 
 
 def new_directory(path: str | None) -> Path:
-    """--output as a path. Raises ValueError if something is there."""
+    """--output as a path. Raises ValueError if it is not new or empty."""
     if not path:
         raise ValueError("--output DIRECTORY is needed")
     check_local("--output", path)
@@ -208,14 +236,8 @@ def new_directory(path: str | None) -> Path:
     return output
 
 
-def no_arguments(arguments: Sequence[str]) -> None:
-    """Raises ValueError if there are arguments that are not flags."""
-    if arguments:
-        raise ValueError(f"unexpected argument {arguments[0]!r}; options start with --, see --help")
-
-
 def analyse(exports: Sequence[str]) -> int:
-    """`rate analyse`."""
+    """`rate analyse`: reports the results of the files or folders `exports`."""
     from imagen_jax.evals.rating import analysis, rating_exports, rating_report
 
     args = flags.FLAGS
@@ -236,11 +258,10 @@ def analyse(exports: Sequence[str]) -> int:
     return 0
 
 
-def export(arguments: Sequence[str]) -> int:
-    """`rate export`."""
+def export() -> int:
+    """`rate export`: writes the pictures of one system for other scorers."""
     from imagen_jax.evals.rating import picture_exports, suite_items, system_pictures
 
-    no_arguments(arguments)
     args = flags.FLAGS
     output = new_directory(args.output)
     if not args.pictures:
@@ -255,15 +276,16 @@ def export(arguments: Sequence[str]) -> int:
 
 
 class Verb(NamedTuple):
-    """One of the commands."""
+    """One of the commands. positional: `main` takes the list of positional arguments."""
 
     define_flags: Callable[[], None]
-    main: Callable[[Sequence[str]], int]
+    main: Callable[..., int]
+    positional: bool = False
 
 
 VERBS = {
     "make": Verb(define_make_flags, make),
-    "analyse": Verb(define_analyse_flags, analyse),
+    "analyse": Verb(define_analyse_flags, analyse, positional=True),
     "export": Verb(define_export_flags, export),
 }
 
@@ -275,10 +297,11 @@ def main() -> None:
         print(__doc__.strip(), "\n\n`rate make --help` and so on list the flags.")
         sys.exit(0)
     if verb not in VERBS:
-        sys.exit(cli.fail(f"{verb!r} is none of {', '.join(VERBS)}: see --help"))
+        problem = f"{verb!r} is none of" if verb else "the first argument must be one of"
+        sys.exit(cli.fail(f"{problem} {', '.join(VERBS)}: see --help"))
     cli.log_to_stderr()
     del sys.argv[1]
-    cli.run(*VERBS[verb], files=True)
+    cli.run(*VERBS[verb])
 
 
 if __name__ == "__main__":

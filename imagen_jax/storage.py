@@ -229,10 +229,10 @@ def only_process(directory: Path, doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_directory(output: Path, doing: str) -> Iterator[Path]:
-    """A directory to fill, which gets the name `output` at the end, and is removed after an error.
+    """Yields a temporary directory, renamed to `output` at the end, or removed after an error.
 
-    output: does not exist, or is empty. doing: as for `only_process`, for two commands with the
-    same `output`.
+    output: a directory that does not exist or is empty. doing: as for `only_process`, which rejects
+    a second process with the same `output`.
     """
     partial = output.with_name(f".{output.name}.partial")
     with only_process(partial, doing):
@@ -240,7 +240,7 @@ def whole_directory(output: Path, doing: str) -> Iterator[Path]:
             if output.is_dir() and any(output.iterdir()):  # since the caller looked
                 raise ValueError(f"{output} is not empty: give another directory")
             work = partial / "content"
-            shutil.rmtree(work, ignore_errors=True)  # of a killed process
+            shutil.rmtree(work, ignore_errors=True)  # left by a killed process
             work.mkdir()
             yield work
             os.rename(work, output)

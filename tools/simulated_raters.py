@@ -1,4 +1,4 @@
-"""Simulated raters fill in the pages of a study, to check its analysis, and its size beforehand.
+"""Simulated raters answer the trials of a study, to check its analysis and its size beforehand.
 
     python -m tools.simulated_raters STUDY --prefer ours=0.5 --output EXPORTS
 
@@ -7,9 +7,9 @@ A vote compares
     u = preference of the left system - that of the right + prompt effect + rater effect
         + bias to the left + noise
 
-with a threshold: above it the left set wins, below its negative the right one, and between them
-neither. Effects and noise are normal, so that the expected rates are known (`expected_rate`). A
-careless rater answers at random. Nothing here says anything about people.
+with a threshold: the left set wins above it, the right set below its negative, and neither between
+them. Effects and noise are normal, so the expected rates are known (`expected_rate`). A careless
+rater answers at random. The results say nothing about people or pictures.
 """
 
 import argparse
@@ -35,11 +35,11 @@ STUDY_JSON = re.compile(r'<script type="application/json" id="study">(.*?)</scri
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """How simulated raters answer, in units of the noise of one vote.
+    """How simulated raters answer. The unit is the standard deviation of the noise of one vote.
 
-    preference: {system: preference}, 0 for others. prompt, rater: standard deviations of the
-    effects. threshold: half of the range of "neither". bias: added to the left side. careless: the
-    share of raters who answer at random.
+    preference: {system: preference}; 0 for other systems. prompt, rater: standard deviations of the
+    effects. threshold: half the width of the range of "neither". bias: added to the left side.
+    careless: the share of raters who answer at random.
     """
 
     preference: Mapping[str, float]
@@ -50,7 +50,7 @@ class World:
     careless: float = 0.0
 
     def expected_rate(self, first: str, second: str) -> tuple[float, float, float]:
-        """The probabilities that the first wins, of a tie, that the second wins; without bias."""
+        """The probabilities (first wins, tie, second wins) for careful raters without bias."""
         gap = self.preference.get(first, 0.0) - self.preference.get(second, 0.0)
         spread = (1 + self.prompt**2 + self.rater**2) ** 0.5
         win = float(scipy.stats.norm.sf((self.threshold - gap) / spread))
@@ -127,15 +127,9 @@ class _Person:
             u, threshold = 0.0, 1.0
         else:
             u = self._gap(trial, sets, question) + self._world.bias + self._rng.standard_normal()
-        return (
-            LEFT
-            if u > threshold
-            else RIGHT
-            if u < -threshold
-            else SAME
-            if SAME in choices
-            else RIGHT
-        )
+        if u > threshold:
+            return LEFT
+        return SAME if u >= -threshold and SAME in choices else RIGHT
 
     def _gap(self, trial: Mapping[str, Any], sets: list[str], question: str) -> float:
         """The preference for the left set, without noise and bias."""
@@ -181,7 +175,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("study", type=Path, help="the directory that `rate make` wrote")
     parser.add_argument("--prefer", action="append", default=[], help="NAME=PREFERENCE")
-    for name in ("prompt", "rater", "threshold", "bias", "careless"):
+    fields = ("prompt", "rater", "threshold", "bias", "careless")
+    for name in fields:
         parser.add_argument(f"--{name}", type=float, default=getattr(World, name))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
@@ -191,7 +186,6 @@ def main() -> None:
         preference = {name: float(value) for name, _, value in pairs}
     except ValueError:
         parser.error(f"--prefer {' '.join(args.prefer)} must be NAME=PREFERENCE, such as ours=0.5")
-    fields = ("prompt", "rater", "threshold", "bias", "careless")
     world = World(preference, **{name: getattr(args, name) for name in fields})
     try:
         count = simulate(args.study, world, args.output, args.seed)

@@ -6,8 +6,8 @@ const RETRIES = [100, 1000]; // milliseconds of waiting before a picture is load
 const ARROWS = { left: "ArrowLeft", same: "ArrowDown", right: "ArrowRight" };
 const ARROW_SIGNS = { ArrowLeft: "←", ArrowDown: "↓", ArrowRight: "→" };
 
-// The trial on the screen. `state`: "loading", "ready" or "broken". `since`: when the question that
-// is asked could first be answered.
+// The trial on the screen. `state`: "loading", "ready" or "broken". `since`: the time from which
+// the present question can be answered.
 let view = null; // {trial, state, since}
 let zoomed = 0; // the index of the enlarged pictures
 
@@ -89,13 +89,13 @@ function finish(record) {
 
 const keepEarlier = () => leave(session.records.length);
 
-/** Goes on without the open answers of this trial. */
+/** Goes to another trial and drops the open answers of this one. */
 function leave(position) {
   delete session.open[session.position];
   goTo(position);
 }
 
-/** The open answers stay: going back does not show the first question of this trial again. */
+/** Keeps the open answers: a rater who returns to this trial goes on at the same question. */
 function back() {
   if (session.position > 0) goTo(session.position - 1);
 }
@@ -173,7 +173,7 @@ function pause(ms) {
   return new Promise((resolve) => setTimeout(resolve, ms));
 }
 
-/** Resolves to whether the picture could be loaded, in one of a few attempts. */
+/** Resolves to whether the picture loads in one of a few attempts. */
 async function loaded(img) {
   for (const wait of RETRIES) {
     if (await outcome(img)) return true;
@@ -420,7 +420,7 @@ function connect() {
   byId("start-form").addEventListener("submit", submitStart);
   document.addEventListener("keydown", onKey);
   window.addEventListener("resize", fit);
-  // The same number in a second tab: follow it, or one tab would overwrite the answers of the other.
+  // The same number in a second tab: reload, so that no tab overwrites the answers of the other.
   window.addEventListener("storage", (event) => {
     if (number && event.key === `${STORE}/${number}`) location.reload();
   });

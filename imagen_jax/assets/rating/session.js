@@ -1,8 +1,8 @@
 "use strict";
 
-// The answers of one rater, without what is on the screen. A rater has a number n and rates the
-// trials of schedules[n - 1] in order. Positions count the trials of that schedule from 0. Nothing
-// leaves the browser: the answers are kept in localStorage, and saved as a file of JSON lines.
+// The answers of one rater, independent of the screen. A rater has a number n and rates the trials
+// of schedules[n - 1] in order. Positions count the trials of that schedule from 0. Nothing leaves
+// the browser: the answers are kept in localStorage and downloaded as a file of JSON lines.
 
 const byId = (id) => document.getElementById(id);
 const study = JSON.parse(byId("study").textContent);
@@ -57,13 +57,13 @@ function save() {
   }
 }
 
-/** The number that a text states, or 0. */
+/** The rater number in a text, or 0. */
 function validNumber(text) {
   const n = /^\d{1,9}$/.test(text.trim()) ? Number(text) : 0;
   return n <= study.schedules.length ? n : 0;
 }
 
-/** A random number, of those that have not been used in this browser if there are any. */
+/** A random rater number; one that this browser has not used, if possible. */
 function drawnNumber() {
   const all = study.schedules.map((_, index) => index + 1);
   const free = all.filter((n) => !stored(n));

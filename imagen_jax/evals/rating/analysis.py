@@ -21,8 +21,10 @@ OVERALL = "overall"
 class Votes:
     """The votes on one question about pairs of systems, one per regular trial and rater.
 
-    first, second: indices of the systems of the pair, in the order of the key. outcome: WIN, TIE or
-    LOSS of the first. first_is_left: the side on which the first was shown.
+    prompt, rater, category: ids or indices.
+    first, second: indices of the two systems in the key, first < second.
+    outcome: WIN, TIE or LOSS of the first system.
+    first_is_left: whether the first system was shown on the left.
     """
 
     prompt: Int[np.ndarray, " n"]
@@ -37,7 +39,7 @@ class Votes:
         return len(self.outcome)
 
     def where(self, mask: Bool[np.ndarray, " n"]) -> "Votes":
-        """The votes of a mask."""
+        """The votes that a mask selects."""
         return Votes(*(getattr(self, field.name)[mask] for field in dataclasses.fields(self)))
 
     def pairs(self) -> list[tuple[int, int]]:
@@ -165,9 +167,9 @@ def preference(votes: Votes) -> dict[str, Any]:
 
 
 def sign_test(votes: Votes) -> dict[str, Any]:
-    """The exact two-sided sign test over prompts; prompts with equal numbers of votes are left out.
+    """The exact two-sided sign test over prompts, without prompts that neither system wins.
 
-    first, second: prompts on which more votes preferred the one or the other.
+    Returns {"first", "second": numbers of prompts that the system wins by votes, "equal", "p"}.
     """
     _, codes = np.unique(votes.prompt, return_inverse=True)
     lead = np.bincount(codes, np.where(votes.outcome == WIN, 1.0, 0.0))

@@ -45,8 +45,8 @@ def variance(
 ) -> Variance:
     """The variance of an estimate that is the sum of influences, one per vote.
 
-    At least the variance of independent votes. A term with one cluster only is left out: nothing
-    can be said about new ones.
+    At least the variance of independent votes. The term of a single cluster is 0: one cluster does
+    not show how clusters differ.
     """
     cells = prompts * (int(raters.max()) + 1) + raters
     terms, dofs = [], []
@@ -96,8 +96,8 @@ def rate(
     """{"rate", "low", "high", "se", "n", "design_effect"} of votes that are 0 or 1.
 
     The interval is Wilson's for the number of independent votes with the same variance, with
-    Student's quantile. If all votes agree, that number is the number of prompts or of raters,
-    whichever is smaller. design_effect: variance over that of independent votes.
+    Student's quantile. If all votes agree, that number is the smaller of the numbers of prompts and
+    of raters. design_effect: the variance divided by that of independent votes.
     """
     n, share = len(hits), float(hits.mean())
     found = variance((hits - share) / n, prompts, raters)
@@ -132,7 +132,7 @@ def influences(
 ) -> Float[np.ndarray, "n m"]:
     """The influence of each vote on a statistic of the counts of k kinds of votes.
 
-    statistic: does not change if all counts are multiplied by a number.
+    statistic: a function that does not change if all counts are multiplied by the same number.
     """
     counts = np.bincount(kinds, minlength=k).astype(np.float64)
     step = STEP * counts.sum()

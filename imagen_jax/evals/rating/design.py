@@ -1,8 +1,8 @@
 """The trials of a study, and the raters who see them: a pure function of prompts and a seed.
 
-A study has runs, and each run has raters of its own. A *trial* shows two sets of pictures of one
-prompt (or one set). The order of its two sets is drawn once per trial; half of its raters see them
-swapped. Names of trials and sets are keyed hashes, so they say nothing to someone without the seed.
+A study has runs, and each run has its own raters. A *trial* shows two sets of pictures of one
+prompt, or one set. The order of the two sets is drawn once per trial, and half of its raters see
+them swapped. Names of trials and sets are keyed hashes: without the seed they reveal nothing.
 """
 
 import dataclasses
@@ -32,11 +32,17 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What determines a study, besides its prompts and systems.
+    """The settings of a study. With the prompts and systems they determine it.
 
-    raters: of each run. block: trials of a rater without controls, 0 for all of the run. controls:
-    of each kind per rater. by_category: a run for each category, instead of one. pairs: "all" pairs
-    of systems, or the "first" system with each other one.
+    protocol: a key of PROTOCOLS.
+    per_side: pictures per set.
+    raters: raters per run.
+    block: regular trials per rater; 0: all of the run.
+    controls: control trials per kind and rater.
+    by_category: one run per category, instead of one run.
+    pairs: "all" pairs of systems, or the "first" system with each other one.
+    order: "hidden" shows the caption after the first question, "together" from the beginning.
+    seed: of SEED_BITS bits; whoever knows it can compute the names of all sets.
     """
 
     protocol: str
@@ -60,8 +66,7 @@ class Settings:
 class PictureSet:
     """The pictures that a trial shows on one side.
 
-    system: whose pictures. prompt: of which prompt. scrambled: whether their parts are exchanged,
-    which everybody sees.
+    scrambled: whether the tiles of the pictures are exchanged, which everybody sees.
     """
 
     token: str
@@ -72,11 +77,16 @@ class PictureSet:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One screen. prompt: the one whose caption is shown.
+    """One screen.
 
-    kind: one of the constants above. sets: two, or one, in the order before swapping. answer: the
-    index of the right set of a control trial, or the right answer of a single set; None for
-    regular trials, repeats, and identical sets. repeats: the trial that this one repeats.
+    token: its name in the page and the key.
+    kind: one of the constants above.
+    prompt: the id of the prompt whose caption is shown.
+    questions: the names of the questions.
+    sets: two sets in the order before swapping, or one set.
+    answer: the index of the right set of a control trial, or the right answer about a single set;
+      None for regular trials, repeats and identical sets.
+    repeats: the token of the trial that this one repeats, or "".
     """
 
     token: str
@@ -90,9 +100,9 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Trials with raters of their own.
+    """Trials with their own raters.
 
-    schedules: for each rater, the (index of the trial, whether its sets are swapped) in order.
+    schedules: for each rater, (index of a trial, whether its sets are swapped) in order.
     """
 
     number: int
@@ -110,7 +120,7 @@ def make_runs(items: Sequence[Item], systems: Sequence[str], settings: Settings)
     Raises ValueError for fewer than two systems or prompts.
     """
     if len(systems) < 2:
-        raise ValueError("a comparison needs two systems: give --pictures NAME=DIRECTORY twice")
+        raise ValueError("a comparison needs two systems: give --pictures NAME=PATH for each")
     if len(items) < 2 and settings.controls:
         raise ValueError("control trials need two prompts: give more prompts, or --controls 0")
     categories = dict.fromkeys(item.category for item in items)
@@ -174,10 +184,11 @@ class _Builder:
         return QUESTIONS[self.questions[0]].is_pair
 
     def _regular(self, members: Sequence[Item]) -> list[Trial]:
+        groups = [(system,) for system in self.systems]
+        if self._pair:
+            groups = pairs_of(self.systems, self.settings.pairs)
         trials = []
         for item in members:
-            groups = self.systems if not self._pair else ()
-            groups = [(system,) for system in groups] or pairs_of(self.systems, self.settings.pairs)
             for names in groups:
                 sets = [self._set(name, item.id) for name in names]
                 trials.append(self._trial(REGULAR, item.id, sets))
@@ -254,10 +265,10 @@ class _Builder:
         trials: Sequence[Trial],
         repeats: dict[int, int],
     ) -> list[int]:
-        """A rater's order with repeats of early trials put in later.
+        """A rater's order of trials, with repeats of early trials inserted later.
 
-        repeats: extended by trials that get a repeat. Raters share repeats where they can, because
-        each has picture files of its own.
+        repeats: {trial: its repeat}; new repeats are added to it. Raters share repeats where
+        possible, because every repeat has its own picture files.
         """
         order = list(order)
         if not self._pair:
@@ -287,9 +298,9 @@ class _Builder:
 
 
 def deal(trials: int, raters: int, block: int, rng: np.random.Generator) -> list[list[int]]:
-    """Blocks of trials for raters, so that the numbers of raters of two trials differ by at most 1.
+    """A block of trials for each rater. The numbers of raters of two trials differ by at most 1.
 
-    block: the size of a block; 0, or more than there are trials: all.
+    block: the size of a block; 0, or more than `trials`: all trials.
     """
     size = trials if block == 0 else min(block, trials)
     order = rng.permutation(trials)
@@ -300,7 +311,7 @@ def deal(trials: int, raters: int, block: int, rng: np.random.Generator) -> list
 def _balance(
     orders: Sequence[Sequence[int]], originals: Mapping[int, int], rng: np.random.Generator
 ) -> list[dict[int, bool]]:
-    """For each rater, {trial: whether its sets are swapped}: for half of the raters of each trial.
+    """For each rater, {trial: whether its sets are swapped}; half of a trial's raters see them so.
 
     originals: {repeat: the trial that it repeats}; a repeat is swapped if its trial is not.
     """

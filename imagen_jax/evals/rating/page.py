@@ -13,11 +13,11 @@ TITLE = "Comparison of pictures"
 def render(study: Mapping[str, Any]) -> bytes:
     """Returns the page of one run as UTF-8 HTML.
 
-    The page needs no server and no other resource than the pictures. It names no system.
+    The page needs no server and no resource except the pictures. It names no system.
 
-    study: version, study, run, protocol, order, questions, trials, pictures, schedules, consent and
-    warning. `pictures` has URLs relative to the page, or data URIs, for each token of a set.
-    `schedules` has for each rater the trials in order, each as (index in `trials`, swapped).
+    study: version, study, run, order, questions, trials, pictures, schedules, consent and warning.
+    `pictures` maps the token of each set to URLs relative to the page, or to data URIs. `schedules`
+    lists for each rater (index in `trials`, whether the sides are swapped) in order.
     """
     folder = importlib.resources.files("imagen_jax") / "assets" / "rating"
     read = lambda name: (folder / name).read_text(encoding="utf-8")

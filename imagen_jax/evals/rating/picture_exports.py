@@ -17,7 +17,7 @@ from imagen_jax import pictures
 from imagen_jax.data.sources.caption_files import geneval_metadata
 from imagen_jax.evals.geneval_layout import write_layout
 from imagen_jax.evals.rating.preparing import read_picture
-from imagen_jax.evals.rating.system_pictures import MANIFEST, SystemPictures, named
+from imagen_jax.evals.rating.system_pictures import MANIFEST, SystemPictures, first_values
 from imagen_jax.evals.suites import Suite
 from imagen_jax.run_log import Progress
 from imagen_jax.storage import whole_directory, write_atomically
@@ -27,7 +27,7 @@ PICTURES = "pictures"
 
 
 def write_manifest(system: SystemPictures, suite: Suite, output: Path) -> str:
-    """Writes the plain manifest. Prompts without pictures are reported in the returned text."""
+    """Writes PNG files and their manifest. Returns a line that counts them and missing prompts."""
     prompts = {prompt.id: prompt for prompt in suite.prompts}
     lines, counts = [], dict.fromkeys(prompts, 0)
     with whole_directory(output, "writing pictures to") as work:
@@ -44,13 +44,16 @@ def write_manifest(system: SystemPictures, suite: Suite, output: Path) -> str:
             raise ValueError("no prompt of the suite has a picture: give other --pictures")
         write_atomically(work / MANIFEST, "".join(lines).encode())
     without = [number for number, count in counts.items() if not count]
-    note = f"; {len(without)} prompts have no picture: {named(without)}" if without else ""
+    note = f"; {len(without)} prompts have no picture: {first_values(without)}" if without else ""
     shown = len(counts) - len(without)
     return f"{output / MANIFEST}: {len(lines):,} pictures of {shown:,} prompts{note}"
 
 
 def write_geneval(system: SystemPictures, suite: Suite, output: Path) -> str:
-    """Writes GenEval's folders. Raises ValueError unless every prompt has the same number."""
+    """Writes GenEval's folders. Returns a line that counts the prompts.
+
+    Raises ValueError unless every prompt has the same number of pictures.
+    """
     if suite.name != GENEVAL:
         raise ValueError(f"--layout geneval needs --suite geneval, not {suite.name}")
     metadata = geneval_metadata(Path(suite.identity["file"]))

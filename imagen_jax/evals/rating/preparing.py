@@ -1,7 +1,7 @@
 """Checks the pictures of a study, and writes them under neutral names.
 
-Pictures are decoded and encoded again as PNG, so that nothing of their files is left: names,
-metadata, format and dates.
+Pictures are decoded and encoded again as PNG: names, metadata, formats and dates of the original
+files are lost.
 """
 
 import concurrent.futures
@@ -19,7 +19,7 @@ from PIL import Image
 from imagen_jax import pictures
 from imagen_jax.data.prepare.upright import upright
 from imagen_jax.evals.rating.design import Item, PictureSet, Run, Settings
-from imagen_jax.evals.rating.system_pictures import SystemPictures, named
+from imagen_jax.evals.rating.system_pictures import SystemPictures, first_values
 from imagen_jax.run_log import Progress
 
 DATE = 946684800  # of all files of a study: 2000-01-01
@@ -30,10 +30,10 @@ Shapes = dict[tuple[int, int], None]  # distinct (height, width), in order
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """The prompts that every system has enough pictures of.
+    """The prompts whose pictures can be compared, and the others.
 
-    sizes: {prompt id: (height, width) of its pictures in the study}. left_out: {prompt id: reason}.
-    originals: {system: {"WIDTHxHEIGHT" of its files: number of prompts}}.
+    items: the prompts that can. sizes: {prompt id: (height, width) of its pictures in the study}.
+    left_out: {prompt id: reason}. originals: {system: {"WIDTHxHEIGHT" of files: prompts}}.
     """
 
     items: Sequence[Item]
@@ -42,8 +42,8 @@ class Checked:
     originals: Mapping[str, Mapping[str, int]]
 
     def explain(self) -> str:
-        """The first prompts that were left out, with the reasons."""
-        return named([f"{number} ({reason})" for number, reason in self.left_out.items()])
+        """The first prompts that cannot be compared, with the reasons."""
+        return first_values([f"{number} ({reason})" for number, reason in self.left_out.items()])
 
 
 def check(
@@ -100,25 +100,27 @@ def _resized(shape: tuple[int, int], size: int) -> tuple[int, int]:
 
 
 def _difference(systems: Sequence[SystemPictures], found: Sequence[Shapes], size: int) -> str:
-    """The reason why pictures of these sizes cannot be compared, or ""."""
+    """The reason why pictures of these sizes cannot be compared; "" if they can."""
     if len({_resized(shape, size) for shapes in found for shape in shapes}) == 1:
         return ""
-    told = [
+    sizes = [
         f"{system.name} has {' and '.join(f'{w}x{h}' for h, w in shapes)}"
         for system, shapes in zip(systems, found)
     ]
-    remedy = "the shapes differ" if size else "--size brings all pictures to one height"
-    return f"{', '.join(told)} ({remedy})"
+    remedy = "crop them to one aspect ratio" if size else "--size scales all to one height"
+    return f"{', '.join(sizes)} ({remedy})"
 
 
 def read_picture(path: Path, sha256: str | None = None) -> UInt8[np.ndarray, "_ _ 3"]:
-    """A picture, upright and on white. sha256: that it should have, if that is known.
+    """A picture, upright and on white.
+
+    sha256: the expected hash of the file; None: unknown.
 
     Raises ValueError for a damaged or changed file.
     """
     content = path.read_bytes()
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError("it is not the picture that its manifest lists")
+        raise ValueError("its SHA-256 is not the one in the manifest")
     return np.asarray(upright(content)[0])
 
 
@@ -140,8 +142,8 @@ def write(
 ) -> None:
     """Writes all pictures of a study to `directory`.
 
-    sizes: of `check`. Files are written in the order of their names, which says nothing, and all
-    get the same date.
+    sizes: (height, width) by prompt, from `check`. Files are written in the order of their hashed
+    names and get the same date, so that neither order nor date shows which system they are from.
 
     Raises ValueError if a picture changed since it was checked.
     """

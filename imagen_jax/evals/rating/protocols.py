@@ -1,8 +1,8 @@
 """The questions that raters answer, and the protocols that ask them.
 
 `drawbench` is the comparison of Imagen's section 4 and appendix C: two sets of pictures, two
-questions, three answers. `coco` is that of its section 3: a picture against the reference
-photograph, and one picture against its caption, scored 100, 50 or 0. The wording is ours.
+questions, three answers. `coco` is that of section 3: a picture is compared with the reference
+photograph, and one picture with its caption, scored 100, 50 or 0. The wording is ours.
 """
 
 import dataclasses
@@ -17,7 +17,10 @@ PER_SIDE = (1, 4, 8)  # pictures of one set
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """answers: {value: label}, in the order of the keys 1, 2, 3. caption: whether it is shown."""
+    """A question and its answers.
+
+    answers: {value: label}, in the order of the keys 1, 2, 3. caption: whether it is shown.
+    """
 
     text: str
     answers: Mapping[str, str]
@@ -41,10 +44,11 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """One or more parts with raters of their own, each with its questions.
+    """One or more parts, each with its own raters.
 
     parts: {name: questions}; a trial of a part asks all of them. per_side: default number of
-    pictures of a set. block: default number of trials of a rater, 0 for all of a run.
+    pictures per set. block: default number of trials per rater; 0: all trials of the run.
+    with_reference: whether systems are compared with reference images, not with each other.
     """
 
     parts: Mapping[str, tuple[str, ...]]
@@ -56,7 +60,7 @@ class Protocol:
 _SETS = {LEFT: "Set A", SAME: "No preference", RIGHT: "Set B"}
 QUESTIONS = {
     "fidelity": Question("Which set of pictures has the higher quality?", _SETS, False),
-    "alignment": Question("Which set of pictures shows better what the text says?", _SETS, True),
+    "alignment": Question("Which set of pictures better matches the text?", _SETS, True),
     "photorealism": Question(
         "Which picture looks more like a photograph?",
         {LEFT: "Picture A", RIGHT: "Picture B"},

@@ -18,9 +18,10 @@ THRESHOLD = 0.8  # share of right answers to controls, of Imagen's section 3
 
 @dataclasses.dataclass
 class RaterScore:
-    """Answers of one rater to control trials. repeats: answers that were the same the second time.
+    """Answers of one rater to control trials.
 
-    right, repeats: (number that are right, number of answers).
+    right: (right answers, all answers to trials with a right answer). repeats: (answers to repeats
+    that are the same as before, all answers to repeats).
     """
 
     right: tuple[int, int] = (0, 0)

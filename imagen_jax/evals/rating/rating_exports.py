@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key. trials: {name of a trial: its record and its run}."""
+    """The key of a study. runs: {number: its record}. trials: {token: its record, with its run}."""
 
     study: str
     settings: Mapping[str, Any]
@@ -62,7 +62,17 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Rating:
-    """One trial of one rater. right: None for one set."""
+    """The answers of one rater to one trial.
+
+    rater: the random id of the rater.
+    number: of the rater in the run, from 1.
+    trial: the token of the trial.
+    left, right: the tokens of the sets as shown; right is None if there is one set.
+    answers: {question: answer}; empty if the trial was skipped.
+    ms: {question: response time in milliseconds}.
+    skipped: whether the rater skipped the trial.
+    revision: how often the rater has replaced the answers.
+    """
 
     rater: str
     number: int
@@ -77,7 +87,7 @@ class Rating:
 
 @dataclasses.dataclass(frozen=True)
 class Ratings:
-    """The usable lines of all files. problems: what was left out or is unusual, a line each."""
+    """The usable lines of all files. problems: one line for each thing left out or unusual."""
 
     rows: Sequence[Rating]
     problems: Sequence[str]
@@ -87,7 +97,7 @@ class Ratings:
 def read_key(path: Path) -> Key:
     """Raises ValueError if the file is no key of this version."""
     if not path.is_file():
-        raise ValueError(f"{path} is no file: give the key.json that `rate make` wrote")
+        raise ValueError(f"{path} is not a file: give the key.json that `rate make` wrote")
     content = read_object(path, _KEY_FIELDS)
     if content["format"] != FORMAT:
         raise ValueError(
@@ -144,8 +154,8 @@ def read(paths: Sequence[str], key: Key) -> Ratings:
     found: dict[tuple[str, str], Rating] = {}
     problems, conflicts = _ignored(paths), set()
     for file in files:
-        ratings, told = _read_file(file, key)
-        problems += told
+        ratings, file_problems = _read_file(file, key)
+        problems += file_problems
         repeated = 0
         for rating in ratings:
             place = rating.rater, rating.trial
@@ -158,15 +168,15 @@ def read(paths: Sequence[str], key: Key) -> Ratings:
                 conflicts.add(place)
         if repeated:
             problems.append(
-                f"{file.name}: {repeated} trials are in an earlier file or line too;"
+                f"{file.name}: {repeated} trials are also in an earlier file or line;"
                 " each counts once"
             )
     for rater, trial in sorted(conflicts):
-        problems.append(f"rater {rater}, trial {trial}: files disagree; it is left out")
+        problems.append(f"rater {rater}, trial {trial}: the files disagree; left out")
         del found[rater, trial]
     problems += _doubled_numbers(found.values(), key)
     if not found:
-        raise ValueError("no line can be used: " + "; ".join(problems[:5] or ["no file has one"]))
+        raise ValueError(f"no line can be used: {'; '.join(problems[:5]) or 'no file has one'}")
     return Ratings(list(found.values()), problems, len(files))
 
 
@@ -205,7 +215,7 @@ def _read_file(path: Path, key: Key) -> tuple[list[Rating], list[str]]:
     """The usable lines of a file, and what is wrong with the others."""
     if path.stat().st_size > MOST_BYTES:
         return [], [
-            f"{path.name}: larger than {MOST_BYTES >> 20} MiB, no file of answers; left out"
+            f"{path.name}: larger than {MOST_BYTES >> 20} MiB, not a file of answers; left out"
         ]
     reasons: Counter[str] = Counter()
     first_lines: dict[str, int] = {}
@@ -254,7 +264,7 @@ def _note_records(row: Any, records: dict[str, int]) -> None:
 
 
 def _check(row: Any, key: Key) -> Rating:
-    """A line as a rating. Raises ValueError with the reason if it is none of this study."""
+    """A line as a rating. Raises ValueError with the reason if it cannot be used."""
     if not isinstance(row, dict):
         raise ValueError("not an object")
     for name, kind in _LINE_FIELDS.items():
@@ -266,15 +276,15 @@ def _check(row: Any, key: Key) -> Rating:
         raise ValueError(f"of a page of version {row['version']}, not {VERSION}")
     trial = key.trials.get(row["trial"])
     if trial is None or trial["run"] != row["run"]:
-        raise ValueError("a trial that the study has not")
+        raise ValueError("a trial that is not in the study")
     schedules = key.runs[row["run"]]["schedules"]
     if not 1 <= row["number"] <= len(schedules):
-        raise ValueError(f"rater number {row['number']}, but there are {len(schedules)}")
+        raise ValueError(f"rater number {row['number']}, but the run has {len(schedules)} raters")
     if row["trial"] not in schedules[row["number"] - 1]:
-        raise ValueError("a trial that its rater was not shown")
+        raise ValueError("a trial that is not in the schedule of its rater")
     sides = [row["left"], *([row["right"]] if row.get("right") is not None else [])]
     if sorted(map(str, sides)) != sorted(trial["sets"]):
-        raise ValueError("sets that its trial has not")
+        raise ValueError("sets that are not those of its trial")
     _check_answers(row, trial["questions"])
     return Rating(
         row["rater"],
@@ -292,26 +302,26 @@ def _check(row: Any, key: Key) -> Rating:
 def _check_answers(row: Mapping[str, Any], questions: Sequence[str]) -> None:
     for value in row["ms"].values():
         if type(value) not in (int, float) or not 0 <= value < 1e9:
-            raise ValueError("a response time that is no number of milliseconds")
+            raise ValueError("a response time that is not a number of milliseconds")
     if row["skipped"]:
         if row["answers"]:
             raise ValueError("a skipped trial with answers")
         return
     if set(row["answers"]) != set(questions):
-        raise ValueError("not the answers to the questions of its trial")
+        raise ValueError("answers that do not fit the questions of its trial")
     for name, answer in row["answers"].items():
         if not isinstance(answer, str) or answer not in QUESTIONS[name].answers:
-            raise ValueError(f"an answer that the question {name!r} has not")
+            raise ValueError(f"an answer that the question {name!r} does not have")
 
 
 def _doubled_numbers(ratings: Iterable[Rating], key: Key) -> list[str]:
-    """A line for each number that several raters used. They saw the same sides."""
+    """A line for each number that several raters used: they saw the same order and sides."""
     raters: dict[tuple[int, int], set[str]] = {}
     for rating in ratings:
         place = key.trials[rating.trial]["run"], rating.number
         raters.setdefault(place, set()).add(rating.rater)
     return [
-        f"run {run}: {len(members)} raters used the number {number}; all count"
+        f"run {run}: {len(members)} raters used the number {number}; the answers of all count"
         for (run, number), members in sorted(raters.items())
         if len(members) > 1
     ]

@@ -7,6 +7,7 @@ from typing import Any
 
 from imagen_jax import pictures
 from imagen_jax.evals.rating.analysis import OVERALL
+from imagen_jax.evals.rating.protocols import QUESTIONS
 from imagen_jax.storage import write_atomically, write_json
 
 RESULT, PREFERENCE, CATEGORIES = "analysis.json", "preference.png", "categories.png"
@@ -22,36 +23,47 @@ def text(result: Mapping[str, Any]) -> str:
 
 
 def _lines(result: Mapping[str, Any]) -> Iterator[str]:
-    controls = result["controls"]
     yield (
         f"study {result['study'][:12]}: {result['trials']:,} trials in {result['files']:,} files,"
         f" {result['skipped']:,} of them skipped"
     )
     for problem in result["problems"]:
         yield f"  note: {problem}"
-    yield (
-        f"control trials: {_percent(controls['right'])} right; repeats answered alike:"
-        f" {_percent(controls['same_on_repeat'])}; {controls['kept']} of"
-        f" {controls['raters']} raters have at least {controls['threshold']:.0%} right"
-    )
-    for label, name in (("all raters", "all_raters"), ("raters who pass the controls", "filtered")):
+    yield from _control_lines(result["controls"])
+    for label, name in (
+        ("all raters", "all_raters"),
+        ("raters who pass", "filtered"),
+    ):
         for question, found in result[name].items():
             yield ""
             yield f"{question}, {label}"
             if "pairs" in found:
-                yield from _pair_lines(found, with_categories=name == "all_raters")
+                yield from _pair_lines(question, found, with_categories=name == "all_raters")
             else:
                 yield from _score_lines(found)
+
+
+def _control_lines(controls: Mapping[str, Any]) -> Iterator[str]:
+    unchecked = controls["without_controls"]
+    yield (
+        f"right answers to control trials: {_percent(controls['right'])}; same answers to repeats:"
+        f" {_percent(controls['same_on_repeat'])}"
+    )
+    yield (
+        f"{controls['kept']} of {controls['raters']} raters pass: at least"
+        f" {100 * controls['threshold']:.0f} % right"
+        f"{f', or no control trials ({unchecked})' if unchecked else ''}"
+    )
 
 
 def _percent(found: Mapping[str, Any] | None) -> str:
     """A rate with its interval in percent."""
     if found is None:
-        return "none asked"
+        return "no data"
     return f"{100 * found['rate']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
 
 
-def _pair_lines(found: Mapping[str, Any], with_categories: bool) -> Iterator[str]:
+def _pair_lines(question: str, found: Mapping[str, Any], with_categories: bool) -> Iterator[str]:
     for pair in found["pairs"]:
         whole = pair[OVERALL]
         yield (
@@ -59,7 +71,8 @@ def _pair_lines(found: Mapping[str, Any], with_categories: bool) -> Iterator[str
             f" {whole['prompts']} prompts, {whole['raters']} raters"
         )
         yield f"    prefer {pair['first']:<20} {_percent(whole['rates']['first'])}"
-        yield f"    neither{'':<20} {_percent(whole['rates']['tie'])}"
+        if QUESTIONS[question].has_ties:
+            yield f"    neither{'':<20} {_percent(whole['rates']['tie'])}"
         yield f"    prefer {pair['second']:<20} {_percent(whole['rates']['second'])}"
         test = whole["sign_test"]
         yield (
@@ -73,7 +86,7 @@ def _pair_lines(found: Mapping[str, Any], with_categories: bool) -> Iterator[str
                     f"      {name:<22} {_percent(rates['first'])} against"
                     f" {_percent(rates['second'])}"
                 )
-    yield f"  answers for the left side: {_percent(found['side_bias'])}; {_alpha(found)}"
+    yield f"  left side preferred: {_percent(found['side_bias'])}; {_alpha(found)}"
     yield from _strength_lines(found.get("strengths"))
 
 
@@ -197,7 +210,8 @@ def category_figure(result: Mapping[str, Any]) -> Any:
     for number, (question, pair) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, number)
         _stacked_bars(axes, names, pair["categories"])
-        title = f"{question}: {pair['first']} | neither | {pair['second']}"
+        between = " | neither | " if QUESTIONS[question].has_ties else " | "
+        title = f"{question}: {pair['first']}{between}{pair['second']}"
         axes.set_title(_plain(title), fontsize=9)
         if (number - 1) % columns:
             axes.set_yticklabels([])

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ FORMAT = 1  # of keys
 VERSION = 1  # of pages and exports
 STUDY, PICTURES, KEY, HANDOUT = "study", "pictures", "key.json", "handout.csv"
 CONSENT = (
-    "You will compare computer-made pictures. Taking part is voluntary, and you can stop at any"
-    " time. Your answers and response times are kept under a random number, without your name or"
-    " any other personal data. They stay in this browser until you send the saved file."
+    "You will judge pictures, some or all of them made by computers. Taking part is voluntary, and"
+    " you can stop at any time. Your answers and response times are kept under a random number,"
+    " without your name or any other personal data. They stay in this browser until you send the"
+    " saved file."
 )
 WARNING = "Some texts and pictures show people, and some may be disturbing or offensive."
 INTRA_PROMPT = 0.2  # assumed correlation of the votes on one prompt, for the expected error
@@ -51,7 +53,7 @@ class Texts:
 def check_names(names: Sequence[str], texts: Texts) -> None:
     """Raises ValueError for names that are repeated, malformed, or words of the page itself.
 
-    Otherwise a search for a name could not show that the study is blind.
+    With such a word, a search for the names in the page could not show that it is blind.
     """
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two systems are called {min(repeated)!r}: give each its own name")
@@ -60,12 +62,13 @@ def check_names(names: Sequence[str], texts: Texts) -> None:
     for name in names:
         if not _NAME.fullmatch(name) or not name.isprintable() or name == REFERENCE:
             raise ValueError(
-                f"{name!a} cannot name a system: give letters and digits, not {REFERENCE!r}"
+                f"{name!a} cannot be the name of a system: use letters and digits;"
+                f" {REFERENCE!r} is reserved"
             )
         if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", words, re.IGNORECASE):
             raise ValueError(
-                f"the page itself has the word {name!r}, so raters could not be kept from seeing"
-                " it: give the system another name"
+                f"the page itself has the word {name!r}, so a search cannot show that the page is"
+                " blind: give the system another name"
             )
 
 
@@ -80,8 +83,7 @@ def make(
 ) -> list[Run]:
     """Writes a study to a new directory, whole or not at all, and returns its runs.
 
-    record: JSON about the prompts and the program, for the key. single_file: pages contain their
-    pictures.
+    record: further fields of the key. single_file: pages contain their pictures.
     """
     if not checked.items:
         raise ValueError("no prompt is left: complete the pictures of all systems")
@@ -109,9 +111,10 @@ def _write_pages(
     work: Path,
     single_file: bool,
 ) -> str:
-    """Writes the page of every run. Returns the SHA-256 of their manifests and of all pictures.
+    """Writes the page of every run. Returns the id of the study.
 
-    Pictures count because ratings of other pictures, by a study with the same seed, must not.
+    The id is the SHA-256 of all manifests and pictures. It includes the pictures because ratings of
+    other pictures, by a study with the same seed, must not count.
     """
     captions = {item.id: item.text for item in items}
     names = preparing.file_names(runs, settings)
@@ -151,7 +154,8 @@ def _manifest(
     order: str,
     texts: Texts,
 ) -> dict[str, Any]:
-    """What the page of a run knows. Nothing in it says which system a set is from."""
+    """The content of the page of a run. Nothing in it says which system a set is from."""
+    # `check_names` passes a run without trials, to search the words of all questions.
     asked = {name for trial in run.trials for name in trial.questions} or set(QUESTIONS)
     trials = [
         {
@@ -178,7 +182,7 @@ def _manifest(
 
 
 def page_name(run: Run, runs: int) -> str:
-    """The file of a run."""
+    """The file name of the page of a run."""
     return "index.html" if runs == 1 else f"run_{run.number:02d}.html"
 
 
@@ -236,38 +240,39 @@ def _write_handout(path: Path, runs: Sequence[Run]) -> None:
 
 
 def describe(runs: Sequence[Run], items: int, systems: Sequence[str], settings: Settings) -> str:
-    """The size of a study, and the error to expect, in a few lines."""
-    raters = sum(len(run.schedules) for run in runs)
+    """The size of a study, and the interval to expect of a rate, in a few lines."""
     trials = [len(rater) for run in runs for rater in run.schedules]
+    span = " to ".join(map(str, sorted({min(trials), max(trials)})))
     lines = [
-        f"{items:,} prompts, {len(runs)} runs with {raters:,} raters in all,"
-        f" {min(trials)} to {max(trials)} trials each"
+        f"prompts: {items:,}; runs: {len(runs)}; raters: {len(trials):,}; trials per rater: {span}"
     ]
-    seen = {(run.number, i) for run in runs for rater in run.schedules for i, _ in rater}
-    regular = {
-        (run.number, i) for run in runs for i, t in enumerate(run.trials) if t.kind == REGULAR
-    }
-    if unseen := len(regular - seen):
+    votes_by_trial = {run.number: _votes_by_trial(run) for run in runs}
+    counts = [count for votes in votes_by_trial.values() for count in votes]
+    if unseen := counts.count(0):
         lines.append(
-            f"{unseen:,} of {len(regular):,} trials are shown to nobody: give more --raters, or"
-            " larger blocks"
+            f"{unseen:,} of {len(counts):,} trials are shown to nobody: give more --raters, or a"
+            " larger --block"
         )
     for part, questions in PROTOCOLS[settings.protocol].parts.items():
-        if not QUESTIONS[questions[0]].is_pair:
-            continue
-        shown = sum(
-            run.trials[index].kind == REGULAR
-            for run in runs
-            if run.part == part
-            for rater in run.schedules
-            for index, _ in rater
-        )
-        votes = shown / len(pairs_of(systems, settings.pairs))
-        effect = 1 + max(votes / items - 1, 0) * INTRA_PROMPT
-        half = [196 * math.sqrt(0.25 * factor / votes) for factor in (1, effect)]
-        lines.append(
-            f"{', '.join(questions)}: {votes:,.0f} votes per pair of systems; a rate of 50 % has an"
-            f" interval of about +-{half[1]:.1f} points if votes on a prompt correlate by"
-            f" {INTRA_PROMPT:g} (+-{half[0]:.1f} if they were independent)"
-        )
+        if QUESTIONS[questions[0]].is_pair:
+            votes = sum(sum(votes_by_trial[run.number]) for run in runs if run.part == part)
+            votes /= len(pairs_of(systems, settings.pairs))
+            lines.append(f"{' and '.join(questions)}: {_expected_interval(votes, items)}")
     return "\n".join(lines)
+
+
+def _votes_by_trial(run: Run) -> list[int]:
+    """The number of raters of each regular trial."""
+    raters = Counter(index for rater in run.schedules for index, _ in rater)
+    return [raters[i] for i, trial in enumerate(run.trials) if trial.kind == REGULAR]
+
+
+def _expected_interval(votes: float, items: int) -> str:
+    """The half-width of the 95 % interval of a rate of 50 %, for correlated votes on a prompt."""
+    design_effect = 1 + max(votes / items - 1, 0) * INTRA_PROMPT
+    independent = 196 * math.sqrt(0.25 / votes)
+    return (
+        f"{votes:,.0f} votes per pair of systems; a rate of 50 % will have a 95 % interval of about"
+        f" +-{independent * math.sqrt(design_effect):.1f} points if votes on the same prompt have a"
+        f" correlation of {INTRA_PROMPT:g} (+-{independent:.1f} points if they are independent)"
+    )

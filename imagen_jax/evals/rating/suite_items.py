@@ -21,12 +21,12 @@ PEOPLE_WORDS = frozenset(
 
 
 def items_of(suite: Suite) -> list[Item]:
-    """The prompts with their categories. Those of COCO are in the categories people, no people."""
+    """The prompts with their categories; for COCO these are "people" and "no people"."""
     category = lambda prompt: coco_category(prompt.text) if suite.name == COCO else prompt.category
     return [Item(prompt.id, prompt.text, category(prompt)) for prompt in suite.prompts]
 
 
 def coco_category(caption: str) -> str:
-    """Whether a caption has one of PEOPLE_WORDS."""
+    """The category of a caption: PEOPLE if it has one of PEOPLE_WORDS."""
     words = set(re.findall(r"[a-z]+", caption.lower()))
     return PEOPLE if words & PEOPLE_WORDS else NO_PEOPLE

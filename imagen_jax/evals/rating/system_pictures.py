@@ -2,12 +2,13 @@
 
 A plain folder names the prompts by their ids in the suite:
 
-    17.png, 17_0.png, 17_1.png ...   pictures of the prompt 17; zeros before the number are ignored
-    17/*.png, 00017/samples/*.png    the same, in folders (GenEval's layout is the second, whose
-                                     other files, such as grid.png, are not read)
+    17.png, 17_0.png, 17_1.png ...   pictures of prompt 17; leading zeros are ignored
+    17/*.png, 00017/samples/*.png    the same in folders; the second is GenEval's layout, whose
+                                     other files, such as grid.png, are not read
     manifest.jsonl                   lines {"prompt_id": 17, "file": ...}, as `rate export` writes
 
-Pictures of a prompt are taken in the order of rows, of lines, or of names, numbers by value.
+The pictures of a prompt are in the order of the set, of the manifest's lines, or of the file names;
+numbers in names are compared by value.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 MANIFEST = "manifest.jsonl"
 SETS = "pictures"  # of an evaluation's output: the folder of its set
 SAMPLES = "samples"  # of a prompt's folder in GenEval's layout
-_NAMED = 5  # prompts that a message lists
+_LISTED = 5  # values that a message lists
 _STEM = re.compile(r"(\d+)(?:[_-].*)?")
 _LINE_FIELDS = {"prompt_id": int, "file": str}
 _AGAIN = "write the manifest again"
@@ -37,8 +38,8 @@ _AGAIN = "write the manifest again"
 class SystemPictures:
     """The pictures of a system.
 
-    files: {prompt id: files}. sha256: of the files that a manifest lists. origin: for the key.
-    notes: what was left out, one line each.
+    files: {prompt id: its files}. sha256: {file: its hash in a manifest}. origin: where they come
+    from, for the key. notes: one line for each kind of thing that was left out.
     """
 
     name: str
@@ -49,12 +50,11 @@ class SystemPictures:
 
 
 def read(name: str, source: str, items: Sequence[Item]) -> SystemPictures:
-    """Lists the pictures of a system; opens none.
+    """Lists the pictures of a system without opening them.
 
     source: a folder, the output of `sample` or `evaluate --cascade`, or the manifest of a set.
 
-    Raises:
-      ValueError: there is nothing to read, several sets, or a damaged manifest.
+    Raises ValueError for a source without pictures, with several sets, or with a damaged manifest.
     """
     check_local(f"--pictures {name}", source)
     path = Path(source)
@@ -76,8 +76,8 @@ def of_reference(name: str, suite: Suite) -> SystemPictures:
     missing = [prompt.id for prompt in suite.prompts if not prompt.image]
     if missing:
         raise ValueError(
-            f"{len(missing):,} prompts of the suite {suite.name} have no reference image: give"
-            " --images with the folder of all of them"
+            f"{len(missing):,} prompts of the suite {suite.name} have no reference image: use a"
+            " suite that names images, such as coco, and give their folder with --images"
         )
     folder = Path(suite.images)
     files = {prompt.id: [folder / prompt.image] for prompt in suite.prompts}
@@ -90,15 +90,15 @@ def _only_manifest(folder: Path, firsts: Sequence[int]) -> Path:
         raise ValueError(f"{folder} has {len(paths)} sets of pictures: give one, as {paths[0]}")
     if not paths[0].is_file():
         raise ValueError(
-            f"the set of pictures in {folder} is not complete: run the command that draws it again"
+            f"the set of pictures in {folder} is not complete: run the command that made it again"
         )
     return paths[0]
 
 
 def _from_set(name: str, manifest: Path, items: Sequence[Item]) -> SystemPictures:
-    """Rows of a prompt that the suite has several times are shared out among its ids in order."""
+    """If the suite has a text several times, its ids share the rows of that text in order."""
     if not (manifest.suffix == ".jsonl" and manifest.is_file()):
-        raise ValueError(f"--pictures {name}={manifest} is no manifest, such as set_0000.jsonl")
+        raise ValueError(f"--pictures {name}={manifest} is not a manifest such as set_0000.jsonl")
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for row in picture_set.manifest_rows(manifest):
         rows.setdefault(clean(row["prompt"])[0], []).append(row)
@@ -166,8 +166,8 @@ def _from_folder(name: str, directory: Path, items: Sequence[Item]) -> SystemPic
             others.add(first)
     if not files:
         raise ValueError(
-            f"--pictures {name}={directory} has no picture named by a prompt's id, as 17.png or"
-            f" 17/0.png ({', '.join(SUFFIXES)}), and no set of pictures: give another folder"
+            f"--pictures {name}={directory} has no picture named by a prompt's id, such as 17.png"
+            f" or 17/0.png ({', '.join(SUFFIXES)}), and no set of pictures: give another folder"
         )
     return SystemPictures(name, files, {}, {"folder": str(directory)}, _left_out(name, others))
 
@@ -193,12 +193,12 @@ def _left_out(name: str, others: set) -> list[str]:
     if not others:
         return []
     return [
-        f"{name}: {len(others):,} of its prompts or names are not in the suite and are left out:"
-        f" {named(sorted(others))}"
+        f"{name}: {len(others):,} prompts or file names are not in the suite and are left out:"
+        f" {first_values(sorted(others))}"
     ]
 
 
-def named(values: Sequence[Any]) -> str:
+def first_values(values: Sequence[Any]) -> str:
     """The first values of a list, for a message."""
-    more = ", ..." if len(values) > _NAMED else ""
-    return ", ".join(str(value)[:200] for value in values[:_NAMED]) + more
+    more = ", ..." if len(values) > _LISTED else ""
+    return ", ".join(str(value)[:200] for value in values[:_LISTED]) + more

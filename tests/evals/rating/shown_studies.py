@@ -45,7 +45,6 @@ def make_study(trials, schedules, *, count=1, order="hidden", **changed):
         "version": 1,
         "study": "5a" * 32,
         "run": 3,
-        "protocol": "drawbench",
         "order": order,
         "questions": QUESTIONS,
         "trials": trials,

@@ -73,7 +73,8 @@ def call(verb, arguments):
     rate.VERBS[verb].define_flags()
     try:
         rest = flags.FLAGS(["rate", *arguments])[1:]
-        return rate.VERBS[verb].main(rest)
+        assert rate.VERBS[verb].positional or not rest
+        return rate.VERBS[verb].main(*[rest] * rate.VERBS[verb].positional)
     finally:
         for name in set(flags.FLAGS) - before:
             delattr(flags.FLAGS, name)

@@ -99,7 +99,7 @@ def test_undefined_strengths_are_said(tmp_path):
 
 
 def test_the_coco_protocol_has_scores(tmp_path):
-    """Catches scores of the wrong system, and a preference rate with ties."""
+    """Catches scores of the wrong system, and ties of a question that has no such answer."""
     world = World({"ours": -0.8, REFERENCE: 0.8}, prompt=0.2, rater=0.2)
     fields = {"protocol": "coco", "block": 20, "raters": 10}
     _, result = result_of(world, tmp_path, prompts=40, systems=("ours", REFERENCE), **fields)
@@ -108,13 +108,14 @@ def test_the_coco_protocol_has_scores(tmp_path):
     assert set(systems["ours"]["categories"]) == {"c0", "c1"}
     rates = overall(result, "photorealism")["rates"]
     assert rates["tie"]["rate"] == 0.0 and rates["first"]["high"] < 0.5
+    assert "neither" not in rating_report.text(result)
 
 
 def test_reports_and_figures(tmp_path):
     """Catches a report that lacks a number, a figure that fails, and JSON with NaN."""
     _, result = result_of(World({"zebra": 1.0}), tmp_path)
     text = rating_report.text(result)
-    assert "fidelity, all raters" in text and "alignment, raters who pass the controls" in text
+    assert "fidelity, all raters" in text and "alignment, raters who pass" in text
     rate = overall(result)["rates"]["first"]["rate"]
     assert f"{100 * rate:.1f} %" in text
     files = rating_report.write(result, tmp_path / "result")

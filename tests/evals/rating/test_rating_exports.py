@@ -1,4 +1,4 @@
-"""The files of raters: what counts, what is left out, and what is said about it."""
+"""The files of raters: what counts, what is left out, and what is reported."""
 
 import itertools
 import json
@@ -48,8 +48,8 @@ def test_nothing_counts_twice(study, tmp_path):
     ]
     ratings = rating_exports.read([paths[0], *paths, paths[1]], key)
     assert len(ratings.rows) == len(lines) and ratings.files == 3
-    assert ratings.problems[0].startswith("b: 5 trials are in an earlier file")
-    assert ratings.problems[1].startswith(f"c: {len(lines)} trials are in an earlier file")
+    assert ratings.problems[0].startswith("b: 5 trials are also in an earlier file")
+    assert ratings.problems[1].startswith(f"c: {len(lines)} trials are also in an earlier file")
 
 
 def test_the_last_revision_counts(study, tmp_path):
@@ -74,7 +74,7 @@ def test_files_that_disagree_are_left_out(study, tmp_path):
     paths = [write(tmp_path, "a", lines), write(tmp_path, "b", [lines[0] | {"answers": answers}])]
     ratings = rating_exports.read(paths, key)
     assert len(ratings.rows) == len(lines) - 1
-    assert any("files disagree; it is left out" in text for text in ratings.problems)
+    assert any("the files disagree; left out" in text for text in ratings.problems)
 
 
 def test_a_later_revision_ends_a_disagreement(study, tmp_path):
@@ -129,22 +129,25 @@ def test_a_truncated_line_costs_one_trial(study, tmp_path):
 DAMAGES = {
     "of another study": ({"study": "cd" * 32}, "of another study (cdcdcdcdcdcd, not abababababab)"),
     "of another page": ({"version": 2}, "of a page of version 2, not 1"),
-    "an unknown trial": ({"trial": "feed"}, "a trial that the study has not"),
-    "an unknown number": ({"number": 3}, "rater number 3, but there are 2"),
-    "other sets": ({"left": "feed"}, "sets that its trial has not"),
+    "an unknown trial": ({"trial": "feed"}, "a trial that is not in the study"),
+    "an unknown number": ({"number": 3}, "rater number 3, but the run has 2 raters"),
+    "other sets": ({"left": "feed"}, "sets that are not those of its trial"),
     "an unknown answer": (
         {"answers": {"fidelity": "best", "alignment": "left"}},
-        "an answer that the question 'fidelity' has not",
+        "an answer that the question 'fidelity' does not have",
     ),
-    "an answer missing": ({"answers": {"fidelity": "left"}}, "not the answers to the questions"),
+    "an answer missing": (
+        {"answers": {"fidelity": "left"}},
+        "answers that do not fit",
+    ),
     "answers to a skipped trial": ({"skipped": True}, "a skipped trial with answers"),
-    "a negative time": ({"ms": {"fidelity": -1}}, "a response time that is no number"),
+    "a negative time": ({"ms": {"fidelity": -1}}, "a response time that is not a number"),
     "a number as text": ({"number": "1"}, "no valid 'number'"),
     "no time of a skipped trial": (
         {"skipped": True, "answers": {}, "ms": {"fidelity": None}},
-        "a response time that is no number",
+        "a response time that is not a number",
     ),
-    "an object as a time": ({"ms": {"fidelity": {}}}, "a response time that is no number"),
+    "an object as a time": ({"ms": {"fidelity": {}}}, "a response time that is not a number"),
 }
 
 
@@ -183,17 +186,19 @@ def test_files_that_are_no_exports(study, tmp_path):
     write(tmp_path, "good.jsonl", next(iter(filled.values())))
     ratings = rating_exports.read([str(tmp_path)], key)
     assert len(ratings.rows) == len(next(iter(filled.values())))
-    told = " ".join(ratings.problems)
-    assert "x.jsonl, line 1" in told and "y.jsonl: empty" in told and "z.jsonl, line 1" in told
+    problems = " ".join(ratings.problems)
+    assert all(
+        text in problems for text in ("x.jsonl, line 1", "y.jsonl: empty", "z.jsonl, line 1")
+    )
 
 
-def test_one_number_for_two_raters_is_told(study, tmp_path):
+def test_one_number_for_two_raters_is_reported(study, tmp_path):
     """Catches a link that was given to two people, unnoticed."""
     key, filled = study
     lines = next(iter(filled.values()))
     other = [line | {"rater": "feedfeedfeed"} for line in lines]
     ratings = rating_exports.read([write(tmp_path, "a", lines), write(tmp_path, "b", other)], key)
-    assert ratings.problems == ["run 1: 2 raters used the number 1; all count"]
+    assert ratings.problems == ["run 1: 2 raters used the number 1; the answers of all count"]
     assert len(ratings.rows) == 2 * len(lines)
 
 

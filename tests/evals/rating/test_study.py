@@ -123,8 +123,8 @@ MISTAKES = {
     "one system": (["zebrafish"], [], "two systems"),
     "the same name": (["okapi", "okapi"], [], "two systems are called 'okapi'"),
     "too few pictures": (NAMES, ["--per_side=4"], "zebrafish has 1 of 4 pictures"),
-    "no system": ([], [], "needs two systems: give --pictures NAME=PATH twice"),
-    "an unprintable name": (["okapi", "ze\nbra"], [], "cannot name a system"),
+    "no system": ([], [], "needs two systems: give --pictures NAME=PATH for each"),
+    "an unprintable name": (["okapi", "ze\nbra"], [], "cannot be the name of a system"),
     "a link as output": (NAMES, ["--output=link"], "--output link is a link"),
     "a word of the page": (["okapi", "pictures"], [], "the page itself has the word 'pictures'"),
     "a negative seed": (NAMES, ["--seed=-1"], "is negative or has more than 128 bits"),
@@ -174,7 +174,8 @@ def test_missing_pictures_and_other_sizes(place, caplog):
     """Catches pictures of two sizes in one trial, and prompts that are left out in silence."""
     (place / "okapi" / "00001_0.png").unlink()
     (place / "okapi" / "00002_0.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(ValueError, match="2 of 4 prompts: 1 .okapi has 0 of 1.*2 .*cannot be used"):
+    message = "2 of 4 prompts cannot be compared: 1 .okapi has 0 of 1.*2 .*cannot be used"
+    with pytest.raises(ValueError, match=message):
         run(place)
     run(place, "--leave_out")
     assert "left out 2 of 4 prompts" in caplog.text
