@@ -129,6 +129,7 @@ def load_suite():
 
 def make() -> int:
     """`rate make`: writes the pages and the key of a study."""
+    cli.log_to_stderr()
     from imagen_jax.evals.rating import study, suite_items, system_pictures
     from imagen_jax.evals.rating.protocols import PROTOCOLS, REFERENCE
 
@@ -238,6 +239,7 @@ def new_directory(path: str | None) -> Path:
 
 def analyse(exports: Sequence[str]) -> int:
     """`rate analyse`: reports the results of the files or folders `exports`."""
+    cli.log_to_stderr()
     from imagen_jax.evals.rating import analysis, rating_exports, rating_report
 
     args = flags.FLAGS
@@ -260,6 +262,7 @@ def analyse(exports: Sequence[str]) -> int:
 
 def export() -> int:
     """`rate export`: writes the pictures of one system for other scorers."""
+    cli.log_to_stderr()
     from imagen_jax.evals.rating import picture_exports, suite_items, system_pictures
 
     args = flags.FLAGS
@@ -299,7 +302,6 @@ def main() -> None:
     if verb not in VERBS:
         problem = f"{verb!r} is none of" if verb else "the first argument must be one of"
         sys.exit(cli.fail(f"{problem} {', '.join(VERBS)}: see --help"))
-    cli.log_to_stderr()
     del sys.argv[1]
     cli.run(*VERBS[verb])
 

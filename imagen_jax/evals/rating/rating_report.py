@@ -27,6 +27,10 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
         f"study {result['study'][:12]}: {result['trials']:,} trials in {result['files']:,} files,"
         f" {result['skipped']:,} of them skipped"
     )
+    for system in result["systems"]:
+        sizes, shown = (", ".join(sorted(system.get(name, ()))) for name in ("sizes", "shown"))
+        if sizes != shown:
+            yield f"  {system['name']}: pictures of {sizes} were shown at {shown} (bicubic)"
     for problem in result["problems"]:
         yield f"  note: {problem}"
     yield from _control_lines(result["controls"])

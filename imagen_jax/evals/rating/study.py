@@ -191,12 +191,14 @@ def _settings_record(settings: Settings) -> dict[str, Any]:
 
 
 def _systems_record(systems: Sequence[SystemPictures], checked: Checked) -> dict[str, Any]:
+    shown = Counter(f"{width}x{height}" for height, width in checked.sizes.values())
     described = [
         {
             "name": system.name,
             "origin": dict(system.origin),
             "notes": list(system.notes),
             "sizes": dict(checked.originals[system.name]),
+            "shown": dict(shown),
         }
         for system in systems
     ]

@@ -140,6 +140,17 @@ def test_names_and_titles_are_no_formulas(tmp_path):
     assert figure.get_suptitle() == r"\$x^\$"
 
 
+def test_enlarged_pictures_are_stated(tmp_path):
+    """Catches a result that does not say that a system's pictures were enlarged."""
+    _, result = result_of(World({}), tmp_path, prompts=4)
+    shown = {"shown": {"1024x1024": 4}}
+    sizes = {"zebra": "1024x1024", "okapi": "256x256"}
+    systems = [{"name": name, "sizes": {size: 4}} | shown for name, size in sizes.items()]
+    text = rating_report.text(result | {"systems": systems})
+    assert "okapi: pictures of 256x256 were shown at 1024x1024" in text
+    assert "zebra: pictures of" not in text
+
+
 def test_an_analysis_on_the_command_line(tmp_path, capsys):
     """Catches a verb that reads other files than those it is given."""
     _, pages, content = studies.make()

@@ -170,7 +170,7 @@ def test_trials_that_nobody_sees_are_told(place, capsys):
     assert "1 of 4 trials are shown to nobody" in capsys.readouterr().out
 
 
-def test_missing_pictures_and_other_sizes(place, caplog):
+def test_missing_pictures_and_other_sizes(place, capsys):
     """Catches pictures of two sizes in one trial, and prompts that are left out in silence."""
     (place / "okapi" / "00001_0.png").unlink()
     (place / "okapi" / "00002_0.png").write_bytes(b"\x89PNG broken")
@@ -178,7 +178,7 @@ def test_missing_pictures_and_other_sizes(place, caplog):
     with pytest.raises(ValueError, match=message):
         run(place)
     run(place, "--leave_out")
-    assert "left out 2 of 4 prompts" in caplog.text
+    assert "left out 2 of 4 prompts" in capsys.readouterr().err
     key = json.loads((place / "study" / study.KEY).read_text())
     assert set(key["left_out"]) == {"1", "2"}
     assert {trial["prompt"] for trial in key["runs"][0]["trials"].values()} == {0, 3}
@@ -188,6 +188,7 @@ def test_missing_pictures_and_other_sizes(place, caplog):
     run(place, "--size=16", output="other")
     key = json.loads((place / "other" / study.KEY).read_text())
     assert [system["sizes"] for system in key["systems"]] == [{"16x16": 4}, {"8x8": 4}]
+    assert [system["shown"] for system in key["systems"]] == [{"16x16": 4}] * 2
 
 
 def test_an_earlier_study_is_kept(place):
