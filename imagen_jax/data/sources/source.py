@@ -98,6 +98,13 @@ def define_flags(values: flags.FlagValues) -> None:
         "fraction of images for the held-out split, chosen by id",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "where",
+        "",
+        'condition on the metadata of items, for sources that have some: "width >= 256 and punsafe'
+        ' < 0.1"',
+        flag_values=values,
+    )
     for module in kinds().values():
         if hasattr(module, "define_flags"):
             module.define_flags(values)
