@@ -23,7 +23,7 @@ class Where:
     def __init__(self, text: str):
         """Raises ValueError if the text is no condition."""
         self.text = text
-        self._eval = simpleeval.SimpleEval(functions=FUNCTIONS)
+        self._eval = simpleeval.EvalWithCompoundTypes(functions=FUNCTIONS)
         try:
             self._tree = self._eval.parse(text)
             nodes = list(ast.walk(self._tree))

@@ -23,7 +23,7 @@ from imagen_jax.data.sources.where import FILTERED, UNDECIDED, Where
     ],
 )
 def test_items_are_kept_by_their_metadata(text, metadata, reason):
-    """Catches a missing value that counts as 0 or ends the run, and a condition that is inverted."""
+    """Catches a missing value that counts as 0 or ends the run, and an inverted condition."""
     fault = Where(text).fault(metadata)
     assert (fault and fault.reason) == reason
     again = pickle.loads(pickle.dumps(Where(text))).fault(metadata)
