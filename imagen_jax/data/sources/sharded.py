@@ -15,7 +15,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from imagen_jax.data.sources.source import SourceItem
 from imagen_jax.data.sources.walk import Note
@@ -28,6 +28,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
+@runtime_checkable
 class Shard(Protocol):
     """An open shard: its items in order. A damaged item has a fault and raises nothing."""
 
