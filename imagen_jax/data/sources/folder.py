@@ -136,7 +136,7 @@ class FolderSource:
             _check_regular(self._directory / text)
             return list(lines(read_text(self._directory / text)))
         except (ValueError, OSError) as error:
-            _raise_unless_of_the_file(error)
+            raise_unless_of_the_file(error)
             cause = getattr(error, "strerror", None)
             detail = f"{text}: {cause}" if cause else str(error)
             self._faults[file] = Fault(
@@ -199,11 +199,11 @@ def _read_image(path: Path) -> tuple[bytes | None, Fault | None]:
     except FileNotFoundError:
         return None, None
     except OSError as error:
-        _raise_unless_of_the_file(error)
+        raise_unless_of_the_file(error)
         return None, Fault("unreadable_image", error.strerror or str(error))
 
 
-def _raise_unless_of_the_file(error: Exception) -> None:
+def raise_unless_of_the_file(error: Exception) -> None:
     """Raises an error that the next file would meet too: trying again may help."""
     if is_away(error) or getattr(error, "errno", None) in _OF_THE_MACHINE:
         raise error
