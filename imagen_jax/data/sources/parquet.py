@@ -225,7 +225,7 @@ class ParquetShard:
         content = path = None
         if parquet_rows.inner_fields(scalar.type):
             content = parquet_rows.field(scalar, "bytes")
-            path = parquet_rows.field(scalar, "path") if content is None else None
+            path = parquet_rows.field(scalar, "path")
         elif str(scalar.type) in TEXT:
             path = parquet_rows.content(scalar)
         else:
@@ -293,7 +293,8 @@ class _Columns:
             detail = f"has no column {name!r} (it has {known}): {remedy}"
             self.fault = self.fault or Fault("missing_column", detail)
         elif not is_right(column):
-            detail = f"has {column.type} in column {name!r}, not {needs}: {remedy}"
+            kind = f"lists of {column.type}" if column.is_listed else column.type
+            detail = f"has {kind} in column {name!r}, not {needs}: {remedy}"
             self.fault = self.fault or Fault("wrong_column_type", detail)
         return column
 

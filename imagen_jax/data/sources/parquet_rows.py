@@ -72,8 +72,9 @@ def _why(path: Path, error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+    """The first line of an error's message, or its type; damaged bytes in it become "?"."""
+    line = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def footer(path: Path) -> bytes:
