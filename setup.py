@@ -54,9 +54,11 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint==0.12.8",  # its v1 interface is experimental: one tested version
         "Pillow>=11.0",
+        "pyarrow>=21.0",
         "PyYAML>=6.0",  # launch writes the manifests of GKE and SkyPilot with it
         "safetensors>=0.8.0",
         "scipy>=1.13",
+        "simpleeval>=1.0",
         # reads tokenizers that are published only as spiece.model, such as T5-XXL's
         "sentencepiece>=0.2.1",
         "tensorboardX>=2.6.4",

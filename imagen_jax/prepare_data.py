@@ -17,7 +17,7 @@ Lustre, not in a bucket. Each process works on a fixed share of every pass and e
 devices. A mesh across hosts is not needed, because T5-XXL in bfloat16 (8.9 GiB) fits on one v5e
 chip or H100. It would add all-gathers and wait for the slowest host at every batch. Process 0
 publishes the result. If a process dies, the others name it and exit within about a minute; the same
-command continues. Each process needs about 1 kB of memory per image; --dry_run prints an estimate.
+command continues. Memory does not grow with the number of images.
 """
 
 import os

@@ -165,10 +165,16 @@ def check_object(label: Any, content: Any, fields: Mapping[str, type], remedy: s
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file and its parent directories; its name appears when all of it is on the disk."""
+    write_lines(path, [data])
+
+
+def write_lines(path: Path, lines: Iterable[bytes | str]) -> None:
+    """`write_atomically` for a file of any size. A line brings its own line feed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
+        with open(temporary, "wb") as file:
+            file.writelines(line.encode() if isinstance(line, str) else line for line in lines)
         flush(temporary)
         os.replace(temporary, path)
     except OSError as error:

@@ -11,7 +11,7 @@ import pytest
 from configs import saved
 from imagen_jax import sample
 from imagen_jax.data import records
-from imagen_jax.data.prepare import passes
+from imagen_jax.data.prepare import passes, shards
 from imagen_jax.data.prepare.crew import Crew
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import history, stage_evaluation
@@ -107,7 +107,7 @@ READERS = {
         f"journal/{Path(SHARD).name}.json",
         ENTRY,
         "bytes",
-        lambda d: passes._finished(write_shard(d), SHARD),
+        lambda d: shards.finished(write_shard(d), SHARD),
     ),
     "T5 config": Reader(
         "config.json",

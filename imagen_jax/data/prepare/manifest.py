@@ -1,21 +1,30 @@
 """Completes the shards: TFDS metadata, skipped.jsonl and, last, the manifest."""
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from imagen_jax.data import records
-from imagen_jax.data.prepare.selection import Selection
-from imagen_jax.storage import write_atomically
+from imagen_jax.data.prepare.selection import Plan
+from imagen_jax.storage import write_atomically, write_lines
 
 Entries = Mapping[str, Mapping[str, Any]]  # the journal's entries by shard
 
 
 def finish(
-    result: Path, request: Mapping, selected: Selection, captions: Entries, images: Entries
+    result: Path,
+    request: Mapping,
+    plan: Plan,
+    captions: Entries,
+    images: Entries,
+    cut: Iterable[Sequence[int]],
 ) -> dict[str, Any]:
-    """Writes the files next to the shards, the manifest last, and returns it."""
+    """Writes the files next to the shards, the manifest last, and returns it.
+
+    cut: the ids of the truncated captions of each caption shard.
+    """
     shards = {
         name: {key: entry[key] for key in ("rows", "bytes", "sha256")}
         for name, entry in {**captions, **images}.items()
@@ -23,14 +32,13 @@ def finish(
     records.write_tfds_metadata(result, "images", records.image_features(), shards)
     features = records.caption_features(request["encoder"]["dim"])
     records.write_tfds_metadata(result, "captions", features, shards)
-    cut = [caption_id for entry in captions.values() for caption_id in entry["cut"]]
-    _write_skipped(result, selected, cut)
+    _write_skipped(result, plan, cut)
     manifest = {
         "format_version": records.FORMAT_VERSION,
         **request,
-        "counts": _counts(selected, len(cut)),
+        "counts": _counts(plan, sum(entry["cut"] for entry in captions.values())),
         "embedding": _embedding_stats(captions),
-        "image_sizes": _image_sizes(selected),
+        "image_sizes": plan.sizes,
         "shards": shards,
     }
     manifest["hash"] = records.manifest_hash(manifest)
@@ -38,35 +46,26 @@ def finish(
     return manifest
 
 
-def _write_skipped(result: Path, selected: Selection, cut: list[int]) -> None:
-    truncated = [
-        {"id": f"caption {i}", "reason": "truncated_caption", "caption": selected.captions[i]}
-        for i in cut
-    ]
-    lines = [json.dumps(line) + "\n" for line in selected.skipped + truncated]
-    write_atomically(result / "skipped.jsonl", "".join(lines).encode())
+def _write_skipped(result: Path, plan: Plan, cut: Iterable[Sequence[int]]) -> None:
+    write_lines(result / "skipped.jsonl", itertools.chain(plan.skipped(), _truncated(plan, cut)))
 
 
-def _counts(selected: Selection, truncated: int) -> dict[str, Any]:
+def _truncated(plan: Plan, cut: Iterable[Sequence[int]]) -> Iterator[str]:
+    """A line for each truncated caption."""
+    for shard, numbers in enumerate(cut):
+        texts = plan.captions_of(shard) if numbers else []
+        for number in numbers:
+            caption = texts[number - shard * plan.shard_size]
+            line = {"id": f"caption {number}", "reason": "truncated_caption", "caption": caption}
+            yield json.dumps(line) + "\n"
+
+
+def _counts(plan: Plan, truncated: int) -> dict[str, Any]:
     return {
-        "images": {split: len(images) for split, images in selected.images.items()},
-        "captions": len(selected.captions),
-        "skipped": selected.reasons(),
+        "images": plan.images,
+        "captions": plan.captions,
+        "skipped": plan.reasons,
         "truncated_captions": truncated,
-    }
-
-
-def _image_sizes(selected: Selection) -> dict[str, float]:
-    sizes = [
-        (image.checked.height, image.checked.width)
-        for images in selected.images.values()
-        for image in images
-    ]
-    return {
-        "min_side": min(map(min, sizes)),
-        "max_side": max(map(max, sizes)),
-        "mean_height": sum(height for height, _ in sizes) / len(sizes),
-        "mean_width": sum(width for _, width in sizes) / len(sizes),
     }
 
 

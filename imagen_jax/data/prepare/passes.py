@@ -16,8 +16,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import BFloat16
 from tqdm import tqdm
 
 from imagen_jax.data import records
@@ -25,7 +23,15 @@ from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.crew import AGAIN, ALONE, Crew, wait_for_stragglers
 from imagen_jax.data.prepare.manifest import finish, listed
 from imagen_jax.data.prepare.preview import preview
-from imagen_jax.data.prepare.selection import KeptImage, Selection, select
+from imagen_jax.data.prepare.selection import PLAN, Plan, select
+from imagen_jax.data.prepare.shards import (
+    cut_captions,
+    encode_shard,
+    finished,
+    shards_of,
+    write_captions,
+    write_images,
+)
 from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.sources.source import Source
 from imagen_jax.storage import only_process, read_json, read_object, write_atomically
@@ -139,9 +145,10 @@ def _lead(
             _check_room(source, encoder, partial, settings, crew)
             write_atomically(partial / "request.json", json.dumps(request).encode())
         crew.say("go")
-        selected, captions, images = _work(source, encoder, partial, settings, crew)
+        plan, captions, images = _work(source, encoder, partial, settings, crew)
         captions, images = (_all_finished(partial, names, crew) for names in (captions, images))
-        manifest = finish(partial / "result", request, selected, captions, images)
+        cut = (cut_captions(partial, name) for name in captions)
+        manifest = finish(partial / "result", request, plan, captions, images, cut)
         os.rename(partial / "result", output)
         crew.dismiss()
     return manifest
@@ -171,21 +178,20 @@ def _check_room(source: Source, encoder, partial: Path, settings: Settings, crew
 
 def _work(
     source: Source, encoder, partial: Path, settings: Settings, crew: Crew
-) -> tuple[Selection, list[str], list[str]]:
+) -> tuple[Plan, list[str], list[str]]:
     """This process's share of the four passes.
 
-    Returns the selection, and the names of all caption shards and of all image shards.
+    Returns the plan, and the names of all caption shards and of all image shards.
     """
     with Workers(source, settings.processes) as workers:
-        selected = _check_all(workers, partial, len(source), settings, crew)
-        selected.skipped += source.notes()
-        if not any(selected.images.values()):
+        plan = _check_all(workers, source, partial, settings, crew)
+        if not any(plan.images.values()):
             raise ValueError(
-                f"no usable image in --source: {listed(selected.reasons())}, {selected.examples()}"
+                f"no usable image in --source: {listed(plan.reasons)}, {plan.examples()}"
             )
-        captions = _encode_all(workers, encoder, partial, selected, settings, crew)
-        images = _write_all(workers, partial, selected, settings, crew)
-    return selected, captions, images
+        captions = _encode_all(workers, encoder, partial, plan, settings, crew)
+        images = _write_all(workers, partial, plan, settings, crew)
+    return plan, captions, images
 
 
 def _request(source: Source, encoder, settings: Settings) -> dict[str, Any]:
@@ -235,7 +241,7 @@ def _refuse_changes(directory: Path, before: Mapping, request: Mapping) -> None:
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """Creates the work directory and locks it for this process."""
-    parts = ("checked", "journal", "result")
+    parts = ("checked", "journal", "plan", "result")
     if partial.exists() and {path.name for path in partial.iterdir()} - {
         *parts,
         "crew",
@@ -255,13 +261,16 @@ def _locked(partial: Path) -> Iterator[None]:
 
 
 def _check_all(
-    workers: Workers, partial: Path, count: int, settings: Settings, crew: Crew
-) -> Selection:
-    """First pass, then the selection, which every process makes from the checks of all."""
+    workers: Workers, source: Source, partial: Path, settings: Settings, crew: Crew
+) -> Plan:
+    """First pass, then the selection, which process 0 makes from the checks of all."""
+    directory, count = partial / "plan", len(source)
+    if (directory / PLAN).is_file():
+        return Plan(directory)
     spans = [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-    files = {span: partial / "checked" / f"{span[0]:012d}.json" for span in spans}
     mine = crew.mine(spans)
-    tasks = [(files[span], *span, settings.min_size) for span in mine if not files[span].is_file()]
+    files = [(_checked_file(partial, span[0]), *span) for span in mine]
+    tasks = [(*task, settings.min_size) for task in files if not task[0].is_file()]
     total = sum(stop - start for start, stop in mine)
     with _bar(
         "check images", total, total - sum(stop - start for _, start, stop, _ in tasks)
@@ -269,9 +278,25 @@ def _check_all(
         for checked in workers.each(_check_chunk, tasks, 4 * settings.processes):
             bar.update(checked)
             crew.check()
-    for file in files.values():
+    if not crew.leads:
+        crew.wait((directory / PLAN).is_file)
+        return Plan(directory)
+    with _bar("select images", count, 0) as bar:
+        rows = _checked_rows(partial, spans, crew, bar)
+        return select(rows, source.notes(), settings.shard_size, directory)
+
+
+def _checked_file(partial: Path, start: int) -> Path:
+    return partial / "checked" / f"{start:012d}.json"
+
+
+def _checked_rows(partial: Path, spans, crew: Crew, bar: tqdm) -> Iterator[checks.Checked]:
+    """The checks of all processes in the order of the source; waits for them."""
+    for start, stop in spans:
+        file = _checked_file(partial, start)
         crew.wait(file.is_file)
-    return select(row for file in files.values() for row in _read_checked(file))
+        yield from _read_checked(file)
+        bar.update(stop - start)
 
 
 def _read_checked(file: Path) -> list[checks.Checked]:
@@ -289,144 +314,63 @@ def _check_chunk(source: Source, file: Path, start: int, stop: int, min_size: in
 
 
 def _encode_all(
-    workers: Workers, encoder, partial: Path, selected: Selection, settings: Settings, crew: Crew
+    workers: Workers, encoder, partial: Path, plan: Plan, settings: Settings, crew: Crew
 ) -> list[str]:
     """Third pass: caption shards, encoded in this process and written by the workers.
 
     Returns the names of all.
     """
-    shards = _shards("captions", "train", selected.captions, settings.shard_size)
-    mine = crew.mine(list(enumerate(shards)))
-    todo = [(index, name) for index, name in mine if not _finished(partial, name)]
-    total, left = (sum(len(shards[name]) for _, name in part) for part in (mine, todo))
+    shards = shards_of("captions", "train", plan.shard_rows(plan.captions))
+    mine = crew.mine(shards)
+    todo = [shard for shard in mine if not finished(partial, shard.name)]
+    total, left = (sum(shard.rows for shard in part) for part in (mine, todo))
     tasks = (
-        _encode_shard(
-            encoder, partial, name, shards[name], index * settings.shard_size, settings.batch_size
+        encode_shard(
+            encoder,
+            partial,
+            shard.name,
+            plan.captions_of(shard.number),
+            shard.number * settings.shard_size,
+            settings.batch_size,
         )
-        for index, name in todo
+        for shard in todo
     )
     with _bar("encode captions", total, total - left) as bar:
-        for written in workers.each(_write_captions, tasks, min(settings.processes, _WRITERS)):
+        for written in workers.each(write_captions, tasks, min(settings.processes, _WRITERS)):
             bar.update(written)
             crew.check()
-    return list(shards)
-
-
-def _encode_shard(
-    encoder, partial: Path, name: str, texts: list[str], first_id: int, batch_size: int
-) -> tuple:
-    """Encodes a caption shard; returns the task of writing it."""
-    _, cut = encoder.tokenize(texts)
-    return (
-        partial,
-        name,
-        texts,
-        encoder.encode(texts, batch_size),
-        [first_id + i for i, was_cut in enumerate(cut) if was_cut],
-    )
-
-
-def _write_captions(
-    _: Source,
-    partial: Path,
-    name: str,
-    texts: list[str],
-    features: list[BFloat16[np.ndarray, "_ d"]],
-    cut: list[int],
-) -> int:
-    norms = np.concatenate(
-        [np.linalg.norm(feature.astype(np.float64), axis=1) for feature in features]
-    )
-    if not np.isfinite(norms).all():
-        bad = next(
-            text
-            for text, feature in zip(texts, features, strict=True)
-            if not np.isfinite(feature.astype(np.float32)).all()
-        )
-        raise ValueError(
-            f"the text encoder returns features that are not finite for the caption {bad!r}"
-        )
-    rows = (
-        records.CaptionRow(text, feature) for text, feature in zip(texts, features, strict=True)
-    )
-    entry = records.write_shard(partial / "result", name, map(records.serialize_caption, rows))
-    lengths = [len(feature) for feature in features]
-    entry["cut"] = cut
-    entry["tokens"] = {"min": min(lengths), "max": max(lengths), "sum": sum(lengths)}
-    entry["norm"] = {"min": norms.min(), "max": norms.max(), "sum": norms.sum()}
-    _journal(partial, name, entry)
-    return len(texts)
+    return [shard.name for shard in shards]
 
 
 def _write_all(
-    workers: Workers, partial: Path, selected: Selection, settings: Settings, crew: Crew
+    workers: Workers, partial: Path, plan: Plan, settings: Settings, crew: Crew
 ) -> list[str]:
     """Fourth pass: the image shards. Returns the names of all."""
-    shards = {}
-    for split, images in selected.images.items():
-        shards |= _shards("images", split, images, settings.shard_size)
-    mine = crew.mine(list(shards))
-    tasks = [(partial, name, shards[name]) for name in mine if not _finished(partial, name)]
-    total = sum(len(shards[name]) for name in mine)
-    with _bar("write images", total, total - sum(len(images) for _, _, images in tasks)) as bar:
-        for written in workers.each(_write_shard, tasks, 2 * settings.processes):
+    shards = [
+        shard
+        for split, count in plan.images.items()
+        for shard in shards_of("images", split, plan.shard_rows(count))
+    ]
+    mine = crew.mine(shards)
+    todo = [shard for shard in mine if not finished(partial, shard.name)]
+    tasks = [(partial, plan, shard) for shard in todo]
+    total, left = (sum(shard.rows for shard in part) for part in (mine, todo))
+    with _bar("write images", total, total - left) as bar:
+        for written in workers.each(write_images, tasks, 2 * settings.processes):
             bar.update(written)
             crew.check()
-    return list(shards)
+    return [shard.name for shard in shards]
 
 
 def _all_finished(partial: Path, names: list[str], crew: Crew) -> dict[str, dict]:
-    """The journal's entries of all shards; waits while other processes write some."""
+    """The journal's entries of all shards, with the number of truncated captions as "cut".
+
+    Waits while other processes write some.
+    """
     for name in names:
-        crew.wait(lambda: _finished(partial, name))
-    return {name: _finished(partial, name) for name in names}
-
-
-def _write_shard(source: Source, partial: Path, name: str, images: list[KeptImage]) -> int:
-    rows = (_image_row(source, image) for image in images)
-    _journal(
-        partial,
-        name,
-        records.write_shard(partial / "result", name, map(records.serialize_image, rows)),
-    )
-    return len(images)
-
-
-def _image_row(source: Source, image: KeptImage) -> records.ImageRow:
-    data, checked = source[image.index].image or b"", image.checked
-    if checks.content_hash(data) != checked.content:
-        raise ValueError(
-            f"image {checked.id} changed while it was being prepared: remove the .partial directory"
-            " and start again"
-        )
-    return records.ImageRow(
-        checks.stored_bytes(data),
-        checked.height,
-        checked.width,
-        checked.id,
-        tuple(image.caption_ids),
-    )
-
-
-def _shards(store: str, split: str, rows: list, size: int) -> dict[str, list]:
-    count = -(-len(rows) // size)
-    return {
-        records.shard_name(store, split, i, count): rows[i * size : (i + 1) * size]
-        for i in range(count)
-    }
-
-
-def _journal(partial: Path, name: str, entry: Mapping) -> None:
-    write_atomically(partial / "journal" / f"{Path(name).name}.json", json.dumps(entry).encode())
-
-
-def _finished(partial: Path, name: str) -> dict | None:
-    """The journal's entry of a shard, None if the shard is not finished."""
-    file, shard = partial / "journal" / f"{Path(name).name}.json", partial / "result" / name
-    if not file.is_file() or not shard.is_file():
-        return None
-    entry = read_object(file, records.SHARD_FIELDS, f"remove it; {AGAIN}")
-    return entry if shard.stat().st_size == entry["bytes"] else None
+        crew.wait(lambda: finished(partial, name))
+    entries = {name: finished(partial, name) for name in names}
+    return {name: entry | {"cut": len(entry.get("cut", ()))} for name, entry in entries.items()}
 
 
 def _bar(name: str, total: int, done: int) -> tqdm:

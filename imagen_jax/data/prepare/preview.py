@@ -17,9 +17,9 @@ from imagen_jax.data.sources.source import Source
 
 _IMAGES = 64  # items that `preview` decodes and encodes
 _CAPTIONS = 4096  # items whose captions `preview_captions` measures
-# Memory of a process for an image and its captions during the selection (measured: 970 with one
-# caption, 1110 with two).
-PLAN_BYTES = 1000
+# Work files for an image with one caption of 60 characters, which are removed at the end: checks
+# (270), the selection's database (340) and plan (95).
+WORK_BYTES = 700
 # Measured on stores of 64 to 4096 features a token: zstd's compressed fraction of bfloat16 features
 # (the same for t5_tiny's and for normal noise), a record's frame, a shard's last block.
 ZSTD_LEAVES = 0.78
@@ -58,8 +58,7 @@ def preview(source: Source, encoder, settings: Any, crew: int = 1) -> int:
         f"captions  at most {scale * len(captions):.0f}, {scale * text_bytes / 2**20:.1f} MiB"
         f" ({encoder.dim} features a token)"
     )
-    memory = len(source) * PLAN_BYTES / 2**30
-    print(f"memory    about {memory:.2f} GiB in each process for the list of images")
+    print(f"work      about {len(source) * WORK_BYTES / 2**30:.2f} GiB of files until the end")
     _print_notes(source)
     print(f"time      about {seconds:.0f} s with {crew} x {settings.processes} processes")
     return int(scale * (image_bytes + text_bytes))
@@ -167,8 +166,8 @@ def _print_store(store: StoreEstimate, images: float) -> None:
         f"          {store.dim} features per token in bfloat16, {_size(store.uncompressed)}"
         f" uncompressed; zstd leaves about {ZSTD_LEAVES:g} of it"
     )
-    memory = images * PLAN_BYTES / 2**30
-    print(f"memory    about {memory:,.1f} GiB in each process for the list of {images:,.0f} images")
+    work = images * WORK_BYTES / 2**30
+    print(f"work      about {work:,.1f} GiB of files until the end, for {images:,.0f} images")
 
 
 def _print_time(store: StoreEstimate, rate: float, chips: int) -> None:

@@ -71,7 +71,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> SourceItem:
         file, captions, split = self._items[index]
-        image, fault = _read_image(self._directory / file)
+        image, fault = read_image(self._directory / file)
         return SourceItem(file, image, captions, split, fault or self._faults.get(file))
 
     def describe(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class FolderSource:
             _check_regular(self._directory / text)
             return list(lines(read_text(self._directory / text)))
         except (ValueError, OSError) as error:
-            _raise_unless_of_the_file(error)
+            raise_unless_of_the_file(error)
             cause = getattr(error, "strerror", None)
             detail = f"{text}: {cause}" if cause else str(error)
             self._faults[file] = Fault(
@@ -192,18 +192,19 @@ def _check_regular(path: Path) -> None:
         raise ValueError(f"{path} is a named pipe or a device, not a file")
 
 
-def _read_image(path: Path) -> tuple[bytes | None, Fault | None]:
-    """The file's content, None if there is no such file; and why it cannot be read."""
+def read_image(path: Path) -> tuple[bytes | None, Fault | None]:
+    """A file's content, None if there is no such file; and why it cannot be read."""
     try:
         return (path.read_bytes() if path.is_file() else None), None
     except FileNotFoundError:
         return None, None
     except OSError as error:
-        _raise_unless_of_the_file(error)
+        raise_unless_of_the_file(error)
         return None, Fault("unreadable_image", error.strerror or str(error))
 
 
-def _raise_unless_of_the_file(error: Exception) -> None:
+def raise_unless_of_the_file(error: Exception) -> None:
     """Raises an error that the next file would meet too: trying again may help."""
-    if is_away(error) or getattr(error, "errno", None) in _OF_THE_MACHINE:
+    number = getattr(error, "errno", None)
+    if is_away(error) or isinstance(error, MemoryError) or number in _OF_THE_MACHINE:
         raise error

@@ -6,6 +6,7 @@ A source is one module of this folder, and its name is the kind: `folder.py` ope
     USAGE                      the value of `--source`, for messages: "folder:DIR"
     open_source(name, args)    opens it; `name` is the text after the colon, `args` the flags
     define_flags(values)       optional: defines the flags of this kind, named after it
+    HAS_METADATA               optional: True if it takes `--where`
 
 A new kind of source is one new file here; no other file names it.
 """
@@ -98,6 +99,13 @@ def define_flags(values: flags.FlagValues) -> None:
         "fraction of images for the held-out split, chosen by id",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "where",
+        "",
+        'condition on the metadata of items, for sources that have some: "width >= 256 and punsafe'
+        ' < 0.1"',
+        flag_values=values,
+    )
     for module in kinds().values():
         if hasattr(module, "define_flags"):
             module.define_flags(values)
@@ -116,5 +124,9 @@ def open_source(args: flags.FlagValues) -> Source:
         usages = [module.USAGE for module in modules.values()]
         raise ValueError(
             f"--source {args.source!r} is not {', '.join(usages[:-1])} or {usages[-1]}"
+        )
+    if getattr(args, "where", "") and not getattr(modules[kind], "HAS_METADATA", False):
+        raise ValueError(
+            f"--where needs metadata, which a {kind} source does not have: leave it out"
         )
     return modules[kind].open_source(name, args)

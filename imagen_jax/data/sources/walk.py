@@ -86,10 +86,10 @@ class _Walk:
         return Path(path).relative_to(self._root).as_posix()
 
     def _note(self, path: str, reason: str, detail: str) -> None:
-        name, detail = (_escaped(text) for text in (self._relative(path), detail))
+        name, detail = (escaped(text) for text in (self._relative(path), detail))
         self._notes.append({"id": name, "reason": reason, "detail": detail})
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Bytes of a file name that are not UTF-8 as "\\udce9"."""
     return text.encode(errors="backslashreplace").decode()

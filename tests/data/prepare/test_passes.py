@@ -15,7 +15,7 @@ from absl import flags
 
 from imagen_jax import exit_codes, prepare_data
 from imagen_jax.data import pipeline, records
-from imagen_jax.data.prepare import passes
+from imagen_jax.data.prepare import passes, selection, shards
 from imagen_jax.data.sources.folder import FolderSource
 from tests import tiny
 from tests.data import synthetic
@@ -150,11 +150,20 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize(
-    "last", ["_write_shard", "_encode_shard", "finish", "_check_chunk", "_journal"]
+    "module, last",
+    [
+        (passes, "write_images"),
+        (passes, "encode_shard"),
+        (passes, "finish"),
+        (passes, "_check_chunk"),
+        (shards, "_journal"),
+        (selection, "_caption_notes"),
+        (selection, "write_atomically"),
+    ],
 )
-def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, last, monkeypatch):
+def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, module, last, monkeypatch):
     """Catches a pass that starts over, trusts unfinished work, or publishes early."""
-    output, original, calls = tmp_path / "data", getattr(passes, last), []
+    output, original, calls = tmp_path / "data", getattr(module, last), []
 
     def stopping(*args):
         calls.append(args)
@@ -164,7 +173,7 @@ def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, last, mo
 
     monkeypatch.setattr(passes, "_CHUNK", 4)
     with monkeypatch.context() as patch:
-        patch.setattr(passes, last, stopping)
+        patch.setattr(module, last, stopping)
         with pytest.raises(Stop):
             prepare(folder, output)
     assert not output.exists()
@@ -174,9 +183,11 @@ def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, last, mo
     assert (
         len(encoder.encoded)
         == {
-            "_write_shard": 0,
+            "write_images": 0,
             "finish": 0,
-            "_encode_shard": 13,
+            "encode_shard": 13,
+            "_caption_notes": 21,
+            "write_atomically": 21,
             "_journal": 13,
             "_check_chunk": 21,
         }[last]

@@ -67,7 +67,7 @@ def test_four_hundred_million(tmp_path, capsys):
     )
     assert (
         f"price     {store.bytes / 2**30 / 2:,.0f} per month" in told
-        and "of 200,000,000 images" in told
+        and "GiB of files until the end, for 200,000,000 images" in told
     )
     preview_captions(source, tokenize, 4096, 1000, 4096, rate=0, chips=0, price=0)
     told = capsys.readouterr().out

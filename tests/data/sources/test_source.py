@@ -56,6 +56,13 @@ def test_a_kind_of_source_has_its_own_flags(monkeypatch):
     assert noted.value.args == ("coco", None, "val", "image", "a/b", 0.1)
 
 
+def test_a_condition_needs_metadata(tmp_path):
+    """Catches a condition that a source ignores, so that nothing is left out."""
+    for spec in ("emoji", f"folder:{tmp_path}"):
+        with pytest.raises(ValueError, match="--where needs metadata, which a .* leave it out"):
+            opened(spec, "--where=width > 3")
+
+
 def test_every_module_of_the_folder_is_a_kind():
     """Catches a kind of source that must be entered somewhere besides its own file."""
     assert {"emoji", "folder", "tfds"} <= source.kinds().keys() and "source" not in source.kinds()
