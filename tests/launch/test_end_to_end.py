@@ -1,6 +1,7 @@
 """A training of two processes under the local launcher, one of which is killed half-way.
 
-It takes minutes and runs in `make test-slow` only.
+It takes minutes and runs in `make test-long` only. test_local.py tests the launcher with small
+programs, and test_multihost.py kills a training of two processes without it.
 """
 
 import contextlib
@@ -82,7 +83,8 @@ def undisturbed(data, tmp_path_factory):
     return losses(workdir)
 
 
-@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.long), 1])
+@pytest.mark.long
+@pytest.mark.parametrize("index", [0, 1])
 def test_a_process_killed_in_the_middle_changes_no_loss(data, undisturbed, tmp_path, index):
     """Catches a run that stays down, hangs or starts over after a process was killed.
 
