@@ -184,8 +184,17 @@ class StepClock:
         self._now = now
         self._step = step
         self._start = now()
-        self._paused = 0.0
+        self._paused = self._waited = 0.0
         self._depth = 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside the context as time in which the loop waits for data."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._waited += self._now() - start
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -200,20 +209,22 @@ class StepClock:
                 self._paused += self._now() - start
 
     def read(self, step: int) -> dict[str, float]:
-        """{"time/step_s", "time/images_per_s"} since the last reading or the start.
+        """Step time, throughput and share of waiting since the last reading or the start.
 
-        {} if there was no step in between.
+        {"time/step_s", "time/images_per_s", "time/data_share"}; {} if there was no step in between.
         """
         if self._depth:
             raise RuntimeError("the clock is read while it is paused")
         now, steps = self._now(), step - self._step
         seconds = now - self._start - self._paused
+        waited, self._waited = self._waited, 0.0
         self._step, self._start, self._paused = step, now, 0.0
         if steps <= 0 or seconds <= 0:
             return {}
         return {
             "time/step_s": seconds / steps,
             "time/images_per_s": self._batch_size * steps / seconds,
+            "time/data_share": min(waited / seconds, 1.0),
         }
 
 

@@ -210,7 +210,9 @@ def train(
         while done < total and not stop(done):
             trace.before(done)
             watch.at(done, "reading a batch")
-            batch = run.place(next(data))
+            with metrics.clock.waiting():
+                images = next(data)
+            batch = run.place(images)
             watch.at(done, "training")
             state, step_metrics = step(state, batch)
             done += 1

@@ -204,9 +204,13 @@ def test_step_clock_divides_by_steps_and_leaves_pauses_out():
         now.time += 5
         with clock.pause():
             now.time += 2
-    assert clock.read(70) == {"time/step_s": 0.5, "time/images_per_s": 64.0}
-    now.time += 4
-    assert clock.read(72) == {"time/step_s": 2.0, "time/images_per_s": 16.0}
+    times = {"time/step_s": 0.5, "time/images_per_s": 64.0, "time/data_share": 0.0}
+    assert clock.read(70) == times
+    now.time += 3
+    with clock.waiting():
+        now.time += 1
+    times = {"time/step_s": 2.0, "time/images_per_s": 16.0, "time/data_share": 0.25}
+    assert clock.read(72) == times
     now.time += 4
     assert clock.read(72) == {}
     now.time += 1
