@@ -56,6 +56,14 @@ def test_training_at_the_stored_size_sees_the_same_pixels(side, shape):
     np.testing.assert_array_equal(decode_square(stored, side), decode_square(data, side))
 
 
+def test_training_at_a_divisor_differs_by_rounding():
+    """Catches a filter whose two steps are not the area average in one."""
+    data = synthetic.encode(synthetic.photograph(192, 256))
+    stored = checks.stored_bytes(data, Resize(64, "png"))
+    one, two = (decode_square(file, 16).astype(int) for file in (data, stored))
+    assert np.abs(one - two).max() == 1
+
+
 def test_the_whole_image_is_stored():
     """Catches ends of the longer side that are cut off, shifted or not averaged over areas."""
     pixels = synthetic.photograph(48, 148)  # the square begins at 50, which is 2 mod 3
