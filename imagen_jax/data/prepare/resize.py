@@ -48,13 +48,15 @@ class Resize:
     def shrink(self, image: Image.Image) -> Image.Image:
         """The image with `side` as its shorter side, without metadata."""
         square, size = min(image.size), self.stored_size(image.size)
-        scale = square / self.side
         before = [self._margins(length, square)[0] for length in image.size]
         # The grid of stored pixels starts at the centre square; less than a pixel of each end of
-        # the longer side is outside.
-        low = [(length - square) // 2 - b * scale for length, b in zip(image.size, before)]
-        high = [min(start + n * scale, end) for start, n, end in zip(low, size, image.size)]
-        box = (max(low[0], 0), max(low[1], 0), *high)
+        # the longer side is outside. In integers, so that no rounding leaves the image.
+        low = [
+            (length - square) // 2 * self.side - margin * square
+            for length, margin in zip(image.size, before)
+        ]
+        high = [start + pixels * square for start, pixels in zip(low, size)]
+        box = tuple(end / self.side for end in (*low, *high))
         small = Image.new("RGB", size)
         if image.width != image.height:
             small.paste(image.resize(size, Image.Resampling.BOX, box))

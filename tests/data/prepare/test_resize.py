@@ -47,7 +47,9 @@ def resized(photographs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("side", [16, 23])
-@pytest.mark.parametrize("shape", [(48, 48), (37, 90), (91, 46), (47, 48), (47, 46), (24, 71)])
+@pytest.mark.parametrize(
+    "shape", [(48, 48), (37, 90), (91, 46), (47, 48), (47, 46), (24, 71), (27, 81)]
+)
 def test_training_at_the_stored_size_sees_the_same_pixels(side, shape):
     """Catches another filter, two steps, and a centre square that moves when it is resized."""
     data = synthetic.encode(synthetic.photograph(*shape))
@@ -66,10 +68,10 @@ def test_training_at_a_divisor_differs_by_rounding():
 
 def test_the_whole_image_is_stored():
     """Catches ends of the longer side that are cut off, shifted or not averaged over areas."""
-    pixels = synthetic.photograph(48, 148)  # the square begins at 50, which is 2 mod 3
+    pixels = synthetic.photograph(48, 149)  # 50 and 51 pixels beside the square, 16 and 17 stored
     stored = np.asarray(opened(checks.stored_bytes(synthetic.encode(pixels), PNG_16)))
-    wanted = pixels[:, 2:146].reshape(16, 3, 48, 3, 3).mean(axis=(1, 3))
-    assert stored.shape == (16, 48, 3) and np.abs(stored - wanted).max() <= 1
+    wanted = pixels[:, 2:149].reshape(16, 3, 49, 3, 3).mean(axis=(1, 3))
+    assert stored.shape == (16, 49, 3) and np.abs(stored - wanted).max() <= 1
 
 
 @pytest.mark.parametrize(
