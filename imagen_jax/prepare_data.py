@@ -34,6 +34,7 @@ from imagen_jax.data import records
 from imagen_jax.data.prepare.crew import ALONE, Crew
 from imagen_jax.data.prepare.passes import Settings, check_output, prepare, work_directory
 from imagen_jax.data.prepare.preview import preview, preview_captions
+from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
 from imagen_jax.data.sources import source
 from imagen_jax.distributed.startup import hosts, start
 from imagen_jax.storage import check_local, check_utf8
@@ -58,6 +59,19 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "max_length", 128, "captions are truncated to this many tokens; the paper gives no number"
     )
     integer("min_size", 0, "skip images with a side shorter than this, in pixels")
+    integer(
+        "store_size",
+        0,
+        "store images whose shorter side is longer than this, in pixels, resized to it; 0: store"
+        " all images in their size",
+    )
+    flags.DEFINE_enum(
+        "store_format",
+        None,
+        FORMATS,
+        "encoding of resized images: jpeg (the default; quality 95, full chroma) or png (lossless)",
+        flag_values=values,
+    )
     integer("shard_size", 4096, "images or captions per shard")
     integer(
         "batch_size",
@@ -114,11 +128,14 @@ def end(code: int) -> int:
 
 def _run(args: flags.FlagValues) -> None:
     cli.log_to_stderr()
+    if args.store_format and not args.store_size:
+        raise ValueError("--store_format has no effect without --store_size: give --store_size N")
     settings = Settings(
         shard_size=args.shard_size,
         min_size=args.min_size,
         batch_size=args.batch_size,
         processes=args.processes or cli.cores(),
+        resize=Resize(args.store_size, args.store_format or AS_IS.format),
     )
     if not 0 <= args.heldout < 1:
         raise ValueError(f"--heldout is {args.heldout}; give a fraction in [0, 1)")

@@ -1,8 +1,8 @@
 """Prepared data on disk: an image store and a caption store under one manifest.
 
     DIR/manifest.json   written last: the directory is complete if and only if it is there
-    DIR/images/         splits train and heldout: image (encoded bytes), height, width, id,
-                        caption_ids
+    DIR/images/         splits train and heldout: image (encoded bytes), height and width as
+                        stored, id, caption_ids
     DIR/captions/       split train: text, embedding [length d] bfloat16 without padding, length;
                         a caption's id is its row
     DIR/skipped.jsonl   one line for every skipped or changed item, with the reason
@@ -430,9 +430,11 @@ class Prepared:
         """Raises ValueError if an image is smaller than `size` pixels."""
         smallest = self.manifest["image_sizes"]["min_side"]
         if smallest < size:
+            resized = 0 < self.manifest.get("store_size", 0) < size
+            larger = f" and --store_size {size} or more" if resized else ""
             raise ValueError(
                 f"{self.path} has images with a side of only {smallest} pixels, but data.image_size"
-                f" is {size}: prepare with --min_size {size}"
+                f" is {size}: prepare with --min_size {size}{larger}"
             )
 
     def verify(self) -> None:

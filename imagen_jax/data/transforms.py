@@ -31,11 +31,15 @@ def check_sizes(data_cfg: Mapping[str, Any]) -> None:
 def decode_square(encoded: bytes, size: int) -> UInt8[np.ndarray, "s s 3"]:
     """Decodes to RGB, cuts out the centre square and shrinks it to `size` pixels."""
     with Image.open(io.BytesIO(encoded)) as opened:
-        image = opened.convert("RGB")
+        image = centre_square(opened.convert("RGB"))
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX))
+
+
+def centre_square(image: Image.Image) -> Image.Image:
+    """The largest square in the centre of an image."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    return np.asarray(image.resize((size, size), Image.Resampling.BOX))
+    return image.crop((left, top, left + side, top + side))
 
 
 def shrink(image: UInt8[np.ndarray, "s s 3"], size: int) -> UInt8[np.ndarray, "r r 3"]:

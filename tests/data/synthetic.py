@@ -102,3 +102,35 @@ def _write(
         shards[name] = records.write_shard(
             root, name, rows[index * shard_rows : (index + 1) * shard_rows]
         )
+
+
+def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """uint8 [height width 3]: an image with the statistics of a photograph.
+
+    The sum of a smooth gradient, texture whose amplitude falls with frequency as 1 / f, correlated
+    between the colours, and 12 filled ellipses with sharp edges, under weak noise of a sensor.
+    """
+    rng = np.random.default_rng(seed)
+    rows, columns = np.linspace(-1, 1, height)[:, None, None], np.linspace(-1, 1, width)[:, None]
+    image = 120 + 40 * rows * rng.uniform(-1, 1, 3) + 40 * columns * rng.uniform(-1, 1, 3)
+    for _ in range(12):
+        row, column = rng.uniform(-1, 1, 2)
+        inside = ((rows - row) / rng.uniform(0.05, 0.5)) ** 2
+        inside = inside + ((columns - column) / rng.uniform(0.05, 0.5)) ** 2 < 1
+        image = np.where(inside, image + rng.uniform(-60, 60, 3), image)
+    image = (
+        image
+        + 25 * _texture(rng, height, width)
+        + 8 * rng.uniform(size=3) * _texture(rng, height, width)
+    )
+    return np.clip(image + rng.normal(0, 1.5, image.shape), 0, 255).astype(np.uint8)
+
+
+def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """[height width 1] of standard deviation 1 with an amplitude of 1 / f."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf
+    texture = np.fft.irfft2(
+        np.fft.rfft2(rng.normal(size=(height, width))) / frequency, (height, width)
+    )
+    return (texture / texture.std())[..., None]

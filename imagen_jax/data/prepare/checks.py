@@ -6,6 +6,7 @@ import hashlib
 from PIL import Image
 
 from imagen_jax import caption_text
+from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.prepare.upright import upright
 from imagen_jax.data.sources.source import SourceItem
 
@@ -20,6 +21,7 @@ class Checked:
     reason: the reason why the item is unusable; "" if it is usable.
     content: hash of the file, to detect a source that changes between two passes.
     pixels: hash of the decoded picture and its size, equal for equal pictures.
+    height, width: of the image as stored, in pixels.
     size: bytes to be stored.
     """
 
@@ -37,8 +39,10 @@ class Checked:
     removed: list[str] = dataclasses.field(default_factory=list)
 
 
-def check(item: SourceItem, min_size: int) -> Checked:
+def check(item: SourceItem, min_size: int, resize: Resize = AS_IS) -> Checked:
     """Decodes an item completely; refuses images less than `min_size` pixels across.
+
+    `min_size` and the hash of the pixels refer to the image before it is resized.
 
     A damaged item costs only itself: every error of the decoder is a reason, not an exception.
     """
@@ -51,14 +55,15 @@ def check(item: SourceItem, min_size: int) -> Checked:
     if item.image is None:
         return refuse("missing_image")
     try:
-        image, stored = upright(item.image)
+        image, stored = upright(item.image, resize)
     except ValueError as error:
         return refuse("broken_image", str(error))
+    width, height = resize.stored_size(image.size)
     checked = dataclasses.replace(
         checked,
         pixels=_pixel_hash(image),
-        height=image.height,
-        width=image.width,
+        height=height,
+        width=width,
         size=len(stored),
     )
     if min(image.size) < min_size:
@@ -94,6 +99,6 @@ def content_hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def stored_bytes(data: bytes) -> bytes:
+def stored_bytes(data: bytes, resize: Resize = AS_IS) -> bytes:
     """Returns the bytes to store for an image file, see `upright`."""
-    return upright(data)[1]
+    return upright(data, resize)[1]

@@ -23,6 +23,7 @@ from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.crew import AGAIN, ALONE, Crew, wait_for_stragglers
 from imagen_jax.data.prepare.manifest import finish, listed
 from imagen_jax.data.prepare.preview import preview
+from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.prepare.selection import PLAN, Plan, select
 from imagen_jax.data.prepare.shards import (
     cut_captions,
@@ -34,7 +35,7 @@ from imagen_jax.data.prepare.shards import (
 )
 from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.sources.source import Source
-from imagen_jax.storage import only_process, read_json, read_object, write_atomically
+from imagen_jax.storage import check_object, only_process, read_json, read_object, write_atomically
 
 _CHUNK = 256  # images in one task of the first pass, the unit in which it is resumed
 # Caption shards in memory at once; one core writes about 800 captions per second at XXL's width.
@@ -43,6 +44,8 @@ _WRITERS = 6
 # all of them are equal.
 _SIZES = ("max_length", "shard_size", "min_size", "batch_size")
 _REQUEST = dict.fromkeys(("source", "encoder"), dict) | dict.fromkeys(_SIZES, int)
+# Keys that are only there if images are stored resized, with what their absence means.
+_ABSENT = {"store_size": 0, "store_format": "none"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +56,22 @@ class Settings:
     min_size: images with a side shorter than this, in pixels, are skipped.
     batch_size: captions per device and batch, see text.encoder.TextEncoder.encode.
     processes: worker processes that check and write images; they do not affect the result.
+    resize: how large images are resized before they are stored.
     """
 
     shard_size: int
     min_size: int
     batch_size: int
     processes: int
+    resize: Resize = AS_IS
 
     def __post_init__(self):
         least = {"shard_size": 1, "min_size": 0, "batch_size": 1, "processes": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"--{name} {getattr(self, name)} is less than {value}")
+        if self.resize.side < 0:
+            raise ValueError(f"--store_size {self.resize.side} is less than 0")
 
 
 def prepare(
@@ -197,7 +204,9 @@ def _work(
 def _request(source: Source, encoder, settings: Settings) -> dict[str, Any]:
     sizes = {name: getattr(settings, name) for name in _SIZES if name != "max_length"}
     about = {"source": source.describe(), "encoder": dict(encoder.identity)}
-    return json.loads(json.dumps(about | {"max_length": encoder.max_length} | sizes))
+    resize = settings.resize
+    stored = {"store_size": resize.side, "store_format": resize.format} if resize.side else {}
+    return json.loads(json.dumps(about | {"max_length": encoder.max_length} | sizes | stored))
 
 
 def _is_complete(output: Path, request: Mapping) -> bool:
@@ -222,13 +231,17 @@ def _continues(partial: Path, request: Mapping) -> bool:
 
 
 def _read_request(partial: Path) -> dict[str, Any]:
-    return read_object(partial / "request.json", _REQUEST, f"remove {partial}; {AGAIN}")
+    file, remedy = partial / "request.json", f"remove {partial}; {AGAIN}"
+    request = read_object(file, _REQUEST, remedy)
+    check_object(file, _ABSENT | request, {"store_size": int, "store_format": str}, remedy)
+    return request
 
 
 def _refuse_changes(directory: Path, before: Mapping, request: Mapping) -> None:
+    before, request = _ABSENT | before, _ABSENT | request
     changed = [
         f"{key} was {before[key]}, is {request[key]}"
-        for key in _REQUEST
+        for key in (*_REQUEST, *_ABSENT)
         if before[key] != request[key]
     ]
     if changed:
@@ -270,10 +283,10 @@ def _check_all(
     spans = [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
     mine = crew.mine(spans)
     files = [(_checked_file(partial, span[0]), *span) for span in mine]
-    tasks = [(*task, settings.min_size) for task in files if not task[0].is_file()]
+    tasks = [(*task, settings.min_size, settings.resize) for task in files if not task[0].is_file()]
     total = sum(stop - start for start, stop in mine)
     with _bar(
-        "check images", total, total - sum(stop - start for _, start, stop, _ in tasks)
+        "check images", total, total - sum(stop - start for _, start, stop, *_ in tasks)
     ) as bar:
         for checked in workers.each(_check_chunk, tasks, 4 * settings.processes):
             bar.update(checked)
@@ -307,8 +320,11 @@ def _read_checked(file: Path) -> list[checks.Checked]:
         raise ValueError(f"{file} is damaged ({error}); {remedy}") from error
 
 
-def _check_chunk(source: Source, file: Path, start: int, stop: int, min_size: int) -> int:
-    rows = [dataclasses.asdict(checks.check(source[i], min_size)) for i in range(start, stop)]
+def _check_chunk(
+    source: Source, file: Path, start: int, stop: int, min_size: int, resize: Resize
+) -> int:
+    checked = (checks.check(source[i], min_size, resize) for i in range(start, stop))
+    rows = [dataclasses.asdict(row) for row in checked]
     write_atomically(file, json.dumps(rows).encode())
     return len(rows)
 
@@ -353,7 +369,7 @@ def _write_all(
     ]
     mine = crew.mine(shards)
     todo = [shard for shard in mine if not finished(partial, shard.name)]
-    tasks = [(partial, plan, shard) for shard in todo]
+    tasks = [(partial, plan, shard, settings.resize) for shard in todo]
     total, left = (sum(shard.rows for shard in part) for part in (mine, todo))
     with _bar("write images", total, total - left) as bar:
         for written in workers.each(write_images, tasks, 2 * settings.processes):

@@ -31,7 +31,8 @@ def preview(source: Source, encoder, settings: Any, crew: int = 1) -> int:
     """Checks and encodes a sample, and prints size and time of the whole.
 
     Args:
-      settings: `processes` (for images, in each process of the crew), `min_size`, `batch_size`.
+      settings: `processes` (for images, in each process of the crew), `min_size`, `resize`,
+        `batch_size`.
       crew: number of processes such as this one.
 
     Returns:
@@ -41,7 +42,7 @@ def preview(source: Source, encoder, settings: Any, crew: int = 1) -> int:
         raise ValueError(f"the source is empty: {source.describe()}")
     indices = _spread(source, _IMAGES)
     start = time.monotonic()
-    checked = [checks.check(source[i], settings.min_size) for i in indices]
+    checked = [checks.check(source[i], settings.min_size, settings.resize) for i in indices]
     check_time = 2 * (time.monotonic() - start)  # images are decoded again when they are written
     usable = [item for item in checked if not item.reason]
     captions = [caption for item in usable for caption in item.captions]

@@ -45,7 +45,8 @@ CREATE TABLE pairs (image INTEGER, caption INTEGER, UNIQUE (image, caption));
 class KeptImage:
     """An image to be stored.
 
-    index: in the source. id, height, width: of the image. content: hash of its file, see `Checked`.
+    index: in the source. id: of the image. height, width: as stored. content: hash of its file,
+    see `Checked`.
     """
 
     index: int

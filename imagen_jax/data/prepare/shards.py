@@ -14,6 +14,7 @@ from jaxtyping import BFloat16
 from imagen_jax.data import records
 from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.crew import AGAIN
+from imagen_jax.data.prepare.resize import Resize
 from imagen_jax.data.prepare.selection import KeptImage, Plan
 from imagen_jax.data.sources.source import Source
 from imagen_jax.storage import read_object, write_atomically
@@ -81,9 +82,9 @@ def write_captions(
     return len(texts)
 
 
-def write_images(source: Source, partial: Path, plan: Plan, shard: Shard) -> int:
+def write_images(source: Source, partial: Path, plan: Plan, shard: Shard, resize: Resize) -> int:
     images = plan.images_of(shard.split, shard.number)
-    rows = (_image_row(source, image) for image in images)
+    rows = (_image_row(source, image, resize) for image in images)
     _journal(
         partial,
         shard.name,
@@ -92,7 +93,7 @@ def write_images(source: Source, partial: Path, plan: Plan, shard: Shard) -> int
     return len(images)
 
 
-def _image_row(source: Source, image: KeptImage) -> records.ImageRow:
+def _image_row(source: Source, image: KeptImage, resize: Resize) -> records.ImageRow:
     data = source[image.index].image or b""
     if checks.content_hash(data) != image.content:
         raise ValueError(
@@ -100,7 +101,7 @@ def _image_row(source: Source, image: KeptImage) -> records.ImageRow:
             " and start again"
         )
     return records.ImageRow(
-        checks.stored_bytes(data),
+        checks.stored_bytes(data, resize),
         image.height,
         image.width,
         image.id,

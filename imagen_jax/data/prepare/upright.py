@@ -6,6 +6,8 @@ import re
 import numpy as np
 from PIL import Image
 
+from imagen_jax.data.prepare.resize import AS_IS, Resize
+
 # Formats that are stored unchanged if they hold one upright RGB picture; other files are rewritten
 # as PNG, without loss.
 _KEPT_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -24,17 +26,20 @@ _PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
 _XMP = b"XML:com.adobe.xmp\0"  # an iTXt chunk that may hold the orientation
 
 
-def upright(data: bytes) -> tuple[Image.Image, bytes]:
-    """Returns the picture as RGB, and the bytes to store for it.
+def upright(data: bytes, resize: Resize = AS_IS) -> tuple[Image.Image, bytes]:
+    """Returns the picture as RGB in its full size, and the bytes to store for it.
 
     The picture is turned as its EXIF data says, and is on white where it is transparent. The bytes
-    to store are `data` if any reader decodes them to the same picture, else a PNG.
+    to store are the resized picture if `resize` applies. Otherwise they are `data` if any reader
+    decodes them to the same picture, else a PNG.
 
     Raises:
       ValueError: the file is no image that can be used, whatever the decoder raised.
     """
     try:
         image, is_plain, data = _decode(data)
+        if resize.applies(image.size):
+            return image, resize.encode(image)
         return image, data if is_plain else _png(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(first_line(error)) from error
