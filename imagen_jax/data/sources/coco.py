@@ -89,10 +89,10 @@ def _check_entry(path: Path, name: str, at: int, row: Any, fields: Mapping[str, 
         raise ValueError(f"{path}: entry {at} of {name!r} {fault}")
 
 
-def _fault(row: Any, fields: Mapping[str, Any]) -> str:
+def _fault(row: Any, fields: Mapping[str, type]) -> str:
     """Why an entry cannot be used, "" if it can."""
     for field, kind in fields.items():
-        if not isinstance(row, dict) or field not in row or not isinstance(row[field], kind):
+        if not isinstance(row, dict) or not isinstance(row.get(field), kind):
             return f"has no valid {field!r}: give a file of captions, such as {ANNOTATIONS}"
     return ""
 
