@@ -161,6 +161,7 @@ class WebDatasetShard:
             raise_unless_of_the_file(error)
             fault = Fault("unreadable_image", error.strerror or str(error))
         except Exception as error:
+            raise_unless_of_the_file(error)
             fault = Fault("unreadable_item", escaped(f"{type(error).__name__}: {error}"[:200]))
         return SourceItem(item_id, image, captions, hashed_split(item_id, self._heldout), fault)
 

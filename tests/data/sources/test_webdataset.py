@@ -202,6 +202,25 @@ def test_a_failed_download_tells_its_cause(tmp_path):
     assert opened(tmp_path / "00.tar")[0].fault == ("failed_download", "HTTP Error 404")
 
 
+@pytest.mark.parametrize("error", [ArithmeticError("x"), MemoryError()], ids=repr)
+def test_an_unforeseen_error_costs_only_its_item(tmp_path, monkeypatch, error):
+    """Catches an error that ends the run, and items lost because memory was short."""
+    (tmp_path / "00.tar").write_bytes(tar_bytes(GOOD))
+    source = opened(tmp_path / "00.tar", "--caption_fields=caption")
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "loads", fail)
+        if isinstance(error, MemoryError):
+            with pytest.raises(MemoryError):
+                source[0]
+        else:
+            assert source[0].fault == ("unreadable_item", "ArithmeticError: x")
+    assert source[0].image == IMAGE and not source[0].fault
+
+
 def damaged(data, offset, replacement=b"\xff" * 512):
     return data[:offset] + replacement + data[offset + len(replacement) :]
 
