@@ -1,14 +1,18 @@
 """Reads the captions of COCO: its annotation file, or a fixed list of captions as a table.
 
-Every caption comes with the file name of its image. Names are joined by id, never by order.
+Every caption comes with the file name of its image. Names are joined by id, never by order. A list
+of prompts must be complete; a folder of images may have a damaged entry, which is noted.
 """
 
+import math
+import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from imagen_jax.caption_text import is_text
 from imagen_jax.data.sources.caption_files import (
     Caption,
     check_columns,
@@ -17,6 +21,8 @@ from imagen_jax.data.sources.caption_files import (
     required_text,
     table_fields,
 )
+from imagen_jax.data.sources.listing import Listed, note_faults
+from imagen_jax.data.sources.walk import Note, spelling
 from imagen_jax.storage import COPY_AGAIN, read_object
 
 ANNOTATIONS = "captions_val2014.json"
@@ -79,12 +85,111 @@ def _image_files(path: Path, images: list[Any]) -> dict[int, str]:
 
 
 def _check_entry(path: Path, name: str, at: int, row: Any, fields: Mapping[str, type]) -> None:
+    if fault := _fault(row, fields):
+        raise ValueError(f"{path}: entry {at} of {name!r} {fault}")
+
+
+def _fault(row: Any, fields: Mapping[str, type]) -> str:
+    """Why an entry cannot be used, "" if it can."""
     for field, kind in fields.items():
         if not isinstance(row, dict) or not isinstance(row.get(field), kind):
+            return f"has no valid {field!r}: give a file of captions, such as {ANNOTATIONS}"
+    return ""
+
+
+def read_listed(
+    path: Path, files: Collection[str], images: Sequence[str], notes: list[Note]
+) -> tuple[list[Listed], dict[str, str]]:
+    """Reads the annotation file of a folder of images, of which it may list more or fewer.
+
+    A damaged entry is left out and added to `notes`. null and NaN give the caption "".
+
+    files: names of the files in the folder, relative to it. images: those of them that are images.
+
+    Returns:
+      A row for each image of the annotations, and {name: why} for those that are not in the folder.
+      An image whose name is not in the folder is the only one with that base name, if there is one.
+
+    Raises:
+      ValueError: the file is not an annotation file, half of its images or annotations are
+        damaged, or an id has two names.
+    """
+    remedy = f"{COPY_AGAIN}, or rename a file that is not COCO's captions"
+    content = read_object(path, dict.fromkeys(VAL2014, list), remedy)
+    names = _listed_images(path, content["images"], notes)
+    captions = _listed_captions(path, content["annotations"], notes)
+    found, absent = _match(set(names.values()), files, images)
+    rows = [(found.get(name, name), captions.get(id, []), "") for id, name in names.items()]
+    for id in captions.keys() - names.keys():
+        absent[f"image {id}"] = f"{path.name} has no image with this id"
+        rows.append((f"image {id}", captions[id], ""))
+    return rows, absent
+
+
+def _listed_images(path: Path, entries: list[Any], notes: list[Note]) -> dict[int, str]:
+    """{image id: file name}."""
+    names: dict[int, str] = {}
+    faults: dict[int | str, str] = {}
+    for at, row in enumerate(entries):
+        fault = _fault(row, {"id": int, "file_name": str})
+        if not fault and not (row["file_name"] and is_text(row["file_name"])):
+            fault = f"has the file_name {row['file_name']!r:.80}, which is not the name of a file"
+        if fault:
+            faults[f"images[{at}]"] = fault
+        elif names.setdefault(row["id"], row["file_name"]) != row["file_name"]:
             raise ValueError(
-                f"{path}: entry {at} of {name!r} has no valid {field!r}: give a file of captions,"
-                f" such as {ANNOTATIONS}"
+                f"{path} has the image id {row['id']} twice, for {names[row['id']]} and"
+                f" {row['file_name']}: give each image an id of its own"
             )
+    note_faults(path, len(entries) - len(faults), faults, notes)
+    return names
+
+
+def _listed_captions(path: Path, entries: list[Any], notes: list[Note]) -> dict[int, list[str]]:
+    """{image id: captions}."""
+    captions: dict[int, list[str]] = {}
+    faults: dict[int | str, str] = {}
+    for at, row in enumerate(entries):
+        if isinstance(row, dict) and _is_missing(row.get("caption", "")):
+            row = row | {"caption": ""}
+        if fault := _fault(row, {"image_id": int, "caption": str}):
+            faults[f"annotations[{at}]"] = fault
+        else:
+            captions.setdefault(row["image_id"], []).append(row["caption"])
+    note_faults(path, len(entries) - len(faults), faults, notes)
+    return captions
+
+
+def _is_missing(caption: Any) -> bool:
+    """Whether a table without a caption has written this: null, NaN or Infinity."""
+    return caption is None or (isinstance(caption, float) and not math.isfinite(caption))
+
+
+def _match(
+    names: Collection[str], files: Collection[str], images: Sequence[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns {name: file} and {name: why there is no file}; its time is linear in both."""
+    spellings = {spelling(file): file for file in files}
+    spelled = {name: spelling(name) for name in names}
+    bases: dict[str, list[str]] = {}
+    for image in images:
+        bases.setdefault(posixpath.basename(spelling(image)), []).append(image)
+    sharing = Counter(map(posixpath.basename, set(spelled.values())))
+    found, absent = {}, {}
+    for name, path in spelled.items():
+        base = posixpath.basename(path)
+        alike = bases.get(base, [])
+        if name in files or path in spellings:
+            found[name] = name if name in files else spellings[path]
+        elif not alike:
+            absent[name] = "no image of the folder has this name"
+        elif len(alike) > 1:
+            absent[name] = f"several images have this name: {', '.join(alike[:3])}"
+        elif sharing[base] > 1:
+            absent[name] = f"{alike[0]} may be another image of this name"
+        else:
+            found[name] = alike[0]
+    return found, absent
 
 
 def read_list(path: Path, notes: Counter) -> Iterator[Caption]:

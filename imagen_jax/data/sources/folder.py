@@ -1,10 +1,9 @@
-"""A folder of images with their captions in one of three forms."""
+"""A folder of images with their captions in one of four forms."""
 
 import errno
+import fnmatch
 import hashlib
 import json
-import posixpath
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -13,15 +12,17 @@ from typing import Any
 from absl import flags
 
 from imagen_jax.caption_text import lines, read_text
+from imagen_jax.data.sources import coco
 from imagen_jax.data.sources.listing import Listed, read_csv, read_jsonl
 from imagen_jax.data.sources.source import Fault, SourceItem, hashed_split
-from imagen_jax.data.sources.walk import Note, files_below
+from imagen_jax.data.sources.walk import Note, files_below, spelling
 from imagen_jax.storage import check_local, is_away
 
-USAGE = "folder:DIR (with captions.jsonl, captions.csv or .txt files)"
+USAGE = "folder:DIR (with captions.jsonl, captions.csv, captions_*.json or .txt files)"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # macOS stores a file's attributes beside it under this prefix where a disk has no room for them.
 _APPLE_DOUBLE = "._"
+_ANNOTATIONS = "captions_*.json"
 _KINDS = 50  # kinds of ignored files with a note of their own
 # Failures of the machine, not of the file that was opened.
 _OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -34,12 +35,12 @@ def open_source(name: str, args: flags.FlagValues) -> "FolderSource":
 
 
 class FolderSource:
-    """Images below a directory, with their captions in one of three forms.
+    """Images below a directory, with their captions in one of four forms.
 
     captions.jsonl: one object a line, {"file": "a.png", "caption": "..."} or {"file": ...,
     "captions": [...]}, optionally "split": "train" or "heldout". captions.csv: columns file,
-    caption and optionally split. Otherwise a.txt next to a.png, one caption a line. A file may
-    have several rows.
+    caption and optionally split. captions_*.json: an annotation file of COCO. Otherwise a.txt next
+    to a.png, one caption a line. A file may have several rows.
 
     Every image below the directory is an item, and so is every file that has a row. So
     prepare_data reports images without captions and captions without images. Links to directories
@@ -58,7 +59,7 @@ class FolderSource:
         captions, splits = self._read(images, set(files), used)
         for file in images:
             captions.setdefault(file, [])
-        self._notes += _ignored(file for file in files if file not in used)
+        self._notes += _ignored(f for f in files if f not in used and f not in captions)
         if not captions:
             raise ValueError(self._empty())
         self._items = [
@@ -71,8 +72,11 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> SourceItem:
         file, captions, split = self._items[index]
-        image, fault = read_image(self._directory / file)
-        return SourceItem(file, image, captions, split, fault or self._faults.get(file))
+        fault = self._faults.get(file)
+        if fault and fault.reason == "missing_image":  # its name may lead out of the folder
+            return SourceItem(file, None, captions, split, fault)
+        image, unreadable = read_image(self._directory / file)
+        return SourceItem(file, image, captions, split, unreadable or fault)
 
     def describe(self) -> dict[str, Any]:
         listing = hashlib.sha256(json.dumps(self._items).encode()).hexdigest()
@@ -97,8 +101,8 @@ class FolderSource:
         spellings: dict[str, str] = {}  # made when a row names no file
         for file, texts, split in self._listed(images, files, used):
             if file not in files:
-                spellings = spellings or {_spelling(name): name for name in files}
-                file = spellings.get(_spelling(file), file)
+                spellings = spellings or {spelling(name): name for name in files}
+                file = spellings.get(spelling(file), file)
             captions.setdefault(file, []).extend(texts)
             if split and splits.setdefault(file, split) != split:
                 raise ValueError(f"{self._directory}: {file} is in both splits")
@@ -111,10 +115,12 @@ class FolderSource:
     def _listed(self, images: Sequence[str], files: set[str], used: set[str]) -> Iterable[Listed]:
         """Rows of the captions file; without one, of the .txt files next to the images."""
         readers = {"captions.jsonl": read_jsonl, "captions.csv": partial(read_csv, files=files)}
+        annotations = sorted(fnmatch.filter((f for f in files if "/" not in f), _ANNOTATIONS))
+        readers |= dict.fromkeys(annotations, partial(self._annotated, images, files))
         tables = [name for name in readers if name in files]
         if len(tables) > 1:
             raise ValueError(
-                f"{self._directory} has both captions.jsonl and captions.csv: keep one"
+                f"{self._directory} has several captions files ({', '.join(tables)}): keep one"
             )
         used.update(tables)
         for name in tables:
@@ -122,6 +128,13 @@ class FolderSource:
             _check_regular(path)
             return readers[name](path, self._notes)
         return self._sidecars(images, files, used)
+
+    def _annotated(
+        self, images: Sequence[str], files: set[str], path: Path, notes: list[Note]
+    ) -> list[Listed]:
+        rows, absent = coco.read_listed(path, files, images, notes)
+        self._faults |= {file: Fault("missing_image", why) for file, why in absent.items()}
+        return rows
 
     def _sidecars(self, images: Sequence[str], files: set[str], used: set[str]) -> Iterator[Listed]:
         for file in images:
@@ -163,11 +176,6 @@ def _work_of(output: Path | None) -> set[str]:
 def _is_image(file: str) -> bool:
     path = PurePosixPath(file)
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(_APPLE_DOUBLE)
-
-
-def _spelling(file: str) -> str:
-    """One spelling for ./a.png, for sub\\a.png of Windows and for the split accents of macOS."""
-    return unicodedata.normalize("NFC", posixpath.normpath(file.replace("\\", "/")))
 
 
 def _ignored(files: Iterable[str]) -> list[Note]:

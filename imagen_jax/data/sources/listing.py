@@ -5,7 +5,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def read_jsonl(path: Path, notes: list[Note]) -> list[Listed]:
         else:
             _check_split(row, f"{path}:{number}")
             rows.append(row)
-    _note(path, len(rows), faults, notes)
+    note_faults(path, len(rows), faults, notes)
     return rows
 
 
@@ -104,7 +104,7 @@ def read_csv(path: Path, notes: list[Note], files: Collection[str] = ()) -> list
             f"{path}:{long[0]} has more columns than the first line names (rows with too many:"
             f" {len(long)}): put captions with commas in double quotes"
         )
-    _note(path, len(rows), faults, notes)
+    note_faults(path, len(rows), faults, notes)
     return rows
 
 
@@ -175,7 +175,7 @@ def _check_split(row: Listed, where: str) -> None:
         raise ValueError(f"{where}: split {row[2]!r} is neither train nor heldout")
 
 
-def _note(path: Path, rows: int, faults: dict[int, str], notes: list[Note]) -> None:
+def note_faults(path: Path, rows: int, faults: Mapping[int | str, str], notes: list[Note]) -> None:
     """Notes the damaged rows, by line; raises if as many rows are damaged as sound."""
     if faults and len(faults) >= rows:
         line, fault = next(iter(faults.items()))

@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from imagen_jax.data.sources.source import Fault, SourceItem, hashed_split
-from imagen_jax.storage import check_local
+from imagen_jax.storage import COPY_AGAIN, check_local
 
 USAGE = "tfds:NAME or tfds:DIR"
 
@@ -41,17 +41,7 @@ class TfdsSource:
 
         for path in (name, data_dir or ""):
             check_local("the TFDS dataset", path)
-        is_directory = (Path(name) / "dataset_info.json").is_file()
-        try:
-            options = {"data_dir": data_dir, "file_format": "array_record"}
-            builder = (
-                tfds.builder_from_directory(name) if is_directory else tfds.builder(name, **options)
-            )
-        except (tfds.core.DatasetNotFoundError, ModuleNotFoundError) as error:
-            cause = str(error).partition("\n")[0]
-            raise ValueError(
-                f"tfds:{name} is not a TFDS dataset or a directory of one ({cause})"
-            ) from error
+        builder = _builder(name, data_dir)
         if split not in builder.info.splits:
             splits = (
                 ", ".join(builder.info.splits)
@@ -87,11 +77,13 @@ class TfdsSource:
         """Raises ValueError that names the dataset: a damaged shard is not one bad item."""
         try:
             return self._rows[index]
-        except OSError:
+        except (OSError, MemoryError):
             raise
         except Exception as error:
             cause = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{self._name}: row {index} cannot be read: {cause}") from error
+            raise ValueError(
+                f"{self._name}: row {index} cannot be read ({cause}); {COPY_AGAIN}"
+            ) from error
 
     def describe(self) -> dict[str, Any]:
         features = {"image": self._image, "caption": self._caption}
@@ -100,6 +92,26 @@ class TfdsSource:
 
     def notes(self) -> list[dict[str, Any]]:
         return []
+
+
+def _builder(name: str, data_dir: str | None) -> Any:
+    """Opens the dataset. Raises ValueError if there is none or its metadata are damaged."""
+    import tensorflow_datasets as tfds
+
+    try:
+        if (Path(name) / "dataset_info.json").is_file():
+            return tfds.builder_from_directory(name)
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ModuleNotFoundError) as error:
+        cause = str(error).partition("\n")[0]
+        raise ValueError(
+            f"tfds:{name} is not a TFDS dataset or a directory of one ({cause})"
+        ) from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        cause = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"tfds:{name} cannot be opened ({cause}); {COPY_AGAIN}") from error
 
 
 def _decoded(captions: list[Any]) -> tuple[list[str], Fault | None]:

@@ -5,6 +5,8 @@ name even if a link to it comes first. What cannot be read is noted.
 """
 
 import os
+import posixpath
+import unicodedata
 from collections import deque
 from collections.abc import Collection
 from pathlib import Path
@@ -93,3 +95,8 @@ class _Walk:
 def escaped(text: str) -> str:
     """Bytes of a file name that are not UTF-8 as "\\udce9"."""
     return text.encode(errors="backslashreplace").decode()
+
+
+def spelling(file: str) -> str:
+    """One spelling for ./a.png, for sub\\a.png of Windows and for the split accents of macOS."""
+    return unicodedata.normalize("NFC", posixpath.normpath(file.replace("\\", "/")))

@@ -33,7 +33,7 @@ _EXAMPLES = 3
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flag that chooses the captions."""
     flags.DEFINE_string(
-        "caption_fields",
+        "webdataset_captions",
         TEXT,
         "for webdataset: captions, comma-separated: txt is the .txt member, other names are fields"
         " of the .json member; a dotted name is a field of a field",
@@ -43,7 +43,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def open_source(name: str, args: flags.FlagValues) -> "WebDatasetSource":
     """Opens the tar files of the pattern `name`."""
-    return WebDatasetSource(name, args.heldout, args.caption_fields, getattr(args, "where", ""))
+    return WebDatasetSource(
+        name, args.heldout, args.webdataset_captions, getattr(args, "where", "")
+    )
 
 
 class Entry(NamedTuple):
@@ -65,10 +67,12 @@ class WebDatasetSource(ShardedSource):
         names = (name.strip() for name in caption_fields.split(","))
         self._fields = tuple(dict.fromkeys(name for name in names if name))
         if not self._fields:
-            raise ValueError("--caption_fields is empty: name txt or fields of the .json members")
+            raise ValueError(
+                "--webdataset_captions is empty: name txt or fields of the .json members"
+            )
         self._where = Where(where) if where else None
         self._heldout = heldout
-        options: dict[str, Any] = {"caption_fields": list(self._fields), "heldout": heldout}
+        options: dict[str, Any] = {"webdataset_captions": list(self._fields), "heldout": heldout}
         super().__init__(pattern, options | ({"where": where} if where else {}))
 
     def summarize(self, path: Path) -> Summary:
@@ -161,6 +165,7 @@ class WebDatasetShard:
             raise_unless_of_the_file(error)
             fault = Fault("unreadable_image", error.strerror or str(error))
         except Exception as error:
+            raise_unless_of_the_file(error)
             fault = Fault("unreadable_item", escaped(f"{type(error).__name__}: {error}"[:200]))
         return SourceItem(item_id, image, captions, hashed_split(item_id, self._heldout), fault)
 

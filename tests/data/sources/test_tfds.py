@@ -7,8 +7,10 @@ import pytest
 
 from imagen_jax.data import records
 from imagen_jax.data.prepare import passes
+from imagen_jax.data.prepare.checks import check
 from imagen_jax.data.sources.tfds import TfdsSource
 from tests.data import synthetic
+from tests.data.sources import layouts
 from tests.data.synthetic_source import SETTINGS, FakeEncoder
 
 
@@ -87,3 +89,52 @@ def test_tfds_mistakes_are_one_clear_line(dataset, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         TfdsSource(**options | changes)
     assert "\n" not in str(error.value)
+
+
+def test_a_caption_that_is_not_utf8_costs_only_itself(tmp_path):
+    """Catches a decoding error that ends the run, and one that costs the neighbours."""
+    pictures = layouts.collection(8)
+    pictures[3].captions[0] = b"caf\xe9"
+    source = layouts.opened(*layouts.tfds_array_record(tmp_path, pictures))
+    found = [check(source[i], 0) for i in range(8)]
+    assert [item.reason for item in found] == [""] * 3 + ["unreadable_captions"] + [""] * 4
+    assert found[3].detail.startswith("not UTF-8 text")
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("captions-train.array_record-00001-of-00002", lambda data: data[: len(data) // 2]),
+        ("captions-train.array_record-00001-of-00002", lambda _: b""),
+        ("captions-train.array_record-00001-of-00002", lambda _: b"<html>404 Not Found</html>"),
+        ("captions-train.array_record-00001-of-00002", lambda _: None),
+        ("dataset_info.json", lambda data: data[:9]),
+        ("features.json", lambda data: data[:9]),
+        ("features.json", lambda _: None),
+    ],
+)
+def test_damaged_data_are_named(tmp_path, file, change):
+    """Catches a traceback out of TFDS, and a message without the dataset or a remedy."""
+    args = layouts.tfds_array_record(tmp_path, layouts.collection(8))
+    path = tmp_path / "captions" / file
+    data = change(path.read_bytes())
+    path.unlink() if data is None else path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"captions.* cannot be .*; download or copy it") as error:
+        source = layouts.opened(*args)
+        assert source[3].captions
+        source[4]
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()], ids=repr)
+def test_an_error_of_the_machine_is_not_damage(dataset, error):
+    """Catches "download it again" for a failure after which a retry may succeed."""
+    source = TfdsSource(str(dataset), None, "train", "image", "title", 0.0)
+
+    class Failing:
+        def __getitem__(self, index):
+            raise error
+
+    source._rows = Failing()
+    with pytest.raises(type(error)):
+        source[0]

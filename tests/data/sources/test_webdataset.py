@@ -117,7 +117,7 @@ def test_captions_are_the_named_fields(tmp_path, fields, captions):
     members = [("0.json", b"\xef\xbb\xbf" + json.dumps(metadata).encode())]
     members += [("0.txt", b"\xef\xbb\xbftext"), ("0.png", IMAGE)]
     (tmp_path / "00.tar").write_bytes(tar_bytes(members))
-    item = opened(tmp_path / "00.tar", f"--caption_fields={fields}")[0]
+    item = opened(tmp_path / "00.tar", f"--webdataset_captions={fields}")[0]
     assert (item.captions, item.fault) == (captions, None)
     assert check(item, 0).reason == ("" if captions else "no_caption")
 
@@ -184,7 +184,9 @@ def test_a_bad_item_costs_only_itself(tmp_path, name):
     members, reason, option = ITEMS[name]
     good = [*triple("good", width=10), *triple("last", width=10)]
     (tmp_path / "00.tar").write_bytes(tar_bytes([*good[:3], *members, *good[3:]]))
-    options = [f"--caption_fields={option}" if option == "caption" else option] if option else []
+    options = (
+        [f"--webdataset_captions={option}" if option == "caption" else option] if option else []
+    )
     source = opened(tmp_path / "00.tar", *options)
     checked = {item.id: check(item, 0) for item in items(source).values()}
     assert {key: result.reason for key, result in checked.items()} == {
@@ -200,6 +202,25 @@ def test_a_failed_download_tells_its_cause(tmp_path):
     metadata = {"status": "failed_to_download", "error_message": "HTTP Error 404"}
     (tmp_path / "00.tar").write_bytes(tar_bytes([("0.json", json.dumps(metadata).encode())]))
     assert opened(tmp_path / "00.tar")[0].fault == ("failed_download", "HTTP Error 404")
+
+
+@pytest.mark.parametrize("error", [ArithmeticError("x"), MemoryError()], ids=repr)
+def test_an_unforeseen_error_costs_only_its_item(tmp_path, monkeypatch, error):
+    """Catches an error that ends the run, and items lost because memory was short."""
+    (tmp_path / "00.tar").write_bytes(tar_bytes(GOOD))
+    source = opened(tmp_path / "00.tar", "--webdataset_captions=caption")
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "loads", fail)
+        if isinstance(error, MemoryError):
+            with pytest.raises(MemoryError):
+                source[0]
+        else:
+            assert source[0].fault == ("unreadable_item", "ArithmeticError: x")
+    assert source[0].image == IMAGE and not source[0].fault
 
 
 def damaged(data, offset, replacement=b"\xff" * 512):
@@ -327,8 +348,8 @@ def test_only_bad_shards_are_one_clear_error(tmp_path):
     (tmp_path / "0.tar.gz").write_bytes(gzip.compress(PLAIN))
     with pytest.raises(ValueError, match="no items: 0.tar.gz .*compressed with gzip: decompress"):
         opened(tmp_path / "*.gz")
-    with pytest.raises(ValueError, match="--caption_fields is empty: name txt or"):
-        opened(tmp_path / "*.gz", "--caption_fields= ,")
+    with pytest.raises(ValueError, match="--webdataset_captions is empty: name txt or"):
+        opened(tmp_path / "*.gz", "--webdataset_captions= ,")
 
 
 def test_description(tmp_path):
@@ -337,7 +358,7 @@ def test_description(tmp_path):
     path.write_bytes(tar_bytes(GOOD, mtime=1))
     plain = opened(path).describe()
     assert plain["kind"] == "webdataset" and plain["items"] == 2 and "where" not in plain
-    options = ("--where=width > 1", "--caption_fields=caption", "--heldout=0.5")
+    options = ("--where=width > 1", "--webdataset_captions=caption", "--heldout=0.5")
     described = [opened(path, option).describe() for option in options]
     assert all(description != plain for description in described)
     assert described[0]["where"] == "width > 1"
