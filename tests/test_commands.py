@@ -156,6 +156,7 @@ def test_a_picture_is_drawn_again_from_its_record(cascade_config, tmp_path, monk
         redraw(record, again)
 
 
+@pytest.mark.slow
 def test_an_image_of_the_user_is_up_sampled(cascade_config, tmp_path):
     """Catches an --image that is ignored, and a record that does not identify it."""
     small = {"checkpoint": str(tiny_cascade.write(tmp_path)["sr_1"])}

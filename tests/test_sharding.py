@@ -147,7 +147,9 @@ SECOND_ORDER = {"method": "dpmpp_2m", "grid": "logsnr", "w_interval": (-2.0, 2.0
 @pytest.mark.parametrize(
     "name, sizes, sampling, fields",
     [
-        ("sr_1024", SPATIAL, SECOND_ORDER, tiny.ONE_LEVEL_FIELDS),
+        pytest.param(
+            "sr_1024", SPATIAL, SECOND_ORDER, tiny.ONE_LEVEL_FIELDS, marks=pytest.mark.slow
+        ),
         pytest.param("sr_256", MODEL, {}, {}, marks=pytest.mark.slow),
         pytest.param("sr_1024", SPATIAL, SECOND_ORDER, {}, marks=LONG),
     ],

@@ -49,7 +49,7 @@ LONG = (pytest.mark.slow, pytest.mark.long)
     "name, platform, interval",
     [
         pytest.param("base_64", "cpu", (-20.0, 20.0), marks=LONG),
-        ("base_64", "cpu", (-2.0, 2.0)),
+        pytest.param("base_64", "cpu", (-2.0, 2.0), marks=pytest.mark.slow),
         pytest.param("sr_1024", "cpu", (-2.0, 2.0), marks=pytest.mark.slow),
         pytest.param("base_64", "v5e:2x2", (-20.0, 20.0), marks=LONG),
         pytest.param("base_64", "v5e:2x2", (-2.0, 2.0), marks=pytest.mark.slow),

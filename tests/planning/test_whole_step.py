@@ -52,7 +52,7 @@ def test_parts_of_memory():
     )
 
 
-@pytest.mark.parametrize("name", ("base_64", "sr_256"))
+@pytest.mark.parametrize("name", [pytest.param("base_64", marks=pytest.mark.slow), "sr_256"])
 def test_the_sampler_is_the_one_that_training_runs(name, monkeypatch):
     """Catches the sampler of full images for a stage that trains on crops, a batch that is sharded
     like a training batch, and another number of rows than a sample grid has.
