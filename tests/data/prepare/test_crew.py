@@ -84,7 +84,7 @@ def test_two_processes_make_what_one_makes(folder, whole, tmp_path):
 # process 0 just after it has written its second.
 @pytest.mark.parametrize(
     ("run", "victim", "kill_at", "restarted"),
-    [("first", 1, 4, 1), pytest.param("environment", 0, 7, 3, marks=pytest.mark.slow)],
+    [("first", 1, 4, 1), pytest.param("environment", 0, 15, 3, marks=pytest.mark.slow)],
 )
 def test_killed_in_the_middle_others_say_so_and_a_restart_continues(
     folder, whole, tmp_path, run, victim, kill_at, restarted
