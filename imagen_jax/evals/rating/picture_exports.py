@@ -20,7 +20,7 @@ from imagen_jax.evals.rating.preparing import read_picture
 from imagen_jax.evals.rating.system_pictures import MANIFEST, SystemPictures, first_values
 from imagen_jax.evals.suites import Suite
 from imagen_jax.run_log import Progress
-from imagen_jax.storage import whole_directory, write_atomically
+from imagen_jax.storage import whole_directory, write_atomically, write_lines
 
 GENEVAL = "geneval"
 PICTURES = "pictures"
@@ -29,8 +29,10 @@ PICTURES = "pictures"
 def write_manifest(system: SystemPictures, suite: Suite, output: Path) -> str:
     """Writes PNG files and their manifest. Returns a line that counts them and missing prompts."""
     prompts = {prompt.id: prompt for prompt in suite.prompts}
-    lines, counts = [], dict.fromkeys(prompts, 0)
-    with whole_directory(output, "writing pictures to") as work:
+    counts = dict.fromkeys(prompts, 0)
+
+    def write(work: Path) -> Iterator[str]:
+        """Writes each picture, then yields its line."""
         for number, image in _pictures(system, list(prompts)):
             content = pictures.png_bytes(image)
             file = f"{PICTURES}/{number}_{counts[number]}.png"
@@ -39,14 +41,16 @@ def write_manifest(system: SystemPictures, suite: Suite, output: Path) -> str:
             row = {"prompt_id": number, "prompt": prompts[number].text}
             row |= {"category": prompts[number].category, "file": file}
             row |= {"sha256": hashlib.sha256(content).hexdigest()}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        if not lines:
+            yield json.dumps(row, ensure_ascii=False) + "\n"
+
+    with whole_directory(output, "writing pictures to") as work:
+        write_lines(work / MANIFEST, write(work))
+        if not any(counts.values()):
             raise ValueError("no prompt of the suite has a picture: give other --pictures")
-        write_atomically(work / MANIFEST, "".join(lines).encode())
     without = [number for number, count in counts.items() if not count]
     note = f"; {len(without)} prompts have no picture: {first_values(without)}" if without else ""
     shown = len(counts) - len(without)
-    return f"{output / MANIFEST}: {len(lines):,} pictures of {shown:,} prompts{note}"
+    return f"{output / MANIFEST}: {sum(counts.values()):,} pictures of {shown:,} prompts{note}"
 
 
 def write_geneval(system: SystemPictures, suite: Suite, output: Path) -> str:

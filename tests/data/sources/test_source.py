@@ -1,10 +1,10 @@
 """Sources are found by name; an unknown name is one clear line."""
 
 import pytest
-from absl import flags
 
 from imagen_jax.data.sources import source
 from imagen_jax.data.sources.folder import FolderSource
+from tests.data.sources.layouts import opened
 
 
 def test_heldout_fraction_is_by_id():
@@ -20,13 +20,6 @@ def test_heldout_fraction_is_by_id():
         and small < large
     )
     assert not any(source.hashed_split(i, 0.0) == "heldout" for i in ids)
-
-
-def opened(spec, *options):
-    values = flags.FlagValues()
-    source.define_flags(values)
-    values(["prepare_data", f"--source={spec}", *options])
-    return source.open_source(values)
 
 
 def test_open_source_by_name(tmp_path):

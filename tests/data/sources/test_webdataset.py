@@ -13,16 +13,15 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from absl import flags
 
 from imagen_jax.data import records
 from imagen_jax.data.prepare import passes
 from imagen_jax.data.prepare.checks import check
-from imagen_jax.data.sources import source as sources
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.data.sources.webdataset import WebDatasetSource
 from imagen_jax.weights.text_encoders import load_text_encoder
 from tests.data import synthetic
+from tests.data.sources import layouts
 from tests.data.synthetic_source import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -46,10 +45,7 @@ def triple(key, caption="a ramp", **metadata):
 
 
 def opened(path, *options):
-    values = flags.FlagValues()
-    sources.define_flags(values)
-    values(["prepare_data", f"--source=webdataset:{path}", *options])
-    return sources.open_source(values)
+    return layouts.opened(f"webdataset:{path}", *options)
 
 
 def items(source):
