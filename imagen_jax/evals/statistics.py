@@ -61,14 +61,13 @@ def grouped_proportion(hits: Bool[np.ndarray, "p k"]) -> dict[str, Any]:
     return {"rate": rate, "low": low, "high": high, "hits": int(hits.sum()), "n": n}
 
 
-def wilson(hits: int | float, n: int | float) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion (Wilson 1927).
+def wilson(hits: int | float, n: int | float, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927); z: quantile, by default for 95 %.
 
     It holds near 0 and 1 too, where the normal interval has no width.
     """
     if not 0 <= hits <= n or n == 0:
         raise ValueError(f"{hits} hits of {n} are not a proportion")
-    z = Z95
     p, shrink = hits / n, 1 + z**2 / n
     centre = (p + z**2 / (2 * n)) / shrink
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / shrink

@@ -80,14 +80,17 @@ def mean(
         low, high = max(least, average - half), min(most, average + half)
     else:
         share = (average - least) / (most - least)
-        ends = wilson(share, _independent(prompts, raters), statistics.Z95)
+        ends = _wilson_of_clusters(share, prompts, raters)
         low, high = (least + end * (most - least) for end in ends)
     return {"mean": average, "se": found.error, "low": low, "high": high, "n": len(values)}
 
 
-def _independent(prompts: Int[np.ndarray, " n"], raters: Int[np.ndarray, " n"]) -> int:
-    """The number of independent votes if all agree: of prompts or of raters, the smaller."""
-    return min(len(np.unique(prompts)), len(np.unique(raters)))
+def _wilson_of_clusters(
+    share: float, prompts: Int[np.ndarray, " n"], raters: Int[np.ndarray, " n"]
+) -> tuple[float, float]:
+    """Wilson's interval if all votes agree: of as many votes as prompts, or raters if fewer."""
+    independent = min(len(np.unique(prompts)), len(np.unique(raters)))
+    return statistics.wilson(share * independent, independent)
 
 
 def rate(
@@ -104,9 +107,9 @@ def rate(
     plain = share * (1 - share) / n
     if found.value and plain:
         independent = n * plain / found.value
-        low, high = wilson(share, independent, found.quantile)
+        low, high = statistics.wilson(share * independent, independent, found.quantile)
     else:
-        low, high = wilson(share, _independent(prompts, raters), statistics.Z95)
+        low, high = _wilson_of_clusters(share, prompts, raters)
     return {
         "rate": share,
         "low": low,
@@ -115,14 +118,6 @@ def rate(
         "n": n,
         "design_effect": found.value / plain if plain else None,
     }
-
-
-def wilson(share: float, n: float, z: float) -> tuple[float, float]:
-    """Wilson's score interval of a proportion of n independent votes, with the quantile z."""
-    shrink = 1 + z**2 / n
-    centre = (share + z**2 / (2 * n)) / shrink
-    half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / shrink
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def influences(
