@@ -31,6 +31,7 @@ def preview(source: Source, encoder, settings: Any, crew: int = 1) -> int:
     """Checks and encodes a sample, and prints size and time of the whole.
 
     Args:
+      encoder: None if captions are not encoded now.
       settings: `processes` (for images, in each process of the crew), `min_size`, `resize`,
         `batch_size`.
       crew: number of processes such as this one.
@@ -55,10 +56,11 @@ def preview(source: Source, encoder, settings: Any, crew: int = 1) -> int:
         f" captions, {cut} of them cut"
     )
     print(f"images    about {scale * len(usable):.0f}, {scale * image_bytes / 2**20:.1f} MiB")
-    print(
-        f"captions  at most {scale * len(captions):.0f}, {scale * text_bytes / 2**20:.1f} MiB"
-        f" ({encoder.dim} features a token)"
-    )
+    if encoder is not None:
+        print(
+            f"captions  at most {scale * len(captions):.0f}, {scale * text_bytes / 2**20:.1f} MiB"
+            f" ({encoder.dim} features a token)"
+        )
     print(f"work      about {len(source) * WORK_BYTES / 2**30:.2f} GiB of files until the end")
     _print_notes(source)
     print(f"time      about {seconds:.0f} s with {crew} x {settings.processes} processes")
@@ -67,7 +69,7 @@ def preview(source: Source, encoder, settings: Any, crew: int = 1) -> int:
 
 def _measure_encoding(encoder, captions: list[str], batch_size: int) -> tuple[int, float, int]:
     """Returns the number of cut captions, seconds, and bytes of features and text."""
-    if not captions:
+    if not captions or encoder is None:
         return 0, 0.0, 0
     cut = sum(encoder.tokenize(captions)[1])
     encoder.encode(captions, batch_size)  # compiles

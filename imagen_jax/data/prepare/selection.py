@@ -87,12 +87,11 @@ class Plan:
 
     def images_of(self, split: str, shard: int) -> list[KeptImage]:
         """The images of a shard."""
-        rows = read_json(self.directory / _image_file(split, shard), f"remove {self.directory}")
-        return [KeptImage(*row) for row in rows]
+        return images_of(self.directory, split, shard)
 
     def captions_of(self, shard: int) -> list[str]:
         """The captions of a shard; their ids begin with shard * shard_size."""
-        return read_json(self.directory / _caption_file(shard), f"remove {self.directory}")
+        return read_json(self.directory / caption_file(shard), f"remove {self.directory}")
 
     def skipped(self) -> Iterator[str]:
         """The lines of skipped.jsonl."""
@@ -100,11 +99,17 @@ class Plan:
             yield from file
 
 
-def _image_file(split: str, shard: int) -> str:
+def images_of(directory: Path, split: str, shard: int) -> list[KeptImage]:
+    """The images of a shard of the plan in `directory`, which may be unfinished."""
+    rows = read_json(directory / image_file(split, shard), f"remove {directory}")
+    return [KeptImage(*row) for row in rows]
+
+
+def image_file(split: str, shard: int) -> str:
     return f"images-{split}-{shard:06d}.json"
 
 
-def _caption_file(shard: int) -> str:
+def caption_file(shard: int) -> str:
     return f"captions-{shard:06d}.json"
 
 
@@ -212,7 +217,7 @@ class _Selector:
         images = {split: self._write_images(directory, split, shard_size) for split in SPLITS}
         texts = (text for (text,) in self._all("SELECT text FROM captions ORDER BY number"))
         for shard, rows in enumerate(_chunks(texts, shard_size)):
-            write_atomically(directory / _caption_file(shard), json.dumps(rows).encode())
+            write_atomically(directory / caption_file(shard), json.dumps(rows).encode())
         content = {
             "shard_size": shard_size,
             "images": images,
@@ -233,7 +238,7 @@ class _Selector:
         )
         for shard, part in enumerate(_chunks(rows, shard_size)):
             kept = [[*row, self._caption_ids(number)] for number, *row in part]
-            write_atomically(directory / _image_file(split, shard), json.dumps(kept).encode())
+            write_atomically(directory / image_file(split, shard), json.dumps(kept).encode())
             count += len(kept)
         return count
 

@@ -114,6 +114,11 @@ class ShardedSource:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def shard_ends(self) -> Sequence[int]:
+        """For each shard the index after its last item."""
+        return self._ends
+
     def __getitem__(self, index: int) -> SourceItem:
         number = bisect.bisect_right(self._ends, index)
         start = self._ends[number - 1] if number else 0
