@@ -163,8 +163,10 @@ def _ingestion(options: str) -> Callable:
     """`ingest.ingest`, or its counterpart on a Beam runner with these options."""
     if not options:
         return ingest.ingest
-    from imagen_jax.data.prepare import beam_ingest
-
+    try:
+        from imagen_jax.data.prepare import beam_ingest
+    except ModuleNotFoundError as error:
+        raise ValueError("--beam needs Apache Beam: pip install 'imagen_jax[beam]'") from error
     return beam_ingest.on_runner(shlex.split(options))
 
 

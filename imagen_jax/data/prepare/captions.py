@@ -15,7 +15,7 @@ from jaxtyping import BFloat16
 
 from imagen_jax.data import records
 from imagen_jax.data.prepare.ingest import bar
-from imagen_jax.data.prepare.selection import Plan
+from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.prepare.shards import Shard, finished, journal, shards_of
 from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.sources.source import Source

@@ -13,9 +13,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from imagen_jax.data.prepare import checks
+from imagen_jax.data.prepare.kept import PLAN, Plan
 from imagen_jax.data.prepare.manifest import listed
 from imagen_jax.data.prepare.resize import Resize
-from imagen_jax.data.prepare.selection import PLAN, Plan, select
+from imagen_jax.data.prepare.selection import select
 from imagen_jax.data.prepare.shards import AGAIN, Shard, finished, shards_of, write_images
 from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.sources.source import Source
@@ -40,12 +41,19 @@ class Span:
 
 def spans_of(source: Source) -> list[Span]:
     """The items of a source in order, in spans that do not cross the ends of its shards."""
+    return [span for bounds in shard_bounds(source) for span in spans_between(*bounds)]
+
+
+def shard_bounds(source: Source) -> list[tuple[int, int]]:
+    """(first item, item after the last) of each shard of a source; of all items if it has none."""
     ends = getattr(source, "shard_ends", None) or [len(source)]
-    return [
-        Span(start, min(start + CHUNK, end))
-        for begin, end in itertools.pairwise([0, *ends])
-        for start in range(begin, end, CHUNK)
-    ]
+    return list(itertools.pairwise([0, *ends]))
+
+
+def spans_between(start: int, stop: int) -> Iterator[Span]:
+    """The spans of the items from `start` to before `stop`."""
+    for first in range(start, stop, CHUNK):
+        yield Span(first, min(first + CHUNK, stop))
 
 
 def ingest(

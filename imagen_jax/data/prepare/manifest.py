@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from imagen_jax.data import records
-from imagen_jax.data.prepare.selection import Plan
+from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.storage import write_atomically, write_lines
 
 Entries = Mapping[str, Mapping[str, Any]]  # the journal's entries by shard

@@ -20,10 +20,10 @@ from imagen_jax.data import records
 from imagen_jax.data.prepare import captions
 from imagen_jax.data.prepare.ingest import At, image_shards
 from imagen_jax.data.prepare.ingest import ingest as ingest_here
+from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.prepare.manifest import finish, listed
 from imagen_jax.data.prepare.preview import preview
 from imagen_jax.data.prepare.resize import AS_IS, Resize
-from imagen_jax.data.prepare.selection import Plan
 from imagen_jax.data.prepare.shards import AGAIN, all_finished
 from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.sources.source import Source
@@ -78,7 +78,8 @@ def prepare(
     """Writes the prepared directory `output`, or continues it. All processes of the run call it.
 
     Args:
-      encoder: a text.encoder.TextEncoder; None to stop when the images are stored. The same call with an encoder continues.
+      encoder: a text.encoder.TextEncoder; None to stop when the images are stored. The same call
+        with an encoder continues.
       ingest: checks, selects and stores the images, see `ingest.ingest`.
       at: told what this process begins to do, for the others that wait for it.
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from imagen_jax.data import records
 from imagen_jax.data.prepare import checks
+from imagen_jax.data.prepare.kept import KeptImage, images_of
 from imagen_jax.data.prepare.resize import Resize
-from imagen_jax.data.prepare.selection import KeptImage, images_of
 from imagen_jax.data.sources.source import Source
 from imagen_jax.distributed import agreement
 from imagen_jax.storage import read_object, write_atomically
 
-AGAIN = "start all processes again with the same command; the work continues"
+AGAIN = "run the same command again; it continues"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from absl import flags
 
 from imagen_jax import exit_codes, prepare_data
 from imagen_jax.data import pipeline, records
-from imagen_jax.data.prepare import captions, ingest, passes, selection, shards
+from imagen_jax.data.prepare import captions, ingest, kept, passes, selection, shards
 from imagen_jax.data.sources.folder import FolderSource
 from tests import tiny
 from tests.data import synthetic
@@ -157,8 +157,8 @@ class Stop(Exception):
         (passes, "finish"),
         (ingest, "check_span"),
         (shards, "journal"),
-        (selection, "_caption_notes"),
-        (selection, "write_atomically"),
+        (selection, "item_lines"),
+        (kept, "write_atomically"),
     ],
 )
 def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, module, last, monkeypatch):
@@ -186,7 +186,7 @@ def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, module, 
             "write_images": 21,
             "finish": 0,
             "write_captions": 13,
-            "_caption_notes": 21,
+            "item_lines": 21,
             "write_atomically": 21,
             "journal": 21,
             "check_span": 21,

@@ -229,3 +229,7 @@ LAYOUTS = {
         tfds_array_record,
     )
 }
+ONE_OF_EACH_KIND = {
+    writer.__name__: writer
+    for writer in (folder_jsonl, tar_img2dataset, parquet_hub, tfds_array_record)
+}
