@@ -1,0 +1,64 @@
+"""Twenty kills at random moments, with every engine in turn, leave the undisturbed result."""
+
+import random
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from tests import processes
+from tests.data.sources import layouts
+from tests.data.synthetic_source import tree
+
+KILLS = 20
+TWO_WORKERS = "--runner=DirectRunner --direct_num_workers=2 --direct_running_mode=multi_processing"
+# (flags, number of processes); the order of a cycle.
+TURNS = (
+    (["--images_only", "--processes=2"], 1),
+    (["--images_only", f"--beam={TWO_WORKERS}"], 1),
+    (["--encoder=t5_tiny", "--processes=1"], 1),
+    (["--encoder=t5_tiny", "--processes=1"], 2),
+    (["--encoder=t5_tiny", "--processes=1"], 4),
+)
+
+
+def run(source, output, turn, seconds=None):
+    """Runs one turn; kills one of its processes after this time. Returns whether it ended."""
+    more, count = turn
+    command = ["-m", "imagen_jax.prepare_data", *source, f"--output={output}", *more]
+    command += ["--max_length=32", "--shard_size=64", "--heldout=0.1", "--host_lost=10"]
+    started = processes.start(lambda _: command, output, count, count)
+    try:
+        started[-1].wait(seconds)
+    except subprocess.TimeoutExpired:
+        random.Random(seconds).choice(started).send_signal(signal.SIGKILL)
+    codes = {process.wait(timeout=120) for process in started}
+    logs = [processes.log_of(output, index).read_text() for index in range(count)]
+    assert codes <= {0, -signal.SIGKILL, 75}, logs
+    return codes == {0}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_twenty_random_kills(tmp_path):
+    """Catches any file that is trusted before it is whole, and any byte that a kill changes."""
+    pytest.importorskip("apache_beam", reason="needs the extra `beam`")
+    (tmp_path / "in").mkdir()
+    name, *options = layouts.tar_gpic(tmp_path / "in", layouts.collection(2000))
+    source = [f"--source={name}", *options]
+    assert run(source, tmp_path / "whole", TURNS[2])
+    rng, killed, output = random.Random(5), 0, tmp_path / "data"
+    for number in range(KILLS):
+        turn = TURNS[number % len(TURNS)]
+        # From before the first item to the usual end of a turn.
+        killed += not run(source, output, turn, rng.uniform(3, 12))
+        if output.exists():
+            assert tree(output) == tree(tmp_path / "whole")
+            shutil.rmtree(output)
+    print(f"{killed} of {KILLS} turns were killed before their end")
+    assert killed >= KILLS // 2
+    assert run(source, output, TURNS[4])
+    assert tree(output) == tree(tmp_path / "whole")
+    assert not (tmp_path / "data.partial").exists()
