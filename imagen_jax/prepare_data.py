@@ -35,6 +35,9 @@ from imagen_jax.distributed import agreement
 from imagen_jax.distributed.startup import hosts
 from imagen_jax.storage import check_local, check_utf8
 
+# Flags that decide what a process does next, so all processes of a run need the same values.
+ALIKE = ("images_only", "beam", "dry_run", "verify")
+
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the command line in `values`, see `cli.run`."""
@@ -125,6 +128,7 @@ def _run(args: flags.FlagValues) -> None:
         cli.make_directory("output", str(output.parent))
     ingestion = _ingestion(args.beam)
     with cli.processes(args) as watch:
+        agreement.check({f"--{name}": str(args[name].value) for name in ALIKE})
         images = source.open_source(args)
         encoder = _load_encoder(args.encoder, args.max_length) if args.encoder else None
         if not args.dry_run:
