@@ -25,8 +25,8 @@ from imagen_jax.data.prepare.manifest import finish, listed
 from imagen_jax.data.prepare.preview import preview
 from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.prepare.shards import AGAIN, all_finished
-from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.sources.source import Source
+from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement
 from imagen_jax.storage import check_object, only_process, read_object, write_atomically
 
