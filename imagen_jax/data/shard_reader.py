@@ -25,12 +25,15 @@ PAUSES_S = (1.0, 5.0, 25.0)
 # Records are read in random order, so nothing is read ahead. The index at the end of a shard has
 # about 4 bytes per record; 1 MiB of it would be read by default.
 _OPTIONS, _BUFFER = "readahead_buffer_size:0,footer_prefetch_bytes:65536", 2**15
+_MOST_OPEN = 4096  # an open shard of 4,096 records takes 40 KiB
 log = logging.getLogger(__name__)
 
 
 def most_open() -> int:
-    """Shards that one reader keeps open: a quarter of the open files that the process may have."""
-    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+    """Shards that one reader keeps open: at most a quarter of the files that the process may have
+    open.
+    """
+    return max(1, min(_MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 
 
 class CutShort(ValueError):
