@@ -38,7 +38,7 @@ setup(
     package_data={"imagen_jax": ["assets/*", "assets/**/*"]},
     install_requires=[
         "absl-py>=2.1",
-        "array_record>=0.8.1",
+        "array_record>=0.8.6",
         "flax>=0.12.8",
         "grain>=0.2.18",
         "huggingface_hub>=1.31",

@@ -27,7 +27,14 @@ from absl import flags
 from imagen_jax import cli
 from imagen_jax.data import records
 from imagen_jax.data.prepare import ingest
-from imagen_jax.data.prepare.passes import Settings, check_output, prepare
+from imagen_jax.data.prepare.passes import (
+    SHARD_INDEX,
+    Settings,
+    check_output,
+    check_work_directory,
+    prepare,
+    work_directory,
+)
 from imagen_jax.data.prepare.preview import preview, preview_captions
 from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
 from imagen_jax.data.sources import source
@@ -125,11 +132,13 @@ def _run(args: flags.FlagValues) -> None:
         return _preview_captions(args)
     if not args.dry_run:
         check_output(output)
+        check_work_directory(work_directory(output))
         cli.make_directory("output", str(output.parent))
     ingestion = _ingestion(args.beam)
     with cli.processes(args) as watch:
         agreement.check({f"--{name}": str(args[name].value) for name in ALIKE})
-        images = source.open_source(args)
+        index = work_directory(output) / SHARD_INDEX
+        images = source.open_source(args, index, read_only=args.dry_run)
         encoder = _load_encoder(args.encoder, args.max_length) if args.encoder else None
         if not args.dry_run:
             at = lambda activity: watch.at(0, activity)
@@ -178,8 +187,9 @@ def _preview_captions(args: flags.FlagValues) -> None:
     from imagen_jax.weights.text_encoders import load_tokenize
 
     tokenize, dim = load_tokenize(args.encoder, args.max_length)
+    index = work_directory(Path(args.output).resolve()) / SHARD_INDEX
     preview_captions(
-        source.open_source(args),
+        source.open_source(args, index, read_only=True),
         tokenize,
         dim,
         args.preview_captions,

@@ -35,9 +35,9 @@ from imagen_jax.data.prepare.checks import Checked
 from imagen_jax.data.prepare.kept import PLAN, SKIPPED, KeptImage, Plan
 from imagen_jax.data.prepare.resize import Resize
 from imagen_jax.data.prepare.shards import AGAIN, finished, shards_of, write_images
-from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.records import SPLITS
 from imagen_jax.data.sources.source import Source
+from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement
 from imagen_jax.exit_codes import PipelineFailed
 from imagen_jax.run_log import Progress

@@ -17,8 +17,8 @@ from imagen_jax.data import records
 from imagen_jax.data.prepare.ingest import bar
 from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.prepare.shards import Shard, finished, journal, shards_of
-from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.sources.source import Source
+from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement
 
 # Caption shards in memory at once; one core writes about 800 captions per second at XXL's width.

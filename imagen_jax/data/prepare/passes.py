@@ -25,12 +25,13 @@ from imagen_jax.data.prepare.manifest import finish, listed
 from imagen_jax.data.prepare.preview import preview
 from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.prepare.shards import AGAIN, all_finished
-from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.sources.source import Source
+from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement
 from imagen_jax.storage import check_object, only_process, read_object, write_atomically
 
 REQUEST = "request.json"
+SHARD_INDEX = "index.jsonl"  # in the work directory, see sources.shard_index
 DIRECTORIES = ("checked", "journal", "plan", "result")  # of the work directory
 # Everything that the written bytes depend on, each a key of the manifest. A run continues only if
 # all of them are equal. Those of the second line are there once captions are encoded.
@@ -134,6 +135,16 @@ def check_output(output: Path) -> None:
         raise ValueError(_mounted(output))
     if not output.is_dir() or any(output.iterdir()):
         raise ValueError(f"{output} exists and is not prepared data: choose another --output")
+
+
+def check_work_directory(partial: Path) -> None:
+    """Raises ValueError if `partial` exists and is something else than a work directory."""
+    known = {*DIRECTORIES, "hosts.json", "lock", REQUEST, SHARD_INDEX}
+    if partial.exists() and {path.name for path in partial.iterdir()} - known:
+        raise ValueError(
+            f"{partial} is in the way and is not unfinished work of prepare_data: choose another"
+            " --output"
+        )
 
 
 def _mounted(output: Path) -> str:
@@ -261,12 +272,7 @@ def _refuse_changes(directory: Path, before: Mapping, request: Mapping) -> None:
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """Creates the work directory and locks it for this process."""
-    known = {*DIRECTORIES, "hosts.json", "lock", REQUEST}
-    if partial.exists() and {path.name for path in partial.iterdir()} - known:
-        raise ValueError(
-            f"{partial} is in the way and is not unfinished work of prepare_data: choose another"
-            " --output"
-        )
+    check_work_directory(partial)
     for name in DIRECTORIES:
         (partial / name).mkdir(parents=True, exist_ok=True)
     with only_process(partial, "preparing data in"):
