@@ -440,7 +440,7 @@ class _Sizes(beam.CombineFn):
         return sum(counts), min(lows), max(highs), sum(heights), sum(widths)
 
     def extract_output(self, total):
-        return kept.sizes(*total)
+        return kept.sizes(*total) if total[0] else {}
 
 
 def _complete(source: Source, directory: Path, shard_size: int) -> None:
