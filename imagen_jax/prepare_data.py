@@ -72,6 +72,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "encoding of resized images: jpeg (the default; quality 95, full chroma) or png (lossless)",
         flag_values=values,
     )
+    flags.DEFINE_enum(
+        "embedding",
+        records.EMBEDDINGS[0],
+        records.EMBEDDINGS,
+        "dtype of the stored token features; int8 has one scale per token, and the manifest its"
+        " error",
+        flag_values=values,
+    )
     integer("shard_size", 4096, "images or captions per shard")
     integer(
         "batch_size",
@@ -136,6 +144,7 @@ def _run(args: flags.FlagValues) -> None:
         batch_size=args.batch_size,
         processes=args.processes or cli.cores(),
         resize=Resize(args.store_size, args.store_format or AS_IS.format),
+        embedding=args.embedding,
     )
     if not 0 <= args.heldout < 1:
         raise ValueError(f"--heldout is {args.heldout}; give a fraction in [0, 1)")

@@ -44,8 +44,13 @@ _WRITERS = 6
 # all of them are equal.
 _SIZES = ("max_length", "shard_size", "min_size", "batch_size")
 _REQUEST = dict.fromkeys(("source", "encoder"), dict) | dict.fromkeys(_SIZES, int)
-# Keys that are only there if images are stored resized, with what their absence means.
-_ABSENT = {"store_size": 0, "store_format": "none"}
+# Keys that are only there if images are stored resized or features are not in bfloat16, with what
+# their absence means.
+_ABSENT = {"store_size": 0, "store_format": "none", "embedding_dtype": "bfloat16"}
+
+# An empty file in the work directory of int8 features. Versions of the program from before int8
+# refuse to continue a directory with it.
+_INT8 = "int8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Settings:
     batch_size: captions per device and batch, see text.encoder.TextEncoder.encode.
     processes: worker processes that check and write images; they do not affect the result.
     resize: how large images are resized before they are stored.
+    embedding: dtype of the stored token features, one of records.EMBEDDINGS.
     """
 
     shard_size: int
@@ -64,6 +70,7 @@ class Settings:
     batch_size: int
     processes: int
     resize: Resize = AS_IS
+    embedding: str = records.EMBEDDINGS[0]
 
     def __post_init__(self):
         least = {"shard_size": 1, "min_size": 0, "batch_size": 1, "processes": 1}
@@ -72,6 +79,9 @@ class Settings:
                 raise ValueError(f"--{name} {getattr(self, name)} is less than {value}")
         if self.resize.side < 0:
             raise ValueError(f"--store_size {self.resize.side} is less than 0")
+        if self.embedding not in records.EMBEDDINGS:
+            known = " or ".join(records.EMBEDDINGS)
+            raise ValueError(f"--embedding {self.embedding} is not implemented: use {known}")
 
 
 def prepare(
@@ -150,6 +160,8 @@ def _lead(
             print(f"continuing {partial}")
         else:
             _check_room(source, encoder, partial, settings, crew)
+            if settings.embedding == "int8":
+                (partial / _INT8).touch()
             write_atomically(partial / "request.json", json.dumps(request).encode())
         crew.say("go")
         plan, captions, images = _work(source, encoder, partial, settings, crew)
@@ -206,6 +218,8 @@ def _request(source: Source, encoder, settings: Settings) -> dict[str, Any]:
     about = {"source": source.describe(), "encoder": dict(encoder.identity)}
     resize = settings.resize
     stored = {"store_size": resize.side, "store_format": resize.format} if resize.side else {}
+    if settings.embedding != _ABSENT["embedding_dtype"]:
+        stored["embedding_dtype"] = settings.embedding
     return json.loads(json.dumps(about | {"max_length": encoder.max_length} | sizes | stored))
 
 
@@ -233,7 +247,8 @@ def _continues(partial: Path, request: Mapping) -> bool:
 def _read_request(partial: Path) -> dict[str, Any]:
     file, remedy = partial / "request.json", f"remove {partial}; {AGAIN}"
     request = read_object(file, _REQUEST, remedy)
-    check_object(file, _ABSENT | request, {"store_size": int, "store_format": str}, remedy)
+    types = {name: type(value) for name, value in _ABSENT.items()}
+    check_object(file, _ABSENT | request, types, remedy)
     return request
 
 
@@ -260,6 +275,7 @@ def _locked(partial: Path) -> Iterator[None]:
         "crew",
         "lock",
         "request.json",
+        _INT8,
     }:
         raise ValueError(
             f"{partial} is in the way and is not unfinished work of prepare_data: choose another"
@@ -348,6 +364,7 @@ def _encode_all(
             plan.captions_of(shard.number),
             shard.number * settings.shard_size,
             settings.batch_size,
+            settings.embedding,
         )
         for shard in todo
     )

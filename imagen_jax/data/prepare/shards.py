@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import BFloat16
 
-from imagen_jax.data import records
+from imagen_jax.data import quantization, records
 from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.crew import AGAIN
 from imagen_jax.data.prepare.resize import Resize
@@ -37,7 +37,13 @@ def shards_of(store: str, split: str, rows: list[int]) -> list[Shard]:
 
 
 def encode_shard(
-    encoder, partial: Path, name: str, texts: list[str], first_id: int, batch_size: int
+    encoder,
+    partial: Path,
+    name: str,
+    texts: list[str],
+    first_id: int,
+    batch_size: int,
+    embedding: str,
 ) -> tuple:
     """Encodes a caption shard; returns the task of writing it."""
     _, cut = encoder.tokenize(texts)
@@ -47,6 +53,7 @@ def encode_shard(
         texts,
         encoder.encode(texts, batch_size),
         [first_id + i for i, was_cut in enumerate(cut) if was_cut],
+        embedding,
     )
 
 
@@ -57,6 +64,7 @@ def write_captions(
     texts: list[str],
     features: list[BFloat16[np.ndarray, "_ d"]],
     cut: list[int],
+    embedding: str,
 ) -> int:
     norms = np.concatenate(
         [np.linalg.norm(feature.astype(np.float64), axis=1) for feature in features]
@@ -71,13 +79,16 @@ def write_captions(
             f"the text encoder returns features that are not finite for the caption {bad!r}"
         )
     rows = (
-        records.CaptionRow(text, feature) for text, feature in zip(texts, features, strict=True)
+        records.serialize_caption(records.CaptionRow(text, feature), embedding)
+        for text, feature in zip(texts, features, strict=True)
     )
-    entry = records.write_shard(partial / "result", name, map(records.serialize_caption, rows))
+    entry = records.write_shard(partial / "result", name, rows)
     lengths = [len(feature) for feature in features]
     entry["cut"] = cut
     entry["tokens"] = {"min": min(lengths), "max": max(lengths), "sum": sum(lengths)}
     entry["norm"] = {"min": norms.min(), "max": norms.max(), "sum": norms.sum()}
+    if embedding == "int8":
+        entry["error"] = quantization.error_sums(features)
     _journal(partial, name, entry)
     return len(texts)
 

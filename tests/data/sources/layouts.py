@@ -16,6 +16,7 @@ from absl import flags
 
 from imagen_jax.data import records
 from imagen_jax.data.sources import source as sources
+from imagen_jax.data.tfds_metadata import write_tfds_metadata
 from tests.data import synthetic
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -209,7 +210,7 @@ def tfds_array_record(directory, pictures):
         rows = [{"image": p.data, "captions": [{"text": t} for t in p.captions]} for p in part]
         examples = [features.serialize_example(row) for row in rows]
         shards[name] = records.write_shard(directory, name, examples)
-    records.write_tfds_metadata(directory, "captions", features, shards)
+    write_tfds_metadata(directory, "captions", features, shards)
     return f"tfds:{directory}/captions", "--tfds_caption=captions/text"
 
 
