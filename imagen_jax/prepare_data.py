@@ -31,9 +31,10 @@ from absl import flags
 
 from imagen_jax import cli, exit_codes
 from imagen_jax.data import records
+from imagen_jax.data.prepare.caption_estimate import preview_captions
 from imagen_jax.data.prepare.crew import ALONE, Crew
 from imagen_jax.data.prepare.passes import Settings, check_output, prepare, work_directory
-from imagen_jax.data.prepare.preview import preview, preview_captions
+from imagen_jax.data.prepare.preview import dry_run
 from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
 from imagen_jax.data.sources import source
 from imagen_jax.distributed.startup import hosts, start
@@ -91,7 +92,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "verify",
         help="verify the checksum of every shard, after the run or of a finished OUTPUT",
     )
-    switch("dry_run", help="only estimate size and time")
+    switch("dry_run", help="only estimate size and time, also of other stored sizes and dtypes")
     integer(
         "preview_captions",
         0,
@@ -107,7 +108,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     integer("chips", 0, "for --preview_captions: number of chips", lower_bound=0)
     number(
         "price_per_gib_month",
-        help="for --preview_captions: storage price per GiB and month, in any currency",
+        help="for --dry_run and --preview_captions: storage price per GiB and month, in any"
+        " currency",
     )
 
 
@@ -163,7 +165,7 @@ def _run(args: flags.FlagValues) -> None:
         if not args.dry_run:
             prepare(images, encoder, output, settings, crew)
         elif crew.leads:
-            preview(images, encoder, settings, crew.count)
+            dry_run(images, encoder, settings, crew.count, args.price_per_gib_month)
     if args.verify and crew.leads and not args.dry_run:
         records.Prepared(output).verify()
         print("every shard matches its checksum")
@@ -195,6 +197,7 @@ def _preview_captions(args: flags.FlagValues) -> None:
         dim,
         args.preview_captions,
         args.shard_size,
+        args.embedding,
         args.captions_per_second,
         args.chips,
         args.price_per_gib_month,
