@@ -21,6 +21,7 @@ from imagen_jax.data.prepare.caption_estimate import (
 )
 from imagen_jax.data.prepare.choices import Choice, print_choices
 from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
+from imagen_jax.data.prepare.shards import write_captions
 from imagen_jax.data.sources.source import Source
 
 _IMAGES = 64  # items that are decoded and encoded
@@ -93,7 +94,7 @@ def dry_run(source: Source, encoder, settings: Any, crew: int, price: float) -> 
     _print_sample(source, sample, encoder.dim, settings)
     choices = [
         *_image_choices(sample, settings, crew),
-        *_caption_choices(sample, encoder.dim, settings, crew),
+        *_caption_choices(source, sample, encoder.dim, settings, crew),
     ]
     _print_time(sum(choice.seconds for choice in choices if choice.chosen), settings, crew)
     print_choices(choices, price)
@@ -190,7 +191,9 @@ def _image_choices(sample: Sample, settings: Any, crew: int) -> list[Choice]:
     ]
 
 
-def _caption_choices(sample: Sample, dim: int, settings: Any, crew: int) -> list[Choice]:
+def _caption_choices(
+    source: Source, sample: Sample, dim: int, settings: Any, crew: int
+) -> list[Choice]:
     """A row for each dtype of features: their time is that of encoding and of writing."""
     count = len(sample.captions)
     if not count:
@@ -200,16 +203,14 @@ def _caption_choices(sample: Sample, dim: int, settings: Any, crew: int) -> list
     stores, seconds = {}, {}
     for name in records.EMBEDDINGS:
         stores[name] = StoreEstimate(sample.scale * count, *means, dim, settings.shard_size, name)
-        write_s = _timed(lambda: _write(sample, name))[1] / settings.processes
+        write_s = _timed(lambda: _write(source, sample, name))[1] / settings.processes
         seconds[name] = sample.scale * (sample.encode_s + write_s) / crew
     return caption_choices(stores, settings.embedding, seconds)
 
 
-def _write(sample: Sample, embedding: str) -> None:
+def _write(source: Source, sample: Sample, embedding: str) -> None:
     """Writes the captions of the sample to a shard that is then deleted."""
-    rows = map(records.CaptionRow, sample.captions, sample.features)
+    name = records.shard_name("captions", "train", 0, 1)
     with tempfile.TemporaryDirectory() as directory:
-        name = records.shard_name("captions", "train", 0, 1)
-        records.write_shard(
-            Path(directory), name, (records.serialize_caption(row, embedding) for row in rows)
-        )
+        place = Path(directory)
+        write_captions(source, place, name, sample.captions, sample.features, [], embedding)
