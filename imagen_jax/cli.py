@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -397,7 +398,7 @@ def call(command: Sequence[str]) -> int:
     return code
 
 
-def define_compile_cache() -> None:
+def define_compile_cache(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines --compile_cache, for commands that compile."""
     default = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/imagen_jax")
     flags.DEFINE_string(
@@ -405,40 +406,38 @@ def define_compile_cache() -> None:
         default,
         "directory of the compilation cache; empty disables it. $JAX_COMPILATION_CACHE_DIR sets the"
         " default",
+        flag_values=values,
     )
 
 
-def define_processes() -> None:
+def define_processes(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of `processes`."""
-    flags.DEFINE_float(
-        "host_timeout", 300.0, "seconds to wait at the start for the other processes", lower_bound=1
-    )
-    flags.DEFINE_float(
-        "host_lost",
-        100.0,
+    number = functools.partial(flags.DEFINE_float, flag_values=values)
+    wait = "seconds to wait at the start for the other processes"
+    number("host_timeout", 300.0, wait, lower_bound=1)
+    lost = (
         "seconds without a heartbeat after which a process counts as lost; the log names it after"
-        " half this time",
-        lower_bound=4,
+        " half this time"
     )
+    number("host_lost", 100.0, lost, lower_bound=4)
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[Watch]:
+def processes(args: flags.FlagValues = flags.FLAGS) -> Iterator[Watch]:
     """Sets JAX up and joins the other processes of the run, which are watched in the context."""
-    args = flags.FLAGS
-    set_up_jax()
+    set_up_jax(args)
     distributed.start(args.host_timeout, args.host_lost)
     check_platform()
     with Watch(args.host_lost) as watch:
         yield watch
 
 
-def set_up_jax() -> None:
+def set_up_jax(args: flags.FlagValues = flags.FLAGS) -> None:
     """Enables the compilation cache and appends `cpu` to $JAX_PLATFORMS.
 
     Call it before the first computation of a command.
     """
-    directory = flags.FLAGS[COMPILE_CACHE].value
+    directory = args[COMPILE_CACHE].value
     import jax
 
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory) or None)

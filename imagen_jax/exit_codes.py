@@ -29,8 +29,20 @@ class ProcessLost(RuntimeError):
     """Another process of the run failed or stopped sending heartbeats."""
 
 
+class PipelineFailed(RuntimeError):
+    """A worker of a data pipeline failed; the cause may be gone at a retry."""
+
+
 # Errors that one line explains. All others are printed with their traceback.
-EXPECTED = (ValueError, OSError, FloatingPointError, ImportError, HardwareFault, ProcessLost)
+EXPECTED = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    ImportError,
+    HardwareFault,
+    ProcessLost,
+    PipelineFailed,
+)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -42,6 +54,8 @@ def of(error: BaseException) -> int:
         return HARDWARE
     if isinstance(error, ProcessLost):
         return LOST
+    if isinstance(error, PipelineFailed):
+        return FAILED
     return INVALID if isinstance(error, EXPECTED) and not is_transient(error) else FAILED
 
 

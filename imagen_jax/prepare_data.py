@@ -3,42 +3,48 @@ r"""Turns captioned images into prepared data: images and text features in shard
     python -m imagen_jax.prepare_data --source emoji --output data/emoji --encoder t5_tiny \
         --max_length 32
 
-There are four passes: check every image; select images and captions; encode each distinct caption
-once; write the images. They write to OUTPUT.partial, which is renamed to OUTPUT at the end. A
-journal there lists the finished shards. The same command therefore continues an interrupted run,
-with any number of processes. It produces identical bytes, except that features may differ in
-rounding if a process has another number of devices, among which a batch is split.
+First the images: every one is checked, images and captions are selected, and the images are stored.
+Then each distinct caption is encoded once. All this is written to OUTPUT.partial, which is renamed
+to OUTPUT at the end. A journal there lists the finished shards. The same command therefore
+continues an interrupted run, with any number of processes, and produces identical bytes.
 imagen_jax/data/records.py describes the result. OUTPUT/skipped.jsonl lists every skipped or changed
 item with the reason.
 
 On several hosts, start the same command once on each; imagen_jax/distributed explains how they find
-each other. OUTPUT must be on a shared file system with atomic renames and locks, such as NFS or
-Lustre, not in a bucket. Each process works on a fixed share of every pass and encodes on its own
-devices. A mesh across hosts is not needed, because T5-XXL in bfloat16 (8.9 GiB) fits on one v5e
-chip or H100. It would add all-gathers and wait for the slowest host at every batch. Process 0
-publishes the result. If a process dies, the others name it and exit within about a minute; the same
-command continues. Memory does not grow with the number of images.
+each other. OUTPUT must be on a file system that all of them share, such as NFS or Lustre, not in a
+bucket. Each process works on a fixed share and encodes on its own devices. If a process dies, the
+others name it and exit; the same command continues. Memory does not grow with the number of images.
+`--beam` ingests the images on an Apache Beam runner instead.
 """
 
-import os
-import sys
-import traceback
+import shlex
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 
-from imagen_jax import cli, exit_codes
+from imagen_jax import cli
 from imagen_jax.data import records
+from imagen_jax.data.prepare import ingest
 from imagen_jax.data.prepare.caption_estimate import preview_captions
-from imagen_jax.data.prepare.crew import ALONE, Crew
-from imagen_jax.data.prepare.passes import Settings, check_output, prepare, work_directory
+from imagen_jax.data.prepare.passes import (
+    SHARD_INDEX,
+    Settings,
+    check_output,
+    check_work_directory,
+    prepare,
+    work_directory,
+)
 from imagen_jax.data.prepare.preview import dry_run
 from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
 from imagen_jax.data.sources import source
-from imagen_jax.distributed.startup import hosts, start
+from imagen_jax.distributed import agreement
+from imagen_jax.distributed.startup import hosts
 from imagen_jax.storage import check_local, check_utf8
+
+# Flags that decide what a process does next, so all processes of a run need the same values.
+ALIKE = ("images_only", "beam", "dry_run", "verify")
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -48,13 +54,24 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     integer = partial(flags.DEFINE_integer, flag_values=values)
     number = partial(flags.DEFINE_float, default=0.0, lower_bound=0, flag_values=values)
     source.define_flags(values)
+    cli.define_compile_cache(values)
+    cli.define_processes(values)
     text("output", None, "directory to create; required", required=True)
     text(
         "encoder",
         None,
         "t5_tiny, a directory with a text encoder (config.json, weights, tokenizer), or a hub name;"
-        " required",
-        required=True,
+        " required unless --images_only",
+    )
+    switch(
+        "images_only",
+        help="stop when the images are stored; the same command with --encoder continues",
+    )
+    text(
+        "beam",
+        "",
+        "ingest the images with Apache Beam, with these pipeline options: '--runner=FlinkRunner"
+        " --flink_master=HOST:PORT'; needs pip install 'imagen_jax[beam]'",
     )
     integer(
         "max_length", 128, "captions are truncated to this many tokens; the paper gives no number"
@@ -115,32 +132,49 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def main() -> int:
     """Prepares the data; returns the exit code."""
-    try:
-        code = cli.guard(lambda: _run(flags.FLAGS), "interrupted; the same command continues")
-    except Exception:
-        if not hosts():
-            raise
-        traceback.print_exc()
-        code = exit_codes.FAILED
-    return end(code)
-
-
-def end(code: int) -> int:
-    """Returns the exit code; in a multi-process run, exits with it.
-
-    That skips cleanup, because the cleanup of JAX can hang (0.10.2, CPU).
-    """
-    if hosts():
-        sys.stdout.flush()
-        os._exit(code)
-    return code
+    return cli.guard(lambda: _run(flags.FLAGS), "interrupted; the same command continues")
 
 
 def _run(args: flags.FlagValues) -> None:
     cli.log_to_stderr()
+    settings, output = _settings(args), Path(args.output).resolve()
+    if args.preview_captions:
+        return _preview_captions(args)
+    if not args.dry_run:
+        check_output(output)
+        check_work_directory(work_directory(output))
+        cli.make_directory("output", str(output.parent))
+    ingestion = _ingestion(args.beam)
+    with cli.processes(args) as watch:
+        agreement.check({f"--{name}": str(args[name].value) for name in ALIKE})
+        index = work_directory(output) / SHARD_INDEX
+        images = source.open_source(args, index, read_only=args.dry_run)
+        encoder = _load_encoder(args.encoder, args.max_length) if args.encoder else None
+        if not args.dry_run:
+            at = lambda activity: watch.at(0, activity)
+            prepare(images, encoder, output, settings, ingestion, at)
+        elif agreement.is_first():
+            count, price = len(hosts()) or 1, args.price_per_gib_month
+            dry_run(images, encoder, settings, count, price)
+        if args.verify and agreement.is_first() and not args.dry_run:
+            records.Prepared(output).verify()
+            print("every shard matches its checksum")
+
+
+def _settings(args: flags.FlagValues) -> Settings:
+    """The options of the passes. Raises ValueError for flags that do not fit together."""
     if args.store_format and not args.store_size:
         raise ValueError("--store_format has no effect without --store_size: give --store_size N")
-    settings = Settings(
+    if not 0 <= args.heldout < 1:
+        raise ValueError(f"--heldout is {args.heldout}; give a fraction in [0, 1)")
+    if bool(args.encoder) == args.images_only:
+        raise ValueError("give either --encoder NAME or --images_only")
+    if args.images_only and (args.verify or args.preview_captions):
+        raise ValueError("--verify and --preview_captions need --encoder, not --images_only")
+    check_local("--encoder", args.encoder or "")
+    check_local("--output", args.output)
+    check_utf8("--output", Path(args.output).resolve())
+    return Settings(
         shard_size=args.shard_size,
         min_size=args.min_size,
         batch_size=args.batch_size,
@@ -148,51 +182,26 @@ def _run(args: flags.FlagValues) -> None:
         resize=Resize(args.store_size, args.store_format or AS_IS.format),
         embedding=args.embedding,
     )
-    if not 0 <= args.heldout < 1:
-        raise ValueError(f"--heldout is {args.heldout}; give a fraction in [0, 1)")
-    check_local("--encoder", args.encoder)
-    check_local("--output", args.output)
-    output = Path(args.output).resolve()
-    check_utf8("--output", output)
-    if args.preview_captions:
-        return _preview_captions(args)
-    if not args.dry_run:
-        check_output(output)
-        cli.make_directory("output", str(output.parent))
-    with _crew(output) as crew:
-        images = source.open_source(args)
-        encoder = _load_encoder(args.encoder, args.max_length)
-        if not args.dry_run:
-            prepare(images, encoder, output, settings, crew)
-        elif crew.leads:
-            dry_run(images, encoder, settings, crew.count, args.price_per_gib_month)
-    if args.verify and crew.leads and not args.dry_run:
-        records.Prepared(output).verify()
-        print("every shard matches its checksum")
 
 
-def _crew(output: Path) -> Crew:
-    """The group of processes that the environment describes, seen from this process."""
-    start()
-    if not hosts():
-        return ALONE
-    import jax
-    from jax.experimental import multihost_utils
-
-    run = int(multihost_utils.broadcast_one_to_all(np.uint32(int.from_bytes(os.urandom(4)))))
-    # Otherwise JAX would kill all processes without a message if one of them dies.
-    jax.distributed.shutdown()
-    return Crew(
-        work_directory(output) / "crew", jax.process_index(), len(hosts()), f"{run:08x}", hosts()
-    )
+def _ingestion(options: str) -> Callable:
+    """`ingest.ingest`, or its counterpart on a Beam runner with these options."""
+    if not options:
+        return ingest.ingest
+    try:
+        from imagen_jax.data.prepare import beam_ingest
+    except ModuleNotFoundError as error:
+        raise ValueError("--beam needs Apache Beam: pip install 'imagen_jax[beam]'") from error
+    return beam_ingest.on_runner(shlex.split(options))
 
 
 def _preview_captions(args: flags.FlagValues) -> None:
     from imagen_jax.weights.text_encoders import load_tokenize
 
     tokenize, dim = load_tokenize(args.encoder, args.max_length)
+    index = work_directory(Path(args.output).resolve()) / SHARD_INDEX
     preview_captions(
-        source.open_source(args),
+        source.open_source(args, index, read_only=True),
         tokenize,
         dim,
         args.preview_captions,

@@ -195,7 +195,7 @@ MISTAKES = {
     "argument forgotten": (
         "imagen_jax.prepare_data",
         ["--source=emoji", "--output=o"],
-        "--encoder must be given",
+        "give either --encoder NAME or --images_only",
     ),
     "option misspelt": (
         "imagen_jax.prepare_data",

@@ -11,8 +11,7 @@ import pytest
 from configs import saved
 from imagen_jax import sample
 from imagen_jax.data import records
-from imagen_jax.data.prepare import passes, shards
-from imagen_jax.data.prepare.crew import Crew
+from imagen_jax.data.prepare import ingest, passes, shards
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import history, stage_evaluation
 from imagen_jax.planning import cost_cache
@@ -98,11 +97,12 @@ READERS = {
     ),
     "request": Reader(
         "request.json",
-        {"source": {}, "encoder": {}} | dict.fromkeys(passes._SIZES, 1),
+        {"source": {}, "encoder": {}}
+        | dict.fromkeys(("max_length", "shard_size", "min_size", "batch_size"), 1),
         "min_size",
         passes._read_request,
     ),
-    "checked images": Reader("0.json", [{}], "", lambda d: passes._read_checked(d / "0.json")),
+    "checked images": Reader("0.json", [{}], "", lambda d: ingest.read_checked(d / "0.json")),
     "journal": Reader(
         f"journal/{Path(SHARD).name}.json",
         ENTRY,
@@ -203,8 +203,6 @@ def test_messages_and_caches_that_cannot_be_read_are_ignored(tmp_path, text, mon
     """Catches a run that ends because another process wrote half a message, or a stale cache."""
     (tmp_path / "hosts.json").write_text(text)
     assert agreement._start(tmp_path / "hosts.json") == ""
-    (tmp_path / "1.json").write_text(text)
-    assert Crew(tmp_path, 0, 2, "this")._read(1) == {}
     monkeypatch.setattr(cost_cache.importlib.metadata, "version", lambda name: "1.0")
     compute = lambda: {"flops": 2.0}
     made = cost_cache.cached(str(tmp_path / "costs"), "key", {"flops": float}, compute)

@@ -27,11 +27,11 @@ LAYERS = (
         "schema",
         "storage",
     },
+    {"distributed"},
     {
         "cli",
         "data",
         "diffusion",
-        "distributed",
         "hardware",
         "models",
         "picture_set",
@@ -47,7 +47,7 @@ LAYERS = (
 )
 LAYER = {unit: i for i, units in enumerate(LAYERS) for unit in units}
 # None of these may import another unit of its layer.
-APART = {"data", "diffusion", "distributed", "hardware", "models", "text", *COMMANDS}
+APART = {"data", "diffusion", "hardware", "models", "text", *COMMANDS}
 
 
 def imported(path):

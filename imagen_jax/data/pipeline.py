@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 
 from imagen_jax.data import transforms
-from imagen_jax.data.records import CaptionStore, ImageStore, Prepared
+from imagen_jax.data.records import CaptionStore, ImageStore, Prepared, open_once
 
 Batch = dict[str, Shaped[np.ndarray, "b ..."]]
 Example = dict[str, Shaped[np.ndarray | np.generic, "..."]]  # one row of a batch
@@ -134,13 +134,13 @@ class _Part:
 
 
 def open_prepared(data_cfg: Mapping[str, Any]) -> Prepared:
-    """Opens the data at data_cfg["path"].
+    """Opens the data at data_cfg["path"], once per process.
 
     Raises:
       ValueError: there is no prepared data, or it does not match the other fields.
     """
     transforms.check_sizes(data_cfg)
-    prepared = Prepared(data_cfg["path"])
+    prepared = open_once(data_cfg["path"])
     prepared.check_length(data_cfg["text_length"])
     prepared.check_image_size(data_cfg["image_size"])
     return prepared

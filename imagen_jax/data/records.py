@@ -13,14 +13,11 @@ imagen_jax/data/quantization.py describes int8 features; readers get them as bfl
 """
 
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
-import logging
 import os
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +25,8 @@ import numpy as np
 from jaxtyping import BFloat16
 
 from imagen_jax.data.quantization import dequantize, quantize
-from imagen_jax.storage import (
-    check_local,
-    check_object,
-    disk_errors,
-    is_away,
-    read_object,
-    sha256_file,
-)
+from imagen_jax.data.shard_reader import ShardReader
+from imagen_jax.storage import check_local, check_object, disk_errors, read_object, sha256_file
 
 FORMAT_VERSION = 1
 INT8_FORMAT_VERSION = 2  # features in int8; versions of the program from before int8 refuse it
@@ -49,12 +40,10 @@ MANIFEST_FIELDS = (
     | dict.fromkeys(("encoder.dim", "embedding.length.max", "image_sizes.min_side"), int)
 )
 SHARD_FIELDS = {"rows": int, "bytes": int, "sha256": str}
-# Seconds between attempts to read a row after a transient file-system error.
-PAUSES_S = (1.0, 5.0, 25.0)
 # group_size:1 allows random access to single records. Images are compressed already; zstd saves a
 # fifth of the bytes of bfloat16 embeddings.
 WRITER_OPTIONS = {"images": "group_size:1,uncompressed", "captions": "group_size:1,zstd:3"}
-log = logging.getLogger(__name__)
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +202,42 @@ def write_shard(root: Path, name: str, records: Iterable[bytes]) -> dict:
     return entry
 
 
+def write_tfds_metadata(root: Path, store: str, features, shards: Mapping[str, Mapping]) -> None:
+    """Writes the metadata with which `tfds.builder_from_directory(root/store)` opens the shards."""
+    import tensorflow_datasets as tfds
+
+    directory = root / store
+    infos = []
+    for split in SPLITS:
+        entries = [
+            entry
+            for name, entry in sorted(shards.items())
+            if name.startswith(f"{store}/{store}-{split}.")
+        ]
+        if entries:
+            template = tfds.core.ShardedFileTemplate(
+                dataset_name=store,
+                split=split,
+                data_dir=directory,
+                filetype_suffix="array_record",
+                template=_TEMPLATE,
+            )
+            lengths = [entry["rows"] for entry in entries]
+            size = sum(entry["bytes"] for entry in entries)
+            infos.append(
+                tfds.core.SplitInfo(
+                    name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
+                )
+            )
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=features,
+        split_infos=infos,
+        check_data=False,
+        filename_template=_TEMPLATE,
+    )
+
+
 def manifest_hash(content: Mapping) -> str:
     """SHA-256 of the canonical JSON of a manifest without its field `hash`."""
     body = {key: value for key, value in content.items() if key != "hash"}
@@ -221,82 +246,24 @@ def manifest_hash(content: Mapping) -> str:
     ).hexdigest()
 
 
-class _Store:
-    """Random access to the records of one split; picklable, safe to share between threads."""
+class _Store(ShardReader):
+    """The records of one split; picklable, safe to share between threads."""
 
     def __init__(self, root: Path, store: str, split: str, shards: Mapping[str, Mapping]):
         names = sorted(name for name in shards if name.startswith(f"{store}/{store}-{split}."))
-        self._label = f"{root}/{store} ({split})"
-        self._ends = np.cumsum([shards[name]["rows"] for name in names])
-        self._paths = [str(root / name) for name in names]
-        self._sums = [shards[name]["sha256"] for name in names]
-        # A path with a row range [0:N] makes ArrayRecord open the file at the first read, not here.
-        self._spans = [
-            f"{path}[0:{shards[name]['rows']}]"
-            for path, name in zip(self._paths, names, strict=True)
-        ]
-        self._source = self._open()
+        super().__init__(f"{root}/{store} ({split})", root, {name: shards[name] for name in names})
         import_tfds()
 
-    def _open(self) -> Any:
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-        return ArrayRecordDataSource(self._spans) if self._spans else ()
-
     def __setstate__(self, state: Mapping) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         import_tfds()  # in a data worker, before it starts its reading threads
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if self._paths else 0
-
-    def _record(self, row: int) -> bytes:
-        if not 0 <= row < len(self):
-            raise IndexError(f"{self._label} has rows 0 to {len(self) - 1}, not {row}")
-        return self._read(row, PAUSES_S)
-
-    def _read(self, row: int, pauses: tuple[float, ...]) -> bytes:
-        """Reads a record; tries again after each of `pauses`, in seconds, if none was returned."""
-        try:
-            return self._source[row]
-        except (RuntimeError, ValueError, OSError, IndexError) as error:
-            fault = self._fault(row, error)
-            if not pauses or not is_away(fault):
-                raise fault from error
-        log.warning("%s; trying again in %g s", fault, pauses[0])
-        time.sleep(pauses[0])
-        self._source = self._open()  # a reader that failed once keeps failing
-        return self._read(row, pauses[1:])
-
-    def _fault(self, row: int, error: Exception) -> Exception:
-        """The reason why a row cannot be read.
-
-        Returns ValueError if the shard does not match its checksum. Otherwise returns OSError: the
-        shard matches or cannot be opened, so the file system failed.
-        """
-        shard = int(np.searchsorted(self._ends, row, side="right"))
-        path, cause = self._paths[shard], (str(error) or type(error).__name__).splitlines()[0]
-        try:
-            whole = sha256_file(Path(path)) == self._sums[shard]
-        except OSError as away:
-            return OSError(away.errno, f"row {row} cannot be read: {away.strerror}", path)
-        if whole:
-            return OSError(
-                errno.EIO,
-                f"row {row} could not be read, though the file matches its checksum ({cause})",
-                path,
-            )
-        return ValueError(
-            f"{path} is damaged, row {row} cannot be read: remove the directory and prepare the"
-            f" data again ({cause})"
-        )
 
 
 class ImageStore(_Store):
     """Images of one split by row."""
 
     def __getitem__(self, row: int) -> ImageRow:
-        return parse_image(self._record(row))
+        return parse_image(self.record(row))
 
 
 class CaptionStore(_Store):
@@ -307,14 +274,18 @@ class CaptionStore(_Store):
         self._dim, self._embedding = dim, embedding
 
     def __getitem__(self, caption_id: int) -> CaptionRow:
-        return parse_caption(self._record(caption_id), self._dim, self._embedding)
+        return parse_caption(self.record(caption_id), self._dim, self._embedding)
 
 
 class Prepared:
-    """An open prepared directory: manifest and stores.
+    """An open prepared directory: manifest and stores. `open_once` opens it once per process.
 
-    Raises ValueError if the directory is missing, incomplete, of another format version, or has
-    shards of other sizes than its manifest says. `verify` also compares their content.
+    Opening reads the manifest and lists two directories. A listing is several requests on an object
+    store that is mounted, one for about a thousand names, but a stat of each shard would be one
+    for each. The size of a shard is compared when its first record is read.
+
+    Raises ValueError if the directory is missing, incomplete or of another format version.
+    `verify` also compares the content of all shards.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -338,10 +309,23 @@ class Prepared:
         if self.manifest["hash"] != manifest_hash(self.manifest):
             raise ValueError(f"{file} was changed after it was written: prepare the data again")
         for name, entry in self.manifest["shards"].items():
-            shard = self.path / name
             check_object(f"{file}, {name},", entry, SHARD_FIELDS, remedy)
-            if not shard.is_file() or shard.stat().st_size != entry["bytes"]:
-                raise ValueError(f"{shard} is missing or cut short: prepare the data again")
+        self._check_present()
+        self._stores: dict[str, _Store] = {}
+
+    def _check_present(self) -> None:
+        """Raises ValueError if a shard is missing; two listings, whatever the number of shards."""
+        present = {
+            f"{folder}/{name}"
+            for folder in {name.split("/")[0] for name in self.manifest["shards"]}
+            if (self.path / folder).is_dir()
+            for name in os.listdir(self.path / folder)
+        }
+        for name in self.manifest["shards"]:
+            if name not in present:
+                raise ValueError(
+                    f"{self.path / name} is missing or cut short: prepare the data again"
+                )
 
     @property
     def hash(self) -> str:
@@ -371,7 +355,8 @@ class Prepared:
         """Opens the image store of a split. Raises ValueError if the split has no images."""
         if self.manifest["counts"]["images"].get(split, 0) == 0:
             raise ValueError(f"{self.path} has no images in split {split!r}")
-        return ImageStore(self.path, "images", split, self.manifest["shards"])
+        make = lambda: ImageStore(self.path, "images", split, self.manifest["shards"])
+        return self._once(split, make)
 
     @property
     def evaluation_split(self) -> str:
@@ -380,7 +365,15 @@ class Prepared:
 
     def captions(self) -> CaptionStore:
         """Opens the caption store, which all splits share."""
-        return CaptionStore(self.path, self.text_dim, self.manifest["shards"], self.embedding)
+        shards = self.manifest["shards"]
+        make = lambda: CaptionStore(self.path, self.text_dim, shards, self.embedding)
+        return self._once("captions", make)
+
+    def _once(self, name: str, make: Callable[[], _Store]) -> Any:
+        """The store of this name; all callers share one, and its open shards."""
+        if name not in self._stores:
+            self._stores[name] = make()
+        return self._stores[name]
 
     def check_text(self, dim: int) -> None:
         """Raises ValueError unless the stored features have width `dim`."""
@@ -423,3 +416,20 @@ class Prepared:
                     f"{self.path / name} is damaged (its checksum differs): remove {self.path} and"
                     " prepare the data again"
                 )
+
+
+def open_once(path: str | os.PathLike) -> Prepared:
+    """`Prepared(path)`, the same object for all callers of this process.
+
+    A manifest with another size, time or place on the disk is opened again.
+    """
+    try:
+        found = os.stat(Path(path, MANIFEST))
+    except OSError:
+        return Prepared(path)  # says what is wrong
+    return _opened(os.path.abspath(path), (found.st_size, found.st_mtime_ns, found.st_ino))
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(path: str, version: tuple[int, int, int]) -> Prepared:
+    return Prepared(path)

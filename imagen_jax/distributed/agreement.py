@@ -9,9 +9,9 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from imagen_jax.distributed import startup
 from imagen_jax.storage import only_process, read_object, write_json
@@ -21,6 +21,22 @@ FOR_EVER_MS = 1000 * 60 * 60 * 24
 SHOWN = 5  # facts of a process that a message names
 PATIENCE_S = 60.0  # a network file system may show a new file late
 _rounds = itertools.count()
+Task = TypeVar("Task")
+
+
+def is_first() -> bool:
+    """Whether this is process 0, or the only one."""
+    member = startup.member()
+    return member is None or member.index == 0
+
+
+def own_share(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks of this process: a run of consecutive ones, whatever the progress of others."""
+    member = startup.member()
+    if member is None:
+        return list(tasks)
+    bounds = [len(tasks) * i // member.count for i in (member.index, member.index + 1)]
+    return list(tasks[bounds[0] : bounds[1]])
 
 
 def gather(text: str = "") -> list[str]:
@@ -65,7 +81,7 @@ def check(facts: Mapping[str, str]) -> None:
 def check_in_first(check: Callable[[], None]) -> None:
     """Calls `check` in process 0 and raises its ValueError in all processes. All call it."""
     fault = ""
-    if (member := startup.member()) is None or member.index == 0:
+    if is_first():
         try:
             check()
         except ValueError as error:
@@ -109,7 +125,7 @@ def agreed_output(output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     facts = {name: json.dumps(value) for name, value in settings.items()}
     check({"--output": str(output.absolute())} | facts)
     with contextlib.ExitStack() as stack:
-        if (member := startup.member()) is None or member.index == 0:
+        if is_first():
             stack.enter_context(only_process(output, "using"))
         check_shared(output)
         yield
@@ -146,6 +162,14 @@ def wait_for_files(files: Iterable[Path], patience_s: float = PATIENCE_S) -> Non
     """
     if startup.member() is not None:
         _wait({str(path.absolute()): None for path in files}, patience_s)
+
+
+def wait_to_see(path: Path, patience_s: float = PATIENCE_S) -> bool:
+    """Whether this process sees a file that another one has written; waits for it if need be."""
+    end = time.monotonic() + (patience_s if startup.member() else 0)
+    while not path.is_file() and time.monotonic() < end:
+        time.sleep(0.1)
+    return path.is_file()
 
 
 def _wait(sizes: Mapping[str, int | None], patience_s: float) -> None:

@@ -91,6 +91,9 @@ class FlaxEncoder:
         14 % less with 2048 tokens per device than with 8192, because they stay on the chip. A
         smaller number of texts is rounded up to a power of two. With `fill` a device always gets
         `batch_size` rows.
+
+        The number of devices does not change the rows that a device computes together, so it does
+        not change a bit of the features, unless the weights are in several shards.
         """
         if batch_size < 1:
             raise ValueError(f"text encoder batch_size {batch_size}: at least 1 is needed")
@@ -113,10 +116,11 @@ class FlaxEncoder:
             buckets.setdefault(bucket_length(len(row), self.max_length), []).append(i)
         devices = self._program.devices
         for length, members in sorted(buckets.items()):
-            size = devices * (batch_size if fill else max(1, batch_size * 32 // max(length, 32)))
+            rows_of_device = batch_size
             if not fill:
-                needed = 1 << (len(members) - 1).bit_length()
-                size = min(size, -(-needed // devices) * devices)
+                most = max(1, batch_size * 32 // max(length, 32))
+                rows_of_device = min(most, 1 << (len(members) - 1).bit_length())
+            size = devices * rows_of_device
             for start in range(0, len(members), size):
                 chosen = members[start : start + size]
                 yield chosen, self._run([rows[i] for i in chosen], size, length)

@@ -10,7 +10,6 @@ from PIL import Image
 
 from imagen_jax import storage
 from imagen_jax.data import records
-from imagen_jax.data.tfds_metadata import write_tfds_metadata
 
 DIM = 8
 TEXT_LENGTH = 6
@@ -70,8 +69,8 @@ def write_prepared(
         [records.serialize_caption(row) for row in stored],
         shard_rows,
     )
-    write_tfds_metadata(root, "images", records.image_features(), shards)
-    write_tfds_metadata(root, "captions", records.caption_features(DIM), shards)
+    records.write_tfds_metadata(root, "images", records.image_features(), shards)
+    records.write_tfds_metadata(root, "captions", records.caption_features(DIM), shards)
     manifest = {
         "format_version": records.FORMAT_VERSION,
         "encoder": {"name": "fake", "dim": DIM, "max_length": TEXT_LENGTH},

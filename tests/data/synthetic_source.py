@@ -14,11 +14,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from imagen_jax import cli, prepare_data
-from imagen_jax.data.prepare import crew, passes
+from imagen_jax import cli
+from imagen_jax.data.prepare import ingest, passes
 from imagen_jax.data.sources.folder import FolderSource
+from imagen_jax.distributed import startup
+from imagen_jax.distributed.watch import Watch
 from tests.data import synthetic
 
+LOST_S = 8.0  # without a heartbeat, in the program
 SETTINGS = {"shard_size": 8, "min_size": 0, "batch_size": 4, "processes": 1}
 
 
@@ -98,14 +101,12 @@ def tree(directory: Path) -> dict[str, str]:
 def kill_at_rename(count: int) -> None:
     """Makes the `count`-th call of os.replace or os.rename kill this process.
 
-    It dies before the rename if count is even, else after. Heartbeats of a crew do not count.
+    It dies before the rename if count is even, else after.
     """
     left = [count]
 
     def wrap(rename):
         def renaming(*args):
-            if Path(args[1]).parent.name == "crew":
-                return rename(*args)
             left[0] -= 1
             if left[0] == 0 and count % 2 == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -118,45 +119,25 @@ def kill_at_rename(count: int) -> None:
     os.replace, os.rename = wrap(os.replace), wrap(os.rename)
 
 
-def crew_of(spec: str, output: Path) -> crew.Crew:
-    """Returns the crew of a specification.
+def main(folder: str, output: Path, processes: int, kill_at: int, log: Path | None = None) -> None:
+    """Prepares `folder` as one process of the run that the environment describes.
 
-    "" is a process alone, "environment" reads the environment, "1:3:run" is process 1 of 3 of that
-    start.
+    Logs the captions that are encoded, those of a preview excepted.
     """
-    if not spec:
-        return crew.ALONE
-    crew.BEAT_S, crew.SILENT_S = 0.2, 6.0
-    if spec == "environment":
-        cli.log_to_stderr()
-        return prepare_data._crew(output)
-    index, count, run = spec.split(":")
-    return crew.Crew(
-        passes.work_directory(output) / "crew",
-        int(index),
-        int(count),
-        run,
-        [f"host-{i}" for i in range(int(count))],
-    )
-
-
-def main(
-    folder: str, output: Path, processes: int, kill_at: int, spec: str = "", log: Path | None = None
-) -> None:
-    """Prepares `folder`; logs the captions that are encoded, those of a preview excepted."""
     if kill_at:
         kill_at_rename(kill_at)
-    passes._CHUNK = 4
+    ingest.CHUNK = 4
     if log:
         passes.preview = lambda *_: 0
     settings = passes.Settings(**SETTINGS | {"processes": processes})
-    with crew_of(spec, output) as member:
+    cli.log_to_stderr()
+    startup.start(lost_s=LOST_S)
+    with Watch(LOST_S):
         passes.prepare(
-            FolderSource(folder, 0.2), FakeEncoder(pause=0.05, log=log), output, settings, member
+            FolderSource(folder, 0.2), FakeEncoder(pause=0.05, log=log), output, settings
         )
 
 
 if __name__ == "__main__":
-    arguments = (sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:5]), *sys.argv[5:6])
-    code = cli.guard(lambda: main(*arguments, *map(Path, sys.argv[6:7])))
-    sys.exit(prepare_data.end(code))
+    arguments = (sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:5]))
+    sys.exit(cli.guard(lambda: main(*arguments, *map(Path, sys.argv[5:6]))))

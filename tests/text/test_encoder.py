@@ -187,7 +187,22 @@ def test_rows_of_a_batch(directory, monkeypatch, fsdp, devices):
     batches.clear()
     encoder.encode(texts[:3], batch_size=8)
     encoder.encode(texts[-3:], batch_size=8, fill=True)
-    assert batches == [(max(4, devices), 16), (8 * devices, 128)]
+    assert batches == [(4 * devices, 16), (8 * devices, 128)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_number_of_devices_changes_no_bit(directory, dtype):
+    """Catches rows of a device that depend on how many there are, so that a resumed run differs."""
+    texts = [f"{'two green birds ' * (n % 17)}number {n}" for n in range(150)]
+    features = [
+        load_text_encoder(
+            str(directory), 64, dtype, lambda weights: batch_mesh(jax.devices()[:devices], 1)
+        ).encode(texts, batch_size=8)
+        for devices in (1, 2, 8)
+    ]
+    for one, two, eight in zip(*features):
+        np.testing.assert_array_equal(one, two)
+        np.testing.assert_array_equal(one, eight)
 
 
 @pytest.mark.parametrize(("fsdp", "batch_size"), [(1, 8), (4, 3), (8, 20)])

@@ -1,5 +1,5 @@
-"""The passes of prepare_data over a source: check, select, encode, write.
+"""What prepare_data does with a source: check, select and store images, encode captions.
 
-Estimates, worker processes and work on several hosts are here too. It must not know the command
+Estimates, worker processes and the Beam pipeline are here too. It must not know the command
 line, nor any kind of source by name.
 """

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from imagen_jax.data import records
-from imagen_jax.data.prepare.selection import Plan
+from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.quantization import relative_errors
-from imagen_jax.data.tfds_metadata import write_tfds_metadata
 from imagen_jax.storage import write_atomically, write_lines
 
 Entries = Mapping[str, Mapping[str, Any]]  # the journal's entries by shard
@@ -31,10 +30,10 @@ def finish(
         name: {key: entry[key] for key in ("rows", "bytes", "sha256")}
         for name, entry in {**captions, **images}.items()
     }
-    write_tfds_metadata(result, "images", records.image_features(), shards)
+    records.write_tfds_metadata(result, "images", records.image_features(), shards)
     embedding = request.get("embedding_dtype", records.EMBEDDINGS[0])
     features = records.caption_features(request["encoder"]["dim"], embedding)
-    write_tfds_metadata(result, "captions", features, shards)
+    records.write_tfds_metadata(result, "captions", features, shards)
     _write_skipped(result, plan, cut)
     manifest = {
         "format_version": records.INT8_FORMAT_VERSION

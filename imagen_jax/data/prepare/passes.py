@@ -1,8 +1,8 @@
-"""The four passes of prepare_data: check every image, select, encode each caption, write images.
+"""Makes prepared data: ingests the images, encodes the captions, completes the directory.
 
-They write to OUTPUT.partial, which is renamed to OUTPUT at the end. A journal there lists the
-finished shards, so the same call continues an interrupted run, with any number of processes, and
-produces the same bytes.
+All work is in OUTPUT.partial, which holds `result`, renamed to OUTPUT at the end. A journal there
+lists the finished shards, so the same call continues an interrupted run, with any number of
+processes, and produces the same bytes.
 """
 
 import contextlib
@@ -12,45 +12,39 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from imagen_jax.data import records
-from imagen_jax.data.prepare import checks
-from imagen_jax.data.prepare.crew import AGAIN, ALONE, Crew, wait_for_stragglers
+from imagen_jax.data.prepare import captions
+from imagen_jax.data.prepare.ingest import At, image_shards
+from imagen_jax.data.prepare.ingest import ingest as ingest_here
+from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.prepare.manifest import finish, listed
 from imagen_jax.data.prepare.preview import preview
 from imagen_jax.data.prepare.resize import AS_IS, Resize
-from imagen_jax.data.prepare.selection import PLAN, Plan, select
-from imagen_jax.data.prepare.shards import (
-    cut_captions,
-    encode_shard,
-    finished,
-    shards_of,
-    write_captions,
-    write_images,
-)
-from imagen_jax.data.prepare.workers import Workers
+from imagen_jax.data.prepare.shards import AGAIN, all_finished
 from imagen_jax.data.sources.source import Source
-from imagen_jax.storage import check_object, only_process, read_json, read_object, write_atomically
+from imagen_jax.data.workers import Workers
+from imagen_jax.distributed import agreement
+from imagen_jax.storage import check_object, only_process, read_object, write_atomically
 
-_CHUNK = 256  # images in one task of the first pass, the unit in which it is resumed
-# Caption shards in memory at once; one core writes about 800 captions per second at XXL's width.
-_WRITERS = 6
+REQUEST = "request.json"
+SHARD_INDEX = "index.jsonl"  # in the work directory, see sources.shard_index
+DIRECTORIES = ("checked", "journal", "plan", "result")  # of the work directory
 # Everything that the written bytes depend on, each a key of the manifest. A run continues only if
-# all of them are equal.
-_SIZES = ("max_length", "shard_size", "min_size", "batch_size")
-_REQUEST = dict.fromkeys(("source", "encoder"), dict) | dict.fromkeys(_SIZES, int)
-# Keys that are only there if images are stored resized or features are not in bfloat16, with what
-# their absence means.
-_ABSENT = {"store_size": 0, "store_format": "none", "embedding_dtype": "bfloat16"}
-
+# all of them are equal. Those of the second line are there once captions are encoded.
+_IMAGE_KEYS = {"source": dict, "shard_size": int, "min_size": int}
+_TEXT_KEYS = {"encoder": dict, "max_length": int, "batch_size": int}
+# Keys that are only there if images are stored resized, with what their absence means.
+_ABSENT = {"store_size": 0, "store_format": "none"}
+# The same for features that are not in bfloat16, once captions are encoded.
+_ABSENT_TEXT = {"embedding_dtype": records.EMBEDDINGS[0]}
 # An empty file in the work directory of int8 features. Versions of the program from before int8
 # refuse to continue a directory with it.
 _INT8 = "int8"
+Ingest = Callable[[Workers, Source, Path, "Settings", At], Plan]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,39 +79,57 @@ class Settings:
 
 
 def prepare(
-    source: Source, encoder, output: Path, settings: Settings, crew: Crew = ALONE
+    source: Source,
+    encoder,
+    output: Path,
+    settings: Settings,
+    ingest: Ingest = ingest_here,
+    at: At = lambda _: None,
 ) -> dict[str, Any]:
-    """Writes the prepared directory `output`, or continues it, as one process of the crew.
+    """Writes the prepared directory `output`, or continues it. All processes of the run call it.
 
     Args:
-      encoder: a text.encoder.TextEncoder.
+      encoder: a text.encoder.TextEncoder; None to stop when the images are stored. The same call
+        with an encoder continues.
+      ingest: checks, selects and stores the images, see `ingest.ingest`.
+      at: told what this process begins to do, for the others that wait for it.
 
     Returns:
-      The manifest.
+      The manifest; {} without an encoder.
 
     Raises:
       ValueError: `output` or its unfinished part was made with other settings, `output` cannot be
         replaced, nothing in the source is usable, or the disk has no room for the result.
-      ProcessLost: another process of the crew failed.
     """
-    started = time.monotonic()
+    started, partial = time.monotonic(), work_directory(output)
     request = _request(source, encoder, settings)
-    partial = work_directory(output)
-    if not crew.leads:
-        _follow(source, encoder, output, settings, crew, request)
-    elif _is_complete(output, request):
-        print(f"{output} is already complete")
-        crew.dismiss()
-        if partial.exists():
-            with _locked(partial):
-                shutil.rmtree(partial)
-    else:
-        _remove_empty(output)
-        manifest = _lead(source, encoder, output, settings, crew, request)
-        shutil.rmtree(partial, ignore_errors=crew.count > 1)
+    agreement.check({"--output": str(output)} | {k: json.dumps(v) for k, v in request.items()})
+    if _complete_for_all(output, request):
+        _say(f"{output} is already complete")
+        _remove_left_over(partial)
+        return records.Prepared(output).manifest
+    with _shared_work(output):
+        if agreement.is_first():
+            _begin(source, encoder, partial, settings, request)
+        agreement.wait_for_files([partial / REQUEST])
+        with Workers(source, settings.processes) as workers:
+            plan = ingest(workers, source, partial, settings, at)
+            if encoder is not None:
+                at("encode captions")
+                captions.encode_all(workers, encoder, partial, plan, settings)
+        agreement.gather()
+        if encoder is None:
+            _say(f"the images are in {partial}; the same command with --encoder goes on")
+            return {}
+        at("complete the data")
+        if agreement.is_first():
+            _publish(output, request, plan)
+        agreement.wait_for_files([output / records.MANIFEST])
+    manifest = records.Prepared(output).manifest
+    if agreement.is_first():
+        shutil.rmtree(partial, ignore_errors=True)
         _report(manifest, output, time.monotonic() - started)
-        return manifest
-    return records.Prepared(output).manifest
+    return manifest
 
 
 def work_directory(output: Path) -> Path:
@@ -135,6 +147,16 @@ def check_output(output: Path) -> None:
         raise ValueError(f"{output} exists and is not prepared data: choose another --output")
 
 
+def check_work_directory(partial: Path) -> None:
+    """Raises ValueError if `partial` exists and is something else than a work directory."""
+    known = {*DIRECTORIES, "hosts.json", "lock", REQUEST, SHARD_INDEX, _INT8}
+    if partial.exists() and {path.name for path in partial.iterdir()} - known:
+        raise ValueError(
+            f"{partial} is in the way and is not unfinished work of prepare_data: choose another"
+            " --output"
+        )
+
+
 def _mounted(output: Path) -> str:
     return f"{output} is a mount point and cannot be replaced: give --output {output / 'data'}"
 
@@ -149,78 +171,79 @@ def _remove_empty(output: Path) -> None:
             raise ValueError(reason) from error
 
 
-def _lead(
-    source: Source, encoder, output: Path, settings: Settings, crew: Crew, request: Mapping
-) -> dict[str, Any]:
-    """The part of process 0: starts the others, works, publishes. Returns the manifest."""
+def _say(line: str) -> None:
+    """Prints a line in process 0."""
+    if agreement.is_first():
+        print(line)
+
+
+def _complete_for_all(output: Path, request: Mapping) -> bool:
+    """Whether process 0 finds the result complete, see `_is_complete`."""
+    found = agreement.is_first() and _is_complete(output, request)
+    return bool(agreement.gather("complete" if found else "")[0])
+
+
+def _remove_left_over(partial: Path) -> None:
+    """Removes the work directory of a finished run that was killed before it did so."""
+    if agreement.is_first() and partial.exists():
+        with _locked(partial):
+            shutil.rmtree(partial)
+
+
+@contextlib.contextmanager
+def _shared_work(output: Path) -> Iterator[None]:
+    """The work directory, locked by process 0, while the context lasts."""
     partial = work_directory(output)
-    with _locked(partial):
-        wait_for_stragglers(partial / "crew")
-        if _continues(partial, request):
-            print(f"continuing {partial}")
-        else:
-            _check_room(source, encoder, partial, settings, crew)
-            if settings.embedding == "int8":
-                (partial / _INT8).touch()
-            write_atomically(partial / "request.json", json.dumps(request).encode())
-        crew.say("go")
-        plan, captions, images = _work(source, encoder, partial, settings, crew)
-        captions, images = (_all_finished(partial, names, crew) for names in (captions, images))
-        cut = (cut_captions(partial, name) for name in captions)
-        manifest = finish(partial / "result", request, plan, captions, images, cut)
-        os.rename(partial / "result", output)
-        crew.dismiss()
-    return manifest
+    with contextlib.ExitStack() as stack:
+        if agreement.is_first():
+            _remove_empty(output)
+            stack.enter_context(_locked(partial))
+        agreement.check_shared(partial)
+        yield
 
 
-def _follow(
-    source: Source, encoder, output: Path, settings: Settings, crew: Crew, request: Mapping
-) -> None:
-    """The part of every other process: works once process 0 has said so."""
+def _begin(source: Source, encoder, partial: Path, settings: Settings, request: Mapping) -> None:
+    """Continues unfinished work of the same request, or begins if there is room on the disk."""
+    before = _read_request(partial) if (partial / REQUEST).is_file() else {}
+    if before:
+        _refuse_changes(partial, before, request)
+        print(f"continuing {partial}")
+    else:
+        _check_room(source, encoder, partial, settings)
+    if "embedding_dtype" in request:
+        (partial / _INT8).touch()
+    write_atomically(partial / REQUEST, json.dumps({**before, **request}).encode())
+
+
+def _publish(output: Path, request: Mapping, plan: Plan) -> None:
+    """Completes the result and renames it to `output`."""
     partial = work_directory(output)
-    if crew.wait_for_leader("go", "done") == "go":
-        with crew.at_work():
-            _refuse_changes(partial, _read_request(partial), request)
-            _work(source, encoder, partial, settings, crew)
-            crew.wait_for_leader("done")
-    crew.wait((output / records.MANIFEST).is_file)
+    text = all_finished(partial, captions.caption_shards(plan))
+    pictures = all_finished(partial, image_shards(plan))
+    cut = (captions.cut_captions(partial, name) for name in text)
+    finish(partial / "result", request, plan, text, pictures, cut)
+    os.rename(partial / "result", output)
 
 
-def _check_room(source: Source, encoder, partial: Path, settings: Settings, crew: Crew) -> None:
+def _check_room(source: Source, encoder, partial: Path, settings: Settings) -> None:
     room = shutil.disk_usage(partial).free
-    if preview(source, encoder, settings, crew.count) > room:
+    if preview(source, encoder, settings) > room:
         raise ValueError(
             f"only {room / 2**20:.0f} MiB are free in {partial.parent}: make room or choose"
             " another --output"
         )
 
 
-def _work(
-    source: Source, encoder, partial: Path, settings: Settings, crew: Crew
-) -> tuple[Plan, list[str], list[str]]:
-    """This process's share of the four passes.
-
-    Returns the plan, and the names of all caption shards and of all image shards.
-    """
-    with Workers(source, settings.processes) as workers:
-        plan = _check_all(workers, source, partial, settings, crew)
-        if not any(plan.images.values()):
-            raise ValueError(
-                f"no usable image in --source: {listed(plan.reasons)}, {plan.examples()}"
-            )
-        captions = _encode_all(workers, encoder, partial, plan, settings, crew)
-        images = _write_all(workers, partial, plan, settings, crew)
-    return plan, captions, images
-
-
 def _request(source: Source, encoder, settings: Settings) -> dict[str, Any]:
-    sizes = {name: getattr(settings, name) for name in _SIZES if name != "max_length"}
-    about = {"source": source.describe(), "encoder": dict(encoder.identity)}
     resize = settings.resize
+    text = {"encoder": dict(encoder.identity), "max_length": encoder.max_length} if encoder else {}
+    sizes = {"shard_size": settings.shard_size, "min_size": settings.min_size}
+    batch = {"batch_size": settings.batch_size} if encoder else {}
     stored = {"store_size": resize.side, "store_format": resize.format} if resize.side else {}
-    if settings.embedding != _ABSENT["embedding_dtype"]:
-        stored["embedding_dtype"] = settings.embedding
-    return json.loads(json.dumps(about | {"max_length": encoder.max_length} | sizes | stored))
+    request = {"source": source.describe()} | text | sizes | batch | stored
+    if encoder and settings.embedding != _ABSENT_TEXT["embedding_dtype"]:
+        request["embedding_dtype"] = settings.embedding
+    return json.loads(json.dumps(request))
 
 
 def _is_complete(output: Path, request: Mapping) -> bool:
@@ -236,28 +259,24 @@ def _is_complete(output: Path, request: Mapping) -> bool:
     return True
 
 
-def _continues(partial: Path, request: Mapping) -> bool:
-    """Whether `partial` holds unfinished work of this request; ValueError if of another one."""
-    if not (partial / "request.json").is_file():
-        return False
-    _refuse_changes(partial, _read_request(partial), request)
-    return True
-
-
 def _read_request(partial: Path) -> dict[str, Any]:
-    file, remedy = partial / "request.json", f"remove {partial}; {AGAIN}"
-    request = read_object(file, _REQUEST, remedy)
-    types = {name: type(value) for name, value in _ABSENT.items()}
-    check_object(file, _ABSENT | request, types, remedy)
+    file, remedy = partial / REQUEST, f"remove {partial}; {AGAIN}"
+    request = read_object(file, _IMAGE_KEYS, remedy)
+    check_object(file, _ABSENT | request, {"store_size": int, "store_format": str}, remedy)
+    if "encoder" in request:
+        check_object(file, _ABSENT_TEXT | request, _TEXT_KEYS | {"embedding_dtype": str}, remedy)
     return request
 
 
 def _refuse_changes(directory: Path, before: Mapping, request: Mapping) -> None:
-    before, request = _ABSENT | before, _ABSENT | request
+    before, request = (
+        _ABSENT | (_ABSENT_TEXT if "encoder" in keys else {}) | keys for keys in (before, request)
+    )
+    keys = (*_IMAGE_KEYS, *_TEXT_KEYS, *_ABSENT, *_ABSENT_TEXT)
     changed = [
         f"{key} was {before[key]}, is {request[key]}"
-        for key in (*_REQUEST, *_ABSENT)
-        if before[key] != request[key]
+        for key in keys
+        if key in before and key in request and before[key] != request[key]
     ]
     if changed:
         raise ValueError(
@@ -269,145 +288,13 @@ def _refuse_changes(directory: Path, before: Mapping, request: Mapping) -> None:
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """Creates the work directory and locks it for this process."""
-    parts = ("checked", "journal", "plan", "result")
-    if partial.exists() and {path.name for path in partial.iterdir()} - {
-        *parts,
-        "crew",
-        "lock",
-        "request.json",
-        _INT8,
-    }:
-        raise ValueError(
-            f"{partial} is in the way and is not unfinished work of prepare_data: choose another"
-            " --output"
-        )
-    for name in parts:
+    check_work_directory(partial)
+    for name in DIRECTORIES:
         (partial / name).mkdir(parents=True, exist_ok=True)
     with only_process(partial, "preparing data in"):
         for left in partial.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
         yield
-
-
-def _check_all(
-    workers: Workers, source: Source, partial: Path, settings: Settings, crew: Crew
-) -> Plan:
-    """First pass, then the selection, which process 0 makes from the checks of all."""
-    directory, count = partial / "plan", len(source)
-    if (directory / PLAN).is_file():
-        return Plan(directory)
-    spans = [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-    mine = crew.mine(spans)
-    files = [(_checked_file(partial, span[0]), *span) for span in mine]
-    tasks = [(*task, settings.min_size, settings.resize) for task in files if not task[0].is_file()]
-    total = sum(stop - start for start, stop in mine)
-    with _bar(
-        "check images", total, total - sum(stop - start for _, start, stop, *_ in tasks)
-    ) as bar:
-        for checked in workers.each(_check_chunk, tasks, 4 * settings.processes):
-            bar.update(checked)
-            crew.check()
-    if not crew.leads:
-        crew.wait((directory / PLAN).is_file)
-        return Plan(directory)
-    with _bar("select images", count, 0) as bar:
-        rows = _checked_rows(partial, spans, crew, bar)
-        return select(rows, source.notes(), settings.shard_size, directory)
-
-
-def _checked_file(partial: Path, start: int) -> Path:
-    return partial / "checked" / f"{start:012d}.json"
-
-
-def _checked_rows(partial: Path, spans, crew: Crew, bar: tqdm) -> Iterator[checks.Checked]:
-    """The checks of all processes in the order of the source; waits for them."""
-    for start, stop in spans:
-        file = _checked_file(partial, start)
-        crew.wait(file.is_file)
-        yield from _read_checked(file)
-        bar.update(stop - start)
-
-
-def _read_checked(file: Path) -> list[checks.Checked]:
-    remedy = f"remove it; {AGAIN}"
-    try:
-        return [checks.Checked(**row) for row in read_json(file, remedy)]
-    except TypeError as error:
-        raise ValueError(f"{file} is damaged ({error}); {remedy}") from error
-
-
-def _check_chunk(
-    source: Source, file: Path, start: int, stop: int, min_size: int, resize: Resize
-) -> int:
-    checked = (checks.check(source[i], min_size, resize) for i in range(start, stop))
-    rows = [dataclasses.asdict(row) for row in checked]
-    write_atomically(file, json.dumps(rows).encode())
-    return len(rows)
-
-
-def _encode_all(
-    workers: Workers, encoder, partial: Path, plan: Plan, settings: Settings, crew: Crew
-) -> list[str]:
-    """Third pass: caption shards, encoded in this process and written by the workers.
-
-    Returns the names of all.
-    """
-    shards = shards_of("captions", "train", plan.shard_rows(plan.captions))
-    mine = crew.mine(shards)
-    todo = [shard for shard in mine if not finished(partial, shard.name)]
-    total, left = (sum(shard.rows for shard in part) for part in (mine, todo))
-    tasks = (
-        encode_shard(
-            encoder,
-            partial,
-            shard.name,
-            plan.captions_of(shard.number),
-            shard.number * settings.shard_size,
-            settings.batch_size,
-            settings.embedding,
-        )
-        for shard in todo
-    )
-    with _bar("encode captions", total, total - left) as bar:
-        for written in workers.each(write_captions, tasks, min(settings.processes, _WRITERS)):
-            bar.update(written)
-            crew.check()
-    return [shard.name for shard in shards]
-
-
-def _write_all(
-    workers: Workers, partial: Path, plan: Plan, settings: Settings, crew: Crew
-) -> list[str]:
-    """Fourth pass: the image shards. Returns the names of all."""
-    shards = [
-        shard
-        for split, count in plan.images.items()
-        for shard in shards_of("images", split, plan.shard_rows(count))
-    ]
-    mine = crew.mine(shards)
-    todo = [shard for shard in mine if not finished(partial, shard.name)]
-    tasks = [(partial, plan, shard, settings.resize) for shard in todo]
-    total, left = (sum(shard.rows for shard in part) for part in (mine, todo))
-    with _bar("write images", total, total - left) as bar:
-        for written in workers.each(write_images, tasks, 2 * settings.processes):
-            bar.update(written)
-            crew.check()
-    return [shard.name for shard in shards]
-
-
-def _all_finished(partial: Path, names: list[str], crew: Crew) -> dict[str, dict]:
-    """The journal's entries of all shards, with the number of truncated captions as "cut".
-
-    Waits while other processes write some.
-    """
-    for name in names:
-        crew.wait(lambda: finished(partial, name))
-    entries = {name: finished(partial, name) for name in names}
-    return {name: entry | {"cut": len(entry.get("cut", ()))} for name, entry in entries.items()}
-
-
-def _bar(name: str, total: int, done: int) -> tqdm:
-    return tqdm(desc=name, total=total, initial=done, unit="", disable=None)
 
 
 def _report(manifest: Mapping, output: Path, seconds: float) -> None:

@@ -19,9 +19,9 @@ from imagen_jax.data.prepare.caption_estimate import (
     spread,
     token_bytes,
 )
+from imagen_jax.data.prepare.captions import write_captions
 from imagen_jax.data.prepare.choices import Choice, print_choices
 from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
-from imagen_jax.data.prepare.shards import write_captions
 from imagen_jax.data.sources.source import Source
 
 _IMAGES = 64  # items that are decoded and encoded
@@ -68,6 +68,7 @@ def preview(source: Source, encoder, settings: Any, crew: int = 1) -> int:
     """Checks and encodes a sample, and prints size and time of the whole.
 
     Args:
+      encoder: None if captions are not encoded now.
       settings: `processes` (for images, in each process of the crew), `min_size`, `resize`,
         `embedding`, `batch_size`.
       crew: number of processes such as this one.
@@ -76,7 +77,7 @@ def preview(source: Source, encoder, settings: Any, crew: int = 1) -> int:
       The estimated bytes, with features that are not compressed.
     """
     sample = _take(source, encoder, settings, [settings.resize])
-    size = _print_sample(source, sample, encoder.dim, settings)
+    size = _print_sample(source, sample, encoder, settings)
     images = sample.image_s(settings.resize, settings.processes * crew)
     _print_time(images + sample.scale * sample.encode_s / crew, settings, crew)
     return size
@@ -91,11 +92,10 @@ def dry_run(source: Source, encoder, settings: Any, crew: int, price: float) -> 
     """
     sizes = [Resize(side, kind) for side in _SIDES for kind in FORMATS]
     sample = _take(source, encoder, settings, list(dict.fromkeys([AS_IS, *sizes, settings.resize])))
-    _print_sample(source, sample, encoder.dim, settings)
-    choices = [
-        *_image_choices(sample, settings, crew),
-        *_caption_choices(source, sample, encoder.dim, settings, crew),
-    ]
+    _print_sample(source, sample, encoder, settings)
+    choices = _image_choices(sample, settings, crew)
+    if sample.features:
+        choices += _caption_choices(source, sample, encoder.dim, settings, crew)
     _print_time(sum(choice.seconds for choice in choices if choice.chosen), settings, crew)
     print_choices(choices, price)
 
@@ -143,7 +143,7 @@ def _encode(
     encoder, captions: list[str], batch_size: int
 ) -> tuple[list[BFloat16[np.ndarray, "_ d"]], int, float]:
     """Returns features, number of cut captions, and seconds without compilation."""
-    if not captions:
+    if not captions or encoder is None:
         return [], 0, 0.0
     cut = sum(encoder.tokenize(captions)[1])
     encoder.encode(captions, batch_size)  # compiles
@@ -151,20 +151,22 @@ def _encode(
     return features, cut, seconds
 
 
-def _print_sample(source: Source, sample: Sample, dim: int, settings: Any) -> int:
+def _print_sample(source: Source, sample: Sample, encoder, settings: Any) -> int:
     """Prints the sizes of the whole as `settings` would store it, and returns the bytes."""
     usable, captions = len(sample.checked[settings.resize]), len(sample.captions)
     image_bytes = sample.scale * sample.image_bytes(settings.resize)
-    text_bytes = sample.scale * sample.caption_bytes(dim, settings.embedding)
+    text_bytes = 0.0
     print(
         f"sample    {sample.count} of {len(source)} images: {usable} usable, {captions} captions,"
         f" {sample.cut} of them cut"
     )
     print(f"images    about {sample.scale * usable:.0f}, {image_bytes / 2**20:.1f} MiB")
-    print(
-        f"captions  at most {sample.scale * captions:.0f}, {text_bytes / 2**20:.1f} MiB before"
-        f" compression ({dim} features a token in {settings.embedding})"
-    )
+    if encoder is not None:
+        text_bytes = sample.scale * sample.caption_bytes(encoder.dim, settings.embedding)
+        print(
+            f"captions  at most {sample.scale * captions:.0f}, {text_bytes / 2**20:.1f} MiB before"
+            f" compression ({encoder.dim} features a token in {settings.embedding})"
+        )
     print(f"work      about {len(source) * WORK_BYTES / 2**30:.2f} GiB of files until the end")
     for note in source.notes():
         detail = note.get("detail") or f"{note['count']} files, such as {note['files'][0]}"
@@ -196,8 +198,6 @@ def _caption_choices(
 ) -> list[Choice]:
     """A row for each dtype of features: their time is that of encoding and of writing."""
     count = len(sample.captions)
-    if not count:
-        return []
     means = [np.mean([len(feature) for feature in sample.features])]
     means += [np.mean([len(text.encode()) for text in sample.captions])]
     stores, seconds = {}, {}

@@ -10,8 +10,6 @@ of images. The result is a *plan* on disk, one file per shard that is to be writ
 """
 
 import contextlib
-import dataclasses
-import hashlib
 import itertools
 import json
 import shutil
@@ -22,13 +20,24 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from imagen_jax.data.prepare.checks import Checked
+from imagen_jax.data.prepare.kept import (
+    SKIPPED,
+    KeptImage,
+    Plan,
+    caption_digest,
+    example,
+    item_lines,
+    merged_line,
+    repeated_line,
+    sizes,
+    write_captions_of,
+    write_images_of,
+    write_plan,
+)
 from imagen_jax.data.records import SPLITS
-from imagen_jax.storage import read_json, read_object, write_atomically
 
-PLAN, SKIPPED = "plan.json", "skipped.jsonl"
 DATABASE = "selection.sqlite"
 _CACHE_KIB = 65_536  # of the database in memory
-_FIELDS = {"shard_size": int, "images": dict, "captions": int, "reasons": dict, "sizes": dict}
 _TABLES = """
 CREATE TABLE images (
     number INTEGER PRIMARY KEY, split TEXT, source INTEGER, id TEXT, height INTEGER,
@@ -39,73 +48,6 @@ CREATE TABLE captions (
 );
 CREATE TABLE pairs (image INTEGER, caption INTEGER, UNIQUE (image, caption));
 """
-
-
-@dataclasses.dataclass(slots=True)
-class KeptImage:
-    """An image to be stored.
-
-    index: in the source. id: of the image. height, width: as stored. content: hash of its file,
-    see `Checked`.
-    """
-
-    index: int
-    id: str
-    height: int
-    width: int
-    content: str
-    caption_ids: list[int]
-
-
-class Plan:
-    """The result of `select`, read from its files.
-
-    images: the number of kept images by split. captions: the number of distinct captions.
-    reasons: the number of files, items or captions of each reason. sizes: of the images.
-    """
-
-    def __init__(self, directory: Path):
-        """Raises ValueError if the plan is damaged."""
-        content = read_object(directory / PLAN, _FIELDS, f"remove {directory}")
-        self.directory = directory
-        self.shard_size: int = content["shard_size"]
-        self.images: dict[str, int] = content["images"]
-        self.captions: int = content["captions"]
-        self.reasons: dict[str, int] = content["reasons"]
-        self.sizes: dict[str, float] = content["sizes"]
-        self._examples: dict[str, str] = content["examples"]
-
-    def examples(self) -> str:
-        """One item of each reason, for a message: "such as missing_image: a.png"."""
-        told = [f"{reason}: {self._examples[reason]}" for reason in sorted(self._examples)[:5]]
-        return f"such as {', '.join(told)}"
-
-    def shard_rows(self, count: int) -> list[int]:
-        """The number of rows of each shard of `count` rows."""
-        size = self.shard_size
-        return [min(size, count - start) for start in range(0, count, size)]
-
-    def images_of(self, split: str, shard: int) -> list[KeptImage]:
-        """The images of a shard."""
-        rows = read_json(self.directory / _image_file(split, shard), f"remove {self.directory}")
-        return [KeptImage(*row) for row in rows]
-
-    def captions_of(self, shard: int) -> list[str]:
-        """The captions of a shard; their ids begin with shard * shard_size."""
-        return read_json(self.directory / _caption_file(shard), f"remove {self.directory}")
-
-    def skipped(self) -> Iterator[str]:
-        """The lines of skipped.jsonl."""
-        with open(self.directory / SKIPPED, encoding="utf-8") as file:
-            yield from file
-
-
-def _image_file(split: str, shard: int) -> str:
-    return f"images-{split}-{shard:06d}.json"
-
-
-def _caption_file(shard: int) -> str:
-    return f"captions-{shard:06d}.json"
 
 
 def select(
@@ -138,9 +80,9 @@ def select(
                 selector.add(index, item)
             for note in notes:
                 selector.skip(dict(note))
-        selector.write(directory, shard_size)
+        plan = selector.write(directory, shard_size)
     (directory / DATABASE).unlink()
-    return Plan(directory)
+    return plan
 
 
 class _Selector:
@@ -156,15 +98,14 @@ class _Selector:
         """Adds a line to skipped.jsonl; a "count" in it says how many files it stands for."""
         reason = line["reason"]
         self._reasons[reason] += line.get("count", 1)
-        self._examples.setdefault(reason, line.get("files", [line["id"]])[0])
+        self._examples.setdefault(reason, example(line))
         self._skipped.write(json.dumps(line) + "\n")
 
     def add(self, index: int, item: Checked) -> None:
         """The next item of the source."""
-        for line in _caption_notes(item):
+        for line in item_lines(item):
             self.skip(line)
         if item.reason:
-            self.skip({"id": item.id, "reason": item.reason, "detail": item.detail})
             return
         found = self._database.execute(
             "SELECT number, split, id FROM images WHERE pixels = ?", (item.pixels,)
@@ -184,14 +125,12 @@ class _Selector:
 
     def _merge(self, split: str, first: str, item: Checked) -> bool:
         """Notes a duplicate of the image `first`; returns whether its captions are used."""
-        same_split = split == item.split
-        reason = "duplicate_image" if same_split else "duplicate_image_in_other_split"
-        self.skip({"id": item.id, "reason": reason, "of": first, "captions": item.captions})
-        return same_split
+        self.skip(merged_line(item, split, first))
+        return split == item.split
 
     def _add_captions(self, image: int, item: Checked) -> None:
         for caption in item.captions:
-            digest = hashlib.sha256(caption.encode()).digest()[:16]
+            digest = caption_digest(caption)
             found = self._database.execute(
                 "SELECT number, first_id FROM captions WHERE digest = ?", (digest,)
             ).fetchone()
@@ -203,25 +142,24 @@ class _Selector:
                 self._captions += 1
             else:
                 number, first = found
-                line = {"id": item.id, "reason": "duplicate_caption"}
-                self.skip(line | {"of": first, "caption": caption})
+                self.skip(repeated_line(item.id, first, caption))
             self._database.execute("INSERT OR IGNORE INTO pairs VALUES (?, ?)", (image, number))
 
-    def write(self, directory: Path, shard_size: int) -> None:
-        """Writes the files of the plan, plan.json last."""
+    def write(self, directory: Path, shard_size: int) -> Plan:
+        """Writes the files of the plan."""
         images = {split: self._write_images(directory, split, shard_size) for split in SPLITS}
         texts = (text for (text,) in self._all("SELECT text FROM captions ORDER BY number"))
         for shard, rows in enumerate(_chunks(texts, shard_size)):
-            write_atomically(directory / _caption_file(shard), json.dumps(rows).encode())
-        content = {
-            "shard_size": shard_size,
-            "images": images,
-            "captions": self._captions,
-            "reasons": dict(sorted(self._reasons.items())),
-            "sizes": self._sizes(),
-            "examples": self._examples,
-        }
-        write_atomically(directory / PLAN, json.dumps(content).encode())
+            write_captions_of(directory, shard, rows)
+        return write_plan(
+            directory,
+            shard_size,
+            images,
+            self._captions,
+            self._reasons,
+            self._examples,
+            self._sizes(),
+        )
 
     def _write_images(self, directory: Path, split: str, shard_size: int) -> int:
         """Writes the images of a split in the source's order. Returns their number."""
@@ -232,8 +170,8 @@ class _Selector:
             (split,),
         )
         for shard, part in enumerate(_chunks(rows, shard_size)):
-            kept = [[*row, self._caption_ids(number)] for number, *row in part]
-            write_atomically(directory / _image_file(split, shard), json.dumps(kept).encode())
+            kept = [KeptImage(*row, self._caption_ids(number)) for number, *row in part]
+            write_images_of(directory, split, shard, kept)
             count += len(kept)
         return count
 
@@ -243,29 +181,14 @@ class _Selector:
         return [number for (number,) in self._all(query, (image,))]
 
     def _sizes(self) -> dict[str, float]:
-        """Smallest and largest side, and mean height and width, of all kept images."""
-        if not self._images:
-            return {}
-        names = ("min_side", "max_side", "mean_height", "mean_width")
         query = (
             "SELECT min(min(height, width)), max(max(height, width)), sum(height), sum(width)"
             " FROM images"
         )
-        low, high, height, width = self._database.execute(query).fetchone()
-        return dict(zip(names, (low, high, height / self._images, width / self._images)))
+        return sizes(self._images, *self._database.execute(query).fetchone())
 
     def _all(self, query: str, values: tuple = ()) -> Iterator[tuple]:
         return iter(self._database.cursor().execute(query, values))
-
-
-def _caption_notes(item: Checked) -> list[dict]:
-    bad = [{"id": item.id, "reason": reason} for reason in item.bad_captions]
-    removed = [
-        {"id": item.id, "reason": "removed_characters", "detail": note, "caption": caption}
-        for caption, note in zip(item.captions, item.removed)
-        if note
-    ]
-    return bad + removed
 
 
 def _chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:

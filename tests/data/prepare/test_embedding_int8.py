@@ -10,8 +10,9 @@ from absl import flags
 
 from imagen_jax import prepare_data
 from imagen_jax.data import pipeline, quantization, records
-from imagen_jax.data.prepare import passes
-from tests.data.synthetic_source import FakeEncoder, prepare, tree
+from imagen_jax.data.prepare import captions, passes
+from imagen_jax.data.sources.folder import FolderSource
+from tests.data.synthetic_source import SETTINGS, FakeEncoder, prepare, tree
 
 INT8 = {"embedding": "int8"}
 
@@ -92,12 +93,9 @@ def test_the_pipeline_reads_it(small):
         np.testing.assert_array_equal(text, features(captions[int(caption_id)].text))
 
 
-def test_processes_and_stops_change_no_byte(folder, small, tmp_path, monkeypatch):
+def test_a_stop_changes_no_byte(folder, small, tmp_path, monkeypatch):
     """Catches an error of the finished part only, and a continued run without int8."""
-    monkeypatch.setattr(passes, "_CHUNK", 3)
-    prepare(folder, tmp_path / "two", processes=2, **INT8)
-    assert tree(tmp_path / "two") == tree(small)
-    original, calls = passes.write_captions, []
+    original, calls = captions.write_captions, []
 
     def stopping(*args):
         calls.append(args)
@@ -107,7 +105,7 @@ def test_processes_and_stops_change_no_byte(folder, small, tmp_path, monkeypatch
 
     output = tmp_path / "stopped"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(passes, "write_captions", stopping)
+        patch.setattr(captions, "write_captions", stopping)
         prepare(folder, output, **INT8)
     with pytest.raises(ValueError, match=r"\(embedding_dtype was int8, is bfloat16\): choose an"):
         prepare(folder, output)
@@ -115,6 +113,16 @@ def test_processes_and_stops_change_no_byte(folder, small, tmp_path, monkeypatch
     assert tree(output) == tree(small)
     with pytest.raises(ValueError, match=r"\(embedding_dtype was int8, is bfloat16\): choose an"):
         prepare(folder, output)
+
+
+def test_images_stored_first_take_either_dtype(folder, small, whole, tmp_path):
+    """Catches work without captions that counts as bfloat16, and int8 that a later call forgets."""
+    settings = passes.Settings(**SETTINGS)
+    for name, changes, expected in [("int8", INT8, small), ("bfloat16", {}, whole)]:
+        output = tmp_path / name
+        assert passes.prepare(FolderSource(folder, 0.2), None, output, settings) == {}
+        prepare(folder, output, **changes)
+        assert tree(output) == tree(expected)
 
 
 def test_versions_from_before_refuse_it(small, folder, tmp_path, monkeypatch):

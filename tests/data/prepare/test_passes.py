@@ -15,7 +15,7 @@ from absl import flags
 
 from imagen_jax import exit_codes, prepare_data
 from imagen_jax.data import pipeline, records
-from imagen_jax.data.prepare import passes, selection, shards
+from imagen_jax.data.prepare import captions, ingest, kept, passes, selection, shards
 from imagen_jax.data.sources.folder import FolderSource
 from tests import tiny
 from tests.data import synthetic
@@ -93,7 +93,7 @@ def test_trained_on_as_it_is(whole):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_change_no_byte(folder, whole, tmp_path, processes, monkeypatch):
     """Catches completion order, time stamps, paths or process ids in the output."""
-    monkeypatch.setattr(passes, "_CHUNK", 3)
+    monkeypatch.setattr(ingest, "CHUNK", 3)
     prepare(folder, tmp_path / "data", processes=processes)
     assert tree(tmp_path / "data") == tree(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -152,13 +152,13 @@ class Stop(Exception):
 @pytest.mark.parametrize(
     "module, last",
     [
-        (passes, "write_images"),
-        (passes, "encode_shard"),
+        (ingest, "write_images"),
+        (captions, "write_captions"),
         (passes, "finish"),
-        (passes, "_check_chunk"),
-        (shards, "_journal"),
-        (selection, "_caption_notes"),
-        (selection, "write_atomically"),
+        (ingest, "check_span"),
+        (shards, "journal"),
+        (selection, "item_lines"),
+        (kept, "write_atomically"),
     ],
 )
 def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, module, last, monkeypatch):
@@ -171,7 +171,7 @@ def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, module, 
             raise Stop
         return original(*args)
 
-    monkeypatch.setattr(passes, "_CHUNK", 4)
+    monkeypatch.setattr(ingest, "CHUNK", 4)
     with monkeypatch.context() as patch:
         patch.setattr(module, last, stopping)
         with pytest.raises(Stop):
@@ -183,13 +183,13 @@ def test_stopped_inside_each_pass_it_continues(folder, whole, tmp_path, module, 
     assert (
         len(encoder.encoded)
         == {
-            "write_images": 0,
+            "write_images": 21,
             "finish": 0,
-            "encode_shard": 13,
-            "_caption_notes": 21,
+            "write_captions": 13,
+            "item_lines": 21,
             "write_atomically": 21,
-            "_journal": 13,
-            "_check_chunk": 21,
+            "journal": 21,
+            "check_span": 21,
         }[last]
     )
     assert tree(output) == tree(whole)
@@ -243,13 +243,13 @@ def test_features_that_are_not_finite_stop_the_run(folder, tmp_path):
 def test_an_image_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
     """Catches an image stored with the size, split and captions of its earlier content."""
     folder = write_folder(tmp_path / "source")
-    original = passes._encode_all
+    original = ingest._write_all
 
     def change(*args):
         (folder / "003.png").write_bytes(synthetic.encode(synthetic.gradient(32, 77)))
         return original(*args)
 
-    monkeypatch.setattr(passes, "_encode_all", change)
+    monkeypatch.setattr(ingest, "_write_all", change)
     with pytest.raises(ValueError, match="image 003.png changed while it was being prepared"):
         prepare(folder, tmp_path / "data")
 
@@ -319,8 +319,10 @@ def test_the_work_is_on_the_file_system_of_a_linked_output(folder, whole, tmp_pa
     (tmp_path / "data").symlink_to(tmp_path / "disk" / "empty")
     monkeypatch.setattr(prepare_data, "_load_encoder", lambda *_: FakeEncoder())
     seen = []
-    original = passes._work
-    monkeypatch.setattr(passes, "_work", lambda *args: seen.append(args[2]) or original(*args))
+    original = captions.encode_all
+    monkeypatch.setattr(
+        captions, "encode_all", lambda *args: seen.append(args[2]) or original(*args)
+    )
     prepare_data._run(options(f"folder:{folder}", tmp_path / "data", "--heldout=0.2"))
     assert seen == [tmp_path / "disk" / "empty.partial"] and (tmp_path / "data").is_symlink()
     assert records.Prepared(tmp_path / "data").num_images("train") > 0
@@ -350,37 +352,32 @@ def test_urls_are_refused_at_once(folder, tmp_path, monkeypatch, changes, messag
         records.Prepared(Path("gs://b/x"))
 
 
-@pytest.mark.parametrize(
-    ("hosts", "error", "code", "message"),
-    [
-        ([], KeyboardInterrupt(), 130, "error: interrupted; the same command continues"),
-        ([], exit_codes.ProcessLost("process 1 died"), 75, "error: process 1 died"),
-        ([], ZeroDivisionError("a fault"), None, ""),
-        (["a", "b"], ValueError("no such file"), 2, "error: no such file"),
-        (["a", "b"], ZeroDivisionError("a fault"), 1, "ZeroDivisionError: a fault"),
-    ],
-)
-def test_how_the_command_ends(monkeypatch, capsys, hosts, error, code, message):
-    """Catches a multi-process run that waits for the cleanup of JAX, and a lost message or code."""
+def test_an_interruption_says_that_the_work_continues(monkeypatch, capsys):
+    """Catches a message after which a user starts over."""
 
     def run(args):
-        raise error
-
-    def leave(code):
-        raise SystemExit(f"left with {code}")
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare_data, "_run", run)
-    monkeypatch.setattr(prepare_data, "hosts", lambda: hosts)
-    monkeypatch.setattr(prepare_data.os, "_exit", leave)
-    if code is None:
-        with pytest.raises(ZeroDivisionError):
-            prepare_data.main()
-    elif hosts:
-        with pytest.raises(SystemExit, match=f"left with {code}"):
-            prepare_data.main()
-    else:
-        assert prepare_data.main() == code
-    assert message in capsys.readouterr().err
+    assert prepare_data.main() == exit_codes.INTERRUPTED
+    assert capsys.readouterr().err == "error: interrupted; the same command continues\n"
+
+
+def test_images_only_and_then_the_rest(folder, whole, tmp_path, monkeypatch, capsys):
+    """Catches a second command that starts over, and other bytes in the end."""
+    stored = passes.prepare(
+        FolderSource(folder, 0.2), None, tmp_path / "data", passes.Settings(**SETTINGS)
+    )
+    partial = tmp_path / "data.partial"
+    assert stored == {} and not (tmp_path / "data").exists()
+    assert "same command with --encoder" in capsys.readouterr().out
+    assert tree(partial / "result" / "images").items() <= tree(whole / "images").items()
+    assert len(list((partial / "journal").iterdir())) == 4
+    with pytest.raises(ValueError, match="min_size was 0, is 5"):
+        prepare(folder, tmp_path / "data", min_size=5)
+    monkeypatch.setattr(ingest, "write_images", lambda *_: pytest.fail("written twice"))
+    prepare(folder, tmp_path / "data")
+    assert tree(tmp_path / "data") == tree(whole)
 
 
 def test_command_line_errors_are_one_line(tmp_path):

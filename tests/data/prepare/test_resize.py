@@ -10,7 +10,7 @@ from PIL import Image, JpegImagePlugin
 
 from imagen_jax import prepare_data
 from imagen_jax.data import records
-from imagen_jax.data.prepare import checks, passes
+from imagen_jax.data.prepare import checks, ingest, passes
 from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.data.sources.source import SourceItem
@@ -181,11 +181,11 @@ def test_manifest_and_records_have_the_stored_sizes(photographs, resized):
 
 def test_processes_and_stops_change_no_byte(photographs, resized, tmp_path, monkeypatch):
     """Catches a worker or a continued run that stores the originals."""
-    monkeypatch.setattr(passes, "_CHUNK", 3)
+    monkeypatch.setattr(ingest, "CHUNK", 3)
     prepare(photographs, tmp_path / "two", resize=Resize(16), processes=2)
     assert tree(tmp_path / "two") == tree(resized)
-    for name in ("write_images", "_check_chunk"):
-        output, original, calls = tmp_path / name, getattr(passes, name), []
+    for name in ("write_images", "check_span"):
+        output, original, calls = tmp_path / name, getattr(ingest, name), []
 
         def stopping(*args):
             calls.append(args)
@@ -194,7 +194,7 @@ def test_processes_and_stops_change_no_byte(photographs, resized, tmp_path, monk
             return original(*args)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(passes, name, stopping)
+            patch.setattr(ingest, name, stopping)
             prepare(photographs, output, resize=Resize(16))
         prepare(photographs, output, resize=Resize(16))
         assert tree(output) == tree(resized)

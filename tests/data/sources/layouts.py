@@ -16,7 +16,6 @@ from absl import flags
 
 from imagen_jax.data import records
 from imagen_jax.data.sources import source as sources
-from imagen_jax.data.tfds_metadata import write_tfds_metadata
 from tests.data import synthetic
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -65,12 +64,12 @@ def collection(count):
     return pictures
 
 
-def opened(source, *options):
+def opened(source, *options, index=None):
     """The source, as the command opens it."""
     values = flags.FlagValues()
     sources.define_flags(values)
     values(["prepare_data", f"--source={source}", *options])
-    return sources.open_source(values)
+    return sources.open_source(values, index)
 
 
 def _images(directory, pictures, below="."):
@@ -210,7 +209,7 @@ def tfds_array_record(directory, pictures):
         rows = [{"image": p.data, "captions": [{"text": t} for t in p.captions]} for p in part]
         examples = [features.serialize_example(row) for row in rows]
         shards[name] = records.write_shard(directory, name, examples)
-    write_tfds_metadata(directory, "captions", features, shards)
+    records.write_tfds_metadata(directory, "captions", features, shards)
     return f"tfds:{directory}/captions", "--tfds_caption=captions/text"
 
 
@@ -229,4 +228,8 @@ LAYOUTS = {
         parquet_paths,
         tfds_array_record,
     )
+}
+ONE_OF_EACH_KIND = {
+    writer.__name__: writer
+    for writer in (folder_jsonl, tar_img2dataset, parquet_hub, tfds_array_record)
 }

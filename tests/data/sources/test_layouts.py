@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.data import records
-from imagen_jax.data.prepare import passes
+from imagen_jax.data.prepare import ingest, passes
 from imagen_jax.data.prepare.checks import check
 from tests.data.sources import layouts
 from tests.data.sources.layouts import Picture
@@ -46,14 +46,17 @@ def expected(pictures):
     return sorted(rows)
 
 
-def compare(layout, count, tmp_path, **changes):
-    """Prepares a collection in a layout and compares it with what was written."""
+def compare(layout, count, tmp_path, how=ingest.ingest, **changes):
+    """Prepares a collection in a layout and compares it with what was written.
+
+    how: the engine, as for `passes.prepare`.
+    """
     pictures = layouts.collection(count)
     (tmp_path / "in").mkdir()
     source = layouts.opened(*layout(tmp_path / "in", pictures))
     encoder = FakeEncoder(16)
     settings = passes.Settings(**SETTINGS | {"min_size": 8} | changes)
-    manifest = passes.prepare(source, encoder, tmp_path / "out", settings)
+    manifest = passes.prepare(source, encoder, tmp_path / "out", settings, how)
     images, captions, rows = stored(tmp_path / "out")
     assert images == expected(pictures)
     texts = {text for _, _, _, _, found in images for text in found}
@@ -87,6 +90,30 @@ def test_sixty_pictures(layout, tmp_path):
 def test_two_thousand_pictures(layout, tmp_path):
     """Catches losses at the borders of chunks, and between processes."""
     compare(layout, 2000, tmp_path, processes=2, shard_size=256)
+
+
+def by_two_beam_workers():
+    """The engine of `passes.prepare` on Beam's own runner."""
+    pytest.importorskip("apache_beam", reason="needs the extra `beam`")
+    from imagen_jax.data.prepare import beam_ingest
+
+    workers = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
+    return beam_ingest.on_runner(["--runner=DirectRunner", *workers])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", layouts.ONE_OF_EACH_KIND.values(), ids=layouts.ONE_OF_EACH_KIND)
+def test_sixty_pictures_with_beam(layout, tmp_path):
+    """Catches a source that does not survive the way to a worker of Beam."""
+    compare(layout, 60, tmp_path, by_two_beam_workers())
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@LAYOUT
+def test_two_thousand_pictures_with_beam(layout, tmp_path):
+    """Catches losses at the borders of blocks, and between workers."""
+    compare(layout, 2000, tmp_path, by_two_beam_workers(), shard_size=256)
 
 
 BAD = {

@@ -9,7 +9,6 @@ from imagen_jax.data import records
 from imagen_jax.data.prepare import passes
 from imagen_jax.data.prepare.checks import check
 from imagen_jax.data.sources.tfds import TfdsSource
-from imagen_jax.data.tfds_metadata import write_tfds_metadata
 from tests.data import synthetic
 from tests.data.sources import layouts
 from tests.data.synthetic_source import SETTINGS, FakeEncoder
@@ -37,7 +36,7 @@ def dataset(tmp_path):
     shards = {
         name: records.write_shard(tmp_path, name, [features.serialize_example(row) for row in rows])
     }
-    write_tfds_metadata(tmp_path, "captions", features, shards)
+    records.write_tfds_metadata(tmp_path, "captions", features, shards)
     return tmp_path / "captions"
 
 
