@@ -3,12 +3,13 @@
     DIR/manifest.json   written last: the directory is complete if and only if it is there
     DIR/images/         splits train and heldout: image (encoded bytes), height and width as
                         stored, id, caption_ids
-    DIR/captions/       split train: text, embedding [length d] bfloat16 without padding, length;
-                        a caption's id is its row
+    DIR/captions/       split train: text, embedding [length d] without padding, in bfloat16 or,
+                        with scale [length], in int8; length. A caption's id is its row
     DIR/skipped.jsonl   one line for every skipped or changed item, with the reason
 
 Both stores are ArrayRecord shards in TFDS directories. `tfds.builder_from_directory` opens them
 after `import ml_dtypes`, which registers bfloat16 with NumPy. Nothing here imports TensorFlow.
+imagen_jax/data/quantization.py describes int8 features; readers get them as bfloat16.
 """
 
 import dataclasses
@@ -23,10 +24,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import BFloat16
 
+from imagen_jax.data.quantization import dequantize, quantize
 from imagen_jax.data.shard_reader import ShardReader
 from imagen_jax.storage import check_local, check_object, disk_errors, read_object, sha256_file
 
 FORMAT_VERSION = 1
+INT8_FORMAT_VERSION = 2  # features in int8; versions of the program from before int8 refuse it
+EMBEDDINGS = ("bfloat16", "int8")  # dtypes of stored features
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
 # The fields that readers need: {dotted name: type}.
@@ -78,20 +82,20 @@ def image_features():
 
 
 @functools.cache
-def caption_features(dim: int):
-    """The TFDS features of the caption store for token features of width `dim`."""
-    import ml_dtypes
+def caption_features(dim: int, embedding: str = "bfloat16"):
+    """The TFDS features of the caption store for token features of width `dim` and this dtype."""
+    import ml_dtypes  # noqa: F401, registers bfloat16
     import tensorflow_datasets as tfds
 
-    return tfds.features.FeaturesDict(
-        {
-            "text": tfds.features.Text(),
-            "embedding": tfds.features.Tensor(
-                shape=(None, dim), dtype=ml_dtypes.bfloat16, encoding="bytes"
-            ),
-            "length": np.int32,
-        }
-    )
+    tensor = functools.partial(tfds.features.Tensor, encoding="bytes")
+    features = {
+        "text": tfds.features.Text(),
+        "embedding": tensor(shape=(None, dim), dtype=np.dtype(embedding).type),
+        "length": np.int32,
+    }
+    if embedding == "int8":
+        features["scale"] = tensor(shape=(None,), dtype=np.float32)
+    return tfds.features.FeaturesDict(features)
 
 
 @functools.cache
@@ -117,11 +121,13 @@ def serialize_image(row: ImageRow) -> bytes:
     return _canonical(image_features().serialize_example(dataclasses.asdict(row)))
 
 
-def serialize_caption(row: CaptionRow) -> bytes:
-    """Returns the record of a caption."""
+def serialize_caption(row: CaptionRow, embedding: str = "bfloat16") -> bytes:
+    """Returns the record of a caption, with features of dtype `embedding`."""
     length, dim = row.embedding.shape
     example = {"text": row.text, "embedding": row.embedding, "length": length}
-    return _canonical(caption_features(dim).serialize_example(example))
+    if embedding == "int8":
+        example["embedding"], example["scale"] = quantize(row.embedding)
+    return _canonical(caption_features(dim, embedding).serialize_example(example))
 
 
 def parse_image(record: bytes) -> ImageRow:
@@ -141,10 +147,13 @@ def parse_image(record: bytes) -> ImageRow:
     )
 
 
-def parse_caption(record: bytes, dim: int) -> CaptionRow:
+def parse_caption(record: bytes, dim: int, embedding: str = "bfloat16") -> CaptionRow:
     """Inverse of `serialize_caption`."""
-    example = caption_features(dim).deserialize_example_np(record)
-    return CaptionRow(text=example["text"].decode(), embedding=example["embedding"])
+    example = caption_features(dim, embedding).deserialize_example_np(record)
+    features = example["embedding"]
+    if embedding == "int8":
+        features = dequantize(features, example["scale"])
+    return CaptionRow(text=example["text"].decode(), embedding=features)
 
 
 def _canonical(example: bytes) -> bytes:
@@ -260,12 +269,12 @@ class ImageStore(_Store):
 class CaptionStore(_Store):
     """Captions by caption id."""
 
-    def __init__(self, root: Path, dim: int, shards: Mapping[str, Mapping]):
+    def __init__(self, root: Path, dim: int, shards: Mapping[str, Mapping], embedding: str):
         super().__init__(root, "captions", "train", shards)
-        self._dim = dim
+        self._dim, self._embedding = dim, embedding
 
     def __getitem__(self, caption_id: int) -> CaptionRow:
-        return parse_caption(self.record(caption_id), self._dim)
+        return parse_caption(self.record(caption_id), self._dim, self._embedding)
 
 
 class Prepared:
@@ -290,10 +299,11 @@ class Prepared:
             )
         remedy = "copy the directory again, or remove it and prepare the data again"
         self.manifest = read_object(file, {"format_version": int}, remedy)
-        if (version := self.manifest["format_version"]) != FORMAT_VERSION:
+        version, known = self.manifest["format_version"], (FORMAT_VERSION, INT8_FORMAT_VERSION)
+        if version not in known:
             raise ValueError(
-                f"{file} has format {version}, but this program reads {FORMAT_VERSION}: prepare"
-                " the data again"
+                f"{file} has format {version}, but this program reads {known[0]} and {known[1]}:"
+                " prepare the data again, or install a newer version of this program"
             )
         check_object(file, self.manifest, MANIFEST_FIELDS, remedy)
         if self.manifest["hash"] != manifest_hash(self.manifest):
@@ -328,6 +338,11 @@ class Prepared:
         return self.manifest["encoder"]
 
     @property
+    def embedding(self) -> str:
+        """The dtype of the stored token features; readers get bfloat16 in any case."""
+        return "int8" if self.manifest["format_version"] == INT8_FORMAT_VERSION else "bfloat16"
+
+    @property
     def text_dim(self) -> int:
         """Width d of the token features."""
         return self.manifest["encoder"]["dim"]
@@ -350,7 +365,8 @@ class Prepared:
 
     def captions(self) -> CaptionStore:
         """Opens the caption store, which all splits share."""
-        make = lambda: CaptionStore(self.path, self.text_dim, self.manifest["shards"])
+        shards = self.manifest["shards"]
+        make = lambda: CaptionStore(self.path, self.text_dim, shards, self.embedding)
         return self._once("captions", make)
 
     def _once(self, name: str, make: Callable[[], _Store]) -> Any:

@@ -39,6 +39,11 @@ _IMAGE_KEYS = {"source": dict, "shard_size": int, "min_size": int}
 _TEXT_KEYS = {"encoder": dict, "max_length": int, "batch_size": int}
 # Keys that are only there if images are stored resized, with what their absence means.
 _ABSENT = {"store_size": 0, "store_format": "none"}
+# The same for features that are not in bfloat16, once captions are encoded.
+_ABSENT_TEXT = {"embedding_dtype": records.EMBEDDINGS[0]}
+# An empty file in the work directory of int8 features. Versions of the program from before int8
+# refuse to continue a directory with it.
+_INT8 = "int8"
 Ingest = Callable[[Workers, Source, Path, "Settings", At], Plan]
 
 
@@ -51,6 +56,7 @@ class Settings:
     batch_size: captions per device and batch, see text.encoder.TextEncoder.encode.
     processes: worker processes that check and write images; they do not affect the result.
     resize: how large images are resized before they are stored.
+    embedding: dtype of the stored token features, one of records.EMBEDDINGS.
     """
 
     shard_size: int
@@ -58,6 +64,7 @@ class Settings:
     batch_size: int
     processes: int
     resize: Resize = AS_IS
+    embedding: str = records.EMBEDDINGS[0]
 
     def __post_init__(self):
         least = {"shard_size": 1, "min_size": 0, "batch_size": 1, "processes": 1}
@@ -66,6 +73,9 @@ class Settings:
                 raise ValueError(f"--{name} {getattr(self, name)} is less than {value}")
         if self.resize.side < 0:
             raise ValueError(f"--store_size {self.resize.side} is less than 0")
+        if self.embedding not in records.EMBEDDINGS:
+            known = " or ".join(records.EMBEDDINGS)
+            raise ValueError(f"--embedding {self.embedding} is not implemented: use {known}")
 
 
 def prepare(
@@ -139,7 +149,7 @@ def check_output(output: Path) -> None:
 
 def check_work_directory(partial: Path) -> None:
     """Raises ValueError if `partial` exists and is something else than a work directory."""
-    known = {*DIRECTORIES, "hosts.json", "lock", REQUEST, SHARD_INDEX}
+    known = {*DIRECTORIES, "hosts.json", "lock", REQUEST, SHARD_INDEX, _INT8}
     if partial.exists() and {path.name for path in partial.iterdir()} - known:
         raise ValueError(
             f"{partial} is in the way and is not unfinished work of prepare_data: choose another"
@@ -200,6 +210,8 @@ def _begin(source: Source, encoder, partial: Path, settings: Settings, request: 
         print(f"continuing {partial}")
     else:
         _check_room(source, encoder, partial, settings)
+    if "embedding_dtype" in request:
+        (partial / _INT8).touch()
     write_atomically(partial / REQUEST, json.dumps({**before, **request}).encode())
 
 
@@ -229,6 +241,8 @@ def _request(source: Source, encoder, settings: Settings) -> dict[str, Any]:
     batch = {"batch_size": settings.batch_size} if encoder else {}
     stored = {"store_size": resize.side, "store_format": resize.format} if resize.side else {}
     request = {"source": source.describe()} | text | sizes | batch | stored
+    if encoder and settings.embedding != _ABSENT_TEXT["embedding_dtype"]:
+        request["embedding_dtype"] = settings.embedding
     return json.loads(json.dumps(request))
 
 
@@ -250,13 +264,15 @@ def _read_request(partial: Path) -> dict[str, Any]:
     request = read_object(file, _IMAGE_KEYS, remedy)
     check_object(file, _ABSENT | request, {"store_size": int, "store_format": str}, remedy)
     if "encoder" in request:
-        check_object(file, request, _TEXT_KEYS, remedy)
+        check_object(file, _ABSENT_TEXT | request, _TEXT_KEYS | {"embedding_dtype": str}, remedy)
     return request
 
 
 def _refuse_changes(directory: Path, before: Mapping, request: Mapping) -> None:
-    before, request = _ABSENT | before, _ABSENT | request
-    keys = (*_IMAGE_KEYS, *_TEXT_KEYS, *_ABSENT)
+    before, request = (
+        _ABSENT | (_ABSENT_TEXT if "encoder" in keys else {}) | keys for keys in (before, request)
+    )
+    keys = (*_IMAGE_KEYS, *_TEXT_KEYS, *_ABSENT, *_ABSENT_TEXT)
     changed = [
         f"{key} was {before[key]}, is {request[key]}"
         for key in keys
