@@ -16,7 +16,7 @@ There is no recipe for 1024 pixels: images of GPIC have 479x587 pixels on averag
 enlarges none. The network, the batch and the optimizer are those of sr_256.py. One epoch has 48,829
 steps instead of 2.5M, so the warm-up takes 2,500 steps instead of 10,000.
 
-Hardware: 1.4 hours on v5e:16x16, 365 chip-hours, from the planned step time of sr_256.py.
+Hardware: 1.4 hours on v5e:16x16, 366 chip-hours, from the planned step time of sr_256.py.
 Expect: not trained yet, so no loss or score is known.
 Recorded: BENCHMARKS.md, "Planned, not run: the recipes for GPIC".
 
