@@ -41,9 +41,6 @@ _TEXT_KEYS = {"encoder": dict, "max_length": int, "batch_size": int}
 _ABSENT = {"store_size": 0, "store_format": "none"}
 # The same for features that are not in bfloat16, once captions are encoded.
 _ABSENT_TEXT = {"embedding_dtype": records.EMBEDDINGS[0]}
-# An empty file in the work directory of int8 features. Versions of the program from before int8
-# refuse to continue a directory with it.
-_INT8 = "int8"
 Ingest = Callable[[Workers, Source, Path, "Settings", At], Plan]
 
 
@@ -149,7 +146,7 @@ def check_output(output: Path) -> None:
 
 def check_work_directory(partial: Path) -> None:
     """Raises ValueError if `partial` exists and is something else than a work directory."""
-    known = {*DIRECTORIES, "hosts.json", "lock", REQUEST, SHARD_INDEX, _INT8}
+    known = {*DIRECTORIES, "hosts.json", "lock", REQUEST, SHARD_INDEX}
     if partial.exists() and {path.name for path in partial.iterdir()} - known:
         raise ValueError(
             f"{partial} is in the way and is not unfinished work of prepare_data: choose another"
@@ -210,8 +207,6 @@ def _begin(source: Source, encoder, partial: Path, settings: Settings, request: 
         print(f"continuing {partial}")
     else:
         _check_room(source, encoder, partial, settings)
-    if "embedding_dtype" in request:
-        (partial / _INT8).touch()
     write_atomically(partial / REQUEST, json.dumps({**before, **request}).encode())
 
 
