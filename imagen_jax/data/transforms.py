@@ -28,18 +28,53 @@ def check_sizes(data_cfg: Mapping[str, Any]) -> None:
         )
 
 
-def decode_square(encoded: bytes, size: int) -> UInt8[np.ndarray, "s s 3"]:
-    """Decodes to RGB, cuts out the centre square and shrinks it to `size` pixels."""
+def decode_square(encoded: bytes, size: int, decode: str = "exact") -> UInt8[np.ndarray, "s s 3"]:
+    """Decodes to RGB, cuts out the centre square and shrinks it to `size` pixels.
+
+    decode: "exact", or "draft": libjpeg decodes a JPEG at the scale of `draft_factor`.
+    """
     with Image.open(io.BytesIO(encoded)) as opened:
-        image = centre_square(opened.convert("RGB"))
-    return np.asarray(image.resize((size, size), Image.Resampling.BOX))
+        full_size = opened.size
+        factor = draft_factor(full_size, size) if decode == "draft" else 1
+        if factor > 1 and opened.format == "JPEG":
+            opened.draft(None, (min(full_size) // factor,) * 2)
+        else:
+            factor = 1
+        image = opened.convert("RGB")
+    if factor == 1:
+        square = centre_square(image)
+        return np.asarray(square.resize((size, size), Image.Resampling.BOX))
+    # The same part of the scene. libjpeg rounds sizes up, so it may end inside a decoded pixel.
+    box = tuple(edge / factor for edge in _centre_box(full_size))
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX, box))
+
+
+def draft_factor(full_size: tuple[int, int], size: int) -> int:
+    """The factor 8, 4, 2 or 1 by which a decoder may shrink an image to be shrunk to `size` pixels.
+
+    The largest one that leaves the centre square at least twice `size`, or a multiple of it with
+    edges between decoded pixels. BOX counts pixels as a whole, which is coarse at other factors.
+
+    full_size: width and height of the image in pixels.
+    """
+    side, box = min(full_size), _centre_box(full_size)
+    for factor in (8, 4, 2):
+        aligned = not side % (factor * size) and not any(edge % factor for edge in box)
+        if aligned or side >= 2 * factor * size:
+            return factor
+    return 1
 
 
 def centre_square(image: Image.Image) -> Image.Image:
     """The largest square in the centre of an image."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    return image.crop(_centre_box(image.size))
+
+
+def _centre_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the largest square in the centre of an image."""
+    side = min(size)
+    left, top = ((length - side) // 2 for length in size)
+    return left, top, left + side, top + side
 
 
 def shrink(image: UInt8[np.ndarray, "s s 3"], size: int) -> UInt8[np.ndarray, "r r 3"]:
