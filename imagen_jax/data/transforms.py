@@ -40,7 +40,8 @@ def decode_square(encoded: bytes, size: int, decode: str = "exact") -> UInt8[np.
             opened.draft(None, (min(full_size) // factor,) * 2)
         else:
             factor = 1
-        image = opened.convert("RGB")
+        opened.load()
+        image = opened if opened.mode == "RGB" else opened.convert("RGB")  # convert() copies
     if factor == 1:
         square = centre_square(image)
         return np.asarray(square.resize((size, size), Image.Resampling.BOX))
@@ -78,7 +79,9 @@ def _centre_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def shrink(image: UInt8[np.ndarray, "s s 3"], size: int) -> UInt8[np.ndarray, "r r 3"]:
-    """Shrinks to `size` pixels square by area average."""
+    """Shrinks to `size` pixels square by area average; returns an image of that size itself."""
+    if image.shape[0] == size:
+        return image
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))
 
 
