@@ -4,12 +4,15 @@ READING is JSON. Prints a `Result` as JSON. Runs on the last CORES cores that it
 worker processes.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 import time
 from pathlib import Path
+
+from absl import flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,27 +47,25 @@ def cpu_seconds(root: int) -> float:
 def measure(reading: dict, seconds: float, cores: int) -> Result:
     """Reads for `seconds` on `cores` cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
-    from absl import flags
-
     from tools.reading import readers
 
-    flags.FLAGS.mark_as_parsed()  # Grain's workers read them
     reading = readers.Reading(**reading)
     opened = time.perf_counter()
-    batches = readers.READERS[reading.reader](reading)
-    next(batches)
-    first_batch_s = time.perf_counter() - opened
-    for _ in range(2 * reading.workers + 4):  # what was read before it was asked for
+    with contextlib.closing(readers.READERS[reading.reader](reading)) as batches:
         next(batches)
-    images, start, cpu = 0, time.perf_counter(), cpu_seconds(os.getpid())
-    while (passed := time.perf_counter() - start) < seconds:
-        images += len(next(batches))
-    cpu = cpu_seconds(os.getpid()) - cpu
-    passed = time.perf_counter() - start
+        first_batch_s = time.perf_counter() - opened
+        for _ in range(2 * reading.workers + 4):  # what was read before it was asked for
+            next(batches)
+        images, start, cpu = 0, time.perf_counter(), cpu_seconds(os.getpid())
+        while not images or time.perf_counter() - start < seconds:
+            images += len(next(batches))
+        passed = time.perf_counter() - start
+        cpu = cpu_seconds(os.getpid()) - cpu
     return Result(images / passed / cores, 1e3 * cpu / images, first_batch_s)
 
 
 if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()  # Grain's workers read them
     result = measure(json.loads(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
     print(json.dumps(dataclasses.asdict(result)), flush=True)
     os._exit(0)  # workers of an endless reader need not be waited for

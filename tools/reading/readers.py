@@ -82,7 +82,12 @@ def prepared(reading: Reading) -> Iterator[Any]:
     data |= {"batch_size": reading.batch_size}
     if not reading.config:
         data |= {"image_size": reading.size, "lowres_size": 0, "crop_size": 0}
-    return (batch["image"] for batch in pipeline.batches(data, SEED, 0))
+    batches = pipeline.batches(data, SEED, 0)
+    try:
+        for batch in batches:
+            yield batch["image"]
+    finally:
+        batches.close()
 
 
 def data_loader(reading: Reading) -> Iterator[Any]:
