@@ -85,6 +85,7 @@ setup(
             "selenium>=4.30",  # with Debian's chromium and chromium-driver, else its tests skip
         ],
         "lint": ["ruff==0.17.6"],  # versions format differently
+        "bench": ["torch==2.13.0", "webdataset>=1.0.2"],  # for tools/reader_speed.py
         "parity": ["torch==2.13.0"],  # and torch-fidelity, see the Makefile
         "tools": ["tokenizers>=0.22"],  # for tools/build_emoji.py and others
     },
