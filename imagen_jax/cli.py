@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, flags
 
 from imagen_jax import caption_text, distributed, exit_codes, schema
-from imagen_jax.distributed.watch import Watch
+from imagen_jax.distributed import watch
 from imagen_jax.storage import FREE_SPACE, check_local, is_away
 
 log = logging.getLogger(__name__)
@@ -423,13 +423,15 @@ def define_processes(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 @contextlib.contextmanager
-def processes(args: flags.FlagValues = flags.FLAGS) -> Iterator[Watch]:
-    """Sets JAX up and joins the other processes of the run, which are watched in the context."""
+def processes(
+    args: flags.FlagValues = flags.FLAGS, restart: str = watch.RESTART
+) -> Iterator[watch.Watch]:
+    """Sets JAX up and joins the other processes, watched in the context; restart: see `Watch`."""
     set_up_jax(args)
     distributed.start(args.host_timeout, args.host_lost)
     check_platform()
-    with Watch(args.host_lost) as watch:
-        yield watch
+    with watch.Watch(args.host_lost, restart=restart) as watcher:
+        yield watcher
 
 
 def set_up_jax(args: flags.FlagValues = flags.FLAGS) -> None:

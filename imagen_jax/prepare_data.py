@@ -38,6 +38,7 @@ from imagen_jax.data.prepare.passes import (
 )
 from imagen_jax.data.prepare.preview import dry_run
 from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
+from imagen_jax.data.prepare.shards import AGAIN
 from imagen_jax.data.sources import source
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.startup import hosts
@@ -145,7 +146,7 @@ def _run(args: flags.FlagValues) -> None:
         check_work_directory(work_directory(output))
         cli.make_directory("output", str(output.parent))
     ingestion = _ingestion(args.beam)
-    with cli.processes(args) as watch:
+    with cli.processes(args, restart=AGAIN) as watch:
         agreement.check({f"--{name}": str(args[name].value) for name in ALIKE})
         index = work_directory(output) / SHARD_INDEX
         images = source.open_source(args, index, read_only=args.dry_run)
@@ -156,9 +157,17 @@ def _run(args: flags.FlagValues) -> None:
         elif agreement.is_first():
             count, price = len(hosts()) or 1, args.price_per_gib_month
             dry_run(images, encoder, settings, count, price)
-        if args.verify and agreement.is_first() and not args.dry_run:
-            records.Prepared(output).verify()
-            print("every shard matches its checksum")
+        if args.verify and not args.dry_run:
+            _verify(records.Prepared(output))
+        agreement.gather()  # nobody leaves before process 0 is done
+
+
+def _verify(prepared: records.Prepared) -> None:
+    """Compares every shard with its checksum; the processes divide them."""
+    prepared.verify(agreement.own_share(list(prepared.manifest["shards"])))
+    agreement.gather()
+    if agreement.is_first():
+        print("every shard matches its checksum")
 
 
 def _settings(args: flags.FlagValues) -> Settings:

@@ -163,6 +163,11 @@ def check_object(label: Any, content: Any, fields: Mapping[str, type], remedy: s
             )
 
 
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path`, of this call alone: process numbers repeat on other hosts."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file and its parent directories; its name appears when all of it is on the disk."""
     write_lines(path, [data])
@@ -171,7 +176,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_lines(path: Path, lines: Iterable[bytes | str]) -> None:
     """`write_atomically` for a file of any size. A line brings its own line feed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             file.writelines(line.encode() if isinstance(line, str) else line for line in lines)

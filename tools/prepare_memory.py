@@ -7,7 +7,7 @@ item's number, so there is no source on disk. The text encoder is a stand-in tha
 from a table: the numbers are those of the passes, without a text encoder and with images that
 decode at once.
 
-It prints one row for each number of items:
+It prints one column for each number of items:
 
 - work files: the largest size of OUTPUT.partial without result/, sampled every second
 - memory: the largest resident memory (VmHWM) of this process and of a worker process
@@ -48,7 +48,7 @@ _SAMPLE_S = 1.0  # between two looks at disk and memory
 _BATCHES = (64, 256)
 _WORKERS = (0, 2)
 _DATA = {"image_size": _SIDE, "lowres_size": 0, "crop_size": 0, "text_length": 32}
-_DATA |= {"flip": True, "caption": "random", "cache_mib": 0}
+_DATA |= {"flip": True, "caption": "random", "cache_mib": 0, "decode": "exact"}
 _FIRST_BATCH = """
 import json, sys, time
 path, size, workers, data = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
@@ -141,16 +141,18 @@ def main() -> int:
     if len(counts) != len(args.items) or not counts:
         raise ValueError(f"--items {','.join(args.items)}: give whole numbers above 0")
     cli.make_directory("output", args.output)
-    output, rows = Path(args.output), []
+    output, rows = Path(args.output), {}
     if args.open_only:
-        rows = read_json(output / RESULT)
-    for i, count in enumerate(counts):
+        rows = {row["items"]: row for row in read_json(output / RESULT)}
+    for count in counts:
         prepared = output / str(count)
         if not args.open_only:
-            rows.append(measure(count, prepared, args.processes, args.shard_size))
-        rows[i]["opening"] = openings(prepared)
-        write_json(output / RESULT, rows)
-    print(table(rows))
+            rows[count] = measure(count, prepared, args.processes, args.shard_size)
+        if count not in rows:
+            raise ValueError(f"{output / RESULT} has no {count} items: leave --open_only out")
+        rows[count]["opening"] = openings(prepared)
+        write_json(output / RESULT, list(rows.values()))
+    print(table(list(rows.values())))
     return 0
 
 

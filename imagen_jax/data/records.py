@@ -26,7 +26,14 @@ from jaxtyping import BFloat16
 
 from imagen_jax.data.quantization import dequantize, quantize
 from imagen_jax.data.shard_reader import ShardReader
-from imagen_jax.storage import check_local, check_object, disk_errors, read_object, sha256_file
+from imagen_jax.storage import (
+    check_local,
+    check_object,
+    disk_errors,
+    read_object,
+    sha256_file,
+    temporary_name,
+)
 
 FORMAT_VERSION = 1
 INT8_FORMAT_VERSION = 2  # features in int8; versions of the program from before int8 refuse it
@@ -183,7 +190,7 @@ def write_shard(root: Path, name: str, records: Iterable[bytes]) -> dict:
 
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     with disk_errors(temporary):
         writer = array_record_module.ArrayRecordWriter(
             str(temporary), WRITER_OPTIONS[name.split("/")[0]]
@@ -280,9 +287,9 @@ class CaptionStore(_Store):
 class Prepared:
     """An open prepared directory: manifest and stores. `open_once` opens it once per process.
 
-    Opening reads the manifest and lists two directories. A listing is several requests on an object
-    store that is mounted, one for about a thousand names, but a stat of each shard would be one
-    for each. The size of a shard is compared when its first record is read.
+    Opening reads the manifest and lists two directories: on a mounted object store one request per
+    1,000 names, where a stat of each shard would be one request per shard. The size of a shard is
+    compared when its first record is read.
 
     Raises ValueError if the directory is missing, incomplete or of another format version.
     `verify` also compares the content of all shards.
@@ -408,10 +415,13 @@ class Prepared:
                 f" is {size}: prepare with --min_size {size}{larger}"
             )
 
-    def verify(self) -> None:
-        """Raises ValueError that names the first shard whose content differs from its checksum."""
-        for name, entry in self.manifest["shards"].items():
-            if sha256_file(self.path / name) != entry["sha256"]:
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Raises ValueError that names the first shard whose content differs from its checksum.
+
+        names: of the shards to read; None for all.
+        """
+        for name in self.manifest["shards"] if names is None else names:
+            if sha256_file(self.path / name) != self.manifest["shards"][name]["sha256"]:
                 raise ValueError(
                     f"{self.path / name} is damaged (its checksum differs): remove {self.path} and"
                     " prepare the data again"

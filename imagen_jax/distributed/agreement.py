@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from imagen_jax.distributed import startup
 from imagen_jax.storage import only_process, read_object, write_json
 
-# A day. A lost process ends the wait earlier; watch.py names one that is stuck.
-FOR_EVER_MS = 1000 * 60 * 60 * 24
+# Twenty days. A lost process ends the wait earlier; watch.py names one that is stuck.
+FOR_EVER_MS = 1000 * 60 * 60 * 24 * 20
 SHOWN = 5  # facts of a process that a message names
 PATIENCE_S = 60.0  # a network file system may show a new file late
 _rounds = itertools.count()
@@ -155,21 +155,27 @@ def share_files(written: Iterable[Path] = (), patience_s: float = PATIENCE_S) ->
 
 
 def wait_for_files(files: Iterable[Path], patience_s: float = PATIENCE_S) -> None:
-    """A barrier; each process first waits until it sees `files`, which are written atomically.
+    """Two barriers; between them each process waits until it sees `files`, written atomically.
 
     Does nothing in a single-process run. Raises ValueError in all processes if one of them does not
-    see a file within `patience_s` seconds.
+    see a file within `patience_s` seconds after all processes have come, which includes the one
+    that writes it.
     """
     if startup.member() is not None:
+        gather()
         _wait({str(path.absolute()): None for path in files}, patience_s)
 
 
-def wait_to_see(path: Path, patience_s: float = PATIENCE_S) -> bool:
-    """Whether this process sees a file that another one has written; waits for it if need be."""
+def first_says(yes: bool) -> bool:
+    """Whether `yes` is true in process 0. A barrier: all call it in the same order."""
+    return bool(gather("yes" if yes else "")[0])
+
+
+def wait_to_see(path: Path, patience_s: float = PATIENCE_S) -> None:
+    """Waits until this process sees a file that another one has written, or patience is over."""
     end = time.monotonic() + (patience_s if startup.member() else 0)
     while not path.is_file() and time.monotonic() < end:
         time.sleep(0.1)
-    return path.is_file()
 
 
 def _wait(sizes: Mapping[str, int | None], patience_s: float) -> None:

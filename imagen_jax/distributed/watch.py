@@ -94,11 +94,18 @@ class Watch:
     exit would wait for the other processes, which wait for this one.
     """
 
-    def __init__(self, lost_s: float, store: Any = None, end: Callable[[int], None] = os._exit):
+    def __init__(
+        self,
+        lost_s: float,
+        store: Any = None,
+        end: Callable[[int], None] = os._exit,
+        restart: str = RESTART,
+    ):
         """lost_s: as in `startup.start`; the watch logs a wait after lost_s / 2.
 
-        store, end: tests replace them.
+        store, end: tests replace them. restart: what to do after a loss, for the message.
         """
+        self._restart = restart
         self._hosts, self._member = startup.hosts(), startup.member()
         self._multi_process = self._member is not None
         self._index = self._member.index if self._member else 0
@@ -293,11 +300,13 @@ class Watch:
         now = time.monotonic()
         others = {i: heartbeat for i, heartbeat in self._heartbeats.items() if i != self._index}
         if any(heartbeat.is_silent(now, silent_s) for heartbeat in others.values()):
-            return f"lost {stalled_processes(others, self._hosts, now, silent_s)[1]}; {RESTART}"
+            return (
+                f"lost {stalled_processes(others, self._hosts, now, silent_s)[1]}; {self._restart}"
+            )
         return ""
 
     def _lost_coordinator(self) -> str:
-        return f"lost process 0 ({self._hosts[0]}), the coordinator; {RESTART}"
+        return f"lost process 0 ({self._hosts[0]}), the coordinator; {self._restart}"
 
     def _die(self, code: int, line: str) -> None:
         os.write(2, f"error: {line}\n".encode())

@@ -16,6 +16,7 @@ import numpy as np
 
 from imagen_jax import cli
 from imagen_jax.data.prepare import ingest, passes
+from imagen_jax.data.prepare.preview import Bytes
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.distributed import startup
 from imagen_jax.distributed.watch import Watch
@@ -128,7 +129,7 @@ def main(folder: str, output: Path, processes: int, kill_at: int, log: Path | No
         kill_at_rename(kill_at)
     ingest.CHUNK = 4
     if log:
-        passes.preview = lambda *_: 0
+        passes.preview = lambda *_: Bytes(0, 0, 0)
     settings = passes.Settings(**SETTINGS | {"processes": processes})
     cli.log_to_stderr()
     startup.start(lost_s=LOST_S)

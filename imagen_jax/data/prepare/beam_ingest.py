@@ -21,7 +21,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from apache_beam.runners.runner import create_runner
 
 from imagen_jax.data.prepare import ingest, kept
-from imagen_jax.data.prepare.beam_pipeline import SUMMARY, Work, build
+from imagen_jax.data.prepare.beam_pipeline import SUMMARY, TOKEN, Tasks, build
 from imagen_jax.data.prepare.kept import PLAN, SKIPPED, Plan
 from imagen_jax.data.prepare.shards import AGAIN, finished
 from imagen_jax.data.sources.source import Source
@@ -29,7 +29,7 @@ from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement
 from imagen_jax.exit_codes import PipelineFailed
 from imagen_jax.run_log import Progress
-from imagen_jax.storage import read_json, write_lines
+from imagen_jax.storage import read_json, write_atomically, write_lines
 
 BLOCK = 4096  # consecutive items that are sorted and numbered together
 PROGRESS_S = 5.0
@@ -38,10 +38,18 @@ PROGRESS_S = 5.0
 def on_runner(options: Sequence[str]) -> Callable[..., Plan]:
     """`ingest.ingest` on a runner. options: of the pipeline, such as ["--runner=FlinkRunner"].
 
-    Raises ValueError for an option with a wrong value, and for a runner that Beam does not know.
+    Raises ValueError for an option with a wrong value, for a runner that Beam does not know, and
+    without a runner. A cluster may know options that Beam itself does not; DirectRunner has none.
     """
     parsed = _parse(options)
-    create_runner(parsed.view_as(StandardOptions).runner or "DirectRunner")
+    runner = parsed.view_as(StandardOptions).runner
+    if not runner:
+        raise ValueError("--beam names no runner: give --runner=DirectRunner, FlinkRunner, ...")
+    create_runner(runner)
+    unknown = set(parsed.get_all_options(retain_unknown_options=True))
+    unknown -= set(parsed.get_all_options())
+    if unknown and runner == "DirectRunner":
+        raise ValueError(f"--beam: DirectRunner has no option --{min(unknown)}")
 
     def run(workers: Workers, source: Source, partial: Path, settings: Any, at: ingest.At) -> Plan:
         del workers
@@ -81,13 +89,20 @@ def _run(options: PipelineOptions, source: Source, partial: Path, settings: Any)
     directory = partial / "plan"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    work = Work(source, partial, settings.shard_size, settings.min_size, settings.resize, BLOCK)
+    token = os.urandom(8).hex()
+    write_atomically(directory / TOKEN, token.encode())
+    tasks = Tasks(
+        source, partial, settings.shard_size, settings.min_size, settings.resize, BLOCK, token
+    )
     try:
         with _progress(partial, source), beam.Pipeline(options=options) as pipeline:
-            build(pipeline, work)
+            build(pipeline, tasks)
     except RuntimeError as error:
         causes = [line for line in str(error).splitlines() if "[while running" in line]
-        cause = (causes or str(error).splitlines() or [type(error).__name__])[-1].strip()
+        cause = (causes or str(error).splitlines() or [type(error).__name__])[-1]
+        cause = cause.strip().removeprefix("RuntimeError: ")
+        if cause.startswith("ValueError: "):  # which says what to do
+            raise ValueError(f"the Beam pipeline failed: {cause[12:]}") from error
         raise PipelineFailed(f"the Beam pipeline failed: {cause}; {AGAIN}") from error
     _complete(source, directory, settings.shard_size)
 
@@ -121,9 +136,14 @@ def _complete(source: Source, directory: Path, shard_size: int) -> None:
         reasons[note["reason"]] += note.get("count", 1)
         examples.setdefault(note["reason"], kept.example(note))
     parts = sorted(directory.glob(f"*-{SKIPPED}"))
+    if len(parts) != summary["blocks"]:
+        raise ValueError(
+            f"{directory} has {len(parts)} of the {summary['blocks']} files that the workers wrote:"
+            f" check the shared file system; {AGAIN}"
+        )
     told = itertools.chain.from_iterable(_read_lines(part) for part in parts)
     write_lines(directory / SKIPPED, itertools.chain(told, (json.dumps(n) + "\n" for n in notes)))
-    for file in (*parts, directory / SUMMARY):
+    for file in (*parts, directory / SUMMARY, directory / TOKEN):
         file.unlink()
     images, captions, sizes = (summary[name] for name in ("images", "captions", "sizes"))
     kept.write_plan(directory, shard_size, images, captions, reasons, examples, sizes)

@@ -12,6 +12,7 @@ block begin where those of the blocks before it end.
 import dataclasses
 import itertools
 import json
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,15 +31,17 @@ from imagen_jax.storage import write_atomically, write_lines
 
 OF_ITEM, MERGED, REPEATED = range(3)  # the order of the lines of skipped.jsonl for one item
 LINES, USES = "lines", "uses"  # side outputs
+ALL = ""  # in the place of a split: captions are numbered across splits
+PART = 16 * ingest.CHUNK  # items that one worker checks in a row
+TOKEN = "token"  # in the directory of the plan, until it is complete
 SUMMARY = "summary.json"  # in the directory of the plan, until it is complete
 Line = tuple[tuple[int, int, int], dict]  # ((index of the item, kind, place), line)
 
 
-class Use(NamedTuple):
-    """A caption of an image that is kept.
+class Occurrence(NamedTuple):
+    """One occurrence of a caption: of item `index`, at `place` among its captions.
 
-    index: of the item that has the caption, at `place` among its captions. id: of that item.
-    image: index of the item with the same pixels that comes first.
+    image: index of the first item with the same pixels. id: of the item.
     """
 
     index: int
@@ -56,11 +59,12 @@ class Numbers(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """What the tasks need; sent to the workers.
+class Tasks:
+    """What workers do, with all that they need.
 
     partial: the work directory. shard_size, min_size, resize: as in `passes.Settings`.
     block: number of consecutive items that are sorted and numbered together.
+    token: content of the file TOKEN in the work directory.
     """
 
     source: Source
@@ -69,9 +73,24 @@ class Work:
     min_size: int
     resize: Resize
     block: int
+    token: str
+
+    def plan_directory(self) -> Path:
+        """The directory of the plan. Raises ValueError if it is not the one that all share."""
+        try:
+            shared = (self.partial / "plan" / TOKEN).read_text() == self.token
+        except FileNotFoundError:
+            shared = False
+        if not shared:
+            raise ValueError(
+                f"{self.partial} is another directory on the worker {socket.gethostname()} than on"
+                " the machine that started the pipeline: mount the shared file system there"
+            )
+        return self.partial / "plan"
 
     def check(self, span: ingest.Span) -> Iterator[tuple[int, Checked]]:
         """(index, result) of the items of a span, from its file if that is there already."""
+        self.plan_directory()
         file = span.file(self.partial)
         if not file.is_file():
             ingest.check_span(self.source, self.partial, span, self.min_size, self.resize)
@@ -79,14 +98,14 @@ class Work:
 
     def write_lines(self, block: int, lines: Iterable[Line]) -> None:
         """Writes the lines of a block for skipped.jsonl."""
-        path = self.partial / "plan" / f"{block:09d}-{SKIPPED}"
+        path = self.plan_directory() / f"{block:09d}-{SKIPPED}"
         ordered = sorted(lines, key=lambda line: line[0])
         write_lines(path, (json.dumps(line) + "\n" for _, line in ordered))
 
     def write_captions(self, shard: int, captions: Iterable[tuple[int, str]]) -> None:
         """Writes the captions (number, text) of a shard to the plan."""
         texts = [text for _, text in sorted(captions)]
-        kept.write_captions_of(self.partial / "plan", shard, texts)
+        kept.write_captions_of(self.plan_directory(), shard, texts)
 
     def write_images(
         self,
@@ -99,7 +118,7 @@ class Work:
         """
         (split, number), images = grouped
         rows = [image for _, image in sorted(images, key=lambda numbered: numbered[0])]
-        kept.write_images_of(self.partial / "plan", split, number, rows)
+        kept.write_images_of(self.plan_directory(), split, number, rows)
         counts = kept.shard_rows(numbers.totals[split], self.shard_size)
         shard = shards_of("images", split, counts)[number]
         if not finished(self.partial, shard.name):
@@ -113,27 +132,30 @@ class Work:
         reasons: Mapping[str, int],
         examples: Mapping[str, tuple],
         sizes: Mapping[str, float],
+        blocks: int,
     ) -> None:
         """Writes what `_complete` needs of all items."""
         content = {
             "images": {split: images.totals.get(split, 0) for split in SPLITS},
-            "captions": captions.totals.get("", 0),
+            "captions": captions.totals.get(ALL, 0),
             "reasons": reasons,
             "examples": {reason: text for reason, (_, text) in examples.items()},
             "sizes": sizes,
+            "blocks": blocks,
         }
-        write_atomically(self.partial / "plan" / SUMMARY, json.dumps(content).encode())
+        write_atomically(self.plan_directory() / SUMMARY, json.dumps(content).encode())
 
 
-def build(pipeline: beam.Pipeline, work: Work) -> None:
+def build(pipeline: beam.Pipeline, tasks: Tasks) -> None:
     """Adds the transforms to a pipeline."""
-    size, block = work.shard_size, work.block
+    size, block = tasks.shard_size, tasks.block
     checked = (
         pipeline
-        | "shards" >> beam.Create(ingest.shard_bounds(work.source))
+        | "shards" >> beam.Create(ingest.shard_bounds(tasks.source))
+        | "parts" >> beam.FlatMapTuple(_parts)
+        | "spread parts" >> beam.Reshuffle()
         | "spans" >> beam.FlatMapTuple(ingest.spans_between)
-        | "spread spans" >> beam.Reshuffle()
-        | "check" >> beam.FlatMap(work.check)
+        | "check" >> beam.FlatMap(tasks.check)
     )
     of_items = checked | "lines of items" >> beam.FlatMapTuple(_lines_of_item)
     merged = (
@@ -154,9 +176,9 @@ def build(pipeline: beam.Pipeline, work: Work) -> None:
         lines
         | "lines by block" >> beam.Map(lambda line: (line[0][0] // block, line))
         | "lines of block" >> beam.GroupByKey()
-        | "write lines" >> beam.MapTuple(work.write_lines)
+        | "write lines" >> beam.MapTuple(tasks.write_lines)
     )
-    caption_numbers = _count(distinct.captions, "captions", lambda use: ("", use.index // block))
+    caption_numbers = _count(distinct.captions, "captions", lambda use: (ALL, use.index // block))
     image_numbers = _count(
         merged.images, "images", lambda indexed: (indexed[1].split, indexed[0] // block)
     )
@@ -171,7 +193,7 @@ def build(pipeline: beam.Pipeline, work: Work) -> None:
         numbered
         | "captions by shard" >> beam.MapTuple(lambda n, use: (n // size, (n, use.text)))
         | "captions of shard" >> beam.GroupByKey()
-        | "write captions" >> beam.MapTuple(work.write_captions)
+        | "write captions" >> beam.MapTuple(tasks.write_captions)
     )
     references = _references(merged[USES], numbered, block)
     _ = (
@@ -184,9 +206,9 @@ def build(pipeline: beam.Pipeline, work: Work) -> None:
         >> beam.FlatMap(_number_images, size=size, numbers=beam.pvalue.AsSingleton(image_numbers))
         | "images of shard" >> beam.GroupByKey()
         | "write images"
-        >> beam.Map(work.write_images, numbers=beam.pvalue.AsSingleton(image_numbers))
+        >> beam.Map(tasks.write_images, numbers=beam.pvalue.AsSingleton(image_numbers))
     )
-    _summarize(pipeline, work, merged.images, lines, image_numbers, caption_numbers)
+    _summarize(pipeline, tasks, merged.images, lines, image_numbers, caption_numbers)
 
 
 def _references(uses: Any, numbered: Any, block: int) -> Any:
@@ -203,7 +225,7 @@ def _references(uses: Any, numbered: Any, block: int) -> Any:
 
 
 def _summarize(
-    pipeline: beam.Pipeline, work: Work, images: Any, lines: Any, image_numbers: Any, captions: Any
+    pipeline: beam.Pipeline, tasks: Tasks, images: Any, lines: Any, image_numbers: Any, captions: Any
 ) -> None:
     reasons = (
         lines
@@ -215,6 +237,12 @@ def _summarize(
         | "named" >> beam.Map(lambda at: (at[1]["reason"], (at[0], kept.example(at[1]))))
         | "examples" >> beam.CombinePerKey(min)
     )
+    blocks = (
+        lines
+        | "blocks" >> beam.Map(lambda line: line[0][0] // tasks.block)
+        | "distinct blocks" >> beam.Distinct()
+        | "count blocks" >> beam.combiners.Count.Globally()
+    )
     sizes = (
         images
         | "sides" >> beam.Map(lambda indexed: (indexed[1].height, indexed[1].width))
@@ -225,14 +253,21 @@ def _summarize(
         | "once" >> beam.Create([None])
         | "summary"
         >> beam.Map(
-            work.write_summary,
+            tasks.write_summary,
             images=beam.pvalue.AsSingleton(image_numbers),
             captions=beam.pvalue.AsSingleton(captions),
             reasons=beam.pvalue.AsDict(reasons),
             examples=beam.pvalue.AsDict(examples),
             sizes=beam.pvalue.AsSingleton(sizes),
+            blocks=beam.pvalue.AsSingleton(blocks),
         )
     )
+
+
+def _parts(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Parts of a shard of the source, large enough that opening it for each costs little."""
+    for first in range(start, stop, PART):
+        yield first, min(first + PART, stop)
 
 
 def _lines_of_item(index: int, item: Checked) -> list[Line]:
@@ -249,10 +284,10 @@ def _merge(_: str, items: Iterable[tuple[int, Checked]]) -> Iterator[Any]:
             yield beam.pvalue.TaggedOutput(LINES, ((index, MERGED, 0), line))
         if item.split == first.split:
             for place, text in enumerate(item.captions):
-                yield beam.pvalue.TaggedOutput(USES, Use(index, place, first_index, item.id, text))
+                yield beam.pvalue.TaggedOutput(USES, Occurrence(index, place, first_index, item.id, text))
 
 
-def _repeat(_: bytes, uses: Iterable[Use]) -> Iterator[Any]:
+def _repeat(_: bytes, uses: Iterable[Occurrence]) -> Iterator[Any]:
     """The first use of a caption."""
     first = min(uses, key=_position)
     yield first
@@ -262,7 +297,7 @@ def _repeat(_: bytes, uses: Iterable[Use]) -> Iterator[Any]:
             yield beam.pvalue.TaggedOutput(LINES, ((use.index, REPEATED, use.place), line))
 
 
-def _position(use: Use) -> tuple[int, int]:
+def _position(use: Occurrence) -> tuple[int, int]:
     return use.index, use.place
 
 
@@ -286,11 +321,11 @@ def _numbers(counts: Mapping[tuple[str, int], int]) -> Numbers:
 
 
 def _number_captions(
-    grouped: tuple[int, Iterable[Use]], numbers: Numbers
-) -> Iterator[tuple[int, Use]]:
+    grouped: tuple[int, Iterable[Occurrence]], numbers: Numbers
+) -> Iterator[tuple[int, Occurrence]]:
     """(number, first use) of the captions of a block."""
     block, firsts = grouped
-    return enumerate(sorted(firsts, key=_position), numbers.begins["", block])
+    return enumerate(sorted(firsts, key=_position), numbers.begins[ALL, block])
 
 
 def _refer(

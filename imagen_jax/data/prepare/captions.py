@@ -14,15 +14,17 @@ import numpy as np
 from jaxtyping import BFloat16
 
 from imagen_jax.data import quantization, records
-from imagen_jax.data.prepare.ingest import bar
+from imagen_jax.data.prepare.ingest import show
 from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.prepare.shards import Shard, finished, journal, shards_of
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement
 
-# Caption shards in memory at once; one core writes about 800 captions per second at XXL's width.
+# Caption shards that are written at once; one core writes about 800 captions per second at XXL's
+# width. All of them, and the one that is encoded, are in memory.
 _WRITERS = 6
+_WRITER_BYTES = 2**34  # of features in shards that are written, if all captions had max_length
 
 
 def caption_shards(plan: Plan) -> list[Shard]:
@@ -39,9 +41,9 @@ def encode_all(workers: Workers, encoder, partial: Path, plan: Plan, settings) -
     todo = [shard for shard in mine if not finished(partial, shard.name)]
     total, left = (sum(shard.rows for shard in part) for part in (mine, todo))
     tasks = _encoded(encoder, partial, plan, todo, settings)
-    with bar("encode captions", total, total - left) as progress:
-        for written in workers.each(write_captions, tasks, min(settings.processes, _WRITERS)):
-            progress.update(written)
+    shard_bytes = plan.shard_size * encoder.max_length * encoder.dim * 2
+    writers = max(1, min(settings.processes, _WRITERS, _WRITER_BYTES // shard_bytes))
+    show("encode captions", total, left, workers.each(write_captions, tasks, writers))
 
 
 def _encoded(encoder, partial: Path, plan: Plan, shards: list[Shard], settings) -> Iterator[tuple]:

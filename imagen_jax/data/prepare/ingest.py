@@ -7,10 +7,8 @@ Every process of the run does a share of the checks and of the image shards; pro
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-
-from tqdm import tqdm
 
 from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.kept import PLAN, Plan
@@ -21,10 +19,11 @@ from imagen_jax.data.prepare.shards import AGAIN, Shard, finished, shards_of, wr
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement
+from imagen_jax.run_log import Progress
 from imagen_jax.storage import read_json, write_atomically
 
-CHUNK = 512  # most images in one file of checks, the unit in which the first pass is resumed
-At = Callable[[str], None]  # told what this process begins to do
+CHUNK = 512  # most images in one file of checks, the unit in which checking is resumed
+At = Callable[[str], None]  # called with the name of each phase as it begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,8 @@ def check_usable(plan: Plan) -> None:
 
 def _check_and_select(workers: Workers, source: Source, partial: Path, settings, at: At) -> Plan:
     directory = partial / "plan"
-    if (directory / PLAN).is_file():
+    if agreement.first_says((directory / PLAN).is_file()):
+        agreement.wait_for_files([directory / PLAN])
         return Plan(directory)
     spans = spans_of(source)
     at("check images")
@@ -86,7 +86,7 @@ def _check_and_select(workers: Workers, source: Source, partial: Path, settings,
     agreement.gather()
     at("select images")
     if agreement.is_first():
-        with bar("select images", len(source), 0) as progress:
+        with Progress("select images", len(source)) as progress:
             rows = _checked_rows(partial, spans, progress)
             select(rows, source.notes(), settings.shard_size, directory)
     agreement.wait_for_files([directory / PLAN])
@@ -94,13 +94,13 @@ def _check_and_select(workers: Workers, source: Source, partial: Path, settings,
 
 
 def _check_all(workers: Workers, partial: Path, spans: list[Span], settings) -> None:
-    """First pass: the checks of these spans that are missing."""
+    """Writes the checks of these spans that are missing."""
     todo = [span for span in spans if not span.file(partial).is_file()]
     tasks = ((partial, span, settings.min_size, settings.resize) for span in todo)
     total, left = (sum(span.stop - span.start for span in part) for part in (spans, todo))
-    with bar("check images", total, total - left) as progress:
-        for checked in workers.each(check_span, tasks, 4 * settings.processes):
-            progress.update(checked)
+    show(
+        "check images", total, left, workers.each(check_span, tasks, 4 * settings.processes)
+    )
 
 
 def check_span(source: Source, partial: Path, span: Span, min_size: int, resize: Resize) -> int:
@@ -111,12 +111,12 @@ def check_span(source: Source, partial: Path, span: Span, min_size: int, resize:
     return len(rows)
 
 
-def _checked_rows(partial: Path, spans: list[Span], progress: tqdm) -> Iterator[checks.Checked]:
+def _checked_rows(partial: Path, spans: list[Span], progress: Progress) -> Iterator[checks.Checked]:
     """The checks of all processes in the order of the source."""
     for span in spans:
         agreement.wait_to_see(span.file(partial))
         yield from read_checked(span.file(partial))
-        progress.update(span.stop - span.start)
+        progress.update(span.stop)
 
 
 def read_checked(file: Path) -> list[checks.Checked]:
@@ -138,16 +138,18 @@ def image_shards(plan: Plan) -> list[Shard]:
 
 
 def _write_all(workers: Workers, partial: Path, plan: Plan, settings) -> None:
-    """Last pass: this process's share of the image shards."""
+    """Writes this process's share of the image shards."""
     mine = agreement.own_share(image_shards(plan))
     todo = [shard for shard in mine if not finished(partial, shard.name)]
     tasks = ((partial, shard, settings.resize) for shard in todo)
     total, left = (sum(shard.rows for shard in part) for part in (mine, todo))
-    with bar("write images", total, total - left) as progress:
-        for written in workers.each(write_images, tasks, 2 * settings.processes):
-            progress.update(written)
+    show("write images", total, left, workers.each(write_images, tasks, 2 * settings.processes))
 
 
-def bar(name: str, total: int, done: int) -> tqdm:
-    """A progress bar on a terminal, nothing elsewhere."""
-    return tqdm(desc=name, total=total, initial=done, unit="", disable=None)
+def show(name: str, total: int, left: int, done: Iterable[int]) -> None:
+    """Shows the progress of work of which `left` of `total` is left; `done` yields what is done."""
+    finished = total - left
+    with Progress(name, total, finished, quiet=not left) as progress:
+        for count in done:
+            finished += count
+            progress.update(finished)

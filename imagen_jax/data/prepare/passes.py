@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.prepare.shards import AGAIN, all_finished
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
-from imagen_jax.distributed import agreement
+from imagen_jax.distributed import agreement, startup
 from imagen_jax.storage import check_object, only_process, read_object, write_atomically
 
 REQUEST = "request.json"
@@ -89,7 +90,7 @@ def prepare(
       encoder: a text.encoder.TextEncoder; None to stop when the images are stored. The same call
         with an encoder continues.
       ingest: checks, selects and stores the images, see `ingest.ingest`.
-      at: told what this process begins to do, for the others that wait for it.
+      at: called with the name of each phase as it begins.
 
     Returns:
       The manifest; {} without an encoder.
@@ -147,7 +148,8 @@ def check_output(output: Path) -> None:
 def check_work_directory(partial: Path) -> None:
     """Raises ValueError if `partial` exists and is something else than a work directory."""
     known = {*DIRECTORIES, "hosts.json", "lock", REQUEST, SHARD_INDEX}
-    if partial.exists() and {path.name for path in partial.iterdir()} - known:
+    found = {path.name for path in partial.iterdir()} if partial.exists() else set()
+    if {name for name in found - known if not re.fullmatch(r"\..*\.tmp", name)}:
         raise ValueError(
             f"{partial} is in the way and is not unfinished work of prepare_data: choose another"
             " --output"
@@ -176,8 +178,7 @@ def _say(line: str) -> None:
 
 def _complete_for_all(output: Path, request: Mapping) -> bool:
     """Whether process 0 finds the result complete, see `_is_complete`."""
-    found = agreement.is_first() and _is_complete(output, request)
-    return bool(agreement.gather("complete" if found else "")[0])
+    return agreement.first_says(agreement.is_first() and _is_complete(output, request))
 
 
 def _remove_left_over(partial: Path) -> None:
@@ -205,8 +206,8 @@ def _begin(source: Source, encoder, partial: Path, settings: Settings, request: 
     if before:
         _refuse_changes(partial, before, request)
         print(f"continuing {partial}")
-    else:
-        _check_room(source, encoder, partial, settings)
+    if not before or ("encoder" in request and "encoder" not in before):
+        _check_room(source, encoder, partial, settings, images=not before)
     write_atomically(partial / REQUEST, json.dumps({**before, **request}).encode())
 
 
@@ -220,9 +221,11 @@ def _publish(output: Path, request: Mapping, plan: Plan) -> None:
     os.rename(partial / "result", output)
 
 
-def _check_room(source: Source, encoder, partial: Path, settings: Settings) -> None:
+def _check_room(source: Source, encoder, partial: Path, settings: Settings, images: bool) -> None:
+    """Raises ValueError if the disk has no room for captions and, if asked, images and work."""
     room = shutil.disk_usage(partial).free
-    if preview(source, encoder, settings) > room:
+    size = preview(source, encoder, settings, len(startup.hosts()) or 1)
+    if size.captions + images * (size.images + size.work) > room:
         raise ValueError(
             f"only {room / 2**20:.0f} MiB are free in {partial.parent}: make room or choose"
             " another --output"

@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import BFloat16
@@ -25,6 +25,7 @@ from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
 from imagen_jax.data.sources.source import Source
 
 _IMAGES = 64  # items that are decoded and encoded
+_NOTES = 10  # lines about files that are not read
 _SIDES = (64, 256, 1024)  # sizes of stored images that `dry_run` compares
 
 
@@ -64,39 +65,44 @@ class Sample:
         return int(tokens * token_bytes(dim, embedding)) + text
 
 
-def preview(source: Source, encoder, settings: Any, crew: int = 1) -> int:
+class Bytes(NamedTuple):
+    """Estimated bytes: stored images, captions with features that are not compressed, work files."""
+
+    images: int
+    captions: int
+    work: int
+
+
+def preview(source: Source, encoder, settings: Any, hosts: int = 1) -> Bytes:
     """Checks and encodes a sample, and prints size and time of the whole.
 
     Args:
       encoder: None if captions are not encoded now.
-      settings: `processes` (for images, in each process of the crew), `min_size`, `resize`,
-        `embedding`, `batch_size`.
-      crew: number of processes such as this one.
-
-    Returns:
-      The estimated bytes, with features that are not compressed.
+      settings: `processes` (for images, on each host), `min_size`, `resize`, `embedding`,
+        `batch_size`.
+      hosts: number of processes of the run.
     """
     sample = _take(source, encoder, settings, [settings.resize])
     size = _print_sample(source, sample, encoder, settings)
-    images = sample.image_s(settings.resize, settings.processes * crew)
-    _print_time(images + sample.scale * sample.encode_s / crew, settings, crew)
+    images = sample.image_s(settings.resize, settings.processes * hosts)
+    _print_time(images + sample.scale * sample.encode_s / hosts, settings, hosts)
     return size
 
 
-def dry_run(source: Source, encoder, settings: Any, crew: int, price: float) -> None:
+def dry_run(source: Source, encoder, settings: Any, hosts: int, price: float) -> None:
     """Prints the estimate of `preview`, with a table of other ways to store images and captions.
 
     Args:
-      settings, crew: as of `preview`; settings also has `shard_size`.
+      settings, hosts: as of `preview`; settings also has `shard_size`.
       price: storage price per GiB and month; 0 if unknown.
     """
     sizes = [Resize(side, kind) for side in _SIDES for kind in FORMATS]
     sample = _take(source, encoder, settings, list(dict.fromkeys([AS_IS, *sizes, settings.resize])))
     _print_sample(source, sample, encoder, settings)
-    choices = _image_choices(sample, settings, crew)
+    choices = _image_choices(sample, settings, hosts)
     if sample.features:
-        choices += _caption_choices(source, sample, encoder.dim, settings, crew)
-    _print_time(sum(choice.seconds for choice in choices if choice.chosen), settings, crew)
+        choices += _caption_choices(source, sample, encoder.dim, settings, hosts)
+    _print_time(sum(choice.seconds for choice in choices if choice.chosen), settings, hosts)
     print_choices(choices, price)
 
 
@@ -151,8 +157,8 @@ def _encode(
     return features, cut, seconds
 
 
-def _print_sample(source: Source, sample: Sample, encoder, settings: Any) -> int:
-    """Prints the sizes of the whole as `settings` would store it, and returns the bytes."""
+def _print_sample(source: Source, sample: Sample, encoder, settings: Any) -> Bytes:
+    """Prints the sizes of the whole as `settings` would store it."""
     usable, captions = len(sample.checked[settings.resize]), len(sample.captions)
     image_bytes = sample.scale * sample.image_bytes(settings.resize)
     text_bytes = 0.0
@@ -168,24 +174,30 @@ def _print_sample(source: Source, sample: Sample, encoder, settings: Any) -> int
             f" compression ({encoder.dim} features a token in {settings.embedding})"
         )
     print(f"work      about {len(source) * WORK_BYTES / 2**30:.2f} GiB of files until the end")
-    for note in source.notes():
+    _print_notes(source.notes())
+    return Bytes(int(image_bytes), int(text_bytes), len(source) * WORK_BYTES)
+
+
+def _print_notes(notes: Sequence[dict[str, Any]]) -> None:
+    for note in notes[:_NOTES]:
         detail = note.get("detail") or f"{note['count']} files, such as {note['files'][0]}"
         print(f"not read  {note['id']}: {note['reason']}, {detail}")
-    return int(image_bytes + text_bytes)
+    if len(notes) > _NOTES:
+        print(f"not read  and {len(notes) - _NOTES} more; skipped.jsonl will list them")
 
 
-def _print_time(seconds: float, settings: Any, crew: int) -> None:
-    print(f"time      about {seconds:.0f} s with {crew} x {settings.processes} processes")
+def _print_time(seconds: float, settings: Any, hosts: int) -> None:
+    print(f"time      about {seconds:.0f} s with {hosts} x {settings.processes} processes")
 
 
-def _image_choices(sample: Sample, settings: Any, crew: int) -> list[Choice]:
+def _image_choices(sample: Sample, settings: Any, hosts: int) -> list[Choice]:
     """A row for each way to store images that changes one, and for the chosen way."""
     sizes = lambda resize: [(item.height, item.width) for item in sample.checked[resize]]
     return [
         Choice(
             f"images, {resize.side} {resize.format}" if resize.side else "images, as they are",
             sample.scale * sample.image_bytes(resize),
-            sample.image_s(resize, settings.processes * crew),
+            sample.image_s(resize, settings.processes * hosts),
             resize == settings.resize,
         )
         for resize in sample.checked
@@ -194,7 +206,7 @@ def _image_choices(sample: Sample, settings: Any, crew: int) -> list[Choice]:
 
 
 def _caption_choices(
-    source: Source, sample: Sample, dim: int, settings: Any, crew: int
+    source: Source, sample: Sample, dim: int, settings: Any, hosts: int
 ) -> list[Choice]:
     """A row for each dtype of features: their time is that of encoding and of writing."""
     count = len(sample.captions)
@@ -204,7 +216,7 @@ def _caption_choices(
     for name in records.EMBEDDINGS:
         stores[name] = StoreEstimate(sample.scale * count, *means, dim, settings.shard_size, name)
         write_s = _timed(lambda: _write(source, sample, name))[1] / settings.processes
-        seconds[name] = sample.scale * (sample.encode_s + write_s) / crew
+        seconds[name] = sample.scale * (sample.encode_s + write_s) / hosts
     return caption_choices(stores, settings.embedding, seconds)
 
 

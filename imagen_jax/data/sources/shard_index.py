@@ -6,7 +6,8 @@
 A line counts for a shard whose size and modification time are those of the line. `key` identifies
 the format of the line, the options that it depends on and the name of the shard in ids. A line that
 is damaged or of another key is ignored. Several processes may append to one index, and read it at
-the same time.
+the same time. On a network file system, which may mix or lose lines of different hosts, that costs
+only another look at their shards.
 """
 
 import dataclasses
@@ -82,7 +83,7 @@ class ShardIndex:
         if not self._has_appended:  # the last line may be that of a process that was killed
             self._path.parent.mkdir(parents=True, exist_ok=True)
             data = b"\n" + data
-        with open(self._path, "ab", buffering=0) as file:  # one write, so lines are not mixed
+        with open(self._path, "ab", buffering=0) as file:  # one write, which is whole on a local disk
             file.write(data)
         self._has_appended = True
 

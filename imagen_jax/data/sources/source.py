@@ -53,6 +53,9 @@ class SourceItem:
 class Source(Protocol):
     """Captioned images by index.
 
+    A source whose items lie in shards also has `shard_ends`: for each shard the index after its
+    last item. prepare_data then never reads a shard in more parts than it must.
+
     A damaged item has a fault and raises nothing, so that it costs only itself. An error that
     another attempt may not meet, such as a file system that does not answer, is raised.
     """

@@ -43,11 +43,14 @@ def summaries(
         stats = _stats(paths) if index else {}
 
         def known(path: Path) -> bool:
-            """Whether the shard is found in the index."""
-            if summary := path in stats and index.find(path, source.summary_key(path), stats[path]):
+            """Whether the shard is in the index; then it is added to `found`."""
+            if path not in stats:
+                return False
+            summary = index.find(path, source.summary_key(path), stats[path])
+            if summary is not None:
                 found[path] = summary
                 progress.update(len(found))
-            return path in found
+            return summary is not None
 
         todo = [path for path in paths if not known(path)]
         if index:
@@ -94,7 +97,7 @@ def _made(source: Summarizer, tasks: Iterator[Path], count: int) -> Iterator[tup
 
 def _in_processes(source: Summarizer, tasks: Iterable[Path]) -> Iterator[tuple[Path, Summary]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = min(max(cores or 1, THREADS), MOST_PROCESSES)
+    processes = min(cores or 1, MOST_PROCESSES)
     with Workers(source, processes) as workers:
         yield from workers.each(_summary, ((path,) for path in tasks), 2 * processes)
 

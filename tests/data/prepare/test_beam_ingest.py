@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from absl import flags
@@ -67,7 +68,7 @@ def test_the_same_bytes(tangled, by_pool, tmp_path, block, monkeypatch):
     """Catches an order that depends on grouping, lost lines, and numbers that jump or repeat."""
     monkeypatch.setattr(beam_ingest, "BLOCK", block)
     monkeypatch.setattr(ingest, "CHUNK", 4)
-    assert prepared(tangled, tmp_path / "data", beam_ingest.on_runner([])) == by_pool
+    assert prepared(tangled, tmp_path / "data", beam_ingest.on_runner(TWO_WORKERS[:1])) == by_pool
 
 
 def test_the_same_bytes_with_two_workers(tangled, by_pool, tmp_path):
@@ -81,7 +82,7 @@ def test_the_pool_continues_a_pipeline_and_the_other_way_round(
     tangled, by_pool, tmp_path, first, monkeypatch
 ):
     """Catches work files that only their own engine can read, or that the other makes again."""
-    engines = {"pool": ingest.ingest, "pipeline": beam_ingest.on_runner([])}
+    engines = {"pool": ingest.ingest, "pipeline": beam_ingest.on_runner(TWO_WORKERS[:1])}
     second = next(name for name in engines if name != first)
     monkeypatch.setattr(ingest, "CHUNK", 4)
     original, done = ingest.check_span, []
@@ -108,7 +109,7 @@ def test_no_usable_image_is_the_same_error(tmp_path):
     (tmp_path / "in" / "a.png").write_bytes(b"not a picture")
     (tmp_path / "in" / "a.txt").write_text("a caption")
     with pytest.raises(ValueError, match="no usable image in --source: 1 broken_image, such as"):
-        prepared(tmp_path / "in", tmp_path / "data", beam_ingest.on_runner([]))
+        prepared(tmp_path / "in", tmp_path / "data", beam_ingest.on_runner(TWO_WORKERS[:1]))
 
 
 def test_a_worker_that_fails_is_one_line(tangled, tmp_path, monkeypatch):
@@ -120,14 +121,16 @@ def test_a_worker_that_fails_is_one_line(tangled, tmp_path, monkeypatch):
     monkeypatch.setattr(ingest, "check_span", fail)
     cause = "OSError: .Errno 5. Input/output error: '/mnt/pictures/003.png' .while running 'check'."
     with pytest.raises(PipelineFailed, match=f"^the Beam pipeline failed: {cause}; run the same"):
-        prepared(tangled, tmp_path / "data", beam_ingest.on_runner([]))
+        prepared(tangled, tmp_path / "data", beam_ingest.on_runner(TWO_WORKERS[:1]))
     assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--direct_num_workers=many", "--beam: argument --direct_num_workers: invalid int value"),
+        ("--runner=DirectRunner --direct_num_workers=many", "--beam: argument --direct_num_workers: invalid int value"),
+        ("--runnner=FlinkRunner", "names no runner: give --runner=DirectRunner"),
+        ("--runner=DirectRunner --direct_num_worker=2", "has no option --direct_num_worker$"),
         ("--runner=MyRunner", "Unexpected pipeline runner: MyRunner. Valid values are "),
     ],
 )
@@ -141,25 +144,25 @@ def test_wrong_options_are_refused_before_the_source_is_opened(tmp_path, options
         prepare_data._run(values)
 
 
-def test_without_beam_it_says_what_to_install(tmp_path, monkeypatch):
-    """Catches an ImportError that names a module of ours."""
-    monkeypatch.setitem(sys.modules, "imagen_jax.data.prepare.beam_ingest", None)
-    monkeypatch.delattr("imagen_jax.data.prepare.beam_ingest")
-    with pytest.raises(ValueError, match=r"needs Apache Beam: pip install 'imagen_jax\[beam\]'"):
-        prepare_data._ingestion("--runner=DirectRunner")
+def test_a_worker_without_the_shared_file_system(tangled, tmp_path, monkeypatch):
+    """Catches images that count as missing, and files on the disk of a worker."""
+    monkeypatch.setattr(beam_ingest, "write_atomically", lambda *_: None)  # no token
+    with pytest.raises(ValueError, match="failed: .*data.partial is another directory on the work"):
+        prepared(tangled, tmp_path / "data", beam_ingest.on_runner(TWO_WORKERS[:1]))
 
 
 def test_killed_and_continued(tangled, by_pool, tmp_path):
     """Catches half-written files that a second pipeline trusts, and workers that live on."""
-    output = tmp_path / "data"
+    output, partial = tmp_path / "data", tmp_path / "data.partial"
     command = [sys.executable, "-m", "imagen_jax.prepare_data", f"--source=folder:{tangled}"]
     command += [f"--output={output}", "--images_only", "--heldout=0.4", "--shard_size=8"]
     command += [f"--beam={' '.join(TWO_WORKERS)}"]
-    for seconds in (6.0, 7.5, 9.0):
+    # Killed once there is something in these folders, and all three times before the end.
+    for folder in ("checked", "plan", "journal"):
         with subprocess.Popen(command, cwd=tiny.ROOT, stderr=subprocess.DEVNULL) as process:
-            try:
-                process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
+            while process.poll() is None and not any((partial / folder).glob("*")):
+                time.sleep(0.02)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
     subprocess.run(command, cwd=tiny.ROOT, check=True)
     assert prepared(tangled, output) == by_pool

@@ -16,6 +16,7 @@ from absl import flags
 from imagen_jax import exit_codes, prepare_data
 from imagen_jax.data import pipeline, records
 from imagen_jax.data.prepare import captions, ingest, kept, passes, selection, shards
+from imagen_jax.data.prepare.preview import WORK_BYTES
 from imagen_jax.data.sources.folder import FolderSource
 from tests import tiny
 from tests.data import synthetic
@@ -263,7 +264,7 @@ def test_preview_is_near_the_truth_and_writes_nothing(folder, whole, capsys):
     texts = 40 * 4 * FakeEncoder.dim * 2 + sum(
         len(f"picture number {i}") + len("a colour ramp") for i in range(20)
     )
-    assert estimate == images + texts
+    assert estimate == (images, texts, 20 * WORK_BYTES)
     printed = capsys.readouterr().out
     assert "20 usable, 40 captions, 0 of them cut" in printed and "time      about" in printed
     assert set(folder.parent.rglob("*")) == before
@@ -379,6 +380,14 @@ def test_images_only_and_then_the_rest(folder, whole, tmp_path, monkeypatch, cap
     monkeypatch.setattr(ingest, "write_images", lambda *_: pytest.fail("written twice"))
     prepare(folder, tmp_path / "data")
     assert tree(tmp_path / "data") == tree(whole)
+
+
+def test_without_beam_it_says_what_to_install(monkeypatch):
+    """Catches an ImportError that names a module of ours."""
+    monkeypatch.setitem(sys.modules, "imagen_jax.data.prepare.beam_ingest", None)
+    monkeypatch.delattr("imagen_jax.data.prepare.beam_ingest", raising=False)
+    with pytest.raises(ValueError, match=r"needs Apache Beam: pip install 'imagen_jax\[beam\]'"):
+        prepare_data._ingestion("--runner=DirectRunner")
 
 
 def test_command_line_errors_are_one_line(tmp_path):
