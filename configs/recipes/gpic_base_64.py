@@ -21,7 +21,7 @@ Hardware: 4.5 hours on v5e:16x16, 1,139 chip-hours, from the planned step time o
 Expect: not trained yet, so no loss or score is known.
 Recorded: BENCHMARKS.md, "Planned, not run: the recipes for GPIC".
 
-Variants: those of base_64.py, such as `:demo` for two CPU cores and `:tiny` for tests.
+Variants: `:demo` for two CPU cores and `:tiny` for tests, as in base_64.py.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,9 @@ from configs import base_64
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The complete config: that of base_64 with the changes below; `arg` is a variant of it."""
+    """The complete config: that of base_64 with the changes below; `arg` is "", "demo" or "tiny"."""
+    if arg not in ("", "demo", "tiny"):
+        raise ValueError(f"this recipe has no variant {arg!r}: give demo, tiny or none")
     c = base_64.get_config(arg).unlock()
     c.name = f"gpic_{c.name}"
     if not arg:

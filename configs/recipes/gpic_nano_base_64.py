@@ -23,7 +23,7 @@ peak and 1.01 s of memory traffic. Hours on the GPU are not planned.
 Expect: not trained yet, so no loss or score is known.
 Recorded: BENCHMARKS.md, "Planned, not run: the recipes for GPIC".
 
-Variants: those of base_64.py, such as `:demo` for two CPU cores and `:tiny` for tests.
+Variants: `:demo` for two CPU cores and `:tiny` for tests, as in base_64.py.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +32,9 @@ from configs import base_64
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The complete config: that of base_64 with the changes below; `arg` is a variant of it."""
+    """The complete config: that of base_64 with the changes below; `arg` is "", "demo" or "tiny"."""
+    if arg not in ("", "demo", "tiny"):
+        raise ValueError(f"this recipe has no variant {arg!r}: give demo, tiny or none")
     c = base_64.get_config(arg or "width=128").unlock()
     c.name = f"gpic_nano_{c.name}" if arg else "gpic_nano_base_64"
     if not arg:

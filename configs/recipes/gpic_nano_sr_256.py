@@ -22,7 +22,7 @@ peak and 0.31 s of memory traffic. Hours on the GPU are not planned.
 Expect: not trained yet, so no loss or score is known.
 Recorded: BENCHMARKS.md, "Planned, not run: the recipes for GPIC".
 
-Variants: those of sr_256.py: `:demo` for two CPU cores and `:tiny` for tests.
+Variants: `:demo` for two CPU cores and `:tiny` for tests, as in sr_256.py.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,9 @@ from configs import sr_256
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The complete config: that of sr_256 with the changes below; `arg` is a variant of it."""
+    """The complete config: that of sr_256 with the changes below; `arg` is "", "demo" or "tiny"."""
+    if arg not in ("", "demo", "tiny"):
+        raise ValueError(f"this recipe has no variant {arg!r}: give demo, tiny or none")
     c = sr_256.get_config(arg).unlock()
     c.name = f"gpic_nano_{c.name}"
     if not arg:

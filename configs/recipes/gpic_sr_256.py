@@ -20,7 +20,7 @@ Hardware: 1.4 hours on v5e:16x16, 366 chip-hours, from the planned step time of 
 Expect: not trained yet, so no loss or score is known.
 Recorded: BENCHMARKS.md, "Planned, not run: the recipes for GPIC".
 
-Variants: those of sr_256.py: `:demo` for two CPU cores and `:tiny` for tests.
+Variants: `:demo` for two CPU cores and `:tiny` for tests, as in sr_256.py.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +29,9 @@ from configs import sr_256
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The complete config: that of sr_256 with the changes below; `arg` is a variant of it."""
+    """The complete config: that of sr_256 with the changes below; `arg` is "", "demo" or "tiny"."""
+    if arg not in ("", "demo", "tiny"):
+        raise ValueError(f"this recipe has no variant {arg!r}: give demo, tiny or none")
     c = sr_256.get_config(arg).unlock()
     c.name = f"gpic_{c.name}"
     if not arg:

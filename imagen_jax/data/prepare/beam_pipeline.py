@@ -225,7 +225,12 @@ def _references(uses: Any, numbered: Any, block: int) -> Any:
 
 
 def _summarize(
-    pipeline: beam.Pipeline, tasks: Tasks, images: Any, lines: Any, image_numbers: Any, captions: Any
+    pipeline: beam.Pipeline,
+    tasks: Tasks,
+    images: Any,
+    lines: Any,
+    image_numbers: Any,
+    captions: Any,
 ) -> None:
     reasons = (
         lines
@@ -284,7 +289,9 @@ def _merge(_: str, items: Iterable[tuple[int, Checked]]) -> Iterator[Any]:
             yield beam.pvalue.TaggedOutput(LINES, ((index, MERGED, 0), line))
         if item.split == first.split:
             for place, text in enumerate(item.captions):
-                yield beam.pvalue.TaggedOutput(USES, Occurrence(index, place, first_index, item.id, text))
+                yield beam.pvalue.TaggedOutput(
+                    USES, Occurrence(index, place, first_index, item.id, text)
+                )
 
 
 def _repeat(_: bytes, uses: Iterable[Occurrence]) -> Iterator[Any]:

@@ -98,9 +98,7 @@ def _check_all(workers: Workers, partial: Path, spans: list[Span], settings) -> 
     todo = [span for span in spans if not span.file(partial).is_file()]
     tasks = ((partial, span, settings.min_size, settings.resize) for span in todo)
     total, left = (sum(span.stop - span.start for span in part) for part in (spans, todo))
-    show(
-        "check images", total, left, workers.each(check_span, tasks, 4 * settings.processes)
-    )
+    show("check images", total, left, workers.each(check_span, tasks, 4 * settings.processes))
 
 
 def check_span(source: Source, partial: Path, span: Span, min_size: int, resize: Resize) -> int:

@@ -66,7 +66,7 @@ class Sample:
 
 
 class Bytes(NamedTuple):
-    """Estimated bytes: stored images, captions with features that are not compressed, work files."""
+    """Estimated bytes: images as stored, captions with uncompressed features, work files."""
 
     images: int
     captions: int

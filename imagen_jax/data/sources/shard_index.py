@@ -83,7 +83,9 @@ class ShardIndex:
         if not self._has_appended:  # the last line may be that of a process that was killed
             self._path.parent.mkdir(parents=True, exist_ok=True)
             data = b"\n" + data
-        with open(self._path, "ab", buffering=0) as file:  # one write, which is whole on a local disk
+        with open(
+            self._path, "ab", buffering=0
+        ) as file:  # one write, which is whole on a local disk
             file.write(data)
         self._has_appended = True
 

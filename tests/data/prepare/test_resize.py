@@ -254,7 +254,7 @@ def test_the_estimate_counts_resized_bytes(photographs, resized):
     """Catches an estimate, and a refusal for lack of room, from the bytes of the originals."""
     source = FolderSource(photographs, 0.2)
     estimates = [
-        passes.preview(source, FakeEncoder(), passes.Settings(**SETTINGS, resize=resize))
+        passes.preview(source, FakeEncoder(), passes.Settings(**SETTINGS, resize=resize)).images
         for resize in (AS_IS, Resize(16))
     ]
     prepared = records.Prepared(resized)
