@@ -32,9 +32,9 @@ from configs import base_64
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The complete config: that of base_64 with the changes below; `arg` is "", "demo" or "tiny"."""
+    """The complete config: base_64 with the changes below; `arg` is "", "demo" or "tiny"."""
     if arg not in ("", "demo", "tiny"):
-        raise ValueError(f"this recipe has no variant {arg!r}: give demo, tiny or none")
+        raise ValueError(f"this recipe has no variant {arg!r}; use 'demo' or 'tiny'")
     c = base_64.get_config(arg or "width=128").unlock()
     c.name = f"gpic_nano_{c.name}" if arg else "gpic_nano_base_64"
     if not arg:

@@ -31,9 +31,9 @@ from configs import sr_256
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The complete config: that of sr_256 with the changes below; `arg` is "", "demo" or "tiny"."""
+    """The complete config: sr_256 with the changes below; `arg` is "", "demo" or "tiny"."""
     if arg not in ("", "demo", "tiny"):
-        raise ValueError(f"this recipe has no variant {arg!r}: give demo, tiny or none")
+        raise ValueError(f"this recipe has no variant {arg!r}; use 'demo' or 'tiny'")
     c = sr_256.get_config(arg).unlock()
     c.name = f"gpic_nano_{c.name}"
     if not arg:
