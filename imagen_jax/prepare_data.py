@@ -17,6 +17,7 @@ others name it and exit; the same command continues. Memory does not grow with t
 `--beam` ingests the images on an Apache Beam runner instead.
 """
 
+import logging
 import shlex
 from collections.abc import Callable
 from functools import partial
@@ -72,7 +73,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "beam",
         "",
         "ingest the images with Apache Beam, with these pipeline options: '--runner=FlinkRunner"
-        " --flink_master=HOST:PORT'; needs pip install 'imagen_jax[beam]'",
+        " --flink_master=HOST:PORT'; needs pip install apache-beam",
     )
     integer(
         "max_length", 128, "captions are truncated to this many tokens; the paper gives no number"
@@ -138,6 +139,7 @@ def main() -> int:
 
 def _run(args: flags.FlagValues) -> None:
     cli.log_to_stderr()
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)  # it tells of every step
     settings, output = _settings(args), Path(args.output).resolve()
     if args.preview_captions:
         return _preview_captions(args)
@@ -200,7 +202,7 @@ def _ingestion(options: str) -> Callable:
     try:
         from imagen_jax.data.prepare import beam_ingest
     except ModuleNotFoundError as error:
-        raise ValueError("--beam needs Apache Beam: pip install 'imagen_jax[beam]'") from error
+        raise ValueError("--beam needs Apache Beam: pip install 'apache-beam>=2.77'") from error
     return beam_ingest.on_runner(shlex.split(options))
 
 

@@ -66,7 +66,7 @@ MISTAKES = {
     "data not prepared": (
         "imagen_jax.train",
         [TINY, "--config.data.path=nowhere", "--workdir=w"],
-        "nowhere is not prepared data",
+        "nowhere does not exist",
     ),
     "mesh that does not fit": (
         "imagen_jax.train",

@@ -130,7 +130,8 @@ def plan(
     readings = [reading for reading in readings if Path(reading["path"]).is_dir()]
     if not readings:
         raise ValueError(
-            f"{data} has no data to read: make some with python -m tools.reader_speed {data} --make"
+            f"{data} has none of the folders prepared, tars and parquet to read: give a new"
+            " directory with --make"
         )
     return readings
 

@@ -300,10 +300,7 @@ class Prepared:
         self.path = Path(path)
         file = self.path / MANIFEST
         if not file.is_file():
-            raise ValueError(
-                f"{self.path} is not prepared data (no {MANIFEST}): run python -m"
-                " imagen_jax.prepare_data"
-            )
+            raise ValueError(_no_manifest(self.path))
         remedy = "copy the directory again, or remove it and prepare the data again"
         self.manifest = read_object(file, {"format_version": int}, remedy)
         version, known = self.manifest["format_version"], (FORMAT_VERSION, INT8_FORMAT_VERSION)
@@ -426,6 +423,17 @@ class Prepared:
                     f"{self.path / name} is damaged (its checksum differs): remove {self.path} and"
                     " prepare the data again"
                 )
+
+
+def _no_manifest(path: Path) -> str:
+    """Why a directory has no manifest, and what to do."""
+    if path.suffix == ".partial" or path.with_name(f"{path.name}.partial").is_dir():
+        return (
+            f"{path} is unfinished: run its prepare_data command again, with --encoder if it had"
+            " --images_only"
+        )
+    what = "is not prepared data" if path.exists() else "does not exist"
+    return f"{path} {what} (no {MANIFEST}): run python -m imagen_jax.prepare_data"
 
 
 def open_once(path: str | os.PathLike) -> Prepared:

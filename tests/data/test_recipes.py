@@ -161,6 +161,17 @@ def coco(root):
         (folder / f"captions_{part}.json").write_text(json.dumps(content))
 
 
+def own(root):
+    """Twenty pictures and the file of captions that the page shows."""
+    folder = root / "pictures"
+    folder.mkdir()
+    rows = ["file,caption"]
+    for i in range(20):
+        (folder / f"{i}.png").write_bytes(picture("PNG", 20, 20, i))
+        rows.append(f'{i}.png,"a red apple, number {i}"')
+    (folder / "captions.csv").write_text("\n".join(rows))
+
+
 def hub(root):
     """Two files of a struct of bytes and path, and a text, with the hub's metadata."""
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -183,6 +194,7 @@ def hub(root):
 # The layout that a command reads, the images and captions of its result, and the reasons in
 # skipped.jsonl.
 EXPECTED = {
+    "data/pictures": (own, 20, 20, {}),
     "data/gpic": (gpic, 6, 6, {"small_image": 2, "missing_shard": 7998}),
     "data/gpic_val": (gpic, 6, 6, {"small_image": 2, "missing_shard": 30}),
     "data/gpic_test": (gpic, 6, 6, {"small_image": 2, "missing_shard": 126}),

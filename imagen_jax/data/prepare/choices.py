@@ -24,21 +24,25 @@ def print_choices(choices: Sequence[Choice], price: float) -> None:
 
     price: storage price per GiB and month; 0 if unknown, then there is no column of costs.
     """
-    heading = f"  {'* chosen':<24}{'bytes':>12}{'hours':>12}"
+    heading = f"  {'* chosen':<24}{'size':>12}{'time':>12}"
     print(heading + (f"{'per month':>14}" if price else ""))
     for choice in choices:
-        hours = "-" if choice.seconds is None else _number(choice.seconds / 3600)
+        time = "unknown" if choice.seconds is None else _time(choice.seconds)
         row = f"{'*' if choice.chosen else ' '} {choice.name:<24}"
-        row += f"{size_text(choice.bytes):>12}{hours:>12}"
+        row += f"{size_text(choice.bytes):>12}{time:>12}"
         print(row + (f"{_number(choice.bytes / 2**30 * price):>14}" if price else ""))
     if price:
         print(f"price     {price:g} per GiB and month")
 
 
 def size_text(size: float) -> str:
-    """The size in MiB, GiB or TiB, with its unit."""
-    unit = min(max(int(math.log2(max(size, 1)) // 10), 2), 4)
-    return f"{size / 2 ** (10 * unit):,.1f} {('MiB', 'GiB', 'TiB')[unit - 2]}"
+    """The size in KiB, MiB, GiB or TiB, with its unit."""
+    unit = min(max(int(math.log2(max(size, 1)) // 10), 1), 4)
+    return f"{size / 2 ** (10 * unit):,.1f} {('KiB', 'MiB', 'GiB', 'TiB')[unit - 1]}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 360 else f"{_number(seconds / 3600)} h"
 
 
 def _number(value: float) -> str:

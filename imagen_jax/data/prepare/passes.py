@@ -21,7 +21,7 @@ from imagen_jax.data import records
 from imagen_jax.data.prepare import captions
 from imagen_jax.data.prepare.ingest import At, image_shards
 from imagen_jax.data.prepare.ingest import ingest as ingest_here
-from imagen_jax.data.prepare.kept import Plan
+from imagen_jax.data.prepare.kept import PLAN, Plan
 from imagen_jax.data.prepare.manifest import finish, listed
 from imagen_jax.data.prepare.preview import preview
 from imagen_jax.data.prepare.resize import AS_IS, Resize
@@ -117,7 +117,10 @@ def prepare(
                 captions.encode_all(workers, encoder, partial, plan, settings)
         agreement.gather()
         if encoder is None:
-            _say(f"the images are in {partial}; the same command with --encoder goes on")
+            _say(
+                f"the images are in {partial}; the same command with --encoder NAME in place of"
+                " --images_only continues"
+            )
             return {}
         at("complete the data")
         if agreement.is_first():
@@ -203,12 +206,27 @@ def _shared_work(output: Path) -> Iterator[None]:
 def _begin(source: Source, encoder, partial: Path, settings: Settings, request: Mapping) -> None:
     """Continues unfinished work of the same request, or begins if there is room on the disk."""
     before = _read_request(partial) if (partial / REQUEST).is_file() else {}
+    if before and _selected_nothing(partial):
+        _remove_work(partial)
+        before = {}
     if before:
         _refuse_changes(partial, before, request)
         print(f"continuing {partial}")
     if not before or ("encoder" in request and "encoder" not in before):
         _check_room(source, encoder, partial, settings, images=not before)
     write_atomically(partial / REQUEST, json.dumps({**before, **request}).encode())
+
+
+def _selected_nothing(partial: Path) -> bool:
+    """Whether an earlier run ended because no image was usable."""
+    plan = partial / "plan"
+    return (plan / PLAN).is_file() and not any(Plan(plan).images.values())
+
+
+def _remove_work(partial: Path) -> None:
+    for name in DIRECTORIES:
+        shutil.rmtree(partial / name)
+        (partial / name).mkdir()
 
 
 def _publish(output: Path, request: Mapping, plan: Plan) -> None:
@@ -272,15 +290,25 @@ def _refuse_changes(directory: Path, before: Mapping, request: Mapping) -> None:
     )
     keys = (*_IMAGE_KEYS, *_TEXT_KEYS, *_ABSENT, *_ABSENT_TEXT)
     changed = [
-        f"{key} was {before[key]}, is {request[key]}"
+        line
         for key in keys
-        if key in before and key in request and before[key] != request[key]
+        if key in before and key in request
+        for line in _differences(key, before[key], request[key])
     ]
     if changed:
         raise ValueError(
             f"{directory} was made with other settings ({'; '.join(changed)}): choose another"
-            " --output or remove it"
+            f" --output or remove {directory}"
         )
+
+
+def _differences(name: str, before: Any, now: Any) -> list[str]:
+    """What differs between two values, for a message; of objects only the differing parts."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = dict.fromkeys([*before, *now])
+        parts = (_differences(f"{name}.{part}", before.get(part), now.get(part)) for part in names)
+        return [line for lines in parts for line in lines]
+    return [] if before == now else [f"{name} was {before}, is {now}"]
 
 
 @contextlib.contextmanager
@@ -303,7 +331,11 @@ def _report(manifest: Mapping, output: Path, seconds: float) -> None:
         f"{output}: {images} images, smallest side {manifest['image_sizes']['min_side']} pixels,"
         f" {counts['captions']} captions, {size / 2**20:.1f} MiB, {seconds:.0f} s"
     )
-    print(
-        f"skipped or noted in skipped.jsonl: {listed(counts['skipped'])},"
-        f" {counts['truncated_captions']} truncated_caption"
-    )
+    truncated = {"truncated_caption": counts["truncated_captions"]}
+    told = counts["skipped"] | (truncated if truncated["truncated_caption"] else {})
+    print(f"skipped or noted in skipped.jsonl: {listed(told)}")
+    wanted = manifest["source"].get("heldout", 0)
+    if wanted and not counts["images"]["heldout"]:
+        print(
+            f"warning: --heldout {wanted:g} holds out none of these images: give a larger fraction"
+        )

@@ -164,7 +164,7 @@ def _print_sample(source: Source, sample: Sample, encoder, settings: Any) -> Byt
     text_bytes = 0.0
     print(
         f"sample    {sample.count} of {len(source)} images: {usable} usable, {captions} captions,"
-        f" {sample.cut} of them cut"
+        f" {sample.cut} of them truncated"
     )
     print(f"images    about {sample.scale * usable:.0f}, {image_bytes / 2**20:.1f} MiB")
     if encoder is not None:
@@ -187,7 +187,8 @@ def _print_notes(notes: Sequence[dict[str, Any]]) -> None:
 
 
 def _print_time(seconds: float, settings: Any, hosts: int) -> None:
-    print(f"time      about {seconds:.0f} s with {hosts} x {settings.processes} processes")
+    told = f"{hosts} processes, each with" if hosts > 1 else "one process with"
+    print(f"time      about {seconds:.0f} s in {told} {settings.processes} workers")
 
 
 def _image_choices(sample: Sample, settings: Any, hosts: int) -> list[Choice]:

@@ -98,7 +98,15 @@ class ShardedSource:
             raise_unless_of_the_file(error)
             return Summary(0, "", [self.note(path, MISSING, error.strerror or str(error))])
         if not regular:
-            return Summary(0, "", [self.note(path, MISSING, "is a directory or a device")])
+            return Summary(
+                0,
+                "",
+                [
+                    self.note(
+                        path, MISSING, "is a directory or a device; for its files, give {path}/*"
+                    )
+                ],
+            )
         return self.summarize(path)
 
     def __len__(self) -> int:

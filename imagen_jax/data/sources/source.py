@@ -16,6 +16,7 @@ A new kind of source is one new file here; no other file names it.
 import dataclasses
 import hashlib
 import importlib
+import os
 import pkgutil
 from pathlib import Path
 from types import ModuleType
@@ -134,8 +135,10 @@ def open_source(
     takes_name = kind in modules and ":" in modules[kind].USAGE
     if kind not in modules or takes_name != bool(name):
         usages = [module.USAGE for module in modules.values()]
+        advice = f"; for a directory of images, give folder:{args.source}"
         raise ValueError(
             f"--source {args.source!r} is not {', '.join(usages[:-1])} or {usages[-1]}"
+            + (advice if os.path.isdir(args.source) else "")
         )
     if getattr(args, "where", "") and not getattr(modules[kind], "HAS_METADATA", False):
         raise ValueError(

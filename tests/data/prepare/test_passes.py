@@ -206,7 +206,7 @@ def test_other_arguments_are_refused(folder, tmp_path, monkeypatch):
             prepare(folder, output)
     for changes in ({"shard_size": 9}, {"encoder": FakeEncoder(max_length=3)}, {"heldout": 0.5}):
         with pytest.raises(
-            ValueError, match="was made with other settings .*choose another --output or remove it"
+            ValueError, match="was made with other settings .*choose another --output or remove"
         ):
             prepare(folder, output, **changes)
     first = prepare(folder, output)
@@ -216,6 +216,34 @@ def test_other_arguments_are_refused(folder, tmp_path, monkeypatch):
     assert prepare(folder, output, encoder, processes=2) == first and not encoder.encoded
     with pytest.raises(ValueError, match="is not prepared data: choose another --output"):
         prepare(folder, folder)
+
+
+def test_only_what_differs_is_named(folder, tmp_path, monkeypatch):
+    """Catches whole descriptions of source and encoder in an error line."""
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "finish", lambda *a: (_ for _ in ()).throw(Stop()))
+        with pytest.raises(Stop):
+            prepare(folder, tmp_path / "data")
+    with pytest.raises(ValueError) as error:
+        prepare(folder, tmp_path / "data", heldout=0.5)
+    partial = tmp_path / "data.partial"
+    told = f"{partial} was made with other settings (source.heldout was 0.2, is 0.5; source.listing"
+    assert str(error.value).startswith(told) and "'" not in str(error.value)
+    assert str(error.value).endswith(f": choose another --output or remove {partial}")
+
+
+def test_settings_may_change_while_nothing_is_selected(folder, whole, tmp_path):
+    """Catches a mistaken limit that makes the corrected command fail."""
+    with pytest.raises(ValueError, match="no usable image"):
+        prepare(folder, tmp_path / "data", min_size=100)
+    prepare(folder, tmp_path / "data")
+    assert tree(tmp_path / "data") == tree(whole)
+
+
+def test_a_split_without_images_is_a_warning(folder, tmp_path, capsys):
+    """Catches a validation that never runs, unnoticed."""
+    prepare(folder, tmp_path / "data", heldout=0.0001)
+    assert "warning: --heldout 0.0001 holds out none of these images" in capsys.readouterr().out
 
 
 def test_one_at_a_time(folder, tmp_path):
@@ -266,7 +294,7 @@ def test_preview_is_near_the_truth_and_writes_nothing(folder, whole, capsys):
     )
     assert estimate == (images, texts, 20 * WORK_BYTES)
     printed = capsys.readouterr().out
-    assert "20 usable, 40 captions, 0 of them cut" in printed and "time      about" in printed
+    assert "20 usable, 40 captions, 0 of them truncated" in printed and "time      about" in printed
     assert set(folder.parent.rglob("*")) == before
 
 
@@ -386,7 +414,7 @@ def test_without_beam_it_says_what_to_install(monkeypatch):
     """Catches an ImportError that names a module of ours."""
     monkeypatch.setitem(sys.modules, "imagen_jax.data.prepare.beam_ingest", None)
     monkeypatch.delattr("imagen_jax.data.prepare.beam_ingest", raising=False)
-    with pytest.raises(ValueError, match=r"needs Apache Beam: pip install 'imagen_jax\[beam\]'"):
+    with pytest.raises(ValueError, match="needs Apache Beam: pip install 'apache-beam>=2.77'"):
         prepare_data._ingestion("--runner=DirectRunner")
 
 

@@ -1,6 +1,7 @@
 """Estimates of stores and of choices, against written data and numbers computed by hand."""
 
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -83,27 +84,31 @@ def test_four_hundred_million(tmp_path, capsys):
     )
     int8 = 400e6 * (4 * (0.91 * 4096 + 4) + store.text_bytes + 250) + 97_657 * 2**15
     assert table(told) == [
-        (True, "captions, bfloat16", tebibytes(store.bytes), "13.9", f"{store.bytes / 2**31:,.1f}"),
-        (False, "captions, int8", tebibytes(int8), "13.9", f"{int8 / 2**31:,.1f}"),
+        (
+            True,
+            "captions, bfloat16",
+            tebibytes(store.bytes),
+            "13.9 h",
+            f"{store.bytes / 2**31:,.1f}",
+        ),
+        (False, "captions, int8", tebibytes(int8), "13.9 h", f"{int8 / 2**31:,.1f}"),
     ]
     small = preview_captions(source, tokenize, 4096, 1000, 4096, "int8", rate=0, chips=0, price=0)
     told = capsys.readouterr().out
-    assert "price" not in told and "time" not in told and "1 shards" in told
+    assert "price" not in told and "\ntime " not in told and "1 shards" in told
     assert "4096 features per token in int8, 15.7 MiB uncompressed; zstd leaves about 0.91" in told
     assert [row[:2] + row[3:] for row in table(told)] == [
-        (False, "captions, bfloat16", "-"),
-        (True, "captions, int8", "-"),
+        (False, "captions, bfloat16", "unknown"),
+        (True, "captions, int8", "unknown"),
     ]
     assert small.uncompressed < 1000 * 4 * 8192
 
 
 def table(told):
-    """The rows of the printed table: (chosen, name, size, hours, ...)."""
+    """The rows of the printed table: (chosen, name, size, time, ...)."""
     rows = told[told.index("* chosen") :].splitlines()[1:]
-    split = [
-        (row[0] == "*", row[2:26].strip(), *row[26:].split()) for row in rows if row[0] in " *"
-    ]
-    return [(chosen, name, f"{size} {unit}", *more) for chosen, name, size, unit, *more in split]
+    cells = lambda row: re.split(r"\s{2,}", row[26:].strip())
+    return [(row[0] == "*", row[2:26].strip(), *cells(row)) for row in rows if row[0] in " *"]
 
 
 def tebibytes(size):
@@ -116,12 +121,12 @@ def test_a_row_of_the_table(capsys):
     print_choices(choices, 20.0)
     told = capsys.readouterr().out
     assert table(told) == [
-        (True, "a", "3.0 GiB", "1.500", "60.0"),
-        (False, "b", "1.0 MiB", "-", "0.020"),
+        (True, "a", "3.0 GiB", "1.500 h", "60.0"),
+        (False, "b", "1.0 MiB", "unknown", "0.020"),
     ]
     print_choices(choices, 0.0)
     told = capsys.readouterr().out
-    assert "month" not in told and table(told)[0] == (True, "a", "3.0 GiB", "1.500")
+    assert "month" not in told and table(told)[0] == (True, "a", "3.0 GiB", "1.500 h")
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +188,10 @@ def test_a_dry_run_compares_the_choices(photographs, monkeypatch, capsys, change
     ]
     assert rows == expected and price == 0.5
     seconds = 12 / workers + 1 / 2 + 1 / workers
-    assert f"about {seconds:.0f} s with 2 x {settings.processes}" in capsys.readouterr().out
+    assert (
+        f"about {seconds:.0f} s in 2 processes, each with {settings.processes} w"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_preview_needs_no_weights_and_writes_nothing(tmp_path):
