@@ -38,7 +38,7 @@ setup(
     package_data={"imagen_jax": ["assets/*", "assets/**/*"]},
     install_requires=[
         "absl-py>=2.1",
-        "array_record>=0.8.1",
+        "array_record>=0.8.6",
         "flax>=0.12.8",
         "grain>=0.2.18",
         "huggingface_hub>=1.31",
@@ -85,6 +85,7 @@ setup(
             "selenium>=4.30",  # with Debian's chromium and chromium-driver, else its tests skip
         ],
         "lint": ["ruff==0.17.6"],  # versions format differently
+        "bench": ["torch==2.13.0", "webdataset>=1.0.2"],  # for tools/reader_speed.py
         "parity": ["torch==2.13.0"],  # and torch-fidelity, see the Makefile
         "tools": ["tokenizers>=0.22"],  # for tools/build_emoji.py and others
     },

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 # Fields that were added after the first runs, with the value to assume for older saved configs (a
 # test compares them with imagen_jax/schema.py). configs/saved.py adds them to such configs.
 ADDED: dict[str, dict[str, Any]] = {
+    "data": dict(decode="exact"),
     "diffusion": dict(
         process="vp",
         density="uniform",
@@ -39,6 +40,7 @@ def data() -> dict[str, Any]:
         flip=False,
         workers=8,
         cache_mib=0,
+        **ADDED["data"],
     )
 
 

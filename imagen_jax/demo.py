@@ -142,9 +142,9 @@ def write_prompts(data: Path, output: Path, own: Sequence[str]) -> list[str]:
 
     Also writes them to prompts.txt.
     """
-    from imagen_jax.data.records import Prepared
+    from imagen_jax.data.records import open_once
 
-    prepared = Prepared(data)
+    prepared = open_once(data)
     captions, prompts = prepared.captions(), list(own)
     for split, count in SHOWN.items():
         images, total = prepared.images(split), prepared.num_images(split)

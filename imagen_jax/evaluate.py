@@ -344,12 +344,12 @@ def evaluate_cascade(args: Any) -> None:
 
 def cascade_settings(args: Any) -> Any:
     """The `suite_evaluation.Settings` of the flags."""
-    from imagen_jax.data.records import Prepared
+    from imagen_jax.data.records import open_once
     from imagen_jax.evals import data_suite, suites
     from imagen_jax.evals.real_images import FolderImages, PreparedImages
     from imagen_jax.evals.suite_settings import Settings
 
-    prepared, count = Prepared(args.data) if args.data else None, args.prompts or None
+    prepared, count = open_once(args.data) if args.data else None, args.prompts or None
     if args.suite == DATA_SUITE:
         suite = data_suite.load(prepared, args.split, count, args.draw_seed)
     else:

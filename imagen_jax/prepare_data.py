@@ -27,13 +27,24 @@ from absl import flags
 from imagen_jax import cli
 from imagen_jax.data import records
 from imagen_jax.data.prepare import ingest
-from imagen_jax.data.prepare.passes import Settings, check_output, prepare
-from imagen_jax.data.prepare.preview import preview, preview_captions
+from imagen_jax.data.prepare.caption_estimate import preview_captions
+from imagen_jax.data.prepare.passes import (
+    SHARD_INDEX,
+    Settings,
+    check_output,
+    check_work_directory,
+    prepare,
+    work_directory,
+)
+from imagen_jax.data.prepare.preview import dry_run
 from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
 from imagen_jax.data.sources import source
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.startup import hosts
 from imagen_jax.storage import check_local, check_utf8
+
+# Flags that decide what a process does next, so all processes of a run need the same values.
+ALIKE = ("images_only", "beam", "dry_run", "verify")
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -79,6 +90,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "encoding of resized images: jpeg (the default; quality 95, full chroma) or png (lossless)",
         flag_values=values,
     )
+    flags.DEFINE_enum(
+        "embedding",
+        records.EMBEDDINGS[0],
+        records.EMBEDDINGS,
+        "dtype of the stored token features; int8 has one scale per token, and the manifest its"
+        " error",
+        flag_values=values,
+    )
     integer("shard_size", 4096, "images or captions per shard")
     integer(
         "batch_size",
@@ -90,7 +109,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "verify",
         help="verify the checksum of every shard, after the run or of a finished OUTPUT",
     )
-    switch("dry_run", help="only estimate size and time")
+    switch("dry_run", help="only estimate size and time, also of other stored sizes and dtypes")
     integer(
         "preview_captions",
         0,
@@ -106,7 +125,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     integer("chips", 0, "for --preview_captions: number of chips", lower_bound=0)
     number(
         "price_per_gib_month",
-        help="for --preview_captions: storage price per GiB and month, in any currency",
+        help="for --dry_run and --preview_captions: storage price per GiB and month, in any"
+        " currency",
     )
 
 
@@ -122,16 +142,20 @@ def _run(args: flags.FlagValues) -> None:
         return _preview_captions(args)
     if not args.dry_run:
         check_output(output)
+        check_work_directory(work_directory(output))
         cli.make_directory("output", str(output.parent))
     ingestion = _ingestion(args.beam)
     with cli.processes(args) as watch:
-        images = source.open_source(args)
+        agreement.check({f"--{name}": str(args[name].value) for name in ALIKE})
+        index = work_directory(output) / SHARD_INDEX
+        images = source.open_source(args, index, read_only=args.dry_run)
         encoder = _load_encoder(args.encoder, args.max_length) if args.encoder else None
         if not args.dry_run:
             at = lambda activity: watch.at(0, activity)
             prepare(images, encoder, output, settings, ingestion, at)
         elif agreement.is_first():
-            preview(images, encoder, settings, len(hosts()) or 1)
+            count, price = len(hosts()) or 1, args.price_per_gib_month
+            dry_run(images, encoder, settings, count, price)
         if args.verify and agreement.is_first() and not args.dry_run:
             records.Prepared(output).verify()
             print("every shard matches its checksum")
@@ -156,6 +180,7 @@ def _settings(args: flags.FlagValues) -> Settings:
         batch_size=args.batch_size,
         processes=args.processes or cli.cores(),
         resize=Resize(args.store_size, args.store_format or AS_IS.format),
+        embedding=args.embedding,
     )
 
 
@@ -174,12 +199,14 @@ def _preview_captions(args: flags.FlagValues) -> None:
     from imagen_jax.weights.text_encoders import load_tokenize
 
     tokenize, dim = load_tokenize(args.encoder, args.max_length)
+    index = work_directory(Path(args.output).resolve()) / SHARD_INDEX
     preview_captions(
-        source.open_source(args),
+        source.open_source(args, index, read_only=True),
         tokenize,
         dim,
         args.preview_captions,
         args.shard_size,
+        args.embedding,
         args.captions_per_second,
         args.chips,
         args.price_per_gib_month,

@@ -50,6 +50,12 @@ DATA = {
     "cache_mib": Field(
         "Decoded-image cache in MiB; no effect on batches.", int, resume=True, interval="[0, inf)"
     ),
+    "decode": Field(
+        "JPEG decoding: at full size (exact), or scaled to 1/2, 1/4 or 1/8 by libjpeg (draft).",
+        str,
+        choices=("exact", "draft"),
+        older="exact",
+    ),
 }
 
 DIFFUSION = {

@@ -127,6 +127,10 @@ def _pod(job: Job, options: flags.FlagValues, size: machines.Machines, tpu: bool
     volumes = {f"bucket-{i}": bucket for i, bucket in enumerate(job.buckets)}
     resource = "google.com/tpu" if tpu else "nvidia.com/gpu"
     label = machines.NAMES[job.topology.chip.name].gke
+    if not label:
+        raise ValueError(
+            f"GKE does not offer {job.topology.chip.name}: use --where local, slurm or sky"
+        )
     if tpu:
         selector = {
             "cloud.google.com/gke-tpu-accelerator": label,

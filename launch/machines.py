@@ -17,7 +17,7 @@ class Names:
     """A chip's names, without counts.
 
     accelerator_type, runtime: of `gcloud compute tpus`. gke: value of the node label that GKE
-    selects by. sky: SkyPilot's accelerator.
+    selects by; empty if GKE does not offer the chip. sky: SkyPilot's accelerator.
     """
 
     accelerator_type: str
@@ -36,6 +36,7 @@ NAMES = {
     "a100": Names("", "", "nvidia-a100-80gb", "A100-80GB"),
     "h100": Names("", "", "nvidia-h100-80gb", "H100"),
     "h200": Names("", "", "nvidia-h200-141gb", "H200"),
+    "rtx4090": Names("", "", "", "RTX4090"),
 }
 # A 2x4 slice of v5e or v6e is one host with eight chips; hosts of larger slices have four (CLOUD +
 # tpu/docs/v5e, v6e).

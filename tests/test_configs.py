@@ -43,7 +43,8 @@ def variants(name):
 
 
 ABLATIONS = files("ablations")
-VARIANTS = {name: variants(name) for name in files("") + ABLATIONS if name not in OTHERS}
+RECIPES = files("recipes")
+VARIANTS = {name: variants(name) for name in files("") + ABLATIONS + RECIPES if name not in OTHERS}
 COUNTS = {
     ("base_64", ""): 2_263_431_171,
     ("base_64", "width=192"): 311_641_603,
@@ -52,6 +53,8 @@ COUNTS = {
     ("base_64_efficient", ""): 449_709_059,
     ("sr_256", ""): 473_107_075,
     ("sr_1024", ""): 468_908_675,
+    ("recipes.gpic_nano_base_64", ""): 141_626_883,
+    ("recipes.gpic_nano_sr_256", ""): 119_531_587,
     ("base_64", "demo"): 3_630_508,
     ("sr_256", "demo"): 3_184_099,
     ("sr_1024", "demo"): 1_432_643,
@@ -171,7 +174,8 @@ def test_unknown_variant_is_refused(name):
 
 
 @pytest.mark.parametrize(
-    "name, arg", [(name, arg) for name, arg in ALL if arg in SMALL and name not in ABLATIONS]
+    "name, arg",
+    [(name, arg) for name, arg in ALL if arg in SMALL and name not in ABLATIONS + RECIPES],
 )
 def test_small_variant_builds(name, arg):
     """Wrong: a demo or test size whose widths do not divide into groups or heads, or that is no
@@ -183,7 +187,7 @@ def test_small_variant_builds(name, arg):
 @pytest.mark.parametrize(
     "name, arg",
     [
-        pytest.param(*case, marks=[pytest.mark.slow] if "width" in case[1] else [])
+        pytest.param(*case, marks=[pytest.mark.slow] * ("width" in case[1] or case[0] in RECIPES))
         for case in COUNTS
     ],
 )
@@ -252,6 +256,30 @@ def test_paper_hyperparameters(name, expected):
         fields |= dict(config[part])
     fields["percentile"] = config.sampling.percentile
     assert {field: fields[field] for field in common | expected} == common | expected
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_takes_the_epochs_that_its_docstring_states(name):
+    """Wrong: a batch that was changed without the number of steps; a small variant that is not that
+    of the config from which the recipe derives.
+    """
+    config = module(name).get_config()
+    assert create_stage(resolved(config)).image_size == config.data.image_size
+    epochs, images = {
+        "recipes.gpic_base_64": ("one epoch", 100e6),
+        "recipes.gpic_sr_256": ("one epoch", 100e6),
+        "recipes.gpic_nano_base_64": ("about 10 epochs", 1e6),
+        "recipes.gpic_nano_sr_256": ("about 8 epochs", 1e6),
+    }[name]
+    doc = " ".join(module(name).__doc__.split())
+    number = {"one": 1}.get(word := epochs.split()[-2], word)
+    assert epochs in doc.lower()
+    assert round(config.train.steps * config.data.batch_size / images) == int(number)
+    assert f"{config.train.steps:,} steps" in doc
+    base = "sr_256" if config.data.lowres_size else "base_64"
+    for arg in SMALL:
+        small = module(name).get_config(arg).to_dict()
+        assert small | {"name": ""} == module(base).get_config(arg).to_dict() | {"name": ""}
 
 
 @pytest.mark.parametrize("arg", ("", "demo"))

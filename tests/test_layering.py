@@ -234,6 +234,7 @@ def test_importing_needs_no_network():
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in sources("imagen_jax")
+        if "apache_beam" not in {name.partition(".")[0] for name in imported(path)}  # an extra
     ]
     result = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, *names], cwd=ROOT, capture_output=True, text=True

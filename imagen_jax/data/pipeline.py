@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 
 from imagen_jax.data import transforms
-from imagen_jax.data.records import CaptionStore, ImageStore, Prepared
+from imagen_jax.data.records import CaptionStore, ImageStore, Prepared, open_once
 
 Batch = dict[str, Shaped[np.ndarray, "b ..."]]
 Example = dict[str, Shaped[np.ndarray | np.generic, "..."]]  # one row of a batch
@@ -55,7 +55,7 @@ class _PixelCache:
 class _Examples(grain.transforms.RandomMap):
     """Maps the row of an image to the arrays of one example.
 
-    The sizes, `flip` and `text_length` are fields of the config's section `data`.
+    The sizes, `decode`, `flip` and `text_length` are fields of the config's section `data`.
     random_caption: use a random caption of the image; otherwise its first one.
     """
 
@@ -65,6 +65,7 @@ class _Examples(grain.transforms.RandomMap):
     lowres_size: int
     crop_size: int
     text_length: int
+    decode: str
     flip: bool
     random_caption: bool
     cache: _PixelCache
@@ -111,7 +112,7 @@ class _Examples(grain.transforms.RandomMap):
         if cached is not None:
             return cached
         stored = self.images[row]
-        pixels = transforms.decode_square(stored.image, self.image_size)
+        pixels = transforms.decode_square(stored.image, self.image_size, self.decode)
         self.cache.put(row, pixels, stored.caption_ids)
         return pixels, stored.caption_ids
 
@@ -134,13 +135,13 @@ class _Part:
 
 
 def open_prepared(data_cfg: Mapping[str, Any]) -> Prepared:
-    """Opens the data at data_cfg["path"].
+    """Opens the data at data_cfg["path"], once per process.
 
     Raises:
       ValueError: there is no prepared data, or it does not match the other fields.
     """
     transforms.check_sizes(data_cfg)
-    prepared = Prepared(data_cfg["path"])
+    prepared = open_once(data_cfg["path"])
     prepared.check_length(data_cfg["text_length"])
     prepared.check_image_size(data_cfg["image_size"])
     return prepared
@@ -155,6 +156,7 @@ def _examples(data_cfg: Mapping[str, Any], split: str) -> _Examples:
         lowres_size=data_cfg["lowres_size"],
         crop_size=data_cfg["crop_size"],
         text_length=data_cfg["text_length"],
+        decode=data_cfg["decode"],
         flip=data_cfg["flip"],
         random_caption=data_cfg["caption"] == "random",
         cache=_PixelCache((data_cfg["cache_mib"] << 20) // max(1, data_cfg["workers"])),

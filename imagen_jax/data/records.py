@@ -3,39 +3,34 @@
     DIR/manifest.json   written last: the directory is complete if and only if it is there
     DIR/images/         splits train and heldout: image (encoded bytes), height and width as
                         stored, id, caption_ids
-    DIR/captions/       split train: text, embedding [length d] bfloat16 without padding, length;
-                        a caption's id is its row
+    DIR/captions/       split train: text, embedding [length d] without padding, in bfloat16 or,
+                        with scale [length], in int8; length. A caption's id is its row
     DIR/skipped.jsonl   one line for every skipped or changed item, with the reason
 
 Both stores are ArrayRecord shards in TFDS directories. `tfds.builder_from_directory` opens them
 after `import ml_dtypes`, which registers bfloat16 with NumPy. Nothing here imports TensorFlow.
+imagen_jax/data/quantization.py describes int8 features; readers get them as bfloat16.
 """
 
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
-import logging
 import os
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import BFloat16
 
-from imagen_jax.storage import (
-    check_local,
-    check_object,
-    disk_errors,
-    is_away,
-    read_object,
-    sha256_file,
-)
+from imagen_jax.data.quantization import dequantize, quantize
+from imagen_jax.data.shard_reader import ShardReader
+from imagen_jax.storage import check_local, check_object, disk_errors, read_object, sha256_file
 
 FORMAT_VERSION = 1
+INT8_FORMAT_VERSION = 2  # features in int8; versions of the program from before int8 refuse it
+EMBEDDINGS = ("bfloat16", "int8")  # dtypes of stored features
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
 # The fields that readers need: {dotted name: type}.
@@ -45,13 +40,10 @@ MANIFEST_FIELDS = (
     | dict.fromkeys(("encoder.dim", "embedding.length.max", "image_sizes.min_side"), int)
 )
 SHARD_FIELDS = {"rows": int, "bytes": int, "sha256": str}
-# Seconds between attempts to read a row after a transient file-system error.
-PAUSES_S = (1.0, 5.0, 25.0)
 # group_size:1 allows random access to single records. Images are compressed already; zstd saves a
 # fifth of the bytes of bfloat16 embeddings.
 WRITER_OPTIONS = {"images": "group_size:1,uncompressed", "captions": "group_size:1,zstd:3"}
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,20 +82,20 @@ def image_features():
 
 
 @functools.cache
-def caption_features(dim: int):
-    """The TFDS features of the caption store for token features of width `dim`."""
-    import ml_dtypes
+def caption_features(dim: int, embedding: str = "bfloat16"):
+    """The TFDS features of the caption store for token features of width `dim` and this dtype."""
+    import ml_dtypes  # noqa: F401, registers bfloat16
     import tensorflow_datasets as tfds
 
-    return tfds.features.FeaturesDict(
-        {
-            "text": tfds.features.Text(),
-            "embedding": tfds.features.Tensor(
-                shape=(None, dim), dtype=ml_dtypes.bfloat16, encoding="bytes"
-            ),
-            "length": np.int32,
-        }
-    )
+    tensor = functools.partial(tfds.features.Tensor, encoding="bytes")
+    features = {
+        "text": tfds.features.Text(),
+        "embedding": tensor(shape=(None, dim), dtype=np.dtype(embedding).type),
+        "length": np.int32,
+    }
+    if embedding == "int8":
+        features["scale"] = tensor(shape=(None,), dtype=np.float32)
+    return tfds.features.FeaturesDict(features)
 
 
 @functools.cache
@@ -129,11 +121,13 @@ def serialize_image(row: ImageRow) -> bytes:
     return _canonical(image_features().serialize_example(dataclasses.asdict(row)))
 
 
-def serialize_caption(row: CaptionRow) -> bytes:
-    """Returns the record of a caption."""
+def serialize_caption(row: CaptionRow, embedding: str = "bfloat16") -> bytes:
+    """Returns the record of a caption, with features of dtype `embedding`."""
     length, dim = row.embedding.shape
     example = {"text": row.text, "embedding": row.embedding, "length": length}
-    return _canonical(caption_features(dim).serialize_example(example))
+    if embedding == "int8":
+        example["embedding"], example["scale"] = quantize(row.embedding)
+    return _canonical(caption_features(dim, embedding).serialize_example(example))
 
 
 def parse_image(record: bytes) -> ImageRow:
@@ -153,10 +147,13 @@ def parse_image(record: bytes) -> ImageRow:
     )
 
 
-def parse_caption(record: bytes, dim: int) -> CaptionRow:
+def parse_caption(record: bytes, dim: int, embedding: str = "bfloat16") -> CaptionRow:
     """Inverse of `serialize_caption`."""
-    example = caption_features(dim).deserialize_example_np(record)
-    return CaptionRow(text=example["text"].decode(), embedding=example["embedding"])
+    example = caption_features(dim, embedding).deserialize_example_np(record)
+    features = example["embedding"]
+    if embedding == "int8":
+        features = dequantize(features, example["scale"])
+    return CaptionRow(text=example["text"].decode(), embedding=features)
 
 
 def _canonical(example: bytes) -> bytes:
@@ -249,100 +246,46 @@ def manifest_hash(content: Mapping) -> str:
     ).hexdigest()
 
 
-class _Store:
-    """Random access to the records of one split; picklable, safe to share between threads."""
+class _Store(ShardReader):
+    """The records of one split; picklable, safe to share between threads."""
 
     def __init__(self, root: Path, store: str, split: str, shards: Mapping[str, Mapping]):
         names = sorted(name for name in shards if name.startswith(f"{store}/{store}-{split}."))
-        self._label = f"{root}/{store} ({split})"
-        self._ends = np.cumsum([shards[name]["rows"] for name in names])
-        self._paths = [str(root / name) for name in names]
-        self._sums = [shards[name]["sha256"] for name in names]
-        # A path with a row range [0:N] makes ArrayRecord open the file at the first read, not here.
-        self._spans = [
-            f"{path}[0:{shards[name]['rows']}]"
-            for path, name in zip(self._paths, names, strict=True)
-        ]
-        self._source = self._open()
+        super().__init__(f"{root}/{store} ({split})", root, {name: shards[name] for name in names})
         import_tfds()
 
-    def _open(self) -> Any:
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-        return ArrayRecordDataSource(self._spans) if self._spans else ()
-
     def __setstate__(self, state: Mapping) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         import_tfds()  # in a data worker, before it starts its reading threads
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if self._paths else 0
-
-    def _record(self, row: int) -> bytes:
-        if not 0 <= row < len(self):
-            raise IndexError(f"{self._label} has rows 0 to {len(self) - 1}, not {row}")
-        return self._read(row, PAUSES_S)
-
-    def _read(self, row: int, pauses: tuple[float, ...]) -> bytes:
-        """Reads a record; tries again after each of `pauses`, in seconds, if none was returned."""
-        try:
-            return self._source[row]
-        except (RuntimeError, ValueError, OSError, IndexError) as error:
-            fault = self._fault(row, error)
-            if not pauses or not is_away(fault):
-                raise fault from error
-        log.warning("%s; trying again in %g s", fault, pauses[0])
-        time.sleep(pauses[0])
-        self._source = self._open()  # a reader that failed once keeps failing
-        return self._read(row, pauses[1:])
-
-    def _fault(self, row: int, error: Exception) -> Exception:
-        """The reason why a row cannot be read.
-
-        Returns ValueError if the shard does not match its checksum. Otherwise returns OSError: the
-        shard matches or cannot be opened, so the file system failed.
-        """
-        shard = int(np.searchsorted(self._ends, row, side="right"))
-        path, cause = self._paths[shard], (str(error) or type(error).__name__).splitlines()[0]
-        try:
-            whole = sha256_file(Path(path)) == self._sums[shard]
-        except OSError as away:
-            return OSError(away.errno, f"row {row} cannot be read: {away.strerror}", path)
-        if whole:
-            return OSError(
-                errno.EIO,
-                f"row {row} could not be read, though the file matches its checksum ({cause})",
-                path,
-            )
-        return ValueError(
-            f"{path} is damaged, row {row} cannot be read: remove the directory and prepare the"
-            f" data again ({cause})"
-        )
 
 
 class ImageStore(_Store):
     """Images of one split by row."""
 
     def __getitem__(self, row: int) -> ImageRow:
-        return parse_image(self._record(row))
+        return parse_image(self.record(row))
 
 
 class CaptionStore(_Store):
     """Captions by caption id."""
 
-    def __init__(self, root: Path, dim: int, shards: Mapping[str, Mapping]):
+    def __init__(self, root: Path, dim: int, shards: Mapping[str, Mapping], embedding: str):
         super().__init__(root, "captions", "train", shards)
-        self._dim = dim
+        self._dim, self._embedding = dim, embedding
 
     def __getitem__(self, caption_id: int) -> CaptionRow:
-        return parse_caption(self._record(caption_id), self._dim)
+        return parse_caption(self.record(caption_id), self._dim, self._embedding)
 
 
 class Prepared:
-    """An open prepared directory: manifest and stores.
+    """An open prepared directory: manifest and stores. `open_once` opens it once per process.
 
-    Raises ValueError if the directory is missing, incomplete, of another format version, or has
-    shards of other sizes than its manifest says. `verify` also compares their content.
+    Opening reads the manifest and lists two directories. A listing is several requests on an object
+    store that is mounted, one for about a thousand names, but a stat of each shard would be one
+    for each. The size of a shard is compared when its first record is read.
+
+    Raises ValueError if the directory is missing, incomplete or of another format version.
+    `verify` also compares the content of all shards.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -356,19 +299,33 @@ class Prepared:
             )
         remedy = "copy the directory again, or remove it and prepare the data again"
         self.manifest = read_object(file, {"format_version": int}, remedy)
-        if (version := self.manifest["format_version"]) != FORMAT_VERSION:
+        version, known = self.manifest["format_version"], (FORMAT_VERSION, INT8_FORMAT_VERSION)
+        if version not in known:
             raise ValueError(
-                f"{file} has format {version}, but this program reads {FORMAT_VERSION}: prepare"
-                " the data again"
+                f"{file} has format {version}, but this program reads {known[0]} and {known[1]}:"
+                " prepare the data again, or install a newer version of this program"
             )
         check_object(file, self.manifest, MANIFEST_FIELDS, remedy)
         if self.manifest["hash"] != manifest_hash(self.manifest):
             raise ValueError(f"{file} was changed after it was written: prepare the data again")
         for name, entry in self.manifest["shards"].items():
-            shard = self.path / name
             check_object(f"{file}, {name},", entry, SHARD_FIELDS, remedy)
-            if not shard.is_file() or shard.stat().st_size != entry["bytes"]:
-                raise ValueError(f"{shard} is missing or cut short: prepare the data again")
+        self._check_present()
+        self._stores: dict[str, _Store] = {}
+
+    def _check_present(self) -> None:
+        """Raises ValueError if a shard is missing; two listings, whatever the number of shards."""
+        present = {
+            f"{folder}/{name}"
+            for folder in {name.split("/")[0] for name in self.manifest["shards"]}
+            if (self.path / folder).is_dir()
+            for name in os.listdir(self.path / folder)
+        }
+        for name in self.manifest["shards"]:
+            if name not in present:
+                raise ValueError(
+                    f"{self.path / name} is missing or cut short: prepare the data again"
+                )
 
     @property
     def hash(self) -> str:
@@ -379,6 +336,11 @@ class Prepared:
     def encoder(self) -> dict:
         """Identity of the text encoder whose features are stored."""
         return self.manifest["encoder"]
+
+    @property
+    def embedding(self) -> str:
+        """The dtype of the stored token features; readers get bfloat16 in any case."""
+        return "int8" if self.manifest["format_version"] == INT8_FORMAT_VERSION else "bfloat16"
 
     @property
     def text_dim(self) -> int:
@@ -393,7 +355,8 @@ class Prepared:
         """Opens the image store of a split. Raises ValueError if the split has no images."""
         if self.manifest["counts"]["images"].get(split, 0) == 0:
             raise ValueError(f"{self.path} has no images in split {split!r}")
-        return ImageStore(self.path, "images", split, self.manifest["shards"])
+        make = lambda: ImageStore(self.path, "images", split, self.manifest["shards"])
+        return self._once(split, make)
 
     @property
     def evaluation_split(self) -> str:
@@ -402,7 +365,15 @@ class Prepared:
 
     def captions(self) -> CaptionStore:
         """Opens the caption store, which all splits share."""
-        return CaptionStore(self.path, self.text_dim, self.manifest["shards"])
+        shards = self.manifest["shards"]
+        make = lambda: CaptionStore(self.path, self.text_dim, shards, self.embedding)
+        return self._once("captions", make)
+
+    def _once(self, name: str, make: Callable[[], _Store]) -> Any:
+        """The store of this name; all callers share one, and its open shards."""
+        if name not in self._stores:
+            self._stores[name] = make()
+        return self._stores[name]
 
     def check_text(self, dim: int) -> None:
         """Raises ValueError unless the stored features have width `dim`."""
@@ -445,3 +416,20 @@ class Prepared:
                     f"{self.path / name} is damaged (its checksum differs): remove {self.path} and"
                     " prepare the data again"
                 )
+
+
+def open_once(path: str | os.PathLike) -> Prepared:
+    """`Prepared(path)`, the same object for all callers of this process.
+
+    A manifest with another size, time or place on the disk is opened again.
+    """
+    try:
+        found = os.stat(Path(path, MANIFEST))
+    except OSError:
+        return Prepared(path)  # says what is wrong
+    return _opened(os.path.abspath(path), (found.st_size, found.st_mtime_ns, found.st_ino))
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(path: str, version: tuple[int, int, int]) -> Prepared:
+    return Prepared(path)

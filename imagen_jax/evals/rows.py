@@ -17,7 +17,7 @@ from jaxtyping import Int, Shaped, UInt8
 
 from imagen_jax import schema
 from imagen_jax.data import pipeline
-from imagen_jax.data.records import SPLITS, Prepared
+from imagen_jax.data.records import SPLITS, open_once
 from imagen_jax.diffusion import conditioning
 from imagen_jax.evals import statistics
 from imagen_jax.storage import sha256_file
@@ -172,7 +172,7 @@ class Data:
     """
 
     def __init__(self, data_cfg: Mapping[str, Any], settings: Settings):
-        self.prepared = Prepared(data_cfg["path"])
+        self.prepared = open_once(data_cfg["path"])
         counts = self.prepared.manifest["counts"]["images"]
         self.counts = {split: counts[split] for split in SPLITS if counts.get(split, 0)}
         self.heldout = self.prepared.evaluation_split

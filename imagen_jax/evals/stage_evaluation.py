@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from imagen_jax import schema, sharding
 from imagen_jax.cascade import STAGE_META, check_encoder, for_sampling, parameter_shardings
-from imagen_jax.data.records import Prepared
+from imagen_jax.data.records import open_once
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import history, provenance, report
 from imagen_jax.evals.evaluation import Evaluation, Probe
@@ -139,7 +139,7 @@ class Evaluator:
         if recorded is None:
             return
         trained = schema.complete_sampling(recorded["config"]["sampling"], f"{record}")
-        current = self._numbers | {"data": Prepared(self._data).hash, "which": self._which}
+        current = self._numbers | {"data": open_once(self._data).hash, "which": self._which}
         current |= {"sampling": trained | self._sampling}
         previous = {name: recorded[name] for name in self._numbers if name in recorded}
         previous |= {

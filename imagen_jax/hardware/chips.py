@@ -177,6 +177,21 @@ CHIPS = (
         chips_per_host=8,
         source="NVIDIA H200 SXM data sheet; network: DGX H200, 8 x 400 Gbit/s",
     ),
+    # The peak is that with fp32 accumulation, half of the card's peak with fp16 accumulation.
+    Chip(
+        name="rtx4090",
+        device_kinds=("NVIDIA GeForce RTX 4090",),
+        platform="cuda",
+        peak_flops=165.2e12,
+        memory=24e9,
+        memory_limit=21 * GIB,
+        memory_bandwidth=1008e9,
+        link_bandwidth=32e9,
+        network_bandwidth=1.25e9,
+        chips_per_host=8,
+        source="NVIDIA Ada GPU architecture white paper, Appendix A; links: PCIe 4.0 x16; network:"
+        " 10 Gbit/s is assumed",
+    ),
 )
 
 

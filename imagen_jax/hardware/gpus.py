@@ -25,6 +25,7 @@ class Gpu:
         shared: shared memory per SM.
         shared_per_block: shared memory that one block may request.
         source: where the numbers are from.
+        threads: resident threads per SM.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Gpu:
     shared: int
     shared_per_block: int
     source: str
+    threads: int = 2048
 
 
 GPUS: Mapping[str, Gpu] = {
@@ -72,12 +74,23 @@ GPUS: Mapping[str, Gpu] = {
         shared_per_block=227 << 10,
         source=f"NVIDIA H200 data sheet; {GUIDE}",
     ),
+    "rtx4090": Gpu(
+        title="NVIDIA GeForce RTX 4090",
+        capability=(8, 9),
+        cores=128,
+        fp32_units=128,
+        clock_ghz=2.52,
+        l2=72 << 20,
+        shared=100 << 10,
+        shared_per_block=99 << 10,
+        source=f"NVIDIA Ada GPU architecture white paper, Appendix A; {GUIDE}",
+        threads=1536,
+    ),
 }
-# The same for every compute capability from 8.0 to 9.0.
+# The same for the compute capabilities 8.0, 8.9 and 9.0.
 LIMITS = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
-    "threads_per_core_limit": 2048,
     "block_dim_limit_x": 2**31 - 1,
     "block_dim_limit_y": 65_535,
     "block_dim_limit_z": 65_535,
@@ -95,6 +108,7 @@ def target(chip: Chip) -> str:
     fields = LIMITS | {
         "core_count": gpu.cores,
         "fpus_per_core": gpu.fp32_units,
+        "threads_per_core_limit": gpu.threads,
         "clock_rate_ghz": gpu.clock_ghz,
         "l2_cache_size": gpu.l2,
         "shared_memory_per_core": gpu.shared,

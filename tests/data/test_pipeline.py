@@ -29,6 +29,7 @@ def config(path, **changes):
         "flip": True,
         "caption": "random",
         "cache_mib": 0,
+        "decode": "exact",
     }
     return base | changes
 
@@ -210,11 +211,11 @@ def test_cache_decodes_once_and_keeps_its_limit(path, monkeypatch):
     decoded = []
     original = pipeline.transforms.decode_square
 
-    def decode(encoded, size):
+    def decode(*args):
         decoded.append(
             threading.current_thread()
         )  # a reader closed by an earlier test may still finish a batch
-        return original(encoded, size)
+        return original(*args)
 
     monkeypatch.setattr(pipeline.transforms, "decode_square", decode)
     cached = config(path, image_size=64, cache_mib=1)
@@ -299,3 +300,22 @@ def test_config_that_does_not_fit_is_one_clear_line(path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         pipeline.batches(config(path, **changes), 0, 0)
     assert "\n" not in str(error.value)
+
+
+def test_the_field_decode_reaches_training_and_evaluation(path, monkeypatch):
+    """Catches a decoder that ignores the field in batches or in the rows of an evaluation."""
+    seen = []
+    original = pipeline.transforms.decode_square
+
+    def decode(encoded, size, rule):
+        if threading.current_thread() is threading.main_thread():
+            seen.append(rule)
+        return original(encoded, size, rule)
+
+    monkeypatch.setattr(pipeline.transforms, "decode_square", decode)
+    for rule in ("exact", "draft"):
+        cfg = config(path, decode=rule)
+        pipeline._examples(cfg, "train").make(0, 0.0, (0.0, 0.0), False)
+        pipeline.eval_rows(cfg, [0], "heldout")
+        pipeline.eval_images(cfg, [0], "heldout")
+    assert seen == ["exact"] * 3 + ["draft"] * 3

@@ -1,15 +1,20 @@
 """Prepared data on disk: TFDS opens it without TensorFlow, and damage is refused."""
 
+import builtins
 import errno
+import io
 import json
+import os
+import pickle
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 
 from imagen_jax import storage
-from imagen_jax.data import records
+from imagen_jax.data import records, shard_reader
 from tests.data import synthetic
 
 
@@ -90,28 +95,29 @@ def test_a_disk_that_is_full_is_an_os_error(tmp_path, monkeypatch, text, number)
 class Away:
     """A reader whose file could not be opened."""
 
-    def __getitem__(self, row):
+    def read(self, positions):
         raise RuntimeError("no such row")
 
 
 def test_a_file_system_that_is_away_is_waited_for(path, monkeypatch):
     """Catches a shard called damaged because its file system did not answer."""
-    monkeypatch.setattr(records, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(shard_reader, "PAUSES_S", (0.0, 0.0))
     store = records.Prepared(path).images("train")
-    whole, store._source = store._source, Away()
-    monkeypatch.setattr(store, "_open", lambda: whole)
-    assert store._record(7) == whole[7]
-    monkeypatch.setattr(store, "_open", Away)
-    store._source = Away()
+    record = store.record(7)
+    shard = next(iter(store._readers))
+    store._readers[shard] = Away()
+    assert store.record(7) == record
+    monkeypatch.setattr(store, "_open", lambda shard: Away())
+    store._readers[shard] = Away()
     with pytest.raises(
         OSError, match="row 7 could not be read, though the file matches its checksum"
     ) as caught:
-        store._record(7)
+        store.record(7)
     assert storage.is_away(caught.value)
     away = OSError(errno.ESTALE, "Stale file handle")
-    monkeypatch.setattr(records, "sha256_file", lambda path: (_ for _ in ()).throw(away))
+    monkeypatch.setattr(shard_reader, "sha256_file", lambda path: (_ for _ in ()).throw(away))
     with pytest.raises(OSError, match="row 7 cannot be read: Stale file handle"):
-        store._record(7)
+        store.record(7)
 
 
 def test_incomplete_or_foreign_directories_are_refused(path, tmp_path):
@@ -129,10 +135,78 @@ def test_incomplete_or_foreign_directories_are_refused(path, tmp_path):
     root = synthetic.write_prepared(tmp_path / "cut")
     shard = root / records.shard_name("captions", "train", 2, 5)
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(
-        ValueError, match="captions-train.array_record-00002-of-00005 is missing or cut short"
-    ):
+    message = "captions-train.array_record-00002-of-00005 is missing or cut short"
+    captions = records.Prepared(root).captions()
+    assert captions[7].text == "caption 7" and captions[12].text == "caption 12"
+    with pytest.raises(ValueError, match=message):
+        captions[8]
+    shard.unlink()
+    with pytest.raises(ValueError, match=message):
         records.Prepared(root)
+
+
+class Operations:
+    """Counts the file operations below a directory, by path; `open` counts those of every kind."""
+
+    def __init__(self, monkeypatch, root):
+        self.paths = []
+        for name in ("stat", "listdir", "scandir", "open"):
+            self._count(monkeypatch, os, name, root)
+        self._count(monkeypatch, builtins, "open", root)
+        self._count(monkeypatch, io, "open", root)  # of pathlib
+        self._count(monkeypatch, array_record_module, "ArrayRecordReader", root)
+
+    def _count(self, monkeypatch, module, name, root):
+        call = getattr(module, name)
+
+        def counted(path=".", *args, **kwargs):
+            if not isinstance(path, int) and os.fspath(path).startswith(str(root)):
+                self.paths.append(os.path.relpath(path, root))
+            return call(path, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+
+def test_opening_does_not_depend_on_the_number_of_shards(tmp_path, monkeypatch):
+    """Catches a file operation for each shard that exists, at the start or in a data worker."""
+    found = {}
+    for rows in (20, 1):
+        root = synthetic.write_prepared(tmp_path / str(rows), shard_rows=rows)
+        with monkeypatch.context() as patch:
+            counted = Operations(patch, root)
+            prepared = records.open_once(root)
+            stores = [prepared.images("train"), prepared.captions()]
+            opening = list(counted.paths)
+            worker = [pickle.loads(pickle.dumps(store)) for store in stores]
+            assert counted.paths == opening
+            assert worker[0][3].id == "image-3" and worker[1][7].text == "caption 7"
+        found[rows] = len(opening), len(counted.paths) - len(opening)
+        assert len(list((root / "captions").glob("*.array_record*"))) == 20 // rows
+    assert found[20] == found[1] and found[1][0] < 15 and found[1][1] == 4
+
+
+def test_data_are_opened_once(path, tmp_path, monkeypatch):
+    """Catches a manifest that is read for every batch, and one that is not read after a change."""
+    first = records.open_once(path)
+    assert records.open_once(str(path)) is first and first.captions() is first.captions()
+    monkeypatch.chdir(path.parent)
+    assert records.open_once(path.name) is first
+    root = synthetic.write_prepared(tmp_path / "data", images=2)
+    before = records.open_once(root)
+    synthetic.write_prepared(root, images=3)
+    after = records.open_once(root)
+    assert (before.num_images("train"), after.num_images("train")) == (2, 3)
+
+
+def test_few_shards_stay_open(path, monkeypatch):
+    """Catches a run that reaches the limit of open files, and a shard that is opened twice."""
+    monkeypatch.setattr(shard_reader, "most_open", lambda: 2)
+    captions = pickle.loads(pickle.dumps(records.Prepared(path).captions()))
+    opened, open_shard = [], captions._open
+    monkeypatch.setattr(captions, "_open", lambda i: opened.append(i) or open_shard(i))
+    texts = [captions[row].text for row in (0, 4, 1, 8, 2, 5)]
+    assert texts == [f"caption {row}" for row in (0, 4, 1, 8, 2, 5)]
+    assert opened == [0, 1, 2, 1] and list(captions._readers) == [0, 1]
 
 
 def test_text_that_does_not_fit_is_refused(path):

@@ -29,6 +29,52 @@ def test_shrinking_is_the_area_average():
         )  # PIL rounds after each axis
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_draft_changes_nothing_where_no_scale_applies(kind):
+    """Catches another path for other formats, and a JPEG scaled though its factor is below 2."""
+    height = 64 if kind == "JPEG" else 160
+    encoded = synthetic.encode(synthetic.photograph(height, height + 13), kind)
+    exact, drafted = (transforms.decode_square(encoded, 40, rule) for rule in ("exact", "draft"))
+    np.testing.assert_array_equal(drafted, exact)
+
+
+def test_draft_never_enlarges():
+    """Catches a scale that leaves fewer pixels than wanted, that is never used, or that leaves an
+    edge of the crop inside a pixel of the result."""
+    for size in (1, 16):
+        for side in range(1, 300):
+            factor = transforms.draft_factor((side, side + 9), size)
+            assert factor == 1 or side / factor >= size
+    wanted = {15: 1, 16: 1, 32: 2, 63: 1, 64: 4, 65: 2, 127: 2, 128: 8, 129: 4, 256: 8}
+    assert {side: transforms.draft_factor((side, side), 16) for side in wanted} == wanted
+    beside = {0: 8, 16: 8, 8: 4, 4: 4, 5: 4, 2: 4}  # wider by, margins of half
+    assert {more: transforms.draft_factor((128 + more, 128), 16) for more in beside} == beside
+
+
+@pytest.mark.parametrize("height, width", [(320, 320), (203, 241), (647, 321), (321, 1290)])
+def test_draft_shows_the_same_part_of_the_scene(height, width):
+    """Catches a crop at a corner or of the full size's pixels, and sides of odd length."""
+    ramps = np.zeros((height, width, 3), np.uint8)
+    ramps[..., 0], ramps[..., 1] = np.linspace(0, 255, width), np.linspace(0, 255, height)[:, None]
+    encoded = synthetic.encode(ramps, "JPEG", quality=98, subsampling=0)
+    exact, drafted = (
+        transforms.decode_square(encoded, 20, rule).astype(float) for rule in ("exact", "draft")
+    )
+    for colour, length in ((0, width), (1, height)):
+        pixel = 255 / length * min(height, width) / 20  # the difference of adjacent pixels
+        assert np.abs(drafted - exact)[..., colour].max() < 0.5 * pixel + 1  # 1: rounding
+
+
+@pytest.mark.parametrize("side, most", [(320, 0.6), (333, 3.5)])
+def test_draft_is_close_to_exact_decoding(side, most):
+    """Catches a scale that is too coarse; adjacent pixels of this image differ by 12 on average."""
+    encoded = synthetic.encode(synthetic.photograph(side, side, 1), "JPEG", quality=95)
+    exact, drafted = (
+        transforms.decode_square(encoded, 40, rule).astype(int) for rule in ("exact", "draft")
+    )
+    assert 0 < np.abs(drafted - exact).mean() < most
+
+
 def test_window_reaches_every_edge():
     """Catches a window that misses the last row or column, or is off by a low-res pixel."""
     image = synthetic.gradient(32)

@@ -22,6 +22,7 @@ TOPOLOGIES = {
     "h100-64": ("h100", (8, 8), 1, 64),
     "h100:4": ("h100", (1, 4), 1, 4),
     "a100:32x8": ("a100", (32, 8), 1, 256),
+    "rtx4090:1": ("rtx4090", (1, 1), 1, 1),
 }
 
 
@@ -111,6 +112,8 @@ def test_facts_are_complete():
         ("gpu", "NVIDIA H100 NVL", math.nan),
         ("gpu", "NVIDIA H200 NVL", math.nan),
         ("gpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", math.nan),
+        ("gpu", "NVIDIA GeForce RTX 4090", 165.2e12),
+        ("gpu", "NVIDIA GeForce RTX 4090 D", math.nan),
     ],
 )
 def test_peaks_of_devices(platform, kind, peak):
@@ -134,6 +137,14 @@ def test_gpus_are_described():
                 and f"device_memory_size: {int(chip.memory)}\n" in described
             )
             assert described.count("{") == described.count("}") == 4
+
+
+def test_threads_of_a_multiprocessor():
+    """Catches the threads of the A100 and H100 taken for compute capability 8.9, which has fewer:
+    kernels would be tiled for an SM that does not exist.
+    """
+    for name, threads in {"a100": 2048, "h100": 2048, "rtx4090": 1536}.items():
+        assert f"threads_per_core_limit: {threads}\n" in gpus.target(chips.by_name(name))
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ from tests.launch.test_job import CONFIG, LOCAL, NEEDED, read
         ),
         (
             ("--where=local", "--workdir=r", "--", "prepare_data", "--output=x"),
-            "options of prepare_data: --source, --encoder must be given",
+            "options of prepare_data: --source must be given",
         ),
         (
             ("--where=local", "--workdir=r", "--", "sample", "--count=many"),

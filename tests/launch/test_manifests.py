@@ -173,6 +173,12 @@ def test_gpu_pods_find_the_first():
     }
 
 
+def test_gke_has_no_desktop_cards():
+    """Catches a pod that selects nodes by an empty label, and so never starts."""
+    with pytest.raises(ValueError, match="GKE does not offer rtx4090: use --where local"):
+        jobset(bucket_job("rtx4090:4"))
+
+
 def test_pods_have_the_buckets_and_the_secrets_by_name(monkeypatch):
     """Catches a bucket that is not mounted, a secret's value in the manifest, and lost quotes."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import BFloat16
 
-from imagen_jax.data import records
+from imagen_jax.data import quantization, records
 from imagen_jax.data.prepare.ingest import bar
 from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.prepare.shards import Shard, finished, journal, shards_of
-from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.sources.source import Source
+from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement
 
 # Caption shards in memory at once; one core writes about 800 captions per second at XXL's width.
@@ -33,26 +33,25 @@ def caption_shards(plan: Plan) -> list[Shard]:
 def encode_all(workers: Workers, encoder, partial: Path, plan: Plan, settings) -> None:
     """This process's share of the caption shards: encoded here, written by the workers.
 
-    settings: batch_size, processes.
+    settings: batch_size, embedding, processes.
     """
     mine = agreement.own_share(caption_shards(plan))
     todo = [shard for shard in mine if not finished(partial, shard.name)]
     total, left = (sum(shard.rows for shard in part) for part in (mine, todo))
-    tasks = _encoded(encoder, partial, plan, todo, settings.batch_size)
+    tasks = _encoded(encoder, partial, plan, todo, settings)
     with bar("encode captions", total, total - left) as progress:
         for written in workers.each(write_captions, tasks, min(settings.processes, _WRITERS)):
             progress.update(written)
 
 
-def _encoded(
-    encoder, partial: Path, plan: Plan, shards: list[Shard], batch_size: int
-) -> Iterator[tuple]:
+def _encoded(encoder, partial: Path, plan: Plan, shards: list[Shard], settings) -> Iterator[tuple]:
     """Encodes shard by shard; yields the tasks of writing them."""
     for shard in shards:
         first_id, texts = shard.number * plan.shard_size, plan.captions_of(shard.number)
         _, cut = encoder.tokenize(texts)
         cut_ids = [first_id + i for i, was_cut in enumerate(cut) if was_cut]
-        yield partial, shard.name, texts, encoder.encode(texts, batch_size), cut_ids
+        features = encoder.encode(texts, settings.batch_size)
+        yield partial, shard.name, texts, features, cut_ids, settings.embedding
 
 
 def write_captions(
@@ -62,10 +61,11 @@ def write_captions(
     texts: list[str],
     features: list[BFloat16[np.ndarray, "_ d"]],
     cut: list[int],
+    embedding: str,
 ) -> int:
     """Writes a caption shard; returns the number of its captions.
 
-    Raises ValueError if a feature is not finite.
+    embedding: dtype of the stored features. Raises ValueError if a feature is not finite.
     """
     norms = np.concatenate(
         [np.linalg.norm(feature.astype(np.float64), axis=1) for feature in features]
@@ -80,13 +80,16 @@ def write_captions(
             f"the text encoder returns features that are not finite for the caption {bad!r}"
         )
     rows = (
-        records.CaptionRow(text, feature) for text, feature in zip(texts, features, strict=True)
+        records.serialize_caption(records.CaptionRow(text, feature), embedding)
+        for text, feature in zip(texts, features, strict=True)
     )
-    entry = records.write_shard(partial / "result", name, map(records.serialize_caption, rows))
+    entry = records.write_shard(partial / "result", name, rows)
     lengths = [len(feature) for feature in features]
     entry["cut"] = cut
     entry["tokens"] = {"min": min(lengths), "max": max(lengths), "sum": sum(lengths)}
     entry["norm"] = {"min": norms.min(), "max": norms.max(), "sum": norms.sum()}
+    if embedding == "int8":
+        entry["error"] = quantization.error_sums(features)
     journal(partial, name, entry)
     return len(texts)
 

@@ -18,8 +18,8 @@ from imagen_jax.data.prepare.manifest import listed
 from imagen_jax.data.prepare.resize import Resize
 from imagen_jax.data.prepare.selection import select
 from imagen_jax.data.prepare.shards import AGAIN, Shard, finished, shards_of, write_images
-from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.sources.source import Source
+from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement
 from imagen_jax.storage import read_json, write_atomically
 

@@ -82,8 +82,6 @@ def shard_rows(count: int, size: int) -> list[int]:
 
 def sizes(count: int, low: int, high: int, height: int, width: int) -> dict[str, float]:
     """The sizes of a plan, from smallest and largest side and the sums of heights and widths."""
-    if not count:
-        return {}
     means = {"mean_height": height / count, "mean_width": width / count}
     return {"min_side": low, "max_side": high} | means
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from imagen_jax.data import records
 from imagen_jax.data.prepare.kept import Plan
+from imagen_jax.data.quantization import relative_errors
 from imagen_jax.storage import write_atomically, write_lines
 
 Entries = Mapping[str, Mapping[str, Any]]  # the journal's entries by shard
@@ -30,11 +31,14 @@ def finish(
         for name, entry in {**captions, **images}.items()
     }
     records.write_tfds_metadata(result, "images", records.image_features(), shards)
-    features = records.caption_features(request["encoder"]["dim"])
+    embedding = request.get("embedding_dtype", records.EMBEDDINGS[0])
+    features = records.caption_features(request["encoder"]["dim"], embedding)
     records.write_tfds_metadata(result, "captions", features, shards)
     _write_skipped(result, plan, cut)
     manifest = {
-        "format_version": records.FORMAT_VERSION,
+        "format_version": records.INT8_FORMAT_VERSION
+        if embedding == "int8"
+        else records.FORMAT_VERSION,
         **request,
         "counts": _counts(plan, sum(entry["cut"] for entry in captions.values())),
         "embedding": _embedding_stats(captions),
@@ -72,8 +76,8 @@ def _counts(plan: Plan, truncated: int) -> dict[str, Any]:
 def _embedding_stats(captions: Entries) -> dict[str, Any]:
     """Statistics over the journal's entries of caption shards.
 
-    Lengths in tokens are over captions, norms over tokens. All values are finite: shards with other
-    features were rejected earlier.
+    Lengths in tokens are over captions, norms over tokens as they were encoded. All values are
+    finite: shards with other features were rejected earlier.
     """
     rows = sum(entry["rows"] for entry in captions.values())
     tokens = sum(entry["tokens"]["sum"] for entry in captions.values())
@@ -86,6 +90,9 @@ def _embedding_stats(captions: Entries) -> dict[str, Any]:
             "mean": mean,
             "max": max(part["max"] for part in parts),
         }
+    errors = [entry["error"] for entry in captions.values() if "error" in entry]
+    if errors:
+        stats["quantization_error"] = relative_errors(errors)
     return stats | {"tokens": tokens, "finite": True}
 
 

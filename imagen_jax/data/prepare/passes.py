@@ -25,12 +25,13 @@ from imagen_jax.data.prepare.manifest import finish, listed
 from imagen_jax.data.prepare.preview import preview
 from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.prepare.shards import AGAIN, all_finished
-from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.sources.source import Source
+from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement
 from imagen_jax.storage import check_object, only_process, read_object, write_atomically
 
 REQUEST = "request.json"
+SHARD_INDEX = "index.jsonl"  # in the work directory, see sources.shard_index
 DIRECTORIES = ("checked", "journal", "plan", "result")  # of the work directory
 # Everything that the written bytes depend on, each a key of the manifest. A run continues only if
 # all of them are equal. Those of the second line are there once captions are encoded.
@@ -38,6 +39,8 @@ _IMAGE_KEYS = {"source": dict, "shard_size": int, "min_size": int}
 _TEXT_KEYS = {"encoder": dict, "max_length": int, "batch_size": int}
 # Keys that are only there if images are stored resized, with what their absence means.
 _ABSENT = {"store_size": 0, "store_format": "none"}
+# The same for features that are not in bfloat16, once captions are encoded.
+_ABSENT_TEXT = {"embedding_dtype": records.EMBEDDINGS[0]}
 Ingest = Callable[[Workers, Source, Path, "Settings", At], Plan]
 
 
@@ -50,6 +53,7 @@ class Settings:
     batch_size: captions per device and batch, see text.encoder.TextEncoder.encode.
     processes: worker processes that check and write images; they do not affect the result.
     resize: how large images are resized before they are stored.
+    embedding: dtype of the stored token features, one of records.EMBEDDINGS.
     """
 
     shard_size: int
@@ -57,6 +61,7 @@ class Settings:
     batch_size: int
     processes: int
     resize: Resize = AS_IS
+    embedding: str = records.EMBEDDINGS[0]
 
     def __post_init__(self):
         least = {"shard_size": 1, "min_size": 0, "batch_size": 1, "processes": 1}
@@ -65,6 +70,9 @@ class Settings:
                 raise ValueError(f"--{name} {getattr(self, name)} is less than {value}")
         if self.resize.side < 0:
             raise ValueError(f"--store_size {self.resize.side} is less than 0")
+        if self.embedding not in records.EMBEDDINGS:
+            known = " or ".join(records.EMBEDDINGS)
+            raise ValueError(f"--embedding {self.embedding} is not implemented: use {known}")
 
 
 def prepare(
@@ -134,6 +142,16 @@ def check_output(output: Path) -> None:
         raise ValueError(_mounted(output))
     if not output.is_dir() or any(output.iterdir()):
         raise ValueError(f"{output} exists and is not prepared data: choose another --output")
+
+
+def check_work_directory(partial: Path) -> None:
+    """Raises ValueError if `partial` exists and is something else than a work directory."""
+    known = {*DIRECTORIES, "hosts.json", "lock", REQUEST, SHARD_INDEX}
+    if partial.exists() and {path.name for path in partial.iterdir()} - known:
+        raise ValueError(
+            f"{partial} is in the way and is not unfinished work of prepare_data: choose another"
+            " --output"
+        )
 
 
 def _mounted(output: Path) -> str:
@@ -218,6 +236,8 @@ def _request(source: Source, encoder, settings: Settings) -> dict[str, Any]:
     batch = {"batch_size": settings.batch_size} if encoder else {}
     stored = {"store_size": resize.side, "store_format": resize.format} if resize.side else {}
     request = {"source": source.describe()} | text | sizes | batch | stored
+    if encoder and settings.embedding != _ABSENT_TEXT["embedding_dtype"]:
+        request["embedding_dtype"] = settings.embedding
     return json.loads(json.dumps(request))
 
 
@@ -239,13 +259,15 @@ def _read_request(partial: Path) -> dict[str, Any]:
     request = read_object(file, _IMAGE_KEYS, remedy)
     check_object(file, _ABSENT | request, {"store_size": int, "store_format": str}, remedy)
     if "encoder" in request:
-        check_object(file, request, _TEXT_KEYS, remedy)
+        check_object(file, _ABSENT_TEXT | request, _TEXT_KEYS | {"embedding_dtype": str}, remedy)
     return request
 
 
 def _refuse_changes(directory: Path, before: Mapping, request: Mapping) -> None:
-    before, request = _ABSENT | before, _ABSENT | request
-    keys = (*_IMAGE_KEYS, *_TEXT_KEYS, *_ABSENT)
+    before, request = (
+        _ABSENT | (_ABSENT_TEXT if "encoder" in keys else {}) | keys for keys in (before, request)
+    )
+    keys = (*_IMAGE_KEYS, *_TEXT_KEYS, *_ABSENT, *_ABSENT_TEXT)
     changed = [
         f"{key} was {before[key]}, is {request[key]}"
         for key in keys
@@ -261,12 +283,7 @@ def _refuse_changes(directory: Path, before: Mapping, request: Mapping) -> None:
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """Creates the work directory and locks it for this process."""
-    known = {*DIRECTORIES, "hosts.json", "lock", REQUEST}
-    if partial.exists() and {path.name for path in partial.iterdir()} - known:
-        raise ValueError(
-            f"{partial} is in the way and is not unfinished work of prepare_data: choose another"
-            " --output"
-        )
+    check_work_directory(partial)
     for name in DIRECTORIES:
         (partial / name).mkdir(parents=True, exist_ok=True)
     with only_process(partial, "preparing data in"):

@@ -1,30 +1,67 @@
-"""Estimates of the size and time of prepared data, before it is prepared.
-
-`preview` measures a sample of a source. `preview_captions` scales a caption store to any size from
-the lengths of some captions.
-"""
+"""Estimates of the size and time of prepared data from a sample, before it is prepared."""
 
 import dataclasses
-import math
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import BFloat16
 
+from imagen_jax.data import records
 from imagen_jax.data.prepare import checks
+from imagen_jax.data.prepare.caption_estimate import (
+    WORK_BYTES,
+    StoreEstimate,
+    caption_choices,
+    spread,
+    token_bytes,
+)
+from imagen_jax.data.prepare.captions import write_captions
+from imagen_jax.data.prepare.choices import Choice, print_choices
+from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
 from imagen_jax.data.sources.source import Source
 
-_IMAGES = 64  # items that `preview` decodes and encodes
-_CAPTIONS = 4096  # items whose captions `preview_captions` measures
-# Work files for an image with one caption of 60 characters, which are removed at the end: checks
-# (270), the selection's database (340) and plan (95).
-WORK_BYTES = 700
-# Measured on stores of 64 to 4096 features a token: zstd's compressed fraction of bfloat16 features
-# (the same for t5_tiny's and for normal noise), a record's frame, a shard's last block.
-ZSTD_LEAVES = 0.78
-RECORD_BYTES = 250
-SHARD_BYTES = 2**15
+_IMAGES = 64  # items that are decoded and encoded
+_SIDES = (64, 256, 1024)  # sizes of stored images that `dry_run` compares
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Measurements of some items of a source.
+
+    scale: items of the source per item of the sample.
+    checked: for each way to store the images, the usable items.
+    check_s: for each way, the seconds of reading and checking one after the other.
+    captions: all usable captions, with their features [l d].
+    cut: number of captions that were truncated.
+    encode_s: seconds of encoding.
+    """
+
+    count: int
+    scale: float
+    checked: dict[Resize, list[checks.Checked]]
+    check_s: dict[Resize, float]
+    captions: list[str]
+    features: list[BFloat16[np.ndarray, "_ d"]]
+    cut: int
+    encode_s: float
+
+    def image_bytes(self, resize: Resize) -> int:
+        """Bytes of the sample's images if they are stored in this way."""
+        return sum(item.size for item in self.checked[resize])
+
+    def image_s(self, resize: Resize, processes: int) -> float:
+        """Seconds for all images; each is decoded again when it is written."""
+        return 2 * self.scale * self.check_s[resize] / processes
+
+    def caption_bytes(self, dim: int, embedding: str) -> int:
+        """Uncompressed bytes of the sample's features and texts."""
+        tokens = sum(len(feature) for feature in self.features)
+        text = sum(len(text.encode()) for text in self.captions)
+        return int(tokens * token_bytes(dim, embedding)) + text
 
 
 def preview(source: Source, encoder, settings: Any, crew: int = 1) -> int:
@@ -33,159 +70,147 @@ def preview(source: Source, encoder, settings: Any, crew: int = 1) -> int:
     Args:
       encoder: None if captions are not encoded now.
       settings: `processes` (for images, in each process of the crew), `min_size`, `resize`,
-        `batch_size`.
+        `embedding`, `batch_size`.
       crew: number of processes such as this one.
 
     Returns:
-      The estimated bytes.
+      The estimated bytes, with features that are not compressed.
+    """
+    sample = _take(source, encoder, settings, [settings.resize])
+    size = _print_sample(source, sample, encoder, settings)
+    images = sample.image_s(settings.resize, settings.processes * crew)
+    _print_time(images + sample.scale * sample.encode_s / crew, settings, crew)
+    return size
+
+
+def dry_run(source: Source, encoder, settings: Any, crew: int, price: float) -> None:
+    """Prints the estimate of `preview`, with a table of other ways to store images and captions.
+
+    Args:
+      settings, crew: as of `preview`; settings also has `shard_size`.
+      price: storage price per GiB and month; 0 if unknown.
+    """
+    sizes = [Resize(side, kind) for side in _SIDES for kind in FORMATS]
+    sample = _take(source, encoder, settings, list(dict.fromkeys([AS_IS, *sizes, settings.resize])))
+    _print_sample(source, sample, encoder, settings)
+    choices = _image_choices(sample, settings, crew)
+    if sample.features:
+        choices += _caption_choices(source, sample, encoder.dim, settings, crew)
+    _print_time(sum(choice.seconds for choice in choices if choice.chosen), settings, crew)
+    print_choices(choices, price)
+
+
+def _take(source: Source, encoder, settings: Any, resizes: Sequence[Resize]) -> Sample:
+    """Measures a sample with each of these ways to store images.
+
+    Reads each item once. If there are several ways, the first is AS_IS; where another one leaves an
+    image as it is, it has the result of the first.
     """
     if not len(source):
         raise ValueError(f"the source is empty: {source.describe()}")
-    indices = _spread(source, _IMAGES)
-    start = time.monotonic()
-    checked = [checks.check(source[i], settings.min_size, settings.resize) for i in indices]
-    check_time = 2 * (time.monotonic() - start)  # images are decoded again when they are written
-    usable = [item for item in checked if not item.reason]
-    captions = [caption for item in usable for caption in item.captions]
-    cut, text_time, text_bytes = _measure_encoding(encoder, captions, settings.batch_size)
-    scale = len(source) / len(indices)
-    image_bytes = sum(item.size for item in usable)
-    seconds = scale * (check_time / settings.processes + text_time) / crew
-    print(
-        f"sample    {len(indices)} of {len(source)} images: {len(usable)} usable, {len(captions)}"
-        f" captions, {cut} of them cut"
+    indices = spread(source, _IMAGES)
+    checked, check_s = {resize: [] for resize in resizes}, dict.fromkeys(resizes, 0.0)
+    for i in indices:
+        item, read_s = _timed(lambda: source[i])
+        as_is = _timed(lambda: checks.check(item, settings.min_size, resizes[0]))
+        size = as_is[0].width, as_is[0].height
+        for resize in resizes:
+            other = resize is not resizes[0] and resize.applies(size)
+            result, seconds = (
+                _timed(lambda: checks.check(item, settings.min_size, resize)) if other else as_is
+            )
+            check_s[resize] += read_s + seconds
+            if not result.reason:
+                checked[resize].append(result)
+    captions = [text for item in checked[resizes[0]] for text in item.captions]
+    return Sample(
+        len(indices),
+        len(source) / len(indices),
+        checked,
+        check_s,
+        captions,
+        *_encode(encoder, captions, settings.batch_size),
     )
-    print(f"images    about {scale * len(usable):.0f}, {scale * image_bytes / 2**20:.1f} MiB")
-    if encoder is not None:
-        print(
-            f"captions  at most {scale * len(captions):.0f}, {scale * text_bytes / 2**20:.1f} MiB"
-            f" ({encoder.dim} features a token)"
-        )
-    print(f"work      about {len(source) * WORK_BYTES / 2**30:.2f} GiB of files until the end")
-    _print_notes(source)
-    print(f"time      about {seconds:.0f} s with {crew} x {settings.processes} processes")
-    return int(scale * (image_bytes + text_bytes))
 
 
-def _measure_encoding(encoder, captions: list[str], batch_size: int) -> tuple[int, float, int]:
-    """Returns the number of cut captions, seconds, and bytes of features and text."""
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """Returns the result and the seconds that it took."""
+    start = time.monotonic()
+    return work(), time.monotonic() - start
+
+
+def _encode(
+    encoder, captions: list[str], batch_size: int
+) -> tuple[list[BFloat16[np.ndarray, "_ d"]], int, float]:
+    """Returns features, number of cut captions, and seconds without compilation."""
     if not captions or encoder is None:
-        return 0, 0.0, 0
+        return [], 0, 0.0
     cut = sum(encoder.tokenize(captions)[1])
     encoder.encode(captions, batch_size)  # compiles
-    start = time.monotonic()
-    features = encoder.encode(captions, batch_size)
-    seconds = time.monotonic() - start
-    text_bytes = sum(len(text.encode()) for text in captions)
-    return cut, seconds, sum(feature.nbytes for feature in features) + text_bytes
+    features, seconds = _timed(lambda: encoder.encode(captions, batch_size))
+    return features, cut, seconds
 
 
-def _print_notes(source: Source) -> None:
+def _print_sample(source: Source, sample: Sample, encoder, settings: Any) -> int:
+    """Prints the sizes of the whole as `settings` would store it, and returns the bytes."""
+    usable, captions = len(sample.checked[settings.resize]), len(sample.captions)
+    image_bytes = sample.scale * sample.image_bytes(settings.resize)
+    text_bytes = 0.0
+    print(
+        f"sample    {sample.count} of {len(source)} images: {usable} usable, {captions} captions,"
+        f" {sample.cut} of them cut"
+    )
+    print(f"images    about {sample.scale * usable:.0f}, {image_bytes / 2**20:.1f} MiB")
+    if encoder is not None:
+        text_bytes = sample.scale * sample.caption_bytes(encoder.dim, settings.embedding)
+        print(
+            f"captions  at most {sample.scale * captions:.0f}, {text_bytes / 2**20:.1f} MiB before"
+            f" compression ({encoder.dim} features a token in {settings.embedding})"
+        )
+    print(f"work      about {len(source) * WORK_BYTES / 2**30:.2f} GiB of files until the end")
     for note in source.notes():
         detail = note.get("detail") or f"{note['count']} files, such as {note['files'][0]}"
         print(f"not read  {note['id']}: {note['reason']}, {detail}")
+    return int(image_bytes + text_bytes)
 
 
-@dataclasses.dataclass(frozen=True)
-class StoreEstimate:
-    """The estimate of a caption store.
+def _print_time(seconds: float, settings: Any, crew: int) -> None:
+    print(f"time      about {seconds:.0f} s with {crew} x {settings.processes} processes")
 
-    tokens, text_bytes: means over the captions. dim: features a token.
-    """
 
-    captions: int
-    tokens: float
-    text_bytes: float
-    dim: int
-    shard_size: int
-
-    @property
-    def uncompressed(self) -> float:
-        """Bytes of features and text: an upper bound without the records' frames."""
-        return self.captions * (2 * self.dim * self.tokens + self.text_bytes)
-
-    @property
-    def bytes(self) -> float:
-        """Bytes on disk, with the features compressed to ZSTD_LEAVES of their size."""
-        return (
-            self.captions
-            * (ZSTD_LEAVES * 2 * self.dim * self.tokens + self.text_bytes + RECORD_BYTES)
-            + self.shards * SHARD_BYTES
+def _image_choices(sample: Sample, settings: Any, crew: int) -> list[Choice]:
+    """A row for each way to store images that changes one, and for the chosen way."""
+    sizes = lambda resize: [(item.height, item.width) for item in sample.checked[resize]]
+    return [
+        Choice(
+            f"images, {resize.side} {resize.format}" if resize.side else "images, as they are",
+            sample.scale * sample.image_bytes(resize),
+            sample.image_s(resize, settings.processes * crew),
+            resize == settings.resize,
         )
-
-    @property
-    def shards(self) -> int:
-        return math.ceil(self.captions / self.shard_size)
-
-
-def preview_captions(
-    source: Source,
-    tokenize: Callable[[list[str]], tuple[list[list[int]], list[bool]]],
-    dim: int,
-    captions: int,
-    shard_size: int,
-    rate: float,
-    chips: int,
-    price: float,
-) -> StoreEstimate:
-    """Prints the size of a store of `captions` distinct captions like those of the source.
-
-    It encodes nothing.
-
-    Args:
-      tokenize: the tokenize function of text.encoder.TextEncoder.
-      rate: total captions per second of all `chips`; 0 if unknown.
-      price: storage price per GiB and month; 0 if unknown.
-    """
-    indices = _spread(source, _CAPTIONS)
-    usable = [text for i in indices for text in checks.usable_captions(source[i].captions)[0]]
-    texts = list(dict.fromkeys(usable))
-    if not texts:
-        raise ValueError(f"no caption in {len(indices)} items of {source.describe()}")
-    rows, cut = tokenize(texts)
-    lengths = np.array([len(row) for row in rows])
-    store = StoreEstimate(
-        captions, lengths.mean(), np.mean([len(text.encode()) for text in texts]), dim, shard_size
-    )
-    error = lengths.std() / np.sqrt(len(lengths))
-    measured = f"measured on {len(texts):,} of the source's, {100 * np.mean(cut):.1f} % truncated"
-    print(f"captions  {captions:,} of {store.tokens:.1f} +- {error:.1f} tokens ({measured})")
-    _print_store(store, images=captions * len(indices) / len(usable))
-    if rate:
-        _print_time(store, rate, chips)
-    if price:
-        print(
-            f"price     {store.bytes / 2**30 * price:,.0f} per month at {price:g} per GiB and month"
-        )
-    return store
+        for resize in sample.checked
+        if resize in (AS_IS, settings.resize) or sizes(resize) != sizes(AS_IS)
+    ]
 
 
-def _print_store(store: StoreEstimate, images: float) -> None:
-    print(
-        f"store     {_size(store.bytes)} in {store.shards:,} shards of {store.shard_size:,}"
-        f" captions, {_size(store.bytes / store.shards)} each"
-    )
-    print(
-        f"          {store.dim} features per token in bfloat16, {_size(store.uncompressed)}"
-        f" uncompressed; zstd leaves about {ZSTD_LEAVES:g} of it"
-    )
-    work = images * WORK_BYTES / 2**30
-    print(f"work      about {work:,.1f} GiB of files until the end, for {images:,.0f} images")
+def _caption_choices(
+    source: Source, sample: Sample, dim: int, settings: Any, crew: int
+) -> list[Choice]:
+    """A row for each dtype of features: their time is that of encoding and of writing."""
+    count = len(sample.captions)
+    means = [np.mean([len(feature) for feature in sample.features])]
+    means += [np.mean([len(text.encode()) for text in sample.captions])]
+    stores, seconds = {}, {}
+    for name in records.EMBEDDINGS:
+        stores[name] = StoreEstimate(sample.scale * count, *means, dim, settings.shard_size, name)
+        write_s = _timed(lambda: _write(source, sample, name))[1] / settings.processes
+        seconds[name] = sample.scale * (sample.encode_s + write_s) / crew
+    return caption_choices(stores, settings.embedding, seconds)
 
 
-def _print_time(store: StoreEstimate, rate: float, chips: int) -> None:
-    hours = store.captions / rate / 3600
-    print(
-        f"time      {hours:,.1f} h at {rate:,g} captions per second"
-        + (f", {hours * chips:,.0f} chip-hours on {chips} chips" if chips else "")
-    )
-    print(f"          and {_size(store.bytes / store.captions * rate)} per second to write")
-
-
-def _spread(source: Source, count: int) -> list[int]:
-    return np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
-
-
-def _size(size: float) -> str:
-    unit = min(max(int(math.log2(max(size, 1)) // 10), 2), 4)
-    return f"{size / 2 ** (10 * unit):,.1f} {('MiB', 'GiB', 'TiB')[unit - 2]}"
+def _write(source: Source, sample: Sample, embedding: str) -> None:
+    """Writes the captions of the sample to a shard that is then deleted."""
+    name = records.shard_name("captions", "train", 0, 1)
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        write_captions(source, place, name, sample.captions, sample.features, [], embedding)

@@ -181,6 +181,8 @@ class _Selector:
         return [number for (number,) in self._all(query, (image,))]
 
     def _sizes(self) -> dict[str, float]:
+        if not self._images:
+            return {}
         query = (
             "SELECT min(min(height, width)), max(max(height, width)), sum(height), sum(width)"
             " FROM images"

@@ -15,14 +15,15 @@ from absl import flags
 from imagen_jax.data.sources import parquet_rows
 from imagen_jax.data.sources.folder import raise_unless_of_the_file, read_image
 from imagen_jax.data.sources.parquet_rows import BINARY, TEXT, Column, RowGroupError, Rows
-from imagen_jax.data.sources.sharded import ShardedSource, Summary
+from imagen_jax.data.sources.shard_index import ShardIndex, Summary
+from imagen_jax.data.sources.sharded import ShardedSource
 from imagen_jax.data.sources.source import Fault, SourceItem, hashed_split
 from imagen_jax.data.sources.walk import escaped
 from imagen_jax.data.sources.where import UNDECIDED, Where
 from imagen_jax.storage import check_local
 
 USAGE = "parquet:FILES (a pattern such as DIR/*.parquet or DIR/{000..012}.parquet)"
-HAS_METADATA = True
+HAS_METADATA = HAS_SHARDS = True
 _KEY_TYPES = TEXT | BINARY | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 _NAMES = 500  # characters of the names of columns in a message
 _IMAGE_NEEDS = "binary, a struct of bytes and path, or text with paths"
@@ -52,7 +53,9 @@ def define_flags(values: flags.FlagValues) -> None:
     )
 
 
-def open_source(name: str, args: flags.FlagValues) -> "ParquetSource":
+def open_source(
+    name: str, args: flags.FlagValues, index: ShardIndex | None = None
+) -> "ParquetSource":
     """Opens the parquet files of a pattern."""
     options = Options(
         args.parquet_image.strip(),
@@ -62,7 +65,7 @@ def open_source(name: str, args: flags.FlagValues) -> "ParquetSource":
         args.heldout,
         Where(args.where) if args.where else None,
     )
-    return ParquetSource(name, options)
+    return ParquetSource(name, options, index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,15 +113,14 @@ class ParquetSource(ShardedSource):
 
     kind = "parquet"
 
-    def __init__(self, pattern: str, options: Options):
-        self._columns = options
-        self._seen: set[str] = set()  # columns of all shards
-        super().__init__(pattern, options.describe())
+    def __init__(self, pattern: str, options: Options, index: ShardIndex | None = None):
+        self._chosen = options
+        super().__init__(pattern, options.describe(), index)
         names = options.where.names if options.where else ()
-        if missing := [name for name in names if name not in self._seen]:
+        if missing := [name for name in names if name not in self._columns]:
             raise ValueError(
                 f"--where: no shard has the column {', '.join(missing)}: use columns of"
-                f" {', '.join(sorted(self._seen))}"
+                f" {', '.join(sorted(self._columns))}"
             )
 
     def summarize(self, path: Path) -> Summary:
@@ -133,24 +135,29 @@ class ParquetSource(ShardedSource):
         rows = sum(parquet_rows.row_counts(file))
         if not rows:
             return self._unread(path, "empty_shard", "has no rows")
-        columns = _Columns(file.schema_arrow, self._columns)
-        self._seen.update(columns.names)
+        columns = _Columns(file.schema_arrow, self._chosen)
         if columns.fault:
-            return self._unread(path, *columns.fault, rows)
+            return self._unread(path, *columns.fault, rows, columns.names)
         content = hashlib.sha256(str(path.stat().st_size).encode())
         content.update(parquet_rows.footer(path))
         notes = _keys(file, columns.key)[1] if columns.key else {}
         told = [self.note(path, reason, told) | {"count": n} for reason, (n, told) in notes.items()]
-        return Summary(rows, content.hexdigest(), told)
+        return Summary(rows, content.hexdigest(), told, columns.names)
 
-    def _unread(self, path: Path, reason: str, detail: str, rows: int = 0) -> Summary:
+    def summary_options(self) -> dict[str, Any]:
+        chosen = self._chosen
+        return {"image": chosen.image, "captions": list(chosen.captions), "key": chosen.key}
+
+    def _unread(
+        self, path: Path, reason: str, detail: str, rows: int = 0, columns: Sequence[str] = ()
+    ) -> Summary:
         """A shard that is left out; the note counts its rows if they are known."""
         note = self.note(path, reason, detail)
-        return Summary(0, "", [note | ({"count": rows} if rows else {})])
+        return Summary(0, "", [note | ({"count": rows} if rows else {})], columns)
 
     def open_shard(self, path: Path) -> "ParquetShard":
         try:
-            return ParquetShard(path, self.label(path), self._columns)
+            return ParquetShard(path, self.label(path), self._chosen)
         except (ValueError, OSError) as error:
             raise_unless_of_the_file(error)
             raise ValueError(

@@ -6,8 +6,6 @@ shards and with the items of one shard, not with the number of items.
 """
 
 import bisect
-import concurrent.futures
-import dataclasses
 import glob
 import hashlib
 import itertools
@@ -20,14 +18,14 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from imagen_jax.data.sources.folder import raise_unless_of_the_file
+from imagen_jax.data.sources.shard_index import ShardIndex, Summary, key_of
 from imagen_jax.data.sources.source import SourceItem
+from imagen_jax.data.sources.summaries import summaries
 from imagen_jax.data.sources.walk import Note, escaped
-from imagen_jax.run_log import Progress
 from imagen_jax.storage import check_local
 
 OPEN_SHARDS = 2
 MISSING = "missing_shard"
-THREADS = 8  # that look at shards when a source is opened
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -43,49 +41,37 @@ class Shard(Protocol):
     def close(self) -> None: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """What is known of a shard without its images.
-
-    items: their number. digest: equal for equal items. notes: lines for skipped.jsonl, such as a
-    truncated end.
-    """
-
-    items: int
-    digest: str
-    notes: Sequence[Note] = ()
-
-
 class ShardedSource:
     """A source over shard files. Subclasses define `summarize` and `open_shard`."""
 
     kind = ""
 
-    def __init__(self, pattern: str, options: dict[str, Any]):
-        """pattern: see `expand`. options: JSON for the manifest that items depend on."""
+    def __init__(self, pattern: str, options: dict[str, Any], index: ShardIndex | None = None):
+        """pattern: see `expand`. options: JSON for the manifest that items depend on.
+
+        index: holds the summaries of shards that an earlier opening has looked at.
+        """
         self._paths = expand(self.kind, pattern)
         self._labels = labels(self._paths)
         self._options = options
-        with (
-            concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
-            Progress("shards opened", len(self._paths), quiet=len(self._paths) < 10) as progress,
-        ):
-            summaries = []
-            for summary in pool.map(self._summary, self._paths):
-                summaries.append(summary)
-                progress.update(len(summaries))
-        self._notes = [dict(note) for summary in summaries for note in summary.notes]
-        self._ends = list(itertools.accumulate(summary.items for summary in summaries))
-        rows = zip(self._paths, summaries)
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        found = summaries(self, self._paths, index)
+        self._columns = {name for summary in found for name in summary.columns}
+        self._notes = [dict(note) for summary in found for note in summary.notes]
+        self._ends = list(itertools.accumulate(summary.items for summary in found))
+        rows = zip(self._paths, found)
         listing = "".join(f"{self.label(path)} {summary.digest}\n" for path, summary in rows)
         self._digest = hashlib.sha256(listing.encode()).hexdigest()
-        self._open: OrderedDict[int, Shard] = OrderedDict()
         if not len(self):
             raise ValueError(f"{self.kind}:{pattern} has no items{self._examples()}")
 
     def summarize(self, path: Path) -> Summary:
         """Looks at a shard without decoding images. A damaged shard has a note."""
         raise NotImplementedError
+
+    def summary_options(self) -> dict[str, Any]:
+        """The options that `summarize` depends on, as JSON: all, unless a subclass knows better."""
+        return self._options
 
     def open_shard(self, path: Path) -> Shard:
         """Opens a shard; it has as many items as its summary says."""
@@ -100,7 +86,11 @@ class ShardedSource:
         name = f"{self.label(path)}{escaped(path.suffix)}"
         return {"id": name, "reason": reason, "detail": escaped(detail)}
 
-    def _summary(self, path: Path) -> Summary:
+    def summary_key(self, path: Path) -> str:
+        """The key of the shard's line in an index; its notes depend on its name."""
+        return key_of(self.kind, self.summary_options(), self.label(path))
+
+    def summary(self, path: Path) -> Summary:
         """Summarizes a shard, unless there is no such file; opening a pipe would wait forever."""
         try:
             regular = stat.S_ISREG(os.stat(path).st_mode)

@@ -7,6 +7,8 @@ A source is one module of this folder, and its name is the kind: `folder.py` ope
     open_source(name, args)    opens it; `name` is the text after the colon, `args` the flags
     define_flags(values)       optional: defines the flags of this kind, named after it
     HAS_METADATA               optional: True if it takes `--where`
+    HAS_SHARDS                 optional: True if it has `open_source(name, args, index)`, see
+                               `shard_index`
 
 A new kind of source is one new file here; no other file names it.
 """
@@ -15,12 +17,14 @@ import dataclasses
 import hashlib
 import importlib
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from absl import flags
 
 from imagen_jax.data import sources
+from imagen_jax.data.sources.shard_index import ShardIndex
 
 
 class Fault(NamedTuple):
@@ -111,8 +115,13 @@ def define_flags(values: flags.FlagValues) -> None:
             module.define_flags(values)
 
 
-def open_source(args: flags.FlagValues) -> Source:
+def open_source(
+    args: flags.FlagValues, index: Path | None = None, read_only: bool = False
+) -> Source:
     """Opens the source that `args.source` names.
+
+    index: the file of a `shard_index.ShardIndex`, which makes the next opening of a source of
+    shards fast; other sources ignore it. read_only: reads it only.
 
     Raises:
       ValueError: there is no such kind, or the source cannot be opened.
@@ -129,4 +138,6 @@ def open_source(args: flags.FlagValues) -> Source:
         raise ValueError(
             f"--where needs metadata, which a {kind} source does not have: leave it out"
         )
+    if index and getattr(modules[kind], "HAS_SHARDS", False):
+        return modules[kind].open_source(name, args, ShardIndex(index, read_only))
     return modules[kind].open_source(name, args)

@@ -15,7 +15,8 @@ from absl import flags
 
 from imagen_jax.caption_text import MARK
 from imagen_jax.data.sources.folder import IMAGE_SUFFIXES, raise_unless_of_the_file
-from imagen_jax.data.sources.sharded import ShardedSource, Summary
+from imagen_jax.data.sources.shard_index import ShardIndex, Summary
+from imagen_jax.data.sources.sharded import ShardedSource
 from imagen_jax.data.sources.source import Fault, SourceItem, hashed_split
 from imagen_jax.data.sources.tar_members import UNREADABLE, Member, read_members
 from imagen_jax.data.sources.walk import Note, escaped
@@ -23,7 +24,7 @@ from imagen_jax.data.sources.where import Where
 from imagen_jax.storage import missing_content
 
 USAGE = "webdataset:TARS (such as webdataset:DIR/{00000..00099}.tar)"
-HAS_METADATA = True
+HAS_METADATA = HAS_SHARDS = True
 TEXT = "txt"
 _JSON = "json"
 _BUFFER = 2**13  # bytes; the default of a network file system can be larger than a member
@@ -41,11 +42,12 @@ def define_flags(values: flags.FlagValues) -> None:
     )
 
 
-def open_source(name: str, args: flags.FlagValues) -> "WebDatasetSource":
+def open_source(
+    name: str, args: flags.FlagValues, index: ShardIndex | None = None
+) -> "WebDatasetSource":
     """Opens the tar files of the pattern `name`."""
-    return WebDatasetSource(
-        name, args.heldout, args.webdataset_captions, getattr(args, "where", "")
-    )
+    where = getattr(args, "where", "")
+    return WebDatasetSource(name, args.heldout, args.webdataset_captions, where, index)
 
 
 class Entry(NamedTuple):
@@ -63,7 +65,14 @@ class WebDatasetSource(ShardedSource):
 
     kind = "webdataset"
 
-    def __init__(self, pattern: str, heldout: float, caption_fields: str = TEXT, where: str = ""):
+    def __init__(
+        self,
+        pattern: str,
+        heldout: float,
+        caption_fields: str = TEXT,
+        where: str = "",
+        index: ShardIndex | None = None,
+    ):
         names = (name.strip() for name in caption_fields.split(","))
         self._fields = tuple(dict.fromkeys(name for name in names if name))
         if not self._fields:
@@ -73,7 +82,10 @@ class WebDatasetSource(ShardedSource):
         self._where = Where(where) if where else None
         self._heldout = heldout
         options: dict[str, Any] = {"webdataset_captions": list(self._fields), "heldout": heldout}
-        super().__init__(pattern, options | ({"where": where} if where else {}))
+        super().__init__(pattern, options | ({"where": where} if where else {}), index)
+
+    def summary_options(self) -> dict[str, Any]:
+        return {}  # captions and metadata are not read
 
     def summarize(self, path: Path) -> Summary:
         try:

@@ -102,6 +102,15 @@ def test_the_pool_continues_a_pipeline_and_the_other_way_round(
     assert len(more) > 5 and not {*done} & {*more}
 
 
+def test_no_usable_image_is_the_same_error(tmp_path):
+    """Catches an empty collection that fails somewhere inside the pipeline."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"not a picture")
+    (tmp_path / "in" / "a.txt").write_text("a caption")
+    with pytest.raises(ValueError, match="no usable image in --source: 1 broken_image, such as"):
+        prepared(tmp_path / "in", tmp_path / "data", beam_ingest.on_runner([]))
+
+
 def test_a_worker_that_fails_is_one_line(tangled, tmp_path, monkeypatch):
     """Catches pages of tracebacks in an error message, and a result that is published."""
 

@@ -78,6 +78,7 @@ def test_trained_on_as_it_is(whole):
         "text_length": 6,
         "batch_size": 4,
         "workers": 0,
+        "decode": "exact",
     }
     cfg = {"path": str(whole), **size, "flip": False, "caption": "random", "cache_mib": 0}
     reader = pipeline.batches(cfg, 0, 0)

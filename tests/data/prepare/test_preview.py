@@ -1,25 +1,32 @@
-"""The estimate of a caption store, against a written one and against numbers computed by hand."""
+"""Estimates of stores and of choices, against written data and numbers computed by hand."""
 
+import itertools
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from imagen_jax.data import records
-from imagen_jax.data.prepare.preview import StoreEstimate, preview_captions
+from imagen_jax.data.prepare import checks, passes, preview
+from imagen_jax.data.prepare.caption_estimate import StoreEstimate, preview_captions
+from imagen_jax.data.prepare.choices import Choice, print_choices
+from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.weights.text_encoders import find_encoder
-from tests.data.synthetic_source import FakeEncoder, write_folder
+from tests.data import synthetic
+from tests.data.synthetic_source import SETTINGS, FakeEncoder, write_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.parametrize("embedding", records.EMBEDDINGS)
 @pytest.mark.parametrize(("dim", "rows"), [(256, 2048), (1024, 500)])
-def test_size_of_a_store_that_was_written(tmp_path, dim, rows):
+def test_size_of_a_store_that_was_written(tmp_path, dim, rows, embedding):
     """Catches float32 or padded features, and compression, frames or last blocks left out."""
     rng = np.random.default_rng(0)
     captions = [
@@ -30,16 +37,21 @@ def test_size_of_a_store_that_was_written(tmp_path, dim, rows):
         for i in range(rows)
     ]
     size = rows // 2
-    parts = [map(records.serialize_caption, captions[start : start + size]) for start in (0, size)]
+    parts = [
+        (records.serialize_caption(row, embedding) for row in captions[start : start + size])
+        for start in (0, size)
+    ]
     written = sum(
         records.write_shard(tmp_path, records.shard_name("captions", "train", i, 2), part)["bytes"]
         for i, part in enumerate(parts)
     )
     tokens = np.mean([len(row.embedding) for row in captions])
-    store = StoreEstimate(rows, tokens, np.mean([len(row.text) for row in captions]), dim, size)
+    text_bytes = np.mean([len(row.text) for row in captions])
+    store = StoreEstimate(rows, tokens, text_bytes, dim, size, embedding)
     assert store.shards == 2 and store.bytes == pytest.approx(written, rel=0.04)
     assert store.uncompressed == pytest.approx(
-        sum(row.embedding.nbytes + len(row.text) for row in captions)
+        sum(len(row.text) for row in captions)
+        + rows * tokens * (2 * dim if embedding == "bfloat16" else dim + 4)
     )
 
 
@@ -48,7 +60,7 @@ def test_four_hundred_million(tmp_path, capsys):
     source = FolderSource(write_folder(tmp_path / "ramps"), 0.0)
     tokenize = FakeEncoder(max_length=6).tokenize
     store = preview_captions(
-        source, tokenize, 4096, 400_000_000, 4096, rate=8000, chips=64, price=0.5
+        source, tokenize, 4096, 400_000_000, 4096, "bfloat16", rate=8000, chips=64, price=0.5
     )
     told = capsys.readouterr().out
     texts = {"a colour ramp"} | {f"picture number {i}" for i in range(20)}
@@ -66,12 +78,112 @@ def test_four_hundred_million(tmp_path, capsys):
         and "13.9 h at 8,000 captions per second, 889 chip-hours on 64 chips" in told
     )
     assert (
-        f"price     {store.bytes / 2**30 / 2:,.0f} per month" in told
-        and "GiB of files until the end, for 200,000,000 images" in told
+        "GiB of files until the end, for 200,000,000 images" in told
+        and "price     0.5 per GiB and month" in told
     )
-    preview_captions(source, tokenize, 4096, 1000, 4096, rate=0, chips=0, price=0)
+    int8 = 400e6 * (4 * (0.91 * 4096 + 4) + store.text_bytes + 250) + 97_657 * 2**15
+    assert table(told) == [
+        (True, "captions, bfloat16", tebibytes(store.bytes), "13.9", f"{store.bytes / 2**31:,.1f}"),
+        (False, "captions, int8", tebibytes(int8), "13.9", f"{int8 / 2**31:,.1f}"),
+    ]
+    small = preview_captions(source, tokenize, 4096, 1000, 4096, "int8", rate=0, chips=0, price=0)
     told = capsys.readouterr().out
     assert "price" not in told and "time" not in told and "1 shards" in told
+    assert "4096 features per token in int8, 15.7 MiB uncompressed; zstd leaves about 0.91" in told
+    assert [row[:2] + row[3:] for row in table(told)] == [
+        (False, "captions, bfloat16", "-"),
+        (True, "captions, int8", "-"),
+    ]
+    assert small.uncompressed < 1000 * 4 * 8192
+
+
+def table(told):
+    """The rows of the printed table: (chosen, name, size, hours, ...)."""
+    rows = told[told.index("* chosen") :].splitlines()[1:]
+    split = [
+        (row[0] == "*", row[2:26].strip(), *row[26:].split()) for row in rows if row[0] in " *"
+    ]
+    return [(chosen, name, f"{size} {unit}", *more) for chosen, name, size, unit, *more in split]
+
+
+def tebibytes(size):
+    return f"{size / 2**40:,.1f} TiB"
+
+
+def test_a_row_of_the_table(capsys):
+    """Catches seconds as hours, a price per GB, and costs without a price."""
+    choices = [Choice("a", 3 * 2**30, 5400, True), Choice("b", 2**20, None, False)]
+    print_choices(choices, 20.0)
+    told = capsys.readouterr().out
+    assert table(told) == [
+        (True, "a", "3.0 GiB", "1.500", "60.0"),
+        (False, "b", "1.0 MiB", "-", "0.020"),
+    ]
+    print_choices(choices, 0.0)
+    told = capsys.readouterr().out
+    assert "month" not in told and table(told)[0] == (True, "a", "3.0 GiB", "1.500")
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder of three captioned photographs of 270 x 300 pixels."""
+    folder = tmp_path_factory.mktemp("source") / "photographs"
+    folder.mkdir()
+    for i in range(3):
+        data = synthetic.encode(synthetic.photograph(270, 300, i), "JPEG", quality=90)
+        (folder / f"{i}.jpg").write_bytes(data)
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    return FolderSource(folder, 0.0)
+
+
+CHOICES = {
+    "images, as they are": AS_IS,
+    "images, 64 jpeg": Resize(64),
+    "images, 64 png": Resize(64, "png"),
+    "images, 256 jpeg": Resize(256),
+    "images, 256 png": Resize(256, "png"),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        ({}, {}),
+        ({"resize": Resize(64, "png"), "embedding": "int8", "processes": 2}, {}),
+        ({"resize": Resize(128)}, {"images, 128 jpeg": Resize(128)}),
+    ],
+)
+def test_a_dry_run_compares_the_choices(photographs, monkeypatch, capsys, changes, more):
+    """Catches bytes and seconds of another choice, rows without effect, and wrong marks."""
+    printed, clock = [], itertools.count()
+    monkeypatch.setattr(preview, "print_choices", lambda rows, price: printed.append((rows, price)))
+    # Every measurement takes a second: reading, checking, encoding, writing.
+    monkeypatch.setattr(preview, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    settings = passes.Settings(**SETTINGS | changes)
+    preview.dry_run(photographs, FakeEncoder(), settings, 2, 0.5)
+    (rows, price) = printed[0]
+    workers = 2 * settings.processes
+    expected = [
+        Choice(
+            name,
+            sum(len(checks.stored_bytes(item.image, resize)) for item in photographs),
+            2 * 3 * 2 / workers,
+            resize == settings.resize,
+        )
+        for name, resize in (CHOICES | more).items()
+    ]
+    expected += [
+        Choice(
+            f"captions, {name}",
+            StoreEstimate(3, 3, 9, 8, 8, name).bytes,
+            1 / 2 + 1 / workers,
+            name == settings.embedding,
+        )
+        for name in records.EMBEDDINGS
+    ]
+    assert rows == expected and price == 0.5
+    seconds = 12 / workers + 1 / 2 + 1 / workers
+    assert f"about {seconds:.0f} s with 2 x {settings.processes}" in capsys.readouterr().out
 
 
 def test_a_preview_needs_no_weights_and_writes_nothing(tmp_path):

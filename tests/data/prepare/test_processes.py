@@ -69,16 +69,24 @@ def test_killed_with_one_two_and_four_processes(folder, whole, tmp_path):
     assert tree(output) == complete and not partial.exists()
 
 
-def test_other_settings_in_one_process_are_refused(folder, tmp_path):
-    """Catches shards of two sizes in one directory, from processes with other options."""
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--shard_size=8"], "shard_size"),
+        pytest.param(["--encoder=t5_tiny"], "--images_only", marks=pytest.mark.slow),
+    ],
+)
+def test_other_settings_in_one_process_are_refused(folder, tmp_path, flags, named):
+    """Catches shards of two sizes in one directory, and processes that wait for different steps."""
     output = tmp_path / "data"
-    common = ["-m", "imagen_jax.prepare_data", f"--source=folder:{folder}", "--images_only"]
+    common = ["-m", "imagen_jax.prepare_data", f"--source=folder:{folder}", f"--output={output}"]
+    other = flags if named == "--images_only" else ["--images_only", *flags]
     started = processes.start(
-        lambda index: [*common, f"--output={output}", f"--shard_size={8 + index}"], output, 2, 2
+        lambda index: [*common, *(other if index else ["--images_only"])], output, 2, 2
     )
     assert {process.wait(timeout=120) for process in started} == {2}
     for index in range(2):
         log = processes.log_of(output, index).read_text()
         assert "process 1 (" in log and "differs from process 0 (" in log
-        assert log.splitlines()[-1].endswith("shard_size; start the same command everywhere")
+        assert log.splitlines()[-1].endswith(f"{named}; start the same command everywhere")
     assert not output.exists() and not (tmp_path / "data.partial").exists()

@@ -64,12 +64,12 @@ def collection(count):
     return pictures
 
 
-def opened(source, *options):
+def opened(source, *options, index=None):
     """The source, as the command opens it."""
     values = flags.FlagValues()
     sources.define_flags(values)
     values(["prepare_data", f"--source={source}", *options])
-    return sources.open_source(values)
+    return sources.open_source(values, index)
 
 
 def _images(directory, pictures, below="."):

@@ -6,7 +6,8 @@ import os
 import pytest
 
 from imagen_jax.data.sources import sharded
-from imagen_jax.data.sources.sharded import ShardedSource, Summary
+from imagen_jax.data.sources.shard_index import Summary
+from imagen_jax.data.sources.sharded import ShardedSource
 from imagen_jax.data.sources.source import SourceItem
 
 

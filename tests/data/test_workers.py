@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from imagen_jax.data.prepare.workers import Workers
 from imagen_jax.data.sources.folder import FolderSource
+from imagen_jax.data.workers import Workers
 from tests.data.synthetic_source import write_folder
 
 

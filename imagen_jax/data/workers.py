@@ -1,16 +1,15 @@
-"""A pool of processes that each hold the source, for work on images."""
+"""A pool of processes that each hold the source, for work on its shards and images."""
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from imagen_jax.data.sources.source import Source
-
-_source: Source | None = None  # in a worker process
+_source: Any = None  # in a worker process
 
 
 class Workers:
@@ -20,7 +19,7 @@ class Workers:
     with this process, even if it is killed.
     """
 
-    def __init__(self, source: Source, processes: int):
+    def __init__(self, source: Any, processes: int):
         self._source = source
         self._pool = None
         if processes > 1:
@@ -68,9 +67,10 @@ class Workers:
             yield future.result()
 
 
-def _start(source: Source) -> None:
+def _start(source: Any) -> None:
     global _source
     _source = source
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and prints nothing
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

@@ -1,0 +1,3 @@
+"""Configs for published data sets: the configs of the paper's models with another number of steps,
+or smaller ones. docs/data-recipes.md prepares the data.
+"""
