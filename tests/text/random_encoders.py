@@ -2,6 +2,7 @@
 goldens need not store them.
 """
 
+import functools
 import json
 import pathlib
 import zlib
@@ -37,6 +38,7 @@ CLIPS = {
 Config = BertConfig | CLIPTextConfig
 
 
+@functools.cache
 def names_of(config: Config) -> NameMap:
     return (bert_files.name_map if isinstance(config, BertConfig) else clip_files.encoder_map)(
         config

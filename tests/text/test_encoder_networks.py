@@ -1,6 +1,7 @@
 """BERT and CLIP's text tower as encoders against transformers: layers, pooled vectors, padding."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,13 @@ from tests.text.random_encoders import (
 CASES = BERTS | CLIPS
 
 
+@functools.cache
+def program(config, dtype):
+    return jax.jit(network_of(config, dtype).apply)
+
+
 def run(config, tokens, mask, seed=SEED, dtype="float32"):
-    apply = jax.jit(network_of(config, dtype).apply)
-    features, pooled = apply({"params": random_params(config, seed)}, tokens, mask)
+    features, pooled = program(config, dtype)({"params": random_params(config, seed)}, tokens, mask)
     return np.asarray(features), np.asarray(pooled)
 
 
@@ -112,16 +117,17 @@ def test_padding_changes_nothing(case):
     np.testing.assert_allclose(alone[0], pooled[1], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["bert", "exact"])
+@pytest.mark.parametrize("case", ["bert", "quick"])
 def test_order_matters(case):
     """Catches dropped positions: 'red on blue' and 'blue on red' would have the same features."""
-    config = CASES[case].with_choice(DEFAULT)
-    tokens, mask = random_tokens(config.vocab_size, (9,))
-    swapped = tokens[:, [0, 2, 1, *range(3, 9)]]
-    assert np.abs(run(config, tokens, mask)[0] - run(config, swapped, mask)[0])[0, 8].max() > 0.05
+    config = CASES[case].with_choice(Choice(pooling="mean") if case == "bert" else DEFAULT)
+    tokens, mask = random_tokens(config.vocab_size)
+    swapped = tokens[:, [0, 2, 1, *range(3, 12)]]
+    difference = run(config, tokens, mask)[0] - run(config, swapped, mask)[0]
+    assert np.abs(difference[0, 11]).max() > 0.05
 
 
-@pytest.mark.parametrize("case", ["bert", "exact"])
+@pytest.mark.parametrize("case", ["bert", "quick"])
 def test_bfloat16_stays_close(case):
     """Catches a residual or norm of bfloat16, and a dtype that is not used."""
     config = CASES[case].with_choice(DEFAULT)

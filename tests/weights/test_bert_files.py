@@ -11,11 +11,11 @@ from safetensors.numpy import save_file
 
 from imagen_jax.text.bert_network import BertConfig
 from imagen_jax.text.tokenizer import tokenize, unknown_characters
-from imagen_jax.weights.bert_files import is_bert, load_tokenizer, name_map
+from imagen_jax.weights.bert_files import is_bert, load_tokenizer
 from imagen_jax.weights.name_map import read_tree
 from imagen_jax.weights.text_encoders import load_text_encoder
 from tests.test_storage import POINTER
-from tests.text.random_encoders import BERTS, bert_json, random_params, random_weights
+from tests.text.random_encoders import BERTS, bert_json, names_of, random_params, random_weights
 from tests.text.random_t5 import TOKENIZER
 from tests.weights import torch_files
 
@@ -149,12 +149,12 @@ def test_every_layout_gives_the_same(tmp_path, change, kind):
     else:
         floats = {name: x for name, x in weights.items() if x.dtype == np.float32}
         torch_files.write(tmp_path / "pytorch_model.bin", *torch_files.plain(floats))
-    params, sha256 = read_tree(tmp_path, name_map(CONFIG), "float32")
+    params, sha256 = read_tree(tmp_path, names_of(CONFIG), "float32")
     want = random_params(CONFIG)
     assert jax.tree.structure(params) == jax.tree.structure(want)
     jax.tree.map(np.testing.assert_array_equal, params, want)
     save_file(random_weights(CONFIG), tmp_path / "plain.safetensors")
-    assert read_tree(tmp_path / "plain.safetensors", name_map(CONFIG), "float32")[1] == sha256
+    assert read_tree(tmp_path / "plain.safetensors", names_of(CONFIG), "float32")[1] == sha256
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_wrong_tensors_are_named(tmp_path, lost, added, message):
     weights |= {added: np.zeros(24, np.float32)} if added else {}
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
-        read_tree(tmp_path, name_map(CONFIG), "float32")
+        read_tree(tmp_path, names_of(CONFIG), "float32")
 
 
 def test_which_configs_are_bert():
