@@ -41,8 +41,11 @@ Features = BFloat16[np.ndarray, "_ d"]  # of one text, unpadded; each has its ow
 STAGES = ("base", "sr_1", "sr_2")  # the names in a cascade config, in order
 # What train stores with the weights: {name: type}.
 STAGE_META = {"config": dict, "encoder": dict, "manifest_hash": str}
-# Fields of an encoder's identity that determine its features.
-SAME_TEXT = ("weights_sha256", "tokenizer_sha256", "dim")
+# Fields of an encoder's identity that determine its features; T5 has only the first three.
+SAME_TEXT = (
+    *("weights_sha256", "tokenizer_sha256", "dim"),
+    *("family", "activation", "layer", "final_norm", "pooling"),
+)
 RESIDENT_SHARE = 0.5  # of a device's memory; larger parameters are placed stage by stage
 GROUP_BYTES = 2**28  # of the images of earlier stages, if stages are placed one after the other
 
@@ -296,7 +299,7 @@ def check_intervals(stages: Sequence[LoadedStage]) -> None:
 
 
 def check_encoder(a: Mapping[str, Any], b: Mapping[str, Any], who: str) -> None:
-    """Raises ValueError unless both encoder identities agree in weights, tokenizer and width.
+    """Raises ValueError unless both identities agree in weights, tokenizer, layer and pooling.
 
     who: the two things that are compared, the subject of the message.
     """

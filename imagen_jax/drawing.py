@@ -24,7 +24,7 @@ from imagen_jax.picture_set import PictureSet, Requests
 from imagen_jax.row_batches import row_batches
 from imagen_jax.text import feature_file
 from imagen_jax.text.encoder import TextEncoder
-from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh
+from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh, longest_text
 
 # Fields of a cascade config that change no picture.
 FREE_FIELDS = ("mesh", "batch_size")
@@ -55,13 +55,22 @@ class Drawer:
 
 def load_encoder(config: Mapping[str, Any], stages: Sequence[cascade.LoadedStage]) -> TextEncoder:
     """The text encoder of a cascade config, if it is the one its stages were trained with."""
-    length = max(loaded.stage.text_length for loaded in stages)
+    length = prompt_length(config["encoder"], [loaded.stage.text_length for loaded in stages])
     encoder = load_text_encoder(config["encoder"], length, config["encoder_dtype"], local_mesh)
     for loaded in stages:
         if loaded.stage.text_dim:
             who = f"{loaded.stage.name} and {config['encoder']}"
             cascade.check_encoder(loaded.encoder, encoder.identity, who)
     return encoder
+
+
+def prompt_length(encoder: str, lengths: Sequence[int]) -> int:
+    """Tokens of the longest prompt. lengths: tokens that the stages read, with padding.
+
+    A stage may have been trained with more padding than its encoder's longest text.
+    """
+    longest = longest_text(encoder)
+    return max(lengths) if longest is None else min(max(lengths), longest)
 
 
 def check_prompts(drawer: Drawer, prompts: Sequence[str]) -> None:

@@ -68,8 +68,9 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "text_encoder",
         "",
-        "plan the encoding of captions instead of a training: xxl, xl, large, or a directory with"
-        " a text encoder's config.json",
+        "plan the encoding of captions instead of a training: a name, such as xxl (T5 v1.1),"
+        " flan-t5-xl, t5-11b, bert-large, clip-l14 or clip-bigg, or a directory with a text"
+        " encoder's config.json",
     )
     flags.DEFINE_list(
         "tokens", ["16", "32", "64", "128"], "with --text_encoder: caption lengths in tokens"

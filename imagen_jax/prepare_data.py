@@ -63,7 +63,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "encoder",
         None,
         "t5_tiny, a directory with a text encoder (config.json, weights, tokenizer), or a hub name;"
-        " required unless --images_only",
+        " @layer=-1 after it chooses other features (docs/data.md); required unless --images_only",
     )
     switch(
         "images_only",

@@ -283,7 +283,11 @@ CASCADE_STAGE: Fields = {
 }
 
 CASCADE: Fields = {
-    "encoder": Field("Text encoder: a directory or a name.", str, "section 2.1"),
+    "encoder": Field(
+        "Text encoder: a directory or a name, with @layer=... as in prepare_data.",
+        str,
+        "section 2.1",
+    ),
     "encoder_dtype": Field(
         "Floating-point type of the text encoder.", str, choices=("bfloat16", "float32")
     ),

@@ -165,10 +165,14 @@ def test_what_does_not_chain_is_refused(config, tmp_path):
     params, meta = checkpoint.load_params(config["sr_1"]["checkpoint"])
     meta["encoder"] = ENCODER | {"weights_sha256": "other"}
     exports.export_params(params, meta, tmp_path / "other.safetensors")
+    other = config | {"sr_1": config["sr_1"] | {"checkpoint": str(tmp_path / "other.safetensors")}}
     with pytest.raises(ValueError, match="text encoder"):
-        cascade.load_cascade(
-            config | {"sr_1": config["sr_1"] | {"checkpoint": str(tmp_path / "other.safetensors")}}
-        )
+        cascade.load_cascade(other)
+    for change in ({"layer": 11}, {"pooling": "end"}):
+        meta["encoder"] = ENCODER | change
+        exports.export_params(params, meta, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match=f"do not share a text encoder .{next(iter(change))}"):
+            cascade.load_cascade(other)
     with pytest.raises(ValueError, match="stage base has no checkpoint"):
         cascade.load_cascade(SHARED | {name: config[name] | {"checkpoint": ""} for name in NAMES})
     with pytest.raises(ValueError, match="no embedded checkpoint 'nothing'"):

@@ -21,7 +21,7 @@ config = test_cascade.config  # the fixture: a cascade of tiny random stages
 class Encoder:
     """Random features of each text; counts its calls."""
 
-    dim, max_length, identity = tiny.DIM, 6, test_cascade.ENCODER
+    dim, pooled_dim, max_length, identity = tiny.DIM, 0, 6, test_cascade.ENCODER
 
     def __init__(self):
         self.texts, self.batch_sizes = [], set()
@@ -39,6 +39,9 @@ class Encoder:
         rng = lambda text: np.random.default_rng(len(text))
         features = [rng(text).standard_normal((1 + len(text) % 5, tiny.DIM)) for text in texts]
         return [feature.astype(ml_dtypes.bfloat16) for feature in features]
+
+    def encode_pooled(self, texts, batch_size, fill=False):
+        return self.encode(texts, batch_size, fill), np.empty((len(texts), 0))
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def test_a_changed_record_is_refused():
 class Encoder:
     """Knows ASCII and at most 3 words."""
 
-    dim, max_length, identity = 1, 3, {}
+    dim, pooled_dim, max_length, identity = 1, 0, 3, {}
 
     def tokenize(self, texts):
         return [[0]] * len(texts), [len(text.split()) > 3 for text in texts]
@@ -138,6 +138,9 @@ class Encoder:
 
     def encode(self, texts, batch_size, fill=False):
         return []
+
+    def encode_pooled(self, texts, batch_size, fill=False):
+        return [], np.empty((0, 0))
 
 
 def test_prompts_that_the_encoder_cannot_read_are_named(capsys):
@@ -164,6 +167,15 @@ def test_a_prompt_that_a_stage_cannot_read_is_refused():
         drawing.check_prompts(drawer, ["one two", "x y z"])
     drawer.stages = [stage("a", 3), stage("without text", 2, 0)]
     drawing.check_prompts(drawer, ["x y z"])
+
+
+def test_stages_with_more_padding_than_the_encoder_reads(monkeypatch):
+    """Catches a cascade of CLIP features that cannot be sampled: its stages may have been trained
+    with data.text_length 128, CLIP reads 77 tokens.
+    """
+    monkeypatch.setattr(drawing, "longest_text", {"clip": 77, "t5": None}.__getitem__)
+    asked = [("clip", [32, 128]), ("clip", [64, 32]), ("t5", [128, 32])]
+    assert [drawing.prompt_length(*each) for each in asked] == [77, 64, 128]
 
 
 def test_a_page_of_text_does_not_fill_the_terminal(capsys):

@@ -62,7 +62,8 @@ def make_features() -> None:
 
     arrays = {}
     for case, (fields, scale) in CASES.items():
-        model = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **fields)).eval()
+        fields = {"feed_forward_proj": "gated-gelu"} | fields
+        model = T5EncoderModel(T5Config(**fields)).eval()
         model.load_state_dict(seeded_state(model, SEED, scale))
         tokens, mask = random_tokens(model.config, SEED, LENGTHS)
         with torch.no_grad():

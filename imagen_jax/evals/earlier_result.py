@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imagen_jax import schema
+from imagen_jax.cascade import SAME_TEXT
 from imagen_jax.distributed import agreement
 from imagen_jax.storage import read_json
 
@@ -53,7 +54,7 @@ def facts(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "--per_prompt": provenance["pictures"]["per_prompt"],
         "--seed": provenance["pictures"]["seeds"],
         "--stages": stages,
-        "text encoder": provenance["encoder"]["weights_sha256"],
+        "text encoder": [provenance["encoder"].get(field) for field in SAME_TEXT],
     }
     for name, checkpoint in zip(stages, provenance["checkpoints"]):
         found[f"{name}.checkpoint"] = [checkpoint["sha256"], checkpoint["which"]]

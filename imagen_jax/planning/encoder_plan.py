@@ -6,13 +6,11 @@ they are sharded over a group of chips.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from imagen_jax import sharding
@@ -21,36 +19,31 @@ from imagen_jax.hardware.topology import Topology, smallest_shape
 from imagen_jax.planning import cost, hlo, links, whole_step
 from imagen_jax.planning.cost_cache import COMPILERS, cached
 from imagen_jax.planning.step_time import SECONDS_PER_HOUR
-from imagen_jax.text import program
-from imagen_jax.text.t5_network import T5Config, T5Encoder
+from imagen_jax.text import choice as choices
+from imagen_jax.text import program, sizes
 from imagen_jax.weights.text_encoders import encode_program, one_device, read_network
 
-# Sizes of google/t5-v1_1-NAME, from its config.json.
-_t5 = functools.partial(T5Config, d_kv=64, num_layers=24, vocab_size=32_128)
-SIZES = {
-    "large": _t5(d_model=1024, d_ff=2816, num_heads=16),
-    "xl": _t5(d_model=2048, d_ff=5120, num_heads=32),
-    "xxl": _t5(d_model=4096, d_ff=10_240, num_heads=64),
-}
 DTYPE = "bfloat16"
 
 
 def find_network(name: str, dtype: str = DTYPE) -> nn.Module:
-    """The network of a text encoder, by its name, its directory or its config.json.
+    """The network of a text encoder, by its short name, its directory or its config.json.
 
+    name: of `text.sizes`, or a path, with a choice of features (`text/choice.py`) if any.
     dtype: floating-point type of the weights.
 
     Raises ValueError if there is no such encoder or its family is not supported.
     """
-    if name in SIZES:
-        return T5Encoder(SIZES[name], jnp.dtype(dtype))
+    name, choice = choices.parse(name)
+    if name in sizes.SIZES:
+        return sizes.network(name, dtype, choice)
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise ValueError(
-            f"--text_encoder {name!r} is not one of {', '.join(SIZES)}, and not a directory with an"
-            " encoder's config.json"
+            f"--text_encoder {name!r} is not one of {', '.join(sizes.SIZES)}, and not a directory"
+            " with an encoder's config.json"
         )
-    return read_network(path, dtype)
+    return read_network(path, dtype, choice)
 
 
 def plan_encoder(
@@ -64,7 +57,7 @@ def plan_encoder(
     Args:
         network: the encoder.
         topology: the hardware.
-        lengths: caption lengths in tokens.
+        lengths: caption lengths in tokens, at most the longest that the encoder can read.
         batch_size: captions of up to 32 tokens per chip and batch, as in prepare_data.
         captions: number of captions to report hours for, or 0.
 
@@ -72,6 +65,8 @@ def plan_encoder(
     over, "passes" has an entry for each length.
     """
     chip = topology.chip
+    longest = network.config.max_length or max(lengths)
+    lengths = list(dict.fromkeys(min(length, longest) for length in lengths))
     shapes = program.parameter_shapes(network, DTYPE)
     weights = program.weight_bytes(shapes)
     group, mesh = _group(topology, weights)

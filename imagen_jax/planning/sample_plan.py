@@ -5,7 +5,6 @@ import dataclasses
 import json
 import logging
 import math
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +20,12 @@ from imagen_jax.planning.step_time import SECONDS_PER_HOUR
 from imagen_jax.row_batches import rows_per_batch
 from imagen_jax.stage import Stage, check_interval, check_sampling, create_stage
 from imagen_jax.storage import check_object
-from imagen_jax.text import feature_file
+from imagen_jax.text import choice as choices
+from imagen_jax.text import feature_file, sizes
 from imagen_jax.weights import exports
 from imagen_jax.weights.checkpoint import META, opened
 from imagen_jax.weights.leaves import read_document
-from imagen_jax.weights.text_encoders import EMBEDDED, find_encoder
+from imagen_jax.weights.text_encoders import EMBEDDED, find_encoder, read_network
 
 log = logging.getLogger("imagen_jax.plan")
 
@@ -300,13 +300,15 @@ def encoder_memory(
     """
     name, dtype = config["encoder"], config["encoder_dtype"]
     rows = feature_file.texts_per_device(config["batch_size"], topology.chips)
-    if known := re.fullmatch(rf"google/t5-v1_1-({'|'.join(encoder_plan.SIZES)})", name):
-        network = encoder_plan.find_network(known[1], dtype)
-    elif name == EMBEDDED or Path(name).is_dir():
-        network = encoder_plan.find_network(str(find_encoder(name)), dtype)
+    plain, choice = choices.parse(name)
+    if known := sizes.short_name(plain):
+        network = sizes.network(known, dtype, choice)
+    elif plain == EMBEDDED or Path(plain).is_dir():
+        network = read_network(find_encoder(plain), dtype, choice)
     else:
         log.warning("the sizes of the text encoder %s are unknown; it is not planned", name)
         return None
     log.info("compiling the text encoder %s", name)
+    length = min(length, network.config.max_length or length)
     memory = encoder_plan.memory(network, topology, dtype, rows, length, cache)
     return {"name": name, "tokens": length, "rows": rows} | memory

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import ml_dtypes
 import numpy as np
-from jaxtyping import BFloat16, Float
+from jaxtyping import BFloat16, Shaped
 
 from imagen_jax.text import tokenizer as tokenizers
 from imagen_jax.text.program import EncodeProgram
@@ -14,6 +14,8 @@ from imagen_jax.text.program import EncodeProgram
 # Tokens. Batches are padded to 16, 32, 64 ... tokens, so that few programs are compiled.
 SHORTEST = 16
 Features = BFloat16[np.ndarray, "_ d"]  # of one text; each has its own length
+Pooled = BFloat16[np.ndarray, "n e"]  # one vector per text
+Output = tuple[Shaped[Any, "b l d"], Shaped[Any, "b e"]]  # padded features, pooled vectors
 
 
 @runtime_checkable
@@ -24,15 +26,18 @@ class TextEncoder(Protocol):
 
     - `encode` returns one array [l, dim] bfloat16 per text, in the order of the texts, without
       padding. l is the length of the text's row in `tokenize`; 1 <= l <= max_length, also for "".
+    - `encode_pooled` returns the same features, bit for bit, and one vector per text.
     - A feature depends on its own text alone. Other texts, their number and the padding may change
       its rounding; with `fill` they do not.
     - `tokenize` needs no device. It raises ValueError for a text that is not valid Unicode.
     - `identity` is JSON: at least "name", "max_length", "dim", "dtype", and checksums of weights
-      and tokenizer. Encoders with equal identities have equal features; stored features and
-      trained models record it.
+      and tokenizer. A family with a choice of features adds it: "family", "layer", "pooling",
+      "pooled_dim". Encoders with equal identities have equal features; stored features and trained
+      models record it.
     """
 
     dim: int  # features per token
+    pooled_dim: int  # features of the pooled vector of a text, 0 if there is none
     max_length: int  # tokens, including the final end-of-sequence
     identity: Mapping[str, Any]
 
@@ -52,6 +57,12 @@ class TextEncoder(Protocol):
         """
         ...
 
+    def encode_pooled(
+        self, texts: list[str], batch_size: int, fill: bool = False
+    ) -> tuple[list[Features], Pooled]:
+        """(the result of `encode`, pooled vectors [n, pooled_dim] bfloat16)."""
+        ...
+
 
 def bucket_length(length: int, max_length: int) -> int:
     """The padded length of `length` tokens: the next power of two >= 16, at most `max_length`."""
@@ -69,6 +80,7 @@ class FlaxEncoder:
         tokenizer: a transformers tokenizer. identity: see `TextEncoder`.
         """
         self.dim = identity["dim"]
+        self.pooled_dim = identity.get("pooled_dim", 0)
         self.max_length = identity["max_length"]
         self.identity = identity
         self._tokenizer = tokenizer
@@ -95,21 +107,29 @@ class FlaxEncoder:
         The number of devices does not change the rows that a device computes together, so it does
         not change a bit of the features, unless the weights are in several shards.
         """
+        return self.encode_pooled(texts, batch_size, fill)[0]
+
+    def encode_pooled(
+        self, texts: list[str], batch_size: int, fill: bool = False
+    ) -> tuple[list[Features], Pooled]:
+        """(the result of `encode`, pooled vectors [n, pooled_dim] bfloat16), by one program."""
         if batch_size < 1:
             raise ValueError(f"text encoder batch_size {batch_size}: at least 1 is needed")
         rows, _ = self.tokenize(texts)
         features = [np.empty(0)] * len(rows)
-        for members, out in self._one_behind(self._batches(rows, batch_size, fill)):
+        pooled = np.empty((len(rows), self.pooled_dim), ml_dtypes.bfloat16)
+        for members, (out, vectors) in self._one_behind(self._batches(rows, batch_size, fill)):
             for i, feature in zip(members, np.asarray(out), strict=False):
                 features[i] = feature[: len(rows[i])].astype(ml_dtypes.bfloat16)
-        return features
+            pooled[members] = np.asarray(vectors)[: len(members)]
+        return features, pooled
 
     def _batches(
         self, rows: list[list[int]], batch_size: int, fill: bool
-    ) -> Iterator[tuple[list[int], Float[jax.Array, "b l d"]]]:
-        """Yields (indices of the texts, their padded features [b l d]), dispatched but not awaited.
+    ) -> Iterator[tuple[list[int], Output]]:
+        """Yields (indices of the texts, (padded features [b l d], pooled vectors [b e])).
 
-        Rows beyond the number of texts are filling.
+        They are dispatched but not awaited. Rows beyond the number of texts are filling.
         """
         buckets: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
@@ -135,8 +155,8 @@ class FlaxEncoder:
         if last is not None:
             yield last
 
-    def _run(self, rows: list[list[int]], size: int, length: int) -> Float[jax.Array, "b l d"]:
-        """Features [size, length, dim] of one padded batch.
+    def _run(self, rows: list[list[int]], size: int, length: int) -> Output:
+        """(features [size, length, dim], pooled vectors [size, pooled_dim]) of one padded batch.
 
         Rows beyond the texts have length 1, so that none is empty.
         """
@@ -146,4 +166,5 @@ class FlaxEncoder:
             tokens[i, : len(row)] = row
             lengths[i] = len(row)
         tokens, lengths = jax.device_put((tokens, lengths), self._program.rows)
-        return self._program.apply(self._params, tokens, lengths)
+        out = self._program.apply(self._params, tokens, lengths)
+        return out if self.pooled_dim else (out, np.empty((size, 0)))

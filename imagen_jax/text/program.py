@@ -1,12 +1,13 @@
 """A text encoder's forward pass on several devices, and the number of shards of its weights.
 
-It takes any Flax network that is called (tokens, mask) -> features. The caller provides the
-shardings: the rows of a batch are split over all devices, and weights are in one or more shards.
-With several shards each device holds a part of every kernel, and XLA all-gathers a layer's kernels
-when the layer runs. With one shard each device holds all weights and there is no communication.
-T5-XXL in bfloat16 fits so on every chip of hardware/chips.py: with a batch it takes 9.0 of the
-15.75 GiB of a v5e chip. Tensor parallelism (kernels sharded by feature) is not offered: between 8
-chips it would send 2.5 GiB of activations per layer, kernels that are all-gathered are 0.4 GiB.
+It takes any Flax network that is called (tokens, mask) -> features, or (features, pooled vectors).
+The caller provides the shardings: the rows of a batch are split over all devices, and weights are
+in one or more shards. With several shards each device holds a part of every kernel, and XLA
+all-gathers a layer's kernels when the layer runs. With one shard each device holds all weights and
+there is no communication. T5-XXL in bfloat16 fits so on every chip of hardware/chips.py: with a
+batch it takes 9.0 of the 15.75 GiB of a v5e chip. Tensor parallelism (kernels sharded by feature)
+is not offered: between 8 chips it would send 2.5 GiB of activations per layer, kernels that are
+all-gathered are 0.4 GiB.
 """
 
 import dataclasses
@@ -62,8 +63,9 @@ class EncodeProgram:
 
     params: the parameter tree as shapes with shardings.
     rows: the sharding of a batch by rows.
-    apply: jitted (params, tokens [b l], lengths [b]) -> features [b l d] bfloat16. Features beyond
-        a row's length are undefined. b must be a multiple of the number of devices.
+    apply: jitted (params, tokens [b l], lengths [b]) -> features [b l d] bfloat16, or (features,
+        pooled [b e] bfloat16) of a network with pooled vectors. Features beyond a row's length are
+        undefined. b must be a multiple of the number of devices.
     """
 
     params: Mapping[str, Any]
@@ -74,17 +76,18 @@ class EncodeProgram:
     def create(
         cls, network: nn.Module, params: Mapping[str, Any], rows: Sharding
     ) -> "EncodeProgram":
-        """The program of `network`: (tokens [b l], mask [b l], True = a token) -> [b l d].
+        """The program of `network`: (tokens [b l], mask [b l]) -> [b l d] or ([b l d], [b e]).
 
-        params: the result of `parameter_shapes`, with shardings. rows: the sharding of a batch by
-        rows, over all devices. The devices may be compile-only devices.
+        The mask is True for tokens. params: the result of `parameter_shapes`, with shardings.
+        rows: the sharding of a batch by rows, over all devices, which may be compile-only devices.
         """
 
         def apply(
             params, tokens: Int[Array, "b l"], lengths: Int[Array, " b"]
-        ) -> Float[Array, "b l d"]:
+        ) -> Float[Array, "b l d"] | tuple[Float[Array, "b l d"], Float[Array, "b e"]]:
             mask = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-            return network.apply({"params": params}, tokens, mask).astype(jnp.bfloat16)
+            out = network.apply({"params": params}, tokens, mask)
+            return jax.tree.map(lambda x: x.astype(jnp.bfloat16), out)
 
         return cls(params, rows, jax.jit(apply, out_shardings=rows))
 

@@ -1,9 +1,10 @@
-"""The T5 v1.1 encoder network in Flax, Imagen's frozen text encoder (section 2.1).
+"""The T5 encoder network in Flax; that of T5 v1.1 is Imagen's frozen text encoder (section 2.1).
 
 Sizes are in Raffel et al. 2020 and the v1.1 release. Differences from an ordinary transformer: RMS
 norm without mean or bias, no biases, attention without the 1/sqrt(d_kv) factor, one table of
-relative position biases shared by all layers, a gated tanh-GELU MLP. Parameters are a plain nested
-dict; `weights/t5_files.py` maps each to its Hugging Face name.
+relative position biases shared by all layers. The MLP of T5 v1.1 and Flan-T5 has a gated tanh-GELU,
+that of the original T5 a ReLU. Parameters are a plain nested dict; `weights/t5_files.py` maps each
+to its Hugging Face name.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,14 +22,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax.storage import read_object
+from imagen_jax.text.choice import Choice
+from imagen_jax.text.config_numbers import read_numbers
 
 # Added to the logits of padding. It is finite, so that a row of padding alone gives finite values.
 MASKED = -1e10
+GATED, RELU = "gated-gelu", "relu"  # feed_forward_proj of T5 v1.1 and Flan-T5, of the original T5
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes of a T5 v1.1 encoder, with the field names of a Hugging Face config.json."""
+    """Sizes of a T5 encoder, with the field names of a Hugging Face config.json."""
 
     d_model: int
     d_ff: int
@@ -38,11 +43,37 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = GATED
 
     @property
     def dim(self) -> int:
         """Features per token."""
         return self.d_model
+
+    @property
+    def pooled_dim(self) -> int:
+        """T5 has no pooled vector."""
+        return 0
+
+    @property
+    def max_length(self) -> int | None:
+        """T5's relative positions have no longest text."""
+        return None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """T5 always gives the normed features of its last layer, so nothing is chosen."""
+        return {}
+
+    def with_choice(self, choice: Choice) -> "T5Config":
+        """Itself. Raises ValueError if features were chosen."""
+        choice.refuse(("layer", "final_norm", "pooling"), "T5")
+        return self
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP is that of T5 v1.1."""
+        return self.feed_forward_proj == GATED
 
     @classmethod
     def from_json(cls, source: str | pathlib.Path | Mapping) -> "T5Config":
@@ -51,28 +82,23 @@ class T5Config:
         Raises ValueError if it is not valid JSON or describes another architecture.
         """
         raw = source if isinstance(source, Mapping) else read_object(pathlib.Path(source), {})
-        projection = raw.get("feed_forward_proj", "relu")
-        if projection != "gated-gelu":
+        projection = raw.get("feed_forward_proj", RELU)  # the original T5's config lacks it
+        if projection not in (GATED, RELU):
             raise ValueError(
-                f"feed_forward_proj is {projection!r}: only T5 v1.1 encoders ('gated-gelu') are"
-                " supported"
+                f"feed_forward_proj is {projection!r}: only {GATED!r} (T5 v1.1, Flan-T5) and"
+                f" {RELU!r} (the original T5) are supported"
             )
-        fields = dataclasses.fields(cls)
-        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in raw]
-        if missing:
-            raise ValueError(f"not a T5 config: it lacks {', '.join(missing)}")
-        for f in fields:
-            value = raw.get(f.name, f.default)
-            if type(value) not in (int, float) or (f.type is int and type(value) is not int):
-                raise ValueError(f"{f.name} is {value!r}, not a number; download the file again")
-        return cls(**{f.name: raw[f.name] for f in fields if f.name in raw})
+        fields = [f for f in dataclasses.fields(cls) if f.type is not str]
+        required = [f.name for f in fields if f.default is dataclasses.MISSING]
+        defaults = {f.name: f.default for f in fields if f.name not in required}
+        return cls(**read_numbers(raw, required, defaults, "T5"), feed_forward_proj=projection)
 
     def to_json(self) -> dict:
         """The content of a config.json for `from_json` and transformers."""
         return {
             "architectures": ["T5EncoderModel"],
             "model_type": "t5",
-            "feed_forward_proj": "gated-gelu",
+            "feed_forward_proj": self.feed_forward_proj,
             "is_encoder_decoder": False,
             "use_cache": False,
             "tie_word_embeddings": False,
@@ -149,8 +175,8 @@ class SelfAttention(nn.Module):
         return project("out", c.d_model, inner)(mixed.reshape(*x.shape[:2], inner))
 
 
-class GatedMLP(nn.Module):
-    """gelu(x gate) * (x up), then down, with the tanh approximation of the GELU."""
+class MLP(nn.Module):
+    """gelu(x gate) * (x up), then down, with the tanh approximation of the GELU; or relu(x up)."""
 
     config: T5Config
     dtype: DTypeLike
@@ -160,9 +186,11 @@ class GatedMLP(nn.Module):
         c = self.config
         project = functools.partial(projection, dtype=self.dtype)
 
-        hidden = jax.nn.gelu(project("gate", c.d_ff, c.d_model)(x), approximate=True) * project(
-            "up", c.d_ff, c.d_model
-        )(x)
+        if c.gated:
+            gate = jax.nn.gelu(project("gate", c.d_ff, c.d_model)(x), approximate=True)
+            hidden = gate * project("up", c.d_ff, c.d_model)(x)
+        else:
+            hidden = jax.nn.relu(project("up", c.d_ff, c.d_model)(x))
         return project("down", c.d_model, c.d_ff)(hidden)
 
 
@@ -183,7 +211,7 @@ class Block(nn.Module):
         x = x + SelfAttention(c, self.dtype, name="attention")(
             RMSNorm(c.layer_norm_epsilon, self.dtype, name="attention_norm")(x), bias
         )
-        return x + GatedMLP(c, self.dtype, name="mlp")(
+        return x + MLP(c, self.dtype, name="mlp")(
             RMSNorm(c.layer_norm_epsilon, self.dtype, name="mlp_norm")(x)
         )
 

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from imagen_jax.caption_text import is_text
@@ -12,14 +12,22 @@ from imagen_jax.storage import check_content, read_json, sha256_file
 EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")  # read by transformers if present
 
 
+def no_options(file: pathlib.Path) -> dict[str, Any]:
+    """The options of a tokenizer whose files say everything."""
+    return {}
+
+
 def load_tokenizer(
-    directory: pathlib.Path, kinds: Mapping[str, str]
+    directory: pathlib.Path,
+    kinds: Mapping[str, str],
+    options: Callable[[pathlib.Path], Mapping[str, Any]] = no_options,
 ) -> tuple[Any, pathlib.Path, str]:
     """(transformers tokenizer, the file it was read from, that file's sha256).
 
     kinds: file name -> name of the transformers class that reads it, in order of preference.
     PreTrainedTokenizerFast reads tokenizer.json exactly as written; T5Tokenizer would replace its
     normaliser. A SentencePiece .model needs the package `sentencepiece`.
+    options: the file -> arguments of that class that no file states.
 
     Raises:
         FileNotFoundError: the directory has none of the files.
@@ -41,10 +49,11 @@ def load_tokenizer(
     for path in (directory / name for name in EXTRAS):
         if path.is_file():
             read_json(path)  # transformers would blame no file
+    arguments = options(file)
     # Never AutoTokenizer: it imports torch if that is installed.
     kind = getattr(transformers, kinds[file.name])
     try:
-        tokenizer = kind.from_pretrained(directory, local_files_only=True)
+        tokenizer = kind.from_pretrained(directory, local_files_only=True, **arguments)
     except Exception as error:  # tokenizers raises a bare Exception for an unknown format
         raise ValueError(
             f"the tokenizer {file} cannot be read ({' '.join(str(error).split())}): download it"
@@ -80,15 +89,22 @@ def tokenize(
 def unknown_characters(tokenizer: Any, texts: list[str]) -> list[str]:
     """The characters of each text that the vocabulary lacks, each once; "" if there are none.
 
-    The whole text where the unknown token stands for no single character of it.
+    The whole text where the unknown token stands for no single character of it. CLIP's unknown
+    token is its end-of-text token; there the last token of a text is not counted.
     """
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None or not texts:
         return [""] * len(texts)
-    rows = tokenizer(list(texts), verbose=False)["input_ids"]
+
+    last = -1 if unknown == getattr(tokenizer, "eos_token_id", None) else None
+
+    def inner(texts: list[str]) -> list[list[int]]:
+        return [row[:last] for row in tokenizer(texts, verbose=False)["input_ids"]]
+
+    rows = inner(list(texts))
     affected = [text for text, row in zip(texts, rows, strict=True) if unknown in row]
     characters = sorted(set("".join(affected)))
-    alone = tokenizer(characters, verbose=False)["input_ids"] if characters else []
+    alone = inner(characters) if characters else []
     lacking = {c for c, row in zip(characters, alone, strict=True) if unknown in row}
     return [
         "".join(c for c in dict.fromkeys(text) if c in lacking) or text if unknown in row else ""

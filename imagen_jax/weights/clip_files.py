@@ -10,10 +10,24 @@ from typing import Any
 
 from imagen_jax.storage import read_json
 from imagen_jax.text import tokenizer as tokenizers
+from imagen_jax.text.clip import ACTIVATIONS, EPSILON, MLP_RATIO, CLIPText, CLIPTextConfig
+from imagen_jax.text.config_numbers import check_heads, read_numbers
+from imagen_jax.text.program import parameter_shapes
 from imagen_jax.weights.name_map import NameMap, map_tree
 
 TOKENIZERS = {"tokenizer.json": "PreTrainedTokenizerFast", "vocab.json": "CLIPTokenizer"}
 ACTIVATION = "quick_gelu"
+TEXT_MODEL = "clip_text_model"  # model_type of a text tower alone
+# transformers' defaults, which a config.json may leave out.
+DEFAULTS = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "projection_dim": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "vocab_size": 49408,
+}
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 BLOCK = {
     "attention_norm": "layer_norm1",
@@ -42,6 +56,60 @@ IMAGE = {
     "post_norm/bias": "vision_model.post_layernorm.bias",
     "projection/kernel": "visual_projection.weight",
 }
+
+
+def is_clip(config: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json describes a CLIP, or its text tower."""
+    return config.get("model_type") in ("clip", TEXT_MODEL)
+
+
+def read_text_config(raw: Mapping[str, Any]) -> CLIPTextConfig:
+    """The text tower of a parsed config.json, of a CLIP or of the tower alone.
+
+    The fields that end a text, such as eos_token_id, are wrong in older files and not used.
+
+    Raises ValueError for a variant that is not supported.
+    """
+    fields = raw
+    if raw["model_type"] != TEXT_MODEL:
+        # As in transformers, the older of the two fields replaces the other.
+        fields = raw.get("text_config_dict") or raw.get("text_config") or {}
+        if not isinstance(fields, Mapping):
+            raise ValueError("text_config is not an object: download the file again")
+        fields = {**fields, "projection_dim": raw.get("projection_dim", 512)}
+    sizes = read_numbers(fields, (), DEFAULTS, "CLIP")
+    width = sizes["hidden_size"]
+    activation = fields.get("hidden_act", ACTIVATION)
+    fixed = {"layer_norm_eps": EPSILON, "intermediate_size": MLP_RATIO * width}
+    wrong = {name: fields[name] for name in fixed if fields.get(name, fixed[name]) != fixed[name]}
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"hidden_act is {activation!r}: only {', '.join(ACTIVATIONS)} are supported"
+        )
+    for name, value in wrong.items():
+        raise ValueError(f"{name} is {value!r}: only {fixed[name]!r} is supported here")
+    check_heads(width, sizes["num_attention_heads"])
+    return CLIPTextConfig(
+        width=width,
+        layers=sizes["num_hidden_layers"],
+        heads=sizes["num_attention_heads"],
+        projection_dim=sizes["projection_dim"],
+        vocab_size=sizes["vocab_size"],
+        max_length=sizes["max_position_embeddings"],
+        activation=activation,
+    )
+
+
+def encoder_map(config: CLIPTextConfig) -> NameMap:
+    """The map of a text encoder; a file of the text tower alone may lack the prefix."""
+    names = text_map(parameter_shapes(CLIPText(config), "float32"))
+    aliases = {name.removeprefix("text_model."): name for name in names.slots}
+    return NameMap(
+        names.slots,
+        names.covers,
+        {short: name for short, name in aliases.items() if short != name},
+        {TEXT["projection/kernel"]: "choose the pooled vector without it, NAME@pooling=end"},
+    )
 
 
 def text_map(shapes: Mapping[str, Any]) -> NameMap:
@@ -100,6 +168,8 @@ def _tower(shapes: Mapping[str, Any], names: Mapping[str, str], tower: str, head
 
     def covers(name: str) -> bool:
         """Older files also store `position_ids`, which are 0, 1, 2 ..."""
-        return name.startswith((f"{tower}.", head)) and not name.endswith("position_ids")
+        if name.startswith(head):
+            return "projection" in shapes
+        return name.startswith(f"{tower}.") and not name.endswith("position_ids")
 
     return map_tree(shapes, rename, covers)

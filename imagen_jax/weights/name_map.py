@@ -51,11 +51,13 @@ class NameMap:
     covers: tensor name -> whether the map must have a slot for it. Other tensors, such as those of
         a decoder, are not read.
     aliases: alternative tensor name -> name in `slots`; a file may have either or both.
+    advice: tensor name -> what to do if a file lacks it, for the message.
     """
 
     slots: Mapping[str, Slot]
     covers: Callable[[str], bool] = everything
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    advice: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def map_tree(
@@ -167,7 +169,8 @@ def _check(shapes: Mapping[str, tuple[int, ...]], names: NameMap, path: pathlib.
     }
     for fault, tensors in faults.items():
         if tensors:
-            raise ValueError(f"{path} {fault} {_listed(tensors)}")
+            advice = "".join(f": {names.advice[name]}" for name in tensors if name in names.advice)
+            raise ValueError(f"{path} {fault} {_listed(tensors)}{advice}")
 
 
 def _listed(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""T5 v1.1 encoders in the Hugging Face layout: config.json, tokenizer, tensor names.
+"""T5 encoders in the Hugging Face layout: config.json, tokenizer, tensor names.
 
 Of a full checkpoint only the encoder is read; shards with decoder tensors alone may be absent.
 """
@@ -87,9 +87,12 @@ def _block_slots(config: T5Config, block: str) -> dict[str, Slot]:
         "layer.0.SelfAttention.k": (("attention", "key"), (inner, width)),
         "layer.0.SelfAttention.v": (("attention", "value"), (inner, width)),
         "layer.0.SelfAttention.o": (("attention", "out"), (width, inner)),
-        "layer.1.DenseReluDense.wi_0": (("mlp", "gate"), (hidden, width)),
-        "layer.1.DenseReluDense.wi_1": (("mlp", "up"), (hidden, width)),
         "layer.1.DenseReluDense.wo": (("mlp", "down"), (width, hidden)),
+    }
+    mlp = {"wi_0": "gate", "wi_1": "up"} if config.gated else {"wi": "up"}
+    kernels |= {
+        f"layer.1.DenseReluDense.{name}": (("mlp", path), (hidden, width))
+        for name, path in mlp.items()
     }
     norms = {"layer.0.layer_norm": "attention_norm", "layer.1.layer_norm": "mlp_norm"}
     slots = {

@@ -1,6 +1,7 @@
 """Loads text encoders by hub name or directory, and recognises their architecture.
 
 A new family needs a network in text/, a name map in this folder and an entry in ENCODER_FAMILIES.
+Its sizes in text/sizes.py let `plan` name it.
 """
 
 import dataclasses
@@ -17,16 +18,20 @@ from jax.sharding import Mesh
 
 from imagen_jax import sharding
 from imagen_jax.storage import check_local, read_json
+from imagen_jax.text import choice as choices
+from imagen_jax.text.bert_network import Bert, BertConfig
+from imagen_jax.text.choice import Choice
+from imagen_jax.text.clip import CLIPText
 from imagen_jax.text.encoder import FlaxEncoder, TextEncoder
 from imagen_jax.text.program import EncodeProgram, fewest_parts, parameter_shapes, weight_bytes
 from imagen_jax.text.t5_network import T5Config, T5Encoder
 from imagen_jax.text.tokenizer import tokenize
-from imagen_jax.weights import t5_files
+from imagen_jax.weights import bert_files, clip_files, t5_files
 from imagen_jax.weights.name_map import NameMap, read_tree
 from imagen_jax.weights.tensor_files import WEIGHTS, shard_names
 
 EMBEDDED = "t5_tiny"
-TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "merges.txt")
 DTYPES = ("bfloat16", "float32")
 
 
@@ -35,9 +40,11 @@ class Family:
     """The parts of a text encoder that depend on its architecture.
 
     recognises: parsed config.json -> whether it describes this family.
-    read_config: parsed config.json -> sizes, with `.dim` and `.vocab_size`. Raises ValueError for
-        a variant that is not supported.
-    network: (sizes, dtype) -> Flax network, called (tokens, mask) -> features.
+    read_config: parsed config.json -> sizes, with `.dim`, `.vocab_size`, `.pooled_dim`,
+        `.max_length` (of the longest text, None for any), `.with_choice(choice)` and `.identity`
+        (what is chosen). Raises ValueError for a variant that is not supported.
+    network: (sizes, dtype) -> Flax network, called (tokens, mask) -> features, or (features, pooled
+        vectors) if `.pooled_dim` is not 0.
     name_map: sizes -> map from tensor names to the network's parameters.
     tokenizers: alternative names of the tokenizer's file.
     load_tokenizer: directory -> (transformers tokenizer, SHA-256 of its file).
@@ -59,7 +66,23 @@ ENCODER_FAMILIES = {
         name_map=t5_files.name_map,
         tokenizers=tuple(t5_files.TOKENIZERS),
         load_tokenizer=t5_files.load_tokenizer,
-    )
+    ),
+    "clip": Family(
+        recognises=clip_files.is_clip,
+        read_config=clip_files.read_text_config,
+        network=CLIPText,
+        name_map=clip_files.encoder_map,
+        tokenizers=tuple(clip_files.TOKENIZERS),
+        load_tokenizer=clip_files.load_tokenizer,
+    ),
+    "bert": Family(
+        recognises=bert_files.is_bert,
+        read_config=BertConfig.from_json,
+        network=Bert,
+        name_map=bert_files.name_map,
+        tokenizers=tuple(bert_files.TOKENIZERS),
+        load_tokenizer=bert_files.load_tokenizer,
+    ),
 }
 
 
@@ -89,6 +112,7 @@ def load_text_encoder(
 ) -> TextEncoder:
     """Loads a text encoder from a Hugging Face directory or hub name, or "t5_tiny" (embedded).
 
+    name_or_dir: may end with a choice of features, such as "@layer=-1" (`text/choice.py`).
     max_length: tokens, including the final end-of-sequence.
     make_mesh: bytes of weights -> mesh: `one_device` of this process, or all its devices
         (`local_mesh`).
@@ -108,8 +132,10 @@ def load_text_encoder(
             f"text encoder max_length {max_length}: at least 1 is needed, for the end-of-sequence"
             " token"
         )
-    directory = find_encoder(name_or_dir)
-    family, config = _read_config(directory)
+    name, choice = choices.parse(name_or_dir)
+    directory = find_encoder(name)
+    family, config = _read_config(directory, choice)
+    _check_length(max_length, config.max_length, name)
     tokenizer, tokenizer_sha256 = family.load_tokenizer(directory)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -121,34 +147,54 @@ def load_text_encoder(
     program = encode_program(network, shapes, make_mesh(weight_bytes(shapes)))
     names = family.name_map(config)
     params, weights_sha256 = read_tree(directory, names, dtype, program.params)
-    local = pathlib.Path(name_or_dir).is_dir() and name_or_dir != EMBEDDED
+    local = pathlib.Path(name).is_dir() and name != EMBEDDED
     identity = {
-        "name": directory.resolve().name if local else name_or_dir,
+        "name": directory.resolve().name if local else name,
         "weights_sha256": weights_sha256,
         "tokenizer_sha256": tokenizer_sha256,
         "max_length": max_length,
         "dtype": dtype,
         "dim": config.dim,
+        **config.identity,
     }
     return FlaxEncoder(program, params, tokenizer, identity)
 
 
 def load_tokenize(name_or_dir: str, max_length: int) -> tuple[Callable, int]:
     """(TextEncoder.tokenize, TextEncoder.dim) of an encoder; its weights may be absent."""
-    directory = find_encoder(name_or_dir)
-    family, config = _read_config(directory)
+    name, choice = choices.parse(name_or_dir)
+    directory = find_encoder(name)
+    family, config = _read_config(directory, choice)
+    _check_length(max_length, config.max_length, name)
     tokenizer, _ = family.load_tokenizer(directory)
     return functools.partial(tokenize, tokenizer, max_length=max_length), config.dim
 
 
-def read_network(directory: pathlib.Path, dtype: str) -> Any:
-    """The Flax network that `directory`, or a config.json, describes."""
-    family, config = _read_config(directory)
+def longest_text(name_or_dir: str) -> int | None:
+    """Tokens of the longest text that an encoder can read; None if there is no limit."""
+    name, choice = choices.parse(name_or_dir)
+    return _read_config(find_encoder(name), choice)[1].max_length
+
+
+def read_network(path: pathlib.Path, dtype: str, choice: Choice = choices.DEFAULT) -> Any:
+    """The Flax network that a directory, or a config.json, describes."""
+    family, config = _read_config(path, choice)
     return family.network(config, jnp.dtype(dtype))
+
+
+def _check_length(max_length: int, longest: int | None, name: str) -> None:
+    """Raises ValueError if the encoder cannot read texts of `max_length` tokens."""
+    if longest is not None and max_length > longest:
+        raise ValueError(
+            f"text encoder {name} reads at most {longest} tokens, not {max_length}: give"
+            f" --max_length {longest} or less"
+        )
 
 
 def find_encoder(name_or_dir: str) -> pathlib.Path:
     """The directory of an encoder, embedded, local or in the cache of the Hugging Face hub.
+
+    name_or_dir: without a choice of features.
 
     A hub name that is not in the cache is downloaded.
 
@@ -174,7 +220,7 @@ def find_encoder(name_or_dir: str) -> pathlib.Path:
         return _from_hub(name_or_dir, cached=False)
 
 
-def _read_config(path: pathlib.Path) -> tuple[Family, Any]:
+def _read_config(path: pathlib.Path, choice: Choice = choices.DEFAULT) -> tuple[Family, Any]:
     """(family, sizes) of a directory's config.json, or of that file itself.
 
     Raises ValueError if it is not valid JSON or no family recognises it.
@@ -188,7 +234,7 @@ def _read_config(path: pathlib.Path) -> tuple[Family, Any]:
     for family in ENCODER_FAMILIES.values():
         if family.recognises(raw):
             try:
-                return family, family.read_config(raw)
+                return family, family.read_config(raw).with_choice(choice)
             except ValueError as error:
                 raise ValueError(f"{file}: {error}") from error
     kind = raw.get("model_type") or raw.get("architectures") or "no model_type"

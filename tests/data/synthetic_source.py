@@ -30,6 +30,7 @@ class FakeEncoder:
     """A text.encoder.TextEncoder: a token is a word, the text seeds its features."""
 
     dim = 8
+    pooled_dim = 0
 
     def __init__(self, max_length: int = 6, pause: float = 0.0, log: Path | None = None):
         self.max_length = max_length
@@ -59,6 +60,10 @@ class FakeEncoder:
             with open(self._log, "a") as file:
                 file.writelines(f"{text}\n" for text in texts)
         return [self.features(text) for text in texts]
+
+    def encode_pooled(self, texts, batch_size, fill=False):
+        features = self.encode(texts, batch_size, fill)
+        return features, np.empty((len(texts), 0), ml_dtypes.bfloat16)
 
     def features(self, text):
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

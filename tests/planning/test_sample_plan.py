@@ -313,3 +313,36 @@ def test_the_encoder_is_planned_with_its_part_of_a_batch(monkeypatch):
     config = cascade_config() | {"batch_size": 64}
     found = sample_plan.encoder_memory(config, topology.parse("v5e:2x2"), 16, "")
     assert found["rows"] == found["asked"] == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "longest"),
+    [
+        ("google/t5-v1_1-xl", 2048, 128),
+        ("google/flan-t5-base", 768, 128),
+        ("openai/clip-vit-large-patch14@layer=-1", 768, 77),
+        ("t5_tiny", 256, 128),
+    ],
+)
+def test_the_encoder_is_planned_by_its_name(monkeypatch, name, width, longest):
+    """Catches a published encoder that is not planned, and a text longer than it reads."""
+    memory = lambda network, *args: {"width": network.config.dim, "layer": network.config}
+    monkeypatch.setattr(sample_plan.encoder_plan, "memory", memory)
+    config = cascade_config() | {"encoder": name}
+    found = sample_plan.encoder_memory(config, topology.parse("v5e:2x2"), 128, "")
+    assert (found["width"], found["tokens"], found["name"]) == (width, longest, name)
+    if "layer" in name:
+        assert found["layer"].layer == 12
+    unknown = sample_plan.encoder_memory(
+        config | {"encoder": "someone/encoder"}, topology.parse("v5e:2x2"), 128, ""
+    )
+    assert unknown is None
+
+
+def test_encoders_that_can_be_planned(tmp_path):
+    """Catches a name or a choice that `plan` does not know, and an error without the names."""
+    find = sample_plan.encoder_plan.find_network
+    assert find("bert-large@layer=3").config.layer == 3
+    assert find("t5-11b").config.d_ff == 65_536 and find("clip-bigg").config.activation == "gelu"
+    with pytest.raises(ValueError, match="'bert' is not one of small, .*bert-base, .*clip-bigg"):
+        find("bert")

@@ -15,7 +15,8 @@ from imagen_jax.weights.t5_files import name_map
 GOLDENS = pathlib.Path(__file__).resolve().parent.parent / "goldens"
 TOKENIZER = GOLDENS / "t5_tokenizer"
 
-# name -> (config fields, scale of the embedding); the last two make a wrong epsilon visible
+# name -> (config fields, scale of the embedding); "epsilon" and "faint" make a wrong epsilon
+# visible, "original" is the variant without a gate
 CASES = {
     "deep": (dict(d_model=32, d_ff=48, d_kv=8, num_heads=3, num_layers=4, vocab_size=100), 1.0),
     "far": (
@@ -44,6 +45,18 @@ CASES = {
         1.0,
     ),
     "faint": (dict(d_model=16, d_ff=24, d_kv=8, num_heads=2, num_layers=1, vocab_size=50), 1e-3),
+    "original": (
+        dict(
+            d_model=24,
+            d_ff=40,
+            d_kv=6,
+            num_heads=4,
+            num_layers=3,
+            vocab_size=70,
+            feed_forward_proj="relu",
+        ),
+        1.0,
+    ),
 }
 
 

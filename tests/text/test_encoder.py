@@ -73,7 +73,7 @@ def test_every_encoder_has_the_interface(encoder):
     """Catches a fake encoder with other arguments than the real one, and an empty interface."""
     for one in (encoder, FakeEncoder()):
         assert isinstance(one, TextEncoder)
-        for method in ("tokenize", "unknown", "encode"):
+        for method in ("tokenize", "unknown", "encode", "encode_pooled"):
             wanted = inspect.signature(getattr(TextEncoder, method)).parameters
             result = inspect.signature(getattr(type(one), method)).parameters
             assert list(result) == list(wanted)

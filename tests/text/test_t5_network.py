@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imagen_jax.text.program import parameter_shapes
 from imagen_jax.text.t5_network import T5Config, T5Encoder, relative_buckets
 from tests.text.random_t5 import CASES, GOLDENS, as_params, random_tokens, random_weights
 
@@ -19,6 +20,8 @@ SIZES = {
     "xl": (2048, 32, 5120, 24, 1_157_729_280, 1_223_527_424),
     "xxl": (4096, 64, 10240, 24, 4_630_714_368, 4_762_310_656),
 }
+# The encoder of the original T5-11B without its embedding (imagen-spec section 1)
+ORIGINAL_11B = 4_831_892_480
 
 
 def run(config, params, tokens, mask, dtype=jnp.float32):
@@ -32,13 +35,26 @@ def test_parameter_counts(size):
     config = T5Config(
         d_model=d_model, d_ff=d_ff, d_kv=64, num_heads=heads, num_layers=layers, vocab_size=32128
     )
-    init = T5Encoder(config).init
-    params = jax.eval_shape(
-        init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool)
-    )["params"]
+    params = parameter_shapes(T5Encoder(config), "float32")
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == total
     assert count - params["token_embedding"].size == body
+
+
+def test_parameter_count_of_the_original():
+    """Catches a gated MLP, and heads whose size follows from the width, in the original T5."""
+    config = T5Config(
+        d_model=1024,
+        d_ff=65_536,
+        d_kv=128,
+        num_heads=128,
+        num_layers=24,
+        vocab_size=32_128,
+        feed_forward_proj="relu",
+    )
+    params = parameter_shapes(T5Encoder(config), "float32")
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count == ORIGINAL_11B + 32_128 * 1024
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -57,8 +73,9 @@ def test_features_equal_the_reference(case):
 
 
 @pytest.mark.parity
+@pytest.mark.parametrize("projection", ["gated-gelu", "relu"])
 @pytest.mark.parametrize("seed", range(4))
-def test_features_equal_transformers(seed):
+def test_features_equal_transformers(seed, projection):
     """Catches differences that the sizes of the goldens hide: sizes are drawn by seed."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -72,12 +89,11 @@ def test_features_equal_transformers(seed):
         vocab_size=int(rng.randint(30, 200)),
         relative_attention_num_buckets=int(rng.choice([8, 16, 32])),
         relative_attention_max_distance=int(rng.choice([20, 64, 128])),
+        feed_forward_proj=projection,
     )
     config = T5Config(**fields)
     weights = random_weights(config, seed)
-    model = transformers.T5EncoderModel(
-        transformers.T5Config(feed_forward_proj="gated-gelu", **fields)
-    ).eval()
+    model = transformers.T5EncoderModel(transformers.T5Config(**fields)).eval()
     state = {name: torch.tensor(value) for name, value in weights.items()}
     model.load_state_dict(state | {"encoder.embed_tokens.weight": state["shared.weight"]})
     tokens, mask = random_tokens(config, seed, (150, 61, 2, 1))
@@ -171,7 +187,9 @@ def test_bfloat16_stays_close():
 
 
 def test_config_json():
-    """Catches an original (ReLU) T5 accepted as v1.1, and other defaults for missing fields."""
+    """Catches an original T5 taken for v1.1, an unknown MLP accepted, and other defaults for
+    missing fields.
+    """
     raw = dict(CASES["deep"][0], feed_forward_proj="gated-gelu")
     config = T5Config.from_json(raw)
     assert (
@@ -180,9 +198,12 @@ def test_config_json():
         config.layer_norm_epsilon,
     ) == (32, 128, 1e-6)
     assert T5Config.from_json(config.to_json()) == config
-    with pytest.raises(ValueError, match="gated-gelu"):
-        T5Config.from_json(raw | {"feed_forward_proj": "relu"})
-    with pytest.raises(ValueError, match="gated-gelu"):
-        T5Config.from_json({"model_type": "bert"})
+    original = {k: v for k, v in raw.items() if k != "feed_forward_proj"}
+    for variant in (original, original | {"feed_forward_proj": "relu"}):
+        config = T5Config.from_json(variant)
+        assert not config.gated and T5Config.from_json(config.to_json()) == config
+    for other in ("gelu", "gated-silu", None, ["relu"]):
+        with pytest.raises(ValueError, match="only 'gated-gelu' .* and 'relu' .* are supported"):
+            T5Config.from_json(raw | {"feed_forward_proj": other})
     with pytest.raises(ValueError, match="d_kv"):
         T5Config.from_json({k: v for k, v in raw.items() if k != "d_kv"})

@@ -1,5 +1,6 @@
 """T5 encoders on disk: files of torch and transformers, tensor names, tokenizers, writing."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -26,6 +27,7 @@ from tests.text.random_t5 import (
 )
 
 CONFIG = T5Config(**CASES["deep"][0])
+ORIGINAL = T5Config(**CASES["original"][0])
 
 # Token ids by the SentencePiece library from the published spiece.model; the first sentence is the
 # one in the T5 documentation.
@@ -79,6 +81,22 @@ def test_embedding_under_its_other_name(tmp_path):
     for variant in (alias, alias | {"shared.weight": weights["shared.weight"].copy()}):
         directory = write_encoder(tmp_path / "x", CONFIG, variant)
         assert_same(load(directory, CONFIG), as_params(CONFIG, weights))
+
+
+def test_the_original_t5_on_disk(tmp_path):
+    """Catches v1.1's tensors asked of the original T5, and a config that the writer forgets."""
+    weights = random_weights(ORIGINAL, 3)
+    assert weights["encoder.block.1.layer.1.DenseReluDense.wi.weight"].shape == (40, 24)
+    assert not any("wi_" in name for name in weights)
+    directory = write_encoder(tmp_path / "a", ORIGINAL, weights)
+    assert_same(load(directory, ORIGINAL), as_params(ORIGINAL, weights))
+    save_encoder(
+        tmp_path / "b", ORIGINAL, as_params(ORIGINAL, weights), load_tokenizer(TOKENIZER)[0]
+    )
+    assert T5Config.from_json(tmp_path / "b" / "config.json") == ORIGINAL
+    v11 = write_encoder(tmp_path / "c", CONFIG, random_weights(CONFIG, 3))
+    with pytest.raises(ValueError, match="unexpected .*wi_0|lacks .*wi.weight"):
+        load(v11, dataclasses.replace(CONFIG, feed_forward_proj="relu"))
 
 
 @pytest.mark.parametrize(
@@ -142,13 +160,14 @@ def test_written_encoder_loads_again(tmp_path):
 
 
 @pytest.mark.parity
-def test_transformers_reads_what_we_write(tmp_path):
+@pytest.mark.parametrize("config", [CONFIG, ORIGINAL])
+def test_transformers_reads_what_we_write(tmp_path, config):
     """Catches a directory that transformers cannot read."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    weights = random_weights(CONFIG, 3)
+    weights = random_weights(config, 3)
     tokenizer, _ = load_tokenizer(TOKENIZER)
-    save_encoder(tmp_path, CONFIG, as_params(CONFIG, weights), tokenizer, "float32")
+    save_encoder(tmp_path, config, as_params(config, weights), tokenizer, "float32")
     model, report = transformers.T5EncoderModel.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True
     )

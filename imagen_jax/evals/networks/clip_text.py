@@ -17,17 +17,14 @@ from jaxtyping import Float32
 from imagen_jax import sharding
 from imagen_jax.evals.networks.network import NETWORKS, feature_program, load_parameters
 from imagen_jax.storage import check_local
-from imagen_jax.text.clip import CLIPText, CLIPTextConfig
+from imagen_jax.text import sizes
+from imagen_jax.text.clip import CLIPText
 from imagen_jax.text.tokenizer import tokenize
 from imagen_jax.weights import clip_files
 from imagen_jax.weights.text_encoders import local_mesh
 
 BATCH_SIZE = 64  # captions per device
-TOWERS = {
-    "clip-b32": CLIPTextConfig(512, 12, 8, 512),
-    "clip-l14": CLIPTextConfig(768, 12, 12, 768),
-    "clip-l14-336": CLIPTextConfig(768, 12, 12, 768),
-}
+TOWERS = {name: sizes.CLIP[name] for name in ("clip-b32", "clip-l14", "clip-l14-336")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +106,10 @@ def load(name: str, path: str, make_mesh: Callable[[int], Mesh] = local_mesh) ->
     )
     identity = {
         "network": name,
-        "dim": config.dim,
+        "dim": config.projection_dim,
         "max_length": config.max_length,
         "tokenizer_sha256": tokenizer_sha256,
     } | weights
     apply = feature_program(CLIPText(config), params, mesh)
     pooled = lambda tokens, mask: apply(tokens, mask)[1]
-    return CaptionNetwork(name, config.dim, identity, tokenizer, pooled, mesh)
+    return CaptionNetwork(name, config.projection_dim, identity, tokenizer, pooled, mesh)

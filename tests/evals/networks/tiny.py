@@ -24,7 +24,7 @@ STAGES = ((1, 3, 1, 1, 8), (2, 5, 2, 6, 12))  # of EfficientNet-Lite, see its LI
 STEM, HEAD = 8, 20
 SIZES = (13, 44)  # of resized pictures
 CLIP_IMAGE = CLIPImageConfig(size=24, patch=8, width=16, layers=2, heads=2, dim=12)
-CLIP_TEXT = CLIPTextConfig(width=24, layers=2, heads=3, dim=12, vocab_size=60, max_length=11)
+CLIP_TEXT = CLIPTextConfig(24, 2, 3, projection_dim=12, vocab_size=60, max_length=11)
 # Hugging Face's way to resize position embeddings; test_dinov2.py has Meta's.
 DINOV2 = DINOv2Config(width=16, layers=2, heads=2, patch=4, grid=5, offset=0.0)
 # name -> (network, pixels along an image, map of names)
