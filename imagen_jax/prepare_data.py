@@ -45,8 +45,10 @@ from imagen_jax.distributed import agreement
 from imagen_jax.distributed.startup import hosts
 from imagen_jax.storage import check_local, check_utf8
 
-# Flags that decide what a process does next, so all processes of a run need the same values.
-ALIKE = ("images_only", "beam", "dry_run", "verify")
+# Flags that all processes of a run need alike: what is done next, and all that the bytes depend on.
+ALIKE = ("output", "images_only", "beam", "dry_run", "verify", "source", "heldout", "where")
+ALIKE += ("shard_size", "min_size", "store_size", "store_format", "embedding")
+ALIKE += ("encoder", "max_length", "batch_size")
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -143,16 +145,18 @@ def _run(args: flags.FlagValues) -> None:
     settings, output = _settings(args), Path(args.output).resolve()
     if args.preview_captions:
         return _preview_captions(args)
+    reads_only = args.dry_run or (output / records.MANIFEST).is_file()
     if not args.dry_run:
         check_output(output)
-        check_work_directory(work_directory(output))
+    if not reads_only:
         cli.make_directory("output", str(output.parent))
+        check_work_directory(work_directory(output))
     ingestion = _ingestion(args.beam)
     with cli.processes(args, restart=AGAIN) as watch:
         agreement.check({f"--{name}": str(args[name].value) for name in ALIKE})
-        index = work_directory(output) / SHARD_INDEX
-        images = source.open_source(args, index, read_only=args.dry_run)
         encoder = _load_encoder(args.encoder, args.max_length) if args.encoder else None
+        index = work_directory(output) / SHARD_INDEX
+        images = source.open_source(args, index, reads_only)
         if not args.dry_run:
             at = lambda activity: watch.at(0, activity)
             prepare(images, encoder, output, settings, ingestion, at)
@@ -200,10 +204,14 @@ def _ingestion(options: str) -> Callable:
     if not options:
         return ingest.ingest
     try:
+        words = shlex.split(options)
+    except ValueError as error:
+        raise ValueError(f"--beam {options!r}: {error}") from error
+    try:
         from imagen_jax.data.prepare import beam_ingest
     except ModuleNotFoundError as error:
         raise ValueError("--beam needs Apache Beam: pip install 'apache-beam>=2.77'") from error
-    return beam_ingest.on_runner(shlex.split(options))
+    return beam_ingest.on_runner(words)
 
 
 def _preview_captions(args: flags.FlagValues) -> None:

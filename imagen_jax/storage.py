@@ -129,6 +129,8 @@ def read_json(path: Path, remedy: str = COPY_AGAIN) -> Any:
         OSError: the file cannot be read.
         ValueError: it is empty, a Git LFS pointer, cut short or not JSON; the message names it.
     """
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; {remedy}")
     check_content(path)
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))

@@ -102,12 +102,17 @@ READERS = {
         "min_size",
         passes._read_request,
     ),
-    "checked images": Reader("0.json", [{}], "", lambda d: ingest.read_checked(d / "0.json")),
+    "checked images": Reader(
+        "checked/000000000000-000000000001.json",
+        [{}],
+        "",
+        lambda d: ingest.read_checked(d, ingest.Span(0, 1)),
+    ),
     "journal": Reader(
         f"journal/{Path(SHARD).name}.json",
-        ENTRY,
+        ENTRY | {"cut": [], "tokens": {}, "norm": {}},
         "bytes",
-        lambda d: shards.finished(write_shard(d), SHARD),
+        lambda d: shards.finished(write_shard(d), shards.Shard(SHARD, "train", 0, 1)),
     ),
     "T5 config": Reader(
         "config.json",

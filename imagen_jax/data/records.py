@@ -428,10 +428,7 @@ class Prepared:
 def _no_manifest(path: Path) -> str:
     """Why a directory has no manifest, and what to do."""
     if path.suffix == ".partial" or path.with_name(f"{path.name}.partial").is_dir():
-        return (
-            f"{path} is unfinished: run its prepare_data command again, with --encoder if it had"
-            " --images_only"
-        )
+        return f"{path} is unfinished: run its prepare_data command again, with --encoder"
     what = "is not prepared data" if path.exists() else "does not exist"
     return f"{path} {what} (no {MANIFEST}): run python -m imagen_jax.prepare_data"
 

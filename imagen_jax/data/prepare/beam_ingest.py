@@ -68,11 +68,11 @@ def _parse(options: Sequence[str]) -> PipelineOptions:
     """Beam's options; Beam itself prints its usage and exits for a wrong value."""
     told = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
             parsed = PipelineOptions(list(options))
             parsed.get_all_options()
     except SystemExit:
-        reason = told.getvalue().strip().rpartition("error: ")[2]
+        reason = told.getvalue().strip().rpartition("error: ")[2] or "give the options of a runner"
         raise ValueError(f"--beam: {reason}") from None
     return parsed
 
@@ -81,7 +81,7 @@ def _is_done(partial: Path) -> bool:
     if not (partial / "plan" / PLAN).is_file():
         return False
     shards = ingest.image_shards(Plan(partial / "plan"))
-    return all(finished(partial, shard.name) for shard in shards)
+    return all(finished(partial, shard) for shard in shards)
 
 
 def _run(options: PipelineOptions, source: Source, partial: Path, settings: Any) -> None:

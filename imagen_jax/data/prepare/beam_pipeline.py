@@ -94,7 +94,9 @@ class Tasks:
         file = span.file(self.partial)
         if not file.is_file():
             ingest.check_span(self.source, self.partial, span, self.min_size, self.resize)
-        return zip(range(span.start, span.stop), ingest.read_checked(file), strict=True)
+        return zip(
+            range(span.start, span.stop), ingest.read_checked(self.partial, span), strict=True
+        )
 
     def write_lines(self, block: int, lines: Iterable[Line]) -> None:
         """Writes the lines of a block for skipped.jsonl."""
@@ -121,7 +123,7 @@ class Tasks:
         kept.write_images_of(self.plan_directory(), split, number, rows)
         counts = kept.shard_rows(numbers.totals[split], self.shard_size)
         shard = shards_of("images", split, counts)[number]
-        if not finished(self.partial, shard.name):
+        if not finished(self.partial, shard):
             write_images(self.source, self.partial, shard, self.resize)
 
     def write_summary(

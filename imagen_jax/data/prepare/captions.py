@@ -38,7 +38,7 @@ def encode_all(workers: Workers, encoder, partial: Path, plan: Plan, settings) -
     settings: batch_size, embedding, processes.
     """
     mine = agreement.own_share(caption_shards(plan))
-    todo = [shard for shard in mine if not finished(partial, shard.name)]
+    todo = [shard for shard in mine if not finished(partial, shard)]
     total, left = (sum(shard.rows for shard in part) for part in (mine, todo))
     tasks = _encoded(encoder, partial, plan, todo, settings)
     shard_bytes = plan.shard_size * encoder.max_length * encoder.dim * 2
@@ -96,6 +96,6 @@ def write_captions(
     return len(texts)
 
 
-def cut_captions(partial: Path, name: str) -> list[int]:
+def cut_captions(partial: Path, shard: Shard) -> list[int]:
     """The ids of the truncated captions of a shard."""
-    return finished(partial, name)["cut"]
+    return finished(partial, shard)["cut"]

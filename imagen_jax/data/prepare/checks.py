@@ -38,6 +38,14 @@ class Checked:
     size: int = 0
     removed: list[str] = dataclasses.field(default_factory=list)
 
+    def __post_init__(self):
+        lists = (self.captions, self.bad_captions, self.removed)
+        texts = (self.id, self.split, self.reason, self.detail, self.content, self.pixels)
+        if not all(isinstance(x, list) for x in lists) or not all(
+            isinstance(x, str) for x in texts
+        ):
+            raise TypeError(f"the check of {self.id!r:.40} has a field of another type")
+
 
 def check(item: SourceItem, min_size: int, resize: Resize = AS_IS) -> Checked:
     """Decodes an item completely; refuses images less than `min_size` pixels across.

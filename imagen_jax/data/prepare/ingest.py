@@ -113,17 +113,22 @@ def _checked_rows(partial: Path, spans: list[Span], progress: Progress) -> Itera
     """The checks of all processes in the order of the source."""
     for span in spans:
         agreement.wait_to_see(span.file(partial))
-        yield from read_checked(span.file(partial))
+        yield from read_checked(partial, span)
         progress.update(span.stop)
 
 
-def read_checked(file: Path) -> list[checks.Checked]:
-    """The checks of a span. Raises ValueError if the file is damaged."""
-    remedy = f"remove it; {AGAIN}"
+def read_checked(partial: Path, span: Span) -> list[checks.Checked]:
+    """The checks of a span. Raises ValueError if its file is damaged."""
+    file, remedy = span.file(partial), f"remove it; {AGAIN}"
     try:
-        return [checks.Checked(**row) for row in read_json(file, remedy)]
+        rows = [checks.Checked(**row) for row in read_json(file, remedy)]
     except TypeError as error:
         raise ValueError(f"{file} is damaged ({error}); {remedy}") from error
+    if len(rows) != span.stop - span.start:
+        raise ValueError(
+            f"{file} is damaged ({len(rows)} items instead of {span.stop - span.start}); {remedy}"
+        )
+    return rows
 
 
 def image_shards(plan: Plan) -> list[Shard]:
@@ -138,7 +143,7 @@ def image_shards(plan: Plan) -> list[Shard]:
 def _write_all(workers: Workers, partial: Path, plan: Plan, settings) -> None:
     """Writes this process's share of the image shards."""
     mine = agreement.own_share(image_shards(plan))
-    todo = [shard for shard in mine if not finished(partial, shard.name)]
+    todo = [shard for shard in mine if not finished(partial, shard)]
     tasks = ((partial, shard, settings.resize) for shard in todo)
     total, left = (sum(shard.rows for shard in part) for part in (mine, todo))
     show("write images", total, left, workers.each(write_images, tasks, 2 * settings.processes))

@@ -15,7 +15,10 @@ from imagen_jax.data.prepare.checks import Checked
 from imagen_jax.storage import read_json, read_object, write_atomically
 
 PLAN, SKIPPED = "plan.json", "skipped.jsonl"
-_FIELDS = {"shard_size": int, "images": dict, "captions": int, "reasons": dict, "sizes": dict}
+_FIELDS = {"shard_size": int, "images": dict, "captions": int} | dict.fromkeys(
+    ("images.train", "images.heldout"), int
+)
+_FIELDS |= dict.fromkeys(("reasons", "sizes", "examples"), dict)
 
 
 @dataclasses.dataclass(slots=True)
@@ -43,7 +46,7 @@ class Plan:
 
     def __init__(self, directory: Path):
         """Raises ValueError if the plan is damaged."""
-        content = read_object(directory / PLAN, _FIELDS, f"remove {directory}")
+        content = read_object(directory / PLAN, _FIELDS, _remedy(directory))
         self.directory = directory
         self.shard_size: int = content["shard_size"]
         self.images: dict[str, int] = content["images"]
@@ -63,16 +66,24 @@ class Plan:
 
     def images_of(self, split: str, shard: int) -> list[KeptImage]:
         """The images of a shard."""
-        return images_of(self.directory, split, shard)
+        return images_of(self.directory, split, shard, self._rows(self.images[split], shard))
 
     def captions_of(self, shard: int) -> list[str]:
         """The captions of a shard; their ids begin with shard * shard_size."""
-        return read_json(self.directory / _caption_file(shard), f"remove {self.directory}")
+        file = self.directory / _caption_file(shard)
+        return _rows_of(file, self._rows(self.captions, shard))
+
+    def _rows(self, count: int, shard: int) -> int:
+        """The number of rows of a shard of `count` rows in all."""
+        return min(self.shard_size, count - shard * self.shard_size)
 
     def skipped(self) -> Iterator[str]:
         """The lines of skipped.jsonl."""
-        with open(self.directory / SKIPPED, encoding="utf-8") as file:
-            yield from file
+        file = self.directory / SKIPPED
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; {_remedy(self.directory)}")
+        with open(file, encoding="utf-8") as lines:
+            yield from lines
 
 
 def shard_rows(count: int, size: int) -> list[int]:
@@ -86,10 +97,33 @@ def sizes(count: int, low: int, high: int, height: int, width: int) -> dict[str,
     return {"min_side": low, "max_side": high} | means
 
 
-def images_of(directory: Path, split: str, shard: int) -> list[KeptImage]:
-    """The images of a shard of the plan in `directory`, which may be unfinished."""
-    rows = read_json(directory / _image_file(split, shard), f"remove {directory}")
-    return [KeptImage(*row) for row in rows]
+def images_of(directory: Path, split: str, shard: int, rows: int) -> list[KeptImage]:
+    """The `rows` images of a shard of the plan in `directory`, which may be unfinished.
+
+    Raises ValueError if the file is damaged.
+    """
+    file = directory / _image_file(split, shard)
+    try:
+        return [KeptImage(*row) for row in _rows_of(file, rows)]
+    except TypeError as error:
+        raise ValueError(f"{file} is damaged ({error}); {_remedy(directory)}") from error
+
+
+def _rows_of(file: Path, rows: int) -> list[Any]:
+    """The rows in a file of the plan. Raises ValueError unless there are `rows` of them."""
+    remedy = _remedy(file.parent)
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; {remedy}")
+    found = read_json(file, remedy)
+    if not isinstance(found, list) or len(found) != rows:
+        raise ValueError(f"{file} is damaged (it has not {rows} rows); {remedy}")
+    return found
+
+
+def _remedy(directory: Path) -> str:
+    """What to do with a damaged plan; shards that were written from it are made again."""
+    work = directory.parent
+    return f"remove {directory} and {work / 'journal'}, then run the same command again"
 
 
 def write_images_of(directory: Path, split: str, shard: int, images: Sequence[KeptImage]) -> None:

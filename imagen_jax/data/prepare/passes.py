@@ -149,10 +149,21 @@ def check_output(output: Path) -> None:
 
 
 def check_work_directory(partial: Path) -> None:
-    """Raises ValueError if `partial` exists and is something else than a work directory."""
+    """Raises ValueError if `partial` exists and is something else than a work directory.
+
+    Also if it is on another file system than its parent: the result could not be renamed.
+    """
+    if partial.exists() and partial.stat().st_dev != partial.parent.stat().st_dev:
+        raise ValueError(
+            f"{partial} is on another file system than {partial.parent}: remove it, and give an"
+            " --output on the file system that has the room"
+        )
     known = {*DIRECTORIES, "hosts.json", "lock", REQUEST, SHARD_INDEX}
     found = {path.name for path in partial.iterdir()} if partial.exists() else set()
-    if {name for name in found - known if not re.fullmatch(r"\..*\.tmp", name)}:
+    foreign = {name for name in found - known if not re.fullmatch(r"\..*\.tmp", name)}
+    if REQUEST not in found:  # then nothing has been written
+        foreign |= {name for name in found & {*DIRECTORIES} if any((partial / name).iterdir())}
+    if foreign:
         raise ValueError(
             f"{partial} is in the way and is not unfinished work of prepare_data: choose another"
             " --output"
@@ -232,9 +243,10 @@ def _remove_work(partial: Path) -> None:
 def _publish(output: Path, request: Mapping, plan: Plan) -> None:
     """Completes the result and renames it to `output`."""
     partial = work_directory(output)
-    text = all_finished(partial, captions.caption_shards(plan))
+    caption_shards = captions.caption_shards(plan)
+    text = all_finished(partial, caption_shards)
     pictures = all_finished(partial, image_shards(plan))
-    cut = (captions.cut_captions(partial, name) for name in text)
+    cut = (captions.cut_captions(partial, shard) for shard in caption_shards)
     finish(partial / "result", request, plan, text, pictures, cut)
     os.rename(partial / "result", output)
 
@@ -271,7 +283,11 @@ def _is_complete(output: Path, request: Mapping) -> bool:
     check_output(output)
     if not (output / records.MANIFEST).is_file():
         return False
-    _refuse_changes(output, records.Prepared(output).manifest, request)
+    prepared = records.Prepared(output)
+    _refuse_changes(output, prepared.manifest, request)
+    for name, entry in prepared.manifest["shards"].items():
+        if (output / name).stat().st_size != entry["bytes"]:
+            raise ValueError(f"{output / name} is cut short: remove {output} and prepare it again")
     return True
 
 

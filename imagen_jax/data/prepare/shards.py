@@ -16,6 +16,8 @@ from imagen_jax.data.sources.source import Source
 from imagen_jax.distributed import agreement
 from imagen_jax.storage import read_object, write_atomically
 
+# Of the journal's entry of a caption shard, whose statistics are part of the manifest.
+_CAPTION_FIELDS = records.SHARD_FIELDS | {"cut": list, "tokens": dict, "norm": dict}
 AGAIN = "run the same command again; it continues"
 
 
@@ -37,7 +39,7 @@ def shards_of(store: str, split: str, rows: list[int]) -> list[Shard]:
 
 def write_images(source: Source, partial: Path, shard: Shard, resize: Resize) -> int:
     """Writes an image shard of the plan in the work directory; returns the number of its images."""
-    images = images_of(partial / "plan", shard.split, shard.number)
+    images = images_of(partial / "plan", shard.split, shard.number, shard.rows)
     rows = (_image_row(source, image, resize) for image in images)
     journal(
         partial,
@@ -68,13 +70,17 @@ def journal(partial: Path, name: str, entry: Mapping) -> None:
     write_atomically(_entry(partial, name), json.dumps(entry).encode())
 
 
-def finished(partial: Path, name: str) -> dict | None:
+def finished(partial: Path, shard: Shard) -> dict | None:
     """The journal's entry of a shard, None if the shard is not finished."""
-    file, shard = _entry(partial, name), partial / "result" / name
-    if not file.is_file() or not shard.is_file():
+    file, written = _entry(partial, shard.name), partial / "result" / shard.name
+    if not file.is_file() or not written.is_file():
         return None
-    entry = read_object(file, records.SHARD_FIELDS, f"remove it; {AGAIN}")
-    return entry if shard.stat().st_size == entry["bytes"] else None
+    remedy = f"remove it; {AGAIN}"
+    fields = _CAPTION_FIELDS if shard.name.startswith("captions/") else records.SHARD_FIELDS
+    entry = read_object(file, fields, remedy)
+    if entry["rows"] != shard.rows:
+        raise ValueError(f"{file} has {entry['rows']} rows instead of {shard.rows}; {remedy}")
+    return entry if written.stat().st_size == entry["bytes"] else None
 
 
 def all_finished(partial: Path, shards: Iterable[Shard]) -> dict[str, dict]:
@@ -85,7 +91,7 @@ def all_finished(partial: Path, shards: Iterable[Shard]) -> dict[str, dict]:
     entries = {}
     for shard in shards:
         agreement.wait_to_see(_entry(partial, shard.name))
-        entry = finished(partial, shard.name)
+        entry = finished(partial, shard)
         if entry is None:
             raise ValueError(f"finished shards were deleted from {partial}; {AGAIN}")
         entries[shard.name] = entry | {"cut": len(entry.get("cut", ()))}

@@ -132,6 +132,8 @@ def test_a_worker_that_fails_is_one_line(tangled, tmp_path, monkeypatch):
             "--runner=DirectRunner --direct_num_workers=many",
             "--beam: argument --direct_num_workers: invalid int value",
         ),
+        ("--help", "^--beam: give the options of a runner"),
+        ("--runner='DirectRunner", "--beam .* No closing quotation"),
         ("--runnner=FlinkRunner", "names no runner: give --runner=DirectRunner"),
         ("--runner=DirectRunner --direct_num_worker=2", "has no option --direct_num_worker$"),
         ("--runner=MyRunner", "Unexpected pipeline runner: MyRunner. Valid values are "),

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,6 +245,63 @@ def test_a_split_without_images_is_a_warning(folder, tmp_path, capsys):
     """Catches a validation that never runs, unnoticed."""
     prepare(folder, tmp_path / "data", heldout=0.0001)
     assert "warning: --heldout 0.0001 holds out none of these images" in capsys.readouterr().out
+
+
+def test_work_files_that_were_shortened_are_errors(folder, tmp_path, monkeypatch):
+    """Catches items that vanish, and captions whose ids shift, without a word."""
+    output, partial = tmp_path / "data", tmp_path / "data.partial"
+    monkeypatch.setattr(ingest, "CHUNK", 4)
+
+    def stop(*_):
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(passes, "finish", stop)
+        prepare(folder, output)
+    entry = next((partial / "journal").glob("captions-*-00001-of-*.json"))
+    damages = {
+        entry: (lambda row: row | {"rows": 5}, "has 5 rows instead of 8; remove it"),
+        partial / "plan" / "captions-000001.json": (lambda rows: rows[1:], "has not 8 rows"),
+        partial / "plan" / "images-train-000000.json": (lambda rows: rows[1:], "has not 8 rows"),
+        partial / "checked" / "000000000004-000000000008.json": (
+            lambda rows: rows[1:],
+            "3 items instead of 4",
+        ),
+    }
+    for file, (change, message) in damages.items():
+        before = file.read_text()
+        file.write_text(json.dumps(change(json.loads(before))))
+        if file is not entry:  # the files are read again
+            for name in ["journal"] + ["plan"] * (file.parent.name == "checked"):
+                shutil.move(partial / name, tmp_path / name)
+                (partial / name).mkdir()
+        with pytest.raises(ValueError, match=message):
+            prepare(folder, output)
+        for name in ("journal", "plan"):
+            if (tmp_path / name).exists():
+                shutil.rmtree(partial / name)
+                shutil.move(tmp_path / name, partial / name)
+        file.write_text(before)
+        assert not output.exists()
+
+
+def test_foreign_files_are_neither_published_nor_removed(folder, tmp_path):
+    """Catches files of a user below the names that prepare_data uses."""
+    thesis = tmp_path / "data.partial" / "result" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("keep")
+    with pytest.raises(ValueError, match="is in the way"):
+        prepare(folder, tmp_path / "data")
+    assert thesis.read_text() == "keep"
+
+
+def test_a_finished_shard_that_is_cut_short_is_not_complete(folder, whole, tmp_path):
+    """Catches a copy that was interrupted and counts as complete."""
+    shutil.copytree(whole, tmp_path / "data")
+    shard = next((tmp_path / "data" / "images").glob("images-train*"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(ValueError, match="cut short: remove"):
+        prepare(folder, tmp_path / "data")
 
 
 def test_one_at_a_time(folder, tmp_path):
