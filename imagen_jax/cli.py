@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import app, flags
 
-from imagen_jax import caption_text, distributed, exit_codes, schema
+from imagen_jax import caption_text, distributed, exit_codes, interrupts, schema
 from imagen_jax.distributed import watch
 from imagen_jax.storage import FREE_SPACE, check_local, is_away
 
@@ -72,6 +72,7 @@ def run(
     not when it is imported. `guard` handles errors.
     """
     escape_unprintable()
+    interrupts.repeat_lost()
     others = set(flags.FLAGS)
     define_flags()
     # --help lists the flags of the command's own module only; some are defined in other modules.

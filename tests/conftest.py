@@ -32,9 +32,21 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import logging  # noqa: E402
+
 import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 jaxtyping.install_import_hook("imagen_jax", "typecheck.checked")
+
+
+@pytest.fixture(autouse=True)
+def logging_of_this_test():
+    """Removes the handlers of a test, whose stream pytest closes at its end."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    root.handlers[:] = before
 
 
 def pytest_collection_modifyitems(items):

@@ -21,6 +21,7 @@ LAYERS = (
         "caption_text",
         "exit_codes",
         "field",
+        "interrupts",
         "run_fields",
         "network_fields",
         "run_log",

@@ -99,7 +99,7 @@ def test_cpu_time_counts_descendants():
 
 def test_wrong_input_is_refused(tmp_path):
     """Wrong: a traceback, or an empty table."""
-    with pytest.raises(ValueError, match="has no data to read: make some with"):
+    with pytest.raises(ValueError, match="has none of the folders prepared, tars and parquet"):
         reader_speed.plan(tmp_path, [SIZE], 4, 0, False)
     with pytest.raises(ValueError, match="--sizes 64,x: give whole numbers above 0"):
         reader_speed._sizes(["64", "x"])

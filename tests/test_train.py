@@ -311,7 +311,7 @@ def test_overfit_has_one_batch_and_saves_nothing(data):
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("data__path", "/nowhere", "not prepared data"),
+        ("data__path", "/nowhere", "nowhere does not exist"),
         ("text__dim", 7, "width 8"),
         ("data__batch_size", 0, "data.batch_size is 0; it must be an integer in"),
         ("seed", 2**32, "seed is 4294967296; it must be an integer in"),
