@@ -19,7 +19,8 @@ def main():
     gc.callbacks.append(callback)
     gc.collect()
     assert interrupted
-    time.sleep(20)
+    for _ in range(1000):  # a signal just before a long sleep would not wake it up
+        time.sleep(0.01)
 
 interrupted = []
 interrupts.repeat_lost()
