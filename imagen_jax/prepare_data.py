@@ -29,17 +29,17 @@ from imagen_jax import cli
 from imagen_jax.data import records
 from imagen_jax.data.prepare import ingest
 from imagen_jax.data.prepare.caption_estimate import preview_captions
-from imagen_jax.data.prepare.passes import (
-    SHARD_INDEX,
-    Settings,
-    check_output,
-    check_work_directory,
-    prepare,
-    work_directory,
-)
+from imagen_jax.data.prepare.passes import prepare
 from imagen_jax.data.prepare.preview import dry_run
 from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
+from imagen_jax.data.prepare.settings import Settings
 from imagen_jax.data.prepare.shards import AGAIN
+from imagen_jax.data.prepare.work_directory import (
+    SHARD_INDEX,
+    check_output,
+    check_work_directory,
+    work_directory,
+)
 from imagen_jax.data.sources import source
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.startup import hosts

@@ -11,7 +11,7 @@ import pytest
 from configs import saved
 from imagen_jax import sample
 from imagen_jax.data import records
-from imagen_jax.data.prepare import ingest, passes, shards
+from imagen_jax.data.prepare import ingest, request, shards
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import history, stage_evaluation
 from imagen_jax.planning import cost_cache
@@ -100,7 +100,7 @@ READERS = {
         {"source": {}, "encoder": {}}
         | dict.fromkeys(("max_length", "shard_size", "min_size", "batch_size"), 1),
         "min_size",
-        passes._read_request,
+        request.read_request,
     ),
     "checked images": Reader(
         "checked/000000000000-000000000001.json",

@@ -38,6 +38,7 @@ from PIL import Image
 
 from imagen_jax import cli
 from imagen_jax.data.prepare import passes
+from imagen_jax.data.prepare.work_directory import work_directory
 from imagen_jax.data.sources.source import SourceItem
 from imagen_jax.storage import read_json, write_json
 
@@ -163,7 +164,7 @@ def measure(count: int, output: Path, processes: int, shard_size: int) -> dict[s
         shard_size=shard_size, min_size=0, batch_size=64, processes=processes
     )
     started = time.monotonic()
-    with sampled(passes.work_directory(output)) as peaks:
+    with sampled(work_directory(output)) as peaks:
         manifest = passes.prepare(SyntheticSource(count), TableEncoder(), output, settings)
     seconds = time.monotonic() - started
     row = {"items": count, "shards": len(manifest["shards"]), "seconds": seconds} | peaks

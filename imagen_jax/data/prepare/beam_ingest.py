@@ -14,7 +14,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
@@ -23,6 +22,7 @@ from apache_beam.runners.runner import create_runner
 from imagen_jax.data.prepare import ingest, kept
 from imagen_jax.data.prepare.beam_pipeline import SUMMARY, TOKEN, Tasks, build
 from imagen_jax.data.prepare.kept import PLAN, SKIPPED, Plan
+from imagen_jax.data.prepare.settings import Settings
 from imagen_jax.data.prepare.shards import AGAIN, finished
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
@@ -51,7 +51,9 @@ def on_runner(options: Sequence[str]) -> Callable[..., Plan]:
     if unknown and runner == "DirectRunner":
         raise ValueError(f"--beam: DirectRunner has no option --{min(unknown)}")
 
-    def run(workers: Workers, source: Source, partial: Path, settings: Any, at: ingest.At) -> Plan:
+    def run(
+        workers: Workers, source: Source, partial: Path, settings: Settings, at: ingest.At
+    ) -> Plan:
         del workers
         at("ingest with Beam")
         if agreement.is_first() and not _is_done(partial):
@@ -84,7 +86,7 @@ def _is_done(partial: Path) -> bool:
     return all(finished(partial, shard) for shard in shards)
 
 
-def _run(options: PipelineOptions, source: Source, partial: Path, settings: Any) -> None:
+def _run(options: PipelineOptions, source: Source, partial: Path, settings: Settings) -> None:
     """Runs the pipeline, then completes the plan."""
     directory = partial / "plan"
     shutil.rmtree(directory, ignore_errors=True)

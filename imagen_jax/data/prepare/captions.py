@@ -16,6 +16,7 @@ from jaxtyping import BFloat16
 from imagen_jax.data import quantization, records
 from imagen_jax.data.prepare.ingest import show
 from imagen_jax.data.prepare.kept import Plan
+from imagen_jax.data.prepare.settings import Settings
 from imagen_jax.data.prepare.shards import Shard, finished, journal, shards_of
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
@@ -32,7 +33,7 @@ def caption_shards(plan: Plan) -> list[Shard]:
     return shards_of("captions", "train", plan.shard_rows(plan.captions))
 
 
-def encode_all(workers: Workers, encoder, partial: Path, plan: Plan, settings) -> None:
+def encode_all(workers: Workers, encoder, partial: Path, plan: Plan, settings: Settings) -> None:
     """This process's share of the caption shards: encoded here, written by the workers.
 
     settings: batch_size, embedding, processes.
@@ -46,7 +47,9 @@ def encode_all(workers: Workers, encoder, partial: Path, plan: Plan, settings) -
     show("encode captions", total, left, workers.each(write_captions, tasks, writers))
 
 
-def _encoded(encoder, partial: Path, plan: Plan, shards: list[Shard], settings) -> Iterator[tuple]:
+def _encoded(
+    encoder, partial: Path, plan: Plan, shards: list[Shard], settings: Settings
+) -> Iterator[tuple]:
     """Encodes shard by shard; yields the tasks of writing them."""
     for shard in shards:
         first_id, texts = shard.number * plan.shard_size, plan.captions_of(shard.number)

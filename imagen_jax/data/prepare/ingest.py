@@ -15,6 +15,7 @@ from imagen_jax.data.prepare.kept import PLAN, Plan
 from imagen_jax.data.prepare.manifest import listed
 from imagen_jax.data.prepare.resize import Resize
 from imagen_jax.data.prepare.selection import select
+from imagen_jax.data.prepare.settings import Settings
 from imagen_jax.data.prepare.shards import AGAIN, Shard, finished, shards_of, write_images
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
@@ -56,7 +57,7 @@ def spans_between(start: int, stop: int) -> Iterator[Span]:
 
 
 def ingest(
-    workers: Workers, source: Source, partial: Path, settings, at: At = lambda _: None
+    workers: Workers, source: Source, partial: Path, settings: Settings, at: At = lambda _: None
 ) -> Plan:
     """Checks, selects, and stores the images; continues what an earlier run has done.
 
@@ -75,7 +76,9 @@ def check_usable(plan: Plan) -> None:
         raise ValueError(f"no usable image in --source: {listed(plan.reasons)}, {plan.examples()}")
 
 
-def _check_and_select(workers: Workers, source: Source, partial: Path, settings, at: At) -> Plan:
+def _check_and_select(
+    workers: Workers, source: Source, partial: Path, settings: Settings, at: At
+) -> Plan:
     directory = partial / "plan"
     if agreement.first_says((directory / PLAN).is_file()):
         agreement.wait_for_files([directory / PLAN])
@@ -93,7 +96,7 @@ def _check_and_select(workers: Workers, source: Source, partial: Path, settings,
     return Plan(directory)
 
 
-def _check_all(workers: Workers, partial: Path, spans: list[Span], settings) -> None:
+def _check_all(workers: Workers, partial: Path, spans: list[Span], settings: Settings) -> None:
     """Writes the checks of these spans that are missing."""
     todo = [span for span in spans if not span.file(partial).is_file()]
     tasks = ((partial, span, settings.min_size, settings.resize) for span in todo)
@@ -140,7 +143,7 @@ def image_shards(plan: Plan) -> list[Shard]:
     ]
 
 
-def _write_all(workers: Workers, partial: Path, plan: Plan, settings) -> None:
+def _write_all(workers: Workers, partial: Path, plan: Plan, settings: Settings) -> None:
     """Writes this process's share of the image shards."""
     mine = agreement.own_share(image_shards(plan))
     todo = [shard for shard in mine if not finished(partial, shard)]

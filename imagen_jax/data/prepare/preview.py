@@ -22,6 +22,7 @@ from imagen_jax.data.prepare.caption_estimate import (
 from imagen_jax.data.prepare.captions import write_captions
 from imagen_jax.data.prepare.choices import Choice, print_choices
 from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
+from imagen_jax.data.prepare.settings import Settings
 from imagen_jax.data.sources.source import Source
 
 _IMAGES = 64  # items that are decoded and encoded
@@ -73,7 +74,7 @@ class Bytes(NamedTuple):
     work: int
 
 
-def preview(source: Source, encoder, settings: Any, hosts: int = 1) -> Bytes:
+def preview(source: Source, encoder, settings: Settings, hosts: int = 1) -> Bytes:
     """Checks and encodes a sample, and prints size and time of the whole.
 
     Args:
@@ -89,7 +90,7 @@ def preview(source: Source, encoder, settings: Any, hosts: int = 1) -> Bytes:
     return size
 
 
-def dry_run(source: Source, encoder, settings: Any, hosts: int, price: float) -> None:
+def dry_run(source: Source, encoder, settings: Settings, hosts: int, price: float) -> None:
     """Prints the estimate of `preview`, with a table of other ways to store images and captions.
 
     Args:
@@ -106,7 +107,7 @@ def dry_run(source: Source, encoder, settings: Any, hosts: int, price: float) ->
     print_choices(choices, price)
 
 
-def _take(source: Source, encoder, settings: Any, resizes: Sequence[Resize]) -> Sample:
+def _take(source: Source, encoder, settings: Settings, resizes: Sequence[Resize]) -> Sample:
     """Measures a sample with each of these ways to store images.
 
     Reads each item once. If there are several ways, the first is AS_IS; where another one leaves an
@@ -157,7 +158,7 @@ def _encode(
     return features, cut, seconds
 
 
-def _print_sample(source: Source, sample: Sample, encoder, settings: Any) -> Bytes:
+def _print_sample(source: Source, sample: Sample, encoder, settings: Settings) -> Bytes:
     """Prints the sizes of the whole as `settings` would store it."""
     usable, captions = len(sample.checked[settings.resize]), len(sample.captions)
     image_bytes = sample.scale * sample.image_bytes(settings.resize)
@@ -186,12 +187,12 @@ def _print_notes(notes: Sequence[dict[str, Any]]) -> None:
         print(f"not read  and {len(notes) - _NOTES} more; skipped.jsonl will list them")
 
 
-def _print_time(seconds: float, settings: Any, hosts: int) -> None:
+def _print_time(seconds: float, settings: Settings, hosts: int) -> None:
     told = f"{hosts} processes, each with" if hosts > 1 else "one process with"
     print(f"time      about {seconds:.0f} s in {told} {settings.processes} workers")
 
 
-def _image_choices(sample: Sample, settings: Any, hosts: int) -> list[Choice]:
+def _image_choices(sample: Sample, settings: Settings, hosts: int) -> list[Choice]:
     """A row for each way to store images that changes one, and for the chosen way."""
     sizes = lambda resize: [(item.height, item.width) for item in sample.checked[resize]]
     return [
@@ -207,7 +208,7 @@ def _image_choices(sample: Sample, settings: Any, hosts: int) -> list[Choice]:
 
 
 def _caption_choices(
-    source: Source, sample: Sample, dim: int, settings: Any, hosts: int
+    source: Source, sample: Sample, dim: int, settings: Settings, hosts: int
 ) -> list[Choice]:
     """A row for each dtype of features: their time is that of encoding and of writing."""
     count = len(sample.captions)

@@ -16,7 +16,15 @@ from absl import flags
 
 from imagen_jax import exit_codes, prepare_data
 from imagen_jax.data import pipeline, records
-from imagen_jax.data.prepare import captions, ingest, kept, passes, selection, shards
+from imagen_jax.data.prepare import (
+    captions,
+    ingest,
+    kept,
+    passes,
+    selection,
+    shards,
+    work_directory,
+)
 from imagen_jax.data.prepare.preview import WORK_BYTES
 from imagen_jax.data.sources.folder import FolderSource
 from tests import tiny
@@ -307,7 +315,7 @@ def test_a_finished_shard_that_is_cut_short_is_not_complete(folder, whole, tmp_p
 def test_one_at_a_time(folder, tmp_path):
     """Catches two runs in one work directory, and a foreign directory that is removed."""
     with (
-        passes._locked(tmp_path / "data.partial"),
+        work_directory.locked(tmp_path / "data.partial"),
         pytest.raises(ValueError, match="another process is preparing data in"),
     ):
         prepare(folder, tmp_path / "data")

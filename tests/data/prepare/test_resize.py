@@ -10,7 +10,7 @@ from PIL import Image, JpegImagePlugin
 
 from imagen_jax import prepare_data
 from imagen_jax.data import records
-from imagen_jax.data.prepare import checks, ingest, passes
+from imagen_jax.data.prepare import checks, ingest, passes, work_directory
 from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.data.sources.source import SourceItem
@@ -209,7 +209,7 @@ def unfinished(photographs, output, monkeypatch, **changes):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(passes, "finish", stop)
         prepare(photographs, output, **changes)
-    return passes.work_directory(output) / "request.json"
+    return work_directory.work_directory(output) / "request.json"
 
 
 def test_another_size_or_format_is_refused(photographs, tmp_path, monkeypatch):
