@@ -53,33 +53,27 @@ ALIKE += ("encoder", "max_length", "batch_size")
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the command line in `values`, see `cli.run`."""
-    text = partial(flags.DEFINE_string, flag_values=values)
-    switch = partial(flags.DEFINE_bool, default=False, flag_values=values)
-    integer = partial(flags.DEFINE_integer, flag_values=values)
-    number = partial(flags.DEFINE_float, default=0.0, lower_bound=0, flag_values=values)
     source.define_flags(values)
     cli.define_compile_cache(values)
     cli.define_processes(values)
+    text = partial(flags.DEFINE_string, flag_values=values)
+    switch = partial(flags.DEFINE_bool, default=False, flag_values=values)
     text("output", None, "directory to create; required", required=True)
-    text(
-        "encoder",
-        None,
-        "t5_tiny, a directory with a text encoder (config.json, weights, tokenizer), or a hub name;"
-        " @layer=-1 after it chooses other features (docs/data.md); required unless --images_only",
-    )
-    switch(
-        "images_only",
-        help="stop when the images are stored; the same command with --encoder continues",
-    )
     text(
         "beam",
         "",
         "ingest the images with Apache Beam, with these pipeline options: '--runner=FlinkRunner"
         " --flink_master=HOST:PORT'; needs pip install apache-beam",
     )
-    integer(
-        "max_length", 128, "captions are truncated to this many tokens; the paper gives no number"
-    )
+    switch("images_only", help="stop when the images are stored; see docs/data.md, Many hosts")
+    switch("verify", help="verify the checksum of every shard, also of a finished OUTPUT")
+    _define_images(values)
+    _define_captions(values)
+    _define_estimates(values)
+
+
+def _define_images(values: flags.FlagValues) -> None:
+    integer = partial(flags.DEFINE_integer, flag_values=values)
     integer("min_size", 0, "skip images with a side shorter than this, in pixels")
     integer(
         "store_size",
@@ -94,6 +88,22 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "encoding of resized images: jpeg (the default; quality 95, full chroma) or png (lossless)",
         flag_values=values,
     )
+    integer("shard_size", 4096, "images or captions per shard")
+    integer("processes", 0, "worker processes that check and write images; 0: one per core")
+
+
+def _define_captions(values: flags.FlagValues) -> None:
+    integer = partial(flags.DEFINE_integer, flag_values=values)
+    flags.DEFINE_string(
+        "encoder",
+        None,
+        "t5_tiny, a directory with a text encoder (config.json, weights, tokenizer), or a hub name;"
+        " @layer=-1 after it chooses other features (docs/data.md); required unless --images_only",
+        flag_values=values,
+    )
+    integer(
+        "max_length", 128, "captions are truncated to this many tokens; the paper gives no number"
+    )
     flags.DEFINE_enum(
         "embedding",
         records.EMBEDDINGS[0],
@@ -102,31 +112,33 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         " error",
         flag_values=values,
     )
-    integer("shard_size", 4096, "images or captions per shard")
     integer(
         "batch_size",
         64,
         "captions per device and batch, for captions of up to 32 tokens; fewer if longer",
     )
-    integer("processes", 0, "worker processes that check and write images; 0: one per core")
-    switch(
-        "verify",
-        help="verify the checksum of every shard, after the run or of a finished OUTPUT",
+
+
+def _define_estimates(values: flags.FlagValues) -> None:
+    integer = partial(flags.DEFINE_integer, default=0, lower_bound=0, flag_values=values)
+    number = partial(flags.DEFINE_float, default=0.0, lower_bound=0, flag_values=values)
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "only estimate size and time, also of other stored sizes and dtypes",
+        flag_values=values,
     )
-    switch("dry_run", help="only estimate size and time, also of other stored sizes and dtypes")
     integer(
         "preview_captions",
-        0,
-        "only estimate the size and time of storing this number of captions like those of the"
+        help="only estimate the size and time of storing this number of captions like those of the"
         " source; needs only the encoder's tokenizer and config.json",
-        lower_bound=0,
     )
     number(
         "captions_per_second",
         help="for --preview_captions: total captions per second of all chips, from imagen_jax.plan"
         " or measured",
     )
-    integer("chips", 0, "for --preview_captions: number of chips", lower_bound=0)
+    integer("chips", help="for --preview_captions: number of chips")
     number(
         "price_per_gib_month",
         help="for --dry_run and --preview_captions: storage price per GiB and month, in any"

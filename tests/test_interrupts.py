@@ -22,6 +22,7 @@ def main():
     for _ in range(1000):  # a signal just before a long sleep would not wake it up
         time.sleep(0.01)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's background job
 interrupted = []
 interrupts.repeat_lost()
 sys.exit(cli.guard(main))
