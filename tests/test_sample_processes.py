@@ -68,7 +68,9 @@ def assert_same_pictures(output: Path, alone: Path) -> None:
     assert [row["row"] for row in rows(output)] == list(range(TOTAL))
     for mine, other in zip(rows(output), rows(alone)):
         assert (mine["prompt"], mine["seed"]) == (other["prompt"], other["seed"])
-        assert np.abs(pixels(output, mine) - pixels(alone, other)).max() <= 1
+        # Rounding, which depends on the CPU, reaches a level or two in single values.
+        difference = np.abs(pixels(output, mine) - pixels(alone, other))
+        assert difference.max() <= 2 and (difference > 0).mean() < 0.01
 
 
 def test_two_processes_of_four_devices_draw_the_same(files, alone, tmp_path):
