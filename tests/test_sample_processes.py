@@ -58,9 +58,13 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(files, tmp_path_factory):
-    """The pictures of one process with one device."""
+    """The pictures of one process with one device, one at a time.
+
+    So it computes one row at once, as each of eight devices does: more rows are rounded in another
+    way, which reaches two levels of a pixel on some CPUs.
+    """
     output = tmp_path_factory.mktemp("alone") / "out"
-    finish(files, output, 1, 1)
+    finish(files, output, 1, 1, "--config.batch_size=1")
     return output
 
 
@@ -68,9 +72,7 @@ def assert_same_pictures(output: Path, alone: Path) -> None:
     assert [row["row"] for row in rows(output)] == list(range(TOTAL))
     for mine, other in zip(rows(output), rows(alone)):
         assert (mine["prompt"], mine["seed"]) == (other["prompt"], other["seed"])
-        # Rounding, which depends on the CPU, reaches a level or two in single values.
-        difference = np.abs(pixels(output, mine) - pixels(alone, other))
-        assert difference.max() <= 2 and (difference > 0).mean() < 0.01
+        assert np.abs(pixels(output, mine) - pixels(alone, other)).max() <= 1
 
 
 def test_two_processes_of_four_devices_draw_the_same(files, alone, tmp_path):
