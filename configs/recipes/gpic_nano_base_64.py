@@ -29,12 +29,12 @@ Variants: `:demo` for two CPU cores and `:tiny` for tests, as in base_64.py.
 from ml_collections import ConfigDict
 
 from configs import base_64
+from configs.recipes import check_variant
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The complete config: base_64 with the changes below; `arg` is "", "demo" or "tiny"."""
-    if arg not in ("", "demo", "tiny"):
-        raise ValueError(f"this recipe has no variant {arg!r}; use 'demo' or 'tiny'")
+    check_variant(arg)
     c = base_64.get_config(arg or "width=128").unlock()
     c.name = f"gpic_nano_{c.name}" if arg else "gpic_nano_base_64"
     if not arg:

@@ -28,12 +28,12 @@ Variants: `:demo` for two CPU cores and `:tiny` for tests, as in sr_256.py.
 from ml_collections import ConfigDict
 
 from configs import sr_256
+from configs.recipes import check_variant
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The complete config: sr_256 with the changes below; `arg` is "", "demo" or "tiny"."""
-    if arg not in ("", "demo", "tiny"):
-        raise ValueError(f"this recipe has no variant {arg!r}; use 'demo' or 'tiny'")
+    check_variant(arg)
     c = sr_256.get_config(arg).unlock()
     c.name = f"gpic_nano_{c.name}"
     if not arg:

@@ -152,7 +152,10 @@ def _publish(output: Path, request: Mapping, plan: Plan) -> None:
     caption_shards = captions.caption_shards(plan)
     text = all_finished(partial, caption_shards)
     pictures = all_finished(partial, image_shards(plan))
-    cut = (captions.cut_captions(partial, shard) for shard in caption_shards)
+    cut = (
+        captions.cut_captions(partial, shard) if text[shard.name]["cut"] else ()
+        for shard in caption_shards
+    )
     finish(partial / "result", request, plan, text, pictures, cut)
     os.rename(partial / "result", output)
 

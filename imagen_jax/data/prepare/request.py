@@ -16,12 +16,12 @@ from imagen_jax.data.sources.source import Source
 from imagen_jax.storage import check_object, read_object
 
 REQUEST = "request.json"
-# Those of the second line are there once captions are encoded.
 _IMAGE_KEYS = {"source": dict, "shard_size": int, "min_size": int}
+# Of the captions, absent with --images_only.
 _TEXT_KEYS = {"encoder": dict, "max_length": int, "batch_size": int}
 # Keys that are only there if images are stored resized, with what their absence means.
 _ABSENT = {"store_size": 0, "store_format": "none"}
-# The same for features that are not in bfloat16, once captions are encoded.
+# The same for the dtype of the features.
 _ABSENT_TEXT = {"embedding_dtype": records.EMBEDDINGS[0]}
 
 
