@@ -12,7 +12,7 @@ from imagen_jax.storage import read_json
 from imagen_jax.text import tokenizer as tokenizers
 from imagen_jax.text.bert_network import Bert, BertConfig
 from imagen_jax.text.program import parameter_shapes
-from imagen_jax.weights.name_map import NameMap, map_tree
+from imagen_jax.weights.name_map import NameMap, map_tree, tensor_name
 
 TOKENIZERS = {"tokenizer.json": "PreTrainedTokenizerFast", "vocab.txt": "BertTokenizer"}
 CASE = "do_lower_case"
@@ -21,7 +21,6 @@ PREFIX = "bert."  # of all tensors, in files of BertForPreTraining and the like
 PARTS = ("embeddings.", "encoder.")
 # The names that TensorFlow's layer norm has, in files of 2018.
 OLD = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 EMBEDDINGS = {
     "token_embedding": "embeddings.word_embeddings.weight",
     "position_embedding": "embeddings.position_embeddings.weight",
@@ -53,12 +52,7 @@ def is_bert(config: Mapping[str, Any]) -> bool:
 
 def name_map(config: BertConfig) -> NameMap:
     """The map from Hugging Face tensor names to the parameters of Bert."""
-
-    def rename(path: str) -> str:
-        if path in EMBEDDINGS:
-            return EMBEDDINGS[path]
-        block, part, leaf = re.fullmatch(r"block_(\d+)/(.+)/(\w+)", path).groups()
-        return f"encoder.layer.{block}.{BLOCK[part]}.{LEAVES[leaf]}"
+    rename = lambda path: tensor_name(path, EMBEDDINGS, "encoder.layer", BLOCK)
 
     def covers(name: str) -> bool:
         """Older files also store `position_ids`, which are 0, 1, 2 ..."""

@@ -4,7 +4,6 @@ A file of both towers serves either. OpenAI's own archives are TorchScript and a
 """
 
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from imagen_jax.text import tokenizer as tokenizers
 from imagen_jax.text.clip import ACTIVATIONS, EPSILON, MLP_RATIO, CLIPText, CLIPTextConfig
 from imagen_jax.text.config_numbers import check_heads, read_numbers
 from imagen_jax.text.program import parameter_shapes
-from imagen_jax.weights.name_map import NameMap, map_tree
+from imagen_jax.weights.name_map import NameMap, map_tree, tensor_name
 
 TOKENIZERS = {"tokenizer.json": "PreTrainedTokenizerFast", "vocab.json": "CLIPTokenizer"}
 ACTIVATION = "quick_gelu"
@@ -28,7 +27,6 @@ DEFAULTS = {
     "max_position_embeddings": 77,
     "vocab_size": 49408,
 }
-LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 BLOCK = {
     "attention_norm": "layer_norm1",
     "attention/query": "self_attn.q_proj",
@@ -160,11 +158,7 @@ def load_tokenizer(directory: pathlib.Path) -> tuple[Any, str]:
 
 
 def _tower(shapes: Mapping[str, Any], names: Mapping[str, str], tower: str, head: str) -> NameMap:
-    def rename(path: str) -> str:
-        if path in names:
-            return names[path]
-        block, part, leaf = re.fullmatch(r"block_(\d+)/(.+)/(\w+)", path).groups()
-        return f"{tower}.encoder.layers.{block}.{BLOCK[part]}.{LEAVES[leaf]}"
+    rename = lambda path: tensor_name(path, names, f"{tower}.encoder.layers", BLOCK)
 
     def covers(name: str) -> bool:
         """Older files also store `position_ids`, which are 0, 1, 2 ..."""

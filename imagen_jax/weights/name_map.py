@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from jaxtyping import Shaped
 
 from imagen_jax.weights.leaves import flatten, unflatten
 from imagen_jax.weights.tensor_files import open_tensors
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}  # in the file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,18 @@ class NameMap:
     covers: Callable[[str], bool] = everything
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     advice: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def tensor_name(path: str, names: Mapping[str, str], blocks: str, parts: Mapping[str, str]) -> str:
+    """The Hugging Face name of a leaf of a transformer: `map_tree`'s rename.
+
+    names: leaves outside of the blocks -> tensor name. blocks: prefix of the blocks in the file,
+    such as "encoder.layer". parts: part of a block, such as "mlp/up" -> its name in the file.
+    """
+    if path in names:
+        return names[path]
+    block, part, leaf = re.fullmatch(r"block_(\d+)/(.+)/(\w+)", path).groups()
+    return f"{blocks}.{block}.{parts[part]}.{_LEAVES[leaf]}"
 
 
 def map_tree(
