@@ -62,6 +62,21 @@ def load_tokenizer(
     return tokenizer, file, sha256_file(file)
 
 
+def set_end_token(tokenizer: Any, file: pathlib.Path, kind: str) -> None:
+    """Sets `eos_token` to the token that ends each text.
+
+    Raises ValueError unless each text is between a start and an end token. kind: what the tokenizer
+    in `file` should be, for the message.
+    """
+    ends = tokenizer("")["input_ids"]
+    if len(ends) != 2 or ends[0] == ends[1]:
+        raise ValueError(
+            f"{file} is not a {kind} tokenizer: it does not put each text between a start and an"
+            " end token"
+        )
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[1])
+
+
 def tokenize(
     tokenizer: Any, texts: list[str], max_length: int
 ) -> tuple[list[list[int]], list[bool]]:

@@ -80,13 +80,7 @@ def load_tokenizer(directory: pathlib.Path) -> tuple[Any, str]:
         ValueError: it cannot be read, or does not put each text between a start and an end token.
     """
     tokenizer, file, sha256 = tokenizers.load_tokenizer(directory, TOKENIZERS, _case)
-    ends = tokenizer("")["input_ids"]
-    if len(ends) != 2 or ends[0] == ends[1]:
-        raise ValueError(
-            f"{file} is not a BERT tokenizer: it does not put each text between a start and an end"
-            " token"
-        )
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[1])
+    tokenizers.set_end_token(tokenizer, file, "BERT")
     if UNKNOWN in tokenizer.get_vocab():
         tokenizer.unk_token = UNKNOWN
     return tokenizer, sha256
