@@ -106,3 +106,10 @@ def test_wrong_input_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is not empty; give a new directory"):
         fixture.make(tmp_path, 1, SIDE, [], text_dim=8)
+
+
+def test_a_reader_that_hangs_is_an_error(tmp_path, monkeypatch):
+    """Catches a measurement that waits for ever."""
+    monkeypatch.setattr(reader_speed, "START_S", 0.1)
+    with pytest.raises(ValueError, match="tars cannot be read at 64: no result within 0.2 s"):
+        reader_speed._measure({"path": str(tmp_path / "tars"), "size": 64}, 0.01, 1)

@@ -39,6 +39,7 @@ SIZES = (64, 256, 1024)
 DECODES = ("exact", "draft")
 BASELINE = "DataLoader"
 OPTIONAL = ("torch", "webdataset")
+START_S = 120.0  # for the imports and the first batch of a measurement
 Row = dict[str, Any]  # fields of a Reading, and the medians of its results
 
 
@@ -160,11 +161,16 @@ def _measure(reading: Row, seconds: float, cores: int) -> Mapping[str, float]:
     """One measurement, in a process of its own. Raises ValueError if it fails."""
     command = [sys.executable, "-m", "tools.reading.measure"]
     command += [json.dumps(reading), str(seconds), str(cores)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        cause = (done.stderr.strip() or "no message").splitlines()[-1]
+    fault, limit = "", START_S + 10 * seconds
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        if done.returncode:
+            fault = (done.stderr.strip() or "no message").splitlines()[-1]
+    except subprocess.TimeoutExpired:
+        fault = f"no result within {limit:g} s"
+    if fault:
         raise ValueError(
-            f"{Path(reading['path']).name} cannot be read at {reading['size']}: {cause}"
+            f"{Path(reading['path']).name} cannot be read at {reading['size']}: {fault}"
         )
     return json.loads(done.stdout.splitlines()[-1])
 
