@@ -24,7 +24,7 @@ from imagen_jax.data.prepare import ingest, kept
 from imagen_jax.data.prepare.checks import Checked
 from imagen_jax.data.prepare.kept import SKIPPED, KeptImage
 from imagen_jax.data.prepare.resize import Resize
-from imagen_jax.data.prepare.shards import finished, shards_of, write_images
+from imagen_jax.data.prepare.shards import finished, shard_of, write_images
 from imagen_jax.data.records import SPLITS
 from imagen_jax.data.sources.source import Source
 from imagen_jax.storage import write_atomically, write_lines
@@ -62,7 +62,7 @@ class Numbers(NamedTuple):
 class Tasks:
     """What workers do, with all that they need.
 
-    partial: the work directory. shard_size, min_size, resize: as in `passes.Settings`.
+    partial: the work directory. shard_size, min_size, resize: as in `settings.Settings`.
     block: number of consecutive items that are sorted and numbered together.
     token: content of the file TOKEN in the work directory.
     """
@@ -121,8 +121,7 @@ class Tasks:
         (split, number), images = grouped
         rows = [image for _, image in sorted(images, key=lambda numbered: numbered[0])]
         kept.write_images_of(self.plan_directory(), split, number, rows)
-        counts = kept.shard_rows(numbers.totals[split], self.shard_size)
-        shard = shards_of("images", split, counts)[number]
+        shard = shard_of("images", split, number, numbers.totals[split], self.shard_size)
         if not finished(self.partial, shard):
             write_images(self.source, self.partial, shard, self.resize)
 

@@ -30,7 +30,7 @@ _WRITER_BYTES = 2**34  # of features in shards that are written, if all captions
 
 def caption_shards(plan: Plan) -> list[Shard]:
     """All caption shards of a plan."""
-    return shards_of("captions", "train", plan.shard_rows(plan.captions))
+    return shards_of("captions", "train", plan.captions, plan.shard_size)
 
 
 def encode_all(workers: Workers, encoder, partial: Path, plan: Plan, settings: Settings) -> None:

@@ -139,7 +139,7 @@ def image_shards(plan: Plan) -> list[Shard]:
     return [
         shard
         for split, count in plan.images.items()
-        for shard in shards_of("images", split, plan.shard_rows(count))
+        for shard in shards_of("images", split, count, plan.shard_size)
     ]
 
 

@@ -60,10 +60,6 @@ class Plan:
         told = [f"{reason}: {self._examples[reason]}" for reason in sorted(self._examples)[:5]]
         return f"such as {', '.join(told)}"
 
-    def shard_rows(self, count: int) -> list[int]:
-        """The number of rows of each shard of `count` rows."""
-        return shard_rows(count, self.shard_size)
-
     def images_of(self, split: str, shard: int) -> list[KeptImage]:
         """The images of a shard."""
         return images_of(self.directory, split, shard, self._rows(self.images[split], shard))
@@ -84,11 +80,6 @@ class Plan:
             raise ValueError(f"{file} is missing; {_remedy(self.directory)}")
         with open(file, encoding="utf-8") as lines:
             yield from lines
-
-
-def shard_rows(count: int, size: int) -> list[int]:
-    """The number of rows of each shard of at most `size` of `count` rows."""
-    return [min(size, count - start) for start in range(0, count, size)]
 
 
 def sizes(count: int, low: int, high: int, height: int, width: int) -> dict[str, float]:

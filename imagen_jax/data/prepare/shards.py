@@ -5,6 +5,7 @@ A shard is finished when its entry in the journal is there.
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -31,10 +32,15 @@ class Shard:
     rows: int
 
 
-def shards_of(store: str, split: str, rows: list[int]) -> list[Shard]:
-    """The shards of a split with these numbers of rows."""
-    name = lambda number: records.shard_name(store, split, number, len(rows))
-    return [Shard(name(number), split, number, count) for number, count in enumerate(rows)]
+def shard_of(store: str, split: str, number: int, rows: int, size: int) -> Shard:
+    """Shard `number` of a split of `rows` rows, with `size` rows per shard."""
+    name = records.shard_name(store, split, number, math.ceil(rows / size))
+    return Shard(name, split, number, min(size, rows - number * size))
+
+
+def shards_of(store: str, split: str, rows: int, size: int) -> list[Shard]:
+    """All shards of a split of `rows` rows, with `size` rows per shard."""
+    return [shard_of(store, split, n, rows, size) for n in range(math.ceil(rows / size))]
 
 
 def write_images(source: Source, partial: Path, shard: Shard, resize: Resize) -> int:
