@@ -60,18 +60,10 @@ class Plan:
         told = [f"{reason}: {self._examples[reason]}" for reason in sorted(self._examples)[:5]]
         return f"such as {', '.join(told)}"
 
-    def images_of(self, split: str, shard: int) -> list[KeptImage]:
-        """The images of a shard."""
-        return images_of(self.directory, split, shard, self._rows(self.images[split], shard))
-
     def captions_of(self, shard: int) -> list[str]:
         """The captions of a shard; their ids begin with shard * shard_size."""
-        file = self.directory / _caption_file(shard)
-        return _rows_of(file, self._rows(self.captions, shard))
-
-    def _rows(self, count: int, shard: int) -> int:
-        """The number of rows of a shard of `count` rows in all."""
-        return min(self.shard_size, count - shard * self.shard_size)
+        rows = min(self.shard_size, self.captions - shard * self.shard_size)
+        return _rows_of(self.directory / _caption_file(shard), rows)
 
     def skipped(self) -> Iterator[str]:
         """The lines of skipped.jsonl."""
