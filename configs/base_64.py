@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c = ConfigDict()
     c.name = "base_64"
     c.seed = 0
-    c.text = dict(dim=4096)  # T5-XXL v1.1; must equal the feature width of the prepared data
+    c.text = defaults.text(4096)  # T5-XXL v1.1; must equal the feature width of the prepared data
     c.data = defaults.data() | dict(image_size=64, lowres_size=0, crop_size=0)
     c.model = dict(
         family="unet",

@@ -11,7 +11,10 @@ from ml_collections import ConfigDict
 # Fields that were added after the first runs, with the value to assume for older saved configs (a
 # test compares them with imagen_jax/schema.py). configs/saved.py adds them to such configs.
 ADDED: dict[str, dict[str, Any]] = {
-    "data": dict(decode="exact"),
+    "text": dict(
+        encoders=(), dims=(), lengths=(), pooled_dims=(), drops=(), online=False, encoder=""
+    ),
+    "data": dict(decode="exact", mixture=(), view="centre", view_scale=(0.8, 1.0), buckets=()),
     "diffusion": dict(
         process="vp",
         density="uniform",
@@ -28,6 +31,11 @@ ADDED: dict[str, dict[str, Any]] = {
     "optim": dict(ema_tracks=()),
     "train": dict(validate_every=0, validate_rows=256),
 }
+
+
+def text(dim: int) -> dict[str, Any]:
+    """Settings of the text features: of one unnamed encoder of width `dim`."""
+    return dict(dim=dim, **ADDED["text"])
 
 
 def data() -> dict[str, Any]:

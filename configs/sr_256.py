@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c = ConfigDict()
     c.name = "sr_256"
     c.seed = 0
-    c.text = dict(dim=4096)  # T5-XXL v1.1; must be the width of the prepared embeddings
+    c.text = defaults.text(4096)  # T5-XXL v1.1; must be the width of the prepared embeddings
     # Trained on whole images (section 2.5).
     c.data = defaults.data() | dict(image_size=256, lowres_size=64, crop_size=0)
     c.model = dict(

@@ -123,8 +123,16 @@ def valid(field: Field) -> str:
         return f"{'a tuple of' if kinds else 'one of'} {', '.join(field.choices)}"
     if not kinds:
         return f"{WORDS[field.kind]}{range_text}"
+    return f"a tuple of {_entries(kinds)}{range_text}"
+
+
+def _entries(kinds: tuple[Any, ...]) -> str:
+    """The entries of a tuple in words, such as "2 numbers" or "tuples of a string, a number"."""
+    if inner := typing.get_args(kinds[0]):
+        each = ", ".join(WORDS[kind] for kind in inner if kind is not Ellipsis)
+        return f"tuples of {each}"
     length = "" if Ellipsis in kinds else f"{len(kinds)} "
-    return f"a tuple of {length}{WORDS[kinds[0]].rpartition(' ')[2]}s{range_text}"
+    return f"{length}{WORDS[kinds[0]].rpartition(' ')[2]}s"
 
 
 def kind_name(kind: Any) -> str:

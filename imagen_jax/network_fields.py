@@ -2,7 +2,8 @@
 
 from imagen_jax.field import Field, Need
 
-WITH_TEXT = Need("text.dim", unless=(0,))
+NAMED_TEXT = Need("text.encoders", unless=((),))
+WITH_TEXT = (Need("text.dim", unless=(0,)), NAMED_TEXT)
 
 MODEL = {
     "family": Field("Network architecture.", str, "F.1, B.1", choices=("unet", "efficient_unet")),

@@ -8,6 +8,7 @@ docs/config.md lists all fields; imagen_jax/field.py says which values a field a
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from imagen_jax.data_fields import DATA, TEXT
 from imagen_jax.field import Field, Need, effect_problem, flat, read_section, within, without_effect
 from imagen_jax.network_fields import FAMILY_FIELDS, MODEL, WITH_TEXT
 from imagen_jax.run_fields import CASCADE_MESH, MESH, TRAIN
@@ -18,45 +19,6 @@ SEEDS = "[0, 2^32)"  # JAX and the data order use 32-bit seeds; a larger seed wo
 SUPER_RESOLUTION = Need("data.lowres_size", unless=(0,))
 LOGIT_NORMAL = Need("diffusion.density", ("logit_normal",))
 ADAM = Need("optim.optimizer", ("adam",))
-
-TEXT = {
-    "dim": Field("Width of the text features; 0: no text.", int, "section 2.1", interval="[0, inf)")
-}
-
-DATA = {
-    "path": Field("Directory made by prepare_data.", str, resume=True),
-    "image_size": Field("Side of the images in pixels.", int, "section 2.5", interval="[1, inf)"),
-    "lowres_size": Field(
-        "Low-res input size in pixels; 0 for a base model.", int, "section 2.5", interval="[0, inf)"
-    ),
-    "crop_size": Field(
-        "Training crop size in pixels; 0 for whole images.", int, "section 2.5", interval="[0, inf)"
-    ),
-    "text_length": Field("Tokens per caption, including padding.", int, interval="[1, inf)"),
-    "batch_size": Field(
-        "Images per training step, over all devices.", int, "section 4.1", interval="[1, inf)"
-    ),
-    "caption": Field(
-        "Caption used: a random one or the first.",
-        str,
-        choices=("random", "first"),
-        needs=(WITH_TEXT,),
-        idle=("random",),
-    ),
-    "flip": Field("Whether images are mirrored at random.", bool),
-    "workers": Field(
-        "Worker processes reading data; 0: trainer threads.", int, resume=True, interval="[0, inf)"
-    ),
-    "cache_mib": Field(
-        "Decoded-image cache in MiB; no effect on batches.", int, resume=True, interval="[0, inf)"
-    ),
-    "decode": Field(
-        "JPEG decoding: at full size (exact), or scaled to 1/2, 1/4 or 1/8 by libjpeg (draft).",
-        str,
-        choices=("exact", "draft"),
-        older="exact",
-    ),
-}
 
 DIFFUSION = {
     "schedule": Field(

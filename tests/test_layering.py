@@ -19,6 +19,7 @@ COMMANDS = {"demo", "evaluate", "export", "plan", "prepare_data", "rate", "sampl
 LAYERS = (
     {
         "caption_text",
+        "data_fields",
         "exit_codes",
         "field",
         "interrupts",
@@ -27,6 +28,7 @@ LAYERS = (
         "run_log",
         "schema",
         "storage",
+        "text_inputs",
     },
     {"distributed"},
     {

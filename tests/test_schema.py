@@ -135,6 +135,7 @@ def test_a_typo_is_refused_with_the_nearest_name(name, section):
         (dict(sampling__grid_logsnr=[1.0]), "it must be a tuple of 2 numbers"),
         (dict(optim__ema_tracks=[0.9, "x"]), "it must be a tuple of numbers"),
         (dict(mesh__rules="fsdp"), "mesh.rules is 'fsdp'; it must be a tuple"),
+        (dict(data__mixture=[["a"]]), "it must be a tuple of tuples of a string, a finite number"),
     ],
 )
 def test_a_wrong_value_is_refused(change, message):
@@ -146,6 +147,11 @@ def test_a_wrong_value_is_refused(change, message):
 
 OUTSIDE = {
     "seed": [-1, 2**32],
+    "text.dims": [[0]],
+    "text.lengths": [[0]],
+    "text.pooled_dims": [[-1]],
+    "text.drops": [[0.1, 1.5]],
+    "data.view_scale": [[0.0, 1.0], [0.5, 1.5]],
     "data.batch_size": [0, -8],
     "data.workers": [-1],
     "data.cache_mib": [-1],
@@ -343,7 +349,8 @@ def test_what_a_resume_may_change():
     sections = {n for n in schema.flat(config) if n.split(".")[0] in ("mesh", "train", "sampling")}
     alone = {"name", "model.remat", "data.path", "data.workers", "data.cache_mib"}
     idle = {f"diffusion.{n}" for n in ("aug_schedule", "aug_max", "density_mean", "density_std")}
-    assert free == sections | alone | idle | {"optim.accumulation"}
+    idle |= {f"text.{n}" for n in ("dims", "lengths", "pooled_dims", "drops", "encoder")}
+    assert free == sections | alone | idle | {"optim.accumulation", "data.view_scale"}
     assert not schema.may_change("encoder.dim", config)
     cosine, dropout = tiny.config(optim__decay="cosine"), tiny.config(model__dropout=0.1)
     assert not schema.may_change("train.steps", cosine)

@@ -15,7 +15,9 @@ import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 
 from imagen_jax.data import transforms
-from imagen_jax.data.records import CaptionStore, ImageStore, Prepared, open_once
+from imagen_jax.data.example_text import ExampleText, StoredText, TextOf
+from imagen_jax.data.records import ImageStore, Prepared, open_once
+from imagen_jax.text_inputs import UNNAMED, TextInput
 
 Batch = dict[str, Shaped[np.ndarray, "b ..."]]
 Example = dict[str, Shaped[np.ndarray | np.generic, "..."]]  # one row of a batch
@@ -55,16 +57,16 @@ class _PixelCache:
 class _Examples(grain.transforms.RandomMap):
     """Maps the row of an image to the arrays of one example.
 
-    The sizes, `decode`, `flip` and `text_length` are fields of the config's section `data`.
+    The sizes, `decode` and `flip` are fields of the config's section `data`.
+    text_of: caption id -> the text fields of the example.
     random_caption: use a random caption of the image; otherwise its first one.
     """
 
     images: ImageStore
-    captions: CaptionStore
+    text_of: TextOf
     image_size: int
     lowres_size: int
     crop_size: int
-    text_length: int
     decode: str
     flip: bool
     random_caption: bool
@@ -85,10 +87,8 @@ class _Examples(grain.transforms.RandomMap):
         """
         full_image, caption_ids = self._full_image(row)
         caption_id = caption_ids[int(caption * len(caption_ids))]
-        text, mask = transforms.pad_text(self.captions[caption_id].embedding, self.text_length)
         example = {
-            "text": text,
-            "text_mask": mask,
+            **self.text_of(caption_id),
             "index": np.int64(row),
             "caption_id": np.int64(caption_id),
         }
@@ -142,20 +142,21 @@ def open_prepared(data_cfg: Mapping[str, Any]) -> Prepared:
     """
     transforms.check_sizes(data_cfg)
     prepared = open_once(data_cfg["path"])
-    prepared.check_length(data_cfg["text_length"])
     prepared.check_image_size(data_cfg["image_size"])
     return prepared
 
 
-def _examples(data_cfg: Mapping[str, Any], split: str) -> _Examples:
+def _examples(
+    data_cfg: Mapping[str, Any], split: str, text: ExampleText | None = None
+) -> _Examples:
     prepared = open_prepared(data_cfg)
+    text = text or StoredText([TextInput(UNNAMED, 0, data_cfg["text_length"])])
     return _Examples(
         images=prepared.images(split),
-        captions=prepared.captions(),
+        text_of=text.open(prepared),
         image_size=data_cfg["image_size"],
         lowres_size=data_cfg["lowres_size"],
         crop_size=data_cfg["crop_size"],
-        text_length=data_cfg["text_length"],
         decode=data_cfg["decode"],
         flip=data_cfg["flip"],
         random_caption=data_cfg["caption"] == "random",
@@ -169,6 +170,7 @@ def batches(
     start_step: int,
     split: str = "train",
     rows: Sequence[int] | None = None,
+    text: ExampleText | None = None,
 ) -> Iterator[Batch]:
     """Yields the batches of steps start_step, start_step + 1, ... indefinitely.
 
@@ -182,18 +184,20 @@ def batches(
       seed: seed of the order and of the random choices, in [0, 2^32).
       start_step: the first step.
       rows: the rows of each global batch that this process reads, in this order; None: all of them.
+      text: how the text fields are read; None: the features of the only encoder, padded to
+        text_length.
 
     Yields:
-      image uint8 [b s s 3]; lowres uint8 [b r r 3], if lowres_size > 0; text bfloat16 [b l d],
-      padded with zeros; text_mask bool [b l]; index int64 [b], the row in the image store;
-      caption_id int64 [b]. s is image_size, r is lowres_size and l is text_length. With
-      crop_size > 0, s is crop_size and r is crop_size * lowres_size / image_size.
+      image uint8 [b s s 3]; lowres uint8 [b r r 3], if lowres_size > 0; the text fields, such as
+      text bfloat16 [b l d], padded with zeros, and text_mask bool [b l]; index int64 [b], the row
+      in the image store; caption_id int64 [b]. s is image_size, r is lowres_size and l the input's
+      length. With crop_size > 0, s is crop_size and r is crop_size * lowres_size / image_size.
 
     Raises:
       ValueError: the data is not prepared or does not match data_cfg, or a shard is damaged.
     """
     size = data_cfg["batch_size"]
-    examples = _examples(data_cfg, split)
+    examples = _examples(data_cfg, split, text)
     examples_stream = (
         grain.MapDataset.range(len(examples.images))
         .seed(seed)
@@ -237,12 +241,17 @@ def eval_caption_ids(
     return np.array([images[int(row)].caption_ids[0] for row in indices], np.int64)
 
 
-def eval_rows(data_cfg: Mapping[str, Any], indices: Sequence[int], split: str) -> Batch:
+def eval_rows(
+    data_cfg: Mapping[str, Any],
+    indices: Sequence[int],
+    split: str,
+    text: ExampleText | None = None,
+) -> Batch:
     """Returns the given rows as one batch, without random choices.
 
     Each row has its first caption and a centre crop, and is not mirrored. The keys are those of
-    `batches`.
+    `batches`, with the same `text`.
     """
-    examples = _examples(data_cfg, split)
+    examples = _examples(data_cfg, split, text)
     rows = [examples.make(int(row), 0.0, _CENTRE, False) for row in indices]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -195,7 +195,7 @@ def check_settings(
             raise ValueError(f"{where}: {str(error).partition(': ')[2]}") from None
         facts = {"data": {"lowres_size": int(node.stage != "base")}, "sampling": node.sampling}
         if text_dims:
-            facts["text"] = {"dim": text_dims[node.stage]}
+            facts["text"] = {"dim": text_dims[node.stage], "encoders": ()}
         values = field.flat(facts)
         idle = field.without_effect(values, fields)
         for axis in axes:
