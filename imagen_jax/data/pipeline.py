@@ -10,6 +10,7 @@ are given to the buckets in turn, by their share of the images.
 """
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -67,6 +68,11 @@ class BucketShare:
     images: int
     batches: float
 
+    def __str__(self) -> str:
+        height, width = self.size
+        share = f"{100 * self.batches:.3g} % of the batches"
+        return f"bucket {height}x{width}: {self.images:,} images, {share}"
+
 
 @dataclasses.dataclass(frozen=True)
 class _Stock:
@@ -116,6 +122,19 @@ def open_sets(data_cfg: Mapping[str, Any]) -> tuple[Prepared, ...]:
     for prepared in () if data_cfg["buckets"] else opened:
         views.check_squares(prepared, data_cfg)
     return opened
+
+
+def identity(data_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies the data of a run, for the checkpoints' meta.
+
+    manifest_hash: that of the manifest; with data.mixture, the SHA-256 of those of the sets, joined
+    in order, which are then in mixture_hashes.
+    """
+    hashes = [open_once(path).hash for path, _ in sets.sources(data_cfg)]
+    if not with_older(data_cfg)["mixture"]:
+        return {"manifest_hash": hashes[0]}
+    joined = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return {"manifest_hash": joined, "mixture_hashes": hashes}
 
 
 def bucket_sizes(data_cfg: Mapping[str, Any]) -> tuple[Size, ...]:

@@ -1,11 +1,9 @@
 """The prepared directories that a config names: data.path, or those of data.mixture."""
 
-import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from imagen_jax.data.records import Prepared
 from imagen_jax.data_fields import with_older
 
 
@@ -61,10 +59,3 @@ def alone(data_cfg: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             name, number = f"{base}-{number}", number + 1
         configs[name] = single(path)
     return configs
-
-
-def data_hash(data_cfg: Mapping[str, Any], prepared: Sequence[Prepared]) -> str:
-    """Identity of all data: the manifest's hash, or the SHA-256 of those of a mixture, joined."""
-    if not with_older(data_cfg)["mixture"]:
-        return prepared[0].hash
-    return hashlib.sha256("".join(one.hash for one in prepared).encode()).hexdigest()

@@ -50,15 +50,22 @@ class Run:
         """
         check_interval(config["sampling"], config["diffusion"]["schedule"])
         mesh = sharding.make_mesh(config["mesh"])
-        data = pipeline.open_prepared(config["data"])
-        if config["text"]["dim"]:
-            data.check_text(config["text"]["dim"])
+        data = pipeline.open_sets(config["data"])
+        for one in data:
+            if config["text"]["dim"]:
+                one.check_text(config["text"]["dim"])
+                who = f"{data[0].path} and {one.path} in data.mixture"
+                cascade.check_encoder(data[0].encoder, one.encoder, who)
+        shares = pipeline.bucket_shares(config["data"])
         program = TrainProgram.create(config, mesh)
         peak, source = chips.peak_flops(mesh.devices.flat[0])
-        meta = {"config": config, "encoder": data.encoder, "manifest_hash": data.hash, "rng": RNG}
+        meta = {"config": config, "encoder": data[0].encoder, "rng": RNG}
+        meta |= pipeline.identity(config["data"])
         flops = 3 * forward_flops(create_stage(config))
         run = cls(config, meta, program, flops, peak * mesh.size, overfit)
         run.describe(source)
+        for share in shares:
+            log.info("%s", share)
         return run
 
     def describe(self, peak_source: str) -> None:
