@@ -12,6 +12,7 @@ import jax
 
 from imagen_jax import cascade, encoder_identity, sharding
 from imagen_jax.data import pipeline
+from imagen_jax.data.example_text import StoredText
 from imagen_jax.hardware import chips
 from imagen_jax.stage import RNG, check_interval, create_stage
 from imagen_jax.text_inputs import text_inputs
@@ -51,15 +52,23 @@ class Run:
         """
         check_interval(config["sampling"], config["diffusion"]["schedule"])
         mesh = sharding.make_mesh(config["mesh"])
-        data = pipeline.open_prepared(config["data"])
-        if not config["text"]["online"]:
-            data.check_text(text_inputs(config))
+        data = pipeline.open_sets(config["data"])
+        encoders = encoder_identity.stored(data[0].encoders)
+        for one in data if not config["text"]["online"] else ():
+            one.check_text(text_inputs(config))
+            who = f"{data[0].path} and {one.path} in data.mixture"
+            same = encoder_identity.stored(one.encoders)
+            encoder_identity.check_encoder(encoders, same, who)
+        shares = pipeline.bucket_shares(config["data"])
         program = TrainProgram.create(config, mesh)
         peak, source = chips.peak_flops(mesh.devices.flat[0])
-        meta = {"config": config, "encoder": data.encoder, "manifest_hash": data.hash, "rng": RNG}
+        meta = {"config": config, "encoder": encoders, "rng": RNG}
+        meta |= pipeline.identity(config["data"])
         flops = 3 * forward_flops(create_stage(config))
         run = cls(config, meta, program, flops, peak * mesh.size, overfit)
         run.describe(source)
+        for share in shares:
+            log.info("%s", share)
         return run
 
     def describe(self, peak_source: str) -> None:
@@ -119,7 +128,8 @@ class Run:
     def batches(self, step: int, rows: Sequence[int] | None = None) -> Iterator[pipeline.Batch]:
         """The training batches of `step`, step + 1, ... (see `pipeline.batches`)."""
         step = 0 if self.overfit else step
-        data = pipeline.batches(self.config["data"], self.config["seed"], step, "train", rows)
+        text = StoredText(text_inputs(self.config))
+        data = pipeline.batches(self.config["data"], self.config["seed"], step, rows=rows, text=text)
         return repeat_first(data) if self.overfit else data
 
     def place(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
