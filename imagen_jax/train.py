@@ -184,8 +184,9 @@ def train(
         data = run.batches(done, run.rows)
         stack.callback(data.close)
         program = run.program
-        grid = SampleGrid(config, program.stage, program.mesh) if settings["sample_every"] else None
-        validation = Validation(config, program.stage, program.mesh) if validate_every else None
+        inputs = config, program.stage, program.mesh, run.reading
+        grid = SampleGrid(*inputs) if settings["sample_every"] else None
+        validation = Validation(*inputs) if validate_every else None
         replicas = Replicas(program.mesh, program.abstract, program.shardings)
         share = (
             "%.0f %% of the state's bytes are replicated; replicas are compared before every save"

@@ -129,7 +129,9 @@ class Run:
         """The training batches of `step`, step + 1, ... (see `pipeline.batches`)."""
         step = 0 if self.overfit else step
         text = StoredText(text_inputs(self.config))
-        data = pipeline.batches(self.config["data"], self.config["seed"], step, rows=rows, text=text)
+        data = pipeline.batches(
+            self.config["data"], self.config["seed"], step, rows=rows, text=text
+        )
         return repeat_first(data) if self.overfit else data
 
     def place(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from imagen_jax import run_log
 from imagen_jax.data import pipeline, sets
+from imagen_jax.data.example_text import Reading
 from imagen_jax.evals import statistics
 from imagen_jax.evals.evaluation import Probe, training_loss, x_hat_error
 from imagen_jax.evals.measures import x_error
@@ -43,14 +44,14 @@ log = logging.getLogger("imagen_jax.train")
 class Validation:
     """The errors of a stage's EMA and parameters on fixed rows, with right and wrong conditions."""
 
-    def __init__(self, config: Mapping[str, Any], stage: Stage, mesh: Mesh):
-        """config: of the run. stage, mesh: those of the train step.
+    def __init__(self, config: Mapping[str, Any], stage: Stage, mesh: Mesh, reading: Reading):
+        """config: of the run. stage, mesh: those of the train step. reading: of the rows' text.
 
         Rows are held-out, or training rows, with a warning, if the data have no held-out ones. A
         set of data.mixture without held-out rows is left out, with a warning, if others have some.
         """
         data, optim, wanted = config["data"], config["optim"], config["train"]["validate_rows"]
-        self.split, self._sets = read_sets(data, wanted)
+        self.split, self._sets = read_sets(data, wanted, reading)
         self._weights = weights_of(data)
         # As many rows at once as the train step has; without a gradient they need less memory.
         size = data["batch_size"] // optim["accumulation"]
@@ -124,7 +125,9 @@ class Validation:
         return {name: value for name, value in out.items() if value is not None}
 
 
-def read_sets(data_cfg: Mapping[str, Any], wanted: int) -> tuple[str, dict[str, ReadRows]]:
+def read_sets(
+    data_cfg: Mapping[str, Any], wanted: int, reading: Reading
+) -> tuple[str, dict[str, ReadRows]]:
     """(split, {name of a set: up to `wanted` rows of it}); the name is "" for data.path."""
     opened = {
         name: (data, pipeline.open_prepared(data)) for name, data in sets.alone(data_cfg).items()
@@ -141,7 +144,7 @@ def read_sets(data_cfg: Mapping[str, Any], wanted: int) -> tuple[str, dict[str, 
         if prepared.evaluation_split != split:
             continue
         index = choose(prepared.num_images(split), split, wanted, SEED)
-        rows[name] = ReadRows(data, split, index, SEED)
+        rows[name] = ReadRows(data, split, index, SEED, reading)
         if reason := rows[name].unshufflable:
             log.warning("validation without shuffled conditions: %s", reason)
     return split, rows
