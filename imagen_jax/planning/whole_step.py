@@ -163,7 +163,8 @@ def activation_bytes(program: TrainProgram) -> int:
     """Bytes per device of the arrays with one row per image that the backward pass stores, as
     traced.
     """
-    sizes = program.mesh.shape
+    sizes, stage = program.mesh.shape, program.stage
+    size = stage.largest_bucket
     images = next(iter(program.batch.values())).shape[0] // program.accumulation
     batch = {
         name: jax.ShapeDtypeStruct((images, *leaf.shape[1:]), leaf.dtype)
@@ -172,7 +173,7 @@ def activation_bytes(program: TrainProgram) -> int:
 
     def backward(params, batch, key):
         loss = lambda p: jnp.sum(
-            program.stage.per_sample_loss(p, batch, program.stage.draw(key, images), key)
+            stage.per_sample_loss(p, batch, stage.draw(key, images, size), key)
         )
         return jax.vjp(loss, params)[1]
 

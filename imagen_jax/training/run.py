@@ -5,6 +5,8 @@ The train step is not compiled here.
 
 import dataclasses
 import logging
+import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ import jax
 from imagen_jax import cascade, sharding
 from imagen_jax.data import pipeline
 from imagen_jax.hardware import chips
+from imagen_jax.image_sizes import Size, text
 from imagen_jax.stage import RNG, check_interval, create_stage
 from imagen_jax.training import state
 from imagen_jax.training.step import TrainProgram, forward_flops
@@ -30,7 +33,8 @@ class Run:
     config: complete config, checked as that of a new run (see `schema.complete`).
     meta: identity of the run; saved with every checkpoint and compared on resume.
     program: the train step on the mesh.
-    flops_per_image: model FLOPs per image, forward and backward, without rematerialization.
+    flops_per_image: for each bucket the model FLOPs per image, forward and backward, without
+        rematerialization.
     peak_flops: peak FLOP/s of all devices together.
     overfit: every step has the first batch.
     """
@@ -38,7 +42,7 @@ class Run:
     config: Mapping[str, Any]
     meta: Mapping[str, Any]
     program: TrainProgram
-    flops_per_image: float
+    flops_per_image: Mapping[Size, float]
     peak_flops: float
     overfit: bool
 
@@ -56,7 +60,8 @@ class Run:
         program = TrainProgram.create(config, mesh)
         peak, source = chips.peak_flops(mesh.devices.flat[0])
         meta = {"config": config, "encoder": data.encoder, "manifest_hash": data.hash, "rng": RNG}
-        flops = 3 * forward_flops(create_stage(config))
+        stage = create_stage(config)
+        flops = {bucket: 3 * forward_flops(stage, bucket) for bucket in stage.buckets}
         run = cls(config, meta, program, flops, peak * mesh.size, overfit)
         run.describe(source)
         return run
@@ -69,12 +74,13 @@ class Run:
         log.info(
             "%s: %s parameters on %s", self.config["name"], f"{parameters:,}", shape or "one device"
         )
-        log.info(
-            "%.4g GFLOP per image; peak %.4g TFLOP/s (%s)",
-            self.flops_per_image / 1e9,
-            self.peak_flops / 1e12,
-            peak_source,
-        )
+        for bucket, flops in self.flops_per_image.items():
+            # The size is named only where there are several.
+            of = f" of {text(bucket)} pixels" if len(self.flops_per_image) > 1 else ""
+            log.info(
+                "%.4g GFLOP per image%s; peak %.4g TFLOP/s (%s)",
+                *(flops / 1e9, of, self.peak_flops / 1e12, peak_source),
+            )
         for row in state.bytes_table(program.abstract, program.shardings):
             if row["bytes"] > MIN_LOGGED_BYTES:
                 log.info(
@@ -126,11 +132,36 @@ class Run:
         fields = {name: batch[name] for name in self.program.batch}
         return sharding.place_batch(fields, self.program.mesh)
 
-    def rates(self, times: Mapping[str, float]) -> dict[str, float]:
-        """Adds model TFLOP/s and MFU (without rematerialization) to an interval's times."""
+    def compile_steps(self) -> dict[Size, Any]:
+        """The compiled train step of each bucket; compiling one takes minutes at full size."""
+        steps = {}
+        for bucket in self.program.batches:
+            started = time.monotonic()
+            steps[bucket] = self.program.lower(bucket).compile()
+            of = f" for images of {text(bucket)}" if len(self.program.batches) > 1 else ""
+            log.info("step compiled%s in %.0f s", of, time.monotonic() - started)
+        return steps
+
+    def bucket_of(self, batch: Mapping[str, Any]) -> Size:
+        """The size of the images of a batch. Raises ValueError if it is not one of the buckets."""
+        height, width = batch["image"].shape[1:3]
+        if (height, width) not in self.program.batches:
+            buckets = ", ".join(map(text, self.program.batches))
+            raise ValueError(
+                f"a batch has images of {height}x{width}, but the train step is compiled for"
+                f" {buckets}: make data.buckets and the data agree"
+            )
+        return height, width
+
+    def rates(self, times: Mapping[str, float], buckets: Sequence[Size]) -> dict[str, float]:
+        """Adds model TFLOP/s and MFU (without rematerialization) to an interval's times.
+
+        buckets: the image sizes of the steps of the interval.
+        """
         if not times:
             return {}
-        flops = self.flops_per_image * times["time/images_per_s"]
+        per_image = statistics.fmean(self.flops_per_image[bucket] for bucket in buckets)
+        flops = per_image * times["time/images_per_s"]
         return {
             **times,
             "time/model_tflops_per_s": flops / 1e12,
