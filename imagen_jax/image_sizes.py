@@ -50,10 +50,10 @@ def scaled(size: Size, to: int, of: int) -> Size:
     return size[0] * to // of, size[1] * to // of
 
 
-def check_buckets(stage: Sized, spatial: int = 1) -> None:
+def check_buckets(stage: Sized) -> None:
     """Raises ValueError, which names the bucket, if a stage cannot train on its buckets.
 
-    spatial: devices along the mesh axis of that name, which split the image height.
+    A mesh that splits the image height needs no other sizes: uneven parts are padded.
     """
     if stage.crop_size:
         raise ValueError(
@@ -75,11 +75,6 @@ def check_buckets(stage: Sized, spatial: int = 1) -> None:
                 f"{given} its low-res size is not whole: give sides divisible by"
                 f" {stage.image_size // math.gcd(low, stage.image_size)}, the factor of the"
                 " super-resolution"
-            )
-        if bucket[0] % spatial:
-            raise ValueError(
-                f"{given} mesh.spatial = {spatial} splits the image height: give heights divisible"
-                f" by {spatial}"
             )
 
 

@@ -351,7 +351,7 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
         gather=sharding.gather_parameters(mesh) if mesh else identity,
     )
     if data["buckets"]:
-        image_sizes.check_buckets(stage, mesh.shape["spatial"] if mesh else 1)
+        image_sizes.check_buckets(stage)
     return stage
 
 

@@ -44,7 +44,7 @@ LAYERS = (
         "text",
     },
     {"row_batches", "sharded_attention", "sharding", "weights"},
-    {"cascade", "drawing", "stage"},
+    {"cascade", "drawing", "sampling_parameters", "stage"},
     {"evals", "training"},
     {"planning"},
     COMMANDS,
