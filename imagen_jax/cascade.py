@@ -21,7 +21,6 @@ from jaxtyping import Array, BFloat16, Bool, Key, Shaped, UInt8, UInt32
 from imagen_jax import sampling_parameters, schema, sharding
 from imagen_jax.data.transforms import pad_text
 from imagen_jax.distributed import agreement
-from imagen_jax.image_sizes import Size, square
 from imagen_jax.row_batches import RowBatch, most_held, row_batches
 from imagen_jax.stage import (
     Batch,
@@ -34,6 +33,7 @@ from imagen_jax.stage import (
     images_and_finite,
     random_key,
 )
+from imagen_jax.stage_sizes import Size, square
 from imagen_jax.storage import check_object
 from imagen_jax.weights import checkpoint
 from imagen_jax.weights.leaves import check_fit

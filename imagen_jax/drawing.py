@@ -19,11 +19,11 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import cascade, cli, field, image_sizes, picture_set, run_log
+from imagen_jax import cascade, cli, field, picture_set, run_log, stage_sizes
 from imagen_jax.distributed import agreement
-from imagen_jax.image_sizes import Size
 from imagen_jax.picture_set import PictureSet, Requests
 from imagen_jax.row_batches import row_batches
+from imagen_jax.stage_sizes import Size
 from imagen_jax.text import feature_file
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh, longest_text
@@ -58,7 +58,7 @@ class Drawer:
             "encoder": self.encoder.identity,
         }
         stages = [loaded.stage for loaded in self.stages]
-        if self.sizes != image_sizes.of_stages(stages, None):
+        if self.sizes != stage_sizes.of_stages(stages, None):
             self.record["size"] = list(self.sizes[-1])
 
     @property
@@ -76,7 +76,7 @@ def load_stages(
     Raises ValueError if a stage cannot draw at the size that follows for it.
     """
     stages = cascade.load_cascade(config, names)
-    sizes = image_sizes.of_stages([loaded.stage for loaded in stages], size)
+    sizes = stage_sizes.of_stages([loaded.stage for loaded in stages], size)
     named = zip(stages, sizes, cascade.run_stages(config, names))
     return [
         loaded if loaded.size == own else loaded.with_size(own, cascade.STAGES.index(name))

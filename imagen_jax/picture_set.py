@@ -31,9 +31,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import image_sizes, pictures, run_log, set_rows
-from imagen_jax.image_sizes import Size
+from imagen_jax import pictures, run_log, set_rows, stage_sizes
 from imagen_jax.set_rows import Requests, Row
+from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import (
     HASH_THREADS,
     read_object,
@@ -80,7 +80,7 @@ class PictureSet:
         words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60]
         stem = f"{number:04d}_{words}"
         for image in images[:-1]:
-            pictures.write_png(folder / f"{stem}_{image_sizes.short(image.shape[:2])}.png", image)
+            pictures.write_png(folder / f"{stem}_{stage_sizes.short(image.shape[:2])}.png", image)
         png, path = pictures.png_bytes(images[-1]), folder / f"{stem}.png"
         write_atomically(path, png)
         picture = {"prompt": prompt, "seed": self.requests.seed(row)}
@@ -298,7 +298,7 @@ def files_of(picture: Path, earlier: Sequence[Size]) -> list[Path]:
 
 def _earlier(picture: Path, sizes: Sequence[Size]) -> list[Path]:
     """The pictures of earlier stages."""
-    return [picture.with_name(f"{picture.stem}_{image_sizes.short(s)}.png") for s in sizes]
+    return [picture.with_name(f"{picture.stem}_{stage_sizes.short(s)}.png") for s in sizes]
 
 
 def listed_files(directory: Path, first: int, earlier: Sequence[Size] = ()) -> Iterator[Path]:
@@ -384,8 +384,8 @@ def write_sheets(
     Reads the pictures from their files; holds those of one sheet, at the sheet's size.
     """
     given = [] if lowres is None else [lowres]
-    headings = [f"input {image_sizes.short(image.shape[:2])}" for image in given]
-    headings += map(image_sizes.short, sizes)
+    headings = [f"input {stage_sizes.short(image.shape[:2])}" for image in given]
+    headings += map(stage_sizes.short, sizes)
     cell, sheets = min(256, max(64, sizes[-1][0])), []
     for rows in chunks(manifest, SHEET_ROWS, SHEETS):
         cells = []

@@ -18,10 +18,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import caption_text, cli, field, image_sizes, picture_set, schema
+from imagen_jax import caption_text, cli, field, picture_set, schema, stage_sizes
 from imagen_jax.data.sources import caption_files
-from imagen_jax.image_sizes import Size
 from imagen_jax.picture_set import Requests
+from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import check_content, check_local, read_json, sha256_file
 
 # Flags that a record replaces, with all settings of its picture.
@@ -103,7 +103,7 @@ def main() -> int:
         record, prompts = None, read_prompts(args.prompt, args.prompts)
         config = cli.cascade_config(args.config)
         stages, image, seed, per_prompt = args.stages, args.image, args.seed, args.count
-        size = image_sizes.parse(args.size) if args.size else None
+        size = stage_sizes.parse(args.size) if args.size else None
     advice = "give a smaller --count, and draw the others with other commands and seeds"
     cli.check_count(len(prompts), per_prompt, advice)
     requests = Requests(prompts, per_prompt, seed)
@@ -201,7 +201,7 @@ def sample(
     cli.make_directory("output", str(output))
     sizes = drawer.sizes
     if size and jax.process_index() == 0:
-        trained = image_sizes.untrained([loaded.stage for loaded in drawer.stages], sizes)
+        trained = stage_sizes.untrained([loaded.stage for loaded in drawer.stages], sizes)
         print(*[f"warning: {trained}"] * bool(trained), sep="\n")
     drawing.check_disk(output, drawing.missing(requests, drawer.record | given, output, sizes))
     drawing.check_prompts(drawer, requests.prompts)

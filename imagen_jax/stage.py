@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Key, Num, PyTree, Shaped, UInt8
 
-from imagen_jax import image_sizes, schema, sharding
+from imagen_jax import schema, sharding, stage_sizes
 from imagen_jax.data.transforms import check_sizes
 from imagen_jax.diffusion import conditioning, loss, sampler
 from imagen_jax.diffusion.density import DENSITIES, Density
@@ -25,11 +25,11 @@ from imagen_jax.diffusion.process import GaussianProcess, Process
 from imagen_jax.diffusion.sampler import SAMPLERS
 from imagen_jax.diffusion.schedule import SCHEDULES, Schedule
 from imagen_jax.diffusion.weighting import WEIGHTS, Weight
-from imagen_jax.image_sizes import Size
 from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.layers import TEXT, identity
 from imagen_jax.models.unet import UNet
 from imagen_jax.sharded_attention import attention_on
+from imagen_jax.stage_sizes import Size
 
 NETWORKS = {"unet": UNet, "efficient_unet": EfficientUNet}
 # Generator of all keys, independent of jax's default; checkpoints store its name.
@@ -99,7 +99,7 @@ class Stage:
 
     def lowres_of(self, size: Size) -> Size:
         """The size of the low-res input of images of `size`; (0, 0) in a base stage."""
-        return image_sizes.scaled(size, self.lowres_size, self.image_size)
+        return stage_sizes.scaled(size, self.lowres_size, self.image_size)
 
     def batch_shapes(
         self, b: int, size: Size | None = None
@@ -108,7 +108,7 @@ class Stage:
 
         size: of the images; None for squares of `train_size`.
         """
-        size = size or image_sizes.square(self.train_size)
+        size = size or stage_sizes.square(self.train_size)
         shapes = {"image": ((b, *size, 3), jnp.uint8)}
         if self.text_dim:
             shapes |= {
@@ -142,7 +142,7 @@ class Stage:
 
         size: of the images; None for squares of `train_size`.
         """
-        size = size or image_sizes.square(self.train_size)
+        size = size or stage_sizes.square(self.train_size)
         with PINNED():
             return loss.draw(
                 key,
@@ -218,7 +218,7 @@ class Stage:
         sampling: a complete section `sampling`.
         size: of the images; None for squares of the image size of the stage.
         """
-        size = size or image_sizes.square(self.image_size)
+        size = size or stage_sizes.square(self.image_size)
         with PINNED():
             return self._sample(params, keys, batch, sampling, size)
 
@@ -344,14 +344,14 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
         lowres_size=data["lowres_size"],
         crop_size=data["crop_size"],
         buckets=tuple(map(tuple, data["buckets"]))
-        or (image_sizes.square(data["crop_size"] or data["image_size"]),),
+        or (stage_sizes.square(data["crop_size"] or data["image_size"]),),
         text_dim=text["dim"],
         text_length=data["text_length"],
         sampling=dict(config["sampling"]),
         gather=sharding.gather_parameters(mesh) if mesh else identity,
     )
     if data["buckets"]:
-        image_sizes.check_buckets(stage)
+        stage_sizes.check_buckets(stage)
     return stage
 
 

@@ -22,7 +22,7 @@ LAYERS = (
         "data_fields",
         "exit_codes",
         "field",
-        "image_sizes",
+        "stage_sizes",
         "interrupts",
         "run_fields",
         "network_fields",

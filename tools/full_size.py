@@ -21,8 +21,8 @@ from absl import app, flags
 
 from configs import cascade as cascade_config
 from imagen_jax import cascade, sampling_parameters, schema, sharding
-from imagen_jax.image_sizes import square
 from imagen_jax.stage import create_stage
+from imagen_jax.stage_sizes import square
 from imagen_jax.training.step import TrainProgram, forward_flops
 
 NAMES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}

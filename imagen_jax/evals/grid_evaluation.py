@@ -34,7 +34,7 @@ from imagen_jax.evals.grid_comparison import PointResult
 from imagen_jax.evals.settings_grid import Axis, Node
 from imagen_jax.evals.suite_features import Loaded
 from imagen_jax.evals.suite_settings import Settings, check_networks
-from imagen_jax.image_sizes import Size
+from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import check_outputs, read_object, write_atomically, write_json
 
 RESULT, FIGURE, DIRECTORY = "grid.json", "pareto.png", "grid"

@@ -8,8 +8,8 @@ import numpy as np
 
 from imagen_jax import picture_set
 from imagen_jax.evals import image_metrics
-from imagen_jax.image_sizes import Size
 from imagen_jax.pictures import figure_png
+from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import write_atomically
 
 Result = Mapping[str, Any]

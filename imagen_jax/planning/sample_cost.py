@@ -27,10 +27,10 @@ from imagen_jax.diffusion.guidance import Guidance
 from imagen_jax.hardware.chips import Chip
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.hardware.topology import parse as parse_topology
-from imagen_jax.image_sizes import square
 from imagen_jax.planning import block_costs, cost, hlo, kernels, links, whole_step
 from imagen_jax.planning.cost_cache import COMPILERS, cached
 from imagen_jax.stage import Stage, create_stage, sampling_rules
+from imagen_jax.stage_sizes import square
 
 # What is cached of a compiled program: its peak in bytes per device, and the sums of `_sums` if
 # every evaluation is guided, and if none is. Both are empty if it does not fit.

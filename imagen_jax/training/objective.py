@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Array, Float, Key
 
 from imagen_jax.diffusion.loss import Draws
-from imagen_jax.image_sizes import Size
 from imagen_jax.stage import Batch, Params
+from imagen_jax.stage_sizes import Size
 
 
 @runtime_checkable

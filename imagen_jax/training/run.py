@@ -15,8 +15,8 @@ import jax
 from imagen_jax import cascade, sharding
 from imagen_jax.data import pipeline
 from imagen_jax.hardware import chips
-from imagen_jax.image_sizes import Size, text
 from imagen_jax.stage import RNG, check_interval, create_stage
+from imagen_jax.stage_sizes import Size, text
 from imagen_jax.training import state
 from imagen_jax.training.step import TrainProgram, forward_flops
 from imagen_jax.weights import checkpoint

@@ -10,8 +10,8 @@ from jaxtyping import UInt8
 
 from imagen_jax import cascade, pictures, sharding
 from imagen_jax.data import pipeline
-from imagen_jax.image_sizes import square
 from imagen_jax.stage import Params, Stage, to_uint8
+from imagen_jax.stage_sizes import square
 
 
 def sample_program(stage: Stage, mesh: Mesh, rows: int) -> Any:

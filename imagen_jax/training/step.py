@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, Shaped
 
 from imagen_jax import sharding
-from imagen_jax.image_sizes import Size
 from imagen_jax.stage import PINNED, Batch, Params, Stage, create_stage, random_key
+from imagen_jax.stage_sizes import Size
 from imagen_jax.training import ema
 from imagen_jax.training.objective import Objective
 from imagen_jax.training.optim import learning_rate, make_optimizer

@@ -51,30 +51,17 @@ def scaled(size: Size, to: int, of: int) -> Size:
 
 
 def check_buckets(stage: Sized) -> None:
-    """Raises ValueError, which names the bucket, if a stage cannot train on its buckets.
+    """Raises ValueError, which names the bucket, if it does not fit the network of a stage.
 
     A mesh that splits the image height needs no other sizes: uneven parts are padded.
+    `data.transforms.check_sizes` checks the rest.
     """
-    if stage.crop_size:
-        raise ValueError(
-            f"data.buckets and data.crop_size = {stage.crop_size} are both set: buckets are sizes"
-            " of whole images; set data.crop_size = 0"
-        )
-    if len(set(stage.buckets)) < len(stage.buckets):
-        raise ValueError(f"data.buckets has a size twice: {', '.join(map(text, stage.buckets))}")
-    factor, low = stage.model.factor, stage.lowres_size
+    factor = stage.model.factor
     for bucket in stage.buckets:
-        given = f"data.buckets has {text(bucket)}, but"
-        if min(bucket) < 1 or any(side % factor for side in bucket):
+        if any(side % factor for side in bucket):
             raise ValueError(
-                f"{given} {stage.name} needs sides divisible by {factor}, the factor by which its"
-                " network shrinks images"
-            )
-        if any(side * low % stage.image_size for side in bucket):
-            raise ValueError(
-                f"{given} its low-res size is not whole: give sides divisible by"
-                f" {stage.image_size // math.gcd(low, stage.image_size)}, the factor of the"
-                " super-resolution"
+                f"data.buckets has {text(bucket)}, but {stage.name} needs sides divisible by"
+                f" {factor}, the factor by which its network shrinks images"
             )
 
 
