@@ -11,6 +11,7 @@ from typing import Any
 
 TEXT, MASK, POOLED = "text", "text_mask", "pooled"
 KINDS = (TEXT, MASK, POOLED)
+DROP = "drop"  # whether the text, or one input alone, is dropped: an entry of the random numbers
 UNNAMED = ""  # the name of the only encoder of a stage without `text.encoders`
 
 

@@ -1,4 +1,4 @@
-"""The text fields of one example: its caption's stored token features, padded."""
+"""The text fields of one example: its caption's stored features, token features padded."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,9 +7,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Shaped
 
-from imagen_jax.data.records import CaptionStore, Prepared
+from imagen_jax.data.records import FeatureStore, Prepared
 from imagen_jax.data.transforms import pad_text
-from imagen_jax.text_inputs import MASK, TEXT, TextInput, key
+from imagen_jax.text_inputs import MASK, POOLED, TEXT, TextInput, key
 
 Fields = dict[str, Shaped[np.ndarray, "..."]]  # of one row of a batch
 TextOf = Callable[[int], Fields]  # caption id -> fields; picklable, safe to share between threads
@@ -26,22 +26,31 @@ class ExampleText(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StoredText:
-    """Stored features of the given inputs, padded to their lengths."""
+    """Stored features of the given inputs, padded to their lengths.
+
+    An unnamed input of dim 0 reads the features of the only unnamed encoder, of any width; data
+    without such an encoder has no fields for it.
+    """
 
     inputs: Sequence[TextInput]
 
     def open(self, prepared: Prepared) -> TextOf:
         """See `ExampleText`."""
-        (one,) = self.inputs
-        prepared.check_length(one.length)
-        return _Padded(prepared.captions(), one)
+        inputs = [one for one in self.inputs if one.dim or one.name in prepared.encoders]
+        prepared.check_text(inputs)
+        return _Padded(tuple((one, prepared.features(one.name)) for one in inputs))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Padded:
-    captions: CaptionStore
-    input: TextInput
+    stores: tuple[tuple[TextInput, FeatureStore], ...]
 
     def __call__(self, caption_id: int) -> Fields:
-        features, mask = pad_text(self.captions[caption_id].embedding, self.input.length)
-        return {key(TEXT, self.input.name): features, key(MASK, self.input.name): mask}
+        fields: Fields = {}
+        for one, store in self.stores:
+            features = store[caption_id]
+            text, mask = pad_text(features.embedding, one.length)
+            fields |= {key(TEXT, one.name): text, key(MASK, one.name): mask}
+            if one.pooled_dim:
+                fields[key(POOLED, one.name)] = features.pooled
+        return fields

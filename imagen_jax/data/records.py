@@ -1,4 +1,4 @@
-"""Prepared data on disk: an image store and a caption store under one manifest.
+"""Prepared data on disk: an image store and stores of captions under one manifest.
 
     DIR/manifest.json   written last: the directory is complete if and only if it is there
     DIR/images/         splits train and heldout: image (encoded bytes), height and width as
@@ -7,7 +7,13 @@
                         with scale [length], in int8; length. A caption's id is its row
     DIR/skipped.jsonl   one line for every skipped or changed item, with the reason
 
-Both stores are ArrayRecord shards in TFDS directories. `tfds.builder_from_directory` opens them
+With named text encoders, or with texts alone, the data has format 3: the records in captions/ have
+only the text, and each encoder has a store of its own, row by row as captions/:
+
+    DIR/captions_NAME/  split train: embedding, length and scale as above; pooled [e] in bfloat16,
+                        if the encoder has a pooled vector
+
+The stores are ArrayRecord shards in TFDS directories. `tfds.builder_from_directory` opens them
 after `import ml_dtypes`, which registers bfloat16 with NumPy. Nothing here imports TensorFlow.
 imagen_jax/data/quantization.py describes int8 features; readers get them as bfloat16.
 """
@@ -17,39 +23,41 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import BFloat16
 
-from imagen_jax.data.quantization import dequantize, quantize
+from imagen_jax.data.caption_records import (
+    CaptionRow,
+    TextFeatures,
+    canonical,
+    parse_caption,
+    parse_features,
+    serialize_caption,
+)
+from imagen_jax.data.manifest_fields import check_fields, check_shards
 from imagen_jax.data.shard_reader import ShardReader
+from imagen_jax.data.text_checks import StoredTexts
 from imagen_jax.storage import (
     check_local,
-    check_object,
     disk_errors,
     read_object,
     sha256_file,
     temporary_name,
 )
+from imagen_jax.text_inputs import TextInput
 
 FORMAT_VERSION = 1
 INT8_FORMAT_VERSION = 2  # features in int8; versions of the program from before int8 refuse it
+NAMED_FORMAT_VERSION = 3  # features of named encoders, or texts alone
 EMBEDDINGS = ("bfloat16", "int8")  # dtypes of stored features
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
-# The fields that readers need: {dotted name: type}.
-MANIFEST_FIELDS = (
-    dict.fromkeys(("hash", "encoder.name"), str)
-    | dict.fromkeys(("shards", "counts.images"), dict)
-    | dict.fromkeys(("encoder.dim", "embedding.length.max", "image_sizes.min_side"), int)
-)
-SHARD_FIELDS = {"rows": int, "bytes": int, "sha256": str}
 # group_size:1 allows random access to single records. Images are compressed already; zstd saves a
 # fifth of the bytes of bfloat16 embeddings.
-WRITER_OPTIONS = {"images": "group_size:1,uncompressed", "captions": "group_size:1,zstd:3"}
+IMAGE_OPTIONS, CAPTION_OPTIONS = "group_size:1,uncompressed", "group_size:1,zstd:3"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
@@ -62,14 +70,6 @@ class ImageRow:
     width: int
     id: str
     caption_ids: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class CaptionRow:
-    """One distinct caption: text and token features [length d] bfloat16, unpadded."""
-
-    text: str
-    embedding: BFloat16[np.ndarray, "length d"]
 
 
 @functools.cache
@@ -86,23 +86,6 @@ def image_features():
             "caption_ids": tfds.features.Sequence(np.int64),
         }
     )
-
-
-@functools.cache
-def caption_features(dim: int, embedding: str = "bfloat16"):
-    """The TFDS features of the caption store for token features of width `dim` and this dtype."""
-    import ml_dtypes  # noqa: F401, registers bfloat16
-    import tensorflow_datasets as tfds
-
-    tensor = functools.partial(tfds.features.Tensor, encoding="bytes")
-    features = {
-        "text": tfds.features.Text(),
-        "embedding": tensor(shape=(None, dim), dtype=np.dtype(embedding).type),
-        "length": np.int32,
-    }
-    if embedding == "int8":
-        features["scale"] = tensor(shape=(None,), dtype=np.float32)
-    return tfds.features.FeaturesDict(features)
 
 
 @functools.cache
@@ -125,16 +108,7 @@ def import_tfds() -> None:
 
 def serialize_image(row: ImageRow) -> bytes:
     """Returns the record of an image."""
-    return _canonical(image_features().serialize_example(dataclasses.asdict(row)))
-
-
-def serialize_caption(row: CaptionRow, embedding: str = "bfloat16") -> bytes:
-    """Returns the record of a caption, with features of dtype `embedding`."""
-    length, dim = row.embedding.shape
-    example = {"text": row.text, "embedding": row.embedding, "length": length}
-    if embedding == "int8":
-        example["embedding"], example["scale"] = quantize(row.embedding)
-    return _canonical(caption_features(dim, embedding).serialize_example(example))
+    return canonical(image_features().serialize_example(dataclasses.asdict(row)))
 
 
 def parse_image(record: bytes) -> ImageRow:
@@ -154,20 +128,9 @@ def parse_image(record: bytes) -> ImageRow:
     )
 
 
-def parse_caption(record: bytes, dim: int, embedding: str = "bfloat16") -> CaptionRow:
-    """Inverse of `serialize_caption`."""
-    example = caption_features(dim, embedding).deserialize_example_np(record)
-    features = example["embedding"]
-    if embedding == "int8":
-        features = dequantize(features, example["scale"])
-    return CaptionRow(text=example["text"].decode(), embedding=features)
-
-
-def _canonical(example: bytes) -> bytes:
-    """A serialised tf.Example with sorted features; protobuf's order differs between processes."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
+def caption_store(name: str) -> str:
+    """The store of the features of a text encoder; "": that of texts, or of all in one."""
+    return f"captions_{name}" if name else "captions"
 
 
 def shard_name(store: str, split: str, index: int, count: int) -> str:
@@ -191,10 +154,9 @@ def write_shard(root: Path, name: str, records: Iterable[bytes]) -> dict:
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
+    options = IMAGE_OPTIONS if name.startswith("images/") else CAPTION_OPTIONS
     with disk_errors(temporary):
-        writer = array_record_module.ArrayRecordWriter(
-            str(temporary), WRITER_OPTIONS[name.split("/")[0]]
-        )
+        writer = array_record_module.ArrayRecordWriter(str(temporary), options)
     rows = 0
     for record in records:
         with disk_errors(temporary):
@@ -274,14 +236,35 @@ class ImageStore(_Store):
 
 
 class CaptionStore(_Store):
-    """Captions by caption id."""
+    """Captions by caption id; with features if the data has those of one unnamed encoder."""
 
     def __init__(self, root: Path, dim: int, shards: Mapping[str, Mapping], embedding: str):
-        super().__init__(root, "captions", "train", shards)
+        """dim: width of the token features, 0 without features. embedding: their stored dtype."""
+        super().__init__(root, caption_store(""), "train", shards)
         self._dim, self._embedding = dim, embedding
 
     def __getitem__(self, caption_id: int) -> CaptionRow:
         return parse_caption(self.record(caption_id), self._dim, self._embedding)
+
+
+class FeatureStore(_Store):
+    """The features of one text encoder by caption id."""
+
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        shards: Mapping[str, Mapping],
+        dim: int,
+        embedding: str,
+        pooled_dim: int,
+    ):
+        """name: of the encoder, "" for an unnamed one. embedding: dtype of the token features."""
+        super().__init__(root, caption_store(name), "train", shards)
+        self._format = dim, embedding, pooled_dim
+
+    def __getitem__(self, caption_id: int) -> TextFeatures:
+        return parse_features(self.record(caption_id), *self._format)
 
 
 class Prepared:
@@ -303,19 +286,22 @@ class Prepared:
             raise ValueError(_no_manifest(self.path))
         remedy = "copy the directory again, or remove it and prepare the data again"
         self.manifest = read_object(file, {"format_version": int}, remedy)
-        version, known = self.manifest["format_version"], (FORMAT_VERSION, INT8_FORMAT_VERSION)
-        if version not in known:
+        version = self.manifest["format_version"]
+        if version not in (FORMAT_VERSION, INT8_FORMAT_VERSION, NAMED_FORMAT_VERSION):
             raise ValueError(
-                f"{file} has format {version}, but this program reads {known[0]} and {known[1]}:"
+                f"{file} has format {version}, but this program reads 1 to {NAMED_FORMAT_VERSION}:"
                 " prepare the data again, or install a newer version of this program"
             )
-        check_object(file, self.manifest, MANIFEST_FIELDS, remedy)
+        check_fields(file, self.manifest, self._is_named, remedy)
         if self.manifest["hash"] != manifest_hash(self.manifest):
             raise ValueError(f"{file} was changed after it was written: prepare the data again")
-        for name, entry in self.manifest["shards"].items():
-            check_object(f"{file}, {name},", entry, SHARD_FIELDS, remedy)
+        check_shards(file, self.manifest, remedy)
         self._check_present()
         self._stores: dict[str, _Store] = {}
+
+    @property
+    def _is_named(self) -> bool:
+        return self.manifest["format_version"] == NAMED_FORMAT_VERSION
 
     def _check_present(self) -> None:
         """Raises ValueError if a shard is missing; two listings, whatever the number of shards."""
@@ -337,19 +323,36 @@ class Prepared:
         return self.manifest["hash"]
 
     @property
+    def encoders(self) -> dict[str, dict]:
+        """{name: identity} of the text encoders whose features are stored.
+
+        {"": identity} of a single unnamed one; {} if only the texts are stored.
+        """
+        return self.manifest["encoders"] if self._is_named else {"": self.manifest["encoder"]}
+
+    @property
     def encoder(self) -> dict:
-        """Identity of the text encoder whose features are stored."""
+        """Identity of the unnamed text encoder. Raises ValueError if there is none."""
+        self._texts.check_named("")
         return self.manifest["encoder"]
 
     @property
     def embedding(self) -> str:
         """The dtype of the stored token features; readers get bfloat16 in any case."""
+        if self._is_named:
+            return self.manifest["embedding_dtype"]
         return "int8" if self.manifest["format_version"] == INT8_FORMAT_VERSION else "bfloat16"
 
     @property
     def text_dim(self) -> int:
-        """Width d of the token features."""
-        return self.manifest["encoder"]["dim"]
+        """Width d of the unnamed encoder's features. Raises ValueError if there is none."""
+        return self.encoder["dim"]
+
+    @property
+    def _texts(self) -> StoredTexts:
+        stats = self.manifest["embedding"] if self._is_named else {"": self.manifest["embedding"]}
+        longest = {name: stats[name]["length"]["max"] for name in self.encoders}
+        return StoredTexts(self.path, self.encoders, longest)
 
     def num_images(self, split: str) -> int:
         """Number of images in a split."""
@@ -368,10 +371,21 @@ class Prepared:
         return "heldout" if self.manifest["counts"]["images"].get("heldout", 0) else "train"
 
     def captions(self) -> CaptionStore:
-        """Opens the caption store, which all splits share."""
-        shards = self.manifest["shards"]
-        make = lambda: CaptionStore(self.path, self.text_dim, shards, self.embedding)
-        return self._once("captions", make)
+        """Opens the store of the captions' texts, which all splits share."""
+        dim, shards = 0 if self._is_named else self.text_dim, self.manifest["shards"]
+        make = lambda: CaptionStore(self.path, dim, shards, self.embedding)
+        return self._once(caption_store(""), make)
+
+    def features(self, name: str) -> FeatureStore:
+        """Opens the features of a text encoder, by caption id.
+
+        name: of the encoder; "" for the unnamed one. Raises ValueError if there is none.
+        """
+        self._texts.check_named(name)
+        identity, shards = self.encoders[name], self.manifest["shards"]
+        sizes = identity["dim"], self.embedding, identity.get("pooled_dim", 0) if name else 0
+        make = lambda: FeatureStore(self.path, name, shards, *sizes)
+        return self._once(f"features {name}", make)
 
     def _once(self, name: str, make: Callable[[], _Store]) -> Any:
         """The store of this name; all callers share one, and its open shards."""
@@ -379,27 +393,12 @@ class Prepared:
             self._stores[name] = make()
         return self._stores[name]
 
-    def check_text(self, dim: int) -> None:
-        """Raises ValueError unless the stored features have width `dim`."""
-        if dim != self.text_dim:
-            name = self.encoder["name"]
-            raise ValueError(
-                f"{self.path} has text features of width {self.text_dim} ({name}), but the"
-                f" config asks for {dim}: use the config's text encoder"
-            )
+    def check_text(self, inputs: Sequence[TextInput]) -> None:
+        """Raises ValueError unless the stored features fit these inputs of a stage.
 
-    def check_length(self, length: int) -> None:
-        """Raises ValueError if a stored caption is longer than `length` tokens.
-
-        Truncating stored features would be wrong: the encoder attends to the whole text, so the
-        first features of a text differ from the features of the truncated text.
+        An input of dim 0 has any width.
         """
-        longest = self.manifest["embedding"]["length"]["max"]
-        if longest > length:
-            raise ValueError(
-                f"{self.path} has captions of up to {longest} tokens, but data.text_length is"
-                f" {length}: prepare with --max_length {length} or raise data.text_length"
-            )
+        self._texts.check(inputs)
 
     def check_image_size(self, size: int) -> None:
         """Raises ValueError if an image is smaller than `size` pixels."""

@@ -17,6 +17,7 @@ from imagen_jax.data import pipeline
 from imagen_jax.hardware import chips
 from imagen_jax.stage import RNG, check_interval, create_stage
 from imagen_jax.stage_sizes import Size, text
+from imagen_jax.text_inputs import text_inputs
 from imagen_jax.training import state
 from imagen_jax.training.step import TrainProgram, forward_flops
 from imagen_jax.weights import checkpoint
@@ -55,8 +56,8 @@ class Run:
         check_interval(config["sampling"], config["diffusion"]["schedule"])
         mesh = sharding.make_mesh(config["mesh"])
         data = pipeline.open_prepared(config["data"])
-        if config["text"]["dim"]:
-            data.check_text(config["text"]["dim"])
+        if not config["text"]["online"]:
+            data.check_text(text_inputs(config))
         program = TrainProgram.create(config, mesh)
         peak, source = chips.peak_flops(mesh.devices.flat[0])
         meta = {"config": config, "encoder": data.encoder, "manifest_hash": data.hash, "rng": RNG}

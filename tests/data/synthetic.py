@@ -10,6 +10,7 @@ from PIL import Image
 
 from imagen_jax import storage
 from imagen_jax.data import records
+from imagen_jax.data.caption_records import caption_features
 
 DIM = 8
 TEXT_LENGTH = 6
@@ -70,7 +71,7 @@ def write_prepared(
         shard_rows,
     )
     records.write_tfds_metadata(root, "images", records.image_features(), shards)
-    records.write_tfds_metadata(root, "captions", records.caption_features(DIM), shards)
+    records.write_tfds_metadata(root, "captions", caption_features(DIM), shards)
     manifest = {
         "format_version": records.FORMAT_VERSION,
         "encoder": {"name": "fake", "dim": DIM, "max_length": TEXT_LENGTH},

@@ -15,6 +15,7 @@ from array_record.python import array_record_module
 
 from imagen_jax import storage
 from imagen_jax.data import records, shard_reader
+from imagen_jax.text_inputs import TextInput
 from tests.data import synthetic
 
 
@@ -212,8 +213,8 @@ def test_few_shards_stay_open(path, monkeypatch):
 def test_text_that_does_not_fit_is_refused(path):
     """Catches another text width or length that is found in the jitted step, or never."""
     prepared = records.Prepared(path)
-    prepared.check_text(synthetic.DIM)
+    prepared.check_text([TextInput("", synthetic.DIM, 6)])
     with pytest.raises(ValueError, match="width 8 .fake., but the config asks for 16"):
-        prepared.check_text(16)
+        prepared.check_text([TextInput("", 16, 6)])
     with pytest.raises(ValueError, match="captions of up to 6 tokens, but data.text_length is 4"):
-        prepared.check_length(4)
+        prepared.check_text([TextInput("", 8, 4)])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from imagen_jax.data import records
+from imagen_jax.data.caption_records import caption_features
 from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.quantization import relative_errors
 from imagen_jax.storage import write_atomically, write_lines
@@ -32,7 +33,7 @@ def finish(
     }
     records.write_tfds_metadata(result, "images", records.image_features(), shards)
     embedding = request.get("embedding_dtype", records.EMBEDDINGS[0])
-    features = records.caption_features(request["encoder"]["dim"], embedding)
+    features = caption_features(request["encoder"]["dim"], embedding)
     records.write_tfds_metadata(result, "captions", features, shards)
     _write_skipped(result, plan, cut)
     manifest = {

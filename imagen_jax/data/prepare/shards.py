@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from imagen_jax.data import records
+from imagen_jax.data.manifest_fields import SHARD_FIELDS
 from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.kept import KeptImage, images_of
 from imagen_jax.data.prepare.resize import Resize
@@ -18,7 +19,7 @@ from imagen_jax.distributed import agreement
 from imagen_jax.storage import read_object, write_atomically
 
 # Of the journal's entry of a caption shard, whose statistics are part of the manifest.
-_CAPTION_FIELDS = records.SHARD_FIELDS | {"cut": list, "tokens": dict, "norm": dict}
+_CAPTION_FIELDS = SHARD_FIELDS | {"cut": list, "tokens": dict, "norm": dict}
 AGAIN = "run the same command again; it continues"
 
 
@@ -82,7 +83,7 @@ def finished(partial: Path, shard: Shard) -> dict | None:
     if not file.is_file() or not written.is_file():
         return None
     remedy = f"remove it; {AGAIN}"
-    fields = _CAPTION_FIELDS if shard.name.startswith("captions/") else records.SHARD_FIELDS
+    fields = _CAPTION_FIELDS if shard.name.startswith("captions/") else SHARD_FIELDS
     entry = read_object(file, fields, remedy)
     if entry["rows"] != shard.rows:
         raise ValueError(f"{file} has {entry['rows']} rows instead of {shard.rows}; {remedy}")

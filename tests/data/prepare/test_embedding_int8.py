@@ -128,11 +128,9 @@ def test_images_stored_first_take_either_dtype(folder, small, whole, tmp_path):
 
 def test_a_version_of_the_future_is_refused(whole, tmp_path):
     """Catches a message that sends the user of newer data to prepare it again only."""
-    manifest = json.loads((whole / "manifest.json").read_text()) | {"format_version": 3}
+    manifest = json.loads((whole / "manifest.json").read_text()) | {"format_version": 4}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        ValueError, match="has format 3, but .* 1 and 2: .* install a newer version"
-    ):
+    with pytest.raises(ValueError, match="has format 4, but .* 1 to 3: .* install a newer version"):
         records.Prepared(tmp_path)
 
 
