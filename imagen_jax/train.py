@@ -171,11 +171,10 @@ def train(
         if first:
             write_json(workdir / "config.json", config)
 
-        # Step: compiled before the loop, so that its first step takes as long as the others.
+        # Steps: one per image size, compiled before the loop, so that its first steps take as long
+        # as the others.
         watch.at(done, "compiling")
-        started = time.monotonic()
-        step = run.program.lower().compile()
-        log.info("step compiled in %.0f s", time.monotonic() - started)
+        steps = run.compile_steps()
         # Wait until all processes have compiled; otherwise collective operations of the first step
         # may time out.
         agreement.gather()
@@ -217,11 +216,11 @@ def train(
             watch.at(done, "reading a batch")
             with metrics.clock.waiting():
                 images = next(data)
-            batch = run.place(images)
+            bucket, batch = run.bucket_of(images), run.place(images)
             watch.at(done, "training")
-            state, step_metrics = step(state, batch)
+            state, step_metrics = steps[bucket](state, batch)
             done += 1
-            metrics.add(done, step_metrics)
+            metrics.add(done, step_metrics, bucket)
             trace.after(done, metrics.settle)
             if grid and done % settings["sample_every"] == 0:
                 watch.at(done, "drawing samples")

@@ -15,13 +15,14 @@ import jax
 from jax.sharding import Mesh
 
 from imagen_jax import encoder_identity, schema, sharding
-from imagen_jax.cascade import STAGE_META, for_sampling, parameter_shardings
+from imagen_jax.cascade import STAGE_META
 from imagen_jax.data.records import open_once
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import history, provenance, report
 from imagen_jax.evals.evaluation import Evaluation, Probe
 from imagen_jax.evals.measures import measure
 from imagen_jax.evals.rows import Data, Settings
+from imagen_jax.sampling_parameters import for_sampling, parameter_shardings
 from imagen_jax.stage import Params, check_interval, check_sampling, create_stage
 from imagen_jax.storage import (
     check_object,

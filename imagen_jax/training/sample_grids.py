@@ -12,19 +12,21 @@ from imagen_jax import cascade, pictures, sharding
 from imagen_jax.data import pipeline, sets
 from imagen_jax.data.example_text import Reading
 from imagen_jax.stage import Params, Stage, to_uint8
+from imagen_jax.stage_sizes import square
 from imagen_jax.text_inputs import is_text
 
 
 def sample_program(stage: Stage, mesh: Mesh, rows: int) -> Any:
     """Jitted (EMA with the run's shardings, {text, text_mask, lowres}) -> uint8 [rows s s 3].
 
-    s is the training size in pixels; the images are replicated on all devices. plan compiles it
-    too.
+    s is `Stage.train_size`; the images are squares in a stage with buckets, too, and replicated on
+    all devices. plan compiles it too.
     """
+    size = square(stage.train_size)
 
     def sample_rows(ema, batch):
         keys = cascade.sample_keys(range(rows), 0)
-        return to_uint8(stage.sample(ema, keys, batch, stage.sampling, stage.train_size))
+        return to_uint8(stage.sample(ema, keys, batch, stage.sampling, size))
 
     return jax.jit(
         sample_rows,
@@ -36,8 +38,8 @@ def sample_program(stage: Stage, mesh: Mesh, rows: int) -> Any:
 class SampleGrid:
     """Rows evenly spaced over the held-out images, or over the training images if there are none.
 
-    They are read once and sampled by one program. With data.mixture, each set has about the same
-    number of rows.
+    They are read once, as centre squares, and sampled by one program. With data.mixture, each set
+    has about the same number of rows.
     """
 
     def __init__(self, config: Mapping[str, Any], stage: Stage, mesh: Mesh, reading: Reading):

@@ -3,7 +3,8 @@
 Rows, noise and bins are those of `evaluate --seed 0`, the same at every validation and in every
 run on the same data. So a row of validation.jsonl is a pure function of the state, and differences
 between steps and between runs are paired. The functions are those of `evals`; the parameters stay
-where they are on the training mesh. With data.mixture, each set has rows and numbers of its own.
+where they are on the training mesh. With data.buckets, the images are centre squares of
+data.image_size, as in `evaluate`. With data.mixture, each set has rows and numbers of its own.
 """
 
 import itertools
