@@ -2,9 +2,7 @@
 
 import pytest
 
-from imagen_jax.data.prepare import passes
-from imagen_jax.data.sources.folder import FolderSource
-from tests.data.synthetic_source import SETTINGS, FakeEncoder, write_folder
+from tests.data.synthetic_source import prepare, write_folder
 
 
 @pytest.fixture(scope="session")
@@ -16,5 +14,5 @@ def folder(tmp_path_factory):
 def whole(folder, tmp_path_factory):
     """The directory that one process prepares."""
     output = tmp_path_factory.mktemp("whole") / "data"
-    passes.prepare(FolderSource(folder, 0.2), FakeEncoder(), output, passes.Settings(**SETTINGS))
+    prepare(folder, output)
     return output

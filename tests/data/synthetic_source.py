@@ -16,6 +16,7 @@ import numpy as np
 
 from imagen_jax import cli
 from imagen_jax.data.prepare import ingest, passes
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.preview import Bytes
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.distributed import startup
@@ -85,9 +86,14 @@ def write_folder(directory: Path, images: int = 20) -> Path:
 
 
 def prepare(folder: Path, output: Path, encoder=None, heldout: float = 0.2, **changes):
-    """Prepares a folder with SETTINGS and these changes; returns the manifest."""
+    """Prepares a folder with SETTINGS and these changes; returns the manifest.
+
+    encoder: a TextEncoder without a name, or all Encoders.
+    """
     settings = passes.Settings(**SETTINGS | changes)
-    return passes.prepare(FolderSource(folder, heldout), encoder or FakeEncoder(), output, settings)
+    if not isinstance(encoder, Encoders):
+        encoder = Encoders.single(encoder or FakeEncoder())
+    return passes.prepare(FolderSource(folder, heldout), encoder, output, settings)
 
 
 def skipped(output: Path) -> list[dict]:
@@ -140,7 +146,10 @@ def main(folder: str, output: Path, processes: int, kill_at: int, log: Path | No
     startup.start(lost_s=LOST_S)
     with Watch(LOST_S):
         passes.prepare(
-            FolderSource(folder, 0.2), FakeEncoder(pause=0.05, log=log), output, settings
+            FolderSource(folder, 0.2),
+            Encoders.single(FakeEncoder(pause=0.05, log=log)),
+            output,
+            settings,
         )
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from imagen_jax.data import records
 from imagen_jax.data.prepare import checks, passes, preview
-from imagen_jax.data.prepare.caption_estimate import StoreEstimate, preview_captions
+from imagen_jax.data.prepare.caption_estimate import StoreEstimate, Tokens, preview_captions
 from imagen_jax.data.prepare.choices import Choice, print_choices
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.weights.text_encoders import find_encoder
@@ -61,8 +62,15 @@ def test_four_hundred_million(tmp_path, capsys):
     source = FolderSource(write_folder(tmp_path / "ramps"), 0.0)
     tokenize = FakeEncoder(max_length=6).tokenize
     store = preview_captions(
-        source, tokenize, 4096, 400_000_000, 4096, "bfloat16", rate=8000, chips=64, price=0.5
-    )
+        source,
+        {"": Tokens(tokenize, 4096)},
+        400_000_000,
+        4096,
+        "bfloat16",
+        rate=8000,
+        chips=64,
+        price=0.5,
+    ).stores[""]
     told = capsys.readouterr().out
     texts = {"a colour ramp"} | {f"picture number {i}" for i in range(20)}
     assert store.tokens == 4 and store.text_bytes == pytest.approx(
@@ -93,7 +101,9 @@ def test_four_hundred_million(tmp_path, capsys):
         ),
         (False, "captions, int8", tebibytes(int8), "13.9 h", f"{int8 / 2**31:,.1f}"),
     ]
-    small = preview_captions(source, tokenize, 4096, 1000, 4096, "int8", rate=0, chips=0, price=0)
+    small = preview_captions(
+        source, {"": Tokens(tokenize, 4096)}, 1000, 4096, "int8", rate=0, chips=0, price=0
+    ).stores[""]
     told = capsys.readouterr().out
     assert "price" not in told and "\ntime " not in told and "1 shards" in told
     assert "4096 features per token in int8, 15.7 MiB uncompressed; zstd leaves about 0.91" in told
@@ -165,7 +175,7 @@ def test_a_dry_run_compares_the_choices(photographs, monkeypatch, capsys, change
     # Every measurement takes a second: reading, checking, encoding, writing.
     monkeypatch.setattr(preview, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     settings = passes.Settings(**SETTINGS | changes)
-    preview.dry_run(photographs, FakeEncoder(), settings, 2, 0.5)
+    preview.dry_run(photographs, Encoders.single(FakeEncoder()), settings, 2, 0.5)
     (rows, price) = printed[0]
     workers = 2 * settings.processes
     expected = [
