@@ -28,6 +28,9 @@ from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.layers import TEXT, identity
 from imagen_jax.models.unet import UNet
 from imagen_jax.sharded_attention import attention_on
+from imagen_jax.text_inputs import KINDS, MASK, POOLED, TextInput, text_inputs
+from imagen_jax.text_inputs import TEXT as TEXT_FIELD
+from imagen_jax.text_inputs import key as key_of
 
 NETWORKS = {"unet": UNet, "efficient_unet": EfficientUNet}
 # Generator of all keys, independent of jax's default; checkpoints store its name.
@@ -57,8 +60,7 @@ class Stage:
     image_size: side of the images in pixels.
     lowres_size: side of the low-res input in pixels; 0 in a base stage.
     crop_size: side of the training crops in pixels; 0 for whole images.
-    text_dim: width of the text features; 0 for a model without text.
-    text_length: number of tokens per caption, padding included.
+    texts: the text inputs, one per text encoder; none for a model without text.
     sampling: the section `sampling` of the config.
     gather: all-gathers the parameters that are sharded over the mesh.
     """
@@ -75,10 +77,19 @@ class Stage:
     image_size: int
     lowres_size: int
     crop_size: int
-    text_dim: int
-    text_length: int
+    texts: tuple[TextInput, ...]
     sampling: Mapping[str, Any]
     gather: Callable[[Params], Params]
+
+    @property
+    def text_dim(self) -> int:
+        """Width of the token features of all text encoders together; 0 for a model without text."""
+        return sum(text.dim for text in self.texts)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens per caption of the text encoder with most of them; 0 for a model without text."""
+        return max((text.length for text in self.texts), default=0)
 
     @property
     def train_size(self) -> int:
@@ -94,20 +105,21 @@ class Stage:
         """{field: (shape, dtype)} of a training batch of `b` images."""
         size, low = self.train_size, self.train_lowres_size
         shapes = {"image": ((b, size, size, 3), jnp.uint8)}
-        if self.text_dim:
-            shapes |= {
-                "text": ((b, self.text_length, self.text_dim), jnp.bfloat16),
-                "text_mask": ((b, self.text_length), jnp.bool_),
-            }
+        for text in self.texts:
+            shapes[key_of(TEXT_FIELD, text.name)] = (b, text.length, text.dim), jnp.bfloat16
+            shapes[key_of(MASK, text.name)] = (b, text.length), jnp.bool_
+            if text.pooled_dim:
+                shapes[key_of(POOLED, text.name)] = (b, text.pooled_dim), jnp.bfloat16
         return shapes | ({"lowres": ((b, low, low, 3), jnp.uint8)} if low else {})
 
     def cond(self, batch: Batch) -> conditioning.Cond:
         """The conditioning of the network.
 
-        batch: `text` [b l d], `text_mask` [b l] and, in super-resolution, clean uint8 `lowres`
-            [b h' w' 3].
+        batch: the fields of the texts (`batch_shapes`) and, in super-resolution, clean uint8
+            `lowres` [b h' w' 3].
         """
-        cond = {"text": batch["text"], "text_mask": batch["text_mask"]} if self.text_dim else {}
+        fields = [key_of(kind, text.name) for text in self.texts for kind in KINDS]
+        cond = {field: batch[field] for field in fields if field in batch}
         return cond | ({"lowres": to_unit(batch["lowres"])} if self.lowres_size else {})
 
     def init(self, key: Key[Array, ""]) -> Params:
@@ -133,6 +145,7 @@ class Stage:
                 (b, low, low, 3) if low else None,
                 self.text_drop,
                 self.aug_max,
+                {text.name: text.drop for text in self.texts if text.name},
             )
 
     def denoiser(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> loss.DenoiseFn:
@@ -238,7 +251,7 @@ class Stage:
         """`cond` with TEXT_VALUES, for images of this size in pixels."""
         if not self.text_dim:
             return cond
-        b = cond["text"].shape[0]
+        b = cond[key_of(MASK, self.texts[0].name)].shape[0]
         # The values need no z. The compiler removes the rest of the network.
         inputs = jnp.zeros((b, size, size, 3)), jnp.zeros(b), cond
         variables = {"params": self.gather(params)}
@@ -295,7 +308,8 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
         dict(config[part]) for part in ("model", "diffusion", "data", "text")
     )
     check_sizes(data)
-    if bool(text["dim"]) != bool(model["cond_dim"]):
+    texts = text_inputs(config)
+    if bool(texts) != bool(model["cond_dim"]):
         raise ValueError(
             f"text.dim={text['dim']} and model.cond_dim={model['cond_dim']}: set both to 0 (no"
             " text) or neither"
@@ -314,6 +328,7 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
             lowres=bool(data["lowres_size"]),
             constrain=sharding.constrain_activations(mesh) if mesh else identity,
             attend=attention_on(mesh, model["remat"]),
+            encoders=tuple(text.name for text in texts),
         ),
         process=build(GaussianProcess, diffusion),
         density=build(DENSITIES[diffusion["density"]], diffusion),
@@ -325,8 +340,7 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
         image_size=data["image_size"],
         lowres_size=data["lowres_size"],
         crop_size=data["crop_size"],
-        text_dim=text["dim"],
-        text_length=data["text_length"],
+        texts=texts,
         sampling=dict(config["sampling"]),
         gather=sharding.gather_parameters(mesh) if mesh else identity,
     )

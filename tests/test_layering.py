@@ -20,6 +20,7 @@ LAYERS = (
     {
         "caption_text",
         "data_fields",
+        "encoder_identity",
         "exit_codes",
         "field",
         "interrupts",

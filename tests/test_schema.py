@@ -31,7 +31,14 @@ YOUNGER = {
 }
 SECTIONS = ("text", "data", "model", "diffusion", "sampling", "optim", "mesh", "train")
 NETWORKS = {"unet": unet.UNet, "efficient_unet": efficient_unet.EfficientUNet}
-GIVEN = {"lowres", "constrain", "attend", "parent", "name"}  # of a network, by no config
+GIVEN = {
+    "lowres",
+    "constrain",
+    "attend",
+    "encoders",
+    "parent",
+    "name",
+}  # of a network, by no config
 
 
 def config_of(name, arg):

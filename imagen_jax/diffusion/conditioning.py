@@ -4,6 +4,7 @@
 
     text            [b l d]       token features
     text_mask       [b l]         True for valid tokens
+    text.NAME, text_mask.NAME, pooled.NAME [b e]   instead, with several text encoders
     lowres          [b h' w' 3]   in [-1, 1], super-resolution only
     lowres_logsnr   [b]           noise level of `lowres`, super-resolution only
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.diffusion.schedule import Schedule
+from imagen_jax.text_inputs import KINDS, MASK, is_text, key, names
 
 Cond = PyTree[Shaped[Array, "b ..."]]  # a dict; PyTree checks the rows of every entry
 # The process that noises the low-res image, whatever process the stage itself uses.
@@ -22,25 +24,33 @@ VARIANCE_PRESERVING = GaussianProcess("vp", "eps")
 
 
 def drop_text(cond: Cond, drop: Bool[Array, "b"]) -> Cond:
-    """Replaces the text by the null text where `drop` is True.
+    """Replaces the text by the null text where `drop` is True, for all text encoders.
 
     The null text has zero features (section 4.1) and a mask that is True at the first position
     only. No mask is empty, so attention stays finite, and the result does not depend on the length
     of the dropped caption.
     """
-    if "text" not in cond:
-        return cond
-    first = jnp.arange(cond["text_mask"].shape[1]) == 0
-    text = jnp.where(drop[:, None, None], jnp.zeros((), cond["text"].dtype), cond["text"])
-    return cond | {
-        "text": text,
-        "text_mask": jnp.where(drop[:, None], first[None], cond["text_mask"]),
-    }
+    for name in names(cond):
+        cond = drop_input(cond, name, drop)
+    return cond
+
+
+def drop_input(cond: Cond, name: str, drop: Bool[Array, "b"]) -> Cond:
+    """`drop_text` for the features of one text encoder alone."""
+    dropped = {}
+    for field in [key(kind, name) for kind in KINDS if key(kind, name) in cond]:
+        value = cond[field]
+        null = jnp.zeros((), value.dtype)
+        if field == key(MASK, name):
+            null = (jnp.arange(value.shape[1]) == 0)[None]
+        dropped[field] = jnp.where(drop.reshape(-1, *[1] * (value.ndim - 1)), null, value)
+    return cond | dropped
 
 
 def null_text(cond: Cond) -> Cond:
     """The unconditional `cond` of classifier-free guidance: drops the text of every sample."""
-    return drop_text(cond, jnp.ones(cond["text"].shape[0], bool))
+    rows = next(value.shape[0] for field, value in cond.items() if is_text(field))
+    return drop_text(cond, jnp.ones(rows, bool))
 
 
 def augment_lowres(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from imagen_jax.diffusion.conditioning import Cond, null_text
 from imagen_jax.diffusion.loss import DenoiseFn
 from imagen_jax.diffusion.schedule import LOGSNR_MAX, LOGSNR_MIN
+from imagen_jax.text_inputs import is_text
 
 FLOAT32_MAX = float(jnp.finfo(jnp.float32).max)
 
@@ -80,7 +81,7 @@ def guide(
         not at every evaluation.
     """
     # Without text both evaluations would be equal, and the weights sum to 1.
-    if guidance.w == 1.0 or "text" not in cond:
+    if guidance.w == 1.0 or not any(map(is_text, cond)):
         prepared = prepare(cond)
         return lambda z, logsnr: denoise_fn(z, logsnr, prepared)
     twice = prepare(jax.tree.map(interleave, cond, null_text(cond)))

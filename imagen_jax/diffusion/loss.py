@@ -5,7 +5,7 @@ function of them. Gradient accumulation and other meshes therefore use the same 
 evaluation can fix the noise level.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from imagen_jax.diffusion import conditioning
 from imagen_jax.diffusion.process import Process
 from imagen_jax.diffusion.schedule import Schedule
 from imagen_jax.diffusion.weighting import Weight
+from imagen_jax.text_inputs import DROP, names
+from imagen_jax.text_inputs import key as key_of
 
 Draws = PyTree[Shaped[Array, "b ..."]]  # the dict that `draw` returns
 DenoiseFn = Callable[
@@ -28,6 +30,7 @@ def draw(
     lowres_shape: tuple[int, ...] | None,
     text_drop: float,
     aug_max: float = 1.0,
+    input_drops: Mapping[str, float] | None = None,
 ) -> Draws:
     """The random numbers of one step, independent for each sample.
 
@@ -37,12 +40,14 @@ def draw(
         lowres_shape: [b h' w' 3], or None in a base stage.
         text_drop: probability of dropping the text.
         aug_max: largest augmentation level: 1, or 0 for training without augmentation (D.2).
+        input_drops: {text encoder: probability of dropping its features alone}.
 
     Returns a dict with
 
         u              [b]            uniform in [0, 1); a `Density` maps it to a log-SNR
         eps            x_shape        noise of x
         drop           [b]            whether the text is dropped
+        drop.NAME      [b]            whether the features of this text encoder are dropped
         lowres_level   [b]            augmentation level (super-resolution only)
         lowres_eps     lowres_shape   noise of the low-res image (super-resolution only)
     """
@@ -51,8 +56,11 @@ def draw(
     draws = {
         "u": jax.random.uniform(u_key, (b,)),
         "eps": jax.random.normal(eps_key, x_shape),
-        "drop": jax.random.uniform(drop_key, (b,)) < text_drop,
+        DROP: jax.random.uniform(drop_key, (b,)) < text_drop,
     }
+    for i, (name, probability) in enumerate(sorted((input_drops or {}).items())):
+        input_key = jax.random.fold_in(drop_key, i)
+        draws[key_of(DROP, name)] = jax.random.uniform(input_key, (b,)) < probability
     if lowres_shape is not None:
         draws["lowres_level"] = jax.random.uniform(level_key, (b,), maxval=aug_max)
         draws["lowres_eps"] = jax.random.normal(lowres_key, lowres_shape)
@@ -72,7 +80,10 @@ def noised(
     z is x noised to `logsnr`, text is dropped where drawn, and cond["lowres"] is noised
     (`augment_lowres`).
     """
-    cond = conditioning.drop_text(cond, draws["drop"])
+    cond = conditioning.drop_text(cond, draws[DROP])
+    for name in names(cond):
+        if name and key_of(DROP, name) in draws:
+            cond = conditioning.drop_input(cond, name, draws[key_of(DROP, name)])
     if "lowres" in cond:
         level, eps = draws["lowres_level"], draws["lowres_eps"]
         cond = conditioning.augment_lowres(cond, eps, level, aug_schedule)

@@ -39,6 +39,7 @@ from imagen_jax.stage import (
     images_and_finite,
     random_key,
 )
+from imagen_jax.text_inputs import DROP
 
 # Purposes of random numbers: each has its own keys.
 ERROR_NOISE, SAMPLE_NOISE = 0, 1
@@ -194,7 +195,8 @@ class Probe:
         side = batch["image"].shape[1]
         draw = lambda key: jax.tree.map(lambda a: a[0], self.stage.draw(key, 1, side))
         draws, logsnr = bins.noise_level(jax.vmap(draw)(keys), bin_index)
-        draws["drop"] = jnp.zeros(keys.shape, bool)
+        for name in (name for name in draws if name.partition(".")[0] == DROP):
+            draws[name] = jnp.zeros(keys.shape, bool)
         if "lowres_level" in draws:
             draws["lowres_level"] = jnp.where(clean, 0.0, draws["lowres_level"])
         return error(self.stage, params, batch, draws, logsnr)

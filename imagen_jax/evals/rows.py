@@ -21,6 +21,7 @@ from imagen_jax.data.records import SPLITS, open_once
 from imagen_jax.diffusion import conditioning
 from imagen_jax.evals import statistics
 from imagen_jax.storage import sha256_file
+from imagen_jax.text_inputs import is_text
 
 CONTROLS = ("shuffled", "null")  # another row's caption or low-res image; none at all
 TEXTS = ("right", *CONTROLS)
@@ -334,9 +335,9 @@ def with_conditions(
     """
     changed: dict[str, Any] = {}
     if text == "shuffled":
-        changed |= {name: other()[name] for name in ("text", "text_mask")}
+        changed |= {name: value for name, value in other().items() if is_text(name)}
     if text == "null":
-        cond = {name: jnp.asarray(batch[name]) for name in ("text", "text_mask")}
+        cond = {name: jnp.asarray(value) for name, value in batch.items() if is_text(name)}
         null = conditioning.null_text(cond)
         changed |= {name: np.asarray(value) for name, value in null.items()}
     if lowres == "shuffled":

@@ -3,6 +3,7 @@
 `unet.py` and `efficient_unet.py` assemble them into levels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,8 +23,10 @@ from imagen_jax.models.layers import (
     identity,
 )
 from imagen_jax.models.resampling import average_pool, upsample_nearest
+from imagen_jax.text_inputs import MASK, POOLED, TEXT, key
 
-# The dict `cond` of a network: text, text_mask, lowres, lowres_logsnr. Each entry has b rows.
+# The dict `cond` of a network: text, text_mask, lowres, lowres_logsnr. Each entry has b rows. With
+# several text encoders there are text.NAME, text_mask.NAME and pooled.NAME instead.
 Cond = PyTree[Shaped[Array, "b ..."]]
 RESAMPLE = {"down": average_pool, "up": upsample_nearest}
 # Fields of both networks that each of their levels has too.
@@ -86,6 +89,9 @@ class Conditioning(nn.Module):
     embeddings of the noise level, of the pooled text and, with `lowres`, of the low-res image's
     noise level (section 2.4). text is the token features projected to `cond_dim`. In a model
     without text (`cond_dim` 0) text and text_mask are None.
+
+    With several text encoders (eDiff-I: Balaji et al. 2022), each has a projection of its own.
+    Their projected tokens are concatenated, and the projected pooled vectors are added to emb.
     """
 
     sinusoid_features: int
@@ -94,6 +100,7 @@ class Conditioning(nn.Module):
     pooling: str
     pool_heads: int
     lowres: bool
+    encoders: tuple[str, ...]
     dtype: Dtype
     constrain: Constrain = identity
 
@@ -109,15 +116,34 @@ class Conditioning(nn.Module):
             emb = emb + embedding("lowres_noise")(cond["lowres_logsnr"])
         if not self.cond_dim:
             return self.constrain(emb), None, None
-        text, pooled = from_text(self, "text", lambda: self._text(cond))
-        return self.constrain(emb + pooled), text, cond["text_mask"]
+        mask = _joined([cond[key(MASK, name)] for name in self.encoders])
+        text, pooled = from_text(self, "text", lambda: self._text(cond, mask))
+        return self.constrain(emb + pooled), text, mask
 
-    def _text(self, cond: Cond) -> tuple[Float[Array, "b l d"], Float[Array, "b e"]]:
-        """The projected tokens and the pooled text."""
-        text = nn.LayerNorm(dtype=self.dtype, name="text_norm")(cond["text"])
-        text = self.constrain(nn.Dense(self.cond_dim, dtype=self.dtype, name="text_proj")(text))
+    def _text(
+        self, cond: Cond, mask: Bool[Array, "b l"]
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "b e"]]:
+        """The projected tokens of all encoders, and the pooled text."""
+        text = _joined([self._projected(cond, TEXT, name, self.cond_dim) for name in self.encoders])
         pool = TextPool(self.pooling, self.pool_heads, self.features, self.dtype, name="text_pool")
-        return text, pool(text, cond["text_mask"])
+        pooled = pool(text, mask)
+        for name in (name for name in self.encoders if key(POOLED, name) in cond):
+            pooled = pooled + self._projected(cond, POOLED, name, self.features)
+        return text, pooled
+
+    def _projected(
+        self, cond: Cond, kind: str, name: str, width: int
+    ) -> Float[Array, "b _ d"] | Float[Array, "b d"]:
+        """LayerNorm and projection of one field of the text."""
+        suffix = f"_{name}" if name else ""
+        norm = nn.LayerNorm(dtype=self.dtype, name=f"{kind}_norm{suffix}")
+        project = nn.Dense(width, dtype=self.dtype, name=f"{kind}_proj{suffix}")
+        return self.constrain(project(norm(cond[key(kind, name)])))
+
+
+def _joined(parts: Sequence[Shaped[Array, "b ..."]]) -> Shaped[Array, "b l ..."]:
+    """The tokens of several encoders, one after the other."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 def fields_of(network: nn.Module, *names: str) -> dict[str, Any]:
@@ -135,7 +161,7 @@ def conditioning(network: nn.Module, width: int) -> Conditioning:
 
     Call it inside the network's `__call__`.
     """
-    shared = ("cond_dim", "pooling", "pool_heads", "lowres", "dtype", "constrain")
+    shared = ("cond_dim", "pooling", "pool_heads", "lowres", "encoders", "dtype", "constrain")
     return Conditioning(width, 4 * width, **fields_of(network, *shared), name="conditioning")
 
 

@@ -18,6 +18,7 @@ from imagen_jax.models.attention import Attend, Attention, FeedForward, attend
 from imagen_jax.models.blocks import Cond, ResBlock, concat_lowres, conditioning, level_fields
 from imagen_jax.models.layers import Constrain, Conv, ConvTranspose, Dtype, identity
 from imagen_jax.models.remat import checkpointed_module
+from imagen_jax.text_inputs import UNNAMED
 
 
 class Blocks(nn.Module):
@@ -102,6 +103,7 @@ class EfficientUNet(nn.Module):
         remat: rematerialization mode, see models/remat.py.
         constrain: sharding constraint on the activations at block boundaries.
         attend: the implementation of attention.
+        encoders: names of the text encoders whose features it reads.
     """
 
     widths: tuple[int, ...]
@@ -119,6 +121,7 @@ class EfficientUNet(nn.Module):
     remat: str = "none"
     constrain: Constrain = identity
     attend: Attend = attend
+    encoders: tuple[str, ...] = (UNNAMED,)
 
     @nn.compact
     def __call__(

@@ -22,6 +22,7 @@ from imagen_jax.models.blocks import Cond, ResBlock, concat_lowres, conditioning
 from imagen_jax.models.layers import Constrain, Conv, Dtype, group_norm, identity
 from imagen_jax.models.remat import checkpointed_module
 from imagen_jax.models.resampling import depth_to_space, space_to_depth, upsample_nearest
+from imagen_jax.text_inputs import UNNAMED
 
 # {(self-attention, text attention): attention kind of a level}. F.1 gives the resolutions with each
 # as `attn_resolutions` and `text_cross_attn_res`.
@@ -128,6 +129,7 @@ class UNet(nn.Module):
         remat: rematerialization mode, see models/remat.py.
         constrain: sharding constraint on the activations at block boundaries.
         attend: the implementation of attention.
+        encoders: names of the text encoders whose features it reads.
     """
 
     channels: int
@@ -148,6 +150,7 @@ class UNet(nn.Module):
     remat: str = "none"
     constrain: Constrain = identity
     attend: Attend = attend
+    encoders: tuple[str, ...] = (UNNAMED,)
 
     @nn.compact
     def __call__(

@@ -207,9 +207,7 @@ def lower_sampler(program: TrainProgram, rows: int) -> Any:
     """The lowered program that samples a grid of `rows` images during training."""
     shapes = program.stage.batch_shapes(rows)
     batch = {
-        name: jax.ShapeDtypeStruct(*shapes[name])
-        for name in ("text", "text_mask", "lowres")
-        if name in shapes
+        name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items() if name != "image"
     }
     return sample_grids.sample_program(program.stage, program.mesh, rows).lower(
         program.abstract.ema, batch

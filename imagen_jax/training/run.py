@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from imagen_jax import cascade, sharding
+from imagen_jax import cascade, encoder_identity, sharding
 from imagen_jax.data import pipeline
 from imagen_jax.hardware import chips
 from imagen_jax.stage import RNG, check_interval, create_stage
@@ -105,7 +105,7 @@ class Run:
             return initial, {}
         params, meta = checkpoint.load_params(cascade.resolve(init_from))
         if program.stage.text_dim:
-            cascade.check_encoder(
+            encoder_identity.check_encoder(
                 meta["encoder"], self.meta["encoder"], f"{init_from} and the data"
             )
         origin = {name: meta[name] for name in ("step", "which", "sha256")} | {"path": init_from}

@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from imagen_jax import cascade, pictures, sharding
 from imagen_jax.data import pipeline
 from imagen_jax.stage import Params, Stage, to_uint8
+from imagen_jax.text_inputs import is_text
 
 
 def sample_program(stage: Stage, mesh: Mesh, rows: int) -> Any:
@@ -54,9 +55,7 @@ class SampleGrid:
     def sample(self, ema: Params) -> UInt8[np.ndarray, "h w 3"]:
         """Columns of true images, low-res inputs (super-resolution) and samples."""
         fields = {
-            name: self._batch[name]
-            for name in ("text", "text_mask", "lowres")
-            if name in self._batch
+            name: value for name, value in self._batch.items() if is_text(name) or name == "lowres"
         }
         samples = np.asarray(jax.device_get(self._sample(ema, fields)))
         columns = (

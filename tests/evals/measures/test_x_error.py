@@ -22,7 +22,7 @@ class Gaussian(toys.Base):
     x-hat = alpha S^2 / (S^2 alpha^2 + sigma^2) z, plus `bias`.
     """
 
-    text_drop, aug_max = 0.1, 1.0
+    text_drop, aug_max, texts = 0.1, 1.0, ()
     draw = Stage.draw
 
     def __init__(self, prediction="eps", density=UniformTime("cosine"), bias=0.0):
