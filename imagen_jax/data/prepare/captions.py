@@ -18,11 +18,10 @@ from jaxtyping import BFloat16
 from imagen_jax.data import quantization, records
 from imagen_jax.data.caption_records import (
     CaptionRow,
-    TextFeatures,
     serialize_caption,
     serialize_features,
 )
-from imagen_jax.data.prepare.encoders import UNNAMED, Encoders
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.ingest import show
 from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.prepare.settings import Settings
@@ -30,6 +29,7 @@ from imagen_jax.data.prepare.shards import Shard, finished, journal, shards_of
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement
+from imagen_jax.text_inputs import UNNAMED, TextFeatures
 
 # Caption shards that are written at once; one core writes about 800 captions per second at XXL's
 # width. All of them, and the one that is encoded, are in memory.

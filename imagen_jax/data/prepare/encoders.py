@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-UNNAMED = ""  # the name of a single encoder without a name
+from imagen_jax.text_inputs import UNNAMED
 
 
 class Encoders:

@@ -8,10 +8,10 @@ from typing import Any
 
 from imagen_jax.data import records
 from imagen_jax.data.caption_records import caption_features
-from imagen_jax.data.prepare.encoders import UNNAMED
 from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.quantization import relative_errors
 from imagen_jax.storage import write_atomically, write_lines
+from imagen_jax.text_inputs import UNNAMED
 
 Entries = Mapping[str, Mapping[str, Any]]  # the journal's entries by shard
 
