@@ -13,12 +13,20 @@ import numpy as np
 import pytest
 
 from imagen_jax.data import records
+from imagen_jax.data.caption_records import CaptionRow, serialize_caption, serialize_features
 from imagen_jax.data.prepare import checks, passes, preview
-from imagen_jax.data.prepare.caption_estimate import StoreEstimate, Tokens, preview_captions
+from imagen_jax.data.prepare.caption_estimate import (
+    CaptionEstimate,
+    StoreEstimate,
+    Tokens,
+    Width,
+    preview_captions,
+)
 from imagen_jax.data.prepare.choices import Choice, print_choices
 from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.sources.folder import FolderSource
+from imagen_jax.text_inputs import TextFeatures
 from imagen_jax.weights.text_encoders import find_encoder
 from tests.data import synthetic
 from tests.data.synthetic_source import SETTINGS, FakeEncoder, write_folder
@@ -55,6 +63,33 @@ def test_size_of_a_store_that_was_written(tmp_path, dim, rows, embedding):
         sum(len(row.text) for row in captions)
         + rows * tokens * (2 * dim if embedding == "bfloat16" else dim + 4)
     )
+
+
+@pytest.mark.parametrize("embedding", records.EMBEDDINGS)
+def test_size_of_named_stores_that_were_written(tmp_path, embedding):
+    """Catches pooled vectors left out, texts counted for each encoder, and frames of features for
+    texts alone.
+    """
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(ml_dtypes.bfloat16)
+    texts = [f"picture {i} of a red house" for i in range(4096)]
+    features = [TextFeatures(normal(5 + i % 5, 64), normal(128)) for i in range(4096)]
+    stores = {
+        "captions": (serialize_caption(CaptionRow(text)) for text in texts),
+        "captions_a": (serialize_features(row, embedding) for row in features),
+    }
+    written = [
+        records.write_shard(tmp_path, records.shard_name(store, "train", 0, 1), rows)["bytes"]
+        for store, rows in stores.items()
+    ]
+    tokens = np.mean([len(row.embedding) for row in features])
+    text_bytes = np.mean([len(text) for text in texts])
+    widths = {"a": Width(64, tokens, 128)}
+    estimate = CaptionEstimate.of(4096, text_bytes, widths, 4096, embedding)
+    sizes = [store.bytes for store in estimate.stores.values()]
+    assert sizes == pytest.approx(written, rel=0.07) and estimate.bytes == sum(sizes)
+    uncompressed = tokens * (2 * 64 if embedding == "bfloat16" else 64 + 4) + 2 * 128
+    assert estimate.stores["a"].uncompressed == pytest.approx(4096 * uncompressed)
 
 
 def test_four_hundred_million(tmp_path, capsys):
