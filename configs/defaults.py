@@ -52,6 +52,27 @@ def data() -> dict[str, Any]:
     )
 
 
+def buckets(size: int, step: int, limit: float = 3.0) -> tuple[tuple[int, int], ...]:
+    """Sizes (height, width) for data.buckets: about size^2 pixels, sides in multiples of `step`.
+
+    There is one pair of sizes, upright and wide, for each short side; its long side is the multiple
+    of `step` next to size^2 / short side. Ratios of the sides are at most `limit`. Twice the size
+    and twice the step give sizes twice as large, so those of a super-resolution stage fit its base.
+
+    step: a multiple of the factor by which the network shrinks images. Raises ValueError if `size`
+    is not a multiple of `step`.
+    """
+    if size % step:
+        raise ValueError(f"buckets around {size} pixels need steps that divide it, not {step}")
+    wide = []
+    for short in range(step, size, step):
+        long = step * round(size * size / (short * step))
+        if long <= limit * short:
+            wide.append((short, long))
+    upright = [(long, short) for short, long in reversed(wide)]
+    return (*wide, (size, size), *upright)
+
+
 def diffusion() -> dict[str, Any]:
     """Diffusion settings of a base model."""
     return dict(

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Key, Shaped, UInt8, UInt32
 
-from imagen_jax import schema, sharding
+from imagen_jax import sampling_parameters, schema, sharding
 from imagen_jax.data.transforms import pad_text
 from imagen_jax.distributed import agreement
 from imagen_jax.encoder_identity import check_encoder
@@ -34,6 +34,7 @@ from imagen_jax.stage import (
     images_and_finite,
     random_key,
 )
+from imagen_jax.stage_sizes import Size, square
 from imagen_jax.storage import check_object
 from imagen_jax.text_inputs import MASK, POOLED, TEXT, TextFeatures, key
 from imagen_jax.weights import checkpoint
@@ -59,6 +60,7 @@ class LoadedStage:
     identity: provenance of the parameters: path, stage name, step, which weights, manifest hash and
         checksum.
     sample: the result of `sample_program`.
+    size: of the pictures.
     """
 
     stage: Stage
@@ -68,6 +70,7 @@ class LoadedStage:
     encoder: Mapping[str, Any]
     identity: Mapping[str, Any]
     sample: Callable
+    size: Size
 
     @property
     def mesh(self) -> Mesh:
@@ -88,8 +91,12 @@ class LoadedStage:
 
     def with_sampling(self, sampling: Mapping[str, Any], index: int) -> "LoadedStage":
         """This stage with another section `sampling`. index: see `load_stage`."""
-        program = sample_program(self.stage, self.mesh, self.shardings, sampling, index)
+        program = sample_program(self.stage, self.mesh, self.shardings, sampling, index, self.size)
         return dataclasses.replace(self, sampling=sampling, sample=program)
+
+    def with_size(self, size: Size, index: int) -> "LoadedStage":
+        """This stage with pictures of another size. index: see `load_stage`."""
+        return dataclasses.replace(self, size=size).with_sampling(self.sampling, index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Drawn:
 
     rows: their rows.
     count: the number of pictures in the batch, of all processes.
-    images: for each stage the images [b s s 3] of these rows.
+    images: for each stage the images [b h w 3] of these rows.
     """
 
     rows: list[int]
@@ -140,54 +147,33 @@ def load_stage(
     config = schema.complete(meta["config"], f"config of {path}")
     stage = create_stage(config, mesh)
     check_fit(params, jax.eval_shape(stage.init, jax.random.key(0)), f"{path}: ")
-    params = for_sampling(params, stage)
-    shardings = parameter_shardings(params, mesh, config["mesh"])
+    params = sampling_parameters.for_sampling(params, stage)
+    shardings = sampling_parameters.parameter_shardings(params, mesh, config["mesh"])
     identity = {"checkpoint": path, "name": stage.name} | {
         key: meta[key] for key in ("step", "which", "manifest_hash", "sha256")
     }
-    program = sample_program(stage, mesh, shardings, sampling, index)
-    return LoadedStage(stage, params, shardings, sampling, meta["encoder"], identity, program)
-
-
-def for_sampling(params: Params, stage: Stage) -> Params:
-    """Host parameters in the types that sampling needs: half the memory for a bfloat16 network.
-
-    A kernel gets the type in which the network multiplies it. The network would convert it at each
-    use, so no result changes. Vectors, and the output convolution, which computes in fp32, are
-    fp32. Of abstract parameters it returns the shapes.
-    """
-    dtype = jnp.dtype(stage.model.dtype)
-
-    def convert(path, leaf):
-        whole = len(leaf.shape) < 2 or sharding.path_name(path).startswith("out/")
-        kind = np.dtype(np.float32) if whole else dtype
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, kind)
-        return np.asarray(leaf).astype(kind)
-
-    return jax.tree_util.tree_map_with_path(convert, params)
-
-
-def parameter_shardings(params: Params, mesh: Mesh, section: Mapping[str, Any]) -> Params:
-    """The sharding of each parameter on `mesh`, by the rules of a training config.
-
-    section: the section `mesh` of that config; its sizes are not used.
-    """
-    sizes = section["rules"], section["fsdp_min_elements"]
-    return sharding.tree_shardings({"params": params}, mesh, *sizes, partial=True)["params"]
+    size = square(stage.image_size)
+    program = sample_program(stage, mesh, shardings, sampling, index, size)
+    return LoadedStage(stage, params, shardings, sampling, meta["encoder"], identity, program, size)
 
 
 def sample_program(
-    stage: Stage, mesh: Mesh, shardings: Params, sampling: Mapping[str, Any], index: int
+    stage: Stage,
+    mesh: Mesh,
+    shardings: Params,
+    sampling: Mapping[str, Any],
+    index: int,
+    size: Size | None = None,
 ) -> Any:
-    """Jitted (params, batch) -> (uint8 images [b s s 3], whether each one is finite [b]).
+    """Jitted (params, batch) -> (uint8 images [b h w 3], whether each one is finite [b]).
 
-    batch: `seed` [b] and what `Stage.sample` needs. index: see `load_stage`. plan compiles it too.
+    batch: `seed` [b] and what `Stage.sample` needs. index: see `load_stage`. size: h and w; None
+    for squares of the stage's image size. plan compiles it too.
     """
 
-    def sample(params: Params, batch: Batch) -> tuple[UInt8[Array, "b s s 3"], Bool[Array, "b"]]:
+    def sample(params: Params, batch: Batch) -> tuple[UInt8[Array, "b h w 3"], Bool[Array, "b"]]:
         keys = sample_keys(batch["seed"], index)
-        return images_and_finite(stage.sample(params, keys, batch, sampling))
+        return images_and_finite(stage.sample(params, keys, batch, sampling, size))
 
     rows = sharding.batch_sharding(mesh)
     return jax.jit(
@@ -272,21 +258,13 @@ def place(stages: Sequence[LoadedStage]) -> list[LoadedStage]:
     for all. Call it when nothing else needs the devices' memory any more, such as a text encoder.
     """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    needed = sum(bytes_per_device(loaded.params, loaded.shardings) for loaded in stages)
+    needed = sum(
+        sampling_parameters.bytes_per_device(loaded.params, loaded.shardings) for loaded in stages
+    )
     large = len(stages) > 1 and limit is not None and needed > RESIDENT_SHARE * limit
     if agreement.gather("large" if large else "")[0]:  # the memory of processes may differ
         return list(stages)
     return [loaded.on_mesh() for loaded in stages]
-
-
-def bytes_per_device(params: Params, shardings: Params) -> int:
-    """The memory of sharded arrays on one device."""
-    sizes = jax.tree.map(
-        lambda leaf, to: math.prod(to.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
-        params,
-        shardings,
-    )
-    return sum(jax.tree.leaves(sizes))
 
 
 def check_intervals(stages: Sequence[LoadedStage]) -> None:
@@ -307,7 +285,7 @@ def generate(
     seeds: Sequence[int],
     text: Callable[[int], Features],
     batch_size: int,
-    lowres: Sequence[UInt8[np.ndarray, "r r 3"]] | UInt8[np.ndarray, "n r r 3"] | None = None,
+    lowres: Sequence[UInt8[np.ndarray, "h w 3"]] | UInt8[np.ndarray, "n h w 3"] | None = None,
     rows: Sequence[int] | None = None,
 ) -> Iterator[Drawn]:
     """Samples rows and yields this process's pictures, batch by batch, in the order of the rows.
@@ -331,13 +309,13 @@ def generate(
         seed = np.asarray([seeds[row] for row in batch.held], np.uint32)
         return {"seed": seed, **pad_rows([text(row) for row in batch.held], stage)}
 
-    def first(batch: RowBatch) -> UInt8[np.ndarray, "b r r 3"] | None:
+    def first(batch: RowBatch) -> UInt8[np.ndarray, "b h w 3"] | None:
         return None if lowres is None else np.stack([lowres[row] for row in batch.held])
 
     if all(loaded.resident for loaded in stages):
         yield from _stage_after_stage(stages, batches, inputs, first)
     else:
-        per_row = sum(3 * loaded.stage.image_size**2 for loaded in stages[:-1])
+        per_row = sum(3 * math.prod(loaded.size) for loaded in stages[:-1])
         held = most_held(batch_size, stages[0].mesh)  # the order of programs depends on it
         group = max(1, GROUP_BYTES // max(1, per_row * held))
         for start in range(0, len(batches), group):
@@ -400,9 +378,9 @@ def _fetch(stages: Sequence[LoadedStage], batch: RowBatch, results: Sequence[Any
 def _held(
     loaded: LoadedStage,
     batch: RowBatch,
-    image: UInt8[Array, "b s s 3"],
+    image: UInt8[Array, "b h w 3"],
     finite: Bool[Array, "b"],
-) -> UInt8[np.ndarray, "h s s 3"]:
+) -> UInt8[np.ndarray, "held h w 3"]:
     """The images of the rows that this process holds. Raises FloatingPointError, see `generate`."""
     real = [i for i, row in enumerate(batch.held) if row not in batch.held[:i]]
     check_finite(sharding.fetch_rows(finite)[real], loaded.stage.name)

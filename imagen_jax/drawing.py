@@ -6,6 +6,7 @@ the devices. Memory holds a row of the manifest per picture, and the images of a
 
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -18,10 +19,11 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import cascade, cli, encoder_identity, field, picture_set, run_log
+from imagen_jax import cascade, cli, encoder_identity, field, picture_set, run_log, stage_sizes
 from imagen_jax.distributed import agreement
 from imagen_jax.picture_set import PictureSet, Requests
 from imagen_jax.row_batches import row_batches
+from imagen_jax.stage_sizes import Size
 from imagen_jax.text import feature_file
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.several import parse_encoders
@@ -39,13 +41,17 @@ class Drawer:
 
     config: a complete cascade config. stages: loaded, on the host. encoders: by name; none once the
     prompts are encoded. sources: {text input of the stages: name of its encoder}. record: the
-    fields of a picture's record that all pictures share.
+    fields of a picture's record that all pictures share; `size` only if the pictures are not the
+    squares that the stages draw without it.
     """
 
-    def __init__(self, config: Mapping[str, Any], names: Sequence[str]):
-        """names: the wanted stages, in order. Raises ValueError if stages or encoder do not fit."""
+    def __init__(self, config: Mapping[str, Any], names: Sequence[str], size: Size | None = None):
+        """names: the wanted stages, in order. size: see `load_stages`.
+
+        Raises ValueError if stages, encoder or size do not fit.
+        """
         self.config = config
-        self.stages = cascade.load_cascade(config, names)
+        self.stages = load_stages(config, names, size)
         self.encoders = load_encoders(config, self.stages)
         identities = {name: encoder.identity for name, encoder in self.encoders.items()}
         self.sources = text_sources(self.stages, identities, config["encoder"])
@@ -55,6 +61,31 @@ class Drawer:
             "checkpoints": [dict(loaded.identity) for loaded in self.stages],
             "encoder": encoder_identity.stored(identities),
         }
+        stages = [loaded.stage for loaded in self.stages]
+        if self.sizes != stage_sizes.of_stages(stages, None):
+            self.record["size"] = list(self.sizes[-1])
+
+    @property
+    def sizes(self) -> list[Size]:
+        """The size of the pictures of each stage."""
+        return [loaded.size for loaded in self.stages]
+
+
+def load_stages(
+    config: Mapping[str, Any], names: Sequence[str], size: Size | None = None
+) -> list[cascade.LoadedStage]:
+    """The stages of a complete cascade config, see `cascade.load_cascade`.
+
+    size: of the pictures of the last stage that runs; None for squares of each stage's image size.
+    Raises ValueError if a stage cannot draw at the size that follows for it.
+    """
+    stages = cascade.load_cascade(config, names)
+    sizes = stage_sizes.of_stages([loaded.stage for loaded in stages], size)
+    named = zip(stages, sizes, cascade.run_stages(config, names))
+    return [
+        loaded if loaded.size == own else loaded.with_size(own, cascade.STAGES.index(name))
+        for loaded, own, name in named
+    ]
 
 
 def load_encoders(
@@ -149,9 +180,9 @@ def warn_of_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
 
 
 def missing(
-    requests: Requests, record: Mapping[str, Any], directory: Path, sizes: Sequence[int]
-) -> list[tuple[int, int]]:
-    """(pictures to draw, size in pixels) of each stage of a set; other sets do not count.
+    requests: Requests, record: Mapping[str, Any], directory: Path, sizes: Sequence[Size]
+) -> list[tuple[int, Size]]:
+    """(pictures to draw, their size) of each stage of a set; other sets do not count.
 
     record: the fields that all pictures share, with those of the image. sizes: of the stages.
     """
@@ -160,13 +191,13 @@ def missing(
     return [(left, size) for size in sizes]
 
 
-def check_disk(output: Path, missing: Sequence[tuple[int, int]]) -> None:
+def check_disk(output: Path, missing: Sequence[tuple[int, Size]]) -> None:
     """Raises ValueError if the pictures to draw may not fit on the disk.
 
-    missing: (number of pictures, size in pixels) of each set.
+    missing: (number of pictures, their size) of each set.
     """
     output.mkdir(parents=True, exist_ok=True)
-    needed = sum(3 * count * size**2 for count, size in missing)
+    needed = sum(3 * count * math.prod(size) for count, size in missing)
     free = shutil.disk_usage(output).free
     if needed > free:
         raise ValueError(
@@ -180,7 +211,7 @@ def draw(
     requests: Requests,
     output: Path,
     image: Mapping[str, Any],
-    lowres: UInt8[np.ndarray, "r r 3"] | None = None,
+    lowres: UInt8[np.ndarray, "h w 3"] | None = None,
 ) -> Path:
     """Draws all rows of a set that are not drawn yet. Returns the path of its manifest.
 
@@ -195,8 +226,7 @@ def draw(
     inputs = None
     if lowres is not None:
         inputs = np.broadcast_to(lowres, (len(requests), *lowres.shape))
-    earlier = [loaded.stage.image_size for loaded in drawer.stages[:-1]]
-    with Reservation(output, requests, record, earlier=earlier) as reserved:
+    with Reservation(output, requests, record, earlier=drawer.sizes[:-1]) as reserved:
         if reserved.left:
             text = encode_prompts(drawer, requests, [reserved.left], output)
             stages = cascade.place(drawer.stages)
@@ -241,7 +271,7 @@ class Reservation:
         requests: Requests,
         record: Mapping[str, Any],
         free: Sequence[str] = FREE_FIELDS,
-        earlier: Sequence[int] = (),
+        earlier: Sequence[Size] = (),
     ):
         """record: the fields that all pictures share. free: see `job_of`.
 
@@ -354,7 +384,7 @@ def draw_left(
     stages: Sequence[cascade.LoadedStage],
     text: Callable[[int], cascade.Features],
     batch_size: int,
-    lowres: Sequence[UInt8[np.ndarray, "r r 3"]] | UInt8[np.ndarray, "n r r 3"] | None = None,
+    lowres: Sequence[UInt8[np.ndarray, "h w 3"]] | UInt8[np.ndarray, "n h w 3"] | None = None,
     label: str = "pictures",
 ) -> None:
     """Samples the rows of a set that are left, and writes those that this process owns.

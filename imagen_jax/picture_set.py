@@ -31,8 +31,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import pictures, run_log, set_rows
+from imagen_jax import pictures, run_log, set_rows, stage_sizes
 from imagen_jax.set_rows import Requests, Row
+from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import (
     HASH_THREADS,
     read_object,
@@ -58,8 +59,8 @@ log = logging.getLogger(__name__)
 class PictureSet:
     """The part of a set that this process writes.
 
-    first: number of row 0. part: file of the rows that this process has written. earlier: sizes in
-    pixels of the pictures of earlier stages, which are written beside the last stage's.
+    first: number of row 0. part: file of the rows that this process has written. earlier: sizes of
+    the pictures of earlier stages, which are written beside the last stage's.
     """
 
     directory: Path
@@ -67,7 +68,7 @@ class PictureSet:
     record: Mapping[str, Any]
     first: int
     part: Path
-    earlier: Sequence[int] = ()
+    earlier: Sequence[Size] = ()
 
     def add(self, row: int, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> None:
         """Writes the images of all stages of a row, its record, and then its line of the part."""
@@ -79,7 +80,7 @@ class PictureSet:
         words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60]
         stem = f"{number:04d}_{words}"
         for image in images[:-1]:
-            pictures.write_png(folder / f"{stem}_{image.shape[0]}.png", image)
+            pictures.write_png(folder / f"{stem}_{stage_sizes.short(image.shape[:2])}.png", image)
         png, path = pictures.png_bytes(images[-1]), folder / f"{stem}.png"
         write_atomically(path, png)
         picture = {"prompt": prompt, "seed": self.requests.seed(row)}
@@ -254,7 +255,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def part_rows(
-    directory: Path, first: int, requests: Requests | None = None, earlier: Sequence[int] = ()
+    directory: Path, first: int, requests: Requests | None = None, earlier: Sequence[Size] = ()
 ) -> list[dict[str, Any]]:
     """The rows of a set that are written, complete or not, and whose files are there, ascending.
 
@@ -290,17 +291,17 @@ def changed_rows(directory: Path, rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def files_of(picture: Path, earlier: Sequence[int]) -> list[Path]:
+def files_of(picture: Path, earlier: Sequence[Size]) -> list[Path]:
     """The files of a row: the picture, those of earlier stages of these sizes, and the record."""
     return [picture, *_earlier(picture, earlier), picture.with_suffix(".json")]
 
 
-def _earlier(picture: Path, sizes: Sequence[int]) -> list[Path]:
+def _earlier(picture: Path, sizes: Sequence[Size]) -> list[Path]:
     """The pictures of earlier stages."""
-    return [picture.with_name(f"{picture.stem}_{size}.png") for size in sizes]
+    return [picture.with_name(f"{picture.stem}_{stage_sizes.short(s)}.png") for s in sizes]
 
 
-def listed_files(directory: Path, first: int, earlier: Sequence[int] = ()) -> Iterator[Path]:
+def listed_files(directory: Path, first: int, earlier: Sequence[Size] = ()) -> Iterator[Path]:
     """The files of the rows that the parts of a set list, whether they are visible or not."""
     for path in parts(directory, first):
         for row in set_rows.read(path):
@@ -308,7 +309,7 @@ def listed_files(directory: Path, first: int, earlier: Sequence[int] = ()) -> It
 
 
 def count_written(
-    directory: Path, job: Mapping[str, Any], count: int, earlier: Sequence[int] = ()
+    directory: Path, job: Mapping[str, Any], count: int, earlier: Sequence[Size] = ()
 ) -> int:
     """The number of rows of the set of a job that `reserve` would continue with all their files.
 
@@ -371,7 +372,7 @@ def manifest_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_sheets(
     manifest: Path,
-    sizes: Sequence[int],
+    sizes: Sequence[Size],
     lowres: UInt8[np.ndarray, "_ _ 3"] | None = None,
     directory: Path | None = None,
 ) -> list[Path]:
@@ -383,8 +384,9 @@ def write_sheets(
     Reads the pictures from their files; holds those of one sheet, at the sheet's size.
     """
     given = [] if lowres is None else [lowres]
-    headings = [*(f"input {image.shape[0]}" for image in given), *map(str, sizes)]
-    cell, sheets = min(256, max(64, sizes[-1])), []
+    headings = [f"input {stage_sizes.short(image.shape[:2])}" for image in given]
+    headings += map(stage_sizes.short, sizes)
+    cell, sheets = min(256, max(64, sizes[-1][0])), []
     for rows in chunks(manifest, SHEET_ROWS, SHEETS):
         cells = []
         for row in rows:

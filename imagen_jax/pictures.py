@@ -29,14 +29,28 @@ def enlarge(image: Picture, size: int) -> Picture:
 
 
 def grid(rows: Sequence[Sequence[Picture]], cell: int) -> Picture:
-    """Rows of square images, each enlarged to `cell` pixels, on white."""
-    height, width = len(rows), max(len(row) for row in rows)
-    canvas = np.full((height * (cell + GAP) + GAP, width * (cell + GAP) + GAP, 3), 255, np.uint8)
+    """Rows of images, each enlarged to `cell` pixels high, on white.
+
+    A column is as wide as its widest image, so square images make square cells.
+    """
+    lefts = column_starts(rows, cell)
+    canvas = np.full((len(rows) * (cell + GAP) + GAP, lefts[-1], 3), 255, np.uint8)
     for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            top, left = GAP + i * (cell + GAP), GAP + j * (cell + GAP)
-            canvas[top : top + cell, left : left + cell] = enlarge(image, cell)
+        top = GAP + i * (cell + GAP)
+        for left, image in zip(lefts, row):
+            shown = enlarge(image, cell)
+            canvas[top : top + cell, left : left + shown.shape[1]] = shown
     return canvas
+
+
+def column_starts(rows: Sequence[Sequence[Picture]], cell: int) -> list[int]:
+    """The left edge of each column of a grid in pixels, and at last the width of the grid."""
+    lefts = [GAP]
+    for column in range(max(len(row) for row in rows)):
+        shapes = [row[column].shape for row in rows if column < len(row)]
+        widest = max(round(width * cell / height) for height, width, _ in shapes)
+        lefts.append(lefts[-1] + widest + GAP)
+    return lefts
 
 
 def contact_sheet(
@@ -49,8 +63,8 @@ def contact_sheet(
     sheet = Image.new("RGB", (text_width + body.shape[1], line + GAP + body.shape[0]), "white")
     sheet.paste(Image.fromarray(body), (text_width, line + GAP))
     pen = ImageDraw.Draw(sheet)
-    for j, heading in enumerate(headings):
-        pen.text((text_width + GAP + j * (cell + GAP), GAP), heading, INK, font)
+    for left, heading in zip(column_starts(rows, cell), headings):
+        pen.text((text_width + left, GAP), heading, INK, font)
     characters = max(8, int(text_width / (0.55 * size)))
     for i, caption in enumerate(captions):
         wrapped = "\n".join(textwrap.wrap(caption, characters)[: max(1, cell // line)])

@@ -5,7 +5,8 @@ r"""Generates pictures from text prompts, or up-samples an image with super-reso
     python -m imagen_jax.sample --config configs/cascade.py:demo --image small.png --stages sr_1 \
         --prompt "a red apple" --output pictures
 
-Each picture is a PNG file with a JSON record of the same name. The record reproduces the picture:
+--size HEIGHTxWIDTH draws pictures of other sizes than the squares of the stages. Each picture is a
+PNG file with a JSON record of the same name. The record reproduces the picture:
 `--reproduce pictures/0000_a_red_apple.json`. Several commands may share one --output. All devices
 of all processes sample together; an interrupted command continues when it is run again.
 """
@@ -17,14 +18,15 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import caption_text, cli, field, picture_set, schema
+from imagen_jax import caption_text, cli, field, picture_set, schema, stage_sizes
 from imagen_jax.data.sources import caption_files
 from imagen_jax.picture_set import Requests
+from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import check_content, check_local, read_json, sha256_file
 
 # Flags that a record replaces, with all settings of its picture.
-REPLACED = ("config", "prompt", "prompts", "seed", "count", "stages", "image")
-# Fields of a picture's record, with their types.
+REPLACED = ("config", "prompt", "prompts", "seed", "count", "stages", "image", "size")
+# Fields of a picture's record, with their types. A picture drawn with --size has `size`, too.
 RECORD = {
     "prompt": str,
     "seed": int,
@@ -69,6 +71,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("image", "", "image to up-sample, with --stages sr_1 or sr_1,sr_2")
     flags.DEFINE_string(
+        "size",
+        "",
+        "HEIGHTxWIDTH in pixels of the pictures of the last stage that runs; default: squares of"
+        " its image size",
+    )
+    flags.DEFINE_string(
         "reproduce",
         "",
         "JSON record of a picture to generate again; used without --config, --prompt and --seed",
@@ -86,6 +94,7 @@ def main() -> int:
         record = read_record(Path(args.reproduce))
         config, prompts, seed = record["config"], [record["prompt"]], record["seed"]
         stages, image, per_prompt = record["stages"], record["image"], 1
+        size = tuple(record["size"]) if "size" in record else None
     else:
         if args.config is None:
             raise ValueError(
@@ -94,11 +103,12 @@ def main() -> int:
         record, prompts = None, read_prompts(args.prompt, args.prompts)
         config = cli.cascade_config(args.config)
         stages, image, seed, per_prompt = args.stages, args.image, args.seed, args.count
+        size = stage_sizes.parse(args.size) if args.size else None
     advice = "give a smaller --count, and draw the others with other commands and seeds"
     cli.check_count(len(prompts), per_prompt, advice)
     requests = Requests(prompts, per_prompt, seed)
     with cli.processes():
-        return sample(config, requests, stages, image, Path(args.output), record)
+        return sample(config, requests, stages, image, Path(args.output), record, size)
 
 
 def check_flags(args: Any) -> None:
@@ -126,11 +136,19 @@ def read_record(path: Path) -> dict[str, Any]:
         wrong = ["checkpoints"]
     if not wrong and not field.within(record["seed"], schema.SEEDS):
         wrong = ["seed"]
+    if not wrong and not _is_size(record.get("size", [1, 1])):
+        wrong = ["size"]
     if wrong:
         raise ValueError(
             f"--reproduce {path} is not a picture's record: it has no valid {', '.join(wrong)}"
         )
     return record | {"config": schema.complete_cascade(record["config"], f"--reproduce {path}")}
+
+
+def _is_size(value: Any) -> bool:
+    """Whether this is [height, width]."""
+    whole = lambda side: isinstance(side, int) and side > 0
+    return isinstance(value, list) and len(value) == 2 and all(map(whole, value))
 
 
 def read_prompts(options: Sequence[str], file: str) -> list[str]:
@@ -156,11 +174,12 @@ def sample(
     image: str,
     output: Path,
     expected: Mapping[str, Any] | None = None,
+    size: Size | None = None,
 ) -> int:
     """Draws a set of pictures with all devices of all processes.
 
     expected: the record of the picture to reproduce; other weights or another image raise
-    ValueError.
+    ValueError. size: of the pictures; None for squares.
     """
     import jax
 
@@ -170,16 +189,20 @@ def sample(
     given = {"image": image, "image_sha256": check_image(image)}
     if expected:
         config = with_mesh_that_fits(config)
-    drawer = drawing.Drawer(config, stages)
+    drawer = drawing.Drawer(config, stages, size)
     if expected:
         check_same(expected, drawer.record["checkpoints"], given["image_sha256"])
     else:
         cascade.check_intervals(drawer.stages)
     first = drawer.stages[0].stage
     # A record from before the check of the size draws its picture again.
-    lowres = None if not image else read_image(image, first.lowres_size, any_size=bool(expected))
+    low = first.lowres_of(drawer.sizes[0]) if image else (0, 0)
+    lowres = None if not image else read_image(image, low, any_size=bool(expected))
     cli.make_directory("output", str(output))
-    sizes = [loaded.stage.image_size for loaded in drawer.stages]
+    sizes = drawer.sizes
+    if size and jax.process_index() == 0:
+        trained = stage_sizes.untrained([loaded.stage for loaded in drawer.stages], sizes)
+        print(*[f"warning: {trained}"] * bool(trained), sep="\n")
     drawing.check_disk(output, drawing.missing(requests, drawer.record | given, output, sizes))
     drawing.check_prompts(drawer, requests.prompts)
     manifest = drawing.draw(drawer, requests, output, given, lowres)
@@ -255,27 +278,37 @@ def _weights(identity: Mapping[str, Any]) -> str:
     return f"step {identity.get('step')} ({identity.get('which')}, sha256 {sha256})"
 
 
-def read_image(path: str, size: int, any_size: bool = False) -> Any:
-    """The --image upright, cut to its centre square, shrunk to `size` pixels: uint8 [size size 3].
+def read_image(path: str, size: Size, any_size: bool = False) -> Any:
+    """The --image upright, uint8 [h w 3] with (h, w) = `size`.
 
-    Raises ValueError if it cannot be read or, unless any_size, if it is smaller than `size`.
+    For a square `size` it is cut to its centre square and shrunk. Otherwise it must have that size.
+
+    Raises ValueError if it cannot be read, has another size than a `size` that is not square, or,
+    unless any_size, if it is smaller than a square `size`.
     """
+    import numpy as np
+
     from imagen_jax.data.prepare.upright import first_line, upright
     from imagen_jax.data.transforms import decode_square
 
-    data = Path(path).read_bytes()
+    data, is_square = Path(path).read_bytes(), size[0] == size[1]
     try:
         image, stored = upright(data)
-        square = decode_square(stored, size)
+        pixels = decode_square(stored, size[0]) if is_square else np.asarray(image.convert("RGB"))
     except Exception as error:  # PIL raises many kinds of exceptions for damaged files
         raise ValueError(f"--image {path} cannot be used: {first_line(error)}") from error
-    if min(image.size) < size and not any_size:
+    given = f"--image {path} is {image.width}x{image.height}"
+    if not is_square and pixels.shape[:2] != size:
         raise ValueError(
-            f"--image {path} is {image.width}x{image.height}, but the first stage reads"
-            f" {size}x{size} pixels: give a larger image, or --stages that begin with an earlier"
-            " stage"
+            f"{given} (width x height), but with this --size the first stage reads"
+            f" {size[1]}x{size[0]} pixels: crop and shrink it to that size, or give another --size"
         )
-    return square
+    if is_square and min(image.size) < size[0] and not any_size:
+        raise ValueError(
+            f"{given}, but the first stage reads {size[0]}x{size[1]} pixels: give a larger image,"
+            " or --stages that begin with an earlier stage"
+        )
+    return pixels
 
 
 if __name__ == "__main__":

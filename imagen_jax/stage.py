@@ -5,6 +5,7 @@ Input: configs completed by imagen_jax/schema.py, with valid types and choices.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Key, Num, PyTree, Shaped, UInt8
 
-from imagen_jax import schema, sharding
+from imagen_jax import schema, sharding, stage_sizes
 from imagen_jax.data.transforms import check_sizes
 from imagen_jax.diffusion import conditioning, loss, sampler
 from imagen_jax.diffusion.density import DENSITIES, Density
@@ -28,6 +29,7 @@ from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.layers import TEXT, identity
 from imagen_jax.models.unet import UNet
 from imagen_jax.sharded_attention import attention_on
+from imagen_jax.stage_sizes import Size
 from imagen_jax.text_inputs import KINDS, MASK, POOLED, TextInput, text_inputs
 from imagen_jax.text_inputs import TEXT as TEXT_FIELD
 from imagen_jax.text_inputs import key as key_of
@@ -60,6 +62,7 @@ class Stage:
     image_size: side of the images in pixels.
     lowres_size: side of the low-res input in pixels; 0 in a base stage.
     crop_size: side of the training crops in pixels; 0 for whole images.
+    buckets: sizes (height, width) of the training images; one size per batch.
     texts: the text inputs, one per text encoder; none for a model without text.
     sampling: the section `sampling` of the config.
     gather: all-gathers the parameters that are sharded over the mesh.
@@ -77,6 +80,7 @@ class Stage:
     image_size: int
     lowres_size: int
     crop_size: int
+    buckets: tuple[Size, ...]
     texts: tuple[TextInput, ...]
     sampling: Mapping[str, Any]
     gather: Callable[[Params], Params]
@@ -93,24 +97,38 @@ class Stage:
 
     @property
     def train_size(self) -> int:
-        """Side in pixels of the training images: of the crops, or of whole images."""
+        """Side in pixels of square training images: of the crops, or of whole images.
+
+        Validation and sample grids have this size in a stage with other buckets, too.
+        """
         return self.crop_size or self.image_size
 
     @property
-    def train_lowres_size(self) -> int:
-        """Side of the low-res input in training in pixels; 0 in a base stage."""
-        return self.train_size * self.lowres_size // self.image_size
+    def largest_bucket(self) -> Size:
+        """The size of training images with the most pixels."""
+        return max(self.buckets, key=math.prod)
 
-    def batch_shapes(self, b: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """{field: (shape, dtype)} of a training batch of `b` images."""
-        size, low = self.train_size, self.train_lowres_size
-        shapes = {"image": ((b, size, size, 3), jnp.uint8)}
+    def lowres_of(self, size: Size) -> Size:
+        """The size of the low-res input of images of `size`; (0, 0) in a base stage."""
+        return stage_sizes.scaled(size, self.lowres_size, self.image_size)
+
+    def batch_shapes(
+        self, b: int, size: Size | None = None
+    ) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """{field: (shape, dtype)} of a training batch of `b` images.
+
+        size: of the images; None for squares of `train_size`.
+        """
+        size = size or stage_sizes.square(self.train_size)
+        shapes = {"image": ((b, *size, 3), jnp.uint8)}
         for text in self.texts:
             shapes[key_of(TEXT_FIELD, text.name)] = (b, text.length, text.dim), jnp.bfloat16
             shapes[key_of(MASK, text.name)] = (b, text.length), jnp.bool_
             if text.pooled_dim:
                 shapes[key_of(POOLED, text.name)] = (b, text.pooled_dim), jnp.bfloat16
-        return shapes | ({"lowres": ((b, low, low, 3), jnp.uint8)} if low else {})
+        if self.lowres_size:
+            shapes["lowres"] = (b, *self.lowres_of(size), 3), jnp.uint8
+        return shapes
 
     def cond(self, batch: Batch) -> conditioning.Cond:
         """The conditioning of the network.
@@ -131,18 +149,17 @@ class Stage:
         with PINNED():
             return self.model.init(key, to_unit(batch["image"]), jnp.zeros(1), cond)["params"]
 
-    def draw(self, key: Key[Array, ""], b: int, size: int | None = None) -> loss.Draws:
+    def draw(self, key: Key[Array, ""], b: int, size: Size | None = None) -> loss.Draws:
         """The random numbers of a training step for `b` images (see `loss.draw`).
 
-        size: side of the images in pixels; None for `train_size`.
+        size: of the images; None for squares of `train_size`.
         """
-        size = size or self.train_size
-        low = size * self.lowres_size // self.image_size
+        size = size or stage_sizes.square(self.train_size)
         with PINNED():
             return loss.draw(
                 key,
-                (b, size, size, 3),
-                (b, low, low, 3) if low else None,
+                (b, *size, 3),
+                (b, *self.lowres_of(size), 3) if self.lowres_size else None,
                 self.text_drop,
                 self.aug_max,
                 {text.name: text.drop for text in self.texts if text.name},
@@ -203,7 +220,7 @@ class Stage:
         keys: Key[Array, "b"],
         batch: Batch,
         sampling: Mapping[str, Any],
-        size: int | None = None,
+        size: Size | None = None,
     ) -> Float[Array, "b h w 3"]:
         """Draws one image per row of `batch`, with values in about [-1, 1].
 
@@ -212,10 +229,11 @@ class Stage:
 
         batch: as for `cond`.
         sampling: a complete section `sampling`.
-        size: side of the images in pixels; None for the image size of the stage.
+        size: of the images; None for squares of the image size of the stage.
         """
+        size = size or stage_sizes.square(self.image_size)
         with PINNED():
-            return self._sample(params, keys, batch, sampling, size or self.image_size)
+            return self._sample(params, keys, batch, sampling, size)
 
     def _sample(
         self,
@@ -223,7 +241,7 @@ class Stage:
         keys: Key[Array, "b"],
         batch: Batch,
         sampling: Mapping[str, Any],
-        size: int,
+        size: Size,
     ) -> Float[Array, "b h w 3"]:
         cond = self.cond(batch)
         if "lowres" in cond:
@@ -237,7 +255,7 @@ class Stage:
         return sampler.sample(
             self.denoiser(params),
             keys,
-            (size, size, 3),
+            (*size, 3),
             cond,
             process=self.process,
             levels=levels,
@@ -246,14 +264,14 @@ class Stage:
         )
 
     def with_text_values(
-        self, params: Params, cond: conditioning.Cond, size: int
+        self, params: Params, cond: conditioning.Cond, size: Size
     ) -> conditioning.Cond:
-        """`cond` with TEXT_VALUES, for images of this size in pixels."""
+        """`cond` with TEXT_VALUES, for images of this size."""
         if not self.text_dim:
             return cond
         b = cond[key_of(MASK, self.texts[0].name)].shape[0]
         # The values need no z. The compiler removes the rest of the network.
-        inputs = jnp.zeros((b, size, size, 3)), jnp.zeros(b), cond
+        inputs = jnp.zeros((b, *size, 3)), jnp.zeros(b), cond
         variables = {"params": self.gather(params)}
         _, values = self.model.apply(variables, *inputs, mutable=[TEXT])
         return cond | {TEXT_VALUES: values[TEXT]}
@@ -321,7 +339,7 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
         for name, value in model.items()
     }
     model["dtype"] = jnp.dtype(model["dtype"])
-    return Stage(
+    stage = Stage(
         name=config["name"],
         model=NETWORKS[family](
             **model,
@@ -340,10 +358,15 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
         image_size=data["image_size"],
         lowres_size=data["lowres_size"],
         crop_size=data["crop_size"],
+        buckets=tuple(map(tuple, data["buckets"]))
+        or (stage_sizes.square(data["crop_size"] or data["image_size"]),),
         texts=texts,
         sampling=dict(config["sampling"]),
         gather=sharding.gather_parameters(mesh) if mesh else identity,
     )
+    if data["buckets"]:
+        stage_sizes.check_buckets(stage)
+    return stage
 
 
 def build(kind: Callable[..., Any], section: Mapping[str, Any]) -> Any:

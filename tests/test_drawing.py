@@ -187,7 +187,7 @@ def test_the_files_of_all_processes_are_visible_before_they_are_read(tmp_path, m
     monkeypatch.setattr(drawing.agreement, "share_files", record)
     monkeypatch.setattr(drawing.agreement, "wait_for_files", record)
     given = Requests(["a", "b"], 1, 0), {"config": {}}
-    with drawing.Reservation(tmp_path, *given, earlier=[4]) as reserved:
+    with drawing.Reservation(tmp_path, *given, earlier=[(4, 4)]) as reserved:
         pictures = reserved.pictures()
         for row in (0, 1):
             pictures.add(row, [np.zeros((size, size, 3), np.uint8) for size in (4, 8)])
@@ -199,7 +199,7 @@ def test_the_files_of_all_processes_are_visible_before_they_are_read(tmp_path, m
 def test_a_set_without_a_picture_of_an_earlier_stage_is_completed(tmp_path):
     """Catches a row that counts as there by its last picture, so that no run draws the others."""
     given = tmp_path, Requests(["a", "b"], 1, 0), {"config": {}}
-    reserve = lambda: drawing.Reservation(*given, earlier=[4])
+    reserve = lambda: drawing.Reservation(*given, earlier=[(4, 4)])
     images = [np.zeros((size, size, 3), np.uint8) for size in (4, 8)]
     with reserve() as reserved:
         for row in reserved.left:
@@ -223,12 +223,13 @@ def test_a_set_has_the_pictures_of_the_earlier_stages(tmp_path, monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(drawing, "Reservation", reserve)
-    stage = lambda size: types.SimpleNamespace(stage=types.SimpleNamespace(image_size=size))
+    sizes = [(64, 96), (256, 384), (1024, 1536)]
     drawer = object.__new__(drawing.Drawer)  # without loading
-    drawer.record, drawer.stages = {"config": {}}, [stage(size) for size in (64, 256, 1024)]
+    drawer.record = {"config": {}}
+    drawer.stages = [types.SimpleNamespace(size=size) for size in sizes]
     with pytest.raises(InterruptedError):
         drawing.draw(drawer, Requests(["a"], 1, 0), tmp_path, drawing.NO_IMAGE)
-    assert given == [64, 256]
+    assert given == sizes[:2]
 
 
 def test_a_changed_picture_is_named_and_drawn_again(tmp_path, monkeypatch, caplog):
@@ -270,9 +271,9 @@ def test_a_set_larger_than_the_disk_is_refused(tmp_path, monkeypatch):
     """Catches a disk that is full after a night of sampling, and sets that are not added up."""
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(drawing.shutil, "disk_usage", lambda _: usage(0, 0, 3 * 64**2 * 10))
-    drawing.check_disk(tmp_path, [(6, 64), (16, 32)])
+    drawing.check_disk(tmp_path, [(6, (64, 64)), (16, (16, 64))])
     with pytest.raises(ValueError, match=r"23 pictures need up to .* GiB, .* give another"):
-        drawing.check_disk(tmp_path, [(7, 64), (16, 32)])
+        drawing.check_disk(tmp_path, [(7, (64, 64)), (16, (16, 64))])
 
 
 def test_a_set_with_other_settings_is_drawn_whole(tmp_path):
@@ -286,7 +287,8 @@ def test_a_set_with_other_settings_is_drawn_whole(tmp_path):
         part = picture_set.part_path(tmp_path, first, "p")
         made = picture_set.PictureSet(tmp_path, requests, record, first, part)
         made.add(0, [np.zeros((size, size, 3), np.uint8) for size in (16, 64)])
-    left = lambda record: drawing.missing(requests, record, tmp_path, [16, 64])
-    assert left(record) == [(len(requests) - 1, 16), (len(requests) - 1, 64)]
+    sizes = [(16, 16), (64, 64)]
+    left = lambda record: drawing.missing(requests, record, tmp_path, sizes)
+    assert left(record) == [(len(requests) - 1, size) for size in sizes]
     other = record | {"config": {"which": "params"}}
-    assert left(other) == [(len(requests), 16), (len(requests), 64)]
+    assert left(other) == [(len(requests), size) for size in sizes]

@@ -156,7 +156,8 @@ def test_a_guidance_interval_that_no_level_tells_apart_is_refused(options, messa
 def test_the_stages_of_a_new_cascade_are_checked():
     """Wrong: an interval of a later stage that no level of its own grid lies in."""
     stage = create_stage(tiny.config(diffusion__schedule="linear"))
-    loaded = lambda **change: cascade.LoadedStage(stage, {}, {}, SECTION | change, {}, {}, print)
+    given = {}, {}, print, (8, 8)
+    loaded = lambda **change: cascade.LoadedStage(stage, {}, {}, SECTION | change, *given)
     cascade.check_intervals([loaded(), loaded(w_interval=[-10.0, 2.0])])
     with pytest.raises(ValueError, match="contains none of the 4 log-SNRs"):
         cascade.check_intervals([loaded(), loaded(w_interval=[-20.0, -11.0])])

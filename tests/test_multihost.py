@@ -267,7 +267,7 @@ class Program:
             leaves[7] = flip(leaves[7])
             state = state.replace(params=jax.tree.unflatten(structure, leaves))
         return state, metrics
-TrainProgram.lower = lambda self: Program(lower(self))
+TrainProgram.lower = lambda self, *bucket: Program(lower(self, *bucket))
 runpy.run_module("imagen_jax.train", run_name="__main__")
 """
 

@@ -184,7 +184,7 @@ def test_a_row_counts_once_its_files_and_its_line_are_whole(tmp_path, damage):
     that of an earlier stage, no contact sheet can be drawn.
     """
     images = [IMAGE, np.zeros((8, 8, 3), np.uint8)]
-    written = lambda: [row["row"] for row in picture_set.part_rows(tmp_path, 0, None, [4])]
+    written = lambda: [row["row"] for row in picture_set.part_rows(tmp_path, 0, None, [(4, 4)])]
     part = new_set(tmp_path)
     for row in (0, 1):
         part.add(row, images)
@@ -194,7 +194,7 @@ def test_a_row_counts_once_its_files_and_its_line_are_whole(tmp_path, damage):
         (tmp_path / f"0001_ein_k_se{damage}").unlink()
     assert written() == [0]
     with pytest.raises(ValueError, match="1 of 2 pictures .* are missing, row 1 first"):
-        dataclasses.replace(part, earlier=[4]).finish()
+        dataclasses.replace(part, earlier=[(4, 4)]).finish()
     new_set(tmp_path, process="later").add(1, images)
     assert written() == [0, 1]
     part.finish()

@@ -44,7 +44,7 @@ def test_a_photo_with_a_bad_rational_is_drawn_upright(tmp_path):
     """Catches struct.error as a traceback, from PIL writing the EXIF data back."""
     path = tmp_path / "phone.jpg"
     gradient(40, 30).save(path, exif=exif_with_a_bad_rational(6))
-    image = sample.read_image(str(path), 16)
+    image = sample.read_image(str(path), (16, 16))
     assert image.shape == (16, 16, 3) and image[0, 0, 1] > 200
 
 
@@ -54,14 +54,14 @@ def test_an_image_with_large_metadata_is_used(tmp_path):
     info.add_text("workflow", "node " * 300_000, zip=True)
     path = tmp_path / "generated.png"
     gradient(32, 32).save(path, pnginfo=info)
-    image = sample.read_image(str(path), 32)
+    image = sample.read_image(str(path), (32, 32))
     np.testing.assert_array_equal(image, np.asarray(gradient(32, 32)))
 
 
 def test_an_image_is_cut_square_and_shrunk(tmp_path):
     """Catches an image that is squeezed, or taken from a corner."""
     pictures.write_png(tmp_path / "x.png", np.asarray(gradient(60, 20)))
-    image = sample.read_image(str(tmp_path / "x.png"), 10)
+    image = sample.read_image(str(tmp_path / "x.png"), (10, 10))
     assert image.shape == (10, 10, 3) and image.dtype == np.uint8
     assert 80 < image[0, 0, 0] < image[0, -1, 0] < 175
 
@@ -70,8 +70,8 @@ def test_a_small_image_is_refused(tmp_path):
     """Catches an --image that is enlarged to blocks; a picture's record may still have one."""
     pictures.write_png(tmp_path / "x.png", np.asarray(gradient(60, 15)))
     with pytest.raises(ValueError, match="x.png is 60x15, but the first stage reads 16x16"):
-        sample.read_image(str(tmp_path / "x.png"), 16)
-    assert sample.read_image(str(tmp_path / "x.png"), 16, any_size=True).shape == (16, 16, 3)
+        sample.read_image(str(tmp_path / "x.png"), (16, 16))
+    assert sample.read_image(str(tmp_path / "x.png"), (16, 16), any_size=True).shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path, content, message):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         sample.check_image(str(tmp_path / "x.png"))
-        sample.read_image(str(tmp_path / "x.png"), 16)
+        sample.read_image(str(tmp_path / "x.png"), (16, 16))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_read_only_output_is_refused_before_drawing(tmp_path, monkeypatch):
         raise ValueError(f"--{flag} {path} cannot be written to")
 
     class Drawer:
-        def __init__(self, config, names):
+        def __init__(self, config, names, size):
             self.stages = [types.SimpleNamespace(stage=types.SimpleNamespace(lowres_size=0))]
 
     monkeypatch.setattr(drawing, "Drawer", Drawer)
@@ -231,10 +231,10 @@ def test_a_disk_that_is_too_small_is_refused_before_drawing(tmp_path, monkeypatc
     """Catches a disk that is full after hours, and pictures of earlier stages that need none."""
 
     class Drawer:
-        def __init__(self, config, names):
-            sizes = {"base": 64, "sr_1": 256}
-            make = lambda size: types.SimpleNamespace(lowres_size=0, image_size=size)
-            self.stages = [types.SimpleNamespace(stage=make(sizes[name])) for name in names]
+        def __init__(self, config, names, size):
+            sides = {"base": 64, "sr_1": 256}
+            self.sizes = [(sides[name], sides[name]) for name in names]
+            self.stages = [types.SimpleNamespace(stage=None) for _ in names]
             self.record = {"config": {}}
 
     usage = types.SimpleNamespace(free=3 * 2 * (64**2 + 256**2) - 1)
@@ -273,14 +273,14 @@ def test_contact_sheets_show_the_first_pictures(tmp_path, monkeypatch):
     manifest = tmp_path / "set_0003.jsonl"
     for count, names in {5: ["sheet_0003.png", "sheet_0005.png"], 1: ["sheet_0003.png"]}.items():
         manifest.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
-        sheets = picture_set.write_sheets(manifest, [8, 512])
+        sheets = picture_set.write_sheets(manifest, [(8, 8), (512, 512)])
         assert [path.name for path in sheets] == names
     sheet = np.asarray(Image.open(tmp_path / "sheet_0003.png"))
     assert (abs(sheet[100:110, -100:-20, 0].astype(int) - 100) < 20).all()  # grey, not stripes
 
 
 @pytest.mark.parametrize(
-    "name", ["config", "prompt", "prompts", "seed", "count", "stages", "image"]
+    "name", ["config", "prompt", "prompts", "seed", "count", "stages", "image", "size"]
 )
 def test_flags_that_a_record_replaces_are_refused(name):
     """Catches --prompt blue with --reproduce, which draws the prompt of the record."""

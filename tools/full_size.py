@@ -20,8 +20,9 @@ import numpy as np
 from absl import app, flags
 
 from configs import cascade as cascade_config
-from imagen_jax import cascade, schema, sharding
+from imagen_jax import cascade, sampling_parameters, schema, sharding
 from imagen_jax.stage import create_stage
+from imagen_jax.stage_sizes import square
 from imagen_jax.text_inputs import TextFeatures
 from imagen_jax.training.step import TrainProgram, forward_flops
 
@@ -57,7 +58,7 @@ def load(name: str, index: int, mesh: jax.sharding.Mesh) -> cascade.LoadedStage:
     variant = ":tiny" if flags.FLAGS.tiny else ""
     config = config_of(NAMES[name] + variant)
     stage = create_stage(config, mesh)
-    shapes = cascade.for_sampling(jax.eval_shape(stage.init, jax.random.key(0)), stage)
+    shapes = sampling_parameters.for_sampling(jax.eval_shape(stage.init, jax.random.key(0)), stage)
     rng = np.random.default_rng(index)
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: random_leaf(rng, path, leaf), shapes
@@ -65,9 +66,10 @@ def load(name: str, index: int, mesh: jax.sharding.Mesh) -> cascade.LoadedStage:
     sampling = schema.complete_sampling(
         cascade_config.get_config()[name].sampling.to_dict() | {"steps": flags.FLAGS.steps}
     )
-    shardings = cascade.parameter_shardings(params, mesh, config["mesh"])
+    shardings = sampling_parameters.parameter_shardings(params, mesh, config["mesh"])
     program = cascade.sample_program(stage, mesh, shardings, sampling, index)
-    return cascade.LoadedStage(stage, params, shardings, sampling, {}, {}, program)
+    given = sampling, {}, {}, program, square(stage.image_size)
+    return cascade.LoadedStage(stage, params, shardings, *given)
 
 
 def report(**fields: Any) -> None:

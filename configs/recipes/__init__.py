@@ -1,5 +1,5 @@
-"""Configs for published data sets: the configs of the paper's models with another number of steps,
-or smaller ones. docs/data-recipes.md prepares the data.
+"""Configs of the paper's models with changes: for published data sets (another number of steps, or
+smaller models; docs/data-recipes.md prepares the data), and for images of several aspect ratios.
 """
 
 

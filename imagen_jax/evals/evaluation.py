@@ -192,8 +192,8 @@ class Probe:
         """
         keys = self._row_keys(ERROR_NOISE, split, batch["index"])
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, bin_index)
-        side = batch["image"].shape[1]
-        draw = lambda key: jax.tree.map(lambda a: a[0], self.stage.draw(key, 1, side))
+        size = batch["image"].shape[1:3]
+        draw = lambda key: jax.tree.map(lambda a: a[0], self.stage.draw(key, 1, size))
         draws, logsnr = bins.noise_level(jax.vmap(draw)(keys), bin_index)
         for name in (name for name in draws if name.partition(".")[0] == DROP):
             draws[name] = jnp.zeros(keys.shape, bool)

@@ -34,6 +34,7 @@ from imagen_jax.evals.grid_comparison import PointResult
 from imagen_jax.evals.settings_grid import Axis, Node
 from imagen_jax.evals.suite_features import Loaded
 from imagen_jax.evals.suite_settings import Settings, check_networks
+from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import check_outputs, read_object, write_atomically, write_json
 
 RESULT, FIGURE, DIRECTORY = "grid.json", "pareto.png", "grid"
@@ -97,14 +98,14 @@ def check_loaded(drawer: drawing.Drawer, points: Sequence[Node], axes: Sequence[
 
 def missing(
     drawer: drawing.Drawer, points: Sequence[Node], directory: Path, requests: picture_set.Requests
-) -> Iterator[tuple[int, int]]:
-    """Yields (pictures to draw, size in pixels) of each set."""
+) -> Iterator[tuple[int, Size]]:
+    """Yields (pictures to draw, their size) of each set."""
     for loaded, level in zip(drawer.stages, settings_grid.levels(points)):
         for node in level:
             place = directory / node.directory / grid_pictures.PICTURES
             job = grid_pictures.job(drawer, node, requests)
             written = picture_set.count_written(place, job, len(requests))
-            yield len(requests) - written, loaded.stage.image_size
+            yield len(requests) - written, loaded.size
 
 
 def score_points(

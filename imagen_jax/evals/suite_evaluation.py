@@ -49,20 +49,21 @@ def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
     cascade.run_stages(settings.config, settings.stages, "--cascade")
     drawer = drawing.Drawer(settings.config, settings.stages)
     cascade.check_intervals(drawer.stages)
-    sizes, record = [loaded.stage.image_size for loaded in drawer.stages], drawer.record
+    sizes, record = drawer.sizes, drawer.record
+    side = sizes[-1][0]
     requests = settings.requests
     earlier_result.check(output / RESULT, drawn_from(settings, record))
     missing = drawing.missing(requests, record | drawing.NO_IMAGE, output / "pictures", sizes)
     drawing.check_disk(output, missing)
-    warnings = suite_references.check(settings, networks, sizes[-1])
-    references = suite_references.make(settings, sizes[-1], output / "reference")
+    warnings = suite_references.check(settings, networks, side)
+    references = suite_references.make(settings, side, output / "reference")
     drawing.check_prompts(drawer, requests.prompts)
     manifest = drawing.draw(drawer, requests, output / "pictures", drawing.NO_IMAGE)
     del drawer
     loaded = suite_features.load_networks(settings)
     rows, place = picture_set.manifest_rows(manifest), output / "features"
     features = suite_features.caption_features(settings, loaded, rows, place)
-    features |= suite_features.picture_features(settings, loaded, manifest, rows, sizes[-1], place)
+    features |= suite_features.picture_features(settings, loaded, manifest, rows, side, place)
     result = None
     if jax.process_index() == 0:
         scores = score(settings, features, references)

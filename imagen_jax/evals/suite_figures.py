@@ -9,13 +9,14 @@ import numpy as np
 from imagen_jax import picture_set
 from imagen_jax.evals import image_metrics
 from imagen_jax.pictures import figure_png
+from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import write_atomically
 
 Result = Mapping[str, Any]
 EXTRAPOLATION, CATEGORIES = "extrapolation.png", "categories.png"
 
 
-def write(result: Result, manifest: Path, sizes: Sequence[int], output: Path) -> list[Path]:
+def write(result: Result, manifest: Path, sizes: Sequence[Size], output: Path) -> list[Path]:
     """Writes the figures that a result has into the directory `output`; returns their paths.
 
     Removes figures of an earlier result that this one has no numbers for.

@@ -123,6 +123,11 @@ class EfficientUNet(nn.Module):
     attend: Attend = attend
     encoders: tuple[str, ...] = (UNNAMED,)
 
+    @property
+    def factor(self) -> int:
+        """The sides of images must be multiples of it."""
+        return 2 ** len(self.widths)
+
     @nn.compact
     def __call__(
         self,
@@ -162,9 +167,8 @@ class EfficientUNet(nn.Module):
                 f" {len(self.blocks)} and {len(self.attention)} entries; give one entry per level"
                 " in each"
             )
-        factor = 2 ** len(self.widths)
-        if z.shape[1] % factor or z.shape[2] % factor:
+        if z.shape[1] % self.factor or z.shape[2] % self.factor:
             raise ValueError(
                 f"an Efficient U-Net of {len(self.widths)} levels needs image sizes divisible by"
-                f" {factor}, not {z.shape[1:3]}"
+                f" {self.factor}, not {z.shape[1:3]}"
             )

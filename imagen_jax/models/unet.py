@@ -152,6 +152,11 @@ class UNet(nn.Module):
     attend: Attend = attend
     encoders: tuple[str, ...] = (UNNAMED,)
 
+    @property
+    def factor(self) -> int:
+        """The sides of images must be multiples of it."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
     @nn.compact
     def __call__(
         self,
@@ -211,9 +216,8 @@ class UNet(nn.Module):
             )
         if any(self.text_attention) and not self.cond_dim:
             raise ValueError("model.text_attention needs text; set model.cond_dim and text.dim")
-        factor = self.patch * 2 ** (len(self.multipliers) - 1)
-        if z.shape[1] % factor or z.shape[2] % factor:
+        if z.shape[1] % self.factor or z.shape[2] % self.factor:
             raise ValueError(
                 f"a U-Net of {len(self.multipliers)} levels and patch {self.patch} needs image"
-                f" sizes divisible by {factor}, not {z.shape[1:3]}"
+                f" sizes divisible by {self.factor}, not {z.shape[1:3]}"
             )

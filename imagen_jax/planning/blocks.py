@@ -78,14 +78,16 @@ def _shape(leaf: Any) -> Any:
 
 
 def find_blocks(stage: Stage, b: int) -> list[Block]:
-    """The blocks of a stage's loss for `b` images. Equal blocks are one entry.
+    """The blocks of a stage's loss for `b` images of the largest bucket. Equal ones are one entry.
 
     The modules are not wrapped by `model.remat`; `block_program` applies it.
     """
     stage = dataclasses.replace(stage, model=stage.model.clone(remat="none"))
-    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in stage.batch_shapes(b).items()}
+    size = stage.largest_bucket
+    shapes = stage.batch_shapes(b, size)
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
     params = jax.eval_shape(stage.init, jax.random.key(0))
-    loss = lambda p, x, key: stage.per_sample_loss(p, x, stage.draw(key, b), key)
+    loss = lambda p, x, key: stage.per_sample_loss(p, x, stage.draw(key, b, size), key)
     calls = block_calls(lambda: jax.eval_shape(loss, params, batch, jax.random.key(0)))
     blocks: dict[str, Block] = {}
     for path, (module, args) in calls.items():

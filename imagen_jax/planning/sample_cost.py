@@ -30,6 +30,7 @@ from imagen_jax.hardware.topology import parse as parse_topology
 from imagen_jax.planning import block_costs, cost, hlo, kernels, links, whole_step
 from imagen_jax.planning.cost_cache import COMPILERS, cached
 from imagen_jax.stage import Stage, create_stage, sampling_rules
+from imagen_jax.stage_sizes import square
 
 # What is cached of a compiled program: its peak in bytes per device, and the sums of `_sums` if
 # every evaluation is guided, and if none is. Both are empty if it does not fit.
@@ -66,7 +67,7 @@ def evaluation_flops(config: Mapping[str, Any]) -> float:
 
     def prepare(params, batch):
         cond = stage.cond(batch) | ({"lowres_logsnr": logsnr} if stage.lowres_size else {})
-        return stage.with_text_values(params, cond, size)
+        return stage.with_text_values(params, cond, square(size))
 
     def evaluate(params, z, cond):
         return stage.denoiser(params)(z, logsnr, cond)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from imagen_jax import cascade, schema, sharding
+from imagen_jax import cascade, sampling_parameters, schema, sharding
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.planning import encoder_plan, sample_cost, whole_step
 from imagen_jax.planning.compile_pool import compile_pool
@@ -73,7 +73,7 @@ class Part:
     @property
     def bytes(self) -> int:
         """The parameters on one device."""
-        return cascade.bytes_per_device(self.params, self.shardings)
+        return sampling_parameters.bytes_per_device(self.params, self.shardings)
 
 
 def checkpoint_config(path: str) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _part(
     if stage.text_dim:
         check_interval(sampling, stage.schedule)
     params, _ = whole_step.sampling_inputs(stage, 1)
-    shardings = cascade.parameter_shardings(params, mesh, config["mesh"])
+    shardings = sampling_parameters.parameter_shardings(params, mesh, config["mesh"])
     return Part(name, source, config, sampling, stage, params, shardings)
 
 

@@ -164,7 +164,8 @@ def describe(
     exact: bool,
 ) -> dict[str, Any]:
     """The part of a plan that needs no compiled text: sizes, FLOPs and memory."""
-    flops = 3 * forward_flops(create_stage(config))
+    stage = create_stage(config)
+    flops = 3 * forward_flops(stage, stage.largest_bucket)
     images = config["data"]["batch_size"]
     mesh = config["mesh"]
     return {

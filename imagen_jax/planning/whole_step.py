@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from imagen_jax import cascade, sharding
+from imagen_jax import cascade, sampling_parameters, sharding
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.planning import hlo, links
 from imagen_jax.stage import Params, Stage
@@ -163,7 +163,8 @@ def activation_bytes(program: TrainProgram) -> int:
     """Bytes per device of the arrays with one row per image that the backward pass stores, as
     traced.
     """
-    sizes = program.mesh.shape
+    sizes, stage = program.mesh.shape, program.stage
+    size = stage.largest_bucket
     images = next(iter(program.batch.values())).shape[0] // program.accumulation
     batch = {
         name: jax.ShapeDtypeStruct((images, *leaf.shape[1:]), leaf.dtype)
@@ -172,7 +173,7 @@ def activation_bytes(program: TrainProgram) -> int:
 
     def backward(params, batch, key):
         loss = lambda p: jnp.sum(
-            program.stage.per_sample_loss(p, batch, program.stage.draw(key, images), key)
+            stage.per_sample_loss(p, batch, stage.draw(key, images, size), key)
         )
         return jax.vjp(loss, params)[1]
 
@@ -236,18 +237,19 @@ def images_program(
     """(`cascade.sample_program` of a stage, its arguments for `rows` full-size images as shapes).
 
     stage: created for `mesh`.
-    section: the section `mesh` of the stage's training config, see `cascade.parameter_shardings`.
+    section: the section `mesh` of the stage's training config, see
+        `sampling_parameters.parameter_shardings`.
     sampling, index: see `cascade.sample_program`.
     """
     params, batch = sampling_inputs(stage, rows)
-    shardings = cascade.parameter_shardings(params, mesh, section)
+    shardings = sampling_parameters.parameter_shardings(params, mesh, section)
     program = cascade.sample_program(stage, mesh, shardings, sampling, index)
     return program, (params, batch)
 
 
 def sampling_inputs(stage: Stage, rows: int) -> tuple[Params, dict[str, jax.ShapeDtypeStruct]]:
     """The arguments of `cascade.sample_program` as shapes; allocates nothing."""
-    params = cascade.for_sampling(jax.eval_shape(stage.init, jax.random.key(0)), stage)
+    params = sampling_parameters.for_sampling(jax.eval_shape(stage.init, jax.random.key(0)), stage)
     low = stage.lowres_size
     shapes = stage.batch_shapes(rows) | {"seed": ((rows,), jnp.uint32)}
     shapes |= {"lowres": ((rows, low, low, 3), jnp.uint8)} if low else {}

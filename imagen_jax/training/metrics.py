@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from imagen_jax import run_log
+from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import write_json
 from imagen_jax.training.run import Run
 
@@ -37,16 +38,17 @@ class TrainingMetrics:
         self._run, self._workdir, self._progress = run, workdir, progress
         self._queue: collections.deque = collections.deque()
         self._last_step, self._draining, self.unlogged = done, False, list(unlogged)
+        self._buckets: list[Size] = []  # of the steps since the clock was read
         first = jax.process_index() == 0
         self.writer = run_log.MetricsWriter(workdir, done - len(unlogged), first, validated=done)
         self.clock = run_log.StepClock(run.config["data"]["batch_size"], done)
 
-    def add(self, step: int, device_metrics: Mapping[str, Any]) -> None:
-        """Queues the metrics of a step.
+    def add(self, step: int, device_metrics: Mapping[str, Any], bucket: Size) -> None:
+        """Queues the metrics of a step on images of the size `bucket`.
 
         Raises FloatingPointError if an earlier step was not finite.
         """
-        self._queue.append((step, device_metrics))
+        self._queue.append((step, device_metrics, bucket))
         if len(self._queue) > IN_FLIGHT:
             self._process_oldest()
 
@@ -58,12 +60,13 @@ class TrainingMetrics:
         self._draining = False
 
     def _process_oldest(self) -> None:
-        step, device_metrics = self._queue.popleft()
+        step, device_metrics, bucket = self._queue.popleft()
         values = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
         bad_step = int(values.pop("bad_step"))
         if bad_step >= 0:
             raise FloatingPointError(report_bad_step(self._run, self._workdir, bad_step))
         self._last_step = step
+        self._buckets.append(bucket)
         self.unlogged.append(values)
         self._progress.update(self._last_step, loss=values["loss"])
         if self._last_step % self._run.config["train"]["log_every"] == 0:
@@ -78,7 +81,10 @@ class TrainingMetrics:
         # `settle` fetches several steps at once. The time between them is not a step time, so a row
         # of only these steps gets no rates.
         has_step_time = not self._draining or len(self.unlogged) > IN_FLIGHT
-        rates = self._run.rates(self.clock.read(self._last_step)) if has_step_time else {}
+        rates = {}
+        if has_step_time:
+            rates = self._run.rates(self.clock.read(self._last_step), self._buckets)
+            self._buckets = []
         self.writer.scalars(self._last_step, means | rates)
 
     def __enter__(self) -> "TrainingMetrics":

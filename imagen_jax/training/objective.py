@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from imagen_jax.diffusion.loss import Draws
 from imagen_jax.stage import Batch, Params
+from imagen_jax.stage_sizes import Size
 
 
 @runtime_checkable
@@ -21,8 +22,11 @@ class Objective(Protocol):
     def init(self, key: Key[Array, ""]) -> Params:
         """Initial trainable parameters. Call it under jit or `jax.eval_shape`."""
 
-    def draw(self, key: Key[Array, ""], b: int) -> Draws:
-        """The random numbers of a step for a whole batch: arrays [b ...]."""
+    def draw(self, key: Key[Array, ""], b: int, size: Size) -> Draws:
+        """The random numbers of a step for a whole batch: arrays [b ...].
+
+        size: (height, width) of the images of the batch in pixels.
+        """
 
     def per_sample_loss(
         self,

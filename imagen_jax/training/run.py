@@ -5,6 +5,8 @@ The train step is not compiled here.
 
 import dataclasses
 import logging
+import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +14,13 @@ import jax
 
 from imagen_jax import cascade, encoder_identity, sharding
 from imagen_jax.data import pipeline
+from imagen_jax.data.example_text import Reading, StoredText, read_stored
+from imagen_jax.data.records import Prepared
 from imagen_jax.hardware import chips
+from imagen_jax.online_text import OnlineText
 from imagen_jax.stage import RNG, check_interval, create_stage
-from imagen_jax.text_inputs import text_inputs
+from imagen_jax.stage_sizes import Size, text
+from imagen_jax.text_inputs import TextInput, is_text, text_inputs
 from imagen_jax.training import state
 from imagen_jax.training.step import TrainProgram, forward_flops
 from imagen_jax.weights import checkpoint
@@ -31,35 +37,49 @@ class Run:
     config: complete config, checked as that of a new run (see `schema.complete`).
     meta: identity of the run; saved with every checkpoint and compared on resume.
     program: the train step on the mesh.
-    flops_per_image: model FLOPs per image, forward and backward, without rematerialization.
+    flops_per_image: for each bucket the model FLOPs per image, forward and backward, without
+        rematerialization.
     peak_flops: peak FLOP/s of all devices together.
     overfit: every step has the first batch.
+    online: the text encoders of a run with text.online.
     """
 
     config: Mapping[str, Any]
     meta: Mapping[str, Any]
     program: TrainProgram
-    flops_per_image: float
+    flops_per_image: Mapping[Size, float]
     peak_flops: float
     overfit: bool
+    online: OnlineText | None = None
 
     @classmethod
     def create(cls, config: Mapping[str, Any], overfit: bool = False) -> "Run":
         """Builds a run and checks its complete config against data and devices.
 
-        Allocates no arrays. Raises ValueError for a config that does not fit data or devices.
+        Allocates only the weights of online text encoders. Raises ValueError for a config that does
+        not fit data or devices.
         """
         check_interval(config["sampling"], config["diffusion"]["schedule"])
         mesh = sharding.make_mesh(config["mesh"])
-        data = pipeline.open_prepared(config["data"])
-        if not config["text"]["online"]:
-            data.check_text(text_inputs(config))
+        data = pipeline.open_sets(config["data"])
+        online = OnlineText.load(config, mesh) if config["text"]["online"] else None
+        if online:
+            encoders = encoder_identity.stored(online.identities)
+            _report_cuts(online, data)
+        else:
+            encoders = encoder_identity.stored(data[0].encoders)
+            _check_stored(data, text_inputs(config))
+        shares = pipeline.bucket_shares(config["data"])
         program = TrainProgram.create(config, mesh)
         peak, source = chips.peak_flops(mesh.devices.flat[0])
-        meta = {"config": config, "encoder": data.encoder, "manifest_hash": data.hash, "rng": RNG}
-        flops = 3 * forward_flops(create_stage(config))
-        run = cls(config, meta, program, flops, peak * mesh.size, overfit)
+        meta = {"config": config, "encoder": encoders, "rng": RNG}
+        meta |= pipeline.identity(config["data"])
+        stage = create_stage(config)
+        flops = {bucket: 3 * forward_flops(stage, bucket) for bucket in stage.buckets}
+        run = cls(config, meta, program, flops, peak * mesh.size, overfit, online)
         run.describe(source)
+        for share in shares:
+            log.info("%s", share)
         return run
 
     def describe(self, peak_source: str) -> None:
@@ -70,12 +90,13 @@ class Run:
         log.info(
             "%s: %s parameters on %s", self.config["name"], f"{parameters:,}", shape or "one device"
         )
-        log.info(
-            "%.4g GFLOP per image; peak %.4g TFLOP/s (%s)",
-            self.flops_per_image / 1e9,
-            self.peak_flops / 1e12,
-            peak_source,
-        )
+        for bucket, flops in self.flops_per_image.items():
+            # The size is named only where there are several.
+            of = f" of {text(bucket)} pixels" if len(self.flops_per_image) > 1 else ""
+            log.info(
+                "%.4g GFLOP per image%s; peak %.4g TFLOP/s (%s)",
+                *(flops / 1e9, of, self.peak_flops / 1e12, peak_source),
+            )
         for row in state.bytes_table(program.abstract, program.shardings):
             if row["bytes"] > MIN_LOGGED_BYTES:
                 log.info(
@@ -119,24 +140,81 @@ class Run:
     def batches(self, step: int, rows: Sequence[int] | None = None) -> Iterator[pipeline.Batch]:
         """The training batches of `step`, step + 1, ... (see `pipeline.batches`)."""
         step = 0 if self.overfit else step
-        data = pipeline.batches(self.config["data"], self.config["seed"], step, "train", rows)
+        text = self.online.tokens if self.online else StoredText(text_inputs(self.config))
+        data = pipeline.batches(
+            self.config["data"], self.config["seed"], step, rows=rows, text=text
+        )
         return repeat_first(data) if self.overfit else data
 
     def place(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Moves the fields that the step reads from a host batch to the mesh."""
-        fields = {name: batch[name] for name in self.program.batch}
-        return sharding.place_batch(fields, self.program.mesh)
+        """Moves the fields that the step reads from a host batch to the mesh.
 
-    def rates(self, times: Mapping[str, float]) -> dict[str, float]:
-        """Adds model TFLOP/s and MFU (without rematerialization) to an interval's times."""
+        With text.online the text features are computed there, asynchronously.
+        """
+        names = [name for name in self.program.batch if not (self.online and is_text(name))]
+        placed = sharding.place_batch({name: batch[name] for name in names}, self.program.mesh)
+        return placed | (self.online.place(batch) if self.online else {})
+
+    @property
+    def reading(self) -> Reading:
+        """How rows of a validation get their text."""
+        inputs = text_inputs(self.config)
+        if self.online is None:
+            return read_stored(inputs)
+        of_captions, rows = self.online.of_captions, self.config["data"]["batch_size"]
+        return lambda prepared, caption_ids: of_captions(prepared, caption_ids, rows)
+
+    def compile_steps(self) -> dict[Size, Any]:
+        """The compiled train step of each bucket; compiling one takes minutes at full size."""
+        steps = {}
+        for bucket in self.program.batches:
+            started = time.monotonic()
+            steps[bucket] = self.program.lower(bucket).compile()
+            of = f" for images of {text(bucket)}" if len(self.program.batches) > 1 else ""
+            log.info("step compiled%s in %.0f s", of, time.monotonic() - started)
+        return steps
+
+    def bucket_of(self, batch: Mapping[str, Any]) -> Size:
+        """The size of the images of a batch. Raises ValueError if it is not one of the buckets."""
+        height, width = batch["image"].shape[1:3]
+        if (height, width) not in self.program.batches:
+            buckets = ", ".join(map(text, self.program.batches))
+            raise ValueError(
+                f"a batch has images of {height}x{width}, but the train step is compiled for"
+                f" {buckets}: make data.buckets and the data agree"
+            )
+        return height, width
+
+    def rates(self, times: Mapping[str, float], buckets: Sequence[Size]) -> dict[str, float]:
+        """Adds model TFLOP/s and MFU (without rematerialization) to an interval's times.
+
+        buckets: the image sizes of the steps of the interval.
+        """
         if not times:
             return {}
-        flops = self.flops_per_image * times["time/images_per_s"]
+        per_image = statistics.fmean(self.flops_per_image[bucket] for bucket in buckets)
+        flops = per_image * times["time/images_per_s"]
         return {
             **times,
             "time/model_tflops_per_s": flops / 1e12,
             "time/mfu": flops / self.peak_flops,
         }
+
+
+def _check_stored(data: Sequence[Prepared], inputs: Sequence[TextInput]) -> None:
+    """Raises ValueError unless all sets have the features that a stage reads, of one encoder."""
+    encoders = encoder_identity.stored(data[0].encoders)
+    for one in data:
+        one.check_text(inputs)
+        who = f"{data[0].path} and {one.path} in data.mixture"
+        encoder_identity.check_encoder(encoders, encoder_identity.stored(one.encoders), who)
+
+
+def _report_cuts(online: OnlineText, data: Sequence[Prepared]) -> None:
+    """Logs the share of captions that are longer than the stage's input."""
+    for one in data:
+        if share := online.cut_share(one):
+            log.warning("about %.2g %% of the captions of %s are cut", 100 * share, one.path)
 
 
 def repeat_first(

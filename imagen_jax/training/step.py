@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from imagen_jax import sharding
 from imagen_jax.stage import PINNED, Batch, Params, Stage, create_stage, random_key
+from imagen_jax.stage_sizes import Size
 from imagen_jax.training import ema
 from imagen_jax.training.objective import Objective
 from imagen_jax.training.optim import learning_rate, make_optimizer
@@ -52,7 +53,7 @@ def loss_and_grad(
     """
     b = batch["image"].shape[0]
     draw_key, dropout_key = jax.random.split(key)
-    draws = objective.draw(draw_key, b)
+    draws = objective.draw(draw_key, b, batch["image"].shape[1:3])
 
     def part_loss(params, part, i):
         batch, draws = part
@@ -140,7 +141,7 @@ class TrainProgram:
     step: the jitted step.
     abstract: the state as shapes with shardings.
     shardings: shardings of the state.
-    batch: the batch as shapes with shardings.
+    batches: for each bucket the batch as shapes with shardings.
     accumulation: number of micro-batches per batch (gradient accumulation).
     """
 
@@ -150,7 +151,7 @@ class TrainProgram:
     step: Any
     abstract: TrainState
     shardings: TrainState
-    batch: Mapping[str, jax.ShapeDtypeStruct]
+    batches: Mapping[Size, Mapping[str, jax.ShapeDtypeStruct]]
     accumulation: int
 
     @classmethod
@@ -183,9 +184,12 @@ class TrainProgram:
             out_shardings=(shardings, sharding.replicated(mesh)),
             compiler_options=sharding.compiler_options(mesh),
         )
-        batch = {
-            name: jax.ShapeDtypeStruct(*shape, sharding=over_rows)
-            for name, shape in stage.batch_shapes(rows).items()
+        batches = {
+            bucket: {
+                name: jax.ShapeDtypeStruct(*shape, sharding=over_rows)
+                for name, shape in stage.batch_shapes(rows, bucket).items()
+            }
+            for bucket in stage.buckets
         }
         return cls(
             stage,
@@ -194,24 +198,35 @@ class TrainProgram:
             jitted,
             abstract,
             shardings,
-            batch,
+            batches,
             config["optim"]["accumulation"],
         )
 
-    def lower(self) -> Any:
-        """The step traced and lowered for its mesh; its `.compile()` takes minutes."""
-        return self.step.lower(self.abstract, self.batch)
+    @property
+    def batch(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """The batch of the largest bucket, as shapes with shardings."""
+        return self.batches[self.stage.largest_bucket]
+
+    def lower(self, bucket: Size | None = None) -> Any:
+        """The step traced and lowered for its mesh; its `.compile()` takes minutes.
+
+        bucket: the size of the images; None for the largest bucket.
+        """
+        return self.step.lower(self.abstract, self.batches[bucket] if bucket else self.batch)
 
 
-def forward_flops(stage: Stage) -> float:
+def forward_flops(stage: Stage, size: Size | None = None) -> float:
     """FLOPs of the loss of one sample, forward only, as XLA counts them in the traced program.
 
     A training step costs three times that. Give a `stage` without a mesh: XLA does not count inside
     TPU kernels. The CPU backend counts, because the plugins of GPUs and TPUs cannot before they
     compile; `cli.set_up_jax` keeps the CPU available.
+
+    size: of the images; None for squares of the stage's `train_size`.
     """
-    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in stage.batch_shapes(1).items()}
+    shapes = stage.batch_shapes(1, size)
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
     params = jax.eval_shape(stage.init, jax.random.key(0))
-    loss = lambda params, batch, key: stage.per_sample_loss(params, batch, stage.draw(key, 1))
+    loss = lambda params, batch, key: stage.per_sample_loss(params, batch, stage.draw(key, 1, size))
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return float(jax.jit(loss).lower(params, batch, jax.random.key(0)).cost_analysis()["flops"])

@@ -46,9 +46,9 @@ def test_a_point_equals_the_cascade_and_is_drawn_once(make_drawer, tmp_path, mon
         drawn.append((stages[0].sampling["w"], stages[0].stage.lowres_size, list(rows)))
         return generate(stages, seeds, text, batch_size, lowres, rows)
 
-    def counted_program(stage, mesh, shardings, sampling, index):
+    def counted_program(stage, mesh, shardings, sampling, index, size):
         programs.append((index, sampling["w"], sampling["aug_level"]))
-        return program(stage, mesh, shardings, sampling, index)
+        return program(stage, mesh, shardings, sampling, index, size)
 
     drawer = make_drawer()
     encoder = drawer.encoder
@@ -125,7 +125,7 @@ def test_pictures_of_other_prompts_do_not_count_as_drawn(make_drawer, tmp_path):
             for row in range(pictures):
                 made.add(row, [np.zeros((8, 8, 3), np.uint8)])
     found = list(grid_evaluation.missing(drawer, points, tmp_path, REQUESTS))
-    assert found == [(3, 8), (4, 16), (4, 16)]
+    assert found == [(3, (8, 8)), (4, (16, 16)), (4, (16, 16))]
 
 
 def test_processes_agree_on_the_points_and_on_each_field(make_drawer):

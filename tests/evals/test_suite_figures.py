@@ -40,7 +40,7 @@ def test_a_result_gets_the_figures_that_it_has_numbers_for(tmp_path, manifest):
     }
     names = lambda result: [
         path.relative_to(tmp_path).as_posix()
-        for path in suite_figures.write(result, manifest, [4, 8], tmp_path)
+        for path in suite_figures.write(result, manifest, [(4, 4), (8, 8)], tmp_path)
     ]
     assert names({"metrics": {}}) == ["sheet_0000.png"]
     assert names(full) == ["sheet_0000.png", "extrapolation.png", "categories.png"]
