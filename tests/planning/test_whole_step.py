@@ -1,6 +1,5 @@
 """Memory of the train step and the sampler, from shapes, shardings and compiler messages."""
 
-
 import jax
 import pytest
 
