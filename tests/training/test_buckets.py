@@ -1,0 +1,137 @@
+"""Training on images of several sizes: one compiled step for each, chosen by the batch."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax import schema, sharding, train
+from imagen_jax.data import pipeline
+from imagen_jax.distributed.watch import Watch
+from imagen_jax.run_log import read_metrics
+from imagen_jax.stage import create_stage
+from imagen_jax.training.run import Run
+from imagen_jax.training.step import forward_flops
+from imagen_jax.weights.checkpoint import load_params
+from tests import tiny
+from tests.data import synthetic
+
+BUCKETS = {"base_64": ((8, 8), (4, 12)), "sr_256": ((24, 8), (16, 16))}
+ONE_LEVEL = {"base_64": tiny.ONE_LEVEL_UNET, "sr_256": tiny.ONE_LEVEL_FIELDS}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return synthetic.write_prepared(tmp_path_factory.mktemp("data") / "data", images=8, size=32)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """One device compiles faster."""
+    mesh = sharding.batch_mesh(jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: mesh)
+
+
+@pytest.fixture(autouse=True)
+def batches(monkeypatch):
+    """Batches whose bucket depends on the step: the first one in steps 0, 2 ... and so on."""
+
+    def of_steps(cfg, seed, start, split, rows=None, **_):
+        step, size, low = start, cfg["image_size"], cfg["lowres_size"]
+        rows = list(range(cfg["batch_size"]) if rows is None else rows)
+        while True:
+            rng = np.random.default_rng([seed, step])
+            height, width = cfg["buckets"][step % len(cfg["buckets"])]
+            shapes = {"image": (height, width)}
+            if low:
+                shapes["lowres"] = height * low // size, width * low // size
+            draw = lambda *shape: rng.integers(0, 256, (cfg["batch_size"], *shape, 3), np.uint8)
+            batch = {name: draw(*shape)[rows] for name, shape in shapes.items()}
+            text = rng.standard_normal((len(rows), cfg["text_length"], synthetic.DIM))
+            batch |= {"text": text.astype(jnp.bfloat16), "text_mask": np.ones(text.shape[:2], bool)}
+            yield batch | {"index": np.array(rows), "caption_id": np.array(rows)}
+            step += 1
+
+    monkeypatch.setattr(pipeline, "batches", of_steps)
+
+
+def config_of(name, data, **changes):
+    changes = ONE_LEVEL[name] | {"data__path": str(data), "data__buckets": BUCKETS[name]} | changes
+    config = tiny.config(name, train__steps=4, train__save_every=2, train__log_every=1, **changes)
+    config["text"]["dim"] = synthetic.DIM
+    return schema.complete(config, new=True)
+
+
+def trained(config, workdir, **more):
+    return train.train(config, workdir, (0, 0), 0.0, "", Watch(100.0), **more)
+
+
+@pytest.mark.parametrize("name", BUCKETS)
+def test_a_run_trains_on_both_sizes_and_resumes(name, data, tmp_path, caplog):
+    """Catches a step compiled for one size, height and width exchanged, a low-res image that keeps
+    the square's size, and a resume that begins with another bucket.
+    """
+    caplog.set_level("INFO")
+    assert trained(config_of(name, data), tmp_path) == 0
+    for size in BUCKETS[name]:
+        assert f"step compiled for images of {size[0]}x{size[1]} in" in caplog.text
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    whole, _ = load_params(str(tmp_path), "params")
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    assert trained(config_of(name, data), tmp_path) == 0
+    assert [row["loss"] for row in read_metrics(tmp_path)] == [row["loss"] for row in rows]
+    resumed, _ = load_params(str(tmp_path), "params")
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
+def test_overfit_trains_on_the_first_bucket(data, tmp_path):
+    """Catches a self-test that has no program for its only batch."""
+    config = config_of("base_64", data, optim__lr=3e-3)
+    assert trained(train.self_test(config, 2), tmp_path, overfit=2) in (0, 1)
+
+
+def test_the_rate_counts_the_flops_of_the_steps(data):
+    """Catches an MFU by the FLOPs of the square, or of all buckets alike."""
+    config = config_of("base_64", data)
+    run, stage = Run.create(config), create_stage(config)
+    small, large = (3 * forward_flops(stage, size) for size in ((4, 12), (8, 8)))
+    assert small < 0.9 * large
+    times = {"time/images_per_s": 10.0}
+    rates = run.rates(times, [(8, 8), (4, 12), (4, 12), (4, 12)])
+    expected = 10.0 * (large + 3 * small) / 4
+    assert rates["time/model_tflops_per_s"] == pytest.approx(expected / 1e12)
+    assert rates["time/mfu"] == pytest.approx(expected / run.peak_flops)
+    assert run.program.stage.largest_bucket == (8, 8)
+
+
+def test_a_batch_of_another_size_is_named(data):
+    """Catches a KeyError, or an image that the trainer resizes."""
+    run = Run.create(config_of("base_64", data))
+    batch = {"image": np.zeros((8, 12, 4, 3), np.uint8)}
+    with pytest.raises(ValueError, match="images of 12x4, .* compiled for 8x8, 4x12: make data.b"):
+        run.bucket_of(batch)
+
+
+def test_a_stage_without_buckets_has_the_shapes_of_the_square(data):
+    """Catches a bucket of another size in a config that has none, also with crops."""
+    for name, sides in {"base_64": (8, None), "sr_256": (16, 8), "sr_1024": (16, 8)}.items():
+        config = tiny.config(name)
+        stage = create_stage(schema.complete(config, new=True))
+        side, low = sides
+        assert stage.buckets == ((side, side),)
+        shapes = stage.batch_shapes(2)
+        assert shapes == stage.batch_shapes(2, (side, side))
+        assert shapes["image"][0] == (2, side, side, 3)
+        assert shapes.get("lowres", [None])[0] == (low and (2, low, low, 3))
+        draws = jax.eval_shape(lambda: stage.draw(jax.random.key(0), 2))
+        assert draws["eps"].shape == (2, side, side, 3)
+
+
+def test_a_saved_config_keeps_its_buckets():
+    """Catches lists, as JSON has them, that are no dictionary keys."""
+    config = json.loads(json.dumps(tiny.config("base_64", data__buckets=((4, 12), (8, 8)))))
+    assert create_stage(config).buckets == ((4, 12), (8, 8))
