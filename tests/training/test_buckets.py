@@ -28,11 +28,18 @@ def data(tmp_path_factory):
     return synthetic.write_prepared(tmp_path_factory.mktemp("data") / "data", images=8, size=32)
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
     """One device compiles faster."""
     mesh = sharding.batch_mesh(jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda sizes: mesh)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(data, one_device):
+    return Run.create(config_of("base_64", data))
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +76,7 @@ def trained(config, workdir, **more):
     return train.train(config, workdir, (0, 0), 0.0, "", Watch(100.0), **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUCKETS)
 def test_a_run_trains_on_both_sizes_and_resumes(name, data, tmp_path, caplog):
     """Catches a step compiled for one size, height and width exchanged, a low-res image that keeps
@@ -88,16 +96,27 @@ def test_a_run_trains_on_both_sizes_and_resumes(name, data, tmp_path, caplog):
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
+@pytest.mark.slow
 def test_overfit_trains_on_the_first_bucket(data, tmp_path):
     """Catches a self-test that has no program for its only batch."""
     config = config_of("base_64", data, optim__lr=3e-3)
     assert trained(train.self_test(config, 2), tmp_path, overfit=2) in (0, 1)
 
 
-def test_the_rate_counts_the_flops_of_the_steps(data):
+def test_a_step_is_traced_for_each_size(run):
+    """Catches noise, or a low-res image, of the square's size in the step of another size."""
+    for size in BUCKETS["base_64"]:
+        state, metrics = run.program.step.trace(
+            run.program.abstract, run.program.batches[size]
+        ).out_info
+        assert run.program.batches[size]["image"].shape == (8, *size, 3)
+        assert metrics["loss"].shape == () and state.step.shape == ()
+    assert run.program.batch is run.program.batches[8, 8]
+
+
+def test_the_rate_counts_the_flops_of_the_steps(data, run):
     """Catches an MFU by the FLOPs of the square, or of all buckets alike."""
-    config = config_of("base_64", data)
-    run, stage = Run.create(config), create_stage(config)
+    stage = create_stage(config_of("base_64", data))
     small, large = (3 * forward_flops(stage, size) for size in ((4, 12), (8, 8)))
     assert small < 0.9 * large
     times = {"time/images_per_s": 10.0}
@@ -108,9 +127,8 @@ def test_the_rate_counts_the_flops_of_the_steps(data):
     assert run.program.stage.largest_bucket == (8, 8)
 
 
-def test_a_batch_of_another_size_is_named(data):
+def test_a_batch_of_another_size_is_named(run):
     """Catches a KeyError, or an image that the trainer resizes."""
-    run = Run.create(config_of("base_64", data))
     batch = {"image": np.zeros((8, 12, 4, 3), np.uint8)}
     with pytest.raises(ValueError, match="images of 12x4, .* compiled for 8x8, 4x12: make data.b"):
         run.bucket_of(batch)
