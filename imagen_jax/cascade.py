@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, BFloat16, Bool, Key, Shaped, UInt8, UInt32
+from jaxtyping import Array, Bool, Key, Shaped, UInt8, UInt32
 
 from imagen_jax import sampling_parameters, schema, sharding
 from imagen_jax.data.transforms import pad_text
 from imagen_jax.distributed import agreement
+from imagen_jax.encoder_identity import check_encoder
 from imagen_jax.row_batches import RowBatch, most_held, row_batches
 from imagen_jax.stage import (
     Batch,
@@ -35,18 +36,14 @@ from imagen_jax.stage import (
 )
 from imagen_jax.stage_sizes import Size, square
 from imagen_jax.storage import check_object
+from imagen_jax.text_inputs import MASK, POOLED, TEXT, TextFeatures, key
 from imagen_jax.weights import checkpoint
 from imagen_jax.weights.leaves import check_fit
 
-Features = BFloat16[np.ndarray, "_ d"]  # of one text, unpadded; each has its own length
+Features = Mapping[str, TextFeatures]  # of one text, by the names of the text inputs
 STAGES = ("base", "sr_1", "sr_2")  # the names in a cascade config, in order
 # What train stores with the weights: {name: type}.
 STAGE_META = {"config": dict, "encoder": dict, "manifest_hash": str}
-# Fields of an encoder's identity that determine its features; T5 has only the first three.
-SAME_TEXT = (
-    *("weights_sha256", "tokenizer_sha256", "dim"),
-    *("family", "activation", "layer", "final_norm", "pooling"),
-)
 RESIDENT_SHARE = 0.5  # of a device's memory; larger parameters are placed stage by stage
 GROUP_BYTES = 2**28  # of the images of earlier stages, if stages are placed one after the other
 
@@ -58,7 +55,8 @@ class LoadedStage:
     params: on the mesh, or on the host if the stages do not fit on the devices together.
     shardings: of the parameters on the mesh.
     sampling: the config section of that name.
-    encoder: identity of the text encoder that the stage was trained with.
+    encoder: identity of the text encoder that the stage was trained with, or of several, see
+        imagen_jax/encoder_identity.py.
     identity: provenance of the parameters: path, stage name, step, which weights, manifest hash and
         checksum.
     sample: the result of `sample_program`.
@@ -276,21 +274,6 @@ def check_intervals(stages: Sequence[LoadedStage]) -> None:
             check_interval(loaded.sampling, loaded.stage.schedule)
 
 
-def check_encoder(a: Mapping[str, Any], b: Mapping[str, Any], who: str) -> None:
-    """Raises ValueError unless both identities agree in weights, tokenizer, layer and pooling.
-
-    who: the two things that are compared, the subject of the message.
-    """
-    differ = [
-        f"{key}: {a.get(key)} and {b.get(key)}" for key in SAME_TEXT if a.get(key) != b.get(key)
-    ]
-    if differ:
-        raise ValueError(
-            f"{who} do not share a text encoder ({'; '.join(differ)}); use stages that were"
-            " trained with the same text encoder"
-        )
-
-
 def sample_keys(seeds: Sequence[int] | UInt32[Array, "b"], stage_index: int) -> Key[Array, "b"]:
     """PRNG keys [b], one per picture, from its seed and the stage's position in the cascade."""
     key = lambda seed: jax.random.fold_in(random_key(seed), stage_index)
@@ -311,7 +294,7 @@ def generate(
     rows; each reads the seeds, texts and low-res images of the rows that it holds only.
 
     seeds: one per row.
-    text: row -> its unpadded features [l d].
+    text: row -> its features, unpadded, by the names of the text inputs.
     batch_size: rows per batch, see `row_batches`. The last batch is padded with its last row, so
         each stage is compiled once; padding is never returned.
     lowres: input of the first stage per row if that is a super-resolution stage; may be lazy.
@@ -405,11 +388,15 @@ def _held(
 
 
 def pad_rows(features: Sequence[Features], stage: Stage) -> dict[str, Shaped[np.ndarray, "b ..."]]:
-    """{"text": [b l d], "text_mask": [b l]} for a stage; {} for a stage without text.
+    """The text fields of a stage for these texts (see `Stage.batch_shapes`); {} without text.
 
-    Raises ValueError if a caption has more tokens than the stage's text length.
+    Raises ValueError if a text has more tokens than the stage's text length.
     """
-    if not stage.text_dim:
-        return {}
-    text, mask = zip(*(pad_text(feature, stage.text_length) for feature in features))
-    return {"text": np.stack(text), "text_mask": np.stack(mask)}
+    fields = {}
+    for one in stage.texts:
+        ours = [each[one.name] for each in features]
+        text, mask = zip(*(pad_text(each.embedding, one.length) for each in ours))
+        fields |= {key(TEXT, one.name): np.stack(text), key(MASK, one.name): np.stack(mask)}
+        if one.pooled_dim:
+            fields[key(POOLED, one.name)] = np.stack([each.pooled for each in ours])
+    return fields

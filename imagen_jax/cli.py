@@ -271,9 +271,9 @@ def cascade_config(config: Any, flag: str = "--config") -> dict[str, Any]:
 
 
 def data_config(config: Any, flag: str = "--config") -> dict[str, Any]:
-    """`stage_config`, but raises ValueError if data.path is empty."""
+    """`stage_config`, but raises ValueError if data.path and data.mixture are empty."""
     plain = stage_config(config, flag)
-    if not plain["data"]["path"]:
+    if not plain["data"]["path"] and not plain["data"]["mixture"]:
         raise ValueError(
             f"{flag}.data.path is empty: give the directory that imagen_jax.prepare_data made"
         )

@@ -19,13 +19,14 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import cascade, cli, field, picture_set, run_log, stage_sizes
+from imagen_jax import cascade, cli, encoder_identity, field, picture_set, run_log, stage_sizes
 from imagen_jax.distributed import agreement
 from imagen_jax.picture_set import PictureSet, Requests
 from imagen_jax.row_batches import row_batches
 from imagen_jax.stage_sizes import Size
 from imagen_jax.text import feature_file
 from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.text.several import parse_encoders
 from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh, longest_text
 
 # Fields of a cascade config that change no picture.
@@ -36,11 +37,12 @@ log = logging.getLogger("imagen_jax.sample")
 
 
 class Drawer:
-    """A cascade with its text encoder, checked and ready to draw one set.
+    """A cascade with its text encoders, checked and ready to draw one set.
 
-    config: a complete cascade config. stages: loaded, on the host. encoder: None once the prompts
-    are encoded. record: the fields of a picture's record that all pictures share; `size` only if
-    the pictures are not the squares that the stages draw without it.
+    config: a complete cascade config. stages: loaded, on the host. encoders: by name; none once the
+    prompts are encoded. sources: {text input of the stages: name of its encoder}. record: the
+    fields of a picture's record that all pictures share; `size` only if the pictures are not the
+    squares that the stages draw without it.
     """
 
     def __init__(self, config: Mapping[str, Any], names: Sequence[str], size: Size | None = None):
@@ -50,12 +52,14 @@ class Drawer:
         """
         self.config = config
         self.stages = load_stages(config, names, size)
-        self.encoder: TextEncoder | None = load_encoder(config, self.stages)
+        self.encoders = load_encoders(config, self.stages)
+        identities = {name: encoder.identity for name, encoder in self.encoders.items()}
+        self.sources = text_sources(self.stages, identities, config["encoder"])
         self.record = {
             "stages": cascade.run_stages(config, names),
             "config": dict(config),
             "checkpoints": [dict(loaded.identity) for loaded in self.stages],
-            "encoder": self.encoder.identity,
+            "encoder": encoder_identity.stored(identities),
         }
         stages = [loaded.stage for loaded in self.stages]
         if self.sizes != stage_sizes.of_stages(stages, None):
@@ -84,15 +88,34 @@ def load_stages(
     ]
 
 
-def load_encoder(config: Mapping[str, Any], stages: Sequence[cascade.LoadedStage]) -> TextEncoder:
-    """The text encoder of a cascade config, if it is the one its stages were trained with."""
-    length = prompt_length(config["encoder"], [loaded.stage.text_length for loaded in stages])
-    encoder = load_text_encoder(config["encoder"], length, config["encoder_dtype"], local_mesh)
+def load_encoders(
+    config: Mapping[str, Any], stages: Sequence[cascade.LoadedStage]
+) -> dict[str, TextEncoder]:
+    """The text encoders of a cascade config by name, each for the longest texts of the stages."""
+    lengths = [loaded.stage.text_length for loaded in stages]
+    dtype = config["encoder_dtype"]
+    return {
+        name: load_text_encoder(encoder, prompt_length(encoder, lengths), dtype, local_mesh)
+        for name, encoder in parse_encoders(config["encoder"]).items()
+    }
+
+
+def text_sources(
+    stages: Sequence[cascade.LoadedStage], identities: Mapping[str, Any], given: str
+) -> dict[str, str]:
+    """{text input of the stages: name of its encoder}.
+
+    identities: of the encoders, by name. given: the encoders as the config names them.
+
+    Raises ValueError if a stage was trained with another encoder.
+    """
+    sources = {}
     for loaded in stages:
-        if loaded.stage.text_dim:
-            who = f"{loaded.stage.name} and {config['encoder']}"
-            cascade.check_encoder(loaded.encoder, encoder.identity, who)
-    return encoder
+        trained = encoder_identity.by_name(loaded.encoder)
+        for one in loaded.stage.texts:
+            who = f"{loaded.stage.name} and {given}"
+            sources[one.name] = encoder_identity.find(one.name, trained[one.name], identities, who)
+    return sources
 
 
 def prompt_length(encoder: str, lengths: Sequence[int]) -> int:
@@ -100,8 +123,8 @@ def prompt_length(encoder: str, lengths: Sequence[int]) -> int:
 
     A stage may have been trained with more padding than its encoder's longest text.
     """
-    longest = longest_text(encoder)
-    return max(lengths) if longest is None else min(max(lengths), longest)
+    longest, wanted = longest_text(encoder), max(1, *lengths)
+    return wanted if longest is None else min(wanted, longest)
 
 
 def check_prompts(drawer: Drawer, prompts: Sequence[str]) -> None:
@@ -109,21 +132,32 @@ def check_prompts(drawer: Drawer, prompts: Sequence[str]) -> None:
 
     Raises ValueError, in all processes, for a prompt that such a stage cannot read.
     """
-    stages = [loaded.stage for loaded in drawer.stages if loaded.stage.text_dim]
-    shortest = min(stages, key=lambda stage: stage.text_length, default=None)
-    if shortest and shortest.text_length < drawer.encoder.max_length:
-        distinct = list(dict.fromkeys(prompts))
-        for start in range(0, len(distinct), feature_file.CHUNK):
-            chunk = distinct[start : start + feature_file.CHUNK]
-            for prompt, tokens in zip(chunk, drawer.encoder.tokenize(chunk)[0]):
-                if len(tokens) > shortest.text_length:
-                    raise ValueError(
-                        f"stage {shortest.name} reads at most {shortest.text_length} tokens, but a"
-                        f" prompt has {len(tokens)}: shorten it, or give stages of one text length:"
-                        f" {cli.quoted(prompt)}"
-                    )
-    if _is_first():
-        warn_of_prompts(drawer.encoder, prompts)
+    for name, encoder in drawer.encoders.items():
+        lengths = {
+            loaded.stage.name: one.length
+            for loaded in drawer.stages
+            for one in loaded.stage.texts
+            if drawer.sources[one.name] == name
+        }
+        shortest = min(lengths, key=lengths.get, default=None)
+        if shortest and lengths[shortest] < encoder.max_length:
+            _check_lengths(encoder, prompts, shortest, lengths[shortest])
+    for encoder in drawer.encoders.values() if _is_first() else ():
+        warn_of_prompts(encoder, prompts)
+
+
+def _check_lengths(encoder: TextEncoder, prompts: Sequence[str], stage: str, length: int) -> None:
+    """Raises ValueError for a prompt of more than `length` tokens."""
+    distinct = list(dict.fromkeys(prompts))
+    for start in range(0, len(distinct), feature_file.CHUNK):
+        chunk = distinct[start : start + feature_file.CHUNK]
+        for prompt, tokens in zip(chunk, encoder.tokenize(chunk)[0]):
+            if len(tokens) > length:
+                raise ValueError(
+                    f"stage {stage} reads at most {length} tokens, but a prompt has {len(tokens)}:"
+                    " shorten it, or give stages of one text length:"
+                    f" {cli.quoted(prompt)}"
+                )
 
 
 def warn_of_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
@@ -320,7 +354,7 @@ def from_ranges(ranges: Sequence[Sequence[int]]) -> list[int]:
 def encode_prompts(
     drawer: Drawer, requests: Requests, sets: Iterable[Sequence[int]], directory: Path
 ) -> Callable[[int], cascade.Features]:
-    """Row -> its text features, for the rows that this process holds; frees the encoder.
+    """Row -> its text features, for the rows that this process holds; frees the encoders.
 
     sets: rows to draw, of one set or of several sets with the same requests. Each distinct prompt
     is encoded once. directory: of the temporary file.
@@ -328,13 +362,21 @@ def encode_prompts(
     batch_size, mesh = drawer.config["batch_size"], drawer.stages[0].mesh
     batches = [batch for rows in sets for batch in row_batches(rows, batch_size, mesh)]
     texts = {requests.prompt(row): None for batch in batches for row in batch.held}
-    with run_log.Progress("prompts encoded", len(texts), quiet=not _is_first()) as progress:
-        per_device = feature_file.texts_per_device(batch_size, jax.device_count())
-        features = feature_file.encode(
-            drawer.encoder, texts, per_device, directory, progress.update
-        )
-    drawer.encoder = None  # its memory is needed for the stages
-    return lambda row: features[requests.prompt(row)]
+    per_device = feature_file.texts_per_device(batch_size, jax.device_count())
+    files = {}
+    for name in list(drawer.encoders):
+        label = f"prompts encoded{f' by {name}' if name else ''}"
+        with run_log.Progress(label, len(texts), quiet=not _is_first()) as progress:
+            encoder = drawer.encoders.pop(name)  # its memory is needed for the stages
+            files[name] = feature_file.encode(
+                encoder, texts, per_device, directory, progress.update
+            )
+    files = {one: files[source] for one, source in drawer.sources.items()}
+
+    def features(row: int) -> cascade.Features:
+        return {one: file[requests.prompt(row)] for one, file in files.items()}
+
+    return features
 
 
 def draw_left(

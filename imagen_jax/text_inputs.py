@@ -9,6 +9,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+from jaxtyping import BFloat16
+
 TEXT, MASK, POOLED = "text", "text_mask", "pooled"
 KINDS = (TEXT, MASK, POOLED)
 DROP = "drop"  # whether the text, or one input alone, is dropped: an entry of the random numbers
@@ -31,6 +34,17 @@ class TextInput:
     length: int
     pooled_dim: int = 0
     drop: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFeatures:
+    """The features of one text encoder for one text.
+
+    embedding: token features, unpadded. pooled: the pooled vector; None if it has none.
+    """
+
+    embedding: BFloat16[np.ndarray, "length d"]
+    pooled: BFloat16[np.ndarray, " e"] | None = None
 
 
 def key(kind: str, name: str) -> str:

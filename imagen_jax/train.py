@@ -64,13 +64,17 @@ def define_flags() -> None:
 
 
 def main() -> int:
+    from imagen_jax.data import sets
+
     args = flags.FLAGS
     cli.log_to_stderr()
     if args.config is None or args.workdir is None:
         raise ValueError("--config FILE and --workdir DIR are both needed")
     config, workdir = cli.data_config(args.config), Path(args.workdir)
-    check_local("--config.data.path", config["data"]["path"])
-    check_utf8("--config.data.path", config["data"]["path"])
+    for path, _ in sets.sources(config["data"]):
+        flag = f"--config.data.{'path' if config['data']['path'] else 'mixture'}"
+        check_local(flag, path)
+        check_utf8(flag, path)
     check_local("--init_from", args.init_from)
     cli.check_directory("workdir", args.workdir)
     check_utf8("--workdir", args.workdir)
@@ -179,8 +183,9 @@ def train(
         data = run.batches(done, run.rows)
         stack.callback(data.close)
         program = run.program
-        grid = SampleGrid(config, program.stage, program.mesh) if settings["sample_every"] else None
-        validation = Validation(config, program.stage, program.mesh) if validate_every else None
+        inputs = config, program.stage, program.mesh, run.reading
+        grid = SampleGrid(*inputs) if settings["sample_every"] else None
+        validation = Validation(*inputs) if validate_every else None
         replicas = Replicas(program.mesh, program.abstract, program.shardings)
         share = (
             "%.0f %% of the state's bytes are replicated; replicas are compared before every save"
@@ -248,7 +253,8 @@ def check_resume(
     from imagen_jax.stage import RNG
     from imagen_jax.training import resume
 
-    saved = {"rng": RNG} | saved  # not in older checkpoints, which used this one
+    # Not in older checkpoints, which used this one, nor in those of a run without data.mixture.
+    saved = {"rng": RNG, "mixture_hashes": []} | saved
     fields = dict.fromkeys(run.meta, object) | {"unlogged": list}
     check_object(f"the newest checkpoint of {workdir}", saved, fields, "give a new --workdir")
     for line in resume.check({name: saved[name] for name in run.meta}, run.meta):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import cascade, row_batches, sharding
+from imagen_jax.text_inputs import TextFeatures
 from imagen_jax.training import resume, state
 from imagen_jax.weights import checkpoint, exports
 from tests import tiny
@@ -54,12 +55,10 @@ def stages(config):
     return cascade.place(cascade.load_cascade(config, mesh=MESH))
 
 
-def features(*captions: int) -> list[np.ndarray]:
-    """Random unpadded features, one array per caption number."""
-    return [
-        np.random.default_rng(c).standard_normal((1 + c % 6, tiny.DIM)).astype(ml_dtypes.bfloat16)
-        for c in captions
-    ]
+def features(*captions: int) -> list[dict[str, TextFeatures]]:
+    """Random unpadded features, one entry per caption number."""
+    draw = lambda c: np.random.default_rng(c).standard_normal((1 + c % 6, tiny.DIM))
+    return [{"": TextFeatures(draw(c).astype(ml_dtypes.bfloat16))} for c in captions]
 
 
 def pictures(stages, seeds, text, batch_size, **more) -> list[list[np.ndarray]]:
@@ -181,8 +180,9 @@ def test_what_does_not_chain_is_refused(config, tmp_path):
 
 def test_too_long_a_caption_is_refused(stages):
     """Catches features that are cut without an error."""
+    long = np.zeros((7, tiny.DIM), ml_dtypes.bfloat16)
     with pytest.raises(ValueError, match="tokens"):
-        pictures(stages[:1], [0], [np.zeros((7, tiny.DIM), ml_dtypes.bfloat16)], 1)
+        pictures(stages[:1], [0], [{"": TextFeatures(long)}], 1)
 
 
 def test_start_from_other_weights():

@@ -41,13 +41,13 @@ class Encoder:
         return [feature.astype(ml_dtypes.bfloat16) for feature in features]
 
     def encode_pooled(self, texts, batch_size, fill=False):
-        return self.encode(texts, batch_size, fill), np.empty((len(texts), 0))
+        return self.encode(texts, batch_size, fill), np.empty((len(texts), 0), ml_dtypes.bfloat16)
 
 
 @pytest.fixture
 def encoder(monkeypatch):
     made = Encoder()
-    monkeypatch.setattr(drawing, "load_encoder", lambda *_: made)
+    monkeypatch.setattr(drawing, "load_encoders", lambda *_: {"": made})
     return made
 
 
@@ -93,7 +93,9 @@ def test_the_encoder_is_freed_before_the_stages_are_placed(complete, monkeypatch
     """Catches an encoder of 9 GiB that stays on the devices beside the stages."""
     drawer_encoder = Encoder()
     alive = weakref.ref(drawer_encoder)
-    monkeypatch.setattr(drawing, "load_encoder", lambda *_, made=[drawer_encoder]: made.pop())
+    monkeypatch.setattr(
+        drawing, "load_encoders", lambda *_, made=[drawer_encoder]: {"": made.pop()}
+    )
     del drawer_encoder
     place, seen = cascade.place, []
 
@@ -133,11 +135,14 @@ def test_a_device_encodes_its_part_of_a_batch(monkeypatch, tmp_path):
     mesh = sharding.make_mesh({"data": 8, "fsdp": 1, "model": 1, "spatial": 1})
     made = Encoder()
     drawer = types.SimpleNamespace(
-        config={"batch_size": 24}, encoder=made, stages=[types.SimpleNamespace(mesh=mesh)]
+        config={"batch_size": 24},
+        encoders={"": made},
+        sources={"": ""},
+        stages=[types.SimpleNamespace(mesh=mesh)],
     )
     encode = getattr(drawing.encode_prompts, "__wrapped__", drawing.encode_prompts)
     text = encode(drawer, Requests(["a", "bb"], 1, 0), [[0, 1]], tmp_path)
-    assert made.batch_sizes == {3} and text(1).shape == (3, tiny.DIM)
+    assert made.batch_sizes == {3} and text(1)[""].embedding.shape == (3, tiny.DIM)
     sizes = [feature_file.texts_per_device(size, 8) for size in (1, 8, 9, 64, 10_000)]
     assert sizes == [1, 1, 2, 8, 64]
 

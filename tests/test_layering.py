@@ -20,6 +20,7 @@ LAYERS = (
     {
         "caption_text",
         "data_fields",
+        "encoder_identity",
         "exit_codes",
         "field",
         "stage_sizes",
@@ -44,7 +45,7 @@ LAYERS = (
         "text",
     },
     {"row_batches", "sharded_attention", "sharding", "weights"},
-    {"cascade", "drawing", "sampling_parameters", "stage"},
+    {"cascade", "drawing", "online_text", "sampling_parameters", "stage"},
     {"evals", "training"},
     {"planning"},
     COMMANDS,

@@ -11,6 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from imagen_jax import cascade, demo, drawing, picture_set, pictures, sample
 from imagen_jax.picture_set import Requests
+from imagen_jax.text_inputs import TextInput
 from imagen_jax.weights import text_encoders
 from tests.test_storage import POINTER
 
@@ -155,17 +156,19 @@ def test_prompts_that_the_encoder_cannot_read_are_named(capsys):
 
 def test_a_prompt_that_a_stage_cannot_read_is_refused():
     """Catches a prompt that fits the first stage and stops the sampling of a later one."""
-    stage = lambda name, length, dim=1: types.SimpleNamespace(
-        stage=types.SimpleNamespace(name=name, text_length=length, text_dim=dim)
+    stage = lambda name, *texts: types.SimpleNamespace(
+        stage=types.SimpleNamespace(name=name, texts=texts)
     )
+    reads = lambda length: TextInput("", 1, length)
     encoder = Encoder()
     encoder.tokenize = lambda texts: ([text.split() for text in texts], [False] * len(texts))
     drawer = object.__new__(drawing.Drawer)  # without loading
-    drawer.encoder, drawer.stages = encoder, [stage("a", 3), stage("b", 2)]
+    drawer.encoders, drawer.sources = {"": encoder}, {"": ""}
+    drawer.stages = [stage("a", reads(3)), stage("b", reads(2))]
     drawing.check_prompts(drawer, ["one two"])
     with pytest.raises(ValueError, match="stage b reads at most 2 tokens, .* has 3: .* 'x y z'"):
         drawing.check_prompts(drawer, ["one two", "x y z"])
-    drawer.stages = [stage("a", 3), stage("without text", 2, 0)]
+    drawer.stages = [stage("a", reads(3)), stage("without text")]
     drawing.check_prompts(drawer, ["x y z"])
 
 

@@ -23,6 +23,7 @@ from configs import cascade as cascade_config
 from imagen_jax import cascade, sampling_parameters, schema, sharding
 from imagen_jax.stage import create_stage
 from imagen_jax.stage_sizes import square
+from imagen_jax.text_inputs import TextFeatures
 from imagen_jax.training.step import TrainProgram, forward_flops
 
 NAMES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}
@@ -88,7 +89,9 @@ def sample() -> None:
         text = rng.standard_normal((min(TOKENS, stage.text_length), stage.text_dim))
         text = text.astype(ml_dtypes.bfloat16)
         started = time.monotonic()
-        (drawn,) = cascade.generate([loaded], [0], lambda row, text=text: text, 1, image)
+        (drawn,) = cascade.generate(
+            [loaded], [0], lambda row, text=text: {"": TextFeatures(text)}, 1, image
+        )
         image = drawn.images[0]  # `generate` raises for values that are not finite
         report(
             stage=stage.name,

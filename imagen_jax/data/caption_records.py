@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import BFloat16
 
 from imagen_jax.data.quantization import dequantize, quantize
+from imagen_jax.text_inputs import TextFeatures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,17 +19,6 @@ class CaptionRow:
 
     text: str
     embedding: BFloat16[np.ndarray, "length d"] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TextFeatures:
-    """The features of one text encoder for one caption.
-
-    embedding: token features, unpadded. pooled: the pooled vector; None if it has none.
-    """
-
-    embedding: BFloat16[np.ndarray, "length d"]
-    pooled: BFloat16[np.ndarray, " e"] | None = None
 
 
 @functools.cache

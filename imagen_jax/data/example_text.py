@@ -24,6 +24,16 @@ class ExampleText(Protocol):
         ...
 
 
+# How rows of an evaluation get their text: (prepared data, caption ids of the rows) -> ExampleText.
+# All processes call it together.
+Reading = Callable[[Prepared, Sequence[int]], ExampleText]
+
+
+def read_stored(inputs: Sequence[TextInput]) -> Reading:
+    """Reads the stored features of these inputs."""
+    return lambda prepared, caption_ids: StoredText(inputs)
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredText:
     """Stored features of the given inputs, padded to their lengths.

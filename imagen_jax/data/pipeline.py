@@ -1,167 +1,238 @@
-"""Batches for training and evaluation from a prepared directory.
+"""Batches for training and evaluation from prepared directories.
 
 The global batch of step n is a pure function of (seed, n). No example is filtered. Grain's index
 shuffle sets the order, and random choices use a generator keyed by the example's position. A run
 therefore needs only its step number to resume, on any number of hosts and workers.
+
+With data.mixture, every set has an order of its own, and positions are given to the sets in turn,
+by weight. With data.buckets, every set has an order of its own in each bucket, and whole batches
+are given to the buckets in turn, by their share of the images.
 """
 
 import dataclasses
-import threading
+import hashlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 
-from imagen_jax.data import transforms
-from imagen_jax.data.example_text import ExampleText, StoredText, TextOf
-from imagen_jax.data.records import ImageStore, Prepared, open_once
+from imagen_jax.data import sets, transforms, views
+from imagen_jax.data.buckets import open_rows
+from imagen_jax.data.example_text import ExampleText, StoredText
+from imagen_jax.data.examples import MIDDLE, Bucket, Example, Examples, PixelCache
+from imagen_jax.data.mixing import Mixed, interleave, stream_seed, whole_weights
+from imagen_jax.data.records import Prepared, open_once
+from imagen_jax.data.views import Size
+from imagen_jax.data_fields import with_older
 from imagen_jax.text_inputs import UNNAMED, TextInput
 
 Batch = dict[str, Shaped[np.ndarray, "b ..."]]
-Example = dict[str, Shaped[np.ndarray | np.generic, "..."]]  # one row of a batch
-Pixels = UInt8[np.ndarray, "s s 3"]
-_CENTRE = (0.5, 0.5)
 # Per reading process: 2 threads, and up to 4 prefetched batches.
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
-class _PixelCache:
-    """Cache of decoded images at the stage's size and their caption ids, limited in bytes.
-
-    It never evicts: in a shuffled epoch every image is equally likely to be needed next. A pickled
-    copy, in a worker process, starts empty.
-    """
-
-    def __init__(self, limit_bytes: int):
-        self._limit = limit_bytes
-        self._lock = threading.Lock()
-        self._used = 0
-        self._rows: dict[int, tuple[Pixels, tuple[int, ...]]] = {}
-
-    def __reduce__(self):
-        return _PixelCache, (self._limit,)
-
-    def get(self, row: int) -> tuple[Pixels, tuple[int, ...]] | None:
-        return self._rows.get(row)
-
-    def put(self, row: int, pixels: Pixels, caption_ids: tuple[int, ...]) -> None:
-        with self._lock:
-            if row not in self._rows and self._used + pixels.nbytes <= self._limit:
-                self._used += pixels.nbytes
-                self._rows[row] = (pixels, caption_ids)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Examples(grain.transforms.RandomMap):
-    """Maps the row of an image to the arrays of one example.
-
-    The sizes, `decode` and `flip` are fields of the config's section `data`.
-    text_of: caption id -> the text fields of the example.
-    random_caption: use a random caption of the image; otherwise its first one.
-    """
-
-    images: ImageStore
-    text_of: TextOf
-    image_size: int
-    lowres_size: int
-    crop_size: int
-    decode: str
-    flip: bool
-    random_caption: bool
-    cache: _PixelCache
-
-    def random_map(self, row: int, rng: np.random.Generator) -> Example:
-        # All four are always drawn, so that disabling one choice does not change the others.
-        caption, top, left, mirror = rng.random(4).tolist()
-        return self.make(
-            row, caption if self.random_caption else 0.0, (top, left), self.flip and mirror < 0.5
-        )
-
-    def make(self, row: int, caption: float, corner: tuple[float, float], mirror: bool) -> Example:
-        """Returns one example.
-
-        caption: position among the image's captions, as a fraction in [0, 1).
-        corner: position of the crop, as fractions in [0, 1).
-        """
-        full_image, caption_ids = self._full_image(row)
-        caption_id = caption_ids[int(caption * len(caption_ids))]
-        example = {
-            **self.text_of(caption_id),
-            "index": np.int64(row),
-            "caption_id": np.int64(caption_id),
-        }
-        for name, pixels in self._crop_with_lowres(full_image, corner).items():
-            example[name] = np.ascontiguousarray(pixels[:, ::-1] if mirror else pixels)
-        return example
-
-    def image(self, row: int) -> Pixels:
-        """The image as in `eval_rows`: cropped at the centre, not mirrored."""
-        return self._crop_with_lowres(self._full_image(row)[0], _CENTRE)["image"]
-
-    def _crop_with_lowres(self, full_image: Pixels, corner: tuple[float, float]) -> Example:
-        lowres_or_full_size = self.lowres_size or self.image_size
-        image, lowres = transforms.crop_pair(
-            full_image, lowres_or_full_size, self.crop_size or self.image_size, corner
-        )
-        return {"image": image, "lowres": lowres} if self.lowres_size else {"image": image}
-
-    def _full_image(self, row: int) -> tuple[Pixels, tuple[int, ...]]:
-        cached = self.cache.get(row)
-        if cached is not None:
-            return cached
-        stored = self.images[row]
-        pixels = transforms.decode_square(stored.image, self.image_size, self.decode)
-        self.cache.put(row, pixels, stored.caption_ids)
-        return pixels, stored.caption_ids
-
-
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Grain source: the given rows of every global batch of `size`, from step `start` on."""
+    """Grain source: the given rows of every global batch of `size`, from step `start` on.
 
-    stream: grain.MapDataset
+    streams: the examples of each bucket, infinite. weights: of the buckets, see `interleave`.
+    """
+
+    streams: Sequence[Mixed]
+    weights: Sequence[int]
     size: int
     start: int
     rows: tuple[int, ...]
 
     def __len__(self) -> int:
-        return (len(self.stream) // self.size - self.start) * len(self.rows)
+        return (sys.maxsize // self.size - self.start) * len(self.rows)
 
     def __getitem__(self, i: int) -> Example:
         step, row = divmod(i, len(self.rows))
-        return self.stream[(self.start + step) * self.size + self.rows[row]]
+        bucket, turn = interleave(self.start + step, self.weights)
+        return self.streams[bucket][turn * self.size + self.rows[row]]
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketShare:
+    """One bucket of a run. size: height and width of its images. images: in all sets together.
+
+    batches: the share of the steps whose batch is of this bucket.
+    """
+
+    size: Size
+    images: int
+    batches: float
+
+    def __str__(self) -> str:
+        height, width = self.size
+        share = f"{100 * self.batches:.3g} % of the batches"
+        return f"bucket {height}x{width}: {self.images:,} images, {share}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stock:
+    """What one set has for each bucket of a run.
+
+    counts: images of each bucket. buckets: their rows; None: the only bucket has all rows.
+    """
+
+    prepared: Prepared
+    weight: Fraction
+    counts: Sequence[int]
+    buckets: Sequence[Bucket] | None
+
+    def share(self, bucket: int) -> Fraction:
+        """The weight of the set's images in a bucket."""
+        return self.weight * Fraction(self.counts[bucket], sum(self.counts))
 
 
 def open_prepared(data_cfg: Mapping[str, Any]) -> Prepared:
-    """Opens the data at data_cfg["path"], once per process.
+    """Opens the only set of `data_cfg`, once per process, to read whole squares from it.
+
+    `sets.alone` makes such a section from one with a mixture.
 
     Raises:
-      ValueError: there is no prepared data, or it does not match the other fields.
+      ValueError: there is no prepared data, or it does not match the other fields, or there are
+        several sets.
     """
     transforms.check_sizes(data_cfg)
-    prepared = open_once(data_cfg["path"])
+    (path, _), *more = sets.sources(data_cfg)
+    if more:
+        raise ValueError("data.mixture has several directories: read one of them at a time")
+    prepared = open_once(path)
     prepared.check_image_size(data_cfg["image_size"])
     return prepared
 
 
-def _examples(
-    data_cfg: Mapping[str, Any], split: str, text: ExampleText | None = None
-) -> _Examples:
-    prepared = open_prepared(data_cfg)
-    text = text or StoredText([TextInput(UNNAMED, 0, data_cfg["text_length"])])
-    return _Examples(
-        images=prepared.images(split),
-        text_of=text.open(prepared),
-        image_size=data_cfg["image_size"],
-        lowres_size=data_cfg["lowres_size"],
-        crop_size=data_cfg["crop_size"],
-        decode=data_cfg["decode"],
-        flip=data_cfg["flip"],
-        random_caption=data_cfg["caption"] == "random",
-        cache=_PixelCache((data_cfg["cache_mib"] << 20) // max(1, data_cfg["workers"])),
-    )
+def open_sets(data_cfg: Mapping[str, Any]) -> tuple[Prepared, ...]:
+    """Opens all sets of `data_cfg` for training: one for data.path, or those of data.mixture.
+
+    Raises:
+      ValueError: there is no prepared data, or it does not match the other fields. With buckets,
+        `bucket_shares` compares the images with their sizes.
+    """
+    data_cfg = with_older(data_cfg)
+    transforms.check_sizes(data_cfg)
+    opened = tuple(open_once(path) for path, _ in sets.sources(data_cfg))
+    for prepared in () if data_cfg["buckets"] else opened:
+        views.check_squares(prepared, data_cfg)
+    return opened
+
+
+def identity(data_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies the data of a run, for the checkpoints' meta.
+
+    manifest_hash: that of the manifest; with data.mixture, the SHA-256 of those of the sets, joined
+    in order, which are then in mixture_hashes.
+    """
+    hashes = [open_once(path).hash for path, _ in sets.sources(data_cfg)]
+    if not with_older(data_cfg)["mixture"]:
+        return {"manifest_hash": hashes[0]}
+    joined = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return {"manifest_hash": joined, "mixture_hashes": hashes}
+
+
+def bucket_sizes(data_cfg: Mapping[str, Any]) -> tuple[Size, ...]:
+    """Height and width of the training images of each bucket; without data.buckets, one square."""
+    buckets = with_older(data_cfg)["buckets"]
+    side = data_cfg["image_size"]
+    return tuple((height, width) for height, width in buckets) or ((side, side),)
+
+
+def bucket_shares(data_cfg: Mapping[str, Any], split: str = "train") -> tuple[BucketShare, ...]:
+    """The images of each bucket that has some, and how often it comes; () without data.buckets.
+
+    The first call for some data reads all of their records, to learn the sizes of the images.
+
+    Raises ValueError if an image is too small for its bucket.
+    """
+    data_cfg = with_older(data_cfg)
+    if not data_cfg["buckets"]:
+        return ()
+    stocks = _stocks(data_cfg, split)
+    total = sum(stock.weight for stock in stocks)
+    shares = [
+        BucketShare(
+            size,
+            sum(stock.counts[i] for stock in stocks),
+            float(sum(stock.share(i) for stock in stocks) / total),
+        )
+        for i, size in enumerate(bucket_sizes(data_cfg))
+    ]
+    return tuple(share for share in shares if share.images)
+
+
+def _stocks(data_cfg: Mapping[str, Any], split: str) -> list[_Stock]:
+    """The images of every set, by bucket."""
+    weights = [Fraction(weight) for _, weight in sets.sources(data_cfg)]
+    found = []
+    for prepared, weight in zip(open_sets(data_cfg), weights, strict=True):
+        if data_cfg["buckets"]:
+            scale = views.smallest_scale(data_cfg)
+            sizes, rows = open_rows(prepared, split, bucket_sizes(data_cfg), scale)
+            found.append(
+                _Stock(prepared, weight, [*map(len, rows)], [Bucket(part, sizes) for part in rows])
+            )
+        else:
+            found.append(_Stock(prepared, weight, [len(prepared.images(split))], None))
+    return found
+
+
+def _text(data_cfg: Mapping[str, Any], text: ExampleText | None) -> ExampleText:
+    return text or StoredText([TextInput(UNNAMED, 0, data_cfg["text_length"])])
+
+
+def _cache(data_cfg: Mapping[str, Any]) -> PixelCache:
+    return PixelCache((data_cfg["cache_mib"] << 20) // max(1, data_cfg["workers"]))
+
+
+def _streams(
+    data_cfg: Mapping[str, Any], seed: int, split: str, text: ExampleText | None
+) -> tuple[list[Mixed], tuple[int, ...]]:
+    """(the examples of each bucket that has images, the weights of these buckets)."""
+    stocks, cache = _stocks(data_cfg, split), _cache(data_cfg)
+    texts = [_text(data_cfg, text).open(stock.prepared) for stock in stocks]
+    mixture, buckets = data_cfg["mixture"], data_cfg["buckets"]
+    streams, weights = [], []
+    for i, target in enumerate(bucket_sizes(data_cfg)):
+        members, shares = [], []
+        for position, (stock, text_of) in enumerate(zip(stocks, texts, strict=True)):
+            if not stock.counts[i]:
+                continue
+            examples = Examples(
+                stock.prepared.images(split),
+                text_of,
+                data_cfg,
+                target,
+                cache,
+                position if mixture else None,
+                stock.buckets[i] if stock.buckets else None,
+            )
+            own_seed = stream_seed(seed, position, i) if mixture or buckets else seed
+            members.append(_shuffled(examples, stock.counts[i], own_seed))
+            shares.append(stock.share(i))
+        if members:
+            streams.append(Mixed(members, whole_weights(shares)))
+            weights.append(sum(shares))
+    return streams, whole_weights(weights)
+
+
+def _shuffled(examples: Examples, count: int, seed: int) -> grain.MapDataset:
+    """The examples of the numbers below `count`, each once an epoch, without end."""
+    return grain.MapDataset.range(count).seed(seed).shuffle().repeat().random_map(examples)
+
+
+def _plain(data_cfg: Mapping[str, Any], split: str, text: ExampleText | None = None) -> Examples:
+    """The examples of an evaluation: whole squares of one set."""
+    data_cfg, prepared = with_older(data_cfg), open_prepared(data_cfg)
+    size = data_cfg["image_size"]
+    text_of = _text(data_cfg, text).open(prepared)
+    return Examples(prepared.images(split), text_of, data_cfg, (size, size), _cache(data_cfg))
 
 
 def batches(
@@ -174,8 +245,9 @@ def batches(
 ) -> Iterator[Batch]:
     """Yields the batches of steps start_step, start_step + 1, ... indefinitely.
 
-    The global batch of a step does not depend on the number of processes. Each image appears once
-    per epoch; an epoch may end inside a batch. Call `.close()` when done.
+    The global batch of a step does not depend on the number of processes. Each image of a set
+    appears once per epoch of the set, with buckets once per epoch of its bucket; an epoch may end
+    inside a batch. Call `.close()` when done.
 
     Args:
       data_cfg: the config's section `data`; imagen_jax/schema.py describes its fields. batch_size
@@ -188,24 +260,20 @@ def batches(
         text_length.
 
     Yields:
-      image uint8 [b s s 3]; lowres uint8 [b r r 3], if lowres_size > 0; the text fields, such as
+      image uint8 [b h w 3]; lowres uint8 [b k q 3], if lowres_size > 0; the text fields, such as
       text bfloat16 [b l d], padded with zeros, and text_mask bool [b l]; index int64 [b], the row
-      in the image store; caption_id int64 [b]. s is image_size, r is lowres_size and l the input's
-      length. With crop_size > 0, s is crop_size and r is crop_size * lowres_size / image_size.
+      in the image store; caption_id int64 [b]; with data.mixture, set int64 [b], the position in
+      the mixture of the set that `index` and `caption_id` refer to. l is the input's length. h and
+      w are image_size, or crop_size if it is not 0, or the size of the step's bucket. k and q are
+      h and w times lowres_size / image_size.
 
     Raises:
       ValueError: the data is not prepared or does not match data_cfg, or a shard is damaged.
     """
+    data_cfg = with_older(data_cfg)
     size = data_cfg["batch_size"]
-    examples = _examples(data_cfg, split, text)
-    examples_stream = (
-        grain.MapDataset.range(len(examples.images))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(examples)
-    )
-    part = _Part(examples_stream, size, start_step, tuple(range(size) if rows is None else rows))
+    streams, weights = _streams(data_cfg, seed, split, text)
+    part = _Part(streams, weights, size, start_step, tuple(range(size) if rows is None else rows))
     batches_stream = grain.MapDataset.source(part).batch(len(part.rows), drop_remainder=True)
     reader = batches_stream.to_iter_dataset(_READ)
     if data_cfg["workers"]:
@@ -229,7 +297,7 @@ def eval_images(
     data_cfg: Mapping[str, Any], indices: Sequence[int], split: str
 ) -> UInt8[np.ndarray, "n s s 3"]:
     """Returns only the images of `eval_rows`, uint8 [n s s 3]; reads no text."""
-    examples = _examples(data_cfg, split)
+    examples = _plain(data_cfg, split)
     return np.stack([examples.image(int(row)) for row in indices])
 
 
@@ -247,11 +315,11 @@ def eval_rows(
     split: str,
     text: ExampleText | None = None,
 ) -> Batch:
-    """Returns the given rows as one batch, without random choices.
+    """Returns the given rows of a single set as one batch, without random choices.
 
-    Each row has its first caption and a centre crop, and is not mirrored. The keys are those of
-    `batches`, with the same `text`.
+    Each row has its first caption and a centre crop of the centre square, whatever data.view and
+    data.buckets are, and is not mirrored. The keys are those of `batches`, with the same `text`.
     """
-    examples = _examples(data_cfg, split, text)
-    rows = [examples.make(int(row), 0.0, _CENTRE, False) for row in indices]
+    examples = _plain(data_cfg, split, text)
+    rows = [examples.make(int(row), 0.0, MIDDLE, False) for row in indices]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -15,12 +15,15 @@ import numpy as np
 from jaxtyping import BFloat16, Bool, UInt8
 from PIL import Image
 
+from imagen_jax.data.views import CENTRE, Box, Size, View, window
+from imagen_jax.data_fields import with_older
+
 # glibc's mallopt: parameter and value in bytes. The second has the largest value allowed.
 _MALLOPT = {-1: 256 << 20, -3: 32 << 20}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
 
 def check_sizes(data_cfg: Mapping[str, Any]) -> None:
-    """Raises ValueError if low-res size or crop size does not fit the image size."""
+    """Raises ValueError if low-res size, crop size, buckets or view do not fit the image size."""
     size, lowres, crop = data_cfg["image_size"], data_cfg["lowres_size"], data_cfg["crop_size"]
     if lowres and size % lowres:
         raise ValueError(f"data.image_size={size} is not a multiple of data.lowres_size={lowres}")
@@ -31,29 +34,68 @@ def check_sizes(data_cfg: Mapping[str, Any]) -> None:
             f"data.crop_size={crop} is not a multiple of data.image_size / data.lowres_size,"
             f" {size // lowres}"
         )
+    data_cfg = with_older(data_cfg)
+    low, high = data_cfg["view_scale"]
+    if not 0 < low <= high <= 1:
+        raise ValueError(
+            f"data.view_scale = ({low:g}, {high:g}) is not a range in (0, 1]: give the smaller"
+            " number first"
+        )
+    _check_buckets(data_cfg)
+
+
+def _check_buckets(data_cfg: Mapping[str, Any]) -> None:
+    buckets = [tuple(bucket) for bucket in data_cfg["buckets"]]
+    if buckets and data_cfg["crop_size"]:
+        raise ValueError(
+            f"data.buckets and data.crop_size = {data_cfg['crop_size']} are both set: buckets are"
+            " sizes of whole images; set data.crop_size = 0"
+        )
+    if len(set(buckets)) < len(buckets):
+        raise ValueError(f"data.buckets = {tuple(buckets)} has a size twice: give each size once")
+    size, lowres = data_cfg["image_size"], data_cfg["lowres_size"]
+    for height, width in buckets:
+        if min(height, width) < 1:
+            raise ValueError(f"data.buckets has ({height}, {width}): give sides of 1 pixel or more")
+        if any(side * lowres % size for side in (height, width)):
+            raise ValueError(
+                f"data.buckets has ({height}, {width}), whose low-res size is not whole: give sides"
+                f" divisible by data.image_size / data.lowres_size, {size // lowres}"
+            )
 
 
 def decode_square(encoded: bytes, size: int, decode: str = "exact") -> UInt8[np.ndarray, "s s 3"]:
     """Decodes to RGB, cuts out the centre square and shrinks it to `size` pixels.
+
+    decode: see `decode_window`.
+    """
+    return decode_window(encoded, (size, size), decode)
+
+
+def decode_window(
+    encoded: bytes, target: Size, decode: str = "exact", view: View = CENTRE
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes to RGB, cuts out the window of `view` and shrinks it to `target`, height and width.
 
     decode: "exact", or "draft": libjpeg decodes a JPEG at the scale of `draft_factor`.
     """
     _keep_freed_memory()
     with Image.open(io.BytesIO(encoded)) as opened:
         full_size = opened.size
-        factor = draft_factor(full_size, size) if decode == "draft" else 1
+        box = window(full_size, target, view)
+        factor = draft_factor(box, target) if decode == "draft" else 1
         if factor > 1 and opened.format == "JPEG":
             opened.draft(None, (min(full_size) // factor,) * 2)
         else:
             factor = 1
         opened.load()
         image = opened if opened.mode == "RGB" else opened.convert("RGB")  # convert() copies
+    size = target[1], target[0]  # as Pillow counts
     if factor == 1:
-        square = centre_square(image)
-        return np.asarray(square.resize((size, size), Image.Resampling.BOX))
+        return np.asarray(image.crop(box).resize(size, Image.Resampling.BOX))
     # The same part of the scene. libjpeg rounds sizes up, so it may end inside a decoded pixel.
-    box = tuple(edge / factor for edge in _centre_box(full_size))
-    return np.asarray(image.resize((size, size), Image.Resampling.BOX, box))
+    scaled = tuple(edge / factor for edge in box)
+    return np.asarray(image.resize(size, Image.Resampling.BOX, scaled))
 
 
 @functools.cache
@@ -68,39 +110,38 @@ def _keep_freed_memory() -> None:
         mallopt(parameter, value)
 
 
-def draft_factor(full_size: tuple[int, int], size: int) -> int:
-    """The factor 8, 4, 2 or 1 by which a decoder may shrink an image to be shrunk to `size` pixels.
+def draft_factor(box: Box, target: Size) -> int:
+    """The factor 8, 4, 2 or 1 by which a decoder may shrink an image of which `box` is wanted.
 
-    The largest one that leaves the centre square at least twice `size`, or a multiple of it with
-    edges between decoded pixels. BOX counts pixels as a whole, which is coarse at other factors.
+    The largest one that leaves both sides of the box at least twice the target's, or a multiple of
+    them with edges between decoded pixels. BOX counts pixels as a whole, which is coarse at other
+    factors.
 
-    full_size: width and height of the image in pixels.
+    box: the window in pixels of the whole image. target: height and width that it is shrunk to.
     """
-    side, box = min(full_size), _centre_box(full_size)
+    sides = (box[3] - box[1], target[0]), (box[2] - box[0], target[1])
     for factor in (8, 4, 2):
-        aligned = not side % (factor * size) and not any(edge % factor for edge in box)
-        if aligned or side >= 2 * factor * size:
+        whole = all(not side % (factor * wanted) for side, wanted in sides)
+        aligned = whole and not any(edge % factor for edge in box)
+        if aligned or all(side >= 2 * factor * wanted for side, wanted in sides):
             return factor
     return 1
 
 
 def centre_square(image: Image.Image) -> Image.Image:
     """The largest square in the centre of an image."""
-    return image.crop(_centre_box(image.size))
+    return image.crop(window(image.size, (1, 1)))
 
 
-def _centre_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the largest square in the centre of an image."""
-    side = min(size)
-    left, top = ((length - side) // 2 for length in size)
-    return left, top, left + side, top + side
+def shrink(image: UInt8[np.ndarray, "h w 3"], size: int | Size) -> UInt8[np.ndarray, "r q 3"]:
+    """Shrinks by area average to `size`, height and width or the side of a square.
 
-
-def shrink(image: UInt8[np.ndarray, "s s 3"], size: int) -> UInt8[np.ndarray, "r r 3"]:
-    """Shrinks to `size` pixels square by area average; returns an image of that size itself."""
-    if image.shape[0] == size:
+    Returns an image of that size itself.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if image.shape[:2] == (height, width):
         return image
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
 
 
 def crop_pair(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from imagen_jax import schema
-from imagen_jax.cascade import SAME_TEXT
 from imagen_jax.distributed import agreement
+from imagen_jax.encoder_identity import SAME_TEXT, by_name
 from imagen_jax.storage import read_json
 
 ADVICE = "give another --output, or remove it"
@@ -54,7 +54,10 @@ def facts(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "--per_prompt": provenance["pictures"]["per_prompt"],
         "--seed": provenance["pictures"]["seeds"],
         "--stages": stages,
-        "text encoder": [provenance["encoder"].get(field) for field in SAME_TEXT],
+        "text encoder": {
+            name: [identity.get(field) for field in SAME_TEXT]
+            for name, identity in by_name(provenance["encoder"]).items()
+        },
     }
     for name, checkpoint in zip(stages, provenance["checkpoints"]):
         found[f"{name}.checkpoint"] = [checkpoint["sha256"], checkpoint["which"]]

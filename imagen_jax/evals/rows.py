@@ -17,6 +17,7 @@ from jaxtyping import Int, Shaped, UInt8
 
 from imagen_jax import schema
 from imagen_jax.data import pipeline
+from imagen_jax.data.example_text import Reading
 from imagen_jax.data.records import SPLITS, open_once
 from imagen_jax.diffusion import conditioning
 from imagen_jax.evals import statistics
@@ -90,12 +91,22 @@ class ReadRows:
     """
 
     def __init__(
-        self, data_cfg: Mapping[str, Any], split: str, index: Int[np.ndarray, " n"], seed: int
+        self,
+        data_cfg: Mapping[str, Any],
+        split: str,
+        index: Int[np.ndarray, " n"],
+        seed: int,
+        reading: Reading | None = None,
     ):
-        """index: the rows in the image store. seed: of the shuffled conditions."""
+        """index: the rows in the image store. seed: of the shuffled conditions.
+
+        reading: how the text is read; None: the features of the only encoder.
+        """
         self.split, self._data_cfg, self.index = split, data_cfg, index
         self._kept: dict[int, dict[str, Any]] = {}
         self.caption_id = pipeline.eval_caption_ids(data_cfg, index.tolist(), split)
+        prepared, captions = pipeline.open_prepared(data_cfg), self.caption_id.tolist()
+        self._text = reading(prepared, captions) if reading else None
         self._seed = seed
 
     def __len__(self) -> int:
@@ -108,7 +119,8 @@ class ReadRows:
     def at(self, positions: Int[np.ndarray, " k"]) -> HostBatch:
         missing = sorted(set(positions.tolist()) - self._kept.keys())
         if missing:
-            batch = pipeline.eval_rows(self._data_cfg, self.index[missing].tolist(), self.split)
+            index = self.index[missing].tolist()
+            batch = pipeline.eval_rows(self._data_cfg, index, self.split, self._text)
             for i, position in enumerate(missing):
                 # Copies: a view would keep the whole batch.
                 self._kept[position] = {name: np.copy(value[i]) for name, value in batch.items()}
@@ -172,7 +184,11 @@ class Data:
     heldout: the split of held-out rows; "train" if the data have none.
     """
 
-    def __init__(self, data_cfg: Mapping[str, Any], settings: Settings):
+    def __init__(
+        self, data_cfg: Mapping[str, Any], settings: Settings, reading: Reading | None = None
+    ):
+        """data_cfg: section `data` of the config. reading: as for `ReadRows`."""
+        self._reading = reading
         self.prepared = open_once(data_cfg["path"])
         counts = self.prepared.manifest["counts"]["images"]
         self.counts = {split: counts[split] for split in SPLITS if counts.get(split, 0)}
@@ -323,7 +339,7 @@ class Data:
     def _rows(
         self, data_cfg: Mapping[str, Any], split: str, index: Int[np.ndarray, " n"]
     ) -> ReadRows:
-        return ReadRows(data_cfg, split, index, self._settings.seed)
+        return ReadRows(data_cfg, split, index, self._settings.seed, self._reading)
 
 
 def with_conditions(

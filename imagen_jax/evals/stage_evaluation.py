@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from imagen_jax import schema, sharding
-from imagen_jax.cascade import STAGE_META, check_encoder
+from imagen_jax import encoder_identity, schema, sharding
+from imagen_jax.cascade import STAGE_META
 from imagen_jax.data.records import open_once
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import history, provenance, report
@@ -178,14 +178,14 @@ class Evaluator:
         if self._sampling:
             check_interval(settings.sampling, stage.schedule)
         chosen = measure.choose(self._names, stage, settings)
-        self._rows = Data(dict(config["data"]) | {"path": self._data}, settings)
+        self._rows = Data(dict(config["data"]) | {"path": self._data, "mixture": ()}, settings)
         if stage.text_dim:
-            check_encoder(
-                self._rows.prepared.encoder, meta["encoder"], f"{self._data} and the checkpoint"
-            )
+            stored = encoder_identity.stored(self._rows.prepared.encoders)
+            who = f"{self._data} and the checkpoint"
+            encoder_identity.check_encoder(stored, meta["encoder"], who)
         if "heldout" not in self._rows.counts:
             log.warning("%s has no held-out images; evaluating on training images", self._data)
-        if self._rows.prepared.hash != meta["manifest_hash"]:
+        if self._rows.prepared.hash not in (meta["manifest_hash"], *meta.get("mixture_hashes", ())):
             log.warning("the checkpoint was trained on other data than %s", self._data)
         if settings.lowres_from:
             log.info("low-res images are the samples of %s", self._rows.origin)

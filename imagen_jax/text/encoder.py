@@ -1,12 +1,14 @@
 """The interface of a frozen text encoder, and its implementation for a Flax network."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import BFloat16, Shaped
+from jaxtyping import Array, BFloat16, Bool, Int, Shaped
 
 from imagen_jax.text import tokenizer as tokenizers
 from imagen_jax.text.program import EncodeProgram
@@ -91,6 +93,11 @@ class FlaxEncoder:
         """(token ids of each text, ending with end-of-sequence; whether each was cut)."""
         return tokenizers.tokenize(self._tokenizer, texts, self.max_length)
 
+    @property
+    def tokenizing(self) -> Callable[[list[str]], tuple[list[list[int]], list[bool]]]:
+        """`tokenize` without the network: it can be pickled."""
+        return functools.partial(tokenizers.tokenize, self._tokenizer, max_length=self.max_length)
+
     def unknown(self, texts: list[str]) -> list[str]:
         """The characters of each text that the vocabulary lacks, "" if there are none."""
         return tokenizers.unknown_characters(self._tokenizer, texts)
@@ -123,6 +130,16 @@ class FlaxEncoder:
                 features[i] = feature[: len(rows[i])].astype(ml_dtypes.bfloat16)
             pooled[members] = np.asarray(vectors)[: len(members)]
         return features, pooled
+
+    def run(self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Output:
+        """Features of padded token ids that are on the mesh; asynchronous, nothing is fetched.
+
+        mask: True for tokens, False for the padding after them; no row is empty. b must be a
+            multiple of the rows of the mesh. Features of padding are undefined.
+        """
+        lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
+        out = self._program.apply(self._params, tokens, lengths)
+        return out if self.pooled_dim else (out, np.empty((len(tokens), 0)))
 
     def _batches(
         self, rows: list[list[int]], batch_size: int, fill: bool

@@ -9,37 +9,43 @@ import numpy as np
 from jaxtyping import BFloat16
 
 from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.text_inputs import TextFeatures
 
 CHUNK = 1024  # texts that are encoded before they are written
 MOST_PER_DEVICE = 64  # texts of a batch; more make a token no cheaper, see `TextEncoder.encode`
 
 
 class FeatureFile:
-    """The features of distinct texts, unpadded bfloat16 [l, dim], read from disk one by one.
+    """The features of distinct texts, unpadded, read from disk one by one.
 
     The file has no name and ends with the process.
     """
 
-    def __init__(self, directory: Path, dim: int):
-        """directory: where the file is. dim: features per token."""
+    def __init__(self, directory: Path, dim: int, pooled_dim: int = 0):
+        """directory: where the file is. dim: features per token. pooled_dim: per text."""
         self._file = tempfile.TemporaryFile(dir=directory)
-        self._dim = dim
+        self._dim, self._pooled_dim = dim, pooled_dim
         self._places: dict[str, tuple[int, int]] = {}  # text -> (offset in bytes, tokens)
 
     def __contains__(self, text: str) -> bool:
         return text in self._places
 
-    def add(self, text: str, features: BFloat16[np.ndarray, "l d"]) -> None:
-        """Stores the features of a text."""
+    def add(
+        self, text: str, features: BFloat16[np.ndarray, "l d"], pooled: BFloat16[np.ndarray, " e"]
+    ) -> None:
+        """Stores the token features of a text and its pooled vector, which may be empty."""
         offset = self._file.seek(0, 2)
-        self._file.write(np.ascontiguousarray(features).tobytes())
+        for part in (features, pooled):
+            self._file.write(np.ascontiguousarray(part).tobytes())
         self._places[text] = offset, len(features)
 
-    def __getitem__(self, text: str) -> BFloat16[np.ndarray, "l d"]:
+    def __getitem__(self, text: str) -> TextFeatures:
         offset, tokens = self._places[text]
         self._file.seek(offset)
-        data = self._file.read(2 * tokens * self._dim)
-        return np.frombuffer(data, ml_dtypes.bfloat16).reshape(tokens, self._dim)
+        size = tokens * self._dim
+        values = np.frombuffer(self._file.read(2 * (size + self._pooled_dim)), ml_dtypes.bfloat16)
+        pooled = values[size:] if self._pooled_dim else None
+        return TextFeatures(values[:size].reshape(tokens, self._dim), pooled)
 
 
 def texts_per_device(batch_size: int, devices: int) -> int:
@@ -58,11 +64,11 @@ def encode(
 
     batch_size: texts per device and batch. progress: is called with the number of texts done.
     """
-    features = FeatureFile(directory, encoder.dim)
+    features = FeatureFile(directory, encoder.dim, encoder.pooled_dim)
     distinct = list(dict.fromkeys(texts))
     for start in range(0, len(distinct), CHUNK):
         chunk: Sequence[str] = distinct[start : start + CHUNK]
-        for text, feature in zip(chunk, encoder.encode(list(chunk), batch_size, fill=True)):
-            features.add(text, feature)
+        for row in zip(chunk, *encoder.encode_pooled(list(chunk), batch_size, fill=True)):
+            features.add(*row)
         progress(start + len(chunk))
     return features

@@ -12,12 +12,15 @@ from typing import Any
 
 import jax
 
-from imagen_jax import cascade, sharding
+from imagen_jax import cascade, encoder_identity, sharding
 from imagen_jax.data import pipeline
+from imagen_jax.data.example_text import Reading, StoredText, read_stored
+from imagen_jax.data.records import Prepared
 from imagen_jax.hardware import chips
+from imagen_jax.online_text import OnlineText
 from imagen_jax.stage import RNG, check_interval, create_stage
 from imagen_jax.stage_sizes import Size, text
-from imagen_jax.text_inputs import text_inputs
+from imagen_jax.text_inputs import TextInput, is_text, text_inputs
 from imagen_jax.training import state
 from imagen_jax.training.step import TrainProgram, forward_flops
 from imagen_jax.weights import checkpoint
@@ -38,6 +41,7 @@ class Run:
         rematerialization.
     peak_flops: peak FLOP/s of all devices together.
     overfit: every step has the first batch.
+    online: the text encoders of a run with text.online.
     """
 
     config: Mapping[str, Any]
@@ -46,25 +50,36 @@ class Run:
     flops_per_image: Mapping[Size, float]
     peak_flops: float
     overfit: bool
+    online: OnlineText | None = None
 
     @classmethod
     def create(cls, config: Mapping[str, Any], overfit: bool = False) -> "Run":
         """Builds a run and checks its complete config against data and devices.
 
-        Allocates no arrays. Raises ValueError for a config that does not fit data or devices.
+        Allocates only the weights of online text encoders. Raises ValueError for a config that does
+        not fit data or devices.
         """
         check_interval(config["sampling"], config["diffusion"]["schedule"])
         mesh = sharding.make_mesh(config["mesh"])
-        data = pipeline.open_prepared(config["data"])
-        if not config["text"]["online"]:
-            data.check_text(text_inputs(config))
+        data = pipeline.open_sets(config["data"])
+        online = OnlineText.load(config, mesh) if config["text"]["online"] else None
+        if online:
+            encoders = encoder_identity.stored(online.identities)
+            _report_cuts(online, data)
+        else:
+            encoders = encoder_identity.stored(data[0].encoders)
+            _check_stored(data, text_inputs(config))
+        shares = pipeline.bucket_shares(config["data"])
         program = TrainProgram.create(config, mesh)
         peak, source = chips.peak_flops(mesh.devices.flat[0])
-        meta = {"config": config, "encoder": data.encoder, "manifest_hash": data.hash, "rng": RNG}
+        meta = {"config": config, "encoder": encoders, "rng": RNG}
+        meta |= pipeline.identity(config["data"])
         stage = create_stage(config)
         flops = {bucket: 3 * forward_flops(stage, bucket) for bucket in stage.buckets}
-        run = cls(config, meta, program, flops, peak * mesh.size, overfit)
+        run = cls(config, meta, program, flops, peak * mesh.size, overfit, online)
         run.describe(source)
+        for share in shares:
+            log.info("%s", share)
         return run
 
     def describe(self, peak_source: str) -> None:
@@ -111,7 +126,7 @@ class Run:
             return initial, {}
         params, meta = checkpoint.load_params(cascade.resolve(init_from))
         if program.stage.text_dim:
-            cascade.check_encoder(
+            encoder_identity.check_encoder(
                 meta["encoder"], self.meta["encoder"], f"{init_from} and the data"
             )
         origin = {name: meta[name] for name in ("step", "which", "sha256")} | {"path": init_from}
@@ -125,13 +140,29 @@ class Run:
     def batches(self, step: int, rows: Sequence[int] | None = None) -> Iterator[pipeline.Batch]:
         """The training batches of `step`, step + 1, ... (see `pipeline.batches`)."""
         step = 0 if self.overfit else step
-        data = pipeline.batches(self.config["data"], self.config["seed"], step, "train", rows)
+        text = self.online.tokens if self.online else StoredText(text_inputs(self.config))
+        data = pipeline.batches(
+            self.config["data"], self.config["seed"], step, rows=rows, text=text
+        )
         return repeat_first(data) if self.overfit else data
 
     def place(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Moves the fields that the step reads from a host batch to the mesh."""
-        fields = {name: batch[name] for name in self.program.batch}
-        return sharding.place_batch(fields, self.program.mesh)
+        """Moves the fields that the step reads from a host batch to the mesh.
+
+        With text.online the text features are computed there, asynchronously.
+        """
+        names = [name for name in self.program.batch if not (self.online and is_text(name))]
+        placed = sharding.place_batch({name: batch[name] for name in names}, self.program.mesh)
+        return placed | (self.online.place(batch) if self.online else {})
+
+    @property
+    def reading(self) -> Reading:
+        """How rows of a validation get their text."""
+        inputs = text_inputs(self.config)
+        if self.online is None:
+            return read_stored(inputs)
+        of_captions, rows = self.online.of_captions, self.config["data"]["batch_size"]
+        return lambda prepared, caption_ids: of_captions(prepared, caption_ids, rows)
 
     def compile_steps(self) -> dict[Size, Any]:
         """The compiled train step of each bucket; compiling one takes minutes at full size."""
@@ -168,6 +199,22 @@ class Run:
             "time/model_tflops_per_s": flops / 1e12,
             "time/mfu": flops / self.peak_flops,
         }
+
+
+def _check_stored(data: Sequence[Prepared], inputs: Sequence[TextInput]) -> None:
+    """Raises ValueError unless all sets have the features that a stage reads, of one encoder."""
+    encoders = encoder_identity.stored(data[0].encoders)
+    for one in data:
+        one.check_text(inputs)
+        who = f"{data[0].path} and {one.path} in data.mixture"
+        encoder_identity.check_encoder(encoders, encoder_identity.stored(one.encoders), who)
+
+
+def _report_cuts(online: OnlineText, data: Sequence[Prepared]) -> None:
+    """Logs the share of captions that are longer than the stage's input."""
+    for one in data:
+        if share := online.cut_share(one):
+            log.warning("about %.2g %% of the captions of %s are cut", 100 * share, one.path)
 
 
 def repeat_first(

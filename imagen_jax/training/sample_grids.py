@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from imagen_jax import cascade, pictures, sharding
-from imagen_jax.data import pipeline
+from imagen_jax.data import pipeline, sets
+from imagen_jax.data.example_text import Reading
 from imagen_jax.stage import Params, Stage, to_uint8
 from imagen_jax.stage_sizes import square
 from imagen_jax.text_inputs import is_text
@@ -37,22 +38,25 @@ def sample_program(stage: Stage, mesh: Mesh, rows: int) -> Any:
 class SampleGrid:
     """Rows evenly spaced over the held-out images, or over the training images if there are none.
 
-    They are read once, as centre squares, and sampled by one program.
+    They are read once, as centre squares, and sampled by one program. With data.mixture, each set
+    has about the same number of rows.
     """
 
-    def __init__(self, config: Mapping[str, Any], stage: Stage, mesh: Mesh):
-        """config: the config of the run; train.sample_rows is the number of rows."""
-        prepared = pipeline.open_prepared(config["data"])
-        split = prepared.evaluation_split
-        count = prepared.manifest["counts"]["images"][split]
-        rows = (
-            np.linspace(0, count - 1, min(config["train"]["sample_rows"], count))
-            .astype(int)
-            .tolist()
-        )
-        self._batch = pipeline.eval_rows(config["data"], rows, split)
+    def __init__(self, config: Mapping[str, Any], stage: Stage, mesh: Mesh, reading: Reading):
+        """config: the config of the run; train.sample_rows is the number of rows.
+
+        reading: of the rows' text.
+        """
+        configs, wanted = sets.alone(config["data"]).values(), config["train"]["sample_rows"]
+        bounds = np.linspace(0, wanted, len(configs) + 1).astype(int)
+        parts = [
+            evenly_spaced(data, int(size), reading)
+            for data, size in zip(configs, np.diff(bounds), strict=True)
+            if size
+        ]
+        self._batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         self._size = stage.train_size
-        self._sample = sample_program(stage, mesh, len(rows))
+        self._sample = sample_program(stage, mesh, len(self._batch["index"]))
 
     def sample(self, ema: Params) -> UInt8[np.ndarray, "h w 3"]:
         """Columns of true images, low-res inputs (super-resolution) and samples."""
@@ -66,3 +70,13 @@ class SampleGrid:
             + [samples]
         )
         return pictures.grid([list(column) for column in columns], max(64, self._size))
+
+
+def evenly_spaced(data_cfg: Mapping[str, Any], wanted: int, reading: Reading) -> pipeline.Batch:
+    """Up to `wanted` rows of the only set of `data_cfg`, as `pipeline.eval_rows` reads them."""
+    prepared = pipeline.open_prepared(data_cfg)
+    split = prepared.evaluation_split
+    count = prepared.num_images(split)
+    rows = np.linspace(0, count - 1, min(wanted, count)).astype(int).tolist()
+    captions = pipeline.eval_caption_ids(data_cfg, rows, split).tolist()
+    return pipeline.eval_rows(data_cfg, rows, split, reading(prepared, captions))

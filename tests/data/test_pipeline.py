@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax.data import pipeline, records
+from imagen_jax.data import examples, pipeline, records
 from tests.data import synthetic
 
 
@@ -209,7 +209,7 @@ def test_cache_changes_no_batch(path):
 def test_cache_decodes_once_and_keeps_its_limit(path, monkeypatch):
     """Catches a cache that is never hit, and one that grows past its limit."""
     decoded = []
-    original = pipeline.transforms.decode_square
+    original = pipeline.transforms.decode_window
 
     def decode(*args):
         decoded.append(
@@ -217,13 +217,13 @@ def test_cache_decodes_once_and_keeps_its_limit(path, monkeypatch):
         )  # a reader closed by an earlier test may still finish a batch
         return original(*args)
 
-    monkeypatch.setattr(pipeline.transforms, "decode_square", decode)
+    monkeypatch.setattr(pipeline.transforms, "decode_window", decode)
     cached = config(path, image_size=64, cache_mib=1)
-    examples = pipeline._examples(cached, "train")
+    single = pipeline._plain(cached, "train")
     for row in [0, 1, 0, 1]:
-        examples.make(row, 0.0, (0.0, 0.0), False)
+        single.make(row, 0.0, (0.0, 0.0), False)
     assert decoded.count(threading.main_thread()) == 2
-    small = pipeline._PixelCache(3 * 16 * 16 * 3)
+    small = examples.PixelCache(3 * 16 * 16 * 3)
     for row in range(5):
         small.put(row, np.zeros((16, 16, 3), np.uint8), (0,))
     assert [small.get(row) is not None for row in range(5)] == [True, True, True, False, False]
@@ -305,17 +305,17 @@ def test_config_that_does_not_fit_is_one_clear_line(path, changes, message):
 def test_the_field_decode_reaches_training_and_evaluation(path, monkeypatch):
     """Catches a decoder that ignores the field in batches or in the rows of an evaluation."""
     seen = []
-    original = pipeline.transforms.decode_square
+    original = pipeline.transforms.decode_window
 
-    def decode(encoded, size, rule):
+    def decode(encoded, size, rule, view):
         if threading.current_thread() is threading.main_thread():
             seen.append(rule)
-        return original(encoded, size, rule)
+        return original(encoded, size, rule, view)
 
-    monkeypatch.setattr(pipeline.transforms, "decode_square", decode)
+    monkeypatch.setattr(pipeline.transforms, "decode_window", decode)
     for rule in ("exact", "draft"):
         cfg = config(path, decode=rule)
-        pipeline._examples(cfg, "train").make(0, 0.0, (0.0, 0.0), False)
+        pipeline._plain(cfg, "train").make(0, 0.0, (0.0, 0.0), False)
         pipeline.eval_rows(cfg, [0], "heldout")
         pipeline.eval_images(cfg, [0], "heldout")
     assert seen == ["exact"] * 3 + ["draft"] * 3

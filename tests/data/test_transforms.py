@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax.data import transforms
+from imagen_jax.data import transforms, views
 from tests.data import synthetic
 
 
@@ -38,17 +38,22 @@ def test_draft_changes_nothing_where_no_scale_applies(kind):
     np.testing.assert_array_equal(drafted, exact)
 
 
+def draft_factor(size, side):
+    """Of the centre square of an image of this width and height."""
+    return transforms.draft_factor(views.window(size, (side, side)), (side, side))
+
+
 def test_draft_never_enlarges():
     """Catches a scale that leaves fewer pixels than wanted, that is never used, or that leaves an
     edge of the crop inside a pixel of the result."""
     for size in (1, 16):
         for side in range(1, 300):
-            factor = transforms.draft_factor((side, side + 9), size)
+            factor = draft_factor((side, side + 9), size)
             assert factor == 1 or side / factor >= size
     wanted = {15: 1, 16: 1, 32: 2, 63: 1, 64: 4, 65: 2, 127: 2, 128: 8, 129: 4, 256: 8}
-    assert {side: transforms.draft_factor((side, side), 16) for side in wanted} == wanted
+    assert {side: draft_factor((side, side), 16) for side in wanted} == wanted
     beside = {0: 8, 16: 8, 8: 4, 4: 4, 5: 4, 2: 4}  # wider by, margins of half
-    assert {more: transforms.draft_factor((128 + more, 128), 16) for more in beside} == beside
+    assert {more: draft_factor((128 + more, 128), 16) for more in beside} == beside
 
 
 @pytest.mark.parametrize("height, width", [(320, 320), (203, 241), (647, 321), (321, 1290)])

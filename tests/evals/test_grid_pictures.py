@@ -21,7 +21,7 @@ def make_drawer(config, monkeypatch):  # noqa: F811
     """A function that makes a drawer of the cascade."""
     load = cascade.load_cascade
     monkeypatch.setattr(cascade, "load_cascade", lambda *some: load(*some, mesh=MESH))
-    monkeypatch.setattr(drawing, "load_encoder", lambda *_: Encoder())
+    monkeypatch.setattr(drawing, "load_encoders", lambda *_: {"": Encoder()})
     base = config["base"] | {"sampling": config["base"]["sampling"] | {"aug_level": 0.0}}
     complete = schema.complete_cascade(config | {"base": base})
     return lambda: drawing.Drawer(complete, STAGES)

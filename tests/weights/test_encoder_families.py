@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import cascade
+from imagen_jax import encoder_identity
 from imagen_jax.sharding import batch_mesh
 from imagen_jax.text.choice import DEFAULT, Choice, parse
 from imagen_jax.text.encoder import TextEncoder
@@ -105,11 +105,11 @@ def test_other_features_of_the_same_weights_are_refused(directory):
     identity = config_of(str(directory)).identity
     layer, kind = identity["layer"], "end" if "clip" in directory.name else "mean"
     for same in (f"{directory}@layer={layer}", f"{directory}@layer={layer - 4}"):
-        cascade.check_encoder(identity, config_of(same).identity, "a and b")
+        encoder_identity.check_encoder(identity, config_of(same).identity, "a and b")
     for option, field in (("layer=1", "layer"), (f"pooling={kind}", "pooling")):
         other = config_of(f"{directory}@{option}").identity
         with pytest.raises(ValueError, match=f"a and b do not share .*{field}: "):
-            cascade.check_encoder(identity, other, "a and b")
+            encoder_identity.check_encoder(identity, other, "a and b")
 
 
 def test_the_activation_and_norm_belong_to_the_identity():
@@ -118,7 +118,7 @@ def test_the_activation_and_norm_belong_to_the_identity():
     normed = CLIPS["exact"].with_choice(Choice(final_norm=True)).identity
     for other, field in ((quick, "activation: gelu and quick"), (normed, "final_norm: False and")):
         with pytest.raises(ValueError, match=field):
-            cascade.check_encoder(exact, other, "a and b")
+            encoder_identity.check_encoder(exact, other, "a and b")
 
 
 def test_the_longest_text(directory):

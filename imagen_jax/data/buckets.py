@@ -1,0 +1,118 @@
+"""Images by aspect ratio: the bucket of each image, and the rows of each bucket, on disk."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt32
+
+from imagen_jax.data.image_sizes import ImageSizes, open_sizes
+from imagen_jax.data.index_files import MappedArray, build_once, cache_directory
+from imagen_jax.data.records import Prepared
+from imagen_jax.data.views import TOLERANCE, Size
+
+FORMAT_VERSION = 1  # of the file of rows
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketRows:
+    """The rows of the images in one bucket, ascending; a part of a file that all buckets share."""
+
+    mapped: MappedArray
+    start: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> int:
+        if not 0 <= number < self.count:
+            raise IndexError(f"a bucket of {self.count} images has no image {number}")
+        return int(self.mapped.array[self.start + number])
+
+
+def nearest(sizes: UInt32[np.ndarray, "n 2"], buckets: Sequence[Size]) -> Int[np.ndarray, " n"]:
+    """The bucket of each image: that with the nearest aspect ratio, |log ratio|; ties to the first.
+
+    Ratios of whole numbers are compared, not their logarithms, so all machines agree.
+    """
+    height, width = sizes.astype(np.int64).T
+    far = []
+    for bucket_height, bucket_width in buckets:
+        a, b = height * bucket_width, width * bucket_height
+        far.append(np.maximum(a, b) / np.minimum(a, b))
+    return np.argmin(far, axis=0)
+
+
+def too_small(
+    sizes: UInt32[np.ndarray, "n 2"],
+    of: Int[np.ndarray, " n"],
+    buckets: Sequence[Size],
+    scale: float,
+) -> Bool[np.ndarray, " n"]:
+    """Whether the smallest window of an image, of `scale`, does not cover its bucket's size.
+
+    of: the bucket of each image.
+    """
+    return (sizes * scale < np.array(buckets)[of] - TOLERANCE).any(axis=1)
+
+
+def open_rows(
+    prepared: Prepared, split: str, buckets: Sequence[Size], scale: float
+) -> tuple[ImageSizes, list[BucketRows]]:
+    """(sizes of the images, rows of each bucket).
+
+    The rows are in a file in the directory for temporary files, named by what they depend on.
+
+    scale: of the smallest window, see `views.smallest_scale`.
+
+    Raises ValueError if an image is too small for its bucket.
+    """
+    sizes = open_sizes(prepared, split)
+    key = json.dumps([FORMAT_VERSION, prepared.hash, split, buckets, scale])
+    name = f"buckets-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    path = cache_directory() / name
+    build_once(path, lambda temporary: _write(temporary, prepared, sizes, buckets, scale))
+    mapped = MappedArray(path)
+    counts = mapped.array[len(sizes) :].tolist()
+    starts = np.cumsum([0, *counts]).tolist()
+    return sizes, [BucketRows(mapped, *part) for part in zip(starts, counts)]
+
+
+def _write(
+    path: Path, prepared: Prepared, sizes: ImageSizes, buckets: Sequence[Size], scale: float
+) -> None:
+    """Writes uint32 [images + buckets]: the rows, bucket by bucket, then the buckets' counts."""
+    counts, small = np.zeros(len(buckets), np.int64), 0
+    for _, part in sizes.chunks():
+        of = nearest(part, buckets)
+        counts += np.bincount(of, minlength=len(buckets))
+        small += int(too_small(part, of, buckets, scale).sum())
+    if small:
+        raise ValueError(_small_images(prepared, small, len(sizes), buckets, scale))
+    rows = np.lib.format.open_memmap(path, "w+", np.uint32, (len(sizes) + len(buckets),))
+    ends = np.cumsum(counts) - counts
+    for start, part in sizes.chunks():
+        of = nearest(part, buckets)
+        for bucket in range(len(buckets)):
+            here = np.flatnonzero(of == bucket) + start
+            rows[ends[bucket] : ends[bucket] + len(here)] = here
+            ends[bucket] += len(here)
+    rows[len(sizes) :] = counts
+    rows.flush()
+
+
+def _small_images(
+    prepared: Prepared, small: int, total: int, buckets: Sequence[Size], scale: float
+) -> str:
+    enough = math.ceil(max(map(max, buckets)) / scale - TOLERANCE)
+    smaller = f" at data.view_scale[0] = {scale:g}" if scale != 1.0 else ""
+    return (
+        f"{prepared.path} has {small:,} of {total:,} images that do not cover the size of their"
+        f" bucket in data.buckets{smaller}: give smaller buckets, or prepare with --min_size; any"
+        f" image with sides of {enough} or more is large enough"
+    )

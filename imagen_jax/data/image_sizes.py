@@ -1,0 +1,100 @@
+"""Heights and widths of all images of a split, in a file beside the shards.
+
+    DIR/images/sizes-SPLIT.npy   uint32 [images, 2]: height and width as stored
+
+The manifest does not list the file. It is written when it is first needed, which reads all records
+once; in the directory for temporary files, if the data are on a read-only disk.
+"""
+
+import dataclasses
+import errno
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt32
+
+from imagen_jax.data.index_files import MappedArray, build_once, cache_directory
+from imagen_jax.data.records import ImageRow, ImageStore, Prepared
+from imagen_jax.run_log import Progress
+
+THREADS = 4  # that read records; more than one hides the latency of a network file system
+CHUNK = 256  # records that a thread reads at once
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSizes:
+    """The sizes of a split's images by row; see `open_sizes`."""
+
+    mapped: MappedArray
+
+    def __len__(self) -> int:
+        return len(self.mapped.array)
+
+    def chunks(self, rows: int = 1 << 20) -> Iterator[tuple[int, UInt32[np.ndarray, "k 2"]]]:
+        """(first row, sizes of the rows from there on), for all rows in order."""
+        for start in range(0, len(self), rows):
+            yield start, self.mapped.array[start : start + rows]
+
+    def check(self, row: int, stored: ImageRow) -> None:
+        """Raises ValueError unless a record has the size that the file says."""
+        height, width = self.mapped.array[row].tolist()
+        if (height, width) != (stored.height, stored.width):
+            raise ValueError(
+                f"{self.mapped.path} does not belong to the images: row {row} is {stored.height}x"
+                f"{stored.width}, not {height}x{width}; remove it; it is written again"
+            )
+
+
+def open_sizes(prepared: Prepared, split: str) -> ImageSizes:
+    """The sizes of a split's images; writes their file first if there is none.
+
+    Raises ValueError if the file is damaged or of another number of images, or if a shard is
+    damaged.
+    """
+    images, name = prepared.images(split), f"sizes-{split}.npy"
+    path = prepared.path / "images" / name
+    if not path.exists():
+        write = lambda temporary: _write(temporary, images, f"sizes of {prepared.path}, {split}")
+        try:
+            build_once(path, write)
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+            path = cache_directory() / f"{prepared.hash}-{name}"
+            build_once(path, write)
+    sizes = ImageSizes(MappedArray(path))
+    if sizes.mapped.array.shape != (len(images), 2):
+        raise ValueError(
+            f"{path} has the sizes of {len(sizes)} images, but there are {len(images)}: remove it;"
+            " it is written again"
+        )
+    return sizes
+
+
+def _write(path: Path, images: ImageStore, label: str) -> None:
+    """Writes the sizes of all images, as they are read."""
+    total = len(images)
+    sizes = np.lib.format.open_memmap(path, "w+", np.uint32, (total, 2))
+    starts = iter(range(0, total, CHUNK))
+    read = lambda start: [
+        size_of(images.record(row)) for row in range(start, start + CHUNK)[: total - start]
+    ]
+    with ThreadPoolExecutor(THREADS) as pool, Progress(label, total) as progress:
+        while some := list(itertools.islice(starts, 4 * THREADS)):
+            for start, part in zip(some, pool.map(read, some), strict=True):
+                sizes[start : start + len(part)] = part
+                progress.update(start + len(part))
+    sizes.flush()
+
+
+def size_of(record: bytes) -> tuple[int, int]:
+    """Height and width in the record of an image; does not parse the rest as TFDS does."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    features = tf_example_pb2.Example.FromString(record).features.feature
+    height, width = (features[name].int64_list.value[0] for name in ("height", "width"))
+    return height, width
