@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import storage
+from imagen_jax import schema, storage
 from imagen_jax.data import records
 from imagen_jax.data.transforms import shrink
 from imagen_jax.evals import history, stage_evaluation, superres
@@ -249,6 +249,25 @@ def test_data_of_another_encoder_is_refused(data, tmp_path):
     ):
         evaluator(data, "loss").run(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_set_of_a_mixture_is_data_that_the_checkpoint_knows(data, caplog):
+    """Catches a checkpoint of a mixture that cannot be evaluated on one of its sets, or that calls
+    the set other data; and other data that are taken for a set.
+    """
+    config = schema.complete(BASE)
+    config["data"] |= {"mixture": (("a", 0.5), ("b", 0.5)), "view": "short_side"}
+    config["data"]["buckets"] = ((16, 32), (16, 16))
+    own = records.open_once(data).hash
+    for hashes, warnings in (["x", own], 0), (["x", "y"], 1):
+        meta = {"config": config, "encoder": ENCODER, "manifest_hash": "joined"}
+        one = evaluator(data, "loss")
+        caplog.clear()
+        one._prepare(meta | {"mixture_hashes": hashes}, {})
+        said = [record.getMessage() for record in caplog.records]
+        assert said == warnings * [f"the checkpoint was trained on other data than {data}"]
+        rows = one._rows.crops("heldout").at(np.arange(2))
+        assert rows["image"].shape == (2, 16, 16, 3) and "set" not in rows
 
 
 class Trainer:

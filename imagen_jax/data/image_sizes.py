@@ -34,7 +34,7 @@ class ImageSizes:
     def __len__(self) -> int:
         return len(self.mapped.array)
 
-    def chunks(self, rows: int = 1 << 20) -> Iterator[tuple[int, UInt32[np.ndarray, "k 2"]]]:
+    def chunks(self, rows: int = 1 << 16) -> Iterator[tuple[int, UInt32[np.ndarray, "k 2"]]]:
         """(first row, sizes of the rows from there on), for all rows in order."""
         for start in range(0, len(self), rows):
             yield start, self.mapped.array[start : start + rows]

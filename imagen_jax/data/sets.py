@@ -49,7 +49,6 @@ def alone(data_cfg: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     single = lambda path: dict(data_cfg) | {"path": path, "mixture": ()}
     if not with_older(data_cfg)["mixture"]:
-        sources(data_cfg)
         return {"": single(data_cfg["path"])}
     configs: dict[str, dict[str, Any]] = {}
     for path, _ in sources(data_cfg):

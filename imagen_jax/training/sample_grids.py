@@ -56,7 +56,7 @@ class SampleGrid:
         ]
         self._batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         self._size = stage.train_size
-        self._sample = sample_program(stage, mesh, len(self._batch["index"]))
+        self._sample = sample_program(stage, mesh, len(self._batch["image"]))
 
     def sample(self, ema: Params) -> UInt8[np.ndarray, "h w 3"]:
         """Columns of true images, low-res inputs (super-resolution) and samples."""
@@ -76,7 +76,7 @@ def evenly_spaced(data_cfg: Mapping[str, Any], wanted: int, reading: Reading) ->
     """Up to `wanted` rows of the only set of `data_cfg`, as `pipeline.eval_rows` reads them."""
     prepared = pipeline.open_prepared(data_cfg)
     split = prepared.evaluation_split
-    count = prepared.num_images(split)
+    count = prepared.manifest["counts"]["images"][split]
     rows = np.linspace(0, count - 1, min(wanted, count)).astype(int).tolist()
     captions = pipeline.eval_caption_ids(data_cfg, rows, split).tolist()
     return pipeline.eval_rows(data_cfg, rows, split, reading(prepared, captions))

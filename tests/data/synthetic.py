@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -16,11 +17,16 @@ DIM = 8
 TEXT_LENGTH = 6
 
 
-def gradient(size: int, tag: int = 0) -> np.ndarray:
-    """uint8 [size size 3]: red is the column, green the row, scaled to 0..255; blue is `tag`."""
-    ramp = (np.arange(size) * 256 // size).astype(np.uint8)
-    image = np.empty((size, size, 3), np.uint8)
-    image[..., 0], image[..., 1], image[..., 2] = ramp[None, :], ramp[:, None], tag % 256
+def gradient(size: int | tuple[int, int], tag: int = 0) -> np.ndarray:
+    """uint8 [h w 3]: red is the column, green the row, scaled to 0..255; blue is `tag`.
+
+    size: height and width, or the side of a square.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    image = np.empty((height, width, 3), np.uint8)
+    image[..., 0] = (np.arange(width) * 256 // width)[None, :]
+    image[..., 1] = (np.arange(height) * 256 // height)[:, None]
+    image[..., 2] = tag % 256
     return image
 
 
@@ -39,17 +45,27 @@ def embedding(caption_id: int, length: int) -> np.ndarray:
 
 
 def write_prepared(
-    root: Path, images: int = 10, size: int = 64, heldout: int = 3, shard_rows: int = 4
+    root: Path,
+    images: int = 10,
+    size: int = 64,
+    heldout: int = 3,
+    shard_rows: int = 4,
+    shapes: Sequence[tuple[int, int]] = (),
+    encoder: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes a complete prepared directory.
 
     Image i of `train` has captions 2i and 2i+1, each held-out image has caption 0.
+
+    shapes: height and width of the images of `train`, in turn; by default squares of `size`.
+    encoder: further fields of the encoder's identity.
     """
+    shape = lambda i: shapes[i % len(shapes)] if shapes else (size, size)
     captions = [f"caption {i}" for i in range(2 * images)]
     lengths = [1 + i % TEXT_LENGTH for i in range(len(captions))]
     rows = {
-        "train": [_image(i, size, (2 * i, 2 * i + 1)) for i in range(images)],
-        "heldout": [_image(100 + i, size, (0,)) for i in range(heldout)],
+        "train": [_image(i, shape(i), (2 * i, 2 * i + 1)) for i in range(images)],
+        "heldout": [_image(100 + i, (size, size), (0,)) for i in range(heldout)],
     }
     shards = {}
     for split, split_rows in rows.items():
@@ -74,7 +90,7 @@ def write_prepared(
     records.write_tfds_metadata(root, "captions", caption_features(DIM), shards)
     manifest = {
         "format_version": records.FORMAT_VERSION,
-        "encoder": {"name": "fake", "dim": DIM, "max_length": TEXT_LENGTH},
+        "encoder": {"name": "fake", "dim": DIM, "max_length": TEXT_LENGTH} | dict(encoder or {}),
         "max_length": TEXT_LENGTH,
         "counts": {
             "images": {"train": images, "heldout": heldout},
@@ -82,7 +98,7 @@ def write_prepared(
             "skipped": {},
         },
         "embedding": {"length": {"min": 1, "max": max(lengths)}},
-        "image_sizes": {"min_side": size},
+        "image_sizes": {"min_side": min(size, *(min(shape(i)) for i in range(images)))},
         "shards": shards,
     }
     manifest["hash"] = records.manifest_hash(manifest)
@@ -90,8 +106,8 @@ def write_prepared(
     return root
 
 
-def _image(tag: int, size: int, caption_ids: tuple[int, ...]) -> records.ImageRow:
-    return records.ImageRow(encode(gradient(size, tag)), size, size, f"image-{tag}", caption_ids)
+def _image(tag: int, shape: tuple[int, int], caption_ids: tuple[int, ...]) -> records.ImageRow:
+    return records.ImageRow(encode(gradient(shape, tag)), *shape, f"image-{tag}", caption_ids)
 
 
 def _write(
