@@ -4,12 +4,10 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from imagen_jax import schema, sharding, train
-from imagen_jax.data import pipeline
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.run_log import read_metrics
 from imagen_jax.stage import create_stage
@@ -19,13 +17,16 @@ from imagen_jax.weights.checkpoint import load_params
 from tests import tiny
 from tests.data import synthetic
 
-BUCKETS = {"base_64": ((8, 8), (4, 12)), "sr_256": ((24, 8), (16, 16))}
+# The last one of a stage has no images.
+BUCKETS = {"base_64": ((8, 8), (4, 12), (2, 30)), "sr_256": ((24, 8), (16, 16), (4, 40))}
 ONE_LEVEL = {"base_64": tiny.ONE_LEVEL_UNET, "sr_256": tiny.ONE_LEVEL_FIELDS}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return synthetic.write_prepared(tmp_path_factory.mktemp("data") / "data", images=8, size=32)
+    """Images of two aspect ratios; none has that of a third bucket."""
+    root = tmp_path_factory.mktemp("data") / "data"
+    return synthetic.write_prepared(root, images=16, size=32, shapes=[(16, 48), (32, 32), (48, 16)])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,29 +43,6 @@ def run(data, one_device):
     return Run.create(config_of("base_64", data))
 
 
-@pytest.fixture(autouse=True)
-def batches(monkeypatch):
-    """Batches whose bucket depends on the step: the first one in steps 0, 2 ... and so on."""
-
-    def of_steps(cfg, seed, start, split, rows=None, **_):
-        step, size, low = start, cfg["image_size"], cfg["lowres_size"]
-        rows = list(range(cfg["batch_size"]) if rows is None else rows)
-        while True:
-            rng = np.random.default_rng([seed, step])
-            height, width = cfg["buckets"][step % len(cfg["buckets"])]
-            shapes = {"image": (height, width)}
-            if low:
-                shapes["lowres"] = height * low // size, width * low // size
-            draw = lambda *shape: rng.integers(0, 256, (cfg["batch_size"], *shape, 3), np.uint8)
-            batch = {name: draw(*shape)[rows] for name, shape in shapes.items()}
-            text = rng.standard_normal((len(rows), cfg["text_length"], synthetic.DIM))
-            batch |= {"text": text.astype(jnp.bfloat16), "text_mask": np.ones(text.shape[:2], bool)}
-            yield batch | {"index": np.array(rows), "caption_id": np.array(rows)}
-            step += 1
-
-    monkeypatch.setattr(pipeline, "batches", of_steps)
-
-
 def config_of(name, data, **changes):
     changes = ONE_LEVEL[name] | {"data__path": str(data), "data__buckets": BUCKETS[name]} | changes
     config = tiny.config(name, train__steps=4, train__save_every=2, train__log_every=1, **changes)
@@ -78,19 +56,25 @@ def trained(config, workdir, **more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUCKETS)
-def test_a_run_trains_on_both_sizes_and_resumes(name, data, tmp_path, caplog):
-    """Catches a step compiled for one size, height and width exchanged, a low-res image that keeps
-    the square's size, and a resume that begins with another bucket.
+def test_a_run_trains_on_both_sizes_and_resumes(name, data, tmp_path, caplog, monkeypatch):
+    """Catches a step compiled for one size, or for a bucket without images, height and width
+    exchanged, a low-res image that keeps the square's size, and a resume with other batches.
     """
     caplog.set_level("INFO")
+    sizes, bucket_of = [], Run.bucket_of
+    noted = lambda run, batch: sizes.append(bucket_of(run, batch)) or sizes[-1]
+    monkeypatch.setattr(Run, "bucket_of", noted)
     assert trained(config_of(name, data), tmp_path) == 0
-    for size in BUCKETS[name]:
-        assert f"step compiled for images of {size[0]}x{size[1]} in" in caplog.text
+    assert len(sizes) == 4 and set(sizes) == set(BUCKETS[name][:2])
+    for height, width in BUCKETS[name]:
+        said = f"step compiled for images of {height}x{width} in" in caplog.text
+        assert said == ((height, width) in sizes)
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     whole, _ = load_params(str(tmp_path), "params")
     shutil.rmtree(tmp_path / "checkpoints" / "4")
     assert trained(config_of(name, data), tmp_path) == 0
+    assert sizes[4:] == sizes[2:4]
     assert [row["loss"] for row in read_metrics(tmp_path)] == [row["loss"] for row in rows]
     resumed, _ = load_params(str(tmp_path), "params")
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
