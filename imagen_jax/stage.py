@@ -245,6 +245,12 @@ class Stage:
     ) -> Float[Array, "b h w 3"]:
         cond = self.cond(batch)
         if "lowres" in cond:
+            if cond["lowres"].shape[1:3] != self.lowres_of(size):
+                raise ValueError(
+                    f"{self.name} needs low-res images of {stage_sizes.text(self.lowres_of(size))}"
+                    f" for images of {stage_sizes.text(size)}, not of"
+                    f" {stage_sizes.text(cond['lowres'].shape[1:3])}"
+                )
             aug_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
             noise = sampler.sample_noise(aug_keys, cond["lowres"].shape[1:])
             level = jnp.full(keys.shape, sampling["aug_level"], jnp.float32)

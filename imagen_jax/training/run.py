@@ -37,8 +37,8 @@ class Run:
     config: complete config, checked as that of a new run (see `schema.complete`).
     meta: identity of the run; saved with every checkpoint and compared on resume.
     program: the train step on the mesh.
-    flops_per_image: for each bucket the model FLOPs per image, forward and backward, without
-        rematerialization.
+    flops_per_image: for each image size that the data has, the model FLOPs per image, forward and
+        backward, without rematerialization.
     peak_flops: peak FLOP/s of all devices together.
     overfit: every step has the first batch.
     online: the text encoders of a run with text.online.
@@ -75,7 +75,8 @@ class Run:
         meta = {"config": config, "encoder": encoders, "rng": RNG}
         meta |= pipeline.identity(config["data"])
         stage = create_stage(config)
-        flops = {bucket: 3 * forward_flops(stage, bucket) for bucket in stage.buckets}
+        sizes = [share.size for share in shares] or stage.buckets
+        flops = {size: 3 * forward_flops(stage, size) for size in sizes}
         run = cls(config, meta, program, flops, peak * mesh.size, overfit, online)
         run.describe(source)
         for share in shares:
@@ -165,23 +166,26 @@ class Run:
         return lambda prepared, caption_ids: of_captions(prepared, caption_ids, rows)
 
     def compile_steps(self) -> dict[Size, Any]:
-        """The compiled train step of each bucket; compiling one takes minutes at full size."""
+        """The compiled train step of each image size that the data has.
+
+        Compiling one takes minutes at full size.
+        """
         steps = {}
-        for bucket in self.program.batches:
+        for bucket in self.flops_per_image:
             started = time.monotonic()
             steps[bucket] = self.program.lower(bucket).compile()
-            of = f" for images of {text(bucket)}" if len(self.program.batches) > 1 else ""
+            of = f" for images of {text(bucket)}" if len(self.flops_per_image) > 1 else ""
             log.info("step compiled%s in %.0f s", of, time.monotonic() - started)
         return steps
 
     def bucket_of(self, batch: Mapping[str, Any]) -> Size:
-        """The size of the images of a batch. Raises ValueError if it is not one of the buckets."""
+        """The size of the images of a batch. Raises ValueError if no step is compiled for it."""
         height, width = batch["image"].shape[1:3]
-        if (height, width) not in self.program.batches:
-            buckets = ", ".join(map(text, self.program.batches))
+        if (height, width) not in self.flops_per_image:
+            sizes = ", ".join(map(text, self.flops_per_image))
             raise ValueError(
                 f"a batch has images of {height}x{width}, but the train step is compiled for"
-                f" {buckets}: make data.buckets and the data agree"
+                f" {sizes}: make data.buckets and the data agree"
             )
         return height, width
 
