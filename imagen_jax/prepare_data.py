@@ -7,9 +7,8 @@ First the images: every one is checked, images and captions are selected, and th
 Then each distinct caption is encoded once, by one text encoder after another. All this is written
 to OUTPUT.partial, which is renamed to OUTPUT at the end. A journal there lists the finished shards.
 The same command therefore continues an interrupted run, with any number of processes, and produces
-identical bytes.
-imagen_jax/data/records.py describes the result. OUTPUT/skipped.jsonl lists every skipped or changed
-item with the reason.
+identical bytes. imagen_jax/data/records.py describes the result. OUTPUT/skipped.jsonl lists every
+skipped or changed item with the reason.
 
 On several hosts, start the same command once on each; imagen_jax/distributed explains how they find
 each other. OUTPUT must be on a file system that all of them share, such as NFS or Lustre, not in a

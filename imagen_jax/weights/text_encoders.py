@@ -178,17 +178,6 @@ def encoder_loaders(
     }
 
 
-def load_text_encoders(
-    text: str,
-    max_length: int,
-    dtype: str = "bfloat16",
-    make_mesh: Callable[[int], Mesh] = one_device,
-) -> dict[str, TextEncoder]:
-    """{name: encoder}, all in memory; see `encoder_loaders`."""
-    loaders = encoder_loaders(text, max_length, dtype, make_mesh)
-    return {name: load() for name, load in loaders.items()}
-
-
 def shortened(name: str, name_or_dir: str, max_length: int) -> int:
     """`max_length`, or the tokens of the encoder's longest text if it has a name and reads less."""
     longest = longest_text(name_or_dir) if name else None
