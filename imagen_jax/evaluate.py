@@ -153,6 +153,11 @@ def define_checkpoint_flags() -> None:
         "weights to evaluate: ema, params, or ema_1, ema_2 ... of optim.ema_tracks; an exported"
         " file contains only one of them",
     )
+    flags.DEFINE_string(
+        "encoder",
+        "",
+        "text encoder for --data that has only texts; default: text.encoder of the weights' config",
+    )
     flags.DEFINE_integer("rows", 256, "number of images per split for the errors")
     flags.DEFINE_integer("samples", 0, "number of samples per split; 0: as many as --rows")
     flags.DEFINE_integer(
@@ -313,9 +318,10 @@ def evaluate_checkpoint(args: Any) -> None:
         args.measures,
         settings,
         {name: value for name, value in overrides.items() if value is not None},
+        args.encoder,
     )
     told = settings | overrides | {"measures": args.measures, "which": args.which}
-    told |= {"checkpoint": str(checkpoint), "follow": args.follow}
+    told |= {"encoder": args.encoder, "checkpoint": str(checkpoint), "follow": args.follow}
     with agreement.agreed_output(output, told):
         if args.follow:
             evaluator.check_continues(output / history.FILE)

@@ -19,10 +19,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Shaped
 
-from imagen_jax import sharding
-from imagen_jax.data.example_text import ExampleText, Fields, TextOf
+from imagen_jax import encoder_identity, sharding
+from imagen_jax.data.example_text import ExampleText, Fields, Reading, TextOf, read_stored
 from imagen_jax.data.records import CaptionStore, Prepared
 from imagen_jax.data.transforms import pad_text
+from imagen_jax.row_batches import rows_per_batch
 from imagen_jax.text.encoder import FlaxEncoder
 from imagen_jax.text.feature_file import FeatureFile
 from imagen_jax.text.several import parse_encoders
@@ -194,6 +195,43 @@ class OnlineText:
         texts = [captions[i].text for i in range(min(most, len(captions)))]
         cuts = [cut for encoder in self._encoders.values() for cut in encoder.tokenize(texts)[1]]
         return sum(cuts) / max(1, len(cuts))
+
+
+def reading_of(
+    config: Mapping[str, Any],
+    trained: Mapping[str, Any],
+    prepared: Prepared,
+    mesh: Mesh,
+    batch_size: int,
+    encoder: str = "",
+) -> Reading:
+    """How an evaluation reads text: stored features, or computed ones of data with texts alone.
+
+    config: complete config of the stage. trained: identity of its text encoders. batch_size:
+        captions per batch. encoder: the text encoders to compute with; "": those of `text.encoder`.
+
+    Raises ValueError if stored features or the given encoders are not those of the training.
+    """
+    inputs = text_inputs(config)
+    if not inputs:
+        return read_stored(inputs)
+    if prepared.encoders:
+        prepared.check_text(inputs)
+        stored = encoder_identity.stored(prepared.encoders)
+        encoder_identity.check_encoder(stored, trained, f"{prepared.path} and the checkpoint")
+        return read_stored(inputs)
+    given = encoder or config["text"]["encoder"]
+    if not given:
+        raise ValueError(
+            f"{prepared.path} has only the texts of its captions: give --encoder, the text encoder"
+            " of the checkpoint"
+        )
+    text = dict(config["text"]) | {"encoder": given}
+    online = OnlineText.load(dict(config) | {"text": text}, mesh)
+    who = f"{given} and the checkpoint"
+    encoder_identity.check_encoder(encoder_identity.stored(online.identities), trained, who)
+    rows = rows_per_batch(batch_size, mesh)
+    return lambda prepared, caption_ids: online.of_captions(prepared, caption_ids, rows)
 
 
 _NONE = np.zeros(0, ml_dtypes.bfloat16)

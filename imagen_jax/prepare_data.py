@@ -4,11 +4,11 @@ r"""Turns captioned images into prepared data: images and text features in shard
         --max_length 32
 
 First the images: every one is checked, images and captions are selected, and the images are stored.
-Then each distinct caption is encoded once. All this is written to OUTPUT.partial, which is renamed
-to OUTPUT at the end. A journal there lists the finished shards. The same command therefore
-continues an interrupted run, with any number of processes, and produces identical bytes.
-imagen_jax/data/records.py describes the result. OUTPUT/skipped.jsonl lists every skipped or changed
-item with the reason.
+Then each distinct caption is encoded once, by one text encoder after another. All this is written
+to OUTPUT.partial, which is renamed to OUTPUT at the end. A journal there lists the finished shards.
+The same command therefore continues an interrupted run, with any number of processes, and produces
+identical bytes. imagen_jax/data/records.py describes the result. OUTPUT/skipped.jsonl lists every
+skipped or changed item with the reason.
 
 On several hosts, start the same command once on each; imagen_jax/distributed explains how they find
 each other. OUTPUT must be on a file system that all of them share, such as NFS or Lustre, not in a
@@ -28,7 +28,8 @@ from absl import flags
 from imagen_jax import cli
 from imagen_jax.data import records
 from imagen_jax.data.prepare import ingest
-from imagen_jax.data.prepare.caption_estimate import preview_captions
+from imagen_jax.data.prepare.caption_estimate import Tokens, preview_captions
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.passes import prepare
 from imagen_jax.data.prepare.preview import dry_run
 from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
@@ -44,9 +45,11 @@ from imagen_jax.data.sources import source
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.startup import hosts
 from imagen_jax.storage import check_local, check_utf8
+from imagen_jax.text.several import parse_encoders
 
 # Flags that all processes of a run need alike: what is done next, and all that the bytes depend on.
-ALIKE = ("output", "images_only", "beam", "dry_run", "verify", "source", "heldout", "where")
+ALIKE = ("output", "images_only", "text_only", "beam", "dry_run", "verify")
+ALIKE += ("source", "heldout", "where")
 ALIKE += ("shard_size", "min_size", "store_size", "store_format", "embedding")
 ALIKE += ("encoder", "max_length", "batch_size")
 
@@ -66,6 +69,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         " --flink_master=HOST:PORT'; needs pip install apache-beam",
     )
     switch("images_only", help="stop when the images are stored; see docs/data.md, Many hosts")
+    switch(
+        "text_only",
+        help="store the captions without features, for configs with text.online = True",
+    )
     switch("verify", help="verify the checksum of every shard, also of a finished OUTPUT")
     _define_images(values)
     _define_captions(values)
@@ -98,7 +105,8 @@ def _define_captions(values: flags.FlagValues) -> None:
         "encoder",
         None,
         "t5_tiny, a directory with a text encoder (config.json, weights, tokenizer), or a hub name;"
-        " @layer=-1 after it chooses other features (docs/data.md); required unless --images_only",
+        " @layer=-1 after it chooses other features, and t5=NAME+clip=DIR gives several names"
+        " (docs/data.md); required unless --images_only or --text_only",
         flag_values=values,
     )
     integer(
@@ -166,15 +174,15 @@ def _run(args: flags.FlagValues) -> None:
     ingestion = _ingestion(args.beam)
     with cli.processes(args, restart=AGAIN) as watch:
         agreement.check({f"--{name}": str(args[name].value) for name in ALIKE})
-        encoder = _load_encoder(args.encoder, args.max_length) if args.encoder else None
+        encoders = None if args.images_only else _encoders(args.encoder, args.max_length)
         index = work_directory(output) / SHARD_INDEX
         images = source.open_source(args, index, reads_only)
         if not args.dry_run:
             at = lambda activity: watch.at(0, activity)
-            prepare(images, encoder, output, settings, ingestion, at)
+            prepare(images, encoders, output, settings, ingestion, at)
         elif agreement.is_first():
             count, price = len(hosts()) or 1, args.price_per_gib_month
-            dry_run(images, encoder, settings, count, price)
+            dry_run(images, encoders, settings, count, price)
         if args.verify and not args.dry_run:
             _verify(records.Prepared(output))
         agreement.gather()  # nobody leaves before process 0 is done
@@ -194,11 +202,14 @@ def _settings(args: flags.FlagValues) -> Settings:
         raise ValueError("--store_format has no effect without --store_size: give --store_size N")
     if not 0 <= args.heldout < 1:
         raise ValueError(f"--heldout is {args.heldout}; give a fraction in [0, 1)")
-    if bool(args.encoder) == args.images_only:
-        raise ValueError("give either --encoder NAME or --images_only")
+    if bool(args.encoder) + args.images_only + args.text_only != 1:
+        raise ValueError("give one of --encoder NAME, --images_only and --text_only")
     if args.images_only and (args.verify or args.preview_captions):
         raise ValueError("--verify and --preview_captions need --encoder, not --images_only")
-    check_local("--encoder", args.encoder or "")
+    if args.text_only and args.embedding != records.EMBEDDINGS[0]:
+        raise ValueError("--embedding has no effect with --text_only: leave it out")
+    for encoder in parse_encoders(args.encoder).values() if args.encoder else ():
+        check_local("--encoder", encoder)
     check_local("--output", args.output)
     check_utf8("--output", Path(args.output).resolve())
     return Settings(
@@ -227,14 +238,10 @@ def _ingestion(options: str) -> Callable:
 
 
 def _preview_captions(args: flags.FlagValues) -> None:
-    from imagen_jax.weights.text_encoders import load_tokenize
-
-    tokenize, dim = load_tokenize(args.encoder, args.max_length)
     index = work_directory(Path(args.output).resolve()) / SHARD_INDEX
     preview_captions(
         source.open_source(args, index, read_only=True),
-        tokenize,
-        dim,
+        _tokens(args.encoder, args.max_length),
         args.preview_captions,
         args.shard_size,
         args.embedding,
@@ -244,11 +251,23 @@ def _preview_captions(args: flags.FlagValues) -> None:
     )
 
 
-def _load_encoder(name: str, max_length: int):
-    """Loads the text encoder on all devices of this process."""
-    from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh
+def _tokens(encoders: str | None, max_length: int) -> dict[str, Tokens]:
+    """The tokenizers of the encoders by name; {} for texts alone."""
+    from imagen_jax.weights.text_encoders import load_tokenize, shortened
 
-    return load_text_encoder(name, max_length, make_mesh=local_mesh)
+    return {
+        name: Tokens(*load_tokenize(one, shortened(name, one, max_length)))
+        for name, one in (parse_encoders(encoders) if encoders else {}).items()
+    }
+
+
+def _encoders(encoders: str | None, max_length: int) -> Encoders:
+    """The text encoders, to be loaded on all devices of this process; none for texts alone."""
+    from imagen_jax.weights.text_encoders import encoder_loaders, local_mesh
+
+    if not encoders:
+        return Encoders({})
+    return Encoders(encoder_loaders(encoders, max_length, make_mesh=local_mesh))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from PIL import Image
 
 from imagen_jax import cli
 from imagen_jax.data.prepare import passes
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.work_directory import work_directory
 from imagen_jax.data.sources.source import SourceItem
 from imagen_jax.storage import read_json, write_json
@@ -165,7 +166,9 @@ def measure(count: int, output: Path, processes: int, shard_size: int) -> dict[s
     )
     started = time.monotonic()
     with sampled(work_directory(output)) as peaks:
-        manifest = passes.prepare(SyntheticSource(count), TableEncoder(), output, settings)
+        manifest = passes.prepare(
+            SyntheticSource(count), Encoders.single(TableEncoder()), output, settings
+        )
     seconds = time.monotonic() - started
     row = {"items": count, "shards": len(manifest["shards"]), "seconds": seconds} | peaks
     row["result_bytes"] = sum(entry["bytes"] for entry in manifest["shards"].values())

@@ -31,7 +31,6 @@ import numpy as np
 
 from imagen_jax.data.caption_records import (
     CaptionRow,
-    TextFeatures,
     canonical,
     parse_caption,
     parse_features,
@@ -47,7 +46,7 @@ from imagen_jax.storage import (
     sha256_file,
     temporary_name,
 )
-from imagen_jax.text_inputs import TextInput
+from imagen_jax.text_inputs import TextFeatures, TextInput
 
 FORMAT_VERSION = 1
 INT8_FORMAT_VERSION = 2  # features in int8; versions of the program from before int8 refuse it

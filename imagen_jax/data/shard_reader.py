@@ -11,6 +11,7 @@ import os
 import resource
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,13 +28,16 @@ PAUSES_S = (1.0, 5.0, 25.0)
 _OPTIONS, _BUFFER = "readahead_buffer_size:0,footer_prefetch_bytes:65536", 2**15
 _MOST_OPEN = 4096  # an open shard of 4,096 records takes 40 KiB
 log = logging.getLogger(__name__)
+_all_readers: weakref.WeakSet["ShardReader"] = weakref.WeakSet()  # of this process
 
 
 def most_open() -> int:
-    """Shards that one reader keeps open: at most a quarter of the files that the process may have
-    open.
+    """Shards that one reader keeps open.
+
+    All readers together have at most half of the files that the process may have open.
     """
-    return max(1, min(_MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+    return max(1, min(_MOST_OPEN, files // max(2, len(_all_readers))))
 
 
 class CutShort(ValueError):
@@ -58,6 +62,7 @@ class ShardReader:
     def _start(self) -> None:
         self._lock = threading.Lock()
         self._readers: OrderedDict[int, Any] = OrderedDict()  # the last used one is the last
+        _all_readers.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Worker processes open shards of their own."""

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from imagen_jax import encoder_identity, schema, sharding
+from imagen_jax import schema, sharding
 from imagen_jax.cascade import STAGE_META
 from imagen_jax.data.records import open_once
 from imagen_jax.distributed import agreement
@@ -22,6 +22,7 @@ from imagen_jax.evals import history, provenance, report
 from imagen_jax.evals.evaluation import Evaluation, Probe
 from imagen_jax.evals.measures import measure
 from imagen_jax.evals.rows import Data, Settings
+from imagen_jax.online_text import reading_of
 from imagen_jax.sampling_parameters import for_sampling, parameter_shardings
 from imagen_jax.stage import Params, check_interval, check_sampling, create_stage
 from imagen_jax.storage import (
@@ -61,6 +62,7 @@ class Evaluator:
         names: list[str],
         numbers: Mapping[str, Any],
         sampling: Mapping[str, Any],
+        encoder: str = "",
     ):
         """Loads nothing yet; `run` loads a checkpoint and the data.
 
@@ -69,12 +71,13 @@ class Evaluator:
         names: names of the measures; [] for all that apply.
         numbers: fields of `rows.Settings`.
         sampling: values that override those of the checkpoint's config.
+        encoder: text encoder for data that has only texts; "": that of the checkpoint's config.
 
         Raises ValueError for an unknown measure.
         """
         measure.check_known(names)
         self._data, self._which, self._names = data, which, names
-        self._numbers, self._sampling = numbers, sampling
+        self._numbers, self._sampling, self._encoder = numbers, sampling, encoder
         self._config: Mapping[str, Any] | None = None
 
     def run(self, checkpoint: Path, output: Path) -> dict[str, Any]:
@@ -178,11 +181,10 @@ class Evaluator:
         if self._sampling:
             check_interval(settings.sampling, stage.schedule)
         chosen = measure.choose(self._names, stage, settings)
-        self._rows = Data(dict(config["data"]) | {"path": self._data, "mixture": ()}, settings)
-        if stage.text_dim:
-            stored = encoder_identity.stored(self._rows.prepared.encoders)
-            who = f"{self._data} and the checkpoint"
-            encoder_identity.check_encoder(stored, meta["encoder"], who)
+        inputs = open_once(self._data), self._mesh, settings.batch_size, self._encoder
+        reading = reading_of(config, meta["encoder"], *inputs)
+        data_cfg = dict(config["data"]) | {"path": self._data, "mixture": ()}
+        self._rows = Data(data_cfg, settings, reading)
         if "heldout" not in self._rows.counts:
             log.warning("%s has no held-out images; evaluating on training images", self._data)
         if self._rows.prepared.hash not in (meta["manifest_hash"], *meta.get("mixture_hashes", ())):

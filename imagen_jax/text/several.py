@@ -7,8 +7,9 @@ Each is a name, `=` and what is given for one encoder, with its choice of featur
 import pathlib
 import re
 
+from imagen_jax.text_inputs import UNNAMED
+
 PLUS = "+"
-UNNAMED = ""  # the name of a single encoder that is given without one
 FORM = "t5=google/t5-v1_1-xxl+clip=DIR@layer=-2"
 _NAME = r"[a-z][a-z0-9]*"
 

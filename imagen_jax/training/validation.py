@@ -147,7 +147,8 @@ def read_sets(
         index = choose(prepared.num_images(split), split, wanted, SEED)
         rows[name] = ReadRows(data, split, index, SEED, reading)
         if reason := rows[name].unshufflable:
-            log.warning("validation without shuffled conditions: %s", reason)
+            on = f" on {name}" if name else ""
+            log.warning("validation%s without shuffled conditions: %s", on, reason)
     return split, rows
 
 

@@ -24,6 +24,7 @@ from imagen_jax.text.choice import Choice
 from imagen_jax.text.clip import CLIPText
 from imagen_jax.text.encoder import FlaxEncoder, TextEncoder
 from imagen_jax.text.program import EncodeProgram, fewest_parts, parameter_shapes, weight_bytes
+from imagen_jax.text.several import parse_encoders
 from imagen_jax.text.t5_network import T5Config, T5Encoder
 from imagen_jax.text.tokenizer import tokenize
 from imagen_jax.weights import bert_files, clip_files, t5_files
@@ -160,14 +161,38 @@ def load_text_encoder(
     return FlaxEncoder(program, params, tokenizer, identity)
 
 
-def load_tokenize(name_or_dir: str, max_length: int) -> tuple[Callable, int]:
-    """(TextEncoder.tokenize, TextEncoder.dim) of an encoder; its weights may be absent."""
+def encoder_loaders(
+    text: str,
+    max_length: int,
+    dtype: str = "bfloat16",
+    make_mesh: Callable[[int], Mesh] = one_device,
+) -> dict[str, Callable[[], TextEncoder]]:
+    """{name: function that loads the encoder} of the encoders of `several.parse_encoders`.
+
+    Encoders with a name read at most their own longest text. Raises as `load_text_encoder`.
+    """
+    load = functools.partial(load_text_encoder, dtype=dtype, make_mesh=make_mesh)
+    return {
+        name: functools.partial(load, one, shortened(name, one, max_length))
+        for name, one in parse_encoders(text).items()
+    }
+
+
+def shortened(name: str, name_or_dir: str, max_length: int) -> int:
+    """`max_length`, or the tokens of the encoder's longest text if it has a name and reads less."""
+    longest = longest_text(name_or_dir) if name else None
+    return max_length if longest is None else min(max_length, longest)
+
+
+def load_tokenize(name_or_dir: str, max_length: int) -> tuple[Callable, int, int]:
+    """(TextEncoder.tokenize, .dim, .pooled_dim) of an encoder; its weights may be absent."""
     name, choice = choices.parse(name_or_dir)
     directory = find_encoder(name)
     family, config = _read_config(directory, choice)
     _check_length(max_length, config.max_length, name)
     tokenizer, _ = family.load_tokenizer(directory)
-    return functools.partial(tokenize, tokenizer, max_length=max_length), config.dim
+    tokenize_texts = functools.partial(tokenize, tokenizer, max_length=max_length)
+    return tokenize_texts, config.dim, config.pooled_dim
 
 
 def longest_text(name_or_dir: str) -> int | None:

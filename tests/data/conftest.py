@@ -2,9 +2,8 @@
 
 import pytest
 
-from imagen_jax.data.prepare import passes
-from imagen_jax.data.sources.folder import FolderSource
-from tests.data.synthetic_source import SETTINGS, FakeEncoder, write_folder
+from imagen_jax.data.prepare.encoders import Encoders
+from tests.data.synthetic_source import named, prepare, write_folder
 
 
 @pytest.fixture(scope="session")
@@ -16,5 +15,21 @@ def folder(tmp_path_factory):
 def whole(folder, tmp_path_factory):
     """The directory that one process prepares."""
     output = tmp_path_factory.mktemp("whole") / "data"
-    passes.prepare(FolderSource(folder, 0.2), FakeEncoder(), output, passes.Settings(**SETTINGS))
+    prepare(folder, output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def two(folder, tmp_path_factory):
+    """The directory that one process prepares with two named encoders."""
+    output = tmp_path_factory.mktemp("two") / "data"
+    prepare(folder, output, named())
+    return output
+
+
+@pytest.fixture(scope="session")
+def texts(folder, tmp_path_factory):
+    """The directory that one process prepares without an encoder."""
+    output = tmp_path_factory.mktemp("texts") / "data"
+    prepare(folder, output, Encoders({}))
     return output

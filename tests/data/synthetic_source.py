@@ -16,6 +16,7 @@ import numpy as np
 
 from imagen_jax import cli
 from imagen_jax.data.prepare import ingest, passes
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.preview import Bytes
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.distributed import startup
@@ -73,6 +74,38 @@ class FakeEncoder:
         )
 
 
+class NamedEncoder(FakeEncoder):
+    """A FakeEncoder with a width, a pooled vector and features of its own."""
+
+    def __init__(self, name: str, dim: int, pooled_dim: int, max_length: int, pause: float = 0.0):
+        self.dim, self.pooled_dim = dim, pooled_dim
+        super().__init__(max_length, pause)
+        self.identity |= {"name": name, "pooled_dim": pooled_dim}
+
+    def encode_pooled(self, texts, batch_size, fill=False):
+        features = self.encode(texts, batch_size, fill)
+        pooled = np.array([self.pooled(text) for text in texts])
+        return features, pooled.reshape(len(texts), self.pooled_dim)
+
+    def pooled(self, text):
+        numbers = np.arange(self.pooled_dim) + len(text) + int(text[-1:].isdigit())
+        return (numbers / 7).astype(ml_dtypes.bfloat16)
+
+
+def two_encoders(pause: float = 0.0) -> dict[str, NamedEncoder]:
+    """One that truncates no caption and has a pooled vector, one that does and has not."""
+    return {
+        "wide": NamedEncoder("wide fake", 12, 5, 6, pause),
+        "tiny": NamedEncoder("tiny fake", 4, 0, 3, pause),
+    }
+
+
+def named(encoders=None) -> Encoders:
+    """`two_encoders` or these, for a preparation."""
+    encoders = two_encoders() if encoders is None else encoders
+    return Encoders({name: lambda one=one: one for name, one in encoders.items()})
+
+
 def write_folder(directory: Path, images: int = 20) -> Path:
     """Writes images with two captions each, one of them shared by all, in captions.jsonl."""
     directory.mkdir(parents=True)
@@ -85,9 +118,14 @@ def write_folder(directory: Path, images: int = 20) -> Path:
 
 
 def prepare(folder: Path, output: Path, encoder=None, heldout: float = 0.2, **changes):
-    """Prepares a folder with SETTINGS and these changes; returns the manifest."""
+    """Prepares a folder with SETTINGS and these changes; returns the manifest.
+
+    encoder: a TextEncoder without a name, or all Encoders.
+    """
     settings = passes.Settings(**SETTINGS | changes)
-    return passes.prepare(FolderSource(folder, heldout), encoder or FakeEncoder(), output, settings)
+    if not isinstance(encoder, Encoders):
+        encoder = Encoders.single(encoder or FakeEncoder())
+    return passes.prepare(FolderSource(folder, heldout), encoder, output, settings)
 
 
 def skipped(output: Path) -> list[dict]:
@@ -128,7 +166,8 @@ def kill_at_rename(count: int) -> None:
 def main(folder: str, output: Path, processes: int, kill_at: int, log: Path | None = None) -> None:
     """Prepares `folder` as one process of the run that the environment describes.
 
-    Logs the captions that are encoded, those of a preview excepted.
+    Logs the captions that are encoded, those of a preview excepted. With TWO_ENCODERS in the
+    environment it prepares with `two_encoders` and logs nothing.
     """
     if kill_at:
         kill_at_rename(kill_at)
@@ -139,9 +178,9 @@ def main(folder: str, output: Path, processes: int, kill_at: int, log: Path | No
     cli.log_to_stderr()
     startup.start(lost_s=LOST_S)
     with Watch(LOST_S):
-        passes.prepare(
-            FolderSource(folder, 0.2), FakeEncoder(pause=0.05, log=log), output, settings
-        )
+        one = Encoders.single(FakeEncoder(pause=0.05, log=log))
+        encoders = named(two_encoders(0.05)) if "TWO_ENCODERS" in os.environ else one
+        passes.prepare(FolderSource(folder, 0.2), encoders, output, settings)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from absl import flags
 
 from imagen_jax import cli, prepare_data
 from imagen_jax.data import records
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.weights import text_encoders
 from tests.data import synthetic
 from tests.data.synthetic_source import FakeEncoder
@@ -212,8 +213,8 @@ def run(words, monkeypatch):
     """Runs a command of the page, with another text encoder and one worker process."""
     assert words[:3] == ["python", "-m", "imagen_jax.prepare_data"]
     encoder = FakeEncoder(max_length=128)
-    monkeypatch.setattr(prepare_data, "_load_encoder", lambda *_: encoder)
-    monkeypatch.setattr(text_encoders, "load_tokenize", lambda *_: (encoder.tokenize, 4096))
+    monkeypatch.setattr(prepare_data, "_encoders", lambda *_: Encoders.single(encoder))
+    monkeypatch.setattr(text_encoders, "load_tokenize", lambda *_: (encoder.tokenize, 4096, 0))
     monkeypatch.setattr(cli, "cores", lambda: 1)
     values = flags.FlagValues()
     prepare_data.define_flags(values)

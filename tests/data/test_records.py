@@ -2,12 +2,14 @@
 
 import builtins
 import errno
+import hashlib
 import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -57,6 +59,16 @@ import imagen_jax.data.pipeline
 assert "tensorflow" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "sha256"), [("bfloat16", "b4f6fa686e7c11e6"), ("int8", "f959e9acd5d33b30")]
+)
+def test_records_of_one_unnamed_encoder_keep_their_bytes(embedding, sha256):
+    """Catches records that differ from those that data of the formats 1 and 2 have."""
+    row = records.CaptionRow("a red apple", synthetic.embedding(3, 2))
+    record = records.serialize_caption(row, embedding)
+    assert hashlib.sha256(record).hexdigest()[:16] == sha256
 
 
 def test_shard_bytes_depend_on_the_records_alone(tmp_path):
@@ -208,6 +220,21 @@ def test_few_shards_stay_open(path, monkeypatch):
     texts = [captions[row].text for row in (0, 4, 1, 8, 2, 5)]
     assert texts == [f"caption {row}" for row in (0, 4, 1, 8, 2, 5)]
     assert opened == [0, 1, 2, 1] and list(captions._readers) == [0, 1]
+
+
+def test_all_readers_share_the_open_files(path, monkeypatch):
+    """Catches data of several encoders or sets that reaches the limit of open files."""
+    limits = (512, 512)
+    monkeypatch.setattr(shard_reader.resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(shard_reader, "_all_readers", weakref.WeakSet())
+    assert shard_reader.most_open() == 128
+    prepared = records.Prepared(path)
+    stores = [prepared.images("train"), prepared.images("heldout"), prepared.captions()]
+    assert shard_reader.most_open() == 512 // 2 // 3
+    stores.append(pickle.loads(pickle.dumps(stores[0])))
+    assert shard_reader.most_open() == 512 // 2 // 4
+    limits = (1 << 20, 1 << 20)
+    assert shard_reader.most_open() == 4096
 
 
 def test_text_that_does_not_fit_is_refused(path):

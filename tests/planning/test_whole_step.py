@@ -1,10 +1,9 @@
 """Memory of the train step and the sampler, from shapes, shardings and compiler messages."""
 
-from types import SimpleNamespace
-
 import jax
 import pytest
 
+from imagen_jax.data.example_text import read_stored
 from imagen_jax.models import remat
 from imagen_jax.planning import whole_step
 from imagen_jax.training import sample_grids
@@ -59,24 +58,16 @@ def test_the_sampler_is_the_one_that_training_runs(name, monkeypatch):
     """
     step, rows = program(name), 3
     monkeypatch.setattr(
-        sample_grids.pipeline,
-        "open_prepared",
-        lambda data: SimpleNamespace(
-            evaluation_split="train", manifest={"counts": {"images": {"train": 9}}}
-        ),
+        sample_grids,
+        "evenly_spaced",
+        lambda data, rows, _: tiny.batch(step.stage, rows) | {"index": [0] * rows},
     )
-    monkeypatch.setattr(
-        sample_grids.pipeline,
-        "eval_rows",
-        lambda data, rows, split: tiny.batch(step.stage, len(rows)),
-    )
-    drawn = sample_grids.SampleGrid(
-        tiny.config(name, train__sample_rows=rows), step.stage, step.mesh
-    )
+    config = tiny.config(name, train__sample_rows=rows, data__path="x")
+    drawn = sample_grids.SampleGrid(config, step.stage, step.mesh, read_stored(()))
     fields = {
         field: jax.ShapeDtypeStruct(a.shape, a.dtype)
         for field, a in drawn._batch.items()
-        if field != "image"
+        if field not in ("image", "index")
     }
     assert (
         whole_step.lower_sampler(step, rows).as_text()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import schema, sharding, train
+from imagen_jax.data.example_text import read_stored
 from imagen_jax.diffusion.density import UniformTime
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.evals.evaluation import Evaluation, Probe
@@ -16,6 +17,7 @@ from imagen_jax.evals.measures import loss, x_error
 from imagen_jax.evals.rows import Data, Settings
 from imagen_jax.run_log import VALIDATION, read_metrics
 from imagen_jax.stage import Stage, create_stage
+from imagen_jax.text_inputs import text_inputs
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.validation import Validation
 from tests import tiny
@@ -67,7 +69,8 @@ class Known(Stage):
 
 def validation(data, stage, mesh=None, name="sr_256", **changes):
     config = tiny.config(name, data__path=str(data), train__validate_rows=N, **changes)
-    return Validation(config, stage, mesh or sharding.batch_mesh(jax.devices()))
+    reading = read_stored(text_inputs(config))
+    return Validation(config, stage, mesh or sharding.batch_mesh(jax.devices()), reading)
 
 
 def state(params, ema):

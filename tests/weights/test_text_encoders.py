@@ -103,8 +103,10 @@ def test_tokenizer_and_network_without_weights(directory):
     encoder = load_text_encoder(str(directory), 6)
     (directory / "model.safetensors").unlink()
     texts = ["a red apple on a blue plate", "moon"]
-    tokenize, dim = load_tokenize(str(directory), 6)
-    assert tokenize(texts) == encoder.tokenize(texts) and dim == encoder.dim == 32
+    tokenize, dim, pooled_dim = load_tokenize(str(directory), 6)
+    assert (
+        tokenize(texts) == encoder.tokenize(texts) and dim == encoder.dim == 32 and not pooled_dim
+    )
     for path in (directory, directory / "config.json"):
         assert read_network(path, "bfloat16") == T5Encoder(CONFIG, np.dtype("bfloat16"))
 

@@ -21,6 +21,7 @@ WORK_BYTES = 700
 # because the largest of more features is larger, and the others become smaller integers.
 ZSTD_LEAVES = {"bfloat16": 0.78, "int8": 0.91}
 RECORD_BYTES = 250
+TEXT_RECORD_BYTES = 100  # of a record with only a text of 33 to 82 bytes, compressed: 86 to 103
 SHARD_BYTES = 2**15
 _FEATURE_BYTES = {"bfloat16": 2, "int8": 1}
 _SCALE_BYTES = {"bfloat16": 0, "int8": 4}  # per token; the bits of a float32 do not compress
@@ -36,9 +37,10 @@ def token_bytes(dim: int, embedding: str, leaves: float = 1.0) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class StoreEstimate:
-    """The estimate of a caption store.
+    """The estimate of one store of captions: texts, features of one encoder, or both.
 
     tokens, text_bytes: means over the captions. dim: features a token. embedding: their dtype.
+    pooled_dim: features of the pooled vector.
     """
 
     captions: float
@@ -47,46 +49,116 @@ class StoreEstimate:
     dim: int
     shard_size: int
     embedding: str
+    pooled_dim: int = 0
 
     @property
     def uncompressed(self) -> float:
         """Bytes of features and text: an upper bound without the records' frames."""
         return self.captions * (
-            self.tokens * token_bytes(self.dim, self.embedding) + self.text_bytes
+            self.tokens * token_bytes(self.dim, self.embedding)
+            + token_bytes(self.pooled_dim, "bfloat16")
+            + self.text_bytes
         )
 
     @property
     def bytes(self) -> float:
         """Bytes on disk, with the features compressed to ZSTD_LEAVES of their size."""
         features = self.tokens * token_bytes(self.dim, self.embedding, ZSTD_LEAVES[self.embedding])
-        return (
-            self.captions * (features + self.text_bytes + RECORD_BYTES) + self.shards * SHARD_BYTES
-        )
+        features += token_bytes(self.pooled_dim, "bfloat16", ZSTD_LEAVES["bfloat16"])
+        frame = RECORD_BYTES if self.dim else TEXT_RECORD_BYTES
+        return self.captions * (features + self.text_bytes + frame) + self.shards * SHARD_BYTES
 
     @property
     def shards(self) -> int:
         return math.ceil(self.captions / self.shard_size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Width:
+    """The features of a text encoder.
+
+    dim: features a token. tokens: mean length of the captions. pooled_dim: features of the pooled
+    vector that is stored.
+    """
+
+    dim: int
+    tokens: float
+    pooled_dim: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionEstimate:
+    """The estimate of all stores of captions. stores: {name of the encoder: its store}.
+
+    "" is the store of the texts, or of texts and features of a single unnamed encoder.
+    """
+
+    stores: Mapping[str, StoreEstimate]
+
+    @classmethod
+    def of(
+        cls,
+        captions: float,
+        text_bytes: float,
+        widths: Mapping[str, Width],
+        shard_size: int,
+        embedding: str,
+    ) -> "CaptionEstimate":
+        """widths: {name of the encoder: its features}, "" for a single unnamed one."""
+        stores = {"": StoreEstimate(captions, 0, text_bytes, 0, shard_size, embedding)}
+        for name, width in widths.items():
+            stores[name] = StoreEstimate(
+                captions,
+                width.tokens,
+                0 if name else text_bytes,
+                width.dim,
+                shard_size,
+                embedding,
+                width.pooled_dim,
+            )
+        return cls(stores)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes on disk."""
+        return sum(store.bytes for store in self.stores.values())
+
+    @property
+    def has_features(self) -> bool:
+        """Whether there are more than texts."""
+        return any(store.dim for store in self.stores.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """What is known of a text encoder without its weights.
+
+    tokenize: the tokenize function of text.encoder.TextEncoder. dim, pooled_dim: as there.
+    """
+
+    tokenize: Callable[[list[str]], tuple[list[list[int]], list[bool]]]
+    dim: int
+    pooled_dim: int = 0
+
+
 def preview_captions(
     source: Source,
-    tokenize: Callable[[list[str]], tuple[list[list[int]], list[bool]]],
-    dim: int,
+    encoders: Mapping[str, Tokens],
     captions: int,
     shard_size: int,
     embedding: str,
     rate: float,
     chips: int,
     price: float,
-) -> StoreEstimate:
-    """Prints the size of a store of `captions` distinct captions like those of the source.
+) -> CaptionEstimate:
+    """Prints the size of stores of `captions` distinct captions like those of the source.
 
     It encodes nothing.
 
     Args:
-      tokenize: the tokenize function of text.encoder.TextEncoder.
+      encoders: by name; "" for a single unnamed one, {} for texts alone.
       embedding: the chosen dtype of the stored features, of records.EMBEDDINGS.
-      rate: total captions per second of all `chips`; 0 if unknown.
+      rate: total captions per second of all `chips`, by all encoders; 0 if unknown.
       price: storage price per GiB and month; 0 if unknown.
 
     Returns:
@@ -97,55 +169,76 @@ def preview_captions(
     texts = list(dict.fromkeys(usable))
     if not texts:
         raise ValueError(f"no caption in {len(indices)} items of {source.describe()}")
-    rows, cut = tokenize(texts)
-    lengths = np.array([len(row) for row in rows])
-    text_bytes = np.mean([len(text.encode()) for text in texts])
+    text_bytes = float(np.mean([len(text.encode()) for text in texts]))
+    if not encoders:
+        print(f"captions  {captions:,} (measured on {len(texts):,} of the source's)")
+    widths = {name: _measure(name, one, texts, captions) for name, one in encoders.items()}
     stores = {
-        name: StoreEstimate(captions, lengths.mean(), text_bytes, dim, shard_size, name)
+        name: CaptionEstimate.of(captions, text_bytes, widths, shard_size, name)
         for name in records.EMBEDDINGS
     }
-    error = lengths.std() / np.sqrt(len(lengths))
-    measured = f"measured on {len(texts):,} of the source's, {100 * np.mean(cut):.1f} % truncated"
-    print(f"captions  {captions:,} of {lengths.mean():.1f} +- {error:.1f} tokens ({measured})")
-    _print_store(stores[embedding], images=captions * len(indices) / len(usable))
+    _print_stores(stores[embedding])
+    work = captions * len(indices) / len(usable)
+    print(
+        f"work      about {work * WORK_BYTES / 2**30:,.1f} GiB of files until the end, for"
+        f" {work:,.0f} images"
+    )
     if rate:
-        _print_time(stores[embedding], rate, chips)
+        _print_time(stores[embedding].bytes, captions, rate, chips)
     seconds = dict.fromkeys(stores, captions / rate if rate else None)
     print_choices(caption_choices(stores, embedding, seconds), price)
     return stores[embedding]
 
 
+def _measure(name: str, encoder: Tokens, texts: list[str], captions: int) -> Width:
+    """The features of an encoder for captions like these; prints their lengths."""
+    rows, cut = encoder.tokenize(texts)
+    lengths = np.array([len(row) for row in rows])
+    error = lengths.std() / np.sqrt(len(lengths))
+    measured = f"measured on {len(texts):,} of the source's, {100 * np.mean(cut):.1f} % truncated"
+    of = f" of {name}" if name else ""
+    print(f"captions  {captions:,} of {lengths.mean():.1f} +- {error:.1f} tokens{of} ({measured})")
+    return Width(encoder.dim, float(lengths.mean()), encoder.pooled_dim if name else 0)
+
+
 def caption_choices(
-    stores: Mapping[str, StoreEstimate], chosen: str, seconds: Mapping[str, float | None]
+    stores: Mapping[str, CaptionEstimate], chosen: str, seconds: Mapping[str, float | None]
 ) -> list[Choice]:
-    """A row for each dtype of features, from its estimate and its seconds of preparation."""
+    """A row for each dtype of features, from its estimate and its seconds of preparation.
+
+    Texts alone have one row.
+    """
+    if not stores[chosen].has_features:
+        return [Choice("captions, text only", stores[chosen].bytes, seconds[chosen], True)]
     return [
         Choice(f"captions, {name}", store.bytes, seconds[name], name == chosen)
         for name, store in stores.items()
     ]
 
 
-def _print_store(store: StoreEstimate, images: float) -> None:
-    print(
-        f"store     {size_text(store.bytes)} in {store.shards:,} shards of {store.shard_size:,}"
-        f" captions, {size_text(store.bytes / store.shards)} each"
-    )
-    print(
-        f"          {store.dim} features per token in {store.embedding},"
-        f" {size_text(store.uncompressed)} uncompressed; zstd leaves about"
-        f" {ZSTD_LEAVES[store.embedding]:g} of it"
-    )
-    work = images * WORK_BYTES / 2**30
-    print(f"work      about {work:,.1f} GiB of files until the end, for {images:,.0f} images")
+def _print_stores(estimate: CaptionEstimate) -> None:
+    for name, store in estimate.stores.items():
+        of = f" of {name}" if name else ""
+        print(
+            f"store     {size_text(store.bytes)} in {store.shards:,} shards of"
+            f" {store.shard_size:,} captions, {size_text(store.bytes / store.shards)} each{of}"
+        )
+        if store.dim:
+            pooled = f", {store.pooled_dim} of the pooled vector" if store.pooled_dim else ""
+            print(
+                f"          {store.dim} features per token in {store.embedding}{pooled},"
+                f" {size_text(store.uncompressed)} uncompressed; zstd leaves about"
+                f" {ZSTD_LEAVES[store.embedding]:g} of it"
+            )
 
 
-def _print_time(store: StoreEstimate, rate: float, chips: int) -> None:
-    hours = store.captions / rate / 3600
+def _print_time(size: float, captions: int, rate: float, chips: int) -> None:
+    hours = captions / rate / 3600
     print(
         f"time      {hours:,.1f} h at {rate:,g} captions per second"
         + (f", {hours * chips:,.0f} chip-hours on {chips} chips" if chips else "")
     )
-    print(f"          and {size_text(store.bytes / store.captions * rate)} per second to write")
+    print(f"          and {size_text(size / captions * rate)} per second to write")
 
 
 def spread(source: Source, count: int) -> list[int]:

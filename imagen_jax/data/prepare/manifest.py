@@ -11,6 +11,7 @@ from imagen_jax.data.caption_records import caption_features
 from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.quantization import relative_errors
 from imagen_jax.storage import write_atomically, write_lines
+from imagen_jax.text_inputs import UNNAMED
 
 Entries = Mapping[str, Mapping[str, Any]]  # the journal's entries by shard
 
@@ -19,30 +20,35 @@ def finish(
     result: Path,
     request: Mapping,
     plan: Plan,
-    captions: Entries,
+    texts: Entries,
+    features: Mapping[str, Entries],
     images: Entries,
-    cut: Iterable[Sequence[int]],
+    cut: Mapping[str, Iterable[Sequence[int]]],
 ) -> dict[str, Any]:
     """Writes the files next to the shards, the manifest last, and returns it.
 
-    cut: the ids of the truncated captions of each caption shard.
+    texts: of shards with texts alone; none with a single unnamed encoder.
+    features: of the shards of each encoder.
+    cut: for each encoder, the ids of the truncated captions of each shard.
     """
+    entries = {**texts, **{name: row for rows in features.values() for name, row in rows.items()}}
     shards = {
         name: {key: entry[key] for key in ("rows", "bytes", "sha256")}
-        for name, entry in {**captions, **images}.items()
+        for name, entry in {**entries, **images}.items()
     }
-    records.write_tfds_metadata(result, "images", records.image_features(), shards)
     embedding = request.get("embedding_dtype", records.EMBEDDINGS[0])
-    features = caption_features(request["encoder"]["dim"], embedding)
-    records.write_tfds_metadata(result, "captions", features, shards)
+    records.write_tfds_metadata(result, "images", records.image_features(), shards)
+    for store, tfds_features in _caption_stores(request, embedding):
+        records.write_tfds_metadata(result, store, tfds_features, shards)
     _write_skipped(result, plan, cut)
+    truncated = {name: sum(row["cut"] for row in rows.values()) for name, rows in features.items()}
+    stats = {name: _embedding_stats(rows) for name, rows in features.items()}
+    is_named = "encoders" in request
     manifest = {
-        "format_version": records.INT8_FORMAT_VERSION
-        if embedding == "int8"
-        else records.FORMAT_VERSION,
+        "format_version": _format_version(is_named, embedding),
         **request,
-        "counts": _counts(plan, sum(entry["cut"] for entry in captions.values())),
-        "embedding": _embedding_stats(captions),
+        "counts": _counts(plan, truncated if is_named else truncated[UNNAMED]),
+        "embedding": stats if is_named else stats[UNNAMED],
         "image_sizes": plan.sizes,
         "shards": shards,
     }
@@ -51,21 +57,41 @@ def finish(
     return manifest
 
 
-def _write_skipped(result: Path, plan: Plan, cut: Iterable[Sequence[int]]) -> None:
-    write_lines(result / "skipped.jsonl", itertools.chain(plan.skipped(), _truncated(plan, cut)))
+def _format_version(is_named: bool, embedding: str) -> int:
+    if is_named:
+        return records.NAMED_FORMAT_VERSION
+    return records.INT8_FORMAT_VERSION if embedding == "int8" else records.FORMAT_VERSION
 
 
-def _truncated(plan: Plan, cut: Iterable[Sequence[int]]) -> Iterator[str]:
-    """A line for each truncated caption."""
+def _caption_stores(request: Mapping, embedding: str) -> Iterator[tuple[str, Any]]:
+    """(store, its TFDS features) of all stores of captions."""
+    texts = records.caption_store(UNNAMED)
+    if "encoder" in request:
+        yield texts, caption_features(request["encoder"]["dim"], embedding)
+        return
+    yield texts, caption_features(0)
+    for name, identity in request["encoders"].items():
+        pooled_dim = identity.get("pooled_dim", 0)
+        features = caption_features(identity["dim"], embedding, False, pooled_dim)
+        yield records.caption_store(name), features
+
+
+def _write_skipped(result: Path, plan: Plan, cut: Mapping[str, Iterable[Sequence[int]]]) -> None:
+    lines = (_truncated(plan, name, ids) for name, ids in cut.items())
+    write_lines(result / "skipped.jsonl", itertools.chain(plan.skipped(), *lines))
+
+
+def _truncated(plan: Plan, name: str, cut: Iterable[Sequence[int]]) -> Iterator[str]:
+    """A line for each caption that an encoder truncates."""
     for shard, numbers in enumerate(cut):
         texts = plan.captions_of(shard) if numbers else []
         for number in numbers:
             caption = texts[number - shard * plan.shard_size]
             line = {"id": f"caption {number}", "reason": "truncated_caption", "caption": caption}
-            yield json.dumps(line) + "\n"
+            yield json.dumps(line | ({"encoder": name} if name else {})) + "\n"
 
 
-def _counts(plan: Plan, truncated: int) -> dict[str, Any]:
+def _counts(plan: Plan, truncated: int | Mapping[str, int]) -> dict[str, Any]:
     return {
         "images": plan.images,
         "captions": plan.captions,

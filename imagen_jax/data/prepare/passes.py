@@ -10,20 +10,27 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from imagen_jax.data import records
 from imagen_jax.data.prepare import captions
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.ingest import At, image_shards
 from imagen_jax.data.prepare.ingest import ingest as ingest_here
 from imagen_jax.data.prepare.kept import PLAN, Plan
 from imagen_jax.data.prepare.manifest import finish, listed
 from imagen_jax.data.prepare.preview import preview
-from imagen_jax.data.prepare.request import REQUEST, read_request, refuse_changes, request_of
+from imagen_jax.data.prepare.request import (
+    REQUEST,
+    has_text,
+    read_request,
+    refuse_changes,
+    request_of,
+)
 from imagen_jax.data.prepare.settings import Settings
-from imagen_jax.data.prepare.shards import all_finished
+from imagen_jax.data.prepare.shards import Shard, all_finished
 from imagen_jax.data.prepare.work_directory import (
     check_output,
     locked,
@@ -35,13 +42,14 @@ from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement, startup
 from imagen_jax.storage import write_atomically
+from imagen_jax.text_inputs import UNNAMED
 
 Ingest = Callable[[Workers, Source, Path, Settings, At], Plan]
 
 
 def prepare(
     source: Source,
-    encoder,
+    encoders: Encoders | None,
     output: Path,
     settings: Settings,
     ingest: Ingest = ingest_here,
@@ -50,20 +58,20 @@ def prepare(
     """Writes the prepared directory `output`, or continues it. All processes of the run call it.
 
     Args:
-      encoder: a text.encoder.TextEncoder; None to stop when the images are stored. The same call
-        with an encoder continues.
+      encoders: the text encoders; None to stop when the images are stored. The same call with
+        encoders continues.
       ingest: checks, selects and stores the images, see `ingest.ingest`.
       at: called with the name of each phase as it begins.
 
     Returns:
-      The manifest; {} without an encoder.
+      The manifest; {} without `encoders`.
 
     Raises:
       ValueError: `output` or its unfinished part was made with other settings, `output` cannot be
         replaced, nothing in the source is usable, or the disk has no room for the result.
     """
     started, partial = time.monotonic(), work_directory(output)
-    request = request_of(source, encoder, settings)
+    request = request_of(source, encoders, settings)
     agreement.check({"--output": str(output)} | {k: json.dumps(v) for k, v in request.items()})
     if _complete_for_all(output, request):
         _say(f"{output} is already complete")
@@ -71,15 +79,15 @@ def prepare(
         return records.Prepared(output).manifest
     with _shared_work(output):
         if agreement.is_first():
-            _begin(source, encoder, partial, settings, request)
+            _begin(source, encoders, partial, settings, request)
         agreement.wait_for_files([partial / REQUEST])
         with Workers(source, settings.processes) as workers:
             plan = ingest(workers, source, partial, settings, at)
-            if encoder is not None:
+            if encoders is not None:
                 at("encode captions")
-                captions.encode_all(workers, encoder, partial, plan, settings)
+                captions.encode_all(workers, encoders, partial, plan, settings)
         agreement.gather()
-        if encoder is None:
+        if encoders is None:
             _say(
                 f"the images are in {partial}; the same command with --encoder NAME in place of"
                 " --images_only continues"
@@ -126,7 +134,13 @@ def _shared_work(output: Path) -> Iterator[None]:
         yield
 
 
-def _begin(source: Source, encoder, partial: Path, settings: Settings, request: Mapping) -> None:
+def _begin(
+    source: Source,
+    encoders: Encoders | None,
+    partial: Path,
+    settings: Settings,
+    request: Mapping,
+) -> None:
     """Continues unfinished work of the same request, or begins if there is room on the disk."""
     before = read_request(partial) if (partial / REQUEST).is_file() else {}
     if before and _selected_nothing(partial):
@@ -135,8 +149,8 @@ def _begin(source: Source, encoder, partial: Path, settings: Settings, request: 
     if before:
         refuse_changes(partial, before, request)
         print(f"continuing {partial}")
-    if not before or ("encoder" in request and "encoder" not in before):
-        _check_room(source, encoder, partial, settings, images=not before)
+    if not before or (has_text(request) and not has_text(before)):
+        _check_room(source, encoders, partial, settings, images=not before)
     write_atomically(partial / REQUEST, json.dumps({**before, **request}).encode())
 
 
@@ -149,21 +163,30 @@ def _selected_nothing(partial: Path) -> bool:
 def _publish(output: Path, request: Mapping, plan: Plan) -> None:
     """Completes the result and renames it to `output`."""
     partial = work_directory(output)
-    caption_shards = captions.caption_shards(plan)
-    text = all_finished(partial, caption_shards)
-    pictures = all_finished(partial, image_shards(plan))
-    cut = (
-        captions.cut_captions(partial, shard) if text[shard.name]["cut"] else ()
-        for shard in caption_shards
-    )
-    finish(partial / "result", request, plan, text, pictures, cut)
+    images = all_finished(partial, image_shards(plan))
+    names = [UNNAMED] if "encoder" in request else list(request["encoders"])
+    texts = {} if names == [UNNAMED] else all_finished(partial, captions.text_shards(plan))
+    shards = {name: captions.feature_shards(plan, name) for name in names}
+    features = {name: all_finished(partial, of_encoder) for name, of_encoder in shards.items()}
+    cut = {name: _cut_captions(partial, shards[name], features[name]) for name in names}
+    finish(partial / "result", request, plan, texts, features, images, cut)
     os.rename(partial / "result", output)
 
 
-def _check_room(source: Source, encoder, partial: Path, settings: Settings, images: bool) -> None:
+def _cut_captions(
+    partial: Path, shards: Iterable[Shard], entries: Mapping[str, Mapping]
+) -> Iterator[Sequence[int]]:
+    """The ids of the truncated captions of each shard."""
+    for shard in shards:
+        yield captions.cut_captions(partial, shard) if entries[shard.name]["cut"] else ()
+
+
+def _check_room(
+    source: Source, encoders: Encoders | None, partial: Path, settings: Settings, images: bool
+) -> None:
     """Raises ValueError if the disk has no room for captions and, if asked, images and work."""
     room = shutil.disk_usage(partial).free
-    size = preview(source, encoder, settings, len(startup.hosts()) or 1)
+    size = preview(source, encoders, settings, len(startup.hosts()) or 1)
     if size.captions + images * (size.images + size.work) > room:
         raise ValueError(
             f"only {room / 2**20:.0f} MiB are free in {partial.parent}: make room or choose"
@@ -196,8 +219,12 @@ def _report(manifest: Mapping, output: Path, seconds: float) -> None:
         f"{output}: {images} images, smallest side {manifest['image_sizes']['min_side']} pixels,"
         f" {counts['captions']} captions, {size / 2**20:.1f} MiB, {seconds:.0f} s"
     )
-    truncated = {"truncated_caption": counts["truncated_captions"]}
-    told = counts["skipped"] | (truncated if truncated["truncated_caption"] else {})
+    truncated = counts["truncated_captions"]
+    if isinstance(truncated, int):
+        truncated = {"truncated_caption": truncated}
+    else:
+        truncated = {f"truncated_caption of {name}": n for name, n in truncated.items()}
+    told = counts["skipped"] | {reason: count for reason, count in truncated.items() if count}
     print(f"skipped or noted in skipped.jsonl: {listed(told)}")
     wanted = manifest["source"].get("heldout", 0)
     if wanted and not counts["images"]["heldout"]:

@@ -8,22 +8,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import BFloat16
 
 from imagen_jax.data import records
 from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.caption_estimate import (
     WORK_BYTES,
-    StoreEstimate,
+    CaptionEstimate,
+    Width,
     caption_choices,
     spread,
     token_bytes,
 )
-from imagen_jax.data.prepare.captions import write_captions
+from imagen_jax.data.prepare.captions import Encoded, encode, write_captions
 from imagen_jax.data.prepare.choices import Choice, print_choices
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
 from imagen_jax.data.prepare.settings import Settings
 from imagen_jax.data.sources.source import Source
+from imagen_jax.text_inputs import UNNAMED
 
 _IMAGES = 64  # items that are decoded and encoded
 _NOTES = 10  # lines about files that are not read
@@ -37,9 +39,9 @@ class Sample:
     scale: items of the source per item of the sample.
     checked: for each way to store the images, the usable items.
     check_s: for each way, the seconds of reading and checking one after the other.
-    captions: all usable captions, with their features [l d].
-    cut: number of captions that were truncated.
-    encode_s: seconds of encoding.
+    captions: all usable captions.
+    encoded: {name of the encoder: the captions with its features}.
+    encode_s: seconds of encoding, by all encoders.
     """
 
     count: int
@@ -47,8 +49,7 @@ class Sample:
     checked: dict[Resize, list[checks.Checked]]
     check_s: dict[Resize, float]
     captions: list[str]
-    features: list[BFloat16[np.ndarray, "_ d"]]
-    cut: int
+    encoded: dict[str, Encoded]
     encode_s: float
 
     def image_bytes(self, resize: Resize) -> int:
@@ -59,11 +60,27 @@ class Sample:
         """Seconds for all images; each is decoded again when it is written."""
         return 2 * self.scale * self.check_s[resize] / processes
 
-    def caption_bytes(self, dim: int, embedding: str) -> int:
+    def caption_bytes(self, embedding: str) -> int:
         """Uncompressed bytes of the sample's features and texts."""
-        tokens = sum(len(feature) for feature in self.features)
-        text = sum(len(text.encode()) for text in self.captions)
-        return int(tokens * token_bytes(dim, embedding)) + text
+        size = float(sum(len(text.encode()) for text in self.captions))
+        for encoded in self.encoded.values():
+            size += sum(len(f) * token_bytes(f.shape[1], embedding) for f in encoded.features)
+            size += encoded.pooled.nbytes
+        return int(size)
+
+    def estimate(self, settings: Settings, embedding: str) -> CaptionEstimate:
+        """The stores of all captions of the source, with features of dtype `embedding`."""
+        widths = {
+            name: Width(
+                encoded.features[0].shape[1],
+                float(np.mean([len(feature) for feature in encoded.features])),
+                encoded.pooled.shape[1],
+            )
+            for name, encoded in self.encoded.items()
+        }
+        text_bytes = float(np.mean([len(text.encode()) for text in self.captions]))
+        count = self.scale * len(self.captions)
+        return CaptionEstimate.of(count, text_bytes, widths, settings.shard_size, embedding)
 
 
 class Bytes(NamedTuple):
@@ -74,23 +91,25 @@ class Bytes(NamedTuple):
     work: int
 
 
-def preview(source: Source, encoder, settings: Settings, hosts: int = 1) -> Bytes:
+def preview(source: Source, encoders: Encoders | None, settings: Settings, hosts: int = 1) -> Bytes:
     """Checks and encodes a sample, and prints size and time of the whole.
 
     Args:
-      encoder: None if captions are not encoded now.
+      encoders: None if captions are not stored now.
       settings: `processes` (for images, on each host), `min_size`, `resize`, `embedding`,
         `batch_size`.
       hosts: number of processes of the run.
     """
-    sample = _take(source, encoder, settings, [settings.resize])
-    size = _print_sample(source, sample, encoder, settings)
+    sample = _take(source, encoders, settings, [settings.resize])
+    size = _print_sample(source, sample, encoders, settings)
     images = sample.image_s(settings.resize, settings.processes * hosts)
     _print_time(images + sample.scale * sample.encode_s / hosts, settings, hosts)
     return size
 
 
-def dry_run(source: Source, encoder, settings: Settings, hosts: int, price: float) -> None:
+def dry_run(
+    source: Source, encoders: Encoders | None, settings: Settings, hosts: int, price: float
+) -> None:
     """Prints the estimate of `preview`, with a table of other ways to store images and captions.
 
     Args:
@@ -98,16 +117,19 @@ def dry_run(source: Source, encoder, settings: Settings, hosts: int, price: floa
       price: storage price per GiB and month; 0 if unknown.
     """
     sizes = [Resize(side, kind) for side in _SIDES for kind in FORMATS]
-    sample = _take(source, encoder, settings, list(dict.fromkeys([AS_IS, *sizes, settings.resize])))
-    _print_sample(source, sample, encoder, settings)
+    resizes = list(dict.fromkeys([AS_IS, *sizes, settings.resize]))
+    sample = _take(source, encoders, settings, resizes)
+    _print_sample(source, sample, encoders, settings)
     choices = _image_choices(sample, settings, hosts)
-    if sample.features:
-        choices += _caption_choices(source, sample, encoder.dim, settings, hosts)
+    if encoders is not None and sample.captions:
+        choices += _caption_choices(source, sample, settings, hosts)
     _print_time(sum(choice.seconds for choice in choices if choice.chosen), settings, hosts)
     print_choices(choices, price)
 
 
-def _take(source: Source, encoder, settings: Settings, resizes: Sequence[Resize]) -> Sample:
+def _take(
+    source: Source, encoders: Encoders | None, settings: Settings, resizes: Sequence[Resize]
+) -> Sample:
     """Measures a sample with each of these ways to store images.
 
     Reads each item once. If there are several ways, the first is AS_IS; where another one leaves an
@@ -136,7 +158,7 @@ def _take(source: Source, encoder, settings: Settings, resizes: Sequence[Resize]
         checked,
         check_s,
         captions,
-        *_encode(encoder, captions, settings.batch_size),
+        *_encode(encoders, captions, settings.batch_size),
     )
 
 
@@ -147,36 +169,48 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _encode(
-    encoder, captions: list[str], batch_size: int
-) -> tuple[list[BFloat16[np.ndarray, "_ d"]], int, float]:
-    """Returns features, number of cut captions, and seconds without compilation."""
-    if not captions or encoder is None:
-        return [], 0, 0.0
-    cut = sum(encoder.tokenize(captions)[1])
-    encoder.encode(captions, batch_size)  # compiles
-    features, seconds = _timed(lambda: encoder.encode(captions, batch_size))
-    return features, cut, seconds
+    encoders: Encoders | None, captions: list[str], batch_size: int
+) -> tuple[dict[str, Encoded], float]:
+    """Returns the captions encoded by each encoder, and seconds without compilation."""
+    encoded: dict[str, Encoded] = {}
+    seconds = 0.0
+    for name in encoders.in_turn() if captions and encoders is not None else ():
+        run = lambda: encode(encoders.load(name), captions, batch_size, name != UNNAMED)
+        run()  # compiles
+        encoded[name], took = _timed(run)
+        seconds += took
+    return encoded, seconds
 
 
-def _print_sample(source: Source, sample: Sample, encoder, settings: Settings) -> Bytes:
+def _print_sample(
+    source: Source, sample: Sample, encoders: Encoders | None, settings: Settings
+) -> Bytes:
     """Prints the sizes of the whole as `settings` would store it."""
     usable, captions = len(sample.checked[settings.resize]), len(sample.captions)
     image_bytes = sample.scale * sample.image_bytes(settings.resize)
     text_bytes = 0.0
+    told = [f"{len(e.cut)}{f' ({name})' * bool(name)}" for name, e in sample.encoded.items()]
     print(
         f"sample    {sample.count} of {len(source)} images: {usable} usable, {captions} captions,"
-        f" {sample.cut} of them truncated"
+        f" {', '.join(told) or 0} of them truncated"
     )
     print(f"images    about {sample.scale * usable:.0f}, {image_bytes / 2**20:.1f} MiB")
-    if encoder is not None:
-        text_bytes = sample.scale * sample.caption_bytes(encoder.dim, settings.embedding)
+    if encoders is not None:
+        text_bytes = sample.scale * sample.caption_bytes(settings.embedding)
         print(
             f"captions  at most {sample.scale * captions:.0f}, {text_bytes / 2**20:.1f} MiB before"
-            f" compression ({encoder.dim} features a token in {settings.embedding})"
+            f" compression ({_widths(encoders, settings.embedding)})"
         )
     print(f"work      about {len(source) * WORK_BYTES / 2**30:.2f} GiB of files until the end")
     _print_notes(source.notes())
     return Bytes(int(image_bytes), int(text_bytes), len(source) * WORK_BYTES)
+
+
+def _widths(encoders: Encoders, embedding: str) -> str:
+    """The widths of the stored features, for a message."""
+    dims = {name: identity["dim"] for name, identity in encoders.identities.items()}
+    told = [f"{dim}{f' of {name}' * bool(name)}" for name, dim in dims.items()]
+    return f"{', '.join(told)} features a token in {embedding}" if told else "only texts"
 
 
 def _print_notes(notes: Sequence[dict[str, Any]]) -> None:
@@ -208,23 +242,20 @@ def _image_choices(sample: Sample, settings: Settings, hosts: int) -> list[Choic
 
 
 def _caption_choices(
-    source: Source, sample: Sample, dim: int, settings: Settings, hosts: int
+    source: Source, sample: Sample, settings: Settings, hosts: int
 ) -> list[Choice]:
     """A row for each dtype of features: their time is that of encoding and of writing."""
-    count = len(sample.captions)
-    means = [np.mean([len(feature) for feature in sample.features])]
-    means += [np.mean([len(text.encode()) for text in sample.captions])]
     stores, seconds = {}, {}
     for name in records.EMBEDDINGS:
-        stores[name] = StoreEstimate(sample.scale * count, *means, dim, settings.shard_size, name)
+        stores[name] = sample.estimate(settings, name)
         write_s = _timed(lambda: _write(source, sample, name))[1] / settings.processes
         seconds[name] = sample.scale * (sample.encode_s + write_s) / hosts
     return caption_choices(stores, settings.embedding, seconds)
 
 
 def _write(source: Source, sample: Sample, embedding: str) -> None:
-    """Writes the captions of the sample to a shard that is then deleted."""
-    name = records.shard_name("captions", "train", 0, 1)
+    """Writes the captions of the sample to shards that are then deleted."""
     with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory)
-        write_captions(source, place, name, sample.captions, sample.features, [], embedding)
+        for name, encoded in sample.encoded.items():
+            shard = records.shard_name(records.caption_store(name), "train", 0, 1)
+            write_captions(source, Path(directory), shard, encoded, embedding)

@@ -18,19 +18,23 @@ from imagen_jax.data.sources.source import Source
 from imagen_jax.distributed import agreement
 from imagen_jax.storage import read_object, write_atomically
 
-# Of the journal's entry of a caption shard, whose statistics are part of the manifest.
-_CAPTION_FIELDS = SHARD_FIELDS | {"cut": list, "tokens": dict, "norm": dict}
+# Of the journal's entry of a shard with features, whose statistics are part of the manifest.
+_FEATURE_FIELDS = SHARD_FIELDS | {"cut": list, "tokens": dict, "norm": dict}
 AGAIN = "run the same command again; it continues"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A shard to write: number in its split, and number of rows."""
+    """A shard to write: number in its split, and number of rows.
+
+    has_features: whether its entry in the journal has statistics of text features.
+    """
 
     name: str
     split: str
     number: int
     rows: int
+    has_features: bool = False
 
 
 def shard_of(store: str, split: str, number: int, rows: int, size: int) -> Shard:
@@ -83,7 +87,7 @@ def finished(partial: Path, shard: Shard) -> dict | None:
     if not file.is_file() or not written.is_file():
         return None
     remedy = f"remove it; {AGAIN}"
-    fields = _CAPTION_FIELDS if shard.name.startswith("captions/") else SHARD_FIELDS
+    fields = _FEATURE_FIELDS if shard.has_features else SHARD_FIELDS
     entry = read_object(file, fields, remedy)
     if entry["rows"] != shard.rows:
         raise ValueError(f"{file} has {entry['rows']} rows instead of {shard.rows}; {remedy}")

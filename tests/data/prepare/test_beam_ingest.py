@@ -13,6 +13,7 @@ from absl import flags
 
 from imagen_jax import prepare_data
 from imagen_jax.data.prepare import ingest, passes
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.exit_codes import PipelineFailed
 from tests import tiny
@@ -49,7 +50,7 @@ def tangled(tmp_path_factory):
 
 def prepared(folder, output, how=ingest.ingest, **changes):
     settings = passes.Settings(**SETTINGS | changes)
-    passes.prepare(FolderSource(folder, 0.4), FakeEncoder(), output, settings, how)
+    passes.prepare(FolderSource(folder, 0.4), Encoders.single(FakeEncoder()), output, settings, how)
     return tree(output)
 
 

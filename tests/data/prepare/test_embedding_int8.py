@@ -11,6 +11,7 @@ from absl import flags
 from imagen_jax import prepare_data
 from imagen_jax.data import pipeline, quantization, records
 from imagen_jax.data.prepare import captions, passes
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.sources.folder import FolderSource
 from tests.data.synthetic_source import SETTINGS, FakeEncoder, prepare, tree
 
@@ -136,7 +137,7 @@ def test_a_version_of_the_future_is_refused(whole, tmp_path):
 
 def test_the_flag_reaches_the_data(folder, tmp_path, monkeypatch):
     """Catches a flag that is parsed and not used, and an unknown dtype that stores bfloat16."""
-    monkeypatch.setattr(prepare_data, "_load_encoder", lambda *_: FakeEncoder())
+    monkeypatch.setattr(prepare_data, "_encoders", lambda *_: Encoders.single(FakeEncoder()))
     values = flags.FlagValues()
     prepare_data.define_flags(values)
     base = [f"--source=folder:{folder}", f"--output={tmp_path / 'data'}", "--encoder=t5_tiny"]

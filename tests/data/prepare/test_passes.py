@@ -25,6 +25,7 @@ from imagen_jax.data.prepare import (
     shards,
     work_directory,
 )
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.preview import WORK_BYTES
 from imagen_jax.data.sources.folder import FolderSource
 from tests import tiny
@@ -353,7 +354,9 @@ def test_an_image_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
 def test_preview_is_near_the_truth_and_writes_nothing(folder, whole, capsys):
     """Catches a wrong estimate, and files left by --dry_run."""
     before = set(folder.parent.rglob("*"))
-    estimate = passes.preview(FolderSource(folder, 0.2), FakeEncoder(), passes.Settings(**SETTINGS))
+    estimate = passes.preview(
+        FolderSource(folder, 0.2), Encoders.single(FakeEncoder()), passes.Settings(**SETTINGS)
+    )
     images = sum(len((folder / f"{i:03d}.png").read_bytes()) for i in range(20))
     texts = 40 * 4 * FakeEncoder.dim * 2 + sum(
         len(f"picture number {i}") + len("a colour ramp") for i in range(20)
@@ -413,7 +416,7 @@ def test_the_work_is_on_the_file_system_of_a_linked_output(folder, whole, tmp_pa
     """Catches a link to an empty directory that cannot be replaced, with the work next to it."""
     (tmp_path / "disk" / "empty").mkdir(parents=True)
     (tmp_path / "data").symlink_to(tmp_path / "disk" / "empty")
-    monkeypatch.setattr(prepare_data, "_load_encoder", lambda *_: FakeEncoder())
+    monkeypatch.setattr(prepare_data, "_encoders", lambda *_: Encoders.single(FakeEncoder()))
     seen = []
     original = captions.encode_all
     monkeypatch.setattr(
@@ -437,7 +440,7 @@ def test_the_work_is_on_the_file_system_of_a_linked_output(folder, whole, tmp_pa
 )
 def test_urls_are_refused_at_once(folder, tmp_path, monkeypatch, changes, message):
     """Catches a local folder "./gs:" that is filled as if it were the bucket."""
-    monkeypatch.setattr(prepare_data, "_load_encoder", lambda *_: FakeEncoder())
+    monkeypatch.setattr(prepare_data, "_encoders", lambda *_: Encoders.single(FakeEncoder()))
     monkeypatch.chdir(tmp_path)
     changed = (f"--{name}={value}" for name, value in changes.items())
     args = options(f"folder:{folder}", "data", *changed)

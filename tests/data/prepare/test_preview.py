@@ -13,11 +13,20 @@ import numpy as np
 import pytest
 
 from imagen_jax.data import records
+from imagen_jax.data.caption_records import CaptionRow, serialize_caption, serialize_features
 from imagen_jax.data.prepare import checks, passes, preview
-from imagen_jax.data.prepare.caption_estimate import StoreEstimate, preview_captions
+from imagen_jax.data.prepare.caption_estimate import (
+    CaptionEstimate,
+    StoreEstimate,
+    Tokens,
+    Width,
+    preview_captions,
+)
 from imagen_jax.data.prepare.choices import Choice, print_choices
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.sources.folder import FolderSource
+from imagen_jax.text_inputs import TextFeatures
 from imagen_jax.weights.text_encoders import find_encoder
 from tests.data import synthetic
 from tests.data.synthetic_source import SETTINGS, FakeEncoder, write_folder
@@ -56,13 +65,47 @@ def test_size_of_a_store_that_was_written(tmp_path, dim, rows, embedding):
     )
 
 
+@pytest.mark.parametrize("embedding", records.EMBEDDINGS)
+def test_size_of_named_stores_that_were_written(tmp_path, embedding):
+    """Catches pooled vectors left out, texts counted for each encoder, and frames of features for
+    texts alone.
+    """
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(ml_dtypes.bfloat16)
+    texts = [f"picture {i} of a red house" for i in range(4096)]
+    features = [TextFeatures(normal(5 + i % 5, 64), normal(128)) for i in range(4096)]
+    stores = {
+        "captions": (serialize_caption(CaptionRow(text)) for text in texts),
+        "captions_a": (serialize_features(row, embedding) for row in features),
+    }
+    written = [
+        records.write_shard(tmp_path, records.shard_name(store, "train", 0, 1), rows)["bytes"]
+        for store, rows in stores.items()
+    ]
+    tokens = np.mean([len(row.embedding) for row in features])
+    text_bytes = np.mean([len(text) for text in texts])
+    widths = {"a": Width(64, tokens, 128)}
+    estimate = CaptionEstimate.of(4096, text_bytes, widths, 4096, embedding)
+    sizes = [store.bytes for store in estimate.stores.values()]
+    assert sizes == pytest.approx(written, rel=0.07) and estimate.bytes == sum(sizes)
+    uncompressed = tokens * (2 * 64 if embedding == "bfloat16" else 64 + 4) + 2 * 128
+    assert estimate.stores["a"].uncompressed == pytest.approx(4096 * uncompressed)
+
+
 def test_four_hundred_million(tmp_path, capsys):
     """Catches a time without rate or chips, captions counted per image, an assumed price."""
     source = FolderSource(write_folder(tmp_path / "ramps"), 0.0)
     tokenize = FakeEncoder(max_length=6).tokenize
     store = preview_captions(
-        source, tokenize, 4096, 400_000_000, 4096, "bfloat16", rate=8000, chips=64, price=0.5
-    )
+        source,
+        {"": Tokens(tokenize, 4096)},
+        400_000_000,
+        4096,
+        "bfloat16",
+        rate=8000,
+        chips=64,
+        price=0.5,
+    ).stores[""]
     told = capsys.readouterr().out
     texts = {"a colour ramp"} | {f"picture number {i}" for i in range(20)}
     assert store.tokens == 4 and store.text_bytes == pytest.approx(
@@ -93,7 +136,9 @@ def test_four_hundred_million(tmp_path, capsys):
         ),
         (False, "captions, int8", tebibytes(int8), "13.9 h", f"{int8 / 2**31:,.1f}"),
     ]
-    small = preview_captions(source, tokenize, 4096, 1000, 4096, "int8", rate=0, chips=0, price=0)
+    small = preview_captions(
+        source, {"": Tokens(tokenize, 4096)}, 1000, 4096, "int8", rate=0, chips=0, price=0
+    ).stores[""]
     told = capsys.readouterr().out
     assert "price" not in told and "\ntime " not in told and "1 shards" in told
     assert "4096 features per token in int8, 15.7 MiB uncompressed; zstd leaves about 0.91" in told
@@ -165,7 +210,7 @@ def test_a_dry_run_compares_the_choices(photographs, monkeypatch, capsys, change
     # Every measurement takes a second: reading, checking, encoding, writing.
     monkeypatch.setattr(preview, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     settings = passes.Settings(**SETTINGS | changes)
-    preview.dry_run(photographs, FakeEncoder(), settings, 2, 0.5)
+    preview.dry_run(photographs, Encoders.single(FakeEncoder()), settings, 2, 0.5)
     (rows, price) = printed[0]
     workers = 2 * settings.processes
     expected = [

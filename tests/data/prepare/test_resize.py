@@ -11,6 +11,7 @@ from PIL import Image, JpegImagePlugin
 from imagen_jax import prepare_data
 from imagen_jax.data import records
 from imagen_jax.data.prepare import checks, ingest, passes, work_directory
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.data.sources.source import SourceItem
@@ -252,9 +253,9 @@ def test_a_damaged_request_names_its_file(photographs, tmp_path, monkeypatch):
 
 def test_the_estimate_counts_resized_bytes(photographs, resized):
     """Catches an estimate, and a refusal for lack of room, from the bytes of the originals."""
-    source = FolderSource(photographs, 0.2)
+    source, encoders = FolderSource(photographs, 0.2), Encoders.single(FakeEncoder())
     estimates = [
-        passes.preview(source, FakeEncoder(), passes.Settings(**SETTINGS, resize=resize)).images
+        passes.preview(source, encoders, passes.Settings(**SETTINGS, resize=resize)).images
         for resize in (AS_IS, Resize(16))
     ]
     prepared = records.Prepared(resized)
@@ -287,7 +288,7 @@ def test_wrong_flags_are_refused(photographs, tmp_path, options, message):
 
 def test_the_flags_reach_the_data(photographs, tmp_path, monkeypatch):
     """Catches flags that are parsed and not used."""
-    monkeypatch.setattr(prepare_data, "_load_encoder", lambda *_: FakeEncoder())
+    monkeypatch.setattr(prepare_data, "_encoders", lambda *_: Encoders.single(FakeEncoder()))
     values = flags.FlagValues()
     prepare_data.define_flags(values)
     base = [f"--source=folder:{photographs}", f"--output={tmp_path / 'data'}", "--encoder=t5_tiny"]

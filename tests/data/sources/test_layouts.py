@@ -8,6 +8,7 @@ import pytest
 from imagen_jax.data import records
 from imagen_jax.data.prepare import ingest, passes
 from imagen_jax.data.prepare.checks import check
+from imagen_jax.data.prepare.encoders import Encoders
 from tests.data.sources import layouts
 from tests.data.sources.layouts import Picture
 from tests.data.synthetic_source import SETTINGS, FakeEncoder
@@ -56,7 +57,7 @@ def compare(layout, count, tmp_path, how=ingest.ingest, **changes):
     source = layouts.opened(*layout(tmp_path / "in", pictures))
     encoder = FakeEncoder(16)
     settings = passes.Settings(**SETTINGS | {"min_size": 8} | changes)
-    manifest = passes.prepare(source, encoder, tmp_path / "out", settings, how)
+    manifest = passes.prepare(source, Encoders.single(encoder), tmp_path / "out", settings, how)
     images, captions, rows = stored(tmp_path / "out")
     assert images == expected(pictures)
     texts = {text for _, _, _, _, found in images for text in found}

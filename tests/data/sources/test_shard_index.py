@@ -12,6 +12,7 @@ import pytest
 from absl import flags
 
 from imagen_jax import prepare_data
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.sources import shard_index, summaries
 from imagen_jax.data.sources.parquet import ParquetSource
 from imagen_jax.data.sources.shard_index import ShardIndex, Summary
@@ -215,7 +216,7 @@ def prepare(tars, output, *more):
 
 def test_prepare_data_keeps_an_index(tars, tmp_path, summarized, monkeypatch):
     """Catches an index that is not used, that a dry run writes, or that is left behind."""
-    monkeypatch.setattr(prepare_data, "_load_encoder", lambda *_: FakeEncoder())
+    monkeypatch.setattr(prepare_data, "_encoders", lambda *_: Encoders.single(FakeEncoder()))
     output, index = tmp_path / "out" / "data", tmp_path / "out" / "data.partial" / "index.jsonl"
     prepare(tars, output, "--dry_run")
     assert len(summarized()) == 6 and not output.parent.exists()

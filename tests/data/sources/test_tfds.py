@@ -8,6 +8,7 @@ import pytest
 from imagen_jax.data import records
 from imagen_jax.data.prepare import passes
 from imagen_jax.data.prepare.checks import check
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.sources.tfds import TfdsSource
 from tests.data import synthetic
 from tests.data.sources import layouts
@@ -58,7 +59,7 @@ def test_tfds_is_prepared_in_processes(dataset, tmp_path):
     """Catches a TFDS reader that cannot be sent to a worker."""
     source = TfdsSource(str(dataset), None, "train", "image", "title", 0.0)
     settings = passes.Settings(**SETTINGS | {"processes": 2})
-    manifest = passes.prepare(source, FakeEncoder(), tmp_path / "data", settings)
+    manifest = passes.prepare(source, Encoders.single(FakeEncoder()), tmp_path / "data", settings)
     assert (
         manifest["counts"]["images"] == {"train": 4, "heldout": 0}
         and manifest["counts"]["captions"] == 4

@@ -17,6 +17,7 @@ import pytest
 from imagen_jax.data import records
 from imagen_jax.data.prepare import passes
 from imagen_jax.data.prepare.checks import check
+from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.data.sources.webdataset import WebDatasetSource
 from imagen_jax.weights.text_encoders import load_text_encoder
@@ -406,7 +407,9 @@ def test_prepared_like_a_folder(tmp_path):
         WebDatasetSource(f"{tmp_path}/{{0,1}}.tar", 0.0),
     ):
         output = tmp_path / f"out{len(stores)}"
-        manifest = passes.prepare(source, encoder, output, passes.Settings(**SETTINGS))
+        manifest = passes.prepare(
+            source, Encoders.single(encoder), output, passes.Settings(**SETTINGS)
+        )
         assert manifest["counts"]["skipped"] == {}
         stores.append(records.Prepared(output))
     images = [[store.images("train")[i] for i in range(12)] for store in stores]
