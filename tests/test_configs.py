@@ -121,7 +121,8 @@ def test_docstring_commands_are_valid(name, tmp_path, monkeypatch):
     if name != "saved":
         assert full[1].endswith(".py") and small[1].endswith((":demo", ":tiny"))
     if name not in OTHERS:
-        assert "--config.data.path=data/emoji" in small[2]
+        data = "data/encoders" if name.endswith("text_encoder") else "data/emoji"
+        assert f"--config.data.path={data}" in small[2]
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "cascade"])

@@ -23,6 +23,7 @@ import random
 import sys
 
 import numpy as np
+import random_text_encoder
 import text_encoder_corpus as corpus
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -199,27 +200,6 @@ def separation(features, texts: list[str]) -> dict:
     }
 
 
-def random_weights(folder: str, out: pathlib.Path) -> str:
-    """A copy of the encoder's folder with random weights, initialised as in T5."""
-    import shutil
-
-    import jax
-    import jax.numpy as jnp
-
-    from imagen_jax.text.t5_network import T5Config, T5Encoder
-    from imagen_jax.weights.t5_files import load_tokenizer, save_encoder
-    from imagen_jax.weights.text_encoders import find_encoder
-
-    source = find_encoder(folder)
-    config = T5Config.from_json(source / "config.json")
-    params = T5Encoder(config, jnp.float32).init(
-        jax.random.key(0), jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)
-    )["params"]
-    shutil.rmtree(out, ignore_errors=True)
-    save_encoder(out, config, params, load_tokenizer(source)[0], "float32")
-    return str(out)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -242,7 +222,7 @@ def main() -> None:
     first, second = heldout_pairs(args.coco, args.part)
     models = {
         "student": StudentFeatures(args.encoder),
-        "random": StudentFeatures(random_weights(args.encoder, args.scratch)),
+        "random": StudentFeatures(str(random_text_encoder.write(args.encoder, args.scratch))),
     }
     if args.minilm:
         models["teacher"] = TeacherFeatures(args.minilm)
