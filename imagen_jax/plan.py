@@ -37,6 +37,7 @@ from imagen_jax import cli
 STOPS = {signal.SIGINT, signal.SIGTERM}
 PARENT = "IMAGEN_JAX_PARENT"  # environment variable: the plan ends when this process ends
 OF_TRAINING = ("exact", "search", "sampler")  # flags that --sample has no use for
+OF_SAMPLING = ("size",)  # flags of --sample only
 OF_ENCODER = ("tokens", "encode_batch", "captions")  # flags of --text_encoder only
 # Errors that code in a config file may raise.
 CONFIG_ERRORS = (
@@ -87,6 +88,9 @@ def define_flags() -> None:
     flags.DEFINE_bool("sample", False, "plan the sampling of a cascade instead of a training")
     flags.DEFINE_integer(
         "pictures", 30_000, "with --sample: number of pictures to report hours for", lower_bound=1
+    )
+    flags.DEFINE_string(
+        "size", "", "with --sample: HEIGHTxWIDTH in pixels of the pictures, as in `sample`"
     )
     flags.DEFINE_string(
         "output", "", "directory for plan.json and, in the plan of a training, plan.png"
@@ -190,6 +194,9 @@ def check_flags(args: Any) -> None:
     for name in OF_TRAINING if args.sample else ():
         if args[name].present:
             raise ValueError(f"--{name} is for the plan of a training; leave it out with --sample")
+    for name in () if args.sample else OF_SAMPLING:
+        if args[name].present:
+            raise ValueError(f"--{name} is for --sample; leave it out")
     for name in () if args.text_encoder else OF_ENCODER:
         if args[name].present:
             raise ValueError(f"--{name} is for --text_encoder; leave it out")
@@ -268,6 +275,7 @@ def read_stage_config(text: str) -> dict[str, Any]:
 def plan_sampling(config: Mapping[str, Any], topology: Any, args: Any) -> int:
     """Plans the sampling of a cascade. Returns 0 if it fits, else 1."""
     use_cpu_only()
+    from imagen_jax import stage_sizes
     from imagen_jax.planning import sample_plan, sample_report
 
     options = sample_plan.Options(
@@ -276,6 +284,7 @@ def plan_sampling(config: Mapping[str, Any], topology: Any, args: Any) -> int:
         pictures=args.pictures,
         time=args.time,
         price=args.price,
+        size=stage_sizes.parse(args.size) if args.size else None,
     )
     plan = sample_plan.plan_cascade(config, topology, options, read_stage_config)
     print(json.dumps(plan, indent=1) if args.json else sample_report.text(plan), flush=True)

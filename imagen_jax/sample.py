@@ -147,7 +147,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def _is_size(value: Any) -> bool:
     """Whether this is [height, width]."""
-    whole = lambda side: isinstance(side, int) and side > 0
+    whole = lambda side: type(side) is int and side > 0
     return isinstance(value, list) and len(value) == 2 and all(map(whole, value))
 
 

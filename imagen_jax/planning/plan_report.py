@@ -64,6 +64,11 @@ def _head(plan: Plan) -> Iterator[str]:
         f"  batch        {plan['batch']:,} images per step, {plan['batch'] / plan['chips']:g} per"
         f" chip, {accumulation} accumulation step{'s' * (accumulation > 1)}"
     )
+    if len(plan.get("buckets", ())) > 1:
+        yield (
+            f"  image sizes  {len(plan['buckets'])} buckets; all numbers are for steps on the one"
+            f" with the most pixels, {plan['planned_size']}"
+        )
     yield f"  remat        {plan['remat']}"
     yield (
         f"  model FLOPs  {_flop(flops['per_image'])} per image, {_flop(flops['per_step'])} per"

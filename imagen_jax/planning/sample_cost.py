@@ -30,7 +30,7 @@ from imagen_jax.hardware.topology import parse as parse_topology
 from imagen_jax.planning import block_costs, cost, hlo, kernels, links, whole_step
 from imagen_jax.planning.cost_cache import COMPILERS, cached
 from imagen_jax.stage import Stage, create_stage, sampling_rules
-from imagen_jax.stage_sizes import square
+from imagen_jax.stage_sizes import Size, square
 
 # What is cached of a compiled program: its peak in bytes per device, and the sums of `_sums` if
 # every evaluation is guided, and if none is. Both are empty if it does not fit.
@@ -54,20 +54,22 @@ def evaluations(sampling: Mapping[str, Any], stage: Stage) -> tuple[int, int]:
     return len(levels), inside
 
 
-def evaluation_flops(config: Mapping[str, Any]) -> float:
+def evaluation_flops(config: Mapping[str, Any], size: Size | None = None) -> float:
     """FLOPs of one network evaluation for one full-size image, without guidance.
+
+    size: of the image; None for the square of the image size of the stage.
 
     They are counted in the program for a single device, without the projections of the text, which
     run once per sample.
     """
     stage = create_stage(config)
-    params, batch = whole_step.sampling_inputs(stage, 1)
-    size = stage.image_size
-    z, logsnr = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), jnp.zeros(1)
+    size = size or square(stage.image_size)
+    params, batch = whole_step.sampling_inputs(stage, 1, size)
+    z, logsnr = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32), jnp.zeros(1)
 
     def prepare(params, batch):
         cond = stage.cond(batch) | ({"lowres_logsnr": logsnr} if stage.lowres_size else {})
-        return stage.with_text_values(params, cond, square(size))
+        return stage.with_text_values(params, cond, size)
 
     def evaluate(params, z, cond):
         return stage.denoiser(params)(z, logsnr, cond)
@@ -107,8 +109,8 @@ def compiled_cost(request: str, name: str, level: str, cache: str) -> dict[str, 
     """The `COST_FIELDS` of a stage's program. Runs in a worker process.
 
     Args:
-        request: JSON with `config` of the stage, `sampling`, `mesh` (the sizes), `rows` per batch
-            and the `index` of the stage.
+        request: JSON with `config` of the stage, `sampling`, `mesh` (the sizes), `rows` per batch,
+            the `index` of the stage, and the `size` of its images (null: squares).
         name: the topology's name.
         level: the compiler's level, `whole_step.O0` or `whole_step.DEFAULT`.
         cache: directory of cached costs.
@@ -230,7 +232,7 @@ def traced(request: str, topology: Topology) -> tuple[Any, Mesh]:
     asked = json.loads(request)
     mesh = sharding.make_mesh(asked["mesh"], topology.devices())
     stage = create_stage(asked["config"], mesh)
-    program, arguments = whole_step.images_program(
-        stage, asked["config"]["mesh"], mesh, asked["sampling"], asked["rows"], asked["index"]
-    )
+    size = tuple(asked["size"]) if asked["size"] else None
+    given = asked["sampling"], asked["rows"], asked["index"], size
+    program, arguments = whole_step.images_program(stage, asked["config"]["mesh"], mesh, *given)
     return program.trace(*arguments), mesh

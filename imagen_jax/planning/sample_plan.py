@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 
-from imagen_jax import cascade, sampling_parameters, schema, sharding
+from imagen_jax import cascade, sampling_parameters, schema, sharding, stage_sizes
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.planning import encoder_plan, sample_cost, whole_step
 from imagen_jax.planning.compile_pool import compile_pool
 from imagen_jax.planning.step_time import SECONDS_PER_HOUR
 from imagen_jax.row_batches import rows_per_batch
 from imagen_jax.stage import Stage, check_interval, check_sampling, create_stage
+from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import check_object
 from imagen_jax.text import choice as choices
 from imagen_jax.text import feature_file, sizes
@@ -40,6 +41,7 @@ class Options:
         pictures: number of pictures to report hours for.
         time: predict times; on TPUs this compiles at the compiler's default level, not at O0.
         price: price of a chip-hour, or 0.
+        size: of the pictures of the last stage; None for squares.
     """
 
     cache: Path
@@ -47,6 +49,7 @@ class Options:
     pictures: int
     time: bool
     price: float
+    size: Size | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Part:
         sampling: the section `sampling` of the cascade config.
         stage: created for the mesh.
         params, shardings: the parameters as shapes, and their shardings on the mesh.
+        size: of the pictures.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Part:
     stage: Stage
     params: Any
     shardings: Any
+    size: Size
 
     @property
     def bytes(self) -> int:
@@ -89,12 +94,16 @@ def checkpoint_config(path: str) -> dict[str, Any]:
 
 
 def find_parts(
-    config: Mapping[str, Any], mesh: Any, read_config: Callable[[str], dict[str, Any]]
+    config: Mapping[str, Any],
+    mesh: Any,
+    read_config: Callable[[str], dict[str, Any]],
+    size: Size | None = None,
 ) -> list[Part]:
     """The stages of a complete cascade config, up to the first one without a network.
 
-    read_config: the value of a field `config` -> the stage's complete config. Raises ValueError if
-    the first stage has no network, or sizes of consecutive stages differ.
+    read_config: the value of a field `config` -> the stage's complete config. size: of the pictures
+    of the last stage; None for squares. Raises ValueError if the first stage has no network, sizes
+    of consecutive stages differ, or a stage cannot draw at `size`.
     """
     parts: list[Part] = []
     for name in cascade.STAGES:
@@ -117,7 +126,8 @@ def find_parts(
                 f"{part.name}: {part.source} expects low-res images of {part.stage.lowres_size}"
                 f" pixels, but gets {given}: give stages of one cascade"
             )
-    return parts
+    sizes = stage_sizes.of_stages([part.stage for part in parts], size)
+    return [dataclasses.replace(part, size=own) for part, own in zip(parts, sizes)]
 
 
 def _part(
@@ -129,7 +139,8 @@ def _part(
         check_interval(sampling, stage.schedule)
     params, _ = whole_step.sampling_inputs(stage, 1)
     shardings = sampling_parameters.parameter_shardings(params, mesh, config["mesh"])
-    return Part(name, source, config, sampling, stage, params, shardings)
+    size = stage_sizes.square(stage.image_size)
+    return Part(name, source, config, sampling, stage, params, shardings, size)
 
 
 def plan_cascade(
@@ -143,7 +154,7 @@ def plan_cascade(
     read_config: see `find_parts`.
     """
     mesh = sharding.make_mesh(config["mesh"], topology.devices())
-    parts = find_parts(config, mesh, read_config)
+    parts = find_parts(config, mesh, read_config, options.size)
     rows = rows_per_batch(config["batch_size"], mesh)
     limit = int(topology.chip.memory_limit)
     parameters = sum(part.bytes for part in parts)
@@ -209,6 +220,7 @@ def compiled_stages(
                 "mesh": sizes,
                 "rows": batch,
                 "index": cascade.STAGES.index(part.name),
+                "size": part.size,
             }
         )
         for part in parts
@@ -248,12 +260,13 @@ def describe(
         limit: bytes per device that a program may use.
     """
     count, guided = sample_cost.evaluations(part.sampling, part.stage)
-    flops = sample_cost.evaluation_flops(part.config) * (count + guided)
+    flops = sample_cost.evaluation_flops(part.config, part.size) * (count + guided)
+    height, width = part.size
     return {
         "stage": part.name,
         "name": part.stage.name,
         "source": part.source,
-        "size": part.stage.image_size,
+        "size": height if height == width else stage_sizes.text(part.size),
         "method": part.sampling["method"],
         "steps": part.sampling["steps"],
         "evaluations": count,

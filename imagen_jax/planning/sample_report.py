@@ -66,7 +66,7 @@ def _times(plan: Plan) -> Iterator[str]:
         yield "  at least the larger of FLOPs at peak and memory traffic at full bandwidth. Rates"
         yield "  are upper bounds (<), times are lower bounds (>)."
     yield (
-        f"  {'stage':<8} {'pixels':>6} {'steps':>5} {'evaluations':>11} {'TFLOP/image':>11}"
+        f"  {'stage':<8} {'pixels':>9} {'steps':>5} {'evaluations':>11} {'TFLOP/image':>11}"
         f" {'s/batch':>9} {'images/s/chip':>13} {'MFU':>6} {'hours':>9} {'chip-hours':>10}"
     )
     less, more = ("<", ">") if is_bound else ("", "")
@@ -74,13 +74,13 @@ def _times(plan: Plan) -> Iterator[str]:
         time, cost = row["time"], row["cost"]
         count = row["evaluations"] + row["guided"]
         yield (
-            f"  {row['stage']:<8} {row['size']:>6} {row['steps']:>5} {count:>11}"
+            f"  {row['stage']:<8} {row['size']:>9} {row['steps']:>5} {count:>11}"
             f" {row['flops_per_image'] / 1e12:>11.1f} {more + format(time['seconds'], '.2f'):>9}"
             + _cost(cost, less, more, f"{less}{100 * time['utilization']:.0f} %")
         )
     if "cost" in plan:
         cost = plan["cost"]
-        yield f"  {'cascade':<8} {'':>56}" + _cost(cost, less, more, "").removeprefix(" ")
+        yield f"  {'cascade':<8} {'':>59}" + _cost(cost, less, more, "").removeprefix(" ")
         if "money" in cost:
             yield f"  {more}{cost['money']:,.2f} for all pictures at the given price"
     yield from _parts(rows)

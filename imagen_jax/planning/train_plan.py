@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from imagen_jax import sharding
+from imagen_jax import sharding, stage_sizes
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.planning import (
     advice,
@@ -163,7 +163,10 @@ def describe(
     memory: whole_step.Memory,
     exact: bool,
 ) -> dict[str, Any]:
-    """The part of a plan that needs no compiled text: sizes, FLOPs and memory."""
+    """The part of a plan that needs no compiled text: sizes, FLOPs and memory.
+
+    Memory, FLOPs and times of a plan are those of the step on the images with the most pixels.
+    """
     stage = create_stage(config)
     flops = 3 * forward_flops(stage, stage.largest_bucket)
     images = config["data"]["batch_size"]
@@ -176,6 +179,8 @@ def describe(
         "chips": topology.chips,
         "mesh": dict(program.mesh.shape),
         "batch": images,
+        "buckets": [stage_sizes.text(bucket) for bucket in stage.buckets],
+        "planned_size": stage_sizes.text(stage.largest_bucket),
         "accumulation": program.accumulation,
         "remat": config["model"]["remat"],
         "not_split": sharding.badly_split(

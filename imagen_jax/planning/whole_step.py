@@ -21,6 +21,7 @@ from imagen_jax import cascade, sampling_parameters, sharding
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.planning import hlo, links
 from imagen_jax.stage import Params, Stage
+from imagen_jax.stage_sizes import Size, square
 from imagen_jax.training import sample_grids
 from imagen_jax.training.state import bytes_table
 from imagen_jax.training.step import TrainProgram
@@ -233,26 +234,31 @@ def images_program(
     sampling: Mapping[str, Any],
     rows: int,
     index: int = 0,
+    size: Size | None = None,
 ) -> tuple[Any, tuple[Any, ...]]:
     """(`cascade.sample_program` of a stage, its arguments for `rows` full-size images as shapes).
 
     stage: created for `mesh`.
     section: the section `mesh` of the stage's training config, see
         `sampling_parameters.parameter_shardings`.
-    sampling, index: see `cascade.sample_program`.
+    sampling, index, size: see `cascade.sample_program`.
     """
-    params, batch = sampling_inputs(stage, rows)
+    params, batch = sampling_inputs(stage, rows, size)
     shardings = sampling_parameters.parameter_shardings(params, mesh, section)
-    program = cascade.sample_program(stage, mesh, shardings, sampling, index)
+    program = cascade.sample_program(stage, mesh, shardings, sampling, index, size)
     return program, (params, batch)
 
 
-def sampling_inputs(stage: Stage, rows: int) -> tuple[Params, dict[str, jax.ShapeDtypeStruct]]:
-    """The arguments of `cascade.sample_program` as shapes; allocates nothing."""
+def sampling_inputs(
+    stage: Stage, rows: int, size: Size | None = None
+) -> tuple[Params, dict[str, jax.ShapeDtypeStruct]]:
+    """The arguments of `cascade.sample_program` as shapes; allocates nothing.
+
+    size: of the images; None for squares of the image size of the stage.
+    """
     params = sampling_parameters.for_sampling(jax.eval_shape(stage.init, jax.random.key(0)), stage)
-    low = stage.lowres_size
-    shapes = stage.batch_shapes(rows) | {"seed": ((rows,), jnp.uint32)}
-    shapes |= {"lowres": ((rows, low, low, 3), jnp.uint8)} if low else {}
+    shapes = stage.batch_shapes(rows, size or square(stage.image_size))
+    shapes |= {"seed": ((rows,), jnp.uint32)}
     batch = {
         name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items() if name != "image"
     }

@@ -143,3 +143,11 @@ def test_traffic():
     assert "10.00 ms  50.0 %   mid/attn_0 (x4)" in text
     assert "3.00 GB read and written, 4.00 ms at full bandwidth" in text
     assert "all-reduce          over data" in text and "2 x  880.00 kB      2.00 ms" in text
+
+
+def test_a_plan_of_buckets_says_which_one_it_is_for():
+    """Catches numbers of one image size that look as if they were those of all."""
+    buckets = {"buckets": ["8x8", "4x12"], "planned_size": "8x8"}
+    line = "2 buckets; all numbers are for steps on the one with the most pixels, 8x8"
+    assert line in plan_report.text(PLAN | buckets)
+    assert "buckets" not in plan_report.text(PLAN | buckets | {"buckets": ["8x8"]})

@@ -257,6 +257,7 @@ def request(fsdp: int = 1, **sampling) -> str:
     sampling = config["sampling"] | {"grid": "logsnr", "grid_logsnr": (-8.0, 8.0)} | sampling
     sizes = {"data": 4 // fsdp, "fsdp": fsdp, "model": 1, "spatial": 1}
     content = {"config": config, "sampling": sampling, "mesh": sizes, "rows": 8, "index": 0}
+    content["size"] = None
     return json.dumps(content)
 
 
@@ -346,3 +347,22 @@ def test_encoders_that_can_be_planned(tmp_path):
     assert find("t5-11b").config.d_ff == 65_536 and find("clip-bigg").config.activation == "gelu"
     with pytest.raises(ValueError, match="'bert' is not one of small, .*bert-base, .*clip-bigg"):
         find("bert")
+
+
+def test_the_size_of_the_pictures():
+    """Catches a plan of squares for --size, sizes that follow from one stage to the next the wrong
+    way round, FLOPs that do not depend on it, and low-res inputs of the square.
+    """
+    find = lambda size: sample_plan.find_parts(cascade_config(), mesh(), stage_config, size)
+    squares, wide = find(None), find((32, 96))
+    assert [part.size for part in squares] == [(8, 8), (16, 16), (32, 32)]
+    assert [part.size for part in wide] == [(8, 24), (16, 48), (32, 96)]
+    row, wide_row = (
+        sample_plan.describe(parts[1], mesh(), 8, 1, 0, 1) for parts in (squares, wide)
+    )
+    assert (row["size"], wide_row["size"]) == (16, "16x48")
+    assert 2.5 < wide_row["flops_per_image"] / row["flops_per_image"] < 3.5
+    _, batch = whole_step.sampling_inputs(wide[1].stage, 2, wide[1].size)
+    assert batch["lowres"].shape == (2, 8, 24, 3)
+    with pytest.raises(ValueError, match="--size 32x95 .* the nearest are 32x"):
+        find((32, 95))

@@ -3,10 +3,13 @@
 import jax
 import pytest
 
+from imagen_jax import sharding
 from imagen_jax.data.example_text import read_stored
 from imagen_jax.models import remat
 from imagen_jax.planning import whole_step
+from imagen_jax.planning.blocks import find_blocks
 from imagen_jax.training import sample_grids
+from imagen_jax.training.step import TrainProgram
 from tests import tiny
 from tests.planning.programs import program
 
@@ -93,3 +96,19 @@ def test_memory_of_a_refused_program(message):
     """
     assert whole_step.needed_bytes(message) == int(28.41 * 2**30)
     assert whole_step.needed_bytes("INVALID_ARGUMENT: (28.41G) exceeds") is None
+
+
+def test_the_bucket_with_the_most_pixels_is_planned():
+    """Catches the memory of the square, or of the first bucket, for a run on larger images."""
+    buckets = (4, 12), (8, 8), (8, 16)
+    config = tiny.config("base_64", **tiny.ONE_LEVEL_UNET, data__buckets=buckets)
+    square = tiny.config("base_64", **tiny.ONE_LEVEL_UNET)
+    sizes = {"data": 1, "fsdp": 1, "model": 1, "spatial": 1}
+    mesh = sharding.make_mesh(sizes, jax.devices()[:1])
+    large, small = (TrainProgram.create(each, mesh) for each in (config, square))
+    assert large.batch["image"].shape == (8, 8, 16, 3)
+    assert whole_step.state_parts(large)["batch"] > whole_step.state_parts(small)["batch"]
+    stored = [whole_step.activation_bytes(program) for program in (large, small)]
+    assert 1.5 < stored[0] / stored[1] < 2.5
+    args = {block.paths[0]: block.args for block in find_blocks(large.stage, 8)}
+    assert args["stem"][0].shape == (8, 8, 16, 3)
