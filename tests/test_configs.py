@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from imagen_jax import schema, sharding
 from imagen_jax.stage import create_stage
+from imagen_jax.text_inputs import is_text
 from imagen_jax.training import optim, state, step
 from launch import sweep
 from launch.ablation import plan
@@ -383,6 +384,24 @@ def test_ablation_changes_fields_that_exist(name, arg):
             for config in configs
         }:
             jax.eval_shape(create_stage(json.loads(network)).init, jax.random.key(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arm", module("ablations.text_encoder").sweep(), ids=lambda arm: arm["name"]
+)
+def test_a_train_step_with_each_text_encoder_of_the_paper_is_traced(arm):
+    """Wrong: an arm of the paper's ablation whose encoders, widths or pooled vectors do not fit the
+    300M model.
+    """
+    config = resolved(apply_arm("ablations.text_encoder", "", arm))
+    config["mesh"]["fsdp"] = 1
+    program = step.TrainProgram.create(config, sharding.batch_mesh(jax.devices()))
+    state, metrics = jax.eval_shape(program.step, program.abstract, program.batch)
+    fields = {name for name in program.batch if is_text(name)}
+    pooled = any(config["text"]["pooled_dims"])
+    assert len(fields) == 2 * len(config["text"]["encoders"]) + pooled
+    assert 2.9e8 < count(state.params) < 3.2e8 and metrics["loss"].shape == ()
 
 
 def apply_arm(name, arg, arm):

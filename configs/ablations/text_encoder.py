@@ -15,8 +15,8 @@ tokens: here 77 for CLIP, its longest text, and 128 for the others. The last arm
 CLIP together (eDiff-I: Balaji et al. 2022). The arms of `:demo` and `:tiny` are the embedded T5,
 MiniLM, both, both with MiniLM's mean vector, and the embedded T5 with random weights.
 
-Hardware: `:demo` two CPU cores, `:tiny` minutes on a CPU; every arm of the 300M model is traced and
-planned by tests/test_configs.py on shapes only.
+Hardware: `:demo` two CPU cores, `:tiny` minutes on a CPU. The 300M model: TPU v5e; every arm is
+traced in tests and planned.
 Expect: not run at full size. The paper: larger encoders are better, T5-XXL and CLIP are equal on
 COCO, people prefer T5-XXL on DrawBench.
 Recorded: nowhere yet; launch.sweep writes DIR/sweep.json.
