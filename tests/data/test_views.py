@@ -138,8 +138,8 @@ def test_the_first_four_draws_are_caption_crop_and_mirror(wide):
     for view in ("centre", "short_side"):
         single = pipeline._plain(config(wide, **SR, view=view), "train")
         for seed in range(4):
-            caption, top, left, mirror = np.random.default_rng(seed).random(4)
-            place = np.random.default_rng(seed).random(7)[5:]
+            caption, top, left, mirror = np.random.default_rng(seed).random(4).tolist()
+            place = np.random.default_rng(seed).random(7).tolist()[5:]
             window = View(1.0, tuple(place)) if view == "short_side" else views.CENTRE
             wanted = single.make(3, caption, (top, left), mirror < 0.5, window)
             got = single.random_map(3, np.random.default_rng(seed))
