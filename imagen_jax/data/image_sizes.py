@@ -22,6 +22,7 @@ from imagen_jax.run_log import Progress
 
 THREADS = 4  # that read records; more than one hides the latency of a network file system
 CHUNK = 256  # records that a thread reads at once
+ROWS = 1 << 16  # sizes that `ImageSizes.chunks` returns at once
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -34,10 +35,10 @@ class ImageSizes:
     def __len__(self) -> int:
         return len(self.mapped.array)
 
-    def chunks(self, rows: int = 1 << 16) -> Iterator[tuple[int, UInt32[np.ndarray, "k 2"]]]:
+    def chunks(self) -> Iterator[tuple[int, UInt32[np.ndarray, "k 2"]]]:
         """(first row, sizes of the rows from there on), for all rows in order."""
-        for start in range(0, len(self), rows):
-            yield start, self.mapped.array[start : start + rows]
+        for start in range(0, len(self), ROWS):
+            yield start, self.mapped.array[start : start + ROWS]
 
     def check(self, row: int, stored: ImageRow) -> None:
         """Raises ValueError unless a record has the size that the file says."""

@@ -21,10 +21,12 @@ BUCKETS = ((16, 24), (24, 16), (16, 16))
 
 @pytest.fixture(scope="module", autouse=True)
 def temporary(tmp_path_factory):
-    """An empty directory for temporary files."""
-    before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("temporary"))
-    yield
-    tempfile.tempdir = before
+    """An empty directory for temporary files; sizes are read and sorted in several parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+        patch.setattr(image_sizes, "CHUNK", 3)
+        patch.setattr(image_sizes, "ROWS", 4)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,14 @@ def test_sets_have_their_shares_and_epochs_of_their_own(first, second, rows_only
     evenly = take(70, mixed((first, 1.0), (second, 1.0)))
     other = np.concatenate([batch["index"][batch["set"] == 0] for batch in evenly])
     assert (other == rows[found == 0][: len(other)]).all()
+
+
+def test_sets_of_one_size_have_different_orders(first, tmp_path, rows_only):
+    """Catches one seed for all sets."""
+    shutil.copytree(first, tmp_path / "copy")
+    batches = take(10, mixed((first, 1.0), (tmp_path / "copy", 1.0)))
+    found, rows = (np.concatenate([batch[name] for batch in batches]) for name in ("set", "index"))
+    assert (rows[found == 0] != rows[found == 1]).any()
 
 
 def test_rows_belong_to_their_set(first, second):
@@ -197,7 +207,9 @@ def test_the_shapes_of_buckets(first):
 
 
 def test_buckets_have_the_shares_of_their_images(first, rows_only):
-    """Catches shares that are not those of the images, and images left out of an epoch."""
+    """Catches shares that are not those of the images, images left out of an epoch, and buckets
+    with the same order.
+    """
     names = [bucket_of(i) for i in range(10)]
     seen = collections.defaultdict(list)
     for batch in take(50, config(first, image_size=16, buckets=BUCKETS)):
@@ -208,6 +220,8 @@ def test_buckets_have_the_shares_of_their_images(first, rows_only):
         (24, 16): 10,
         (16, 16): 10,
     }
+    high, square = (np.array(seen[size]) for size in ((24, 16), (16, 16)))  # two images each
+    assert ((high == high.max()) != (square == square.max())).any()
     for size, rows in seen.items():
         own = names.count(size)
         epochs = np.array(rows[: len(rows) // own * own]).reshape(-1, own)
@@ -300,7 +314,7 @@ def test_the_file_of_sizes(tmp_path, first, monkeypatch):
     sizes = image_sizes.open_sizes(records.Prepared(root), "train")
     file = root / "images" / "sizes-train.npy"
     assert [tuple(size) for size in np.load(file)] == 2 * SHAPES
-    assert [start for start, _ in sizes.chunks(4)] == [0, 4, 8]
+    assert [start for start, _ in sizes.chunks()] == [0, 4, 8]
     assert records.Prepared(root).hash == before
     assert not list(root.glob("images/.*"))
     monkeypatch.setattr(image_sizes, "_write", None)
@@ -311,7 +325,7 @@ def test_the_file_of_sizes(tmp_path, first, monkeypatch):
     # A reader of above may still map the file, so it is replaced, not written over.
     file.unlink()
     np.save(file, wrong[::-1])
-    with pytest.raises(ValueError, match=r"does not belong to the images: row \d is 64x96, not"):
+    with pytest.raises(ValueError, match=r"does not belong to the images: row \d is \d+x\d+, not"):
         take(10, cfg)
     file.unlink()
     np.save(file, wrong[:-1])

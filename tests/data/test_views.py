@@ -133,6 +133,19 @@ def test_a_view_changes_no_other_choice(wide):
     assert any((a["image"] != b["image"]).any() for a, b in zip(centre, moved, strict=True))
 
 
+def test_the_first_four_draws_are_caption_crop_and_mirror(wide):
+    """Catches draws in another order, with which an older run would not resume."""
+    for view in ("centre", "short_side"):
+        single = pipeline._plain(config(wide, **SR, view=view), "train")
+        for seed in range(4):
+            caption, top, left, mirror = np.random.default_rng(seed).random(4).tolist()
+            place = np.random.default_rng(seed).random(7).tolist()[5:]
+            window = View(1.0, tuple(place)) if view == "short_side" else views.CENTRE
+            wanted = single.make(3, caption, (top, left), mirror < 0.5, window)
+            got = single.random_map(3, np.random.default_rng(seed))
+            assert_same([got], [wanted])
+
+
 def test_a_crop_is_cut_out_of_the_window(wide):
     """Catches a crop of the image before the window, and a low-res crop of another place."""
     cfg = config(wide, **SR, view="random_crop", view_scale=(1.0, 1.0), flip=False, batch_size=64)
@@ -153,6 +166,11 @@ def test_evaluation_and_cache_ignore_the_view(wide, view):
         [pipeline.eval_rows(cfg, [2, 0], "train")], [pipeline.eval_rows(plain, [2, 0], "train")]
     )
     assert_same(take(6, cfg | {"cache_mib": 8}), take(6, cfg))
+    single = pipeline._plain(cfg | {"cache_mib": 8}, "train")
+    single.make(0, 0.0, (0.0, 0.0), False, View(1.0, (0.0, 0.0)))
+    assert single.cache.get((None, 0)) is None
+    single.make(0, 0.0, (0.0, 0.0), False)
+    assert single.cache.get((None, 0)) is not None
 
 
 def test_too_small_for_a_window_is_one_clear_line(wide):
