@@ -39,7 +39,14 @@ def test_each_stage_gets_its_share_of_the_size():
 
 @pytest.mark.parametrize(
     ("stages", "step"),
-    [(PAPER, 128), (PAPER[:2], 32), (PAPER[:1], 8), (PAPER[1:], 64), (PAPER[2:], 16)],
+    [
+        (PAPER, 128),
+        (PAPER[:2], 32),
+        (PAPER[:1], 8),
+        (PAPER[1:], 64),
+        (PAPER[2:], 16),
+        ([stage("low", 64, 16, 2)], 4),
+    ],
 )
 def test_sizes_are_multiples_of_what_the_stages_need(stages, step):
     """Catches a factor of one stage that is not counted in pixels of the last one, and a low-res
