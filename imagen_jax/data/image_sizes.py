@@ -2,14 +2,15 @@
 
     DIR/images/sizes-SPLIT.npy   uint32 [images, 2]: height and width as stored
 
-The manifest does not list the file. It is written when it is first needed, which reads all records
-once; in the directory for temporary files, if the data are on a read-only disk.
+prepare_data writes the file; the manifest does not list it. For data that lacks it, it is written
+when it is first needed, which reads all records once; in the directory for temporary files, if the
+data are on a read-only disk.
 """
 
 import dataclasses
 import errno
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,8 +57,8 @@ def open_sizes(prepared: Prepared, split: str) -> ImageSizes:
     Raises ValueError if the file is damaged or of another number of images, or if a shard is
     damaged.
     """
-    images, name = prepared.images(split), f"sizes-{split}.npy"
-    path = prepared.path / "images" / name
+    images = prepared.images(split)
+    path = file_of(prepared.path, split)
     if not path.exists():
         write = lambda temporary: _write(temporary, images, f"sizes of {prepared.path}, {split}")
         try:
@@ -65,7 +66,7 @@ def open_sizes(prepared: Prepared, split: str) -> ImageSizes:
         except OSError as error:
             if error.errno not in _READ_ONLY:
                 raise
-            path = cache_directory() / f"{prepared.hash}-{name}"
+            path = cache_directory() / f"{prepared.hash}-{path.name}"
             build_once(path, write)
     sizes = ImageSizes(MappedArray(path))
     if sizes.mapped.array.shape != (len(images), 2):
@@ -76,20 +77,39 @@ def open_sizes(prepared: Prepared, split: str) -> ImageSizes:
     return sizes
 
 
+def file_of(root: Path, split: str) -> Path:
+    """The file of a split in prepared data at `root`."""
+    return root / "images" / f"sizes-{split}.npy"
+
+
+def write_file(path: Path, total: int, parts: Iterable[Sequence[tuple[int, int]]]) -> None:
+    """Writes the (height, width) of `total` images, given in parts in the order of the rows."""
+    sizes, start = np.lib.format.open_memmap(path, "w+", np.uint32, (total, 2)), 0
+    for part in parts:
+        sizes[start : start + len(part)] = part
+        start += len(part)
+    sizes.flush()
+
+
 def _write(path: Path, images: ImageStore, label: str) -> None:
-    """Writes the sizes of all images, as they are read."""
+    """Writes the sizes of all images, as their records are read."""
     total = len(images)
-    sizes = np.lib.format.open_memmap(path, "w+", np.uint32, (total, 2))
+    with Progress(label, total) as progress:
+        write_file(path, total, _read(images, progress))
+
+
+def _read(images: ImageStore, progress: Progress) -> Iterator[list[tuple[int, int]]]:
+    total, done = len(images), 0
     starts = iter(range(0, total, CHUNK))
     read = lambda start: [
         size_of(images.record(row)) for row in range(start, start + CHUNK)[: total - start]
     ]
-    with ThreadPoolExecutor(THREADS) as pool, Progress(label, total) as progress:
+    with ThreadPoolExecutor(THREADS) as pool:
         while some := list(itertools.islice(starts, 4 * THREADS)):
-            for start, part in zip(some, pool.map(read, some), strict=True):
-                sizes[start : start + len(part)] = part
-                progress.update(start + len(part))
-    sizes.flush()
+            for part in pool.map(read, some):
+                yield part
+                done += len(part)
+                progress.update(done)
 
 
 def size_of(record: bytes) -> tuple[int, int]:

@@ -3,6 +3,7 @@
     DIR/manifest.json   written last: the directory is complete if and only if it is there
     DIR/images/         splits train and heldout: image (encoded bytes), height and width as
                         stored, id, caption_ids
+    DIR/images/sizes-SPLIT.npy   see data/image_sizes.py; the manifest does not list it
     DIR/captions/       split train: text, embedding [length d] without padding, in bfloat16 or,
                         with scale [length], in int8; length. A caption's id is its row
     DIR/skipped.jsonl   one line for every skipped or changed item, with the reason
@@ -443,6 +444,6 @@ def open_once(path: str | os.PathLike) -> Prepared:
     return _opened(os.path.abspath(path), (found.st_size, found.st_mtime_ns, found.st_ino))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def _opened(path: str, version: tuple[int, int, int]) -> Prepared:
     return Prepared(path)

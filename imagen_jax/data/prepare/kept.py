@@ -7,6 +7,7 @@ it, one shard at a time.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,13 @@ class Plan:
         """The captions of a shard; their ids begin with shard * shard_size."""
         rows = min(self.shard_size, self.captions - shard * self.shard_size)
         return _rows_of(self.directory / _caption_file(shard), rows)
+
+    def image_sizes(self, split: str) -> Iterator[list[tuple[int, int]]]:
+        """(height, width) of each image of a split as stored, shard by shard."""
+        for shard in range(math.ceil(self.images[split] / self.shard_size)):
+            rows = min(self.shard_size, self.images[split] - shard * self.shard_size)
+            images = images_of(self.directory, split, shard, rows)
+            yield [(image.height, image.width) for image in images]
 
     def skipped(self) -> Iterator[str]:
         """The lines of skipped.jsonl."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagen_jax.data import records
+from imagen_jax.data import image_sizes, records
 from imagen_jax.data.caption_records import caption_features
 from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.quantization import relative_errors
@@ -40,6 +40,9 @@ def finish(
     records.write_tfds_metadata(result, "images", records.image_features(), shards)
     for store, tfds_features in _caption_stores(request, embedding):
         records.write_tfds_metadata(result, store, tfds_features, shards)
+    for split in (split for split, count in plan.images.items() if count):
+        sizes = plan.image_sizes(split)
+        image_sizes.write_file(image_sizes.file_of(result, split), plan.images[split], sizes)
     _write_skipped(result, plan, cut)
     truncated = {name: sum(row["cut"] for row in rows.values()) for name, rows in features.items()}
     stats = {name: _embedding_stats(rows) for name, rows in features.items()}
