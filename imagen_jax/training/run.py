@@ -62,6 +62,7 @@ class Run:
         check_interval(config["sampling"], config["diffusion"]["schedule"])
         mesh = sharding.make_mesh(config["mesh"])
         data = pipeline.open_sets(config["data"])
+        _check_squares(config, data)
         online = OnlineText.load(config, mesh) if config["text"]["online"] else None
         if online:
             encoders = encoder_identity.stored(online.identities)
@@ -203,6 +204,20 @@ class Run:
             "time/model_tflops_per_s": flops / 1e12,
             "time/mfu": flops / self.peak_flops,
         }
+
+
+def _check_squares(config: Mapping[str, Any], data: Sequence[Prepared]) -> None:
+    """Raises ValueError if images are too small for the squares of validation and sample grids.
+
+    With data.buckets, the training may have sides that are smaller.
+    """
+    train = config["train"]
+    for prepared in data if train["validate_every"] or train["sample_every"] else ():
+        try:
+            prepared.check_image_size(config["data"]["image_size"])
+        except ValueError as error:
+            off = "train.validate_every = 0 and train.sample_every = 0, which read squares"
+            raise ValueError(f"{error}, or set {off}") from error
 
 
 def _check_stored(data: Sequence[Prepared], inputs: Sequence[TextInput]) -> None:
