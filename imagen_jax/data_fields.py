@@ -1,9 +1,8 @@
 """The fields of the config sections `text` and `data`, for imagen_jax/schema.py."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from imagen_jax.field import NEEDED, Field, Need
+from imagen_jax.field import Field, Need
 from imagen_jax.network_fields import NAMED_TEXT, WITH_TEXT
 
 Mixture = Sequence[tuple[str, float]]
@@ -135,9 +134,3 @@ DATA = {
         older=(),
     ),
 }
-
-
-def with_older(data_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A section `data` in which absent fields have the values that older configs mean."""
-    older = {name: field.older for name, field in DATA.items() if field.older is not NEEDED}
-    return older | dict(data_cfg)

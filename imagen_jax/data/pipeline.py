@@ -27,7 +27,6 @@ from imagen_jax.data.examples import MIDDLE, Bucket, Example, Examples, PixelCac
 from imagen_jax.data.mixing import Mixed, interleave, stream_seed, whole_weights
 from imagen_jax.data.records import Prepared, open_once
 from imagen_jax.data.views import Size
-from imagen_jax.data_fields import with_older
 from imagen_jax.text_inputs import UNNAMED, TextInput
 
 Batch = dict[str, Shaped[np.ndarray, "b ..."]]
@@ -116,7 +115,6 @@ def open_sets(data_cfg: Mapping[str, Any]) -> tuple[Prepared, ...]:
       ValueError: there is no prepared data, or it does not match the other fields. With buckets,
         `bucket_shares` compares the images with their sizes.
     """
-    data_cfg = with_older(data_cfg)
     transforms.check_sizes(data_cfg)
     opened = tuple(open_once(path) for path, _ in sets.sources(data_cfg))
     for prepared in () if data_cfg["buckets"] else opened:
@@ -131,7 +129,7 @@ def identity(data_cfg: Mapping[str, Any]) -> dict[str, Any]:
     in order, which are then in mixture_hashes.
     """
     hashes = [open_once(path).hash for path, _ in sets.sources(data_cfg)]
-    if not with_older(data_cfg)["mixture"]:
+    if not data_cfg["mixture"]:
         return {"manifest_hash": hashes[0]}
     joined = hashlib.sha256("".join(hashes).encode()).hexdigest()
     return {"manifest_hash": joined, "mixture_hashes": hashes}
@@ -139,7 +137,7 @@ def identity(data_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def bucket_sizes(data_cfg: Mapping[str, Any]) -> tuple[Size, ...]:
     """Height and width of the training images of each bucket; without data.buckets, one square."""
-    buckets = with_older(data_cfg)["buckets"]
+    buckets = data_cfg["buckets"]
     side = data_cfg["image_size"]
     return tuple((height, width) for height, width in buckets) or ((side, side),)
 
@@ -151,7 +149,6 @@ def bucket_shares(data_cfg: Mapping[str, Any], split: str = "train") -> tuple[Bu
 
     Raises ValueError if an image is too small for its bucket.
     """
-    data_cfg = with_older(data_cfg)
     if not data_cfg["buckets"]:
         return ()
     stocks = _stocks(data_cfg, split)
@@ -229,7 +226,7 @@ def _shuffled(examples: Examples, count: int, seed: int) -> grain.MapDataset:
 
 def _plain(data_cfg: Mapping[str, Any], split: str, text: ExampleText | None = None) -> Examples:
     """The examples of an evaluation: whole squares of one set."""
-    data_cfg, prepared = with_older(data_cfg), open_prepared(data_cfg)
+    prepared = open_prepared(data_cfg)
     size = data_cfg["image_size"]
     text_of = _text(data_cfg, text).open(prepared)
     return Examples(prepared.images(split), text_of, data_cfg, (size, size), _cache(data_cfg))
@@ -270,7 +267,6 @@ def batches(
     Raises:
       ValueError: the data is not prepared or does not match data_cfg, or a shard is damaged.
     """
-    data_cfg = with_older(data_cfg)
     size = data_cfg["batch_size"]
     streams, weights = _streams(data_cfg, seed, split, text)
     part = _Part(streams, weights, size, start_step, tuple(range(size) if rows is None else rows))

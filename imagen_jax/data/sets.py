@@ -4,8 +4,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from imagen_jax.data_fields import with_older
-
 
 def sources(data_cfg: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     """(directory, weight) of each set, in order; one of weight 1 for data.path.
@@ -13,7 +11,7 @@ def sources(data_cfg: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     Raises ValueError unless exactly one of data.path and data.mixture is given, and if the mixture
     has a directory twice or a weight that is not positive.
     """
-    path, mixture = data_cfg["path"], with_older(data_cfg)["mixture"]
+    path, mixture = data_cfg["path"], data_cfg["mixture"]
     if path and mixture:
         raise ValueError(
             f"data.path = {path} and data.mixture are both given: set data.path = '' to train on"
@@ -48,7 +46,7 @@ def alone(data_cfg: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     The name is the directory's own, with -2, -3, ... if others have it too; "" for data.path.
     """
     single = lambda path: dict(data_cfg) | {"path": path, "mixture": ()}
-    if not with_older(data_cfg)["mixture"]:
+    if not data_cfg["mixture"]:
         return {"": single(data_cfg["path"])}
     configs: dict[str, dict[str, Any]] = {}
     for path, _ in sources(data_cfg):
