@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import BFloat16, Bool, UInt8
 from PIL import Image
 
-from imagen_jax.data.views import CENTRE, Box, Size, View, window
+from imagen_jax.data.views import CENTRE, Box, View, window
+from imagen_jax.stage_sizes import Size
 
 # glibc's mallopt: parameter and value in bytes. The second has the largest value allowed.
 _MALLOPT = {-1: 256 << 20, -3: 32 << 20}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
