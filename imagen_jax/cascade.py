@@ -163,12 +163,12 @@ def sample_program(
     shardings: Params,
     sampling: Mapping[str, Any],
     index: int,
-    size: Size | None = None,
+    size: Size,
 ) -> Any:
     """Jitted (params, batch) -> (uint8 images [b h w 3], whether each one is finite [b]).
 
-    batch: `seed` [b] and what `Stage.sample` needs. index: see `load_stage`. size: h and w; None
-    for squares of the stage's image size. plan compiles it too.
+    batch: `seed` [b] and what `Stage.sample` needs. index: see `load_stage`. size: h and w. plan
+    compiles it too.
     """
 
     def sample(params: Params, batch: Batch) -> tuple[UInt8[Array, "b h w 3"], Bool[Array, "b"]]:

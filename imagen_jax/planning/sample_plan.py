@@ -137,9 +137,9 @@ def _part(
     stage = create_stage(config, mesh)
     if stage.text_dim:
         check_interval(sampling, stage.schedule)
-    params, _ = whole_step.sampling_inputs(stage, 1)
-    shardings = sampling_parameters.parameter_shardings(params, mesh, config["mesh"])
     size = stage_sizes.square(stage.image_size)
+    params, _ = whole_step.sampling_inputs(stage, 1, size)
+    shardings = sampling_parameters.parameter_shardings(params, mesh, config["mesh"])
     return Part(name, source, config, sampling, stage, params, shardings, size)
 
 

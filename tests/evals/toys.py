@@ -32,10 +32,10 @@ class Toy(Stage):
     def __init__(self):
         pass
 
-    def batch_shapes(self, b):
+    def batch_shapes(self, b, size):
         return dict.fromkeys(("image", "text", "text_mask", "lowres"))
 
-    def draw(self, key, b, size=None):
+    def draw(self, key, b, size):
         keys = jax.random.split(key, 3)
         return {
             "u": jax.random.uniform(keys[0], (b,)),
@@ -54,8 +54,8 @@ class Toy(Stage):
         loss += jnp.where(null, NO_TEXT, jnp.where(text == mark, 0.0, WRONG_TEXT))
         return loss + jnp.where(low == 128, GREY_LOWRES, jnp.where(low == mark, 0.0, WRONG_LOWRES))
 
-    def sample(self, params, keys, batch, sampling):
-        noise = jax.vmap(lambda key: jax.random.normal(key, (SIZE, SIZE, 3)))(keys)
+    def sample(self, params, keys, batch, sampling, size):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (*size, 3)))(keys)
         return to_unit(batch["text"][:, 0, 0])[:, None, None, None] + noise / 100
 
 

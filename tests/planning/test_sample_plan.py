@@ -73,11 +73,12 @@ def test_flops_are_those_of_full_images_without_the_text():
     """Catches FLOPs of a training crop, and text projected at every evaluation."""
     config = stage_config("sr_2")
     whole = config | {"data": config["data"] | {"crop_size": 0}}
-    flops = sample_cost.evaluation_flops(config)
-    assert flops == sample_cost.evaluation_flops(whole)
+    size = (config["data"]["image_size"],) * 2
+    flops = sample_cost.evaluation_flops(config, size)
+    assert flops == sample_cost.evaluation_flops(whole, size)
     longer = config | {"data": config["data"] | {"text_length": 7}}
     # One more token in the attention itself, and not in the projections.
-    assert flops < sample_cost.evaluation_flops(longer) < 1.01 * flops
+    assert flops < sample_cost.evaluation_flops(longer, size) < 1.01 * flops
 
 
 def test_guidance_doubles_the_flops_of_a_stage():
@@ -257,7 +258,7 @@ def request(fsdp: int = 1, **sampling) -> str:
     sampling = config["sampling"] | {"grid": "logsnr", "grid_logsnr": (-8.0, 8.0)} | sampling
     sizes = {"data": 4 // fsdp, "fsdp": fsdp, "model": 1, "spatial": 1}
     content = {"config": config, "sampling": sampling, "mesh": sizes, "rows": 8, "index": 0}
-    content["size"] = None
+    content["size"] = [config["data"]["image_size"]] * 2
     return json.dumps(content)
 
 

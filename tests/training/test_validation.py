@@ -45,10 +45,10 @@ class Known(Stage):
     def __init__(self, *inputs):
         object.__setattr__(self, "inputs", inputs)
 
-    def draw(self, key, b, size=None):
+    def draw(self, key, b, size):
         return {"u": jax.random.uniform(key, (b,)), "lowres_level": jnp.zeros(b)}
 
-    def batch_shapes(self, b):
+    def batch_shapes(self, b, size):
         return dict.fromkeys(("image", "text", "text_mask", "lowres"))
 
     def x_error(self, params, batch, draws, logsnr):
