@@ -243,7 +243,7 @@ def load_cascade(
                 f"{before.stage.name} outputs {side}x{side} images, but {after.stage.name} expects"
                 f" {expected}x{expected}: give stages of one cascade"
             )
-    text_stages = [loaded for loaded in stages if loaded.stage.text_dim]
+    text_stages = [loaded for loaded in stages if loaded.stage.reads_text]
     for before, after in zip(text_stages, text_stages[1:]):
         check_encoder(
             before.encoder, after.encoder, f"stages {before.stage.name} and {after.stage.name}"
@@ -270,7 +270,7 @@ def place(stages: Sequence[LoadedStage]) -> list[LoadedStage]:
 def check_intervals(stages: Sequence[LoadedStage]) -> None:
     """Raises ValueError for a guidance interval without effect, see `stage.check_interval`."""
     for loaded in stages:
-        if loaded.stage.text_dim:
+        if loaded.stage.reads_text:
             check_interval(loaded.sampling, loaded.stage.schedule)
 
 

@@ -87,7 +87,7 @@ def sample() -> None:
         loaded = load(name, index, mesh)
         stage = loaded.stage
         rng = np.random.default_rng(0)
-        text = rng.standard_normal((min(TOKENS, stage.text_length), stage.text_dim))
+        text = rng.standard_normal((min(TOKENS, stage.text_length), stage.texts[0].dim))
         text = text.astype(ml_dtypes.bfloat16)
         started = time.monotonic()
         (drawn,) = cascade.generate(

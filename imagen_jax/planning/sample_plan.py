@@ -135,7 +135,7 @@ def _part(
 ) -> Part:
     check_sampling(sampling)
     stage = create_stage(config, mesh)
-    if stage.text_dim:
+    if stage.reads_text:
         check_interval(sampling, stage.schedule)
     size = stage_sizes.square(stage.image_size)
     params, _ = whole_step.sampling_inputs(stage, 1, size)

@@ -127,7 +127,7 @@ class Run:
         if not init_from:
             return initial, {}
         params, meta = checkpoint.load_params(cascade.resolve(init_from))
-        if program.stage.text_dim:
+        if program.stage.reads_text:
             encoder_identity.check_encoder(
                 meta["encoder"], self.meta["encoder"], f"{init_from} and the data"
             )
