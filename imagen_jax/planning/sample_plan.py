@@ -261,12 +261,11 @@ def describe(
     """
     count, guided = sample_cost.evaluations(part.sampling, part.stage)
     flops = sample_cost.evaluation_flops(part.config, part.size) * (count + guided)
-    height, width = part.size
     return {
         "stage": part.name,
         "name": part.stage.name,
         "source": part.source,
-        "size": height if height == width else stage_sizes.size_text(part.size),
+        "size": list(part.size),
         "method": part.sampling["method"],
         "steps": part.sampling["steps"],
         "evaluations": count,

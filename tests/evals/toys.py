@@ -137,7 +137,7 @@ class Textured(Marked):
 
     def wholes(self, split):
         image = np.random.default_rng(0).integers(0, 256, (N, SIZE, SIZE, 3), np.uint8)
-        changed = {"image": image, "lowres": np.stack([shrink(i, LOW) for i in image])}
+        changed = {"image": image, "lowres": np.stack([shrink(i, (LOW, LOW)) for i in image])}
         return Rows(split, self.crops(split).batch | changed, 5)
 
     uncropped = wholes

@@ -196,7 +196,7 @@ def written(is_bound: bool, fits: bool = True) -> dict:
     stage = {
         "stage": "base",
         "name": "base_64",
-        "size": 64,
+        "size": [64, 64],
         "steps": 256,
         "evaluations": 256,
         "guided": 256,
@@ -361,7 +361,7 @@ def test_the_size_of_the_pictures():
     row, wide_row = (
         sample_plan.describe(parts[1], mesh(), 8, 1, 0, 1) for parts in (squares, wide)
     )
-    assert (row["size"], wide_row["size"]) == (16, "16x48")
+    assert (row["size"], wide_row["size"]) == ([16, 16], [16, 48])
     assert 2.5 < wide_row["flops_per_image"] / row["flops_per_image"] < 3.5
     _, batch = whole_step.sampling_inputs(wide[1].stage, 2, wide[1].size)
     assert batch["lowres"].shape == (2, 8, 24, 3)
