@@ -1,6 +1,6 @@
 """The part of a training's plan that is about text encoders, as text."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from imagen_jax.data.prepare.choices import size_text
@@ -20,8 +20,8 @@ def online(plan: Plan) -> Iterator[str]:
     for row in found["encoders"]:
         note = "" if row["fits"] else "  DOES NOT FIT"
         yield (
-            f"  {row['name']}, {row['tokens']} tokens: {row['weights'] / GIB:.2f} GiB of weights"
-            f" per chip, {row['peak'] / GIB:.2f} GiB while it encodes,"
+            f"  {row['name']}, {row['tokens']} tokens: {row['weights'] / GIB:.3g} GiB of weights"
+            f" per chip, {row['peak'] / GIB:.3g} GiB while it encodes,"
             f" {more}{1e3 * row['seconds']:,.2f} ms per step{note}"
         )
     for name in found["unknown"]:
@@ -38,7 +38,7 @@ def comparison(plan: Plan) -> Iterator[str]:
     if "text_costs" not in plan:
         return
     costs = plan["text_costs"]
-    found, rows = costs["online"], costs["rows"]
+    found = costs["online"]
     less, more = ("<", ">") if found["is_bound"] else ("", "")
     share = f" ({100 * found['share']:.1f} % of a step)" if found["share"] else ""
     yield f"\nStored text features against text.online, with {', '.join(found['names'])}"
@@ -50,29 +50,35 @@ def comparison(plan: Plan) -> Iterator[str]:
         )
     yield (
         f"  online  {more}{1e3 * found['seconds']:,.2f} ms more per step{share},"
-        f" {more}{found['chip_hours']:,.0f} chip-hours in {found['steps']:,} steps,"
-        f" {found['weights'] / GIB:.2f} GiB of weights per chip"
+        f" {more}{_number(found['chip_hours'])} chip-hours in {found['steps']:,} steps,"
+        f" {found['weights'] / GIB:.3g} GiB of weights per chip"
     )
+    yield from _table(costs["rows"], more)
+    yield f"  Assumed: {costs['tokens']:g} tokens per caption (--caption_tokens), for stores and"
+    yield "  encoding once; online, captions are padded to the length of the input. Stores are"
+    yield '  without the texts. A run of more steps or epochs than "equal after" spends more'
+    yield "  chip-hours on encoding online than encoding once costs. The price of storage and the"
+    yield "  reading of the store are not counted."
+    if found["is_bound"]:
+        yield '  ROOFLINE BOUNDS, not estimates: XLA:GPU provides no cycle estimates. "Equal after"'
+        yield "  compares two bounds, and is itself neither a bound nor an estimate."
+
+
+def _table(rows: Sequence[Plan], more: str) -> Iterator[str]:
+    """Yields a heading, and a line for each number of captions. more: ">" if times are bounds."""
+    yield f"  {'':>13} {'store:':>10} {'':>10} {'once:':>9} {'':>11} {'equal after:':>12}"
     yield (
-        f"  {'captions':>15} {'store, bfloat16':>16} {'store, int8':>12} {'once: hours':>12}"
-        f" {'chip-hours':>11} {'equal after: steps':>19} {'epochs':>7} {'epochs of the run':>18}"
+        f"  {'captions':>13} {'bfloat16':>10} {'int8':>10} {'hours':>9} {'chip-hours':>11}"
+        f" {'steps':>12} {'epochs':>7} {'epochs of run':>14}"
     )
     for row in rows:
         sizes = [size_text(row["bytes"][name]) for name in ("bfloat16", "int8")]
         hours = [more + _number(row[name]) for name in ("once_hours", "once_chip_hours")]
         yield (
-            f"  {row['captions']:>15,} {sizes[0]:>16} {sizes[1]:>12} {hours[0]:>12} {hours[1]:>11}"
-            f" {row['break_even_steps']:>19,.0f} {row['break_even_epochs']:>7.2f}"
-            f" {row['epochs']:>18.2f}"
+            f"  {row['captions']:>13,} {sizes[0]:>10} {sizes[1]:>10} {hours[0]:>9} {hours[1]:>11}"
+            f" {row['break_even_steps']:>12,.0f} {row['break_even_epochs']:>7.2f}"
+            f" {row['epochs']:>14.2f}"
         )
-    yield f"  Assumed: {costs['tokens']:g} tokens per caption (--caption_tokens), for stores and for"
-    yield "  encoding once; online, captions are padded to the length of the input. Stores are"
-    yield '  without the texts. A run of more steps or epochs than "equal after" has spent more'
-    yield "  chip-hours on encoding online than encoding once would have cost. The price of storage"
-    yield "  and the reading of the store are not counted."
-    if found["is_bound"]:
-        yield '  ROOFLINE BOUNDS, not estimates: XLA:GPU provides no cycle estimates. "Equal after"'
-        yield "  compares two bounds, and is itself neither a bound nor an estimate."
 
 
 def _number(value: float) -> str:
