@@ -50,9 +50,9 @@ def comparison(plan: Plan) -> Iterator[str]:
         )
     yield (
         f"  online  {more}{1e3 * found['seconds']:,.2f} ms more per step{share},"
-        f" {more}{_number(found['chip_hours'])} chip-hours in {found['steps']:,} steps,"
         f" {found['weights'] / GIB:.3g} GiB of weights per chip"
     )
+    yield f"          {more}{_number(found['chip_hours'])} chip-hours in {found['steps']:,} steps"
     yield from _table(costs["rows"], more)
     yield f"  Assumed: {costs['tokens']:g} tokens per caption (--caption_tokens), for stores and"
     yield "  encoding once; online, captions are padded to the length of the input. Stores are"

@@ -1,6 +1,9 @@
 """Text encoders that run in the training: memory, time, and the comparison with a store."""
 
-import numpy as np
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh
 
@@ -9,12 +12,15 @@ from imagen_jax.data.prepare.caption_estimate import StoreEstimate
 from imagen_jax.hardware import topology
 from imagen_jax.planning import encoder_plan, online_plan, plan_report, text_costs, train_plan
 from imagen_jax.text import sizes
+from imagen_jax.text.t5_network import T5Encoder
+from imagen_jax.text_inputs import TextInput
 from tests import tiny
 from tests.planning.test_plan_report import FITS, GIB, TIMES
 
 V5E = topology.parse("v5e:2x4")
 H100 = topology.parse("h100-8")
-OPTIONS = train_plan.Options(None, 1, False, False, False, False, 0.0)
+OPTIONS = train_plan.Options(Path(), 1, False, False, False, False, 0.0)
+COMPARED = dataclasses.replace(OPTIONS, captions=(10,), caption_tokens=32.0)
 COSTS = {"peak": 9 * GIB, "compute": 0.25, "overlapped": 0.5, "exposed": 0.125}
 
 
@@ -79,40 +85,39 @@ def test_an_unknown_encoder_is_left_out_and_named(caplog):
     assert (found["unknown"], found["weights"], found["seconds"]) == (["someone/encoder"], 0, 0)
     assert "sizes of someone/encoder are unknown" in plan_report.text(FITS | {"online": found})
     with pytest.raises(ValueError, match="sizes of the text encoder someone/encoder are unknown"):
-        options = train_plan.Options(None, 1, False, False, False, False, 0.0, (10,), 32.0)
-        train_plan.text_encoders(config, options)
+        train_plan.text_encoders(config, COMPARED)
 
 
 def test_a_comparison_needs_text_and_its_encoder():
     """Catches a comparison that fails after the step was compiled."""
-    options = train_plan.Options(None, 1, False, False, False, False, 0.0, (10,), 32.0)
     with pytest.raises(ValueError, match="give --text_encoder NAME"):
-        train_plan.text_encoders(stage(False, encoder=""), options)
+        train_plan.text_encoders(stage(False, encoder=""), COMPARED)
     none = stage(False, encoders=(), dims=(), lengths=(), pooled_dims=(), drops=())
     with pytest.raises(ValueError, match="--captions is for a stage with text"):
-        train_plan.text_encoders(none, options)
+        train_plan.text_encoders(none, COMPARED)
     assert train_plan.text_encoders(stage(False), OPTIONS) == []
     assert len(train_plan.text_encoders(stage(), OPTIONS)) == 2
 
 
-def test_weights_are_sharded_over_the_mesh():
-    """Catches whole weights on every chip, and weights of a run without text.online."""
-    network = sizes.network("base", "bfloat16", encoder_plan.choices.DEFAULT)
-    whole, quarter = (encoder_plan.sharded_bytes(network, mesh(fsdp)) for fsdp in (1, 4))
-    assert whole == pytest.approx(2 * 109.6e6, rel=0.02) and quarter < 0.26 * whole
-    both = online_plan.weights_on_a_chip(stage(), mesh(4))
-    clip = online_plan.weights_on_a_chip(
-        stage(
-            encoders=("clip",),
-            dims=(768,),
-            lengths=(77,),
-            pooled_dims=(0,),
-            drops=(0.0,),
-            encoder="clip=clip-l14",
-        ),
-        mesh(4),
-    )
-    assert both == quarter + clip and online_plan.weights_on_a_chip(stage(False), mesh(4)) == 0
+def one_layer():
+    """T5 small with one of its layers."""
+    config = dataclasses.replace(sizes.T5_V11["small"], num_layers=1)
+    return T5Encoder(config, jnp.dtype("bfloat16"))
+
+
+def test_weights_are_sharded_over_the_mesh(monkeypatch):
+    """Catches whole weights on every chip, one of two encoders left out, and weights of a run
+    without text.online.
+    """
+    whole, quarter = (encoder_plan.sharded_bytes(one_layer(), mesh(fsdp)) for fsdp in (1, 4))
+    # Four products of 512 x 384, three of 512 x 1024, and the token embedding.
+    assert whole == pytest.approx(2 * (4 * 512 * 384 + 3 * 512 * 1024 + 32_128 * 512), rel=1e-3)
+    assert quarter == pytest.approx(whole / 4, rel=1e-2)
+    text_input = TextInput("", 512, 32)
+    both = [online_plan.Encoder(text_input, name, one_layer()) for name in ("t5", "clip")]
+    monkeypatch.setattr(online_plan, "find_encoders", lambda config, given: both)
+    assert online_plan.weights_on_a_chip(stage(), mesh(4)) == 2 * quarter
+    assert online_plan.weights_on_a_chip(stage(False), mesh(4)) == 0
 
 
 @pytest.mark.parametrize(("hardware", "seconds"), [(V5E, 0.625), (H100, 0.625), (None, 0.0)])
@@ -122,13 +127,13 @@ def test_time_of_an_encoding(monkeypatch, hardware, seconds):
     """
     costs = COSTS if hardware else COSTS | {"overlapped": 0.0, "exposed": 0.0}
     monkeypatch.setattr(encoder_plan, "_compiled_cost", lambda *args: costs)
-    network = sizes.network("small", "bfloat16", encoder_plan.choices.DEFAULT)
     where = hardware or H100
-    found = encoder_plan.encoding(network, "bfloat16", where, mesh(4), 64, 32, "")
+    found = encoder_plan.encoding(one_layer(), "bfloat16", where, mesh(4), 64, 32, "")
     # 8 rows of 32 tokens on a chip; the token embedding has no FLOPs.
-    flops = 2 * 8 * 32 * (35.3e6 - 32_128 * 512)
+    flops = 2 * 8 * 32 * (4 * 512 * 384 + 3 * 512 * 1024)
     assert found["flops"] == pytest.approx(flops, rel=0.1)
-    bound = max(found["flops"] / where.chip.peak_flops, 70.7e6 / where.chip.memory_bandwidth)
+    weights = 2 * (4 * 512 * 384 + 3 * 512 * 1024 + 32_128 * 512)
+    bound = max(found["flops"] / where.chip.peak_flops, weights / where.chip.memory_bandwidth)
     assert found["seconds"] == pytest.approx(seconds or bound, rel=1e-2)
     assert found["fits"]
 
@@ -221,7 +226,7 @@ def test_stored_features_against_encoding_online(monkeypatch):
     run = found["online"]
     assert run["chip_hours"] * 3600 == pytest.approx(4000) and run["share"] == 0.25
     text = plan_report.text(FITS | {"text_costs": found})
-    assert "(25.0 % of a step), 1.11 chip-hours in 1,000 steps, 3 GiB of weights" in text
+    assert "(25.0 % of a step), 3 GiB of weights" in text and "1.11 chip-hours in 1,000" in text
     assert "BOUND" not in text and ">" not in text
     assert max(map(len, text.splitlines())) <= 100
 
@@ -261,4 +266,4 @@ def test_encoders_of_the_paper_have_names():
     }
     found = {name: encoder_plan.find_network(name).config.dim for name in widths}
     assert found == widths
-    assert np.all([encoder_plan.known_network(name) is not None for name in widths])
+    assert all(encoder_plan.known_network(name) is not None for name in widths)
