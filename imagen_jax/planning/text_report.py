@@ -40,7 +40,7 @@ def comparison(plan: Plan) -> Iterator[str]:
     costs = plan["text_costs"]
     found = costs["online"]
     less, more = ("<", ">") if found["is_bound"] else ("", "")
-    share = f" ({100 * found['share']:.1f} % of a step)" if found["share"] else ""
+    share = f" (+{100 * found['share']:.1f} %)" if found["share"] else ""
     yield f"\nStored text features against text.online, with {', '.join(found['names'])}"
     for one in costs["once"]:
         note = "" if one["fits"] else ", DOES NOT FIT"

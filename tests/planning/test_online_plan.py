@@ -226,7 +226,7 @@ def test_stored_features_against_encoding_online(monkeypatch):
     run = found["online"]
     assert run["chip_hours"] * 3600 == pytest.approx(4000) and run["share"] == 0.25
     text = plan_report.text(FITS | {"text_costs": found})
-    assert "(25.0 % of a step), 3 GiB of weights" in text and "1.11 chip-hours in 1,000" in text
+    assert "(+25.0 %), 3 GiB of weights" in text and "1.11 chip-hours in 1,000" in text
     assert "BOUND" not in text and ">" not in text
     assert max(map(len, text.splitlines())) <= 100
 
