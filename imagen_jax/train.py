@@ -70,7 +70,7 @@ def main() -> int:
     cli.log_to_stderr()
     if args.config is None or args.workdir is None:
         raise ValueError("--config FILE and --workdir DIR are both needed")
-    config, workdir = cli.data_config(args.config), Path(args.workdir)
+    config, workdir = cli.stage_config(args.config), Path(args.workdir)
     for path, _ in sets.sources(config["data"]):
         flag = f"--config.data.{'path' if config['data']['path'] else 'mixture'}"
         check_local(flag, path)

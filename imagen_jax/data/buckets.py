@@ -66,14 +66,15 @@ def open_rows(
 ) -> tuple[ImageSizes, list[BucketRows]]:
     """(sizes of the images, rows of each bucket).
 
-    The rows are in a file in the directory for temporary files, named by what they depend on.
+    The rows are in a file in the directory for temporary files, named by what they depend on, also
+    the sizes: the file of sizes may be replaced.
 
     scale: of the smallest window, see `views.smallest_scale`.
 
     Raises ValueError if an image is too small for its bucket.
     """
     sizes = open_sizes(prepared, split)
-    key = json.dumps([FORMAT_VERSION, prepared.hash, split, buckets, scale])
+    key = json.dumps([FORMAT_VERSION, prepared.hash, split, buckets, scale, sizes.sha256()])
     name = f"buckets-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     path = cache_directory() / name
     build_once(path, lambda temporary: _write(temporary, prepared, sizes, buckets, scale))

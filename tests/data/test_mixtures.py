@@ -338,6 +338,20 @@ def test_the_file_of_sizes(tmp_path, first, monkeypatch):
         image_sizes.open_sizes(records.Prepared(root), "train")
 
 
+def test_sizes_that_are_written_again_give_other_buckets(tmp_path, first):
+    """Catches rows that were sorted into buckets by a wrong file of sizes, after its removal."""
+    root = tmp_path / "data"
+    shutil.copytree(first, root, ignore=lambda *_: {"sizes-train.npy"})
+    cfg = config(root, buckets=BUCKETS[:2], image_size=16)
+    file = root / "images" / "sizes-train.npy"
+    np.save(file, np.array(2 * SHAPES, np.uint32)[::-1])
+    with pytest.raises(ValueError, match="remove it; it is written again"):
+        take(10, cfg)
+    file.unlink()
+    for batch in take(10, cfg):
+        assert (batch["index"] % 5 == 1).all() == (batch["image"].shape[1] == 24)
+
+
 def test_a_read_only_directory_is_enough(tmp_path, first, monkeypatch):
     """Catches data on a read-only disk that cannot be trained on."""
     root = tmp_path / "data"
