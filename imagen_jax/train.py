@@ -71,10 +71,10 @@ def main() -> int:
     if args.config is None or args.workdir is None:
         raise ValueError("--config FILE and --workdir DIR are both needed")
     config, workdir = cli.stage_config(args.config), Path(args.workdir)
-    for path, _ in sets.sources(config["data"]):
+    for one in sets.data_sets(config["data"]):
         flag = f"--config.data.{'path' if config['data']['path'] else 'mixture'}"
-        check_local(flag, path)
-        check_utf8(flag, path)
+        check_local(flag, one.path)
+        check_utf8(flag, one.path)
     check_local("--init_from", args.init_from)
     cli.check_directory("workdir", args.workdir)
     check_utf8("--workdir", args.workdir)

@@ -171,7 +171,7 @@ def check_inputs(job: Job, code: str) -> None:
     init_paths = re.findall(pattern, "\n".join(job.arguments), re.MULTILINE)[-1:]
     data = job.config["data"]
     field = "path" if data["path"] else "mixture"
-    inputs = [(f"--config.data.{field}", path) for path, _ in sets.sources(data)]
+    inputs = [(f"--config.data.{field}", one.path) for one in sets.data_sets(data)]
     inputs += [
         ("--init_from", path) for path in init_paths if path and not path.startswith("embedded:")
     ]
@@ -280,7 +280,7 @@ def read_config(config: str, fields: Sequence[str]) -> dict[str, Any]:
         reason = cli.cause(error).strip().splitlines()[-1]
         raise ValueError(f"--config {config}: {reason}") from error
     content = cli.stage_config(values.config, f"--config {config}")
-    sets.sources(content["data"])  # says what is wrong
+    sets.data_sets(content["data"])  # says what is wrong
     return content
 
 

@@ -264,7 +264,7 @@ def describe(
         "stage": part.name,
         "name": part.stage.name,
         "source": part.source,
-        "size": height if height == width else stage_sizes.text(part.size),
+        "size": height if height == width else stage_sizes.size_text(part.size),
         "method": part.sampling["method"],
         "steps": part.sampling["steps"],
         "evaluations": count,

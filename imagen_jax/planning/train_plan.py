@@ -249,8 +249,8 @@ def describe(
         "chips": topology.chips,
         "mesh": dict(program.mesh.shape),
         "batch": images,
-        "buckets": [stage_sizes.text(bucket) for bucket in stage.buckets],
-        "planned_size": stage_sizes.text(stage.largest_bucket),
+        "buckets": [stage_sizes.size_text(bucket) for bucket in stage.buckets],
+        "planned_size": stage_sizes.size_text(stage.largest_bucket),
         "accumulation": program.accumulation,
         "remat": config["model"]["remat"],
         "not_split": sharding.badly_split(
