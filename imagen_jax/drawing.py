@@ -59,7 +59,7 @@ class Drawer:
             "stages": cascade.run_stages(config, names),
             "config": dict(config),
             "checkpoints": [dict(loaded.identity) for loaded in self.stages],
-            "encoder": encoder_identity.stored(identities),
+            "encoder": encoder_identity.to_record(identities),
         }
         stages = [loaded.stage for loaded in self.stages]
         if self.sizes != stage_sizes.of_stages(stages, None):
@@ -111,10 +111,13 @@ def text_sources(
     """
     sources = {}
     for loaded in stages:
-        trained = encoder_identity.by_name(loaded.encoder)
-        for one in loaded.stage.texts:
-            who = f"{loaded.stage.name} and {given}"
-            sources[one.name] = encoder_identity.find(one.name, trained[one.name], identities, who)
+        trained = encoder_identity.from_record(loaded.encoder)
+        for name in (text_input.name for text_input in loaded.stage.texts):
+            who, remedy = (
+                f"{loaded.stage.name} and {given}",
+                "give the text encoder of the training",
+            )
+            sources[name] = encoder_identity.find(name, trained[name], identities, who, remedy)
     return sources
 
 

@@ -215,10 +215,12 @@ def reading_of(
     inputs = text_inputs(config)
     if not inputs:
         return read_stored(inputs)
+    names, identities = [one.name for one in inputs], encoder_identity.from_record(trained)
+    remedy = "give the text encoder of the checkpoint"
     if prepared.encoders:
         prepared.check_text(inputs)
-        stored = encoder_identity.stored(prepared.encoders)
-        encoder_identity.check_encoder(stored, trained, f"{prepared.path} and the checkpoint")
+        who = f"{prepared.path} and the checkpoint"
+        encoder_identity.check_same(names, prepared.encoders, identities, who, remedy)
         return read_stored(inputs)
     given = encoder or config["text"]["encoder"]
     if not given:
@@ -229,7 +231,7 @@ def reading_of(
     text = dict(config["text"]) | {"encoder": given}
     online = OnlineText.load(dict(config) | {"text": text}, mesh)
     who = f"{given} and the checkpoint"
-    encoder_identity.check_encoder(encoder_identity.stored(online.identities), trained, who)
+    encoder_identity.check_same(names, online.identities, identities, who, remedy)
     rows = rows_per_batch(batch_size, mesh)
     return lambda prepared, caption_ids: online.of_captions(prepared, caption_ids, rows)
 
