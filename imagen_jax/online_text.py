@@ -130,7 +130,10 @@ class OnlineText:
             )
         encoders = {}
         for name, one in wanted.items():
-            encoder = load_text_encoder(named[name], one.length, make_mesh=lambda _: mesh)
+            field = "text.lengths" if name else "data.text_length"
+            encoder = load_text_encoder(
+                named[name], one.length, make_mesh=lambda _: mesh, length_field=field
+            )
             check_sizes(one, encoder, named[name])
             encoders[name] = encoder
         return cls(inputs, encoders, mesh)

@@ -4,6 +4,7 @@ features that a run computes itself.
 
 import json
 import types
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ import pytest
 from imagen_jax import cascade, drawing, encoder_identity, schema, sharding, train
 from imagen_jax.data import pipeline
 from imagen_jax.data.example_text import StoredText
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.diffusion import conditioning
 from imagen_jax.distributed.watch import Watch
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.evals import stage_evaluation
 from imagen_jax.online_text import OnlineText
 from imagen_jax.picture_set import Requests, manifest_rows
@@ -380,3 +381,66 @@ def test_only_encoders_that_are_read_decide(texts, both, folder, encoders, tmp_p
     assert kept["encoders"].keys() == {"clip"}
     with pytest.raises(ValueError, match="text encoder bert .layer.*prepare both with the same"):
         Run.create(config(**mixture(both, other)))
+
+
+def test_one_encoder_is_in_memory_at_a_time(monkeypatch, encoders):
+    """Catches encoders that are loaded together, each as if it had the memory alone."""
+    alive, seen = [], []
+
+    def load(name, length, dtype, make_mesh):
+        seen.append((name, sum(one() is not None for one in alive), length))
+        made = type("Loaded", (), {"identity": {"name": name}})()
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(drawing, "load_text_encoder", load)
+    texts = [TextInput("clip", 24, 16), TextInput("bert", 24, 6)]
+    stage = object.__new__(cascade.LoadedStage)
+    vars(stage).update(stage=types.SimpleNamespace(texts=texts))
+    given = "+".join(f"{name}={path}" for name, path in encoders.items())
+    loaded = drawing.load_encoders({"encoder": given, "encoder_dtype": "bfloat16"}, [stage])
+    for name in loaded.in_turn():
+        assert loaded.load(name).identity["name"] == str(encoders[name])
+    # The tiny CLIP reads 14 tokens. BERT stays from the first round.
+    wanted = [("clip", 14), ("bert", 6), ("clip", 14)]
+    assert seen == [(str(encoders[name]), 0, length) for name, length in wanted]
+    loaded.release()
+    assert not any(one() for one in alive)
+
+
+def test_a_field_that_the_network_reads_must_be_there(stage):
+    """Catches a pooled vector that is missing and is ignored, and one that is added although the
+    stage does not read it.
+    """
+    params = tiny.random_params(stage.init)
+    batch = random_batch(stage)
+    plain = output(stage, params, batch)
+    without = {name: value for name, value in batch.items() if name != "pooled.clip"}
+    with pytest.raises(ValueError, match="reads pooled.clip, which the batch lacks"):
+        output(stage, params, without)
+    more = batch | {"pooled.bert": np.ones((4, 24), np.float32)}
+    np.testing.assert_array_equal(output(stage, params, more), plain)
+
+
+def test_settings_of_text_that_contradict_each_other():
+    """Catches a message that names fields which the config does not use."""
+    with pytest.raises(ValueError, match=r"text.encoders=\('clip', 'bert'\) and model.cond_dim=0"):
+        create_stage(config(model__cond_dim=0))
+    plain = tiny.config(model__cond_dim=0, **tiny.ONE_LEVEL_UNET)
+    with pytest.raises(ValueError, match="text.dim=8 and model.cond_dim=0"):
+        create_stage(schema.complete(plain, new=True))
+
+
+def test_encoders_are_compiled_before_the_loop(texts, encoders, monkeypatch, caplog):
+    """Catches encoders that are compiled inside the first step."""
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes, devices=None: MESH)
+    made = Run.create(online(encoders, texts))
+    step = types.SimpleNamespace(compile=lambda: None)
+    monkeypatch.setattr(type(made.program), "lower", lambda *_: step)
+    batch = next(made.batches(0, made.rows))
+    with jax.log_compiles():
+        made.compile_steps()
+        assert any("Compiling" in record.message for record in caplog.records)
+        caplog.clear()
+        jax.block_until_ready(made.place(batch))
+    assert not [record.message for record in caplog.records if "Compiling" in record.message]

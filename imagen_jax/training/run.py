@@ -168,8 +168,11 @@ class Run:
     def compile_steps(self) -> dict[Size, Any]:
         """The compiled train step of each image size that the data has.
 
-        Compiling one takes minutes at full size.
+        Compiling one takes minutes at full size. The programs of online text encoders are compiled
+        too.
         """
+        if self.online:
+            self.online.warm_up(self.config["data"]["batch_size"])
         steps = {}
         for bucket in self.flops_per_image:
             started = time.monotonic()

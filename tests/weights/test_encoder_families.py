@@ -134,7 +134,8 @@ def test_the_longest_text(directory):
     assert feature.shape == (longest, encoder.dim)
     for load in (load_text_encoder, load_tokenize):
         with pytest.raises(
-            ValueError, match=f"reads at most {longest} tokens, not 78: give --max_length {longest}"
+            ValueError,
+            match=f"reads at most {longest} tokens, not 78: set --max_length to {longest}",
         ):
             load(str(directory), 78)
 
