@@ -119,7 +119,10 @@ class OnlineText:
         """
         named, encoders = named_encoders(config, config["text"]["encoder"]), {}
         for one, given in named:
-            encoder = load_text_encoder(given, one.length, make_mesh=lambda _: mesh)
+            field = "text.lengths" if one.name else "data.text_length"
+            encoder = load_text_encoder(
+                given, one.length, make_mesh=lambda _: mesh, length_field=field
+            )
             check_sizes(one, encoder, given)
             encoders[one.name] = encoder
         return cls([one for one, _ in named], encoders, mesh)
@@ -204,10 +207,12 @@ def reading_of(
     inputs = text_inputs(config)
     if not inputs:
         return read_stored(inputs)
+    names, identities = [one.name for one in inputs], encoder_identity.from_record(trained)
+    remedy = "give the text encoder of the checkpoint"
     if prepared.encoders:
         prepared.check_text(inputs)
-        stored = encoder_identity.stored(prepared.encoders)
-        encoder_identity.check_encoder(stored, trained, f"{prepared.path} and the checkpoint")
+        who = f"{prepared.path} and the checkpoint"
+        encoder_identity.check_same(names, prepared.encoders, identities, who, remedy)
         return read_stored(inputs)
     given = encoder or config["text"]["encoder"]
     if not given:
@@ -218,7 +223,7 @@ def reading_of(
     text = dict(config["text"]) | {"encoder": given}
     online = OnlineText.load(dict(config) | {"text": text}, mesh)
     who = f"{given} and the checkpoint"
-    encoder_identity.check_encoder(encoder_identity.stored(online.identities), trained, who)
+    encoder_identity.check_same(names, online.identities, identities, who, remedy)
     rows = rows_per_batch(batch_size, mesh)
     return lambda prepared, caption_ids: online.of_captions(prepared, caption_ids, rows)
 
