@@ -18,10 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Key, Shaped, UInt8, UInt32
 
-from imagen_jax import sampling_parameters, schema, sharding
+from imagen_jax import encoder_identity, sampling_parameters, schema, sharding
 from imagen_jax.data.transforms import pad_text
 from imagen_jax.distributed import agreement
-from imagen_jax.encoder_identity import check_encoder
 from imagen_jax.row_batches import RowBatch, most_held, row_batches
 from imagen_jax.stage import (
     Batch,
@@ -219,7 +218,7 @@ def load_cascade(
 
     Raises ValueError if the config is wrong, the first stage has no checkpoint, a checkpoint is of
     the wrong kind (base or super-resolution), the output size of a stage is not the input size of
-    the next one, or two stages were trained with different text encoders.
+    the next one, or two stages read different text encoders under one name.
     """
     config = schema.complete_cascade(config)
     names = run_stages(config, wanted)
@@ -243,12 +242,20 @@ def load_cascade(
                 f"{before.stage.name} outputs {side}x{side} images, but {after.stage.name} expects"
                 f" {expected}x{expected}: give stages of one cascade"
             )
-    text_stages = [loaded for loaded in stages if loaded.stage.reads_text]
-    for before, after in zip(text_stages, text_stages[1:]):
-        check_encoder(
-            before.encoder, after.encoder, f"stages {before.stage.name} and {after.stage.name}"
-        )
+    check_encoders(stages)
     return stages
+
+
+def check_encoders(stages: Sequence[LoadedStage]) -> None:
+    """Raises ValueError if stages read different text encoders under one name."""
+    remedy = "use stages that were trained with the same text encoder"
+    first: dict[str, tuple[str, Mapping[str, Any]]] = {}  # {name: (a stage, its encoders)}
+    for loaded in stages:
+        identities = encoder_identity.from_record(loaded.encoder)
+        for name in (text_input.name for text_input in loaded.stage.texts):
+            stage, theirs = first.setdefault(name, (loaded.stage.name, identities))
+            who = f"stages {stage} and {loaded.stage.name}"
+            encoder_identity.check_same([name], theirs, identities, who, remedy)
 
 
 def place(stages: Sequence[LoadedStage]) -> list[LoadedStage]:

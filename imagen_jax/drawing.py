@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from jaxtyping import UInt8
 
 from imagen_jax import cascade, cli, encoder_identity, field, picture_set, run_log, stage_sizes
 from imagen_jax.distributed import agreement
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.picture_set import PictureSet, Requests
 from imagen_jax.row_batches import row_batches
 from imagen_jax.stage_sizes import Size
 from imagen_jax.text import feature_file
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.several import parse_encoders
-from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh, longest_text
+from imagen_jax.text_inputs import longest_input
+from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh, readable_length
 
 # Fields of a cascade config that change no picture.
 FREE_FIELDS = ("mesh", "batch_size")
@@ -39,10 +42,10 @@ log = logging.getLogger("imagen_jax.sample")
 class Drawer:
     """A cascade with its text encoders, checked and ready to draw one set.
 
-    config: a complete cascade config. stages: loaded, on the host. encoders: by name; none once the
-    prompts are encoded. sources: {text input of the stages: name of its encoder}. record: the
-    fields of a picture's record that all pictures share; `size` only if the pictures are not the
-    squares that the stages draw without it.
+    config: a complete cascade config. stages: loaded, on the host. encoders: one in memory, none
+    once the prompts are encoded. sources: {text input of the stages: name of its encoder}. record:
+    the fields of a picture's record that all pictures share; `size` only if the pictures are not
+    the squares that the stages draw without it.
     """
 
     def __init__(self, config: Mapping[str, Any], names: Sequence[str], size: Size | None = None):
@@ -53,13 +56,13 @@ class Drawer:
         self.config = config
         self.stages = load_stages(config, names, size)
         self.encoders = load_encoders(config, self.stages)
-        identities = {name: encoder.identity for name, encoder in self.encoders.items()}
+        identities = self.encoders.identities
         self.sources = text_sources(self.stages, identities, config["encoder"])
         self.record = {
             "stages": cascade.run_stages(config, names),
             "config": dict(config),
             "checkpoints": [dict(loaded.identity) for loaded in self.stages],
-            "encoder": encoder_identity.stored(identities),
+            "encoder": encoder_identity.to_record(identities),
         }
         stages = [loaded.stage for loaded in self.stages]
         if self.sizes != stage_sizes.of_stages(stages, None):
@@ -88,16 +91,19 @@ def load_stages(
     ]
 
 
-def load_encoders(
-    config: Mapping[str, Any], stages: Sequence[cascade.LoadedStage]
-) -> dict[str, TextEncoder]:
-    """The text encoders of a cascade config by name, each for the longest texts of the stages."""
-    lengths = [loaded.stage.text_length for loaded in stages]
-    dtype = config["encoder_dtype"]
-    return {
-        name: load_text_encoder(encoder, prompt_length(encoder, lengths), dtype, local_mesh)
-        for name, encoder in parse_encoders(config["encoder"]).items()
-    }
+def load_encoders(config: Mapping[str, Any], stages: Sequence[cascade.LoadedStage]) -> Encoders:
+    """The text encoders of a cascade config.
+
+    Each is loaded for the longest texts of the inputs that read it. A stage may have been trained
+    with more padding than its encoder's longest text.
+    """
+    inputs = [text_input for loaded in stages for text_input in loaded.stage.texts]
+    given, dtype = parse_encoders(config["encoder"]), config["encoder_dtype"]
+    loaders = {}
+    for name, encoder in given.items():
+        length = readable_length(encoder, longest_input(name, inputs, given))
+        loaders[name] = partial(load_text_encoder, encoder, length, dtype, local_mesh)
+    return Encoders(loaders)
 
 
 def text_sources(
@@ -111,20 +117,19 @@ def text_sources(
     """
     sources = {}
     for loaded in stages:
-        trained = encoder_identity.by_name(loaded.encoder)
-        for one in loaded.stage.texts:
-            who = f"{loaded.stage.name} and {given}"
-            sources[one.name] = encoder_identity.find(one.name, trained[one.name], identities, who)
+        trained = encoder_identity.from_record(loaded.encoder)
+        for name in (text_input.name for text_input in loaded.stage.texts):
+            who, remedy = (
+                f"{loaded.stage.name} and {given}",
+                "give the text encoder of the training",
+            )
+            sources[name] = encoder_identity.find(name, trained[name], identities, who, remedy)
     return sources
 
 
-def prompt_length(encoder: str, lengths: Sequence[int]) -> int:
-    """Tokens of the longest prompt. lengths: tokens that the stages read, with padding.
-
-    A stage may have been trained with more padding than its encoder's longest text.
-    """
-    longest, wanted = longest_text(encoder), max(1, *lengths)
-    return wanted if longest is None else min(wanted, longest)
+def _names_read(encoders: Encoders, sources: Mapping[str, str]) -> list[str]:
+    """The names of the encoders that the stages read, that of the encoder in memory first."""
+    return [name for name in encoders.in_turn() if name in sources.values()]
 
 
 def check_prompts(drawer: Drawer, prompts: Sequence[str]) -> None:
@@ -132,17 +137,24 @@ def check_prompts(drawer: Drawer, prompts: Sequence[str]) -> None:
 
     Raises ValueError, in all processes, for a prompt that such a stage cannot read.
     """
-    for name, encoder in drawer.encoders.items():
+    for name in _names_read(drawer.encoders, drawer.sources):
         lengths = {
-            loaded.stage.name: one.length
+            loaded.stage.name: text_input.length
             for loaded in drawer.stages
-            for one in loaded.stage.texts
-            if drawer.sources[one.name] == name
+            for text_input in loaded.stage.texts
+            if drawer.sources[text_input.name] == name
         }
-        shortest = min(lengths, key=lengths.get, default=None)
-        if shortest and lengths[shortest] < encoder.max_length:
-            _check_lengths(encoder, prompts, shortest, lengths[shortest])
-    for encoder in drawer.encoders.values() if _is_first() else ():
+        _check_prompts(drawer.encoders.load(name), prompts, lengths)
+
+
+def _check_prompts(
+    encoder: TextEncoder, prompts: Sequence[str], lengths: Mapping[str, int]
+) -> None:
+    """`check_prompts` for one encoder. lengths: {stage that reads it: its text length}."""
+    shortest = min(lengths, key=lengths.get)
+    if lengths[shortest] < encoder.max_length:
+        _check_lengths(encoder, prompts, shortest, lengths[shortest])
+    if _is_first():
         warn_of_prompts(encoder, prompts)
 
 
@@ -363,18 +375,17 @@ def encode_prompts(
     batches = [batch for rows in sets for batch in row_batches(rows, batch_size, mesh)]
     texts = {requests.prompt(row): None for batch in batches for row in batch.held}
     per_device = feature_file.texts_per_device(batch_size, jax.device_count())
-    files = {}
-    for name in list(drawer.encoders):
+    encoded = {}
+    for name in _names_read(drawer.encoders, drawer.sources):
         label = f"prompts encoded{f' by {name}' if name else ''}"
         with run_log.Progress(label, len(texts), quiet=not _is_first()) as progress:
-            encoder = drawer.encoders.pop(name)  # its memory is needed for the stages
-            files[name] = feature_file.encode(
-                encoder, texts, per_device, directory, progress.update
-            )
-    files = {one: files[source] for one, source in drawer.sources.items()}
+            given = texts, per_device, directory, progress.update
+            encoded[name] = feature_file.encode(drawer.encoders.load(name), *given)
+    drawer.encoders.release()  # its memory is needed for the stages
+    files = {text_input: encoded[source] for text_input, source in drawer.sources.items()}
 
     def features(row: int) -> cascade.Features:
-        return {one: file[requests.prompt(row)] for one, file in files.items()}
+        return {text_input: file[requests.prompt(row)] for text_input, file in files.items()}
 
     return features
 

@@ -1,10 +1,11 @@
 """Identities of text encoders: whether two things were made with the same features.
 
 A checkpoint, a picture's record and prepared data keep the identity of one unnamed encoder as it
-is, those of named encoders as {"encoders": {name: identity}}.
+is, those of named encoders as {"encoders": {name: identity}}. A checkpoint has those of the
+encoders that the stage reads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from imagen_jax.text_inputs import UNNAMED
@@ -18,16 +19,16 @@ Identity = Mapping[str, Any]
 SEVERAL = "encoders"
 
 
-def stored(encoders: Mapping[str, Identity]) -> dict[str, Any]:
+def to_record(encoders: Mapping[str, Identity]) -> dict[str, Any]:
     """The form in which the identities of encoders by name are kept."""
     if set(encoders) == {UNNAMED}:
         return dict(encoders[UNNAMED])
     return {SEVERAL: {name: dict(identity) for name, identity in encoders.items()}}
 
 
-def by_name(identities: Mapping[str, Any]) -> dict[str, Identity]:
+def from_record(record: Mapping[str, Any]) -> dict[str, Identity]:
     """{name: identity} of what is kept; {"": identity} of one unnamed encoder."""
-    return dict(identities[SEVERAL]) if SEVERAL in identities else {UNNAMED: identities}
+    return dict(record[SEVERAL]) if SEVERAL in record else {UNNAMED: record}
 
 
 def differences(a: Identity, b: Identity) -> list[str]:
@@ -37,50 +38,48 @@ def differences(a: Identity, b: Identity) -> list[str]:
     ]
 
 
-def check_encoder(a: Mapping[str, Any], b: Mapping[str, Any], who: str) -> None:
-    """Raises ValueError unless both agree in weights, tokenizer, layer and pooling.
+def check_same(
+    names: Iterable[str],
+    ours: Mapping[str, Identity],
+    theirs: Mapping[str, Identity],
+    who: str,
+    remedy: str,
+) -> None:
+    """Raises ValueError unless both have these encoders, with the same features.
 
-    Of named encoders, those that both have must agree, and there must be one.
-
-    a, b: identities as they are kept. who: the two things that are compared, the subject of the
-        message.
+    names: of the encoders that are read; others do not matter. ours, theirs: identities by name.
+    who: the two things that are compared, the subject of the message. remedy: what to do, its end.
     """
-    ours, theirs = by_name(a), by_name(b)
-    shared = [name for name in ours if name in theirs]
-    if not shared and UNNAMED in (*ours, *theirs):
-        _check_unnamed(ours, theirs, who)
-    elif not shared:
-        _refuse(who, f"{', '.join(ours)} and {', '.join(theirs)}")
-    for name in shared:
+    for name in names:
+        if name not in ours or name not in theirs:
+            _refuse(who, f"{_listed(ours)} and {_listed(theirs)}", name, remedy)
         if differ := differences(ours[name], theirs[name]):
-            _refuse(who, "; ".join(differ), name)
+            _refuse(who, "; ".join(differ), name, remedy)
 
 
-def find(name: str, identity: Identity, encoders: Mapping[str, Identity], who: str) -> str:
+def find(
+    name: str, identity: Identity, encoders: Mapping[str, Identity], who: str, remedy: str
+) -> str:
     """The name, among `encoders`, of the encoder that an input was trained with.
 
-    name: of the input; an unnamed input may have any encoder with its identity. who: as in
-    `check_encoder`. Raises ValueError if there is none.
+    name: of the input; an unnamed input may have any encoder with its identity. who, remedy: as in
+    `check_same`. Raises ValueError if there is none.
     """
     if name in encoders:
-        if differ := differences(identity, encoders[name]):
-            _refuse(who, "; ".join(differ), name)
+        check_same([name], {name: identity}, encoders, who, remedy)
         return name
     same = [other for other, theirs in encoders.items() if not differences(identity, theirs)]
     if (name == UNNAMED or UNNAMED in encoders) and same:
         return same[0]
-    listed = ", ".join(filter(None, encoders)) or "one unnamed encoder"
-    _refuse(who, f"{name or identity.get('name')} is needed, {listed} given")
+    needed = name or identity.get("name")
+    _refuse(who, f"{needed} is needed, {_listed(encoders)} given", UNNAMED, remedy)
 
 
-def _check_unnamed(ours: Mapping[str, Identity], theirs: Mapping[str, Identity], who: str) -> None:
-    one, several = (ours, theirs) if UNNAMED in ours else (theirs, ours)
-    find(UNNAMED, one[UNNAMED], several, who)
+def _listed(encoders: Mapping[str, Identity]) -> str:
+    named = ", ".join(filter(None, encoders))
+    return named or ("one unnamed encoder" if encoders else "none")
 
 
-def _refuse(who: str, what: str, name: str = UNNAMED) -> None:
+def _refuse(who: str, what: str, name: str, remedy: str) -> None:
     named = f" {name}" if name else ""
-    raise ValueError(
-        f"{who} do not share a text encoder{named} ({what}); use stages that were trained with the"
-        " same text encoder"
-    )
+    raise ValueError(f"{who} do not share a text encoder{named} ({what}); {remedy}")

@@ -117,23 +117,15 @@ class OnlineText:
 
         Raises ValueError if the encoders are not those of the stage's inputs.
         """
-        inputs, given = text_inputs(config), config["text"]["encoder"]
-        if not given:
-            raise ValueError("text.online needs an encoder: set text.encoder=NAME")
-        named = parse_encoders(given)
-        wanted = {one.name: one for one in inputs}
-        if named.keys() != wanted.keys():
-            listed = lambda names: ", ".join(filter(None, names)) or "one without a name"
-            raise ValueError(
-                f"text.encoder = {given} gives the encoders {listed(named)}, but the stage reads"
-                f" {listed(wanted)}: name them as in text.encoders"
+        named, encoders = named_encoders(config, config["text"]["encoder"]), {}
+        for one, given in named:
+            field = "text.lengths" if one.name else "data.text_length"
+            encoder = load_text_encoder(
+                given, one.length, make_mesh=lambda _: mesh, length_field=field
             )
-        encoders = {}
-        for name, one in wanted.items():
-            encoder = load_text_encoder(named[name], one.length, make_mesh=lambda _: mesh)
-            check_sizes(one, encoder, named[name])
-            encoders[name] = encoder
-        return cls(inputs, encoders, mesh)
+            check_sizes(one, encoder, given)
+            encoders[one.name] = encoder
+        return cls([one for one, _ in named], encoders, mesh)
 
     def features(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """The text fields of a batch on the mesh, from its tokens and masks."""
@@ -215,10 +207,12 @@ def reading_of(
     inputs = text_inputs(config)
     if not inputs:
         return read_stored(inputs)
+    names, identities = [one.name for one in inputs], encoder_identity.from_record(trained)
+    remedy = "give the text encoder of the checkpoint"
     if prepared.encoders:
         prepared.check_text(inputs)
-        stored = encoder_identity.stored(prepared.encoders)
-        encoder_identity.check_encoder(stored, trained, f"{prepared.path} and the checkpoint")
+        who = f"{prepared.path} and the checkpoint"
+        encoder_identity.check_same(names, prepared.encoders, identities, who, remedy)
         return read_stored(inputs)
     given = encoder or config["text"]["encoder"]
     if not given:
@@ -229,7 +223,7 @@ def reading_of(
     text = dict(config["text"]) | {"encoder": given}
     online = OnlineText.load(dict(config) | {"text": text}, mesh)
     who = f"{given} and the checkpoint"
-    encoder_identity.check_encoder(encoder_identity.stored(online.identities), trained, who)
+    encoder_identity.check_same(names, online.identities, identities, who, remedy)
     rows = rows_per_batch(batch_size, mesh)
     return lambda prepared, caption_ids: online.of_captions(prepared, caption_ids, rows)
 
@@ -237,8 +231,31 @@ def reading_of(
 _NONE = np.zeros(0, ml_dtypes.bfloat16)
 
 
-def check_sizes(one: TextInput, encoder: FlaxEncoder, given: str) -> None:
-    """Raises ValueError unless an encoder has the widths of a stage's input."""
+def named_encoders(config: Mapping[str, Any], given: str) -> list[tuple[TextInput, str]]:
+    """[(input of a stage, what is given for its encoder)].
+
+    config: complete config of the stage. given: see `parse_encoders`.
+
+    Raises ValueError if the encoders are not those of the stage's inputs.
+    """
+    if not given:
+        raise ValueError("text.online needs an encoder: set text.encoder=NAME")
+    inputs, named = text_inputs(config), parse_encoders(given)
+    wanted = [one.name for one in inputs]
+    if named.keys() != set(wanted):
+        listed = lambda names: ", ".join(filter(None, names)) or "one without a name"
+        raise ValueError(
+            f"text.encoder = {given} gives the encoders {listed(named)}, but the stage reads"
+            f" {listed(wanted)}: name them as in text.encoders"
+        )
+    return [(one, named[one.name]) for one in inputs]
+
+
+def check_sizes(one: TextInput, encoder: Any, given: str) -> None:
+    """Raises ValueError unless an encoder has the widths of a stage's input.
+
+    encoder: with `.dim` and `.pooled_dim`.
+    """
     suffix = "s" if one.name else ""
     if encoder.dim != one.dim:
         raise ValueError(

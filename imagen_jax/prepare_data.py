@@ -29,7 +29,6 @@ from imagen_jax import cli
 from imagen_jax.data import records
 from imagen_jax.data.prepare import ingest
 from imagen_jax.data.prepare.caption_estimate import Tokens, preview_captions
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.passes import prepare
 from imagen_jax.data.prepare.preview import dry_run
 from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
@@ -44,6 +43,7 @@ from imagen_jax.data.prepare.work_directory import (
 from imagen_jax.data.sources import source
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.startup import hosts
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.storage import check_local, check_utf8
 from imagen_jax.text.several import parse_encoders
 
@@ -253,10 +253,10 @@ def _preview_captions(args: flags.FlagValues) -> None:
 
 def _tokens(encoders: str | None, max_length: int) -> dict[str, Tokens]:
     """The tokenizers of the encoders by name; {} for texts alone."""
-    from imagen_jax.weights.text_encoders import load_tokenize, shortened
+    from imagen_jax.weights.text_encoders import load_tokenize, prepared_length
 
     return {
-        name: Tokens(*load_tokenize(one, shortened(name, one, max_length)))
+        name: Tokens(*load_tokenize(one, prepared_length(name, one, max_length)))
         for name, one in (parse_encoders(encoders) if encoders else {}).items()
     }
 

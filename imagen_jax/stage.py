@@ -30,7 +30,7 @@ from imagen_jax.models.layers import TEXT, identity
 from imagen_jax.models.unet import UNet
 from imagen_jax.sharded_attention import attention_on
 from imagen_jax.stage_sizes import Size, size_text
-from imagen_jax.text_inputs import KINDS, MASK, POOLED, TextInput, text_inputs
+from imagen_jax.text_inputs import MASK, POOLED, TextInput, is_text, text_inputs
 from imagen_jax.text_inputs import TEXT as TEXT_FIELD
 from imagen_jax.text_inputs import key as key_of
 
@@ -129,9 +129,13 @@ class Stage:
 
         batch: the fields of the texts (`batch_shapes`) and, in super-resolution, clean uint8
             `lowres` [b h' w' 3].
+
+        Raises ValueError for a batch without one of them.
         """
-        fields = [key_of(kind, text.name) for text in self.texts for kind in KINDS]
-        cond = {field: batch[field] for field in fields if field in batch}
+        fields = [field for field in self.batch_shapes(1) if is_text(field)]
+        if missing := [field for field in fields if field not in batch]:
+            raise ValueError(f"{self.name} reads {', '.join(missing)}, which the batch lacks")
+        cond = {field: batch[field] for field in fields}
         return cond | ({"lowres": to_unit(batch["lowres"])} if self.lowres_size else {})
 
     def init(self, key: Key[Array, ""]) -> Params:
@@ -322,9 +326,12 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
     check_sizes(data)
     texts = text_inputs(config)
     if bool(texts) != bool(model["cond_dim"]):
+        features = f"text.dim={text['dim']}"
+        if text["encoders"]:
+            features = f"text.encoders={tuple(text['encoders'])}"
         raise ValueError(
-            f"text.dim={text['dim']} and model.cond_dim={model['cond_dim']}: set both to 0 (no"
-            " text) or neither"
+            f"{features} and model.cond_dim={model['cond_dim']}: set both (text) or neither (no"
+            " text)"
         )
     check_sampling(config["sampling"])
     family = model.pop("family")
@@ -341,6 +348,7 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
             constrain=sharding.constrain_activations(mesh) if mesh else identity,
             attend=attention_on(mesh, model["remat"]),
             encoders=tuple(text.name for text in texts),
+            pooled=tuple(text.name for text in texts if text.pooled_dim),
         ),
         process=build(GaussianProcess, diffusion),
         density=build(DENSITIES[diffusion["density"]], diffusion),

@@ -6,7 +6,7 @@ vector, `pooled.NAME`.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,15 @@ def names(fields: Iterable[str]) -> list[str]:
     """The encoders of the text inputs among these fields, in order of the fields."""
     split = (field.partition(".") for field in fields)
     return [name for kind, _, name in split if kind == MASK]
+
+
+def longest_input(name: str, inputs: Iterable[TextInput], encoders: Container[str]) -> int:
+    """The tokens of the longest text that these inputs read from the encoder `name`.
+
+    encoders: all names. An input without an encoder of its name may read any of them.
+    """
+    reading = (one for one in inputs if one.name == name or one.name not in encoders)
+    return max((text_input.length for text_input in reading), default=1)
 
 
 def text_inputs(config: Mapping[str, Any]) -> tuple[TextInput, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import cascade, drawing, picture_set, sharding
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.picture_set import Requests
 from imagen_jax.text import feature_file
 from tests import test_cascade, tiny
@@ -47,7 +48,7 @@ class Encoder:
 @pytest.fixture
 def encoder(monkeypatch):
     made = Encoder()
-    monkeypatch.setattr(drawing, "load_encoders", lambda *_: {"": made})
+    monkeypatch.setattr(drawing, "load_encoders", lambda *_: Encoders.single(made))
     return made
 
 
@@ -93,9 +94,8 @@ def test_the_encoder_is_freed_before_the_stages_are_placed(complete, monkeypatch
     """Catches an encoder of 9 GiB that stays on the devices beside the stages."""
     drawer_encoder = Encoder()
     alive = weakref.ref(drawer_encoder)
-    monkeypatch.setattr(
-        drawing, "load_encoders", lambda *_, made=[drawer_encoder]: {"": made.pop()}
-    )
+    made = Encoders({"": [drawer_encoder].pop})
+    monkeypatch.setattr(drawing, "load_encoders", lambda *_: made)
     del drawer_encoder
     place, seen = cascade.place, []
 
@@ -136,7 +136,7 @@ def test_a_device_encodes_its_part_of_a_batch(monkeypatch, tmp_path):
     made = Encoder()
     drawer = types.SimpleNamespace(
         config={"batch_size": 24},
-        encoders={"": made},
+        encoders=Encoders.single(made),
         sources={"": ""},
         stages=[types.SimpleNamespace(mesh=mesh)],
     )

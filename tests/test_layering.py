@@ -21,6 +21,7 @@ LAYERS = (
         "caption_text",
         "data_fields",
         "encoder_identity",
+        "encoders_in_turn",
         "exit_codes",
         "field",
         "stage_sizes",

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from imagen_jax import cascade, demo, drawing, picture_set, pictures, sample
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.picture_set import Requests
-from imagen_jax.text_inputs import TextInput
+from imagen_jax.text_inputs import TextInput, longest_input
 from imagen_jax.weights import text_encoders
 from tests.test_storage import POINTER
 
@@ -163,7 +164,7 @@ def test_a_prompt_that_a_stage_cannot_read_is_refused():
     encoder = Encoder()
     encoder.tokenize = lambda texts: ([text.split() for text in texts], [False] * len(texts))
     drawer = object.__new__(drawing.Drawer)  # without loading
-    drawer.encoders, drawer.sources = {"": encoder}, {"": ""}
+    drawer.encoders, drawer.sources = Encoders.single(encoder), {"": ""}
     drawer.stages = [stage("a", reads(3)), stage("b", reads(2))]
     drawing.check_prompts(drawer, ["one two"])
     with pytest.raises(ValueError, match="stage b reads at most 2 tokens, .* has 3: .* 'x y z'"):
@@ -176,9 +177,19 @@ def test_stages_with_more_padding_than_the_encoder_reads(monkeypatch):
     """Catches a cascade of CLIP features that cannot be sampled: its stages may have been trained
     with data.text_length 128, CLIP reads 77 tokens.
     """
-    monkeypatch.setattr(drawing, "longest_text", {"clip": 77, "t5": None}.__getitem__)
-    asked = [("clip", [32, 128]), ("clip", [64, 32]), ("t5", [128, 32])]
-    assert [drawing.prompt_length(*each) for each in asked] == [77, 64, 128]
+    monkeypatch.setattr(text_encoders, "longest_text", {"clip": 77, "t5": None}.__getitem__)
+    asked = [("clip", 128), ("clip", 64), ("t5", 128)]
+    assert [text_encoders.readable_length(*each) for each in asked] == [77, 64, 128]
+
+
+def test_the_longest_text_of_an_encoder():
+    """Catches a prompt that is encoded at the length of another encoder's input: it would be an
+    error instead of being cut.
+    """
+    inputs = [TextInput("t5", 8, 64), TextInput("clip", 8, 77), TextInput("t5", 8, 32)]
+    assert [longest_input(name, inputs, ("t5", "clip")) for name in ("t5", "clip")] == [64, 77]
+    assert longest_input("t5", [TextInput("", 8, 128), *inputs], ("t5", "clip")) == 128
+    assert longest_input("", inputs, ("",)) == 77
 
 
 def test_a_page_of_text_does_not_fill_the_terminal(capsys):

@@ -3,23 +3,25 @@ features that a run computes itself.
 """
 
 import json
+import types
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import drawing, encoder_identity, schema, sharding, train
+from imagen_jax import cascade, drawing, encoder_identity, schema, sharding, train
 from imagen_jax.data import pipeline
 from imagen_jax.data.example_text import StoredText
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.diffusion import conditioning
 from imagen_jax.distributed.watch import Watch
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.evals import stage_evaluation
 from imagen_jax.online_text import OnlineText
 from imagen_jax.picture_set import Requests, manifest_rows
 from imagen_jax.stage import create_stage
-from imagen_jax.text_inputs import MASK, POOLED, TEXT, key, text_inputs
+from imagen_jax.text_inputs import MASK, POOLED, TEXT, TextInput, key, text_inputs
 from imagen_jax.training.run import Run
 from imagen_jax.weights.text_encoders import load_text_encoder
 from tests import tiny
@@ -140,26 +142,78 @@ B = A | {"layer": 2}
 
 
 @pytest.mark.parametrize(
-    "ours, theirs, differ",
+    "names, ours, theirs, differ",
     [
-        ({"": A}, {"": A}, None),
-        ({"": A}, {"": B}, "layer: 1 and 2"),
-        ({"t": A, "c": B}, {"t": A}, None),
-        ({"t": A, "c": B}, {"t": B, "c": B}, "text encoder t .layer: 1 and 2"),
-        ({"t": A}, {"c": A}, "t and c"),
-        ({"": A}, {"c": B, "t": A}, None),
-        ({"": A}, {"c": B}, "a is needed, c given"),
-        ({"c": B, "t": A}, {"": A}, None),
+        ([""], {"": A}, {"": A}, None),
+        ([""], {"": A}, {"": B}, "encoder .layer: 1 and 2"),
+        (["t"], {"t": A, "c": B}, {"t": A}, None),
+        (["t"], {"t": A, "c": B}, {"t": A, "c": A}, None),
+        (["c", "t"], {"t": A, "c": B}, {"t": B, "c": B}, "text encoder t .layer: 1 and 2"),
+        (["t", "c"], {"t": A, "c": A}, {"t": A}, "text encoder c .t, c and t"),
+        (["t"], {"t": A}, {"": A}, "text encoder t .t and one unnamed encoder"),
+        ([], {"": A}, {"": B}, None),
+        ([], {}, {"": B}, None),
     ],
 )
-def test_identities_are_compared_by_name(ours, theirs, differ):
-    """Catches a cascade of two encoders that passes because one of them agrees."""
-    stored = [encoder_identity.stored(each) for each in (ours, theirs)]
+def test_the_encoders_that_are_read_are_compared(names, ours, theirs, differ):
+    """Catches two encoders that pass because one of them agrees, and an encoder that nobody reads
+    that decides.
+    """
     if differ is None:
-        return encoder_identity.check_encoder(*stored, "a and b")
-    with pytest.raises(ValueError, match=differ) as error:
-        encoder_identity.check_encoder(*stored, "a and b")
+        return encoder_identity.check_same(names, ours, theirs, "a and b", "use one")
+    with pytest.raises(ValueError, match=f"{differ}.*; use one$") as error:
+        encoder_identity.check_same(names, ours, theirs, "a and b", "use one")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoders", [{"": A}, {"t": A, "c": B}, {}])
+def test_records_of_encoders(encoders):
+    """Catches an unnamed encoder whose record is not its identity, as in older checkpoints."""
+    record = encoder_identity.to_record(encoders)
+    assert encoder_identity.from_record(record) == encoders
+    assert "encoders" in record or record == A
+
+
+@pytest.mark.parametrize(
+    "name, encoders, found",
+    [
+        ("", {"": A}, ""),
+        ("", {"c": B, "t": A}, "t"),
+        ("t", {"": A}, ""),
+        ("t", {"c": B, "t": A}, "t"),
+        ("t", {"c": A}, "t is needed, c given"),
+        ("", {"c": B}, "a is needed, c given"),
+        ("t", {"t": B}, "text encoder t .layer"),
+    ],
+)
+def test_an_input_finds_its_encoder(name, encoders, found):
+    """Catches an input that reads an encoder of another name, or another layer."""
+    find = lambda: encoder_identity.find(name, A, encoders, "a and b", "use one")
+    if found in encoders:
+        assert find() == found
+        return
+    with pytest.raises(ValueError, match=f"{found}.*; use one$"):
+        find()
+
+
+def test_the_stages_of_a_cascade_share_what_they_share():
+    """Catches stages that are refused for an encoder that only one of them reads, and a conflict of
+    stages that are not neighbours.
+    """
+
+    def loaded(name, names, **encoders):
+        texts = [TextInput(text, 4, 8) for text in names]
+        stage = types.SimpleNamespace(name=name, texts=texts)
+        record = encoder_identity.to_record(encoders)
+        made = object.__new__(cascade.LoadedStage)  # without loading
+        vars(made).update(stage=stage, encoder=record)
+        return made
+
+    base, middle = loaded("base", ["t"], t=A, c=A), loaded("sr", ["c"], t=B, c=B)
+    cascade.check_encoders([base, middle, loaded("without", [], t=B)])
+    cascade.check_encoders([base, middle, loaded("last", ["t"], t=A)])
+    with pytest.raises(ValueError, match="stages base and last do not share a text encoder t"):
+        cascade.check_encoders([base, middle, loaded("last", ["t"], t=B)])
 
 
 @pytest.fixture(scope="module")
@@ -306,3 +360,87 @@ def test_stored_features_that_a_run_lacks_are_refused(texts, both):
         Run.create(config(data__path=str(texts)))
     with pytest.raises(ValueError, match="set text.encoders"):
         Run.create(schema.complete(tiny.config(data__path=str(both)), new=True))
+
+
+def test_only_encoders_that_are_read_decide(texts, both, folder, encoders, tmp_path):
+    """Catches a stage without text that cannot train on texts alone, and a set that is refused for
+    an encoder that the stage does not read; and a run that keeps such an encoder.
+    """
+    other = tmp_path / "other" / "data"
+    load = lambda name, choice="": lambda: load_text_encoder(f"{encoders[name]}{choice}", LENGTH)
+    named = {"clip": load("clip"), "bert": load("bert", "@layer=1")}
+    prepare(folder, other, Encoders(named))
+    mixture = lambda *paths: dict(data__mixture=[(str(path), 1.0) for path in paths])
+    without = dict(text__dim=0, model__cond_dim=0, model__text_attention=[False])
+    for paths in ((texts,), (texts, both)):
+        made = tiny.config(**tiny.ONE_LEVEL_UNET | without | mixture(*paths))
+        assert Run.create(schema.complete(made, new=True)).meta["encoder"] == {"encoders": {}}
+    columns = dict(encoders=["clip"], dims=[24], lengths=[LENGTH], pooled_dims=[0], drops=[0.0])
+    clip = {f"text__{name}": value for name, value in columns.items()}
+    kept = Run.create(config(**clip | mixture(both, other))).meta["encoder"]
+    assert kept["encoders"].keys() == {"clip"}
+    with pytest.raises(ValueError, match="text encoder bert .layer.*prepare both with the same"):
+        Run.create(config(**mixture(both, other)))
+
+
+def test_one_encoder_is_in_memory_at_a_time(monkeypatch, encoders):
+    """Catches encoders that are loaded together, each as if it had the memory alone."""
+    alive, seen = [], []
+
+    def load(name, length, dtype, make_mesh):
+        seen.append((name, sum(one() is not None for one in alive), length))
+        made = type("Loaded", (), {"identity": {"name": name}})()
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(drawing, "load_text_encoder", load)
+    texts = [TextInput("clip", 24, 16), TextInput("bert", 24, 6)]
+    stage = object.__new__(cascade.LoadedStage)
+    vars(stage).update(stage=types.SimpleNamespace(texts=texts))
+    given = "+".join(f"{name}={path}" for name, path in encoders.items())
+    loaded = drawing.load_encoders({"encoder": given, "encoder_dtype": "bfloat16"}, [stage])
+    for name in loaded.in_turn():
+        assert loaded.load(name).identity["name"] == str(encoders[name])
+    # The tiny CLIP reads 14 tokens. BERT stays from the first round.
+    wanted = [("clip", 14), ("bert", 6), ("clip", 14)]
+    assert seen == [(str(encoders[name]), 0, length) for name, length in wanted]
+    loaded.release()
+    assert not any(one() for one in alive)
+
+
+def test_a_field_that_the_network_reads_must_be_there(stage):
+    """Catches a pooled vector that is missing and is ignored, and one that is added although the
+    stage does not read it.
+    """
+    params = tiny.random_params(stage.init)
+    batch = random_batch(stage)
+    plain = output(stage, params, batch)
+    without = {name: value for name, value in batch.items() if name != "pooled.clip"}
+    with pytest.raises(ValueError, match="reads pooled.clip, which the batch lacks"):
+        output(stage, params, without)
+    more = batch | {"pooled.bert": np.ones((4, 24), np.float32)}
+    np.testing.assert_array_equal(output(stage, params, more), plain)
+
+
+def test_settings_of_text_that_contradict_each_other():
+    """Catches a message that names fields which the config does not use."""
+    with pytest.raises(ValueError, match=r"text.encoders=\('clip', 'bert'\) and model.cond_dim=0"):
+        create_stage(config(model__cond_dim=0))
+    plain = tiny.config(model__cond_dim=0, **tiny.ONE_LEVEL_UNET)
+    with pytest.raises(ValueError, match="text.dim=8 and model.cond_dim=0"):
+        create_stage(schema.complete(plain, new=True))
+
+
+def test_encoders_are_compiled_before_the_loop(texts, encoders, monkeypatch, caplog):
+    """Catches encoders that are compiled inside the first step."""
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes, devices=None: MESH)
+    made = Run.create(online(encoders, texts))
+    step = types.SimpleNamespace(compile=lambda: None)
+    monkeypatch.setattr(type(made.program), "lower", lambda *_: step)
+    batch = next(made.batches(0, made.rows))
+    with jax.log_compiles():
+        made.compile_steps()
+        assert any("Compiling" in record.message for record in caplog.records)
+        caplog.clear()
+        jax.block_until_ready(made.place(batch))
+    assert not [record.message for record in caplog.records if "Compiling" in record.message]

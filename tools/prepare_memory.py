@@ -38,9 +38,9 @@ from PIL import Image
 
 from imagen_jax import cli
 from imagen_jax.data.prepare import passes
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.work_directory import work_directory
 from imagen_jax.data.sources.source import SourceItem
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.storage import read_json, write_json
 
 RESULT = "measurements.json"

@@ -49,17 +49,21 @@ DROP = 0.1  # of each of two encoders alone
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is a variant of base_64.py; "" is the 300M model of the paper's ablation."""
     c = base_64.get_config(arg or "width=192").unlock()
-    first = next(iter((EMBEDDED if arg in ("demo", "tiny") else PAPER).values()))
-    c.text.update(reads(first))
+    c.text.update(reads(next(iter(encoders_of(arg).values()))))
     return c.lock()
+
+
+def encoders_of(arg: str) -> dict[str, tuple[str, int, int]]:
+    """The single encoders of a variant."""
+    return EMBEDDED if arg in ("demo", "tiny") else PAPER
 
 
 def sweep(arg: str = "") -> Iterator[dict[str, Any]]:
     """The paper's choice first, or the embedded T5."""
-    single = EMBEDDED if arg in ("demo", "tiny") else PAPER
+    single = encoders_of(arg)
     for name, encoder in single.items():
         yield {"name": name} | settings(encoder)
-    if arg in ("demo", "tiny"):
+    if single is EMBEDDED:
         both = single["t5"], single["minilm"]
         yield {"name": "both"} | settings(*both)
         yield {"name": "both_pooled"} | settings(*both, pooled=(0, 384))

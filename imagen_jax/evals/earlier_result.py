@@ -10,7 +10,7 @@ from typing import Any
 
 from imagen_jax import schema
 from imagen_jax.distributed import agreement
-from imagen_jax.encoder_identity import SAME_TEXT, by_name
+from imagen_jax.encoder_identity import SAME_TEXT, from_record
 from imagen_jax.storage import read_json
 
 ADVICE = "give another --output, or remove it"
@@ -56,7 +56,7 @@ def facts(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "--stages": stages,
         "text encoder": {
             name: [identity.get(field) for field in SAME_TEXT]
-            for name, identity in by_name(provenance["encoder"]).items()
+            for name, identity in from_record(provenance["encoder"]).items()
         },
     }
     for name, checkpoint in zip(stages, provenance["checkpoints"]):

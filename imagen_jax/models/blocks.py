@@ -101,6 +101,7 @@ class Conditioning(nn.Module):
     pool_heads: int
     lowres: bool
     encoders: tuple[str, ...]
+    pooled: tuple[str, ...]
     dtype: Dtype
     constrain: Constrain = identity
 
@@ -127,7 +128,7 @@ class Conditioning(nn.Module):
         text = _joined([self._projected(cond, TEXT, name, self.cond_dim) for name in self.encoders])
         pool = TextPool(self.pooling, self.pool_heads, self.features, self.dtype, name="text_pool")
         pooled = pool(text, mask)
-        for name in (name for name in self.encoders if key(POOLED, name) in cond):
+        for name in self.pooled:
             pooled = pooled + self._projected(cond, POOLED, name, self.features)
         return text, pooled
 
@@ -161,8 +162,9 @@ def conditioning(network: nn.Module, width: int) -> Conditioning:
 
     Call it inside the network's `__call__`.
     """
-    shared = ("cond_dim", "pooling", "pool_heads", "lowres", "encoders", "dtype", "constrain")
-    return Conditioning(width, 4 * width, **fields_of(network, *shared), name="conditioning")
+    text = ("cond_dim", "pooling", "pool_heads", "encoders", "pooled")
+    shared = fields_of(network, *text, "lowres", "dtype", "constrain")
+    return Conditioning(width, 4 * width, **shared, name="conditioning")
 
 
 def concat_lowres(

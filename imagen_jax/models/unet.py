@@ -129,7 +129,8 @@ class UNet(nn.Module):
         remat: rematerialization mode, see models/remat.py.
         constrain: sharding constraint on the activations at block boundaries.
         attend: the implementation of attention.
-        encoders: names of the text encoders whose features it reads.
+        encoders: names of the text encoders whose token features it reads.
+        pooled: names of those whose pooled vectors it reads too.
     """
 
     channels: int
@@ -151,6 +152,7 @@ class UNet(nn.Module):
     constrain: Constrain = identity
     attend: Attend = attend
     encoders: tuple[str, ...] = (UNNAMED,)
+    pooled: tuple[str, ...] = ()
 
     @property
     def factor(self) -> int:

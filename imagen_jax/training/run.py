@@ -20,7 +20,7 @@ from imagen_jax.hardware import chips
 from imagen_jax.online_text import OnlineText
 from imagen_jax.stage import RNG, check_interval, create_stage
 from imagen_jax.stage_sizes import Size, size_text
-from imagen_jax.text_inputs import TextInput, is_text, text_inputs
+from imagen_jax.text_inputs import UNNAMED, TextInput, is_text, text_inputs
 from imagen_jax.training import state
 from imagen_jax.training.step import TrainProgram, forward_flops
 from imagen_jax.weights import checkpoint
@@ -65,14 +65,14 @@ class Run:
         _check_squares(config, data)
         online = OnlineText.load(config, mesh) if config["text"]["online"] else None
         if online:
-            encoders = encoder_identity.stored(online.identities)
+            identities = online.identities
             _report_cuts(online, data)
         else:
-            encoders = encoder_identity.stored(data[0].encoders)
-            _check_stored(data, text_inputs(config))
+            identities = _stored_encoders(data, text_inputs(config))
         shares = pipeline.bucket_shares(config["data"])
         program = TrainProgram.create(config, mesh)
         peak, source = chips.peak_flops(mesh.devices.flat[0])
+        encoders = encoder_identity.to_record(identities)
         meta = {"config": config, "encoder": encoders, "rng": RNG}
         meta |= pipeline.identity(config["data"])
         stage = create_stage(config)
@@ -127,10 +127,10 @@ class Run:
         if not init_from:
             return initial, {}
         params, meta = checkpoint.load_params(cascade.resolve(init_from))
-        if program.stage.reads_text:
-            encoder_identity.check_encoder(
-                meta["encoder"], self.meta["encoder"], f"{init_from} and the data"
-            )
+        theirs, ours = map(encoder_identity.from_record, (meta["encoder"], self.meta["encoder"]))
+        names = [text_input.name for text_input in program.stage.texts]
+        remedy = "use weights that were trained with the data's text encoder"
+        encoder_identity.check_same(names, theirs, ours, f"{init_from} and the data", remedy)
         origin = {name: meta[name] for name in ("step", "which", "sha256")} | {"path": init_from}
         return state.with_params(initial, params, program.shardings), {"init_from": origin}
 
@@ -169,8 +169,11 @@ class Run:
     def compile_steps(self) -> dict[Size, Any]:
         """The compiled train step of each image size that the data has.
 
-        Compiling one takes minutes at full size.
+        Compiling one takes minutes at full size. The programs of online text encoders are compiled
+        too.
         """
+        if self.online:
+            self.online.warm_up(self.config["data"]["batch_size"])
         steps = {}
         for bucket in self.flops_per_image:
             started = time.monotonic()
@@ -220,13 +223,22 @@ def _check_squares(config: Mapping[str, Any], data: Sequence[Prepared]) -> None:
             raise ValueError(f"{error}, or set {off}") from error
 
 
-def _check_stored(data: Sequence[Prepared], inputs: Sequence[TextInput]) -> None:
-    """Raises ValueError unless all sets have the features that a stage reads, of one encoder."""
-    encoders = encoder_identity.stored(data[0].encoders)
-    for one in data:
-        one.check_text(inputs)
-        who = f"{data[0].path} and {one.path} in data.mixture"
-        encoder_identity.check_encoder(encoders, encoder_identity.stored(one.encoders), who)
+def _stored_encoders(
+    data: Sequence[Prepared], inputs: Sequence[TextInput]
+) -> dict[str, encoder_identity.Identity]:
+    """{name: identity} of the encoders whose stored features a stage reads.
+
+    A stage without text keeps that of an unnamed encoder. Raises ValueError unless all sets have
+    the features, under each name of one encoder.
+    """
+    names = [text_input.name for text_input in inputs]
+    remedy = "prepare both with the same --encoder"
+    for prepared in data:
+        prepared.check_text(inputs)
+        who = f"{data[0].path} and {prepared.path} in data.mixture"
+        encoder_identity.check_same(names, data[0].encoders, prepared.encoders, who, remedy)
+    kept = names or [UNNAMED]
+    return {name: data[0].encoders[name] for name in kept if name in data[0].encoders}
 
 
 def _report_cuts(online: OnlineText, data: Sequence[Prepared]) -> None:

@@ -110,13 +110,15 @@ def load_text_encoder(
     max_length: int,
     dtype: str = "bfloat16",
     make_mesh: Callable[[int], Mesh] = one_device,
-) -> TextEncoder:
+    length_field: str = "--max_length",
+) -> FlaxEncoder:
     """Loads a text encoder from a Hugging Face directory or hub name, or "t5_tiny" (embedded).
 
     name_or_dir: may end with a choice of features, such as "@layer=-1" (`text/choice.py`).
     max_length: tokens, including the final end-of-sequence.
     make_mesh: bytes of weights -> mesh: `one_device` of this process, or all its devices
         (`local_mesh`).
+    length_field: where the user gives max_length, for a message.
 
     Each process reads all weights, tensor by tensor, because their checksum needs all of them, and
     keeps the shards of its own devices.
@@ -136,7 +138,7 @@ def load_text_encoder(
     name, choice = choices.parse(name_or_dir)
     directory = find_encoder(name)
     family, config = _read_config(directory, choice)
-    _check_length(max_length, config.max_length, name)
+    _check_length(max_length, config.max_length, name, length_field)
     tokenizer, tokenizer_sha256 = family.load_tokenizer(directory)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -173,15 +175,20 @@ def encoder_loaders(
     """
     load = functools.partial(load_text_encoder, dtype=dtype, make_mesh=make_mesh)
     return {
-        name: functools.partial(load, one, shortened(name, one, max_length))
-        for name, one in parse_encoders(text).items()
+        name: functools.partial(load, encoder, prepared_length(name, encoder, max_length))
+        for name, encoder in parse_encoders(text).items()
     }
 
 
-def shortened(name: str, name_or_dir: str, max_length: int) -> int:
-    """`max_length`, or the tokens of the encoder's longest text if it has a name and reads less."""
-    longest = longest_text(name_or_dir) if name else None
-    return max_length if longest is None else min(max_length, longest)
+def prepared_length(name: str, name_or_dir: str, max_length: int) -> int:
+    """Tokens of an encoder in prepared data: `readable_length` of one with a name."""
+    return readable_length(name_or_dir, max_length) if name else max_length
+
+
+def readable_length(name_or_dir: str, length: int) -> int:
+    """`length`, or the tokens of the encoder's longest text if that is shorter."""
+    longest = longest_text(name_or_dir)
+    return length if longest is None else min(length, longest)
 
 
 def load_tokenize(name_or_dir: str, max_length: int) -> tuple[Callable, int, int]:
@@ -189,7 +196,7 @@ def load_tokenize(name_or_dir: str, max_length: int) -> tuple[Callable, int, int
     name, choice = choices.parse(name_or_dir)
     directory = find_encoder(name)
     family, config = _read_config(directory, choice)
-    _check_length(max_length, config.max_length, name)
+    _check_length(max_length, config.max_length, name, "--max_length")
     tokenizer, _ = family.load_tokenizer(directory)
     tokenize_texts = functools.partial(tokenize, tokenizer, max_length=max_length)
     return tokenize_texts, config.dim, config.pooled_dim
@@ -207,12 +214,12 @@ def read_network(path: pathlib.Path, dtype: str, choice: Choice = choices.DEFAUL
     return family.network(config, jnp.dtype(dtype))
 
 
-def _check_length(max_length: int, longest: int | None, name: str) -> None:
+def _check_length(max_length: int, longest: int | None, name: str, field: str) -> None:
     """Raises ValueError if the encoder cannot read texts of `max_length` tokens."""
     if longest is not None and max_length > longest:
         raise ValueError(
-            f"text encoder {name} reads at most {longest} tokens, not {max_length}: give"
-            f" --max_length {longest} or less"
+            f"text encoder {name} reads at most {longest} tokens, not {max_length}: set {field} to"
+            f" {longest} or less"
         )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from imagen_jax.data.prepare.encoders import Encoders
+from imagen_jax.encoders_in_turn import Encoders
 from tests.data.synthetic_source import named, prepare, write_folder
 
 

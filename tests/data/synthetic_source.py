@@ -16,11 +16,11 @@ import numpy as np
 
 from imagen_jax import cli
 from imagen_jax.data.prepare import ingest, passes
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.preview import Bytes
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.distributed import startup
 from imagen_jax.distributed.watch import Watch
+from imagen_jax.encoders_in_turn import Encoders
 from tests.data import synthetic
 
 LOST_S = 8.0  # without a heartbeat, in the program

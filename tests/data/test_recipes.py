@@ -15,7 +15,7 @@ from absl import flags
 
 from imagen_jax import cli, prepare_data
 from imagen_jax.data import records
-from imagen_jax.data.prepare.encoders import Encoders
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.weights import text_encoders
 from tests.data import synthetic
 from tests.data.synthetic_source import FakeEncoder

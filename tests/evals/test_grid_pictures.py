@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import cascade, drawing, picture_set, schema
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.evals import grid_evaluation, grid_pictures, settings_grid
 from imagen_jax.picture_set import Requests
 from tests.test_cascade import MESH, config  # noqa: F401  a fixture
@@ -21,7 +22,7 @@ def make_drawer(config, monkeypatch):  # noqa: F811
     """A function that makes a drawer of the cascade."""
     load = cascade.load_cascade
     monkeypatch.setattr(cascade, "load_cascade", lambda *some: load(*some, mesh=MESH))
-    monkeypatch.setattr(drawing, "load_encoders", lambda *_: {"": Encoder()})
+    monkeypatch.setattr(drawing, "load_encoders", lambda *_: Encoders.single(Encoder()))
     base = config["base"] | {"sampling": config["base"]["sampling"] | {"aug_level": 0.0}}
     complete = schema.complete_cascade(config | {"base": base})
     return lambda: drawing.Drawer(complete, STAGES)

@@ -21,7 +21,6 @@ from imagen_jax.data.caption_records import (
     serialize_caption,
     serialize_features,
 )
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.ingest import show
 from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.prepare.settings import Settings
@@ -29,6 +28,7 @@ from imagen_jax.data.prepare.shards import Shard, finished, journal, shards_of
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.text_inputs import UNNAMED, TextFeatures
 
 # Caption shards that are written at once; one core writes about 800 captions per second at XXL's

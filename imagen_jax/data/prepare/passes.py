@@ -16,7 +16,6 @@ from typing import Any
 
 from imagen_jax.data import records
 from imagen_jax.data.prepare import captions
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.ingest import At, image_shards
 from imagen_jax.data.prepare.ingest import ingest as ingest_here
 from imagen_jax.data.prepare.kept import PLAN, Plan
@@ -41,6 +40,7 @@ from imagen_jax.data.prepare.work_directory import (
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement, startup
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.storage import write_atomically
 from imagen_jax.text_inputs import UNNAMED
 

@@ -21,10 +21,10 @@ from imagen_jax.data.prepare.caption_estimate import (
 )
 from imagen_jax.data.prepare.captions import Encoded, encode, write_captions
 from imagen_jax.data.prepare.choices import Choice, print_choices
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
 from imagen_jax.data.prepare.settings import Settings
 from imagen_jax.data.sources.source import Source
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.text_inputs import UNNAMED
 
 _IMAGES = 64  # items that are decoded and encoded

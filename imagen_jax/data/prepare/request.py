@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from imagen_jax.data import records
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.settings import Settings
 from imagen_jax.data.prepare.shards import AGAIN
 from imagen_jax.data.sources.source import Source
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.storage import check_object, read_object
 from imagen_jax.text_inputs import UNNAMED
 

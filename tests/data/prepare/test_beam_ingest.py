@@ -13,8 +13,8 @@ from absl import flags
 
 from imagen_jax import prepare_data
 from imagen_jax.data.prepare import ingest, passes
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.sources.folder import FolderSource
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.exit_codes import PipelineFailed
 from tests import tiny
 from tests.data.synthetic_source import SETTINGS, FakeEncoder, skipped, tree, write_folder

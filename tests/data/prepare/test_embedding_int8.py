@@ -11,8 +11,8 @@ from absl import flags
 from imagen_jax import prepare_data
 from imagen_jax.data import pipeline, quantization, records
 from imagen_jax.data.prepare import captions, passes
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.sources.folder import FolderSource
+from imagen_jax.encoders_in_turn import Encoders
 from tests.data import synthetic
 from tests.data.synthetic_source import SETTINGS, FakeEncoder, prepare, tree
 

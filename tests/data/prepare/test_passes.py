@@ -25,9 +25,9 @@ from imagen_jax.data.prepare import (
     shards,
     work_directory,
 )
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.preview import WORK_BYTES
 from imagen_jax.data.sources.folder import FolderSource
+from imagen_jax.encoders_in_turn import Encoders
 from tests import tiny
 from tests.data import synthetic
 from tests.data.synthetic_source import SETTINGS, FakeEncoder, prepare, tree, write_folder

@@ -23,9 +23,9 @@ from imagen_jax.data.prepare.caption_estimate import (
     preview_captions,
 )
 from imagen_jax.data.prepare.choices import Choice, print_choices
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.sources.folder import FolderSource
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.text_inputs import TextFeatures
 from imagen_jax.weights.text_encoders import find_encoder
 from tests.data import synthetic

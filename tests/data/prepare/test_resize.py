@@ -11,11 +11,11 @@ from PIL import Image, JpegImagePlugin
 from imagen_jax import prepare_data
 from imagen_jax.data import records
 from imagen_jax.data.prepare import checks, ingest, passes, work_directory
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.resize import AS_IS, Resize
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.data.sources.source import SourceItem
 from imagen_jax.data.transforms import decode_square
+from imagen_jax.encoders_in_turn import Encoders
 from tests.data import synthetic
 from tests.data.synthetic_source import SETTINGS, FakeEncoder, prepare, skipped, tree
 

@@ -12,9 +12,9 @@ from absl import flags
 from imagen_jax import prepare_data
 from imagen_jax.data import records
 from imagen_jax.data.prepare import captions, passes
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.prepare.preview import Bytes
 from imagen_jax.data.sources.folder import FolderSource
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.weights.text_encoders import encoder_loaders, load_text_encoder
 from tests import processes
 from tests.data.synthetic_source import (

@@ -8,7 +8,7 @@ import pytest
 from imagen_jax.data import records
 from imagen_jax.data.prepare import ingest, passes
 from imagen_jax.data.prepare.checks import check
-from imagen_jax.data.prepare.encoders import Encoders
+from imagen_jax.encoders_in_turn import Encoders
 from tests.data.sources import layouts
 from tests.data.sources.layouts import Picture
 from tests.data.synthetic_source import SETTINGS, FakeEncoder

@@ -12,11 +12,11 @@ import pytest
 from absl import flags
 
 from imagen_jax import prepare_data
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.sources import shard_index, summaries
 from imagen_jax.data.sources.parquet import ParquetSource
 from imagen_jax.data.sources.shard_index import ShardIndex, Summary
 from imagen_jax.data.sources.webdataset import WebDatasetSource
+from imagen_jax.encoders_in_turn import Encoders
 from tests.data.sources import layouts, parquet_files
 from tests.data.sources.test_webdataset import tar_bytes, triple
 from tests.data.synthetic_source import FakeEncoder

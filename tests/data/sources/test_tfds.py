@@ -8,8 +8,8 @@ import pytest
 from imagen_jax.data import records
 from imagen_jax.data.prepare import passes
 from imagen_jax.data.prepare.checks import check
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.sources.tfds import TfdsSource
+from imagen_jax.encoders_in_turn import Encoders
 from tests.data import synthetic
 from tests.data.sources import layouts
 from tests.data.synthetic_source import SETTINGS, FakeEncoder

@@ -17,9 +17,9 @@ import pytest
 from imagen_jax.data import records
 from imagen_jax.data.prepare import passes
 from imagen_jax.data.prepare.checks import check
-from imagen_jax.data.prepare.encoders import Encoders
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.data.sources.webdataset import WebDatasetSource
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.weights.text_encoders import load_text_encoder
 from tests.data import synthetic
 from tests.data.sources import layouts

@@ -1,4 +1,4 @@
-"""The text encoders of a preparation; one of them is in memory at a time."""
+"""Several text encoders, of which one is in memory at a time."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,10 +31,14 @@ class Encoders:
     def load(self, name: str) -> Any:
         """The encoder of this name. Frees the one before it, so do not keep a reference to that."""
         if name != self._name:
-            self._name, self._encoder = None, None
+            self.release()
             self._encoder = self._loaders[name]()
             self._name = name
         return self._encoder
+
+    def release(self) -> None:
+        """Frees the encoder in memory; `load` loads it again."""
+        self._name, self._encoder = None, None
 
     def in_turn(self) -> list[str]:
         """The names, that of the encoder in memory first, so that it is not loaded again."""
