@@ -30,7 +30,7 @@ from imagen_jax.models.layers import TEXT, identity
 from imagen_jax.models.unet import UNet
 from imagen_jax.sharded_attention import attention_on
 from imagen_jax.stage_sizes import Size, size_text
-from imagen_jax.text_inputs import MASK, POOLED, TextInput, is_text, text_inputs
+from imagen_jax.text_inputs import MASK, POOLED, TextInput, text_inputs
 from imagen_jax.text_inputs import TEXT as TEXT_FIELD
 from imagen_jax.text_inputs import key as key_of
 
@@ -114,14 +114,19 @@ class Stage:
 
     def batch_shapes(self, b: int, size: Size) -> dict[str, tuple[tuple[int, ...], Any]]:
         """{field: (shape, dtype)} of a batch of `b` images of `size`."""
-        shapes = {"image": ((b, *size, 3), jnp.uint8)}
+        shapes = {"image": ((b, *size, 3), jnp.uint8)} | self.text_shapes(b)
+        if self.lowres_size:
+            shapes["lowres"] = (b, *self.lowres_of(size), 3), jnp.uint8
+        return shapes
+
+    def text_shapes(self, b: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """The fields of `batch_shapes` that are texts."""
+        shapes = {}
         for text in self.texts:
             shapes[key_of(TEXT_FIELD, text.name)] = (b, text.length, text.dim), jnp.bfloat16
             shapes[key_of(MASK, text.name)] = (b, text.length), jnp.bool_
             if text.pooled_dim:
                 shapes[key_of(POOLED, text.name)] = (b, text.pooled_dim), jnp.bfloat16
-        if self.lowres_size:
-            shapes["lowres"] = (b, *self.lowres_of(size), 3), jnp.uint8
         return shapes
 
     def cond(self, batch: Batch) -> conditioning.Cond:
@@ -132,7 +137,7 @@ class Stage:
 
         Raises ValueError for a batch without one of them.
         """
-        fields = [field for field in self.batch_shapes(1) if is_text(field)]
+        fields = list(self.text_shapes(1))
         if missing := [field for field in fields if field not in batch]:
             raise ValueError(f"{self.name} reads {', '.join(missing)}, which the batch lacks")
         cond = {field: batch[field] for field in fields}
