@@ -162,12 +162,12 @@ def sample_program(
     shardings: Params,
     sampling: Mapping[str, Any],
     index: int,
-    size: Size | None = None,
+    size: Size,
 ) -> Any:
     """Jitted (params, batch) -> (uint8 images [b h w 3], whether each one is finite [b]).
 
-    batch: `seed` [b] and what `Stage.sample` needs. index: see `load_stage`. size: h and w; None
-    for squares of the stage's image size. plan compiles it too.
+    batch: `seed` [b] and what `Stage.sample` needs. index: see `load_stage`. size: h and w. plan
+    compiles it too.
     """
 
     def sample(params: Params, batch: Batch) -> tuple[UInt8[Array, "b h w 3"], Bool[Array, "b"]]:
@@ -277,7 +277,7 @@ def place(stages: Sequence[LoadedStage]) -> list[LoadedStage]:
 def check_intervals(stages: Sequence[LoadedStage]) -> None:
     """Raises ValueError for a guidance interval without effect, see `stage.check_interval`."""
     for loaded in stages:
-        if loaded.stage.text_dim:
+        if loaded.stage.reads_text:
             check_interval(loaded.sampling, loaded.stage.schedule)
 
 

@@ -200,9 +200,9 @@ def sample(
     lowres = None if not image else read_image(image, low, any_size=bool(expected))
     cli.make_directory("output", str(output))
     sizes = drawer.sizes
-    if size and jax.process_index() == 0:
-        trained = stage_sizes.untrained([loaded.stage for loaded in drawer.stages], sizes)
-        print(*[f"warning: {trained}"] * bool(trained), sep="\n")
+    trained = stage_sizes.untrained([loaded.stage for loaded in drawer.stages], sizes)
+    if size and trained and jax.process_index() == 0:
+        print(f"warning: {trained}")
     drawing.check_disk(output, drawing.missing(requests, drawer.record | given, output, sizes))
     drawing.check_prompts(drawer, requests.prompts)
     manifest = drawing.draw(drawer, requests, output, given, lowres)
@@ -281,32 +281,23 @@ def _weights(identity: Mapping[str, Any]) -> str:
 def read_image(path: str, size: Size, any_size: bool = False) -> Any:
     """The --image upright, uint8 [h w 3] with (h, w) = `size`.
 
-    For a square `size` it is cut to its centre square and shrunk. Otherwise it must have that size.
+    It is cut to the largest window in its centre with the aspect ratio of `size`, and shrunk.
 
-    Raises ValueError if it cannot be read, has another size than a `size` that is not square, or,
-    unless any_size, if it is smaller than a square `size`.
+    Raises ValueError if it cannot be read or, unless any_size, if it does not cover `size`.
     """
-    import numpy as np
-
     from imagen_jax.data.prepare.upright import first_line, upright
-    from imagen_jax.data.transforms import decode_square
+    from imagen_jax.data.transforms import decode_window
 
-    data, is_square = Path(path).read_bytes(), size[0] == size[1]
     try:
-        image, stored = upright(data)
-        pixels = decode_square(stored, size[0]) if is_square else np.asarray(image.convert("RGB"))
+        image, stored = upright(Path(path).read_bytes())
+        pixels = decode_window(stored, size)
     except Exception as error:  # PIL raises many kinds of exceptions for damaged files
         raise ValueError(f"--image {path} cannot be used: {first_line(error)}") from error
-    given = f"--image {path} is {image.width}x{image.height}"
-    if not is_square and pixels.shape[:2] != size:
+    if (image.height < size[0] or image.width < size[1]) and not any_size:
         raise ValueError(
-            f"{given} (width x height), but with this --size the first stage reads"
-            f" {size[1]}x{size[0]} pixels: crop and shrink it to that size, or give another --size"
-        )
-    if is_square and min(image.size) < size[0] and not any_size:
-        raise ValueError(
-            f"{given}, but the first stage reads {size[0]}x{size[1]} pixels: give a larger image,"
-            " or --stages that begin with an earlier stage"
+            f"--image {path} is {image.width}x{image.height} (width x height), but the first stage"
+            f" reads {size[1]}x{size[0]} pixels: give a larger image, or --stages that begin with"
+            " an earlier stage"
         )
     return pixels
 

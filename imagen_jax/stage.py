@@ -86,9 +86,9 @@ class Stage:
     gather: Callable[[Params], Params]
 
     @property
-    def text_dim(self) -> int:
-        """Width of the token features of all text encoders together; 0 for a model without text."""
-        return sum(text.dim for text in self.texts)
+    def reads_text(self) -> bool:
+        """Whether the model has an input for text."""
+        return bool(self.texts)
 
     @property
     def text_length(self) -> int:
@@ -112,14 +112,8 @@ class Stage:
         """The size of the low-res input of images of `size`; (0, 0) in a base stage."""
         return stage_sizes.scaled(size, self.lowres_size, self.image_size)
 
-    def batch_shapes(
-        self, b: int, size: Size | None = None
-    ) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """{field: (shape, dtype)} of a training batch of `b` images.
-
-        size: of the images; None for squares of `train_size`.
-        """
-        size = size or stage_sizes.square(self.train_size)
+    def batch_shapes(self, b: int, size: Size) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """{field: (shape, dtype)} of a batch of `b` images of `size`."""
         shapes = {"image": ((b, *size, 3), jnp.uint8)}
         for text in self.texts:
             shapes[key_of(TEXT_FIELD, text.name)] = (b, text.length, text.dim), jnp.bfloat16
@@ -146,19 +140,14 @@ class Stage:
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Initial fp32 parameters. Call it under `jax.eval_shape`, or jit with output shardings."""
-        batch = {
-            name: jnp.zeros(shape, dtype) for name, (shape, dtype) in self.batch_shapes(1).items()
-        }
+        shapes = self.batch_shapes(1, stage_sizes.square(self.train_size))
+        batch = {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
         cond = self.cond(batch) | ({"lowres_logsnr": jnp.zeros(1)} if self.lowres_size else {})
         with PINNED():
             return self.model.init(key, to_unit(batch["image"]), jnp.zeros(1), cond)["params"]
 
-    def draw(self, key: Key[Array, ""], b: int, size: Size | None = None) -> loss.Draws:
-        """The random numbers of a training step for `b` images (see `loss.draw`).
-
-        size: of the images; None for squares of `train_size`.
-        """
-        size = size or stage_sizes.square(self.train_size)
+    def draw(self, key: Key[Array, ""], b: int, size: Size) -> loss.Draws:
+        """The random numbers of a training step for `b` images of `size` (see `loss.draw`)."""
         with PINNED():
             return loss.draw(
                 key,
@@ -224,7 +213,7 @@ class Stage:
         keys: Key[Array, "b"],
         batch: Batch,
         sampling: Mapping[str, Any],
-        size: Size | None = None,
+        size: Size,
     ) -> Float[Array, "b h w 3"]:
         """Draws one image per row of `batch`, with values in about [-1, 1].
 
@@ -233,9 +222,8 @@ class Stage:
 
         batch: as for `cond`.
         sampling: a complete section `sampling`.
-        size: of the images; None for squares of the image size of the stage.
+        size: of the images.
         """
-        size = size or stage_sizes.square(self.image_size)
         with PINNED():
             return self._sample(params, keys, batch, sampling, size)
 
@@ -277,7 +265,7 @@ class Stage:
         self, params: Params, cond: conditioning.Cond, size: Size
     ) -> conditioning.Cond:
         """`cond` with TEXT_VALUES, for images of this size."""
-        if not self.text_dim:
+        if not self.reads_text:
             return cond
         b = cond[key_of(MASK, self.texts[0].name)].shape[0]
         # The values need no z. The compiler removes the rest of the network.

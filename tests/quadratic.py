@@ -17,7 +17,7 @@ class Quadratic:
     def init(self, key):
         return {"stem": {"kernel": jax.random.normal(key, (D,))}}
 
-    def draw(self, key, b, size=None):
+    def draw(self, key, b, size):
         return {"eps": jax.random.normal(key, (b, D))}
 
     def per_sample_loss(self, params, batch, draws, dropout_key=None):

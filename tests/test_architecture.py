@@ -4,10 +4,13 @@ import collections
 import pathlib
 import re
 
+from tests.test_layering import LAYERS
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDERS = ("imagen_jax", "configs", "launch", "tools")
 ROW = re.compile(r"^\| `([\w/]+(?:\.py|/))` \| (.+) \|$", re.MULTILINE)
-ROWS = ROW.findall((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+ROWS = ROW.findall(ARCHITECTURE)
 
 
 def on_disk():
@@ -43,3 +46,11 @@ def test_each_row_of_a_file_is_one_sentence():
         if name.endswith(".py") and not re.fullmatch(r"[A-Z](?:[^.]|\.(?! ))+\.", sentence)
     ]
     assert not wrong
+
+
+def test_the_layers_are_those_of_the_import_rules():
+    """Catches a table of layers that lacks a module, or has one in another layer."""
+    table = ARCHITECTURE.split("| layer, highest first |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if "`" in line]
+    written = [set(" ".join(re.findall("`([^`]+)`", row)).split()) for row in rows]
+    assert written == [set(units) for units in reversed(LAYERS)]

@@ -343,10 +343,8 @@ def test_full_size_step_traces_on_eight_devices(name):
         stage, optimizer, mesh, rules, config["mesh"]["fsdp_min_elements"]
     )
     rows = sharding.batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(*shape, sharding=rows)
-        for name, shape in stage.batch_shapes(config["data"]["batch_size"]).items()
-    }
+    shapes = stage.batch_shapes(config["data"]["batch_size"], stage.largest_bucket)
+    batch = {name: jax.ShapeDtypeStruct(*shape, sharding=rows) for name, shape in shapes.items()}
     train_step = step.make_step(
         stage, optimizer, optim.learning_rate(config["optim"], total), config["optim"], seed
     )

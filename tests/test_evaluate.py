@@ -192,7 +192,7 @@ def test_a_cascade_is_measured_on_what_its_first_stage_drew(data, base, tmp_path
         3,
     )
     np.testing.assert_array_equal(samples["heldout_index"], lowres["heldout_index"])
-    shrunk = np.stack([shrink(image, 16) for image in samples["heldout_right"]])
+    shrunk = np.stack([shrink(image, (16, 16)) for image in samples["heldout_right"]])
     assert second["consistency"]["samples"] == superres.consistency(
         superres.consistency_errors(shrunk, lowres["heldout_right"])
     )

@@ -55,19 +55,25 @@ def test_pictures_of_a_size_and_their_records(complete, tmp_path, capsys):
     squares = json.loads((wide / "0001_a.json").read_text())
     assert "size" not in squares and squares.keys() | {"size"} == record.keys()
     draw(complete, wide, (8, 8), stages=["base"])  # the squares again
+    assert not capsys.readouterr().out.startswith("\n")
     sets = [path.name for path in wide.glob("set_*.json")]
     assert sorted(sets) == ["set_0000.json", "set_0001.json"]
 
 
 @pytest.mark.usefixtures("encoder")
-def test_an_image_of_the_size_is_up_sampled(complete, tmp_path):
-    """Catches an --image that is cut to a square, or squeezed, for a picture that is none."""
+def test_an_image_is_cut_to_the_size_and_up_sampled(complete, tmp_path):
+    """Catches an --image that is cut to a square, squeezed or enlarged, for a picture that is none,
+    and height and width exchanged.
+    """
     image = np.random.default_rng(0).integers(0, 256, (4, 12, 3), np.uint8)
     path = pictures.write_png(tmp_path / "x.png", image)
     draw(complete, tmp_path / "out", (8, 24), ["sr_1"], str(path))
     assert size_of(tmp_path / "out" / "0000_a.png") == (8, 24)
     np.testing.assert_array_equal(sample.read_image(str(path), (4, 12)), image)
-    with pytest.raises(ValueError, match=r"is 12x4 .* reads 4x12 pixels: crop and shrink it"):
+    larger = np.repeat(np.repeat(np.pad(image, ((1, 1), (0, 0), (0, 0))), 2, 0), 2, 1)  # 12 x 24
+    large = pictures.write_png(tmp_path / "large.png", larger)
+    np.testing.assert_array_equal(sample.read_image(str(large), (4, 12)), image)
+    with pytest.raises(ValueError, match=r"is 12x4 .width x height.* reads 4x12 pixels: give a"):
         draw(complete, tmp_path / "out", (24, 8), ["sr_1"], str(path))
 
 

@@ -53,7 +53,7 @@ def stage():
 def random_batch(stage, b=4, seed=0):
     rng = np.random.default_rng(seed)
     batch = {}
-    for name, (shape, dtype) in stage.batch_shapes(b).items():
+    for name, (shape, dtype) in stage.batch_shapes(b, stage.buckets[0]).items():
         if name.startswith(MASK):
             batch[name] = np.arange(shape[1]) < rng.integers(1, shape[1] + 1, b)[:, None]
         elif name == "image":
@@ -109,7 +109,7 @@ def test_inputs_are_dropped_alone_and_together(stage):
     """Catches draws of two encoders that are the same, a probability that is not an encoder's own,
     and a dropped encoder whose pooled vector stays.
     """
-    draws = stage.draw(jax.random.key(3), 4000)
+    draws = stage.draw(jax.random.key(3), 4000, (1, 1))
     clip, bert = draws["drop.clip"], draws["drop.bert"]
     assert abs(clip.mean() - 0.3) < 0.04 and abs(bert.mean() - 0.6) < 0.04
     assert abs((clip & bert).mean() - 0.18) < 0.04 and abs(draws["drop"].mean() - 0.1) < 0.02

@@ -137,7 +137,8 @@ def sample_on(name, mesh, sampling, fields):
         sharding.batch_sharding(mesh),
     )
     keys = jax.device_put(jax.random.split(jax.random.key(1), 8), rows)
-    draw = jax.jit(lambda p, k, b: stage.sample(p, k, b, {**stage.sampling, **sampling}))
+    sampling, size = {**stage.sampling, **sampling}, (stage.image_size, stage.image_size)
+    draw = jax.jit(lambda p, k, b: stage.sample(p, k, b, sampling, size))
     return np.asarray(draw(placed, keys, sharding.place_batch(tiny.batch(stage, 8), mesh)))
 
 

@@ -19,7 +19,7 @@ def sample(name, monkeypatch, denoise, **sampling):
     batch = jax.device_put(tiny.batch(stage, 2))
     keys = jax.random.split(jax.random.key(3), 2)
     settings = {**stage.sampling, "w": 1.0, "steps": 2, **sampling}
-    return np.asarray(stage.sample({}, keys, batch, settings)), batch
+    return np.asarray(stage.sample({}, keys, batch, settings, stage.buckets[0])), batch
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3])

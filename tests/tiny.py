@@ -77,7 +77,7 @@ def config(name: str = "base_64", arg: str = "tiny", **changes) -> dict:
 def batch(stage: Stage, b: int, seed: int = 0) -> dict[str, np.ndarray]:
     """A batch as the pipeline makes it, without indices."""
     rng = np.random.default_rng(seed)
-    shapes = stage.batch_shapes(b)
+    shapes = stage.batch_shapes(b, (stage.train_size, stage.train_size))
     arrays = {"image": rng.integers(0, 256, shapes["image"][0], np.uint8)}
     lengths = rng.integers(1, stage.text_length + 1, b)
     arrays["text_mask"] = np.arange(stage.text_length) < lengths[:, None]

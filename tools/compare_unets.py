@@ -105,7 +105,7 @@ def prepare(model: dict, b: int) -> dict:
     rng = np.random.default_rng(0)
     batch = {
         name: rng.integers(0, 2, shape).astype(dtype)
-        for name, (shape, dtype) in stage.batch_shapes(b).items()
+        for name, (shape, dtype) in stage.batch_shapes(b, stage.largest_bucket).items()
     }
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     return {
@@ -114,7 +114,7 @@ def prepare(model: dict, b: int) -> dict:
         "batch": batch,
         "seconds": [],
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "gflop_forward_an_image": round(forward_flops(stage) / 1e9, 2),
+        "gflop_forward_an_image": round(forward_flops(stage, stage.largest_bucket) / 1e9, 2),
         "temporaries_mib": round(compiled.memory_analysis().temp_size_in_bytes / 2**20),
     }
 

@@ -67,8 +67,9 @@ def load(name: str, index: int, mesh: jax.sharding.Mesh) -> cascade.LoadedStage:
         cascade_config.get_config()[name].sampling.to_dict() | {"steps": flags.FLAGS.steps}
     )
     shardings = sampling_parameters.parameter_shardings(params, mesh, config["mesh"])
-    program = cascade.sample_program(stage, mesh, shardings, sampling, index)
-    given = sampling, {}, {}, program, square(stage.image_size)
+    size = square(stage.image_size)
+    program = cascade.sample_program(stage, mesh, shardings, sampling, index, size)
+    given = sampling, {}, {}, program, size
     return cascade.LoadedStage(stage, params, shardings, *given)
 
 
@@ -86,7 +87,7 @@ def sample() -> None:
         loaded = load(name, index, mesh)
         stage = loaded.stage
         rng = np.random.default_rng(0)
-        text = rng.standard_normal((min(TOKENS, stage.text_length), stage.text_dim))
+        text = rng.standard_normal((min(TOKENS, stage.text_length), stage.texts[0].dim))
         text = text.astype(ml_dtypes.bfloat16)
         started = time.monotonic()
         (drawn,) = cascade.generate(
@@ -128,7 +129,8 @@ def train(name: str) -> None:
     batch = {name: row(leaf) for name, leaf in program.batch.items()}
     started = time.monotonic()
     _, metrics = jax.block_until_ready(step(state, jax.device_put(batch)))
-    flops = 3 * forward_flops(create_stage(config))
+    stage = create_stage(config)
+    flops = 3 * forward_flops(stage, stage.largest_bucket)
     loss, norm = float(metrics["loss"]), float(metrics["norm/grad"])
     report(
         config=name,

@@ -21,6 +21,7 @@ from jaxtyping import UInt32
 from imagen_jax.data.index_files import MappedArray, build_once, cache_directory
 from imagen_jax.data.records import ImageRow, ImageStore, Prepared
 from imagen_jax.run_log import Progress
+from imagen_jax.storage import flush
 
 THREADS = 4  # that read records; more than one hides the latency of a network file system
 CHUNK = 256  # records that a thread reads at once
@@ -97,6 +98,7 @@ def write_file(path: Path, total: int, parts: Iterable[Sequence[tuple[int, int]]
         sizes[start : start + len(part)] = part
         start += len(part)
     sizes.flush()
+    flush(path)
 
 
 def _write(path: Path, images: ImageStore, label: str) -> None:

@@ -432,6 +432,9 @@ def _no_manifest(path: Path) -> str:
     return f"{path} {what} (no {MANIFEST}): run python -m imagen_jax.prepare_data"
 
 
+_OPENED: dict[str, tuple[tuple[int, int, int], Prepared]] = {}  # of `open_once`, by path
+
+
 def open_once(path: str | os.PathLike) -> Prepared:
     """`Prepared(path)`, the same object for all callers of this process.
 
@@ -441,9 +444,7 @@ def open_once(path: str | os.PathLike) -> Prepared:
         found = os.stat(Path(path, MANIFEST))
     except OSError:
         return Prepared(path)  # says what is wrong
-    return _opened(os.path.abspath(path), (found.st_size, found.st_mtime_ns, found.st_ino))
-
-
-@functools.lru_cache(maxsize=64)
-def _opened(path: str, version: tuple[int, int, int]) -> Prepared:
-    return Prepared(path)
+    name, version = os.path.abspath(path), (found.st_size, found.st_mtime_ns, found.st_ino)
+    if name not in _OPENED or _OPENED[name][0] != version:
+        _OPENED[name] = version, Prepared(name)
+    return _OPENED[name][1]

@@ -79,7 +79,7 @@ class StoredTexts:
 
     def _check_pooled(self, one: TextInput) -> None:
         found = self.encoders[one.name].get("pooled_dim", 0)
-        if not one.pooled_dim or (found == one.pooled_dim and one.name != UNNAMED):
+        if one.pooled_dim in (0, found):
             return
         has = f"pooled {one.name} vectors of width {found}" if found else f"no pooled {one.name}"
         raise ValueError(

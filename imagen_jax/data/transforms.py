@@ -132,13 +132,10 @@ def centre_square(image: Image.Image) -> Image.Image:
     return image.crop(window(image.size, (1, 1)))
 
 
-def shrink(image: UInt8[np.ndarray, "h w 3"], size: int | Size) -> UInt8[np.ndarray, "r q 3"]:
-    """Shrinks by area average to `size`, height and width or the side of a square.
-
-    Returns an image of that size itself.
-    """
-    height, width = (size, size) if isinstance(size, int) else size
-    if image.shape[:2] == (height, width):
+def shrink(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.ndarray, "r q 3"]:
+    """Shrinks by area average to `size`. Returns an image of that size itself."""
+    height, width = size
+    if image.shape[:2] == size:
         return image
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
 
@@ -160,7 +157,7 @@ def crop_pair(
       The crop of the image, and that of the low-res image, whose side is k = c r / s.
     """
     factor = image.shape[0] // lowres_size
-    lowres = shrink(image, lowres_size)
+    lowres = shrink(image, (lowres_size, lowres_size))
     window = crop_size // factor
     row, column = (int(fraction * (lowres_size - window + 1)) for fraction in corner)
     small = lowres[row : row + window, column : column + window]

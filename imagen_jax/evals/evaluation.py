@@ -39,6 +39,7 @@ from imagen_jax.stage import (
     images_and_finite,
     random_key,
 )
+from imagen_jax.stage_sizes import square
 from imagen_jax.text_inputs import DROP
 
 # Purposes of random numbers: each has its own keys.
@@ -76,7 +77,7 @@ class Probe:
         """mesh: that of the stage and the parameters, of one process or several."""
         self.stage, self.settings = stage, settings
         self._mesh = batch_mesh(jax.local_devices()) if mesh is None else mesh
-        self._fields = tuple(stage.batch_shapes(0))
+        self._fields = tuple(stage.batch_shapes(0, square(stage.train_size)))
         self._errors: dict[Hashable, Callable] = {}
         self._draw = jax.jit(
             self._draw_samples,
@@ -205,7 +206,8 @@ class Probe:
         self, params: Params, batch: Batch, split: Int[Array, ""]
     ) -> tuple[UInt8[Array, "b s s 3"], Bool[Array, "b"]]:
         keys = self._row_keys(SAMPLE_NOISE, split, batch["index"])
-        return images_and_finite(self.stage.sample(params, keys, batch, self.settings.sampling))
+        sampling, size = self.settings.sampling, square(self.stage.image_size)
+        return images_and_finite(self.stage.sample(params, keys, batch, sampling, size))
 
 
 class Evaluation:
@@ -225,7 +227,7 @@ class Evaluation:
 
     def texts(self, split: str) -> tuple[str, ...]:
         """The kinds of captions used for samples of a split: right, shuffled, null."""
-        return self.data.texts(split) if self.stage.text_dim else TEXTS[:1]
+        return self.data.texts(split) if self.stage.reads_text else TEXTS[:1]
 
     def errors(
         self,

@@ -30,7 +30,7 @@ from imagen_jax.hardware.topology import parse as parse_topology
 from imagen_jax.planning import block_costs, cost, hlo, kernels, links, whole_step
 from imagen_jax.planning.cost_cache import COMPILERS, cached
 from imagen_jax.stage import Stage, create_stage, sampling_rules
-from imagen_jax.stage_sizes import Size, square
+from imagen_jax.stage_sizes import Size
 
 # What is cached of a compiled program: its peak in bytes per device, and the sums of `_sums` if
 # every evaluation is guided, and if none is. Both are empty if it does not fit.
@@ -48,22 +48,19 @@ def evaluations(sampling: Mapping[str, Any], stage: Stage) -> tuple[int, int]:
     rules = sampling_rules(sampling, stage.schedule)
     guidance: Guidance = rules["guidance"]
     levels = rules["grid"](sampling["steps"])
-    if guidance.w == 1.0 or not stage.text_dim:
+    if guidance.w == 1.0 or not stage.reads_text:
         return len(levels), 0
     inside = len(levels) if guidance.everywhere else int(guidance.inside(levels).sum())
     return len(levels), inside
 
 
-def evaluation_flops(config: Mapping[str, Any], size: Size | None = None) -> float:
-    """FLOPs of one network evaluation for one full-size image, without guidance.
-
-    size: of the image; None for the square of the image size of the stage.
+def evaluation_flops(config: Mapping[str, Any], size: Size) -> float:
+    """FLOPs of one network evaluation for one image of `size`, without guidance.
 
     They are counted in the program for a single device, without the projections of the text, which
     run once per sample.
     """
     stage = create_stage(config)
-    size = size or square(stage.image_size)
     params, batch = whole_step.sampling_inputs(stage, 1, size)
     z, logsnr = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32), jnp.zeros(1)
 
@@ -110,7 +107,7 @@ def compiled_cost(request: str, name: str, level: str, cache: str) -> dict[str, 
 
     Args:
         request: JSON with `config` of the stage, `sampling`, `mesh` (the sizes), `rows` per batch,
-            the `index` of the stage, and the `size` of its images (null: squares).
+            the `index` of the stage, and the `size` of its images.
         name: the topology's name.
         level: the compiler's level, `whole_step.O0` or `whole_step.DEFAULT`.
         cache: directory of cached costs.
@@ -232,7 +229,6 @@ def traced(request: str, topology: Topology) -> tuple[Any, Mesh]:
     asked = json.loads(request)
     mesh = sharding.make_mesh(asked["mesh"], topology.devices())
     stage = create_stage(asked["config"], mesh)
-    size = tuple(asked["size"]) if asked["size"] else None
-    given = asked["sampling"], asked["rows"], asked["index"], size
+    given = asked["sampling"], asked["rows"], asked["index"], tuple(asked["size"])
     program, arguments = whole_step.images_program(stage, asked["config"]["mesh"], mesh, *given)
     return program.trace(*arguments), mesh

@@ -133,11 +133,11 @@ def _part(
 ) -> Part:
     check_sampling(sampling)
     stage = create_stage(config, mesh)
-    if stage.text_dim:
+    if stage.reads_text:
         check_interval(sampling, stage.schedule)
-    params, _ = whole_step.sampling_inputs(stage, 1)
-    shardings = sampling_parameters.parameter_shardings(params, mesh, config["mesh"])
     size = stage_sizes.square(stage.image_size)
+    params, _ = whole_step.sampling_inputs(stage, 1, size)
+    shardings = sampling_parameters.parameter_shardings(params, mesh, config["mesh"])
     return Part(name, source, config, sampling, stage, params, shardings, size)
 
 
@@ -259,12 +259,11 @@ def describe(
     """
     count, guided = sample_cost.evaluations(part.sampling, part.stage)
     flops = sample_cost.evaluation_flops(part.config, part.size) * (count + guided)
-    height, width = part.size
     return {
         "stage": part.name,
         "name": part.stage.name,
         "source": part.source,
-        "size": height if height == width else stage_sizes.size_text(part.size),
+        "size": list(part.size),
         "method": part.sampling["method"],
         "steps": part.sampling["steps"],
         "evaluations": count,

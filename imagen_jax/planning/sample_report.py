@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from imagen_jax import stage_sizes
 from imagen_jax.hardware.chips import GIB
 
 Plan = Mapping[str, Any]
@@ -72,9 +73,9 @@ def _times(plan: Plan) -> Iterator[str]:
     less, more = ("<", ">") if is_bound else ("", "")
     for row in rows:
         time, cost = row["time"], row["cost"]
-        count = row["evaluations"] + row["guided"]
+        count, size = row["evaluations"] + row["guided"], stage_sizes.short(tuple(row["size"]))
         yield (
-            f"  {row['stage']:<8} {row['size']:>9} {row['steps']:>5} {count:>11}"
+            f"  {row['stage']:<8} {size:>9} {row['steps']:>5} {count:>11}"
             f" {row['flops_per_image'] / 1e12:>11.1f} {more + format(time['seconds'], '.2f'):>9}"
             + _cost(cost, less, more, f"{less}{100 * time['utilization']:.0f} %")
         )

@@ -207,7 +207,7 @@ def traffic(module: hlo.Module, program: TrainProgram, topology: Topology) -> li
 
 def lower_sampler(program: TrainProgram, rows: int) -> Any:
     """The lowered program that samples a grid of `rows` images during training."""
-    shapes = program.stage.batch_shapes(rows)
+    shapes = program.stage.batch_shapes(rows, square(program.stage.train_size))
     batch = {
         name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items() if name != "image"
     }
@@ -223,7 +223,8 @@ def lower_whole_images(config: Mapping[str, Any], program: TrainProgram) -> Any:
     """
     rows = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     stage, mesh = program.stage, program.mesh
-    jitted, arguments = images_program(stage, config["mesh"], mesh, stage.sampling, rows)
+    size = square(stage.image_size)
+    jitted, arguments = images_program(stage, config["mesh"], mesh, stage.sampling, rows, 0, size)
     return jitted.lower(*arguments)
 
 
@@ -233,10 +234,10 @@ def images_program(
     mesh: Mesh,
     sampling: Mapping[str, Any],
     rows: int,
-    index: int = 0,
-    size: Size | None = None,
+    index: int,
+    size: Size,
 ) -> tuple[Any, tuple[Any, ...]]:
-    """(`cascade.sample_program` of a stage, its arguments for `rows` full-size images as shapes).
+    """(`cascade.sample_program` of a stage, its arguments for `rows` images of `size` as shapes).
 
     stage: created for `mesh`.
     section: the section `mesh` of the stage's training config, see
@@ -250,14 +251,14 @@ def images_program(
 
 
 def sampling_inputs(
-    stage: Stage, rows: int, size: Size | None = None
+    stage: Stage, rows: int, size: Size
 ) -> tuple[Params, dict[str, jax.ShapeDtypeStruct]]:
     """The arguments of `cascade.sample_program` as shapes; allocates nothing.
 
-    size: of the images; None for squares of the image size of the stage.
+    size: of the images.
     """
     params = sampling_parameters.for_sampling(jax.eval_shape(stage.init, jax.random.key(0)), stage)
-    shapes = stage.batch_shapes(rows, size or square(stage.image_size))
+    shapes = stage.batch_shapes(rows, size)
     shapes |= {"seed": ((rows,), jnp.uint32)}
     batch = {
         name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items() if name != "image"

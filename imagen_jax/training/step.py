@@ -215,14 +215,14 @@ class TrainProgram:
         return self.step.lower(self.abstract, self.batches[bucket] if bucket else self.batch)
 
 
-def forward_flops(stage: Stage, size: Size | None = None) -> float:
+def forward_flops(stage: Stage, size: Size) -> float:
     """FLOPs of the loss of one sample, forward only, as XLA counts them in the traced program.
 
     A training step costs three times that. Give a `stage` without a mesh: XLA does not count inside
     TPU kernels. The CPU backend counts, because the plugins of GPUs and TPUs cannot before they
     compile; `cli.set_up_jax` keeps the CPU available.
 
-    size: of the images; None for squares of the stage's `train_size`.
+    size: of the images.
     """
     shapes = stage.batch_shapes(1, size)
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}

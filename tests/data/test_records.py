@@ -245,3 +245,17 @@ def test_text_that_does_not_fit_is_refused(path):
         prepared.check_text([TextInput("", 16, 6)])
     with pytest.raises(ValueError, match="captions of up to 6 tokens, but data.text_length is 4"):
         prepared.check_text([TextInput("", 8, 4)])
+
+
+def test_each_directory_is_opened_once(tmp_path, monkeypatch):
+    """Catches a mixture of many sets whose manifests are read again for every use."""
+    opened = []
+    monkeypatch.setattr(records.Prepared, "__init__", lambda self, path: opened.append(path))
+    paths = [tmp_path / str(i) for i in range(100)]
+    for path in paths:
+        path.mkdir()
+        (path / records.MANIFEST).write_text("{}")
+    first = [records.open_once(path) for path in paths]
+    assert [records.open_once(path) for path in paths] == first and len(opened) == len(paths)
+    (paths[0] / records.MANIFEST).write_text("{ }")
+    assert records.open_once(paths[0]) is not first[0] and len(opened) == len(paths) + 1

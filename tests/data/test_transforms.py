@@ -23,7 +23,10 @@ def test_shrinking_is_the_area_average():
     """Catches nearest, bilinear or bicubic shrinking."""
     image = np.random.default_rng(0).integers(0, 256, (24, 24, 3)).astype(np.uint8)
     wanted = image.reshape(6, 4, 6, 4, 3).mean(axis=(1, 3))
-    for got in (transforms.shrink(image, 6), transforms.decode_square(synthetic.encode(image), 6)):
+    for got in (
+        transforms.shrink(image, (6, 6)),
+        transforms.decode_square(synthetic.encode(image), 6),
+    ):
         assert (
             got.shape == (6, 6, 3) and np.abs(got - wanted).max() <= 1
         )  # PIL rounds after each axis
@@ -88,7 +91,9 @@ def test_window_reaches_every_edge():
         assert (crop == image[start : start + 16, start : start + 16]).all()
         assert (
             small
-            == transforms.shrink(image, 8)[start // 4 : start // 4 + 4, start // 4 : start // 4 + 4]
+            == transforms.shrink(image, (8, 8))[
+                start // 4 : start // 4 + 4, start // 4 : start // 4 + 4
+            ]
         ).all()
     whole, small = transforms.crop_pair(image, 8, 32, (0.9, 0.1))
     assert (whole == image).all() and small.shape == (8, 8, 3)

@@ -60,8 +60,8 @@ class Crops(toys.Toy):
 
     crop_size, lowres_size = LOW, LOW
 
-    def draw(self, key, b, size=None):
-        return super().draw(key, b) | {"size": jnp.full(b, size[0], jnp.float32)}
+    def draw(self, key, b, size):
+        return super().draw(key, b, size) | {"size": jnp.full(b, size[0], jnp.float32)}
 
 
 class Cropped(toys.Marked):

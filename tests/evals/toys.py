@@ -25,17 +25,17 @@ class Toy(Stage):
     image. A sample shows its text's mark, with a little noise from its key.
     """
 
-    name, text_dim, image_size, lowres_size, crop_size = "toy", 1, SIZE, LOW, 0
+    name, reads_text, image_size, lowres_size, crop_size = "toy", True, SIZE, LOW, 0
     process, density = GaussianProcess("vp", "eps"), UniformTime("cosine")
     aug_schedule = staticmethod(schedule.cosine)
 
     def __init__(self):
         pass
 
-    def batch_shapes(self, b):
+    def batch_shapes(self, b, size):
         return dict.fromkeys(("image", "text", "text_mask", "lowres"))
 
-    def draw(self, key, b, size=None):
+    def draw(self, key, b, size):
         keys = jax.random.split(key, 3)
         return {
             "u": jax.random.uniform(keys[0], (b,)),
@@ -54,15 +54,15 @@ class Toy(Stage):
         loss += jnp.where(null, NO_TEXT, jnp.where(text == mark, 0.0, WRONG_TEXT))
         return loss + jnp.where(low == 128, GREY_LOWRES, jnp.where(low == mark, 0.0, WRONG_LOWRES))
 
-    def sample(self, params, keys, batch, sampling):
-        noise = jax.vmap(lambda key: jax.random.normal(key, (SIZE, SIZE, 3)))(keys)
+    def sample(self, params, keys, batch, sampling, size):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (*size, 3)))(keys)
         return to_unit(batch["text"][:, 0, 0])[:, None, None, None] + noise / 100
 
 
 class Base(Toy):
     """A base stage without text that predicts `eps` with a known `error`."""
 
-    name, lowres_size, text_dim = "base", 0, 0
+    name, lowres_size, reads_text = "base", 0, False
 
     def __init__(self, eps=None, error=None):
         object.__setattr__(self, "predicted", None if eps is None else eps + error)
@@ -137,7 +137,7 @@ class Textured(Marked):
 
     def wholes(self, split):
         image = np.random.default_rng(0).integers(0, 256, (N, SIZE, SIZE, 3), np.uint8)
-        changed = {"image": image, "lowres": np.stack([shrink(i, LOW) for i in image])}
+        changed = {"image": image, "lowres": np.stack([shrink(i, (LOW, LOW)) for i in image])}
         return Rows(split, self.crops(split).batch | changed, 5)
 
     uncropped = wholes

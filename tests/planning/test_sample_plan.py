@@ -73,11 +73,12 @@ def test_flops_are_those_of_full_images_without_the_text():
     """Catches FLOPs of a training crop, and text projected at every evaluation."""
     config = stage_config("sr_2")
     whole = config | {"data": config["data"] | {"crop_size": 0}}
-    flops = sample_cost.evaluation_flops(config)
-    assert flops == sample_cost.evaluation_flops(whole)
+    size = (config["data"]["image_size"],) * 2
+    flops = sample_cost.evaluation_flops(config, size)
+    assert flops == sample_cost.evaluation_flops(whole, size)
     longer = config | {"data": config["data"] | {"text_length": 7}}
     # One more token in the attention itself, and not in the projections.
-    assert flops < sample_cost.evaluation_flops(longer) < 1.01 * flops
+    assert flops < sample_cost.evaluation_flops(longer, size) < 1.01 * flops
 
 
 def test_guidance_doubles_the_flops_of_a_stage():
@@ -195,7 +196,7 @@ def written(is_bound: bool, fits: bool = True) -> dict:
     stage = {
         "stage": "base",
         "name": "base_64",
-        "size": 64,
+        "size": [64, 64],
         "steps": 256,
         "evaluations": 256,
         "guided": 256,
@@ -257,7 +258,7 @@ def request(fsdp: int = 1, **sampling) -> str:
     sampling = config["sampling"] | {"grid": "logsnr", "grid_logsnr": (-8.0, 8.0)} | sampling
     sizes = {"data": 4 // fsdp, "fsdp": fsdp, "model": 1, "spatial": 1}
     content = {"config": config, "sampling": sampling, "mesh": sizes, "rows": 8, "index": 0}
-    content["size"] = None
+    content["size"] = [config["data"]["image_size"]] * 2
     return json.dumps(content)
 
 
@@ -360,7 +361,7 @@ def test_the_size_of_the_pictures():
     row, wide_row = (
         sample_plan.describe(parts[1], mesh(), 8, 1, 0, 1) for parts in (squares, wide)
     )
-    assert (row["size"], wide_row["size"]) == (16, "16x48")
+    assert (row["size"], wide_row["size"]) == ([16, 16], [16, 48])
     assert 2.5 < wide_row["flops_per_image"] / row["flops_per_image"] < 3.5
     _, batch = whole_step.sampling_inputs(wide[1].stage, 2, wide[1].size)
     assert batch["lowres"].shape == (2, 8, 24, 3)

@@ -24,7 +24,7 @@ def compiled(name: str, devices: list, interval: tuple[float, float]) -> hlo.Mod
     stage = create_stage(config, mesh)
     sampling = stage.sampling | {"w": 3.0, "w_interval": interval, "steps": 8}
     program, arguments = whole_step.images_program(
-        stage, config["mesh"], mesh, sampling, 2 * len(devices)
+        stage, config["mesh"], mesh, sampling, 2 * len(devices), 0, stage.buckets[0]
     )
     return hlo.parse(program.lower(*arguments).compile().as_text())
 

@@ -140,11 +140,10 @@ def test_a_stage_without_buckets_has_the_shapes_of_the_square(data):
         stage = create_stage(schema.complete(config, new=True))
         side, low = sides
         assert stage.buckets == ((side, side),)
-        shapes = stage.batch_shapes(2)
-        assert shapes == stage.batch_shapes(2, (side, side))
+        shapes = stage.batch_shapes(2, (side, side))
         assert shapes["image"][0] == (2, side, side, 3)
         assert shapes.get("lowres", [None])[0] == (low and (2, low, low, 3))
-        draws = jax.eval_shape(lambda: stage.draw(jax.random.key(0), 2))
+        draws = jax.eval_shape(lambda: stage.draw(jax.random.key(0), 2, (side, side)))
         assert draws["eps"].shape == (2, side, side, 3)
 
 

@@ -39,16 +39,16 @@ class Known(Stage):
     inputs: those that it uses.
     """
 
-    name, image_size, lowres_size, crop_size, text_dim = "known", 8, 4, 0, synthetic.DIM
+    name, image_size, lowres_size, crop_size, reads_text = "known", 8, 4, 0, True
     density, sampling = UniformTime("cosine"), {}
 
     def __init__(self, *inputs):
         object.__setattr__(self, "inputs", inputs)
 
-    def draw(self, key, b, size=None):
+    def draw(self, key, b, size):
         return {"u": jax.random.uniform(key, (b,)), "lowres_level": jnp.zeros(b)}
 
-    def batch_shapes(self, b):
+    def batch_shapes(self, b, size):
         return dict.fromkeys(("image", "text", "text_mask", "lowres"))
 
     def x_error(self, params, batch, draws, logsnr):

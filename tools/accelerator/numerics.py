@@ -30,7 +30,7 @@ def bf16(model: str, tiny: bool) -> dict[str, Any]:
     outputs = []
     for dtype in ("float32", "bfloat16"):
         stage = package.create_stage(models.stage_config(model, tiny, dtype=dtype))
-        shapes = stage.batch_shapes(ROWS)
+        shapes = stage.batch_shapes(ROWS, stage.largest_bucket)
         cond = stage.cond(jax.device_put(models.synthetic_batch(shapes)))
         if stage.lowres_size:
             cond["lowres_logsnr"] = jnp.array([3.0, -1.0])
@@ -49,7 +49,8 @@ def sampler(method: str) -> dict[str, Any]:
     config = package.config("base_64", "demo")
     sampling = config["sampling"] | {"method": method, "steps": SAMPLER_STEPS, "w": 3.0}
     stage, params = package.embedded_base(sampling)
-    shapes = {k: v for k, v in stage.batch_shapes(ROWS).items() if k.startswith("text")}
+    size = stage.largest_bucket
+    shapes = {k: v for k, v in stage.batch_shapes(ROWS, size).items() if k.startswith("text")}
     batch = models.synthetic_batch(shapes)
     batch["text"] = np.where(batch["text_mask"][..., None], batch["text"], 0)
     samples = []
@@ -57,7 +58,7 @@ def sampler(method: str) -> dict[str, Any]:
         with jax.default_device(device), jax.default_matmul_precision("highest"):
             here = jax.device_put((params, batch), device)
             keys = jax.random.split(jax.random.key(1, impl="threefry2x32"), ROWS)
-            sample = jax.jit(lambda p, k, b: stage.sample(p, k, b, sampling))
+            sample = jax.jit(lambda p, k, b: stage.sample(p, k, b, sampling, size))
             samples.append(np.asarray(sample(here[0], keys, here[1]), np.float64))
     error = np.abs(samples[0] - samples[1]).max()
     return judged(f"{method}, {SAMPLER_STEPS} steps, against the CPU", error, SAMPLER_TOLERANCE)

@@ -43,7 +43,8 @@ def run(emit: Callable, model: str, batches: Sequence[int], tiny: bool, gate: st
 
 def inputs(stage: package.Stage, rows: int) -> dict[str, Any]:
     """Shapes and dtypes of the inputs for `rows` images."""
-    shapes = {k: v for k, v in stage.batch_shapes(rows).items() if k.startswith("text")}
+    shapes = stage.batch_shapes(rows, stage.largest_bucket)
+    shapes = {k: v for k, v in shapes.items() if k.startswith("text")}
     if stage.lowres_size:
         shapes["lowres"] = ((rows, stage.lowres_size, stage.lowres_size, 3), jnp.uint8)
     return shapes
@@ -60,7 +61,8 @@ def compiled(stage: package.Stage, sampling: dict[str, Any], rows: int) -> tuple
     keys = jax.eval_shape(lambda: keys_of(rows))
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
     params = jax.eval_shape(lambda: models.parameters(shapes, jnp.bfloat16))
-    sample = lambda p, k, b: package.to_uint8(stage.sample(p, k, b, sampling))
+    size = stage.image_size, stage.image_size
+    sample = lambda p, k, b: package.to_uint8(stage.sample(p, k, b, sampling, size))
     started = time.monotonic()
     program = jax.jit(sample).lower(params, keys, batch).compile()
     return program, time.monotonic() - started

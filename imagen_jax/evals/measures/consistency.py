@@ -12,6 +12,7 @@ from imagen_jax.evals.evaluation import Evaluation
 from imagen_jax.evals.measures.measure import Column, Line, Result, base_stage
 from imagen_jax.evals.rows import Settings
 from imagen_jax.stage import Stage
+from imagen_jax.stage_sizes import square
 
 ORDER = 60
 GROUPS = ("samples", "bicubic")
@@ -26,7 +27,8 @@ def measure(e: Evaluation) -> dict[str, Any]:
     """{"split", "samples", "bicubic": `superres.consistency`}, on held-out rows."""
     split = e.data.heldout
     rows, samples = e.sampled(split, "right"), e.samples(split)
-    shrink = lambda images: np.stack([transforms.shrink(i, e.stage.lowres_size) for i in images])
+    size = square(e.stage.lowres_size)
+    shrink = lambda images: np.stack([transforms.shrink(i, size) for i in images])
 
     def errors(positions):
         lowres = rows.at(positions)["lowres"]

@@ -30,7 +30,7 @@ class Gaussian(toys.Base):
         for name, value in {"process": process, "density": density, "bias": bias}.items():
             object.__setattr__(self, name, value)
 
-    def batch_shapes(self, b):
+    def batch_shapes(self, b, size):
         return {"image": None}
 
     def denoiser(self, params, dropout_key=None):
