@@ -14,6 +14,7 @@ from jaxtyping import BFloat16
 
 TEXT, MASK, POOLED = "text", "text_mask", "pooled"
 KINDS = (TEXT, MASK, POOLED)
+TOKENS = "tokens"  # token ids, of which text.online computes the features
 DROP = "drop"  # whether the text, or one input alone, is dropped: an entry of the random numbers
 UNNAMED = ""  # the name of the only encoder of a stage without `text.encoders`
 
@@ -48,7 +49,7 @@ class TextFeatures:
 
 
 def key(kind: str, name: str) -> str:
-    """The field of a batch. kind: one of KINDS. name: of the encoder."""
+    """The field of a batch. kind: one of KINDS, or TOKENS. name: of the encoder."""
     return f"{kind}.{name}" if name else kind
 
 
@@ -78,6 +79,8 @@ def text_inputs(config: Mapping[str, Any]) -> tuple[TextInput, ...]:
     Raises ValueError if the fields of the section `text` do not fit together.
     """
     text = config["text"]
+    if text["online"] and not text["online_encoder"]:
+        raise ValueError("text.online needs an encoder: set text.online_encoder=NAME")
     if not text["encoders"]:
         one = TextInput(UNNAMED, text["dim"], config["data"]["text_length"])
         return (one,) if text["dim"] else ()

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from imagen_jax.data.prepare.encoders import Encoders
+from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.run_log import VALIDATION, read_metrics
 from tests import processes, tiny
 from tests.data import synthetic
