@@ -277,7 +277,7 @@ def place(stages: Sequence[LoadedStage]) -> list[LoadedStage]:
 def check_intervals(stages: Sequence[LoadedStage]) -> None:
     """Raises ValueError for a guidance interval without effect, see `stage.check_interval`."""
     for loaded in stages:
-        if loaded.stage.text_dim:
+        if loaded.stage.reads_text:
             check_interval(loaded.sampling, loaded.stage.schedule)
 
 

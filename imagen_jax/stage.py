@@ -86,14 +86,9 @@ class Stage:
     gather: Callable[[Params], Params]
 
     @property
-    def text_dim(self) -> int:
-        """Width of the token features of all text encoders together; 0 for a model without text."""
-        return sum(text.dim for text in self.texts)
-
-    @property
-    def text_length(self) -> int:
-        """Tokens per caption of the text encoder with most of them; 0 for a model without text."""
-        return max((text.length for text in self.texts), default=0)
+    def reads_text(self) -> bool:
+        """Whether the model is conditioned on text."""
+        return bool(self.texts)
 
     @property
     def train_size(self) -> int:
@@ -277,7 +272,7 @@ class Stage:
         self, params: Params, cond: conditioning.Cond, size: Size
     ) -> conditioning.Cond:
         """`cond` with TEXT_VALUES, for images of this size."""
-        if not self.text_dim:
+        if not self.reads_text:
             return cond
         b = cond[key_of(MASK, self.texts[0].name)].shape[0]
         # The values need no z. The compiler removes the rest of the network.

@@ -225,7 +225,7 @@ class Evaluation:
 
     def texts(self, split: str) -> tuple[str, ...]:
         """The kinds of captions used for samples of a split: right, shuffled, null."""
-        return self.data.texts(split) if self.stage.text_dim else TEXTS[:1]
+        return self.data.texts(split) if self.stage.reads_text else TEXTS[:1]
 
     def errors(
         self,

@@ -15,6 +15,7 @@ from typing import Any
 from imagen_jax import field, schema
 from imagen_jax.cascade import STAGES
 from imagen_jax.stage import check_sampling
+from imagen_jax.text_inputs import UNNAMED, TextInput
 
 SYNTAX = "give --grid STAGE.FIELD=V1,V2,..., such as base.w=1,2,4"
 
@@ -176,11 +177,13 @@ def levels(points: Sequence[Node]) -> list[list[Node]]:
 
 
 def check_settings(
-    points: Sequence[Node], axes: Sequence[Axis], text_dims: Mapping[str, int] | None = None
+    points: Sequence[Node],
+    axes: Sequence[Axis],
+    inputs: Mapping[str, Sequence[TextInput]] | None = None,
 ) -> None:
     """Raises ValueError if a stage cannot draw with settings of the grid, or an axis has no effect.
 
-    text_dims: {stage: its width of the text features}, if the stages are loaded.
+    inputs: {stage: its text inputs}, if the stages are loaded.
     """
     fields = field.flat({"sampling": schema.SAMPLING})
     for node in itertools.chain(*levels(points)):
@@ -194,8 +197,12 @@ def check_settings(
         except ValueError as error:  # begins with a label of the config
             raise ValueError(f"{where}: {str(error).partition(': ')[2]}") from None
         facts = {"data": {"lowres_size": int(node.stage != "base")}, "sampling": node.sampling}
-        if text_dims:
-            facts["text"] = {"dim": text_dims[node.stage], "encoders": ()}
+        if inputs:
+            read = inputs[node.stage]
+            facts["text"] = {
+                "dim": sum(each.dim for each in read if each.name == UNNAMED),
+                "encoders": tuple(each.name for each in read if each.name != UNNAMED),
+            }
         values = field.flat(facts)
         idle = field.without_effect(values, fields)
         for axis in axes:

@@ -48,7 +48,7 @@ def evaluations(sampling: Mapping[str, Any], stage: Stage) -> tuple[int, int]:
     rules = sampling_rules(sampling, stage.schedule)
     guidance: Guidance = rules["guidance"]
     levels = rules["grid"](sampling["steps"])
-    if guidance.w == 1.0 or not stage.text_dim:
+    if guidance.w == 1.0 or not stage.reads_text:
         return len(levels), 0
     inside = len(levels) if guidance.everywhere else int(guidance.inside(levels).sum())
     return len(levels), inside

@@ -138,7 +138,7 @@ def _part(
 ) -> Part:
     check_sampling(sampling)
     stage = create_stage(config, mesh)
-    if stage.text_dim:
+    if stage.reads_text:
         check_interval(sampling, stage.schedule)
     params, _ = whole_step.sampling_inputs(stage, 1)
     shardings = sampling_parameters.parameter_shardings(params, mesh, config["mesh"])

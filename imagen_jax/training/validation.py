@@ -65,7 +65,7 @@ class Validation:
     def controls(self, rows: ReadRows) -> dict[str, ConditionedRows]:
         """{"text_shuffled", ...: the rows with this wrong condition}."""
         kinds = [kind for kind in CONTROLS if kind != "shuffled" or not rows.unshufflable]
-        inputs = {"text": self._stage.text_dim, "lowres": self._stage.lowres_size}
+        inputs = {"text": self._stage.reads_text, "lowres": self._stage.lowres_size}
         return {
             f"{name}_{kind}": ConditionedRows(rows, **{name: kind})
             for name, present in inputs.items()

@@ -25,7 +25,7 @@ class Toy(Stage):
     image. A sample shows its text's mark, with a little noise from its key.
     """
 
-    name, text_dim, image_size, lowres_size, crop_size = "toy", 1, SIZE, LOW, 0
+    name, reads_text, image_size, lowres_size, crop_size = "toy", True, SIZE, LOW, 0
     process, density = GaussianProcess("vp", "eps"), UniformTime("cosine")
     aug_schedule = staticmethod(schedule.cosine)
 
@@ -62,7 +62,7 @@ class Toy(Stage):
 class Base(Toy):
     """A base stage without text that predicts `eps` with a known `error`."""
 
-    name, lowres_size, text_dim = "base", 0, 0
+    name, lowres_size, reads_text = "base", 0, False
 
     def __init__(self, eps=None, error=None):
         object.__setattr__(self, "predicted", None if eps is None else eps + error)

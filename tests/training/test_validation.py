@@ -39,7 +39,7 @@ class Known(Stage):
     inputs: those that it uses.
     """
 
-    name, image_size, lowres_size, crop_size, text_dim = "known", 8, 4, 0, synthetic.DIM
+    name, image_size, lowres_size, crop_size, reads_text = "known", 8, 4, 0, True
     density, sampling = UniformTime("cosine"), {}
 
     def __init__(self, *inputs):

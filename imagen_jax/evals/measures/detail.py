@@ -29,7 +29,7 @@ def too_few(stage: Stage, data: Data) -> dict[str, str]:
     rows = len(data.wholes(data.heldout))
     if rows < 2:
         return {"": f"it compares samples with each other, and there is {rows} {data.heldout} row"}
-    reason = data.no_shuffled_text(data.heldout) if stage.text_dim else ""
+    reason = data.no_shuffled_text(data.heldout) if stage.reads_text else ""
     return {", shuffled text": reason} if reason else {}
 
 

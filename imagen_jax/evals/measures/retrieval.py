@@ -29,7 +29,7 @@ def excluded(stage: Stage, settings: Settings) -> str:
 
 
 def too_few(stage: Stage, data: Data) -> dict[str, str]:
-    reasons = {split: data.no_shuffled_text(split) for split in data.counts if stage.text_dim}
+    reasons = {split: data.no_shuffled_text(split) for split in data.counts if stage.reads_text}
     return {f", {split}, shuffled text": reason for split, reason in reasons.items() if reason}
 
 

@@ -32,7 +32,7 @@ COLUMNS = tuple(
 
 
 def excluded(stage: Stage, settings: Settings) -> str:
-    if stage.text_dim or stage.lowres_size:
+    if stage.reads_text or stage.lowres_size:
         return ""
     return f"{stage.name} has neither text nor low-res images"
 
@@ -67,7 +67,7 @@ def _rises(e: Evaluation) -> dict[str, dict[str, Float[np.ndarray, "n k"]]]:
     split, out = e.data.heldout, {}
     controls = e.data.crops(split).controls
     loss = lambda **condition: e.errors(training_loss, split, **condition)
-    if e.stage.text_dim:
+    if e.stage.reads_text:
         out["text"] = {kind: loss(text=kind) - loss() for kind in controls}
     for level in LOWRES_NOISE if e.stage.lowres_size else ():
         right = loss(level=level)

@@ -77,7 +77,7 @@ def test_measures_that_do_not_apply_are_refused_by_name():
     """Catches an unknown name passed over in silence, and super-resolution measures tried on a base
     stage."""
     toy, base, settings = toys.Toy(), toys.Base(), toys.settings()
-    told = type("Told", (toys.Base,), {"text_dim": 1})()
+    told = type("Told", (toys.Base,), {"reads_text": True})()
     of_super_resolution = {"denoising", "detail", "consistency"}
     assert list(measure.choose([], toy, settings)) == list(measure.modules())
     assert set(measure.choose([], told, settings)) == set(measures.NAMES) - of_super_resolution
