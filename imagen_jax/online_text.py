@@ -21,9 +21,9 @@ from imagen_jax import sharding
 from imagen_jax.data.example_text import EncodedText, ExampleText, TokenText
 from imagen_jax.data.records import Prepared
 from imagen_jax.text.encoder import FlaxEncoder
+from imagen_jax.text.encoder_list import parse_encoders
 from imagen_jax.text.feature_file import MOST_PER_DEVICE, FeatureFile
-from imagen_jax.text.several import parse_encoders
-from imagen_jax.text_inputs import MASK, POOLED, TEXT, TOKENS, TextInput, key, text_inputs
+from imagen_jax.text_inputs import MASK, POOLED, TEXT, TOKENS, TextInput, field_name, text_inputs
 from imagen_jax.weights.text_encoders import load_text_encoder
 
 # Captions whose features every device holds at once: 512 MiB of T5-XXL's at 128 tokens.
@@ -67,17 +67,17 @@ class OnlineText:
         fields = {}
         for text_input in self._inputs:
             name = text_input.name
-            tokens, mask = batch[key(TOKENS, name)], batch[key(MASK, name)]
+            tokens, mask = batch[field_name(TOKENS, name)], batch[field_name(MASK, name)]
             out, pooled = self._encoders[name].run(tokens, mask)
-            fields[key(TEXT, name)] = self._masked(out, mask)
-            fields[key(MASK, name)] = mask
+            fields[field_name(TEXT, name)] = self._masked(out, mask)
+            fields[field_name(MASK, name)] = mask
             if text_input.pooled_dim:
-                fields[key(POOLED, name)] = pooled
+                fields[field_name(POOLED, name)] = pooled
         return fields
 
     def place(self, batch: Mapping[str, Shaped[np.ndarray, "b ..."]]) -> dict[str, Array]:
         """The text fields on the mesh, from the tokens and masks of a host batch."""
-        names = [key(kind, name) for name in self._encoders for kind in (TOKENS, MASK)]
+        names = [field_name(kind, name) for name in self._encoders for kind in (TOKENS, MASK)]
         return self.features(
             sharding.place_batch({name: batch[name] for name in names}, self._mesh)
         )
@@ -88,8 +88,8 @@ class OnlineText:
         batch = {}
         for text_input in self._inputs:
             shape = held, text_input.length
-            batch[key(TOKENS, text_input.name)] = np.zeros(shape, np.int32)
-            batch[key(MASK, text_input.name)] = np.ones(shape, bool)
+            batch[field_name(TOKENS, text_input.name)] = np.zeros(shape, np.int32)
+            batch[field_name(MASK, text_input.name)] = np.ones(shape, bool)
         jax.block_until_ready(self.place(batch))
 
     def of_captions(self, prepared: Prepared, caption_ids: Sequence[int]) -> EncodedText:
@@ -138,10 +138,10 @@ def _add(
     features: Mapping[str, Shaped[np.ndarray, "b ..."]],
 ) -> None:
     """Stores the features of texts, without padding. features: the fields of a batch."""
-    lengths = features[key(MASK, name)].sum(axis=1)
-    pooled = features.get(key(POOLED, name))
+    lengths = features[field_name(MASK, name)].sum(axis=1)
+    pooled = features.get(field_name(POOLED, name))
     for i, text in enumerate(texts):
-        tokens = features[key(TEXT, name)][i, : lengths[i]]
+        tokens = features[field_name(TEXT, name)][i, : lengths[i]]
         file.add(text, tokens, None if pooled is None else pooled[i])
 
 

@@ -30,7 +30,7 @@ from imagen_jax.evals import evaluation_text, stage_evaluation
 from imagen_jax.online_text import OnlineText
 from imagen_jax.picture_set import Requests, manifest_rows
 from imagen_jax.stage import create_stage
-from imagen_jax.text_inputs import MASK, POOLED, TEXT, TextInput, key, text_inputs
+from imagen_jax.text_inputs import MASK, POOLED, TEXT, TextInput, field_name, text_inputs
 from imagen_jax.training.run import Run
 from imagen_jax.weights.text_encoders import load_text_encoder
 from tests import tiny
@@ -201,7 +201,7 @@ def test_online_features_are_the_stored_ones(both, texts, encoders, workers):
     np.testing.assert_array_equal(batch["image"], wanted["image"])
     fields = computed.place(batch)
     for name in (TEXT, MASK, POOLED):
-        field = key(name, "clip")
+        field = field_name(name, "clip")
         ours, theirs = (np.asarray(f[field], np.float32) for f in (fields, wanted))
         np.testing.assert_allclose(ours, theirs, atol=0.03)
     assert fields.keys() == {name for name in wanted if "." in name}

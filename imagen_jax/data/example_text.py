@@ -9,7 +9,7 @@ from jaxtyping import Shaped
 
 from imagen_jax.data.records import CaptionStore, FeatureStore, Prepared
 from imagen_jax.data.transforms import pad_text
-from imagen_jax.text_inputs import MASK, POOLED, TEXT, TOKENS, TextFeatures, TextInput, key
+from imagen_jax.text_inputs import MASK, POOLED, TEXT, TOKENS, TextFeatures, TextInput, field_name
 
 Fields = dict[str, Shaped[np.ndarray, "..."]]  # of one row of a batch
 # Caption id -> fields; safe to share between threads. That of training data can be pickled.
@@ -49,9 +49,9 @@ def fields_of(text_input: TextInput, features: TextFeatures) -> Fields:
     Raises ValueError if the text has more tokens than the input.
     """
     text, mask = pad_text(features.embedding, text_input.length)
-    fields = {key(TEXT, text_input.name): text, key(MASK, text_input.name): mask}
+    fields = {field_name(TEXT, text_input.name): text, field_name(MASK, text_input.name): mask}
     if text_input.pooled_dim:
-        fields[key(POOLED, text_input.name)] = features.pooled
+        fields[field_name(POOLED, text_input.name)] = features.pooled
     return fields
 
 
@@ -144,6 +144,6 @@ class _Tokens:
             (row,), _ = self.tokenize[name]([text])
             tokens = np.zeros(length, np.int32)
             tokens[: len(row)] = row
-            fields[key(TOKENS, name)] = tokens
-            fields[key(MASK, name)] = np.arange(length) < len(row)
+            fields[field_name(TOKENS, name)] = tokens
+            fields[field_name(MASK, name)] = np.arange(length) < len(row)
         return fields

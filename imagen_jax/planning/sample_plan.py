@@ -24,7 +24,7 @@ from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import check_object
 from imagen_jax.text import choice as choices
 from imagen_jax.text import feature_file, sizes
-from imagen_jax.text.several import parse_encoders
+from imagen_jax.text.encoder_list import parse_encoders
 from imagen_jax.text_inputs import UNNAMED, longest_input
 from imagen_jax.weights import exports
 from imagen_jax.weights.checkpoint import META, opened
