@@ -270,16 +270,6 @@ def cascade_config(config: Any, flag: str = "--config") -> dict[str, Any]:
     return schema.complete_cascade(json.loads(config.to_json()), flag, new=True)
 
 
-def data_config(config: Any, flag: str = "--config") -> dict[str, Any]:
-    """`stage_config`, but raises ValueError if data.path and data.mixture are empty."""
-    plain = stage_config(config, flag)
-    if not plain["data"]["path"] and not plain["data"]["mixture"]:
-        raise ValueError(
-            f"{flag}.data.path is empty: give the directory that imagen_jax.prepare_data made"
-        )
-    return plain
-
-
 def check_directory(flag: str, path: str) -> None:
     """Raises ValueError if `path` is a URL, a file, or below a file. Creates nothing."""
     check_local(f"--{flag}", path)

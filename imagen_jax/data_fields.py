@@ -1,10 +1,17 @@
 """The fields of the config sections `text` and `data`, for imagen_jax/schema.py."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
-from imagen_jax.field import NEEDED, Field, Need
+from imagen_jax.field import Field, Need
 from imagen_jax.network_fields import NAMED_TEXT, WITH_TEXT
+
+Mixture = Sequence[tuple[str, float]]
+
+
+def only_paths_differ(before: Mixture, after: Mixture) -> bool:
+    """Whether two mixtures have the same weights; the hash of the data says if the sets moved."""
+    return [weight for _, weight in before] == [weight for _, weight in after]
+
 
 TEXT = {
     "dim": Field(
@@ -104,6 +111,7 @@ DATA = {
         "Prepared directories to mix, with weights, instead of data.path: ((path, weight), ...).",
         tuple[tuple[str, float], ...],
         older=(),
+        resume=only_paths_differ,
     ),
     "view": Field(
         "Part of the image that is read in training: the largest window in the centre (centre) or"
@@ -126,9 +134,3 @@ DATA = {
         older=(),
     ),
 }
-
-
-def with_older(data_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A section `data` in which absent fields have the values that older configs mean."""
-    older = {name: field.older for name, field in DATA.items() if field.older is not NEEDED}
-    return older | dict(data_cfg)

@@ -9,7 +9,7 @@ import difflib
 import json
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 NEEDED = object()  # `Field.older` of a field that every saved config contains
@@ -49,7 +49,7 @@ class Field:
     choices: the valid values (for a tuple: the valid entries); () allows any.
     older: the value to assume for configs that were saved before the field existed.
     resume: whether a resumed run may change it. (field, value): only if that other field has this
-        value.
+        value. A function of the values before and after, which docs/config.md names: if it is true.
     interval: the valid range in a new run, such as "[0, 1)"; "" allows any number. Saved configs
         are not checked.
     needs: without all of these conditions the field has no effect (see `without_effect`). A tuple
@@ -63,7 +63,7 @@ class Field:
     source: str = ""
     choices: tuple[str, ...] = ()
     older: Any = NEEDED
-    resume: bool | tuple[str, Any] = False
+    resume: bool | tuple[str, Any] | Callable[[Any, Any], bool] = False
     interval: str = ""
     needs: tuple[Need | tuple[Need, ...], ...] = ()
     idle: tuple[Any, ...] = ()

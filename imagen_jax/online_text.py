@@ -154,6 +154,8 @@ def named_encoders(
 
     Raises ValueError if the encoders are not those of the stage's inputs.
     """
+    if not given:
+        raise ValueError(f"there is no text encoder: set {field}=NAME")
     inputs, named = text_inputs(config), parse_encoders(given)
     wanted = [text_input.name for text_input in inputs]
     if named.keys() != set(wanted):

@@ -4,6 +4,8 @@ r"""Predicts memory, time and cost of a training run, or of sampling, on a TPU o
     python -m imagen_jax.plan --config configs/sr_1024.py --topology v5p-256 \
         --config.data.batch_size=1024 --search --output plans/sr_1024
     python -m imagen_jax.plan --text_encoder xxl --topology v5e-64 --captions 400000000
+    python -m imagen_jax.plan --config configs/base_64.py --topology v5e:16x16 \
+        --text_encoder xxl --captions 100000000,400000000
     python -m imagen_jax.plan --sample --config configs/cascade.py --topology v5e:4x4
 
 Nothing runs on an accelerator and none is needed. The train step and the sampler are compiled ahead
@@ -38,7 +40,7 @@ STOPS = {signal.SIGINT, signal.SIGTERM}
 PARENT = "IMAGEN_JAX_PARENT"  # environment variable: the plan ends when this process ends
 OF_TRAINING = ("exact", "search", "sampler")  # flags that --sample has no use for
 OF_SAMPLING = ("size",)  # flags of --sample only
-OF_ENCODER = ("tokens", "encode_batch", "captions")  # flags of --text_encoder only
+OF_ENCODER = ("tokens", "encode_batch")  # flags of --text_encoder without --config
 # Errors that code in a config file may raise.
 CONFIG_ERRORS = (
     ValueError,
@@ -71,7 +73,8 @@ def define_flags() -> None:
         "",
         "plan the encoding of captions instead of a training: a name, such as xxl (T5 v1.1),"
         " flan-t5-xl, t5-11b, bert-large, clip-l14 or clip-bigg, or a directory with a text"
-        " encoder's config.json",
+        " encoder's config.json; with --config and --captions: the encoder of the comparison, also"
+        " several as in t5=xxl+clip=clip-l14",
     )
     flags.DEFINE_list(
         "tokens", ["16", "32", "64", "128"], "with --text_encoder: caption lengths in tokens"
@@ -82,8 +85,17 @@ def define_flags() -> None:
         "with --text_encoder: captions of up to 32 tokens per chip and batch, as in prepare_data",
         lower_bound=1,
     )
-    flags.DEFINE_integer(
-        "captions", 0, "with --text_encoder: number of captions, to report hours", lower_bound=0
+    flags.DEFINE_list(
+        "captions",
+        [],
+        "numbers of captions, such as 100000000,400000000: in a training plan compares stored text"
+        " features with text.online; with --text_encoder alone one number, to report hours",
+    )
+    flags.DEFINE_float(
+        "caption_tokens",
+        32.0,
+        "with --config and --captions: mean length of the captions in tokens",
+        lower_bound=1.0,
     )
     flags.DEFINE_bool("sample", False, "plan the sampling of a cascade instead of a training")
     flags.DEFINE_integer(
@@ -164,7 +176,7 @@ def main() -> int:
     for flag in ("output", "cache"):
         if args[flag].value:
             cli.make_directory(flag, os.path.expanduser(args[flag].value))
-    if args.text_encoder:
+    if args.text_encoder and not args.config:
         return plan_encoder(topology, args)
     if args.sample:
         return plan_sampling(config, topology, args)
@@ -179,6 +191,9 @@ def main() -> int:
         sampler=args.sampler,
         search=args.search,
         price=args.price,
+        captions=tuple(map(int, args.captions)),
+        caption_tokens=args.caption_tokens,
+        encoders=args.text_encoder,
     )
     plan = train_plan.plan_training(config, topology, options)
     print(json.dumps(plan, indent=1) if args.json else plan_report.text(plan), flush=True)
@@ -191,22 +206,35 @@ def check_flags(args: Any) -> None:
     """Raises ValueError for flags that contradict each other or have invalid values."""
     if args.sample and args.text_encoder:
         raise ValueError("--sample and --text_encoder are both given; use one of them")
-    for name in OF_TRAINING if args.sample else ():
+    for name in (*OF_TRAINING, "captions", "caption_tokens") if args.sample else ():
         if args[name].present:
             raise ValueError(f"--{name} is for the plan of a training; leave it out with --sample")
     for name in () if args.sample else OF_SAMPLING:
         if args[name].present:
             raise ValueError(f"--{name} is for --sample; leave it out")
-    for name in () if args.text_encoder else OF_ENCODER:
+    is_training = args.config is not None and not args.sample
+    for name in () if args.text_encoder and not is_training else OF_ENCODER:
         if args[name].present:
-            raise ValueError(f"--{name} is for --text_encoder; leave it out")
-    if args.config is not None and args.text_encoder:
-        raise ValueError("--config and --text_encoder are both given; use one of them")
+            raise ValueError(f"--{name} is for --text_encoder without --config; leave it out")
+    if args["caption_tokens"].present and not (is_training and args.captions):
+        raise ValueError("--caption_tokens is for --config with --captions; leave it out")
+    if args.config is not None and args.text_encoder and not args.captions:
+        raise ValueError(
+            "--config and --text_encoder are both given; use one of them, or add --captions to"
+            " compare stored features with text.online"
+        )
     if (args.config is None and not args.text_encoder) or args.topology is None:
         raise ValueError(
             "--topology NAME and either --config FILE or --text_encoder NAME are required, such as"
             " --config configs/base_64.py --topology v5e:16x16"
         )
+    if not all(map(is_positive_integer, args.captions)):
+        raise ValueError(
+            f"--captions is {','.join(args.captions)!r}; it must be numbers of captions such as"
+            " 100000000,400000000"
+        )
+    if not is_training and len(args.captions) > 1:
+        raise ValueError("--captions with --text_encoder alone is one number")
     if not math.isfinite(args.price):
         raise ValueError(f"--price is {args.price}; it must be a finite number")
     if args.text_encoder and not (args.tokens and all(map(is_positive_integer, args.tokens))):
@@ -300,8 +328,9 @@ def plan_encoder(topology: Any, args: Any) -> int:
 
     network = encoder_plan.find_network(args.text_encoder)
     lengths = [int(text) for text in args.tokens]
+    captions, cache = sum(map(int, args.captions)), os.path.expanduser(args.cache)
     plan = {"name": args.text_encoder} | encoder_plan.plan_encoder(
-        network, topology, lengths, args.encode_batch, args.captions
+        network, topology, lengths, args.encode_batch, captions, cache
     )
     text = json.dumps(plan, indent=1) if args.json else "\n".join(encoder_plan.text(plan))
     print(text, flush=True)

@@ -364,11 +364,12 @@ def check_seed(seed: int, where: str) -> None:
         raise ValueError(f"{where} {seed} is not a valid seed; give an integer in {SEEDS}")
 
 
-def may_change(name: str, config: Mapping[str, Any]) -> bool:
+def may_change(name: str, config: Mapping[str, Any], before: Any, after: Any) -> bool:
     """Whether a resumed run may change a field. It may change any field without effect.
 
     name: dotted path of the field, such as "train.steps".
     config: the complete config of the run.
+    before, after: the values of the field, with tuples for lists.
     """
     fields = flat(stage_fields(config["model"]["family"]))
     if name not in fields:
@@ -379,7 +380,7 @@ def may_change(name: str, config: Mapping[str, Any]) -> bool:
     if isinstance(condition, tuple):
         other, value = condition
         return flat(config)[other] == value
-    return condition
+    return condition(before, after) if callable(condition) else condition
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

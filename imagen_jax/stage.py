@@ -29,7 +29,7 @@ from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.layers import TEXT, identity
 from imagen_jax.models.unet import UNet
 from imagen_jax.sharded_attention import attention_on
-from imagen_jax.stage_sizes import Size
+from imagen_jax.stage_sizes import Size, size_text
 from imagen_jax.text_inputs import MASK, POOLED, TextInput, field_name, is_text, text_inputs
 from imagen_jax.text_inputs import TEXT as TEXT_FIELD
 
@@ -244,10 +244,10 @@ class Stage:
         cond = self.cond(batch)
         if "lowres" in cond:
             if cond["lowres"].shape[1:3] != self.lowres_of(size):
+                needed, found = self.lowres_of(size), cond["lowres"].shape[1:3]
                 raise ValueError(
-                    f"{self.name} needs low-res images of {stage_sizes.text(self.lowres_of(size))}"
-                    f" for images of {stage_sizes.text(size)}, not of"
-                    f" {stage_sizes.text(cond['lowres'].shape[1:3])}"
+                    f"{self.name} needs low-res images of {size_text(needed)} for images of"
+                    f" {size_text(size)}, not of {size_text(found)}"
                 )
             aug_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
             noise = sampler.sample_noise(aug_keys, cond["lowres"].shape[1:])
@@ -366,8 +366,7 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
         image_size=data["image_size"],
         lowres_size=data["lowres_size"],
         crop_size=data["crop_size"],
-        buckets=tuple(map(tuple, data["buckets"]))
-        or (stage_sizes.square(data["crop_size"] or data["image_size"]),),
+        buckets=stage_sizes.of_training(data),
         texts=texts,
         sampling=dict(config["sampling"]),
         gather=sharding.gather_parameters(mesh) if mesh else identity,

@@ -4,14 +4,14 @@ A stage of image size s and low-res size r up-samples images of any height and w
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 Size = tuple[int, int]  # height, width
 
 
 @runtime_checkable
-class Sized(Protocol):
+class HasSizes(Protocol):
     """The fields of a `Stage` that its image sizes depend on."""
 
     name: str
@@ -27,14 +27,26 @@ def square(side: int) -> Size:
     return side, side
 
 
-def text(size: Size) -> str:
+def of_images(data_cfg: Mapping[str, Any]) -> tuple[Size, ...]:
+    """The sizes in which images are read in training: data.buckets, or one square."""
+    buckets = tuple((height, width) for height, width in data_cfg["buckets"])
+    return buckets or (square(data_cfg["image_size"]),)
+
+
+def of_training(data_cfg: Mapping[str, Any]) -> tuple[Size, ...]:
+    """The sizes of training images: one square of data.crop_size, or those of whole images."""
+    crop = data_cfg["crop_size"]
+    return (square(crop),) if crop else of_images(data_cfg)
+
+
+def size_text(size: Size) -> str:
     """A size as HEIGHTxWIDTH."""
     return f"{size[0]}x{size[1]}"
 
 
 def short(size: Size) -> str:
     """The side of a square, HEIGHTxWIDTH of another size; part of file names and headings."""
-    return str(size[0]) if size[0] == size[1] else text(size)
+    return str(size[0]) if size[0] == size[1] else size_text(size)
 
 
 def parse(value: str) -> Size:
@@ -50,7 +62,7 @@ def scaled(size: Size, to: int, of: int) -> Size:
     return size[0] * to // of, size[1] * to // of
 
 
-def check_buckets(stage: Sized) -> None:
+def check_buckets(stage: HasSizes) -> None:
     """Raises ValueError, which names the bucket, if it does not fit the network of a stage.
 
     A mesh that splits the image height needs no other sizes: uneven parts are padded.
@@ -60,12 +72,12 @@ def check_buckets(stage: Sized) -> None:
     for bucket in stage.buckets:
         if any(side % factor for side in bucket):
             raise ValueError(
-                f"data.buckets has {text(bucket)}, but {stage.name} needs sides divisible by"
+                f"data.buckets has {size_text(bucket)}, but {stage.name} needs sides divisible by"
                 f" {factor}, the factor by which its network shrinks images"
             )
 
 
-def of_stages(stages: Sequence[Sized], size: Size | None) -> list[Size]:
+def of_stages(stages: Sequence[HasSizes], size: Size | None) -> list[Size]:
     """The image size of each stage of a cascade, if the last one draws images of `size`.
 
     Without `size`, all stages draw squares of their image size. Raises ValueError, which names the
@@ -77,15 +89,15 @@ def of_stages(stages: Sequence[Sized], size: Size | None) -> list[Size]:
     if any(side % step for side in size):
         below = tuple(max(step, side - side % step) for side in size)
         above = tuple(side + -side % step for side in size)
-        nearest = " and ".join(dict.fromkeys(map(text, (below, above))))
+        nearest = " and ".join(dict.fromkeys(map(size_text, (below, above))))
         raise ValueError(
-            f"--size {text(size)} does not fit the stages {', '.join(s.name for s in stages)}:"
+            f"--size {size_text(size)} does not fit the stages {', '.join(s.name for s in stages)}:"
             f" height and width must be multiples of {step}, the nearest are {nearest}"
         )
     return [scaled(size, stage.image_size, last) for stage in stages]
 
 
-def step_of(stages: Sequence[Sized]) -> int:
+def step_of(stages: Sequence[HasSizes]) -> int:
     """The number that the sides of the last stage's images must be multiples of.
 
     Then the images of every stage have whole sides that are divisible by its network's factor, and
@@ -101,13 +113,13 @@ def step_of(stages: Sequence[Sized]) -> int:
     return math.lcm(*steps)
 
 
-def untrained(stages: Sequence[Sized], sizes: Sequence[Size]) -> str:
+def untrained(stages: Sequence[HasSizes], sizes: Sequence[Size]) -> str:
     """A line about the stages that were not trained on images of these sizes; "" for none.
 
     A stage that trains on crops never sees a whole image, so it is not named.
     """
     named = [
-        f"{stage.name} ({text(size)})"
+        f"{stage.name} ({size_text(size)})"
         for stage, size in zip(stages, sizes)
         if not stage.crop_size and size not in stage.buckets
     ]

@@ -70,11 +70,11 @@ def main() -> int:
     cli.log_to_stderr()
     if args.config is None or args.workdir is None:
         raise ValueError("--config FILE and --workdir DIR are both needed")
-    config, workdir = cli.data_config(args.config), Path(args.workdir)
-    for path, _ in sets.sources(config["data"]):
+    config, workdir = cli.stage_config(args.config), Path(args.workdir)
+    for one in sets.data_sets(config["data"]):
         flag = f"--config.data.{'path' if config['data']['path'] else 'mixture'}"
-        check_local(flag, path)
-        check_utf8(flag, path)
+        check_local(flag, one.path)
+        check_utf8(flag, one.path)
     check_local("--init_from", args.init_from)
     cli.check_directory("workdir", args.workdir)
     check_utf8("--workdir", args.workdir)

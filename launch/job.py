@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from imagen_jax import cli
+from imagen_jax.data import sets
 from imagen_jax.hardware.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,8 +102,12 @@ class Job:
     @property
     def buckets(self) -> tuple[str, ...]:
         """Names of the buckets in the arguments, written as gs://NAME or MOUNT/NAME."""
-        pattern = rf"(?:^|=)(?:{BUCKET}|{MOUNT}/)([^/]+)"
-        names = (name for argument in self.arguments for name in re.findall(pattern, argument))
+        pattern = rf"(?:{BUCKET}|{MOUNT}/)([^/'\"]+)"
+        names = (
+            name
+            for argument in self.arguments
+            for name in re.findall(f"(?:{_before_path(argument)}){pattern}", argument)
+        )
         return tuple(sorted(set(names)))
 
     @property
@@ -164,7 +169,9 @@ def check_inputs(job: Job, code: str) -> None:
     # --init_from=PATH or --init_from PATH; the last one counts.
     pattern = r"^--?init_from[=\n](.*)"
     init_paths = re.findall(pattern, "\n".join(job.arguments), re.MULTILINE)[-1:]
-    inputs = [("--config.data.path", job.config["data"]["path"])]
+    data = job.config["data"]
+    field = "path" if data["path"] else "mixture"
+    inputs = [(f"--config.data.{field}", one.path) for one in sets.data_sets(data)]
     inputs += [
         ("--init_from", path) for path in init_paths if path and not path.startswith("embedded:")
     ]
@@ -172,8 +179,9 @@ def check_inputs(job: Job, code: str) -> None:
         check_path(path, flag)
         parents = Path(os.path.normpath(path)).parents
         if not (in_bucket(path) or Path(MOUNT) in parents or (code and Path(code) in parents)):
+            shown = f"{path} in {flag}" if flag == "--config.data.mixture" else f"{flag}={path}"
             raise ValueError(
-                f"{job.title}: {flag}={path} exists only on this machine: give {BUCKET}BUCKET/PATH"
+                f"{job.title}: {shown} exists only on this machine: give {BUCKET}BUCKET/PATH"
             )
 
 
@@ -191,8 +199,17 @@ def check_path(text: str, flag: str = "--workdir") -> None:
 
 
 def mounted(argument: str) -> str:
-    """The argument with gs:// (at its start or after "=") replaced by the mount directory."""
-    return re.sub(rf"(^|=){BUCKET}", rf"\1{MOUNT}/", argument, count=1)
+    """The argument with gs:// replaced by the mount directory.
+
+    At its start or after "="; of a data.mixture, in each path.
+    """
+    return re.sub(f"({_before_path(argument)}){BUCKET}", rf"\1{MOUNT}/", argument)
+
+
+def _before_path(argument: str) -> str:
+    """Pattern of what comes before a path: the quote of each path of a data.mixture."""
+    is_mixture = re.match(r"(--?config\.data\.mixture=)?\s*[(\[]", argument)
+    return "['\"]" if is_mixture else "^|="
 
 
 def name_of(workdir: str) -> str:
@@ -262,7 +279,9 @@ def read_config(config: str, fields: Sequence[str]) -> dict[str, Any]:
     except cli.FLAG_ERRORS as error:
         reason = cli.cause(error).strip().splitlines()[-1]
         raise ValueError(f"--config {config}: {reason}") from error
-    return cli.data_config(values.config, f"--config {config}")
+    content = cli.stage_config(values.config, f"--config {config}")
+    sets.data_sets(content["data"])  # says what is wrong
+    return content
 
 
 def training(
@@ -279,10 +298,13 @@ def training(
     other machines read the config from their own checkout. more: further options of train.
     """
     content = read_config(config, fields)
-    path = content["data"]["path"]
-    if in_bucket(path) and not any(field.startswith("--config.data.path=") for field in fields):
-        # As an argument, so that its bucket is mounted.
-        fields = (*fields, f"--config.data.path={path}")
+    for name in ("path", "mixture"):
+        option, value = f"--config.data.{name}=", content["data"][name]
+        value = value if name == "path" else tuple(map(tuple, value))
+        given = any(field.startswith(option) for field in fields)
+        if not given and mounted(f"{option}{value}") != f"{option}{value}":
+            # As an argument, so that its buckets are mounted.
+            fields = (*fields, f"{option}{value}")
     file = config if where in ("local", "slurm") else inside_checkout(config)
     config_options = (f"--config={file}", f"--workdir={workdir}")
     arguments = ("-m", "imagen_jax.train", *config_options, *fields, *more)

@@ -62,7 +62,11 @@ MISTAKES = {
         [TINY, "--workdir=w", "resume"],
         "unexpected argument 'resume'",
     ),
-    "no data": ("imagen_jax.train", [TINY, "--workdir=w"], "--config.data.path is empty"),
+    "no data": (
+        "imagen_jax.train",
+        [TINY, "--workdir=w"],
+        "data.path and data.mixture are both empty",
+    ),
     "data not prepared": (
         "imagen_jax.train",
         [TINY, "--config.data.path=nowhere", "--workdir=w"],

@@ -59,8 +59,8 @@ def test_a_value_without_effect_is_refused(idle, effect):
     for changes in ({path.replace(".", "__"): default}, effect):
         schema.complete(tiny.config(**idle | changes), new=True)
     if schema.flat(schema.STAGE)[path].resume is not True:
-        assert schema.may_change(path, schema.complete(config))
-        assert not schema.may_change(path, schema.complete(tiny.config(**idle | effect)))
+        assert schema.may_change(path, schema.complete(config), 0, 1)
+        assert not schema.may_change(path, schema.complete(tiny.config(**idle | effect)), 0, 1)
 
 
 def test_every_need_is_tested():

@@ -322,6 +322,26 @@ def test_plan_of_a_text_encoder(tmp_path):
     assert short["hours"] * 3600 * 4 * short["captions_per_s_per_chip"] == pytest.approx(1e6)
 
 
+def test_text_encoders_in_the_training(tmp_path):
+    """Catches an encoder without its weights, one that is planned for other rows than the batch,
+    and a comparison that changes the plan of a run with stored features.
+    """
+    flags = ("--notime", "--nosampler", "--captions=1000,2000")
+    online = ("--config.text.online=True", "--config.text.online_encoder=t5_tiny")
+    code, result = plan(tmp_path, *flags, *online)
+    _, stored = plan(tmp_path, *flags, "--text_encoder=t5_tiny")
+    (encoder,) = result["online"]["encoders"]
+    assert code == 0 and result["memory"]["parts"]["text encoders"] == encoder["weights"]
+    assert 2 * 4.3e6 < encoder["weights"] < 2 * 4.5e6 and encoder["weights"] < encoder["peak"]
+    assert result["memory"]["peak"] == stored["memory"]["peak"] + encoder["weights"]
+    # Two captions of 32 tokens on each of four chips; the token embedding has no FLOPs.
+    assert 0 < encoder["flops"] < 2 * 2 * 32 * 4.5e6
+    assert encoder["flops"] / topology.parse("v5e-4").chip.peak_flops < encoder["seconds"] < 1e-2
+    assert "online" not in stored and stored["text_costs"] == result["text_costs"]
+    few, many = result["text_costs"]["rows"]
+    assert many["break_even_steps"] == pytest.approx(2 * few["break_even_steps"])
+
+
 @pytest.mark.parametrize("slices, fsdp", [("2xv5e:4x4", 8), ("v4-512", 16)])
 def test_meshes_of_real_tori(slices, fsdp):
     """Catches a group of fsdp that extends over two slices, and an axis refused because no sides of
@@ -348,8 +368,11 @@ def test_plan_of_gpus(tmp_path):
         "--nosampler",
         "--config.optim.accumulation=2",
         "--config.data.batch_size=16",
+        "--config.text.online=True",
+        "--config.text.online_encoder=t5_tiny",
         topology="h100-8",
     )
+    assert result["online"]["is_bound"] and 0 < result["online"]["seconds"] < 1e-3
     assert (
         code == 0
         and result["chips"] == 8

@@ -1,6 +1,7 @@
 """The schema: complete records, refusals that name the field, every field in a config and back."""
 
 import copy
+import functools
 import importlib
 import json
 import subprocess
@@ -351,17 +352,21 @@ def test_choices_are_those_with_code_behind_them():
 
 def test_what_a_resume_may_change():
     """Wrong: a resume mixes two experiments, or refuses a change of where a run computes."""
+    # Two mixtures with other weights.
+    may_change = functools.partial(
+        schema.may_change, before=(("a", 1.0),), after=(("a", 1.0), ("b", 1.0))
+    )
     config = schema.complete(tiny.config())
-    free = {name for name in schema.flat(config) if schema.may_change(name, config)}
+    free = {name for name in schema.flat(config) if may_change(name, config)}
     sections = {n for n in schema.flat(config) if n.split(".")[0] in ("mesh", "train", "sampling")}
     alone = {"name", "model.remat", "data.path", "data.workers", "data.cache_mib"}
     idle = {f"diffusion.{n}" for n in ("aug_schedule", "aug_max", "density_mean", "density_std")}
     idle |= {f"text.{n}" for n in ("dims", "lengths", "pooled_dims", "drops", "encoder")}
     assert free == sections | alone | idle | {"optim.accumulation", "data.view_scale"}
-    assert not schema.may_change("encoder.dim", config)
+    assert not may_change("encoder.dim", config)
     cosine, dropout = tiny.config(optim__decay="cosine"), tiny.config(model__dropout=0.1)
-    assert not schema.may_change("train.steps", cosine)
-    assert not schema.may_change("optim.accumulation", dropout)
+    assert not may_change("train.steps", cosine)
+    assert not may_change("optim.accumulation", dropout)
 
 
 @pytest.mark.parametrize(

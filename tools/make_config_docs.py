@@ -130,6 +130,8 @@ def needs(field: Field) -> str:
 def resume(field: Field) -> str:
     if isinstance(field.resume, tuple):
         return f"while {field.resume[0]} is {cell(field.resume[1])}"
+    if callable(field.resume):
+        return f"if {field.resume.__name__.replace('_', ' ')}"
     return "yes" if field.resume else "no"
 
 

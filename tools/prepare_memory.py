@@ -50,7 +50,8 @@ _SAMPLE_S = 1.0  # between two looks at disk and memory
 _BATCHES = (64, 256)
 _WORKERS = (0, 2)
 _DATA = {"image_size": _SIDE, "lowres_size": 0, "crop_size": 0, "text_length": 32}
-_DATA |= {"flip": True, "caption": "random", "cache_mib": 0, "decode": "exact"}
+_DATA |= {"flip": True, "caption": "random", "cache_mib": 0, "decode": "exact", "mixture": ()}
+_DATA |= {"view": "centre", "view_scale": (0.8, 1.0), "buckets": ()}
 _FIRST_BATCH = """
 import json, sys, time
 path, size, workers, data = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])

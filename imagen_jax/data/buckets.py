@@ -13,7 +13,8 @@ from jaxtyping import Bool, Int, UInt32
 from imagen_jax.data.image_sizes import ImageSizes, open_sizes
 from imagen_jax.data.index_files import MappedArray, build_once, cache_directory
 from imagen_jax.data.records import Prepared
-from imagen_jax.data.views import TOLERANCE, Size
+from imagen_jax.data.views import TOLERANCE
+from imagen_jax.stage_sizes import Size
 
 FORMAT_VERSION = 1  # of the file of rows
 
@@ -33,6 +34,17 @@ class BucketRows:
         if not 0 <= number < self.count:
             raise IndexError(f"a bucket of {self.count} images has no image {number}")
         return int(self.mapped.array[self.start + number])
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """The images of one bucket. rows: of the bucket. sizes: of all images, to be compared."""
+
+    rows: BucketRows
+    sizes: ImageSizes
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 def nearest(sizes: UInt32[np.ndarray, "n 2"], buckets: Sequence[Size]) -> Int[np.ndarray, " n"]:
@@ -61,26 +73,27 @@ def too_small(
     return (sizes * scale < np.array(buckets)[of] - TOLERANCE).any(axis=1)
 
 
-def open_rows(
+def open_buckets(
     prepared: Prepared, split: str, buckets: Sequence[Size], scale: float
-) -> tuple[ImageSizes, list[BucketRows]]:
-    """(sizes of the images, rows of each bucket).
+) -> list[Bucket]:
+    """The images of each bucket.
 
-    The rows are in a file in the directory for temporary files, named by what they depend on.
+    The rows are in a file in the directory for temporary files, named by what they depend on, also
+    the sizes: the file of sizes may be replaced.
 
     scale: of the smallest window, see `views.smallest_scale`.
 
     Raises ValueError if an image is too small for its bucket.
     """
     sizes = open_sizes(prepared, split)
-    key = json.dumps([FORMAT_VERSION, prepared.hash, split, buckets, scale])
+    key = json.dumps([FORMAT_VERSION, prepared.hash, split, buckets, scale, sizes.sha256()])
     name = f"buckets-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     path = cache_directory() / name
     build_once(path, lambda temporary: _write(temporary, prepared, sizes, buckets, scale))
     mapped = MappedArray(path)
     counts = mapped.array[len(sizes) :].tolist()
     starts = np.cumsum([0, *counts]).tolist()
-    return sizes, [BucketRows(mapped, *part) for part in zip(starts, counts)]
+    return [Bucket(BucketRows(mapped, *part), sizes) for part in zip(starts, counts)]
 
 
 def _write(

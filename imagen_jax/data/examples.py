@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from imagen_jax.data import transforms, views
-from imagen_jax.data.buckets import BucketRows
+from imagen_jax.data.buckets import Bucket
 from imagen_jax.data.example_text import TextOf
-from imagen_jax.data.image_sizes import ImageSizes
 from imagen_jax.data.records import ImageStore
-from imagen_jax.data.views import CENTRE, Size, View
+from imagen_jax.data.views import CENTRE, View
+from imagen_jax.stage_sizes import Size
 
 Example = dict[str, Shaped[np.ndarray | np.generic, "..."]]  # one row of a batch
 Pixels = UInt8[np.ndarray, "h w 3"]
@@ -47,14 +47,6 @@ class PixelCache:
             if key not in self._rows and self._used + pixels.nbytes <= self._limit:
                 self._used += pixels.nbytes
                 self._rows[key] = (pixels, caption_ids)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bucket:
-    """The images of one bucket. rows: of the bucket. sizes: of all images, to be compared."""
-
-    rows: BucketRows
-    sizes: ImageSizes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,13 +21,12 @@ import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 
 from imagen_jax.data import sets, transforms, views
-from imagen_jax.data.buckets import open_rows
+from imagen_jax.data.buckets import Bucket, open_buckets
 from imagen_jax.data.example_text import ExampleText, StoredFeatures
-from imagen_jax.data.examples import MIDDLE, Bucket, Example, Examples, PixelCache
+from imagen_jax.data.examples import MIDDLE, Example, Examples, PixelCache
 from imagen_jax.data.mixing import Mixed, interleave, stream_seed, whole_weights
 from imagen_jax.data.records import Prepared, open_once
-from imagen_jax.data.views import Size
-from imagen_jax.data_fields import with_older
+from imagen_jax.stage_sizes import Size, of_images, size_text
 from imagen_jax.text_inputs import UNNAMED, TextInput
 
 Batch = dict[str, Shaped[np.ndarray, "b ..."]]
@@ -36,7 +35,7 @@ _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _BatchRows:
     """Grain source: the given rows of every global batch of `size`, from step `start` on.
 
     streams: the examples of each bucket, infinite. weights: of the buckets, see `interleave`.
@@ -69,22 +68,21 @@ class BucketShare:
     batches: float
 
     def __str__(self) -> str:
-        height, width = self.size
         share = f"{100 * self.batches:.3g} % of the batches"
-        return f"bucket {height}x{width}: {self.images:,} images, {share}"
+        return f"bucket {size_text(self.size)}: {self.images:,} images, {share}"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stock:
+class _SetBuckets:
     """What one set has for each bucket of a run.
 
-    counts: images of each bucket. buckets: their rows; None: the only bucket has all rows.
+    counts: images of each bucket. buckets: the images; None: the only bucket has all of them.
     """
 
     prepared: Prepared
     weight: Fraction
     counts: Sequence[int]
-    buckets: Sequence[Bucket] | None
+    buckets: Sequence[Bucket | None]
 
     def share(self, bucket: int) -> Fraction:
         """The weight of the set's images in a bucket."""
@@ -94,17 +92,17 @@ class _Stock:
 def open_prepared(data_cfg: Mapping[str, Any]) -> Prepared:
     """Opens the only set of `data_cfg`, once per process, to read whole squares from it.
 
-    `sets.alone` makes such a section from one with a mixture.
+    `sets.DataSet.config` makes such a section from one with a mixture.
 
     Raises:
       ValueError: there is no prepared data, or it does not match the other fields, or there are
         several sets.
     """
     transforms.check_sizes(data_cfg)
-    (path, _), *more = sets.sources(data_cfg)
+    only, *more = sets.data_sets(data_cfg)
     if more:
         raise ValueError("data.mixture has several directories: read one of them at a time")
-    prepared = open_once(path)
+    prepared = open_once(only.path)
     prepared.check_image_size(data_cfg["image_size"])
     return prepared
 
@@ -116,9 +114,8 @@ def open_sets(data_cfg: Mapping[str, Any]) -> tuple[Prepared, ...]:
       ValueError: there is no prepared data, or it does not match the other fields. With buckets,
         `bucket_shares` compares the images with their sizes.
     """
-    data_cfg = with_older(data_cfg)
     transforms.check_sizes(data_cfg)
-    opened = tuple(open_once(path) for path, _ in sets.sources(data_cfg))
+    opened = tuple(open_once(one.path) for one in sets.data_sets(data_cfg))
     for prepared in () if data_cfg["buckets"] else opened:
         views.check_squares(prepared, data_cfg)
     return opened
@@ -130,56 +127,46 @@ def identity(data_cfg: Mapping[str, Any]) -> dict[str, Any]:
     manifest_hash: that of the manifest; with data.mixture, the SHA-256 of those of the sets, joined
     in order, which are then in mixture_hashes.
     """
-    hashes = [open_once(path).hash for path, _ in sets.sources(data_cfg)]
-    if not with_older(data_cfg)["mixture"]:
+    hashes = [open_once(one.path).hash for one in sets.data_sets(data_cfg)]
+    if not data_cfg["mixture"]:
         return {"manifest_hash": hashes[0]}
     joined = hashlib.sha256("".join(hashes).encode()).hexdigest()
     return {"manifest_hash": joined, "mixture_hashes": hashes}
 
 
-def bucket_sizes(data_cfg: Mapping[str, Any]) -> tuple[Size, ...]:
-    """Height and width of the training images of each bucket; without data.buckets, one square."""
-    buckets = with_older(data_cfg)["buckets"]
-    side = data_cfg["image_size"]
-    return tuple((height, width) for height, width in buckets) or ((side, side),)
-
-
-def bucket_shares(data_cfg: Mapping[str, Any], split: str = "train") -> tuple[BucketShare, ...]:
+def bucket_shares(data_cfg: Mapping[str, Any]) -> tuple[BucketShare, ...]:
     """The images of each bucket that has some, and how often it comes; () without data.buckets.
 
     The first call for some data reads all of their records, to learn the sizes of the images.
 
     Raises ValueError if an image is too small for its bucket.
     """
-    data_cfg = with_older(data_cfg)
     if not data_cfg["buckets"]:
         return ()
-    stocks = _stocks(data_cfg, split)
-    total = sum(stock.weight for stock in stocks)
+    found = _set_buckets(data_cfg, "train")
+    total = sum(one.weight for one in found)
     shares = [
         BucketShare(
             size,
-            sum(stock.counts[i] for stock in stocks),
-            float(sum(stock.share(i) for stock in stocks) / total),
+            sum(one.counts[i] for one in found),
+            float(sum(one.share(i) for one in found) / total),
         )
-        for i, size in enumerate(bucket_sizes(data_cfg))
+        for i, size in enumerate(of_images(data_cfg))
     ]
     return tuple(share for share in shares if share.images)
 
 
-def _stocks(data_cfg: Mapping[str, Any], split: str) -> list[_Stock]:
+def _set_buckets(data_cfg: Mapping[str, Any], split: str) -> list[_SetBuckets]:
     """The images of every set, by bucket."""
-    weights = [Fraction(weight) for _, weight in sets.sources(data_cfg)]
     found = []
-    for prepared, weight in zip(open_sets(data_cfg), weights, strict=True):
+    for one, prepared in zip(sets.data_sets(data_cfg), open_sets(data_cfg), strict=True):
         if data_cfg["buckets"]:
             scale = views.smallest_scale(data_cfg)
-            sizes, rows = open_rows(prepared, split, bucket_sizes(data_cfg), scale)
-            found.append(
-                _Stock(prepared, weight, [*map(len, rows)], [Bucket(part, sizes) for part in rows])
-            )
+            buckets = open_buckets(prepared, split, of_images(data_cfg), scale)
+            counts = [*map(len, buckets)]
         else:
-            found.append(_Stock(prepared, weight, [len(prepared.images(split))], None))
+            buckets, counts = [None], [len(prepared.images(split))]
+        found.append(_SetBuckets(prepared, Fraction(one.weight), counts, buckets))
     return found
 
 
@@ -195,29 +182,27 @@ def _streams(
     data_cfg: Mapping[str, Any], seed: int, split: str, text: ExampleText | None
 ) -> tuple[list[Mixed], tuple[int, ...]]:
     """(the examples of each bucket that has images, the weights of these buckets)."""
-    stocks, cache = _stocks(data_cfg, split), _cache(data_cfg)
-    texts = [_text(data_cfg, text).open(stock.prepared) for stock in stocks]
-    mixture, buckets = data_cfg["mixture"], data_cfg["buckets"]
+    found, cache = _set_buckets(data_cfg, split), _cache(data_cfg)
+    texts = [_text(data_cfg, text).open(one.prepared) for one in found]
+    several_sets = bool(data_cfg["mixture"])
+
+    def shuffled(position: int, i: int, target: Size) -> grain.MapDataset:
+        """The examples of bucket i of the set at this position of the mixture."""
+        one = found[position]
+        which = position if several_sets else None
+        stored = one.prepared.images(split), texts[position]
+        examples = Examples(*stored, data_cfg, target, cache, which, one.buckets[i])
+        # Runs from before mixtures and buckets used `seed` itself, and must resume.
+        plain = not several_sets and not data_cfg["buckets"]
+        return _shuffled(examples, one.counts[i], seed if plain else stream_seed(seed, position, i))
+
     streams, weights = [], []
-    for i, target in enumerate(bucket_sizes(data_cfg)):
-        members, shares = [], []
-        for position, (stock, text_of) in enumerate(zip(stocks, texts, strict=True)):
-            if not stock.counts[i]:
-                continue
-            examples = Examples(
-                stock.prepared.images(split),
-                text_of,
-                data_cfg,
-                target,
-                cache,
-                position if mixture else None,
-                stock.buckets[i] if stock.buckets else None,
-            )
-            own_seed = stream_seed(seed, position, i) if mixture or buckets else seed
-            members.append(_shuffled(examples, stock.counts[i], own_seed))
-            shares.append(stock.share(i))
+    for i, target in enumerate(of_images(data_cfg)):
+        members = [position for position, one in enumerate(found) if one.counts[i]]
         if members:
-            streams.append(Mixed(members, whole_weights(shares)))
+            shares = [found[position].share(i) for position in members]
+            own = [shuffled(position, i, target) for position in members]
+            streams.append(Mixed(own, whole_weights(shares)))
             weights.append(sum(shares))
     return streams, whole_weights(weights)
 
@@ -229,7 +214,7 @@ def _shuffled(examples: Examples, count: int, seed: int) -> grain.MapDataset:
 
 def _plain(data_cfg: Mapping[str, Any], split: str, text: ExampleText | None = None) -> Examples:
     """The examples of an evaluation: whole squares of one set."""
-    data_cfg, prepared = with_older(data_cfg), open_prepared(data_cfg)
+    prepared = open_prepared(data_cfg)
     size = data_cfg["image_size"]
     text_of = _text(data_cfg, text).open(prepared)
     return Examples(prepared.images(split), text_of, data_cfg, (size, size), _cache(data_cfg))
@@ -270,11 +255,11 @@ def batches(
     Raises:
       ValueError: the data is not prepared or does not match data_cfg, or a shard is damaged.
     """
-    data_cfg = with_older(data_cfg)
     size = data_cfg["batch_size"]
     streams, weights = _streams(data_cfg, seed, split, text)
-    part = _Part(streams, weights, size, start_step, tuple(range(size) if rows is None else rows))
-    batches_stream = grain.MapDataset.source(part).batch(len(part.rows), drop_remainder=True)
+    rows = tuple(range(size) if rows is None else rows)
+    source = _BatchRows(streams, weights, size, start_step, rows)
+    batches_stream = grain.MapDataset.source(source).batch(len(rows), drop_remainder=True)
     reader = batches_stream.to_iter_dataset(_READ)
     if data_cfg["workers"]:
         _mark_flags_parsed()

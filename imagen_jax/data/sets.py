@@ -1,19 +1,36 @@
 """The prepared directories that a config names: data.path, or those of data.mixture."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from imagen_jax.data_fields import with_older
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """One prepared directory of a config.
+
+    name: in numbers and messages: the directory's own name, with -2, -3, ... if others have it too;
+        "" for data.path.
+    weight: the share of the training examples, relative to the weights of the others.
+    """
+
+    name: str
+    path: str
+    weight: float
+
+    def config(self, data_cfg: Mapping[str, Any]) -> dict[str, Any]:
+        """The config section `data` with only this set."""
+        return dict(data_cfg) | {"path": self.path, "mixture": ()}
 
 
-def sources(data_cfg: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
-    """(directory, weight) of each set, in order; one of weight 1 for data.path.
+def data_sets(data_cfg: Mapping[str, Any]) -> tuple[DataSet, ...]:
+    """The sets of a config section `data`, in order; one of weight 1 for data.path.
 
     Raises ValueError unless exactly one of data.path and data.mixture is given, and if the mixture
     has a directory twice or a weight that is not positive.
     """
-    path, mixture = data_cfg["path"], with_older(data_cfg)["mixture"]
+    path, mixture = data_cfg["path"], data_cfg["mixture"]
     if path and mixture:
         raise ValueError(
             f"data.path = {path} and data.mixture are both given: set data.path = '' to train on"
@@ -24,6 +41,20 @@ def sources(data_cfg: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
             "data.path and data.mixture are both empty: give the directory that"
             " imagen_jax.prepare_data made, or several with weights"
         )
+    if path:
+        return (DataSet("", str(path), 1.0),)
+    _check_mixture(mixture)
+    found: dict[str, DataSet] = {}
+    for path, weight in mixture:
+        base = os.path.basename(os.path.abspath(path))
+        name, number = base, 2
+        while name in found:
+            name, number = f"{base}-{number}", number + 1
+        found[name] = DataSet(name, str(path), float(weight))
+    return tuple(found.values())
+
+
+def _check_mixture(mixture: Any) -> None:
     found = set()
     for directory, weight in mixture:
         if not directory:
@@ -39,22 +70,3 @@ def sources(data_cfg: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
                 " the weights"
             )
         found.add(real)
-    return tuple((str(directory), float(weight)) for directory, weight in mixture or [(path, 1.0)])
-
-
-def alone(data_cfg: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """{name of a set: the config section `data` with only this set}, in order.
-
-    The name is the directory's own, with -2, -3, ... if others have it too; "" for data.path.
-    """
-    single = lambda path: dict(data_cfg) | {"path": path, "mixture": ()}
-    if not with_older(data_cfg)["mixture"]:
-        return {"": single(data_cfg["path"])}
-    configs: dict[str, dict[str, Any]] = {}
-    for path, _ in sources(data_cfg):
-        base = os.path.basename(os.path.abspath(path))
-        name, number = base, 2
-        while name in configs:
-            name, number = f"{base}-{number}", number + 1
-        configs[name] = single(path)
-    return configs

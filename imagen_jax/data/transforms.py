@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import BFloat16, Bool, UInt8
 from PIL import Image
 
-from imagen_jax.data.views import CENTRE, Box, Size, View, window
-from imagen_jax.data_fields import with_older
+from imagen_jax.data.views import CENTRE, Box, View, window
+from imagen_jax.stage_sizes import Size
 
 # glibc's mallopt: parameter and value in bytes. The second has the largest value allowed.
 _MALLOPT = {-1: 256 << 20, -3: 32 << 20}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -34,7 +34,6 @@ def check_sizes(data_cfg: Mapping[str, Any]) -> None:
             f"data.crop_size={crop} is not a multiple of data.image_size / data.lowres_size,"
             f" {size // lowres}"
         )
-    data_cfg = with_older(data_cfg)
     low, high = data_cfg["view_scale"]
     if not 0 < low <= high <= 1:
         raise ValueError(

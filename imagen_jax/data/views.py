@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imagen_jax.data.records import Prepared
+from imagen_jax.stage_sizes import Size
 
-Size = tuple[int, int]  # height, width in pixels
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as Pillow counts
 
 

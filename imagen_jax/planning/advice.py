@@ -6,7 +6,7 @@ from typing import Any
 
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.models.remat import KINDS as REMAT_KINDS
-from imagen_jax.planning import block_costs, whole_step
+from imagen_jax.planning import block_costs, online_plan, whole_step
 
 
 def advice(
@@ -23,7 +23,8 @@ def advice(
     for overrides in alternatives(config, topology):
         changed = overridden(config, overrides)
         try:
-            parts = whole_step.state_parts(whole_step.make_program(changed, topology))
+            program = whole_step.make_program(changed, topology)
+            parts = whole_step.state_parts(program)
         except ValueError:
             continue
         scale = _rows_at_once(changed) / _rows_at_once(config)
@@ -32,6 +33,7 @@ def advice(
             / block_costs.resolved_mesh(changed, topology)["spatial"]
         )
         peak = sum(parts.values()) + plan["memory"]["parts"]["temporaries"] * scale
+        peak += online_plan.weights_on_a_chip(changed, program.mesh)
         yield {"overrides": overrides, "estimated_peak": int(peak)}
 
 

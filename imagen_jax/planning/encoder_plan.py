@@ -6,11 +6,14 @@ they are sharded over a group of chips.
 """
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 from jax.sharding import Mesh
 
 from imagen_jax import sharding
@@ -21,9 +24,19 @@ from imagen_jax.planning.cost_cache import COMPILERS, cached
 from imagen_jax.planning.step_time import SECONDS_PER_HOUR
 from imagen_jax.text import choice as choices
 from imagen_jax.text import program, sizes
-from imagen_jax.weights.text_encoders import encode_program, one_device, read_network
+from imagen_jax.weights.text_encoders import (
+    EMBEDDED,
+    encode_program,
+    find_encoder,
+    one_device,
+    read_network,
+)
 
 DTYPE = "bfloat16"
+# What is cached of a compiled encoder: its peak in bytes per chip; seconds of its instructions
+# (TPUs only), of collectives that overlap with them and of those that do not. Times are 0 if it
+# does not fit.
+COST_FIELDS = {"peak": float, "compute": float, "overlapped": float, "exposed": float}
 
 
 def find_network(name: str, dtype: str = DTYPE) -> nn.Module:
@@ -46,13 +59,33 @@ def find_network(name: str, dtype: str = DTYPE) -> nn.Module:
     return read_network(path, dtype, choice)
 
 
+def known_network(given: str, dtype: str = DTYPE) -> nn.Module | None:
+    """The network of a text encoder, by its short name, its name on the hub or its directory.
+
+    given: with a choice of features, if any. Returns None if the sizes are unknown here. Raises
+    ValueError if the encoder has no such features.
+    """
+    name, choice = choices.parse(given)
+    known = name if name in sizes.SIZES else sizes.short_name(name)
+    if known:
+        return sizes.network(known, dtype, choice)
+    if name == EMBEDDED or Path(name).is_dir():
+        return read_network(find_encoder(name), dtype, choice)
+    return None
+
+
 def plan_encoder(
-    network: nn.Module, topology: Topology, lengths: Sequence[int], batch_size: int, captions: int
+    network: nn.Module,
+    topology: Topology,
+    lengths: Sequence[int],
+    batch_size: int,
+    captions: int,
+    cache: str,
 ) -> dict[str, Any]:
     """The plan of encoding captions.
 
     Times on TPUs are the compiler's estimates at its default level. For GPUs, which have no
-    estimates, they are lower bounds: FLOPs and weights at the chip's peak rates.
+    estimates, they are lower bounds, see `encoding`.
 
     Args:
         network: the encoder.
@@ -60,6 +93,7 @@ def plan_encoder(
         lengths: caption lengths in tokens, at most the longest that the encoder can read.
         batch_size: captions of up to 32 tokens per chip and batch, as in prepare_data.
         captions: number of captions to report hours for, or 0.
+        cache: directory of cached costs.
 
     Returns a dict; "weights" are bytes, "parts" is the number of chips that the weights are sharded
     over, "passes" has an entry for each length.
@@ -67,20 +101,14 @@ def plan_encoder(
     chip = topology.chip
     longest = network.config.max_length or max(lengths)
     lengths = list(dict.fromkeys(min(length, longest) for length in lengths))
-    shapes = program.parameter_shapes(network, DTYPE)
-    weights = program.weight_bytes(shapes)
+    weights = program.weight_bytes(program.parameter_shapes(network, DTYPE))
     group, mesh = _group(topology, weights)
-    encode = encode_program(network, shapes, mesh)
-    # FLOPs are counted in the program for a single device.
-    single = encode_program(network, shapes, one_device(weights))
     passes = []
     for length in lengths:
         rows = max(1, batch_size * 32 // max(length, 32))
-        flops = single.lower(rows, length).cost_analysis()["flops"]
-        passes.append(
-            _pass(encode, mesh, group, weights, flops, rows, length)
-            | {"tokens": length, "rows": rows}
-        )
+        costs = encoding(network, DTYPE, group, mesh, rows * mesh.size, length, cache)
+        taken = {name: costs[name] for name in ("flops", "peak", "fits", "seconds")}
+        passes.append(taken | {"tokens": length, "rows": rows})
     for row in passes:
         row["captions_per_s_per_chip"] = row["rows"] / row["seconds"]
         if captions:
@@ -121,55 +149,105 @@ def memory(
         length: tokens per text.
         cache: directory of cached costs.
     """
-    chip = topology.chip
-    shapes = program.parameter_shapes(network, dtype)
-    weights = program.weight_bytes(shapes)
+    weights = program.weight_bytes(program.parameter_shapes(network, dtype))
     group, mesh = _group(topology, weights)
-    lowered = encode_program(network, shapes, mesh).lower(rows * mesh.size, length)
-    peak = cached(
-        cache,
-        f"encoding {group} {lowered.as_text()}",
-        {"peak": float},
-        lambda: {"peak": whole_step.compile_text(lowered, group, exact=True)[1]},
-        COMPILERS[chip.platform],
-    )["peak"]
-    parts = mesh.shape["fsdp"]
-    return {"weights": weights, "parts": parts, "peak": peak, "fits": peak <= chip.memory_limit}
+    costs = encoding(network, dtype, group, mesh, rows * mesh.size, length, cache)
+    return {
+        "weights": weights,
+        "parts": mesh.shape["fsdp"],
+        "peak": costs["peak"],
+        "fits": costs["fits"],
+    }
 
 
-def _pass(
-    encode: program.EncodeProgram,
+def encoding(
+    network: nn.Module,
+    dtype: str,
+    topology: Topology,
     mesh: Mesh,
-    group: Topology,
-    weights: int,
-    flops: float,
     rows: int,
     length: int,
+    cache: str,
 ) -> dict[str, Any]:
-    """Memory and time of encoding one batch: {"flops", "peak", "fits", "seconds"}.
+    """Memory and time of encoding one batch on a mesh.
+
+    On TPUs the time is max(compute, overlapped collectives) + exposed collectives, by the
+    compiler's estimates. On GPUs it is a lower bound: the largest of FLOPs at the chip's peak,
+    weights at full bandwidth, and collectives.
 
     Args:
-        encode: the sharded program.
+        network: the encoder.
+        dtype: floating-point type of the weights.
+        topology: the hardware.
         mesh: its mesh.
-        group: the chips that it is sharded over.
-        weights: bytes of the weights.
-        flops: FLOPs per chip.
-        rows: captions per chip.
-        length: tokens per caption.
+        rows: texts of the whole batch.
+        length: tokens per text.
+        cache: directory of cached costs.
+
+    Returns a dict with "flops" (per chip), "weights" (bytes on a chip), "peak", "fits", "seconds"
+    and its parts "compute_s", "overlapped_s" and "exposed_s".
     """
-    chip = group.chip
-    lowered = encode.lower(rows * mesh.size, length)
-    text, peak = whole_step.compile_text(lowered, group, exact=True)
-    if chip.platform == "tpu" and text:
-        module = hlo.parse(text)
-        seconds = sum(item.seconds for item in cost.items(module, chip))
-        seconds += sum(
-            links.seconds(collective, list(mesh.devices.flat), group)
-            for collective in hlo.collectives(module, mesh.size)
-        )
+    chip = topology.chip
+    shapes = program.parameter_shapes(network, dtype)
+    size = program.weight_bytes(shapes)
+    encode = encode_program(network, shapes, mesh)
+    costs = _compiled_cost(encode.lower(rows, length), topology, mesh, cache)
+    # FLOPs are counted in the program for a single device.
+    on_a_chip = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    single = encode_program(network, shapes, one_device(size))
+    flops = single.lower(on_a_chip, length).cost_analysis()["flops"]
+    compute, overlapped, exposed = (costs[name] for name in list(COST_FIELDS)[1:])
+    if chip.platform == "tpu" and compute:
+        seconds = max(compute, overlapped) + exposed
     else:
-        seconds = max(flops / chip.peak_flops, weights / chip.memory_bandwidth)
-    return {"flops": flops, "peak": peak, "fits": peak <= chip.memory_limit, "seconds": seconds}
+        bounds = (flops / chip.peak_flops, size / chip.memory_bandwidth, overlapped + exposed)
+        seconds = max(bounds)
+    return {
+        "flops": flops,
+        "weights": _bytes_on_a_chip(encode.params),
+        "peak": costs["peak"],
+        "fits": costs["peak"] <= chip.memory_limit,
+        "seconds": seconds,
+        "compute_s": compute,
+        "overlapped_s": overlapped,
+        "exposed_s": exposed,
+    }
+
+
+def sharded_bytes(network: nn.Module, mesh: Mesh) -> int:
+    """Bytes of an encoder's weights on one chip of a mesh."""
+    shapes = program.parameter_shapes(network, DTYPE)
+    return _bytes_on_a_chip(sharding.shard_encoder(shapes, mesh))
+
+
+def _bytes_on_a_chip(params: Any) -> int:
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(params)
+    )
+
+
+def _compiled_cost(lowered: Any, topology: Topology, mesh: Mesh, cache: str) -> dict[str, float]:
+    """The `COST_FIELDS` of an encoder's program, compiled unless they are in the cache.
+
+    It is compiled at the compiler's default level.
+    """
+
+    def compute() -> dict[str, float]:
+        text, peak = whole_step.compile_text(lowered, topology, exact=True)
+        sums = Counter(peak=peak, compute=0.0, overlapped=0.0, exposed=0.0)
+        if not text:
+            return dict(sums)
+        module = hlo.parse(text)
+        if topology.chip.platform == "tpu":
+            sums["compute"] = sum(item.seconds for item in cost.items(module, topology.chip))
+        for collective in hlo.collectives(module, mesh.size):
+            kind = "overlapped" if collective.overlapped else "exposed"
+            sums[kind] += links.seconds(collective, list(mesh.devices.flat), topology)
+        return dict(sums)
+
+    key = f"encoder {topology} {lowered.as_text()}"
+    return cached(cache, key, COST_FIELDS, compute, COMPILERS[topology.chip.platform])
 
 
 def text(plan: Mapping[str, Any]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from imagen_jax.pictures import figure_png
+from imagen_jax.planning import text_report
 
 Plan = Mapping[str, Any]
 GIB = 2**30
@@ -13,7 +14,18 @@ NEAR = 0.95
 
 def text(plan: Plan) -> str:
     """The plan for a terminal, one section after another."""
-    sections = (_head, _memory, _time, _modules, _memory_traffic, _collectives, _sampler, _advice)
+    sections = (
+        _head,
+        _memory,
+        text_report.online,
+        _time,
+        text_report.comparison,
+        _modules,
+        _memory_traffic,
+        _collectives,
+        _sampler,
+        _advice,
+    )
     return "\n".join(line for section in sections for line in section(plan))
 
 
@@ -89,7 +101,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         f" {_verdict(memory)}{excess}"
     )
     for part, size in memory["parts"].items():
-        yield f"  {part:<12} {_size(size):>12}"
+        yield f"  {part:<13} {_size(size):>12}"
     if memory["level"] == "O0":
         yield "  Compiled at the compiler's fast level, O0. Where both were measured, its peak was"
         yield "  0.97 to 1.35 times the default level's (BENCHMARKS.md); --exact uses the default."
@@ -120,8 +132,10 @@ def _time(plan: Plan) -> Iterator[str]:
         ("gradient reductions", "sums_s", "exposed"),
         ("other communication", "exposed_traffic_s", "exposed"),
         ("parameter update", "update_s", "optimizer and EMA"),
+        ("text encoding", "encode_s", "before the step (text.online)"),
     ):
-        yield f"  {name:<22} {_ms(time[part]):>12}   {note}"
+        if part in time:
+            yield f"  {name:<22} {_ms(time[part]):>12}   {note}"
     yield (
         f"  With gradient reductions overlapped as well: {_ms(time['at_best_s'])}; with no overlap:"
         f" {_ms(time['in_turn_s'])}"
@@ -272,11 +286,15 @@ def _step_parts(time: Mapping[str, Any]) -> dict[str, float]:
     Where all-gathers take longer than compute, the kinds of compute are scaled to their time.
     """
     scale = max(time["compute_s"], time["gathers_s"]) / time["compute_s"]
-    return {kind: 1e3 * scale * seconds for kind, seconds in time["kinds_s"].items()} | {
-        "gradient reductions": 1e3 * time["sums_s"],
-        "other communication": 1e3 * time["exposed_traffic_s"],
-        "optimizer, EMA": 1e3 * time["update_s"],
-    }
+    return (
+        {kind: 1e3 * scale * seconds for kind, seconds in time["kinds_s"].items()}
+        | {
+            "gradient reductions": 1e3 * time["sums_s"],
+            "other communication": 1e3 * time["exposed_traffic_s"],
+            "optimizer, EMA": 1e3 * time["update_s"],
+        }
+        | ({"text encoding": 1e3 * time["encode_s"]} if "encode_s" in time else {})
+    )
 
 
 def _stack(axis: Any, parts: Mapping[str, float], label: str) -> None:

@@ -22,14 +22,12 @@ from imagen_jax.row_batches import rows_per_batch
 from imagen_jax.stage import Stage, check_interval, check_sampling, create_stage
 from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import check_object
-from imagen_jax.text import choice as choices
-from imagen_jax.text import feature_file, sizes
+from imagen_jax.text import feature_file
 from imagen_jax.text.encoder_list import parse_encoders
 from imagen_jax.text_inputs import UNNAMED, longest_input
 from imagen_jax.weights import exports
 from imagen_jax.weights.checkpoint import META, opened
 from imagen_jax.weights.leaves import read_document
-from imagen_jax.weights.text_encoders import EMBEDDED, find_encoder, read_network
 
 log = logging.getLogger("imagen_jax.plan")
 
@@ -269,7 +267,7 @@ def describe(
         "stage": part.name,
         "name": part.stage.name,
         "source": part.source,
-        "size": height if height == width else stage_sizes.text(part.size),
+        "size": height if height == width else stage_sizes.size_text(part.size),
         "method": part.sampling["method"],
         "steps": part.sampling["steps"],
         "evaluations": count,
@@ -333,12 +331,8 @@ def encoder_memory(
     """
     name, dtype = config["encoder"], config["encoder_dtype"]
     rows = feature_file.texts_per_device(config["batch_size"], topology.chips)
-    plain, choice = choices.parse(name)
-    if known := sizes.short_name(plain):
-        network = sizes.network(known, dtype, choice)
-    elif plain == EMBEDDED or Path(plain).is_dir():
-        network = read_network(find_encoder(plain), dtype, choice)
-    else:
+    network = encoder_plan.known_network(name, dtype)
+    if network is None:
         log.warning("the sizes of the text encoder %s are unknown; it is not planned", name)
         return None
     log.info("compiling the text encoder %s", name)

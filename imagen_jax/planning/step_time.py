@@ -10,7 +10,9 @@ The parts of a step:
                activations
     update     optimizer, EMA and logged norms (`block_costs.update_cost`)
 
-    step = max(compute, gathers) + reductions + exposed + update
+    encoding   captions encoded in the training, with text.online (`online_plan`)
+
+    step = max(compute, gathers) + reductions + exposed + update + encoding
 
 The formula assumes that all-gathers are overlapped with compute and that gradient reductions are
 not. Both were observed in steps of sr_256 compiled at the default level for v5e:16x16 and
@@ -51,6 +53,7 @@ def predict(
     blocks: Sequence[BlockCost],
     update: float,
     traffic: Sequence[whole_step.Traffic],
+    encoding: float = 0.0,
 ) -> dict[str, Any]:
     """The time of a step and of its parts (see the docstring of this module).
 
@@ -61,10 +64,12 @@ def predict(
         blocks: costs of all blocks.
         update: seconds of the parameter update.
         traffic: the collectives of a step.
+        encoding: seconds of encoding the captions of a batch.
 
     Returns a dict with
 
         step_s, compute_s, gathers_s, exposed_traffic_s, update_s   see the module docstring
+        encode_s                    the encoding, if there is any
         sums_s                      the reductions of the module docstring
         at_best_s                   the step if gradient reductions were overlapped as well
         in_turn_s                   the step if nothing were overlapped
@@ -78,7 +83,8 @@ def predict(
     gathers, reductions, exposed = (
         sum(t.seconds for t in collectives) for collectives in _by_purpose(traffic)
     )
-    step = max(compute, gathers) + reductions + exposed + update
+    rest = exposed + update + encoding
+    step = max(compute, gathers) + reductions + rest
     images = next(iter(program.batch.values())).shape[0]
     kinds = Counter()
     for block in blocks:
@@ -92,13 +98,13 @@ def predict(
         "sums_s": reductions,
         "exposed_traffic_s": exposed,
         "update_s": update,
-        "at_best_s": max(compute, gathers + reductions) + exposed + update,
-        "in_turn_s": compute + gathers + reductions + exposed + update,
+        "at_best_s": max(compute, gathers + reductions) + rest,
+        "in_turn_s": compute + gathers + reductions + rest,
         "mfu": flops / topology.chip.peak_flops / step,
         "images_per_s_per_chip": images / step / topology.chips,
         "kinds_s": dict(kinds.most_common()),
         "roofline_share_of_compute": unestimated / compute,
-    }
+    } | ({"encode_s": encoding} if encoding else {})
 
 
 def blocks_bytes(program: TrainProgram, blocks: Sequence[BlockCost]) -> float:

@@ -15,11 +15,14 @@ from imagen_jax.planning import (
     advice,
     block_costs,
     cost,
+    online_plan,
     plan_report,
     step_time,
+    text_costs,
     whole_step,
 )
 from imagen_jax.stage import create_stage
+from imagen_jax.text_inputs import text_inputs
 from imagen_jax.training.step import TrainProgram, forward_flops
 
 HOPELESS = 1.5  # advice whose estimate is above this multiple of the limit is not compiled
@@ -38,6 +41,9 @@ class Options:
         sampler: compile the sampler as well.
         search: compile the advised configs until one fits.
         price: price of a chip-hour, or 0.
+        captions: numbers of captions for which stored text features and text.online are compared.
+        caption_tokens: their mean length in tokens.
+        encoders: text encoders of the comparison, as in `text.online_encoder`; "": those of the config.
     """
 
     cache: Path
@@ -47,6 +53,9 @@ class Options:
     sampler: bool
     search: bool
     price: float
+    captions: tuple[int, ...] = ()
+    caption_tokens: float = 0.0
+    encoders: str = ""
 
 
 def plan_training(
@@ -88,6 +97,7 @@ def needed(plan: Mapping[str, Any]) -> int:
 
 def examine(config: Mapping[str, Any], topology: Topology, options: Options) -> dict[str, Any]:
     """The plan of one config: memory first; if it fits, communication, time and sampler."""
+    encoders = text_encoders(config, options)
     program = whole_step.make_program(config, topology)
     with_times = options.time and topology.chip.platform == "tpu"
     if with_times:
@@ -97,19 +107,23 @@ def examine(config: Mapping[str, Any], topology: Topology, options: Options) -> 
     )
     memory, module = whole_step.step_memory(program, topology, options.exact)
     plan = describe(config, topology, program, memory, options.exact)
+    online = encode(config, topology, program, encoders, options) if encoders else {}
+    if config["text"]["online"]:
+        plan["online"] = online
+        plan["memory"] = online_plan.with_encoders(plan["memory"], online)
     if module is None:
         return plan
     traffic = whole_step.traffic(module, program, topology)
     plan["collectives"] = [dataclasses.asdict(row) for row in traffic]
     if with_times:
-        plan |= times(
-            config, topology, program, plan["flops"]["per_chip_and_step"], traffic, options
-        )
+        plan |= times(config, topology, program, plan, traffic, options)
         if options.exact:
             check = step_time.check(module, topology, plan["time"])
             plan["check"] = check | step_time.overlap(traffic)
     elif topology.chip.platform != "tpu":
         plan["memory_traffic"] = step_time.memory_traffic(topology, cost.memory_bytes(module))
+    if options.captions:
+        plan["text_costs"] = compare_text(config, topology, encoders, online, plan, options)
     if options.sampler and config["train"]["sample_every"]:
         plan["sampler"] = sampler(config, topology, program, plan["memory"]["parts"], options.exact)
     if options.sampler and program.stage.train_size != program.stage.image_size:
@@ -117,17 +131,71 @@ def examine(config: Mapping[str, Any], topology: Topology, options: Options) -> 
     return plan
 
 
+def text_encoders(config: Mapping[str, Any], options: Options) -> list[online_plan.Encoder]:
+    """The text encoders to plan: of a config with text.online, or of a comparison.
+
+    Raises ValueError if a comparison lacks an encoder or its sizes, see also
+    `online_plan.find_encoders`.
+    """
+    if not (config["text"]["online"] or options.captions):
+        return []
+    given = options.encoders or config["text"]["online_encoder"]
+    if options.captions and not text_inputs(config):
+        raise ValueError(f"--captions is for a stage with text; {config['name']} has none")
+    if options.captions and not given:
+        raise ValueError(
+            "--captions needs the text encoder of the stage: give --text_encoder NAME, such as xxl"
+        )
+    encoders = online_plan.find_encoders(config, given)
+    unknown = [encoder.given for encoder in encoders if encoder.network is None]
+    if options.captions and unknown:
+        raise ValueError(
+            f"--captions: the sizes of the text encoder {unknown[0]} are unknown; give a directory"
+            " with its config.json"
+        )
+    return encoders
+
+
+def encode(
+    config: Mapping[str, Any],
+    topology: Topology,
+    program: TrainProgram,
+    encoders: list[online_plan.Encoder],
+    options: Options,
+) -> dict[str, Any]:
+    """`online_plan.plan_online` of a batch on the mesh of the training."""
+    rows, cache = config["data"]["batch_size"], str(options.cache)
+    return online_plan.plan_online(encoders, topology, program.mesh, rows, cache)
+
+
+def compare_text(
+    config: Mapping[str, Any],
+    topology: Topology,
+    encoders: list[online_plan.Encoder],
+    online: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    options: Options,
+) -> dict[str, Any]:
+    """`text_costs.compare` with the step time of a plan, if it has one."""
+    time = plan.get("time")
+    step = time["step_s"] - time.get("encode_s", 0.0) if time else None
+    tokens, cache = options.caption_tokens, str(options.cache)
+    return text_costs.compare(
+        config, topology, encoders, online, options.captions, tokens, step, cache
+    )
+
+
 def times(
     config: Mapping[str, Any],
     topology: Topology,
     program: TrainProgram,
-    flops: float,
+    plan: Mapping[str, Any],
     traffic: list[whole_step.Traffic],
     options: Options,
 ) -> dict[str, Any]:
     """The predicted times of a plan: "memory_traffic", "time", "places" and "cost".
 
-    `flops` are the model FLOPs of a step on one chip.
+    plan: with the "flops" of a step, and "online" for encoders that run in the training.
     """
     blocks = []
     for block in block_costs.block_costs(config, topology, options.cache, options.processes):
@@ -145,7 +213,9 @@ def times(
     update, update_bytes = block_costs.update_cost(
         config, topology, shapes, options.cache, options.processes
     )
-    time = step_time.predict(program, topology, flops, blocks, update, traffic)
+    flops = plan["flops"]["per_chip_and_step"]
+    encoding = plan["online"]["seconds"] if "online" in plan else 0.0
+    time = step_time.predict(program, topology, flops, blocks, update, traffic, encoding)
     steps = config["train"]["steps"]
     size = step_time.blocks_bytes(program, blocks) + update_bytes
     return {
@@ -179,8 +249,8 @@ def describe(
         "chips": topology.chips,
         "mesh": dict(program.mesh.shape),
         "batch": images,
-        "buckets": [stage_sizes.text(bucket) for bucket in stage.buckets],
-        "planned_size": stage_sizes.text(stage.largest_bucket),
+        "buckets": [stage_sizes.size_text(bucket) for bucket in stage.buckets],
+        "planned_size": stage_sizes.size_text(stage.largest_bucket),
         "accumulation": program.accumulation,
         "remat": config["model"]["remat"],
         "not_split": sharding.badly_split(
@@ -211,14 +281,14 @@ def sampler(
 ) -> dict[str, Any]:
     """The memory for sampling a grid during training, in bytes per chip.
 
-    "beside": the parameters, optimizer state, batch and EMA tracks of the training, which stay in
-    memory. "peak": the peak of the sampler plus "beside".
+    "beside": the parameters, optimizer state, batch, EMA tracks and text encoders of the training,
+    which stay in memory. "peak": the peak of the sampler plus "beside".
     """
     rows = config["train"]["sample_rows"]
     log.info("compiling the sampler for a grid of %d images", rows)
     lowered = whole_step.lower_sampler(program, rows)
     _, sampler_peak = whole_step.compile_text(lowered, topology, exact)
-    resident = ("parameters", "optimizer", "batch", "EMA tracks")
+    resident = ("parameters", "optimizer", "batch", "EMA tracks", online_plan.WEIGHTS)
     training = sum(size for part, size in parts.items() if part in resident)
     peak = sampler_peak + training
     return {

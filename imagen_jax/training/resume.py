@@ -1,6 +1,6 @@
 """Changes of the config that a resumed run may have; imagen_jax/schema.py declares them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from imagen_jax import schema
@@ -16,8 +16,7 @@ def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     allowed, refused = [], []
     for field, (before, after) in schema.changes(saved, now).items():
         name = field.removeprefix("config.")
-        free = name != field and schema.may_change(name, now["config"])
-        free |= name == "data.mixture" and _moved(before, after)
+        free = name != field and schema.may_change(name, now["config"], before, after)
         (allowed if free else refused).append(f"{name}: {before!r} -> {after!r}")
     if refused:
         raise ValueError(
@@ -25,8 +24,3 @@ def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             + "; ".join(refused)
         )
     return allowed
-
-
-def _moved(before: Sequence[Any], after: Sequence[Any]) -> bool:
-    """Whether two mixtures differ only in the paths; the hash of the data says if they moved."""
-    return [weight for _, weight in before] == [weight for _, weight in after]

@@ -19,7 +19,7 @@ from imagen_jax.data.records import Prepared
 from imagen_jax.hardware import chips
 from imagen_jax.online_text import OnlineText
 from imagen_jax.stage import RNG, check_interval, create_stage
-from imagen_jax.stage_sizes import Size, text
+from imagen_jax.stage_sizes import Size, size_text
 from imagen_jax.text_inputs import UNNAMED, TextInput, is_text, text_inputs
 from imagen_jax.training import state
 from imagen_jax.training.step import TrainProgram, forward_flops
@@ -62,6 +62,7 @@ class Run:
         check_interval(config["sampling"], config["diffusion"]["schedule"])
         mesh = sharding.make_mesh(config["mesh"])
         data = pipeline.open_sets(config["data"])
+        _check_squares(config, data)
         online = OnlineText.load(config, mesh) if config["text"]["online"] else None
         if online:
             identities = online.identities
@@ -93,7 +94,7 @@ class Run:
         )
         for bucket, flops in self.flops_per_image.items():
             # The size is named only where there are several.
-            of = f" of {text(bucket)} pixels" if len(self.flops_per_image) > 1 else ""
+            of = f" of {size_text(bucket)} pixels" if len(self.flops_per_image) > 1 else ""
             log.info(
                 "%.4g GFLOP per image%s; peak %.4g TFLOP/s (%s)",
                 *(flops / 1e9, of, self.peak_flops / 1e12, peak_source),
@@ -173,7 +174,7 @@ class Run:
         for bucket in self.flops_per_image:
             started = time.monotonic()
             steps[bucket] = self.program.lower(bucket).compile()
-            of = f" for images of {text(bucket)}" if len(self.flops_per_image) > 1 else ""
+            of = f" for images of {size_text(bucket)}" if len(self.flops_per_image) > 1 else ""
             log.info("step compiled%s in %.0f s", of, time.monotonic() - started)
         return steps
 
@@ -181,7 +182,7 @@ class Run:
         """The size of the images of a batch. Raises ValueError if no step is compiled for it."""
         height, width = batch["image"].shape[1:3]
         if (height, width) not in self.flops_per_image:
-            sizes = ", ".join(map(text, self.flops_per_image))
+            sizes = ", ".join(map(size_text, self.flops_per_image))
             raise ValueError(
                 f"a batch has images of {height}x{width}, but the train step is compiled for"
                 f" {sizes}: make data.buckets and the data agree"
@@ -202,6 +203,20 @@ class Run:
             "time/model_tflops_per_s": flops / 1e12,
             "time/mfu": flops / self.peak_flops,
         }
+
+
+def _check_squares(config: Mapping[str, Any], data: Sequence[Prepared]) -> None:
+    """Raises ValueError if images are too small for the squares of validation and sample grids.
+
+    With data.buckets, the training may have sides that are smaller.
+    """
+    train = config["train"]
+    for prepared in data if train["validate_every"] or train["sample_every"] else ():
+        try:
+            prepared.check_image_size(config["data"]["image_size"])
+        except ValueError as error:
+            off = "train.validate_every = 0 and train.sample_every = 0, which read squares"
+            raise ValueError(f"{error}, or set {off}") from error
 
 
 def _stored_encoders(

@@ -47,11 +47,12 @@ class SampleGrid:
 
         text: of the rows' text.
         """
-        configs, wanted = sets.alone(config["data"]).values(), config["train"]["sample_rows"]
-        bounds = np.linspace(0, wanted, len(configs) + 1).astype(int)
+        data, wanted = config["data"], config["train"]["sample_rows"]
+        found = sets.data_sets(data)
+        bounds = np.linspace(0, wanted, len(found) + 1).astype(int)
         parts = [
-            evenly_spaced(data, int(size), text)
-            for data, size in zip(configs, np.diff(bounds), strict=True)
+            evenly_spaced(one.config(data), int(size), text)
+            for one, size in zip(found, np.diff(bounds), strict=True)
             if size
         ]
         self._batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -76,7 +77,7 @@ def evenly_spaced(data_cfg: Mapping[str, Any], wanted: int, text: EvaluationText
     """Up to `wanted` rows of the only set of `data_cfg`, as `pipeline.eval_rows` reads them."""
     prepared = pipeline.open_prepared(data_cfg)
     split = prepared.evaluation_split
-    count = prepared.manifest["counts"]["images"][split]
+    count = prepared.num_images(split)
     rows = np.linspace(0, count - 1, min(wanted, count)).astype(int).tolist()
     captions = pipeline.eval_caption_ids(data_cfg, rows, split).tolist()
     return pipeline.eval_rows(data_cfg, rows, split, text(prepared, captions))

@@ -53,7 +53,7 @@ class Validation:
         """
         data, optim, wanted = config["data"], config["optim"], config["train"]["validate_rows"]
         self.split, self._sets = read_sets(data, wanted, text)
-        self._weights = weights_of(data)
+        self._weights = {one.name: one.weight for one in sets.data_sets(data)}
         # As many rows at once as the train step has; without a gradient they need less memory.
         size = data["batch_size"] // optim["accumulation"]
         counts = {"rows": wanted, "samples": 1, "gallery": 1, "bins": LOSS_BINS}
@@ -130,34 +130,27 @@ def read_sets(
     data_cfg: Mapping[str, Any], wanted: int, text: EvaluationText
 ) -> tuple[str, dict[str, ReadRows]]:
     """(split, {name of a set: up to `wanted` rows of it}); the name is "" for data.path."""
-    opened = {
-        name: (data, pipeline.open_prepared(data)) for name, data in sets.alone(data_cfg).items()
-    }
-    splits = [prepared.evaluation_split for _, prepared in opened.values()]
+    opened = [
+        (one, one.config(data_cfg), pipeline.open_prepared(one.config(data_cfg)))
+        for one in sets.data_sets(data_cfg)
+    ]
+    splits = [prepared.evaluation_split for _, _, prepared in opened]
     split = "heldout" if "heldout" in splits else "train"
     rows = {}
-    for name, (data, prepared) in opened.items():
+    for one, own_cfg, prepared in opened:
         if prepared.evaluation_split == "train":
             without = (
                 "validating without it" if split == "heldout" else "validating on training images"
             )
-            log.warning("%s has no held-out images; %s", data["path"], without)
+            log.warning("%s has no held-out images; %s", one.path, without)
         if prepared.evaluation_split != split:
             continue
         index = choose(prepared.num_images(split), split, wanted, SEED)
-        rows[name] = ReadRows(data, split, index, SEED, text)
-        if reason := rows[name].unshufflable:
-            on = f" on {name}" if name else ""
+        rows[one.name] = ReadRows(own_cfg, split, index, SEED, text)
+        if reason := rows[one.name].unshufflable:
+            on = f" on {one.name}" if one.name else ""
             log.warning("validation%s without shuffled conditions: %s", on, reason)
     return split, rows
-
-
-def weights_of(data_cfg: Mapping[str, Any]) -> dict[str, float]:
-    """{name of a set: its weight}."""
-    return {
-        name: weight
-        for name, (_, weight) in zip(sets.alone(data_cfg), sets.sources(data_cfg), strict=True)
-    }
 
 
 def joined(

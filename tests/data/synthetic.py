@@ -15,6 +15,9 @@ from imagen_jax.data.caption_records import caption_features
 
 DIM = 8
 TEXT_LENGTH = 6
+# Fields of a config section `data` whose batches are centre squares of one directory.
+SQUARES = {"mixture": (), "view": "centre", "view_scale": (0.8, 1.0), "buckets": ()}
+SQUARES |= {"decode": "exact"}
 
 
 def gradient(size: int | tuple[int, int], tag: int = 0) -> np.ndarray:

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from imagen_jax import stage_sizes
 from imagen_jax.data import buckets, examples, image_sizes, index_files, pipeline, records, sets
 from tests.data import synthetic
 from tests.data.test_pipeline import SHARES, assert_same, config, take
@@ -161,11 +162,11 @@ def test_wrong_sources_are_one_clear_line(path, mixture, message):
 def test_names_of_sets_are_unique(first, second):
     """Catches two sets whose numbers are recorded under one name, and a section with both."""
     cfg = mixed((first, 1.0), (second, 1.0))
-    named = sets.alone(cfg)
-    assert list(named) == ["data", "data-2"]
-    assert [one["path"] for one in named.values()] == [str(first), str(second)]
-    assert pipeline.open_prepared(named["data-2"]).num_images("train") == 7
-    assert list(sets.alone(config(first))) == [""]
+    found = sets.data_sets(cfg)
+    assert found[0] == sets.DataSet("data", str(first), 1.0)
+    assert found[1] == sets.DataSet("data-2", str(second), 1.0)
+    assert pipeline.open_prepared(found[1].config(cfg)).num_images("train") == 7
+    assert sets.data_sets(config(first)) == (sets.DataSet("", str(first), 1.0),)
     with pytest.raises(ValueError, match="read one of them at a time"):
         pipeline.eval_rows(cfg, [0], "train")
 
@@ -266,8 +267,8 @@ def test_a_bucket_without_images_never_comes(second):
     cfg = config(second, buckets=((24, 16), (16, 24)))
     assert [share.size for share in pipeline.bucket_shares(cfg)] == [(16, 24)]
     assert {batch["image"].shape for batch in take(5, cfg)} == {(4, 16, 24, 3)}
-    assert pipeline.bucket_sizes(cfg) == ((24, 16), (16, 24))
-    assert pipeline.bucket_sizes(config(second)) == ((16, 16),)
+    assert stage_sizes.of_images(cfg) == ((24, 16), (16, 24))
+    assert stage_sizes.of_images(config(second)) == ((16, 16),)
     assert pipeline.bucket_shares(config(second)) == ()
 
 
@@ -336,6 +337,20 @@ def test_the_file_of_sizes(tmp_path, first, monkeypatch):
     file.write_bytes(content[:-8])
     with pytest.raises(ValueError, match="sizes-train.npy is damaged .*: remove it"):
         image_sizes.open_sizes(records.Prepared(root), "train")
+
+
+def test_sizes_that_are_written_again_give_other_buckets(tmp_path, first):
+    """Catches rows that were sorted into buckets by a wrong file of sizes, after its removal."""
+    root = tmp_path / "data"
+    shutil.copytree(first, root, ignore=lambda *_: {"sizes-train.npy"})
+    cfg = config(root, buckets=BUCKETS[:2], image_size=16)
+    file = root / "images" / "sizes-train.npy"
+    np.save(file, np.array(2 * SHAPES, np.uint32)[::-1])
+    with pytest.raises(ValueError, match="remove it; it is written again"):
+        take(10, cfg)
+    file.unlink()
+    for batch in take(10, cfg):
+        assert (batch["index"] % 5 == 1).all() == (batch["image"].shape[1] == 24)
 
 
 def test_a_read_only_directory_is_enough(tmp_path, first, monkeypatch):

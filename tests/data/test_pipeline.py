@@ -29,9 +29,8 @@ def config(path, **changes):
         "flip": True,
         "caption": "random",
         "cache_mib": 0,
-        "decode": "exact",
     }
-    return base | changes
+    return base | synthetic.SQUARES | changes
 
 
 SR = {"image_size": 64, "lowres_size": 16, "crop_size": 32}

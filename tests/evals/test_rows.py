@@ -11,7 +11,8 @@ from tests.evals.toys import LOW, SIZE, settings
 def data_of(path, **changed):
     sizes = {"image_size": SIZE, "lowres_size": 0, "crop_size": 0}
     sizes |= {"text_length": synthetic.TEXT_LENGTH, "path": str(path)}
-    sizes |= {"flip": False, "caption": "first", "workers": 0, "cache_mib": 0, "decode": "exact"}
+    sizes |= {"flip": False, "caption": "first", "workers": 0, "cache_mib": 0}
+    sizes |= synthetic.SQUARES
     return lambda **numbers: rows.Data(sizes | changed, settings(**numbers))
 
 

@@ -37,7 +37,10 @@ from tests.launch.test_job import CONFIG, LOCAL, NEEDED, read
         ((*LOCAL, "--workdir=r", "--stage=a=b"), "give one of"),
         (("--where=local", "--workdir=r"), "give one of"),
         (("--where=local", "--workdir=r", "--config=missing.py"), "missing.py does not exist"),
-        (("--where=local", "--workdir=r", f"--config={CONFIG}"), "data.path is empty"),
+        (
+            ("--where=local", "--workdir=r", f"--config={CONFIG}"),
+            "data.path and data.mixture are both empty",
+        ),
         (
             (
                 "--where=local",

@@ -161,7 +161,7 @@ def test_data_of_this_machine_is_not_promised_to_others(where, capsys):
 
 def test_buckets_that_a_training_reads_are_mounted(tmp_path, monkeypatch):
     """Catches a bucket that is not mounted: named in the config file or by its mount point."""
-    config = {"data": {"path": "gs://c/d"}}
+    config = {"data": {"path": "gs://c/d", "mixture": []}}
     monkeypatch.setattr(jobs, "read_config", lambda *_: config)
     one_job = jobs.training("", "configs/base_64.py", ["--config.seed=1"], "gs://b/r", "tpu")
     assert one_job.command()[-1] == "--config.data.path=/mnt/gs/c/d" and one_job.buckets == (
@@ -176,6 +176,41 @@ def test_buckets_that_a_training_reads_are_mounted(tmp_path, monkeypatch):
         "b",
         "e",
     )
+
+    config["data"] = {"path": "", "mixture": [["gs://c/d", 0.7], ["/mnt/gs/f/d", 0.3]]}
+    one_job = jobs.training("", "configs/base_64.py", [], "gs://b/r", "tpu")
+    mounted = "--config.data.mixture=(('/mnt/gs/c/d', 0.7), ('/mnt/gs/f/d', 0.3))"
+    assert one_job.command()[-1] == mounted and one_job.buckets == ("b", "c", "f")
+
+
+@pytest.mark.parametrize("where", ["tpu", "gke", "sky", "slurm"])
+def test_a_mixture_is_launched(where, tmp_path, capsys):
+    """Catches a mixture that is refused, a bucket of it that is not mounted, and a set that exists
+    only on this machine.
+    """
+    on_disk = where == "slurm"
+    workdir = str(tmp_path / "r") if on_disk else "gs://b/r"
+    argv = [
+        f"--where={where}",
+        f"--workdir={workdir}",
+        "--topology=h100:8" if on_disk else "--topology=v5e:2x4",
+        *NEEDED.get(where, []),
+        f"--config={CONFIG}",
+        "--dry-run",
+    ]
+    one, two = ("/d/one", "/d/two") if on_disk else ("gs://c/one", "gs://d/two")
+    field = "--config.data.mixture"
+    assert command_line.main([*argv, field, f"(('{one}', 0.7), ('{two}', 0.3))"]) == 0
+    out = capsys.readouterr().out
+    assert "data.mixture" in out and "gs://c/one" not in out and "gs://d/two" not in out
+    (job,), _ = read(*argv, f'{field}=(("{one}", 0.7), ("{two}", 0.3))')
+    assert job.buckets == (() if on_disk else ("b", "c", "d"))
+    if on_disk:
+        assert command_line.main([*argv, f"{field}=(('gs://c/one', 1.0), ('/d/two', 1.0))"]) == 2
+        assert "is in a bucket: on SLURM" in capsys.readouterr().err
+    else:
+        assert command_line.main([*argv, f"{field}=(('{one}', 1.0), ('/d/two', 1.0))"]) == 2
+        assert f"/d/two in {field} exists only on this machine" in capsys.readouterr().err
 
 
 def test_stages_have_their_own_fields_and_topologies():

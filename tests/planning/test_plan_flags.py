@@ -64,24 +64,54 @@ class Flags(types.SimpleNamespace):
     __getitem__ = lambda self, flag: types.SimpleNamespace(present=flag in self.there)
 
 
-@pytest.mark.parametrize("name", ["exact", "search", "sampler"])
+GIVEN = {
+    "sample": False,
+    "text_encoder": "",
+    "config": {},
+    "topology": "v5e-4",
+    "price": 0.0,
+    "captions": [],
+    "tokens": ["8"],
+}
+ENCODING = GIVEN | {"text_encoder": "xl", "config": None}
+
+
+@pytest.mark.parametrize("name", ["exact", "search", "sampler", "captions", "caption_tokens"])
 def test_flags_of_a_training_are_refused_with_sample(name):
     """Catches --search that is accepted with --sample and not used."""
-    given = {"sample": True, "text_encoder": "", "config": {}, "topology": "v5e-4", "price": 0.0}
-
-    plan.check_flags(Flags(**given, there=()))
-    plan.check_flags(Flags(**given | {"sample": False}, there=(name,)))
+    plan.check_flags(Flags(**GIVEN | {"sample": True}, there=()))
+    plan.check_flags(Flags(**GIVEN | {"captions": ["9"]}, there=(name,)))
     with pytest.raises(ValueError, match=f"--{name} is for the plan of a training; leave it out"):
-        plan.check_flags(Flags(**given, there=(name,)))
+        plan.check_flags(Flags(**GIVEN | {"sample": True}, there=(name,)))
 
 
-@pytest.mark.parametrize("name", ["tokens", "encode_batch", "captions"])
+@pytest.mark.parametrize("name", ["tokens", "encode_batch"])
 @pytest.mark.parametrize("sample", [True, False])
 def test_flags_of_an_encoding_are_refused_with_a_config(name, sample):
-    """Catches --captions that is accepted without --text_encoder and not used."""
-    given = {"sample": sample, "text_encoder": "", "config": {}, "topology": "v5e-4", "price": 0.0}
-    plan.check_flags(Flags(**given | {"sample": False}, there=()))
-    encoding = {"sample": False, "text_encoder": "xl", "config": None, "tokens": ["8"]}
-    plan.check_flags(Flags(**given | encoding, there=(name,)))
-    with pytest.raises(ValueError, match=f"--{name} is for --text_encoder; leave it out"):
-        plan.check_flags(Flags(**given, there=(name,)))
+    """Catches --tokens that is accepted with --config and not used."""
+    plan.check_flags(Flags(**GIVEN, there=()))
+    plan.check_flags(Flags(**ENCODING, there=(name,)))
+    with pytest.raises(ValueError, match=f"--{name} is for --text_encoder without --config"):
+        plan.check_flags(Flags(**GIVEN | {"sample": sample}, there=(name,)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (GIVEN | {"text_encoder": "xl"}, "add --captions to compare"),
+        (GIVEN | {"captions": ["1e8"]}, "--captions is '1e8'; it must be numbers"),
+        (ENCODING | {"captions": ["1", "2"]}, "--text_encoder alone is one number"),
+    ],
+)
+def test_numbers_of_captions(flags, message):
+    """Catches an encoder beside a config that is not used, and a number that is no number."""
+    plan.check_flags(Flags(**GIVEN | {"text_encoder": "xl", "captions": ["5", "6"]}, there=()))
+    plan.check_flags(Flags(**ENCODING | {"captions": ["5"]}, there=()))
+    with pytest.raises(ValueError, match=message):
+        plan.check_flags(Flags(**flags, there=()))
+
+
+def test_a_length_of_captions_without_captions():
+    """Catches --caption_tokens that is accepted and not used."""
+    with pytest.raises(ValueError, match="--caption_tokens is for --config with --captions"):
+        plan.check_flags(Flags(**GIVEN, there=("caption_tokens",)))

@@ -87,6 +87,21 @@ def test_overfit_trains_on_the_first_bucket(data, tmp_path):
     assert trained(train.self_test(config, 2), tmp_path, overfit=2) in (0, 1)
 
 
+def test_images_too_small_for_validation_are_named_before_compiling(data):
+    """Catches an error after minutes of compiling; the images are 16 pixels high, for 8 x 8."""
+    config = config_of("base_64", data, data__image_size=24, data__buckets=((12, 36),))
+    for name in ("sample_every", "validate_every"):
+        off = {"sample_every": 0, "validate_every": 0}
+        made = config | {"train": config["train"] | off | {name: 2}}
+        with pytest.raises(
+            ValueError, match="size is 24: prepare with .*, or set train.validate_every = 0 and"
+        ) as error:
+            Run.create(made)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="do not cover the size of their bucket"):
+        Run.create(config | {"train": config["train"] | off})
+
+
 def test_a_step_is_traced_for_each_size(run):
     """Catches noise, or a low-res image, of the square's size in the step of another size."""
     for size in BUCKETS["base_64"]:

@@ -10,6 +10,8 @@ import pytest
 
 from imagen_jax import schema, sharding
 from imagen_jax.data import pipeline
+from imagen_jax.data.example_text import read_stored
+from imagen_jax.text_inputs import text_inputs
 from imagen_jax.training import resume, validation
 from imagen_jax.training.run import Run
 from imagen_jax.training.sample_grids import SampleGrid
@@ -38,6 +40,10 @@ def config(*mixture, name="sr_256", **changes):
     made = tiny.config(name, **changes)
     made["data"]["mixture"] = [[str(path), weight] for path, weight in mixture]
     return schema.complete(made, new=True)
+
+
+def reading(made):
+    return read_stored(text_inputs(made))
 
 
 def test_a_run_on_a_mixture(paths, tmp_path, monkeypatch, caplog):
@@ -86,8 +92,9 @@ def test_validation_has_the_numbers_of_each_set_and_their_mean(paths, caplog):
     one, two, _, three = paths
     made = config((one, 1.0), (two, 5.0), (three, 3.0))
     made["train"]["validate_rows"] = N
+    mesh = sharding.batch_mesh(jax.devices()[:1])
     with caplog.at_level(logging.WARNING):
-        run = Validation(made, Known(), sharding.batch_mesh(jax.devices()[:1]))
+        run = Validation(made, Known(), mesh, reading(made))
         row = run.run(biased(), 0)
     warned = [record.getMessage() for record in caplog.records]
     assert f"{two} has no held-out images; validating without it" in warned
@@ -100,14 +107,15 @@ def test_validation_has_the_numbers_of_each_set_and_their_mean(paths, caplog):
     wanted = math.hypot(0.25 * errors[0], 0.75 * errors[1])
     assert row["heldout/ema/loss_se"] == pytest.approx(wanted)
     alone = tiny.config("sr_256", data__path=str(three), train__validate_rows=N)
-    single = Validation(alone, Known(), sharding.batch_mesh(jax.devices()[:1])).run(biased(), 0)
+    single = Validation(alone, Known(), mesh, reading(alone)).run(biased(), 0)
     assert {name: row[f"three/{name}"] for name in single} == single
 
 
 def test_training_rows_validate_a_mixture_without_held_out_rows(paths, caplog):
     """Catches a run that fails, or mixes training rows into held-out numbers, in silence."""
     two = paths[1]
-    split, rows = validation.read_sets(config((two, 1.0))["data"], 3)
+    made = config((two, 1.0))
+    split, rows = validation.read_sets(made["data"], 3, reading(made))
     assert split == "train" and list(rows) == ["two"] and len(rows["two"]) == 3
     assert f"{two} has no held-out images; validating on training images" in caplog.text
 
@@ -127,7 +135,7 @@ def test_a_sample_grid_shows_all_sets(paths, monkeypatch):
     monkeypatch.setattr("imagen_jax.training.sample_grids.sample_program", lambda *args: args[2])
     stage = Known()
     object.__setattr__(stage, "crop_size", 0)
-    grid = SampleGrid(made, stage, sharding.batch_mesh(jax.devices()[:1]))
+    grid = SampleGrid(made, stage, sharding.batch_mesh(jax.devices()[:1]), reading(made))
     # Held-out images are blue by 100 and their row, others by their row.
     assert grid._batch["image"][:, 0, 0, 2].tolist() == [100, 0, 7, 100, 102]
     assert grid._sample == 5

@@ -13,6 +13,7 @@ from imagen_jax.data import pipeline, quantization, records
 from imagen_jax.data.prepare import captions, passes
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.encoders_in_turn import Encoders
+from tests.data import synthetic
 from tests.data.synthetic_source import SETTINGS, FakeEncoder, prepare, tree
 
 INT8 = {"embedding": "int8"}
@@ -86,7 +87,7 @@ assert "tensorflow" not in sys.modules
 def test_the_pipeline_reads_it(small):
     """Catches int8 features in a batch."""
     size = {"image_size": 16, "lowres_size": 0, "crop_size": 0, "text_length": 6, "workers": 0}
-    size |= {"decode": "exact"}
+    size |= synthetic.SQUARES
     cfg = {"path": str(small), **size, "flip": False, "caption": "first", "cache_mib": 0}
     batch = pipeline.eval_rows(cfg, [0, 1], "train")
     captions = records.Prepared(small).captions()

@@ -89,7 +89,7 @@ def test_trained_on_as_it_is(whole):
         "text_length": 6,
         "batch_size": 4,
         "workers": 0,
-        "decode": "exact",
+        **synthetic.SQUARES,
     }
     cfg = {"path": str(whole), **size, "flip": False, "caption": "random", "cache_mib": 0}
     reader = pipeline.batches(cfg, 0, 0)

@@ -6,11 +6,12 @@ import pytest
 from imagen_jax.data import pipeline, quantization, records
 from imagen_jax.data.example_text import StoredFeatures
 from imagen_jax.text_inputs import TextInput
+from tests.data import synthetic
 from tests.data.synthetic_source import named, prepare, skipped, tree, two_encoders
 
 TEXTS = ["a colour ramp"] + [f"picture number {i}" for i in range(20)]
 CAPTIONS = {"image_size": 16, "lowres_size": 0, "crop_size": 0, "text_length": 6, "workers": 0}
-CAPTIONS |= {"decode": "exact", "flip": False, "caption": "first", "cache_mib": 0}
+CAPTIONS |= {"flip": False, "caption": "first", "cache_mib": 0} | synthetic.SQUARES
 
 
 @pytest.mark.parametrize("embedding", records.EMBEDDINGS)
