@@ -271,23 +271,33 @@ def test_a_mesh_moves_no_pixel_by_more_than_one(config, stages, sizes):
         assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
+WIDE = [(4, 12), (8, 24)]
+
+
+def wide(stages):
+    """The first two stages, for pictures three times as wide as high."""
+    return [stage.with_size(size, i) for i, (stage, size) in enumerate(zip(stages, WIDE))]
+
+
+def test_pictures_that_are_not_square(stages):
+    """Catches a stage that draws squares, and height and width exchanged."""
+    seeds, text = [7, 8, 9], features(5, 6, 7)
+    drawn = pictures(wide(stages), seeds, text, 4)
+    assert [images.shape for images in drawn] == [(3, *size, 3) for size in WIDE]
+    assert all(images.std() > 5 for images in drawn)
+    with pytest.raises(ValueError, match="needs low-res images of 4x12 .* of 8x24, not of 8x8"):
+        pictures([wide(stages)[1]], seeds, text, 4, lowres=np.zeros((3, 8, 8, 3), np.uint8))
+
+
+@pytest.mark.slow
 def test_pictures_that_are_not_square_are_the_same_on_any_mesh(config, stages):
-    """Catches a stage that draws squares, height and width exchanged, and images of which a device
-    holds other rows of pixels or other pictures.
-    """
-    seeds, text, sizes = [7, 8, 9], features(5, 6, 7), [(4, 12), (8, 24)]
-    sized = lambda loaded: [
-        each.with_size(size, i) for i, (each, size) in enumerate(zip(loaded, sizes))
-    ]
-    alone = pictures(sized(stages[:2]), seeds, text, 4)
-    assert [images.shape for images in alone] == [(3, *size, 3) for size in sizes]
-    assert all(images.std() > 5 for images in alone)
+    """Catches images of which a device holds other rows of pixels or other pictures."""
+    seeds, text = [7, 8, 9], features(5, 6, 7)
+    alone = pictures(wide(stages), seeds, text, 4)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "model": 1, "spatial": 2})
     loaded = cascade.place(cascade.load_cascade(config, ["base", "sr_1"], mesh))
-    for a, b in zip(alone, pictures(sized(loaded), seeds, text, 4)):
+    for a, b in zip(alone, pictures(wide(loaded), seeds, text, 4)):
         assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
-    with pytest.raises(ValueError, match="needs low-res images of 4x12 .* of 8x24, not of 8x8"):
-        pictures([sized(stages[:2])[1]], seeds, text, 4, lowres=np.zeros((3, 8, 8, 3), np.uint8))
 
 
 def test_stages_that_do_not_fit_together_are_placed_in_turn(config, stages, monkeypatch):

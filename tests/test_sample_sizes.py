@@ -32,6 +32,7 @@ def size_of(path):
     return Image.open(path).size[::-1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("encoder")
 def test_pictures_of_a_size_and_their_records(complete, tmp_path, capsys):
     """Catches squares, earlier pictures named by one side, a set of another size that is continued
@@ -63,12 +64,13 @@ def test_pictures_of_a_size_and_their_records(complete, tmp_path, capsys):
 @pytest.mark.usefixtures("encoder")
 def test_an_image_is_cut_to_the_size_and_up_sampled(complete, tmp_path):
     """Catches an --image that is cut to a square, squeezed or enlarged, for a picture that is none,
-    and height and width exchanged.
+    height and width exchanged, and a record without the size.
     """
     image = np.random.default_rng(0).integers(0, 256, (4, 12, 3), np.uint8)
     path = pictures.write_png(tmp_path / "x.png", image)
     draw(complete, tmp_path / "out", (8, 24), ["sr_1"], str(path))
     assert size_of(tmp_path / "out" / "0000_a.png") == (8, 24)
+    assert sample.read_record(tmp_path / "out" / "0000_a.json")["size"] == [8, 24]
     np.testing.assert_array_equal(sample.read_image(str(path), (4, 12)), image)
     larger = np.repeat(np.repeat(np.pad(image, ((1, 1), (0, 0), (0, 0))), 2, 0), 2, 1)  # 12 x 24
     large = pictures.write_png(tmp_path / "large.png", larger)

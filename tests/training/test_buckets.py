@@ -54,16 +54,22 @@ def trained(config, workdir, **more):
     return train.train(config, workdir, (0, 0), 0.0, "", Watch(100.0), **more)
 
 
+@pytest.fixture
+def sizes(monkeypatch):
+    """The size of the images of each step, as the trainer chooses its program."""
+    noted, bucket_of = [], Run.bucket_of
+    note = lambda run, batch: noted.append(bucket_of(run, batch)) or noted[-1]
+    monkeypatch.setattr(Run, "bucket_of", note)
+    return noted
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUCKETS)
-def test_a_run_trains_on_both_sizes_and_resumes(name, data, tmp_path, caplog, monkeypatch):
+def test_a_run_trains_on_both_sizes_and_resumes(name, data, tmp_path, caplog, sizes):
     """Catches a step compiled for one size, or for a bucket without images, height and width
     exchanged, a low-res image that keeps the square's size, and a resume with other batches.
     """
     caplog.set_level("INFO")
-    sizes, bucket_of = [], Run.bucket_of
-    noted = lambda run, batch: sizes.append(bucket_of(run, batch)) or sizes[-1]
-    monkeypatch.setattr(Run, "bucket_of", noted)
     assert trained(config_of(name, data), tmp_path) == 0
     assert len(sizes) == 4 and set(sizes) == set(BUCKETS[name][:2])
     for height, width in BUCKETS[name]:
@@ -81,10 +87,14 @@ def test_a_run_trains_on_both_sizes_and_resumes(name, data, tmp_path, caplog, mo
 
 
 @pytest.mark.slow
-def test_overfit_trains_on_the_first_bucket(data, tmp_path):
-    """Catches a self-test that has no program for its only batch."""
-    config = config_of("base_64", data, optim__lr=3e-3)
-    assert trained(train.self_test(config, 2), tmp_path, overfit=2) in (0, 1)
+def test_overfit_trains_on_the_first_bucket(data, tmp_path, sizes):
+    """Catches a self-test that has no program for its only batch, or trains on other buckets."""
+    config = config_of("base_64", data)
+    trained(train.self_test(config, 4), tmp_path, overfit=4)
+    assert len(sizes) == 4 and len(set(sizes)) == 1
+    batches = Run.create(config).batches(0)
+    assert next(batches)["image"].shape[1:3] == sizes[0]
+    batches.close()
 
 
 def test_images_too_small_for_validation_are_named_before_compiling(data):
