@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 # test compares them with imagen_jax/schema.py). configs/saved.py adds them to such configs.
 ADDED: dict[str, dict[str, Any]] = {
     "text": dict(
-        encoders=(), dims=(), lengths=(), pooled_dims=(), drops=(), online=False, encoder=""
+        encoders=(), dims=(), lengths=(), pooled_dims=(), drops=(), online=False, online_encoder=""
     ),
     "data": dict(decode="exact", mixture=(), view="centre", view_scale=(0.8, 1.0), buckets=()),
     "diffusion": dict(

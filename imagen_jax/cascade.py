@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Key, Shaped, UInt8, UInt32
 
 from imagen_jax import encoder_identity, sampling_parameters, schema, sharding
-from imagen_jax.data.transforms import pad_text
+from imagen_jax.data.example_text import fields_of
 from imagen_jax.distributed import agreement
 from imagen_jax.row_batches import RowBatch, most_held, row_batches
 from imagen_jax.stage import (
@@ -35,7 +35,7 @@ from imagen_jax.stage import (
 )
 from imagen_jax.stage_sizes import Size, square
 from imagen_jax.storage import check_object
-from imagen_jax.text_inputs import MASK, POOLED, TEXT, TextFeatures, key
+from imagen_jax.text_inputs import TextFeatures
 from imagen_jax.weights import checkpoint
 from imagen_jax.weights.leaves import check_fit
 
@@ -400,10 +400,7 @@ def pad_rows(features: Sequence[Features], stage: Stage) -> dict[str, Shaped[np.
     Raises ValueError if a text has more tokens than the stage's text length.
     """
     fields = {}
-    for one in stage.texts:
-        ours = [each[one.name] for each in features]
-        text, mask = zip(*(pad_text(each.embedding, one.length) for each in ours))
-        fields |= {key(TEXT, one.name): np.stack(text), key(MASK, one.name): np.stack(mask)}
-        if one.pooled_dim:
-            fields[key(POOLED, one.name)] = np.stack([each.pooled for each in ours])
+    for text_input in stage.texts:
+        rows = [fields_of(text_input, each[text_input.name]) for each in features]
+        fields |= {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return fields

@@ -61,7 +61,7 @@ TEXT = {
         older=False,
         needs=(WITH_TEXT,),
     ),
-    "encoder": Field(
+    "online_encoder": Field(
         "online only: the text encoder, as --encoder of prepare_data.",
         str,
         older="",

@@ -28,7 +28,7 @@ from imagen_jax.row_batches import row_batches
 from imagen_jax.stage_sizes import Size
 from imagen_jax.text import feature_file
 from imagen_jax.text.encoder import TextEncoder
-from imagen_jax.text.several import parse_encoders
+from imagen_jax.text.encoder_list import parse_encoders
 from imagen_jax.text_inputs import longest_input
 from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh, readable_length
 

@@ -156,7 +156,8 @@ def define_checkpoint_flags() -> None:
     flags.DEFINE_string(
         "encoder",
         "",
-        "text encoder for --data that has only texts; default: text.encoder of the weights' config",
+        "text encoder for --data without the features that the weights need; default:"
+        " text.online_encoder of the weights' config",
     )
     flags.DEFINE_integer("rows", 256, "number of images per split for the errors")
     flags.DEFINE_integer("samples", 0, "number of samples per split; 0: as many as --rows")

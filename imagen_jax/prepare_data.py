@@ -28,7 +28,7 @@ from absl import flags
 from imagen_jax import cli
 from imagen_jax.data import records
 from imagen_jax.data.prepare import ingest
-from imagen_jax.data.prepare.caption_estimate import Tokens, preview_captions
+from imagen_jax.data.prepare.caption_estimate import TokenizerFacts, preview_captions
 from imagen_jax.data.prepare.passes import prepare
 from imagen_jax.data.prepare.preview import dry_run
 from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
@@ -45,7 +45,7 @@ from imagen_jax.distributed import agreement
 from imagen_jax.distributed.startup import hosts
 from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.storage import check_local, check_utf8
-from imagen_jax.text.several import parse_encoders
+from imagen_jax.text.encoder_list import parse_encoders
 
 # Flags that all processes of a run need alike: what is done next, and all that the bytes depend on.
 ALIKE = ("output", "images_only", "text_only", "beam", "dry_run", "verify")
@@ -251,13 +251,13 @@ def _preview_captions(args: flags.FlagValues) -> None:
     )
 
 
-def _tokens(encoders: str | None, max_length: int) -> dict[str, Tokens]:
+def _tokens(encoders: str | None, max_length: int) -> dict[str, TokenizerFacts]:
     """The tokenizers of the encoders by name; {} for texts alone."""
     from imagen_jax.weights.text_encoders import load_tokenize, prepared_length
 
     return {
-        name: Tokens(*load_tokenize(one, prepared_length(name, one, max_length)))
-        for name, one in (parse_encoders(encoders) if encoders else {}).items()
+        name: TokenizerFacts(*load_tokenize(encoder, prepared_length(name, encoder, max_length)))
+        for name, encoder in (parse_encoders(encoders) if encoders else {}).items()
     }
 
 

@@ -30,9 +30,8 @@ from imagen_jax.models.layers import TEXT, identity
 from imagen_jax.models.unet import UNet
 from imagen_jax.sharded_attention import attention_on
 from imagen_jax.stage_sizes import Size, size_text
-from imagen_jax.text_inputs import MASK, POOLED, TextInput, text_inputs
+from imagen_jax.text_inputs import MASK, POOLED, TextInput, field_name, text_inputs
 from imagen_jax.text_inputs import TEXT as TEXT_FIELD
-from imagen_jax.text_inputs import key as key_of
 
 NETWORKS = {"unet": UNet, "efficient_unet": EfficientUNet}
 # Generator of all keys, independent of jax's default; checkpoints store its name.
@@ -87,13 +86,8 @@ class Stage:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the model has an input for text."""
+        """Whether the model is conditioned on text."""
         return bool(self.texts)
-
-    @property
-    def text_length(self) -> int:
-        """Tokens per caption of the text encoder with most of them; 0 for a model without text."""
-        return max((text.length for text in self.texts), default=0)
 
     @property
     def train_size(self) -> int:
@@ -123,10 +117,10 @@ class Stage:
         """The fields of `batch_shapes` that are texts."""
         shapes = {}
         for text in self.texts:
-            shapes[key_of(TEXT_FIELD, text.name)] = (b, text.length, text.dim), jnp.bfloat16
-            shapes[key_of(MASK, text.name)] = (b, text.length), jnp.bool_
+            shapes[field_name(TEXT_FIELD, text.name)] = (b, text.length, text.dim), jnp.bfloat16
+            shapes[field_name(MASK, text.name)] = (b, text.length), jnp.bool_
             if text.pooled_dim:
-                shapes[key_of(POOLED, text.name)] = (b, text.pooled_dim), jnp.bfloat16
+                shapes[field_name(POOLED, text.name)] = (b, text.pooled_dim), jnp.bfloat16
         return shapes
 
     def cond(self, batch: Batch) -> conditioning.Cond:
@@ -272,7 +266,7 @@ class Stage:
         """`cond` with TEXT_VALUES, for images of this size."""
         if not self.reads_text:
             return cond
-        b = cond[key_of(MASK, self.texts[0].name)].shape[0]
+        b = cond[field_name(MASK, self.texts[0].name)].shape[0]
         # The values need no z. The compiler removes the rest of the network.
         inputs = jnp.zeros((b, *size, 3)), jnp.zeros(b), cond
         variables = {"params": self.gather(params)}

@@ -14,6 +14,7 @@ from jaxtyping import BFloat16
 
 TEXT, MASK, POOLED = "text", "text_mask", "pooled"
 KINDS = (TEXT, MASK, POOLED)
+TOKENS = "tokens"  # token ids, of which text.online computes the features
 DROP = "drop"  # whether the text, or one input alone, is dropped: an entry of the random numbers
 UNNAMED = ""  # the name of the only encoder of a stage without `text.encoders`
 
@@ -47,8 +48,8 @@ class TextFeatures:
     pooled: BFloat16[np.ndarray, " e"] | None = None
 
 
-def key(kind: str, name: str) -> str:
-    """The field of a batch. kind: one of KINDS. name: of the encoder."""
+def field_name(kind: str, name: str) -> str:
+    """The field of a batch. kind: one of KINDS, or TOKENS. name: of the encoder."""
     return f"{kind}.{name}" if name else kind
 
 
@@ -57,7 +58,7 @@ def is_text(field: str) -> bool:
     return field.partition(".")[0] in KINDS
 
 
-def names(fields: Iterable[str]) -> list[str]:
+def encoder_names(fields: Iterable[str]) -> list[str]:
     """The encoders of the text inputs among these fields, in order of the fields."""
     split = (field.partition(".") for field in fields)
     return [name for kind, _, name in split if kind == MASK]
@@ -68,8 +69,8 @@ def longest_input(name: str, inputs: Iterable[TextInput], encoders: Container[st
 
     encoders: all names. An input without an encoder of its name may read any of them.
     """
-    reading = (one for one in inputs if one.name == name or one.name not in encoders)
-    return max((text_input.length for text_input in reading), default=1)
+    lengths = [each.length for each in inputs if each.name == name or each.name not in encoders]
+    return max(lengths, default=1)
 
 
 def text_inputs(config: Mapping[str, Any]) -> tuple[TextInput, ...]:
@@ -78,9 +79,11 @@ def text_inputs(config: Mapping[str, Any]) -> tuple[TextInput, ...]:
     Raises ValueError if the fields of the section `text` do not fit together.
     """
     text = config["text"]
+    if text["online"] and not text["online_encoder"]:
+        raise ValueError("text.online needs an encoder: set text.online_encoder=NAME")
     if not text["encoders"]:
-        one = TextInput(UNNAMED, text["dim"], config["data"]["text_length"])
-        return (one,) if text["dim"] else ()
+        single = TextInput(UNNAMED, text["dim"], config["data"]["text_length"])
+        return (single,) if text["dim"] else ()
     if text["dim"]:
         raise ValueError(
             f"text.dim = {text['dim']} is the width of a single unnamed encoder: with text.encoders"

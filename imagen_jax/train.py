@@ -183,7 +183,7 @@ def train(
         data = run.batches(done, run.rows)
         stack.callback(data.close)
         program = run.program
-        inputs = config, program.stage, program.mesh, run.reading
+        inputs = config, program.stage, program.mesh, run.evaluation_text
         grid = SampleGrid(*inputs) if settings["sample_every"] else None
         validation = Validation(*inputs) if validate_every else None
         replicas = Replicas(program.mesh, program.abstract, program.shardings)

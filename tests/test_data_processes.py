@@ -1,5 +1,5 @@
-"""A run on a mixture, in two image sizes, that encodes its captions itself, with several processes:
-the numbers are those of one process.
+"""A run on a mixture, in two image sizes, that encodes its captions itself, and its evaluation:
+the numbers of several processes are those of one.
 """
 
 import json
@@ -36,7 +36,17 @@ def write_texts(root, first: int):
     return root / "data"
 
 
-def test_several_processes_train_as_one(tmp_path):
+def evaluate(checkpoint, data, output, count: int) -> float:
+    """The held-out loss with text features that the processes compute."""
+    command = ["-m", "imagen_jax.evaluate", f"--checkpoint={checkpoint}", f"--data={data}"]
+    command += ["--measures=loss", "--rows=4", "--bins=2", "--batch_size=4", f"--output={output}"]
+    processes.finish(processes.start(lambda _: command, output, count, DEVICES), output)
+    result = json.loads((output / "evaluation.json").read_text())
+    assert result["provenance"]["text_features"] == "computed"
+    return result["loss"]["heldout"]["overall"]["mean"]
+
+
+def test_several_processes_train_and_evaluate_as_one(tmp_path):
     """Catches processes that choose different buckets or sets at a step, or encode other captions,
     and collectives that not all of them call.
     """
@@ -78,3 +88,5 @@ def test_several_processes_train_as_one(tmp_path):
     for name in last:
         if "_se" not in name and "rise" not in name:
             np.testing.assert_allclose(last[name], other[name], rtol=1e-3, err_msg=name)
+    errors = [evaluate(alone, paths[0], tmp_path / f"out_{count}", count) for count in (1, 2)]
+    np.testing.assert_allclose(*errors, rtol=1e-4)

@@ -21,7 +21,7 @@ IDLE = [
     ({"text__pooled_dims": [8]}, {"text__encoders": ["t5"]}),
     ({"text__drops": [0.5]}, {"text__encoders": ["t5"]}),
     ({"text__online": True, **NO_TEXT}, {"text__dim": 8}),
-    ({"text__encoder": "t5_tiny"}, {"text__online": True}),
+    ({"text__online_encoder": "t5_tiny"}, {"text__online": True}),
     ({"data__view_scale": [0.5, 1.0]}, {"data__view": "random_crop"}),
     ({"diffusion__aug_schedule": "linear"}, SR),
     ({"diffusion__aug_max": 0.5}, SR),

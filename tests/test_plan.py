@@ -327,7 +327,7 @@ def test_text_encoders_in_the_training(tmp_path):
     and a comparison that changes the plan of a run with stored features.
     """
     flags = ("--notime", "--nosampler", "--captions=1000,2000")
-    online = ("--config.text.online=True", "--config.text.encoder=t5_tiny")
+    online = ("--config.text.online=True", "--config.text.online_encoder=t5_tiny")
     code, result = plan(tmp_path, *flags, *online)
     _, stored = plan(tmp_path, *flags, "--text_encoder=t5_tiny")
     (encoder,) = result["online"]["encoders"]
@@ -369,7 +369,7 @@ def test_plan_of_gpus(tmp_path):
         "--config.optim.accumulation=2",
         "--config.data.batch_size=16",
         "--config.text.online=True",
-        "--config.text.encoder=t5_tiny",
+        "--config.text.online_encoder=t5_tiny",
         topology="h100-8",
     )
     assert result["online"]["is_bound"] and 0 < result["online"]["seconds"] < 1e-3

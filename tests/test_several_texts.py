@@ -2,6 +2,7 @@
 features that a run computes itself.
 """
 
+import gc
 import json
 import types
 import weakref
@@ -11,17 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, drawing, encoder_identity, schema, sharding, train
-from imagen_jax.data import pipeline
-from imagen_jax.data.example_text import StoredText
+from imagen_jax import (
+    cascade,
+    drawing,
+    encoder_identity,
+    online_text,
+    schema,
+    sharding,
+    train,
+)
+from imagen_jax.data import pipeline, records
+from imagen_jax.data.example_text import StoredFeatures
 from imagen_jax.diffusion import conditioning
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.encoders_in_turn import Encoders
-from imagen_jax.evals import stage_evaluation
+from imagen_jax.evals import evaluation_text, stage_evaluation
 from imagen_jax.online_text import OnlineText
 from imagen_jax.picture_set import Requests, manifest_rows
 from imagen_jax.stage import create_stage
-from imagen_jax.text_inputs import MASK, POOLED, TEXT, TextInput, key, text_inputs
+from imagen_jax.text_inputs import MASK, POOLED, TEXT, TextInput, field_name, text_inputs
 from imagen_jax.training.run import Run
 from imagen_jax.weights.text_encoders import load_text_encoder
 from tests import tiny
@@ -137,85 +146,6 @@ def test_fields_that_do_not_fit_together_are_refused(changes, message):
         text_inputs(config(**changes))
 
 
-A = {"name": "a", "weights_sha256": "1", "tokenizer_sha256": "2", "dim": 4, "layer": 1}
-B = A | {"layer": 2}
-
-
-@pytest.mark.parametrize(
-    "names, ours, theirs, differ",
-    [
-        ([""], {"": A}, {"": A}, None),
-        ([""], {"": A}, {"": B}, "encoder .layer: 1 and 2"),
-        (["t"], {"t": A, "c": B}, {"t": A}, None),
-        (["t"], {"t": A, "c": B}, {"t": A, "c": A}, None),
-        (["c", "t"], {"t": A, "c": B}, {"t": B, "c": B}, "text encoder t .layer: 1 and 2"),
-        (["t", "c"], {"t": A, "c": A}, {"t": A}, "text encoder c .t, c and t"),
-        (["t"], {"t": A}, {"": A}, "text encoder t .t and one unnamed encoder"),
-        ([], {"": A}, {"": B}, None),
-        ([], {}, {"": B}, None),
-    ],
-)
-def test_the_encoders_that_are_read_are_compared(names, ours, theirs, differ):
-    """Catches two encoders that pass because one of them agrees, and an encoder that nobody reads
-    that decides.
-    """
-    if differ is None:
-        return encoder_identity.check_same(names, ours, theirs, "a and b", "use one")
-    with pytest.raises(ValueError, match=f"{differ}.*; use one$") as error:
-        encoder_identity.check_same(names, ours, theirs, "a and b", "use one")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("encoders", [{"": A}, {"t": A, "c": B}, {}])
-def test_records_of_encoders(encoders):
-    """Catches an unnamed encoder whose record is not its identity, as in older checkpoints."""
-    record = encoder_identity.to_record(encoders)
-    assert encoder_identity.from_record(record) == encoders
-    assert "encoders" in record or record == A
-
-
-@pytest.mark.parametrize(
-    "name, encoders, found",
-    [
-        ("", {"": A}, ""),
-        ("", {"c": B, "t": A}, "t"),
-        ("t", {"": A}, ""),
-        ("t", {"c": B, "t": A}, "t"),
-        ("t", {"c": A}, "t is needed, c given"),
-        ("", {"c": B}, "a is needed, c given"),
-        ("t", {"t": B}, "text encoder t .layer"),
-    ],
-)
-def test_an_input_finds_its_encoder(name, encoders, found):
-    """Catches an input that reads an encoder of another name, or another layer."""
-    find = lambda: encoder_identity.find(name, A, encoders, "a and b", "use one")
-    if found in encoders:
-        assert find() == found
-        return
-    with pytest.raises(ValueError, match=f"{found}.*; use one$"):
-        find()
-
-
-def test_the_stages_of_a_cascade_share_what_they_share():
-    """Catches stages that are refused for an encoder that only one of them reads, and a conflict of
-    stages that are not neighbours.
-    """
-
-    def loaded(name, names, **encoders):
-        texts = [TextInput(text, 4, 8) for text in names]
-        stage = types.SimpleNamespace(name=name, texts=texts)
-        record = encoder_identity.to_record(encoders)
-        made = object.__new__(cascade.LoadedStage)  # without loading
-        vars(made).update(stage=stage, encoder=record)
-        return made
-
-    base, middle = loaded("base", ["t"], t=A, c=A), loaded("sr", ["c"], t=B, c=B)
-    cascade.check_encoders([base, middle, loaded("without", [], t=B)])
-    cascade.check_encoders([base, middle, loaded("last", ["t"], t=A)])
-    with pytest.raises(ValueError, match="stages base and last do not share a text encoder t"):
-        cascade.check_encoders([base, middle, loaded("last", ["t"], t=B)])
-
-
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
     """Directories of a random CLIP and a random BERT."""
@@ -247,9 +177,8 @@ def texts(folder, tmp_path_factory):
 
 def online(encoders, data, **changes):
     given = "+".join(f"{name}={path}" for name, path in encoders.items())
-    return config(
-        text__online=True, text__encoder=given, data__path=str(data), train__steps=2, **changes
-    )
+    changes |= dict(text__online=True, text__online_encoder=given)
+    return config(data__path=str(data), train__steps=2, **changes)
 
 
 def run(made, workdir, monkeypatch):
@@ -266,13 +195,13 @@ def test_online_features_are_the_stored_ones(both, texts, encoders, workers):
     """
     stored = config(data__path=str(both), data__workers=workers)
     made = online(encoders, texts, data__workers=workers)
-    wanted = next(pipeline.batches(stored["data"], 0, 0, text=StoredText(text_inputs(stored))))
+    wanted = next(pipeline.batches(stored["data"], 0, 0, text=StoredFeatures(text_inputs(stored))))
     computed = OnlineText.load(made, MESH)
     batch = next(pipeline.batches(made["data"], 0, 0, text=computed.tokens))
     np.testing.assert_array_equal(batch["image"], wanted["image"])
     fields = computed.place(batch)
     for name in (TEXT, MASK, POOLED):
-        field = key(name, "clip")
+        field = field_name(name, "clip")
         ours, theirs = (np.asarray(f[field], np.float32) for f in (fields, wanted))
         np.testing.assert_allclose(ours, theirs, atol=0.03)
     assert fields.keys() == {name for name in wanted if "." in name}
@@ -349,7 +278,7 @@ def test_online_encoders_must_be_those_of_the_inputs(encoders, texts):
         (f"clip={encoders['bert']}+bert=t5_tiny", "pooled|width"),
     ):
         made = online(encoders, texts)
-        made["text"]["encoder"] = given
+        made["text"]["online_encoder"] = given
         with pytest.raises(ValueError, match=message):
             OnlineText.load(made, MESH)
 
@@ -444,3 +373,75 @@ def test_encoders_are_compiled_before_the_loop(texts, encoders, monkeypatch, cap
         caplog.clear()
         jax.block_until_ready(made.place(batch))
     assert not [record.message for record in caplog.records if "Compiling" in record.message]
+
+
+def test_stored_features_are_read_if_they_are_those_of_the_training(both, texts, encoders):
+    """Catches features of another encoder or without an input that are read, --encoder that is
+    ignored, and an encoder that could compute what is lacking and is refused.
+    """
+    prepared, alone = records.Prepared(both), records.Prepared(texts)
+    trained = encoder_identity.to_record(prepared.encoders)
+    made = config(data__path=str(both))
+    choose = evaluation_text.choose_encoder
+    assert choose(made, trained, prepared, "") == ""
+    with pytest.raises(ValueError, match="--encoder x has no effect, because .* has its features"):
+        choose(made, trained, prepared, "x")
+    assert choose(made, trained, alone, "x") == "x"
+    with pytest.raises(ValueError, match="only the texts of its captions: give --encoder"):
+        choose(made, trained, alone, "")
+    other = {"encoders": trained["encoders"] | {"bert": trained["encoders"]["clip"]}}
+    assert choose(made, other, prepared, "x") == "x"
+    with pytest.raises(ValueError, match="share a text encoder bert .*; or give --encoder"):
+        choose(made, other, prepared, "")
+    more = config(text__encoders=["clip", "t5"])
+    assert choose(more, trained, prepared, "x") == "x"
+    assert choose(online(encoders, texts), trained, alone, "").startswith("clip=")
+    assert [evaluation_text.kind(made, name) for name in ("", "x")] == ["stored", "computed"]
+    without = schema.complete(tiny.config(text__dim=0, **tiny.ONE_LEVEL_UNET), new=True)
+    with pytest.raises(ValueError, match="no effect, because the checkpoint reads no text"):
+        choose(without, trained, prepared, "x")
+
+
+def test_an_evaluation_encodes_with_one_encoder_after_another(both, texts, encoders, monkeypatch):
+    """Catches encoders that stay in memory beside the stage or each other, features of another
+    caption, and an encoder that reads less than the padded input of the stage.
+    """
+    alive, counts = [], []
+
+    def load(*args, **more):
+        counts.append(sum(encoder() is not None for encoder in alive))
+        made = load_text_encoder(*args, **more)
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(online_text, "load_text_encoder", load)
+    alone = records.Prepared(texts)
+    trained = encoder_identity.to_record(records.Prepared(both).encoders)
+    made = online(encoders, texts, text__lengths=[15, LENGTH])  # the tiny CLIP reads 14 tokens
+    given = made["text"]["online_encoder"]
+    make_mesh = lambda weights: MESH
+    ids = [5, 2, 2, 0]
+    encoded = evaluation_text.encode(made, trained, alone, ids, given, make_mesh)
+    gc.collect()
+    assert counts == [0, 0, 0] and not any(encoder() for encoder in alive)
+    read = encoded.open(alone)
+    for caption_id in set(ids):
+        fields, text = read(caption_id), alone.captions().text(caption_id)
+        for name, length in (("clip", 14), ("bert", LENGTH)):
+            encoder = load_text_encoder(str(encoders[name]), length)
+            (wanted,), pooled = encoder.encode_pooled([text], 8)
+            assert fields[f"text_mask.{name}"].sum() == len(wanted)
+            pairs = [(fields[f"text.{name}"][: len(wanted)], wanted)]
+            pairs += [(fields["pooled.clip"], pooled[0])] if name == "clip" else []
+            for ours, theirs in pairs:
+                np.testing.assert_allclose(*(np.float32(x) for x in (ours, theirs)), atol=0.03)
+
+
+def test_cut_captions_are_reported_by_encoder(texts, encoders, caplog):
+    """Catches the mean over encoders, which says that half as many captions are cut."""
+    Run.create(online(encoders, texts, text__lengths=[2, LENGTH]))
+    lines = [record.getMessage() for record in caplog.records if " are cut" in record.getMessage()]
+    assert lines == [
+        f"about 1e+02 % of the captions of {texts} are cut for clip; raise text.lengths, if the"
+        " encoder reads more"
+    ]

@@ -79,8 +79,8 @@ def batch(stage: Stage, b: int, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     shapes = stage.batch_shapes(b, (stage.train_size, stage.train_size))
     arrays = {"image": rng.integers(0, 256, shapes["image"][0], np.uint8)}
-    lengths = rng.integers(1, stage.text_length + 1, b)
-    arrays["text_mask"] = np.arange(stage.text_length) < lengths[:, None]
+    longest = shapes["text_mask"][0][1]
+    arrays["text_mask"] = np.arange(longest) < rng.integers(1, longest + 1, b)[:, None]
     arrays["text"] = (
         rng.standard_normal(shapes["text"][0]) * arrays["text_mask"][..., None]
     ).astype(jnp.bfloat16)

@@ -87,7 +87,8 @@ def sample() -> None:
         loaded = load(name, index, mesh)
         stage = loaded.stage
         rng = np.random.default_rng(0)
-        text = rng.standard_normal((min(TOKENS, stage.text_length), stage.texts[0].dim))
+        (text_input,) = stage.texts
+        text = rng.standard_normal((min(TOKENS, text_input.length), text_input.dim))
         text = text.astype(ml_dtypes.bfloat16)
         started = time.monotonic()
         (drawn,) = cascade.generate(

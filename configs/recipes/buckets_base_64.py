@@ -18,7 +18,7 @@ It differs from base_64.py in data.buckets only: seven sizes of about 64^2 pixel
 
 Hardware: as base_64.py, whose images have about as many pixels.
 Expect: not trained yet, so no loss is known.
-Recorded: nowhere yet.
+Recorded: `:demo` on pictures from 1:3 to 3:1, BENCHMARKS.md, "Several aspect ratios".
 
 Variants: `:demo` for two CPU cores and `:tiny` for tests, as in base_64.py.
 """

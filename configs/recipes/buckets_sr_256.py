@@ -17,7 +17,7 @@ It differs from sr_256.py in data.buckets only: seven sizes of about 256^2 pixel
 
 Hardware: as sr_256.py, whose images have about as many pixels.
 Expect: not trained yet, so no loss is known.
-Recorded: nowhere yet.
+Recorded: `:demo` on pictures from 1:3 to 3:1, BENCHMARKS.md, "Several aspect ratios".
 
 Variants: `:demo` for two CPU cores and `:tiny` for tests, as in sr_256.py.
 """

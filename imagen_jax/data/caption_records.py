@@ -75,6 +75,11 @@ def parse_caption(record: bytes, dim: int, embedding: str = "bfloat16") -> Capti
     return CaptionRow(text, _read(example, embedding)) if dim else CaptionRow(text)
 
 
+def parse_text(record: bytes) -> str:
+    """The text of a record of `serialize_caption`, whatever its features."""
+    return caption_features(0).deserialize_example_np(record)["text"].decode()
+
+
 def parse_features(
     record: bytes, dim: int, embedding: str = "bfloat16", pooled_dim: int = 0
 ) -> TextFeatures:

@@ -22,7 +22,7 @@ from jaxtyping import Int, Shaped, UInt8
 
 from imagen_jax.data import sets, transforms, views
 from imagen_jax.data.buckets import Bucket, open_buckets
-from imagen_jax.data.example_text import ExampleText, StoredText
+from imagen_jax.data.example_text import ExampleText, StoredFeatures
 from imagen_jax.data.examples import MIDDLE, Example, Examples, PixelCache
 from imagen_jax.data.mixing import Mixed, interleave, stream_seed, whole_weights
 from imagen_jax.data.records import Prepared, open_once
@@ -171,7 +171,7 @@ def _set_buckets(data_cfg: Mapping[str, Any], split: str) -> list[_SetBuckets]:
 
 
 def _text(data_cfg: Mapping[str, Any], text: ExampleText | None) -> ExampleText:
-    return text or StoredText([TextInput(UNNAMED, 0, data_cfg["text_length"])])
+    return text or StoredFeatures([TextInput(UNNAMED, 0, data_cfg["text_length"])])
 
 
 def _cache(data_cfg: Mapping[str, Any]) -> PixelCache:

@@ -30,16 +30,11 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax.data.caption_records import (
-    CaptionRow,
-    canonical,
-    parse_caption,
-    parse_features,
-    serialize_caption,
-)
+from imagen_jax.data import caption_records
+from imagen_jax.data.caption_records import CaptionRow, canonical, serialize_caption
 from imagen_jax.data.manifest_fields import check_fields, check_shards
 from imagen_jax.data.shard_reader import ShardReader
-from imagen_jax.data.text_checks import StoredTexts
+from imagen_jax.data.text_checks import TextChecks
 from imagen_jax.storage import (
     check_local,
     disk_errors,
@@ -103,7 +98,8 @@ def import_tfds() -> None:
     pixel = io.BytesIO()
     Image.new("RGB", (1, 1)).save(pixel, "PNG")
     parse_image(serialize_image(ImageRow(pixel.getvalue(), 1, 1, "", (0,))))
-    parse_caption(serialize_caption(CaptionRow("", np.zeros((1, 1), ml_dtypes.bfloat16))), 1)
+    empty = CaptionRow("", np.zeros((1, 1), ml_dtypes.bfloat16))
+    caption_records.parse_caption(serialize_caption(empty), 1)
 
 
 def serialize_image(row: ImageRow) -> bytes:
@@ -244,7 +240,11 @@ class CaptionStore(_Store):
         self._dim, self._embedding = dim, embedding
 
     def __getitem__(self, caption_id: int) -> CaptionRow:
-        return parse_caption(self.record(caption_id), self._dim, self._embedding)
+        return caption_records.parse_caption(self.record(caption_id), self._dim, self._embedding)
+
+    def text(self, caption_id: int) -> str:
+        """The text of a caption, without decoding its features."""
+        return caption_records.parse_text(self.record(caption_id))
 
 
 class FeatureStore(_Store):
@@ -264,7 +264,7 @@ class FeatureStore(_Store):
         self._format = dim, embedding, pooled_dim
 
     def __getitem__(self, caption_id: int) -> TextFeatures:
-        return parse_features(self.record(caption_id), *self._format)
+        return caption_records.parse_features(self.record(caption_id), *self._format)
 
 
 class Prepared:
@@ -349,10 +349,10 @@ class Prepared:
         return self.encoder["dim"]
 
     @property
-    def _texts(self) -> StoredTexts:
+    def _texts(self) -> TextChecks:
         stats = self.manifest["embedding"] if self._is_named else {"": self.manifest["embedding"]}
         longest = {name: stats[name]["length"]["max"] for name in self.encoders}
-        return StoredTexts(self.path, self.encoders, longest)
+        return TextChecks(self.path, self.encoders, longest)
 
     def num_images(self, split: str) -> int:
         """Number of images in a split."""

@@ -9,7 +9,7 @@ from imagen_jax.text_inputs import UNNAMED, TextInput
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredTexts:
+class TextChecks:
     """The text features of prepared data at `path`.
 
     encoders: {name: identity}; {"": identity} for a single unnamed one, {} for texts alone.
@@ -30,12 +30,12 @@ class StoredTexts:
 
         An input of dim 0 has any width.
         """
-        for one in inputs:
-            self.check_named(one.name)
-            if one.dim:
-                self._check_width(one)
-                self._check_pooled(one)
-            self._check_length(one)
+        for text_input in inputs:
+            self.check_named(text_input.name)
+            if text_input.dim:
+                self._check_width(text_input)
+                self._check_pooled(text_input)
+            self._check_length(text_input)
 
     def check_named(self, name: str) -> None:
         """Raises ValueError unless there are features of the encoder of this name."""
@@ -62,41 +62,45 @@ class StoredTexts:
             f" text.encoders, or prepare with --encoder {name}=..."
         )
 
-    def _check_width(self, one: TextInput) -> None:
-        identity = self.encoders[one.name]
+    def _check_width(self, text_input: TextInput) -> None:
+        identity = self.encoders[text_input.name]
         found, who = identity["dim"], identity["name"]
-        if found == one.dim:
+        if found == text_input.dim:
             return
-        if one.name == UNNAMED:
+        if text_input.name == UNNAMED:
             raise ValueError(
                 f"{self.path} has text features of width {found} ({who}), but the"
-                f" config asks for {one.dim}: use the config's text encoder"
+                f" config asks for {text_input.dim}: use the config's text encoder"
             )
         raise ValueError(
-            f"{self.path} has {one.name} features of width {found} ({who}), but text.dims asks for"
-            f" {one.dim}: set text.dims, or use the config's text encoder"
+            f"{self.path} has {text_input.name} features of width {found} ({who}), but text.dims"
+            f" asks for {text_input.dim}: set text.dims, or use the config's text encoder"
         )
 
-    def _check_pooled(self, one: TextInput) -> None:
-        found = self.encoders[one.name].get("pooled_dim", 0)
-        if one.pooled_dim in (0, found):
+    def _check_pooled(self, text_input: TextInput) -> None:
+        found = self.encoders[text_input.name].get("pooled_dim", 0)
+        if not text_input.pooled_dim or found == text_input.pooled_dim:
             return
-        has = f"pooled {one.name} vectors of width {found}" if found else f"no pooled {one.name}"
+        has = (
+            f"pooled {text_input.name} vectors of width {found}"
+            if found
+            else f"no pooled {text_input.name}"
+        )
         raise ValueError(
             f"{self.path} has {has}{'' if found else ' vectors'}, but text.pooled_dims asks for"
-            f" {one.pooled_dim}: set it to {found}, or use another text encoder"
+            f" {text_input.pooled_dim}: set it to {found}, or use another text encoder"
         )
 
-    def _check_length(self, one: TextInput) -> None:
+    def _check_length(self, text_input: TextInput) -> None:
         """Truncating stored features would be wrong: the encoder attends to the whole text, so the
         first features of a text differ from the features of the truncated text.
         """
-        longest, length = self.longest[one.name], one.length
+        longest, length = self.longest[text_input.name], text_input.length
         if longest <= length:
             return
         whose, field = ("", "data.text_length")
-        if one.name != UNNAMED:
-            whose, field = f" of {one.name}", "text.lengths"
+        if text_input.name != UNNAMED:
+            whose, field = f" of {text_input.name}", "text.lengths"
         raise ValueError(
             f"{self.path} has captions of up to {longest} tokens{whose}, but {field} is"
             f" {length}: prepare with --max_length {length} or raise {field}"

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from imagen_jax.diffusion.process import GaussianProcess
 from imagen_jax.diffusion.schedule import Schedule
-from imagen_jax.text_inputs import KINDS, MASK, is_text, key, names
+from imagen_jax.text_inputs import KINDS, MASK, encoder_names, field_name, is_text
 
 Cond = PyTree[Shaped[Array, "b ..."]]  # a dict; PyTree checks the rows of every entry
 # The process that noises the low-res image, whatever process the stage itself uses.
@@ -30,7 +30,7 @@ def drop_text(cond: Cond, drop: Bool[Array, "b"]) -> Cond:
     only. No mask is empty, so attention stays finite, and the result does not depend on the length
     of the dropped caption.
     """
-    for name in names(cond):
+    for name in encoder_names(cond):
         cond = drop_input(cond, name, drop)
     return cond
 
@@ -38,10 +38,10 @@ def drop_text(cond: Cond, drop: Bool[Array, "b"]) -> Cond:
 def drop_input(cond: Cond, name: str, drop: Bool[Array, "b"]) -> Cond:
     """`drop_text` for the features of one text encoder alone."""
     dropped = {}
-    for field in [key(kind, name) for kind in KINDS if key(kind, name) in cond]:
+    for field in [field_name(kind, name) for kind in KINDS if field_name(kind, name) in cond]:
         value = cond[field]
         null = jnp.zeros((), value.dtype)
-        if field == key(MASK, name):
+        if field == field_name(MASK, name):
             null = (jnp.arange(value.shape[1]) == 0)[None]
         dropped[field] = jnp.where(drop.reshape(-1, *[1] * (value.ndim - 1)), null, value)
     return cond | dropped

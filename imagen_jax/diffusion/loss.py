@@ -15,8 +15,7 @@ from imagen_jax.diffusion import conditioning
 from imagen_jax.diffusion.process import Process
 from imagen_jax.diffusion.schedule import Schedule
 from imagen_jax.diffusion.weighting import Weight
-from imagen_jax.text_inputs import DROP, names
-from imagen_jax.text_inputs import key as key_of
+from imagen_jax.text_inputs import DROP, encoder_names, field_name
 
 Draws = PyTree[Shaped[Array, "b ..."]]  # the dict that `draw` returns
 DenoiseFn = Callable[
@@ -60,7 +59,7 @@ def draw(
     }
     for i, (name, probability) in enumerate(sorted((input_drops or {}).items())):
         input_key = jax.random.fold_in(drop_key, i)
-        draws[key_of(DROP, name)] = jax.random.uniform(input_key, (b,)) < probability
+        draws[field_name(DROP, name)] = jax.random.uniform(input_key, (b,)) < probability
     if lowres_shape is not None:
         draws["lowres_level"] = jax.random.uniform(level_key, (b,), maxval=aug_max)
         draws["lowres_eps"] = jax.random.normal(lowres_key, lowres_shape)
@@ -81,9 +80,9 @@ def noised(
     (`augment_lowres`).
     """
     cond = conditioning.drop_text(cond, draws[DROP])
-    for name in names(cond):
-        if name and key_of(DROP, name) in draws:
-            cond = conditioning.drop_input(cond, name, draws[key_of(DROP, name)])
+    for name in encoder_names(cond):
+        if name and field_name(DROP, name) in draws:
+            cond = conditioning.drop_input(cond, name, draws[field_name(DROP, name)])
     if "lowres" in cond:
         level, eps = draws["lowres_level"], draws["lowres_eps"]
         cond = conditioning.augment_lowres(cond, eps, level, aug_schedule)

@@ -89,8 +89,8 @@ def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | 
 def check_loaded(drawer: drawing.Drawer, points: Sequence[Node], axes: Sequence[Axis]) -> None:
     """Raises ValueError for settings of the grid that the loaded stages cannot draw with."""
     loaded = dict(zip(points[0].stages, drawer.stages))
-    texts = {name: stage.stage.texts for name, stage in loaded.items()}
-    settings_grid.check_settings(points, axes, texts)
+    inputs = {name: stage.stage.texts for name, stage in loaded.items()}
+    settings_grid.check_settings(points, axes, inputs)
     for i, level in enumerate(settings_grid.levels(points)):
         for node in level:
             cascade.check_intervals([loaded[node.stage].with_sampling(node.sampling, i)])

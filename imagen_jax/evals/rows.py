@@ -17,7 +17,7 @@ from jaxtyping import Int, Shaped, UInt8
 
 from imagen_jax import schema
 from imagen_jax.data import pipeline
-from imagen_jax.data.example_text import Reading
+from imagen_jax.data.example_text import EvaluationText
 from imagen_jax.data.records import SPLITS, open_once
 from imagen_jax.diffusion import conditioning
 from imagen_jax.evals import statistics
@@ -96,17 +96,17 @@ class ReadRows:
         split: str,
         index: Int[np.ndarray, " n"],
         seed: int,
-        reading: Reading | None = None,
+        text: EvaluationText | None = None,
     ):
         """index: the rows in the image store. seed: of the shuffled conditions.
 
-        reading: how the text is read; None: the features of the only encoder.
+        text: how the text is read; None: the features of the only encoder.
         """
         self.split, self._data_cfg, self.index = split, data_cfg, index
         self._kept: dict[int, dict[str, Any]] = {}
         self.caption_id = pipeline.eval_caption_ids(data_cfg, index.tolist(), split)
         prepared, captions = pipeline.open_prepared(data_cfg), self.caption_id.tolist()
-        self._text = reading(prepared, captions) if reading else None
+        self._text = text(prepared, captions) if text else None
         self._seed = seed
 
     def __len__(self) -> int:
@@ -185,10 +185,13 @@ class Data:
     """
 
     def __init__(
-        self, data_cfg: Mapping[str, Any], settings: Settings, reading: Reading | None = None
+        self,
+        data_cfg: Mapping[str, Any],
+        settings: Settings,
+        text: EvaluationText | None = None,
     ):
-        """data_cfg: section `data` of the config. reading: as for `ReadRows`."""
-        self._reading = reading
+        """data_cfg: section `data` of the config. text: as for `ReadRows`."""
+        self._text = text
         self.prepared = open_once(data_cfg["path"])
         counts = self.prepared.manifest["counts"]["images"]
         self.counts = {split: counts[split] for split in SPLITS if counts.get(split, 0)}
@@ -220,6 +223,14 @@ class Data:
         else:
             index = self.choose(split, self._settings.samples)
         return once(self._kept, ("wholes", split), lambda: self._rows(self._wholes, split, index))
+
+    def caption_ids(self) -> list[int]:
+        """The captions of all rows with text."""
+        parts = [rows.caption_id for split in self.counts for rows in self._with_text(split)]
+        return np.unique(np.concatenate(parts)).tolist()
+
+    def _with_text(self, split: str) -> tuple[ReadRows, ...]:
+        return self.crops(split), self.wholes(split)
 
     def texts(self, split: str) -> tuple[str, ...]:
         """The entries of TEXTS that a split can be sampled with."""
@@ -339,7 +350,7 @@ class Data:
     def _rows(
         self, data_cfg: Mapping[str, Any], split: str, index: Int[np.ndarray, " n"]
     ) -> ReadRows:
-        return ReadRows(data_cfg, split, index, self._settings.seed, self._reading)
+        return ReadRows(data_cfg, split, index, self._settings.seed, self._text)
 
 
 def with_conditions(

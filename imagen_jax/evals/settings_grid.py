@@ -179,11 +179,11 @@ def levels(points: Sequence[Node]) -> list[list[Node]]:
 def check_settings(
     points: Sequence[Node],
     axes: Sequence[Axis],
-    texts: Mapping[str, Sequence[TextInput]] | None = None,
+    inputs: Mapping[str, Sequence[TextInput]] | None = None,
 ) -> None:
     """Raises ValueError if a stage cannot draw with settings of the grid, or an axis has no effect.
 
-    texts: {stage: its text inputs}, if the stages are loaded.
+    inputs: {stage: its text inputs}, if the stages are loaded.
     """
     fields = field.flat({"sampling": schema.SAMPLING})
     for node in itertools.chain(*levels(points)):
@@ -197,11 +197,11 @@ def check_settings(
         except ValueError as error:  # begins with a label of the config
             raise ValueError(f"{where}: {str(error).partition(': ')[2]}") from None
         facts = {"data": {"lowres_size": int(node.stage != "base")}, "sampling": node.sampling}
-        if texts:
-            inputs = texts[node.stage]
+        if inputs:
+            read = inputs[node.stage]
             facts["text"] = {
-                "dim": sum(text.dim for text in inputs if text.name == UNNAMED),
-                "encoders": tuple(text.name for text in inputs if text.name != UNNAMED),
+                "dim": sum(each.dim for each in read if each.name == UNNAMED),
+                "encoders": tuple(each.name for each in read if each.name != UNNAMED),
             }
         values = field.flat(facts)
         idle = field.without_effect(values, fields)

@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 
 from imagen_jax import schema, sharding
 from imagen_jax.cascade import STAGE_META
+from imagen_jax.data.example_text import read_stored
 from imagen_jax.data.records import open_once
 from imagen_jax.distributed import agreement
-from imagen_jax.evals import history, provenance, report
+from imagen_jax.evals import evaluation_text, history, provenance, report
 from imagen_jax.evals.evaluation import Evaluation, Probe
 from imagen_jax.evals.measures import measure
 from imagen_jax.evals.rows import Data, Settings
-from imagen_jax.online_text import reading_of
 from imagen_jax.sampling_parameters import for_sampling, parameter_shardings
 from imagen_jax.stage import Params, check_interval, check_sampling, create_stage
 from imagen_jax.storage import (
@@ -34,6 +34,7 @@ from imagen_jax.storage import (
     write_json,
 )
 from imagen_jax.text import program
+from imagen_jax.text_inputs import text_inputs
 from imagen_jax.weights.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -71,7 +72,8 @@ class Evaluator:
         names: names of the measures; [] for all that apply.
         numbers: fields of `rows.Settings`.
         sampling: values that override those of the checkpoint's config.
-        encoder: text encoder for data that has only texts; "": that of the checkpoint's config.
+        encoder: text encoder for data without the features that the checkpoint needs; "": that of
+            the checkpoint's config.
 
         Raises ValueError for an unknown measure.
         """
@@ -181,10 +183,7 @@ class Evaluator:
         if self._sampling:
             check_interval(settings.sampling, stage.schedule)
         chosen = measure.choose(self._names, stage, settings)
-        inputs = open_once(self._data), self._mesh, settings.batch_size, self._encoder
-        reading = reading_of(config, meta["encoder"], *inputs)
-        data_cfg = dict(config["data"]) | {"path": self._data, "mixture": ()}
-        self._rows = Data(data_cfg, settings, reading)
+        self._rows, self._text_features = self._read(meta, settings)
         if "heldout" not in self._rows.counts:
             log.warning("%s has no held-out images; evaluating on training images", self._data)
         if self._rows.prepared.hash not in (meta["manifest_hash"], *meta.get("mixture_hashes", ())):
@@ -195,6 +194,21 @@ class Evaluator:
         possible = json.dumps([list(self._chosen), self._left_out])
         agreement.check({"data": self._rows.prepared.hash, "possible measures": possible})
         self._probe, self._config = Probe(stage, settings, self._mesh), config
+
+    def _read(self, meta: Mapping[str, Any], settings: Settings) -> tuple[Data, str]:
+        """(the rows, where their text features are from: see `evaluation_text.kind`)."""
+        prepared, config = open_once(self._data), meta["config"]
+        trained = meta["encoder"]
+        encoder = evaluation_text.choose_encoder(config, trained, prepared, self._encoder)
+        data_cfg = dict(config["data"]) | {"path": self._data, "mixture": ()}
+        read = read_stored(text_inputs(config))
+        if encoder:
+            captions = Data(data_cfg, settings).caption_ids()
+            encoded = evaluation_text.encode(
+                config, trained, prepared, captions, encoder, make_mesh
+            )
+            read = lambda prepared, caption_ids: encoded
+        return Data(data_cfg, settings, read), evaluation_text.kind(config, encoder)
 
     def _check_effect(self, config: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
         """Raises ValueError if a flag changes a field of `sampling` that has no effect.
@@ -215,6 +229,7 @@ class Evaluator:
         return {
             "config": meta["config"],
             "encoder": meta["encoder"],
+            "text_features": self._text_features,
             "data": {
                 "manifest_hash": rows.prepared.hash,
                 "trained_on": meta["manifest_hash"],

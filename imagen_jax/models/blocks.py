@@ -23,7 +23,7 @@ from imagen_jax.models.layers import (
     identity,
 )
 from imagen_jax.models.resampling import average_pool, upsample_nearest
-from imagen_jax.text_inputs import MASK, POOLED, TEXT, key
+from imagen_jax.text_inputs import MASK, POOLED, TEXT, field_name
 
 # The dict `cond` of a network: text, text_mask, lowres, lowres_logsnr. Each entry has b rows. With
 # several text encoders there are text.NAME, text_mask.NAME and pooled.NAME instead.
@@ -117,7 +117,7 @@ class Conditioning(nn.Module):
             emb = emb + embedding("lowres_noise")(cond["lowres_logsnr"])
         if not self.cond_dim:
             return self.constrain(emb), None, None
-        mask = _joined([cond[key(MASK, name)] for name in self.encoders])
+        mask = _joined([cond[field_name(MASK, name)] for name in self.encoders])
         text, pooled = from_text(self, "text", lambda: self._text(cond, mask))
         return self.constrain(emb + pooled), text, mask
 
@@ -139,7 +139,7 @@ class Conditioning(nn.Module):
         suffix = f"_{name}" if name else ""
         norm = nn.LayerNorm(dtype=self.dtype, name=f"{kind}_norm{suffix}")
         project = nn.Dense(width, dtype=self.dtype, name=f"{kind}_proj{suffix}")
-        return self.constrain(project(norm(cond[key(kind, name)])))
+        return self.constrain(project(norm(cond[field_name(kind, name)])))
 
 
 def _joined(parts: Sequence[Shaped[Array, "b ..."]]) -> Shaped[Array, "b l ..."]:

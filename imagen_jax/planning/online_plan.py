@@ -39,7 +39,7 @@ class Encoder:
 def find_encoders(config: Mapping[str, Any], given: str) -> list[Encoder]:
     """The encoders of a stage's inputs, in their order.
 
-    config: complete config of the stage. given: as `text.encoder`; the short names of
+    config: complete config of the stage. given: as `text.online_encoder`; the short names of
         `text/sizes.py` are known as well.
 
     Raises ValueError if the encoders are not those of the stage's inputs, or read shorter texts.
@@ -120,7 +120,7 @@ def with_encoders(memory: Mapping[str, Any], online: Mapping[str, Any]) -> dict[
 def weights_on_a_chip(config: Mapping[str, Any], mesh: Mesh) -> int:
     """Bytes on a chip of the weights of a config's encoders; 0 without text.online."""
     text = config["text"]
-    encoders = find_encoders(config, text["encoder"]) if text["online"] else []
+    encoders = find_encoders(config, text["online_encoder"]) if text["online"] else []
     return sum(
         encoder_plan.sharded_bytes(encoder.network, mesh)
         for encoder in encoders

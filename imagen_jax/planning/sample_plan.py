@@ -16,12 +16,15 @@ from imagen_jax import cascade, sampling_parameters, schema, sharding, stage_siz
 from imagen_jax.hardware.topology import Topology
 from imagen_jax.planning import encoder_plan, sample_cost, whole_step
 from imagen_jax.planning.compile_pool import compile_pool
+from imagen_jax.planning.sample_report import encoder_rows
 from imagen_jax.planning.step_time import SECONDS_PER_HOUR
 from imagen_jax.row_batches import rows_per_batch
 from imagen_jax.stage import Stage, check_interval, check_sampling, create_stage
 from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import check_object
 from imagen_jax.text import feature_file
+from imagen_jax.text.encoder_list import parse_encoders
+from imagen_jax.text_inputs import UNNAMED, longest_input
 from imagen_jax.weights import exports
 from imagen_jax.weights.checkpoint import META, opened
 from imagen_jax.weights.leaves import read_document
@@ -172,8 +175,8 @@ def plan_cascade(
         "parameters": parameters,
         "stages": [None] * len(parts),
     }
-    length = max(part.stage.text_length for part in parts)
-    plan["encoder"] = encoder_memory(config, topology, length, str(options.cache))
+    encoders = encoder_memories(config, parts, topology, str(options.cache))
+    plan["encoder"], plan["encoders"] = encoders.pop(UNNAMED, None), encoders
     for i, compiled, kernel in compiled_stages(parts, mesh, topology, rows, options):
         part = parts[i]
         others = parameters - part.bytes if resident else 0
@@ -193,7 +196,7 @@ def plan_cascade(
 
 def fits(plan: Mapping[str, Any]) -> bool:
     """Whether every stage and the text encoder fit."""
-    return all(row["fits"] for row in [*plan["stages"], plan["encoder"] or {"fits": True}])
+    return all(row["fits"] for row in [*plan["stages"], *encoder_rows(plan)])
 
 
 def _level(topology: Topology, time: bool) -> str:
@@ -300,11 +303,28 @@ def cost_of(seconds: float, rows: int, topology: Topology, options: Options) -> 
     return rate | {"hours": hours, "chip_hours": chip_hours} | money
 
 
+def encoder_memories(
+    config: Mapping[str, Any], parts: Sequence[Part], topology: Topology, cache: str
+) -> dict[str, dict[str, Any]]:
+    """{name of a text encoder: its memory}, without encoders of unknown sizes.
+
+    One is on the devices at a time. cache: directory of cached costs.
+    """
+    inputs = [text_input for part in parts for text_input in part.stage.texts]
+    given, rows = parse_encoders(config["encoder"]), {}
+    for name, encoder in given.items():
+        length = longest_input(name, inputs, given)
+        row = encoder_memory(dict(config) | {"encoder": encoder}, topology, length, cache)
+        rows |= {name: row} if row else {}
+    return rows
+
+
 def encoder_memory(
     config: Mapping[str, Any], topology: Topology, length: int, cache: str
 ) -> dict[str, Any] | None:
     """Memory of encoding a batch of prompts; None if the encoder's sizes are unknown here.
 
+    config: with one `encoder`.
     length: tokens per prompt, the longest that the stages accept.
     cache: directory of cached costs.
     """

@@ -14,6 +14,11 @@ def text(plan: Plan) -> str:
     return "\n".join(line for part in (_head, _memory, _times, _advice) for line in part(plan))
 
 
+def encoder_rows(plan: Plan) -> list[Plan]:
+    """The rows of the text encoders that are planned: a single one, or those with names."""
+    return [row for row in (plan["encoder"], *plan.get("encoders", {}).values()) if row]
+
+
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f}"
 
@@ -31,7 +36,7 @@ def _head(plan: Plan) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[str]:
     yield f"\nMemory in GiB per chip, limit {_gib(plan['limit'])}"
-    if encoder := plan["encoder"]:
+    for encoder in encoder_rows(plan):
         shards = f", in {encoder['parts']} shards" if encoder["parts"] > 1 else ""
         yield (
             f"  text encoder {encoder['name']}, {encoder['rows']} prompts of {encoder['tokens']}"

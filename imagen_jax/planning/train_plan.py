@@ -43,7 +43,7 @@ class Options:
         price: price of a chip-hour, or 0.
         captions: numbers of captions for which stored text features and text.online are compared.
         caption_tokens: their mean length in tokens.
-        encoders: text encoders of the comparison, as in `text.encoder`; "": those of the config.
+        encoders: text encoders of the comparison, as in `text.online_encoder`; "": those of the config.
     """
 
     cache: Path
@@ -139,7 +139,7 @@ def text_encoders(config: Mapping[str, Any], options: Options) -> list[online_pl
     """
     if not (config["text"]["online"] or options.captions):
         return []
-    given = options.encoders or config["text"]["encoder"]
+    given = options.encoders or config["text"]["online_encoder"]
     if options.captions and not text_inputs(config):
         raise ValueError(f"--captions is for a stage with text; {config['name']} has none")
     if options.captions and not given:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, BFloat16, Bool, Int, Shaped
 
 from imagen_jax.text import tokenizer as tokenizers
@@ -98,6 +99,11 @@ class FlaxEncoder:
         """`tokenize` without the network: it can be pickled."""
         return functools.partial(tokenizers.tokenize, self._tokenizer, max_length=self.max_length)
 
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of the weights."""
+        return self._program.rows.mesh
+
     def unknown(self, texts: list[str]) -> list[str]:
         """The characters of each text that the vocabulary lacks, "" if there are none."""
         return tokenizers.unknown_characters(self._tokenizer, texts)
@@ -137,7 +143,9 @@ class FlaxEncoder:
         mask: True for tokens, False for the padding after them; no row is empty. b must be a
             multiple of the rows of the mesh. Features of padding are undefined.
         """
-        lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
+        return self._apply(tokens, jnp.sum(mask, axis=1, dtype=jnp.int32))
+
+    def _apply(self, tokens: Int[Array, "b l"], lengths: Int[Array, "b"]) -> Output:
         out = self._program.apply(self._params, tokens, lengths)
         return out if self.pooled_dim else (out, np.empty((len(tokens), 0)))
 
@@ -182,6 +190,4 @@ class FlaxEncoder:
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = row
             lengths[i] = len(row)
-        tokens, lengths = jax.device_put((tokens, lengths), self._program.rows)
-        out = self._program.apply(self._params, tokens, lengths)
-        return out if self.pooled_dim else (out, np.empty((size, 0)))
+        return self._apply(*jax.device_put((tokens, lengths), self._program.rows))

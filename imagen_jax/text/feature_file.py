@@ -1,5 +1,6 @@
 """Features of many texts in a temporary file, so that memory does not grow with their number."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ MOST_PER_DEVICE = 64  # texts of a batch; more make a token no cheaper, see `Tex
 class FeatureFile:
     """The features of distinct texts, unpadded, read from disk one by one.
 
-    The file has no name and ends with the process.
+    The file has no name and ends with the process. Several threads may read it.
     """
 
     def __init__(self, directory: Path, dim: int, pooled_dim: int = 0):
@@ -31,19 +32,24 @@ class FeatureFile:
         return text in self._places
 
     def add(
-        self, text: str, features: BFloat16[np.ndarray, "l d"], pooled: BFloat16[np.ndarray, " e"]
+        self,
+        text: str,
+        features: BFloat16[np.ndarray, "l d"],
+        pooled: BFloat16[np.ndarray, " e"] | None = None,
     ) -> None:
-        """Stores the token features of a text and its pooled vector, which may be empty."""
-        offset = self._file.seek(0, 2)
-        for part in (features, pooled):
-            self._file.write(np.ascontiguousarray(part).tobytes())
+        """Stores the token features of a text and its pooled vector, if there is one."""
+        offset = self._file.tell()
+        self._file.write(np.ascontiguousarray(features).tobytes())
+        if pooled is not None:
+            self._file.write(np.ascontiguousarray(pooled).tobytes())
+        self._file.flush()
         self._places[text] = offset, len(features)
 
     def __getitem__(self, text: str) -> TextFeatures:
         offset, tokens = self._places[text]
-        self._file.seek(offset)
         size = tokens * self._dim
-        values = np.frombuffer(self._file.read(2 * (size + self._pooled_dim)), ml_dtypes.bfloat16)
+        read = os.pread(self._file.fileno(), 2 * (size + self._pooled_dim), offset)
+        values = np.frombuffer(read, ml_dtypes.bfloat16)
         pooled = values[size:] if self._pooled_dim else None
         return TextFeatures(values[:size].reshape(tokens, self._dim), pooled)
 

@@ -14,7 +14,7 @@ import jax
 
 from imagen_jax import cascade, encoder_identity, sharding
 from imagen_jax.data import pipeline
-from imagen_jax.data.example_text import Reading, StoredText, read_stored
+from imagen_jax.data.example_text import EvaluationText, StoredFeatures, read_stored
 from imagen_jax.data.records import Prepared
 from imagen_jax.hardware import chips
 from imagen_jax.online_text import OnlineText
@@ -142,7 +142,7 @@ class Run:
     def batches(self, step: int, rows: Sequence[int] | None = None) -> Iterator[pipeline.Batch]:
         """The training batches of `step`, step + 1, ... (see `pipeline.batches`)."""
         step = 0 if self.overfit else step
-        text = self.online.tokens if self.online else StoredText(text_inputs(self.config))
+        text = self.online.tokens if self.online else StoredFeatures(text_inputs(self.config))
         data = pipeline.batches(
             self.config["data"], self.config["seed"], step, rows=rows, text=text
         )
@@ -158,13 +158,9 @@ class Run:
         return placed | (self.online.place(batch) if self.online else {})
 
     @property
-    def reading(self) -> Reading:
+    def evaluation_text(self) -> EvaluationText:
         """How rows of a validation get their text."""
-        inputs = text_inputs(self.config)
-        if self.online is None:
-            return read_stored(inputs)
-        of_captions, rows = self.online.of_captions, self.config["data"]["batch_size"]
-        return lambda prepared, caption_ids: of_captions(prepared, caption_ids, rows)
+        return self.online.of_captions if self.online else read_stored(text_inputs(self.config))
 
     def compile_steps(self) -> dict[Size, Any]:
         """The compiled train step of each image size that the data has.
@@ -242,10 +238,16 @@ def _stored_encoders(
 
 
 def _report_cuts(online: OnlineText, data: Sequence[Prepared]) -> None:
-    """Logs the share of captions that are longer than the stage's input."""
-    for one in data:
-        if share := online.cut_share(one):
-            log.warning("about %.2g %% of the captions of %s are cut", 100 * share, one.path)
+    """Logs the share of captions that are longer than each of the stage's inputs."""
+    for prepared in data:
+        for name, share in online.cut_shares(prepared).items():
+            if share:
+                log.warning(
+                    "about %.2g %% of the captions of %s are cut%s; raise %s, if the encoder reads"
+                    " more",
+                    *(100 * share, prepared.path, f" for {name}" if name else ""),
+                    "text.lengths" if name else "data.text_length",
+                )
 
 
 def repeat_first(

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 
 from imagen_jax import cascade, pictures, sharding
 from imagen_jax.data import pipeline, sets
-from imagen_jax.data.example_text import Reading
+from imagen_jax.data.example_text import EvaluationText
 from imagen_jax.stage import Params, Stage, to_uint8
 from imagen_jax.stage_sizes import square
 from imagen_jax.text_inputs import is_text
@@ -42,16 +42,16 @@ class SampleGrid:
     has about the same number of rows.
     """
 
-    def __init__(self, config: Mapping[str, Any], stage: Stage, mesh: Mesh, reading: Reading):
+    def __init__(self, config: Mapping[str, Any], stage: Stage, mesh: Mesh, text: EvaluationText):
         """config: the config of the run; train.sample_rows is the number of rows.
 
-        reading: of the rows' text.
+        text: of the rows' text.
         """
         data, wanted = config["data"], config["train"]["sample_rows"]
         found = sets.data_sets(data)
         bounds = np.linspace(0, wanted, len(found) + 1).astype(int)
         parts = [
-            evenly_spaced(one.config(data), int(size), reading)
+            evenly_spaced(one.config(data), int(size), text)
             for one, size in zip(found, np.diff(bounds), strict=True)
             if size
         ]
@@ -73,11 +73,11 @@ class SampleGrid:
         return pictures.grid([list(column) for column in columns], max(64, self._size))
 
 
-def evenly_spaced(data_cfg: Mapping[str, Any], wanted: int, reading: Reading) -> pipeline.Batch:
+def evenly_spaced(data_cfg: Mapping[str, Any], wanted: int, text: EvaluationText) -> pipeline.Batch:
     """Up to `wanted` rows of the only set of `data_cfg`, as `pipeline.eval_rows` reads them."""
     prepared = pipeline.open_prepared(data_cfg)
     split = prepared.evaluation_split
     count = prepared.num_images(split)
     rows = np.linspace(0, count - 1, min(wanted, count)).astype(int).tolist()
     captions = pipeline.eval_caption_ids(data_cfg, rows, split).tolist()
-    return pipeline.eval_rows(data_cfg, rows, split, reading(prepared, captions))
+    return pipeline.eval_rows(data_cfg, rows, split, text(prepared, captions))

@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from imagen_jax import run_log
 from imagen_jax.data import pipeline, sets
-from imagen_jax.data.example_text import Reading
+from imagen_jax.data.example_text import EvaluationText
 from imagen_jax.evals import statistics
 from imagen_jax.evals.evaluation import Probe, training_loss, x_hat_error
 from imagen_jax.evals.measures import x_error
@@ -45,14 +45,14 @@ log = logging.getLogger("imagen_jax.train")
 class Validation:
     """The errors of a stage's EMA and parameters on fixed rows, with right and wrong conditions."""
 
-    def __init__(self, config: Mapping[str, Any], stage: Stage, mesh: Mesh, reading: Reading):
-        """config: of the run. stage, mesh: those of the train step. reading: of the rows' text.
+    def __init__(self, config: Mapping[str, Any], stage: Stage, mesh: Mesh, text: EvaluationText):
+        """config: of the run. stage, mesh: those of the train step. text: of the rows' text.
 
         Rows are held-out, or training rows, with a warning, if the data have no held-out ones. A
         set of data.mixture without held-out rows is left out, with a warning, if others have some.
         """
         data, optim, wanted = config["data"], config["optim"], config["train"]["validate_rows"]
-        self.split, self._sets = read_sets(data, wanted, reading)
+        self.split, self._sets = read_sets(data, wanted, text)
         self._weights = {one.name: one.weight for one in sets.data_sets(data)}
         # As many rows at once as the train step has; without a gradient they need less memory.
         size = data["batch_size"] // optim["accumulation"]
@@ -127,7 +127,7 @@ class Validation:
 
 
 def read_sets(
-    data_cfg: Mapping[str, Any], wanted: int, reading: Reading
+    data_cfg: Mapping[str, Any], wanted: int, text: EvaluationText
 ) -> tuple[str, dict[str, ReadRows]]:
     """(split, {name of a set: up to `wanted` rows of it}); the name is "" for data.path."""
     opened = [
@@ -146,7 +146,7 @@ def read_sets(
         if prepared.evaluation_split != split:
             continue
         index = choose(prepared.num_images(split), split, wanted, SEED)
-        rows[one.name] = ReadRows(own_cfg, split, index, SEED, reading)
+        rows[one.name] = ReadRows(own_cfg, split, index, SEED, text)
         if reason := rows[one.name].unshufflable:
             on = f" on {one.name}" if one.name else ""
             log.warning("validation%s without shuffled conditions: %s", on, reason)

@@ -23,8 +23,8 @@ from imagen_jax.text.bert_network import Bert, BertConfig
 from imagen_jax.text.choice import Choice
 from imagen_jax.text.clip import CLIPText
 from imagen_jax.text.encoder import FlaxEncoder, TextEncoder
+from imagen_jax.text.encoder_list import parse_encoders
 from imagen_jax.text.program import EncodeProgram, fewest_parts, parameter_shapes, weight_bytes
-from imagen_jax.text.several import parse_encoders
 from imagen_jax.text.t5_network import T5Config, T5Encoder
 from imagen_jax.text.tokenizer import tokenize
 from imagen_jax.weights import bert_files, clip_files, t5_files
@@ -169,7 +169,7 @@ def encoder_loaders(
     dtype: str = "bfloat16",
     make_mesh: Callable[[int], Mesh] = one_device,
 ) -> dict[str, Callable[[], TextEncoder]]:
-    """{name: function that loads the encoder} of the encoders of `several.parse_encoders`.
+    """{name: function that loads the encoder} of the encoders of `encoder_list.parse_encoders`.
 
     Encoders with a name read at most their own longest text. Raises as `load_text_encoder`.
     """

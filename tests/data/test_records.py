@@ -11,12 +11,14 @@ import subprocess
 import sys
 import weakref
 
+import ml_dtypes
 import numpy as np
 import pytest
 from array_record.python import array_record_module
 
 from imagen_jax import storage
-from imagen_jax.data import records, shard_reader
+from imagen_jax.data import caption_records, records, shard_reader
+from imagen_jax.data.caption_records import CaptionRow
 from imagen_jax.text_inputs import TextInput
 from tests.data import synthetic
 
@@ -259,3 +261,15 @@ def test_each_directory_is_opened_once(tmp_path, monkeypatch):
     assert [records.open_once(path) for path in paths] == first and len(opened) == len(paths)
     (paths[0] / records.MANIFEST).write_text("{ }")
     assert records.open_once(paths[0]) is not first[0] and len(opened) == len(paths) + 1
+
+
+def test_texts_are_read_without_their_features(monkeypatch):
+    """Catches a tokenizer that decodes a mebibyte of features for each caption."""
+    row = CaptionRow("a red apple", np.ones((3, 4), ml_dtypes.bfloat16))
+    record = caption_records.serialize_caption(row)
+    monkeypatch.setattr(caption_records, "_read", None)
+    seen, features_of = [], caption_records.caption_features
+    monkeypatch.setattr(
+        caption_records, "caption_features", lambda *a: (seen.append(a), features_of(*a))[1]
+    )
+    assert caption_records.parse_text(record) == "a red apple" and seen == [(0,)]

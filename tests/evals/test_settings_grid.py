@@ -98,10 +98,11 @@ def test_guidance_of_a_stage_without_text_is_refused(config):
     """Catches points that differ in a weight that the network never reads."""
     axes = settings_grid.parse(["sr_1.w=1,2"], config, STAGES)
     points = settings_grid.points(axes, config, STAGES)
-    unnamed, named = [TextInput("", 8, 6)], [TextInput("t5", 8, 6), TextInput("clip", 8, 6)]
-    settings_grid.check_settings(points, axes, {"base": unnamed, "sr_1": named})
+    text, named = TextInput("", 8, 6), TextInput("t5", 8, 6)
+    for read in (text, named):
+        settings_grid.check_settings(points, axes, {"base": [text], "sr_1": [read]})
     with pytest.raises(ValueError, match="sampling.w = 1.0 has no effect with text.dim = 0"):
-        settings_grid.check_settings(points, axes, {"base": unnamed, "sr_1": []})
+        settings_grid.check_settings(points, axes, {"base": [text], "sr_1": []})
 
 
 def test_stages_without_checkpoint_do_not_run(config):

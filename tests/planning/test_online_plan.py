@@ -50,8 +50,8 @@ def test_encoders_are_found_by_the_names_of_the_inputs():
     that is not known.
     """
     config = stage()
-    config["text"]["encoder"] = "clip=clip-l14@layer=-1+t5=google/t5-v1_1-base"
-    t5, clip = online_plan.find_encoders(config, config["text"]["encoder"])
+    config["text"]["online_encoder"] = "clip=clip-l14@layer=-1+t5=google/t5-v1_1-base"
+    t5, clip = online_plan.find_encoders(config, config["text"]["online_encoder"])
     assert (t5.input.name, t5.network.config) == ("t5", sizes.T5_V11["base"])
     assert (clip.input.name, clip.network.config.layer) == ("clip", 12)
     assets = str(tiny.ROOT / "imagen_jax/assets/t5_tiny")
@@ -63,23 +63,23 @@ def test_encoders_are_found_by_the_names_of_the_inputs():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoder": "t5=base"}, "but the stage reads t5, clip"),
+        ({"online_encoder": "t5=base"}, "but the stage reads t5, clip"),
         ({"dims": (1024, 768)}, "base has features of width 768, but text.dims has 1024"),
         ({"lengths": (128, 78)}, "reads at most 77 tokens, but text.lengths has 78"),
-        ({"encoder": ""}, "set text.encoder=NAME"),
+        ({"online_encoder": ""}, "set text.online_encoder=NAME"),
     ],
 )
 def test_encoders_that_a_training_would_refuse(changes, message):
     """Catches a plan of a run that fails at its start."""
     config = stage(**changes)
     with pytest.raises(ValueError, match=message):
-        online_plan.find_encoders(config, config["text"]["encoder"])
+        online_plan.find_encoders(config, config["text"]["online_encoder"])
 
 
 def test_an_unknown_encoder_is_left_out_and_named(caplog):
     """Catches memory without one of two encoders reported as that of both."""
-    config = stage(encoder="t5=someone/encoder+clip=clip-l14")
-    encoders = online_plan.find_encoders(config, config["text"]["encoder"])
+    config = stage(online_encoder="t5=someone/encoder+clip=clip-l14")
+    encoders = online_plan.find_encoders(config, config["text"]["online_encoder"])
     assert encoders[0].network is None and "someone/encoder are unknown" in caplog.text
     found = online_plan.plan_online(encoders[:1], V5E, mesh(), 8, "")
     assert (found["unknown"], found["weights"], found["seconds"]) == (["someone/encoder"], 0, 0)
@@ -201,7 +201,7 @@ def compared(monkeypatch, is_bound=False, tokens=20.0):
 
     monkeypatch.setattr(text_costs.encoder_plan, "plan_encoder", passes)
     config = stage()
-    encoders = online_plan.find_encoders(config, config["text"]["encoder"])
+    encoders = online_plan.find_encoders(config, config["text"]["online_encoder"])
     config["train"] = dict(config["train"]) | {"steps": 1000}
     config["data"] = dict(config["data"]) | {"batch_size": 16}
     found = text_costs.compare(

@@ -12,6 +12,7 @@ from imagen_jax.hardware import chips, topology
 from imagen_jax.models.attention_kernel import flash_attend
 from imagen_jax.planning import cost, sample_cost, sample_plan, sample_report, whole_step
 from imagen_jax.stage import create_stage
+from imagen_jax.text_inputs import TextInput
 from tests import tiny
 
 NAMES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}
@@ -339,6 +340,31 @@ def test_the_encoder_is_planned_by_its_name(monkeypatch, name, width, longest):
         config | {"encoder": "someone/encoder"}, topology.parse("v5e:2x2"), 128, ""
     )
     assert unknown is None
+
+
+def test_every_named_encoder_is_planned(monkeypatch):
+    """Catches named encoders that are left out as unknown, so that the plan fits, and a length of
+    another encoder's input.
+    """
+    fits = {"t5": True, "clip": False}
+    memory = lambda network, *args: {
+        "fits": fits["clip" if network.config.dim == 768 else "t5"],
+        "parts": 1,
+        "peak": 2**30,
+    }
+    monkeypatch.setattr(sample_plan.encoder_plan, "memory", memory)
+    inputs = [TextInput("t5", 2048, 64), TextInput("clip", 768, 128)]
+    part = object.__new__(sample_plan.Part)
+    vars(part).update(stage=SimpleNamespace(texts=inputs))
+    config = cascade_config() | {
+        "encoder": "t5=google/t5-v1_1-xl+clip=openai/clip-vit-large-patch14"
+    }
+    rows = sample_plan.encoder_memories(config, [part], topology.parse("v5e:2x2"), "")
+    assert {name: row["tokens"] for name, row in rows.items()} == {"t5": 64, "clip": 77}
+    whole = written(False) | {"encoder": None, "encoders": rows}
+    assert not sample_plan.fits(whole)
+    lines = [line for line in sample_report.text(whole).splitlines() if "text encoder" in line]
+    assert ["DOES NOT FIT" in line for line in lines] == [False, True]
 
 
 def test_encoders_that_can_be_planned(tmp_path):

@@ -74,7 +74,7 @@ class StoreEstimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Width:
+class FeatureSizes:
     """The features of a text encoder.
 
     dim: features a token. tokens: mean length of the captions. pooled_dim: features of the pooled
@@ -100,21 +100,21 @@ class CaptionEstimate:
         cls,
         captions: float,
         text_bytes: float,
-        widths: Mapping[str, Width],
+        sizes: Mapping[str, FeatureSizes],
         shard_size: int,
         embedding: str,
     ) -> "CaptionEstimate":
-        """widths: {name of the encoder: its features}, "" for a single unnamed one."""
+        """sizes: {name of the encoder: its features}, "" for a single unnamed one."""
         stores = {"": StoreEstimate(captions, 0, text_bytes, 0, shard_size, embedding)}
-        for name, width in widths.items():
+        for name, features in sizes.items():
             stores[name] = StoreEstimate(
                 captions,
-                width.tokens,
+                features.tokens,
                 0 if name else text_bytes,
-                width.dim,
+                features.dim,
                 shard_size,
                 embedding,
-                width.pooled_dim,
+                features.pooled_dim,
             )
         return cls(stores)
 
@@ -130,7 +130,7 @@ class CaptionEstimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class TokenizerFacts:
     """What is known of a text encoder without its weights.
 
     tokenize: the tokenize function of text.encoder.TextEncoder. dim, pooled_dim: as there.
@@ -143,7 +143,7 @@ class Tokens:
 
 def preview_captions(
     source: Source,
-    encoders: Mapping[str, Tokens],
+    encoders: Mapping[str, TokenizerFacts],
     captions: int,
     shard_size: int,
     embedding: str,
@@ -172,9 +172,9 @@ def preview_captions(
     text_bytes = float(np.mean([len(text.encode()) for text in texts]))
     if not encoders:
         print(f"captions  {captions:,} (measured on {len(texts):,} of the source's)")
-    widths = {name: _measure(name, one, texts, captions) for name, one in encoders.items()}
+    sizes = {name: _measure(name, one, texts, captions) for name, one in encoders.items()}
     stores = {
-        name: CaptionEstimate.of(captions, text_bytes, widths, shard_size, name)
+        name: CaptionEstimate.of(captions, text_bytes, sizes, shard_size, name)
         for name in records.EMBEDDINGS
     }
     _print_stores(stores[embedding])
@@ -190,7 +190,7 @@ def preview_captions(
     return stores[embedding]
 
 
-def _measure(name: str, encoder: Tokens, texts: list[str], captions: int) -> Width:
+def _measure(name: str, encoder: TokenizerFacts, texts: list[str], captions: int) -> FeatureSizes:
     """The features of an encoder for captions like these; prints their lengths."""
     rows, cut = encoder.tokenize(texts)
     lengths = np.array([len(row) for row in rows])
@@ -198,7 +198,7 @@ def _measure(name: str, encoder: Tokens, texts: list[str], captions: int) -> Wid
     measured = f"measured on {len(texts):,} of the source's, {100 * np.mean(cut):.1f} % truncated"
     of = f" of {name}" if name else ""
     print(f"captions  {captions:,} of {lengths.mean():.1f} +- {error:.1f} tokens{of} ({measured})")
-    return Width(encoder.dim, float(lengths.mean()), encoder.pooled_dim if name else 0)
+    return FeatureSizes(encoder.dim, float(lengths.mean()), encoder.pooled_dim if name else 0)
 
 
 def caption_choices(

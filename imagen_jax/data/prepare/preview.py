@@ -14,7 +14,7 @@ from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.caption_estimate import (
     WORK_BYTES,
     CaptionEstimate,
-    Width,
+    FeatureSizes,
     caption_choices,
     spread,
     token_bytes,
@@ -71,7 +71,7 @@ class Sample:
     def estimate(self, settings: Settings, embedding: str) -> CaptionEstimate:
         """The stores of all captions of the source, with features of dtype `embedding`."""
         widths = {
-            name: Width(
+            name: FeatureSizes(
                 encoded.features[0].shape[1],
                 float(np.mean([len(feature) for feature in encoded.features])),
                 encoded.pooled.shape[1],

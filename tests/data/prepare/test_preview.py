@@ -17,9 +17,9 @@ from imagen_jax.data.caption_records import CaptionRow, serialize_caption, seria
 from imagen_jax.data.prepare import checks, passes, preview
 from imagen_jax.data.prepare.caption_estimate import (
     CaptionEstimate,
+    FeatureSizes,
     StoreEstimate,
-    Tokens,
-    Width,
+    TokenizerFacts,
     preview_captions,
 )
 from imagen_jax.data.prepare.choices import Choice, print_choices
@@ -84,7 +84,7 @@ def test_size_of_named_stores_that_were_written(tmp_path, embedding):
     ]
     tokens = np.mean([len(row.embedding) for row in features])
     text_bytes = np.mean([len(text) for text in texts])
-    widths = {"a": Width(64, tokens, 128)}
+    widths = {"a": FeatureSizes(64, tokens, 128)}
     estimate = CaptionEstimate.of(4096, text_bytes, widths, 4096, embedding)
     sizes = [store.bytes for store in estimate.stores.values()]
     assert sizes == pytest.approx(written, rel=0.07) and estimate.bytes == sum(sizes)
@@ -98,7 +98,7 @@ def test_four_hundred_million(tmp_path, capsys):
     tokenize = FakeEncoder(max_length=6).tokenize
     store = preview_captions(
         source,
-        {"": Tokens(tokenize, 4096)},
+        {"": TokenizerFacts(tokenize, 4096)},
         400_000_000,
         4096,
         "bfloat16",
@@ -137,7 +137,7 @@ def test_four_hundred_million(tmp_path, capsys):
         (False, "captions, int8", tebibytes(int8), "13.9 h", f"{int8 / 2**31:,.1f}"),
     ]
     small = preview_captions(
-        source, {"": Tokens(tokenize, 4096)}, 1000, 4096, "int8", rate=0, chips=0, price=0
+        source, {"": TokenizerFacts(tokenize, 4096)}, 1000, 4096, "int8", rate=0, chips=0, price=0
     ).stores[""]
     told = capsys.readouterr().out
     assert "price" not in told and "\ntime " not in told and "1 shards" in told

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.data import pipeline, quantization, records
-from imagen_jax.data.example_text import StoredText
+from imagen_jax.data.example_text import StoredFeatures
 from imagen_jax.text_inputs import TextInput
 from tests.data import synthetic
 from tests.data.synthetic_source import named, prepare, skipped, tree, two_encoders
@@ -104,7 +104,7 @@ def test_the_pipeline_reads_the_inputs(two, whole):
     """
     inputs = [TextInput("tiny", 4, 5), TextInput("wide", 12, 6, pooled_dim=5)]
     cfg = CAPTIONS | {"path": str(two)}
-    batch = pipeline.eval_rows(cfg, [0, 1], "train", StoredText(inputs))
+    batch = pipeline.eval_rows(cfg, [0, 1], "train", StoredFeatures(inputs))
     fields = {"text.tiny", "text_mask.tiny", "text.wide", "text_mask.wide", "pooled.wide"}
     assert {name for name in batch if name[:4] in ("text", "pool")} == fields
     assert batch["text.tiny"].shape == (2, 5, 4) and batch["text.wide"].shape == (2, 6, 12)
@@ -115,10 +115,10 @@ def test_the_pipeline_reads_the_inputs(two, whole):
             valid = batch[f"text.{name}"][i][batch[f"text_mask.{name}"][i]]
             np.testing.assert_array_equal(valid, encoder.features(text))
         np.testing.assert_array_equal(batch["pooled.wide"][i], two_encoders()["wide"].pooled(text))
-    without = pipeline.eval_rows(cfg, [0], "train", StoredText([TextInput("wide", 12, 6)]))
+    without = pipeline.eval_rows(cfg, [0], "train", StoredFeatures([TextInput("wide", 12, 6)]))
     assert "pooled.wide" not in without and "text.tiny" not in without
     batch = pipeline.eval_rows(
-        CAPTIONS | {"path": str(whole)}, [0], "train", StoredText([TextInput("", 8, 6)])
+        CAPTIONS | {"path": str(whole)}, [0], "train", StoredFeatures([TextInput("", 8, 6)])
     )
     np.testing.assert_array_equal(
         batch["text"],
@@ -145,7 +145,7 @@ def test_inputs_that_do_not_fit_are_refused(request, data, one, message):
     """Catches features of another encoder, width or length that are found in the jitted step."""
     path = request.getfixturevalue(data)
     with pytest.raises(ValueError, match=message) as caught:
-        StoredText([one]).open(records.Prepared(path))
+        StoredFeatures([one]).open(records.Prepared(path))
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from imagen_jax.text.several import FORM, parse_encoders
+from imagen_jax.text.encoder_list import FORM, parse_encoders
 
 
 @pytest.mark.parametrize(

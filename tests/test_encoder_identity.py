@@ -1,0 +1,86 @@
+"""Which text encoders are the same: of two records, of an input, of the stages of a cascade."""
+
+import types
+
+import pytest
+
+from imagen_jax import cascade, encoder_identity
+from imagen_jax.text_inputs import TextInput
+
+A = {"name": "a", "weights_sha256": "1", "tokenizer_sha256": "2", "dim": 4, "layer": 1}
+B = A | {"layer": 2}
+
+
+@pytest.mark.parametrize(
+    "names, ours, theirs, differ",
+    [
+        ([""], {"": A}, {"": A}, None),
+        ([""], {"": A}, {"": B}, "encoder .layer: 1 and 2"),
+        (["t"], {"t": A, "c": B}, {"t": A}, None),
+        (["t"], {"t": A, "c": B}, {"t": A, "c": A}, None),
+        (["c", "t"], {"t": A, "c": B}, {"t": B, "c": B}, "text encoder t .layer: 1 and 2"),
+        (["t", "c"], {"t": A, "c": A}, {"t": A}, "text encoder c .t, c and t"),
+        (["t"], {"t": A}, {"": A}, "text encoder t .t and one unnamed encoder"),
+        ([], {"": A}, {"": B}, None),
+        ([], {}, {"": B}, None),
+    ],
+)
+def test_the_encoders_that_are_read_are_compared(names, ours, theirs, differ):
+    """Catches two encoders that pass because one of them agrees, and an encoder that nobody reads
+    that decides.
+    """
+    if differ is None:
+        return encoder_identity.check_same(names, ours, theirs, "a and b", "use one")
+    with pytest.raises(ValueError, match=f"{differ}.*; use one$") as error:
+        encoder_identity.check_same(names, ours, theirs, "a and b", "use one")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoders", [{"": A}, {"t": A, "c": B}, {}])
+def test_records_of_encoders(encoders):
+    """Catches an unnamed encoder whose record is not its identity, as in older checkpoints."""
+    record = encoder_identity.to_record(encoders)
+    assert encoder_identity.from_record(record) == encoders
+    assert "encoders" in record or record == A
+
+
+@pytest.mark.parametrize(
+    "name, encoders, found",
+    [
+        ("", {"": A}, ""),
+        ("", {"c": B, "t": A}, "t"),
+        ("t", {"": A}, ""),
+        ("t", {"c": B, "t": A}, "t"),
+        ("t", {"c": A}, "t is needed, c given"),
+        ("", {"c": B}, "a is needed, c given"),
+        ("t", {"t": B}, "text encoder t .layer"),
+    ],
+)
+def test_an_input_finds_its_encoder(name, encoders, found):
+    """Catches an input that reads an encoder of another name, or another layer."""
+    find = lambda: encoder_identity.find(name, A, encoders, "a and b", "use one")
+    if found in encoders:
+        assert find() == found
+        return
+    with pytest.raises(ValueError, match=f"{found}.*; use one$"):
+        find()
+
+
+def test_the_stages_of_a_cascade_share_what_they_share():
+    """Catches stages that are refused for an encoder that only one of them reads, and a conflict of
+    stages that are not neighbours.
+    """
+
+    def loaded(name, names, **encoders):
+        texts = [TextInput(text, 4, 8) for text in names]
+        stage = types.SimpleNamespace(name=name, texts=texts)
+        record = encoder_identity.to_record(encoders)
+        made = object.__new__(cascade.LoadedStage)  # without loading
+        vars(made).update(stage=stage, encoder=record)
+        return made
+
+    base, middle = loaded("base", ["t"], t=A, c=A), loaded("sr", ["c"], t=B, c=B)
+    cascade.check_encoders([base, middle, loaded("without", [], t=B)])
+    cascade.check_encoders([base, middle, loaded("last", ["t"], t=A)])
+    with pytest.raises(ValueError, match="stages base and last do not share a text encoder t"):
+        cascade.check_encoders([base, middle, loaded("last", ["t"], t=B)])
