@@ -199,7 +199,7 @@ MISTAKES = {
     "argument forgotten": (
         "imagen_jax.prepare_data",
         ["--source=emoji", "--output=o"],
-        "give either --encoder NAME or --images_only",
+        "give one of --encoder NAME, --images_only and --text_only",
     ),
     "option misspelt": (
         "imagen_jax.prepare_data",
