@@ -200,8 +200,8 @@ def sample(
     lowres = None if not image else read_image(image, low, any_size=bool(expected))
     cli.make_directory("output", str(output))
     sizes = drawer.sizes
-    trained = stage_sizes.untrained([loaded.stage for loaded in drawer.stages], sizes)
-    if size and trained and jax.process_index() == 0:
+    trained = size and stage_sizes.untrained([loaded.stage for loaded in drawer.stages], sizes)
+    if trained and jax.process_index() == 0:
         print(f"warning: {trained}")
     drawing.check_disk(output, drawing.missing(requests, drawer.record | given, output, sizes))
     drawing.check_prompts(drawer, requests.prompts)

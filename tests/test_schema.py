@@ -37,6 +37,7 @@ GIVEN = {
     "constrain",
     "attend",
     "encoders",
+    "pooled",
     "parent",
     "name",
 }  # of a network, by no config
@@ -361,7 +362,7 @@ def test_what_a_resume_may_change():
     sections = {n for n in schema.flat(config) if n.split(".")[0] in ("mesh", "train", "sampling")}
     alone = {"name", "model.remat", "data.path", "data.workers", "data.cache_mib"}
     idle = {f"diffusion.{n}" for n in ("aug_schedule", "aug_max", "density_mean", "density_std")}
-    idle |= {f"text.{n}" for n in ("dims", "lengths", "pooled_dims", "drops", "encoder")}
+    idle |= {f"text.{n}" for n in ("dims", "lengths", "pooled_dims", "drops", "online_encoder")}
     assert free == sections | alone | idle | {"optim.accumulation", "data.view_scale"}
     assert not may_change("encoder.dim", config)
     cosine, dropout = tiny.config(optim__decay="cosine"), tiny.config(model__dropout=0.1)
