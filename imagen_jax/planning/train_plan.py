@@ -43,7 +43,8 @@ class Options:
         price: price of a chip-hour, or 0.
         captions: numbers of captions for which stored text features and text.online are compared.
         caption_tokens: their mean length in tokens.
-        encoders: text encoders of the comparison, as in `text.online_encoder`; "": those of the config.
+        encoders: text encoders of the comparison, as in `text.online_encoder`, or "" for those of
+            the config.
     """
 
     cache: Path
