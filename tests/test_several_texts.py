@@ -139,6 +139,7 @@ def test_inputs_are_dropped_alone_and_together(stage):
         (dict(text__dim=8), "with text.encoders set text.dim = 0"),
         (dict(text__encoders=["t5", "t5"]), "has a name twice"),
         (dict(text__dims=[24]), "text.encoders has 2, text.dims has 1"),
+        (dict(text__online=True), "text.online needs an encoder: set text.online_encoder=NAME"),
     ],
 )
 def test_fields_that_do_not_fit_together_are_refused(changes, message):
@@ -273,7 +274,7 @@ def draw_both(workdir, given, output):
 def test_online_encoders_must_be_those_of_the_inputs(encoders, texts):
     """Catches an encoder of another width or name, and a run without any."""
     for given, message in (
-        ("", "text.online needs an encoder"),
+        ("", "set text.online_encoder=NAME"),
         (f"clip={encoders['clip']}", "gives the encoders clip, but the stage reads clip, bert"),
         (f"clip={encoders['bert']}+bert=t5_tiny", "pooled|width"),
     ):

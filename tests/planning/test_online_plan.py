@@ -35,7 +35,7 @@ def stage(online: bool = True, **text):
         "pooled_dims": (0, 768),
         "drops": (0.0, 0.0),
         "online": online,
-        "encoder": "t5=base+clip=openai/clip-vit-large-patch14@layer=-2",
+        "online_encoder": "t5=base+clip=openai/clip-vit-large-patch14@layer=-2",
     }
     return config | {"text": dict(config["text"]) | inputs | text}
 
@@ -91,7 +91,7 @@ def test_an_unknown_encoder_is_left_out_and_named(caplog):
 def test_a_comparison_needs_text_and_its_encoder():
     """Catches a comparison that fails after the step was compiled."""
     with pytest.raises(ValueError, match="give --text_encoder NAME"):
-        train_plan.text_encoders(stage(False, encoder=""), COMPARED)
+        train_plan.text_encoders(stage(False, online_encoder=""), COMPARED)
     none = stage(False, encoders=(), dims=(), lengths=(), pooled_dims=(), drops=())
     with pytest.raises(ValueError, match="--captions is for a stage with text"):
         train_plan.text_encoders(none, COMPARED)
