@@ -33,22 +33,18 @@ log = logging.getLogger("imagen_jax.plan")
 class Options:
     """What a plan includes.
 
-        Fields:
-            cache: directory of cached block costs.
-            processes: number of blocks to compile at once.
-            exact: compile at the compiler's default level.
-            time: predict the step time (TPUs only).
-            sampler: compile the sampler as well.
-            search: compile the advised configs until one fits.
-            price: price of a chip-hour, or 0.
-            captions: numbers of captions for which stored text features and text.online are compared.
-            caption_tokens: their mean length in tokens.
-    <<<<<<< HEAD
-            encoders: text encoders of the comparison, as in `text.online_encoder`; "": the config's.
-    =======
-            encoders: text encoders of the comparison, as in `text.online_encoder`, or "" for those of
-                the config.
-    >>>>>>> wt_fixtext
+    Fields:
+        cache: directory of cached block costs.
+        processes: number of blocks to compile at once.
+        exact: compile at the compiler's default level.
+        time: predict the step time (TPUs only).
+        sampler: compile the sampler as well.
+        search: compile the advised configs until one fits.
+        price: price of a chip-hour, or 0.
+        captions: numbers of captions for which stored text features and text.online are compared.
+        caption_tokens: their mean length in tokens.
+        encoders: text encoders of the comparison, as in `text.online_encoder`, or "" for those of
+            the config.
     """
 
     cache: Path
