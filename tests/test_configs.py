@@ -61,6 +61,7 @@ COUNTS = {
     ("sr_256", "demo"): 3_184_099,
     ("sr_1024", "demo"): 1_432_643,
 }
+TRACED = ("bert_base", "t5_xxl_clip")  # arms of the text-encoder ablation in make test-slow
 ALL = [(name, arg) for name, args in VARIANTS.items() for arg in args]
 
 
@@ -384,9 +385,13 @@ def test_ablation_changes_fields_that_exist(name, arg):
             jax.eval_shape(create_stage(json.loads(network)).init, jax.random.key(0))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "arm", module("ablations.text_encoder").sweep(), ids=lambda arm: arm["name"]
+    "arm",
+    [
+        pytest.param(arm, marks=pytest.mark.slow if arm["name"] in TRACED else pytest.mark.long)
+        for arm in module("ablations.text_encoder").sweep()
+    ],
+    ids=lambda arm: arm["name"],
 )
 def test_a_train_step_with_each_text_encoder_of_the_paper_is_traced(arm):
     """Wrong: an arm of the paper's ablation whose encoders, widths or pooled vectors do not fit the
