@@ -388,7 +388,9 @@ def test_ablation_changes_fields_that_exist(name, arg):
 @pytest.mark.parametrize(
     "arm",
     [
-        pytest.param(arm, marks=pytest.mark.slow if arm["name"] in TRACED else pytest.mark.long)
+        pytest.param(
+            arm, marks=[pytest.mark.slow, *[pytest.mark.long] * (arm["name"] not in TRACED)]
+        )
         for arm in module("ablations.text_encoder").sweep()
     ],
     ids=lambda arm: arm["name"],

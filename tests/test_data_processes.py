@@ -18,7 +18,7 @@ from tests.weights.test_encoder_families import write
 DEVICES = 4
 SIZES = ((32, 32), (32, 64))
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def write_texts(root, first: int):
