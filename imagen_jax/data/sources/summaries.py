@@ -4,7 +4,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -109,15 +109,20 @@ def _summary(source: Any, path: Path) -> tuple[Path, Summary]:
 def _in_threads(
     summary: Callable[[Path], Summary], tasks: Iterable[Path]
 ) -> Iterator[tuple[Path, Summary]]:
-    pool = ThreadPoolExecutor(THREADS)
+    pool, running = ThreadPoolExecutor(THREADS), {}
+
+    def finished() -> Iterator[tuple[Path, Summary]]:
+        done = wait(running, return_when=FIRST_COMPLETED).done
+        # Those that raise come last, so that no summary is lost.
+        for future in sorted(done, key=lambda future: future.exception() is not None):
+            yield running.pop(future), future.result()
+
     try:
-        running = {}
         for path in tasks:
             running[pool.submit(summary, path)] = path
             if len(running) >= 2 * THREADS:
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
-        for future in as_completed(running):
-            yield running[future], future.result()
+                yield from finished()
+        while running:
+            yield from finished()
     finally:
         pool.shutdown(cancel_futures=True)
