@@ -52,7 +52,7 @@ def test_a_point_equals_the_cascade_and_is_drawn_once(make_drawer, tmp_path, mon
         return program(stage, mesh, shardings, sampling, index, size)
 
     drawer = make_drawer()
-    encoder = drawer.encoder
+    encoder = drawer.encoders.load("")
     axes = settings_grid.parse(["sr_1.aug_level=0,.2", "base.w=2,1"], drawer.config, STAGES)
     points = settings_grid.points(axes, drawer.config, STAGES)
     with monkeypatch.context() as patch:
@@ -62,7 +62,7 @@ def test_a_point_equals_the_cascade_and_is_drawn_once(make_drawer, tmp_path, mon
     everything = list(range(len(REQUESTS)))
     assert drawn == [(2.0, 0, everything), (1.0, 0, everything), *[(2.0, 8, everything)] * 4]
     assert programs == [(0, 2.0, 0.0), (0, 1.0, 0.0), (1, 2.0, 0.0), (1, 2.0, 0.2)]
-    assert sorted(encoder.texts) == sorted(REQUESTS.prompts) and drawer.encoder is None
+    assert sorted(encoder.texts) == sorted(REQUESTS.prompts) and drawer.encoders._encoder is None
 
     whole = drawing.draw(make_drawer(), REQUESTS, tmp_path / "whole", drawing.NO_IMAGE)
     (same,) = (p for p in points if p.settings == {"sr_1.aug_level": 0.2, "base.w": 2.0})
