@@ -1,5 +1,6 @@
 """Eight virtual devices compared with one: losses, gradients, samples; and the sharding rules."""
 
+import dataclasses
 import functools
 
 import jax
@@ -139,7 +140,8 @@ def sample_on(name, mesh, sampling, fields):
     keys = jax.device_put(jax.random.split(jax.random.key(1), 8), rows)
     sampling, size = {**stage.sampling, **sampling}, (stage.image_size, stage.image_size)
     draw = jax.jit(lambda p, k, b: stage.sample(p, k, b, sampling, size))
-    return np.asarray(draw(placed, keys, sharding.place_batch(tiny.batch(stage, 8), mesh)))
+    batch = tiny.batch(dataclasses.replace(stage, crop_size=0), 8)  # of whole images
+    return np.asarray(draw(placed, keys, sharding.place_batch(batch, mesh)))
 
 
 SECOND_ORDER = {"method": "dpmpp_2m", "grid": "logsnr", "w_interval": (-2.0, 2.0)}
