@@ -115,14 +115,13 @@ def text_sources(
 
     Raises ValueError if a stage was trained with another encoder.
     """
-    sources = {}
+    sources, remedy = {}, "give the text encoder of the training"
     for loaded in stages:
-        trained = encoder_identity.from_record(loaded.encoder)
+        trained, who = (
+            encoder_identity.from_record(loaded.encoder),
+            f"{loaded.stage.name} and {given}",
+        )
         for name in (text_input.name for text_input in loaded.stage.texts):
-            who, remedy = (
-                f"{loaded.stage.name} and {given}",
-                "give the text encoder of the training",
-            )
             sources[name] = encoder_identity.find(name, trained[name], identities, who, remedy)
     return sources
 
@@ -160,9 +159,7 @@ def _check_prompts(
 
 def _check_lengths(encoder: TextEncoder, prompts: Sequence[str], stage: str, length: int) -> None:
     """Raises ValueError for a prompt of more than `length` tokens."""
-    distinct = list(dict.fromkeys(prompts))
-    for start in range(0, len(distinct), feature_file.CHUNK):
-        chunk = distinct[start : start + feature_file.CHUNK]
+    for chunk in feature_file.chunks(prompts):
         for prompt, tokens in zip(chunk, encoder.tokenize(chunk)[0]):
             if len(tokens) > length:
                 raise ValueError(
@@ -174,9 +171,7 @@ def _check_lengths(encoder: TextEncoder, prompts: Sequence[str], stage: str, len
 
 def warn_of_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
     """Prints a warning for each prompt that the encoder cuts or cannot read completely."""
-    distinct = list(dict.fromkeys(prompts))
-    for start in range(0, len(distinct), feature_file.CHUNK):
-        chunk = distinct[start : start + feature_file.CHUNK]
+    for chunk in feature_file.chunks(prompts):
         _, cut = encoder.tokenize(chunk)
         for prompt, is_cut, unknown in zip(chunk, cut, encoder.unknown(chunk)):
             if is_cut:

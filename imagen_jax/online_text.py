@@ -116,12 +116,12 @@ class OnlineText:
                 _add(file, name, [text for text, _ in chunk], features)
         return EncodedText(self._inputs, files)
 
-    def cut_shares(self, prepared: Prepared, most: int = 1000) -> dict[str, float]:
+    def cut_shares(self, prepared: Prepared, most: int = 1000) -> dict[TextInput, float]:
         """{text input: share of captions that are longer}, of the first `most` captions."""
         captions = prepared.captions()
         texts = [captions.text(i) for i in range(min(most, len(captions)))]
-        cuts = {name: encoder.tokenize(texts)[1] for name, encoder in self._encoders.items()}
-        return {name: sum(cut) / max(1, len(cut)) for name, cut in cuts.items()}
+        cuts = {one: self._encoders[one.name].tokenize(texts)[1] for one in self._inputs}
+        return {one: sum(cut) / max(1, len(cut)) for one, cut in cuts.items()}
 
 
 def rows_at_once(captions: int, mesh: Mesh) -> int:
@@ -171,8 +171,8 @@ def load_encoder(
     text_input: TextInput, given: str, make_mesh: Callable[[int], Mesh]
 ) -> FlaxEncoder:
     """The encoder of an input. Raises ValueError if it has other widths or reads less."""
-    field = "text.lengths" if text_input.name else "data.text_length"
-    encoder = load_text_encoder(given, text_input.length, make_mesh=make_mesh, length_field=field)
+    length, field = text_input.length, text_input.length_field
+    encoder = load_text_encoder(given, length, make_mesh=make_mesh, length_field=field)
     check_sizes(text_input, encoder, given)
     return encoder
 

@@ -36,6 +36,11 @@ class TextInput:
     pooled_dim: int = 0
     drop: float = 0.0
 
+    @property
+    def length_field(self) -> str:
+        """The config field of `length`."""
+        return "text.lengths" if self.name else "data.text_length"
+
 
 @dataclasses.dataclass(frozen=True)
 class TextFeatures:

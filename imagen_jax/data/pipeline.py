@@ -137,7 +137,7 @@ def identity(data_cfg: Mapping[str, Any]) -> dict[str, Any]:
 def bucket_shares(data_cfg: Mapping[str, Any]) -> tuple[BucketShare, ...]:
     """The images of each bucket that has some, and how often it comes; () without data.buckets.
 
-    The first call for some data reads all of their records, to learn the sizes of the images.
+    The first call for data of earlier versions reads all records, to learn the images' sizes.
 
     Raises ValueError if an image is too small for its bucket.
     """

@@ -98,9 +98,8 @@ class TextChecks:
         longest, length = self.longest[text_input.name], text_input.length
         if longest <= length:
             return
-        whose, field = ("", "data.text_length")
-        if text_input.name != UNNAMED:
-            whose, field = f" of {text_input.name}", "text.lengths"
+        whose = f" of {text_input.name}" if text_input.name else ""
+        field = text_input.length_field
         raise ValueError(
             f"{self.path} has captions of up to {longest} tokens{whose}, but {field} is"
             f" {length}: prepare with --max_length {length} or raise {field}"

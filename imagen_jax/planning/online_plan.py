@@ -16,6 +16,7 @@ from imagen_jax.hardware.topology import Topology
 from imagen_jax.online_text import check_sizes, named_encoders
 from imagen_jax.planning import encoder_plan
 from imagen_jax.text_inputs import TextInput
+from imagen_jax.weights.text_encoders import check_length
 
 # Parts of a train step's memory that stay on the chips while captions are encoded.
 RESIDENT = ("parameters", "EMA", "optimizer", "EMA tracks", "batch")
@@ -52,12 +53,7 @@ def find_encoders(config: Mapping[str, Any], given: str) -> list[Encoder]:
             log.warning("the sizes of the text encoder %s are unknown; it is not planned", name)
             continue
         check_sizes(one, network.config, name)
-        longest = network.config.max_length
-        if longest is not None and one.length > longest:
-            field = "text.lengths" if one.name else "data.text_length"
-            raise ValueError(
-                f"text encoder {name} reads at most {longest} tokens, but {field} has {one.length}"
-            )
+        check_length(one.length, network.config.max_length, name, one.length_field)
     return encoders
 
 

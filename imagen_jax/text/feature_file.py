@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -59,6 +59,13 @@ def texts_per_device(batch_size: int, devices: int) -> int:
     return min(-(-batch_size // devices), MOST_PER_DEVICE)
 
 
+def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The distinct texts in their order, at most CHUNK at once."""
+    distinct = list(dict.fromkeys(texts))
+    for start in range(0, len(distinct), CHUNK):
+        yield distinct[start : start + CHUNK]
+
+
 def encode(
     encoder: TextEncoder,
     texts: Iterable[str],
@@ -71,10 +78,10 @@ def encode(
     batch_size: texts per device and batch. progress: is called with the number of texts done.
     """
     features = FeatureFile(directory, encoder.dim, encoder.pooled_dim)
-    distinct = list(dict.fromkeys(texts))
-    for start in range(0, len(distinct), CHUNK):
-        chunk: Sequence[str] = distinct[start : start + CHUNK]
-        for row in zip(chunk, *encoder.encode_pooled(list(chunk), batch_size, fill=True)):
+    done = 0
+    for chunk in chunks(texts):
+        for row in zip(chunk, *encoder.encode_pooled(chunk, batch_size, fill=True)):
             features.add(*row)
-        progress(start + len(chunk))
+        done += len(chunk)
+        progress(done)
     return features

@@ -240,13 +240,13 @@ def _stored_encoders(
 def _report_cuts(online: OnlineText, data: Sequence[Prepared]) -> None:
     """Logs the share of captions that are longer than each of the stage's inputs."""
     for prepared in data:
-        for name, share in online.cut_shares(prepared).items():
+        for text_input, share in online.cut_shares(prepared).items():
             if share:
+                reader = f" for {text_input.name}" if text_input.name else ""
                 log.warning(
                     "about %.2g %% of the captions of %s are cut%s; raise %s, if the encoder reads"
                     " more",
-                    *(100 * share, prepared.path, f" for {name}" if name else ""),
-                    "text.lengths" if name else "data.text_length",
+                    *(100 * share, prepared.path, reader, text_input.length_field),
                 )
 
 

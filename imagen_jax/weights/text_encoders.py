@@ -138,7 +138,7 @@ def load_text_encoder(
     name, choice = choices.parse(name_or_dir)
     directory = find_encoder(name)
     family, config = _read_config(directory, choice)
-    _check_length(max_length, config.max_length, name, length_field)
+    check_length(max_length, config.max_length, name, length_field)
     tokenizer, tokenizer_sha256 = family.load_tokenizer(directory)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -196,7 +196,7 @@ def load_tokenize(name_or_dir: str, max_length: int) -> tuple[Callable, int, int
     name, choice = choices.parse(name_or_dir)
     directory = find_encoder(name)
     family, config = _read_config(directory, choice)
-    _check_length(max_length, config.max_length, name, "--max_length")
+    check_length(max_length, config.max_length, name, "--max_length")
     tokenizer, _ = family.load_tokenizer(directory)
     tokenize_texts = functools.partial(tokenize, tokenizer, max_length=max_length)
     return tokenize_texts, config.dim, config.pooled_dim
@@ -214,7 +214,7 @@ def read_network(path: pathlib.Path, dtype: str, choice: Choice = choices.DEFAUL
     return family.network(config, jnp.dtype(dtype))
 
 
-def _check_length(max_length: int, longest: int | None, name: str, field: str) -> None:
+def check_length(max_length: int, longest: int | None, name: str, field: str) -> None:
     """Raises ValueError if the encoder cannot read texts of `max_length` tokens."""
     if longest is not None and max_length > longest:
         raise ValueError(

@@ -65,7 +65,7 @@ def test_encoders_are_found_by_the_names_of_the_inputs():
     [
         ({"online_encoder": "t5=base"}, "but the stage reads t5, clip"),
         ({"dims": (1024, 768)}, "base has features of width 768, but text.dims has 1024"),
-        ({"lengths": (128, 78)}, "reads at most 77 tokens, but text.lengths has 78"),
+        ({"lengths": (128, 78)}, "reads at most 77 tokens, not 78: set text.lengths to 77"),
         ({"online_encoder": ""}, "set text.online_encoder=NAME"),
     ],
 )
