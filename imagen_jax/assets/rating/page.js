@@ -420,10 +420,6 @@ function connect() {
   byId("start-form").addEventListener("submit", submitStart);
   document.addEventListener("keydown", onKey);
   window.addEventListener("resize", fit);
-  // The same number in a second tab: reload, so that no tab overwrites the answers of the other.
-  window.addEventListener("storage", (event) => {
-    if (number && event.key === `${STORE}/${number}`) location.reload();
-  });
 }
 
 function main() {
@@ -433,6 +429,11 @@ function main() {
   const texts = [parameter(location.search) ?? "", parameter(location.hash.slice(1)) ?? ""];
   const linked = texts.find(validNumber) ?? texts.find(Boolean) ?? "";
   const n = validNumber(linked);
+  // The same number in a second tab: reload, so that no tab overwrites the answers of the other.
+  // A tab that still shows the start goes on where the other one is.
+  window.addEventListener("storage", (event) => {
+    if (event.key === `${STORE}/${number || n}`) location.reload();
+  });
   if (n && stored(n)) begin(n);
   else showStart(linked);
 }

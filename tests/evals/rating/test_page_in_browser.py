@@ -294,6 +294,23 @@ def test_two_tabs_of_one_number(driver, tmp_path):
     rater.wait_for("#trial[data-state=ready] #progress[value='1']")
 
 
+def test_start_screen_follows_another_tab(driver, tmp_path):
+    """Catches a second tab that asks to start again because it was open before the answers were."""
+    trials = [shown_studies.make_trial(index, ["fidelity"]) for index in range(3)]
+    rater = Rater(driver, tmp_path, shown_studies.make_study(trials, [[[i, 0] for i in range(3)]]))
+    rater.open("?rater=1")
+    first = driver.current_window_handle
+    driver.switch_to.new_window("tab")
+    try:
+        rater.start()
+        rater.answer("1")
+        rater.wait_for("#trial[data-state=ready] #progress[value='1']")
+    finally:
+        driver.close()
+        driver.switch_to.window(first)
+    rater.wait_for("#trial[data-state=ready] #progress[value='1']")
+
+
 def test_zoom_shows_the_same_picture_of_both_sides(driver, tmp_path):
     """Catches a zoom of one side, of different pictures or sizes, and an answer during the zoom."""
     study = shown_studies.make_study([shown_studies.make_trial(0)], [[[0, 1]]], count=4)
