@@ -1,6 +1,7 @@
 """The fields of a manifest of prepared data that readers need."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,17 @@ def check_shards(file: Path, manifest: Mapping[str, Any], remedy: str) -> None:
     """Raises ValueError if the entry of a shard is damaged."""
     for name, entry in manifest["shards"].items():
         check_object(f"{file}, {name},", entry, SHARD_FIELDS, remedy)
+
+
+def check_present(root: Path, shards: Iterable[str]) -> None:
+    """Raises ValueError if a shard is missing; one listing for each store, not one for a shard."""
+    names = list(shards)
+    present = {
+        f"{folder}/{name}"
+        for folder in {name.split("/")[0] for name in names}
+        if (root / folder).is_dir()
+        for name in os.listdir(root / folder)
+    }
+    for name in names:
+        if name not in present:
+            raise ValueError(f"{root / name} is missing or cut short: prepare the data again")

@@ -6,6 +6,7 @@
     DIR/images/sizes-SPLIT.npy   see data/image_sizes.py; the manifest does not list it
     DIR/captions/       split train: text, embedding [length d] without padding, in bfloat16 or,
                         with scale [length], in int8; length. A caption's id is its row
+    DIR/first_records.json   see data/first_records.py; the manifest does not list it
     DIR/skipped.jsonl   one line for every skipped or changed item, with the reason
 
 With named text encoders, or with texts alone, the data has format 3: the records in captions/ have
@@ -30,9 +31,9 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax.data import caption_records
+from imagen_jax.data import caption_records, first_records
 from imagen_jax.data.caption_records import CaptionRow, canonical, serialize_caption
-from imagen_jax.data.manifest_fields import check_fields, check_shards
+from imagen_jax.data.manifest_fields import check_fields, check_present, check_shards
 from imagen_jax.data.shard_reader import ShardReader
 from imagen_jax.data.text_checks import TextChecks
 from imagen_jax.storage import (
@@ -214,9 +215,11 @@ def manifest_hash(content: Mapping) -> str:
 class _Store(ShardReader):
     """The records of one split; picklable, safe to share between threads."""
 
-    def __init__(self, root: Path, store: str, split: str, shards: Mapping[str, Mapping]):
+    def __init__(self, prepared: "Prepared", store: str, split: str):
+        shards, label = prepared.manifest["shards"], f"{prepared.path}/{store} ({split})"
         names = sorted(name for name in shards if name.startswith(f"{store}/{store}-{split}."))
-        super().__init__(f"{root}/{store} ({split})", root, {name: shards[name] for name in names})
+        entries = {name: shards[name] for name in names}
+        super().__init__(label, prepared.path, entries, prepared.first_sums)
         import_tfds()
 
     def __setstate__(self, state: Mapping) -> None:
@@ -234,10 +237,10 @@ class ImageStore(_Store):
 class CaptionStore(_Store):
     """Captions by caption id; with features if the data has those of one unnamed encoder."""
 
-    def __init__(self, root: Path, dim: int, shards: Mapping[str, Mapping], embedding: str):
-        """dim: width of the token features, 0 without features. embedding: their stored dtype."""
-        super().__init__(root, caption_store(""), "train", shards)
-        self._dim, self._embedding = dim, embedding
+    def __init__(self, prepared: "Prepared", dim: int):
+        """dim: width of the token features, 0 without features."""
+        super().__init__(prepared, caption_store(""), "train")
+        self._dim, self._embedding = dim, prepared.embedding
 
     def __getitem__(self, caption_id: int) -> CaptionRow:
         return caption_records.parse_caption(self.record(caption_id), self._dim, self._embedding)
@@ -250,18 +253,12 @@ class CaptionStore(_Store):
 class FeatureStore(_Store):
     """The features of one text encoder by caption id."""
 
-    def __init__(
-        self,
-        root: Path,
-        name: str,
-        shards: Mapping[str, Mapping],
-        dim: int,
-        embedding: str,
-        pooled_dim: int,
-    ):
-        """name: of the encoder, "" for an unnamed one. embedding: dtype of the token features."""
-        super().__init__(root, caption_store(name), "train", shards)
-        self._format = dim, embedding, pooled_dim
+    def __init__(self, prepared: "Prepared", name: str):
+        """name: of the encoder, "" for an unnamed one."""
+        super().__init__(prepared, caption_store(name), "train")
+        identity = prepared.encoders[name]
+        pooled_dim = identity.get("pooled_dim", 0) if name else 0
+        self._format = identity["dim"], prepared.embedding, pooled_dim
 
     def __getitem__(self, caption_id: int) -> TextFeatures:
         return caption_records.parse_features(self.record(caption_id), *self._format)
@@ -271,8 +268,8 @@ class Prepared:
     """An open prepared directory: manifest and stores. `open_once` opens it once per process.
 
     Opening reads the manifest and lists two directories: on a mounted object store one request per
-    1,000 names, where a stat of each shard would be one request per shard. The size of a shard is
-    compared when its first record is read.
+    1,000 names, where a stat of each shard would be one request per shard. Size and first record of
+    a shard are compared when it is first read.
 
     Raises ValueError if the directory is missing, incomplete or of another format version.
     `verify` also compares the content of all shards.
@@ -296,31 +293,22 @@ class Prepared:
         if self.manifest["hash"] != manifest_hash(self.manifest):
             raise ValueError(f"{file} was changed after it was written: prepare the data again")
         check_shards(file, self.manifest, remedy)
-        self._check_present()
+        check_present(self.path, self.manifest["shards"])
         self._stores: dict[str, _Store] = {}
 
     @property
     def _is_named(self) -> bool:
         return self.manifest["format_version"] == NAMED_FORMAT_VERSION
 
-    def _check_present(self) -> None:
-        """Raises ValueError if a shard is missing; two listings, whatever the number of shards."""
-        present = {
-            f"{folder}/{name}"
-            for folder in {name.split("/")[0] for name in self.manifest["shards"]}
-            if (self.path / folder).is_dir()
-            for name in os.listdir(self.path / folder)
-        }
-        for name in self.manifest["shards"]:
-            if name not in present:
-                raise ValueError(
-                    f"{self.path / name} is missing or cut short: prepare the data again"
-                )
-
     @property
     def hash(self) -> str:
         """Identity of the data: SHA-256 of the manifest, which holds the hash of every shard."""
         return self.manifest["hash"]
+
+    @functools.cached_property
+    def first_sums(self) -> dict[str, str]:
+        """{shard: SHA-256 of its first record}; {} for data of earlier versions."""
+        return first_records.read(self.path, self.hash)
 
     @property
     def encoders(self) -> dict[str, dict]:
@@ -362,8 +350,7 @@ class Prepared:
         """Opens the image store of a split. Raises ValueError if the split has no images."""
         if self.manifest["counts"]["images"].get(split, 0) == 0:
             raise ValueError(f"{self.path} has no images in split {split!r}")
-        make = lambda: ImageStore(self.path, "images", split, self.manifest["shards"])
-        return self._once(split, make)
+        return self._once(split, lambda: ImageStore(self, "images", split))
 
     @property
     def evaluation_split(self) -> str:
@@ -372,9 +359,8 @@ class Prepared:
 
     def captions(self) -> CaptionStore:
         """Opens the store of the captions' texts, which all splits share."""
-        dim, shards = 0 if self._is_named else self.text_dim, self.manifest["shards"]
-        make = lambda: CaptionStore(self.path, dim, shards, self.embedding)
-        return self._once(caption_store(""), make)
+        dim = 0 if self._is_named else self.text_dim
+        return self._once(caption_store(""), lambda: CaptionStore(self, dim))
 
     def features(self, name: str) -> FeatureStore:
         """Opens the features of a text encoder, by caption id.
@@ -382,10 +368,7 @@ class Prepared:
         name: of the encoder; "" for the unnamed one. Raises ValueError if there is none.
         """
         self._texts.check_named(name)
-        identity, shards = self.encoders[name], self.manifest["shards"]
-        sizes = identity["dim"], self.embedding, identity.get("pooled_dim", 0) if name else 0
-        make = lambda: FeatureStore(self.path, name, shards, *sizes)
-        return self._once(f"features {name}", make)
+        return self._once(f"features {name}", lambda: FeatureStore(self, name))
 
     def _once(self, name: str, make: Callable[[], _Store]) -> Any:
         """The store of this name; all callers share one, and its open shards."""

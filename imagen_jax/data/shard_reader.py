@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from imagen_jax.data import first_records
+from imagen_jax.data.first_records import WrongShard
 from imagen_jax.storage import is_away, sha256_file
 
 # Seconds between attempts to read a record after a transient file-system error.
@@ -40,34 +42,42 @@ def most_open() -> int:
     return max(1, min(_MOST_OPEN, files // max(2, len(_all_readers))))
 
 
-class CutShort(ValueError):
-    """A shard has another size than the manifest says."""
-
-
 class ShardReader:
     """The records of consecutive shards by row; picklable, safe to share between threads.
 
-    The size of a shard is compared with the manifest when the shard is opened.
+    The size of a shard is compared with the manifest when the shard is opened, its first record
+    when it is opened for the first time.
     """
 
-    def __init__(self, label: str, directory: Path, shards: Mapping[str, Mapping[str, Any]]):
-        """label: for messages. shards: {path in `directory`: entry of the manifest}, in order."""
+    def __init__(
+        self,
+        label: str,
+        directory: Path,
+        shards: Mapping[str, Mapping[str, Any]],
+        firsts: Mapping[str, str],
+    ):
+        """label: for messages. shards: {path in `directory`: entry of the manifest}, in order.
+
+        firsts: {path: SHA-256 of the first record}; a shard that it lacks is not compared.
+        """
         self._label, self._directory = label, directory
         self._names = list(shards)
         self._sums = [entry["sha256"] for entry in shards.values()]
         self._sizes = np.array([entry["bytes"] for entry in shards.values()], np.int64)
+        self._firsts = [firsts.get(name, "") for name in shards]
         self._ends = np.cumsum([entry["rows"] for entry in shards.values()], dtype=np.int64)
         self._start()
 
     def _start(self) -> None:
         self._lock = threading.Lock()
         self._readers: OrderedDict[int, Any] = OrderedDict()  # the last used one is the last
+        self._compared: set[int] = set()  # shards whose first record is the right one
         _all_readers.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Worker processes open shards of their own."""
         state = self.__dict__.copy()
-        del state["_lock"], state["_readers"]
+        del state["_lock"], state["_readers"], state["_compared"]
         return state
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -82,7 +92,7 @@ class ShardReader:
 
         Raises:
           IndexError: there is no such row.
-          ValueError: the shard is cut short or damaged.
+          ValueError: the shard is cut short, damaged or another one.
           OSError: the file system failed, also after several attempts.
         """
         if not 0 <= row < len(self):
@@ -94,7 +104,7 @@ class ShardReader:
         position = row - (int(self._ends[shard - 1]) if shard else 0)
         try:
             return self._reader(shard).read([position])[0]
-        except CutShort:
+        except WrongShard:
             raise
         except (RuntimeError, ValueError, OSError, IndexError) as error:
             fault = self._fault(shard, row, error)
@@ -124,10 +134,14 @@ class ShardReader:
 
         path = self._path(shard)
         if os.stat(path).st_size != self._sizes[shard]:
-            raise CutShort(f"{path} is missing or cut short: prepare the data again")
-        return array_record_module.ArrayRecordReader(
+            raise WrongShard(f"{path} is missing or cut short: prepare the data again")
+        reader = array_record_module.ArrayRecordReader(
             path, _OPTIONS, file_reader_buffer_size=_BUFFER
         )
+        if shard not in self._compared:
+            first_records.check(path, reader, self._firsts[shard])
+            self._compared.add(shard)
+        return reader
 
     def _path(self, shard: int) -> str:
         return os.path.join(self._directory, self._names[shard])

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagen_jax.data import image_sizes, records
+from imagen_jax.data import first_records, image_sizes, records
 from imagen_jax.data.caption_records import caption_features
 from imagen_jax.data.prepare.kept import Plan
+from imagen_jax.data.prepare.shards import FIRST
 from imagen_jax.data.quantization import relative_errors
 from imagen_jax.storage import write_atomically, write_lines
 from imagen_jax.text_inputs import UNNAMED
@@ -32,9 +33,10 @@ def finish(
     cut: for each encoder, the ids of the truncated captions of each shard.
     """
     entries = {**texts, **{name: row for rows in features.values() for name, row in rows.items()}}
+    entries |= images
     shards = {
         name: {key: entry[key] for key in ("rows", "bytes", "sha256")}
-        for name, entry in {**entries, **images}.items()
+        for name, entry in entries.items()
     }
     embedding = request.get("embedding_dtype", records.EMBEDDINGS[0])
     records.write_tfds_metadata(result, "images", records.image_features(), shards)
@@ -56,6 +58,8 @@ def finish(
         "shards": shards,
     }
     manifest["hash"] = records.manifest_hash(manifest)
+    firsts = {name: entry[FIRST] for name, entry in entries.items() if FIRST in entry}
+    first_records.write(result, manifest["hash"], firsts)
     write_atomically(result / records.MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
 

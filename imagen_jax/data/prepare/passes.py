@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagen_jax.data import records
+from imagen_jax.data import first_records, records
 from imagen_jax.data.prepare import captions
 from imagen_jax.data.prepare.ingest import At, image_shards
 from imagen_jax.data.prepare.ingest import ingest as ingest_here
@@ -208,6 +208,12 @@ def _is_complete(output: Path, request: Mapping) -> bool:
     for name, entry in prepared.manifest["shards"].items():
         if (output / name).stat().st_size != entry["bytes"]:
             raise ValueError(f"{output / name} is cut short: remove {output} and prepare it again")
+        first = prepared.first_sums.get(name)
+        if first and first_records.of_file(output / name) != first:
+            raise ValueError(
+                f"{output / name} is damaged or another shard than the manifest lists: remove"
+                f" {output} and prepare it again"
+            )
     return True
 
 

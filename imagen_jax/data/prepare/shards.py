@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from imagen_jax.data import records
+from imagen_jax.data import first_records, records
 from imagen_jax.data.manifest_fields import SHARD_FIELDS
 from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.kept import KeptImage, images_of
@@ -20,6 +20,7 @@ from imagen_jax.storage import read_object, write_atomically
 
 # Of the journal's entry of a shard with features, whose statistics are part of the manifest.
 _FEATURE_FIELDS = SHARD_FIELDS | {"cut": list, "tokens": dict, "norm": dict}
+FIRST = "first_sha256"  # of a journal's entry: checksum of the shard's first record
 AGAIN = "run the same command again; it continues"
 
 
@@ -77,8 +78,9 @@ def _image_row(source: Source, image: KeptImage, resize: Resize) -> records.Imag
 
 
 def journal(partial: Path, name: str, entry: Mapping) -> None:
-    """Enters a written shard into the journal."""
-    write_atomically(_entry(partial, name), json.dumps(entry).encode())
+    """Enters a written shard into the journal, with the checksum of its first record."""
+    first = {FIRST: first_records.of_file(partial / "result" / name)}
+    write_atomically(_entry(partial, name), json.dumps({**entry, **first}).encode())
 
 
 def finished(partial: Path, shard: Shard) -> dict | None:
@@ -91,7 +93,10 @@ def finished(partial: Path, shard: Shard) -> dict | None:
     entry = read_object(file, fields, remedy)
     if entry["rows"] != shard.rows:
         raise ValueError(f"{file} has {entry['rows']} rows instead of {shard.rows}; {remedy}")
-    return entry if written.stat().st_size == entry["bytes"] else None
+    if written.stat().st_size != entry["bytes"]:
+        return None
+    first = entry.get(FIRST)  # the journal of an earlier version lacks it
+    return entry if not first or first_records.of_file(written) == first else None
 
 
 def all_finished(partial: Path, shards: Iterable[Shard]) -> dict[str, dict]:
