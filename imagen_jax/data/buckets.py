@@ -12,11 +12,13 @@ from jaxtyping import Bool, Int, UInt32
 
 from imagen_jax.data.image_sizes import ImageSizes, open_sizes
 from imagen_jax.data.index_files import MappedArray, build_once, cache_directory
-from imagen_jax.data.records import Prepared
+from imagen_jax.data.records import ImageRow, Prepared
 from imagen_jax.data.views import TOLERANCE
-from imagen_jax.stage_sizes import Size
+from imagen_jax.stage_sizes import Size, size_text
 
-FORMAT_VERSION = 1  # of the file of rows
+FORMAT_VERSION = 2  # of the file of rows
+_DIGEST_WORDS = 8  # SHA-256, as uint32, at the end of that file
+_HASHED = 1 << 20  # words that are hashed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +40,37 @@ class BucketRows:
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """The images of one bucket. rows: of the bucket. sizes: of all images, to be compared."""
+    """The images of one bucket.
+
+    rows: of the bucket. sizes: of all images, to be compared. buckets: all of them. number: of this
+    one.
+    """
 
     rows: BucketRows
     sizes: ImageSizes
+    buckets: tuple[Size, ...]
+    number: int
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def row(self, number: int) -> int:
+        """The row of an image of this bucket. Raises ValueError if there is no such row."""
+        row = self.rows[number]
+        if row >= len(self.sizes):
+            raise ValueError(f"{self.rows.mapped.path} is damaged: remove it; it is written again")
+        return row
+
+    def check(self, row: int, stored: ImageRow) -> None:
+        """Raises ValueError unless a record has its known size, and belongs to the bucket."""
+        self.sizes.check(row, stored)
+        size = np.array([(stored.height, stored.width)], np.uint32)
+        if int(nearest(size, self.buckets)[0]) != self.number:
+            raise ValueError(
+                f"{self.rows.mapped.path} is damaged: row {row} is {stored.height}x{stored.width},"
+                f" not an image of bucket {size_text(self.buckets[self.number])}; remove it; it is"
+                " written again"
+            )
 
 
 def nearest(sizes: UInt32[np.ndarray, "n 2"], buckets: Sequence[Size]) -> Int[np.ndarray, " n"]:
@@ -79,7 +105,7 @@ def open_buckets(
     """The images of each bucket.
 
     The rows are in a file in the directory for temporary files, named by what they depend on, also
-    the sizes: the file of sizes may be replaced.
+    the sizes: the file of sizes may be replaced. A damaged file is written again.
 
     scale: of the smallest window, see `views.smallest_scale`.
 
@@ -89,17 +115,24 @@ def open_buckets(
     key = json.dumps([FORMAT_VERSION, prepared.hash, split, buckets, scale, sizes.sha256()])
     name = f"buckets-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     path = cache_directory() / name
-    build_once(path, lambda temporary: _write(temporary, prepared, sizes, buckets, scale))
-    mapped = MappedArray(path)
-    counts = mapped.array[len(sizes) :].tolist()
+    build_once(
+        path,
+        lambda temporary: _write(temporary, prepared, sizes, buckets, scale),
+        lambda found: _is_intact(found, len(sizes) + len(buckets)),
+    )
+    mapped, every = MappedArray(path), tuple(buckets)
+    counts = mapped.array[len(sizes) : -_DIGEST_WORDS].tolist()
     starts = np.cumsum([0, *counts]).tolist()
-    return [Bucket(BucketRows(mapped, *part), sizes) for part in zip(starts, counts)]
+    parts = enumerate(zip(starts, counts))
+    return [Bucket(BucketRows(mapped, *part), sizes, every, i) for i, part in parts]
 
 
 def _write(
     path: Path, prepared: Prepared, sizes: ImageSizes, buckets: Sequence[Size], scale: float
 ) -> None:
-    """Writes uint32 [images + buckets]: the rows, bucket by bucket, then the buckets' counts."""
+    """Writes uint32 [images + buckets + 8]: the rows, bucket by bucket, the buckets' counts, and
+    the SHA-256 of both.
+    """
     counts, small = np.zeros(len(buckets), np.int64), 0
     for _, part in sizes.chunks():
         of = nearest(part, buckets)
@@ -107,7 +140,8 @@ def _write(
         small += int(too_small(part, of, buckets, scale).sum())
     if small:
         raise ValueError(_small_images(prepared, small, len(sizes), buckets, scale))
-    rows = np.lib.format.open_memmap(path, "w+", np.uint32, (len(sizes) + len(buckets),))
+    words = len(sizes) + len(buckets)
+    rows = np.lib.format.open_memmap(path, "w+", np.uint32, (words + _DIGEST_WORDS,))
     ends = np.cumsum(counts) - counts
     for start, part in sizes.chunks():
         of = nearest(part, buckets)
@@ -115,8 +149,27 @@ def _write(
             here = np.flatnonzero(of == bucket) + start
             rows[ends[bucket] : ends[bucket] + len(here)] = here
             ends[bucket] += len(here)
-    rows[len(sizes) :] = counts
+    rows[len(sizes) : words] = counts
+    rows[words:] = _digest(rows[:words])
     rows.flush()
+
+
+def _digest(words: UInt32[np.ndarray, " n"]) -> UInt32[np.ndarray, " 8"]:
+    digest = hashlib.sha256()
+    for start in range(0, len(words), _HASHED):
+        digest.update(words[start : start + _HASHED].tobytes())
+    return np.frombuffer(digest.digest(), np.uint32)
+
+
+def _is_intact(path: Path, words: int) -> bool:
+    """Whether a file of rows has so many words, and their checksum."""
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError):
+        return False
+    if found.shape != (words + _DIGEST_WORDS,) or found.dtype != np.uint32:
+        return False
+    return np.array_equal(found[words:], _digest(found[:words]))
 
 
 def _small_images(

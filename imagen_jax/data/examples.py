@@ -74,7 +74,7 @@ class Examples(grain.transforms.RandomMap):
         # All are always drawn, so that disabling one choice does not change the others.
         caption, top, left, mirror, *placed = rng.random(7).tolist()
         return self.make(
-            self.bucket.rows[number] if self.bucket else number,
+            self.bucket.row(number) if self.bucket else number,
             caption if self.config["caption"] == "random" else 0.0,
             (top, left),
             self.config["flip"] and mirror < 0.5,
@@ -132,7 +132,7 @@ class Examples(grain.transforms.RandomMap):
             return cached
         stored = self.images[row]
         if self.bucket:
-            self.bucket.sizes.check(row, stored)
+            self.bucket.check(row, stored)
         pixels = transforms.decode_window(stored.image, self.target, self.config["decode"], view)
         if view is CENTRE:
             self.cache.put((self.set, row), pixels, stored.caption_ids)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from imagen_jax.storage import flush, temporary_name
+
+log = logging.getLogger(__name__)
 
 
 def cache_directory() -> Path:
@@ -31,17 +34,25 @@ def cache_directory() -> Path:
     return directory
 
 
-def build_once(path: Path, write: Callable[[Path], None]) -> None:
+def build_once(
+    path: Path,
+    write: Callable[[Path], None],
+    is_intact: Callable[[Path], bool] = lambda _: True,
+) -> None:
     """Creates a file with `write(temporary path)`, unless it is there; it appears as a whole.
 
     If several processes call it at the same time, one of them writes and the others wait. Where
     the file system has no locks, each writes the same content.
+
+    is_intact: whether a file that is there may be used; else it is written again.
     """
-    if path.exists():
+    if path.exists() and is_intact(path):
         return
     with _locked(path.with_name(f".{path.name}.lock")):
         if path.exists():
-            return
+            if is_intact(path):
+                return
+            log.warning("%s is damaged; it is written again", path)
         temporary = temporary_name(path)
         try:
             write(temporary)

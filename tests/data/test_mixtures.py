@@ -1,11 +1,8 @@
 """Batches from several prepared directories and from buckets of aspect ratios."""
 
 import collections
-import pickle
 import shutil
 import tempfile
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -359,6 +356,58 @@ def test_sizes_that_are_written_again_give_other_buckets(tmp_path, first):
         assert (batch["index"] % 5 == 1).all() == (batch["image"].shape[1] == 24)
 
 
+def file_of_rows():
+    """The only file of rows of buckets."""
+    (file,) = index_files.cache_directory().glob("buckets-*.npy")
+    return file
+
+
+@pytest.mark.parametrize("damage", ["zeros", "short", "text", "counts", "shuffled"])
+def test_rows_that_are_damaged_are_written_again(
+    first, damage, tmp_path, monkeypatch, rows_only, caplog
+):
+    """Catches batches of image 0 alone, or a traceback, from a damaged file of rows."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cfg = config(first, buckets=BUCKETS, image_size=16)
+    before = take(5, cfg)
+    assert "is damaged" not in caplog.text
+    file = file_of_rows()
+    content, rows = file.read_bytes(), np.load(file)
+    assert len(rows) == 10 + 3 + 8
+    rows[{"zeros": slice(10), "shuffled": slice(10)}.get(damage, slice(10, 13))] = (
+        rows[:10][::-1] if damage == "shuffled" else 0
+    )
+    file.unlink()
+    if damage == "text":
+        file.write_text("rows")
+    else:
+        np.save(file, rows)
+    if damage == "short":
+        file.write_bytes(content[:-4])
+    assert_same(before, take(5, cfg))
+    assert f"{file} is damaged; it is written again" in caplog.text
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [(1, r"row 1 is 96x64, not an image of bucket 16x24; remove it"), (99, "is damaged: remove")],
+)
+def test_a_row_of_another_bucket_is_one_clear_line(first, tmp_path, monkeypatch, row, message):
+    """Catches an image in a wrong bucket after the file of rows was compared."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(buckets, "_is_intact", lambda *_: True)
+    cfg = config(first, buckets=BUCKETS, image_size=16)
+    take(1, cfg)
+    file = file_of_rows()
+    rows = np.load(file)
+    rows[:6] = row
+    file.unlink()
+    np.save(file, rows)
+    with pytest.raises(ValueError, match=message):
+        take(9, cfg)
+
+
 def test_a_read_only_directory_is_enough(tmp_path, first, monkeypatch):
     """Catches data on a read-only disk that cannot be trained on."""
     root = tmp_path / "data"
@@ -373,42 +422,3 @@ def test_a_read_only_directory_is_enough(tmp_path, first, monkeypatch):
     monkeypatch.setattr(image_sizes, "build_once", build)
     sizes = image_sizes.open_sizes(records.Prepared(root), "train")
     assert sizes.mapped.path.parent == index_files.cache_directory() and len(sizes) == 10
-
-
-def test_a_file_is_written_once(tmp_path):
-    """Catches two writers at a time, and a name that appears before its content."""
-    written = []
-
-    def write(path):
-        written.append(path)
-        assert not (tmp_path / "file.npy").exists()
-        time.sleep(0.05)
-        np.save(path.open("wb"), np.arange(3))
-
-    build = lambda: index_files.build_once(tmp_path / "file.npy", write)
-    threads = [threading.Thread(target=build) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(written) == 1 and [path.name for path in tmp_path.iterdir()] == ["file.npy"]
-
-    def fail(path):
-        path.write_bytes(b"half")
-        raise ValueError("stop")
-
-    with pytest.raises(ValueError, match="stop"):
-        index_files.build_once(tmp_path / "other.npy", fail)
-    assert [path.name for path in tmp_path.iterdir()] == ["file.npy"]
-
-
-def test_rows_of_a_bucket_are_not_held_in_memory(tmp_path):
-    """Catches rows that are pickled to every worker, or read as a whole."""
-    path = tmp_path / "rows.npy"
-    np.save(path, np.arange(100_000, dtype=np.uint32))
-    rows = buckets.BucketRows(index_files.MappedArray(path), 10, 50_000)
-    assert rows[0] == 10 and isinstance(rows.mapped.array, np.memmap)
-    copy = pickle.loads(content := pickle.dumps(rows))
-    assert copy[49_999] == 50_009 and len(content) < 1000
-    with pytest.raises(IndexError, match="has no image 50000"):
-        copy[50_000]
