@@ -247,15 +247,22 @@ def load_cascade(
 
 
 def check_encoders(stages: Sequence[LoadedStage]) -> None:
-    """Raises ValueError if stages read different text encoders under one name."""
+    """Raises ValueError if stages read different text encoders under one name.
+
+    Pooled vectors are compared between the stages that read them.
+    """
     remedy = "use stages that were trained with the same text encoder"
-    first: dict[str, tuple[str, Mapping[str, Any]]] = {}  # {name: (a stage, its encoders)}
+    # {(name, whether a pooled vector is read): (a stage, its encoders)}
+    first: dict[tuple[str, bool], tuple[str, Mapping[str, Any]]] = {}
     for loaded in stages:
         identities = encoder_identity.from_record(loaded.encoder)
-        for name in (text_input.name for text_input in loaded.stage.texts):
-            stage, theirs = first.setdefault(name, (loaded.stage.name, identities))
+        texts = loaded.stage.texts
+        tokens = [dataclasses.replace(text_input, pooled_dim=0) for text_input in texts]
+        for text_input in (*tokens, *(each for each in texts if each.pooled_dim)):
+            key = text_input.name, bool(text_input.pooled_dim)
+            stage, theirs = first.setdefault(key, (loaded.stage.name, identities))
             who = f"stages {stage} and {loaded.stage.name}"
-            encoder_identity.check_same([name], theirs, identities, who, remedy)
+            encoder_identity.check_same([text_input], theirs, identities, who, remedy)
 
 
 def place(stages: Sequence[LoadedStage]) -> list[LoadedStage]:

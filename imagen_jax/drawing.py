@@ -121,8 +121,9 @@ def text_sources(
             encoder_identity.from_record(loaded.encoder),
             f"{loaded.stage.name} and {given}",
         )
-        for name in (text_input.name for text_input in loaded.stage.texts):
-            sources[name] = encoder_identity.find(name, trained[name], identities, who, remedy)
+        for each in loaded.stage.texts:
+            identity = trained[each.name]
+            sources[each.name] = encoder_identity.find(each, identity, identities, who, remedy)
     return sources
 
 

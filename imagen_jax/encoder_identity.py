@@ -8,13 +8,14 @@ encoders that the stage reads.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from imagen_jax.text_inputs import UNNAMED
+from imagen_jax.text_inputs import UNNAMED, TextInput
 
 # Fields of an identity that determine the features; T5 has only the first three.
-SAME_TEXT = (
+SAME_TOKENS = (
     *("weights_sha256", "tokenizer_sha256", "dim"),
-    *("family", "activation", "layer", "final_norm", "pooling"),
+    *("family", "activation", "layer", "final_norm"),
 )
+SAME_TEXT = (*SAME_TOKENS, "pooling")  # with a pooled vector
 Identity = Mapping[str, Any]
 SEVERAL = "encoders"
 
@@ -31,15 +32,19 @@ def from_record(record: Mapping[str, Any]) -> dict[str, Identity]:
     return dict(record[SEVERAL]) if SEVERAL in record else {UNNAMED: record}
 
 
-def differences(a: Identity, b: Identity) -> list[str]:
-    """What differs between two encoders' features, for a message."""
-    return [
-        f"{key}: {a.get(key)} and {b.get(key)}" for key in SAME_TEXT if a.get(key) != b.get(key)
-    ]
+def fields_read(text_input: TextInput) -> tuple[str, ...]:
+    """The fields of an encoder's identity that determine what an input reads."""
+    return SAME_TEXT if text_input.pooled_dim else SAME_TOKENS
+
+
+def _differences(text_input: TextInput, a: Identity, b: Identity) -> list[str]:
+    """What differs between two encoders in what an input reads, for a message."""
+    fields = fields_read(text_input)
+    return [f"{key}: {a.get(key)} and {b.get(key)}" for key in fields if a.get(key) != b.get(key)]
 
 
 def check_same(
-    names: Iterable[str],
+    inputs: Iterable[TextInput],
     ours: Mapping[str, Identity],
     theirs: Mapping[str, Identity],
     who: str,
@@ -47,28 +52,39 @@ def check_same(
 ) -> None:
     """Raises ValueError unless both have these encoders, with the same features.
 
-    names: of the encoders that are read; others do not matter. ours, theirs: identities by name.
-    who: the two things that are compared, the subject of the message. remedy: what to do, its end.
+    inputs: that are read; other encoders, and pooled vectors that no input reads, do not matter.
+    ours, theirs: identities by name. who: the two things that are compared, the subject of the
+    message. remedy: what to do, its end.
     """
-    for name in names:
+    for text_input in inputs:
+        name = text_input.name
         if name not in ours or name not in theirs:
             _refuse(who, f"{_listed(ours)} and {_listed(theirs)}", name, remedy)
-        if differ := differences(ours[name], theirs[name]):
+        if differ := _differences(text_input, ours[name], theirs[name]):
             _refuse(who, "; ".join(differ), name, remedy)
 
 
 def find(
-    name: str, identity: Identity, encoders: Mapping[str, Identity], who: str, remedy: str
+    text_input: TextInput,
+    identity: Identity,
+    encoders: Mapping[str, Identity],
+    who: str,
+    remedy: str,
 ) -> str:
     """The name, among `encoders`, of the encoder that an input was trained with.
 
-    name: of the input; an unnamed input may have any encoder with its identity. who, remedy: as in
-    `check_same`. Raises ValueError if there is none.
+    An unnamed input may have any encoder with its identity. who, remedy: as in `check_same`. Raises
+    ValueError if there is none.
     """
+    name = text_input.name
     if name in encoders:
-        check_same([name], {name: identity}, encoders, who, remedy)
+        check_same([text_input], {name: identity}, encoders, who, remedy)
         return name
-    same = [other for other, theirs in encoders.items() if not differences(identity, theirs)]
+    same = [
+        other
+        for other, theirs in encoders.items()
+        if not _differences(text_input, identity, theirs)
+    ]
     if (name == UNNAMED or UNNAMED in encoders) and same:
         return same[0]
     needed = name or identity.get("name")

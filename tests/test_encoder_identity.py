@@ -1,5 +1,6 @@
 """Which text encoders are the same: of two records, of an input, of the stages of a cascade."""
 
+import contextlib
 import types
 
 import pytest
@@ -29,10 +30,13 @@ def test_the_encoders_that_are_read_are_compared(names, ours, theirs, differ):
     """Catches two encoders that pass because one of them agrees, and an encoder that nobody reads
     that decides.
     """
+    compare = lambda: encoder_identity.check_same(
+        [TextInput(name, 4, 8) for name in names], ours, theirs, "a and b", "use one"
+    )
     if differ is None:
-        return encoder_identity.check_same(names, ours, theirs, "a and b", "use one")
+        return compare()
     with pytest.raises(ValueError, match=f"{differ}.*; use one$") as error:
-        encoder_identity.check_same(names, ours, theirs, "a and b", "use one")
+        compare()
     assert "\n" not in str(error.value)
 
 
@@ -58,7 +62,8 @@ def test_records_of_encoders(encoders):
 )
 def test_an_input_finds_its_encoder(name, encoders, found):
     """Catches an input that reads an encoder of another name, or another layer."""
-    find = lambda: encoder_identity.find(name, A, encoders, "a and b", "use one")
+    text_input = TextInput(name, 4, 8)
+    find = lambda: encoder_identity.find(text_input, A, encoders, "a and b", "use one")
     if found in encoders:
         assert find() == found
         return
@@ -66,13 +71,29 @@ def test_an_input_finds_its_encoder(name, encoders, found):
         find()
 
 
+@pytest.mark.parametrize("pooled_dim", [0, 5])
+def test_a_pooled_vector_that_is_not_read_is_not_compared(pooled_dim):
+    """Catches two sets refused for a pooling that nobody reads, and a pooling that is read and not
+    compared.
+    """
+    mean, end = (A | {"pooling": pooling} for pooling in ("mean", "end"))
+    text_input = TextInput("t", 4, 8, pooled_dim)
+    calls = (
+        lambda: encoder_identity.check_same([text_input], {"t": mean}, {"t": end}, "a", "b"),
+        lambda: encoder_identity.find(text_input, mean, {"": end}, "a", "b"),
+    )
+    for call in calls:
+        with pytest.raises(ValueError) if pooled_dim else contextlib.nullcontext():
+            call()
+
+
 def test_the_stages_of_a_cascade_share_what_they_share():
     """Catches stages that are refused for an encoder that only one of them reads, and a conflict of
     stages that are not neighbours.
     """
 
-    def loaded(name, names, **encoders):
-        texts = [TextInput(text, 4, 8) for text in names]
+    def loaded(name, names, pooled_dim=0, **encoders):
+        texts = [TextInput(text, 4, 8, pooled_dim) for text in names]
         stage = types.SimpleNamespace(name=name, texts=texts)
         record = encoder_identity.to_record(encoders)
         made = object.__new__(cascade.LoadedStage)  # without loading
@@ -84,3 +105,7 @@ def test_the_stages_of_a_cascade_share_what_they_share():
     cascade.check_encoders([base, middle, loaded("last", ["t"], t=A)])
     with pytest.raises(ValueError, match="stages base and last do not share a text encoder t"):
         cascade.check_encoders([base, middle, loaded("last", ["t"], t=B)])
+    pooled = [loaded(f"p{n}", ["t"], 5, t=A | {"pooling": n}) for n in range(2)]
+    cascade.check_encoders([base, pooled[0]])
+    with pytest.raises(ValueError, match="stages p0 and p1 do not share .*pooling: 0 and 1"):
+        cascade.check_encoders([base, *pooled])

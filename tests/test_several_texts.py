@@ -263,7 +263,7 @@ def draw_both(workdir, given, output):
     for wrong, message in (
         (clip, "bert is needed, clip given"),
         (f"{clip}@layer=1+{bert}", "text encoder clip .layer"),
-        (f"{clip}+{bert}@pooling=mean", "text encoder bert .pooling"),
+        (f"{clip}@pooling=end+{bert}", "text encoder clip .*pooling: "),
         (f"{clip}+bert={clip.removeprefix('clip=')}", "text encoder bert .weights_sha256"),
     ):
         with pytest.raises(ValueError, match=message) as error:

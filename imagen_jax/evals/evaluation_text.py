@@ -63,13 +63,12 @@ def kind(config: Mapping[str, Any], encoder: str) -> str:
 
 def _problem(config: Mapping[str, Any], trained: Mapping[str, Any], prepared: Prepared) -> str:
     """Why the stored features are not those that the stage reads; "" if they are."""
-    inputs = text_inputs(config)
-    names, identities = [each.name for each in inputs], encoder_identity.from_record(trained)
+    inputs, identities = text_inputs(config), encoder_identity.from_record(trained)
     who = f"{prepared.path} and the checkpoint"
     try:
         prepared.check_text(inputs)
         remedy = "use data with the text encoder of the checkpoint"
-        encoder_identity.check_same(names, prepared.encoders, identities, who, remedy)
+        encoder_identity.check_same(inputs, prepared.encoders, identities, who, remedy)
     except ValueError as error:
         return str(error)
     return ""
@@ -106,7 +105,7 @@ def encode(
     }
     encoders, identities = Encoders(loaders), encoder_identity.from_record(trained)
     who = f"{given} and the checkpoint"
-    encoder_identity.check_same(list(inputs), encoders.identities, identities, who, REMEDY)
+    encoder_identity.check_same(inputs.values(), encoders.identities, identities, who, REMEDY)
     files = {}
     for name in encoders.in_turn():
         files |= _encode_one(encoders, name, inputs, prepared, caption_ids)

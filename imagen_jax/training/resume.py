@@ -1,9 +1,11 @@
-"""Changes of the config that a resumed run may have; imagen_jax/schema.py declares them."""
+"""Changes that a resumed run may have; imagen_jax/schema.py declares those of the config."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from imagen_jax import schema
+from imagen_jax.encoder_identity import SAME_TEXT, SEVERAL, fields_read
+from imagen_jax.text_inputs import UNNAMED, text_inputs
 
 
 def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -16,7 +18,10 @@ def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     allowed, refused = [], []
     for field, (before, after) in schema.changes(saved, now).items():
         name = field.removeprefix("config.")
-        free = name != field and schema.may_change(name, now["config"], before, after)
+        if name != field:
+            free = schema.may_change(name, now["config"], before, after)
+        else:
+            free = field.startswith("encoder.") and not _is_read(field, now["config"])
         (allowed if free else refused).append(f"{name}: {before!r} -> {after!r}")
     if refused:
         raise ValueError(
@@ -24,3 +29,13 @@ def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             + "; ".join(refused)
         )
     return allowed
+
+
+def _is_read(field: str, config: Mapping[str, Any]) -> bool:
+    """Whether a field of an encoder's identity determines what the stage reads; not its name.
+
+    field: such as encoder.dim or encoder.encoders.t5.dim.
+    """
+    name = field.split(".")[2] if field.startswith(f"encoder.{SEVERAL}.") else UNNAMED
+    inputs = {text_input.name: text_input for text_input in text_inputs(config)}
+    return field.rpartition(".")[2] in (fields_read(inputs[name]) if name in inputs else SAME_TEXT)

@@ -128,9 +128,9 @@ class Run:
             return initial, {}
         params, meta = checkpoint.load_params(cascade.resolve(init_from))
         theirs, ours = map(encoder_identity.from_record, (meta["encoder"], self.meta["encoder"]))
-        names = [text_input.name for text_input in program.stage.texts]
         remedy = "use weights that were trained with the data's text encoder"
-        encoder_identity.check_same(names, theirs, ours, f"{init_from} and the data", remedy)
+        texts, who = program.stage.texts, f"{init_from} and the data"
+        encoder_identity.check_same(texts, theirs, ours, who, remedy)
         origin = {name: meta[name] for name in ("step", "which", "sha256")} | {"path": init_from}
         return state.with_params(initial, params, program.shardings), {"init_from": origin}
 
@@ -227,13 +227,12 @@ def _stored_encoders(
     A stage without text keeps that of an unnamed encoder. Raises ValueError unless all sets have
     the features, under each name of one encoder.
     """
-    names = [text_input.name for text_input in inputs]
     remedy = "prepare both with the same --encoder"
     for prepared in data:
         prepared.check_text(inputs)
         who = f"{data[0].path} and {prepared.path} in data.mixture"
-        encoder_identity.check_same(names, data[0].encoders, prepared.encoders, who, remedy)
-    kept = names or [UNNAMED]
+        encoder_identity.check_same(inputs, data[0].encoders, prepared.encoders, who, remedy)
+    kept = [text_input.name for text_input in inputs] or [UNNAMED]
     return {name: data[0].encoders[name] for name in kept if name in data[0].encoders}
 
 

@@ -14,6 +14,7 @@ from imagen_jax import encoder_identity
 from imagen_jax.sharding import batch_mesh
 from imagen_jax.text.choice import DEFAULT, Choice, parse
 from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.text_inputs import TextInput
 from imagen_jax.weights.text_encoders import (
     find_encoder,
     load_text_encoder,
@@ -101,7 +102,8 @@ def test_identity(directory, tmp_path):
 
 
 def compare(one, other):
-    encoder_identity.check_same([""], {"": one}, {"": other}, "a and b", "use one encoder")
+    pooled = TextInput("", 4, 8, 4)
+    encoder_identity.check_same([pooled], {"": one}, {"": other}, "a and b", "use one encoder")
 
 
 def test_other_features_of_the_same_weights_are_refused(directory):
