@@ -239,9 +239,10 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
     settings = Settings(**numbers, gallery=1, bins=1, batch_size=1, seed=0, sampling={})
     columns = chosen_columns(ablation, arms, names)
     configured, _ = load(ablation.config)
+    configs = {}
     for arm in arms:
         fields: Mapping[str, object] = {**ablation.shared, **arm.overrides}
-        config = read_config(ablation.config, options_of(fields))
+        config = configs[arm.name] = read_config(ablation.config, options_of(fields))
         values = schema.flat(config)
         own = [field for field in arm.overrides if values[field] != configured[field]]
         if own:
@@ -258,6 +259,35 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
                 check_measured(ablation, columns, stage, settings)
             optim.make_optimizer(config["optim"], config["train"]["steps"])
             check_accumulation(config["data"]["batch_size"], config["optim"]["accumulation"])
+    if not ablation.checkpoint:
+        check_data(configs)
+
+
+def check_data(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ValueError if the data lack something that an arm reads; prints a line for each arm.
+
+    configs: of the trainings, by arm. Data that are not on this machine are not checked.
+    """
+    from imagen_jax.data import pipeline, records, sets
+    from imagen_jax.training import run
+
+    problems = []
+    for name, config in configs.items():
+        paths = [Path(one.path) for one in sets.data_sets(config["data"])]
+        if not all((path / records.MANIFEST).is_file() for path in paths):
+            continue
+        try:
+            run.check_data(config)
+            pipeline.bucket_shares(config["data"])
+        except ValueError as error:
+            problems.append(f"arm {name}: {error}")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of {len(configs)} arms do not fit the data, see above: nothing was"
+            " started"
+        )
 
 
 def chosen_columns(ablation: Ablation, arms: Sequence[Arm], measures: Sequence[str]) -> list[Any]:

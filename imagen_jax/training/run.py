@@ -17,7 +17,7 @@ from imagen_jax.data import pipeline
 from imagen_jax.data.example_text import EvaluationText, StoredFeatures, read_stored
 from imagen_jax.data.records import Prepared
 from imagen_jax.hardware import chips
-from imagen_jax.online_text import OnlineText
+from imagen_jax.online_text import OnlineText, named_encoders
 from imagen_jax.stage import RNG, check_interval, create_stage
 from imagen_jax.stage_sizes import Size, size_text
 from imagen_jax.text_inputs import UNNAMED, TextInput, is_text, text_inputs
@@ -61,8 +61,7 @@ class Run:
         """
         check_interval(config["sampling"], config["diffusion"]["schedule"])
         mesh = sharding.make_mesh(config["mesh"])
-        data = pipeline.open_sets(config["data"])
-        _check_squares(config, data)
+        data = check_data(config)
         online = OnlineText.load(config, mesh) if config["text"]["online"] else None
         if online:
             identities = online.identities
@@ -203,6 +202,21 @@ class Run:
             "time/model_tflops_per_s": flops / 1e12,
             "time/mfu": flops / self.peak_flops,
         }
+
+
+def check_data(config: Mapping[str, Any]) -> tuple[Prepared, ...]:
+    """Opens the sets of a complete config; allocates and reads little.
+
+    Raises ValueError unless they have the text and the image sizes that a run reads. Images are
+    compared with buckets by `pipeline.bucket_shares`, online encoders when they are loaded.
+    """
+    data = pipeline.open_sets(config["data"])
+    _check_squares(config, data)
+    if config["text"]["online"]:
+        named_encoders(config, config["text"]["online_encoder"])
+    else:
+        _stored_encoders(data, text_inputs(config))
+    return data
 
 
 def _check_squares(config: Mapping[str, Any], data: Sequence[Prepared]) -> None:
