@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import app, flags
 
-from imagen_jax import caption_text, distributed, exit_codes, interrupts, schema
+from imagen_jax import caption_text, config_options, distributed, exit_codes, interrupts, schema
 from imagen_jax.distributed import watch
 from imagen_jax.storage import FREE_SPACE, check_local, is_away
 
@@ -199,7 +199,7 @@ def parse(argv: list[str]) -> list[str]:
     An error in either ends the process with one line.
     """
     try:
-        arguments = flags.FLAGS(argv)
+        arguments = flags.FLAGS(config_options.last_values(argv, CONFIGS))
         for name in CONFIGS & set(flags.FLAGS):
             hasattr(flags.FLAGS[name].value, "to_json")  # raises for a file that was not loaded
         return arguments

@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from imagen_jax import cli
+from imagen_jax import cli, config_options
 from imagen_jax.data import sets
 from imagen_jax.hardware.topology import Topology
 
@@ -270,7 +270,8 @@ def read_config(config: str, fields: Sequence[str]) -> dict[str, Any]:
     path = config.partition(":")[0]
     if not Path(path).is_file():
         raise ValueError(f"--config {path} does not exist")
-    values, argv = flags.FlagValues(), ["launch", f"--config={config}", *fields]
+    values = flags.FlagValues()
+    argv = config_options.last_values(["launch", f"--config={config}", *fields], cli.CONFIGS)
     config_flags.DEFINE_config_file(
         "config", None, "", flag_values=values, lock_config=True, sys_argv=argv
     )

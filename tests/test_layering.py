@@ -19,6 +19,7 @@ COMMANDS = {"demo", "evaluate", "export", "plan", "prepare_data", "rate", "sampl
 LAYERS = (
     {
         "caption_text",
+        "config_options",
         "data_fields",
         "encoder_identity",
         "encoders_in_turn",
