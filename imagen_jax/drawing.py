@@ -115,7 +115,7 @@ def text_sources(
 
     Raises ValueError if a stage was trained with another encoder.
     """
-    sources, remedy = {}, "give the text encoder of the training"
+    sources, remedy = {}, _remedy(stages)
     for loaded in stages:
         trained, who = (
             encoder_identity.from_record(loaded.encoder),
@@ -124,7 +124,23 @@ def text_sources(
         for each in loaded.stage.texts:
             identity = trained[each.name]
             sources[each.name] = encoder_identity.find(each, identity, identities, who, remedy)
+    for name in sorted(identities.keys() - set(sources.values())) if _is_first() else ():
+        encoder = f"text encoder {name}" if name else "text encoder"
+        log.warning("no stage reads the %s: leave it out of the cascade's encoder", encoder)
     return sources
+
+
+def _remedy(stages: Sequence[cascade.LoadedStage]) -> str:
+    """What to do if the encoders are not those of the trainings, for a message."""
+    names = dict.fromkeys(
+        each.name for loaded in stages for each in loaded.stage.texts if each.name
+    )
+    form = "+".join(f"{name}=..." for name in names) or "..."
+    encoders = "encoders" if len(names) > 1 else "encoder"
+    return (
+        f"give the text {encoders} of the training, --config.encoder={form} (--cascade.encoder in"
+        " evaluate)"
+    )
 
 
 def _names_read(encoders: Encoders, sources: Mapping[str, str]) -> list[str]:

@@ -246,7 +246,8 @@ CASCADE_STAGE: Fields = {
 
 CASCADE: Fields = {
     "encoder": Field(
-        "Text encoder: a directory or a name, with @layer=... as in prepare_data.",
+        "Text encoder of the prompts: a directory or a name, with @layer=... as in prepare_data;"
+        " t5=NAME+clip=DIR for stages with text.encoders.",
         str,
         "section 2.1",
     ),

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from imagen_jax import cascade, encoder_identity
+from imagen_jax import cascade, drawing, encoder_identity
 from imagen_jax.text_inputs import TextInput
 
 A = {"name": "a", "weights_sha256": "1", "tokenizer_sha256": "2", "dim": 4, "layer": 1}
@@ -87,19 +87,37 @@ def test_a_pooled_vector_that_is_not_read_is_not_compared(pooled_dim):
             call()
 
 
+def loaded(name, names, pooled_dim=0, **encoders):
+    """A stage that reads the encoders of these names."""
+    texts = [TextInput(text, 4, 8, pooled_dim) for text in names]
+    stage = types.SimpleNamespace(name=name, texts=texts)
+    record = encoder_identity.to_record(encoders)
+    made = object.__new__(cascade.LoadedStage)  # without loading
+    vars(made).update(stage=stage, encoder=record)
+    return made
+
+
+def test_encoders_of_a_cascade_are_named_in_messages(caplog):
+    """Catches an error that does not say how to give named encoders, and an encoder that is loaded
+    for nothing without a word.
+    """
+    stages = [loaded("base", ["t", "c"], t=A, c=B), loaded("sr", [""], **{"": A})]
+    with pytest.raises(ValueError, match=r"t is needed, .*--config.encoder=t=\.\.\.\+c=\.\.\. "):
+        drawing.text_sources(stages, {"": A | {"dim": 9}}, "mini")
+    with pytest.raises(ValueError, match=r"; give the text encoder .*--config.encoder=\.\.\. "):
+        drawing.text_sources(stages[1:], {"": B}, "mini")
+    assert drawing.text_sources(stages, {"t": A, "c": B}, "") == {"t": "t", "c": "c", "": "t"}
+    assert not caplog.records
+    drawing.text_sources(stages, {"t": A, "c": B, "x": B, "": A}, "")
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "no stage reads the text encoder x"
+    ]
+
+
 def test_the_stages_of_a_cascade_share_what_they_share():
     """Catches stages that are refused for an encoder that only one of them reads, and a conflict of
     stages that are not neighbours.
     """
-
-    def loaded(name, names, pooled_dim=0, **encoders):
-        texts = [TextInput(text, 4, 8, pooled_dim) for text in names]
-        stage = types.SimpleNamespace(name=name, texts=texts)
-        record = encoder_identity.to_record(encoders)
-        made = object.__new__(cascade.LoadedStage)  # without loading
-        vars(made).update(stage=stage, encoder=record)
-        return made
-
     base, middle = loaded("base", ["t"], t=A, c=A), loaded("sr", ["c"], t=B, c=B)
     cascade.check_encoders([base, middle, loaded("without", [], t=B)])
     cascade.check_encoders([base, middle, loaded("last", ["t"], t=A)])
