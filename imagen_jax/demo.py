@@ -25,7 +25,8 @@ from absl import flags
 from PIL import Image
 
 from imagen_jax import cli, picture_set, pictures, run_log
-from imagen_jax.storage import only_process, read_object, write_atomically
+from imagen_jax.locks import only_process
+from imagen_jax.storage import read_object, write_atomically
 
 STAGES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}  # cascade stage -> config file
 SHARE = {"base": 0.64, "sr_1": 0.2, "sr_2": 0.16}  # of the training time

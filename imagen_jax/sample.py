@@ -19,10 +19,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import caption_text, cli, field, picture_set, schema, stage_sizes
+from imagen_jax.checksums import sha256_file
 from imagen_jax.data.sources import caption_files
 from imagen_jax.picture_set import Requests
 from imagen_jax.stage_sizes import Size
-from imagen_jax.storage import check_content, check_local, read_json, sha256_file
+from imagen_jax.storage import check_content, check_local, read_json
 
 # Flags that a record replaces, with all settings of its picture.
 REPLACED = ("config", "prompt", "prompts", "seed", "count", "stages", "image", "size")

@@ -26,7 +26,8 @@ from ml_collections import config_flags
 from imagen_jax import cli, field
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.watch import Watch
-from imagen_jax.storage import check_local, check_object, check_utf8, only_process, write_json
+from imagen_jax.locks import only_process
+from imagen_jax.storage import check_local, check_object, check_utf8, write_json
 
 log = logging.getLogger("imagen_jax.train")
 

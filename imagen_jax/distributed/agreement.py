@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from imagen_jax.distributed import startup
-from imagen_jax.storage import only_process, read_object, write_json
+from imagen_jax.locks import only_process
+from imagen_jax.storage import read_object, write_json
 
 # Twenty days. A lost process ends the wait earlier; watch.py names one that is stuck.
 FOR_EVER_MS = 1000 * 60 * 60 * 24 * 20

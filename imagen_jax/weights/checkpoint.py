@@ -28,19 +28,10 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from imagen_jax.checksums import CHECKSUMS, find_damage, seal, sha256_file
 from imagen_jax.distributed import agreement
 from imagen_jax.exit_codes import HardwareFault
-from imagen_jax.storage import (
-    CHECKSUMS,
-    FREE_SPACE,
-    check_local,
-    check_utf8,
-    disk_limit,
-    find_damage,
-    flush,
-    seal,
-    sha256_file,
-)
+from imagen_jax.storage import FREE_SPACE, check_local, check_utf8, disk_limit, flush
 from imagen_jax.weights import step_directories
 from imagen_jax.weights.exports import check_which, read_export
 from imagen_jax.weights.leaves import (

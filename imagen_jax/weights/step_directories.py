@@ -22,7 +22,8 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from imagen_jax.storage import LOCK_ATTEMPTS, find_damage, try_lock
+from imagen_jax.checksums import find_damage
+from imagen_jax.locks import LOCK_ATTEMPTS, try_lock
 from imagen_jax.weights.leaves import CheckpointError
 
 RENEW_S = 20.0

@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax import storage
 from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints, load_params
 from tests.weights.states import META, State, assert_equal, assert_restores, make_state, save, shard
 
@@ -164,7 +163,7 @@ def test_format_of_a_later_version_is_refused(saved):
     document = json.loads((saved / "20" / "meta.json").read_text())
     (saved / "20" / "meta.json").write_text(json.dumps(document | {"format_version": 2}))
     (saved / "20" / "SHA256SUMS").unlink()
-    storage.seal(saved / "20")
+    checksums.seal(saved / "20")
     with pytest.raises(
         CheckpointError, match="has format 2; this version of imagen_jax reads format 1"
     ):

@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from imagen_jax import exit_codes, storage
+from imagen_jax import checksums, exit_codes, storage
 from imagen_jax.weights import checkpoint, step_directories
 from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints, load_params
 from tests.weights.states import (
@@ -151,7 +151,7 @@ def test_damaged_ones_are_kept_apart(saved, caplog):
 
 def test_step_deleted_while_it_is_read_is_no_fault(saved, monkeypatch, caplog):
     """Catches a checkpoint called damaged because the trainer deleted it meanwhile."""
-    find_damage = storage.find_damage
+    find_damage = checksums.find_damage
 
     def trainer_deletes(directory):
         shutil.rmtree(directory)
@@ -226,7 +226,7 @@ def test_leaf_that_meta_json_describes_otherwise_is_named(saved, spec):
     document["leaves"][name] = spec
     (directory / "meta.json").write_text(json.dumps(document))
     (directory / "SHA256SUMS").unlink()
-    storage.seal(directory)
+    checksums.seal(directory)
     with pytest.raises(CheckpointError, match=f"leaf {name} is .* in meta.json, but float32"):
         load_params(directory)
     with pytest.raises(ValueError, match=f"does not fit the state: leaf {name} is"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagen_jax import storage
+from imagen_jax import checksums, storage
 from imagen_jax.weights.checkpoint import Checkpoints, load_params
 from tests.weights.states import assert_restores, save
 
@@ -68,7 +68,7 @@ def test_every_moment_of_our_part_of_a_save_is_safe(saved, monkeypatch):
 
 
 def find_all_intact(directory):
-    return all(storage.find_damage(p) is None for p in directory.iterdir() if p.name.isdigit())
+    return all(checksums.find_damage(p) is None for p in directory.iterdir() if p.name.isdigit())
 
 
 # A program of its own, with few imports, so that it starts fast.
