@@ -207,47 +207,48 @@ def write_atomically(path: AnyPath, data: bytes) -> None:
 
 def write_lines(path: AnyPath, lines: Iterable[bytes | str]) -> None:
     """`write_atomically` for a file of any size. A line brings its own line feed."""
-    encoded = (line.encode() if isinstance(line, str) else line for line in lines)
+    with written_whole(path) as writing, open(writing, "wb") as file:
+        file.writelines(line.encode() if isinstance(line, str) else line for line in lines)
+
+
+@contextlib.contextmanager
+def written_whole(path: AnyPath) -> Iterator[Path]:
+    """Yields the path of a local file to write, which becomes `path` at the end.
+
+    Creates the parent directories. After an error nothing is left, and an older file stays.
+    """
     if in_bucket(path):
-        with tempfile.TemporaryFile() as file:
-            file.writelines(encoded)
-            file.seek(0)
-            _upload(file, path)
+        with tempfile.TemporaryDirectory() as directory:
+            yield Path(directory) / path.name
+            copy_file(Path(directory) / path.name, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
-            file.writelines(encoded)
+        yield temporary
         flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)  # of a full disk, for example
         if error.errno is None:
             raise
         # A failed write names no file, a failed rename the temporary file too.
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-
-
-def _upload(file: Any, path: epath.Path) -> None:
-    """Stores what remains of an open file as an object, whole or not at all."""
-    with bucket_errors(path):
-        target = path.open("wb")
-        try:
-            shutil.copyfileobj(file, target, COPY_BYTES)
-        except BaseException:
-            target.discard()  # closing it would store a part under the object's name
-            raise
-        target.close()
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk, for example
 
 
 def copy_file(source: AnyPath, target: AnyPath) -> None:
     """Copies a file to a local path or a bucket, whole or not at all."""
     with bucket_errors(source), source.open("rb") as file:
-        if in_bucket(target):
-            _upload(file, target)
-        else:
-            write_lines(target, iter(lambda: file.read(COPY_BYTES), b""))
+        if not in_bucket(target):
+            return write_lines(target, iter(lambda: file.read(COPY_BYTES), b""))
+        uploaded = target.open("wb")
+        try:
+            shutil.copyfileobj(file, uploaded, COPY_BYTES)
+        except BaseException:
+            uploaded.discard()  # closing it would store a part under the object's name
+            raise
+        uploaded.close()
 
 
 @contextlib.contextmanager

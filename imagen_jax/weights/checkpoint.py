@@ -7,10 +7,10 @@
     workdir/checkpoints/1200/SHA256SUMS    checksums of all other files of the directory;
                                            `sha256sum -c SHA256SUMS` checks it without Python
 
-A save writes to "1200.writing" and renames it when all files, SHA256SUMS last, have reached the
-disk. A deletion first renames to "1200.deleting". So a kill at any moment leaves a complete
-checkpoint or a directory that readers ignore. SHA256SUMS detects later damage: orbax restores most
-flipped bits without an error. The directory must be on a POSIX file system.
+SHA256SUMS is written when all other files have been stored, and deleted first. So a kill at any
+moment leaves a complete checkpoint or a directory that readers ignore, on a local file system and
+in a bucket, which cannot rename directories (see `step_directories`). SHA256SUMS also detects later
+damage: orbax restores most flipped bits without an error.
 """
 
 import concurrent.futures
@@ -19,19 +19,26 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from imagen_jax.buckets import AnyPath, bucket_errors
 from imagen_jax.checksums import CHECKSUMS, find_damage, seal, sha256_file
 from imagen_jax.distributed import agreement
 from imagen_jax.exit_codes import HardwareFault
-from imagen_jax.storage import FREE_SPACE, check_local, check_utf8, disk_limit, flush
+from imagen_jax.storage import (
+    FREE_SPACE,
+    absolute,
+    as_path,
+    check_utf8,
+    disk_limit,
+    remove,
+    write_atomically,
+)
 from imagen_jax.weights import step_directories
 from imagen_jax.weights.exports import check_which, read_export
 from imagen_jax.weights.leaves import (
@@ -66,13 +73,12 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, keep: int):
         """directory: created by the first save. keep: the number of newest checkpoints to keep.
 
-        Raises ValueError if `directory` is a URL or `keep` is less than 1.
+        Raises ValueError if `directory` is a URL of an unknown scheme or `keep` is less than 1.
         """
-        check_local("checkpoint directory", directory)
         check_utf8("checkpoint directory", directory)
         if keep < 1:
             raise ValueError(f"keep={keep} would delete every checkpoint; it must be at least 1")
-        self.directory = Path(directory).absolute()
+        self.directory = absolute(as_path("checkpoint directory", directory))
         self.keep = keep
         self._verified: int | None = None  # verified by `latest_good` and not yet restored
         self._damaged: set[int] = set()
@@ -104,7 +110,11 @@ class Checkpoints:
             return
         leaves = flatten(state)
         document = _document(step, leaves, meta)
-        self._make_room(step)
+        if reason := self._make_room(step):
+            failed = concurrent.futures.Future()
+            failed.set_exception(OSError(reason))
+            self._saving = step, failed
+            return
         if self._thread is None:
             self._thread = concurrent.futures.ThreadPoolExecutor(
                 max_workers=1, thread_name_prefix="checkpoint"
@@ -114,7 +124,7 @@ class Checkpoints:
         context = ocp.Context()
         context.array.saving.use_compression = False
         with context, jax.transfer_guard("allow"):
-            response = ocp.save_async(self._path(step, "writing"), leaves)
+            response = ocp.save_async(self.directory / str(step), leaves)
         self._saving = step, self._thread.submit(self._commit, step, response.result, document)
 
     def wait(self) -> None:
@@ -202,43 +212,41 @@ class Checkpoints:
             jax.tree.structure(abstract_state), [loaded[path] for path in wanted]
         ), _meta(document)
 
-    def _path(self, step: int, suffix: str) -> Path:
-        return self.directory / f"{step}.{suffix}"
-
-    def _make_room(self, step: int) -> None:
-        """Removes leftovers of killed processes and renames a damaged directory of `step`."""
+    def _make_room(self, step: int) -> str:
+        """Removes leftovers of killed processes, renames a damaged directory of `step`, and
+        announces the save. Returns why that failed, "" if it did not.
+        """
         target = self.directory / str(step)
-        exists = jax.process_index() == 0 and target.exists()
+        exists = jax.process_index() == 0 and step in self.steps()
         reason = find_damage(target) if exists else None
         if agreement.gather("intact" if exists and reason is None else "")[0]:
             raise ValueError(
                 f"{target} already holds an intact checkpoint; delete it, or use another workdir"
             )
+        failure = ""
         if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if reason is not None:
-                step_directories.keep_aside(target, reason)
-                self._damaged.discard(step)
-            for leftover in sorted(self.directory.iterdir()):
-                if re.fullmatch(r"\d+\.(writing|deleting).*", leftover.name):
-                    log.warning("removing %s, left by an interrupted run", leftover)
-                    shutil.rmtree(leftover)
-        agreement.gather()  # no process writes before the leftovers are removed
+            try:
+                if reason is not None:
+                    step_directories.keep_aside(target, reason)
+                    self._damaged.discard(step)
+                step_directories.remove_leftovers(self.directory)
+                write_atomically(step_directories.mark_path(self.directory, step, "writing"), b"")
+            except OSError as error:  # a full disk, which `wait` reports
+                failure = error.strerror or first_line(error)
+        # No process writes before the leftovers are removed.
+        return agreement.gather(failure)[0]
 
     def _commit(self, step: int, written: Callable[[], None], document: str) -> None:
-        """Runs in the background: waits for orbax, seals and renames the directory, deletes old
-        checkpoints.
+        """Runs in the background: waits for orbax, seals the directory, deletes old checkpoints.
 
         written: returns when orbax has written the arrays; raises its error.
         """
         written()
         if jax.process_index() != 0:
             return
-        writing = self._path(step, "writing")
-        (writing / META).write_text(document, encoding="utf-8")
-        seal(writing)
-        os.rename(writing, self.directory / str(step))
-        flush(self.directory)
+        write_atomically(self.directory / str(step) / META, document.encode())
+        seal(self.directory / str(step))
+        remove(step_directories.mark_path(self.directory, step, "writing"))
         step_directories.delete_old(self.directory, step, self.keep, self._damaged)
 
 
@@ -256,7 +264,7 @@ def load_params(
         holds one tree; "ema", the default, takes it whatever it is.
 
     Raises CheckpointError if `path` does not exist, is damaged or was not written by this package;
-    ValueError if the state or the exported file has no such tree, or `path` is a URL.
+    ValueError if the state or the exported file has no such tree.
     """
     if not re.fullmatch(r"ema|params|ema_[1-9]\d*", which):
         raise ValueError(f"weights {which!r} are unknown: choose ema, params, or ema_1, ema_2 ...")
@@ -265,26 +273,28 @@ def load_params(
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike) -> Iterator[Path]:
+def opened(path: str | os.PathLike) -> Iterator[AnyPath]:
     """The verified directory of one step, or the file, that `path` means.
 
     path: a workdir or its checkpoints directory (its newest intact step), the directory of one
     step, or a file by `export_params`. While the context lasts, a trainer does not delete the step.
 
-    Raises CheckpointError if there is none or it is damaged, ValueError if `path` is a URL.
+    Raises CheckpointError if there is none or it is damaged.
     """
-    check_local("checkpoint", path)
     check_utf8("checkpoint", path)
-    path = Path(path).absolute()
-    if path.is_file():
+    path = absolute(as_path("checkpoint", path))
+    with bucket_errors(path):
+        is_file, has_checkpoints = path.is_file(), (path / "checkpoints").is_dir()
+        is_step = path.name.isdigit() and path.is_dir() and not has_checkpoints
+    if is_file:
         yield path
-    elif path.name.isdigit() and path.is_dir() and not (path / "checkpoints").is_dir():
+    elif is_step:
         with step_directories.marked(path):
             if reason := find_damage(path):
                 raise CheckpointError(f"checkpoint {path} cannot be used: {reason}")
             yield path
     else:
-        directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        directory = path / "checkpoints" if has_checkpoints else path
         with step_directories.marked_newest(directory) as step:
             if step is None:
                 raise CheckpointError(
@@ -294,7 +304,7 @@ def opened(path: str | os.PathLike) -> Iterator[Path]:
             yield directory / str(step)
 
 
-def read_params(path: Path, which: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_params(path: AnyPath, which: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`load_params` of the result of `opened`, while that lasts, in any process."""
     if path.is_file():
         params, meta = read_export(path)
@@ -341,7 +351,7 @@ def _kinds(leaves: Iterable[str]) -> list[str]:
     return sorted(kinds)
 
 
-def _load(directory: Path, abstract: Mapping[str, Any], partial: bool) -> dict[str, Any]:
+def _load(directory: AnyPath, abstract: Mapping[str, Any], partial: bool) -> dict[str, Any]:
     """Reads arrays by path; each is a sharded jax.Array or a NumPy array, as in `abstract`."""
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
@@ -354,7 +364,7 @@ def _load(directory: Path, abstract: Mapping[str, Any], partial: bool) -> dict[s
         ) from error
 
 
-def _check_stored(directory: Path, specs: Mapping[str, Any]) -> None:
+def _check_stored(directory: AnyPath, specs: Mapping[str, Any]) -> None:
     """Raises CheckpointError naming the first leaf that orbax stored otherwise than meta.json says.
 
     orbax itself ignores the shape and converts to the dtype.

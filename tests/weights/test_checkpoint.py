@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from imagen_jax import checksums
 from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints, load_params
 from tests.weights.states import META, State, assert_equal, assert_restores, make_state, save, shard
 
@@ -153,8 +154,8 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):
             checkpoints.save(1, state, meta)
     with pytest.raises(ValueError, match="keep=0"):
         Checkpoints(tmp_path, keep=0)
-    with pytest.raises(ValueError, match="gs://bucket/run is a URL"):
-        Checkpoints("gs://bucket/run", keep=1)
+    with pytest.raises(ValueError, match="s3://bucket/run has the scheme s3://"):
+        Checkpoints("s3://bucket/run", keep=1)
     assert not (tmp_path / "c").exists()
 
 

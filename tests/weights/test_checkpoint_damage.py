@@ -166,14 +166,15 @@ def test_step_deleted_while_it_is_read_is_no_fault(saved, monkeypatch, caplog):
     assert not caplog.records
 
 
-def test_old_ones_stay_until_a_new_one_is_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("module", [storage, checksums])
+def test_old_ones_stay_until_a_new_one_is_whole(tmp_path, monkeypatch, module):
     """Catches an old checkpoint deleted before the save, and a failed save without an error."""
     checkpoints = save(Checkpoints(tmp_path, keep=1), 10)
 
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage, "flush", full)
+    monkeypatch.setattr(module, "flush", full)
     message = "checkpoint 20 was not saved in .*No space left on device; free some space, then run"
     with pytest.raises(CheckpointError, match=message):
         save(checkpoints, 20)
@@ -190,7 +191,7 @@ def test_a_full_disk_that_orbax_reports_is_transient(tmp_path, monkeypatch):
     def full(path):
         raise ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes: No space left on device")
 
-    monkeypatch.setattr(storage, "flush", full)
+    monkeypatch.setattr(checksums, "flush", full)
     with pytest.raises(CheckpointError, match="free some space") as error:
         save(checkpoints, 20)
     assert exit_codes.of(error.value) == exit_codes.FAILED

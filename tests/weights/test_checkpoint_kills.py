@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import checksums, storage
+from imagen_jax.weights import step_directories
 from imagen_jax.weights.checkpoint import Checkpoints, load_params
 from tests.weights.states import assert_restores, save
 
@@ -35,7 +36,7 @@ def test_leftovers_are_ignored_then_removed(saved, caplog):
 
 
 def test_every_moment_of_our_part_of_a_save_is_safe(saved, monkeypatch):
-    """Catches a wrong order of seal, rename and deletion, at each system call of a save.
+    """Catches a wrong order of mark, seal and deletion, at each system call of a save.
 
     The directory is copied before each call, as a kill there would leave it. Every copy must hold
     an intact checkpoint and accept the next save.
@@ -50,7 +51,7 @@ def test_every_moment_of_our_part_of_a_save_is_safe(saved, monkeypatch):
         return wrapper
 
     monkeypatch.setattr(storage.os, "fsync", copied(os.fsync))
-    monkeypatch.setattr(os, "rename", copied(os.rename))
+    monkeypatch.setattr(os, "replace", copied(os.replace))
     monkeypatch.setattr(os, "unlink", copied(os.unlink))
     monkeypatch.setattr(shutil, "rmtree", copied(shutil.rmtree))
     save(Checkpoints(saved, keep=1), 30)
@@ -68,7 +69,8 @@ def test_every_moment_of_our_part_of_a_save_is_safe(saved, monkeypatch):
 
 
 def find_all_intact(directory):
-    return all(checksums.find_damage(p) is None for p in directory.iterdir() if p.name.isdigit())
+    steps = step_directories.steps(directory)
+    return all(checksums.find_damage(directory / str(step)) is None for step in steps)
 
 
 # A program of its own, with few imports, so that it starts fast.

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from imagen_jax import checksums
 from imagen_jax.weights import checkpoint, step_directories
 from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints, load_params
 from imagen_jax.weights.step_directories import EXPIRY_S, delete_old, marked
@@ -28,6 +29,7 @@ with marked(pathlib.Path(sys.argv[1])):
 def make_steps(directory, *steps):
     for step in steps:
         (directory / str(step)).mkdir(parents=True)
+        checksums.seal(directory / str(step))
 
 
 def names(directory):
@@ -115,10 +117,10 @@ def test_marks_and_deletions_do_not_overlap(tmp_path):
         while not ended.is_set():
             for directory in map(tmp_path.joinpath, map(str, step_directories.steps(tmp_path))):
                 with marked(directory):
-                    if directory.is_dir():
+                    if checksums.is_sealed(directory):
                         seen.append(directory)
                         time.sleep(0.001)
-                        lost.extend([] if directory.is_dir() else [directory])
+                        lost.extend([] if checksums.is_sealed(directory) else [directory])
 
     readers = [threading.Thread(target=read) for _ in range(2)]
     for reader in readers:
@@ -138,10 +140,10 @@ def test_a_directory_without_write_access_is_read_without_a_mark(tmp_path, monke
     """Catches another user's run, or a read-only mount, that cannot be read."""
     save(Checkpoints(tmp_path / "checkpoints", keep=1), 10)
 
-    def refuse(directory, wait):
+    def refuse(mark):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(step_directories, "_exclusive", refuse)
+    monkeypatch.setattr(step_directories, "_created", refuse)
     assert load_params(tmp_path)[1]["step"] == 10
 
 
