@@ -18,8 +18,9 @@ from typing import Any
 from absl import app, flags
 
 from imagen_jax import caption_text, distributed, exit_codes, interrupts, schema
+from imagen_jax.buckets import AnyPath, check_bucket, in_bucket
 from imagen_jax.distributed import watch
-from imagen_jax.storage import FREE_SPACE, check_local, is_away
+from imagen_jax.storage import FREE_SPACE, as_path, check_local, check_utf8, is_away
 
 log = logging.getLogger(__name__)
 
@@ -277,6 +278,20 @@ def check_directory(flag: str, path: str) -> None:
         path = os.path.dirname(path.rstrip("/"))
     if path and not os.path.isdir(path):
         raise ValueError(f"--{flag} {path} is a file; give a directory")
+
+
+def output_directory(flag: str, path: str) -> AnyPath:
+    """The path of a directory to write, local or in a bucket. Creates nothing.
+
+    Raises ValueError if it cannot be one.
+    """
+    found = as_path(f"--{flag}", path)
+    check_utf8(f"--{flag}", path)
+    if in_bucket(found):
+        check_bucket(f"--{flag}", found)
+    else:
+        check_directory(flag, path)
+    return found
 
 
 def check_file(flag: str, path: str) -> None:

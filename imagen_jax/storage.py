@@ -251,6 +251,12 @@ def copy_file(source: AnyPath, target: AnyPath) -> None:
         uploaded.close()
 
 
+def copy_directory(source: AnyPath, target: AnyPath) -> None:
+    """Copies every file below a directory, each whole or not at all."""
+    for name in file_names(source):
+        copy_file(source / name, target / name)
+
+
 @contextlib.contextmanager
 def local_copy(path: AnyPath) -> Iterator[Path]:
     """The path of a file for libraries that read local ones: its own, or that of a copy.

@@ -17,17 +17,17 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import cli, field
+from imagen_jax.buckets import AnyPath
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.locks import only_process
-from imagen_jax.storage import check_local, check_object, check_utf8, write_json
+from imagen_jax.storage import absolute, check_local, check_object, check_utf8, write_json
 
 log = logging.getLogger("imagen_jax.train")
 
@@ -71,14 +71,11 @@ def main() -> int:
     cli.log_to_stderr()
     if args.config is None or args.workdir is None:
         raise ValueError("--config FILE and --workdir DIR are both needed")
-    config, workdir = cli.stage_config(args.config), Path(args.workdir)
+    config, workdir = cli.stage_config(args.config), cli.output_directory("workdir", args.workdir)
     for one in sets.data_sets(config["data"]):
         flag = f"--config.data.{'path' if config['data']['path'] else 'mixture'}"
         check_local(flag, one.path)
         check_utf8(flag, one.path)
-    check_local("--init_from", args.init_from)
-    cli.check_directory("workdir", args.workdir)
-    check_utf8("--workdir", args.workdir)
     profile = read_profile(args.profile, config["train"]["steps"])
     if args.overfit and (args.profile or args.minutes or args.init_from):
         raise ValueError("--overfit does not take --profile, --minutes or --init_from: omit them")
@@ -105,7 +102,7 @@ def read_profile(text: str, steps: int) -> tuple[int, int]:
 
 def train(
     config: Mapping[str, Any],
-    workdir: Path,
+    workdir: AnyPath,
     profile: tuple[int, int],
     minutes: float,
     init_from: str,
@@ -144,7 +141,7 @@ def train(
         | {
             "prepared data": run.meta["manifest_hash"],
             "--init_from": init_from,
-            "--workdir": str(workdir.absolute()),
+            "--workdir": str(absolute(workdir)),
         }
     )
     with contextlib.ExitStack() as stack:
@@ -210,7 +207,8 @@ def train(
                     checkpoints.wait()
                 except CheckpointError as error:  # a full disk may have room again
                     log.error("%s; training continues and saves step %d now", error, done)
-                checkpoints.save(done, state, run.meta | origin | {"unlogged": metrics.unlogged})
+                meta = run.meta | origin | {"unlogged": metrics.unlogged}
+                checkpoints.save(done, state, meta, before_commit=metrics.writer.flush)
 
         while done < total and not stop(done):
             trace.before(done)
@@ -245,7 +243,7 @@ def train(
 
 
 def check_resume(
-    run: Any, saved: Mapping[str, Any], workdir: Path, init_from: str
+    run: Any, saved: Mapping[str, Any], workdir: AnyPath, init_from: str
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Returns (metrics not yet written to a row, origin of the weights) from a checkpoint's meta.
 

@@ -90,7 +90,13 @@ class Checkpoints:
         """The steps that have a directory, oldest first. `latest_good` checks their content."""
         return step_directories.steps(self.directory)
 
-    def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: Tree,
+        meta: Mapping[str, Any],
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
         """Starts an asynchronous save. Returns as soon as `state` has been copied to the host.
 
         The caller may then donate its arrays. Waits for the previous save. Does nothing for the
@@ -98,7 +104,8 @@ class Checkpoints:
         "<step>.damaged".
 
         state: pytree of arrays, none of size zero; no key contains "/". meta: JSON; `restore`
-        returns it with `step` and `format_version` added.
+        returns it with `step` and `format_version` added. before_commit: called in process 0 before
+        the checkpoint becomes complete, in another thread, to store what a resume from it needs.
 
         Raises:
             ValueError: a leaf cannot be stored, `meta` is not JSON, or an intact checkpoint of
@@ -125,7 +132,10 @@ class Checkpoints:
         context.array.saving.use_compression = False
         with context, jax.transfer_guard("allow"):
             response = ocp.save_async(self.directory / str(step), leaves)
-        self._saving = step, self._thread.submit(self._commit, step, response.result, document)
+        self._saving = (
+            step,
+            self._thread.submit(self._commit, step, response.result, document, before_commit),
+        )
 
     def wait(self) -> None:
         """Waits for the save in progress.
@@ -236,7 +246,13 @@ class Checkpoints:
         # No process writes before the leftovers are removed.
         return agreement.gather(failure)[0]
 
-    def _commit(self, step: int, written: Callable[[], None], document: str) -> None:
+    def _commit(
+        self,
+        step: int,
+        written: Callable[[], None],
+        document: str,
+        before_commit: Callable[[], None],
+    ) -> None:
         """Runs in the background: waits for orbax, seals the directory, deletes old checkpoints.
 
         written: returns when orbax has written the arrays; raises its error.
@@ -244,6 +260,7 @@ class Checkpoints:
         written()
         if jax.process_index() != 0:
             return
+        before_commit()
         write_atomically(self.directory / str(step) / META, document.encode())
         seal(self.directory / str(step))
         remove(step_directories.mark_path(self.directory, step, "writing"))
