@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from imagen_jax import cli, picture_set, pictures, run_log
+from imagen_jax import cli, output_paths, picture_set, pictures, run_log
 from imagen_jax.locks import only_process
 from imagen_jax.storage import read_object, write_atomically
 
@@ -54,9 +54,9 @@ def main() -> int:
     root, output = Path(__file__).parent.parent, Path(args.output)
     if not (root / "configs").is_dir():
         raise ValueError(f"{root} has no configs/: run the demo from a checkout of the project")
-    cli.check_directory("output", str(output))
+    output_paths.check_directory("output", str(output))
     prompts = cli.check_prompts(args.prompt)
-    cli.make_directory("output", str(output))
+    output_paths.make_directory("output", str(output))
     with only_process(output, "running the demo in"):
         return demonstrate(root, output, prompts, args.minutes, args.rows)
 

@@ -22,7 +22,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli, field
+from imagen_jax import cli, field, output_paths
 from imagen_jax.buckets import AnyPath
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.watch import Watch
@@ -71,7 +71,10 @@ def main() -> int:
     cli.log_to_stderr()
     if args.config is None or args.workdir is None:
         raise ValueError("--config FILE and --workdir DIR are both needed")
-    config, workdir = cli.stage_config(args.config), cli.output_directory("workdir", args.workdir)
+    config, workdir = (
+        cli.stage_config(args.config),
+        output_paths.output_directory("workdir", args.workdir),
+    )
     for one in sets.data_sets(config["data"]):
         flag = f"--config.data.{'path' if config['data']['path'] else 'mixture'}"
         check_local(flag, one.path)

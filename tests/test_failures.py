@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli
+from imagen_jax import cli, output_paths
 from imagen_jax.weights.checkpoint import CheckpointError
 from tests import tiny
 
@@ -137,7 +137,7 @@ def test_a_terminal_in_ascii_gets_escapes(monkeypatch):
 
 def test_directories_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
     """Catches results that are computed before their directory turns out to be read-only."""
-    cli.make_directory("output", str(tmp_path / "a" / "b"))
+    output_paths.make_directory("output", str(tmp_path / "a" / "b"))
     assert (tmp_path / "a" / "b").is_dir()
 
     def read_only(*_, **__):
@@ -145,8 +145,8 @@ def test_directories_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "makedirs", read_only)
     with pytest.raises(ValueError, match="--output .*/c cannot be written to: Read-only .*; give"):
-        cli.make_directory("output", str(tmp_path / "c"))
-    for check in (cli.check_directory, cli.make_directory):
+        output_paths.make_directory("output", str(tmp_path / "c"))
+    for check in (output_paths.check_directory, output_paths.make_directory):
         with pytest.raises(ValueError, match="--output gs:/b/x is a URL, only local paths work"):
             check("output", str(Path("gs://b/x")))
 

@@ -32,6 +32,7 @@ LAYERS = (
         "locks",
         "run_fields",
         "network_fields",
+        "output_paths",
         "run_log",
         "schema",
         "storage",
