@@ -39,7 +39,7 @@ from imagen_jax.storage import (
     remove,
     write_atomically,
 )
-from imagen_jax.weights import step_directories
+from imagen_jax.weights import retention, step_directories
 from imagen_jax.weights.exports import check_which, read_export
 from imagen_jax.weights.leaves import (
     FORMAT_VERSION,
@@ -54,8 +54,8 @@ from imagen_jax.weights.leaves import (
     to_json,
     unflatten,
 )
+from imagen_jax.weights.retention import META, Retention
 
-META = "meta.json"
 RAISED_EVERYWHERE = (FloatingPointError, HardwareFault)  # by all processes at the same step
 
 log = logging.getLogger(__name__)
@@ -70,16 +70,14 @@ class Checkpoints:
     save, the save never completes, because orbax's thread pools no longer accept work.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int):
-        """directory: created by the first save. keep: the number of newest checkpoints to keep.
+    def __init__(self, directory: str | os.PathLike, retention: Retention):
+        """directory: created by the first save. retention: which checkpoints stay.
 
-        Raises ValueError if `directory` is a URL of an unknown scheme or `keep` is less than 1.
+        Raises ValueError if `directory` is a URL of an unknown scheme.
         """
         check_utf8("checkpoint directory", directory)
-        if keep < 1:
-            raise ValueError(f"keep={keep} would delete every checkpoint; it must be at least 1")
         self.directory = absolute(as_path("checkpoint directory", directory))
-        self.keep = keep
+        self._retention = retention
         self._verified: int | None = None  # verified by `latest_good` and not yet restored
         self._damaged: set[int] = set()
         self._saving: tuple[int, concurrent.futures.Future] | None = None
@@ -264,7 +262,7 @@ class Checkpoints:
         write_atomically(self.directory / str(step) / META, document.encode())
         seal(self.directory / str(step))
         remove(step_directories.mark_path(self.directory, step, "writing"))
-        step_directories.delete_old(self.directory, step, self.keep, self._damaged)
+        step_directories.delete_old(self.directory, step, self._damaged, self._retention.to_delete)
 
 
 def load_params(
@@ -293,13 +291,15 @@ def load_params(
 def opened(path: str | os.PathLike) -> Iterator[AnyPath]:
     """The verified directory of one step, or the file, that `path` means.
 
-    path: a workdir or its checkpoints directory (its newest intact step), the directory of one
-    step, or a file by `export_params`. While the context lasts, a trainer does not delete the step.
+    path: a workdir or its checkpoints directory (its newest intact step), WORKDIR@STEP or
+    WORKDIR@best, the directory of one step, or a file by `export_params`. While the context lasts,
+    a trainer does not delete the step.
 
     Raises CheckpointError if there is none or it is damaged.
     """
     check_utf8("checkpoint", path)
-    path = absolute(as_path("checkpoint", path))
+    workdir, step = split_step(absolute(as_path("checkpoint", path)))
+    path = workdir if step is None else step_parent(workdir) / str(step)
     with bucket_errors(path):
         is_file, has_checkpoints = path.is_file(), (path / "checkpoints").is_dir()
         is_step = path.name.isdigit() and path.is_dir() and not has_checkpoints
@@ -311,7 +311,7 @@ def opened(path: str | os.PathLike) -> Iterator[AnyPath]:
                 raise CheckpointError(f"checkpoint {path} cannot be used: {reason}")
             yield path
     else:
-        directory = path / "checkpoints" if has_checkpoints else path
+        directory = step_parent(path)
         with step_directories.marked_newest(directory) as step:
             if step is None:
                 raise CheckpointError(
@@ -319,6 +319,25 @@ def opened(path: str | os.PathLike) -> Iterator[AnyPath]:
                     " checkpoint, or an exported .safetensors file"
                 )
             yield directory / str(step)
+
+
+def split_step(path: AnyPath) -> tuple[AnyPath, int | None]:
+    """(WORKDIR, STEP) of WORKDIR@STEP; WORKDIR@best is the step with the lowest measure.
+
+    (path, None) for a path without a step. Raises CheckpointError if there is no best step.
+    """
+    match = re.fullmatch(r"(.+)@(0|[1-9]\d*|best)", path.name)
+    if match is None or path.exists():
+        return path, None
+    workdir = path.with_name(match[1])
+    if match[2] != "best":
+        return workdir, int(match[2])
+    return workdir, retention.best_step(step_parent(workdir))
+
+
+def step_parent(path: AnyPath) -> AnyPath:
+    """The checkpoints directory that a workdir or this directory itself means."""
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
 def read_params(path: AnyPath, which: str) -> tuple[dict[str, Any], dict[str, Any]]:

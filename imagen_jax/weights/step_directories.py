@@ -21,7 +21,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from imagen_jax.buckets import AnyPath, bucket_errors, in_bucket
 from imagen_jax.checksums import CHECKSUMS, find_damage, is_sealed
@@ -253,14 +253,24 @@ def _free(file: object) -> bool:
         return True
 
 
-def delete_old(directory: AnyPath, newest: int, keep: int, damaged: Collection[int]) -> None:
-    """Deletes old steps, so that `keep` intact steps up to `newest` remain.
+def delete_old(
+    directory: AnyPath,
+    newest: int,
+    damaged: Collection[int],
+    choose: Callable[[Sequence[int], AnyPath], list[int]],
+) -> None:
+    """Deletes the steps that `choose(intact steps, directory)` returns, except `newest`.
 
-    Damaged steps are neither counted nor deleted. A step that is being read stays until a later
-    call. Errors are logged.
+    Damaged steps are not deleted. A step that is being read stays until a later call. Errors are
+    logged.
     """
-    older = [step for step in steps(directory) if step < newest and step not in damaged]
-    for step in older[: max(0, len(older) - (keep - 1))]:
+    intact = [step for step in steps(directory) if step <= newest and step not in damaged]
+    try:
+        old = [step for step in choose(intact, directory) if step != newest]
+    except (OSError, CheckpointError) as error:
+        log.warning("no old checkpoint of %s is deleted: %s", directory, error)
+        return
+    for step in old:
         try:
             delete(directory, step)
         except OSError as error:
