@@ -29,7 +29,9 @@ ADDED: dict[str, dict[str, Any]] = {
         w_interval=(-20.0, 20.0),  # the full range of log-SNR
     ),
     "optim": dict(ema_tracks=()),
-    "train": dict(validate_every=0, validate_rows=256),
+    "train": dict(
+        validate_every=0, validate_rows=256, keep_every=0, keep_best=0, best_by="ema/x_error"
+    ),
 }
 
 

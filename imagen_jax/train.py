@@ -11,22 +11,25 @@ imagen_jax/exit_codes.py lists the exit codes.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli, field
+from imagen_jax import cli, field, output_paths
+from imagen_jax.buckets import AnyPath
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.watch import Watch
-from imagen_jax.storage import check_local, check_object, check_utf8, only_process, write_json
+from imagen_jax.locks import only_process
+from imagen_jax.storage import absolute, check_local, check_object, check_utf8, write_json
+from imagen_jax.training.start_flags import Start
 
 log = logging.getLogger("imagen_jax.train")
 
@@ -61,6 +64,18 @@ def define_flags() -> None:
         "start a new run from these weights: a workdir, a checkpoint, an exported file, or"
         " embedded:NAME",
     )
+    flags.DEFINE_string(
+        "init_part",
+        "",
+        "regular expression: take only the weights of --init_from whose paths it matches, such as"
+        " '^(down|mid)_', and initialise the others",
+    )
+    flags.DEFINE_string(
+        "fork",
+        "",
+        "WORKDIR@STEP, or WORKDIR for its newest step: start a new run from the whole state of"
+        " another one, with optimizer and EMAs; any field of the config may differ",
+    )
 
 
 def main() -> int:
@@ -70,23 +85,24 @@ def main() -> int:
     cli.log_to_stderr()
     if args.config is None or args.workdir is None:
         raise ValueError("--config FILE and --workdir DIR are both needed")
-    config, workdir = cli.stage_config(args.config), Path(args.workdir)
+    config, workdir = (
+        cli.stage_config(args.config),
+        output_paths.output_directory("workdir", args.workdir),
+    )
     for one in sets.data_sets(config["data"]):
         flag = f"--config.data.{'path' if config['data']['path'] else 'mixture'}"
         check_local(flag, one.path)
         check_utf8(flag, one.path)
-    check_local("--init_from", args.init_from)
-    cli.check_directory("workdir", args.workdir)
-    check_utf8("--workdir", args.workdir)
     profile = read_profile(args.profile, config["train"]["steps"])
-    if args.overfit and (args.profile or args.minutes or args.init_from):
-        raise ValueError("--overfit does not take --profile, --minutes or --init_from: omit them")
+    start = Start(args.init_from, args.init_part, args.fork)
+    if args.overfit and (args.profile or args.minutes or start != Start()):
+        raise ValueError(
+            "--overfit does not take --profile, --minutes, --init_from or --fork: omit them"
+        )
     if args.overfit:
         config, workdir = self_test(config, args.overfit), workdir / "overfit"
     with cli.processes() as watch:
-        return train(
-            config, workdir, profile, args.minutes, args.init_from, watch, overfit=args.overfit
-        )
+        return train(config, workdir, profile, args.minutes, start, watch, overfit=args.overfit)
 
 
 def read_profile(text: str, steps: int) -> tuple[int, int]:
@@ -104,10 +120,10 @@ def read_profile(text: str, steps: int) -> tuple[int, int]:
 
 def train(
     config: Mapping[str, Any],
-    workdir: Path,
+    workdir: AnyPath,
     profile: tuple[int, int],
     minutes: float,
-    init_from: str,
+    start: Start,
     watch: Watch,
     overfit: int = 0,
 ) -> int:
@@ -117,9 +133,9 @@ def train(
     the metrics.
 
     config: a complete config (`schema.complete` with new=True). profile: (first, count) of the
-    traced steps. minutes: the time limit, 0 for none. init_from: initial weights of a new run, ""
-    for random ones. overfit: trains for this number of steps on one batch instead, without
-    checkpoints, and returns the `verdict`; config is then that of `self_test`.
+    traced steps. minutes: the time limit, 0 for none. start: what a new run starts
+    from. overfit: trains for this number of steps on one batch instead, without checkpoints, and
+    returns the `verdict`; config is then that of `self_test`.
     """
     import jax
 
@@ -128,9 +144,11 @@ def train(
     from imagen_jax.training.replicas import Replicas
     from imagen_jax.training.run import Run
     from imagen_jax.training.sample_grids import SampleGrid
+    from imagen_jax.training.start import first_state
     from imagen_jax.training.trace import Trace
     from imagen_jax.training.validation import Validation
     from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints
+    from imagen_jax.weights.retention import Retention
 
     settings, first = config["train"], jax.process_index() == 0
     total, validate_every = overfit or settings["steps"], settings["validate_every"]
@@ -142,8 +160,8 @@ def train(
         {f"config.{name}": json.dumps(value) for name, value in field.flat(config).items()}
         | {
             "prepared data": run.meta["manifest_hash"],
-            "--init_from": init_from,
-            "--workdir": str(workdir.absolute()),
+            **{f"--{name}": value for name, value in dataclasses.asdict(start).items()},
+            "--workdir": str(absolute(workdir)),
         }
     )
     with contextlib.ExitStack() as stack:
@@ -154,14 +172,14 @@ def train(
 
         # State: restored from the newest intact checkpoint, or fresh.
         watch.at(0, "restoring")
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=settings["keep"])
+        checkpoints = Checkpoints(workdir / "checkpoints", Retention.of(settings))
         newest = checkpoints.latest_good()
         if newest is None:
-            done, unlogged = 0, []
-            state, origin = run.fresh_state(init_from)
+            unlogged = []
+            state, done, origin = first_state(run, start, workdir)
         else:
             done = newest
-            unlogged, origin = check_resume(run, checkpoints.meta(newest), workdir, init_from)
+            unlogged, origin = check_resume(run, checkpoints.meta(newest), workdir, start)
             if done >= total:
                 reached = "%s has %d steps already, train.steps is %d: nothing to do"
                 log.info(reached, workdir, done, total)
@@ -199,6 +217,8 @@ def train(
         stack.enter_context(jax.transfer_guard("disallow"))
         stack.enter_context(checkpoints)
 
+        measured: tuple[int, dict[str, float]] = done, {}  # by the last validation, after this step
+
         def save() -> None:
             """Saves a state whose metrics are all finite and whose replicas agree."""
             watch.at(done, "saving")
@@ -209,7 +229,9 @@ def train(
                     checkpoints.wait()
                 except CheckpointError as error:  # a full disk may have room again
                     log.error("%s; training continues and saves step %d now", error, done)
-                checkpoints.save(done, state, run.meta | origin | {"unlogged": metrics.unlogged})
+                meta = run.meta | origin | {"unlogged": metrics.unlogged}
+                meta |= {"measures": measured[1] if measured[0] == done else {}}
+                checkpoints.save(done, state, meta, before_commit=metrics.writer.flush)
 
         while done < total and not stop(done):
             trace.before(done)
@@ -231,7 +253,9 @@ def train(
                 watch.at(done, "validating")
                 metrics.settle()
                 with metrics.clock.pause(), jax.transfer_guard("allow"):
-                    metrics.writer.validation(done, validation.run(state, done))
+                    row = validation.run(state, done)
+                    metrics.writer.validation(done, row)
+                    measured = done, validation.measures(row)
             if done % settings["save_every"] == 0:
                 save()
         if overfit:
@@ -244,7 +268,7 @@ def train(
 
 
 def check_resume(
-    run: Any, saved: Mapping[str, Any], workdir: Path, init_from: str
+    run: Any, saved: Mapping[str, Any], workdir: AnyPath, start: Start
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Returns (metrics not yet written to a row, origin of the weights) from a checkpoint's meta.
 
@@ -259,11 +283,8 @@ def check_resume(
     check_object(f"the newest checkpoint of {workdir}", saved, fields, "give a new --workdir")
     for line in resume.check({name: saved[name] for name in run.meta}, run.meta):
         log.info("changed since the checkpoint: %s", line)
-    origin = {name: saved[name] for name in ("init_from",) if name in saved}
-    if init_from and origin.get("init_from", {}).get("path") != init_from:
-        raise ValueError(
-            f"{workdir} holds a run that did not start from {init_from}; give a new --workdir"
-        )
+    origin = {name: saved[name] for name in ("init_from", "fork") if name in saved}
+    start.check_origin(origin, workdir)
     return saved["unlogged"], origin
 
 

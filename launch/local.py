@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from absl import flags
 
 from imagen_jax.exit_codes import FAILED, FINAL, INTERRUPTED, LOST
-from imagen_jax.storage import only_process
+from imagen_jax.locks import only_process
 from launch import status
 from launch.job import Job, exports
 

@@ -2,12 +2,12 @@
 
 import collections
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from imagen_jax import run_log
+from imagen_jax.buckets import AnyPath
 from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import write_json
 from imagen_jax.training.run import Run
@@ -30,7 +30,7 @@ class TrainingMetrics:
     def __init__(
         self,
         run: Run,
-        workdir: Path,
+        workdir: AnyPath,
         done: int,
         unlogged: list[dict[str, float]],
         progress: run_log.Progress,
@@ -96,7 +96,7 @@ class TrainingMetrics:
         self.writer.close()
 
 
-def report_bad_step(run: Run, workdir: Path, bad: int) -> str:
+def report_bad_step(run: Run, workdir: AnyPath, bad: int) -> str:
     """Writes workdir/nonfinite.json with the batch of step `bad`. Returns the error message."""
     data = run.batches(bad)
     batch = next(data)
