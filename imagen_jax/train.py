@@ -140,6 +140,7 @@ def train(
     import jax
 
     from imagen_jax import run_log
+    from imagen_jax.training import resume
     from imagen_jax.training.metrics import TrainingMetrics
     from imagen_jax.training.replicas import Replicas
     from imagen_jax.training.run import Run
@@ -153,8 +154,11 @@ def train(
     settings, first = config["train"], jax.process_index() == 0
     total, validate_every = overfit or settings["steps"], settings["validate_every"]
 
-    # Check that mesh, data and program fit each other, and that all processes have the same
-    # settings.
+    # Check that a resume continues the run, that mesh, data and program fit each other, and that
+    # all processes have the same settings.
+    checkpoints = Checkpoints(workdir / "checkpoints", Retention.of(settings))
+    if not overfit:
+        agreement.check_in_first(lambda: resume.check_newest(checkpoints, config))
     run = Run.create(config, overfit=bool(overfit))
     agreement.check(
         {f"config.{name}": json.dumps(value) for name, value in field.flat(config).items()}
@@ -172,7 +176,6 @@ def train(
 
         # State: restored from the newest intact checkpoint, or fresh.
         watch.at(0, "restoring")
-        checkpoints = Checkpoints(workdir / "checkpoints", Retention.of(settings))
         newest = checkpoints.latest_good()
         if newest is None:
             unlogged = []

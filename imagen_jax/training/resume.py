@@ -6,6 +6,7 @@ from typing import Any
 from imagen_jax import schema
 from imagen_jax.encoder_identity import SAME_TEXT, SEVERAL, fields_read
 from imagen_jax.text_inputs import UNNAMED, text_inputs
+from imagen_jax.weights.checkpoint import Checkpoints
 
 
 def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -29,6 +30,20 @@ def check(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             + "; ".join(refused)
         )
     return allowed
+
+
+def check_newest(checkpoints: Checkpoints, config: Mapping[str, Any]) -> None:
+    """Raises ValueError if the newest checkpoint has a config that this one may not continue.
+
+    It reads one file, so that a run is refused before its setup, which may take minutes. Damaged
+    checkpoints are left to `Checkpoints.latest_good`.
+    """
+    steps = checkpoints.steps()
+    try:
+        saved = checkpoints.meta(steps[-1])["config"] if steps else config
+    except (OSError, ValueError, KeyError):
+        return
+    check({"config": saved}, {"config": config})
 
 
 def _is_read(field: str, config: Mapping[str, Any]) -> bool:

@@ -8,14 +8,18 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import schema, sharding
+from imagen_jax import schema, sharding, train
 from imagen_jax.data import pipeline
 from imagen_jax.data.example_text import read_stored
+from imagen_jax.distributed.watch import Watch
 from imagen_jax.text_inputs import text_inputs
 from imagen_jax.training import resume, validation
 from imagen_jax.training.run import Run
 from imagen_jax.training.sample_grids import SampleGrid
+from imagen_jax.training.start_flags import Start
 from imagen_jax.training.validation import Validation
+from imagen_jax.weights.checkpoint import Checkpoints
+from imagen_jax.weights.retention import Retention
 from tests import tiny
 from tests.data import synthetic
 from tests.training.test_validation import Known, N, biased
@@ -83,6 +87,35 @@ def test_a_resume_may_move_the_sets_of_a_mixture(paths):
     ):
         with pytest.raises(ValueError, match="data.mixture"):
             resume.check(saved, meta(*changed))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_resume_is_refused_before_the_setup(tmp_path, monkeypatch, damaged):
+    """Catches minutes of compilation before a resume with other weights is refused, and a damaged
+    checkpoint that is an error before an older one is tried.
+    """
+
+    class Begun(Exception):
+        pass
+
+    def create(*args, **more):
+        raise Begun
+
+    monkeypatch.setattr(Run, "create", create)
+    begin = lambda *mixture: train.train(
+        config(*mixture), tmp_path, (0, 0), 0.0, Start(), Watch(100.0)
+    )
+    with pytest.raises(Begun):  # no checkpoint
+        begin(("one", 1.0), ("two", 2.0))
+    with Checkpoints(tmp_path / "checkpoints", Retention(1)) as checkpoints:
+        checkpoints.save(3, {"a": np.ones(2)}, {"config": config(("one", 1.0), ("two", 3.0))})
+    if damaged:
+        (tmp_path / "checkpoints/3/meta.json").write_text("{")
+    with pytest.raises(Begun):
+        begin(("moved/one", 1.0), ("two", 3.0))
+    with pytest.raises(Begun if damaged else ValueError) as error:
+        begin(("one", 1.0), ("two", 2.0))
+    assert damaged or "other settings" in str(error.value)
 
 
 def test_validation_has_the_numbers_of_each_set_and_their_mean(paths, caplog):
