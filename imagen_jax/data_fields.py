@@ -5,6 +5,10 @@ from collections.abc import Sequence
 from imagen_jax.field import Field, Need
 from imagen_jax.network_fields import NAMED_TEXT, WITH_TEXT
 
+# Limits that no use comes near; a larger number is a mistake, and too large for an array.
+LARGEST = "2^16"  # side of an image in pixels
+LONGEST = "2^16"  # tokens of a text
+WIDEST = "2^20"  # features
 Mixture = Sequence[tuple[str, float]]
 
 
@@ -18,7 +22,7 @@ TEXT = {
         "Width of the features of a single, unnamed text encoder; 0: none.",
         int,
         "section 2.1",
-        interval="[0, inf)",
+        interval=f"[0, {WIDEST}]",
     ),
     "encoders": Field(
         "Names of several text encoders in the prepared data, instead of text.dim.",
@@ -30,21 +34,21 @@ TEXT = {
         "Width of the token features of each encoder.",
         tuple[int, ...],
         older=(),
-        interval="[1, inf)",
+        interval=f"[1, {WIDEST}]",
         needs=(NAMED_TEXT,),
     ),
     "lengths": Field(
         "Tokens per caption of each encoder, including padding.",
         tuple[int, ...],
         older=(),
-        interval="[1, inf)",
+        interval=f"[1, {LONGEST}]",
         needs=(NAMED_TEXT,),
     ),
     "pooled_dims": Field(
         "Width of the pooled vector of each encoder; 0: not used.",
         tuple[int, ...],
         older=(),
-        interval="[0, inf)",
+        interval=f"[0, {WIDEST}]",
         needs=(NAMED_TEXT,),
     ),
     "drops": Field(
@@ -72,17 +76,25 @@ TEXT = {
 
 DATA = {
     "path": Field("Directory made by prepare_data.", str, resume=True),
-    "image_size": Field("Side of the images in pixels.", int, "section 2.5", interval="[1, inf)"),
+    "image_size": Field(
+        "Side of the images in pixels.", int, "section 2.5", interval=f"[1, {LARGEST}]"
+    ),
     "lowres_size": Field(
-        "Low-res input size in pixels; 0 for a base model.", int, "section 2.5", interval="[0, inf)"
+        "Low-res input size in pixels; 0 for a base model.",
+        int,
+        "section 2.5",
+        interval=f"[0, {LARGEST}]",
     ),
     "crop_size": Field(
-        "Training crop size in pixels; 0 for whole images.", int, "section 2.5", interval="[0, inf)"
+        "Training crop size in pixels; 0 for whole images.",
+        int,
+        "section 2.5",
+        interval=f"[0, {LARGEST}]",
     ),
     "text_length": Field(
         "Tokens per caption, including padding, of the encoder of text.dim.",
         int,
-        interval="[1, inf)",
+        interval=f"[1, {LONGEST}]",
     ),
     "batch_size": Field(
         "Images per training step, over all devices.", int, "section 4.1", interval="[1, inf)"
@@ -132,5 +144,6 @@ DATA = {
         tuple[tuple[int, int], ...],
         "SDXL: Podell et al. 2023",
         older=(),
+        interval=f"[1, {LARGEST}]",
     ),
 }

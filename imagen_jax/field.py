@@ -9,7 +9,7 @@ import difflib
 import json
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 NEEDED = object()  # `Field.older` of a field that every saved config contains
@@ -85,9 +85,15 @@ def read(value: Any, field: Field, new: bool = False) -> Any:
     entries = converted if isinstance(converted, list) else [converted]
     if converted is WRONG_TYPE or (field.choices and not set(entries) <= set(field.choices)):
         raise ValueError(_error_text(value, field))
-    if new and not all(within(entry, field.interval) for entry in entries):
+    if new and not all(within(number, field.interval) for number in _numbers(entries)):
         raise ValueError(_error_text(value, field))
     return converted
+
+
+def _numbers(entries: Sequence[Any]) -> Iterator[Any]:
+    """The entries of a list and of the lists in it."""
+    for entry in entries:
+        yield from _numbers(entry) if isinstance(entry, list) else [entry]
 
 
 def parse(text: str, field: Field) -> Any:

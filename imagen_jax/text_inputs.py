@@ -6,6 +6,7 @@ vector, `pooled.NAME`.
 """
 
 import dataclasses
+import re
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ TEXT, MASK, POOLED = "text", "text_mask", "pooled"
 KINDS = (TEXT, MASK, POOLED)
 TOKENS = "tokens"  # token ids, of which text.online computes the features
 DROP = "drop"  # whether the text, or one input alone, is dropped: an entry of the random numbers
+NAME = r"[a-z][a-z0-9]*"  # of a text encoder among several
 UNNAMED = ""  # the name of the only encoder of a stage without `text.encoders`
 
 
@@ -94,6 +96,13 @@ def text_inputs(config: Mapping[str, Any]) -> tuple[TextInput, ...]:
             f"text.dim = {text['dim']} is the width of a single unnamed encoder: with text.encoders"
             " set text.dim = 0 and text.dims"
         )
+    for name in text["encoders"]:
+        if not re.fullmatch(NAME, name):
+            raise ValueError(
+                f"text.encoders has the name {name!r}: give the names of prepare_data --encoder"
+                " NAME=..., of lower-case letters and digits; for one encoder without a name set"
+                " text.encoders = () and text.dim"
+            )
     if len(set(text["encoders"])) < len(text["encoders"]):
         raise ValueError(f"text.encoders = {tuple(text['encoders'])} has a name twice")
     columns = ("encoders", "dims", "lengths", "pooled_dims", "drops")

@@ -157,9 +157,11 @@ def test_a_wrong_value_is_refused(change, message):
 OUTSIDE = {
     "seed": [-1, 2**32],
     "text.dims": [[0]],
-    "text.lengths": [[0]],
+    "text.lengths": [[0], [99999999999]],
     "text.pooled_dims": [[-1]],
     "text.drops": [[0.1, 1.5]],
+    "data.text_length": [0, 99999999999],
+    "data.buckets": [[[8, 0]], [[8, 8], [99999999999999999999, 8]]],
     "data.view_scale": [[0.0, 1.0], [0.5, 1.5]],
     "data.batch_size": [0, -8],
     "data.workers": [-1],
@@ -216,7 +218,7 @@ def test_every_seed_is_checked(seed):
 def test_every_interval_is_tested():
     """Wrong: an interval without a number that it refuses in the test above."""
     fields = schema.flat(schema.STAGE)
-    sizes = {f"data.{name}" for name in ("image_size", "lowres_size", "crop_size", "text_length")}
+    sizes = {f"data.{name}" for name in ("image_size", "lowres_size", "crop_size")}
     declared = {name for name, field in fields.items() if field.interval}
     assert declared - sizes - {"text.dim", "optim.beta2", "optim.eps"} == OUTSIDE.keys()
 

@@ -138,6 +138,7 @@ def test_inputs_are_dropped_alone_and_together(stage):
     [
         (dict(text__dim=8), "with text.encoders set text.dim = 0"),
         (dict(text__encoders=["t5", "t5"]), "has a name twice"),
+        (dict(text__encoders=["t5", ""]), "has the name '': give the names of prepare_data"),
         (dict(text__dims=[24]), "text.encoders has 2, text.dims has 1"),
         (dict(text__online=True), "text.online needs an encoder: set text.online_encoder=NAME"),
     ],

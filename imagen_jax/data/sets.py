@@ -1,6 +1,7 @@
 """The prepared directories that a config names: data.path, or those of data.mixture."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +32,8 @@ def data_sets(data_cfg: Mapping[str, Any]) -> tuple[DataSet, ...]:
     has a directory twice or a weight that is not positive.
     """
     path, mixture = data_cfg["path"], data_cfg["mixture"]
+    if path and not path.strip():
+        raise ValueError(f"data.path is empty ({path!r}): give a directory")
     if path and mixture:
         raise ValueError(
             f"data.path = {path} and data.mixture are both given: set data.path = '' to train on"
@@ -57,8 +60,8 @@ def data_sets(data_cfg: Mapping[str, Any]) -> tuple[DataSet, ...]:
 def _check_mixture(mixture: Any) -> None:
     found = set()
     for directory, weight in mixture:
-        if not directory:
-            raise ValueError("data.mixture has an empty path: give a directory")
+        if not directory.strip():
+            raise ValueError(f"data.mixture has an empty path ({directory!r}): give a directory")
         if weight <= 0:
             raise ValueError(
                 f"data.mixture has the weight {weight:g} for {directory}: give a positive one, or"
@@ -70,3 +73,5 @@ def _check_mixture(mixture: Any) -> None:
                 " the weights"
             )
         found.add(real)
+    if not math.isfinite(sum(weight for _, weight in mixture)):
+        raise ValueError("the weights of data.mixture have a sum that is not finite: divide them")

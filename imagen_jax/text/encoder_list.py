@@ -7,11 +7,10 @@ Each is a name, `=` and what is given for one encoder, with its choice of featur
 import pathlib
 import re
 
-from imagen_jax.text_inputs import UNNAMED
+from imagen_jax.text_inputs import NAME, UNNAMED
 
 PLUS = "+"
 FORM = "t5=google/t5-v1_1-xxl+clip=DIR@layer=-2"
-_NAME = r"[a-z][a-z0-9]*"
 
 
 def parse_encoders(text: str) -> dict[str, str]:
@@ -21,14 +20,14 @@ def parse_encoders(text: str) -> dict[str, str]:
 
     Raises ValueError for a name that is not valid or is given twice, or a name without an encoder.
     """
-    parts = re.split(rf"\{PLUS}(?={_NAME}=)", text)
+    parts = re.split(rf"\{PLUS}(?={NAME}=)", text)
     named = re.match(r"[\w.-]+=", text)
     if pathlib.Path(text).is_dir() or (len(parts) == 1 and not named):
         return {UNNAMED: text}
     encoders: dict[str, str] = {}
     for part in parts:
         name, sign, encoder = part.partition("=")
-        if not sign or not re.fullmatch(_NAME, name):
+        if not sign or not re.fullmatch(NAME, name):
             fault = f"{part!r} needs a name of lower-case letters and digits"
         elif not encoder:
             fault = f"there is no encoder after {name}="

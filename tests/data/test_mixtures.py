@@ -152,6 +152,9 @@ def test_a_mixture_of_one_set_is_a_mixture(first):
         ("", (("b", 0.0),), "has the weight 0 for b: give a positive one"),
         ("", (("b", 1.0), ("c", -2.0)), "has the weight -2 for c"),
         ("", (("", 1.0),), "has an empty path"),
+        ("", ((" ", 1.0),), "has an empty path .' '.: give a directory"),
+        (" ", (), "data.path is empty .' '.: give a directory"),
+        ("", (("b", 1e308), ("c", 1e308)), "have a sum that is not finite: divide them"),
         ("", (("missing", 1.0),), "missing does not exist"),
     ],
 )
