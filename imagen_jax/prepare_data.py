@@ -206,8 +206,9 @@ def _settings(args: flags.FlagValues) -> Settings:
         raise ValueError("give one of --encoder NAME, --images_only and --text_only")
     if args.images_only and (args.verify or args.preview_captions):
         raise ValueError("--verify and --preview_captions need --encoder, not --images_only")
-    if args.text_only and args.embedding != records.EMBEDDINGS[0]:
-        raise ValueError("--embedding has no effect with --text_only: leave it out")
+    for name in ("embedding", "max_length") if args.text_only else ():
+        if args[name].value != args[name].default:
+            raise ValueError(f"--{name} has no effect with --text_only: leave it out")
     for encoder in parse_encoders(args.encoder).values() if args.encoder else ():
         check_local("--encoder", encoder)
     check_local("--output", args.output)

@@ -54,7 +54,7 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "minutes",
         0.0,
-        "save and stop after this time, as after SIGTERM; 0: no limit",
+        "save and stop after this time, as after SIGTERM; it includes the compilation; 0: no limit",
         lower_bound=0,
     )
     cli.define_processes()
@@ -302,6 +302,7 @@ def stop_requests(minutes: float) -> Callable[[int], bool]:
     from jax.experimental import multihost_utils
 
     requests, several = [], jax.process_count() > 1
+    first: list[int] = []  # the steps done at the first call
     terminate = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     note = lambda received, _: requests.append(received)
     signal.signal(signal.SIGINT, terminate if several else note)
@@ -310,8 +311,12 @@ def stop_requests(minutes: float) -> Callable[[int], bool]:
     end = time.monotonic() + 60 * minutes
 
     def stop(done: int) -> bool:
+        first[:] = first or [done]
         if not requests and minutes > 0 and time.monotonic() > end:
             requests.append("minutes")
+            if done == first[0]:
+                why = "--minutes %g passed before the first step: it includes the start; give more"
+                log.warning(why, minutes)
             if several:
                 terminate()
         return multihost_utils.reached_preemption_sync_point(done) if several else bool(requests)

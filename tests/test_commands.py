@@ -1,6 +1,7 @@
 """Commands in sequence: training with rows and grids, export, warm start, sampling, report."""
 
 import json
+import types
 from pathlib import Path
 
 import jax
@@ -254,3 +255,14 @@ def test_the_demo_shows_kid_or_why_there_is_none():
     assert all(f"<td>{cell}</td>" in demo.kid_table(measured) for cell in cells)
     left_out = {"provenance": {"left_out": {"kid": "it needs the package <p>"}}}
     assert "it needs the package &lt;p&gt;" in demo.kid_table(measured | {"fresh": left_out})
+
+
+@pytest.mark.parametrize("steps", [[7, 7], [7, 8]])
+def test_a_time_limit_before_the_first_step_is_told(monkeypatch, caplog, steps):
+    """Catches a run of no step that ends without a reason, and one that blames the start later."""
+    now = iter([0.0, 30.0 if steps[0] != steps[1] else 90.0, 90.0])
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    stop = train.stop_requests(1.0)
+    assert [stop(steps[0]), stop(steps[1])] == [steps == [7, 7], True]
+    assert ("--minutes 1 passed before the first step" in caplog.text) == (steps == [7, 7])

@@ -270,6 +270,7 @@ def test_the_command_for_texts_alone(folder, texts, tmp_path, capsys):
         (["--text_only", "--images_only"], "give one of"),
         (["--text_only", "--encoder=t5_tiny"], "give one of"),
         (["--text_only", "--embedding=int8"], "--embedding has no effect with --text_only"),
+        (["--text_only", "--max_length=9"], "--max_length has no effect with --text_only"),
         (["--encoder=a=t5_tiny+a=t5_tiny"], "the name a is given twice"),
         (["--encoder=a=t5_tiny+b=gs://bucket/t5"], "--encoder"),
         (["--encoder=a=t5_tiny+b=no/such/place"], "no/such/place"),
