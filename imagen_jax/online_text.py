@@ -186,12 +186,13 @@ def check_sizes(text_input: TextInput, encoder: Any, given: str) -> None:
     if encoder.dim != text_input.dim:
         raise ValueError(
             f"text encoder {given} has features of width {encoder.dim}, but text.dim{suffix} has"
-            f" {text_input.dim}"
+            f" {text_input.dim}: give another encoder, or {encoder.dim} in text.dim{suffix}"
         )
     if text_input.pooled_dim not in (0, encoder.pooled_dim):
         raise ValueError(
             f"text encoder {given} has a pooled vector of width {encoder.pooled_dim}, but"
-            f" text.pooled_dims has {text_input.pooled_dim}"
+            f" text.pooled_dims has {text_input.pooled_dim}: give another encoder, or"
+            f" {encoder.pooled_dim} in text.pooled_dims"
         )
 
 

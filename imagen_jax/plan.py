@@ -72,9 +72,9 @@ def define_flags() -> None:
         "text_encoder",
         "",
         "plan the encoding of captions instead of a training: a name, such as xxl (T5 v1.1),"
-        " flan-t5-xl, t5-11b, bert-large, clip-l14 or clip-bigg, or a directory with a text"
-        " encoder's config.json; with --config and --captions: the encoder of the comparison, also"
-        " several as in t5=xxl+clip=clip-l14",
+        " t5_tiny (the embedded one), flan-t5-xl, t5-11b, bert-large, clip-l14 or clip-bigg, or a"
+        " directory with a text encoder's config.json; with --config and --captions: the encoder of"
+        " the comparison, also several as in t5=xxl+clip=clip-l14",
     )
     flags.DEFINE_list(
         "tokens", ["16", "32", "64", "128"], "with --text_encoder: caption lengths in tokens"
@@ -235,6 +235,8 @@ def check_flags(args: Any) -> None:
         )
     if not is_training and len(args.captions) > 1:
         raise ValueError("--captions with --text_encoder alone is one number")
+    if args.price and args.text_encoder and not args.captions:
+        raise ValueError("--price with --text_encoder needs --captions, the number of captions")
     if not math.isfinite(args.price):
         raise ValueError(f"--price is {args.price}; it must be a finite number")
     if args.text_encoder and not (args.tokens and all(map(is_positive_integer, args.tokens))):
@@ -330,7 +332,7 @@ def plan_encoder(topology: Any, args: Any) -> int:
     lengths = [int(text) for text in args.tokens]
     captions, cache = sum(map(int, args.captions)), os.path.expanduser(args.cache)
     plan = {"name": args.text_encoder} | encoder_plan.plan_encoder(
-        network, topology, lengths, args.encode_batch, captions, cache
+        network, topology, lengths, args.encode_batch, captions, cache, args.price
     )
     text = json.dumps(plan, indent=1) if args.json else "\n".join(encoder_plan.text(plan))
     print(text, flush=True)

@@ -306,7 +306,9 @@ def test_plan_of_a_text_encoder(tmp_path):
     wrong caption length.
     """
     assets = f"--text_encoder={ROOT}/imagen_jax/assets/t5_tiny"
-    code, result = plan(tmp_path, "--tokens=16,64", "--captions=1000000", what=[assets])
+    more = ("--captions=1000000", "--price=3")
+    code, result = plan(tmp_path, "--tokens=16,64", *more, what=[assets])
+    assert all(row["money"] == 3 * row["chip_hours"] for row in result["passes"])
     short, long = result["passes"]
     assert code == 0 and (short["tokens"], short["rows"], long["tokens"], long["rows"]) == (
         16,

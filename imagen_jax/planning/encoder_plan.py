@@ -20,6 +20,7 @@ from imagen_jax import sharding
 from imagen_jax.hardware.chips import GIB
 from imagen_jax.hardware.topology import Topology, smallest_shape
 from imagen_jax.planning import cost, hlo, links, whole_step
+from imagen_jax.planning.amounts import amount
 from imagen_jax.planning.cost_cache import COMPILERS, cached
 from imagen_jax.planning.step_time import SECONDS_PER_HOUR
 from imagen_jax.text import choice as choices
@@ -40,21 +41,20 @@ COST_FIELDS = {"peak": float, "compute": float, "overlapped": float, "exposed": 
 
 
 def find_network(name: str, dtype: str = DTYPE) -> nn.Module:
-    """The network of a text encoder, by its short name, its directory or its config.json.
+    """The network of a text encoder, as `known_network`, or by the path of its config.json.
 
-    name: of `text.sizes`, or a path, with a choice of features (`text/choice.py`) if any.
+    name: with a choice of features (`text/choice.py`) if any.
     dtype: floating-point type of the weights.
 
     Raises ValueError if there is no such encoder or its family is not supported.
     """
-    name, choice = choices.parse(name)
-    if name in sizes.SIZES:
-        return sizes.network(name, dtype, choice)
-    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
-    if not path.is_file():
+    if network := known_network(name, dtype):
+        return network
+    path, choice = choices.parse(name)
+    if not Path(path).is_file():
         raise ValueError(
-            f"--text_encoder {name!r} is not one of {', '.join(sizes.SIZES)}, and not a directory"
-            " with an encoder's config.json"
+            f"--text_encoder {path!r} is not one of {EMBEDDED}, {', '.join(sizes.SIZES)}, and not a"
+            " directory with an encoder's config.json"
         )
     return read_network(path, dtype, choice)
 
@@ -81,6 +81,7 @@ def plan_encoder(
     batch_size: int,
     captions: int,
     cache: str,
+    price: float = 0.0,
 ) -> dict[str, Any]:
     """The plan of encoding captions.
 
@@ -94,6 +95,7 @@ def plan_encoder(
         batch_size: captions of up to 32 tokens per chip and batch, as in prepare_data.
         captions: number of captions to report hours for, or 0.
         cache: directory of cached costs.
+        price: of a chip-hour, to report the cost of `captions`; 0 for none.
 
     Returns a dict; "weights" are bytes, "parts" is the number of chips that the weights are sharded
     over, "passes" has an entry for each length.
@@ -114,6 +116,7 @@ def plan_encoder(
         if captions:
             hours = captions / row["captions_per_s_per_chip"] / topology.chips / SECONDS_PER_HOUR
             row |= {"captions": captions, "hours": hours, "chip_hours": hours * topology.chips}
+            row |= {"money": row["chip_hours"] * price} if price else {}
     return {
         "topology": str(topology),
         "chip": chip.name,
@@ -259,7 +262,7 @@ def text(plan: Mapping[str, Any]) -> Iterator[str]:
     )
     yield (
         f"Text encoder {plan['name']} on {plan['topology']} ({plan['chips']} chips):"
-        f" {plan['weights'] / GIB:.2f} GiB of bfloat16 weights, {weights}"
+        f" {amount(plan['weights'] / GIB, 2)} GiB of bfloat16 weights, {weights}"
     )
     if plan["platform"] == "cuda":
         yield "Rates are upper bounds from the chip's peak: XLA:GPU provides no cycle estimates"
@@ -267,17 +270,20 @@ def text(plan: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{'tokens':>7} {'captions/batch':>15} {'memory GiB':>11} {'TFLOP/batch':>12}"
         f" {'captions/s/chip':>16} {'hours':>8} {'chip-hours':>11}"
+        + (f" {'cost':>9}" if "money" in plan["passes"][0] else "")
     )
     bound = "<" if plan["platform"] == "cuda" else ""
     for row in plan["passes"]:
         verdict = "" if row["fits"] else "  DOES NOT FIT"
         times = (
-            f"{row['hours']:8.2f} {row['chip_hours']:11.0f}"
+            f"{amount(row['hours'], 2):>8} {amount(row['chip_hours'], 0):>11}"
             if "hours" in row
             else f"{'-':>8} {'-':>11}"
         )
-        rate = f"{bound}{row['captions_per_s_per_chip']:.0f}"
+        if "money" in row:
+            times += f" {amount(row['money']):>9}"
+        rate = bound + amount(row["captions_per_s_per_chip"], 0)
         yield (
-            f"{row['tokens']:7d} {row['rows']:15d} {row['peak'] / GIB:11.2f}"
-            f" {row['flops'] / 1e12:12.2f} {rate:>16} {times}{verdict}"
+            f"{row['tokens']:7d} {row['rows']:15d} {amount(row['peak'] / GIB, 2):>11}"
+            f" {amount(row['flops'] / 1e12, 2):>12} {rate:>16} {times}{verdict}"
         )

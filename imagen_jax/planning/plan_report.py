@@ -5,6 +5,7 @@ from typing import Any
 
 from imagen_jax.pictures import figure_png
 from imagen_jax.planning import text_report
+from imagen_jax.planning.amounts import amount
 
 Plan = Mapping[str, Any]
 GIB = 2**30
@@ -54,12 +55,6 @@ def _ms(seconds: float) -> str:
 
 def _flop(flops: float) -> str:
     return _scaled(flops / 1e6, ("MFLOP", "GFLOP", "TFLOP", "PFLOP"), 1000)
-
-
-def _hours(hours: float) -> str:
-    if hours < 0.01:
-        return "less than 0.01"
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2f}"
 
 
 def _verdict(row: Plan) -> str:
@@ -122,9 +117,10 @@ def _time(plan: Plan) -> Iterator[str]:
         f"{100 * seconds / time['compute_s']:.1f} % {kind}"
         for kind, seconds in time["kinds_s"].items()
     )
+    rate = amount(time["images_per_s_per_chip"], 2)
     yield (
-        f"\nPredicted step time: {_ms(time['step_s'])},"
-        f" {time['images_per_s_per_chip']:,.2f} images/s per chip, MFU {100 * time['mfu']:.1f} %"
+        f"\nPredicted step time: {_ms(time['step_s'])}, {rate} images/s per chip,"
+        f" MFU {100 * time['mfu']:.1f} %"
     )
     for name, part, note in (
         ("compute", "compute_s", kinds),
@@ -148,10 +144,10 @@ def _time(plan: Plan) -> Iterator[str]:
         )
     yield from _check(plan)
     cost = plan["cost"]
-    money = f", {cost['money']:,.0f} at the given price" if "money" in cost else ""
+    money = f", {amount(cost['money'], 0)} at the given price" if "money" in cost else ""
     yield (
-        f"  {cost['steps']:,} steps: {_hours(cost['hours'])} hours,"
-        f" {_hours(cost['chip_hours'])} chip-hours{money}"
+        f"  {cost['steps']:,} steps: {amount(cost['hours'])} hours,"
+        f" {amount(cost['chip_hours'])} chip-hours{money}"
     )
 
 

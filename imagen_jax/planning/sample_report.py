@@ -5,6 +5,7 @@ from typing import Any
 
 from imagen_jax import stage_sizes
 from imagen_jax.hardware.chips import GIB
+from imagen_jax.planning.amounts import amount
 
 Plan = Mapping[str, Any]
 
@@ -81,22 +82,22 @@ def _times(plan: Plan) -> Iterator[str]:
         count, size = row["evaluations"] + row["guided"], stage_sizes.short(tuple(row["size"]))
         yield (
             f"  {row['stage']:<8} {size:>9} {row['steps']:>5} {count:>11}"
-            f" {row['flops_per_image'] / 1e12:>11.1f} {more + format(time['seconds'], '.2f'):>9}"
+            f" {row['flops_per_image'] / 1e12:>11.1f} {more + amount(time['seconds'], 2):>9}"
             + _cost(cost, less, more, f"{less}{100 * time['utilization']:.0f} %")
         )
     if "cost" in plan:
         cost = plan["cost"]
         yield f"  {'cascade':<8} {'':>59}" + _cost(cost, less, more, "").removeprefix(" ")
         if "money" in cost:
-            yield f"  {more}{cost['money']:,.2f} for all pictures at the given price"
+            yield f"  {more}{amount(cost['money'], 2)} for all pictures at the given price"
     yield from _parts(rows)
 
 
 def _cost(cost: Plan, less: str, more: str, utilization: str) -> str:
     """The last columns of a row."""
-    rate = less + format(cost["images_per_s_per_chip"], ".3f")
-    hours = more + format(cost["hours"], ",.2f")
-    chip_hours = more + format(cost["chip_hours"], ",.1f")
+    rate = less + amount(cost["images_per_s_per_chip"], 3)
+    hours = more + amount(cost["hours"], 2)
+    chip_hours = more + amount(cost["chip_hours"], 1)
     return f" {rate:>13} {utilization:>6} {hours:>9} {chip_hours:>10}"
 
 
@@ -105,10 +106,13 @@ def _parts(rows: list[Plan]) -> Iterator[str]:
     yield "  evaluations: a guided evaluation counts twice"
     for row in rows:
         time = row["time"]
-        kinds = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in time["kinds_s"].items())
+        kinds = ", ".join(
+            f"{kind} {amount(seconds, 2)} s" for kind, seconds in time["kinds_s"].items()
+        )
         collectives = time["overlapped_s"] + time["exposed_s"]
         exposed = (
-            f"; collectives {collectives:.2f} s, of which {time['exposed_s']:.2f} s exposed"
+            f"; collectives {amount(collectives, 2)} s, of which"
+            f" {amount(time['exposed_s'], 2)} s exposed"
             if collectives
             else ""
         )

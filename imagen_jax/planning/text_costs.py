@@ -29,6 +29,7 @@ def compare(
     tokens: float,
     step: float | None,
     cache: str,
+    price: float = 0.0,
 ) -> dict[str, Any]:
     """The costs of stored features and of encoding in the training.
 
@@ -41,6 +42,7 @@ def compare(
         tokens: mean length of the captions in tokens; an encoder cuts it to its input's length.
         step: seconds of a train step without encoding; None if unknown.
         cache: directory of cached costs.
+        price: of a chip-hour, or 0.
 
     Returns a dict with the assumptions, "once" (encoding on all chips), "online" (encoding in the
     training) and "rows", one for each number of captions.
@@ -61,6 +63,7 @@ def compare(
                 "bytes": {name: store_bytes(encoders, count, tokens, name) for name in EMBEDDINGS},
                 "once_hours": chip_hours / topology.chips,
                 "once_chip_hours": chip_hours,
+                **({"once_money": chip_hours * price} if price else {}),
                 "epochs": steps * batch / count,
                 "break_even_steps": equal,
                 "break_even_epochs": equal * batch / count,
@@ -75,6 +78,7 @@ def compare(
             "share": online["seconds"] / step if step else None,
             "steps": steps,
             "chip_hours": steps * step_chip_hours,
+            **({"money": steps * step_chip_hours * price} if price else {}),
             "weights": online["weights"],
             "is_bound": online["is_bound"],
         },

@@ -5,6 +5,7 @@ from typing import Any
 
 from imagen_jax.data.prepare.choices import size_text
 from imagen_jax.hardware.chips import GIB
+from imagen_jax.planning.amounts import amount
 
 Plan = Mapping[str, Any]
 
@@ -22,7 +23,7 @@ def online(plan: Plan) -> Iterator[str]:
         yield (
             f"  {row['name']}, {row['tokens']} tokens: {row['weights'] / GIB:.3g} GiB of weights"
             f" per chip, {row['peak'] / GIB:.3g} GiB while it encodes,"
-            f" {more}{1e3 * row['seconds']:,.2f} ms per step{note}"
+            f" {more}{amount(1e3 * row['seconds'], 2)} ms per step{note}"
         )
     for name in found["unknown"]:
         yield (
@@ -44,16 +45,22 @@ def comparison(plan: Plan) -> Iterator[str]:
     yield f"\nStored text features against text.online, with {', '.join(found['names'])}"
     for one in costs["once"]:
         note = "" if one["fits"] else ", DOES NOT FIT"
+        rate = less + amount(one["captions_per_s_per_chip"], 0)
         yield (
-            f"  once    {one['name']}: {less}{one['captions_per_s_per_chip']:,.0f} captions/s per"
-            f" chip, padded to {one['tokens']} tokens{note}"
+            f"  once    {one['name']}: {rate} captions/s per chip, padded to {one['tokens']}"
+            f" tokens{note}"
         )
     yield (
-        f"  online  {more}{1e3 * found['seconds']:,.2f} ms more per step{share},"
+        f"  online  {more}{amount(1e3 * found['seconds'], 2)} ms more per step{share},"
         f" {found['weights'] / GIB:.3g} GiB of weights per chip"
     )
-    yield f"          {more}{_number(found['chip_hours'])} chip-hours in {found['steps']:,} steps"
+    money = f", {more}{amount(found['money'])} at the given price" if "money" in found else ""
+    chip_hours = f"{more}{amount(found['chip_hours'])} chip-hours"
+    yield f"          {chip_hours} in {found['steps']:,} steps{money}"
     yield from _table(costs["rows"], more)
+    for row in costs["rows"] if money else ():
+        cost = f"{more}{amount(row['once_money'])} at the given price"
+        yield f"  Encoding {row['captions']:,} captions once: {cost}"
     yield f"  Assumed: {costs['tokens']:g} tokens per caption (--caption_tokens), for stores and"
     yield "  encoding once; online, captions are padded to the length of the input. Stores are"
     yield '  without the texts. A run of more steps or epochs than "equal after" spends more'
@@ -73,13 +80,9 @@ def _table(rows: Sequence[Plan], more: str) -> Iterator[str]:
     )
     for row in rows:
         sizes = [size_text(row["bytes"][name]) for name in ("bfloat16", "int8")]
-        hours = [more + _number(row[name]) for name in ("once_hours", "once_chip_hours")]
+        hours = [more + amount(row[name]) for name in ("once_hours", "once_chip_hours")]
         yield (
             f"  {row['captions']:>13,} {sizes[0]:>10} {sizes[1]:>10} {hours[0]:>9} {hours[1]:>11}"
-            f" {row['break_even_steps']:>12,.0f} {row['break_even_epochs']:>7.2f}"
-            f" {row['epochs']:>14.2f}"
+            f" {amount(row['break_even_steps'], 0):>12} {amount(row['break_even_epochs'], 2):>7}"
+            f" {amount(row['epochs'], 2):>14}"
         )
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"

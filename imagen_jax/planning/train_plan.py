@@ -182,7 +182,7 @@ def compare_text(
     step = time["step_s"] - time.get("encode_s", 0.0) if time else None
     tokens, cache = options.caption_tokens, str(options.cache)
     return text_costs.compare(
-        config, topology, encoders, online, options.captions, tokens, step, cache
+        config, topology, encoders, online, options.captions, tokens, step, cache, options.price
     )
 
 

@@ -189,7 +189,7 @@ def test_the_time_of_a_step_includes_encoding():
     assert ">250.00 ms per step" in bound and "ROOFLINE BOUNDS" in bound
 
 
-def compared(monkeypatch, is_bound=False, tokens=20.0):
+def compared(monkeypatch, is_bound=False, tokens=20.0, price=0.0):
     """The comparison of `stage` at 800 and 8,000 captions, with rates of 10 and 40 captions/s."""
     asked = []
 
@@ -205,7 +205,7 @@ def compared(monkeypatch, is_bound=False, tokens=20.0):
     config["train"] = dict(config["train"]) | {"steps": 1000}
     config["data"] = dict(config["data"]) | {"batch_size": 16}
     found = text_costs.compare(
-        config, V5E, encoders, online(is_bound=is_bound), [800, 8000], tokens, 2.0, ""
+        config, V5E, encoders, online(is_bound=is_bound), [800, 8000], tokens, 2.0, "", price
     )
     return asked, found
 
@@ -229,6 +229,28 @@ def test_stored_features_against_encoding_online(monkeypatch):
     assert "(+25.0 %), 3 GiB of weights" in text and "1.11 chip-hours in 1,000" in text
     assert "BOUND" not in text and ">" not in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_comparison_has_a_price(monkeypatch):
+    """Catches a price that is ignored, and the cost of other captions."""
+    found = compared(monkeypatch, price=36.0)[1]
+    text = plan_report.text(FITS | {"text_costs": found})
+    assert "1.11 chip-hours in 1,000 steps, 40.00 at the given price" in text
+    assert "Encoding 800 captions once: 1.00 at the given price" in text
+    assert "Encoding 8,000 captions once: 10.00 at" in text
+
+
+def test_the_table_of_an_encoder_has_small_numbers_and_a_price():
+    """Catches "0.00" for a small encoder, and a price that is ignored."""
+    row = {"tokens": 16, "rows": 4, "peak": 2**20, "flops": 2e9, "fits": True, "hours": 1.5e-3}
+    row |= {"captions_per_s_per_chip": 1234.5, "chip_hours": 6e-3, "money": 0.018}
+    about = dict(name="x", topology="t", chips=4, weights=2**20, parts=1, limit=2**30)
+    plan = about | {"platform": "tpu", "passes": [row]}
+    *_, heading, line = encoder_plan.text(plan)
+    assert heading.split()[-2:] == ["chip-hours", "cost"]
+    assert line.split() == ["16", "4", "0.000977", "0.002", "1,234", "0.0015", "0.006", "0.018"]
+    without = {key: value for key, value in row.items() if key != "money"}
+    assert len([*encoder_plan.text(plan | {"passes": [without]})][-1].split()) == 7
 
 
 def test_a_store_has_the_features_of_all_encoders(monkeypatch):

@@ -37,6 +37,7 @@ def test_a_config_that_raises_is_named(text, tmp_path):
             ["--config=configs/base_64.py:tiny", "--text_encoder=xl"],
             "--config and --text_encoder are both given; use one of them",
         ),
+        (["--text_encoder=xl", "--price=2"], "--price with --text_encoder needs --captions"),
     ],
 )
 def test_flags_that_contradict_are_refused(options, message):

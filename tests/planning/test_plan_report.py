@@ -125,12 +125,12 @@ def test_units(size, text):
 
 
 def test_small_times():
-    """Catches "0.00 ms" for a short time, and "0 hours" for a short training."""
-    cost = {"steps": 1, "hours": 1e-4, "chip_hours": 150.0}
+    """Catches "0.00 ms" for a short time, and "0 hours" and no cost for a short training."""
+    cost = {"steps": 1, "hours": 1e-4, "chip_hours": 150.0, "money": 0.0123}
     short = TIMES | {"update_s": 4e-6}
     text = plan_report.text(FITS | {"time": short, "cost": cost})
     assert "0.004 ms   optimizer" in text
-    assert "less than 0.01 hours, 150 chip-hours" in text
+    assert "0.0001 hours, 150 chip-hours, 0.0123 at the given price" in text
 
 
 def test_traffic():

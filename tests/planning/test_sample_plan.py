@@ -371,8 +371,11 @@ def test_encoders_that_can_be_planned(tmp_path):
     """Catches a name or a choice that `plan` does not know, and an error without the names."""
     find = sample_plan.encoder_plan.find_network
     assert find("bert-large@layer=3").config.layer == 3
+    assert find("t5_tiny").config.dim == 256 and find("google/t5-v1_1-xl").config.dim == 2048
     assert find("t5-11b").config.d_ff == 65_536 and find("clip-bigg").config.activation == "gelu"
-    with pytest.raises(ValueError, match="'bert' is not one of small, .*bert-base, .*clip-bigg"):
+    with pytest.raises(
+        ValueError, match="'bert' is not one of t5_tiny, small, .*bert-base, .*clip-bigg"
+    ):
         find("bert")
 
 
