@@ -232,8 +232,26 @@ def _report(manifest: Mapping, output: Path, seconds: float) -> None:
         truncated = {f"truncated_caption of {name}": n for name, n in truncated.items()}
     told = counts["skipped"] | {reason: count for reason, count in truncated.items() if count}
     print(f"skipped or noted in skipped.jsonl: {listed(told)}")
+    for line in _encoders(manifest):
+        print(line)
     wanted = manifest["source"].get("heldout", 0)
     if wanted and not counts["images"]["heldout"]:
         print(
             f"warning: --heldout {wanted:g} holds out none of these images: give a larger fraction"
+        )
+    elif not counts["images"]["heldout"]:
+        print("note: no image is held out, so validation and evaluate read training images")
+
+
+def _encoders(manifest: Mapping) -> Iterator[str]:
+    """A line for each text encoder, with what a config that reads it needs to know."""
+    named = "encoders" in manifest
+    identities = manifest["encoders"] if named else {UNNAMED: manifest["encoder"]}
+    for name, identity in identities.items():
+        longest = (manifest["embedding"][name] if named else manifest["embedding"])["length"]["max"]
+        pooled_dim = identity.get("pooled_dim", 0)
+        pooled = f"a pooled vector of width {pooled_dim}" if pooled_dim else "no pooled vector"
+        yield (
+            f"text encoder {f'{name} = ' * named}{identity['name']}: features of width"
+            f" {identity['dim']}, captions of up to {longest} tokens{f', {pooled}' * named}"
         )

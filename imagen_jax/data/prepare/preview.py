@@ -197,9 +197,10 @@ def _print_sample(
     print(f"images    about {sample.scale * usable:.0f}, {image_bytes / 2**20:.1f} MiB")
     if encoders is not None:
         text_bytes = sample.scale * sample.caption_bytes(settings.embedding)
+        stored = sample.estimate(settings, settings.embedding).bytes if captions else 0.0
         print(
-            f"captions  at most {sample.scale * captions:.0f}, {text_bytes / 2**20:.1f} MiB before"
-            f" compression ({_widths(encoders, settings.embedding)})"
+            f"captions  at most {sample.scale * captions:.0f}, {stored / 2**20:.1f} MiB on disk"
+            f" ({_widths(encoders, settings.embedding)})"
         )
     print(f"work      about {len(source) * WORK_BYTES / 2**30:.2f} GiB of files until the end")
     _print_notes(source.notes())

@@ -207,7 +207,9 @@ def test_the_estimate_is_for_all_stores(folder, capsys):
     assert "40 captions, 40 (tiny), 0 (wide) of them truncated" in told
     assert "(12 of wide, 4 of tiny features a token in bfloat16)" in told
     assert passes.preview(source, Encoders({}), settings).captions == text_bytes
-    assert "before compression (only texts)" in capsys.readouterr().out
+    # Records of 100 bytes and the text, and the last block of each of 5 shards.
+    stored = (40 * 100 + text_bytes + 5 * 2**15) / 2**20
+    assert f"at most 40, {stored:.1f} MiB on disk (only texts)" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
