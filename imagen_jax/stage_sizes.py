@@ -119,7 +119,7 @@ def untrained(stages: Sequence[HasSizes], sizes: Sequence[Size]) -> str:
     A stage that trains on crops never sees a whole image, so it is not named.
     """
     named = [
-        f"{stage.name} ({size_text(size)})"
+        f"{stage.name} ({size_text(size)}; trained on {', '.join(map(size_text, stage.buckets))})"
         for stage, size in zip(stages, sizes)
         if not stage.crop_size and size not in stage.buckets
     ]
@@ -127,5 +127,5 @@ def untrained(stages: Sequence[HasSizes], sizes: Sequence[Size]) -> str:
         return ""
     return (
         f"not trained on images of the size that --size gives them: {', '.join(named)}; expect"
-        " worse pictures, or give the size of a bucket in data.buckets"
+        " worse pictures, or give a size that they were trained on"
     )

@@ -12,15 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import (
-    cascade,
-    drawing,
-    encoder_identity,
-    online_text,
-    schema,
-    sharding,
-    train,
-)
+from imagen_jax import cascade, drawing, encoder_identity, online_text, schema, sharding, train
 from imagen_jax.data import pipeline, records
 from imagen_jax.data.example_text import StoredFeatures
 from imagen_jax.diffusion import conditioning
@@ -32,6 +24,7 @@ from imagen_jax.picture_set import Requests, manifest_rows
 from imagen_jax.stage import create_stage
 from imagen_jax.text_inputs import MASK, POOLED, TEXT, TextInput, field_name, text_inputs
 from imagen_jax.training.run import Run
+from imagen_jax.training.start_flags import Start
 from imagen_jax.weights.text_encoders import load_text_encoder
 from tests import tiny
 from tests.data.synthetic_source import prepare, write_folder
@@ -185,7 +178,7 @@ def online(encoders, data, **changes):
 
 def run(made, workdir, monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", lambda sizes, devices=None: MESH)
-    assert train.train(made, workdir, (0, 0), 0.0, "", Watch(100.0)) == 0
+    assert train.train(made, workdir, (0, 0), 0.0, Start(), Watch(100.0)) == 0
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
@@ -238,7 +231,9 @@ def test_a_run_with_two_encoders(both, texts, encoders, tmp_path, monkeypatch):
     ]
     one, other = (each["loss"]["heldout"]["overall"]["mean"] for each in measured)
     assert abs(one / other - 1) < 0.01
-    with pytest.raises(ValueError, match="has only the texts of its captions: give --encoder"):
+    with pytest.raises(
+        ValueError, match="has only the texts of its captions, no features: give --enc"
+    ):
         evaluate(texts).run(tmp_path / "stored", tmp_path / "refused")
     swapped = given.replace("clip=", "x=").replace("bert=", "clip=").replace("x=", "bert=")
     with pytest.raises(ValueError, match="do not share a text encoder|width"):
@@ -378,9 +373,7 @@ def test_encoders_are_compiled_before_the_loop(texts, encoders, monkeypatch, cap
 
 
 def test_stored_features_are_read_if_they_are_those_of_the_training(both, texts, encoders):
-    """Catches features of another encoder or without an input that are read, --encoder that is
-    ignored, and an encoder that could compute what is lacking and is refused.
-    """
+    """Catches features of another encoder that are read, --encoder that is ignored or refused."""
     prepared, alone = records.Prepared(both), records.Prepared(texts)
     trained = encoder_identity.to_record(prepared.encoders)
     made = config(data__path=str(both))
@@ -389,11 +382,12 @@ def test_stored_features_are_read_if_they_are_those_of_the_training(both, texts,
     with pytest.raises(ValueError, match="--encoder x has no effect, because .* has its features"):
         choose(made, trained, prepared, "x")
     assert choose(made, trained, alone, "x") == "x"
-    with pytest.raises(ValueError, match="only the texts of its captions: give --encoder"):
+    with pytest.raises(ValueError, match="only the texts .* no features: give --enc") as error:
         choose(made, trained, alone, "")
+    assert "text.online" not in str(error.value)  # which is not for evaluate
     other = {"encoders": trained["encoders"] | {"bert": trained["encoders"]["clip"]}}
     assert choose(made, other, prepared, "x") == "x"
-    with pytest.raises(ValueError, match="share a text encoder bert .*; or give --encoder"):
+    with pytest.raises(ValueError, match="share a text encoder bert .*: give --encoder"):
         choose(made, other, prepared, "")
     more = config(text__encoders=["clip", "t5"])
     assert choose(more, trained, prepared, "x") == "x"

@@ -8,6 +8,14 @@ from typing import Any
 from imagen_jax.text_inputs import UNNAMED, TextInput
 
 
+class OtherText(ValueError):
+    """Prepared data lacks text features. fact: what is wrong, without what a training can do."""
+
+    def __init__(self, fact: str, advice: str):
+        super().__init__(f"{fact}: {advice}")
+        self.fact = fact
+
+
 @dataclasses.dataclass(frozen=True)
 class TextChecks:
     """The text features of prepared data at `path`.
@@ -26,7 +34,7 @@ class TextChecks:
         return ", ".join(self.encoders)
 
     def check(self, inputs: Sequence[TextInput]) -> None:
-        """Raises ValueError unless the data has all of these inputs.
+        """Raises OtherText unless the data has all of these inputs.
 
         An input of dim 0 has any width.
         """
@@ -38,28 +46,29 @@ class TextChecks:
             self._check_length(text_input)
 
     def check_named(self, name: str) -> None:
-        """Raises ValueError unless there are features of the encoder of this name."""
+        """Raises OtherText unless there are features of the encoder of this name."""
         if name in self.encoders:
             return
         if not self.encoders:
-            raise ValueError(
-                f"{self.path} has only the texts of its captions, no features: set text.online ="
-                " True, or prepare with --encoder"
+            raise OtherText(
+                f"{self.path} has only the texts of its captions, no features",
+                "set text.online = True, or prepare with --encoder",
             )
         if name == UNNAMED:
-            raise ValueError(
+            raise OtherText(
                 f"{self.path} has features of the named text encoders {self.names}, but the config"
-                " has no names: set text.encoders, and text.dim = 0"
+                " has no names",
+                "set text.encoders, and text.dim = 0",
             )
         if UNNAMED in self.encoders:
-            raise ValueError(
+            raise OtherText(
                 f"{self.path} has features of one unnamed text encoder"
-                f" ({self.encoders[UNNAMED]['name']}), but text.encoders asks for {name}: set"
-                f" text.encoders = () and text.dim, or prepare with --encoder {name}=..."
+                f" ({self.encoders[UNNAMED]['name']}), but text.encoders asks for {name}",
+                f"set text.encoders = () and text.dim, or prepare with --encoder {name}=...",
             )
-        raise ValueError(
-            f"{self.path} has no features of a text encoder {name}, but of {self.names}: set"
-            f" text.encoders, or prepare with --encoder {name}=..."
+        raise OtherText(
+            f"{self.path} has no features of a text encoder {name}, but of {self.names}",
+            f"set text.encoders, or prepare with --encoder {name}=...",
         )
 
     def _check_width(self, text_input: TextInput) -> None:
@@ -68,13 +77,15 @@ class TextChecks:
         if found == text_input.dim:
             return
         if text_input.name == UNNAMED:
-            raise ValueError(
-                f"{self.path} has text features of width {found} ({who}), but the"
-                f" config asks for {text_input.dim}: use the config's text encoder"
+            raise OtherText(
+                f"{self.path} has text features of width {found} (encoder {who}), but the"
+                f" config asks for {text_input.dim}",
+                "use the config's text encoder, or set text.dim",
             )
-        raise ValueError(
-            f"{self.path} has {text_input.name} features of width {found} ({who}), but text.dims"
-            f" asks for {text_input.dim}: set text.dims, or use the config's text encoder"
+        raise OtherText(
+            f"{self.path} has {text_input.name} features of width {found} (encoder {who}), but"
+            f" text.dims asks for {text_input.dim}",
+            "set text.dims, or use the config's text encoder",
         )
 
     def _check_pooled(self, text_input: TextInput) -> None:
@@ -86,9 +97,10 @@ class TextChecks:
             if found
             else f"no pooled {text_input.name}"
         )
-        raise ValueError(
+        raise OtherText(
             f"{self.path} has {has}{'' if found else ' vectors'}, but text.pooled_dims asks for"
-            f" {text_input.pooled_dim}: set it to {found}, or use another text encoder"
+            f" {text_input.pooled_dim}",
+            f"set it to {found}, or use another text encoder",
         )
 
     def _check_length(self, text_input: TextInput) -> None:
@@ -100,7 +112,7 @@ class TextChecks:
             return
         whose = f" of {text_input.name}" if text_input.name else ""
         field = text_input.length_field
-        raise ValueError(
-            f"{self.path} has captions of up to {longest} tokens{whose}, but {field} is"
-            f" {length}: prepare with --max_length {length} or raise {field}"
+        raise OtherText(
+            f"{self.path} has captions of up to {longest} tokens{whose}, but {field} is {length}",
+            f"prepare with --max_length {length} or raise {field}",
         )

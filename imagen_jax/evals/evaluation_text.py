@@ -15,13 +15,14 @@ from jax.sharding import Mesh
 from imagen_jax import encoder_identity
 from imagen_jax.data.example_text import EncodedText, FeaturesByText
 from imagen_jax.data.records import Prepared
+from imagen_jax.data.text_checks import OtherText
 from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.online_text import OnlineText, load_encoder, named_encoders
 from imagen_jax.text_inputs import TextInput, text_inputs
 from imagen_jax.weights.text_encoders import readable_length
 
 NONE, STORED, COMPUTED = "none", "stored", "computed"  # values of `text_features` in a result
-REMEDY = "give the text encoder of the checkpoint"
+REMEDY = "give --encoder, the text encoder of the checkpoint, or data with its features"
 log = logging.getLogger("imagen_jax.evaluate")
 
 
@@ -46,13 +47,8 @@ def choose_encoder(
     given = flag or config["text"]["online_encoder"]
     if given:
         log.info("text features are computed: %s", problem)
-    elif prepared.encoders:
-        raise ValueError(f"{problem}; or give --encoder, the text encoder of the checkpoint")
     else:
-        raise ValueError(
-            f"{prepared.path} has only the texts of its captions: give --encoder, the text encoder"
-            " of the checkpoint"
-        )
+        raise ValueError(f"{problem}: {REMEDY}")
     return given
 
 
@@ -62,15 +58,20 @@ def kind(config: Mapping[str, Any], encoder: str) -> str:
 
 
 def _problem(config: Mapping[str, Any], trained: Mapping[str, Any], prepared: Prepared) -> str:
-    """Why the stored features are not those that the stage reads; "" if they are."""
+    """Why the stored features are not those that the stage reads; "" if they are.
+
+    What a training can do about it is left out.
+    """
     inputs, identities = text_inputs(config), encoder_identity.from_record(trained)
     who = f"{prepared.path} and the checkpoint"
     try:
         prepared.check_text(inputs)
-        remedy = "use data with the text encoder of the checkpoint"
-        encoder_identity.check_same(inputs, prepared.encoders, identities, who, remedy)
+    except OtherText as error:
+        return error.fact
+    try:
+        encoder_identity.check_same(inputs, prepared.encoders, identities, who, REMEDY)
     except ValueError as error:
-        return str(error)
+        return str(error).removesuffix(f"; {REMEDY}")
     return ""
 
 

@@ -243,7 +243,7 @@ def test_text_that_does_not_fit_is_refused(path):
     """Catches another text width or length that is found in the jitted step, or never."""
     prepared = records.Prepared(path)
     prepared.check_text([TextInput("", synthetic.DIM, 6)])
-    with pytest.raises(ValueError, match="width 8 .fake., but the config asks for 16"):
+    with pytest.raises(ValueError, match="width 8 .encoder fake., but the config asks for 16"):
         prepared.check_text([TextInput("", 16, 6)])
     with pytest.raises(ValueError, match="captions of up to 6 tokens, but data.text_length is 4"):
         prepared.check_text([TextInput("", 8, 4)])

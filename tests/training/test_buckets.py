@@ -12,6 +12,7 @@ from imagen_jax.distributed.watch import Watch
 from imagen_jax.run_log import read_metrics
 from imagen_jax.stage import create_stage
 from imagen_jax.training.run import Run
+from imagen_jax.training.start_flags import Start
 from imagen_jax.training.step import forward_flops
 from imagen_jax.weights.checkpoint import load_params
 from tests import tiny
@@ -51,7 +52,7 @@ def config_of(name, data, **changes):
 
 
 def trained(config, workdir, **more):
-    return train.train(config, workdir, (0, 0), 0.0, "", Watch(100.0), **more)
+    return train.train(config, workdir, (0, 0), 0.0, Start(), Watch(100.0), **more)
 
 
 @pytest.fixture

@@ -131,7 +131,11 @@ def test_the_pipeline_reads_the_inputs(two, whole):
     [
         ("two", TextInput("clip", 12, 6), "no features of a text encoder clip, but of wide, tiny"),
         ("two", TextInput("clip", 12, 6), "set text.encoders, or prepare with --encoder clip=..."),
-        ("two", TextInput("wide", 16, 6), "wide features of width 12 .wide fake., but text.dims"),
+        (
+            "two",
+            TextInput("wide", 16, 6),
+            "wide features of width 12 .encoder wide fake., but text.dims",
+        ),
         ("two", TextInput("wide", 12, 6, 7), "pooled wide vectors of width 5, but text.pooled_dim"),
         ("two", TextInput("tiny", 4, 6, 7), "no pooled tiny vectors, but text.pooled_dims asks"),
         ("two", TextInput("wide", 12, 3), "up to 4 tokens of wide, but text.lengths is 3: prepare"),
