@@ -148,7 +148,6 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 def table(result: Mapping[str, Any]) -> str:
     """One block per column: each arm's mean, its difference to the first arm, and its errors."""
-    text = lambda number, sign="": "-" if number is None else f"{number:{sign}.4f}"
     width = max(len("arm"), *(len(arm) for arm in result["overrides"]))
     lines = []
     for column in result["columns"]:
@@ -158,10 +157,20 @@ def table(result: Mapping[str, Any]) -> str:
         lines += [f"{'arm':<{width}} {'mean':>9} {'difference':>11} {'se rows':>9} {'se seeds':>9}"]
         for arm, numbers in column["arms"].items():
             cells = (
-                text(numbers["mean"]),
-                text(numbers.get("difference"), "+"),
-                text(numbers.get("se_rows")),
-                text(numbers.get("se_seeds")),
+                shown(numbers["mean"]),
+                shown(numbers.get("difference"), "+"),
+                shown(numbers.get("se_rows")),
+                shown(numbers.get("se_seeds")),
             )
             lines.append("{:<{}} {:>9} {:>11} {:>9} {:>9}".format(arm, width, *cells))
     return "\n".join(lines)
+
+
+def shown(number: float | None, sign: str = "") -> str:
+    """A number of the table: four decimals, or two digits of one that is too small for them.
+
+    sign: "+" to show that of a positive number. None is "-".
+    """
+    if number is None:
+        return "-"
+    return f"{number:{sign}.{'2g' if 0 < abs(number) < 1e-3 else '4f'}}"

@@ -291,10 +291,10 @@ def check_data(configs: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def chosen_columns(ablation: Ablation, arms: Sequence[Arm], measures: Sequence[str]) -> list[Any]:
-    """The columns in COLUMNS of the ablation file; [] for the default.
+    """The columns in COLUMNS of the ablation file that --measures does not leave out.
 
-    Raises ValueError for a column that is unknown or that the table could not show. measures: those
-    of --measures; [] for all that apply.
+    [] for the default columns. measures: those of --measures; [] for all that apply. Raises
+    ValueError if a column is unknown, or could not be shown, or if none is left.
     """
     from imagen_jax.evals.measures import measure
 
@@ -305,18 +305,24 @@ def chosen_columns(ablation: Ablation, arms: Sequence[Arm], measures: Sequence[s
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     fields = sorted({field for arm in arms for field in arm.overrides})
-    for column in columns:
-        if measures and measure.measure_of(column) not in measures:
-            raise ValueError(
-                f"{source}: {column.name!r} needs the measure {measure.measure_of(column)}; add it"
-                " to --measures"
-            )
+    needed = ", ".join(dict.fromkeys(map(measure.measure_of, columns)))
+    left = [one for one in columns if not measures or measure.measure_of(one) in measures]
+    if columns and not left:
+        raise ValueError(f"{source} needs one of the measures {needed}: add it to --measures")
+    for column in left:
         if differ := [field for field in fields if field.startswith(column.needs_same)]:
             raise ValueError(
-                f"{source}: {column.name!r} cannot compare arms that differ in"
+                f"{source}: {_titled(column)} cannot compare arms that differ in"
                 f" {', '.join(differ)}; choose another column, such as 'error of x-hat'"
             )
-    return columns
+    return left
+
+
+def _titled(column: Any) -> str:
+    """A column for a message: its title, and the measure by which COLUMNS may name it."""
+    from imagen_jax.evals.measures import measure
+
+    return f"{column.name!r} of {measure.measure_of(column)}"
 
 
 def check_measured(ablation: Ablation, columns: Sequence[Any], stage: Any, settings: Any) -> None:
@@ -327,7 +333,7 @@ def check_measured(ablation: Ablation, columns: Sequence[Any], stage: Any, setti
         module = measure.modules()[measure.measure_of(column)]
         if reason := module.excluded(stage, settings):
             source = ablation.config.partition(":")[0]
-            raise ValueError(f"COLUMNS of {source}: {column.name!r} does not apply: {reason}")
+            raise ValueError(f"COLUMNS of {source}: {_titled(column)} does not apply: {reason}")
 
 
 def check_here(path: str) -> None:

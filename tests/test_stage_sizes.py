@@ -81,7 +81,11 @@ def test_sizes_without_training_are_named():
     wide = stage("wide", 64, 0, 8, buckets=((40, 104), (104, 40)))
     sizes = stage_sizes.of_stages(PAPER, (640, 1664))
     found = stage_sizes.untrained([wide, *PAPER[1:]], sizes)
-    assert "sr_1 (160x416; trained on 256x256)" in found and "wide" not in found and "sr_2" not in found
+    assert (
+        "sr_1 (160x416; trained on 256x256)" in found
+        and "wide" not in found
+        and "sr_2" not in found
+    )
     assert stage_sizes.untrained(PAPER, stage_sizes.of_stages(PAPER, None)) == ""
     assert "wide (64x64; trained on 40x104, 104x40)" in stage_sizes.untrained([wide], [(64, 64)])
 

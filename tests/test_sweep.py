@@ -208,20 +208,20 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, recorded, c
             "def sweep",
             "COLUMNS = ('own detail',)\n\ndef sweep",
             ("--measures=loss",),
-            "'own detail' needs the measure detail; add it to --measures",
+            "needs one of the measures detail: add it to --measures",
         ),
         (
             "def sweep",
             "COLUMNS = ('own detail',)\n\ndef sweep",
             (),
-            "'own detail' does not apply: base_tiny is a base stage",
+            "'own detail' of detail does not apply: base_tiny is a base stage",
         ),
         (
             'def sweep(arg=""):',
             'COLUMNS = ("loss",)\n\ndef sweep(arg=""):\n'
             '    yield {"name": "other", "config.diffusion.prediction": "v"}',
             (),
-            "'loss' cannot compare arms that differ in diffusion.prediction; choose another",
+            "'loss' of loss cannot compare arms that differ in diffusion.prediction; choose",
         ),
         (
             "",
@@ -483,6 +483,23 @@ def test_table_shows_every_arm():
         ["reference", "1.0000", "-", "-", "-"],
         ["b", "0.5000", "-0.5000", "-", "-"],
     ]
+
+
+def test_small_numbers_have_digits():
+    """Catches a difference of -0.000004 that is shown as -0.0000."""
+    numbers = [0.0, 4.2e-6, -4.2e-6, 1e-3, 0.5, None]
+    shown = [comparison.shown(number, "+") for number in numbers]
+    assert shown == ["+0.0000", "+4.2e-06", "-4.2e-06", "+0.0010", "+0.5000", "-"]
+
+
+def test_columns_that_measures_leave_out_are_dropped(file, tmp_path, capsys):
+    """Catches a measure that cannot be left out without editing the file."""
+    file.write_text(ABLATION.replace("def sweep", "COLUMNS = ('loss', 'retrieval')\n\ndef sweep"))
+    argv = ["--config", str(file), "--workdir", str(tmp_path / "runs"), "--measures=loss"]
+    assert sweep.main([*argv, "--dry-run"]) == 0
+    ablation, _ = sweep.parse(argv)
+    arms = sweep.plan(ablation)[0]
+    assert [one.name for one in sweep.chosen_columns(ablation, arms, ["loss"])] == ["loss"]
 
 
 def step(tmp_path, code):
