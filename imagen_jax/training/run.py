@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from imagen_jax import encoder_identity, sharding
-from imagen_jax.data import pipeline
+from imagen_jax.data import pipeline, sets
 from imagen_jax.data.example_text import EvaluationText, StoredFeatures, read_stored
 from imagen_jax.data.records import Prepared
 from imagen_jax.hardware import chips
@@ -61,6 +61,8 @@ class Run:
         check_interval(config["sampling"], config["diffusion"]["schedule"])
         mesh = sharding.make_mesh(config["mesh"])
         data = check_data(config)
+        for line in _told(config, data):
+            log.info("%s", line)
         online = OnlineText.load(config, mesh) if config["text"]["online"] else None
         if online:
             identities = online.identities
@@ -195,6 +197,37 @@ def check_data(config: Mapping[str, Any]) -> tuple[Prepared, ...]:
     else:
         _stored_encoders(data, text_inputs(config))
     return data
+
+
+def _told(config: Mapping[str, Any], data: Sequence[Prepared]) -> Iterator[str]:
+    """A line about each set that a run reads, and one about the view of its images."""
+    section = config["data"]
+    found = sets.data_sets(section)
+    total = sum(one.weight for one in found)
+    for one, prepared in zip(found, data, strict=True):
+        share = f"{100 * one.weight / total:.3g} % of the examples from " if one.name else ""
+        counts = prepared.manifest["counts"]
+        images = counts["images"]
+        yield (
+            f"{share}{one.path}: {images['train']:,} training images,"
+            f" {images.get('heldout', 0):,} held out, {counts['captions']:,} captions"
+            f" ({_text_of(config, prepared)})"
+        )
+    low, high = section["view_scale"]
+    view = section["view"] + f" of {low:g} to {high:g}" * (section["view"] == "random_crop")
+    mirrored = "mirrored at random" if section["flip"] else "not mirrored"
+    yield f"view of the images: {view}, {mirrored}"
+
+
+def _text_of(config: Mapping[str, Any], prepared: Prepared) -> str:
+    """What a run reads of the captions of a set, in words."""
+    inputs = text_inputs(config)
+    if not inputs:
+        return "not read"
+    names = " of " + " and ".join(each.name for each in inputs) if inputs[0].name else ""
+    if config["text"]["online"]:
+        return f"features{names} computed in the run"
+    return f"features{names} in {prepared.embedding}"
 
 
 def _check_squares(config: Mapping[str, Any], data: Sequence[Prepared]) -> None:

@@ -62,8 +62,17 @@ def test_a_run_on_a_mixture(paths, tmp_path, monkeypatch, caplog):
         Run.create(config((one, 1.0), (other, 1.0)))
     assert "\n" not in str(error.value)
     made = config((one, 1.0), (two, 3.0))
+    made["data"] |= {"view": "random_crop", "view_scale": [0.5, 1.0], "image_size": 16}
     with caplog.at_level(logging.INFO):
         run = Run.create(made)
+    told = [record.getMessage() for record in caplog.records]
+    assert told[:3] == [
+        f"25 % of the examples from {one}: 4 training images, 6 held out, 8 captions (features in"
+        " bfloat16)",
+        f"75 % of the examples from {two}: 8 training images, 0 held out, 16 captions (features in"
+        " bfloat16)",
+        "view of the images: random_crop of 0.5 to 1, not mirrored",
+    ]
     assert run.meta["manifest_hash"] == pipeline.identity(made["data"])["manifest_hash"]
     assert len(run.meta["mixture_hashes"]) == 2 and "bucket" not in caplog.text
     batches = run.batches(0)
