@@ -17,7 +17,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from imagen_jax import cli, field, output_paths
 from imagen_jax.buckets import AnyPath
-from imagen_jax.distributed import agreement
+from imagen_jax.distributed import agreement, host_failures
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.locks import only_process
 from imagen_jax.storage import absolute, check_local, check_object, check_utf8, write_json
@@ -168,6 +168,7 @@ def train(
         if first:
             stack.enter_context(only_process(workdir, "training in"))
         agreement.check_shared(workdir)
+        stack.enter_context(recorded_failures(workdir, watch))
         stop = stop_requests(minutes)
 
         # State: restored from the newest intact checkpoint, or fresh.
@@ -286,6 +287,24 @@ def check_resume(
     origin = {name: saved[name] for name in ("init_from", "fork") if name in saved}
     start.check_origin(origin, workdir)
     return saved["unlogged"], origin
+
+
+@contextlib.contextmanager
+def recorded_failures(workdir: AnyPath, watch: Watch) -> Iterator[None]:
+    """Names hosts that failed in earlier attempts; records failures while the context lasts."""
+    import jax
+
+    if jax.process_index() == 0:
+        for line in host_failures.advice(host_failures.read(workdir)):
+            log.warning("%s", line)
+    attempt = f"{int(time.time())}-{os.urandom(2).hex()}"
+    watch.failures = host_failures.HostFailures(workdir, agreement.gather(attempt)[0])
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:  # with several, `watch` records it
+            watch.failures.record_own(error)
+        raise
 
 
 def stop_requests(minutes: float) -> Callable[[int], bool]:

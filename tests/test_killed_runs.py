@@ -13,6 +13,7 @@ import pytest
 
 from imagen_jax import exit_codes, storage
 from imagen_jax.checksums import find_damage
+from imagen_jax.distributed import host_failures
 from imagen_jax.run_log import VALIDATION, read_metrics
 from imagen_jax.weights import step_directories
 from imagen_jax.weights.checkpoint import load_params
@@ -100,6 +101,8 @@ def test_killed_at_random_moments(data, expected, workdir, tmp_path):
         codes = [process.wait(timeout=120) for process in running]
         if victim is not None:
             assert codes[1 - victim] in (0, exit_codes.LOST, exit_codes.FAILED), read(logs)
+            if codes[1 - victim] == exit_codes.LOST:
+                assert host_failures.read(workdir)[-1].process == victim
         directory = workdir / "checkpoints"
         for step in step_directories.steps(directory):
             assert find_damage(directory / str(step)) is None
