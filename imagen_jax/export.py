@@ -11,7 +11,7 @@ import os
 from absl import flags
 
 from imagen_jax import cli, output_paths
-from imagen_jax.buckets import in_bucket
+from imagen_jax.object_storage import in_bucket
 from imagen_jax.storage import as_path
 
 

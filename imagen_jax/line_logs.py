@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 
-from imagen_jax.buckets import AnyPath, bucket_errors, in_bucket
+from imagen_jax.object_storage import AnyPath, bucket_errors, in_bucket
 from imagen_jax.storage import entry_names, remove, write_atomically
 
 PART_BYTES = 2**20

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from imagen_jax.buckets import AnyPath
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import write_atomically
 
 Picture = UInt8[np.ndarray, "_ _ 3"]  # each of its own height and width

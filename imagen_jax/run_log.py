@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax.buckets import AnyPath, in_bucket
 from imagen_jax.line_logs import LineLog, keep_lines, read_lines
+from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.storage import as_path, copy_file, write_atomically
 
 METRICS = "metrics.jsonl"

@@ -24,10 +24,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import cli, field, output_paths
-from imagen_jax.buckets import AnyPath
 from imagen_jax.distributed import agreement, host_failures
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.locks import only_process
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import absolute, check_local, check_object, check_utf8, write_json
 from imagen_jax.training.start_flags import Start
 

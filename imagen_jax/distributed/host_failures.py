@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from imagen_jax import exit_codes
-from imagen_jax.buckets import AnyPath
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import entry_names, read_object, write_json
 
 FOLDER = "failures"

@@ -5,8 +5,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from imagen_jax.buckets import AnyPath
 from imagen_jax.line_logs import LineLog, keep_lines, read_lines
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import check_object
 
 FILE = "evaluations.jsonl"

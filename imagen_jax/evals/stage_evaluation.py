@@ -14,7 +14,6 @@ import jax
 from jax.sharding import Mesh
 
 from imagen_jax import schema, sharding
-from imagen_jax.buckets import AnyPath
 from imagen_jax.cascade import STAGE_META
 from imagen_jax.data.example_text import read_stored
 from imagen_jax.data.records import open_once
@@ -23,6 +22,7 @@ from imagen_jax.evals import evaluation_text, history, provenance, report
 from imagen_jax.evals.evaluation import Evaluation, Probe
 from imagen_jax.evals.measures import measure
 from imagen_jax.evals.rows import Data, Settings
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.sampling_parameters import for_sampling, parameter_shardings
 from imagen_jax.stage import Params, check_interval, check_sampling, create_stage
 from imagen_jax.storage import (

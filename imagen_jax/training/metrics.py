@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from imagen_jax import run_log
-from imagen_jax.buckets import AnyPath
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.stage_sizes import Size
 from imagen_jax.storage import write_json
 from imagen_jax.training.run import Run

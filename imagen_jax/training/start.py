@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from imagen_jax import cascade, encoder_identity
-from imagen_jax.buckets import AnyPath
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import as_path, write_json
 from imagen_jax.training import state
 from imagen_jax.training.run import Run

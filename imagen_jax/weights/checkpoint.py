@@ -26,10 +26,10 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from imagen_jax.buckets import AnyPath, bucket_errors
 from imagen_jax.checksums import CHECKSUMS, find_damage, seal, sha256_file
 from imagen_jax.distributed import agreement
 from imagen_jax.exit_codes import HardwareFault
+from imagen_jax.object_storage import AnyPath, bucket_errors
 from imagen_jax.storage import (
     FREE_SPACE,
     absolute,

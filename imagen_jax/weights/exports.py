@@ -15,7 +15,7 @@ import safetensors
 from jaxtyping import BFloat16
 from safetensors.numpy import save_file
 
-from imagen_jax.buckets import AnyPath
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import absolute, as_path, missing_content, written_whole
 from imagen_jax.weights import leaves
 

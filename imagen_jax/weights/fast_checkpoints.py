@@ -26,9 +26,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from imagen_jax.buckets import AnyPath
 from imagen_jax.checksums import find_damage, seal
 from imagen_jax.distributed import agreement
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import entry_names, read_object, remove, write_json
 from imagen_jax.weights.leaves import Tree, flatten
 

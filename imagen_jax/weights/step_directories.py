@@ -23,9 +23,9 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-from imagen_jax.buckets import AnyPath, bucket_errors, in_bucket
 from imagen_jax.checksums import CHECKSUMS, find_damage, is_sealed
 from imagen_jax.locks import try_lock
+from imagen_jax.object_storage import AnyPath, bucket_errors, in_bucket
 from imagen_jax.storage import entry_names, remove, temporary_name, write_atomically
 from imagen_jax.weights.leaves import CheckpointError
 

@@ -25,10 +25,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float
 
-from imagen_jax.buckets import AnyPath
 from imagen_jax.evals import measures
 from imagen_jax.evals.evaluation import Evaluation
 from imagen_jax.evals.rows import Data, Settings
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.stage import Stage
 
 Result = Mapping[str, Any]

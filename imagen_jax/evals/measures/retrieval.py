@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from imagen_jax.buckets import AnyPath
 from imagen_jax.evals import nearest, report
 from imagen_jax.evals.evaluation import Evaluation
 from imagen_jax.evals.measures.measure import Column, Line, Result, RowValues
 from imagen_jax.evals.rows import Data, Settings
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.pictures import contact_sheet, enlarge, write_png
 from imagen_jax.stage import Stage
 from imagen_jax.storage import write_arrays
