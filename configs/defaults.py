@@ -29,7 +29,14 @@ ADDED: dict[str, dict[str, Any]] = {
         w_interval=(-20.0, 20.0),  # the full range of log-SNR
     ),
     "optim": dict(ema_tracks=()),
-    "train": dict(validate_every=0, validate_rows=256),
+    "train": dict(
+        validate_every=0,
+        validate_rows=256,
+        on_bad_step="stop",
+        max_skips=10,
+        spike_factor=0.0,
+        on_spike="log",
+    ),
 }
 
 

@@ -57,8 +57,8 @@ class MetricsWriter:
         self._workdir = Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         validated = start_step if validated is None else validated
-        _truncate(self._workdir / METRICS, start_step)
-        _truncate(self._workdir / VALIDATION, validated)
+        truncate(self._workdir / METRICS, start_step)
+        truncate(self._workdir / VALIDATION, validated)
         self._file = (self._workdir / METRICS).open("a", encoding="utf-8")
         # purge_step makes TensorBoard drop the later steps of an earlier process.
         self._board = SummaryWriter(
@@ -130,7 +130,7 @@ def read_metrics(workdir: str | os.PathLike, name: str = METRICS) -> list[dict[s
     return [row for row in map(parse_row, _lines(path)) if row is not None]
 
 
-def _truncate(path: Path, start_step: int) -> None:
+def truncate(path: Path, start_step: int) -> None:
     """Removes rows of steps after `start_step` and invalid lines from the file, atomically."""
     lines = _lines(path)
     rows = [parse_row(line) for line in lines]

@@ -157,16 +157,17 @@ def train(
         checkpoints = Checkpoints(workdir / "checkpoints", keep=settings["keep"])
         newest = checkpoints.latest_good()
         if newest is None:
-            done, unlogged = 0, []
+            done, unlogged, skipped = 0, [], []
             state, origin = run.fresh_state(init_from)
         else:
             done = newest
-            unlogged, origin = check_resume(run, checkpoints.meta(newest), workdir, init_from)
+            saved = checkpoints.meta(newest)
+            unlogged, skipped, origin = check_resume(run, saved, workdir, init_from)
             if done >= total:
                 reached = "%s has %d steps already, train.steps is %d: nothing to do"
                 log.info(reached, workdir, done, total)
                 return 0
-            state, _ = checkpoints.restore(newest, run.program.abstract)
+            state = run.restore(checkpoints, newest, saved)
             log.info("resuming from step %d", done)
         if first:
             write_json(workdir / "config.json", config)
@@ -194,13 +195,15 @@ def train(
         progress = stack.enter_context(
             run_log.Progress(config["name"], total, done, quiet=not first)
         )
-        metrics = stack.enter_context(TrainingMetrics(run, workdir, done, unlogged, progress))
+        metrics = stack.enter_context(
+            TrainingMetrics(run, workdir, done, unlogged, skipped, progress)
+        )
         trace = stack.enter_context(Trace(workdir / "profile", *(profile if first else (0, 0))))
         stack.enter_context(jax.transfer_guard("disallow"))
         stack.enter_context(checkpoints)
 
         def save() -> None:
-            """Saves a state whose metrics are all finite and whose replicas agree."""
+            """Saves a state after which the run goes on, and whose replicas agree."""
             watch.at(done, "saving")
             metrics.settle()
             with metrics.clock.pause(), jax.transfer_guard("allow"):
@@ -209,7 +212,7 @@ def train(
                     checkpoints.wait()
                 except CheckpointError as error:  # a full disk may have room again
                     log.error("%s; training continues and saves step %d now", error, done)
-                checkpoints.save(done, state, run.meta | origin | {"unlogged": metrics.unlogged})
+                checkpoints.save(done, state, run.meta | origin | metrics.meta)
 
         while done < total and not stop(done):
             trace.before(done)
@@ -220,7 +223,7 @@ def train(
             watch.at(done, "training")
             state, step_metrics = steps[bucket](state, batch)
             done += 1
-            metrics.add(done, step_metrics, bucket)
+            metrics.add(done, step_metrics, bucket, images)
             trace.after(done, metrics.settle)
             if grid and done % settings["sample_every"] == 0:
                 watch.at(done, "drawing samples")
@@ -245,8 +248,11 @@ def train(
 
 def check_resume(
     run: Any, saved: Mapping[str, Any], workdir: Path, init_from: str
-) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Returns (metrics not yet written to a row, origin of the weights) from a checkpoint's meta.
+) -> tuple[list[dict[str, Any]], list[int], dict[str, Any]]:
+    """What a run continues with, from a checkpoint's meta.
+
+    Returns (metrics not yet written to a row, skipped steps that still count, origin of the
+    weights).
 
     Raises ValueError if this command would continue another run.
     """
@@ -254,8 +260,9 @@ def check_resume(
     from imagen_jax.training import resume
 
     # Not in older checkpoints, which used this one, nor in those of a run without data.mixture.
-    saved = {"rng": RNG, "mixture_hashes": []} | saved
-    fields = dict.fromkeys(run.meta, object) | {"unlogged": list}
+    # The skipped steps are only in those of a run that has skipped some.
+    saved = {"rng": RNG, "mixture_hashes": [], "skipped_steps": []} | saved
+    fields = dict.fromkeys(run.meta, object) | {"unlogged": list, "skipped_steps": list}
     check_object(f"the newest checkpoint of {workdir}", saved, fields, "give a new --workdir")
     for line in resume.check({name: saved[name] for name in run.meta}, run.meta):
         log.info("changed since the checkpoint: %s", line)
@@ -264,7 +271,7 @@ def check_resume(
         raise ValueError(
             f"{workdir} holds a run that did not start from {init_from}; give a new --workdir"
         )
-    return saved["unlogged"], origin
+    return saved["unlogged"], saved["skipped_steps"], origin
 
 
 def stop_requests(minutes: float) -> Callable[[int], bool]:
@@ -296,10 +303,14 @@ def stop_requests(minutes: float) -> Callable[[int], bool]:
 
 
 def self_test(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The config of --overfit: warm-up over 1/20 of the steps; no output but the verdict."""
+    """The config of --overfit: warm-up over 1/20 of the steps; no output but the verdict.
+
+    It stops at a step that is not finite: its only batch cannot be skipped.
+    """
     never = steps + 1
     train_section = {"log_every": never, "save_every": never}
     train_section |= {"sample_every": 0, "validate_every": 0}
+    train_section |= {"on_bad_step": "stop", "spike_factor": 0.0}
     return dict(config) | {
         "optim": dict(config["optim"]) | {"warmup": max(1, steps // 20)},
         "train": dict(config["train"]) | train_section,

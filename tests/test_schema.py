@@ -184,6 +184,8 @@ OUTSIDE = {
     "train.validate_rows": [1],
     "train.save_every": [0],
     "train.keep": [0],
+    "train.max_skips": [0],
+    "train.spike_factor": [-1.0],
 }
 
 
