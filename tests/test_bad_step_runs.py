@@ -131,8 +131,7 @@ def test_bad_batches_are_skipped(data, tmp_path, monkeypatch):
         workdir = tmp_path / str(step)
         assert resumed(config, straight, workdir, step) == 0
         assert rows_of(workdir) == rows
-        for name in (BAD_STEPS,):
-            assert (workdir / name).read_bytes() == (straight / name).read_bytes()
+        assert (workdir / BAD_STEPS).read_bytes() == (straight / BAD_STEPS).read_bytes()
         equal_states(state_of(config, workdir), state_of(config, straight))
 
 
@@ -161,7 +160,9 @@ def test_too_many_skips_stop_the_run(data, tmp_path, monkeypatch, capsys):
         (tmp_path / "r", again),
     ):
         assert start(workdir) == exit_codes.NOT_FINITE
-        assert "step 8 is the 3th of 1000 steps that was skipped" in capsys.readouterr().err
+        assert (
+            "3 of the last 1000 steps were skipped, the last one step 8" in capsys.readouterr().err
+        )
         assert saved(workdir) == [3, 6]
         assert [row["step"] for row in read_metrics(workdir, BAD_STEPS)] == [2, 5, 8]
         assert not (workdir / "nonfinite.json").exists()
@@ -235,7 +236,7 @@ def test_processes_gather_the_ids(data, tmp_path, monkeypatch):
         processes.finish(team, workdir, exit_codes.NOT_FINITE)
         assert saved(workdir) == [4]
         log = processes.log_of(workdir, count - 1).read_text()
-        assert "step 7 is the 3th of 1000 steps" in log
+        assert "3 of the last 1000 steps were skipped, the last one step 7" in log
         found.append(read_metrics(workdir, BAD_STEPS))
     one, two = found
     assert [row["step"] for row in one] == [row["step"] for row in two] == [2, 4, 7]

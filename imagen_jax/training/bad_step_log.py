@@ -94,8 +94,8 @@ class BadSteps:
         self.skipped = [n for n in self.skipped if n > step - SPAN] + [step]
         if len(self.skipped) > self._most:
             raise FloatingPointError(
-                f"step {step} is the {len(self.skipped)}th of {SPAN} steps that was skipped;"
-                f" train.max_skips is {self._most}. No later state was saved. Inspect"
+                f"{len(self.skipped)} of the last {SPAN} steps were skipped, the last one step"
+                f" {step}; train.max_skips is {self._most}. No later state was saved. Inspect"
                 f" {self._path}, then start a new --workdir with a lower optim.lr or optim.clip, or"
                 " raise train.max_skips"
             )
