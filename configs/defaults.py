@@ -32,6 +32,9 @@ ADDED: dict[str, dict[str, Any]] = {
     "train": dict(
         validate_every=0,
         validate_rows=256,
+        keep_every=0,
+        keep_best=0,
+        best_by="ema/x_error",
         on_bad_step="stop",
         max_skips=10,
         spike_factor=0.0,

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from absl import app, flags
 
 from imagen_jax import caption_text, distributed, exit_codes, interrupts, schema
 from imagen_jax.distributed import watch
-from imagen_jax.storage import FREE_SPACE, check_local, is_away
+from imagen_jax.storage import FREE_SPACE, is_away
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +122,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         reason = f" ({error})" if str(error) else ""
         advice = "use smaller batches or a machine with more memory"
         return f"out of host memory{reason}: {advice}", exit_codes.FAILED
-    if isinstance(error, exit_codes.EXPECTED):
+    if exit_codes.is_expected(error):
         message = describe(error) if isinstance(error, OSError) else str(error)
         return message, exit_codes.of(error)
     return None
@@ -268,36 +267,6 @@ def cascade_config(config: Any, flag: str = "--config") -> dict[str, Any]:
     if not hasattr(config, "to_json") or "base" not in config:
         raise ValueError(f"{flag} is not the config of a cascade, such as configs/cascade.py:demo")
     return schema.complete_cascade(json.loads(config.to_json()), flag, new=True)
-
-
-def check_directory(flag: str, path: str) -> None:
-    """Raises ValueError if `path` is a URL, a file, or below a file. Creates nothing."""
-    check_local(f"--{flag}", path)
-    while path and not os.path.exists(path):
-        path = os.path.dirname(path.rstrip("/"))
-    if path and not os.path.isdir(path):
-        raise ValueError(f"--{flag} {path} is a file; give a directory")
-
-
-def check_file(flag: str, path: str) -> None:
-    """Raises ValueError if `path` is a directory."""
-    if path and os.path.isdir(path):
-        raise ValueError(f"--{flag} {path} is a directory; give a file")
-
-
-def make_directory(flag: str, path: str) -> None:
-    """Creates an output directory before a long computation starts.
-
-    Raises ValueError if no file can be written there.
-    """
-    check_directory(flag, path)
-    try:
-        os.makedirs(path, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise ValueError(
-            f"--{flag} {path} cannot be written to: {error.strerror}; give another directory"
-        ) from error
 
 
 def check_count(prompts: int, per_prompt: int, advice: str) -> None:

@@ -24,8 +24,9 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from imagen_jax import cli, picture_set, pictures, run_log
-from imagen_jax.storage import only_process, read_object, write_atomically
+from imagen_jax import cli, output_paths, picture_set, pictures, run_log
+from imagen_jax.locks import only_process
+from imagen_jax.storage import read_object, write_atomically
 
 STAGES = {"base": "base_64", "sr_1": "sr_256", "sr_2": "sr_1024"}  # cascade stage -> config file
 SHARE = {"base": 0.64, "sr_1": 0.2, "sr_2": 0.16}  # of the training time
@@ -53,9 +54,9 @@ def main() -> int:
     root, output = Path(__file__).parent.parent, Path(args.output)
     if not (root / "configs").is_dir():
         raise ValueError(f"{root} has no configs/: run the demo from a checkout of the project")
-    cli.check_directory("output", str(output))
+    output_paths.check_directory("output", str(output))
     prompts = cli.check_prompts(args.prompt)
-    cli.make_directory("output", str(output))
+    output_paths.make_directory("output", str(output))
     with only_process(output, "running the demo in"):
         return demonstrate(root, output, prompts, args.minutes, args.rows)
 

@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli, field, schema
+from imagen_jax import cli, field, output_paths, schema
 from imagen_jax.evals import history
 from imagen_jax.evals.measures import NAMES
 from imagen_jax.storage import check_local, check_utf8, write_json
@@ -237,9 +237,9 @@ def check_flags(args: Any) -> None:
     for flag in ("checkpoint", "data", "lowres_from", "images", "suite_file"):
         check_local(f"--{flag}", args[flag].value or "")
         check_utf8(f"--{flag}", args[flag].value or "")
-    cli.check_directory("output", args.output)
+    output_paths.check_directory("output", args.output)
     (check_checkpoint_flags if args.checkpoint else check_cascade_flags)(args)
-    cli.make_directory("output", args.output)
+    output_paths.make_directory("output", args.output)
 
 
 def check_checkpoint_flags(args: Any) -> None:
@@ -398,7 +398,7 @@ def compare(args: Any) -> int:
     result = evaluation_comparison.compare(*map(Path, args.compare))
     print(evaluation_comparison.table(result))
     if args.output:
-        cli.make_directory("output", args.output)
+        output_paths.make_directory("output", args.output)
         write_json(Path(args.output) / evaluation_comparison.FILE, result)
     return 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from imagen_jax import cli
+from imagen_jax import cli, output_paths
 from imagen_jax.storage import check_local
 
 
@@ -32,7 +32,7 @@ def main() -> int:
     if not args.output.endswith(".safetensors"):
         raise ValueError(f"--output {args.output} must end in .safetensors, the file's format")
     check_local("--checkpoint", args.checkpoint)
-    cli.check_directory("output", str(Path(args.output).parent))
+    output_paths.check_directory("output", str(Path(args.output).parent))
     if Path(args.output).is_dir():
         raise ValueError(f"--output {args.output} is a directory; give a file name")
     import jax

@@ -32,16 +32,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax import pictures, run_log, set_rows, stage_sizes
+from imagen_jax.checksums import HASH_THREADS, sha256_file
+from imagen_jax.locks import try_lock
 from imagen_jax.set_rows import Requests, Row
 from imagen_jax.stage_sizes import Size
-from imagen_jax.storage import (
-    HASH_THREADS,
-    read_object,
-    sha256_file,
-    try_lock,
-    write_atomically,
-    write_json,
-)
+from imagen_jax.storage import read_object, write_atomically, write_json
 
 FOLDER_SIZE = 1000  # pictures; a larger set is divided into folders
 SET = re.compile(r"set_(\d+)\.json")

@@ -34,7 +34,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli
+from imagen_jax import cli, output_paths
 
 STOPS = {signal.SIGINT, signal.SIGTERM}
 PARENT = "IMAGEN_JAX_PARENT"  # environment variable: the plan ends when this process ends
@@ -175,7 +175,7 @@ def main() -> int:
     topology = parse(args.topology)
     for flag in ("output", "cache"):
         if args[flag].value:
-            cli.make_directory(flag, os.path.expanduser(args[flag].value))
+            output_paths.make_directory(flag, os.path.expanduser(args[flag].value))
     if args.text_encoder and not args.config:
         return plan_encoder(topology, args)
     if args.sample:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from absl import flags
 
-from imagen_jax import cli
+from imagen_jax import cli, output_paths
 from imagen_jax.data import records
 from imagen_jax.data.prepare import ingest
 from imagen_jax.data.prepare.caption_estimate import TokenizerFacts, preview_captions
@@ -169,7 +169,7 @@ def _run(args: flags.FlagValues) -> None:
     if not args.dry_run:
         check_output(output)
     if not reads_only:
-        cli.make_directory("output", str(output.parent))
+        output_paths.make_directory("output", str(output.parent))
         check_work_directory(work_directory(output))
     ingestion = _ingestion(args.beam)
     with cli.processes(args, restart=AGAIN) as watch:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from imagen_jax import cli
+from imagen_jax import cli, output_paths
 from imagen_jax.storage import check_local
 
 COCO_PAIRS = 200  # of Imagen's section 3
@@ -225,7 +225,7 @@ def new_directory(path: str | None) -> Path:
     if not path:
         raise ValueError("--output DIRECTORY is needed")
     check_local("--output", path)
-    cli.check_directory("output", path)
+    output_paths.check_directory("output", path)
     output = Path(path)
     if output.is_symlink() or not output.name:
         raise ValueError(
@@ -248,13 +248,13 @@ def analyse(exports: Sequence[str]) -> int:
     if not exports:
         raise ValueError("give the files that raters sent, or a folder with them")
     if args.output:
-        cli.check_directory("output", args.output)
+        output_paths.check_directory("output", args.output)
     key = rating_exports.read_key(Path(args.key))
     ratings = rating_exports.read(exports, key)
     result = analysis.analyse(key, ratings) | {"title": args.title}
     print(rating_report.text(result))
     if args.output:
-        cli.make_directory("output", args.output)
+        output_paths.make_directory("output", args.output)
         for path in rating_report.write(result, Path(args.output)):
             print(path)
     return 0

@@ -3,6 +3,8 @@
 from imagen_jax.field import Field, Need
 
 GRIDS = Need("train.sample_every", unless=(0,))
+# Numbers of a validation by which checkpoints can be kept; lower ones are better.
+MEASURES = ("ema/x_error", "ema/loss", "params/x_error", "params/loss")
 VALIDATION = Need("train.validate_every", unless=(0,))
 SPIKES = Need("train.spike_factor", unless=(0.0,))
 SKIPS = (Need("train.on_bad_step", ("skip",)), Need("train.on_spike", ("skip",)))
@@ -55,7 +57,30 @@ TRAIN = {
         needs=(VALIDATION,),
     ),
     "save_every": Field("Steps between two checkpoints.", int, resume=True, interval="[1, inf)"),
-    "keep": Field("Number of checkpoints to keep.", int, resume=True, interval="[1, inf)"),
+    "keep": Field("Number of newest checkpoints to keep.", int, resume=True, interval="[1, inf)"),
+    "keep_every": Field(
+        "Checkpoints whose step is a multiple of it stay for ever; 0: none.",
+        int,
+        older=0,
+        resume=True,
+        interval="[0, inf)",
+    ),
+    "keep_best": Field(
+        "Number of checkpoints to keep with the lowest `best_by`.",
+        int,
+        older=0,
+        resume=True,
+        interval="[0, inf)",
+        needs=(VALIDATION,),
+    ),
+    "best_by": Field(
+        "Validation measure that orders checkpoints.",
+        str,
+        older=MEASURES[0],
+        resume=True,
+        choices=MEASURES,
+        needs=(Need("train.keep_best", unless=(0,)),),
+    ),
     "on_bad_step": Field(
         "A step that is not finite ends the run (stop), or is skipped (skip).",
         str,

@@ -10,19 +10,26 @@ import json
 import logging
 import os
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax.storage import write_atomically
+from imagen_jax.buckets import AnyPath, in_bucket
+from imagen_jax.line_logs import LineLog, keep_lines, read_lines
+from imagen_jax.storage import as_path, copy_file, write_atomically
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
+BAD_STEPS = "bad_steps.jsonl"
 TENSORBOARD_FLUSH_S = 5
+STORE_S = 30.0  # after which new rows are stored in a bucket
+BOARD_BYTES = 4 * 2**20
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +39,8 @@ class MetricsWriter:
     TensorBoard.
 
     metrics.jsonl and validation.jsonl hold one JSON object per line. TensorBoard's files are in
-    workdir/tensorboard.
+    workdir/tensorboard. In a bucket, all of them are stored every STORE_S seconds, by `flush` and
+    by `close`.
     """
 
     def __init__(
@@ -47,56 +55,61 @@ class MetricsWriter:
         Drops rows of later steps and invalid rows. Images of later steps stay until they are
         written again. enabled: False makes every method do nothing, for all processes except the
         first. validated: the step from which the run continues, if metrics.jsonl continues from an
-        earlier one; rows of validation.jsonl up to it stay.
+        earlier one; rows of validation.jsonl and bad_steps.jsonl up to it stay.
         """
         self._enabled = enabled
         if not enabled:
             return
-        from tensorboardX import SummaryWriter
-
-        self._workdir = Path(workdir)
-        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._workdir = as_path("workdir", workdir)
         validated = start_step if validated is None else validated
-        truncate(self._workdir / METRICS, start_step)
-        truncate(self._workdir / VALIDATION, validated)
-        self._file = (self._workdir / METRICS).open("a", encoding="utf-8")
-        # purge_step makes TensorBoard drop the later steps of an earlier process.
-        self._board = SummaryWriter(
-            str(self._workdir / "tensorboard"),
-            purge_step=start_step + 1,
-            flush_secs=TENSORBOARD_FLUSH_S,
-            filename_suffix=f".{start_step}",
-        )
+        self._logs = {}
+        for name, last in ((METRICS, start_step), (VALIDATION, validated)):
+            _truncate(self._workdir / name, last)
+            self._logs[name] = LineLog(self._workdir / name)
+        _truncate(self._workdir / BAD_STEPS, validated)
+        self._board = Board(self._workdir / "tensorboard", start_step)
         # TensorBoard has dropped these too, but no step writes them again.
         for row in read_metrics(workdir, VALIDATION):
             if row["step"] > start_step:
                 self._add_to_board(row)
+        self._lock, self._ended = threading.RLock(), threading.Event()
+        self._storing = threading.Thread(target=self._store_regularly, daemon=True)
+        if in_bucket(self._workdir):
+            self._storing.start()
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends {"step": step, **values} and flushes it to the operating system.
 
         NaN and Infinity are written as such. Raises ValueError if a value is not one number.
         """
-        if self._enabled:
-            self._write(self._file, step, values)
+        self._write(METRICS, step, values)
 
     def validation(self, step: int, values: Mapping[str, Any]) -> None:
         """`scalars` for workdir/validation.jsonl."""
-        if self._enabled:
-            with (self._workdir / VALIDATION).open("a", encoding="utf-8") as file:
-                self._write(file, step, values)
+        self._write(VALIDATION, step, values)
 
-    def _write(self, file: TextIO, step: int, values: Mapping[str, Any]) -> None:
+    def bad_step(self, row: Mapping[str, Any]) -> None:
+        """Appends a row to workdir/bad_steps.jsonl; the first one creates the file."""
+        if not self._enabled:
+            return
+        with self._lock:
+            if BAD_STEPS not in self._logs:
+                self._logs[BAD_STEPS] = LineLog(self._workdir / BAD_STEPS)
+            self._logs[BAD_STEPS].append(json.dumps(row))
+
+    def _write(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        if not self._enabled:
+            return
         row = {"step": int(step)} | {name: _scalar(name, value) for name, value in values.items()}
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        self._add_to_board(row)
+        with self._lock:
+            self._logs[name].append(json.dumps(row))
+            self._add_to_board(row)
 
     def _add_to_board(self, row: Mapping[str, int | float]) -> None:
         for name in [name for name in row if name != "step"]:
-            self._board.add_scalar(name, row[name], row["step"])
+            self._board.writer.add_scalar(name, row[name], row["step"])
 
-    def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> Path | None:
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> AnyPath | None:
         """Writes workdir/images/<name>/<step>.png and returns its path.
 
         Raises ValueError if `image` is not uint8 [h w 3].
@@ -112,46 +125,110 @@ class MetricsWriter:
         path, png = self._workdir / "images" / name / f"{step:08d}.png", io.BytesIO()
         Image.fromarray(image).save(png, format="PNG")
         write_atomically(path, png.getvalue())
-        self._board.add_image(name, image, step, dataformats="HWC")
+        with self._lock:
+            self._board.writer.add_image(name, image, step, dataformats="HWC")
         return path
 
-    def close(self) -> None:
+    def flush(self) -> None:
+        """Stores all rows and events. Raises OSError if a bucket does not answer."""
         if self._enabled:
-            self._file.close()
-            self._board.close()
+            with self._lock:
+                for log in self._logs.values():
+                    log.flush()
+                self._board.flush()
+
+    def close(self) -> None:
+        """Stores and closes all files. Raises OSError if a bucket does not answer."""
+        if not self._enabled:
+            return
+        self._ended.set()
+        if self._storing.is_alive():
+            self._storing.join()
+        for line_log in self._logs.values():
+            line_log.close()
+        self._board.close()
+
+    def _store_regularly(self) -> None:
+        while not self._ended.wait(STORE_S):
+            try:
+                self.flush()
+            except OSError as error:
+                log.warning("the metrics were not stored, trying again later: %s", error)
+
+
+class Board:
+    """A writer of TensorBoard events, in `directory`.
+
+    For a bucket the events are written to a local file, which `flush` stores as a whole; a new file
+    begins when it has reached BOARD_BYTES.
+    """
+
+    def __init__(self, directory: AnyPath, start_step: int):
+        """start_step: TensorBoard drops the later steps of an earlier process."""
+        self._directory, self._start_step, self._count, self._stored = directory, start_step, 0, 0
+        self._local = None
+        if in_bucket(directory):
+            self._local = tempfile.TemporaryDirectory()
+        self._open(purge_step=start_step + 1)
+
+    def _open(self, **options: Any) -> None:
+        from tensorboardX import SummaryWriter
+
+        suffix = f".{self._count:04d}" if self._count else ""
+        self.writer = SummaryWriter(
+            self._local.name if self._local else str(self._directory),
+            flush_secs=TENSORBOARD_FLUSH_S,
+            filename_suffix=f".{self._start_step}{suffix}",
+            **options,
+        )
+
+    def flush(self) -> None:
+        """Stores the events of a bucket. Raises OSError if it does not answer."""
+        self.writer.flush()
+        if not self._local:
+            return
+        (path,) = Path(self._local.name).iterdir()
+        if (size := path.stat().st_size) > self._stored:
+            copy_file(path, self._directory / path.name)
+            self._stored = size
+        if size >= BOARD_BYTES:
+            self.writer.close()
+            copy_file(path, self._directory / path.name)  # with what `close` has added
+            path.unlink()
+            self._count, self._stored = self._count + 1, 0
+            self._open()
+
+    def close(self) -> None:
+        """Stores and closes the events."""
+        self.writer.close()
+        if self._local:
+            (path,) = Path(self._local.name).iterdir()
+            copy_file(path, self._directory / path.name)
+            self._local.cleanup()
 
 
 def read_metrics(workdir: str | os.PathLike, name: str = METRICS) -> list[dict[str, Any]]:
     """The valid rows of workdir/metrics.jsonl in order; [] if the file does not exist.
 
-    Can be called while a trainer writes the file. name: METRICS or VALIDATION.
+    Can be called while a trainer writes the file. name: METRICS, VALIDATION or BAD_STEPS.
     """
-    path = Path(workdir) / name
-    return [row for row in map(parse_row, _lines(path)) if row is not None]
+    lines = read_lines(as_path("workdir", workdir) / name)
+    return [row for row in map(parse_row, lines) if row is not None]
 
 
-def truncate(path: Path, start_step: int) -> None:
-    """Removes rows of steps after `start_step` and invalid lines from the file, atomically."""
-    lines = _lines(path)
-    rows = [parse_row(line) for line in lines]
-    kept = [line for line, row in zip(lines, rows) if row is not None and row["step"] <= start_step]
-    if len(kept) == len(lines) and all(line.endswith(b"\n") for line in lines):
-        return
-    invalid = sum(row is None for row in rows)
-    log.warning(
-        "%s: dropped %d rows after step %d and %d invalid lines",
-        path,
-        len(lines) - len(kept) - invalid,
-        start_step,
-        invalid,
-    )
-    write_atomically(
-        path, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in kept)
-    )
+def _truncate(path: AnyPath, start_step: int) -> None:
+    """Removes rows of steps after `start_step` and invalid lines from a log."""
 
+    def keep(line: bytes) -> bool:
+        row = parse_row(line)
+        return row is not None and row["step"] <= start_step
 
-def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if removed := keep_lines(path, keep):
+        invalid = sum(parse_row(line) is None for line in removed)
+        log.warning(
+            "%s: dropped %d rows after step %d and %d invalid lines",
+            *(path, len(removed) - invalid, start_step, invalid),
+        )
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:

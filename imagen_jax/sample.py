@@ -18,11 +18,12 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import caption_text, cli, field, picture_set, schema, stage_sizes
+from imagen_jax import caption_text, cli, field, output_paths, picture_set, schema, stage_sizes
+from imagen_jax.checksums import sha256_file
 from imagen_jax.data.sources import caption_files
 from imagen_jax.picture_set import Requests
 from imagen_jax.stage_sizes import Size
-from imagen_jax.storage import check_content, check_local, read_json, sha256_file
+from imagen_jax.storage import check_content, check_local, read_json
 
 # Flags that a record replaces, with all settings of its picture.
 REPLACED = ("config", "prompt", "prompts", "seed", "count", "stages", "image", "size")
@@ -88,7 +89,7 @@ def main() -> int:
     cli.log_to_stderr()
     if not args.output:
         raise ValueError("--output DIR is needed")
-    cli.check_directory("output", args.output)
+    output_paths.check_directory("output", args.output)
     check_flags(args)
     if args.reproduce:
         record = read_record(Path(args.reproduce))
@@ -120,7 +121,7 @@ def check_flags(args: Any) -> None:
                 " out"
             )
     for name in ("prompts", "image", "reproduce"):
-        cli.check_file(name, args[name].value)
+        output_paths.check_file(name, args[name].value)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -198,7 +199,7 @@ def sample(
     # A record from before the check of the size draws its picture again.
     low = first.lowres_of(drawer.sizes[0]) if image else (0, 0)
     lowres = None if not image else read_image(image, low, any_size=bool(expected))
-    cli.make_directory("output", str(output))
+    output_paths.make_directory("output", str(output))
     sizes = drawer.sizes
     trained = size and stage_sizes.untrained([loaded.stage for loaded in drawer.stages], sizes)
     if trained and jax.process_index() == 0:

@@ -1,33 +1,31 @@
-"""Files that appear whole or not at all, and directories sealed with checksums. Local paths only.
+"""Files that appear whole or not at all, on local file systems and in buckets of Cloud Storage.
 
-A sealed directory holds SHA256SUMS, which lists every other file of it: `sha256sum -c SHA256SUMS`
-checks it as well.
+A path is a pathlib.Path, or an etils.epath.Path for gs://BUCKET/PATH. Both have the same methods;
+what buckets do differently is in this module. A bucket has no directories, no rename of a directory
+and no appending; an object appears when all of it is stored.
 """
 
-import concurrent.futures
 import contextlib
 import errno
-import fcntl
-import hashlib
 import io
 import json
 import os
 import re
 import shutil
-import time
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-CHECKSUMS = "SHA256SUMS"
-LOCK = "lock"
-# Attempts to take a lock. `is_locked` holds it for an instant, so one failure proves nothing.
-LOCK_ATTEMPTS = 10
-# hashlib releases the GIL; one thread hashes about 1.2 GB/s on a CPU with SHA instructions.
-HASH_THREADS = 4
+from etils import epath
+
+from imagen_jax import buckets
+from imagen_jax.buckets import AnyPath, bucket_errors, in_bucket, key_value_store
+
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
 # gs://BUCKET/PATH, also after pathlib has changed it to gs:/BUCKET/PATH.
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+COPY_BYTES = 16 * 2**20  # that are copied to or from a bucket at a time
 
 FREE_SPACE = "free some space, then run the same command again"
 COPY_AGAIN = "download or copy it again"  # the remedy for most damaged files
@@ -72,6 +70,28 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise OSError(number, str(error).partition(";")[0], str(path)) from error
 
 
+def as_path(label: str, path: str | os.PathLike) -> AnyPath:
+    """The path that a text means: a local one, or one in a bucket.
+
+    label: what messages call the path, such as "--output".
+
+    Raises ValueError for a URL of another scheme, and if gs:// needs a package that is missing.
+    """
+    text = os.fspath(path)
+    if not (url := URL.match(text)):
+        return Path(text)
+    if url[1] != buckets.SCHEME:
+        raise ValueError(
+            f"{label} {text} has the scheme {url[1]}://, but only gs:// and local paths work: mount"
+            " the storage, or copy the files"
+        )
+    rest = text[url.end() :].strip("/")
+    if not rest:
+        raise ValueError(f"{label} {text} names no bucket; give gs://BUCKET/PATH")
+    buckets.set_up(label, text)
+    return epath.Path(f"{buckets.SCHEME}://{rest}")
+
+
 def check_local(label: str, path: str | os.PathLike) -> None:
     """Raises ValueError if `path` is a URL, such as gs://BUCKET/PATH.
 
@@ -87,23 +107,29 @@ def check_local(label: str, path: str | os.PathLike) -> None:
 def check_utf8(label: str, path: str | os.PathLike) -> None:
     """Raises ValueError if `path` is not UTF-8: ArrayRecord and orbax cannot open it."""
     try:
-        os.path.abspath(path).encode()
+        os.path.abspath(os.fspath(path)).encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{label} {os.fspath(path)} is not a UTF-8 path: rename the directory or give another"
         ) from error
 
 
-def missing_content(path: Path) -> str:
+def absolute(path: AnyPath) -> AnyPath:
+    """The path from the root of its file system."""
+    return path if in_bucket(path) else path.absolute()
+
+
+def missing_content(path: AnyPath) -> str:
     """Why a file does not hold its content: it is empty or a Git LFS pointer. "" if it may hold it.
 
     Reads the first bytes only. The text completes a sentence that begins with the file's name.
     """
-    with open(path, "rb") as file:
-        return _missing_content(file.read(len(LFS_POINTER)))
+    with path.open("rb") as file:
+        return content_fault(file.read(len(LFS_POINTER)))
 
 
-def _missing_content(start: bytes) -> str:
+def content_fault(start: bytes) -> str:
+    """`missing_content` of a file that begins with these bytes."""
     if not start:
         return "is empty; download or copy it again"
     if start.startswith(LFS_POINTER):
@@ -114,13 +140,13 @@ def _missing_content(start: bytes) -> str:
     return ""
 
 
-def check_content(path: Path) -> None:
+def check_content(path: AnyPath) -> None:
     """Raises ValueError if a file is empty or a Git LFS pointer."""
     if reason := missing_content(path):
         raise ValueError(f"{path} {reason}")
 
 
-def read_json(path: Path, remedy: str = COPY_AGAIN) -> Any:
+def read_json(path: AnyPath, remedy: str = COPY_AGAIN) -> Any:
     """The value in a JSON file.
 
     remedy: what to do with a damaged file; ends the message.
@@ -129,16 +155,20 @@ def read_json(path: Path, remedy: str = COPY_AGAIN) -> Any:
         OSError: the file cannot be read.
         ValueError: it is empty, a Git LFS pointer, cut short or not JSON; the message names it.
     """
-    if path.stat().st_size == 0:
+    content = path.read_bytes()
+    if not content:
         raise ValueError(f"{path} is empty; {remedy}")
-    check_content(path)
+    if reason := content_fault(content):
+        raise ValueError(f"{path} {reason}")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
 
 
-def read_object(path: Path, fields: Mapping[str, type], remedy: str = COPY_AGAIN) -> dict[str, Any]:
+def read_object(
+    path: AnyPath, fields: Mapping[str, type], remedy: str = COPY_AGAIN
+) -> dict[str, Any]:
     """The object in a JSON file, see `read_json` and `check_object`."""
     content = read_json(path, remedy)
     check_object(path, content, fields, remedy)
@@ -170,36 +200,122 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file and its parent directories; its name appears when all of it is on the disk."""
+def write_atomically(path: AnyPath, data: bytes) -> None:
+    """Writes a file and its parent directories; its name appears when all of it is stored."""
     write_lines(path, [data])
 
 
-def write_lines(path: Path, lines: Iterable[bytes | str]) -> None:
+def write_lines(path: AnyPath, lines: Iterable[bytes | str]) -> None:
     """`write_atomically` for a file of any size. A line brings its own line feed."""
+    with written_whole(path) as writing, open(writing, "wb") as file:
+        file.writelines(line.encode() if isinstance(line, str) else line for line in lines)
+
+
+@contextlib.contextmanager
+def written_whole(path: AnyPath) -> Iterator[Path]:
+    """Yields the path of a local file to write, which becomes `path` at the end.
+
+    Creates the parent directories. After an error nothing is left, and an older file stays.
+    """
+    if in_bucket(path):
+        with tempfile.TemporaryDirectory() as directory:
+            yield Path(directory) / path.name
+            copy_file(Path(directory) / path.name, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
-            file.writelines(line.encode() if isinstance(line, str) else line for line in lines)
+        yield temporary
         flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)  # of a full disk, for example
         if error.errno is None:
             raise
         # A failed write names no file, a failed rename the temporary file too.
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk, for example
 
 
-def check_outputs(directory: Path, files: Iterable[str], directories: Iterable[str]) -> None:
+def copy_file(source: AnyPath, target: AnyPath) -> None:
+    """Copies a file to a local path or a bucket, whole or not at all."""
+    with bucket_errors(source), source.open("rb") as file:
+        if not in_bucket(target):
+            return write_lines(target, iter(lambda: file.read(COPY_BYTES), b""))
+        uploaded = target.open("wb")
+        try:
+            shutil.copyfileobj(file, uploaded, COPY_BYTES)
+        except BaseException:
+            uploaded.discard()  # closing it would store a part under the object's name
+            raise
+        uploaded.close()
+
+
+def copy_directory(source: AnyPath, target: AnyPath) -> None:
+    """Copies every file below a directory, each whole or not at all."""
+    for name in file_names(source):
+        copy_file(source / name, target / name)
+
+
+@contextlib.contextmanager
+def local_copy(path: AnyPath) -> Iterator[Path]:
+    """The path of a file for libraries that read local ones: its own, or that of a copy.
+
+    The copy exists while the context lasts.
+    """
+    if not in_bucket(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / path.name
+        copy_file(path, copy)
+        yield copy
+
+
+def file_names(directory: AnyPath) -> list[str]:
+    """The names of all files below a directory, relative to it, sorted."""
+    if in_bucket(directory):
+        with bucket_errors(directory):
+            keys = key_value_store(directory).list().result()
+        return sorted(name for key in keys if (name := key.decode()) and not name.endswith("/"))
+    found = (path for path in directory.rglob("*") if not path.is_dir())
+    return sorted(path.relative_to(directory).as_posix() for path in found)
+
+
+def entry_names(directory: AnyPath) -> list[str]:
+    """The names of the entries of a directory, sorted; [] if it does not exist."""
+    try:
+        with bucket_errors(directory):
+            return sorted(path.name for path in directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def remove(path: AnyPath) -> None:
+    """Deletes a file, or a directory with everything below it; nothing if it does not exist."""
+    if in_bucket(path):
+        import tensorstore
+
+        with bucket_errors(path):
+            store, name = key_value_store(path.parent), path.name
+            store.delete_range(tensorstore.KvStore.KeyRange(f"{name}/", f"{name}0")).result()
+            store.write(name, None).result()
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_outputs(directory: AnyPath, files: Iterable[str], directories: Iterable[str]) -> None:
     """Raises ValueError if a file to write is a directory, or a directory to create is a file.
 
     files, directories: their names in `directory`. Call it before a long computation.
     """
     wrong = [(name, "directory", "file") for name in files if (directory / name).is_dir()]
     for name in directories:
-        if os.path.lexists(directory / name) and not (directory / name).is_dir():
+        path = directory / name
+        exists = path.exists() if in_bucket(path) else os.path.lexists(path)
+        if exists and not path.is_dir():
             wrong.append((name, "file", "directory"))
     for name, found, needed in wrong:
         raise ValueError(
@@ -208,125 +324,18 @@ def check_outputs(directory: Path, files: Iterable[str], directories: Iterable[s
         )
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: AnyPath, content: Any) -> None:
     """Writes an indented JSON file, whole or not at all."""
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+def write_arrays(path: AnyPath, arrays: Mapping[str, Any]) -> None:
     """Writes a compressed .npz file, whole or not at all."""
     import numpy as np
 
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
     write_atomically(path, content.getvalue())
-
-
-@contextlib.contextmanager
-def only_process(directory: Path, doing: str) -> Iterator[None]:
-    """Creates `directory` and locks it for this process. The lock ends with the process.
-
-    doing: completes "another process is ... DIRECTORY". Raises ValueError if another process holds
-    the lock.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / LOCK, "w") as file:
-        for _ in range(LOCK_ATTEMPTS):
-            if try_lock(file, fcntl.LOCK_EX):
-                break
-            time.sleep(0.02)
-        else:
-            raise ValueError(f"another process is {doing} {directory}")
-        yield
-
-
-@contextlib.contextmanager
-def whole_directory(output: Path, doing: str) -> Iterator[Path]:
-    """Yields a temporary directory, renamed to `output` at the end, or removed after an error.
-
-    output: a directory that does not exist or is empty. doing: as for `only_process`, which rejects
-    a second process with the same `output`.
-    """
-    partial = output.with_name(f".{output.name}.partial")
-    with only_process(partial, doing):
-        try:
-            if output.is_dir() and any(output.iterdir()):  # since the caller looked
-                raise ValueError(f"{output} is not empty: give another directory")
-            work = partial / "content"
-            shutil.rmtree(work, ignore_errors=True)  # left by a killed process
-            work.mkdir()
-            yield work
-            os.rename(work, output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def is_locked(directory: Path) -> bool:
-    """Whether a process is inside `only_process(directory)`, as far as this machine can see.
-
-    A network file system may not share locks between machines.
-    """
-    try:
-        with open(directory / LOCK) as file:
-            return not try_lock(file, fcntl.LOCK_SH)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
-def try_lock(file: Any, kind: int) -> bool:
-    """Takes fcntl.LOCK_SH or LOCK_EX until `file` is closed. False if another process has it."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def seal(directory: Path) -> None:
-    """Flushes every file of `directory` to the disk, then writes SHA256SUMS.
-
-    The caller renames the directory to its final name.
-    """
-    for path in directory.rglob("*"):
-        flush(path)
-    (directory / CHECKSUMS).write_bytes(_render(_checksums(directory)))
-    flush(directory / CHECKSUMS)
-    flush(directory)
-
-
-def find_damage(directory: Path) -> str | None:
-    """The first difference between a sealed directory and its checksums, None if there is none.
-
-    The text names the file: it is missing, not listed, or does not match its checksum.
-    """
-    try:
-        recorded = (directory / CHECKSUMS).read_bytes()
-        sums = _checksums(directory)
-    except OSError as error:
-        return f"{error.filename or directory}: {error.strerror}"
-    if recorded == _render(sums):
-        return None
-    if reason := _missing_content(recorded):
-        return f"{CHECKSUMS} {reason}"
-    lines = recorded.decode("utf-8", "replace").split("\n")
-    listed = {line[66:]: line[:64] for line in lines if re.match(r"[0-9a-f]{64}  \S", line)}
-    for name in sorted(listed.keys() | sums.keys()):
-        if name not in sums:
-            return f"{name} is missing"
-        if name not in listed:
-            return f"{name} is not listed in {CHECKSUMS}"
-        if sums[name] != listed[name]:
-            with contextlib.suppress(OSError):  # a trainer may delete it meanwhile
-                if reason := missing_content(directory / name):
-                    return f"{name} does not match its checksum: it {reason}"
-            return f"{name} does not match its checksum"
-    return f"{CHECKSUMS} is malformed"
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:
@@ -336,16 +345,3 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _checksums(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file under `directory` except SHA256SUMS, by relative name."""
-    files = sorted(p for p in directory.rglob("*") if not p.is_dir() and p != directory / CHECKSUMS)
-    names = [path.relative_to(directory).as_posix() for path in files]
-    with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
-        return dict(zip(names, pool.map(sha256_file, files)))
-
-
-def _render(sums: dict[str, str]) -> bytes:
-    """The checksums in the format of `sha256sum`."""
-    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()

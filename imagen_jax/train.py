@@ -11,22 +11,25 @@ imagen_jax/exit_codes.py lists the exit codes.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli, field
-from imagen_jax.distributed import agreement
+from imagen_jax import cli, field, output_paths
+from imagen_jax.buckets import AnyPath
+from imagen_jax.distributed import agreement, host_failures
 from imagen_jax.distributed.watch import Watch
-from imagen_jax.storage import check_local, check_object, check_utf8, only_process, write_json
+from imagen_jax.locks import only_process
+from imagen_jax.storage import absolute, check_local, check_object, check_utf8, write_json
+from imagen_jax.training.start_flags import Start
 
 log = logging.getLogger("imagen_jax.train")
 
@@ -61,6 +64,18 @@ def define_flags() -> None:
         "start a new run from these weights: a workdir, a checkpoint, an exported file, or"
         " embedded:NAME",
     )
+    flags.DEFINE_string(
+        "init_part",
+        "",
+        "regular expression: take only the weights of --init_from whose paths it matches, such as"
+        " '^(down|mid)_', and initialise the others",
+    )
+    flags.DEFINE_string(
+        "fork",
+        "",
+        "WORKDIR@STEP, or WORKDIR for its newest step: start a new run from the whole state of"
+        " another one, with optimizer and EMAs; any field of the config may differ",
+    )
 
 
 def main() -> int:
@@ -70,23 +85,24 @@ def main() -> int:
     cli.log_to_stderr()
     if args.config is None or args.workdir is None:
         raise ValueError("--config FILE and --workdir DIR are both needed")
-    config, workdir = cli.stage_config(args.config), Path(args.workdir)
+    config, workdir = (
+        cli.stage_config(args.config),
+        output_paths.output_directory("workdir", args.workdir),
+    )
     for one in sets.data_sets(config["data"]):
         flag = f"--config.data.{'path' if config['data']['path'] else 'mixture'}"
         check_local(flag, one.path)
         check_utf8(flag, one.path)
-    check_local("--init_from", args.init_from)
-    cli.check_directory("workdir", args.workdir)
-    check_utf8("--workdir", args.workdir)
     profile = read_profile(args.profile, config["train"]["steps"])
-    if args.overfit and (args.profile or args.minutes or args.init_from):
-        raise ValueError("--overfit does not take --profile, --minutes or --init_from: omit them")
+    start = Start(args.init_from, args.init_part, args.fork)
+    if args.overfit and (args.profile or args.minutes or start != Start()):
+        raise ValueError(
+            "--overfit does not take --profile, --minutes, --init_from or --fork: omit them"
+        )
     if args.overfit:
         config, workdir = self_test(config, args.overfit), workdir / "overfit"
     with cli.processes() as watch:
-        return train(
-            config, workdir, profile, args.minutes, args.init_from, watch, overfit=args.overfit
-        )
+        return train(config, workdir, profile, args.minutes, start, watch, overfit=args.overfit)
 
 
 def read_profile(text: str, steps: int) -> tuple[int, int]:
@@ -104,10 +120,10 @@ def read_profile(text: str, steps: int) -> tuple[int, int]:
 
 def train(
     config: Mapping[str, Any],
-    workdir: Path,
+    workdir: AnyPath,
     profile: tuple[int, int],
     minutes: float,
-    init_from: str,
+    start: Start,
     watch: Watch,
     overfit: int = 0,
 ) -> int:
@@ -117,9 +133,9 @@ def train(
     the metrics.
 
     config: a complete config (`schema.complete` with new=True). profile: (first, count) of the
-    traced steps. minutes: the time limit, 0 for none. init_from: initial weights of a new run, ""
-    for random ones. overfit: trains for this number of steps on one batch instead, without
-    checkpoints, and returns the `verdict`; config is then that of `self_test`.
+    traced steps. minutes: the time limit, 0 for none. start: what a new run starts
+    from. overfit: trains for this number of steps on one batch instead, without checkpoints, and
+    returns the `verdict`; config is then that of `self_test`.
     """
     import jax
 
@@ -128,9 +144,11 @@ def train(
     from imagen_jax.training.replicas import Replicas
     from imagen_jax.training.run import Run
     from imagen_jax.training.sample_grids import SampleGrid
+    from imagen_jax.training.start import first_state
     from imagen_jax.training.trace import Trace
     from imagen_jax.training.validation import Validation
     from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints
+    from imagen_jax.weights.retention import Retention
 
     settings, first = config["train"], jax.process_index() == 0
     total, validate_every = overfit or settings["steps"], settings["validate_every"]
@@ -142,27 +160,28 @@ def train(
         {f"config.{name}": json.dumps(value) for name, value in field.flat(config).items()}
         | {
             "prepared data": run.meta["manifest_hash"],
-            "--init_from": init_from,
-            "--workdir": str(workdir.absolute()),
+            **{f"--{name}": value for name, value in dataclasses.asdict(start).items()},
+            "--workdir": str(absolute(workdir)),
         }
     )
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(only_process(workdir, "training in"))
         agreement.check_shared(workdir)
+        stack.enter_context(recorded_failures(workdir, watch))
         stop = stop_requests(minutes)
 
         # State: restored from the newest intact checkpoint, or fresh.
         watch.at(0, "restoring")
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=settings["keep"])
+        checkpoints = Checkpoints(workdir / "checkpoints", Retention.of(settings))
         newest = checkpoints.latest_good()
         if newest is None:
-            done, unlogged, skipped = 0, [], []
-            state, origin = run.fresh_state(init_from)
+            unlogged, skipped = [], []
+            state, done, origin = first_state(run, start, workdir)
         else:
             done = newest
             saved = checkpoints.meta(newest)
-            unlogged, skipped, origin = check_resume(run, saved, workdir, init_from)
+            unlogged, skipped, origin = check_resume(run, saved, workdir, start)
             if done >= total:
                 reached = "%s has %d steps already, train.steps is %d: nothing to do"
                 log.info(reached, workdir, done, total)
@@ -202,6 +221,8 @@ def train(
         stack.enter_context(jax.transfer_guard("disallow"))
         stack.enter_context(checkpoints)
 
+        measured: tuple[int, dict[str, float]] = done, {}  # by the last validation, after this step
+
         def save() -> None:
             """Saves a state after which the run goes on, and whose replicas agree."""
             watch.at(done, "saving")
@@ -212,7 +233,9 @@ def train(
                     checkpoints.wait()
                 except CheckpointError as error:  # a full disk may have room again
                     log.error("%s; training continues and saves step %d now", error, done)
-                checkpoints.save(done, state, run.meta | origin | metrics.meta)
+                meta = run.meta | origin | metrics.meta
+                meta |= {"measures": measured[1] if measured[0] == done else {}}
+                checkpoints.save(done, state, meta, before_commit=metrics.writer.flush)
 
         while done < total and not stop(done):
             trace.before(done)
@@ -234,7 +257,9 @@ def train(
                 watch.at(done, "validating")
                 metrics.settle()
                 with metrics.clock.pause(), jax.transfer_guard("allow"):
-                    metrics.writer.validation(done, validation.run(state, done))
+                    row = validation.run(state, done)
+                    metrics.writer.validation(done, row)
+                    measured = done, validation.measures(row)
             if done % settings["save_every"] == 0:
                 save()
         if overfit:
@@ -247,7 +272,7 @@ def train(
 
 
 def check_resume(
-    run: Any, saved: Mapping[str, Any], workdir: Path, init_from: str
+    run: Any, saved: Mapping[str, Any], workdir: AnyPath, start: Start
 ) -> tuple[list[dict[str, Any]], list[int], dict[str, Any]]:
     """What a run continues with, from a checkpoint's meta.
 
@@ -266,12 +291,27 @@ def check_resume(
     check_object(f"the newest checkpoint of {workdir}", saved, fields, "give a new --workdir")
     for line in resume.check({name: saved[name] for name in run.meta}, run.meta):
         log.info("changed since the checkpoint: %s", line)
-    origin = {name: saved[name] for name in ("init_from",) if name in saved}
-    if init_from and origin.get("init_from", {}).get("path") != init_from:
-        raise ValueError(
-            f"{workdir} holds a run that did not start from {init_from}; give a new --workdir"
-        )
+    origin = {name: saved[name] for name in ("init_from", "fork") if name in saved}
+    start.check_origin(origin, workdir)
     return saved["unlogged"], saved["skipped_steps"], origin
+
+
+@contextlib.contextmanager
+def recorded_failures(workdir: AnyPath, watch: Watch) -> Iterator[None]:
+    """Names hosts that failed in earlier attempts; records failures while the context lasts."""
+    import jax
+
+    if jax.process_index() == 0:
+        for line in host_failures.advice(host_failures.read(workdir)):
+            log.warning("%s", line)
+    attempt = f"{int(time.time())}-{os.urandom(2).hex()}"
+    watch.failures = host_failures.HostFailures(workdir, agreement.gather(attempt)[0])
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:  # with several, `watch` records it
+            watch.failures.record_own(error)
+        raise
 
 
 def stop_requests(minutes: float) -> Callable[[int], bool]:

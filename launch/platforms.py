@@ -8,7 +8,7 @@ from types import ModuleType
 
 from absl import flags
 
-from imagen_jax import cli
+from imagen_jax import output_paths
 from imagen_jax.hardware import topology
 from launch import gke, local, sky, slurm, status, tpu_pod
 from launch.job import Job, check_inputs, check_mesh, check_secrets, environment_of, in_bucket
@@ -128,7 +128,7 @@ def _check_job(job: Job, options: flags.FlagValues) -> None:
             " and give the directory"
         )
     if not in_bucket(job.workdir):
-        cli.check_directory("workdir", job.workdir)
+        output_paths.check_directory("workdir", job.workdir)
     if job.topology:
         slices = job.topology.slices if job.topology.chip.platform == "tpu" else 1
         check_mesh(job, job.topology.chips, slices)

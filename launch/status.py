@@ -22,8 +22,10 @@ from typing import Any
 
 from absl import flags
 
+from imagen_jax.checksums import CHECKSUMS
+from imagen_jax.locks import is_locked
 from imagen_jax.run_log import METRICS, parse_row
-from imagen_jax.storage import CHECKSUMS, is_locked, write_json
+from imagen_jax.storage import write_json
 from launch import command_line
 from launch.job import Job, ask, check_path, in_bucket, name_of, said
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from absl import flags
 
-from imagen_jax import cli, schema
+from imagen_jax import cli, output_paths, schema
 from imagen_jax.storage import write_json
 from launch import command_line, comparison, platforms, status
 from launch.ablation import (
@@ -232,7 +232,7 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
         check_here(bucket)
         platforms.check_can_be_made(ablation.workdir)
     if not bucket:
-        cli.check_directory("workdir", str(ablation.workdir))
+        output_paths.check_directory("workdir", str(ablation.workdir))
     names = [name.strip() for name in ablation.measures.split(",")] if ablation.measures else []
     measure.check_known(names)
     numbers = {"rows": ablation.rows, "samples": ablation.samples or ablation.rows}

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from imagen_jax import exit_codes
-from imagen_jax.storage import only_process
+from imagen_jax.locks import only_process
 from launch import status
 from launch.gcloud import TOOL, Commands, QueuedResource
 from launch.job import Job, ask, in_bucket, revision, uncommitted

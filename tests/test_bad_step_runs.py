@@ -9,10 +9,12 @@ import pytest
 
 from imagen_jax import cli, exit_codes, schema, sharding, train
 from imagen_jax.distributed.watch import Watch
-from imagen_jax.run_log import read_metrics
-from imagen_jax.training.bad_step_log import BAD_STEPS
+from imagen_jax.run_log import BAD_STEPS, read_metrics
 from imagen_jax.training.run import Run
+from imagen_jax.training.start import first_state
+from imagen_jax.training.start_flags import Start
 from imagen_jax.weights.checkpoint import Checkpoints
+from imagen_jax.weights.retention import Retention
 from tests import poison, processes, tiny
 from tests.data import synthetic
 
@@ -55,10 +57,10 @@ def config_of(data, **changes):
     return schema.complete(content, new=True)
 
 
-def run(config, workdir):
-    """The exit code of a run, or of its resume."""
-    start = lambda: train.train(config, workdir, (0, 0), 0.0, "", Watch(100.0))
-    return cli.guard(start)
+def run(config, workdir, **start):
+    """The exit code of a run, or of its resume. start: fields of `Start`."""
+    train_it = lambda: train.train(config, workdir, (0, 0), 0.0, Start(**start), Watch(100.0))
+    return cli.guard(train_it)
 
 
 def saved(workdir):
@@ -77,13 +79,15 @@ def rows_of(workdir, *without):
 def state_of(config, workdir):
     """The newest state of a run."""
     abstract = Run.create(config).program.abstract
-    return Checkpoints(workdir / "checkpoints", keep=20).restore(saved(workdir)[-1], abstract)[0]
+    return Checkpoints(workdir / "checkpoints", Retention(20)).restore(
+        saved(workdir)[-1], abstract
+    )[0]
 
 
-def state_without(config, left_out):
+def state_without(config, left_out, workdir):
     """The state after all steps, of which those in `left_out` were never run."""
     run = Run.create(config)
-    (step,), state = run.compile_steps().values(), run.fresh_state()[0]
+    (step,), (state, _, _) = run.compile_steps().values(), first_state(run, Start(), workdir)
     for n, batch in zip(range(STEPS), run.batches(0)):
         if n in left_out:
             state = state.replace(step=state.step + 1)
@@ -126,7 +130,7 @@ def test_bad_batches_are_skipped(data, tmp_path, monkeypatch):
     rows = rows_of(straight)
     assert [row["health/skipped"] for row in rows] == [0, 2, 0, 1, 0, 0]
     assert all(np.isfinite(value) for row in rows for value in row.values())
-    equal_states(state_of(config, straight), state_without(config, {2, 3, 7}))
+    equal_states(state_of(config, straight), state_without(config, {2, 3, 7}, tmp_path))
     for step in (3, 6):
         workdir = tmp_path / str(step)
         assert resumed(config, straight, workdir, step) == 0
@@ -194,7 +198,7 @@ def test_spikes_are_logged_or_skipped(data, tmp_path, monkeypatch):
     equal_states(logged.replace(grad_norms=()), state_of(plain, tmp_path / "p"))
     assert rows_of(tmp_path / "l") == rows_of(tmp_path / "p")
     skipped = state_of(skip, tmp_path / "s")
-    equal_states(skipped.params, state_without(plain, {5, 8}).params)
+    equal_states(skipped.params, state_without(plain, {5, 8}, tmp_path).params)
     assert max(row["norm/grad_max"] for row in rows_of(tmp_path / "s")) > 1e4
     assert resumed(skip, tmp_path / "s", tmp_path / "again", 6) == 0
     assert rows_of(tmp_path / "again") == rows_of(tmp_path / "s")
@@ -209,6 +213,9 @@ def test_spikes_are_logged_or_skipped(data, tmp_path, monkeypatch):
     taken = state_of(log, tmp_path / "taken")
     assert np.isfinite(taken.grad_norms).sum() == STEPS - 3
     equal_states(taken.params, logged.params)
+    fork = tmp_path / "fork"
+    assert run(log, fork, fork=f"{tmp_path / 'p'}@6") == 0
+    assert np.isfinite(state_of(log, fork).grad_norms).sum() == STEPS - 6
 
 
 def test_processes_gather_the_ids(data, tmp_path, monkeypatch):

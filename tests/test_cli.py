@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli
+from imagen_jax import cli, output_paths
 from tests import command_process, tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -302,8 +302,8 @@ def test_a_config_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys,
 def test_a_directory_in_place_of_a_file_is_explained(tmp_path):
     """Catches "Is a directory" without the flag, or without advice."""
     with pytest.raises(ValueError, match=r"^--prompts .* is a directory; give a file$"):
-        cli.check_file("prompts", str(tmp_path))
-    cli.check_file("prompts", "")
+        output_paths.check_file("prompts", str(tmp_path))
+    output_paths.check_file("prompts", "")
     with pytest.raises(IsADirectoryError) as error:
         tmp_path.read_bytes()
     assert cli.describe(error.value) == f"{tmp_path}: Is a directory; give a file"

@@ -13,11 +13,12 @@ from imagen_jax.picture_set import Requests
 from imagen_jax.pictures import write_png
 from imagen_jax.run_log import read_metrics
 from imagen_jax.training.run import Run
+from imagen_jax.training.start_flags import Start
 from imagen_jax.weights import checkpoint, exports
 from tests import tiny, tiny_cascade
 from tests.data import synthetic
 
-PLAIN = dict(profile=(0, 0), minutes=0.0, init_from="", watch=Watch(100.0))
+PLAIN = dict(profile=(0, 0), minutes=0.0, start=Start(), watch=Watch(100.0))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_rows_are_those_of_an_undisturbed_run(data, straight, stopped):
     assert list(logged(stopped)) == [4, 8, 12]
     assert logged(stopped) == logged(straight)
     with pytest.raises(ValueError, match="did not start from embedded:base_16"):
-        train.train(config(data, 20), stopped, **PLAIN | {"init_from": "embedded:base_16"})
+        train.train(config(data, 20), stopped, **PLAIN | {"start": Start("embedded:base_16")})
     assert (
         train.train(config(data, 9), stopped, **PLAIN) == 0
     )  # it has more steps than that: nothing to do
@@ -100,7 +101,7 @@ def test_a_warm_start_has_the_weights_and_says_so(data, straight, tmp_path):
         train.train(
             config(data, 1),
             tmp_path / "warm",
-            **PLAIN | {"init_from": str(tmp_path / "base.safetensors")},
+            **PLAIN | {"start": Start(str(tmp_path / "base.safetensors"))},
         )
         == 0
     )

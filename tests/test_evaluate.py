@@ -16,6 +16,7 @@ from imagen_jax.data.transforms import shrink
 from imagen_jax.evals import history, stage_evaluation, superres
 from imagen_jax.stage import create_stage
 from imagen_jax.weights import checkpoint, exports
+from imagen_jax.weights.retention import Retention
 from tests import tiny
 from tests.data import synthetic
 
@@ -276,7 +277,7 @@ class Trainer:
     def __init__(self, workdir: Path, last: int):
         self.workdir = workdir
         (workdir / "config.json").write_text(json.dumps({"train": {"steps": last}}))
-        self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=9)
+        self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", Retention(9))
 
     def save(self, step: int) -> Path:
         self.checkpoints.save(step, {"ema": {"w": jax.numpy.full(3, step, "float32")}}, {})

@@ -9,6 +9,7 @@ import pytest
 
 from imagen_jax.stage import create_stage
 from imagen_jax.weights.checkpoint import Checkpoints
+from imagen_jax.weights.retention import Retention
 from tests import processes, tiny
 from tests.data import synthetic
 from tests.processes import log_of
@@ -40,7 +41,7 @@ def workdir(data, tmp_path_factory):
     params = tiny.random_params(create_stage(config).init)
     manifest = json.loads((data / "manifest.json").read_text())
     meta = {"config": config, "encoder": manifest["encoder"], "manifest_hash": manifest["hash"]}
-    with Checkpoints(workdir / "checkpoints", keep=9) as checkpoints:
+    with Checkpoints(workdir / "checkpoints", Retention(9)) as checkpoints:
         for step in STEPS:
             state = {"ema": jax.tree.map(lambda leaf: leaf * np.float32(step / 7), params)}
             checkpoints.save(step, jax.device_put(state), meta)

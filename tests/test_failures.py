@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli
+from imagen_jax import cli, output_paths
 from imagen_jax.weights.checkpoint import CheckpointError
 from tests import tiny
 
@@ -137,7 +137,7 @@ def test_a_terminal_in_ascii_gets_escapes(monkeypatch):
 
 def test_directories_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
     """Catches results that are computed before their directory turns out to be read-only."""
-    cli.make_directory("output", str(tmp_path / "a" / "b"))
+    output_paths.make_directory("output", str(tmp_path / "a" / "b"))
     assert (tmp_path / "a" / "b").is_dir()
 
     def read_only(*_, **__):
@@ -145,28 +145,28 @@ def test_directories_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "makedirs", read_only)
     with pytest.raises(ValueError, match="--output .*/c cannot be written to: Read-only .*; give"):
-        cli.make_directory("output", str(tmp_path / "c"))
-    for check in (cli.check_directory, cli.make_directory):
+        output_paths.make_directory("output", str(tmp_path / "c"))
+    for check in (output_paths.check_directory, output_paths.make_directory):
         with pytest.raises(ValueError, match="--output gs:/b/x is a URL, only local paths work"):
             check("output", str(Path("gs://b/x")))
 
 
 URLS = {
-    "export from": ("export", ["--checkpoint=gs://b/run", "--output=x.safetensors"]),
-    "export to": ("export", ["--checkpoint=gone", "--output=gs://b/x.safetensors"]),
-    "sample": ("sample", ["--config=configs/cascade.py:demo", "--prompt=a", "--output=gs://b/x"]),
-    "evaluate": ("evaluate", ["--checkpoint=c", "--data=gs://b/data", "--output=o"]),
+    "export from": ("export", ["--checkpoint=s3://b/run", "--output=x.safetensors"]),
+    "export to": ("export", ["--checkpoint=gone", "--output=s3://b/x.safetensors"]),
+    "sample": ("sample", ["--config=configs/cascade.py:demo", "--prompt=a", "--output=s3://b/x"]),
+    "evaluate": ("evaluate", ["--checkpoint=c", "--data=s3://b/data", "--output=o"]),
     "train": (
         "train",
-        ["--config=configs/base_64.py:tiny", "--config.data.path=d", "--workdir=gs://b/run"],
+        ["--config=configs/base_64.py:tiny", "--config.data.path=d", "--workdir=s3://b/run"],
     ),
     "prepare_data": (
         "prepare_data",
-        ["--source=emoji", "--encoder=t5_tiny", "--output=gs://data", "--dry_run"],
+        ["--source=emoji", "--encoder=t5_tiny", "--output=s3://data", "--dry_run"],
     ),
     "train on": (
         "train",
-        ["--config=configs/base_64.py:tiny", "--config.data.path=gs://b/d", "--workdir=w"],
+        ["--config=configs/base_64.py:tiny", "--config.data.path=s3://b/d", "--workdir=w"],
     ),
 }
 
@@ -184,7 +184,8 @@ def test_commands_refuse_urls(case, tmp_path):
         text=True,
     )
     (line,) = tiny.said(done.stderr)
-    assert done.returncode == 2 and "is a URL, only local paths work" in line, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "is a URL, only local paths work" in line or "has the scheme s3://" in line, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["configs"]
 
 

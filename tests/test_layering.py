@@ -18,7 +18,9 @@ COMMANDS = {"demo", "evaluate", "export", "plan", "prepare_data", "rate", "sampl
 # layers, and of its own layer if there is no circle.
 LAYERS = (
     {
+        "buckets",
         "caption_text",
+        "checksums",
         "data_fields",
         "encoder_identity",
         "encoders_in_turn",
@@ -26,8 +28,11 @@ LAYERS = (
         "field",
         "stage_sizes",
         "interrupts",
+        "line_logs",
+        "locks",
         "run_fields",
         "network_fields",
+        "output_paths",
         "run_log",
         "schema",
         "storage",

@@ -233,7 +233,7 @@ def test_a_read_only_output_is_refused_before_drawing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(drawing, "Drawer", Drawer)
     monkeypatch.setattr(cascade, "check_intervals", lambda *_: None)
-    monkeypatch.setattr(sample.cli, "make_directory", refuse)
+    monkeypatch.setattr(sample.output_paths, "make_directory", refuse)
     with pytest.raises(ValueError, match="--output .* cannot be written to"):
         sample.sample({}, Requests(["a"], 1, 0), ["base"], "", tmp_path / "out")
 

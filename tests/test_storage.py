@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imagen_jax import storage
+from imagen_jax import checksums, locks, storage
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 11000\n"
 
@@ -63,15 +63,15 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path):
 def test_damage_names_a_pointer(tmp_path):
     """Catches a checkpoint in a repository with Git LFS that is only called damaged."""
     (tmp_path / "weights").write_bytes(b"weights")
-    storage.seal(tmp_path)
-    sums = (tmp_path / storage.CHECKSUMS).read_bytes()
+    checksums.seal(tmp_path)
+    sums = (tmp_path / checksums.CHECKSUMS).read_bytes()
     (tmp_path / "weights").write_text(POINTER)
-    assert "weights does not match its checksum: it is a Git LFS" in storage.find_damage(tmp_path)
+    assert "weights does not match its checksum: it is a Git LFS" in checksums.find_damage(tmp_path)
     (tmp_path / "weights").write_bytes(b"weights")
-    (tmp_path / storage.CHECKSUMS).write_text(POINTER)
-    assert storage.find_damage(tmp_path).startswith("SHA256SUMS is a Git LFS pointer")
-    (tmp_path / storage.CHECKSUMS).write_bytes(sums)
-    assert storage.find_damage(tmp_path) is None
+    (tmp_path / checksums.CHECKSUMS).write_text(POINTER)
+    assert checksums.find_damage(tmp_path).startswith("SHA256SUMS is a Git LFS pointer")
+    (tmp_path / checksums.CHECKSUMS).write_bytes(sums)
+    assert checksums.find_damage(tmp_path) is None
 
 
 def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch):
@@ -120,7 +120,7 @@ def test_a_whole_directory_does_not_replace_another(tmp_path):
     (output / "key.json").touch()
     with (
         pytest.raises(ValueError, match="is not empty: give another directory"),
-        storage.whole_directory(output, "making a study in"),
+        locks.whole_directory(output, "making a study in"),
     ):
         pytest.fail("the work began")
     assert [path.name for path in tmp_path.iterdir()] == ["study"]

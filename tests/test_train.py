@@ -20,8 +20,8 @@ import pytest
 
 from imagen_jax import cli, exit_codes, schema, train
 from imagen_jax.distributed.watch import Watch
+from imagen_jax.locks import only_process
 from imagen_jax.run_log import VALIDATION, read_metrics
-from imagen_jax.storage import only_process
 from imagen_jax.training.run import Run
 from imagen_jax.weights.checkpoint import load_params
 from tests import tiny, xla

@@ -36,7 +36,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from imagen_jax import cli
+from imagen_jax import cli, output_paths
 from imagen_jax.data.prepare import passes
 from imagen_jax.data.prepare.work_directory import work_directory
 from imagen_jax.data.sources.source import SourceItem
@@ -143,7 +143,7 @@ def main() -> int:
     counts = [int(text) for text in args.items if text.isascii() and text.isdigit() and int(text)]
     if len(counts) != len(args.items) or not counts:
         raise ValueError(f"--items {','.join(args.items)}: give whole numbers above 0")
-    cli.make_directory("output", args.output)
+    output_paths.make_directory("output", args.output)
     output, rows = Path(args.output), {}
     if args.open_only:
         rows = {row["items"]: row for row in read_json(output / RESULT)}

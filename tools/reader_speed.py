@@ -30,7 +30,7 @@ from typing import Any
 
 from absl import flags
 
-from imagen_jax import cli
+from imagen_jax import cli, output_paths
 from imagen_jax.run_log import Progress
 from imagen_jax.storage import write_json
 
@@ -65,14 +65,14 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         raise ValueError(f"{len(arguments)} directories are given; give one: DATA")
     data, sizes = Path(arguments[0]), _sizes(args.sizes)
-    cli.check_directory("make" if args.make else "output", str(data))
+    output_paths.check_directory("make" if args.make else "output", str(data))
     if args.make:
         from tools.reading import fixture
 
         stored = [size for size in sizes if size < args.side]
         fixture.make(data, args.images, args.side, stored, args.text_dim)
         return 0
-    cli.check_file("output", args.output)
+    output_paths.check_file("output", args.output)
     if args.cores > (available := len(os.sched_getaffinity(0))):
         raise ValueError(f"--cores {args.cores}: only {available} are available")
     readings = plan(data, sizes, args.batch_size, args.workers, baseline_available())

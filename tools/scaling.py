@@ -28,7 +28,7 @@ from typing import Any
 
 from absl import flags
 
-from imagen_jax import cli
+from imagen_jax import cli, output_paths
 from imagen_jax.hardware import topology
 from imagen_jax.pictures import figure_png
 from imagen_jax.storage import write_atomically, write_json
@@ -86,7 +86,7 @@ def _main(argv: Sequence[str]) -> int:
         if field.startswith("--config.data.batch_size="):
             sys.exit(cli.fail("--config.data.batch_size: the batch follows from --rows or --batch"))
     cli.log_to_stderr()
-    cli.check_directory("output", options.output)
+    output_paths.check_directory("output", options.output)
     sizes = options.chips.split(",")
     if not all(text.isascii() and text.isdigit() and int(text) for text in sizes):
         raise ValueError(f"--chips {options.chips}: give whole numbers above 0, such as 8,64,512")

@@ -30,18 +30,13 @@ from typing import Any
 
 import numpy as np
 
+from imagen_jax.checksums import sha256_file
 from imagen_jax.data import caption_records
 from imagen_jax.data.caption_records import CaptionRow, canonical, serialize_caption
 from imagen_jax.data.manifest_fields import check_fields, check_shards
 from imagen_jax.data.shard_reader import ShardReader
 from imagen_jax.data.text_checks import TextChecks
-from imagen_jax.storage import (
-    check_local,
-    disk_errors,
-    read_object,
-    sha256_file,
-    temporary_name,
-)
+from imagen_jax.storage import check_local, disk_errors, read_object, temporary_name
 from imagen_jax.text_inputs import TextFeatures, TextInput
 
 FORMAT_VERSION = 1

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax.storage import is_away, sha256_file
+from imagen_jax.checksums import sha256_file
+from imagen_jax.storage import is_away
 
 # Seconds between attempts to read a record after a transient file-system error.
 PAUSES_S = (1.0, 5.0, 25.0)

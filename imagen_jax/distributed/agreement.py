@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from imagen_jax.buckets import AnyPath
 from imagen_jax.distributed import startup
-from imagen_jax.storage import only_process, read_object, write_json
+from imagen_jax.locks import only_process
+from imagen_jax.storage import absolute, read_object, write_json
 
 # Twenty days. A lost process ends the wait earlier; watch.py names one that is stuck.
 FOR_EVER_MS = 1000 * 60 * 60 * 24 * 20
@@ -90,7 +92,7 @@ def check_in_first(check: Callable[[], None]) -> None:
         raise ValueError(fault)
 
 
-def check_shared(directory: Path, patience_s: float = PATIENCE_S) -> None:
+def check_shared(directory: AnyPath, patience_s: float = PATIENCE_S) -> None:
     """Raises ValueError in all processes unless `directory` is the same directory for all.
 
     Process 0 writes hosts.json there, and the others look for it for up to `patience_s` seconds.
@@ -117,13 +119,13 @@ def check_shared(directory: Path, patience_s: float = PATIENCE_S) -> None:
 
 
 @contextlib.contextmanager
-def agreed_output(output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+def agreed_output(output: AnyPath, settings: Mapping[str, Any]) -> Iterator[None]:
     """Locks the output directory for this run while the context lasts.
 
     Raises ValueError in all processes if they differ in `settings`, or in the directory.
     """
     facts = {name: json.dumps(value) for name, value in settings.items()}
-    check({"--output": str(output.absolute())} | facts)
+    check({"--output": str(absolute(output))} | facts)
     with contextlib.ExitStack() as stack:
         if is_first():
             stack.enter_context(only_process(output, "using"))
@@ -131,7 +133,7 @@ def agreed_output(output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def _start(path: Path) -> str:
+def _start(path: AnyPath) -> str:
     """The token in hosts.json; "" if the file is missing, or not yet all of it is visible."""
     try:
         return read_object(path, {"start": str})["start"]

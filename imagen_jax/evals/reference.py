@@ -14,10 +14,11 @@ import numpy as np
 from jaxtyping import Float32
 
 from imagen_jax import __version__
+from imagen_jax.checksums import sha256_file
 from imagen_jax.evals.distances.moments import Statistics
 from imagen_jax.evals.networks.network import FeatureNetwork
 from imagen_jax.evals.real_images import RealImages
-from imagen_jax.storage import check_local, sha256_file, write_arrays
+from imagen_jax.storage import check_local, write_arrays
 
 # Fields of a network's identity that determine its features.
 SAME_NETWORK = ("network", "preprocessing", "dim", "weights_sha256")

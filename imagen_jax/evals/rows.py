@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 
 from imagen_jax import schema
+from imagen_jax.checksums import sha256_file
 from imagen_jax.data import pipeline
 from imagen_jax.data.example_text import EvaluationText
 from imagen_jax.data.records import SPLITS, open_once
 from imagen_jax.diffusion import conditioning
 from imagen_jax.evals import statistics
-from imagen_jax.storage import sha256_file
 from imagen_jax.text_inputs import is_text
 
 CONTROLS = ("shuffled", "null")  # another row's caption or low-res image; none at all

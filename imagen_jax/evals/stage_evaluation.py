@@ -43,6 +43,7 @@ from imagen_jax.weights.checkpoint import (
     read_params,
 )
 from imagen_jax.weights.leaves import check_fit
+from imagen_jax.weights.retention import Retention
 
 POLL_S = 10.0
 RESULT, ROWS, CURVES = "evaluation.json", "rows.npz", "loss.png"
@@ -325,7 +326,10 @@ class Follower:
     def __init__(self, workdir: Path, output: Path, minutes: float, poll_s: float):
         """For the arguments see `follow`."""
         # Used only to list steps. It never saves, so `keep` has no effect.
-        self._checkpoints, self._workdir = Checkpoints(workdir / "checkpoints", keep=1), workdir
+        self._checkpoints, self._workdir = (
+            Checkpoints(workdir / "checkpoints", Retention(1)),
+            workdir,
+        )
         output.mkdir(parents=True, exist_ok=True)
         self._done, self.evaluated = history.steps(output / history.FILE), 0
         self._minutes, self._poll_s, self._tried = minutes, poll_s, False

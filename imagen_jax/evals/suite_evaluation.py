@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from imagen_jax import cascade, drawing, picture_set
+from imagen_jax.checksums import sha256_file
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import (
     data_suite,
@@ -30,7 +31,7 @@ from imagen_jax.evals import (
 )
 from imagen_jax.evals.distances import clip_score
 from imagen_jax.evals.suite_settings import Identities, Settings, check_networks
-from imagen_jax.storage import check_outputs, sha256_file, write_json
+from imagen_jax.storage import check_outputs, write_json
 
 RESULT = "evaluation.json"
 FILES = (RESULT, suite_figures.EXTRAPOLATION, suite_figures.CATEGORIES)

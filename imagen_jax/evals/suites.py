@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from imagen_jax.checksums import sha256_file
 from imagen_jax.data.sources import caption_files, coco
 from imagen_jax.data.sources.caption_files import Caption
 from imagen_jax.evals.real_images import SUFFIXES
-from imagen_jax.storage import check_local, sha256_file
+from imagen_jax.storage import check_local
 
 EMBEDDED = "imagen_jax/assets/suites/embedded.csv"
 COCO = "coco"

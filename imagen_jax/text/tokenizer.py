@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from imagen_jax.caption_text import is_text
-from imagen_jax.storage import check_content, read_json, sha256_file
+from imagen_jax.checksums import sha256_file
+from imagen_jax.storage import check_content, read_json
 
 EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")  # read by transformers if present
 

@@ -4,16 +4,15 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from imagen_jax import run_log
+from imagen_jax.buckets import AnyPath
 from imagen_jax.distributed import agreement
+from imagen_jax.run_log import BAD_STEPS, MetricsWriter
 from imagen_jax.storage import write_json
 
-BAD_STEPS = "bad_steps.jsonl"
 SPAN = 1000  # consecutive steps in which at most train.max_skips are skipped
 # {array of a batch: its name in the records}; `set` only with data.mixture.
 IDS = {"index": "images", "caption_id": "captions", "set": "sets"}
@@ -41,20 +40,17 @@ class BadSteps:
         self,
         config: Mapping[str, Any],
         rows: Sequence[int],
-        workdir: Path,
-        done: int,
+        workdir: AnyPath,
+        writer: MetricsWriter,
         skipped: Sequence[int],
     ):
         """config: of the run. rows: of the global batch, which this process reads.
 
-        done: the number of steps before those of this process; records of later ones are dropped.
-        skipped: from the checkpoint.
+        writer: writes in process 0 only. skipped: from the checkpoint.
         """
         self._seed, self._most = config["seed"], config["train"]["max_skips"]
-        self._rows, self._workdir, self.skipped = list(rows), workdir, list(skipped)
-        self._path = workdir / BAD_STEPS
-        if jax.process_index() == 0:
-            run_log.truncate(self._path, done)
+        self._rows, self._workdir, self._writer = list(rows), workdir, writer
+        self._path, self.skipped = workdir / BAD_STEPS, list(skipped)
 
     def see(self, step: int, values: dict[str, Any], ids: Ids) -> bool:
         """Whether a step was skipped. Removes the metrics of `step.decide` from `values`.
@@ -85,9 +81,7 @@ class BadSteps:
         text = "step %d is %s and was %s: loss %.4g, %s; its images are in %s"
         kind = "a spike of the gradient" if row["reason"] == "spike" else row["reason"]
         log.warning(text, *(row["step"], kind, row["action"], row["loss"], shown, self._path))
-        if jax.process_index() == 0:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        self._writer.bad_step(row)
 
     def _count(self, step: int) -> None:
         """Counts a skipped step. Raises FloatingPointError if it is one too many."""

@@ -3,13 +3,13 @@
 import collections
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from imagen_jax import run_log
+from imagen_jax.buckets import AnyPath
 from imagen_jax.stage_sizes import Size
 from imagen_jax.training.bad_step_log import BadSteps, ids_of
 from imagen_jax.training.bad_steps import Rules
@@ -36,20 +36,20 @@ class TrainingMetrics:
     def __init__(
         self,
         run: Run,
-        workdir: Path,
+        workdir: AnyPath,
         done: int,
         unlogged: list[Entry],
         skipped_steps: Sequence[int],
         progress: run_log.Progress,
     ):
         self._run, self._progress = run, progress
-        self._bad_steps = BadSteps(run.config, run.rows, workdir, done, skipped_steps)
         self._may_skip = Rules.of(run.config["train"]).may_skip
         self._queue: collections.deque = collections.deque()
         self._last_step, self._draining, self.unlogged = done, False, list(unlogged)
         self._buckets: list[Size] = []  # of the steps since the clock was read
         first = jax.process_index() == 0
         self.writer = run_log.MetricsWriter(workdir, done - len(unlogged), first, validated=done)
+        self._bad_steps = BadSteps(run.config, run.rows, workdir, self.writer, skipped_steps)
         self.clock = run_log.StepClock(run.config["data"]["batch_size"], done)
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from imagen_jax import cascade, encoder_identity, schema, sharding
+from imagen_jax import encoder_identity, schema, sharding
 from imagen_jax.data import pipeline
 from imagen_jax.data.example_text import EvaluationText, StoredFeatures, read_stored
 from imagen_jax.data.records import Prepared
@@ -24,7 +24,7 @@ from imagen_jax.text_inputs import UNNAMED, TextInput, is_text, text_inputs
 from imagen_jax.training import state
 from imagen_jax.training.bad_steps import Rules
 from imagen_jax.training.step import TrainProgram, forward_flops
-from imagen_jax.weights import checkpoint
+from imagen_jax.weights.checkpoint import Checkpoints
 
 log = logging.getLogger("imagen_jax.train")
 
@@ -114,31 +114,10 @@ class Run:
         ):
             log.warning("not sharded: %s", line)
 
-    def fresh_state(self, init_from: str = "") -> tuple[state.TrainState, dict[str, Any]]:
-        """(initial training state, origin of its weights to store in checkpoints).
-
-        init_from: the initial weights, as for `cascade.resolve`, copied to parameters and EMA; ""
-        for random parameters. Raises ValueError if the weights do not fit the model or the text
-        encoder of the data.
-        """
-        program = self.program
-        initial = state.create_state(
-            program.stage, program.optimizer, self.config["seed"], program.shardings
-        )
-        if not init_from:
-            return initial, {}
-        params, meta = checkpoint.load_params(cascade.resolve(init_from))
-        theirs, ours = map(encoder_identity.from_record, (meta["encoder"], self.meta["encoder"]))
-        names = [text_input.name for text_input in program.stage.texts]
-        remedy = "use weights that were trained with the data's text encoder"
-        encoder_identity.check_same(names, theirs, ours, f"{init_from} and the data", remedy)
-        origin = {name: meta[name] for name in ("step", "which", "sha256")} | {"path": init_from}
-        return state.with_params(initial, params, program.shardings), {"init_from": origin}
-
     def restore(
-        self, checkpoints: checkpoint.Checkpoints, step: int, saved: Mapping[str, Any]
+        self, checkpoints: Checkpoints, step: int, saved: Mapping[str, Any]
     ) -> state.TrainState:
-        """The state of a checkpoint of this run.
+        """The state of a checkpoint of this run, or of one that this run is forked from.
 
         saved: its meta. A window of gradient norms that it lacks starts empty.
         """

@@ -109,12 +109,17 @@ def restore(
 def with_params(state: TrainState, params: Any, shardings: TrainState) -> TrainState:
     """`state` with other parameters, which are also copied to every EMA.
 
+    params: arrays of the host, or of `state` itself.
+
     Raises ValueError with the first leaf that is missing, unexpected or of another shape.
     """
     check_fit(params, state.params)
-    to_devices = lambda tree: jax.device_put(
-        jax.tree.map(lambda p, old: p.astype(old.dtype), params, state.params), tree
-    )
+
+    def copied(p: Any, old: Any) -> Any:
+        # The step donates the whole state, and a buffer cannot be donated twice.
+        return jnp.copy(p) if isinstance(p, jax.Array) else p.astype(old.dtype)
+
+    to_devices = lambda tree: jax.device_put(jax.tree.map(copied, params, state.params), tree)
     more = tuple(map(to_devices, shardings.ema_tracks))
     return state.replace(
         params=to_devices(shardings.params), ema=to_devices(shardings.ema), ema_tracks=more

@@ -27,6 +27,7 @@ from imagen_jax.evals.evaluation import Probe, training_loss, x_hat_error
 from imagen_jax.evals.measures import x_error
 from imagen_jax.evals.noise_bins import TrainingBins
 from imagen_jax.evals.rows import CONTROLS, ConditionedRows, ReadRows, Settings, choose
+from imagen_jax.run_fields import MEASURES
 from imagen_jax.stage import Params, Stage
 from imagen_jax.training.state import TrainState
 
@@ -100,6 +101,11 @@ class Validation:
             if step > self._warmup and (problem := ignored_inputs(row, f"{self.split}/params")):
                 log.warning("validation of step %d: %s", step, problem)
         return row
+
+    def measures(self, row: Mapping[str, float]) -> dict[str, float]:
+        """The measures by which checkpoints can be kept, of a row by `run`."""
+        names = {name: f"{self.split}/{name}" for name in MEASURES}
+        return {name: row[key] for name, key in names.items() if key in row}
 
     def _calls(self, rows: ReadRows) -> int:
         """How often `_measure` calls `tick`."""

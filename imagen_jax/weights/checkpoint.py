@@ -7,10 +7,10 @@
     workdir/checkpoints/1200/SHA256SUMS    checksums of all other files of the directory;
                                            `sha256sum -c SHA256SUMS` checks it without Python
 
-A save writes to "1200.writing" and renames it when all files, SHA256SUMS last, have reached the
-disk. A deletion first renames to "1200.deleting". So a kill at any moment leaves a complete
-checkpoint or a directory that readers ignore. SHA256SUMS detects later damage: orbax restores most
-flipped bits without an error. The directory must be on a POSIX file system.
+SHA256SUMS is written when all other files have been stored, and deleted first. So a kill at any
+moment leaves a complete checkpoint or a directory that readers ignore, on a local file system and
+in a bucket, which cannot rename directories (see `step_directories`). SHA256SUMS also detects later
+damage: orbax restores most flipped bits without an error.
 """
 
 import concurrent.futures
@@ -19,29 +19,27 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from imagen_jax.buckets import AnyPath, bucket_errors
+from imagen_jax.checksums import CHECKSUMS, find_damage, seal, sha256_file
 from imagen_jax.distributed import agreement
 from imagen_jax.exit_codes import HardwareFault
 from imagen_jax.storage import (
-    CHECKSUMS,
     FREE_SPACE,
-    check_local,
+    absolute,
+    as_path,
     check_utf8,
     disk_limit,
-    find_damage,
-    flush,
-    seal,
-    sha256_file,
+    remove,
+    write_atomically,
 )
-from imagen_jax.weights import step_directories
+from imagen_jax.weights import retention, step_directories
 from imagen_jax.weights.exports import check_which, read_export
 from imagen_jax.weights.leaves import (
     FORMAT_VERSION,
@@ -56,8 +54,8 @@ from imagen_jax.weights.leaves import (
     to_json,
     unflatten,
 )
+from imagen_jax.weights.retention import META, Retention
 
-META = "meta.json"
 RAISED_EVERYWHERE = (FloatingPointError, HardwareFault)  # by all processes at the same step
 
 log = logging.getLogger(__name__)
@@ -72,17 +70,14 @@ class Checkpoints:
     save, the save never completes, because orbax's thread pools no longer accept work.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int):
-        """directory: created by the first save. keep: the number of newest checkpoints to keep.
+    def __init__(self, directory: str | os.PathLike, retention: Retention):
+        """directory: created by the first save. retention: which checkpoints stay.
 
-        Raises ValueError if `directory` is a URL or `keep` is less than 1.
+        Raises ValueError if `directory` is a URL of an unknown scheme.
         """
-        check_local("checkpoint directory", directory)
         check_utf8("checkpoint directory", directory)
-        if keep < 1:
-            raise ValueError(f"keep={keep} would delete every checkpoint; it must be at least 1")
-        self.directory = Path(directory).absolute()
-        self.keep = keep
+        self.directory = absolute(as_path("checkpoint directory", directory))
+        self._retention = retention
         self._verified: int | None = None  # verified by `latest_good` and not yet restored
         self._damaged: set[int] = set()
         self._saving: tuple[int, concurrent.futures.Future] | None = None
@@ -93,7 +88,13 @@ class Checkpoints:
         """The steps that have a directory, oldest first. `latest_good` checks their content."""
         return step_directories.steps(self.directory)
 
-    def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: Tree,
+        meta: Mapping[str, Any],
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
         """Starts an asynchronous save. Returns as soon as `state` has been copied to the host.
 
         The caller may then donate its arrays. Waits for the previous save. Does nothing for the
@@ -101,7 +102,8 @@ class Checkpoints:
         "<step>.damaged".
 
         state: pytree of arrays, none of size zero; no key contains "/". meta: JSON; `restore`
-        returns it with `step` and `format_version` added.
+        returns it with `step` and `format_version` added. before_commit: called in process 0 before
+        the checkpoint becomes complete, in another thread, to store what a resume from it needs.
 
         Raises:
             ValueError: a leaf cannot be stored, `meta` is not JSON, or an intact checkpoint of
@@ -113,7 +115,11 @@ class Checkpoints:
             return
         leaves = flatten(state)
         document = _document(step, leaves, meta)
-        self._make_room(step)
+        if reason := self._make_room(step):
+            failed = concurrent.futures.Future()
+            failed.set_exception(OSError(reason))
+            self._saving = step, failed
+            return
         if self._thread is None:
             self._thread = concurrent.futures.ThreadPoolExecutor(
                 max_workers=1, thread_name_prefix="checkpoint"
@@ -123,8 +129,11 @@ class Checkpoints:
         context = ocp.Context()
         context.array.saving.use_compression = False
         with context, jax.transfer_guard("allow"):
-            response = ocp.save_async(self._path(step, "writing"), leaves)
-        self._saving = step, self._thread.submit(self._commit, step, response.result, document)
+            response = ocp.save_async(self.directory / str(step), leaves)
+        self._saving = (
+            step,
+            self._thread.submit(self._commit, step, response.result, document, before_commit),
+        )
 
     def wait(self) -> None:
         """Waits for the save in progress.
@@ -211,44 +220,49 @@ class Checkpoints:
             jax.tree.structure(abstract_state), [loaded[path] for path in wanted]
         ), _meta(document)
 
-    def _path(self, step: int, suffix: str) -> Path:
-        return self.directory / f"{step}.{suffix}"
-
-    def _make_room(self, step: int) -> None:
-        """Removes leftovers of killed processes and renames a damaged directory of `step`."""
+    def _make_room(self, step: int) -> str:
+        """Removes leftovers of killed processes, renames a damaged directory of `step`, and
+        announces the save. Returns why that failed, "" if it did not.
+        """
         target = self.directory / str(step)
-        exists = jax.process_index() == 0 and target.exists()
+        exists = jax.process_index() == 0 and step in self.steps()
         reason = find_damage(target) if exists else None
         if agreement.gather("intact" if exists and reason is None else "")[0]:
             raise ValueError(
                 f"{target} already holds an intact checkpoint; delete it, or use another workdir"
             )
+        failure = ""
         if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if reason is not None:
-                step_directories.keep_aside(target, reason)
-                self._damaged.discard(step)
-            for leftover in sorted(self.directory.iterdir()):
-                if re.fullmatch(r"\d+\.(writing|deleting).*", leftover.name):
-                    log.warning("removing %s, left by an interrupted run", leftover)
-                    shutil.rmtree(leftover)
-        agreement.gather()  # no process writes before the leftovers are removed
+            try:
+                if reason is not None:
+                    step_directories.keep_aside(target, reason)
+                    self._damaged.discard(step)
+                step_directories.remove_leftovers(self.directory)
+                write_atomically(step_directories.mark_path(self.directory, step, "writing"), b"")
+            except OSError as error:  # a full disk, which `wait` reports
+                failure = error.strerror or first_line(error)
+        # No process writes before the leftovers are removed.
+        return agreement.gather(failure)[0]
 
-    def _commit(self, step: int, written: Callable[[], None], document: str) -> None:
-        """Runs in the background: waits for orbax, seals and renames the directory, deletes old
-        checkpoints.
+    def _commit(
+        self,
+        step: int,
+        written: Callable[[], None],
+        document: str,
+        before_commit: Callable[[], None],
+    ) -> None:
+        """Runs in the background: waits for orbax, seals the directory, deletes old checkpoints.
 
         written: returns when orbax has written the arrays; raises its error.
         """
         written()
         if jax.process_index() != 0:
             return
-        writing = self._path(step, "writing")
-        (writing / META).write_text(document, encoding="utf-8")
-        seal(writing)
-        os.rename(writing, self.directory / str(step))
-        flush(self.directory)
-        step_directories.delete_old(self.directory, step, self.keep, self._damaged)
+        before_commit()
+        write_atomically(self.directory / str(step) / META, document.encode())
+        seal(self.directory / str(step))
+        remove(step_directories.mark_path(self.directory, step, "writing"))
+        step_directories.delete_old(self.directory, step, self._damaged, self._retention.to_delete)
 
 
 def load_params(
@@ -265,7 +279,7 @@ def load_params(
         holds one tree; "ema", the default, takes it whatever it is.
 
     Raises CheckpointError if `path` does not exist, is damaged or was not written by this package;
-    ValueError if the state or the exported file has no such tree, or `path` is a URL.
+    ValueError if the state or the exported file has no such tree.
     """
     if not re.fullmatch(r"ema|params|ema_[1-9]\d*", which):
         raise ValueError(f"weights {which!r} are unknown: choose ema, params, or ema_1, ema_2 ...")
@@ -274,26 +288,30 @@ def load_params(
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike) -> Iterator[Path]:
+def opened(path: str | os.PathLike) -> Iterator[AnyPath]:
     """The verified directory of one step, or the file, that `path` means.
 
-    path: a workdir or its checkpoints directory (its newest intact step), the directory of one
-    step, or a file by `export_params`. While the context lasts, a trainer does not delete the step.
+    path: a workdir or its checkpoints directory (its newest intact step), WORKDIR@STEP or
+    WORKDIR@best, the directory of one step, or a file by `export_params`. While the context lasts,
+    a trainer does not delete the step.
 
-    Raises CheckpointError if there is none or it is damaged, ValueError if `path` is a URL.
+    Raises CheckpointError if there is none or it is damaged.
     """
-    check_local("checkpoint", path)
     check_utf8("checkpoint", path)
-    path = Path(path).absolute()
-    if path.is_file():
+    workdir, step = split_step(absolute(as_path("checkpoint", path)))
+    path = workdir if step is None else step_parent(workdir) / str(step)
+    with bucket_errors(path):
+        is_file, has_checkpoints = path.is_file(), (path / "checkpoints").is_dir()
+        is_step = path.name.isdigit() and path.is_dir() and not has_checkpoints
+    if is_file:
         yield path
-    elif path.name.isdigit() and path.is_dir() and not (path / "checkpoints").is_dir():
+    elif is_step:
         with step_directories.marked(path):
             if reason := find_damage(path):
                 raise CheckpointError(f"checkpoint {path} cannot be used: {reason}")
             yield path
     else:
-        directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        directory = step_parent(path)
         with step_directories.marked_newest(directory) as step:
             if step is None:
                 raise CheckpointError(
@@ -303,7 +321,26 @@ def opened(path: str | os.PathLike) -> Iterator[Path]:
             yield directory / str(step)
 
 
-def read_params(path: Path, which: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_step(path: AnyPath) -> tuple[AnyPath, int | None]:
+    """(WORKDIR, STEP) of WORKDIR@STEP; WORKDIR@best is the step with the lowest measure.
+
+    (path, None) for a path without a step. Raises CheckpointError if there is no best step.
+    """
+    match = re.fullmatch(r"(.+)@(0|[1-9]\d*|best)", path.name)
+    if match is None or path.exists():
+        return path, None
+    workdir = path.with_name(match[1])
+    if match[2] != "best":
+        return workdir, int(match[2])
+    return workdir, retention.best_step(step_parent(workdir))
+
+
+def step_parent(path: AnyPath) -> AnyPath:
+    """The checkpoints directory that a workdir or this directory itself means."""
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+
+
+def read_params(path: AnyPath, which: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`load_params` of the result of `opened`, while that lasts, in any process."""
     if path.is_file():
         params, meta = read_export(path)
@@ -350,7 +387,7 @@ def _kinds(leaves: Iterable[str]) -> list[str]:
     return sorted(kinds)
 
 
-def _load(directory: Path, abstract: Mapping[str, Any], partial: bool) -> dict[str, Any]:
+def _load(directory: AnyPath, abstract: Mapping[str, Any], partial: bool) -> dict[str, Any]:
     """Reads arrays by path; each is a sharded jax.Array or a NumPy array, as in `abstract`."""
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
@@ -363,7 +400,7 @@ def _load(directory: Path, abstract: Mapping[str, Any], partial: bool) -> dict[s
         ) from error
 
 
-def _check_stored(directory: Path, specs: Mapping[str, Any]) -> None:
+def _check_stored(directory: AnyPath, specs: Mapping[str, Any]) -> None:
     """Raises CheckpointError naming the first leaf that orbax stored otherwise than meta.json says.
 
     orbax itself ignores the shape and converts to the dtype.

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,8 @@ import safetensors
 from jaxtyping import BFloat16
 from safetensors.numpy import save_file
 
-from imagen_jax.storage import check_local, flush, missing_content
+from imagen_jax.buckets import AnyPath
+from imagen_jax.storage import absolute, as_path, missing_content, written_whole
 from imagen_jax.weights import leaves
 
 log = logging.getLogger(__name__)
@@ -34,10 +34,10 @@ def export_params(params: leaves.Tree, meta: Mapping[str, Any], path: str | os.P
     The file's header holds `meta` and a checksum.
 
     Raises:
-        ValueError: a leaf is not floating point, `meta` is not JSON, or `path` is a URL.
+        ValueError: a leaf is not floating point, `meta` is not JSON, or `path` is a URL of an
+            unknown scheme.
     """
-    check_local("export", path)
-    path = Path(path).absolute()
+    path = absolute(as_path("export", path))
     arrays = {}
     for name, leaf in leaves.flatten(params).items():
         if not jax.numpy.issubdtype(leaf.dtype, np.floating):
@@ -48,19 +48,13 @@ def export_params(params: leaves.Tree, meta: Mapping[str, Any], path: str | os.P
     kept = {name: value for name, value in meta.items() if name not in NOT_EXPORTED}
     document = json.loads(leaves.to_json(kept | {"format_version": leaves.FORMAT_VERSION}))
     header = leaves.to_json({"meta": document, "sha256": _digest(arrays, document)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f"{path.name}.writing-{os.getpid()}")
-    try:
+    with written_whole(path) as writing:
         save_file(arrays, writing, metadata={HEADER_KEY: header})
         os.umask(mask := os.umask(0))
         writing.chmod(0o666 & ~mask)  # safetensors creates files that only the owner can read
-        flush(writing)
-        os.replace(writing, path)
-    finally:
-        writing.unlink(missing_ok=True)
 
 
-def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_export(path: AnyPath) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a file by `export_params`: (nested dict of bfloat16 numpy arrays, meta).
 
     `meta` also has "which" and the file's "sha256".
@@ -106,7 +100,7 @@ def read_export(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return leaves.unflatten(arrays), {"which": "exported"} | meta | {"sha256": sha256}
 
 
-def check_which(path: Path, held: str, which: str) -> None:
+def check_which(path: AnyPath, held: str, which: str) -> None:
     """Raises ValueError if an exported file holds other weights than `which`.
 
     held: the weights that the file holds, "exported" if it does not record them. "ema", the

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 
+from imagen_jax.buckets import AnyPath
 from imagen_jax.sharding import path_name
 from imagen_jax.storage import check_object, read_json
 
@@ -21,7 +21,7 @@ class CheckpointError(ValueError):
     """A checkpoint or export that is missing, incomplete, damaged, or could not be written."""
 
 
-def read_document(path: Path) -> dict[str, Any]:
+def read_document(path: AnyPath) -> dict[str, Any]:
     """The content of a checkpoint's meta.json: format_version, step, leaves, meta.
 
     Raises CheckpointError if it is not JSON, a field is missing or of a wrong type, or the format
@@ -55,7 +55,7 @@ def parse_dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def check_version(path: Path, document: Any) -> None:
+def check_version(path: AnyPath, document: Any) -> None:
     """Raises CheckpointError unless `document`, the content of `path`, has FORMAT_VERSION."""
     try:
         check_object(path, document, {"format_version": int}, REMEDY)
@@ -105,7 +105,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def check_leaves(directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_leaves(directory: AnyPath, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises ValueError naming the first leaf in which `stored` and `wanted` differ."""
     faults = []
     for path in sorted(stored.keys() | wanted.keys()):

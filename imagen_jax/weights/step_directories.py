@@ -1,13 +1,16 @@
-"""The step directories of a run: the newest intact one, marks of readers, and retention.
+"""The step directories of a run: the newest intact one, marks, and retention.
 
-A reader marks the step that it reads, so that the trainer of the run, in another process or on
-another machine, does not delete it:
+A step is complete when its SHA256SUMS, written last and deleted first, exists. Files beside its
+directory say what is being done with it:
 
-    workdir/checkpoints/1200.reading.HOST.PID.TOKEN
+    checkpoints/1200.writing                   a save that has not ended
+    checkpoints/1200.deleting                  a deletion that has not ended
+    checkpoints/1200.reading.HOST.PID.TOKEN    a reader, so that the trainer, in another process or
+                                               on another machine, does not delete the step
 
-The reader holds a lock on this file and renews its time. A mark counts while its lock is held. Some
-network file systems do not share locks between machines: there, a mark of another host also counts
-until EXPIRY_S after it was last renewed. So a killed reader does not keep a checkpoint for ever.
+A reader holds a lock on its mark and renews its time. A mark counts while its lock is held. Buckets
+and some network file systems have no locks that machines share: there, a mark also counts until
+EXPIRY_S after it was last renewed. So a killed reader does not keep a checkpoint for ever.
 """
 
 import contextlib
@@ -15,37 +18,60 @@ import fcntl
 import logging
 import os
 import re
-import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Sequence
 
-from imagen_jax.storage import LOCK_ATTEMPTS, find_damage, try_lock
+from imagen_jax.buckets import AnyPath, bucket_errors, in_bucket
+from imagen_jax.checksums import CHECKSUMS, find_damage, is_sealed
+from imagen_jax.locks import try_lock
+from imagen_jax.storage import entry_names, remove, temporary_name, write_atomically
 from imagen_jax.weights.leaves import CheckpointError
 
 RENEW_S = 20.0
 EXPIRY_S = 300.0
-MARK = re.compile(r"(0|[1-9]\d*)\.reading\.(.+)\.\d+\.[0-9a-f]+")
+DECISION_S = 10.0  # in which a trainer that deletes a step looks for readers
+STEP = re.compile(r"0|[1-9]\d*")
+# Older versions wrote and deleted directories of these names; the last ones are of orbax.
+UNFINISHED = re.compile(r"(0|[1-9]\d*)\.(?:writing|deleting|orbax-checkpoint-tmp).*")
+MARK = re.compile(r"(0|[1-9]\d*)\.reading\.(.+)\.(\d+)\.[0-9a-f]+")
 log = logging.getLogger("imagen_jax.weights.checkpoint")
 
 
-def steps(directory: Path) -> list[int]:
-    """The steps that have a directory, oldest first."""
-    if not directory.is_dir():
-        return []
-    return sorted(
-        int(p.name)
-        for p in directory.iterdir()
-        if re.fullmatch(r"0|[1-9]\d*", p.name) and p.is_dir()
-    )
+def steps(directory: AnyPath) -> list[int]:
+    """The steps that have a directory, oldest first, without those being written or deleted."""
+    names = entry_names(directory)
+    numbers = {name for name in names if STEP.fullmatch(name)}
+    begun = {m[1] for name in names if (m := UNFINISHED.fullmatch(name))} & numbers
+    # A mark may have outlived what it announced.
+    begun -= {name for name in begun if is_sealed(directory / name)}
+    found = sorted(int(name) for name in numbers - begun)
+    return found if in_bucket(directory) else [n for n in found if (directory / str(n)).is_dir()]
+
+
+def mark_path(directory: AnyPath, step: int, doing: str) -> AnyPath:
+    """The file that announces the writing or deletion of a step; doing: "writing", "deleting"."""
+    return directory / f"{step}.{doing}"
+
+
+def remove_leftovers(directory: AnyPath) -> None:
+    """Removes what killed processes have left: incomplete steps, marks, temporary directories.
+
+    Call it only in the trainer that holds the run.
+    """
+    for name in entry_names(directory):
+        if match := UNFINISHED.fullmatch(name):
+            log.warning("removing %s, left by an interrupted run", directory / name)
+            if not is_sealed(directory / match[1]):
+                remove(directory / match[1])
+            remove(directory / name)
 
 
 def newest_intact(
-    directory: Path,
+    directory: AnyPath,
     on_damaged: Callable[[int], None] = lambda step: None,
-    find_fault: Callable[[Path], str | None] | None = None,
+    find_fault: Callable[[AnyPath], str | None] | None = None,
 ) -> int | None:
     """The newest intact step in a checkpoints directory, None if it has no steps.
 
@@ -59,7 +85,7 @@ def newest_intact(
         reason = (find_fault or find_damage)(directory / str(step))
         if reason is None:
             return step
-        if not (directory / str(step)).exists():
+        if not _exists(directory / str(step)) or step not in steps(directory):
             continue
         log.warning("CHECKPOINT REJECTED: %s is not used, %s", directory / str(step), reason)
         on_damaged(step)
@@ -72,10 +98,15 @@ def newest_intact(
     return None
 
 
-def keep_aside(directory: Path, reason: str) -> None:
+def _exists(path: AnyPath) -> bool:
+    with bucket_errors(path):
+        return path.exists()
+
+
+def keep_aside(directory: AnyPath, reason: str) -> None:
     """Renames a damaged step directory that a save needs to replace."""
     aside, n = directory.with_name(f"{directory.name}.damaged"), 1
-    while aside.exists():
+    while _exists(aside):
         n += 1
         aside = directory.with_name(f"{directory.name}.damaged_{n}")
     log.warning(
@@ -84,11 +115,12 @@ def keep_aside(directory: Path, reason: str) -> None:
         reason,
         aside.name,
     )
-    os.rename(directory, aside)
+    with bucket_errors(directory):
+        directory.rename(aside)
 
 
 @contextlib.contextmanager
-def marked(directory: Path, renew_s: float = RENEW_S) -> Iterator[None]:
+def marked(directory: AnyPath, renew_s: float = RENEW_S) -> Iterator[None]:
     """Marks a step directory as read while the context lasts.
 
     A directory that this process must not write to is read without a mark.
@@ -98,27 +130,51 @@ def marked(directory: Path, renew_s: float = RENEW_S) -> Iterator[None]:
     mark = directory.with_name(name)
     with contextlib.ExitStack() as stack:
         try:
-            with _exclusive(directory.parent, wait=True):
-                file = stack.enter_context(open(mark, "w"))
-                stack.callback(mark.unlink, missing_ok=True)
-                with contextlib.suppress(OSError):  # a file system without locks
-                    try_lock(file, fcntl.LOCK_EX)
+            stack.enter_context(_created(mark))
             ended = threading.Event()
-            renewal = threading.Thread(target=_renew, args=(mark, ended, renew_s), daemon=True)
+            renewal = threading.Thread(
+                target=_renew_until, args=(mark, ended, renew_s), daemon=True
+            )
             renewal.start()
             stack.callback(renewal.join)
             stack.callback(ended.set)
         except OSError as error:
             log.info("%s is read without a mark for its trainer: %s", directory, error)
+        _wait_for_deletion(directory)
         yield
 
 
 @contextlib.contextmanager
-def marked_newest(directory: Path) -> Iterator[int | None]:
+def _created(mark: AnyPath) -> Iterator[None]:
+    """Creates a mark, on a local file system with a lock, and removes it at the end."""
+    with contextlib.ExitStack() as stack:
+        if in_bucket(mark):
+            _renew(mark)
+        else:
+            # The lock comes before the name: a mark without one does not count.
+            unnamed = temporary_name(mark)
+            file = stack.enter_context(open(unnamed, "w"))
+            with contextlib.suppress(OSError):  # a file system without locks
+                try_lock(file, fcntl.LOCK_EX)
+            os.rename(unnamed, mark)
+        stack.callback(_remove_mark, mark)
+        yield
+
+
+def _wait_for_deletion(directory: AnyPath) -> None:
+    """Waits while the trainer decides whether it deletes a step that was marked meanwhile."""
+    deleting = mark_path(directory.parent, int(directory.name), "deleting")
+    end = time.monotonic() + DECISION_S
+    while _exists(deleting) and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def marked_newest(directory: AnyPath) -> Iterator[int | None]:
     """The result of `newest_intact`, marked as read from before its verification on."""
     with contextlib.ExitStack() as stack:
 
-        def find_fault(candidate: Path) -> str | None:
+        def find_fault(candidate: AnyPath) -> str | None:
             with contextlib.ExitStack() as reading:
                 reading.enter_context(marked(candidate))
                 reason = find_damage(candidate)
@@ -129,38 +185,64 @@ def marked_newest(directory: Path) -> Iterator[int | None]:
         yield newest_intact(directory, find_fault=find_fault)
 
 
-def _renew(mark: Path, ended: threading.Event, renew_s: float) -> None:
-    """Sets the time of a mark again and again until `ended`."""
+def _renew(mark: AnyPath) -> None:
+    """Sets the time of a file to now; creates it if it is missing."""
+    if in_bucket(mark):
+        write_atomically(mark, b"")
+    else:
+        mark.touch()
+
+
+def _renew_until(mark: AnyPath, ended: threading.Event, renew_s: float) -> None:
+    """Renews a mark again and again until `ended`."""
     while not ended.wait(renew_s):
         with contextlib.suppress(OSError):  # the file system may answer the next time
-            os.utime(mark)
+            _renew(mark)
 
 
-def is_read(directory: Path) -> bool:
+def _remove_mark(mark: AnyPath) -> None:
+    try:
+        remove(mark)
+    except OSError as error:
+        log.info("%s was not removed, it expires: %s", mark, error)
+
+
+def is_read(directory: AnyPath) -> bool:
     """Whether a reader has marked a step directory. Removes marks that no longer count."""
     found = False
-    for mark in directory.parent.glob(f"{directory.name}.reading.*"):
-        with contextlib.suppress(FileNotFoundError):  # the reader has just ended
-            if _counts(mark):
-                found = True
-            else:
-                mark.unlink()
+    for name in entry_names(directory.parent):
+        if name.startswith(f"{directory.name}.reading."):
+            mark = directory.with_name(name)
+            with contextlib.suppress(FileNotFoundError):  # the reader has just ended
+                if _counts(mark):
+                    found = True
+                else:
+                    remove(mark)
     return found
 
 
-def _counts(mark: Path) -> bool:
-    with open(mark) as file:
-        if not _free(file):
-            return True
-    match = MARK.fullmatch(mark.name)
-    if match is None or match[2] == socket.gethostname():
-        return False
-    # The file server's clock, not those of two machines: the time of a file written now.
+def _counts(mark: AnyPath) -> bool:
+    if not in_bucket(mark):
+        with open(mark) as file:
+            if not _free(file):
+                return True
+        match = MARK.fullmatch(mark.name)
+        if match is None or match[2] == socket.gethostname():
+            return False
+    # The clock of the file server, not those of two machines: the time of a file written now.
     probe = mark.with_name(f".now.{os.getpid()}")
-    probe.touch()
-    now = probe.stat().st_mtime
-    probe.unlink()
-    return now - mark.stat().st_mtime < EXPIRY_S
+    _renew(probe)
+    try:
+        return _changed(probe) - _changed(mark) < EXPIRY_S
+    finally:
+        remove(probe)
+
+
+def _changed(path: AnyPath) -> float:
+    """The time of a file's last change, in seconds, by the clock of its file server."""
+    with bucket_errors(path):
+        stat = path.stat()
+    return stat.mtime if in_bucket(path) else stat.st_mtime
 
 
 def _free(file: object) -> bool:
@@ -171,46 +253,41 @@ def _free(file: object) -> bool:
         return True
 
 
-@contextlib.contextmanager
-def _exclusive(directory: Path, wait: bool) -> Iterator[None]:
-    """Keeps the readers that set a mark and the trainer that deletes apart.
+def delete_old(
+    directory: AnyPath,
+    newest: int,
+    damaged: Collection[int],
+    choose: Callable[[Sequence[int], AnyPath], list[int]],
+) -> None:
+    """Deletes the steps that `choose(intact steps, directory)` returns, except `newest`.
 
-    The lock is held for an instant. Without `wait`, raises BlockingIOError if it stays taken. A
-    file system that cannot lock a directory does without it: there, a step may be deleted at the
-    moment at which it is marked, which the reader reports.
+    Damaged steps are not deleted. A step that is being read stays until a later call. Errors are
+    logged.
     """
-    descriptor = os.open(directory, os.O_RDONLY)
+    intact = [step for step in steps(directory) if step <= newest and step not in damaged]
     try:
-        for attempt in range(LOCK_ATTEMPTS):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                break
-            except BlockingIOError:
-                if attempt == LOCK_ATTEMPTS - 1:
-                    raise
-                time.sleep(0.02)
-            except OSError:
-                break
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def delete_old(directory: Path, newest: int, keep: int, damaged: Collection[int]) -> None:
-    """Deletes old steps, so that `keep` intact steps up to `newest` remain.
-
-    Damaged steps are neither counted nor deleted. A step that is being read stays until a later
-    call. Errors are logged.
-    """
-    older = [step for step in steps(directory) if step < newest and step not in damaged]
-    for step in older[: max(0, len(older) - (keep - 1))]:
-        target, deleting = directory / str(step), directory / f"{step}.deleting"
+        old = [step for step in choose(intact, directory) if step != newest]
+    except (OSError, CheckpointError) as error:
+        log.warning("no old checkpoint of %s is deleted: %s", directory, error)
+        return
+    for step in old:
         try:
-            with _exclusive(directory, wait=False):
-                if is_read(target):
-                    log.info("old checkpoint %s is being read and stays for now", target)
-                    continue
-                os.rename(target, deleting)
-            shutil.rmtree(deleting)
+            delete(directory, step)
         except OSError as error:
-            log.warning("old checkpoint %s could not be deleted: %s", target, error)
+            log.warning("old checkpoint %s could not be deleted: %s", directory / str(step), error)
+
+
+def delete(directory: AnyPath, step: int) -> None:
+    """Deletes a step unless it is being read.
+
+    The trainer announces the deletion and then looks for marks; a reader sets its mark and then
+    looks for a deletion. So one of them sees the other.
+    """
+    target, deleting = directory / str(step), mark_path(directory, step, "deleting")
+    write_atomically(deleting, b"")
+    if is_read(target):
+        log.info("old checkpoint %s is being read and stays for now", target)
+    else:
+        remove(target / CHECKSUMS)
+        remove(target)
+    remove(deleting)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from imagen_jax.storage import CHECKSUMS, is_locked, only_process
+from imagen_jax.checksums import CHECKSUMS
+from imagen_jax.locks import is_locked, only_process
 from launch import platforms, status
 from tests.launch.conftest import job, options
 
@@ -208,8 +209,8 @@ def test_spans(seconds, text):
 def test_looking_does_not_disturb(tmp_path):
     """Catches a look at the lock that prevents a run from starting."""
     source = (
-        "import sys, time; from pathlib import Path; from imagen_jax import storage\nwhile True:"
-        " storage.is_locked(Path(sys.argv[1])); time.sleep(0.001)"
+        "import sys, time; from pathlib import Path; from imagen_jax import locks\nwhile True:"
+        " locks.is_locked(Path(sys.argv[1])); time.sleep(0.001)"
     )
     looking = subprocess.Popen([sys.executable, "-c", source, str(tmp_path)])
     try:

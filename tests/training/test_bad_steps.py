@@ -9,9 +9,10 @@ import pytest
 
 from imagen_jax import exit_codes, run_log
 from imagen_jax.distributed import agreement
+from imagen_jax.run_log import BAD_STEPS
 from imagen_jax.stage import create_stage
 from imagen_jax.training import bad_steps, optim
-from imagen_jax.training.bad_step_log import BAD_STEPS, SPAN, BadSteps, ids_of
+from imagen_jax.training.bad_step_log import SPAN, BadSteps, ids_of
 from imagen_jax.training.bad_steps import LEAST, WINDOW, Rules
 from imagen_jax.training.metrics import of_skipped, row_of
 from imagen_jax.training.state import initial_state
@@ -167,7 +168,7 @@ def test_a_row_is_made_of_applied_steps():
 
 def record(tmp_path, done=0, skipped=(), rows=(0, 1), **changes):
     config = tiny.config(train__on_bad_step="skip", seed=5, **changes)
-    return BadSteps(config, rows, tmp_path, done, skipped)
+    return BadSteps(config, rows, tmp_path, run_log.MetricsWriter(tmp_path, done), skipped)
 
 
 def values(**changes):

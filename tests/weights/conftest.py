@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from imagen_jax.weights.checkpoint import Checkpoints
+from imagen_jax.weights.retention import Retention
 from tests.weights.states import save
 
 
@@ -13,7 +14,7 @@ from tests.weights.states import save
 def two_steps(tmp_path_factory):
     """A directory with the checkpoints 10 and 20; to be copied before it is changed."""
     directory = tmp_path_factory.mktemp("saved") / "checkpoints"
-    save(Checkpoints(directory, keep=2), 10, 20)
+    save(Checkpoints(directory, Retention(2)), 10, 20)
     return directory
 
 

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from imagen_jax.weights.checkpoint import Checkpoints
+from imagen_jax.weights.retention import Retention
 
 META = {
     "config": {"seed": 3, "model": {"width": 64, "levels": [1, 2]}},
@@ -77,7 +78,7 @@ def save(checkpoints, *steps):
 def assert_restores(directory, step):
     """Asserts that the newest checkpoint is `step` and restores bit for bit."""
     state, abstract = shard(make_state(step))
-    checkpoints = Checkpoints(directory, keep=2)
+    checkpoints = Checkpoints(directory, Retention(2))
     assert checkpoints.latest_good() == step
     restored, meta = checkpoints.restore(step, abstract)
     assert_equal(restored, state)

@@ -9,8 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax import storage
+from imagen_jax import checksums
 from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints, load_params
+from imagen_jax.weights.retention import Retention
 from tests.weights.states import META, State, assert_equal, assert_restores, make_state, save, shard
 
 
@@ -18,7 +19,7 @@ def test_state_comes_back_exactly(two_steps):
     """Catches lost dtypes, optax tuples restored as lists, dropped empty states, lost meta."""
     assert_restores(two_steps, 20)
     state, abstract = shard(make_state(10))
-    restored, meta = Checkpoints(two_steps, keep=1).restore(10, abstract)
+    restored, meta = Checkpoints(two_steps, Retention(1)).restore(10, abstract)
     assert_equal(restored, state)
     assert meta["at"] == 10 and meta["config"] == META["config"]
     assert isinstance(restored, State) and isinstance(restored.opt_state, tuple)
@@ -29,7 +30,7 @@ def test_any_mesh_to_any_mesh(tmp_path, before, after):
     """Catches a restore with the saved sharding, and shards joined in the wrong order."""
     state, _ = shard(make_state(4), before)
     expected, abstract = shard(make_state(4), after)
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, Retention(1))
     checkpoints.save(4, state, META)
     checkpoints.wait()
     restored, _ = checkpoints.restore(4, abstract)
@@ -53,7 +54,7 @@ def test_each_ema_track_is_read_by_its_number(tmp_path):
         "ema": tree("ema"),
         "ema_tracks": (tree("first"), tree("second")),
     }
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, Retention(1))
     checkpoints.save(1, state, META)
     checkpoints.wait()
     result = {
@@ -73,7 +74,7 @@ def test_save_holds_what_the_state_was_at_the_call(tmp_path):
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     given, state = state, step(state)
     assert all(x.is_deleted() for x in given.values())
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, Retention(1))
     with jax.transfer_guard("disallow"):  # as in the training loop
         checkpoints.save(1, state, {})
         for _ in range(6):
@@ -95,7 +96,7 @@ def changed(abstract, change):
 
 def test_leaves_that_do_not_fit_are_named(two_steps):
     """Catches a restore that pads, cuts, casts or invents leaves, or an error without the path."""
-    checkpoints = Checkpoints(two_steps, keep=2)
+    checkpoints = Checkpoints(two_steps, Retention(2))
     _, abstract = shard(make_state(20))
     scale = abstract.params["text"]["norm.scale"]
 
@@ -125,7 +126,7 @@ def test_saving_twice(saved):
     """Catches a SIGTERM save that fails because the step exists, and an overwritten checkpoint of
     another run.
     """
-    checkpoints = Checkpoints(saved, keep=5)
+    checkpoints = Checkpoints(saved, Retention(5))
     state, abstract = shard(make_state(20))
     checkpoints.restore(20, abstract)
     checkpoints.save(20, state, META)
@@ -141,7 +142,7 @@ def test_saving_twice(saved):
 
 def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):
     """Catches a save that fails in the background: orbax waits 5 minutes for an empty array."""
-    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    checkpoints = Checkpoints(tmp_path / "c", Retention(1))
     x = jnp.zeros(2)
     cases = {
         "leaf a/b has shape .0, 3.": ({"a": {"b": jnp.zeros((0, 3))}}, {}),
@@ -153,9 +154,9 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):
         with pytest.raises(ValueError, match=message):
             checkpoints.save(1, state, meta)
     with pytest.raises(ValueError, match="keep=0"):
-        Checkpoints(tmp_path, keep=0)
-    with pytest.raises(ValueError, match="gs://bucket/run is a URL"):
-        Checkpoints("gs://bucket/run", keep=1)
+        Checkpoints(tmp_path, Retention(0))
+    with pytest.raises(ValueError, match="s3://bucket/run has the scheme s3://"):
+        Checkpoints("s3://bucket/run", Retention(1))
     assert not (tmp_path / "c").exists()
 
 
@@ -164,7 +165,7 @@ def test_format_of_a_later_version_is_refused(saved):
     document = json.loads((saved / "20" / "meta.json").read_text())
     (saved / "20" / "meta.json").write_text(json.dumps(document | {"format_version": 2}))
     (saved / "20" / "SHA256SUMS").unlink()
-    storage.seal(saved / "20")
+    checksums.seal(saved / "20")
     with pytest.raises(
         CheckpointError, match="has format 2; this version of imagen_jax reads format 1"
     ):

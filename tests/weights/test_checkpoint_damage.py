@@ -8,9 +8,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from imagen_jax import exit_codes, storage
+from imagen_jax import checksums, exit_codes, storage
 from imagen_jax.weights import checkpoint, step_directories
 from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints, load_params
+from imagen_jax.weights.retention import Retention
 from tests.weights.states import (
     assert_equal,
     assert_restores,
@@ -45,19 +46,19 @@ def test_damaged_checkpoint_is_never_used(two_steps, saved, kind, caplog):
             if target.exists() and target.read_bytes() == original.read_bytes():
                 continue  # an empty file has nothing to lose
             caplog.clear()
-            assert Checkpoints(saved, keep=2).latest_good() == 10, name
+            assert Checkpoints(saved, Retention(2)).latest_good() == 10, name
             (record,) = caplog.records
             assert record.levelno >= logging.WARNING and f"{saved}/20" in record.getMessage()
             assert name in record.getMessage() or name == "SHA256SUMS"
             shutil.copy2(original, target)
-    assert Checkpoints(saved, keep=2).latest_good() == 20
+    assert Checkpoints(saved, Retention(2)).latest_good() == 20
 
 
 def test_added_file_and_empty_directory_are_rejected(saved, caplog):
     """Catches a check of the listed files only, which an empty directory would pass."""
     (saved / "20" / "state" / "d" / "more").write_bytes(b"x")
     (saved / "30").mkdir()
-    assert Checkpoints(saved, keep=2).latest_good() == 10
+    assert Checkpoints(saved, Retention(2)).latest_good() == 10
     assert "state/d/more is not listed in SHA256SUMS" in caplog.text
 
 
@@ -70,7 +71,7 @@ def test_flipped_bit_would_be_restored_silently_without_the_checks(saved, monkey
     monkeypatch.setattr(checkpoint, "find_damage", lambda directory: None)
     state, abstract = shard(make_state(20))
     try:
-        restored, _ = Checkpoints(saved, keep=2).restore(20, abstract)
+        restored, _ = Checkpoints(saved, Retention(2)).restore(20, abstract)
     except CheckpointError:
         return  # orbax noticed this one
     with pytest.raises(AssertionError):
@@ -83,17 +84,17 @@ def test_restore_and_load_verify_a_named_step(saved):
     with pytest.raises(
         CheckpointError, match="20 cannot be used: meta.json does not match its checksum"
     ):
-        Checkpoints(saved, keep=2).restore(20, shard(make_state(20))[1])
+        Checkpoints(saved, Retention(2)).restore(20, shard(make_state(20))[1])
     with pytest.raises(CheckpointError, match="20 cannot be used: meta.json"):
         load_params(saved / "20")
     with pytest.raises(CheckpointError, match="15 cannot be used: .*No such file"):
-        Checkpoints(saved, keep=2).restore(15, shard(make_state(20))[1])
+        Checkpoints(saved, Retention(2)).restore(15, shard(make_state(20))[1])
     assert load_params(saved)[1]["step"] == 10
 
 
 def test_damage_after_the_save_is_seen_by_the_same_object(tmp_path):
     """Catches a writer that trusts its own checkpoint after the disk has damaged it."""
-    checkpoints = save(Checkpoints(tmp_path, keep=2), 10, 20)
+    checkpoints = save(Checkpoints(tmp_path, Retention(2)), 10, 20)
     flip_bit(tmp_path / "20" / "meta.json", np.random.default_rng(0))
     with pytest.raises(CheckpointError, match="meta.json"):
         checkpoints.restore(20, shard(make_state(20))[1])
@@ -105,8 +106,8 @@ def test_all_damaged_is_an_error_and_none_is_none(saved, tmp_path):
     for step in ("10", "20"):
         (saved / step / "SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint in .* is intact .20: .*SHA256SUMS"):
-        Checkpoints(saved, keep=2).latest_good()
-    assert Checkpoints(tmp_path / "nothing", keep=2).latest_good() is None
+        Checkpoints(saved, Retention(2)).latest_good()
+    assert Checkpoints(tmp_path / "nothing", Retention(2)).latest_good() is None
     with pytest.raises(CheckpointError, match="holds no checkpoint: give a workdir"):
         load_params(tmp_path / "nothing")
 
@@ -114,7 +115,7 @@ def test_all_damaged_is_an_error_and_none_is_none(saved, tmp_path):
 def test_keeps_the_newest_and_never_counts_a_damaged_one(saved):
     """Catches the last intact step deleted because a damaged one was counted."""
     flip_bit(saved / "20" / "meta.json", np.random.default_rng(0))
-    checkpoints = Checkpoints(saved, keep=2)
+    checkpoints = Checkpoints(saved, Retention(2))
     assert checkpoints.latest_good() == 10
     save(checkpoints, 15)
     assert checkpoints.steps() == [10, 15, 20]
@@ -126,7 +127,7 @@ def test_keeps_the_newest_and_never_counts_a_damaged_one(saved):
     save(checkpoints, 30, 40)
     assert checkpoints.steps() == [30, 40] and (saved / "20.damaged").is_dir()
     flip_bit(saved / "40" / "meta.json", np.random.default_rng(0))
-    checkpoints = Checkpoints(saved, keep=2)
+    checkpoints = Checkpoints(saved, Retention(2))
     assert checkpoints.latest_good() == 30
     save(checkpoints, 45)
     assert checkpoints.steps() == [30, 40, 45]
@@ -138,7 +139,7 @@ def test_damaged_ones_are_kept_apart(saved, caplog):
     """Catches a second damaged directory that replaces the first or makes the save fail."""
     for n in (1, 2, 3):
         flip_bit(saved / "20" / "meta.json", np.random.default_rng(n))
-        save(Checkpoints(saved, keep=2), 20)
+        save(Checkpoints(saved, Retention(2)), 20)
     assert sorted(p.name for p in saved.iterdir()) == [
         "10",
         "20",
@@ -151,7 +152,7 @@ def test_damaged_ones_are_kept_apart(saved, caplog):
 
 def test_step_deleted_while_it_is_read_is_no_fault(saved, monkeypatch, caplog):
     """Catches a checkpoint called damaged because the trainer deleted it meanwhile."""
-    find_damage = storage.find_damage
+    find_damage = checksums.find_damage
 
     def trainer_deletes(directory):
         shutil.rmtree(directory)
@@ -162,18 +163,19 @@ def test_step_deleted_while_it_is_read_is_no_fault(saved, monkeypatch, caplog):
         "find_damage",
         lambda d: trainer_deletes(d) if d.name == "20" else find_damage(d),
     )
-    assert Checkpoints(saved, keep=2).latest_good() == 10
+    assert Checkpoints(saved, Retention(2)).latest_good() == 10
     assert not caplog.records
 
 
-def test_old_ones_stay_until_a_new_one_is_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("module", [storage, checksums])
+def test_old_ones_stay_until_a_new_one_is_whole(tmp_path, monkeypatch, module):
     """Catches an old checkpoint deleted before the save, and a failed save without an error."""
-    checkpoints = save(Checkpoints(tmp_path, keep=1), 10)
+    checkpoints = save(Checkpoints(tmp_path, Retention(1)), 10)
 
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage, "flush", full)
+    monkeypatch.setattr(module, "flush", full)
     message = "checkpoint 20 was not saved in .*No space left on device; free some space, then run"
     with pytest.raises(CheckpointError, match=message):
         save(checkpoints, 20)
@@ -185,12 +187,12 @@ def test_old_ones_stay_until_a_new_one_is_whole(tmp_path, monkeypatch):
 
 def test_a_full_disk_that_orbax_reports_is_transient(tmp_path, monkeypatch):
     """Catches orbax's ValueError taken for invalid input, which launchers do not retry."""
-    checkpoints = save(Checkpoints(tmp_path, keep=1), 10)
+    checkpoints = save(Checkpoints(tmp_path, Retention(1)), 10)
 
     def full(path):
         raise ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes: No space left on device")
 
-    monkeypatch.setattr(storage, "flush", full)
+    monkeypatch.setattr(checksums, "flush", full)
     with pytest.raises(CheckpointError, match="free some space") as error:
         save(checkpoints, 20)
     assert exit_codes.of(error.value) == exit_codes.FAILED
@@ -226,8 +228,8 @@ def test_leaf_that_meta_json_describes_otherwise_is_named(saved, spec):
     document["leaves"][name] = spec
     (directory / "meta.json").write_text(json.dumps(document))
     (directory / "SHA256SUMS").unlink()
-    storage.seal(directory)
+    checksums.seal(directory)
     with pytest.raises(CheckpointError, match=f"leaf {name} is .* in meta.json, but float32"):
         load_params(directory)
     with pytest.raises(ValueError, match=f"does not fit the state: leaf {name} is"):
-        Checkpoints(saved, keep=2).restore(20, shard(make_state(20))[1])
+        Checkpoints(saved, Retention(2)).restore(20, shard(make_state(20))[1])

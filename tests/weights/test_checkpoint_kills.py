@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagen_jax import storage
+from imagen_jax import checksums, storage
+from imagen_jax.weights import step_directories
 from imagen_jax.weights.checkpoint import Checkpoints, load_params
+from imagen_jax.weights.retention import Retention
 from tests.weights.states import assert_restores, save
 
 
@@ -26,7 +28,7 @@ def test_leftovers_are_ignored_then_removed(saved, caplog):
     ]
     for name in leftovers:
         shutil.copytree(saved / "20", saved / name)
-    checkpoints = Checkpoints(saved, keep=3)
+    checkpoints = Checkpoints(saved, Retention(3))
     assert checkpoints.latest_good() == 20 and checkpoints.steps() == [10, 20]
     save(checkpoints, 30)
     assert sorted(p.name for p in saved.iterdir()) == ["10", "20", "30"]
@@ -35,7 +37,7 @@ def test_leftovers_are_ignored_then_removed(saved, caplog):
 
 
 def test_every_moment_of_our_part_of_a_save_is_safe(saved, monkeypatch):
-    """Catches a wrong order of seal, rename and deletion, at each system call of a save.
+    """Catches a wrong order of mark, seal and deletion, at each system call of a save.
 
     The directory is copied before each call, as a kill there would leave it. Every copy must hold
     an intact checkpoint and accept the next save.
@@ -50,25 +52,26 @@ def test_every_moment_of_our_part_of_a_save_is_safe(saved, monkeypatch):
         return wrapper
 
     monkeypatch.setattr(storage.os, "fsync", copied(os.fsync))
-    monkeypatch.setattr(os, "rename", copied(os.rename))
+    monkeypatch.setattr(os, "replace", copied(os.replace))
     monkeypatch.setattr(os, "unlink", copied(os.unlink))
     monkeypatch.setattr(shutil, "rmtree", copied(shutil.rmtree))
-    save(Checkpoints(saved, keep=1), 30)
+    save(Checkpoints(saved, Retention(1)), 30)
     monkeypatch.undo()
     result = []
     for copy in copies:
-        result.append(Checkpoints(copy, keep=1).latest_good())
+        result.append(Checkpoints(copy, Retention(1)).latest_good())
         assert find_all_intact(copy), copy
     assert result == sorted(result) and {20, 30} == set(result) and len(copies) > 15
-    assert Checkpoints(saved, keep=1).steps() == [30]
+    assert Checkpoints(saved, Retention(1)).steps() == [30]
     last_before = copies[result.index(30) - 1]
-    save(Checkpoints(last_before, keep=1), 30)
+    save(Checkpoints(last_before, Retention(1)), 30)
     assert sorted(p.name for p in last_before.iterdir()) == ["30"]
     assert_restores(last_before, 30)
 
 
 def find_all_intact(directory):
-    return all(storage.find_damage(p) is None for p in directory.iterdir() if p.name.isdigit())
+    steps = step_directories.steps(directory)
+    return all(checksums.find_damage(directory / str(step)) is None for step in steps)
 
 
 # A program of its own, with few imports, so that it starts fast.
@@ -76,6 +79,7 @@ CHILD = """
 import sys; sys.path.insert(0, sys.argv[2])
 import jax, numpy as np
 from imagen_jax.weights.checkpoint import Checkpoints
+from imagen_jax.weights.retention import Retention
 
 def row(i, step):
     values = np.random.default_rng(i).normal(size=(512, 512)).astype(np.float32)
@@ -86,7 +90,7 @@ def state(step):
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.device_put({"ema": {f"w_{i}": row(i, step) for i in range(24)}}, sharding)
 
-checkpoints = Checkpoints(sys.argv[1], keep=2)
+checkpoints = Checkpoints(sys.argv[1], Retention(2))
 """
 SAVES_FOR_EVER = """
 first = (checkpoints.latest_good() or 0) + 1
@@ -112,7 +116,7 @@ def child(ending, directory):
 
 
 def assert_child_state(directory, step):
-    assert Checkpoints(directory, keep=2).latest_good() == step
+    assert Checkpoints(directory, Retention(2)).latest_good() == step
     params, meta = load_params(directory)
     assert meta["step"] == step and len(params) == 24
     for i in range(24):
@@ -133,7 +137,7 @@ def test_sigkill_inside_saves(tmp_path, caplog):
             child(SAVES_FOR_EVER, directory), stdout=subprocess.PIPE, text=True
         )
         assert process.stdout.readline() == "ready\n"
-        checkpoints = Checkpoints(directory, keep=2)
+        checkpoints = Checkpoints(directory, Retention(2))
         wait_for(lambda: checkpoints.steps()[-1:] > [newest + 1])
         wait_for(lambda: any(".writing" in p.name for p in directory.iterdir()))
         time.sleep(delay_s)

@@ -10,8 +10,10 @@ import time
 import numpy as np
 import pytest
 
+from imagen_jax import checksums
 from imagen_jax.weights import checkpoint, step_directories
 from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints, load_params
+from imagen_jax.weights.retention import Retention
 from imagen_jax.weights.step_directories import EXPIRY_S, delete_old, marked
 from tests import tiny
 from tests.weights.states import make_state, save
@@ -28,6 +30,7 @@ with marked(pathlib.Path(sys.argv[1])):
 def make_steps(directory, *steps):
     for step in steps:
         (directory / str(step)).mkdir(parents=True)
+        checksums.seal(directory / str(step))
 
 
 def names(directory):
@@ -38,7 +41,7 @@ def test_a_step_that_another_process_reads_stays_until_it_is_killed(tmp_path):
     """Catches a trainer that deletes what is being read, one that waits for the reader, and a step
     that a killed reader keeps.
     """
-    checkpoints = save(Checkpoints(tmp_path, keep=1), 10)
+    checkpoints = save(Checkpoints(tmp_path, Retention(1)), 10)
     command = [sys.executable, "-c", READER, tmp_path / "10"]
     env = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as reader:
@@ -58,7 +61,7 @@ def test_weights_are_read_whole_while_the_trainer_saves(tmp_path, monkeypatch, g
     """Catches a mark that is set after the verification, or taken away before the arrays are read,
     and one that stays.
     """
-    checkpoints = save(Checkpoints(tmp_path / "checkpoints", keep=1), 10)
+    checkpoints = save(Checkpoints(tmp_path / "checkpoints", Retention(1)), 10)
     saves = iter((20, 30))
 
     def and_meanwhile(function):
@@ -86,11 +89,11 @@ def test_a_mark_of_another_machine_counts_until_it_is_no_longer_renewed(tmp_path
     make_steps(tmp_path, 10, 20)
     mark = tmp_path / "10.reading.some-other-host.123.0a1b2c3d"
     mark.touch()
-    delete_old(tmp_path, 20, keep=1, damaged=())
+    delete_old(tmp_path, 20, (), Retention(1).to_delete)
     assert (tmp_path / "10").exists()
     long_ago = time.time() - EXPIRY_S - 60
     os.utime(mark, (long_ago, long_ago))
-    delete_old(tmp_path, 20, keep=1, damaged=())
+    delete_old(tmp_path, 20, (), Retention(1).to_delete)
     assert names(tmp_path) == ["20"]
 
 
@@ -115,39 +118,39 @@ def test_marks_and_deletions_do_not_overlap(tmp_path):
         while not ended.is_set():
             for directory in map(tmp_path.joinpath, map(str, step_directories.steps(tmp_path))):
                 with marked(directory):
-                    if directory.is_dir():
+                    if checksums.is_sealed(directory):
                         seen.append(directory)
                         time.sleep(0.001)
-                        lost.extend([] if directory.is_dir() else [directory])
+                        lost.extend([] if checksums.is_sealed(directory) else [directory])
 
     readers = [threading.Thread(target=read) for _ in range(2)]
     for reader in readers:
         reader.start()
     for step in range(150):
         make_steps(tmp_path, step)
-        delete_old(tmp_path, step, keep=1, damaged=())
+        delete_old(tmp_path, step, (), Retention(1).to_delete)
     ended.set()
     for reader in readers:
         reader.join()
     assert seen and not lost
-    delete_old(tmp_path, 149, keep=1, damaged=())
+    delete_old(tmp_path, 149, (), Retention(1).to_delete)
     assert names(tmp_path) == ["149"]
 
 
 def test_a_directory_without_write_access_is_read_without_a_mark(tmp_path, monkeypatch):
     """Catches another user's run, or a read-only mount, that cannot be read."""
-    save(Checkpoints(tmp_path / "checkpoints", keep=1), 10)
+    save(Checkpoints(tmp_path / "checkpoints", Retention(1)), 10)
 
-    def refuse(directory, wait):
+    def refuse(mark):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(step_directories, "_exclusive", refuse)
+    monkeypatch.setattr(step_directories, "_created", refuse)
     assert load_params(tmp_path)[1]["step"] == 10
 
 
 def test_a_step_that_is_gone_is_an_error_in_one_line(tmp_path):
     """Catches a mark that makes a missing step look like another fault."""
-    save(Checkpoints(tmp_path, keep=2), 10, 20)
+    save(Checkpoints(tmp_path, Retention(2)), 10, 20)
     shutil.rmtree(tmp_path / "10")
     with pytest.raises(CheckpointError, match="10 holds no checkpoint"):
         load_params(tmp_path / "10")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from imagen_jax.data import records
 from imagen_jax.data.prepare.request import REQUEST
-from imagen_jax.storage import only_process
+from imagen_jax.locks import only_process
 
 SHARD_INDEX = "index.jsonl"  # in the work directory, see sources.shard_index
 DIRECTORIES = ("checked", "journal", "plan", "result")  # of the work directory

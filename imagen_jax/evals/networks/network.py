@@ -22,12 +22,13 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, UInt8
 
 from imagen_jax import sharding
+from imagen_jax.checksums import sha256_file
 from imagen_jax.evals.networks import preprocessing
 from imagen_jax.evals.networks.clip_image import CLIPImage, CLIPImageConfig
 from imagen_jax.evals.networks.dinov2 import DINOv2, DINOv2Config
 from imagen_jax.evals.networks.efficientnet_lite import EfficientNetLite
 from imagen_jax.evals.networks.inception import InceptionV3
-from imagen_jax.storage import check_local, sha256_file
+from imagen_jax.storage import check_local
 from imagen_jax.weights import clip_files, feature_networks
 from imagen_jax.weights.name_map import NameMap, read_tree
 from imagen_jax.weights.tensor_files import WEIGHTS

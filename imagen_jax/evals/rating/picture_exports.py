@@ -19,8 +19,9 @@ from imagen_jax.evals.geneval_layout import write_layout
 from imagen_jax.evals.rating.preparing import read_picture
 from imagen_jax.evals.rating.system_pictures import MANIFEST, SystemPictures, first_values
 from imagen_jax.evals.suites import Suite
+from imagen_jax.locks import whole_directory
 from imagen_jax.run_log import Progress
-from imagen_jax.storage import whole_directory, write_atomically, write_lines
+from imagen_jax.storage import write_atomically, write_lines
 
 GENEVAL = "geneval"
 PICTURES = "pictures"

@@ -20,12 +20,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from imagen_jax.checksums import sha256_file
 from imagen_jax.evals.rating import page, preparing
 from imagen_jax.evals.rating.design import REGULAR, Item, Run, Settings, make_runs, pairs_of
 from imagen_jax.evals.rating.preparing import Checked
 from imagen_jax.evals.rating.protocols import PROTOCOLS, QUESTIONS, REFERENCE
 from imagen_jax.evals.rating.system_pictures import SystemPictures
-from imagen_jax.storage import sha256_file, whole_directory, write_atomically, write_json
+from imagen_jax.locks import whole_directory
+from imagen_jax.storage import write_atomically, write_json
 
 MOST_EMBEDDED = 200 << 20  # bytes of pictures inside one page
 FORMAT = 1  # of keys

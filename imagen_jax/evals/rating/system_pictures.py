@@ -20,9 +20,10 @@ from typing import Any
 
 from imagen_jax import picture_set
 from imagen_jax.caption_text import clean
+from imagen_jax.checksums import sha256_file
 from imagen_jax.evals.rating.design import Item
 from imagen_jax.evals.suites import Suite
-from imagen_jax.storage import check_local, check_object, sha256_file
+from imagen_jax.storage import check_local, check_object
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 MANIFEST = "manifest.jsonl"

@@ -1,0 +1,139 @@
+"""The first state of a new run: random, from other weights, or a copy of another run's state."""
+
+import contextlib
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from imagen_jax import cascade, encoder_identity
+from imagen_jax.buckets import AnyPath
+from imagen_jax.storage import as_path, write_json
+from imagen_jax.training import state
+from imagen_jax.training.run import Run
+from imagen_jax.training.start_flags import Start
+from imagen_jax.weights import checkpoint, leaves, step_directories
+from imagen_jax.weights.checkpoint import Checkpoints
+from imagen_jax.weights.retention import Retention
+
+log = logging.getLogger("imagen_jax.train")
+
+FILE = "origin.json"  # of a workdir whose run did not start from random weights
+
+
+def first_state(
+    run: Run, start: Start, workdir: AnyPath
+) -> tuple[state.TrainState, int, dict[str, Any]]:
+    """(state, number of steps done, origin to store in checkpoints) of a new run.
+
+    Writes the origin to workdir/origin.json. All processes call it.
+
+    Raises ValueError if weights or state do not fit the model or the text encoder of the data.
+    """
+    if start.fork:
+        first, done, origin = _forked(run, start.fork)
+    else:
+        done = 0
+        first, origin = _initial(run, start)
+    if origin and jax.process_index() == 0:
+        write_json(workdir / FILE, origin)
+    return first, done, origin
+
+
+def _initial(run: Run, start: Start) -> tuple[state.TrainState, dict[str, Any]]:
+    """The state of a run that starts with step 0, and its origin."""
+    program = run.program
+    initial = state.create_state(
+        program.stage, program.optimizer, run.config["seed"], program.shardings
+    )
+    if not start.init_from:
+        return initial, {}
+    params, meta = checkpoint.load_params(cascade.resolve(start.init_from))
+    _check_encoder(run, meta, start.init_from)
+    origin = {name: meta[name] for name in ("step", "which", "sha256")}
+    origin |= {"path": start.init_from}
+    if start.init_part:
+        params, parts = _merge(initial.params, params, start.init_part)
+        origin |= {"part": start.init_part, **parts}
+    return state.with_params(initial, params, program.shardings), {"init_from": origin}
+
+
+def _merge(
+    initial: leaves.Tree, loaded: leaves.Tree, pattern: str
+) -> tuple[leaves.Tree, dict[str, list[str]]]:
+    """The model's parameters, those that match `pattern` replaced by loaded ones; and the lists of
+    paths: taken, skipped (loaded and not used), initialised.
+
+    Raises ValueError if nothing matches, or something that matches does not fit.
+    """
+    model, found = leaves.flatten(initial), leaves.flatten(loaded)
+    matching = [name for name in found if re.search(pattern, name)]
+    if not matching:
+        raise ValueError(
+            f"--init_part {pattern!r} matches none of the {len(found)} weights, such as"
+            f" {next(iter(found))}"
+        )
+    wrong = [name for name in matching if name in model and found[name].shape != model[name].shape]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"--init_part {pattern!r} takes {len(wrong)} weights that do not fit the model, {name}"
+            f" first: it is {found[name].shape}, the model has {model[name].shape}; give a pattern"
+            " without them"
+        )
+    taken = [name for name in matching if name in model]
+    if not taken:
+        raise ValueError(
+            f"--init_part {pattern!r} matches {len(matching)} weights that the model does not have,"
+            f" such as {matching[0]}"
+        )
+    lists = {
+        "taken": taken,
+        "skipped": sorted(found.keys() - set(taken)),
+        "initialised": sorted(model.keys() - set(taken)),
+    }
+    for kind, names in lists.items():
+        groups: dict[str, int] = {}
+        for name in names:
+            group = "/".join(name.split("/")[:2])
+            groups[group] = groups.get(group, 0) + 1
+        counts = ", ".join(f"{group} ({count})" for group, count in groups.items())
+        log.info("%s: %d weights%s", kind, len(names), f": {counts}" if counts else "")
+    merged = {name: found[name] if name in set(taken) else leaf for name, leaf in model.items()}
+    return leaves.unflatten(merged), lists
+
+
+def _forked(run: Run, fork: str) -> tuple[state.TrainState, int, dict[str, Any]]:
+    """(state, its step, origin) of a run that continues another one."""
+    directory, step = checkpoint.split_step(as_path("--fork", fork))
+    parent = Checkpoints(checkpoint.step_parent(directory), Retention(1))
+    if step is None and (step := parent.latest_good()) is None:
+        raise ValueError(f"--fork {fork} holds no checkpoint: give WORKDIR@STEP of a training")
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(step_directories.marked(parent.directory / str(step)))
+        meta = parent.meta(step)
+        _check_encoder(run, meta, fork)
+        try:
+            forked = run.restore(parent, step, meta)
+        except ValueError as error:
+            if isinstance(error, checkpoint.CheckpointError):
+                raise
+            raise ValueError(
+                f"--fork needs the same model, optimizer and EMAs: {error}; start from its weights"
+                " with --init_from"
+            ) from error
+    log.info("forked from step %d of %s", step, directory)
+    origin = {"path": fork, "step": step, "run": meta["config"]["name"]}
+    origin |= {"origin": {name: meta[name] for name in ("init_from", "fork") if name in meta}}
+    return forked, step, {"fork": origin}
+
+
+def _check_encoder(run: Run, meta: Mapping[str, Any], given: str) -> None:
+    """Raises ValueError if weights were trained with another text encoder than the data's."""
+    theirs, ours = map(encoder_identity.from_record, (meta["encoder"], run.meta["encoder"]))
+    names = [text_input.name for text_input in run.program.stage.texts]
+    remedy = "use weights that were trained with the data's text encoder"
+    encoder_identity.check_same(names, theirs, ours, f"{given} and the data", remedy)

@@ -1,0 +1,133 @@
+"""A run of two processes is killed at random moments and continued, on a disk and in a bucket.
+
+IMAGEN_JAX_KILLS sets the number of kills; by default there are a few.
+"""
+
+import os
+import random
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax import exit_codes, storage
+from imagen_jax.checksums import find_damage
+from imagen_jax.distributed import host_failures
+from imagen_jax.run_log import VALIDATION, read_metrics
+from imagen_jax.weights import step_directories
+from imagen_jax.weights.checkpoint import load_params
+from tests import object_storage, processes, tiny
+from tests.data import synthetic
+
+KILLS = int(os.environ.get("IMAGEN_JAX_KILLS", "3"))
+STEPS, SAVE_EVERY = 24, 3
+LOST_S = 5  # seconds after which the other process gives up
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 + 120 * KILLS)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return synthetic.write_prepared(tmp_path_factory.mktemp("prepared") / "data", images=40)
+
+
+def start(data, workdir, logs):
+    command = [
+        "-m",
+        "imagen_jax.train",
+        f"--config={tiny.ROOT}/configs/base_64.py:tiny",
+        f"--workdir={workdir}",
+        f"--config.data.path={data}",
+        f"--config.text.dim={synthetic.DIM}",
+        f"--config.train.steps={STEPS}",
+        f"--config.train.save_every={SAVE_EVERY}",
+        "--config.train.validate_every=6",
+        "--config.train.validate_rows=16",
+        "--config.train.log_every=1",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.fsdp_min_elements=64",
+        f"--host_lost={LOST_S}",
+        "--host_timeout=60",
+    ]
+    return processes.start(lambda _: command, logs, processes=2, devices=2)
+
+
+def losses(workdir):
+    """The loss of every step, and the validations; fails for a missing or doubled row."""
+    rows = read_metrics(workdir)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    validations = read_metrics(workdir, VALIDATION)
+    assert [row["step"] for row in validations] == list(range(6, STEPS + 1, 6))
+    return [row["loss"] for row in rows], validations
+
+
+@pytest.fixture(scope="module")
+def expected(data, tmp_path_factory):
+    """Losses, validations and parameters of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    processes.finish(start(data, workdir, workdir), workdir)
+    return *losses(workdir), load_params(workdir)[0]
+
+
+@pytest.fixture(params=["bucket", pytest.param("disk", marks=pytest.mark.long)])
+def workdir(request, tmp_path, monkeypatch):
+    if request.param == "disk":
+        yield tmp_path / "run"
+        return
+    with object_storage.served(failing=0.02, delay=0.02) as env:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        yield storage.as_path("--workdir", f"gs://{object_storage.BUCKET}/run")
+
+
+def test_killed_at_random_moments(data, expected, workdir, tmp_path):
+    """Catches a row that a kill loses or doubles, a half-written checkpoint that is used, a lock
+    that blocks the next process, and any state that a resume does not bring back.
+    """
+    rng, killed = random.Random(KILLS), 0
+    for number in range(10 * KILLS):
+        logs = tmp_path / f"attempt_{number}"
+        running = start(data, workdir, logs)
+        if killed == KILLS:
+            break
+        wait_for_steps(running, logs)
+        time.sleep(rng.uniform(0, 4))
+        victim = rng.randrange(2)
+        if any(process.poll() is not None for process in running):
+            victim = None  # the run has ended first
+        else:
+            running[victim].kill()
+            killed += 1
+        codes = [process.wait(timeout=120) for process in running]
+        if victim is not None:
+            assert codes[1 - victim] in (0, exit_codes.LOST, exit_codes.FAILED), read(logs)
+            if codes[1 - victim] == exit_codes.LOST:
+                assert host_failures.read(workdir)[-1].process == victim
+        directory = workdir / "checkpoints"
+        for step in step_directories.steps(directory):
+            assert find_damage(directory / str(step)) is None
+    processes.finish(running, logs)
+    assert killed == KILLS
+    rows, validations, params = expected
+    assert losses(workdir) == (rows, validations)
+    assert equal(load_params(workdir)[0], params)
+    assert not [name for name in storage.entry_names(workdir / "checkpoints") if "." in name]
+
+
+def wait_for_steps(running, logs, seconds=120):
+    """Waits until the processes train, or have ended."""
+    end = time.monotonic() + seconds
+    while "replicas are compared" not in read(logs) and time.monotonic() < end:
+        if all(process.poll() is not None for process in running):
+            return
+        time.sleep(0.05)
+
+
+def read(logs):
+    texts = [processes.log_of(logs, i).read_text(errors="replace")[-3000:] for i in range(2)]
+    return "\n".join(texts)
+
+
+def equal(one, other):
+    leaves = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(a, b) for a, b in leaves)
