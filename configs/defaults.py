@@ -32,6 +32,8 @@ ADDED: dict[str, dict[str, Any]] = {
     "train": dict(
         validate_every=0,
         validate_rows=256,
+        fast_every=0,
+        fast_dir="/dev/shm/imagen_jax",  # memory of the host
         keep_every=0,
         keep_best=0,
         best_by="ema/x_error",

@@ -58,6 +58,20 @@ TRAIN = {
     ),
     "save_every": Field("Steps between two checkpoints.", int, resume=True, interval="[1, inf)"),
     "keep": Field("Number of newest checkpoints to keep.", int, resume=True, interval="[1, inf)"),
+    "fast_every": Field(
+        "Steps between two fast checkpoints on each host; 0: none.",
+        int,
+        older=0,
+        resume=True,
+        interval="[0, inf)",
+    ),
+    "fast_dir": Field(
+        "Directory of the fast checkpoints on each host, on a local disk or in memory.",
+        str,
+        older="/dev/shm/imagen_jax",
+        resume=True,
+        needs=(Need("train.fast_every", unless=(0,)),),
+    ),
     "keep_every": Field(
         "Checkpoints whose step is a multiple of it stay for ever; 0: none.",
         int,

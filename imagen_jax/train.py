@@ -93,6 +93,7 @@ def main() -> int:
         flag = f"--config.data.{'path' if config['data']['path'] else 'mixture'}"
         check_local(flag, one.path)
         check_utf8(flag, one.path)
+    check_local("--config.train.fast_dir", config["train"]["fast_dir"])
     profile = read_profile(args.profile, config["train"]["steps"])
     start = Start(args.init_from, args.init_part, args.fork)
     if args.overfit and (args.profile or args.minutes or start != Start()):
@@ -148,6 +149,7 @@ def train(
     from imagen_jax.training.trace import Trace
     from imagen_jax.training.validation import Validation
     from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints
+    from imagen_jax.weights.fast_checkpoints import FastCheckpoints, run_name
     from imagen_jax.weights.retention import Retention
 
     settings, first = config["train"], jax.process_index() == 0
@@ -175,19 +177,25 @@ def train(
         watch.at(0, "restoring")
         checkpoints = Checkpoints(workdir / "checkpoints", Retention.of(settings))
         newest = checkpoints.latest_good()
-        if newest is None:
+        fast, newest_fast = None, None
+        if settings["fast_every"] and not overfit:
+            place = settings["fast_dir"], run_name(workdir)
+            fast = stack.enter_context(FastCheckpoints(*place, run.program.abstract))
+            newest_fast = fast.newest()
+        if newest is None and newest_fast is None:
             unlogged, skipped = [], []
             state, done, origin = first_state(run, start, workdir)
         else:
-            done = newest
-            saved = checkpoints.meta(newest)
+            from_fast = newest_fast is not None and (newest is None or newest_fast > newest)
+            done, source = (newest_fast, fast) if from_fast else (newest, checkpoints)
+            saved = source.meta(done)
             unlogged, skipped, origin = check_resume(run, saved, workdir, start)
             if done >= total:
                 reached = "%s has %d steps already, train.steps is %d: nothing to do"
                 log.info(reached, workdir, done, total)
                 return 0
-            state = run.restore(checkpoints, newest, saved)
-            log.info("resuming from step %d", done)
+            state = run.restore(source, done, saved)
+            log.info("resuming from step %d%s", done, ", a fast checkpoint" if from_fast else "")
         if first:
             write_json(workdir / "config.json", config)
 
@@ -223,7 +231,7 @@ def train(
 
         measured: tuple[int, dict[str, float]] = done, {}  # by the last validation, after this step
 
-        def save() -> None:
+        def save(target: Checkpoints | FastCheckpoints = checkpoints) -> None:
             """Saves a state after which the run goes on, and whose replicas agree."""
             watch.at(done, "saving")
             metrics.settle()
@@ -235,7 +243,7 @@ def train(
                     log.error("%s; training continues and saves step %d now", error, done)
                 meta = run.meta | origin | metrics.meta
                 meta |= {"measures": measured[1] if measured[0] == done else {}}
-                checkpoints.save(done, state, meta, before_commit=metrics.writer.flush)
+                target.save(done, state, meta, before_commit=metrics.writer.flush)
 
         while done < total and not stop(done):
             trace.before(done)
@@ -262,6 +270,8 @@ def train(
                     measured = done, validation.measures(row)
             if done % settings["save_every"] == 0:
                 save()
+            elif fast and done % settings["fast_every"] == 0:
+                save(fast)
         if overfit:
             metrics.settle()
             return verdict([row["loss"] for row in metrics.unlogged], overfit)

@@ -59,8 +59,9 @@ class TrainingMetrics:
         `unlogged`, and, if there are any, `skipped_steps` within the span that train.max_skips
         limits.
         """
-        skipped = self._bad_steps.skipped
-        return {"unlogged": self.unlogged} | ({"skipped_steps": skipped} if skipped else {})
+        # Copies: a background thread may write them after the next steps.
+        skipped = list(self._bad_steps.skipped)
+        return {"unlogged": list(self.unlogged)} | ({"skipped_steps": skipped} if skipped else {})
 
     def add(
         self, step: int, device_metrics: Mapping[str, Any], bucket: Size, batch: Mapping[str, Any]

@@ -25,6 +25,7 @@ from imagen_jax.training import state
 from imagen_jax.training.bad_steps import Rules
 from imagen_jax.training.step import TrainProgram, forward_flops
 from imagen_jax.weights.checkpoint import Checkpoints
+from imagen_jax.weights.fast_checkpoints import FastCheckpoints
 
 log = logging.getLogger("imagen_jax.train")
 
@@ -115,7 +116,7 @@ class Run:
             log.warning("not sharded: %s", line)
 
     def restore(
-        self, checkpoints: Checkpoints, step: int, saved: Mapping[str, Any]
+        self, checkpoints: Checkpoints | FastCheckpoints, step: int, saved: Mapping[str, Any]
     ) -> state.TrainState:
         """The state of a checkpoint of this run, or of one that this run is forked from.
 

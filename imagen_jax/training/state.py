@@ -17,6 +17,7 @@ from imagen_jax.stage import random_key
 from imagen_jax.training import bad_steps
 from imagen_jax.training.objective import Objective
 from imagen_jax.weights.checkpoint import Checkpoints
+from imagen_jax.weights.fast_checkpoints import FastCheckpoints
 from imagen_jax.weights.leaves import check_fit
 
 
@@ -87,7 +88,11 @@ def create_state(
 
 
 def restore(
-    checkpoints: Checkpoints, step: int, abstract: TrainState, mesh: Mesh, window: bool
+    checkpoints: Checkpoints | FastCheckpoints,
+    step: int,
+    abstract: TrainState,
+    mesh: Mesh,
+    window: bool,
 ) -> TrainState:
     """The state of a checkpoint as `abstract` describes it.
 

@@ -50,6 +50,14 @@ def steps(directory: AnyPath) -> list[int]:
     return found if in_bucket(directory) else [n for n in found if (directory / str(n)).is_dir()]
 
 
+def split_name(path: AnyPath) -> tuple[AnyPath, str]:
+    """(WORKDIR, STEP) of WORKDIR@STEP, where STEP may be "best"; (path, "") of another path."""
+    match = re.fullmatch(r"(.+)@(0|[1-9]\d*|best)", path.name)
+    if match is None or _exists(path):
+        return path, ""
+    return path.with_name(match[1]), match[2]
+
+
 def mark_path(directory: AnyPath, step: int, doing: str) -> AnyPath:
     """The file that announces the writing or deletion of a step; doing: "writing", "deleting"."""
     return directory / f"{step}.{doing}"

@@ -5,12 +5,12 @@ contact sheet for each split.
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from imagen_jax.buckets import AnyPath
 from imagen_jax.evals import nearest, report
 from imagen_jax.evals.evaluation import Evaluation
 from imagen_jax.evals.measures.measure import Column, Line, Result, RowValues
@@ -61,7 +61,7 @@ def lines(result: Result) -> Iterator[Line]:
             yield f"retrieval, {split}, {text} text", rates
 
 
-def write(e: Evaluation, output: Path, origin: Mapping[str, str]) -> None:
+def write(e: Evaluation, output: AnyPath, origin: Mapping[str, str]) -> None:
     """Writes samples.npz, with `origin`, and samples_<split>.png to the directory `output`."""
     settings = {"manifest_hash": e.data.prepared.hash, "seed": e.probe.settings.seed, **origin}
     arrays = {name: np.array(value) for name, value in settings.items()}
