@@ -37,6 +37,10 @@ ADDED: dict[str, dict[str, Any]] = {
         keep_every=0,
         keep_best=0,
         best_by="ema/x_error",
+        on_bad_step="stop",
+        max_skips=10,
+        spike_factor=0.0,
+        on_spike="log",
     ),
 }
 

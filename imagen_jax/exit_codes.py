@@ -3,7 +3,7 @@
     0    finished, or stopped in order with everything saved
     1    transient or unexpected failure: retry
     2    invalid input or settings: do not retry
-    3    the loss is not finite: do not retry, a person has to look
+    3    the loss is not finite, or too many steps were skipped: do not retry, a person has to look
     4    replicas of the state differ, a hardware fault: retry, on other hardware if possible
     75   another process of the run was lost or failed: restart all processes
     130  interrupted by the user

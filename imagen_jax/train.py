@@ -183,17 +183,18 @@ def train(
             fast = stack.enter_context(FastCheckpoints(*place, run.program.abstract))
             newest_fast = fast.newest()
         if newest is None and newest_fast is None:
-            unlogged = []
+            unlogged, skipped = [], []
             state, done, origin = first_state(run, start, workdir)
         else:
             from_fast = newest_fast is not None and (newest is None or newest_fast > newest)
             done, source = (newest_fast, fast) if from_fast else (newest, checkpoints)
-            unlogged, origin = check_resume(run, source.meta(done), workdir, start)
+            saved = source.meta(done)
+            unlogged, skipped, origin = check_resume(run, saved, workdir, start)
             if done >= total:
                 reached = "%s has %d steps already, train.steps is %d: nothing to do"
                 log.info(reached, workdir, done, total)
                 return 0
-            state, _ = source.restore(done, run.program.abstract)
+            state = run.restore(source, done, saved)
             log.info("resuming from step %d%s", done, ", a fast checkpoint" if from_fast else "")
         if first:
             write_json(workdir / "config.json", config)
@@ -221,7 +222,9 @@ def train(
         progress = stack.enter_context(
             run_log.Progress(config["name"], total, done, quiet=not first)
         )
-        metrics = stack.enter_context(TrainingMetrics(run, workdir, done, unlogged, progress))
+        metrics = stack.enter_context(
+            TrainingMetrics(run, workdir, done, unlogged, skipped, progress)
+        )
         trace = stack.enter_context(Trace(workdir / "profile", *(profile if first else (0, 0))))
         stack.enter_context(jax.transfer_guard("disallow"))
         stack.enter_context(checkpoints)
@@ -229,7 +232,7 @@ def train(
         measured: tuple[int, dict[str, float]] = done, {}  # by the last validation, after this step
 
         def save(target: Checkpoints | FastCheckpoints = checkpoints) -> None:
-            """Saves a state whose metrics are all finite and whose replicas agree."""
+            """Saves a state after which the run goes on, and whose replicas agree."""
             watch.at(done, "saving")
             metrics.settle()
             with metrics.clock.pause(), jax.transfer_guard("allow"):
@@ -238,7 +241,7 @@ def train(
                     checkpoints.wait()
                 except CheckpointError as error:  # a full disk may have room again
                     log.error("%s; training continues and saves step %d now", error, done)
-                meta = run.meta | origin | {"unlogged": metrics.unlogged}
+                meta = run.meta | origin | metrics.meta
                 meta |= {"measures": measured[1] if measured[0] == done else {}}
                 target.save(done, state, meta, before_commit=metrics.writer.flush)
 
@@ -251,7 +254,7 @@ def train(
             watch.at(done, "training")
             state, step_metrics = steps[bucket](state, batch)
             done += 1
-            metrics.add(done, step_metrics, bucket)
+            metrics.add(done, step_metrics, bucket, images)
             trace.after(done, metrics.settle)
             if grid and done % settings["sample_every"] == 0:
                 watch.at(done, "drawing samples")
@@ -280,8 +283,11 @@ def train(
 
 def check_resume(
     run: Any, saved: Mapping[str, Any], workdir: AnyPath, start: Start
-) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Returns (metrics not yet written to a row, origin of the weights) from a checkpoint's meta.
+) -> tuple[list[dict[str, Any]], list[int], dict[str, Any]]:
+    """What a run continues with, from a checkpoint's meta.
+
+    Returns (metrics not yet written to a row, skipped steps that still count, origin of the
+    weights).
 
     Raises ValueError if this command would continue another run.
     """
@@ -289,14 +295,15 @@ def check_resume(
     from imagen_jax.training import resume
 
     # Not in older checkpoints, which used this one, nor in those of a run without data.mixture.
-    saved = {"rng": RNG, "mixture_hashes": []} | saved
-    fields = dict.fromkeys(run.meta, object) | {"unlogged": list}
+    # The skipped steps are only in those of a run that has skipped some.
+    saved = {"rng": RNG, "mixture_hashes": [], "skipped_steps": []} | saved
+    fields = dict.fromkeys(run.meta, object) | {"unlogged": list, "skipped_steps": list}
     check_object(f"the newest checkpoint of {workdir}", saved, fields, "give a new --workdir")
     for line in resume.check({name: saved[name] for name in run.meta}, run.meta):
         log.info("changed since the checkpoint: %s", line)
     origin = {name: saved[name] for name in ("init_from", "fork") if name in saved}
     start.check_origin(origin, workdir)
-    return saved["unlogged"], origin
+    return saved["unlogged"], saved["skipped_steps"], origin
 
 
 @contextlib.contextmanager
@@ -346,10 +353,14 @@ def stop_requests(minutes: float) -> Callable[[int], bool]:
 
 
 def self_test(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The config of --overfit: warm-up over 1/20 of the steps; no output but the verdict."""
+    """The config of --overfit: warm-up over 1/20 of the steps; no output but the verdict.
+
+    It stops at a step that is not finite: its only batch cannot be skipped.
+    """
     never = steps + 1
     train_section = {"log_every": never, "save_every": never}
     train_section |= {"sample_every": 0, "validate_every": 0}
+    train_section |= {"on_bad_step": "stop", "spike_factor": 0.0}
     return dict(config) | {
         "optim": dict(config["optim"]) | {"warmup": max(1, steps // 20)},
         "train": dict(config["train"]) | train_section,

@@ -187,6 +187,8 @@ OUTSIDE = {
     "train.keep_every": [-1],
     "train.keep_best": [-1],
     "train.fast_every": [-1],
+    "train.max_skips": [0],
+    "train.spike_factor": [-1.0],
 }
 
 

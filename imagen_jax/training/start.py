@@ -117,7 +117,7 @@ def _forked(run: Run, fork: str) -> tuple[state.TrainState, int, dict[str, Any]]
         meta = parent.meta(step)
         _check_encoder(run, meta, fork)
         try:
-            forked, _ = parent.restore(step, run.program.abstract)
+            forked = run.restore(parent, step, meta)
         except ValueError as error:
             if isinstance(error, checkpoint.CheckpointError):
                 raise
