@@ -237,10 +237,11 @@ def train(
             metrics.settle()
             with metrics.clock.pause(), jax.transfer_guard("allow"):
                 replicas.check(state, done)
-                try:
-                    checkpoints.wait()
-                except CheckpointError as error:  # a full disk may have room again
-                    log.error("%s; training continues and saves step %d now", error, done)
+                if target is checkpoints:
+                    try:
+                        checkpoints.wait()
+                    except CheckpointError as error:  # a full disk may have room again
+                        log.error("%s; training continues and saves step %d now", error, done)
                 meta = run.meta | origin | metrics.meta
                 meta |= {"measures": measured[1] if measured[0] == done else {}}
                 target.save(done, state, meta, before_commit=metrics.writer.flush)
