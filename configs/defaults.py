@@ -30,7 +30,17 @@ ADDED: dict[str, dict[str, Any]] = {
     ),
     "optim": dict(ema_tracks=()),
     "train": dict(
-        validate_every=0, validate_rows=256, keep_every=0, keep_best=0, best_by="ema/x_error"
+        validate_every=0,
+        validate_rows=256,
+        fast_every=0,
+        fast_dir="/dev/shm/imagen_jax",  # memory of the host
+        keep_every=0,
+        keep_best=0,
+        best_by="ema/x_error",
+        on_bad_step="stop",
+        max_skips=10,
+        spike_factor=0.0,
+        on_spike="log",
     ),
 }
 

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import re
 
-from imagen_jax.buckets import AnyPath, bucket_errors, in_bucket
+from imagen_jax.object_storage import AnyPath, bucket_errors, in_bucket
 from imagen_jax.storage import (
     content_fault,
     file_names,

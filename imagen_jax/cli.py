@@ -122,7 +122,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         reason = f" ({error})" if str(error) else ""
         advice = "use smaller batches or a machine with more memory"
         return f"out of host memory{reason}: {advice}", exit_codes.FAILED
-    if isinstance(error, exit_codes.EXPECTED):
+    if exit_codes.is_expected(error):
         message = describe(error) if isinstance(error, OSError) else str(error)
         return message, exit_codes.of(error)
     return None

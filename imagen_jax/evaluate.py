@@ -26,7 +26,8 @@ from ml_collections import config_flags
 from imagen_jax import cli, field, output_paths, schema
 from imagen_jax.evals import history
 from imagen_jax.evals.measures import NAMES
-from imagen_jax.storage import check_local, check_utf8, write_json
+from imagen_jax.object_storage import check_bucket, in_bucket
+from imagen_jax.storage import as_path, check_local, check_utf8, write_json
 
 GRID = "grid"  # a flag of both kinds of evaluation
 DATA_SUITE = "data"  # the captions of --data as a suite
@@ -234,12 +235,19 @@ def check_flags(args: Any) -> None:
             advice = "" if args.checkpoint else "; set fields with --cascade.STAGE.sampling.FIELD"
             raise ValueError(f"--{name} is for --{chosen}; leave it out{advice}")
     schema.check_seed(args.seed, "--seed")
-    for flag in ("checkpoint", "data", "lowres_from", "images", "suite_file"):
+    for flag in ("data", "lowres_from", "images", "suite_file"):
         check_local(f"--{flag}", args[flag].value or "")
         check_utf8(f"--{flag}", args[flag].value or "")
-    output_paths.check_directory("output", args.output)
-    (check_checkpoint_flags if args.checkpoint else check_cascade_flags)(args)
-    output_paths.make_directory("output", args.output)
+    if args.checkpoint:
+        check_utf8("--checkpoint", args.checkpoint)
+        output = output_paths.output_directory("output", args.output)
+        check_checkpoint_flags(args)
+    else:
+        output_paths.check_directory("output", args.output)
+        output = Path(args.output)
+        check_cascade_flags(args)
+    if not in_bucket(output):
+        output_paths.make_directory("output", args.output)
 
 
 def check_checkpoint_flags(args: Any) -> None:
@@ -252,9 +260,12 @@ def check_checkpoint_flags(args: Any) -> None:
     if args.follow_minutes and not args.follow:
         raise ValueError("--follow_minutes needs --follow")
     from imagen_jax.cascade import resolve
+    from imagen_jax.weights.step_directories import split_name
 
-    checkpoint = Path(resolve(args.checkpoint))
-    if not (args.follow or checkpoint.exists()):
+    checkpoint = as_path("--checkpoint", resolve(args.checkpoint))
+    check_bucket("--checkpoint", checkpoint)
+    workdir, _ = split_name(checkpoint)
+    if not (args.follow or checkpoint.exists() or workdir.exists()):
         raise ValueError(f"--checkpoint {checkpoint} does not exist")
     if args.follow and checkpoint.is_file():
         raise ValueError(
@@ -305,7 +316,8 @@ def evaluate_checkpoint(args: Any) -> None:
     from imagen_jax.distributed import agreement
     from imagen_jax.evals import stage_evaluation
 
-    checkpoint, output = Path(resolve(args.checkpoint)), Path(args.output)
+    checkpoint = as_path("--checkpoint", resolve(args.checkpoint))
+    output = as_path("--output", args.output)
     settings = {
         name: args[name].value
         for name in ("rows", "samples", "gallery", "bins", "batch_size", "seed", "lowres_from")

@@ -3,7 +3,7 @@
     0    finished, or stopped in order with everything saved
     1    transient or unexpected failure: retry
     2    invalid input or settings: do not retry
-    3    the loss is not finite: do not retry, a person has to look
+    3    the loss is not finite, or too many steps were skipped: do not retry, a person has to look
     4    replicas of the state differ, a hardware fault: retry, on other hardware if possible
     75   another process of the run was lost or failed: restart all processes
     130  interrupted by the user
@@ -12,6 +12,7 @@ Codes above 128 that are not in this list come from a signal: 137 is SIGKILL, 13
 """
 
 import errno
+import traceback
 
 from imagen_jax.storage import is_away
 
@@ -33,7 +34,7 @@ class PipelineFailed(RuntimeError):
     """A worker of a data pipeline failed; the cause may be gone at a retry."""
 
 
-# Errors that one line explains. All others are printed with their traceback.
+# Errors that one line explains, see `is_expected`.
 EXPECTED = (
     ValueError,
     OSError,
@@ -44,6 +45,18 @@ EXPECTED = (
     PipelineFailed,
 )
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# Packages whose ValueErrors are messages to the user. Those of other libraries are our mistakes.
+OWN = ("imagen_jax", "configs", "launch", "tools", "tests", "absl", "ml_collections", "__main__")
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether one line explains an error. All others are printed with their traceback."""
+    if not isinstance(error, EXPECTED):
+        return False
+    if not isinstance(error, ValueError) or error.__traceback__ is None:
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").split(".")[0] in OWN
 
 
 def of(error: BaseException) -> int:
@@ -56,7 +69,7 @@ def of(error: BaseException) -> int:
         return LOST
     if isinstance(error, PipelineFailed):
         return FAILED
-    return INVALID if isinstance(error, EXPECTED) and not is_transient(error) else FAILED
+    return INVALID if is_expected(error) and not is_transient(error) else FAILED
 
 
 def is_transient(error: BaseException | None) -> bool:

@@ -6,12 +6,13 @@ The file's header holds the config and the provenance. `sample`, `evaluate`, `tr
 and `launch.sweep --checkpoint` accept the file in place of a checkpoint.
 """
 
-from pathlib import Path
+import os
 
 from absl import flags
 
 from imagen_jax import cli, output_paths
-from imagen_jax.storage import check_local
+from imagen_jax.object_storage import in_bucket
+from imagen_jax.storage import as_path
 
 
 def define_flags() -> None:
@@ -31,9 +32,9 @@ def main() -> int:
         raise ValueError("--checkpoint PATH and --output FILE.safetensors are both needed")
     if not args.output.endswith(".safetensors"):
         raise ValueError(f"--output {args.output} must end in .safetensors, the file's format")
-    check_local("--checkpoint", args.checkpoint)
-    output_paths.check_directory("output", str(Path(args.output).parent))
-    if Path(args.output).is_dir():
+    output = as_path("--output", args.output)
+    output_paths.output_directory("output", os.fspath(output.parent))
+    if not in_bucket(output) and output.is_dir():
         raise ValueError(f"--output {args.output} is a directory; give a file name")
     import jax
 

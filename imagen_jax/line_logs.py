@@ -5,10 +5,11 @@ Objects of a bucket cannot be appended to. There, `metrics.jsonl` is the first p
 part is stored again with every `flush`.
 """
 
+import os
 import re
 from collections.abc import Callable
 
-from imagen_jax.buckets import AnyPath, bucket_errors, in_bucket
+from imagen_jax.object_storage import AnyPath, bucket_errors, in_bucket
 from imagen_jax.storage import entry_names, remove, write_atomically
 
 PART_BYTES = 2**20
@@ -52,7 +53,9 @@ class LineLog:
             self._stored = len(content)
 
     def close(self) -> None:
+        """Stores all lines, on a local file system on the disk, and closes the log."""
         if self._file:
+            os.fsync(self._file.fileno())
             self._file.close()
         else:
             self.flush()

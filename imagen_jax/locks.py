@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from imagen_jax import exit_codes
-from imagen_jax.buckets import AnyPath, bucket_errors, in_bucket, key_value_store
+from imagen_jax.object_storage import AnyPath, bucket_errors, in_bucket, key_value_store
 
 LOCK = "lock"
 # Attempts to take a lock. `is_locked` holds it for an instant, so one failure proves nothing.

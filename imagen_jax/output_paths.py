@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-from imagen_jax.buckets import AnyPath, check_bucket, in_bucket
+from imagen_jax.object_storage import AnyPath, check_bucket, in_bucket
 from imagen_jax.storage import as_path, check_local, check_utf8
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import write_atomically
 
 Picture = UInt8[np.ndarray, "_ _ 3"]  # each of its own height and width
@@ -89,9 +90,8 @@ def png_bytes(image: Picture) -> bytes:
     return buffer.getvalue()
 
 
-def write_png(path: str | os.PathLike, image: Picture) -> Path:
+def write_png(path: AnyPath, image: Picture) -> AnyPath:
     """Writes a PNG file, whole or not at all, and returns its path."""
-    path = Path(path)
     write_atomically(path, png_bytes(image))
     return path
 

@@ -6,6 +6,8 @@ GRIDS = Need("train.sample_every", unless=(0,))
 # Numbers of a validation by which checkpoints can be kept; lower ones are better.
 MEASURES = ("ema/x_error", "ema/loss", "params/x_error", "params/loss")
 VALIDATION = Need("train.validate_every", unless=(0,))
+SPIKES = Need("train.spike_factor", unless=(0.0,))
+SKIPS = (Need("train.on_bad_step", ("skip",)), Need("train.on_spike", ("skip",)))
 
 MESH = {
     "data": Field("Devices along `data`; -1: all remaining ones.", int, resume=True),
@@ -56,6 +58,20 @@ TRAIN = {
     ),
     "save_every": Field("Steps between two checkpoints.", int, resume=True, interval="[1, inf)"),
     "keep": Field("Number of newest checkpoints to keep.", int, resume=True, interval="[1, inf)"),
+    "fast_every": Field(
+        "Steps between two fast checkpoints on each host; 0: none.",
+        int,
+        older=0,
+        resume=True,
+        interval="[0, inf)",
+    ),
+    "fast_dir": Field(
+        "Directory of the fast checkpoints on each host, on a local disk or in memory.",
+        str,
+        older="/dev/shm/imagen_jax",
+        resume=True,
+        needs=(Need("train.fast_every", unless=(0,)),),
+    ),
     "keep_every": Field(
         "Checkpoints whose step is a multiple of it stay for ever; 0: none.",
         int,
@@ -78,5 +94,36 @@ TRAIN = {
         resume=True,
         choices=MEASURES,
         needs=(Need("train.keep_best", unless=(0,)),),
+    ),
+    "on_bad_step": Field(
+        "A step that is not finite ends the run (stop), or is skipped (skip).",
+        str,
+        choices=("stop", "skip"),
+        older="stop",
+        resume=True,
+    ),
+    "max_skips": Field(
+        "Most skipped steps of 1,000 consecutive ones; the next one ends the run.",
+        int,
+        older=10,
+        resume=True,
+        interval="[1, inf)",
+        needs=(SKIPS,),
+    ),
+    # A resume that changes it from or to 0 starts or drops the window of gradient norms.
+    "spike_factor": Field(
+        "A gradient norm above this multiple of the median of the last 128 is a spike; 0: none is.",
+        float,
+        older=0.0,
+        resume=True,
+        interval="[0, inf)",
+    ),
+    "on_spike": Field(
+        "A spike is only logged (log), or skipped like a bad step (skip).",
+        str,
+        choices=("log", "skip"),
+        older="log",
+        resume=True,
+        needs=(SPIKES,),
     ),
 }

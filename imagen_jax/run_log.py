@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax.buckets import AnyPath, in_bucket
 from imagen_jax.line_logs import LineLog, keep_lines, read_lines
+from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.storage import as_path, copy_file, write_atomically
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
+BAD_STEPS = "bad_steps.jsonl"
 TENSORBOARD_FLUSH_S = 5
 STORE_S = 30.0  # after which new rows are stored in a bucket
 BOARD_BYTES = 4 * 2**20
@@ -54,7 +55,7 @@ class MetricsWriter:
         Drops rows of later steps and invalid rows. Images of later steps stay until they are
         written again. enabled: False makes every method do nothing, for all processes except the
         first. validated: the step from which the run continues, if metrics.jsonl continues from an
-        earlier one; rows of validation.jsonl up to it stay.
+        earlier one; rows of validation.jsonl and bad_steps.jsonl up to it stay.
         """
         self._enabled = enabled
         if not enabled:
@@ -65,6 +66,7 @@ class MetricsWriter:
         for name, last in ((METRICS, start_step), (VALIDATION, validated)):
             _truncate(self._workdir / name, last)
             self._logs[name] = LineLog(self._workdir / name)
+        _truncate(self._workdir / BAD_STEPS, validated)
         self._board = Board(self._workdir / "tensorboard", start_step)
         # TensorBoard has dropped these too, but no step writes them again.
         for row in read_metrics(workdir, VALIDATION):
@@ -85,6 +87,15 @@ class MetricsWriter:
     def validation(self, step: int, values: Mapping[str, Any]) -> None:
         """`scalars` for workdir/validation.jsonl."""
         self._write(VALIDATION, step, values)
+
+    def bad_step(self, row: Mapping[str, Any]) -> None:
+        """Appends a row to workdir/bad_steps.jsonl; the first one creates the file."""
+        if not self._enabled:
+            return
+        with self._lock:
+            if BAD_STEPS not in self._logs:
+                self._logs[BAD_STEPS] = LineLog(self._workdir / BAD_STEPS)
+            self._logs[BAD_STEPS].append(json.dumps(row))
 
     def _write(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         if not self._enabled:
@@ -199,7 +210,7 @@ class Board:
 def read_metrics(workdir: str | os.PathLike, name: str = METRICS) -> list[dict[str, Any]]:
     """The valid rows of workdir/metrics.jsonl in order; [] if the file does not exist.
 
-    Can be called while a trainer writes the file. name: METRICS or VALIDATION.
+    Can be called while a trainer writes the file. name: METRICS, VALIDATION or BAD_STEPS.
     """
     lines = read_lines(as_path("workdir", workdir) / name)
     return [row for row in map(parse_row, lines) if row is not None]

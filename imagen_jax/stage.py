@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Key, Num, PyTree, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree, Shaped, UInt8
 
 from imagen_jax import schema, sharding, stage_sizes
 from imagen_jax.data.transforms import check_sizes
@@ -156,6 +156,20 @@ class Stage:
                 self.aug_max,
                 {text.name: text.drop for text in self.texts if text.name},
             )
+
+    def noise_quartile(self, draws: loss.Draws) -> Int[Array, "b"]:
+        """The quartile of the density that each row's log-SNR is in: 0 (lowest, noisiest) to 3.
+
+        A log-SNR equal to an edge is in the upper quartile; a density that is clipped at an edge
+        leaves a quartile empty.
+        """
+        return jnp.searchsorted(self.quartile_edges, self.density(draws["u"]), side="right")
+
+    @functools.cached_property
+    def quartile_edges(self) -> Float[np.ndarray, "3"]:
+        """The log-SNRs between the quartiles of the density, ascending."""
+        with jax.ensure_compile_time_eval():
+            return np.asarray(self.density(jnp.array([0.75, 0.5, 0.25])))
 
     def denoiser(self, params: Params, dropout_key: Key[Array, ""] | None = None) -> loss.DenoiseFn:
         """Returns denoise_fn(z, logsnr, cond).

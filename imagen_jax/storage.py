@@ -19,8 +19,8 @@ from typing import Any
 
 from etils import epath
 
-from imagen_jax import buckets
-from imagen_jax.buckets import AnyPath, bucket_errors, in_bucket, key_value_store
+from imagen_jax import object_storage
+from imagen_jax.object_storage import AnyPath, bucket_errors, in_bucket, key_value_store
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
 # gs://BUCKET/PATH, also after pathlib has changed it to gs:/BUCKET/PATH.
@@ -80,7 +80,7 @@ def as_path(label: str, path: str | os.PathLike) -> AnyPath:
     text = os.fspath(path)
     if not (url := URL.match(text)):
         return Path(text)
-    if url[1] != buckets.SCHEME:
+    if url[1] != object_storage.SCHEME:
         raise ValueError(
             f"{label} {text} has the scheme {url[1]}://, but only gs:// and local paths work: mount"
             " the storage, or copy the files"
@@ -88,8 +88,8 @@ def as_path(label: str, path: str | os.PathLike) -> AnyPath:
     rest = text[url.end() :].strip("/")
     if not rest:
         raise ValueError(f"{label} {text} names no bucket; give gs://BUCKET/PATH")
-    buckets.set_up(label, text)
-    return epath.Path(f"{buckets.SCHEME}://{rest}")
+    object_storage.set_up(label, text)
+    return epath.Path(f"{object_storage.SCHEME}://{rest}")
 
 
 def check_local(label: str, path: str | os.PathLike) -> None:

@@ -17,17 +17,17 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import cli, field, output_paths
-from imagen_jax.buckets import AnyPath
-from imagen_jax.distributed import agreement
+from imagen_jax.distributed import agreement, host_failures
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.locks import only_process
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import absolute, check_local, check_object, check_utf8, write_json
 from imagen_jax.training.start_flags import Start
 
@@ -93,6 +93,7 @@ def main() -> int:
         flag = f"--config.data.{'path' if config['data']['path'] else 'mixture'}"
         check_local(flag, one.path)
         check_utf8(flag, one.path)
+    check_local("--config.train.fast_dir", config["train"]["fast_dir"])
     profile = read_profile(args.profile, config["train"]["steps"])
     start = Start(args.init_from, args.init_part, args.fork)
     if args.overfit and (args.profile or args.minutes or start != Start()):
@@ -149,6 +150,7 @@ def train(
     from imagen_jax.training.trace import Trace
     from imagen_jax.training.validation import Validation
     from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints
+    from imagen_jax.weights.fast_checkpoints import FastCheckpoints, run_name
     from imagen_jax.weights.retention import Retention
 
     settings, first = config["train"], jax.process_index() == 0
@@ -172,23 +174,31 @@ def train(
         if first:
             stack.enter_context(only_process(workdir, "training in"))
         agreement.check_shared(workdir)
+        stack.enter_context(recorded_failures(workdir, watch))
         stop = stop_requests(minutes)
 
         # State: restored from the newest intact checkpoint, or fresh.
         watch.at(0, "restoring")
         newest = checkpoints.latest_good()
-        if newest is None:
-            unlogged = []
+        fast, newest_fast = None, None
+        if settings["fast_every"] and not overfit:
+            place = settings["fast_dir"], run_name(workdir)
+            fast = stack.enter_context(FastCheckpoints(*place, run.program.abstract))
+            newest_fast = fast.newest()
+        if newest is None and newest_fast is None:
+            unlogged, skipped = [], []
             state, done, origin = first_state(run, start, workdir)
         else:
-            done = newest
-            unlogged, origin = check_resume(run, checkpoints.meta(newest), workdir, start)
+            from_fast = newest_fast is not None and (newest is None or newest_fast > newest)
+            done, source = (newest_fast, fast) if from_fast else (newest, checkpoints)
+            saved = source.meta(done)
+            unlogged, skipped, origin = check_resume(run, saved, workdir, start)
             if done >= total:
                 reached = "%s has %d steps already, train.steps is %d: nothing to do"
                 log.info(reached, workdir, done, total)
                 return 0
-            state, _ = checkpoints.restore(newest, run.program.abstract)
-            log.info("resuming from step %d", done)
+            state = run.restore(source, done, saved)
+            log.info("resuming from step %d%s", done, ", a fast checkpoint" if from_fast else "")
         if first:
             write_json(workdir / "config.json", config)
 
@@ -215,26 +225,29 @@ def train(
         progress = stack.enter_context(
             run_log.Progress(config["name"], total, done, quiet=not first)
         )
-        metrics = stack.enter_context(TrainingMetrics(run, workdir, done, unlogged, progress))
+        metrics = stack.enter_context(
+            TrainingMetrics(run, workdir, done, unlogged, skipped, progress)
+        )
         trace = stack.enter_context(Trace(workdir / "profile", *(profile if first else (0, 0))))
         stack.enter_context(jax.transfer_guard("disallow"))
         stack.enter_context(checkpoints)
 
         measured: tuple[int, dict[str, float]] = done, {}  # by the last validation, after this step
 
-        def save() -> None:
-            """Saves a state whose metrics are all finite and whose replicas agree."""
+        def save(target: Checkpoints | FastCheckpoints = checkpoints) -> None:
+            """Saves a state after which the run goes on, and whose replicas agree."""
             watch.at(done, "saving")
             metrics.settle()
             with metrics.clock.pause(), jax.transfer_guard("allow"):
                 replicas.check(state, done)
-                try:
-                    checkpoints.wait()
-                except CheckpointError as error:  # a full disk may have room again
-                    log.error("%s; training continues and saves step %d now", error, done)
-                meta = run.meta | origin | {"unlogged": metrics.unlogged}
+                if target is checkpoints:
+                    try:
+                        checkpoints.wait()
+                    except CheckpointError as error:  # a full disk may have room again
+                        log.error("%s; training continues and saves step %d now", error, done)
+                meta = run.meta | origin | metrics.meta
                 meta |= {"measures": measured[1] if measured[0] == done else {}}
-                checkpoints.save(done, state, meta, before_commit=metrics.writer.flush)
+                target.save(done, state, meta, before_commit=metrics.writer.flush)
 
         while done < total and not stop(done):
             trace.before(done)
@@ -245,7 +258,7 @@ def train(
             watch.at(done, "training")
             state, step_metrics = steps[bucket](state, batch)
             done += 1
-            metrics.add(done, step_metrics, bucket)
+            metrics.add(done, step_metrics, bucket, images)
             trace.after(done, metrics.settle)
             if grid and done % settings["sample_every"] == 0:
                 watch.at(done, "drawing samples")
@@ -261,6 +274,8 @@ def train(
                     measured = done, validation.measures(row)
             if done % settings["save_every"] == 0:
                 save()
+            elif fast and done % settings["fast_every"] == 0:
+                save(fast)
         if overfit:
             metrics.settle()
             return verdict([row["loss"] for row in metrics.unlogged], overfit)
@@ -272,8 +287,11 @@ def train(
 
 def check_resume(
     run: Any, saved: Mapping[str, Any], workdir: AnyPath, start: Start
-) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Returns (metrics not yet written to a row, origin of the weights) from a checkpoint's meta.
+) -> tuple[list[dict[str, Any]], list[int], dict[str, Any]]:
+    """What a run continues with, from a checkpoint's meta.
+
+    Returns (metrics not yet written to a row, skipped steps that still count, origin of the
+    weights).
 
     Raises ValueError if this command would continue another run.
     """
@@ -281,14 +299,33 @@ def check_resume(
     from imagen_jax.training import resume
 
     # Not in older checkpoints, which used this one, nor in those of a run without data.mixture.
-    saved = {"rng": RNG, "mixture_hashes": []} | saved
-    fields = dict.fromkeys(run.meta, object) | {"unlogged": list}
+    # The skipped steps are only in those of a run that has skipped some.
+    saved = {"rng": RNG, "mixture_hashes": [], "skipped_steps": []} | saved
+    fields = dict.fromkeys(run.meta, object) | {"unlogged": list, "skipped_steps": list}
     check_object(f"the newest checkpoint of {workdir}", saved, fields, "give a new --workdir")
     for line in resume.check({name: saved[name] for name in run.meta}, run.meta):
         log.info("changed since the checkpoint: %s", line)
     origin = {name: saved[name] for name in ("init_from", "fork") if name in saved}
     start.check_origin(origin, workdir)
-    return saved["unlogged"], origin
+    return saved["unlogged"], saved["skipped_steps"], origin
+
+
+@contextlib.contextmanager
+def recorded_failures(workdir: AnyPath, watch: Watch) -> Iterator[None]:
+    """Names hosts that failed in earlier attempts; records failures while the context lasts."""
+    import jax
+
+    if jax.process_index() == 0:
+        for line in host_failures.advice(host_failures.read(workdir)):
+            log.warning("%s", line)
+    attempt = f"{int(time.time())}-{os.urandom(2).hex()}"
+    watch.failures = host_failures.HostFailures(workdir, agreement.gather(attempt)[0])
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:  # with several, `watch` records it
+            watch.failures.record_own(error)
+        raise
 
 
 def stop_requests(minutes: float) -> Callable[[int], bool]:
@@ -325,10 +362,14 @@ def stop_requests(minutes: float) -> Callable[[int], bool]:
 
 
 def self_test(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The config of --overfit: warm-up over 1/20 of the steps; no output but the verdict."""
+    """The config of --overfit: warm-up over 1/20 of the steps; no output but the verdict.
+
+    It stops at a step that is not finite: its only batch cannot be skipped.
+    """
     never = steps + 1
     train_section = {"log_every": never, "save_every": never}
     train_section |= {"sample_every": 0, "validate_every": 0}
+    train_section |= {"on_bad_step": "stop", "spike_factor": 0.0}
     return dict(config) | {
         "optim": dict(config["optim"]) | {"warmup": max(1, steps // 20)},
         "train": dict(config["train"]) | train_section,

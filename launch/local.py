@@ -24,8 +24,10 @@ from typing import Any, BinaryIO
 
 from absl import flags
 
+from imagen_jax.distributed.host_failures import HostFailures, advice, read
 from imagen_jax.exit_codes import FAILED, FINAL, INTERRUPTED, LOST
 from imagen_jax.locks import only_process
+from imagen_jax.storage import as_path
 from launch import status
 from launch.job import Job, exports
 
@@ -260,11 +262,21 @@ class Attempts:
             self._write_state(self._end_state(code), detail)
             return
         self._attempt += 1
+        self._record_failure(code, why)
         self._write(
             f"{self.job.title}: {why}; starting again from its newest checkpoint, attempt"
             f" {self._attempt + 1} of {self._retries + 1}\n".encode()
         )
         self._start()
+
+    def _record_failure(self, code: int, why: str) -> None:
+        """Names this machine if it has failed again; records a process that a signal ended."""
+        workdir = as_path("--workdir", self.job.workdir)
+        if code < 0 and self._options.processes == 1:  # of several, the others record it
+            attempt = f"{int(time.time())}-{os.urandom(2).hex()}"
+            HostFailures(workdir, attempt).record(0, socket.gethostname(), code, why)
+        for line in advice(read(workdir)):
+            self._write(f"{self.job.title}: {line}\n".encode())
 
     def _end_state(self, code: int) -> str:
         """finished, stopped or failed. A training that saved and stopped also exits with 0."""

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax.training import optim
+from imagen_jax.training.bad_steps import Rules
 from imagen_jax.training.step import make_step
 from tests import tiny
 
@@ -20,6 +21,9 @@ class Quadratic:
     def draw(self, key, b, size):
         return {"eps": jax.random.normal(key, (b, D))}
 
+    def noise_quartile(self, draws):
+        return jnp.arange(len(draws["eps"])) % 4
+
     def per_sample_loss(self, params, batch, draws, dropout_key=None):
         away = params["stem"]["kernel"][None] - batch["image"] - draws["eps"]
         return (away**2).sum(axis=-1) / 2
@@ -30,7 +34,8 @@ def objective_and_step(**changes):
     config, objective = tiny.config(optim__warmup=0, **changes), Quadratic()
     schedule = config["optim"], config["train"]["steps"]
     optimizer, rate = optim.make_optimizer(*schedule), optim.learning_rate(*schedule)
-    step = make_step(objective, optimizer, rate, config["optim"], config["seed"])
+    rules = Rules.of(config["train"])
+    step = make_step(objective, optimizer, rate, config["optim"], config["seed"], rules)
     return config, objective, optimizer, jax.jit(step)
 
 

@@ -40,6 +40,11 @@ IDLE = [
     ({"optim__beta2": 0.5, "optim__optimizer": "adafactor"}, {"optim__optimizer": "adam"}),
     ({"optim__eps": 0.5, "optim__optimizer": "adafactor"}, {"optim__optimizer": "adam"}),
     ({"train__validate_rows": 8}, {"train__validate_every": 2}),
+    ({"train__keep_best": 2}, {"train__validate_every": 2}),
+    ({"train__best_by": "ema/loss"}, {"train__keep_best": 1, "train__validate_every": 2}),
+    ({"train__fast_dir": "/tmp/fast"}, {"train__fast_every": 2}),
+    ({"train__max_skips": 3}, {"train__on_bad_step": "skip"}),
+    ({"train__on_spike": "skip"}, {"train__spike_factor": 4.0}),
 ]
 ANY_IDLE = {"model.pool_heads", "diffusion.schedule", "sampling.w", "train.sample_rows"}
 

@@ -2,9 +2,11 @@
 
 import errno
 
+import numpy as np
 import pytest
 
 from imagen_jax import cli, exit_codes
+from imagen_jax.storage import check_local
 from imagen_jax.training.replicas import Drift
 from imagen_jax.weights.checkpoint import CheckpointError
 
@@ -15,7 +17,7 @@ ERRORS = [
     (OSError(errno.ESTALE, "stale file handle"), exit_codes.FAILED),
     (KeyError("a fault of the code"), exit_codes.FAILED),
     (FloatingPointError("the loss is not finite"), exit_codes.NOT_FINITE),
-    (Drift("the copies differ"), exit_codes.HARDWARE),
+    (Drift("the copies differ", [1]), exit_codes.HARDWARE),
     (exit_codes.ProcessLost("no heartbeat"), exit_codes.LOST),
 ]
 
@@ -55,3 +57,19 @@ def test_a_command_ends_with_the_code_and_one_line(error, code, monkeypatch, cap
     message = error.strerror if isinstance(error, OSError) else str(error)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"error: {message}")
+
+
+def raised_by(function):
+    try:
+        function()
+    except Exception as error:
+        return error
+
+
+def test_an_error_of_a_library_is_not_a_mistake_of_the_user():
+    """Catches a fault of the code that a launcher takes for invalid input and does not retry."""
+    library = raised_by(lambda: np.stack([np.zeros(2), np.zeros(3)]))
+    assert isinstance(library, ValueError) and not exit_codes.is_expected(library)
+    assert exit_codes.of(library) == exit_codes.FAILED
+    ours = raised_by(lambda: check_local("--output", "gs://b/x"))
+    assert exit_codes.is_expected(ours) and exit_codes.of(ours) == exit_codes.INVALID

@@ -5,18 +5,22 @@ IMAGEN_JAX_KILLS sets the number of kills; by default there are a few.
 
 import os
 import random
+import subprocess
+import sys
 import time
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
 from imagen_jax import exit_codes, storage
 from imagen_jax.checksums import find_damage
+from imagen_jax.distributed import host_failures
 from imagen_jax.run_log import VALIDATION, read_metrics
 from imagen_jax.weights import step_directories
 from imagen_jax.weights.checkpoint import load_params
-from tests import object_storage, processes, tiny
+from tests import processes, storage_emulator, tiny
 from tests.data import synthetic
 
 KILLS = int(os.environ.get("IMAGEN_JAX_KILLS", "3"))
@@ -73,10 +77,10 @@ def workdir(request, tmp_path, monkeypatch):
     if request.param == "disk":
         yield tmp_path / "run"
         return
-    with object_storage.served(failing=0.02, delay=0.02) as env:
+    with storage_emulator.served(failing=0.02, delay=0.02) as env:
         for name, value in env.items():
             monkeypatch.setenv(name, value)
-        yield storage.as_path("--workdir", f"gs://{object_storage.BUCKET}/run")
+        yield storage.as_path("--workdir", f"gs://{storage_emulator.BUCKET}/run")
 
 
 def test_killed_at_random_moments(data, expected, workdir, tmp_path):
@@ -100,6 +104,8 @@ def test_killed_at_random_moments(data, expected, workdir, tmp_path):
         codes = [process.wait(timeout=120) for process in running]
         if victim is not None:
             assert codes[1 - victim] in (0, exit_codes.LOST, exit_codes.FAILED), read(logs)
+            if codes[1 - victim] == exit_codes.LOST:
+                assert host_failures.read(workdir)[-1].process == victim
         directory = workdir / "checkpoints"
         for step in step_directories.steps(directory):
             assert find_damage(directory / str(step)) is None
@@ -108,7 +114,24 @@ def test_killed_at_random_moments(data, expected, workdir, tmp_path):
     rows, validations, params = expected
     assert losses(workdir) == (rows, validations)
     assert equal(load_params(workdir)[0], params)
+    check_commands(data, workdir, tmp_path, params)
     assert not [name for name in storage.entry_names(workdir / "checkpoints") if "." in name]
+
+
+def check_commands(data, workdir, tmp_path, params):
+    """Exports and evaluates the run; both write beside it."""
+    file, evaluation = workdir.parent / "out.safetensors", workdir.parent / "evaluation"
+    run = [sys.executable, "-m"]
+    export = ["imagen_jax.export", f"--checkpoint={workdir}@{STEPS}", f"--output={file}"]
+    evaluate = ["imagen_jax.evaluate", f"--checkpoint={workdir}", f"--data={data}", "--rows=8"]
+    evaluate += [f"--output={evaluation}", "--measures=loss"]
+    for command in (export, evaluate):
+        done = subprocess.run([*run, *command], capture_output=True, text=True, cwd=tiny.ROOT)
+        assert done.returncode == 0, done.stderr
+    exported = load_params(file)[0]
+    assert equal(exported, jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params))
+    found = storage.read_json(evaluation / "evaluation.json")
+    assert found["provenance"]["checkpoint"]["step"] == STEPS
 
 
 def wait_for_steps(running, logs, seconds=120):

@@ -18,7 +18,7 @@ COMMANDS = {"demo", "evaluate", "export", "plan", "prepare_data", "rate", "sampl
 # layers, and of its own layer if there is no circle.
 LAYERS = (
     {
-        "buckets",
+        "object_storage",
         "caption_text",
         "checksums",
         "config_options",

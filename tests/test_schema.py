@@ -186,6 +186,11 @@ OUTSIDE = {
     "train.validate_rows": [1],
     "train.save_every": [0],
     "train.keep": [0],
+    "train.keep_every": [-1],
+    "train.keep_best": [-1],
+    "train.fast_every": [-1],
+    "train.max_skips": [0],
+    "train.spike_factor": [-1.0],
 }
 
 

@@ -49,7 +49,7 @@ def loss_on(name, mesh, params=None, fields=None):
         jax.device_put(params, shardings.params),
         sharding.place_batch(tiny.batch(stage, 8), mesh),
     )
-    loss, grads = jax.device_get(
+    loss, grads, _ = jax.device_get(
         jax.jit(lambda p, b: loss_and_grad(stage, p, b, jax.random.key(1), 1))(placed, batch)
     )
     return loss, grads, params

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from imagen_jax.buckets import AnyPath
 from imagen_jax.distributed import startup
 from imagen_jax.locks import only_process
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import absolute, read_object, write_json
 
 # Twenty days. A lost process ends the wait earlier; watch.py names one that is stuck.

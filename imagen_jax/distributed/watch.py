@@ -24,6 +24,7 @@ from typing import Any
 
 from imagen_jax import exit_codes
 from imagen_jax.distributed import startup
+from imagen_jax.distributed.host_failures import HostFailures
 from imagen_jax.exit_codes import LOST
 
 FINISHED = "finished"
@@ -104,7 +105,10 @@ class Watch:
         """lost_s: as in `startup.start`; the watch logs a wait after lost_s / 2.
 
         store, end: tests replace them. restart: what to do after a loss, for the message.
+
+        The attribute `failures`, None at first, records the failing host if it is set.
         """
+        self.failures: HostFailures | None = None
         self._restart = restart
         self._hosts, self._member = startup.hosts(), startup.member()
         self._multi_process = self._member is not None
@@ -184,6 +188,8 @@ class Watch:
                 time.sleep(1.0)
             if gone and not self._ended.is_set():
                 others = [text for i, text in self._failures.items() if i != self._index]
+                if not others:
+                    self._record([0], LOST, self._lost_coordinator())
                 self._die(LOST, others[0] if others else self._lost_coordinator())
 
     def _publish_heartbeat(self) -> None:
@@ -213,8 +219,9 @@ class Watch:
         self._read_heartbeats()
         # Reading starts after lost_s / 6; with the 5/6 below, a process counts as lost after about
         # lost_s.
-        reason = self._lost(self._lost_s * 5 / 6)
+        lost, reason = self._lost(self._lost_s * 5 / 6)
         if reason and not self._leaving.is_set() and not self._ended.is_set():
+            self._record(lost, LOST, reason)
             self._finish(LOST, reason, reason)
         if waiting >= self._next_log_s:
             self._next_log_s *= 2
@@ -255,11 +262,17 @@ class Watch:
             if reason:
                 log.warning("%s", line)
                 return self._finish(LOST, reason, reason)
-        expected = isinstance(error, exit_codes.EXPECTED)
+        expected = exit_codes.is_expected(error)
         if not expected or os.environ.get("IMAGEN_JAX_TRACEBACK"):
             traceback.print_exception(error)
-        host = self._hosts[self._index]
-        self._finish(exit_codes.of(error), line, f"process {self._index} ({host}) failed: {line}")
+        code, host = exit_codes.of(error), self._hosts[self._index]
+        self._record(getattr(error, "processes", [self._index]), code, line)
+        self._finish(code, line, f"process {self._index} ({host}) failed: {line}")
+
+    def _record(self, processes: Sequence[int], code: int, reason: str) -> None:
+        """Records that these processes failed."""
+        for i in processes if self.failures else ():
+            self.failures.record(i, self._hosts[i], code, reason)
 
     def _failure_elsewhere(self) -> str:
         """Describes the failed or lost process that caused a collective operation to fail here.
@@ -269,11 +282,12 @@ class Watch:
         until = time.monotonic() + self._lost_s / 3
         while time.monotonic() < until:
             others = [text for i, text in self._failures.items() if i != self._index]
-            reason = others[0] if others else self._lost(self._lost_s / 6)
+            lost, reason = ([], others[0]) if others else self._lost(self._lost_s / 6)
             if not reason and self._index:
                 error = _connection_error(self._member.host, self._member.port)
-                reason = self._lost_coordinator() if error else ""
+                lost, reason = ([0], self._lost_coordinator()) if error else ([], "")
             if reason:
+                self._record(lost, LOST, reason)
                 return reason
             time.sleep(self._interval / 2)
         return ""
@@ -295,15 +309,17 @@ class Watch:
                 time.sleep(self._interval / 4)
         self._die(code, line)
 
-    def _lost(self, silent_s: float) -> str:
-        """Describes the other processes without a heartbeat for `silent_s`; "" if there is none."""
+    def _lost(self, silent_s: float) -> tuple[list[int], str]:
+        """The other processes without a heartbeat for `silent_s`, and a description of them.
+
+        ([], "") if there is none.
+        """
         now = time.monotonic()
         others = {i: heartbeat for i, heartbeat in self._heartbeats.items() if i != self._index}
-        if any(heartbeat.is_silent(now, silent_s) for heartbeat in others.values()):
-            return (
-                f"lost {stalled_processes(others, self._hosts, now, silent_s)[1]}; {self._restart}"
-            )
-        return ""
+        if not any(heartbeat.is_silent(now, silent_s) for heartbeat in others.values()):
+            return [], ""
+        lost, description = stalled_processes(others, self._hosts, now, silent_s)
+        return lost, f"lost {description}; {self._restart}"
 
     def _lost_coordinator(self) -> str:
         return f"lost process 0 ({self._hosts[0]}), the coordinator; {self._restart}"

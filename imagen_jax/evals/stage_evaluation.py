@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,9 +22,11 @@ from imagen_jax.evals import evaluation_text, history, provenance, report
 from imagen_jax.evals.evaluation import Evaluation, Probe
 from imagen_jax.evals.measures import measure
 from imagen_jax.evals.rows import Data, Settings
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.sampling_parameters import for_sampling, parameter_shardings
 from imagen_jax.stage import Params, check_interval, check_sampling, create_stage
 from imagen_jax.storage import (
+    as_path,
     check_object,
     check_outputs,
     read_object,
@@ -83,7 +84,7 @@ class Evaluator:
         self._numbers, self._sampling, self._encoder = numbers, sampling, encoder
         self._config: Mapping[str, Any] | None = None
 
-    def run(self, checkpoint: Path, output: Path) -> dict[str, Any]:
+    def run(self, checkpoint: AnyPath, output: AnyPath) -> dict[str, Any]:
         """Evaluates one checkpoint; process 0 writes all files to `output`, evaluation.json last.
 
         Returns the content of evaluation.json.
@@ -116,7 +117,7 @@ class Evaluator:
 
     def _write(
         self,
-        output: Path,
+        output: AnyPath,
         evaluation: Evaluation,
         result: Mapping[str, Any],
         values: measure.RowValues,
@@ -137,7 +138,7 @@ class Evaluator:
         print(f"{result['stage']}, step {result['step']}", table, sep="\n")
         print(f"all results: {output / RESULT}")
 
-    def check_continues(self, record: Path) -> None:
+    def check_continues(self, record: AnyPath) -> None:
         """Raises ValueError if the last line of `record` has other settings or data than this run.
 
         record: an evaluations.jsonl, which may be missing.
@@ -256,7 +257,7 @@ def make_mesh(weights: int) -> Mesh:
     return sharding.batch_mesh(jax.devices(), int(agreement.gather(str(parts))[0]))
 
 
-def load_same(checkpoint: Path, which: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_same(checkpoint: AnyPath, which: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`load_params` of the same checkpoint in all processes, chosen and verified by process 0.
 
     Its trainer does not delete it before all processes have read it. Raises CheckpointError in all
@@ -277,7 +278,7 @@ def load_same(checkpoint: Path, which: str) -> tuple[dict[str, Any], dict[str, A
         chosen, fault = json.loads(agreement.gather(json.dumps([chosen, fault]))[0])
         if not fault:
             try:
-                loaded = read_params(Path(chosen), which)
+                loaded = read_params(as_path("checkpoint", chosen), which)
             except (ValueError, OSError) as error:
                 fault = str(error)
         faults = [text for text in agreement.gather(fault) if text]
@@ -287,9 +288,9 @@ def load_same(checkpoint: Path, which: str) -> tuple[dict[str, Any], dict[str, A
 
 
 def follow(
-    run: Callable[[Path, Path], dict[str, Any]],
-    workdir: Path,
-    output: Path,
+    run: Callable[[AnyPath, AnyPath], dict[str, Any]],
+    workdir: AnyPath,
+    output: AnyPath,
     minutes: float,
     poll_s: float = POLL_S,
 ) -> None:
@@ -323,13 +324,11 @@ class Follower:
     evaluated: the number of checkpoints evaluated by this command.
     """
 
-    def __init__(self, workdir: Path, output: Path, minutes: float, poll_s: float):
+    def __init__(self, workdir: AnyPath, output: AnyPath, minutes: float, poll_s: float):
         """For the arguments see `follow`."""
-        # Used only to list steps. It never saves, so `keep` has no effect.
-        self._checkpoints, self._workdir = (
-            Checkpoints(workdir / "checkpoints", Retention(1)),
-            workdir,
-        )
+        # Used only to list steps. It never saves, so the retention has no effect.
+        self._checkpoints = Checkpoints(workdir / "checkpoints", Retention(1))
+        self._workdir = workdir
         output.mkdir(parents=True, exist_ok=True)
         self._done, self.evaluated = history.steps(output / history.FILE), 0
         self._minutes, self._poll_s, self._tried = minutes, poll_s, False
@@ -357,7 +356,7 @@ class Follower:
             time.sleep(self._poll_s)
 
 
-def last_step(workdir: Path) -> float:
+def last_step(workdir: AnyPath) -> float:
     """The last training step, or infinity before the run has written its config."""
     config = workdir / "config.json"
     if not config.is_file():

@@ -5,11 +5,13 @@ A `Stage` is the denoising objective.
 
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from imagen_jax.diffusion.loss import Draws
 from imagen_jax.stage import Batch, Params
 from imagen_jax.stage_sizes import Size
+
+QUARTILES = 4
 
 
 @runtime_checkable
@@ -27,6 +29,9 @@ class Objective(Protocol):
 
         size: (height, width) of the images of the batch in pixels.
         """
+
+    def noise_quartile(self, draws: Draws) -> Int[Array, "b"]:
+        """The quartile of the training noise that each row is in: 0 (noisiest) to 3."""
 
     def per_sample_loss(
         self,

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import optax
+from jaxtyping import Array, Int
 
 
 def learning_rate(optim: Mapping[str, Any], steps: int) -> optax.Schedule:
@@ -46,6 +47,14 @@ def make_optimizer(optim: Mapping[str, Any], steps: int) -> optax.GradientTransf
         ),
     }[optim["optimizer"]]()
     return optax.chain(optax.clip_by_global_norm(optim["clip"]), update)
+
+
+def updates_made(opt_state: Any) -> Int[Array, ""]:
+    """The number of updates that an optimizer of `make_optimizer` has made.
+
+    It is less than the step if steps were skipped.
+    """
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
 def kernels(params: Any) -> Any:

@@ -6,6 +6,7 @@ without a copy on another device (a state sharded over all devices) cannot be co
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,14 @@ from imagen_jax.sharding import AXES, path_name
 
 
 class Drift(HardwareFault):
-    """Copies of the state differ. All processes raise it."""
+    """Copies of the state differ. All processes raise it.
+
+    processes: those with a faulty device.
+    """
+
+    def __init__(self, message: str, processes: Sequence[int]):
+        super().__init__(message)
+        self.processes = list(processes)
 
 
 def digest(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
@@ -91,7 +99,8 @@ class Replicas:
         raise Drift(
             f"after step {step} the copies of {name}{more} differ: on {where}, devices"
             f" {', '.join(str(device.id) for device in devices)}. A device or its memory is faulty."
-            " This step was not saved: restart from the last checkpoint without that host"
+            " This step was not saved: restart from the last checkpoint without that host",
+            processes,
         )
 
     def _table(self, state: Any) -> UInt32[np.ndarray, "devices leaves"]:

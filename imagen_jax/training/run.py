@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from imagen_jax import encoder_identity, sharding
+from imagen_jax import encoder_identity, schema, sharding
 from imagen_jax.data import pipeline, sets
 from imagen_jax.data.example_text import EvaluationText, StoredFeatures, read_stored
 from imagen_jax.data.records import Prepared
@@ -22,7 +22,10 @@ from imagen_jax.stage import RNG, check_interval, create_stage
 from imagen_jax.stage_sizes import Size, size_text
 from imagen_jax.text_inputs import UNNAMED, TextInput, is_text, text_inputs
 from imagen_jax.training import state
+from imagen_jax.training.bad_steps import Rules
 from imagen_jax.training.step import TrainProgram, forward_flops
+from imagen_jax.weights.checkpoint import Checkpoints
+from imagen_jax.weights.fast_checkpoints import FastCheckpoints
 
 log = logging.getLogger("imagen_jax.train")
 
@@ -112,6 +115,19 @@ class Run:
             program.abstract.params, program.mesh, settings["rules"], settings["fsdp_min_elements"]
         ):
             log.warning("not sharded: %s", line)
+
+    def restore(
+        self, checkpoints: Checkpoints | FastCheckpoints, step: int, saved: Mapping[str, Any]
+    ) -> state.TrainState:
+        """The state of a checkpoint of this run, or of one that this run is forked from.
+
+        saved: its meta. A window of gradient norms that it lacks starts empty.
+        """
+        before = schema.complete(saved["config"], "the checkpoint's config")
+        if (window := Rules.of(before["train"]).window) != Rules.of(self.config["train"]).window:
+            log.info("the window of gradient norms is %s", "dropped" if window else "empty")
+        program = self.program
+        return state.restore(checkpoints, step, program.abstract, program.mesh, window)
 
     @property
     def rows(self) -> list[int]:

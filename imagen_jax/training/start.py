@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from imagen_jax import cascade, encoder_identity
-from imagen_jax.buckets import AnyPath
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import as_path, write_json
 from imagen_jax.training import state
 from imagen_jax.training.run import Run
@@ -117,7 +117,7 @@ def _forked(run: Run, fork: str) -> tuple[state.TrainState, int, dict[str, Any]]
         meta = parent.meta(step)
         _check_encoder(run, meta, fork)
         try:
-            forked, _ = parent.restore(step, run.program.abstract)
+            forked = run.restore(parent, step, meta)
         except ValueError as error:
             if isinstance(error, checkpoint.CheckpointError):
                 raise

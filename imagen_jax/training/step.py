@@ -8,17 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from imagen_jax import sharding
 from imagen_jax.stage import PINNED, Batch, Params, Stage, create_stage, random_key
 from imagen_jax.stage_sizes import Size
-from imagen_jax.training import ema
-from imagen_jax.training.objective import Objective
-from imagen_jax.training.optim import learning_rate, make_optimizer
+from imagen_jax.training import bad_steps, ema
+from imagen_jax.training.bad_steps import Rules
+from imagen_jax.training.objective import QUARTILES, Objective
+from imagen_jax.training.optim import learning_rate, make_optimizer, updates_made
 from imagen_jax.training.state import TrainState, abstract_state
 
-Metrics = dict[str, Shaped[Array, ""]]
+Metrics = dict[str, Shaped[Array, "..."]]
+STOP = Rules()
 
 
 def check_accumulation(batch_size: int, parts: int) -> None:
@@ -45,8 +47,8 @@ def split_batch(tree: Any, parts: int) -> Any:
 
 def loss_and_grad(
     objective: Objective, params: Params, batch: Batch, key: Key[Array, ""], accumulation: int
-) -> tuple[Float[Array, ""], Params]:
-    """The mean loss and its gradient in fp32.
+) -> tuple[Float[Array, ""], Params, Float[Array, "2 4"]]:
+    """The mean loss, its gradient in fp32, and `by_quartile` of the losses.
 
     Random numbers are drawn for the whole batch, so `accumulation` changes memory, not the result.
     With dropout, each micro-batch has its own masks.
@@ -58,27 +60,48 @@ def loss_and_grad(
     def part_loss(params, part, i):
         batch, draws = part
         losses = objective.per_sample_loss(params, batch, draws, jax.random.fold_in(dropout_key, i))
-        return jnp.sum(losses) / b
+        return jnp.sum(losses) / b, losses
 
+    value_and_grad = jax.value_and_grad(part_loss, has_aux=True)
+    quartiles = objective.noise_quartile(draws)
     if accumulation == 1:
-        return jax.value_and_grad(part_loss)(params, (batch, draws), 0)
+        (loss, losses), grads = value_and_grad(params, (batch, draws), 0)
+        return loss, grads, by_quartile(losses, quartiles)
     parts = split_batch((dict(batch), draws), accumulation)
 
     def add_part(total, i_part):
         i, part = i_part
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(part_loss)(params, part, i)), None
+        (loss, losses), grads = value_and_grad(params, part, i)
+        return jax.tree.map(jnp.add, total, (loss, grads)), losses
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(add_part, zero, (jnp.arange(accumulation), parts))[0]
+    (loss, grads), losses = jax.lax.scan(add_part, zero, (jnp.arange(accumulation), parts))
+    return loss, grads, by_quartile(losses, split_batch(quartiles, accumulation))
+
+
+def by_quartile(losses: Float[Array, "*b"], quartiles: Int[Array, "*b"]) -> Float[Array, "2 4"]:
+    """The sum of the losses, and their number, of each quartile of the training noise.
+
+    quartiles: of each row, see `Objective.noise_quartile`.
+    """
+    inside = jax.nn.one_hot(quartiles, QUARTILES, dtype=jnp.bool_)
+    rows = tuple(range(losses.ndim))
+    sums = jnp.sum(jnp.where(inside, losses[..., None], 0.0), axis=rows)
+    return jnp.stack([sums, jnp.sum(inside, axis=rows, dtype=jnp.float32)])
 
 
 def make_update(
-    optimizer: optax.GradientTransformation, rate: optax.Schedule, optim: Mapping[str, Any]
+    optimizer: optax.GradientTransformation,
+    rate: optax.Schedule,
+    optim: Mapping[str, Any],
+    rules: Rules = STOP,
 ) -> Callable[[TrainState, Float[Array, ""], Params], tuple[TrainState, Metrics]]:
     """(state, loss, gradients) -> (state, metrics): the part of a step without the network.
 
     If the loss, the gradient or the updated parameters are not finite, the device skips this and
-    all later updates, and `bad_step` is the first such step.
+    all later updates, and `bad_step` is the first such step. With `rules.skip_bad` it skips only
+    this one. A skipped update changes the counter of steps and the window of norms alone: the
+    counters of the optimizer and of the EMA do not count it.
 
     rate: learning rate of the optimizer, for the metrics.
     """
@@ -88,30 +111,56 @@ def make_update(
     def update(
         state: TrainState, loss: Float[Array, ""], grads: Params
     ) -> tuple[TrainState, Metrics]:
-        grad_norm = optax.tree.norm(grads)
+        grad_norm, number = optax.tree.norm(grads), updates_made(state.opt_state)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params_norm = optax.tree.norm(params)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(params_norm)
-        bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
-        averages = (state.ema, *state.ema_tracks)
-        followed = (
-            ema.follow(*pair, params, state.step) for pair in zip(tracks, averages, strict=True)
-        )
-        select = lambda new, old: jax.tree.map(lambda n, o: jnp.where(bad_step < 0, n, o), new, old)
         metrics = {
             "loss": loss,
-            "optim/lr": rate(state.step),
+            "optim/lr": rate(number),
             "norm/grad": grad_norm,
             "norm/update": optax.tree.norm(updates),
             "norm/params": params_norm,
-            "bad_step": bad_step,
         }
+        bad_step, applied, window, verdict = decide(rules, state, grad_norm, finite)
+        averages = (state.ema, *state.ema_tracks)
+        followed = (
+            ema.follow(*pair, params, number) for pair in zip(tracks, averages, strict=True)
+        )
+        select = lambda new, old: jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
         first, *more = (select(new, old) for new, old in zip(followed, averages))
         selected = select(params, state.params), first, select(opt_state, state.opt_state)
-        return TrainState(state.step + 1, *selected, bad_step, tuple(more)), metrics
+        new_state = TrainState(state.step + 1, *selected, bad_step, tuple(more), window)
+        return new_state, metrics | verdict
 
     return update
+
+
+def decide(
+    rules: Rules, state: TrainState, norm: Float[Array, ""], finite: Bool[Array, ""]
+) -> tuple[Int[Array, ""], Bool[Array, ""], Any, Metrics]:
+    """(bad_step, whether the update is applied, the window of norms, metrics) of a step.
+
+    norm: of the gradient. finite: whether loss, gradient and updated parameters are. The metrics
+    are `bad_step`; `skipped`, if the rules can skip; `spike` and `norm/grad_median`, with a window.
+    """
+    bad_step, window, verdict = state.bad_step, state.grad_norms, {}
+    if not rules.skip_bad:
+        bad_step = jnp.where((bad_step < 0) & ~finite, state.step, bad_step)
+    applied = bad_step < 0
+    if rules.skip_bad:
+        applied &= finite
+    if rules.window:
+        median = bad_steps.median(window)
+        spike = rules.is_spike(norm, median, finite)
+        window = bad_steps.push(window, norm)
+        verdict = {"spike": spike, "norm/grad_median": median}
+        if rules.skip_spikes:
+            applied &= ~spike
+    if rules.may_skip:
+        verdict["skipped"] = ~applied
+    return bad_step, applied, window, {"bad_step": bad_step} | verdict
 
 
 def make_step(
@@ -120,15 +169,22 @@ def make_step(
     rate: optax.Schedule,
     optim: Mapping[str, Any],
     seed: int,
+    rules: Rules = STOP,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch) -> (state, metrics); jit it with the state donated (see `make_update`)."""
-    update = make_update(optimizer, rate, optim)
+    """(state, batch) -> (state, metrics); jit it with the state donated (see `make_update`).
+
+    The metric `loss_by_quartile` is `by_quartile` of the losses; all others are scalars.
+    """
+    update = make_update(optimizer, rate, optim, rules)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with PINNED():
             key = jax.random.fold_in(random_key(seed), state.step)
-            loss, grads = loss_and_grad(objective, state.params, batch, key, optim["accumulation"])
-        return update(state, loss, grads)
+            loss, grads, quartiles = loss_and_grad(
+                objective, state.params, batch, key, optim["accumulation"]
+            )
+        state, metrics = update(state, loss, grads)
+        return state, metrics | {"loss_by_quartile": quartiles}
 
     return step
 
@@ -167,8 +223,10 @@ class TrainProgram:
         stage = create_stage(config, mesh)
         optimizer = make_optimizer(config["optim"], config["train"]["steps"])
         rules, min_elements = (config["mesh"][name] for name in ("rules", "fsdp_min_elements"))
-        tracks = len(config["optim"]["ema_tracks"])
-        abstract, shardings = abstract_state(stage, optimizer, mesh, rules, min_elements, tracks)
+        bad, tracks = Rules.of(config["train"]), len(config["optim"]["ema_tracks"])
+        abstract, shardings = abstract_state(
+            stage, optimizer, mesh, rules, min_elements, tracks, bad.window
+        )
         over_rows = sharding.batch_sharding(mesh)
         step = make_step(
             stage,
@@ -176,6 +234,7 @@ class TrainProgram:
             learning_rate(config["optim"], config["train"]["steps"]),
             config["optim"],
             config["seed"],
+            bad,
         )
         jitted = jax.jit(
             step,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from imagen_jax.buckets import AnyPath, in_bucket
+from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.storage import copy_directory
 
 log = logging.getLogger("imagen_jax.train")

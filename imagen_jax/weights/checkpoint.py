@@ -26,10 +26,10 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from imagen_jax.buckets import AnyPath, bucket_errors
 from imagen_jax.checksums import CHECKSUMS, find_damage, seal, sha256_file
 from imagen_jax.distributed import agreement
 from imagen_jax.exit_codes import HardwareFault
+from imagen_jax.object_storage import AnyPath, bucket_errors
 from imagen_jax.storage import (
     FREE_SPACE,
     absolute,
@@ -326,12 +326,9 @@ def split_step(path: AnyPath) -> tuple[AnyPath, int | None]:
 
     (path, None) for a path without a step. Raises CheckpointError if there is no best step.
     """
-    match = re.fullmatch(r"(.+)@(0|[1-9]\d*|best)", path.name)
-    if match is None or path.exists():
-        return path, None
-    workdir = path.with_name(match[1])
-    if match[2] != "best":
-        return workdir, int(match[2])
+    workdir, step = step_directories.split_name(path)
+    if step != "best":
+        return workdir, int(step) if step else None
     return workdir, retention.best_step(step_parent(workdir))
 
 

@@ -15,13 +15,17 @@ import safetensors
 from jaxtyping import BFloat16
 from safetensors.numpy import save_file
 
-from imagen_jax.buckets import AnyPath
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import absolute, as_path, missing_content, written_whole
 from imagen_jax.weights import leaves
 
 log = logging.getLogger(__name__)
 HEADER_KEY = "imagen_jax"  # the one entry of an export's safetensors metadata
-NOT_EXPORTED = ("sha256", "unlogged")  # meta of a checkpoint that does not describe its weights
+NOT_EXPORTED = (
+    "sha256",
+    "unlogged",
+    "skipped_steps",
+)  # meta of a checkpoint that does not describe its weights
 
 
 def export_params(params: leaves.Tree, meta: Mapping[str, Any], path: str | os.PathLike) -> None:

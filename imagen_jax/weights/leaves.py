@@ -8,7 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from imagen_jax.buckets import AnyPath
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.sharding import path_name
 from imagen_jax.storage import check_object, read_json
 

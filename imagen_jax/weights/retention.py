@@ -8,7 +8,7 @@ from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
-from imagen_jax.buckets import AnyPath
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.run_fields import MEASURES
 from imagen_jax.weights import step_directories
 from imagen_jax.weights.leaves import CheckpointError, read_document

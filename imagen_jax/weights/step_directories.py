@@ -23,9 +23,9 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-from imagen_jax.buckets import AnyPath, bucket_errors, in_bucket
 from imagen_jax.checksums import CHECKSUMS, find_damage, is_sealed
 from imagen_jax.locks import try_lock
+from imagen_jax.object_storage import AnyPath, bucket_errors, in_bucket
 from imagen_jax.storage import entry_names, remove, temporary_name, write_atomically
 from imagen_jax.weights.leaves import CheckpointError
 
@@ -48,6 +48,14 @@ def steps(directory: AnyPath) -> list[int]:
     begun -= {name for name in begun if is_sealed(directory / name)}
     found = sorted(int(name) for name in numbers - begun)
     return found if in_bucket(directory) else [n for n in found if (directory / str(n)).is_dir()]
+
+
+def split_name(path: AnyPath) -> tuple[AnyPath, str]:
+    """(WORKDIR, STEP) of WORKDIR@STEP, where STEP may be "best"; (path, "") of another path."""
+    match = re.fullmatch(r"(.+)@(0|[1-9]\d*|best)", path.name)
+    if match is None or _exists(path):
+        return path, ""
+    return path.with_name(match[1]), match[2]
 
 
 def mark_path(directory: AnyPath, step: int, doing: str) -> AnyPath:

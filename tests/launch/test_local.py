@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -126,6 +127,15 @@ def test_when_one_dies_all_end_and_start_again(tmp_path, dies):
     first[dies] = "kill"
     assert local.run([program(tmp_path, first, [0, 0])], two()) == 0
     assert [len(told(tmp_path / "run", i)) for i in (0, 1)] == [2, 2]
+
+
+def test_a_machine_that_fails_again_is_named(tmp_path, capfdbinary):
+    """Catches a host that fails at every attempt and is never named."""
+    attempts = program(tmp_path, ["kill"], ["kill"], [0], retries=2)
+    assert local.run([attempts], options("local")) == 0
+    output = capfdbinary.readouterr().out.decode()
+    assert f"host {socket.gethostname()} failed 2 times in this run" in output
+    assert "remove it from the job" in output and "killed by SIGKILL" in output
 
 
 def test_failures_are_repeated_so_often_and_mistakes_never(tmp_path):

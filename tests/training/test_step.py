@@ -31,8 +31,9 @@ def test_accumulation_equals_the_full_batch():
         jax.jit(lambda p, b, n=n: loss_and_grad(stage, p, b, jax.random.key(5), n))(params, batch)
         for n in (1, 4)
     ]
-    (loss, grads), (split_loss, split_grads) = results
+    (loss, grads, quartiles), (split_loss, split_grads, split_quartiles) = results
     np.testing.assert_allclose(loss, split_loss, rtol=1e-6)
+    np.testing.assert_allclose(quartiles, split_quartiles, rtol=1e-5)
     assert tiny.relative_error(split_grads, grads) < 1e-5
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads)) > 1e-3
 

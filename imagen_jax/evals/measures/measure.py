@@ -20,7 +20,6 @@ no other file lists it.
 import dataclasses
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -29,6 +28,7 @@ from jaxtyping import Bool, Float
 from imagen_jax.evals import measures
 from imagen_jax.evals.evaluation import Evaluation
 from imagen_jax.evals.rows import Data, Settings
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.stage import Stage
 
 Result = Mapping[str, Any]
@@ -197,7 +197,7 @@ def curves(results: Mapping[str, Result]) -> list[Curves]:
 
 
 def write(
-    chosen: Mapping[str, Measure], e: Evaluation, output: Path, origin: Mapping[str, str]
+    chosen: Mapping[str, Measure], e: Evaluation, output: AnyPath, origin: Mapping[str, str]
 ) -> None:
     """Writes the measures' own files to the directory `output`."""
     for module in chosen.values():

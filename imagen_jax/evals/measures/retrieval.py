@@ -5,7 +5,6 @@ contact sheet for each split.
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from imagen_jax.evals import nearest, report
 from imagen_jax.evals.evaluation import Evaluation
 from imagen_jax.evals.measures.measure import Column, Line, Result, RowValues
 from imagen_jax.evals.rows import Data, Settings
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.pictures import contact_sheet, enlarge, write_png
 from imagen_jax.stage import Stage
 from imagen_jax.storage import write_arrays
@@ -61,7 +61,7 @@ def lines(result: Result) -> Iterator[Line]:
             yield f"retrieval, {split}, {text} text", rates
 
 
-def write(e: Evaluation, output: Path, origin: Mapping[str, str]) -> None:
+def write(e: Evaluation, output: AnyPath, origin: Mapping[str, str]) -> None:
     """Writes samples.npz, with `origin`, and samples_<split>.png to the directory `output`."""
     settings = {"manifest_hash": e.data.prepared.hash, "seed": e.probe.settings.seed, **origin}
     arrays = {name: np.array(value) for name, value in settings.items()}

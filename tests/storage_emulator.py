@@ -4,7 +4,7 @@ The emulator ignores preconditions and never fails. The proxy enforces `ifGenera
 `ifGenerationNotMatch`, reports the generation of an object that is read, limits listings as asked,
 and answers a share of the requests with 503 or late.
 
-    python -m tests.object_storage --port 9000 --failing 0.05 --delay 0.2
+    python -m tests.storage_emulator --port 9000 --failing 0.05 --delay 0.2
 
 serves the bucket BUCKET until it is stopped.
 """
@@ -54,7 +54,7 @@ def served(failing=0.0, delay=0.0, seed=0):
     in seconds.
     """
     port = free_port()
-    command = [sys.executable, "-m", "tests.object_storage", f"--port={port}", f"--seed={seed}"]
+    command = [sys.executable, "-m", "tests.storage_emulator", f"--port={port}", f"--seed={seed}"]
     command += [f"--failing={failing}", f"--delay={delay}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from imagen_jax import buckets, checksums, exit_codes, locks, storage
-from tests import object_storage, tiny
+from imagen_jax import checksums, exit_codes, locks, object_storage, storage
+from tests import storage_emulator, tiny
 
 FAILING, DELAY_S = 0.05, 0.01
 
@@ -18,7 +18,7 @@ FAILING, DELAY_S = 0.05, 0.01
 @pytest.fixture(scope="module")
 def server():
     """The environment of a server; set for this process too."""
-    with object_storage.served(FAILING, DELAY_S) as env, pytest.MonkeyPatch.context() as patch:
+    with storage_emulator.served(FAILING, DELAY_S) as env, pytest.MonkeyPatch.context() as patch:
         for name, value in env.items():
             patch.setenv(name, value)
         yield env
@@ -27,7 +27,7 @@ def server():
 @pytest.fixture
 def bucket(server, request):
     """An empty directory in the bucket."""
-    return storage.as_path("--output", f"gs://{object_storage.BUCKET}/{request.node.name}")
+    return storage.as_path("--output", f"gs://{storage_emulator.BUCKET}/{request.node.name}")
 
 
 @pytest.mark.parametrize(
@@ -48,19 +48,21 @@ def test_other_schemes_are_refused(text, message):
 def test_a_local_path_stays_one(tmp_path):
     """Catches a local path read through the functions for buckets."""
     assert storage.as_path("--output", str(tmp_path)) == tmp_path
-    assert not buckets.in_bucket(storage.as_path("--output", "a/b"))
+    assert not object_storage.in_bucket(storage.as_path("--output", "a/b"))
 
 
 def test_a_path_that_pathlib_has_changed_is_the_same(server):
     """Catches gs:/b/x, which pathlib makes of gs://b/x, read as a local path."""
     path = storage.as_path("--output", "gs:/b/x/")
-    assert os.fspath(path) == "gs://b/x" and buckets.in_bucket(path)
+    assert os.fspath(path) == "gs://b/x" and object_storage.in_bucket(path)
 
 
 def test_a_missing_bucket_is_one_line(server):
     """Catches an upload of hours that fails at its end because of a wrong name."""
     with pytest.raises(ValueError, match="there is no bucket gs://no-such-bucket"):
-        buckets.check_bucket("--output", storage.as_path("--output", "gs://no-such-bucket/x"))
+        object_storage.check_bucket(
+            "--output", storage.as_path("--output", "gs://no-such-bucket/x")
+        )
 
 
 def test_files_and_listings(bucket, tmp_path):
