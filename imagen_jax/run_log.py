@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax.line_logs import LineLog, keep_lines, read_lines
+from imagen_jax.line_logs import STORE_S, LineLog, keep_lines, read_lines
 from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.storage import as_path, copy_file, write_atomically
 
@@ -28,7 +28,6 @@ METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 BAD_STEPS = "bad_steps.jsonl"
 TENSORBOARD_FLUSH_S = 5
-STORE_S = 30.0  # after which new rows are stored in a bucket
 BOARD_BYTES = 4 * 2**20
 
 log = logging.getLogger(__name__)

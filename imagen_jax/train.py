@@ -141,6 +141,7 @@ def train(
     import jax
 
     from imagen_jax import run_log
+    from imagen_jax.goodput import Ledger
     from imagen_jax.training.metrics import TrainingMetrics
     from imagen_jax.training.replicas import Replicas
     from imagen_jax.training.run import Run
@@ -169,12 +170,14 @@ def train(
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(only_process(workdir, "training in"))
+        ledger = stack.enter_context(Ledger(workdir, enabled=first))
         agreement.check_shared(workdir)
         stack.enter_context(recorded_failures(workdir, watch))
         stop = stop_requests(minutes)
 
         # State: restored from the newest intact checkpoint, or fresh.
         watch.at(0, "restoring")
+        ledger.at(0, "restore")
         checkpoints = Checkpoints(workdir / "checkpoints", Retention.of(settings))
         newest = checkpoints.latest_good()
         fast, newest_fast = None, None
@@ -202,12 +205,14 @@ def train(
         # Steps: one per image size, compiled before the loop, so that its first steps take as long
         # as the others.
         watch.at(done, "compiling")
+        ledger.at(done, "compile")
         steps = run.compile_steps()
         # Wait until all processes have compiled; otherwise collective operations of the first step
         # may time out.
         agreement.gather()
 
         # Loop.
+        ledger.at(done, "other")
         data = run.batches(done, run.rows)
         stack.callback(data.close)
         program = run.program
@@ -231,11 +236,17 @@ def train(
 
         measured: tuple[int, dict[str, float]] = done, {}  # by the last validation, after this step
 
+        @contextlib.contextmanager
+        def blocked(category: str) -> Iterator[None]:
+            """Work between two steps, which is not time of a step."""
+            with ledger.phase(done, category), metrics.clock.pause(), jax.transfer_guard("allow"):
+                yield
+
         def save(target: Checkpoints | FastCheckpoints = checkpoints) -> None:
             """Saves a state after which the run goes on, and whose replicas agree."""
             watch.at(done, "saving")
             metrics.settle()
-            with metrics.clock.pause(), jax.transfer_guard("allow"):
+            with blocked("checkpoint"):
                 replicas.check(state, done)
                 if target is checkpoints:
                     try:
@@ -246,10 +257,11 @@ def train(
                 meta |= {"measures": measured[1] if measured[0] == done else {}}
                 target.save(done, state, meta, before_commit=metrics.writer.flush)
 
+        ledger.at(done, "step")
         while done < total and not stop(done):
             trace.before(done)
             watch.at(done, "reading a batch")
-            with metrics.clock.waiting():
+            with ledger.phase(done, "data"), metrics.clock.waiting():
                 images = next(data)
             bucket, batch = run.bucket_of(images), run.place(images)
             watch.at(done, "training")
@@ -260,12 +272,12 @@ def train(
             if grid and done % settings["sample_every"] == 0:
                 watch.at(done, "drawing samples")
                 metrics.settle()
-                with metrics.clock.pause(), jax.transfer_guard("allow"):
+                with blocked("evaluation"):
                     metrics.writer.image(done, "ema", grid.sample(state.ema))
             if validation and (done % validate_every == 0 or done == total):
                 watch.at(done, "validating")
                 metrics.settle()
-                with metrics.clock.pause(), jax.transfer_guard("allow"):
+                with blocked("evaluation"):
                     row = validation.run(state, done)
                     metrics.writer.validation(done, row)
                     measured = done, validation.measures(row)
@@ -277,7 +289,9 @@ def train(
             metrics.settle()
             return verdict([row["loss"] for row in metrics.unlogged], overfit)
         save()
+        ledger.at(done, "checkpoint")
         checkpoints.wait()
+        ledger.at(done, "other")
     log.info("%s: %d of %d steps done, saved in %s", config["name"], done, total, workdir)
     return 0
 

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from imagen_jax.object_storage import AnyPath
 from imagen_jax.stage_sizes import Size
 from imagen_jax.training.bad_step_log import BadSteps, ids_of
 from imagen_jax.training.bad_steps import Rules
+from imagen_jax.training.memory import memory_metrics
 from imagen_jax.training.run import Run
 
 # The host runs this number of steps ahead of the device. So the device always has work queued, and
@@ -104,7 +106,9 @@ class TrainingMetrics:
         if has_step_time:
             rates = self._run.rates(self.clock.read(self._last_step), self._buckets)
             self._buckets = []
-        self.writer.scalars(self._last_step, row | rates)
+        examples = self._last_step * self._run.config["data"]["batch_size"]
+        here = {"examples": examples, "time/unix_s": time.time()} | memory_metrics()
+        self.writer.scalars(self._last_step, row | rates | here)
 
     def __enter__(self) -> "TrainingMetrics":
         return self
