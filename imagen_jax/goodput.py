@@ -71,11 +71,18 @@ class Ledger:
     does not answer, or is full, is a warning.
     """
 
-    def __init__(self, workdir: AnyPath, enabled: bool = True, write_s: float | None = None):
-        """Writes the entry of the phase "start", which began with the process.
+    def __init__(
+        self,
+        workdir: AnyPath,
+        enabled: bool = True,
+        began: float | None = None,
+        write_s: float | None = None,
+    ):
+        """Begins with an entry of "start".
 
-        enabled: False makes every method do nothing, for all processes except the first. write_s:
-        None for WRITE_S, or STORE_S in a bucket.
+        enabled: False makes every method do nothing, for all processes except the first. began:
+        when the command began, by time.monotonic(); None for now. write_s: None for WRITE_S, or
+        STORE_S in a bucket.
         """
         self._enabled = enabled
         if not enabled:
@@ -88,7 +95,7 @@ class Ledger:
         self._write_s = write_s or (STORE_S if in_bucket(path) else WRITE_S)
         self._unix = time.time() - time.monotonic()
         self._category, self._step, self._first_step = "start", 0, 0
-        self._since = self._start = time.monotonic() - process_age()
+        self._since = self._start = time.monotonic() if began is None else began
         self._seconds: dict[str, float] = {}
         self._complete: list[str] = []  # entries to write
         self._is_open = False  # the last written entry is one to replace
@@ -103,10 +110,12 @@ class Ledger:
         with self._lock:
             now = time.monotonic()
             self._add(now)
-            self._step = step
+            if self._category in LOOP:
+                self._step = step
             if not LOOP.issuperset((category, self._category)) or now - self._start > ENTRY_S:
-                self._cut(now)
-            self._category = category
+                self._complete.append(self._line(now))
+                self._start, self._seconds, self._first_step = now, {}, step
+            self._step, self._category = step, category
 
     @contextlib.contextmanager
     def phase(self, step: int, category: str) -> Iterator[None]:
@@ -167,11 +176,6 @@ class Ledger:
         """Adds the time up to now to the current category."""
         self._seconds[self._category] = self._seconds.get(self._category, 0.0) + now - self._since
         self._since = now
-
-    def _cut(self, now: float) -> None:
-        """Completes the current entry, and begins one."""
-        self._complete.append(self._line(now))
-        self._start, self._seconds, self._first_step = now, {}, self._step
 
     def _line(self, end: float) -> str:
         seconds = {name: round(value, 3) for name, value in self._seconds.items()}

@@ -21,8 +21,8 @@ STORE_S = 30.0  # after which the owner of a log in a bucket should store new li
 class LineLog:
     """Appends lines to a log.
 
-    On a local file system every line is passed to the operating system at once, or not at all. In a bucket, lines
-    are kept until `flush`.
+    On a local file system every line is passed to the operating system at once, whole or not at
+    all. In a bucket, lines are kept until `flush`.
     """
 
     def __init__(self, path: AnyPath):

@@ -27,6 +27,7 @@ from imagen_jax.storage import as_path, copy_file, write_atomically
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 BAD_STEPS = "bad_steps.jsonl"
+VARYING = ("time/", "memory/")  # beginnings of names whose values differ between equal runs
 TENSORBOARD_FLUSH_S = 5
 BOARD_BYTES = 4 * 2**20
 

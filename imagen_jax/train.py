@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli, field, output_paths
+from imagen_jax import cli, field, goodput, output_paths
 from imagen_jax.distributed import agreement, host_failures
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.locks import only_process
@@ -103,7 +103,8 @@ def main() -> int:
     if args.overfit:
         config, workdir = self_test(config, args.overfit), workdir / "overfit"
     with cli.processes() as watch:
-        return train(config, workdir, profile, args.minutes, start, watch, overfit=args.overfit)
+        began = time.monotonic() - goodput.process_age()
+        return train(config, workdir, profile, args.minutes, start, watch, args.overfit, began)
 
 
 def read_profile(text: str, steps: int) -> tuple[int, int]:
@@ -127,6 +128,7 @@ def train(
     start: Start,
     watch: Watch,
     overfit: int = 0,
+    began: float | None = None,
 ) -> int:
     """Trains to step config["train"]["steps"], or until a signal or the time limit.
 
@@ -136,12 +138,12 @@ def train(
     config: a complete config (`schema.complete` with new=True). profile: (first, count) of the
     traced steps. minutes: the time limit, 0 for none. start: what a new run starts
     from. overfit: trains for this number of steps on one batch instead, without checkpoints, and
-    returns the `verdict`; config is then that of `self_test`.
+    returns the `verdict`; config is then that of `self_test`. began: when the command began, by
+    time.monotonic(); None for now.
     """
     import jax
 
     from imagen_jax import run_log
-    from imagen_jax.goodput import Ledger
     from imagen_jax.training.metrics import TrainingMetrics
     from imagen_jax.training.replicas import Replicas
     from imagen_jax.training.run import Run
@@ -170,7 +172,7 @@ def train(
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(only_process(workdir, "training in"))
-        ledger = stack.enter_context(Ledger(workdir, enabled=first))
+        ledger = stack.enter_context(goodput.Ledger(workdir, first, began))
         agreement.check_shared(workdir)
         stack.enter_context(recorded_failures(workdir, watch))
         stop = stop_requests(minutes)

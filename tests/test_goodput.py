@@ -23,17 +23,16 @@ class Clock:
 
 @pytest.fixture
 def now(monkeypatch):
-    """A clock to set; this process is 7 s old."""
+    """A clock to set."""
     clock = Clock()
     monkeypatch.setattr("time.monotonic", clock)
     monkeypatch.setattr("time.time", lambda: clock.time + 1e9)
-    monkeypatch.setattr(goodput, "process_age", lambda: 7.0)
     return clock
 
 
 def ledger(workdir):
-    """A ledger without its thread."""
-    one = Ledger(workdir)
+    """A ledger without its thread, of a command that began 7 s ago."""
+    one = Ledger(workdir, began=time.monotonic() - 7)
     one._thread.start, one._thread.join = (lambda: None), (lambda: None)
     return one
 

@@ -26,6 +26,7 @@ LAYERS = (
         "encoders_in_turn",
         "exit_codes",
         "field",
+        "goodput",
         "stage_sizes",
         "interrupts",
         "line_logs",
