@@ -96,6 +96,12 @@ def read_lines(path: AnyPath) -> list[bytes]:
     return [line for name in _part_names(path) for line in _lines(path.with_name(name))]
 
 
+def newest_part(path: AnyPath) -> AnyPath:
+    """The file of a log that grows; it may not exist."""
+    names = _part_names(path) if in_bucket(path) else []
+    return path.with_name(names[-1]) if names else path
+
+
 def last_bytes(path: AnyPath, most: int) -> bytes:
     """The last bytes of a log; b"" if it does not exist."""
     if not in_bucket(path):
