@@ -149,7 +149,7 @@ def train(
     from imagen_jax.training.run import Run
     from imagen_jax.training.sample_grids import SampleGrid
     from imagen_jax.training.start import first_state
-    from imagen_jax.training.trace import Trace
+    from imagen_jax.training.trace import Requests, Trace
     from imagen_jax.training.validation import Validation
     from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints
     from imagen_jax.weights.fast_checkpoints import FastCheckpoints, run_name
@@ -173,6 +173,7 @@ def train(
         if first:
             stack.enter_context(only_process(workdir, "training in"))
         ledger = stack.enter_context(goodput.Ledger(workdir, first, began))
+        requests = stack.enter_context(Requests(workdir, first))
         agreement.check_shared(workdir)
         stack.enter_context(recorded_failures(workdir, watch))
         stop = stop_requests(minutes)
@@ -232,7 +233,8 @@ def train(
         metrics = stack.enter_context(
             TrainingMetrics(run, workdir, done, unlogged, skipped, progress)
         )
-        trace = stack.enter_context(Trace(workdir / "profile", *(profile if first else (0, 0))))
+        planned = profile if first else (0, 0)
+        trace = stack.enter_context(Trace(workdir / "profile", *planned, requests))
         stack.enter_context(jax.transfer_guard("disallow"))
         stack.enter_context(checkpoints)
 
