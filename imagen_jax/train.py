@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli, field, goodput, output_paths
+from imagen_jax import cli, field, goodput, output_paths, wandb_log
 from imagen_jax.distributed import agreement, host_failures
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.locks import only_process
@@ -94,6 +94,7 @@ def main() -> int:
         check_local(flag, one.path)
         check_utf8(flag, one.path)
     check_local("--config.train.fast_dir", config["train"]["fast_dir"])
+    wandb_log.check(config["train"]["wandb"])
     profile = read_profile(args.profile, config["train"]["steps"])
     start = Start(args.init_from, args.init_part, args.fork)
     if args.overfit and (args.profile or args.minutes or start != Start()):
@@ -174,6 +175,8 @@ def train(
             stack.enter_context(only_process(workdir, "training in"))
         ledger = stack.enter_context(goodput.Ledger(workdir, first, began))
         requests = stack.enter_context(Requests(workdir, first))
+        project = settings["wandb"] if first else ""
+        wandb = stack.enter_context(wandb_log.WandbLog(workdir, project, config))
         agreement.check_shared(workdir)
         stack.enter_context(recorded_failures(workdir, watch))
         stop = stop_requests(minutes)
@@ -233,6 +236,7 @@ def train(
         metrics = stack.enter_context(
             TrainingMetrics(run, workdir, done, unlogged, skipped, progress)
         )
+        metrics.writer.begin(config, wandb)
         planned = profile if first else (0, 0)
         trace = stack.enter_context(Trace(workdir / "profile", *planned, requests))
         stack.enter_context(jax.transfer_guard("disallow"))
@@ -378,7 +382,7 @@ def self_test(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """
     never = steps + 1
     train_section = {"log_every": never, "save_every": never}
-    train_section |= {"sample_every": 0, "validate_every": 0}
+    train_section |= {"sample_every": 0, "validate_every": 0, "wandb": ""}
     train_section |= {"on_bad_step": "stop", "spike_factor": 0.0}
     return dict(config) | {
         "optim": dict(config["optim"]) | {"warmup": max(1, steps // 20)},

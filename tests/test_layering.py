@@ -38,6 +38,7 @@ LAYERS = (
         "schema",
         "storage",
         "text_inputs",
+        "wandb_log",
     },
     {"distributed"},
     {
