@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import struct
+import subprocess
 import sys
 import types
 
@@ -12,6 +14,7 @@ import pytest
 from imagen_jax import wandb_log
 from imagen_jax.run_log import MetricsWriter, read_metrics
 from imagen_jax.wandb_log import WandbLog, run_id
+from tests import tiny
 
 CONFIG = {"name": "base", "optim": {"betas": (0.9, 0.99)}}
 PICTURE = np.zeros((4, 6, 3), np.uint8)
@@ -124,6 +127,24 @@ def test_settings_are_checked_first(monkeypatch):
     for text in ("a/b/c", "/a", "a b"):
         with pytest.raises(ValueError, match="give PROJECT or ENTITY/PROJECT"):
             wandb_log.check(text)
+
+
+def test_the_command_checks_them_before_it_begins(tmp_path):
+    """Catches a check that comes after the data are read, or never."""
+    options = ["--config=configs/base_64.py:tiny", "--config.data.path=no_data", "--workdir=run"]
+    (tmp_path / "configs").symlink_to(tiny.ROOT / "configs")
+    done = subprocess.run(
+        [sys.executable, "-m", "imagen_jax.train", *options, "--config.train.wandb=a/b/c"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tiny.ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert tiny.said(done.stderr) == [
+        "error: train.wandb is 'a/b/c'; give PROJECT or ENTITY/PROJECT"
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["configs"]
 
 
 def log_records(content):
