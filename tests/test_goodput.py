@@ -118,7 +118,8 @@ def test_a_killed_process_leaves_what_it_has_written(tmp_path, now):
 
 def test_an_error_is_not_an_end(tmp_path, now):
     """Catches a failed process shown as one that has ended by itself."""
-    with contextlib.suppress(OSError), ledger(tmp_path):
+    with contextlib.suppress(OSError), ledger(tmp_path) as one:
+        one.at(0, "compile")
         raise OSError
     assert not summarise(read_entries(tmp_path)).ended
 

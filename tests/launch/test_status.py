@@ -221,14 +221,17 @@ def test_goodput_and_the_largest_losses(tmp_path, capsys):
 
 
 def test_trainings_at_any_depth(tmp_path):
-    """Catches a training that is missed deep in a sweep, one that has not yet a row, and one that
-    is found twice through a link or inside another.
+    """Catches a training that is missed deep in a sweep, one that has not yet a row, a part
+    of a checkpoint taken for a training, and one that is found twice, through a link or inside
+    another.
     """
     workdir(tmp_path / "sweep" / "arm_1" / "base", 5)
     (workdir(tmp_path / "sweep" / "arm_2", 5) / "overfit").mkdir()
     (tmp_path / "sweep" / "arm_2" / "overfit" / "metrics.jsonl").touch()
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "goodput.jsonl").touch()
+    (tmp_path / "started" / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "started" / "checkpoints" / "5" / "metrics.jsonl").touch()
     (tmp_path / "sweep" / "link").symlink_to(tmp_path / "sweep")
     found = [title for title, _ in status.inside(str(tmp_path))]
     assert found == ["new", "sweep/arm_1/base", "sweep/arm_2"]

@@ -96,6 +96,15 @@ def test_a_signal_asks_for_a_trace(tmp_path, traces):
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+def test_a_planned_trace_comes_after_one_that_was_asked_for(tmp_path, traces, caplog):
+    """Catches --profile that is forgotten after a request."""
+    with Requests(tmp_path) as requests, Trace(tmp_path, 9, 2, requests) as trace:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        until(lambda: requests._count)
+        assert go_on(trace, range(1, 20)) == [6, 11]
+    assert traces == [str(tmp_path / "1"), None, str(tmp_path), None] and not caplog.records
+
+
 def test_only_the_first_process_takes_requests(tmp_path, traces):
     """Catches a file that another process removes, and one that the signal ends."""
     (tmp_path / REQUEST).touch()
