@@ -234,7 +234,7 @@ def train(
             run_log.Progress(config["name"], total, done, quiet=not first)
         )
         metrics = stack.enter_context(
-            TrainingMetrics(run, workdir, done, unlogged, skipped, progress)
+            TrainingMetrics(run, workdir, done, unlogged, skipped, progress, origin)
         )
         metrics.writer.begin(config, wandb)
         planned = profile if first else (0, 0)
