@@ -54,7 +54,7 @@ $(VENV)/installed: setup.py
 
 $(VENV)/installed-slow: $(VENV)/installed
 	@echo "installing what make test-slow needs"
-	@$(PIP) --editable ".[test,tpu,gpu-plan,beam]"
+	@$(PIP) --editable ".[test,tpu,gpu-plan,beam,wandb]"
 	@touch $@
 
 # torch-fidelity without its requirements: its torchvision would replace the CPU build of torch. The

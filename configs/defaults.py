@@ -32,6 +32,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "train": dict(
         validate_every=0,
         validate_rows=256,
+        wandb="",
         fast_every=0,
         fast_dir="/dev/shm/imagen_jax",  # memory of the host
         keep_every=0,

@@ -5,6 +5,8 @@ Objects of a bucket cannot be appended to. There, `metrics.jsonl` is the first p
 part is stored again with every `flush`.
 """
 
+import contextlib
+import io
 import os
 import re
 from collections.abc import Callable
@@ -13,44 +15,65 @@ from imagen_jax.object_storage import AnyPath, bucket_errors, in_bucket
 from imagen_jax.storage import entry_names, remove, write_atomically
 
 PART_BYTES = 2**20
+STORE_S = 30.0  # after which the owner of a log in a bucket should store new lines
 
 
 class LineLog:
     """Appends lines to a log.
 
-    On a local file system every line is passed to the operating system at once. In a bucket, lines
-    are kept until `flush`.
+    On a local file system every line is passed to the operating system at once, whole or not at
+    all. In a bucket, lines are kept until `flush`.
     """
 
     def __init__(self, path: AnyPath):
         """Continues the log at `path`, or starts it."""
         self._path, self._file = path, None
+        self._last = 0  # where the last line begins
         if not in_bucket(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
             return
         names = _part_names(path)
         self._part = max(0, len(names) - 1)
         self._content = b"".join(_lines(path.with_name(names[-1]))) if names else b""
-        self._stored = len(self._content)
+        self._stored = self._content
 
     def append(self, line: str) -> None:
         """Appends a line, given without its line feed."""
         if self._file:
-            self._file.write(line + "\n")
-            self._file.flush()
+            self._last = self._file.seek(0, os.SEEK_END)
+            try:
+                _write(self._file, line.encode() + b"\n")
+            except OSError:  # a full disk has perhaps taken a part
+                with contextlib.suppress(OSError):
+                    self._file.truncate(self._last)
+                raise
             return
         if len(self._content) >= PART_BYTES:
             self.flush()
-            self._part, self._content, self._stored = self._part + 1, b"", 0
+            self._part, self._content, self._stored = self._part + 1, b"", b""
+        self._last = len(self._content)
         self._content += line.encode() + b"\n"
+
+    def replace(self, line: str) -> None:
+        """Replaces the line that this object has appended last. A kill leaves one of both.
+
+        A shorter line is followed by spaces.
+        """
+        if not self._file:
+            self._content = self._content[: self._last] + line.encode() + b"\n"
+            return
+        length = self._file.seek(0, os.SEEK_END) - self._last
+        with self._path.open("r+b", buffering=0) as file:
+            file.seek(self._last)
+            _write(file, line.encode().ljust(length - 1) + b"\n")
 
     def flush(self) -> None:
         """Stores all lines. Raises OSError if a bucket does not answer; the lines are kept."""
-        if not self._file and len(self._content) > self._stored:
+        if not self._file and self._content != self._stored:
             content = self._content
             write_atomically(self._path.with_name(_part_name(self._path, self._part)), content)
-            self._stored = len(content)
+            self._stored = content
 
     def close(self) -> None:
         """Stores all lines, on a local file system on the disk, and closes the log."""
@@ -61,11 +84,22 @@ class LineLog:
             self.flush()
 
 
+def _write(file: io.RawIOBase, content: bytes) -> None:
+    while content:
+        content = content[file.write(content) :]
+
+
 def read_lines(path: AnyPath) -> list[bytes]:
     """All lines of a log with their line feeds; [] if it does not exist."""
     if not in_bucket(path):
         return _lines(path)
     return [line for name in _part_names(path) for line in _lines(path.with_name(name))]
+
+
+def newest_part(path: AnyPath) -> AnyPath:
+    """The file of a log that grows; it may not exist."""
+    names = _part_names(path) if in_bucket(path) else []
+    return path.with_name(names[-1]) if names else path
 
 
 def last_bytes(path: AnyPath, most: int) -> bytes:

@@ -56,6 +56,12 @@ TRAIN = {
         interval="[2, inf)",
         needs=(VALIDATION,),
     ),
+    "wandb": Field(
+        "Weights & Biases: PROJECT or ENTITY/PROJECT for a copy of the log; empty: none.",
+        str,
+        older="",
+        resume=True,
+    ),
     "save_every": Field("Steps between two checkpoints.", int, resume=True, interval="[1, inf)"),
     "keep": Field("Number of newest checkpoints to keep.", int, resume=True, interval="[1, inf)"),
     "fast_every": Field(

@@ -1,5 +1,7 @@
 """The log of a run: metrics.jsonl and validation.jsonl (the record), TensorBoard, images, times.
 
+wandb_log.py adds Weights & Biases.
+
 This module does not import jax, so that reports and launchers can use it. Values may be anything
 that `float()` accepts, device scalars included.
 """
@@ -20,15 +22,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax.line_logs import LineLog, keep_lines, read_lines
+from imagen_jax.line_logs import STORE_S, LineLog, keep_lines, read_lines
 from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.storage import as_path, copy_file, write_atomically
+from imagen_jax.wandb_log import WandbLog
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 BAD_STEPS = "bad_steps.jsonl"
+VARYING = ("time/", "memory/")  # beginnings of names whose values differ between equal runs
 TENSORBOARD_FLUSH_S = 5
-STORE_S = 30.0  # after which new rows are stored in a bucket
 BOARD_BYTES = 4 * 2**20
 
 log = logging.getLogger(__name__)
@@ -57,7 +60,7 @@ class MetricsWriter:
         first. validated: the step from which the run continues, if metrics.jsonl continues from an
         earlier one; rows of validation.jsonl and bad_steps.jsonl up to it stay.
         """
-        self._enabled = enabled
+        self._enabled, self._wandb = enabled, None
         if not enabled:
             return
         self._workdir = as_path("workdir", workdir)
@@ -67,6 +70,7 @@ class MetricsWriter:
             _truncate(self._workdir / name, last)
             self._logs[name] = LineLog(self._workdir / name)
         _truncate(self._workdir / BAD_STEPS, validated)
+        self._start_step = start_step
         self._board = Board(self._workdir / "tensorboard", start_step)
         # TensorBoard has dropped these too, but no step writes them again.
         for row in read_metrics(workdir, VALIDATION):
@@ -76,6 +80,19 @@ class MetricsWriter:
         self._storing = threading.Thread(target=self._store_regularly, daemon=True)
         if in_bucket(self._workdir):
             self._storing.start()
+
+    def begin(self, config: Mapping[str, Any], wandb: WandbLog) -> None:
+        """Writes the config of the run to TensorBoard, as text.
+
+        wandb: gets every row and image from now on.
+        """
+        if not self._enabled:
+            return
+        lines = json.dumps(config, indent=1).splitlines()
+        text = "\n".join(f"    {line}" for line in lines)  # code, in Markdown
+        with self._lock:
+            self._board.writer.add_text("config", text, self._start_step)
+        self._wandb = wandb
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends {"step": step, **values} and flushes it to the operating system.
@@ -104,6 +121,8 @@ class MetricsWriter:
         with self._lock:
             self._logs[name].append(json.dumps(row))
             self._add_to_board(row)
+        if self._wandb:
+            self._wandb.row(row)
 
     def _add_to_board(self, row: Mapping[str, int | float]) -> None:
         for name in [name for name in row if name != "step"]:
@@ -127,6 +146,8 @@ class MetricsWriter:
         write_atomically(path, png.getvalue())
         with self._lock:
             self._board.writer.add_image(name, image, step, dataformats="HWC")
+        if self._wandb:
+            self._wandb.image(step, name, image)
         return path
 
     def flush(self) -> None:

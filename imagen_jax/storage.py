@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -289,6 +290,35 @@ def entry_names(directory: AnyPath) -> list[str]:
             return sorted(path.name for path in directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def directory_names(directory: AnyPath) -> list[str]:
+    """The names of the directories in a directory, sorted; [] if it does not exist.
+
+    Symbolic links are left out.
+    """
+    if not in_bucket(directory):
+        paths = ((name, directory / name) for name in entry_names(directory))
+        return [name for name, path in paths if path.is_dir() and not path.is_symlink()]
+    import fsspec
+
+    try:
+        with bucket_errors(directory):
+            entries = fsspec.filesystem("gcs").ls(os.fspath(directory), detail=True)
+    except FileNotFoundError:
+        return []
+    directories = (entry["name"] for entry in entries if entry["type"] == "directory")
+    return sorted(name.rstrip("/").rpartition("/")[2] for name in directories)
+
+
+def written_at(path: AnyPath) -> float:
+    """When a file was written, in seconds since 1970; -inf if it does not exist."""
+    try:
+        with bucket_errors(path):
+            stat = path.stat()
+    except FileNotFoundError:
+        return -math.inf
+    return stat.mtime if in_bucket(path) else stat.st_mtime
 
 
 def remove(path: AnyPath) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from imagen_jax import cli, field, output_paths
+from imagen_jax import cli, field, goodput, output_paths, wandb_log
 from imagen_jax.distributed import agreement, host_failures
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.locks import only_process
@@ -94,6 +94,7 @@ def main() -> int:
         check_local(flag, one.path)
         check_utf8(flag, one.path)
     check_local("--config.train.fast_dir", config["train"]["fast_dir"])
+    wandb_log.check(config["train"]["wandb"])
     profile = read_profile(args.profile, config["train"]["steps"])
     start = Start(args.init_from, args.init_part, args.fork)
     if args.overfit and (args.profile or args.minutes or start != Start()):
@@ -103,7 +104,8 @@ def main() -> int:
     if args.overfit:
         config, workdir = self_test(config, args.overfit), workdir / "overfit"
     with cli.processes() as watch:
-        return train(config, workdir, profile, args.minutes, start, watch, overfit=args.overfit)
+        began = time.monotonic() - goodput.process_age()
+        return train(config, workdir, profile, args.minutes, start, watch, args.overfit, began)
 
 
 def read_profile(text: str, steps: int) -> tuple[int, int]:
@@ -127,6 +129,7 @@ def train(
     start: Start,
     watch: Watch,
     overfit: int = 0,
+    began: float | None = None,
 ) -> int:
     """Trains to step config["train"]["steps"], or until a signal or the time limit.
 
@@ -136,7 +139,8 @@ def train(
     config: a complete config (`schema.complete` with new=True). profile: (first, count) of the
     traced steps. minutes: the time limit, 0 for none. start: what a new run starts
     from. overfit: trains for this number of steps on one batch instead, without checkpoints, and
-    returns the `verdict`; config is then that of `self_test`.
+    returns the `verdict`; config is then that of `self_test`. began: when the command began, by
+    time.monotonic(); None for now.
     """
     import jax
 
@@ -147,7 +151,7 @@ def train(
     from imagen_jax.training.run import Run
     from imagen_jax.training.sample_grids import SampleGrid
     from imagen_jax.training.start import first_state
-    from imagen_jax.training.trace import Trace
+    from imagen_jax.training.trace import Requests, Trace
     from imagen_jax.training.validation import Validation
     from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints
     from imagen_jax.weights.fast_checkpoints import FastCheckpoints, run_name
@@ -173,12 +177,17 @@ def train(
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(only_process(workdir, "training in"))
+        ledger = stack.enter_context(goodput.Ledger(workdir, first, began))
+        requests = stack.enter_context(Requests(workdir, first))
+        project = settings["wandb"] if first else ""
+        wandb = stack.enter_context(wandb_log.WandbLog(workdir, project, config))
         agreement.check_shared(workdir)
         stack.enter_context(recorded_failures(workdir, watch))
         stop = stop_requests(minutes)
 
         # State: restored from the newest intact checkpoint, or fresh.
         watch.at(0, "restoring")
+        ledger.at(0, "restore")
         newest = checkpoints.latest_good()
         fast, newest_fast = None, None
         if settings["fast_every"] and not overfit:
@@ -205,12 +214,14 @@ def train(
         # Steps: one per image size, compiled before the loop, so that its first steps take as long
         # as the others.
         watch.at(done, "compiling")
+        ledger.at(done, "compile")
         steps = run.compile_steps()
         # Wait until all processes have compiled; otherwise collective operations of the first step
         # may time out.
         agreement.gather()
 
         # Loop.
+        ledger.at(done, "other")
         data = run.batches(done, run.rows)
         stack.callback(data.close)
         program = run.program
@@ -226,19 +237,27 @@ def train(
             run_log.Progress(config["name"], total, done, quiet=not first)
         )
         metrics = stack.enter_context(
-            TrainingMetrics(run, workdir, done, unlogged, skipped, progress)
+            TrainingMetrics(run, workdir, done, unlogged, skipped, progress, origin)
         )
-        trace = stack.enter_context(Trace(workdir / "profile", *(profile if first else (0, 0))))
+        metrics.writer.begin(config, wandb)
+        planned = profile if first else (0, 0)
+        trace = stack.enter_context(Trace(workdir / "profile", *planned, requests))
         stack.enter_context(jax.transfer_guard("disallow"))
         stack.enter_context(checkpoints)
 
         measured: tuple[int, dict[str, float]] = done, {}  # by the last validation, after this step
 
+        @contextlib.contextmanager
+        def blocked(category: str) -> Iterator[None]:
+            """Work between two steps, which is not time of a step."""
+            with ledger.phase(done, category), metrics.clock.pause(), jax.transfer_guard("allow"):
+                yield
+
         def save(target: Checkpoints | FastCheckpoints = checkpoints) -> None:
             """Saves a state after which the run goes on, and whose replicas agree."""
             watch.at(done, "saving")
             metrics.settle()
-            with metrics.clock.pause(), jax.transfer_guard("allow"):
+            with blocked("checkpoint"):
                 replicas.check(state, done)
                 if target is checkpoints:
                     try:
@@ -249,10 +268,11 @@ def train(
                 meta |= {"measures": measured[1] if measured[0] == done else {}}
                 target.save(done, state, meta, before_commit=metrics.writer.flush)
 
+        ledger.at(done, "step")
         while done < total and not stop(done):
             trace.before(done)
             watch.at(done, "reading a batch")
-            with metrics.clock.waiting():
+            with ledger.phase(done, "data"), metrics.clock.waiting():
                 images = next(data)
             bucket, batch = run.bucket_of(images), run.place(images)
             watch.at(done, "training")
@@ -263,12 +283,12 @@ def train(
             if grid and done % settings["sample_every"] == 0:
                 watch.at(done, "drawing samples")
                 metrics.settle()
-                with metrics.clock.pause(), jax.transfer_guard("allow"):
+                with blocked("evaluation"):
                     metrics.writer.image(done, "ema", grid.sample(state.ema))
             if validation and (done % validate_every == 0 or done == total):
                 watch.at(done, "validating")
                 metrics.settle()
-                with metrics.clock.pause(), jax.transfer_guard("allow"):
+                with blocked("evaluation"):
                     row = validation.run(state, done)
                     metrics.writer.validation(done, row)
                     measured = done, validation.measures(row)
@@ -280,7 +300,9 @@ def train(
             metrics.settle()
             return verdict([row["loss"] for row in metrics.unlogged], overfit)
         save()
+        ledger.at(done, "checkpoint")
         checkpoints.wait()
+        ledger.at(done, "other")
     log.info("%s: %d of %d steps done, saved in %s", config["name"], done, total, workdir)
     return 0
 
@@ -368,7 +390,7 @@ def self_test(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """
     never = steps + 1
     train_section = {"log_every": never, "save_every": never}
-    train_section |= {"sample_every": 0, "validate_every": 0}
+    train_section |= {"sample_every": 0, "validate_every": 0, "wandb": ""}
     train_section |= {"on_bad_step": "stop", "spike_factor": 0.0}
     return dict(config) | {
         "optim": dict(config["optim"]) | {"warmup": max(1, steps // 20)},

@@ -119,6 +119,8 @@ class Job:
     def install(self) -> str:
         """Shell commands: `setup`, or by default those that install the checkout and JAX."""
         extra = "tpu" if self.topology.chip.platform == "tpu" else "cuda12"
+        if self.config and self.config["train"].get("wandb"):
+            extra += ",wandb"
         return self.setup or INSTALL.format(environment=ENVIRONMENT, extra=extra)
 
     def command(self, python: str = "python3") -> tuple[str, ...]:

@@ -224,8 +224,9 @@ def standing(job: Job, options: flags.FlagValues) -> tuple[str, str]:
     state comes from the workdir alone.
     """
     row = status.read(job)
-    # Buckets have no locks: there, "running" means only that the newest row of metrics is recent.
-    inferred_from_age = row.state == "running" and in_bucket(job.workdir)
+    # A training that has mounted its bucket has no lock there: "running" then means only that its
+    # newest row of metrics is recent.
+    inferred_from_age = row.state == "running" and in_bucket(job.workdir) and not row.is_locked
     if row.state == "finished" or (row.state == "running" and not inferred_from_age):
         return row.state, row.detail
     try:

@@ -3,11 +3,9 @@
     python -m launch.status WORKDIR [WORKDIR ...]
 
 A WORKDIR is that of a training, or a directory of several, such as a cascade's or a sweep's. It may
-be in a bucket (gs://...) if gcloud is on PATH; a training there counts as running while its newest
-row of metrics is recent.
+be in a bucket (gs://..., with the extra `gcs`).
 """
 
-import calendar
 import contextlib
 import dataclasses
 import json
@@ -22,20 +20,37 @@ from typing import Any
 
 from absl import flags
 
-from imagen_jax.checksums import CHECKSUMS
-from imagen_jax.locks import is_locked
+from imagen_jax import cli, goodput, line_logs, object_storage
+from imagen_jax.checksums import is_sealed
+from imagen_jax.goodput import GOODPUT
+from imagen_jax.locks import LOCK, is_locked
+from imagen_jax.object_storage import AnyPath, bucket_errors, check_bucket
 from imagen_jax.run_log import METRICS, parse_row
-from imagen_jax.storage import write_json
+from imagen_jax.storage import as_path, directory_names, entry_names, write_json, written_at
 from launch import command_line
-from launch.job import Job, ask, check_path, in_bucket, name_of, said
+from launch.job import Job, check_path, in_bucket, name_of
 
 # A launcher's last action: {"where", "name", "state", "detail", "attempt", "steps", "time"}
 STATE_FILE = "launch.json"
 TAIL_BYTES = 65_536  # of metrics.jsonl, which hold the rows for the rate
 RATE_ROWS = 10
 LARGEST = 2**63  # bound for numbers of steps and images
-SILENT_S = 600.0  # a training in a bucket with an older newest row does not count as running
-COLUMNS = ("stage", "state", "step", "loss", "images/s", "left", "checkpoint", "")
+SILENT_S = 600.0  # see `WorkdirFiles.is_recent`
+LOSSES, LEAST_LOSS = 3, 0.005  # of the time: the most losses to show, and the smallest one
+COLUMNS = (
+    "stage",
+    "state",
+    "step",
+    "loss",
+    "images/s",
+    "left",
+    "checkpoint",
+    "goodput",
+    "losses",
+    "",
+)
+# What a workdir holds, in which no training is to be found.
+OUTPUTS = frozenset(("checkpoints", "images", "tensorboard", "profile"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +63,9 @@ class Row:
     loss, images_per_s: of the newest row, and the mean of the last RATE_ROWS rows.
     left: seconds to the end at this rate.
     checkpoint: step of the newest checkpoint; -1 if there is none.
+    goodput: the share of the time that went into steps that were kept.
+    losses: (category, share of the time) of the rest, the largest first; see imagen_jax/goodput.py.
+    is_locked: whether the lock of the workdir is held, which proves that a training runs.
     detail: the reason for the state.
     """
 
@@ -59,6 +77,9 @@ class Row:
     images_per_s: float = math.nan
     left: float = math.nan
     checkpoint: int = -1
+    goodput: float = math.nan
+    losses: tuple[tuple[str, float], ...] = ()
+    is_locked: bool = False
     detail: str = ""
 
     @property
@@ -68,16 +89,19 @@ class Row:
 
 
 class WorkdirFiles:
-    """Reads the files of a workdir: a directory, or a bucket through gcloud."""
+    """Reads the files of a workdir: a directory, or a bucket. Raises OSError if that fails."""
 
     def __init__(self, workdir: str):
-        self._workdir = workdir.rstrip("/")
+        """Raises ValueError for a bucket without the extra `gcs`."""
+        self.path = as_path("WORKDIR", workdir)
 
     def tail(self, name: str) -> bytes:
-        """`_tail` of a file. Raises ValueError if a bucket cannot be read."""
-        if not in_bucket(self._workdir):
-            return _tail(Path(self._workdir) / name)
-        return self._gcloud("cat", f"--range=-{TAIL_BYTES}", f"{self._workdir}/{name}").encode()
+        """`_tail` of a file."""
+        return _tail(self.path / name)
+
+    def goodput(self) -> goodput.Summary:
+        """Where the time of the run went."""
+        return goodput.summarise(goodput.read_entries(self.path))
 
     def checkpoints(self) -> list[int]:
         """Steps of the complete checkpoints, in order.
@@ -85,33 +109,28 @@ class WorkdirFiles:
         A checkpoint is complete when its checksum file, written last, exists. The trainer verifies
         the checksums.
         """
-        if in_bucket(self._workdir):
-            paths = self._gcloud("ls", f"{self._workdir}/checkpoints/*/{CHECKSUMS}").splitlines()
-        else:
-            files = Path(self._workdir).glob(f"checkpoints/*/{CHECKSUMS}")
-            paths = [str(path) for path in files if path.is_file()]
-        names = (path.split("/")[-2] for path in paths if "/" in path)
-        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+        directory = self.path / "checkpoints"
+        names = (name for name in entry_names(directory) if re.fullmatch("0|[1-9][0-9]*", name))
+        return sorted(int(name) for name in names if is_sealed(directory / name))
 
     def age(self) -> float:
-        """Seconds since metrics.jsonl was written; inf if it does not exist."""
-        if in_bucket(self._workdir):
-            text = self._gcloud("ls", "--json", f"{self._workdir}/{METRICS}")
-            if not text.strip():
-                return math.inf
-            with _reading(f"gcloud's description of {METRICS}"):
-                updated = json.loads(text)[0]["metadata"]["updated"][:19]
-                written = calendar.timegm(time.strptime(updated, "%Y-%m-%dT%H:%M:%S"))
-            return time.time() - written
-        path = Path(self._workdir) / METRICS
-        return time.time() - path.stat().st_mtime if path.exists() else math.inf
+        """Seconds since the metrics or the ledger were written; inf if they do not exist."""
+        logs = (line_logs.newest_part(self.path / name) for name in (METRICS, GOODPUT))
+        return time.time() - max(map(written_at, logs))
 
-    def _gcloud(self, *arguments: str) -> str:
-        done = ask(("gcloud", "storage", *arguments), f"install it to read {self._workdir}")
-        missing = any(word in done.stderr for word in ("matched no objects", "NOT_FOUND", "404"))
-        if done.returncode and not missing:
-            raise ValueError(f"cannot read {self._workdir}: {said(done)}")
-        return "" if done.returncode else done.stdout
+    def is_recent(self, elsewhere: bool, ended: bool) -> bool:
+        """Whether a training runs whose lock is not seen: it wrote in the last SILENT_S seconds.
+
+        That happens on other machines, for file systems that do not share locks, and for a training
+        that has mounted its bucket: its lock is an empty object, or none.
+
+        elsewhere: the training may run on another machine. ended: the last one has ended by itself.
+        """
+        in_a_bucket = object_storage.in_bucket(self.path)
+        if ended or not (elsewhere or in_a_bucket):
+            return False
+        lock_expired = in_a_bucket and bool(_tail(self.path / LOCK))
+        return not lock_expired and self.age() < SILENT_S
 
 
 def read(job: Job) -> Row:
@@ -126,16 +145,14 @@ def read(job: Job) -> Row:
         total, batch = _config(workdir_files)
         checkpoint = max(workdir_files.checkpoints(), default=-1)
         recorded, detail, requested = _read_state(job)
+        times = workdir_files.goodput()
         launching = is_locked(job.record) and recorded in ("running", "preempted", "waiting")
-        # Locks of other machines may be invisible here; then a recent row means running.
-        elsewhere = in_bucket(job.workdir) or recorded == "submitted"
-        held = (
-            launching
-            or (not in_bucket(job.workdir) and is_locked(Path(job.workdir)))
-            or (elsewhere and workdir_files.age() < SILENT_S)
-        )
+        locked = is_locked(workdir_files.path)
+        recent = workdir_files.is_recent(recorded == "submitted", times.ended)
+        held = launching or locked or recent
     except (ValueError, OSError) as error:
-        return Row(job.title, "unreadable", detail=str(error))
+        detail = cli.describe(error) if isinstance(error, OSError) else str(error)
+        return Row(job.title, "unreadable", detail=detail)
     steps, step = job.steps or requested or total, max(last, checkpoint)  # rows may be lost
     left = max(0, steps - step) * batch / rate if batch and rate > 0 else math.nan
     row = Row(
@@ -146,6 +163,9 @@ def read(job: Job) -> Row:
         images_per_s=rate,
         left=left,
         checkpoint=checkpoint,
+        goodput=times.goodput,
+        losses=tuple(times.losses()),
+        is_locked=locked,
     )
     if row.ended:
         detail = f"{METRICS} ends at step {last:,}" if last < steps else ""
@@ -208,15 +228,11 @@ def _read_state(job: Job) -> tuple[str, str, int]:
         return _field(entry, "state", ""), _field(entry, "detail", ""), _field(entry, "steps", 0)
 
 
-def _tail(path: Path) -> bytes:
+def _tail(path: AnyPath) -> bytes:
     """The last TAIL_BYTES of a file, b"" if it is missing. Raises ValueError for a directory."""
-    if not path.exists():
-        return b""
-    if not path.is_file():
+    if not object_storage.in_bucket(path) and path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file")
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - TAIL_BYTES))
-        return file.read()
+    return line_logs.last_bytes(path, TAIL_BYTES)
 
 
 def _object(content: bytes) -> dict[str, Any]:
@@ -270,8 +286,16 @@ def _cells(row: Row) -> tuple[str, ...]:
         number(row.images_per_s, "{:.4g}"),
         left,
         checkpoint,
+        number(100 * row.goodput, "{:.0f} %"),
+        _losses(row) or "-",
         " ".join(row.detail.split()),
     )
+
+
+def _losses(row: Row) -> str:
+    """The largest losses of time in words, such as "down 4 %, compile 2 %"."""
+    shown = [(name, share) for name, share in row.losses[:LOSSES] if share >= LEAST_LOSS]
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shown)
 
 
 def span(seconds: float) -> str:
@@ -305,7 +329,9 @@ def jobs(argv: Sequence[str]) -> list[Job]:
         raise ValueError(f"{option!r} is not an option of launch.status; see --help")
     for workdir in workdirs:
         check_path(workdir, "WORKDIR")
-        if not in_bucket(workdir) and not Path(workdir).is_dir():
+        if in_bucket(workdir):
+            check_bucket("WORKDIR", as_path("WORKDIR", workdir))
+        elif not Path(workdir).is_dir():
             raise ValueError(f"{workdir} is not a directory")
     return [
         Job(name_of(path), (), path, stage=title)
@@ -316,14 +342,29 @@ def jobs(argv: Sequence[str]) -> list[Job]:
 
 def inside(workdir: str) -> list[tuple[str, str]]:
     """[(title, workdir)] of the trainings in a directory: itself, or those below it."""
-    directories = set()
-    if not in_bucket(workdir):
-        for name in (METRICS, f"launch/{STATE_FILE}"):
-            directories |= {path.parent for path in Path(workdir).rglob(name)}
-    trainings = sorted({path.parent if path.name == "launch" else path for path in directories})
-    if not trainings or Path(workdir) in trainings:
+    root = as_path("WORKDIR", workdir)
+    trainings = [] if _is_training(root) else sorted(_trainings(root))
+    if not trainings:
         return [(workdir.rstrip("/").rpartition("/")[2], workdir)]
-    return [(str(path.relative_to(workdir)), str(path)) for path in trainings]
+    return [(str(path.relative_to(root)), os.fspath(path)) for path in trainings]
+
+
+def _trainings(directory: AnyPath) -> Iterator[AnyPath]:
+    """The trainings below a directory, at any depth; none inside another one."""
+    names: list[str] = []
+    with contextlib.suppress(PermissionError):
+        names = directory_names(directory)
+    for name in names:
+        path = directory / name
+        if _is_training(path):
+            yield path
+        elif name not in OUTPUTS:
+            yield from _trainings(path)
+
+
+def _is_training(path: AnyPath) -> bool:
+    with bucket_errors(path):
+        return any((path / name).exists() for name in (METRICS, GOODPUT, f"launch/{STATE_FILE}"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Commands in sequence: training with rows and grids, export, warm start, sampling, report."""
 
 import json
+import time
 import types
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from imagen_jax import demo, sample, train
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.picture_set import Requests
 from imagen_jax.pictures import write_png
-from imagen_jax.run_log import read_metrics
+from imagen_jax.run_log import VARYING, read_metrics
 from imagen_jax.training.run import Run
 from imagen_jax.training.start_flags import Start
 from imagen_jax.weights import checkpoint, exports
@@ -52,7 +53,7 @@ def stopped(data, tmp_path_factory):
 
 def logged(workdir: Path) -> dict[int, dict]:
     return {
-        row["step"]: {name: value for name, value in row.items() if not name.startswith("time/")}
+        row["step"]: {name: value for name, value in row.items() if not name.startswith(VARYING)}
         for row in read_metrics(workdir)
     }
 
@@ -69,6 +70,14 @@ def test_rows_are_those_of_an_undisturbed_run(data, straight, stopped):
     assert list((stopped / "profile").rglob("*.xplane.pb"))
     assert list(logged(stopped)) == [4, 8, 12]
     assert logged(stopped) == logged(straight)
+    batch = config(data, 12)["data"]["batch_size"]
+    assert [row["examples"] for row in logged(stopped).values()] == [
+        4 * batch,
+        8 * batch,
+        12 * batch,
+    ]
+    times = [row["time/unix_s"] for row in read_metrics(stopped)]
+    assert times == sorted(times) and abs(times[-1] - time.time()) < 600
     with pytest.raises(ValueError, match="did not start from embedded:base_16"):
         train.train(config(data, 20), stopped, **PLAIN | {"start": Start("embedded:base_16")})
     assert (

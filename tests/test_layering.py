@@ -27,6 +27,7 @@ LAYERS = (
         "encoders_in_turn",
         "exit_codes",
         "field",
+        "goodput",
         "stage_sizes",
         "interrupts",
         "line_logs",
@@ -38,6 +39,7 @@ LAYERS = (
         "schema",
         "storage",
         "text_inputs",
+        "wandb_log",
     },
     {"distributed"},
     {

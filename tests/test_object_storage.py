@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from imagen_jax import checksums, exit_codes, locks, object_storage, storage
+from imagen_jax import checksums, exit_codes, goodput, line_logs, locks, object_storage, storage
 from tests import storage_emulator, tiny
 
 FAILING, DELAY_S = 0.05, 0.01
@@ -119,6 +119,44 @@ def test_a_sealed_directory(bucket):
     storage.remove(bucket / "d")
     assert checksums.find_damage(bucket) == "d/b is missing"
     assert checksums.find_damage(bucket / "nothing").endswith("No such file or directory")
+
+
+def test_the_last_line_of_a_log_is_replaced(bucket, monkeypatch):
+    """Catches a shorter log that is not stored, and a replacement in the part before."""
+    monkeypatch.setattr(line_logs, "PART_BYTES", 8)
+    one = line_logs.LineLog(bucket / "log")
+    for text in ("first", "second"):
+        one.append("provisional " + text)
+        one.flush()
+        one.replace(text)
+        one.flush()
+    assert line_logs.read_lines(bucket / "log") == [b"first\n", b"second\n"]
+    one.append("third")
+    one.replace("3")
+    assert storage.entry_names(bucket) == ["log"]
+    one.close()
+    assert (bucket / "log.0001").read_bytes() == b"3\n"
+    other = line_logs.LineLog(bucket / "log")
+    other.append("4")
+    other.replace("5")
+    other.close()
+    assert line_logs.read_lines(bucket / "log") == [b"first\n", b"second\n", b"3\n", b"5\n"]
+
+
+def test_a_ledger_is_stored_while_it_grows(bucket):
+    """Catches entries of a bucket that appear when the process ends."""
+    with goodput.Ledger(bucket, write_s=0.05) as ledger:
+        ledger.at(0, "compile")
+        end = time.monotonic() + 20
+        while len(goodput.read_entries(bucket)) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert [list(e["seconds"]) for e in goodput.read_entries(bucket)] == [
+            ["start"],
+            ["compile"],
+        ]
+    with goodput.Ledger(bucket) as ledger:
+        ledger.at(0, "compile")
+    assert [e["process"] for e in goodput.read_entries(bucket)] == [0, 0, 1, 1]
 
 
 def test_one_of_many_gets_the_lock(bucket):

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.run_log import VALIDATION, MetricsWriter, Progress, StepClock, read_metrics
+from imagen_jax.wandb_log import WandbLog
 
 
 def write(workdir, start_step, steps):
@@ -142,6 +143,23 @@ def test_tensorboard_gets_scalars_and_forgets_later_steps(tmp_path):
         (3, "loss", 0.375),
         (3, "loss", 0.375),
     ]
+
+
+def test_tensorboard_shows_the_config(tmp_path):
+    """Catches a config at the wrong step, and a text that Markdown makes one paragraph of."""
+    writer = MetricsWriter(tmp_path, 40)
+    writer.begin({"name": "base", "optim": {"lr": 0.1}}, WandbLog(tmp_path, "", {}))
+    writer.close()
+    (shown,) = [
+        (event.step, value.tag, value.tensor.string_val[0].decode())
+        for event in board_events(tmp_path)
+        for value in event.summary.value
+        if value.tag.startswith("config")
+    ]
+    assert shown[:2] == (40, "config/text_summary")
+    lines = shown[2].split("\n")
+    assert all(line.startswith("    ") for line in lines)
+    assert json.loads(shown[2]) == {"name": "base", "optim": {"lr": 0.1}}
 
 
 def test_image_is_written_as_png(tmp_path):

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from imagen_jax.object_storage import AnyPath
 from imagen_jax.stage_sizes import Size
 from imagen_jax.training.bad_step_log import BadSteps, ids_of
 from imagen_jax.training.bad_steps import Rules
+from imagen_jax.training.memory import memory_metrics
 from imagen_jax.training.run import Run
+from imagen_jax.training.start import examples_seen
 
 # The host runs this number of steps ahead of the device. So the device always has work queued, and
 # the host answers a signal within this number of steps.
@@ -30,7 +33,7 @@ class TrainingMetrics:
     run. A run that stops between two rows writes a partial row, which a resume replaces.
 
     done: number of steps before those of this process. unlogged, skipped_steps: from the
-    checkpoint, see `meta`.
+    checkpoint, see `meta`. origin: what the run started from, as in checkpoints.
     """
 
     def __init__(
@@ -41,8 +44,9 @@ class TrainingMetrics:
         unlogged: list[Entry],
         skipped_steps: Sequence[int],
         progress: run_log.Progress,
+        origin: Mapping[str, Any],
     ):
-        self._run, self._progress = run, progress
+        self._run, self._progress, self._origin = run, progress, origin
         self._may_skip = Rules.of(run.config["train"]).may_skip
         self._queue: collections.deque = collections.deque()
         self._last_step, self._draining, self.unlogged = done, False, list(unlogged)
@@ -104,7 +108,10 @@ class TrainingMetrics:
         if has_step_time:
             rates = self._run.rates(self.clock.read(self._last_step), self._buckets)
             self._buckets = []
-        self.writer.scalars(self._last_step, row | rates)
+        batch_size = self._run.config["data"]["batch_size"]
+        examples = examples_seen(self._last_step, batch_size, self._origin)
+        here = {"examples": examples, "time/unix_s": time.time()} | memory_metrics()
+        self.writer.scalars(self._last_step, row | rates | here)
 
     def __enter__(self) -> "TrainingMetrics":
         return self

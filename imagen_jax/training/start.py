@@ -127,8 +127,23 @@ def _forked(run: Run, fork: str) -> tuple[state.TrainState, int, dict[str, Any]]
             ) from error
     log.info("forked from step %d of %s", step, directory)
     origin = {"path": fork, "step": step, "run": meta["config"]["name"]}
+    origin["examples"] = examples_seen(step, meta["config"]["data"]["batch_size"], meta)
     origin |= {"origin": {name: meta[name] for name in ("init_from", "fork") if name in meta}}
     return forked, step, {"fork": origin}
+
+
+def examples_seen(step: int, batch_size: int, origin: Mapping[str, Any]) -> int:
+    """The number of images that a state has been trained on.
+
+    A fork may have another batch size than its parent.
+
+    origin: that of its run, as in checkpoints.
+    """
+    fork = origin.get("fork", {})
+    forked = fork.get("step", 0)
+    # Origins of earlier versions lack it.
+    before = fork.get("examples", forked * batch_size)
+    return before + (step - forked) * batch_size
 
 
 def _check_encoder(run: Run, meta: Mapping[str, Any], given: str) -> None:

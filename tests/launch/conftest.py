@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from launch import platforms, tpu_pod
+from launch import platforms, status, tpu_pod
 from launch.job import Job
 from tests import tiny
 
@@ -49,6 +49,16 @@ def no_tools(tmp_path, monkeypatch):
         tpu_pod, "uncommitted", lambda path: False
     )  # the tests also run on uncommitted changes
     return tools
+
+
+@pytest.fixture(autouse=True)
+def no_network(tmp_path, monkeypatch):
+    """A bucket gs://NAME is the directory buckets/NAME here, which may not exist."""
+
+    def path(label: str, text: str) -> Path:
+        return Path(text.replace("gs://", f"{tmp_path}/buckets/"))
+
+    monkeypatch.setattr(status, "as_path", path)
 
 
 @pytest.fixture

@@ -37,8 +37,6 @@ OPTIONS = {
     "tpu-vm describe": {"zone", "project", "format"},
     "tpu-vm scp": {"zone", "project", "worker"},
     "tpu-vm ssh": {"zone", "project", "worker", "command"},
-    "storage cat": {"range"},
-    "storage ls": {"json"},
 }
 HERE = Path(os.environ["FAKE_GCLOUD"])
 WORKERS = 2
@@ -56,10 +54,10 @@ def main(argv: list[str]) -> None:
     options = dict(
         word.removeprefix("--").partition("=")[::2] for word in argv if word.startswith("--")
     )
-    command = " ".join(words[:2] if words[0] == "storage" else words[2:4])
+    command = " ".join(words[2:4])
     if unknown := options.keys() - OPTIONS[command]:
         fail(f"unrecognized arguments: {sorted(unknown)}", 2)
-    rest = words[2:] if words[0] == "storage" else words[4:]
+    rest = words[4:]
     if command.split()[1] in ("describe", "create", "delete") and (HERE / "errors").exists():
         error, *later = (HERE / "errors").read_text().splitlines() or ["-"]
         (HERE / "errors").write_text("\n".join(later))
@@ -71,8 +69,6 @@ def main(argv: list[str]) -> None:
         "delete": delete,
         "scp": scp,
         "ssh": ssh,
-        "cat": cat,
-        "ls": ls,
     }[command.split()[1]](command, rest, options)
 
 
@@ -175,27 +171,6 @@ def ssh(command: str, rest: list[str], options: dict) -> None:
         fail("[/usr/bin/ssh] exited with return code [255].", 255)
     codes = [process.wait() for process in running]
     sys.exit(next((code for code in codes if code), 0))
-
-
-def cat(command: str, rest: list[str], options: dict) -> None:
-    path = HERE / "buckets" / rest[0].removeprefix("gs://")
-    if not path.exists():
-        fail("The following URLs matched no objects or files")
-    sys.stdout.write(path.read_text()[int(options["range"]) :])
-
-
-def ls(command: str, rest: list[str], options: dict) -> None:
-    paths = sorted((HERE / "buckets").glob(rest[0].removeprefix("gs://")))
-    if not paths:
-        fail("One or more URLs matched no objects.")
-    if "json" in options:
-        updated = [
-            time.strftime("%Y-%m-%dT%H:%M:%S+0000", time.gmtime(path.stat().st_mtime))
-            for path in paths
-        ]
-        print(json.dumps([{"metadata": {"updated": when}} for when in updated]))
-    else:
-        print("\n".join(f"gs://{path.relative_to(HERE / 'buckets')}" for path in paths))
 
 
 if __name__ == "__main__":

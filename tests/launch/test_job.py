@@ -1,5 +1,6 @@
 """The description of a run, and how the command line makes it."""
 
+import dataclasses
 import re
 import subprocess
 
@@ -352,3 +353,13 @@ def test_the_commands_are_those_there_are():
 def test_time_limits_are_read_as_sbatch_reads_them(limit, seconds):
     """Catches minutes read as hours, which accepts a limit too short for training."""
     assert slurm.seconds(limit) == seconds
+
+
+@pytest.mark.parametrize("chip, extra", [("v5e:2x2", "tpu"), ("h100:8", "cuda12")])
+def test_machines_install_what_the_config_needs(chip, extra):
+    """Catches a training with W&B whose machines have no package for it."""
+    without = jobs.training("base", CONFIG, ["--config.data.path=/data"], "/runs/a", "tpu")
+    fields = ["--config.data.path=/data", "--config.train.wandb=imagen"]
+    with_it = jobs.training("base", CONFIG, fields, "/runs/a", "tpu")
+    one, other = (dataclasses.replace(job, topology=parse(chip)) for job in (without, with_it))
+    assert f"'.[{extra}]'" in one.install and f"'.[{extra},wandb]'" in other.install

@@ -192,10 +192,49 @@ def test_the_table(tmp_path, capsys):
     (tmp_path / "base" / "checkpoints" / "40" / "config.json").touch()
     assert status.main([str(tmp_path)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["stage", "state", "step", "loss", "images/s", "left", "checkpoint"]
-    assert lines[1] == ["base", "stopped", "50/100", "0.0200", "10", "1", "min", "40", "s", "40"]
-    assert lines[2] == ["sr", "256", "not", "started", "0/100", "-", "-", "-", "-"]
-    assert lines[3] == ["sr_1024", "finished", "100/100", "0.0100", "10", "-", "100"]
+    last = ["checkpoint", "goodput", "losses"]
+    assert lines[0] == ["stage", "state", "step", "loss", "images/s", "left", *last]
+    left = ["1", "min", "40", "s"]
+    assert lines[1] == ["base", "stopped", "50/100", "0.0200", "10", *left, "40", "-", "-"]
+    assert lines[2] == ["sr", "256", "not", "started", "0/100", *6 * ["-"]]
+    assert lines[3] == ["sr_1024", "finished", "100/100", "0.0100", "10", "-", "100", "-", "-"]
+
+
+def test_goodput_and_the_largest_losses(tmp_path, capsys):
+    """Catches the share of lost steps shown as goodput, the smallest losses in the place of the
+    largest, and a run of an earlier version without a row.
+    """
+    workdir(tmp_path / "old", 50)
+    run = workdir(tmp_path / "run", 50)
+    entries = [
+        {"process": 0, "start": 0.0, "end": 100.0, "from_step": 0, "to_step": 50},
+        {"process": 1, "start": 130.0, "end": 200.0, "from_step": 45, "to_step": 50},
+    ]
+    entries[0]["seconds"] = {"step": 60.0, "compile": 20.0, "data": 18.0, "other": 2.0}
+    entries[1]["seconds"] = {"step": 64.0, "start": 6.0}
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (run / "goodput.jsonl").write_text(text + '{"process": 1, "sta')
+    assert status.main([str(tmp_path)]) == 0
+    _, old, new = capsys.readouterr().out.splitlines()
+    assert old.split()[-2:] == ["-", "-"]
+    assert new.endswith(" 59 %     down 15 %, compile 10 %, data 9 %")
+
+
+def test_trainings_at_any_depth(tmp_path):
+    """Catches a training that is missed deep in a sweep, one that has not yet a row, a part
+    of a checkpoint taken for a training, and one that is found twice, through a link or inside
+    another.
+    """
+    workdir(tmp_path / "sweep" / "arm_1" / "base", 5)
+    (workdir(tmp_path / "sweep" / "arm_2", 5) / "overfit").mkdir()
+    (tmp_path / "sweep" / "arm_2" / "overfit" / "metrics.jsonl").touch()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "goodput.jsonl").touch()
+    (tmp_path / "started" / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "started" / "checkpoints" / "5" / "metrics.jsonl").touch()
+    (tmp_path / "sweep" / "link").symlink_to(tmp_path / "sweep")
+    found = [title for title, _ in status.inside(str(tmp_path))]
+    assert found == ["new", "sweep/arm_1/base", "sweep/arm_2"]
 
 
 @pytest.mark.parametrize(
@@ -248,8 +287,5 @@ def test_numbers_that_are_not_known():
         "not",
         "started",
         "0",
-        "-",
-        "-",
-        "-",
-        "-",
+        *6 * ["-"],
     ]

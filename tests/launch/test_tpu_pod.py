@@ -15,7 +15,7 @@ import pytest
 from imagen_jax import exit_codes
 from imagen_jax.hardware.topology import parse
 from launch import gcloud as gcloud_tool
-from launch import status, tpu_pod, tpu_worker
+from launch import tpu_pod, tpu_worker
 from tests.launch.conftest import job, options
 
 ACTIVE = {"create": "", "states": ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]}
@@ -297,40 +297,3 @@ def test_an_installation_that_fails_is_tried_again(tmp_path, gcloud, checkout):
     )
     assert tpu_pod.supervise(one_job, options("tpu", *OPTIONS), poll_s=0) == 0
     assert runs(tmp_path) == [1, 1] and len(calls(cloud, "create")) == 1
-
-
-def test_the_table_reads_a_bucket(tmp_path, gcloud, capsys):
-    """Catches a run in a bucket shown as not started, and an unreachable bucket as empty."""
-    cloud = gcloud(ACTIVE)
-    workdir = cloud / "buckets" / "b" / "r"
-    for name, files in {
-        "40": ["meta.json", "SHA256SUMS"],
-        "45": ["meta.json"],
-        "50.writing": ["SHA256SUMS"],
-    }.items():
-        (workdir / "checkpoints" / name).mkdir(parents=True)
-        for file in files:
-            (workdir / "checkpoints" / name / file).touch()
-    (workdir / "config.json").write_text('{"train": {"steps": 100}, "data": {"batch_size": 10}}')
-    (workdir / "metrics.jsonl").write_text(
-        "".join(
-            f'{{"step": {step}, "loss": {1 / step}, "time/images_per_s": 5}}\n'
-            for step in range(1, 51)
-        )
-    )
-    row = status.read(job("gs://b/r"))
-    assert (row.state, row.step, row.steps, row.loss, row.checkpoint, row.left) == (
-        "running",
-        50,
-        100,
-        0.02,
-        40,
-        100.0,
-    )
-    assert status.read(job("gs://b/other")).state == "not started"
-    (cloud / "plan.json").unlink()
-    (cloud.parent / "bin" / "gcloud").write_text(
-        "#!/bin/bash\necho 'ERROR: 403 forbidden' >&2; exit 1\n"
-    )
-    row = status.read(job("gs://b/r"))
-    assert row.state == "unreadable" and row.detail == "cannot read gs://b/r: ERROR: 403 forbidden"

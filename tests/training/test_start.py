@@ -56,7 +56,9 @@ def test_a_fork_goes_on_where_its_parent_was(parent, data, tmp_path):
         ours, theirs = params(child, which), params(parent, which)
         assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     meta = checkpoint.load_params(child)[1]
-    assert meta["fork"] == {"path": f"{parent}@4", "step": 4, "run": "base_tiny", "origin": {}}
+    seen = {"examples": 4 * config(data, 12)["data"]["batch_size"]}
+    expected = {"path": f"{parent}@4", "step": 4, "run": "base_tiny", "origin": {}} | seen
+    assert meta["fork"] == expected
     assert json.loads((child / "origin.json").read_text()) == {"fork": meta["fork"]}
     assert sorted(path.name for path in (parent / "checkpoints").iterdir()) == before
 
