@@ -39,7 +39,9 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8.6",
+        "etils[epath]>=1.15",  # paths in buckets, as orbax has them
         "flax>=0.12.8",
+        "fsspec>=2026.9",
         "grain>=0.2.18",
         "huggingface_hub>=1.31",
         "importlib_resources>=6.0",  # tensorflow-datasets imports it when it writes a data set
@@ -62,6 +64,7 @@ setup(
         # reads tokenizers that are published only as spiece.model, such as T5-XXL's
         "sentencepiece>=0.2.1",
         "tensorboardX>=2.6.4",
+        "tensorstore>=0.1.86",
         # its readers and writers of ArrayRecord, which do not need TensorFlow
         "tensorflow-datasets>=4.9.10",
         "tqdm>=4.66",

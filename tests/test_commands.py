@@ -78,7 +78,7 @@ def test_rows_are_those_of_an_undisturbed_run(data, straight, stopped):
     ]
     times = [row["time/unix_s"] for row in read_metrics(stopped)]
     assert times == sorted(times) and abs(times[-1] - time.time()) < 600
-    with pytest.raises(ValueError, match="did not start from embedded:base_16"):
+    with pytest.raises(ValueError, match="did not start from --init_from embedded:base_16"):
         train.train(config(data, 20), stopped, **PLAIN | {"start": Start("embedded:base_16")})
     assert (
         train.train(config(data, 9), stopped, **PLAIN) == 0

@@ -131,7 +131,7 @@ def check_commands(data, workdir, tmp_path, params):
     exported = load_params(file)[0]
     assert equal(exported, jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params))
     found = storage.read_json(evaluation / "evaluation.json")
-    assert found["provenance"]["checkpoint"]["step"] == STEPS
+    assert found["step"] == STEPS
 
 
 def wait_for_steps(running, logs, seconds=120):

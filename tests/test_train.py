@@ -23,6 +23,7 @@ from imagen_jax.distributed.watch import Watch
 from imagen_jax.locks import only_process
 from imagen_jax.run_log import VALIDATION, read_metrics
 from imagen_jax.training.run import Run
+from imagen_jax.training.start_flags import Start
 from imagen_jax.weights.checkpoint import load_params
 from tests import tiny, xla
 from tests.data import synthetic
@@ -241,7 +242,7 @@ def test_non_finite_loss_stops_the_run(data, tmp_path, capsys):
     config["optim"] |= dict(lr=1e38, clip=1e38, ema_tracks=(0.5,))
     config["train"] |= dict(steps=STEPS, save_every=1)
     train_it = lambda: train.train(
-        schema.complete(config, new=True), workdir, (0, 0), 0.0, "", Watch(100.0)
+        schema.complete(config, new=True), workdir, (0, 0), 0.0, Start(), Watch(100.0)
     )
     assert cli.guard(train_it) == exit_codes.NOT_FINITE
     assert "not finite" in capsys.readouterr().err

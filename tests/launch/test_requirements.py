@@ -20,6 +20,7 @@ UNDECLARED = {
 EXTRA = {
     "imagen_jax/data/prepare/beam_ingest.py": {"apache-beam"},
     "imagen_jax/data/prepare/beam_pipeline.py": {"apache-beam"},
+    "imagen_jax/object_storage.py": {"gcsfs"},
     "imagen_jax/wandb_log.py": {"wandb"},
 }
 SETUP = ast.parse((tiny.ROOT / "setup.py").read_text())

@@ -18,6 +18,7 @@ from imagen_jax.evals.rows import Data, Settings
 from imagen_jax.run_log import VALIDATION, read_metrics
 from imagen_jax.stage import Stage, create_stage
 from imagen_jax.text_inputs import text_inputs
+from imagen_jax.training.start_flags import Start
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.validation import Validation
 from tests import tiny
@@ -186,7 +187,7 @@ def test_a_resume_writes_each_validation_once_and_alike(data, tmp_path, monkeypa
         train__save_every=3,
     )
     trained = lambda: train.train(
-        schema.complete(config, new=True), tmp_path / "run", (0, 0), 0.0, "", Watch(100.0)
+        schema.complete(config, new=True), tmp_path / "run", (0, 0), 0.0, Start(), Watch(100.0)
     )
     assert trained() == 0
     record = tmp_path / "run" / VALIDATION
