@@ -21,7 +21,8 @@ Expect: `:demo` with 1,000 steps and two seeds: held-out losses of 0.0552 (embed
 (MiniLM), 0.0703 (random weights), 0.0538 (both), 0.0498 (both, pooled). Not run at full size. The
 paper: larger encoders are better; T5-XXL and CLIP are equal on COCO, people prefer T5-XXL on
 DrawBench.
-Recorded: BENCHMARKS.md, "Text encoders" and "the arms of the text-encoder ablation".
+Recorded: BENCHMARKS.md, "Text encoders" and "Planned, not run: the arms of the text-encoder
+ablation".
 """
 
 from collections.abc import Iterator, Sequence
