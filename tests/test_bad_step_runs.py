@@ -9,7 +9,7 @@ import pytest
 
 from imagen_jax import cli, exit_codes, schema, sharding, train
 from imagen_jax.distributed.watch import Watch
-from imagen_jax.run_log import BAD_STEPS, read_metrics
+from imagen_jax.run_log import BAD_STEPS, VARYING, read_metrics
 from imagen_jax.training.run import Run
 from imagen_jax.training.start import first_state
 from imagen_jax.training.start_flags import Start
@@ -69,8 +69,8 @@ def saved(workdir):
 
 
 def rows_of(workdir, *without):
-    """metrics.jsonl without times."""
-    kept = lambda name: not name.startswith("time/") and name not in without
+    """metrics.jsonl without times and memory."""
+    kept = lambda name: not name.startswith(VARYING) and name not in without
     return [
         {name: value for name, value in row.items() if kept(name)} for row in read_metrics(workdir)
     ]

@@ -69,7 +69,8 @@ def losses(workdir):
     return [row["loss"] for row in rows]
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("count", [2, 4])
 def test_one_wiped_host(data, tmp_path, count):
     """Catches a fast checkpoint that changes a run, one that is used although a host has lost its
     part, and one that is not used although all have it.

@@ -145,6 +145,7 @@ def test_a_finished_number_stays_finished(driver, tmp_path):
     rater.one("#download").click()
     first, _ = rater.downloaded()
     rater.open("?rater=1")
+    rater.wait_for("body[data-screen='end']")  # what was stored may arrive after the page
     rater.one("#end-back").click()
     rater.answer("3", 6)
     rater.one("#download").click()
