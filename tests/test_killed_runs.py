@@ -26,7 +26,7 @@ from tests.data import synthetic
 KILLS = int(os.environ.get("IMAGEN_JAX_KILLS", "3"))
 STEPS, SAVE_EVERY = 24, 3
 LOST_S = 5  # seconds after which the other process gives up
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 + 120 * KILLS)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300 + 120 * KILLS)]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def expected(data, tmp_path_factory):
     return *losses(workdir), load_params(workdir)[0]
 
 
-@pytest.fixture(params=["bucket", pytest.param("disk", marks=pytest.mark.long)])
+@pytest.fixture(params=["bucket", "disk"])
 def workdir(request, tmp_path, monkeypatch):
     if request.param == "disk":
         yield tmp_path / "run"

@@ -52,6 +52,17 @@ class Rater:
     def open(self, query=""):
         self.driver.get((self.folder / "page.html").as_uri() + query)
 
+    def open_again(self, query, selector):
+        """Opens the page of a rater with answers, as often as three times, until it shows them.
+
+        Chromium on a loaded machine may give a new page what is stored only at a reload.
+        """
+        for _ in range(3):
+            self.open(query)
+            with contextlib.suppress(TimeoutException):
+                return WebDriverWait(self.driver, 5).until(lambda _: self.all(selector))
+        pytest.fail(f"no {selector}; the page says: {self.text('body')}")
+
     def start(self, query="?rater=1"):
         self.open(query)
         self.press(Keys.ENTER)

@@ -144,8 +144,7 @@ def test_a_finished_number_stays_finished(driver, tmp_path):
     rater.answer("1", 5)
     rater.one("#download").click()
     first, _ = rater.downloaded()
-    rater.open("?rater=1")
-    rater.wait_for("body[data-screen='end']")  # what was stored may arrive after the page
+    rater.open_again("?rater=1", "body[data-screen='end']")
     rater.one("#end-back").click()
     rater.answer("3", 6)
     rater.one("#download").click()
@@ -286,7 +285,7 @@ def test_two_tabs_of_one_number(driver, tmp_path):
     first = driver.current_window_handle
     driver.switch_to.new_window("tab")
     try:
-        rater.open("?rater=1")
+        rater.open_again("?rater=1", "#trial[data-state=ready]")
         rater.answer("1")
         rater.wait_for("#trial[data-state=ready] #progress[value='1']")
     finally:
