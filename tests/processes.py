@@ -6,8 +6,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests import tiny, xla
+from tests.data import synthetic
 
 
 def start(
@@ -33,6 +35,28 @@ def start(
                 subprocess.Popen([sys.executable, *command(i)], env=env, stdout=log, stderr=log)
             )
     return started
+
+
+def train(
+    data: Path, workdir: Any, output: Path, processes: int, *options: str
+) -> list[subprocess.Popen]:
+    """Starts a training of the tiny base model, a device each; a row for every step.
+
+    workdir: may be in a bucket. output: see `start`. options: further ones of the command.
+    """
+    command = [
+        "-m",
+        "imagen_jax.train",
+        f"--config={tiny.ROOT}/configs/base_64.py:tiny",
+        f"--workdir={workdir}",
+        f"--config.data.path={data}",
+        f"--config.text.dim={synthetic.DIM}",
+        "--config.train.log_every=1",
+        f"--config.mesh.fsdp={processes}",
+        "--config.mesh.fsdp_min_elements=64",
+        *options,
+    ]
+    return start(lambda _: command, output, processes, devices=processes)
 
 
 def log_of(output: Path, process: int) -> Path:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from imagen_jax.run_log import read_metrics
-from tests import processes, tiny
+from tests import processes
 from tests.data import synthetic
 
 STEPS, SAVE_EVERY = 30, 8
@@ -20,24 +20,15 @@ def data(tmp_path_factory):
 
 
 def start(data, workdir, count):
-    command = [
-        "-m",
-        "imagen_jax.train",
-        f"--config={tiny.ROOT}/configs/base_64.py:tiny",
-        f"--workdir={workdir}",
-        f"--config.data.path={data}",
-        f"--config.text.dim={synthetic.DIM}",
+    options = (
         f"--config.train.steps={STEPS}",
         f"--config.train.save_every={SAVE_EVERY}",
-        "--config.train.log_every=1",
         "--config.train.sample_every=0",
         "--config.train.fast_every=3",
         f"--config.train.fast_dir={workdir.parent}/fast",
-        f"--config.mesh.fsdp={count}",
-        "--config.mesh.fsdp_min_elements=64",
         "--host_lost=8",
-    ]
-    return processes.start(lambda _: command, workdir, processes=count, devices=count)
+    )
+    return processes.train(data, workdir, workdir, count, *options)
 
 
 def kill_after(running, workdir, step, seconds=300):

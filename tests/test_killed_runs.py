@@ -35,24 +35,15 @@ def data(tmp_path_factory):
 
 
 def start(data, workdir, logs):
-    command = [
-        "-m",
-        "imagen_jax.train",
-        f"--config={tiny.ROOT}/configs/base_64.py:tiny",
-        f"--workdir={workdir}",
-        f"--config.data.path={data}",
-        f"--config.text.dim={synthetic.DIM}",
+    options = (
         f"--config.train.steps={STEPS}",
         f"--config.train.save_every={SAVE_EVERY}",
         "--config.train.validate_every=6",
         "--config.train.validate_rows=16",
-        "--config.train.log_every=1",
-        "--config.mesh.fsdp=2",
-        "--config.mesh.fsdp_min_elements=64",
         f"--host_lost={LOST_S}",
         "--host_timeout=60",
-    ]
-    return processes.start(lambda _: command, logs, processes=2, devices=2)
+    )
+    return processes.train(data, workdir, logs, 2, *options)
 
 
 def losses(workdir):
