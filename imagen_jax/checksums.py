@@ -12,6 +12,7 @@ import re
 from imagen_jax.object_storage import AnyPath, bucket_errors, in_bucket
 from imagen_jax.storage import (
     content_fault,
+    exists,
     file_names,
     flush,
     is_away,
@@ -39,8 +40,7 @@ def seal(directory: AnyPath) -> None:
 
 def is_sealed(directory: AnyPath) -> bool:
     """Whether a directory has its SHA256SUMS, so that its writer has finished it."""
-    with bucket_errors(directory):
-        return (directory / CHECKSUMS).exists()
+    return exists(directory / CHECKSUMS)
 
 
 def find_damage(directory: AnyPath) -> str | None:

@@ -18,6 +18,9 @@ from etils import epath
 AnyPath = Path | epath.Path
 
 SCHEME = "gs"
+# Status codes of Cloud Storage, and the errors of a file system that mean the same.
+_STATUS = {"401": errno.EACCES, "403": errno.EACCES, "404": errno.ENOENT, "412": errno.EAGAIN}
+_ABSL = {"PERMISSION_DENIED": errno.EACCES, "UNAUTHENTICATED": errno.EACCES}
 
 
 def set_up(label: str, text: str) -> None:
@@ -59,11 +62,6 @@ def check_bucket(label: str, path: AnyPath) -> None:
 
 def _bucket_name(path: epath.Path) -> str:
     return os.fspath(path).removeprefix(f"{SCHEME}://").partition("/")[0]
-
-
-# Status codes of Cloud Storage, and the errors of a file system that mean the same.
-_STATUS = {"401": errno.EACCES, "403": errno.EACCES, "404": errno.ENOENT, "412": errno.EAGAIN}
-_ABSL = {"PERMISSION_DENIED": errno.EACCES, "UNAUTHENTICATED": errno.EACCES}
 
 
 @contextlib.contextmanager

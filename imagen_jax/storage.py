@@ -1,8 +1,8 @@
 """Files that appear whole or not at all, on local file systems and in buckets of Cloud Storage.
 
 A path is a pathlib.Path, or an etils.epath.Path for gs://BUCKET/PATH. Both have the same methods;
-what buckets do differently is in this module. A bucket has no directories, no rename of a directory
-and no appending; an object appears when all of it is stored.
+this module hides the differences. A bucket has no directories, no rename of a directory and no
+appending; an object appears when all of it is stored.
 """
 
 import contextlib
@@ -321,6 +321,12 @@ def written_at(path: AnyPath) -> float:
     return stat.mtime if in_bucket(path) else stat.st_mtime
 
 
+def exists(path: AnyPath) -> bool:
+    """Whether there is a file or directory. Raises OSError if a bucket does not answer."""
+    with bucket_errors(path):
+        return path.exists()
+
+
 def remove(path: AnyPath) -> None:
     """Deletes a file, or a directory with everything below it; nothing if it does not exist."""
     if in_bucket(path):
@@ -344,8 +350,8 @@ def check_outputs(directory: AnyPath, files: Iterable[str], directories: Iterabl
     wrong = [(name, "directory", "file") for name in files if (directory / name).is_dir()]
     for name in directories:
         path = directory / name
-        exists = path.exists() if in_bucket(path) else os.path.lexists(path)
-        if exists and not path.is_dir():
+        present = exists(path) if in_bucket(path) else os.path.lexists(path)
+        if present and not path.is_dir():
             wrong.append((name, "file", "directory"))
     for name, found, needed in wrong:
         raise ValueError(

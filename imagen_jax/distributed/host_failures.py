@@ -46,7 +46,10 @@ class HostFailures:
         self._folder, self._attempt = workdir / FOLDER, attempt
 
     def record(self, process: int, host: str, code: int, reason: str) -> None:
-        """Writes a failure; logs an error of the file system. Ignores what no retry cures."""
+        """Writes a failure; logs an error of the file system.
+
+        Ignores failures that no retry can cure.
+        """
         if code in (0, *exit_codes.FINAL, exit_codes.INTERRUPTED):
             return
         failure = Failure(time.time(), host, process, code, reason)

@@ -1,4 +1,4 @@
-"""What the command line says a new run starts from. This module does not import jax."""
+"""The flags that choose the start of a new run. This module does not import jax."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from imagen_jax.storage import as_path
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a new run starts from; the command-line flags of these names.
+    """The start of a new run: the command-line flags of these names.
 
     init_from: weights, as for `cascade.resolve`, copied to parameters and every EMA; "" for random
         ones.

@@ -87,7 +87,7 @@ class FastCheckpoints:
             for index, data in _shards(leaf).items()
         }
         # Started together, the copies of all arrays overlap.
-        arrays = dict(zip(arrays, map(np.asarray, jax.device_get(list(arrays.values())))))
+        arrays = dict(zip(arrays, jax.device_get(list(arrays.values()))))
         content = {"token": said[0], "layout": self._layout, "meta": dict(meta)}
         self._writing = self._thread.submit(self._write, step, arrays, content, before_commit)
 

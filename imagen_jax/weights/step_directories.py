@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from imagen_jax.checksums import CHECKSUMS, find_damage, is_sealed
 from imagen_jax.locks import try_lock
 from imagen_jax.object_storage import AnyPath, bucket_errors, in_bucket
-from imagen_jax.storage import entry_names, remove, temporary_name, write_atomically
+from imagen_jax.storage import entry_names, exists, remove, temporary_name, write_atomically
 from imagen_jax.weights.leaves import CheckpointError
 
 RENEW_S = 20.0
@@ -53,7 +53,7 @@ def steps(directory: AnyPath) -> list[int]:
 def split_name(path: AnyPath) -> tuple[AnyPath, str]:
     """(WORKDIR, STEP) of WORKDIR@STEP, where STEP may be "best"; (path, "") of another path."""
     match = re.fullmatch(r"(.+)@(0|[1-9]\d*|best)", path.name)
-    if match is None or _exists(path):
+    if match is None or exists(path):
         return path, ""
     return path.with_name(match[1]), match[2]
 
@@ -64,7 +64,7 @@ def mark_path(directory: AnyPath, step: int, doing: str) -> AnyPath:
 
 
 def remove_leftovers(directory: AnyPath) -> None:
-    """Removes what killed processes have left: incomplete steps, marks, temporary directories.
+    """Removes leftovers of killed processes: incomplete steps, marks, temporary directories.
 
     Call it only in the trainer that holds the run.
     """
@@ -93,7 +93,7 @@ def newest_intact(
         reason = (find_fault or find_damage)(directory / str(step))
         if reason is None:
             return step
-        if not _exists(directory / str(step)) or step not in steps(directory):
+        if not exists(directory / str(step)) or step not in steps(directory):
             continue
         log.warning("CHECKPOINT REJECTED: %s is not used, %s", directory / str(step), reason)
         on_damaged(step)
@@ -106,15 +106,10 @@ def newest_intact(
     return None
 
 
-def _exists(path: AnyPath) -> bool:
-    with bucket_errors(path):
-        return path.exists()
-
-
 def keep_aside(directory: AnyPath, reason: str) -> None:
     """Renames a damaged step directory that a save needs to replace."""
     aside, n = directory.with_name(f"{directory.name}.damaged"), 1
-    while _exists(aside):
+    while exists(aside):
         n += 1
         aside = directory.with_name(f"{directory.name}.damaged_{n}")
     log.warning(
@@ -173,7 +168,7 @@ def _wait_for_deletion(directory: AnyPath) -> None:
     """Waits while the trainer decides whether it deletes a step that was marked meanwhile."""
     deleting = mark_path(directory.parent, int(directory.name), "deleting")
     end = time.monotonic() + DECISION_S
-    while _exists(deleting) and time.monotonic() < end:
+    while exists(deleting) and time.monotonic() < end:
         time.sleep(0.02)
 
 
