@@ -258,21 +258,6 @@ def copy_directory(source: AnyPath, target: AnyPath) -> None:
         copy_file(source / name, target / name)
 
 
-@contextlib.contextmanager
-def local_copy(path: AnyPath) -> Iterator[Path]:
-    """The path of a file for libraries that read local ones: its own, or that of a copy.
-
-    The copy exists while the context lasts.
-    """
-    if not in_bucket(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        copy = Path(directory) / path.name
-        copy_file(path, copy)
-        yield copy
-
-
 def file_names(directory: AnyPath) -> list[str]:
     """The names of all files below a directory, relative to it, sorted."""
     if in_bucket(directory):

@@ -76,8 +76,7 @@ def test_files_and_listings(bucket, tmp_path):
     assert storage.read_json(bucket / "a.json") == {"x": 1}
     assert storage.file_names(bucket) == ["a.json", "deep/er/b.txt"]
     assert storage.entry_names(bucket) == ["a.json", "deep"]
-    with storage.local_copy(bucket / "deep" / "er" / "b.txt") as copy:
-        assert copy.read_bytes() == b"1\n2\n" and copy.name == "b.txt"
+    assert (bucket / "deep" / "er" / "b.txt").read_bytes() == b"1\n2\n"
     storage.copy_file(bucket / "a.json", tmp_path / "copy.json")
     assert json.loads((tmp_path / "copy.json").read_bytes()) == {"x": 1}
     storage.remove(bucket / "deep")
