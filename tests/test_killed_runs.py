@@ -24,7 +24,7 @@ from tests import processes, storage_emulator, tiny
 from tests.data import synthetic
 
 KILLS = int(os.environ.get("IMAGEN_JAX_KILLS", "3"))
-STEPS, SAVE_EVERY = 24, 3
+STEPS, SAVE_EVERY = 6 * (KILLS + 1), 3
 LOST_S = 5  # seconds after which the other process gives up
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300 + 120 * KILLS)]
 
