@@ -39,7 +39,7 @@ SECRET_NAME = re.compile(
     r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY)(_|$)", re.IGNORECASE
 )
 COMMANDS = ("demo", "evaluate", "export", "plan", "prepare_data", "sample", "train")
-# Options that read and write buckets themselves, by command; all other paths in buckets are mounted.
+# Options that open buckets themselves, by command; all other paths in buckets are mounted.
 NATIVE = {
     "evaluate": ("checkpoint",),
     "export": ("checkpoint", "output"),
