@@ -28,7 +28,7 @@ from imagen_jax.distributed import agreement, device_faults, host_failures
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.locks import only_process
 from imagen_jax.object_storage import AnyPath
-from imagen_jax.storage import absolute, check_local, check_object, check_utf8, write_json
+from imagen_jax.storage import absolute, check_local, check_utf8, write_json
 from imagen_jax.training.start_flags import Start
 
 log = logging.getLogger("imagen_jax.train")
@@ -150,7 +150,7 @@ def train(
     from imagen_jax.training.replicas import Replicas
     from imagen_jax.training.run import Run
     from imagen_jax.training.sample_grids import SampleGrid
-    from imagen_jax.training.start import first_state
+    from imagen_jax.training.start import begin
     from imagen_jax.training.trace import Requests, Trace
     from imagen_jax.training.validation import Validation
     from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints
@@ -188,26 +188,14 @@ def train(
         # State: restored from the newest intact checkpoint, or fresh.
         watch.at(0, "restoring")
         ledger.at(0, "restore")
-        newest = checkpoints.latest_good()
-        fast, newest_fast = None, None
+        fast = None
         if settings["fast_every"] and not overfit:
             place = settings["fast_dir"], run_name(workdir)
             fast = stack.enter_context(FastCheckpoints(*place, run.program.abstract))
-            newest_fast = fast.newest()
-        if newest is None and newest_fast is None:
-            unlogged, skipped = [], []
-            state, done, origin = first_state(run, start, workdir)
-        else:
-            from_fast = newest_fast is not None and (newest is None or newest_fast > newest)
-            done, source = (newest_fast, fast) if from_fast else (newest, checkpoints)
-            saved = source.meta(done)
-            unlogged, skipped, origin = check_resume(run, saved, workdir, start)
-            if done >= total:
-                reached = "%s has %d steps already, train.steps is %d: nothing to do"
-                log.info(reached, workdir, done, total)
-                return 0
-            state = run.restore(source, done, saved)
-            log.info("resuming from step %d%s", done, ", a fast checkpoint" if from_fast else "")
+        begun = begin(run, checkpoints, fast, start, workdir)
+        if begun is None:
+            return 0
+        state, done, origin = begun.state, begun.done, begun.origin
         if first:
             write_json(workdir / "config.json", config)
 
@@ -237,8 +225,9 @@ def train(
             run_log.Progress(config["name"], total, done, quiet=not first)
         )
         metrics = stack.enter_context(
-            TrainingMetrics(run, workdir, done, unlogged, skipped, progress, origin)
+            TrainingMetrics(run, workdir, done, begun.unlogged, begun.skipped, progress, origin)
         )
+        del begun  # it holds the first state
         metrics.writer.begin(config, wandb)
         planned = profile if first else (0, 0)
         trace = stack.enter_context(Trace(workdir / "profile", *planned, requests))
@@ -306,31 +295,6 @@ def train(
         ledger.at(done, "other")
     log.info("%s: %d of %d steps done, saved in %s", config["name"], done, total, workdir)
     return 0
-
-
-def check_resume(
-    run: Any, saved: Mapping[str, Any], workdir: AnyPath, start: Start
-) -> tuple[list[dict[str, Any]], list[int], dict[str, Any]]:
-    """What a run continues with, from a checkpoint's meta.
-
-    Returns (metrics not yet written to a row, skipped steps that still count, origin of the
-    weights).
-
-    Raises ValueError if this command would continue another run.
-    """
-    from imagen_jax.stage import RNG
-    from imagen_jax.training import resume
-
-    # Not in older checkpoints, which used this one, nor in those of a run without data.mixture.
-    # The skipped steps are only in those of a run that has skipped some.
-    saved = {"rng": RNG, "mixture_hashes": [], "skipped_steps": []} | saved
-    fields = dict.fromkeys(run.meta, object) | {"unlogged": list, "skipped_steps": list}
-    check_object(f"the newest checkpoint of {workdir}", saved, fields, "give a new --workdir")
-    for line in resume.check({name: saved[name] for name in run.meta}, run.meta):
-        log.info("changed since the checkpoint: %s", line)
-    origin = {name: saved[name] for name in ("init_from", "fork") if name in saved}
-    start.check_origin(origin, workdir)
-    return saved["unlogged"], saved["skipped_steps"], origin
 
 
 @contextlib.contextmanager

@@ -1,26 +1,98 @@
-"""The first state of a new run: random, from other weights, or a copy of another run's state."""
+"""The state that a training begins with: a checkpoint of the run, or the first state of a new run,
+which is random, from other weights, or a copy of another run's state.
+"""
 
 import contextlib
+import dataclasses
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from imagen_jax import cascade, encoder_identity
 from imagen_jax.object_storage import AnyPath
-from imagen_jax.storage import as_path, write_json
-from imagen_jax.training import state
+from imagen_jax.stage import RNG
+from imagen_jax.storage import as_path, check_object, write_json
+from imagen_jax.training import resume, state
 from imagen_jax.training.run import Run
 from imagen_jax.training.start_flags import Start
 from imagen_jax.weights import checkpoint, leaves, step_directories
 from imagen_jax.weights.checkpoint import Checkpoints
+from imagen_jax.weights.fast_checkpoints import FastCheckpoints
 from imagen_jax.weights.retention import Retention
 
 log = logging.getLogger("imagen_jax.train")
 
 FILE = "origin.json"  # of a workdir whose run did not start from random weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """What a training begins or continues with.
+
+    state: on the mesh. done: its number of steps. unlogged: metrics that are in no row yet.
+    skipped: skipped steps that still count for `train.max_skips`. origin: of the weights, to store
+    in checkpoints.
+    """
+
+    state: state.TrainState
+    done: int
+    unlogged: Sequence[Mapping[str, Any]]
+    skipped: Sequence[int]
+    origin: Mapping[str, Any]
+
+
+def begin(
+    run: Run,
+    checkpoints: Checkpoints,
+    fast: FastCheckpoints | None,
+    start: Start,
+    workdir: AnyPath,
+) -> Begun | None:
+    """Restores the newest intact checkpoint, or makes the first state. All processes call it.
+
+    None if the run has all its steps. Raises ValueError if this command would continue another run,
+    or if weights or state do not fit.
+    """
+    newest, newest_fast = checkpoints.latest_good(), fast.newest() if fast else None
+    if newest is None and newest_fast is None:
+        first, done, origin = first_state(run, start, workdir)
+        return Begun(first, done, [], [], origin)
+    from_fast = newest_fast is not None and (newest is None or newest_fast > newest)
+    done, source = (newest_fast, fast) if from_fast else (newest, checkpoints)
+    saved, total = source.meta(done), run.config["train"]["steps"]
+    kept = _check_resume(run, saved, workdir, start)
+    if done >= total:
+        reached = "%s has %d steps already, train.steps is %d: nothing to do"
+        log.info(reached, workdir, done, total)
+        return None
+    restored = run.restore(source, done, saved)
+    log.info("resuming from step %d%s", done, ", a fast checkpoint" if from_fast else "")
+    return Begun(restored, done, *kept)
+
+
+def _check_resume(
+    run: Run, saved: Mapping[str, Any], workdir: AnyPath, start: Start
+) -> tuple[list[dict[str, Any]], list[int], dict[str, Any]]:
+    """What a run continues with, from a checkpoint's meta.
+
+    Returns (metrics not yet written to a row, skipped steps that still count, origin of the
+    weights).
+
+    Raises ValueError if this command would continue another run.
+    """
+    # Not in older checkpoints, which used this one, nor in those of a run without data.mixture.
+    # The skipped steps are only in those of a run that has skipped some.
+    saved = {"rng": RNG, "mixture_hashes": [], "skipped_steps": []} | saved
+    fields = dict.fromkeys(run.meta, object) | {"unlogged": list, "skipped_steps": list}
+    check_object(f"the newest checkpoint of {workdir}", saved, fields, "give a new --workdir")
+    for line in resume.check({name: saved[name] for name in run.meta}, run.meta):
+        log.info("changed since the checkpoint: %s", line)
+    origin = {name: saved[name] for name in ("init_from", "fork") if name in saved}
+    start.check_origin(origin, workdir)
+    return saved["unlogged"], saved["skipped_steps"], origin
 
 
 def first_state(
