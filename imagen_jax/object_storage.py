@@ -154,11 +154,13 @@ def open_to_read(path: AnyPath, buffer: int = io.DEFAULT_BUFFER_SIZE) -> BinaryI
 class _Blocks(io.RawIOBase):
     """An object of a bucket, see `open_to_read`."""
 
+    mode = "rb"
+
     def __init__(self, path: epath.Path):
         import fsspec
 
         set_up("", os.fspath(path))  # in a worker process too
-        self._path = path
+        self._path, self.name = path, os.fspath(path)
         options = {"cache_type": "blockcache", "cache_options": {"maxblocks": BLOCKS}}
         with bucket_errors(path):
             filesystem = fsspec.filesystem("gcs")

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 _all_readers: weakref.WeakSet["ShardReader"] = weakref.WeakSet()  # of this process
 
 
-class _Open(NamedTuple):
+class Opened(NamedTuple):
     """An open shard. copy: that of a shard in a bucket."""
 
     reader: Any
@@ -95,7 +95,7 @@ class ShardReader:
 
     def _start(self) -> None:
         self._lock = threading.Lock()
-        self._readers: OrderedDict[int, _Open] = OrderedDict()  # the last used one is the last
+        self._readers: OrderedDict[int, Opened] = OrderedDict()  # the last used one is the last
         self._compared: set[int] = set()  # shards whose first record is the right one
         _all_readers.add(self)
 
@@ -158,7 +158,7 @@ class ShardReader:
             self._readers.pop(shard, None)  # a reader that failed once keeps failing
         return self._read(shard, row, pauses[1:])
 
-    def _opened(self, shard: int) -> _Open:
+    def _opened(self, shard: int) -> Opened:
         """An open shard. One that another thread still reads is closed when that thread is done."""
         with self._lock:
             if shard in self._readers:
@@ -171,7 +171,7 @@ class ShardReader:
                 self._readers.popitem(last=False)
         return opened
 
-    def _open(self, shard: int) -> _Open:
+    def _open(self, shard: int) -> Opened:
         from array_record.python import array_record_module
 
         copy, path = self._copy(shard) if self._cache else None, self._path(shard)
@@ -183,7 +183,7 @@ class ShardReader:
         if shard not in self._compared:
             first_records.check(path, reader, self._firsts[shard])
             self._compared.add(shard)
-        return _Open(reader, copy)
+        return Opened(reader, copy)
 
     def _copy(self, shard: int) -> LocalShard:
         """The copy of a shard. To make room, shards are closed that nothing reads."""
