@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from imagen_jax.distributed import startup
 from imagen_jax.locks import only_process
-from imagen_jax.object_storage import AnyPath
+from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.storage import absolute, read_object, write_json
 
 # Twenty days. A lost process ends the wait earlier; watch.py names one that is stuck.
@@ -141,22 +141,25 @@ def _start(path: AnyPath) -> str:
         return ""
 
 
-def share_files(written: Iterable[Path] = (), patience_s: float = PATIENCE_S) -> None:
+def share_files(written: Iterable[AnyPath] = (), patience_s: float = PATIENCE_S) -> None:
     """A barrier after which all processes see the files that each has written, at full size.
+
+    A bucket shows them at once.
 
     written: files of this process, complete, on a shared file system. Raises what `wait_for_files`
     raises.
     """
     if startup.member() is None:
         return
-    own = {str(path.absolute()): path.stat().st_size for path in written}
+    files = [path for path in written if not in_bucket(path)]
+    own = {str(path.absolute()): path.stat().st_size for path in files}
     sizes: dict[str, int | None] = {}
     for text in gather(json.dumps(own)):
         sizes |= json.loads(text)
     _wait(sizes, patience_s)
 
 
-def wait_for_files(files: Iterable[Path], patience_s: float = PATIENCE_S) -> None:
+def wait_for_files(files: Iterable[AnyPath], patience_s: float = PATIENCE_S) -> None:
     """Two barriers; between them each process waits until it sees `files`, written atomically.
 
     Does nothing in a single-process run. Raises ValueError in all processes if one of them does not
@@ -165,7 +168,8 @@ def wait_for_files(files: Iterable[Path], patience_s: float = PATIENCE_S) -> Non
     """
     if startup.member() is not None:
         gather()
-        _wait({str(path.absolute()): None for path in files}, patience_s)
+        local = (path for path in files if not in_bucket(path))
+        _wait({str(path.absolute()): None for path in local}, patience_s)
 
 
 def first_says(yes: bool) -> bool:
