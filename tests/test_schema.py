@@ -428,7 +428,8 @@ def test_evaluate_has_a_flag_for_each_sampling_field():
 def test_a_line_older_than_a_setting_continues(tmp_path, monkeypatch):
     """Wrong: --follow ends in a KeyError, or a curve of two measurements in one file."""
     monkeypatch.setattr(
-        "imagen_jax.evals.stage_evaluation.open_once", lambda path: type("P", (), {"hash": "h"})
+        "imagen_jax.evals.stage_evaluation.open_once",
+        lambda path, place: type("P", (), {"hash": "h"}),
     )
     numbers = {"rows": 5, "seed": 0}
     older = {

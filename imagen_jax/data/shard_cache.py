@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 from imagen_jax.data.first_records import WrongShard
 from imagen_jax.data.index_files import cache_directory, locked
-from imagen_jax.object_storage import AnyPath, bucket_errors
+from imagen_jax.object_storage import AnyPath, read_parts
 from imagen_jax.storage import COPY_BYTES, check_local, flush, temporary_name
 
 LOCK = "lock"  # of the directory: one process at a time makes room
@@ -177,11 +177,10 @@ def _download(source: AnyPath, target: BinaryIO, entry: Mapping[str, Any]) -> No
     """Writes an object to a file. Raises WrongShard unless it is the one of the manifest."""
     digest, size = hashlib.sha256(), 0
     try:
-        with bucket_errors(source), source.open("rb") as file:
-            while part := file.read(COPY_BYTES):
-                digest.update(part)
-                target.write(part)
-                size += len(part)
+        for part in read_parts(source, COPY_BYTES):
+            digest.update(part)
+            target.write(part)
+            size += len(part)
     except FileNotFoundError as error:
         raise WrongShard(f"{source} is missing: copy the data to the bucket again") from error
     target.flush()

@@ -252,7 +252,7 @@ def test_text_that_does_not_fit_is_refused(path):
 def test_each_directory_is_opened_once(tmp_path, monkeypatch):
     """Catches a mixture of many sets whose manifests are read again for every use."""
     opened = []
-    monkeypatch.setattr(records.Prepared, "__init__", lambda self, path: opened.append(path))
+    monkeypatch.setattr(records.Prepared, "__init__", lambda self, path, _: opened.append(path))
     paths = [tmp_path / str(i) for i in range(100)]
     for path in paths:
         path.mkdir()
