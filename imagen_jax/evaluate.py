@@ -26,7 +26,7 @@ from ml_collections import config_flags
 from imagen_jax import cli, field, output_paths, schema
 from imagen_jax.evals import history
 from imagen_jax.evals.measures import NAMES
-from imagen_jax.object_storage import check_bucket
+from imagen_jax.object_storage import check_bucket, in_bucket
 from imagen_jax.storage import as_path, check_local, check_utf8, write_json
 
 GRID = "grid"  # a flag of both kinds of evaluation

@@ -401,7 +401,7 @@ def run(command, *options, env):
 def test_training_and_evaluation_give_the_same_numbers(local, remote, server, tmp_path):
     """Catches a command that opens data in a bucket without its cache, or refuses it."""
     base = ["--config=configs/base_64.py:tiny", "--config.text.dim=8"]
-    base += ["--config.data.text_length=6", "--config.data.batch_size=4", "--config.train.steps=4"]
+    base += ["--config.data.text_length=6", "--config.data.batch_size=8", "--config.train.steps=4"]
     base += ["--config.data.workers=1", "--config.train.validate_every=4"]
     base += ["--config.train.validate_rows=2", "--config.train.log_every=1"]
     found = []
