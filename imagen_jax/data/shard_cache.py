@@ -164,7 +164,8 @@ def _held(path: Path, size: int) -> BinaryIO | None:
     fcntl.flock(file, fcntl.LOCK_SH)
     stat = os.fstat(file.fileno())
     if stat.st_nlink and stat.st_size == size:
-        os.utime(path)
+        now = time.time_ns()  # that of the kernel has steps of milliseconds
+        os.utime(path, ns=(now, now))
         return file
     file.close()
     if stat.st_nlink:  # otherwise it was deleted between both calls
