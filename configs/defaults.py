@@ -14,7 +14,15 @@ ADDED: dict[str, dict[str, Any]] = {
     "text": dict(
         encoders=(), dims=(), lengths=(), pooled_dims=(), drops=(), online=False, online_encoder=""
     ),
-    "data": dict(decode="exact", mixture=(), view="centre", view_scale=(0.8, 1.0), buckets=()),
+    "data": dict(
+        shard_cache_dir="",
+        shard_cache_gib=64.0,
+        decode="exact",
+        mixture=(),
+        view="centre",
+        view_scale=(0.8, 1.0),
+        buckets=(),
+    ),
     "diffusion": dict(
         process="vp",
         density="uniform",

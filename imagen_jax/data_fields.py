@@ -113,6 +113,21 @@ DATA = {
     "cache_mib": Field(
         "Decoded-image cache in MiB; no effect on batches.", int, resume=True, interval="[0, inf)"
     ),
+    "shard_cache_dir": Field(
+        "Local directory for copies of shards of data in a bucket; empty: a directory of this user"
+        " in that for temporary files.",
+        str,
+        older="",
+        resume=True,
+    ),
+    "shard_cache_gib": Field(
+        "Bound of data.shard_cache_dir in GiB, for all processes of a host together; no effect on"
+        " batches.",
+        float,
+        older=64.0,
+        resume=True,
+        interval="(0, inf)",
+    ),
     "decode": Field(
         "JPEG decoding: at full size (exact), or scaled to 1/2, 1/4 or 1/8 by libjpeg (draft).",
         str,

@@ -26,7 +26,7 @@ from ml_collections import config_flags
 from imagen_jax import cli, field, output_paths, schema
 from imagen_jax.evals import history
 from imagen_jax.evals.measures import NAMES
-from imagen_jax.object_storage import check_bucket
+from imagen_jax.object_storage import check_bucket, in_bucket
 from imagen_jax.storage import as_path, check_local, check_utf8, write_json
 
 GRID = "grid"  # a flag of both kinds of evaluation
@@ -82,6 +82,10 @@ def define_flags() -> None:
         "with --checkpoint: largest number of images to compare samples with; if there are more,"
         " --seed determines a random subset",
     )
+    for name in ("shard_cache_dir", "shard_cache_gib"):
+        declared = schema.DATA[name]
+        said = f"with --data in a bucket: {declared.meaning}"
+        flags.DEFINE(FieldParser(declared), name, declared.older, said)
     flags.DEFINE_multi_string(
         GRID,
         [],
@@ -235,7 +239,8 @@ def check_flags(args: Any) -> None:
             advice = "" if args.checkpoint else "; set fields with --cascade.STAGE.sampling.FIELD"
             raise ValueError(f"--{name} is for --{chosen}; leave it out{advice}")
     schema.check_seed(args.seed, "--seed")
-    for flag in ("data", "lowres_from", "images", "suite_file"):
+    check_data(args.data or "")
+    for flag in ("lowres_from", "images", "suite_file"):
         check_local(f"--{flag}", args[flag].value or "")
         check_utf8(f"--{flag}", args[flag].value or "")
     output = output_paths.output_directory("output", args.output)
@@ -245,6 +250,14 @@ def check_flags(args: Any) -> None:
     else:
         check_cascade_flags(args)
     output_paths.make_directory("output", output)
+
+
+def check_data(path: str) -> None:
+    """Raises ValueError if --data cannot be opened because of its name alone."""
+    data = as_path("--data", path)
+    check_bucket("--data", data)
+    if not in_bucket(data):
+        check_utf8("--data", path)
 
 
 def check_checkpoint_flags(args: Any) -> None:
@@ -310,6 +323,7 @@ def check_cascade_flags(args: Any) -> None:
 def evaluate_checkpoint(args: Any) -> None:
     """Evaluates one stage, or each checkpoint of a run."""
     from imagen_jax.cascade import resolve
+    from imagen_jax.data import shard_cache
     from imagen_jax.distributed import agreement
     from imagen_jax.evals import stage_evaluation
 
@@ -329,6 +343,7 @@ def evaluate_checkpoint(args: Any) -> None:
         settings,
         {name: value for name, value in overrides.items() if value is not None},
         args.encoder,
+        shard_cache.Place(args.shard_cache_dir, args.shard_cache_gib),
     )
     told = settings | overrides | {"measures": args.measures, "which": args.which}
     told |= {"encoder": args.encoder, "checkpoint": str(checkpoint), "follow": args.follow}
@@ -361,11 +376,13 @@ def evaluate_cascade(args: Any) -> None:
 def cascade_settings(args: Any) -> Any:
     """The `suite_evaluation.Settings` of the flags."""
     from imagen_jax.data.records import open_once
+    from imagen_jax.data.shard_cache import Place
     from imagen_jax.evals import data_suite, suites
     from imagen_jax.evals.real_images import FolderImages, PreparedImages
     from imagen_jax.evals.suite_settings import Settings
 
-    prepared, count = open_once(args.data) if args.data else None, args.prompts or None
+    cache = Place(args.shard_cache_dir, args.shard_cache_gib)
+    prepared, count = open_once(args.data, cache) if args.data else None, args.prompts or None
     if args.suite == DATA_SUITE:
         suite = data_suite.load(prepared, args.split, count, args.draw_seed)
     else:

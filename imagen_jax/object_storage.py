@@ -6,18 +6,22 @@ epath lacks, conditional writes above all.
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
 AnyPath = Path | epath.Path
 
 SCHEME = "gs"
+# Of an object that is read in parts: the size of a request, and how many of them are kept.
+BLOCK_BYTES, BLOCKS = 4 * 2**20, 6
 # Status codes of Cloud Storage, and the errors of a file system that mean the same.
 _STATUS = {"401": errno.EACCES, "403": errno.EACCES, "404": errno.ENOENT, "412": errno.EAGAIN}
 _ABSL = {"PERMISSION_DENIED": errno.EACCES, "UNAUTHENTICATED": errno.EACCES}
@@ -74,10 +78,12 @@ def bucket_errors(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None:
+        # Those of aiohttp have the number of a connection, such as ECONNREFUSED.
+        if error.errno is not None and not type(error).__module__.startswith("aiohttp"):
             raise
         number = errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EIO
-        reason = os.strerror(number) if number == errno.ENOENT else str(error)
+        number = errno.EACCES if str(error).startswith("Forbidden") else number  # gcsfs, for 403
+        reason = os.strerror(number) if number == errno.ENOENT else " ".join(str(error).split())
         raise OSError(number, reason, os.fspath(path)) from error
     except Exception as error:
         kind = f"{type(error).__module__}.{type(error).__name__}"
@@ -96,6 +102,97 @@ def bucket_errors(path: AnyPath) -> Iterator[None]:
 def _is_of_tensorstore(error: Exception) -> bool:
     """Whether TensorStore reports an error of a key-value store."""
     return bool(re.match(r"(Error (reading|writing|deleting|listing)|[A-Z_]+: )", str(error)))
+
+
+class FileState(NamedTuple):
+    """size: in bytes. version: the time of the last change in ns; of an object, its generation.
+
+    is_regular: False for a directory, a pipe or a device.
+    """
+
+    size: int
+    version: int
+    is_regular: bool
+
+
+def file_state(path: AnyPath) -> FileState:
+    """What is at a path. Raises FileNotFoundError if there is nothing."""
+    if not in_bucket(path):
+        found = os.stat(path)
+        return FileState(found.st_size, found.st_mtime_ns, stat.S_ISREG(found.st_mode))
+    import fsspec
+
+    with bucket_errors(path):
+        info = fsspec.filesystem("gcs").info(os.fspath(path))
+    is_object = info["type"] == "file"
+    return FileState(info["size"] or 0, int(info.get("generation", 0)), is_object)
+
+
+def matching(pattern: epath.Path) -> list[epath.Path]:
+    """The objects that match a glob, sorted by name; hidden ones only if the glob names them."""
+    import fsspec
+
+    text = os.fspath(pattern)
+    with bucket_errors(pattern):
+        found = fsspec.filesystem("gcs").glob(text)
+    names = sorted(name.rstrip("/") for name in found)
+    shown = [name for name in names if "/." in text or "/." not in name]
+    return [epath.Path(f"{SCHEME}://{name}") for name in shown]
+
+
+def open_to_read(path: AnyPath, buffer: int = io.DEFAULT_BUFFER_SIZE) -> BinaryIO:
+    """Opens a file for reading at any position; an object is read in blocks of BLOCK_BYTES.
+
+    The last BLOCKS blocks that were used are kept. buffer: bytes that are copied at a time. Errors
+    of a bucket are those of `bucket_errors`.
+    """
+    if not in_bucket(path):
+        return open(path, "rb", buffering=buffer)
+    return io.BufferedReader(_Blocks(path), buffer)
+
+
+def read_parts(path: epath.Path, part: int) -> Iterator[bytes]:
+    """The content of an object from begin to end, in requests of `part` bytes; keeps none of it."""
+    import fsspec
+
+    with bucket_errors(path):
+        with fsspec.filesystem("gcs").open(os.fspath(path), "rb", cache_type="none") as file:
+            while content := file.read(part):
+                yield content
+
+
+class _Blocks(io.RawIOBase):
+    """An object of a bucket, see `open_to_read`."""
+
+    mode = "rb"
+
+    def __init__(self, path: epath.Path):
+        import fsspec
+
+        set_up("", os.fspath(path))  # in a worker process too
+        self._path, self.name = path, os.fspath(path)
+        options = {"cache_type": "blockcache", "cache_options": {"maxblocks": BLOCKS}}
+        with bucket_errors(path):
+            filesystem = fsspec.filesystem("gcs")
+            self._file = filesystem.open(os.fspath(path), "rb", block_size=BLOCK_BYTES, **options)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        with bucket_errors(self._path):
+            content = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
 
 
 def key_value_store(directory: epath.Path) -> Any:

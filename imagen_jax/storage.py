@@ -156,7 +156,8 @@ def read_json(path: AnyPath, remedy: str = COPY_AGAIN) -> Any:
         OSError: the file cannot be read.
         ValueError: it is empty, a Git LFS pointer, cut short or not JSON; the message names it.
     """
-    content = path.read_bytes()
+    with bucket_errors(path):
+        content = path.read_bytes()
     if not content:
         raise ValueError(f"{path} is empty; {remedy}")
     if reason := content_fault(content):

@@ -27,8 +27,8 @@ from imagen_jax import cli, field, goodput, output_paths, wandb_log
 from imagen_jax.distributed import agreement, device_faults, host_failures
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.locks import only_process
-from imagen_jax.object_storage import AnyPath
-from imagen_jax.storage import absolute, check_local, check_utf8, write_json
+from imagen_jax.object_storage import AnyPath, check_bucket, in_bucket
+from imagen_jax.storage import absolute, as_path, check_local, check_utf8, write_json
 from imagen_jax.training.start_flags import Start
 
 log = logging.getLogger("imagen_jax.train")
@@ -91,8 +91,10 @@ def main() -> int:
     )
     for one in sets.data_sets(config["data"]):
         flag = f"--config.data.{'path' if config['data']['path'] else 'mixture'}"
-        check_local(flag, one.path)
-        check_utf8(flag, one.path)
+        path = as_path(flag, one.path)
+        check_bucket(flag, path)
+        if not in_bucket(path):
+            check_utf8(flag, one.path)
     check_local("--config.train.fast_dir", config["train"]["fast_dir"])
     wandb_log.check(config["train"]["wandb"])
     profile = read_profile(args.profile, config["train"]["steps"])

@@ -166,6 +166,7 @@ OUTSIDE = {
     "data.batch_size": [0, -8],
     "data.workers": [-1],
     "data.cache_mib": [-1],
+    "data.shard_cache_gib": [0.0, -1.0],
     "model.dropout": [1.0, -0.1],
     "diffusion.text_drop": [1.5, -0.1],
     "diffusion.aug_max": [1.5, -0.1],
@@ -368,6 +369,7 @@ def test_what_a_resume_may_change():
     free = {name for name in schema.flat(config) if may_change(name, config)}
     sections = {n for n in schema.flat(config) if n.split(".")[0] in ("mesh", "train", "sampling")}
     alone = {"name", "model.remat", "data.path", "data.workers", "data.cache_mib"}
+    alone |= {"data.shard_cache_dir", "data.shard_cache_gib"}
     idle = {f"diffusion.{n}" for n in ("aug_schedule", "aug_max", "density_mean", "density_std")}
     idle |= {f"text.{n}" for n in ("dims", "lengths", "pooled_dims", "drops", "online_encoder")}
     assert free == sections | alone | idle | {"optim.accumulation", "data.view_scale"}
@@ -426,7 +428,8 @@ def test_evaluate_has_a_flag_for_each_sampling_field():
 def test_a_line_older_than_a_setting_continues(tmp_path, monkeypatch):
     """Wrong: --follow ends in a KeyError, or a curve of two measurements in one file."""
     monkeypatch.setattr(
-        "imagen_jax.evals.stage_evaluation.open_once", lambda path: type("P", (), {"hash": "h"})
+        "imagen_jax.evals.stage_evaluation.open_once",
+        lambda path, place: type("P", (), {"hash": "h"}),
     )
     numbers = {"rows": 5, "seed": 0}
     older = {

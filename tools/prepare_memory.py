@@ -52,6 +52,7 @@ _WORKERS = (0, 2)
 _DATA = {"image_size": _SIDE, "lowres_size": 0, "crop_size": 0, "text_length": 32}
 _DATA |= {"flip": True, "caption": "random", "cache_mib": 0, "decode": "exact", "mixture": ()}
 _DATA |= {"view": "centre", "view_scale": (0.8, 1.0), "buckets": ()}
+_DATA |= {"shard_cache_dir": "", "shard_cache_gib": 64.0}
 _FIRST_BATCH = """
 import json, sys, time
 path, size, workers, data = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from imagen_jax.storage import read_object, write_atomically
+from imagen_jax.object_storage import AnyPath
+from imagen_jax.storage import exists, read_object, write_atomically
 
 FILE = "first_records.json"
 
@@ -29,13 +30,13 @@ def write(root: Path, manifest_hash: str, sums: Mapping[str, str]) -> None:
     write_atomically(root / FILE, json.dumps(content, indent=1).encode())
 
 
-def read(root: Path, manifest_hash: str) -> dict[str, str]:
+def read(root: AnyPath, manifest_hash: str) -> dict[str, str]:
     """{shard: checksum of its first record} of prepared data; {} if it lacks the file.
 
     Raises ValueError if the file is damaged or belongs to another manifest.
     """
     file = root / FILE
-    if not file.is_file():
+    if not exists(file):
         return {}
     remedy = "copy the directory again, or remove the file: first records are then not compared"
     content = read_object(file, {"manifest": str, "sha256": dict}, remedy)

@@ -20,8 +20,9 @@ from jaxtyping import UInt32
 
 from imagen_jax.data.index_files import MappedArray, build_once, cache_directory
 from imagen_jax.data.records import ImageRow, ImageStore, Prepared
+from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.run_log import Progress
-from imagen_jax.storage import flush
+from imagen_jax.storage import copy_file, exists, flush
 
 THREADS = 4  # that read records; more than one hides the latency of a network file system
 CHUNK = 256  # records that a thread reads at once
@@ -68,7 +69,9 @@ def open_sizes(prepared: Prepared, split: str) -> ImageSizes:
     """
     images = prepared.images(split)
     path = file_of(prepared.path, split)
-    if not path.exists():
+    if in_bucket(path):
+        path = _copied(prepared, images, split)
+    elif not path.exists():
         write = lambda temporary: _write(temporary, images, f"sizes of {prepared.path}, {split}")
         try:
             build_once(path, write)
@@ -86,7 +89,19 @@ def open_sizes(prepared: Prepared, split: str) -> ImageSizes:
     return sizes
 
 
-def file_of(root: Path, split: str) -> Path:
+def _copied(prepared: Prepared, images: ImageStore, split: str) -> Path:
+    """A local copy of the file of a split in a bucket, made once, or written if it has none."""
+    source = file_of(prepared.path, split)
+    path = cache_directory() / f"{prepared.hash}-{source.name}"
+    if not path.exists() and exists(source):
+        build_once(path, lambda temporary: copy_file(source, temporary))
+    else:
+        label = f"sizes of {prepared.path}, {split}"
+        build_once(path, lambda temporary: _write(temporary, images, label))
+    return path
+
+
+def file_of(root: AnyPath, split: str) -> AnyPath:
     """The file of a split in prepared data at `root`."""
     return root / "images" / f"sizes-{split}.npy"
 

@@ -48,7 +48,7 @@ def build_once(
     """
     if path.exists() and is_intact(path):
         return
-    with _locked(path.with_name(f".{path.name}.lock")):
+    with locked(path.with_name(f".{path.name}.lock")):
         if path.exists():
             if is_intact(path):
                 return
@@ -63,7 +63,7 @@ def build_once(
 
 
 @contextlib.contextmanager
-def _locked(lock: Path) -> Iterator[None]:
+def locked(lock: Path) -> Iterator[None]:
     """Waits for a lock file, which is removed at the end.
 
     A process that still waits for the removed file finds what it wanted to write.

@@ -26,6 +26,7 @@ from imagen_jax.data.example_text import ExampleText, StoredFeatures
 from imagen_jax.data.examples import MIDDLE, Example, Examples, PixelCache
 from imagen_jax.data.mixing import Mixed, interleave, stream_seed, whole_weights
 from imagen_jax.data.records import Prepared, open_once
+from imagen_jax.data.shard_cache import CopyAhead, Place, check_room
 from imagen_jax.stage_sizes import Size, of_images, size_text
 from imagen_jax.text_inputs import UNNAMED, TextInput
 
@@ -89,6 +90,11 @@ class _SetBuckets:
         return self.weight * Fraction(self.counts[bucket], sum(self.counts))
 
 
+def open_directory(data_cfg: Mapping[str, Any], path: str) -> Prepared:
+    """Opens prepared data at a path once, with the shard cache of a config section `data`."""
+    return open_once(path, Place.of(data_cfg))
+
+
 def open_prepared(data_cfg: Mapping[str, Any]) -> Prepared:
     """Opens the only set of `data_cfg`, once per process, to read whole squares from it.
 
@@ -102,7 +108,7 @@ def open_prepared(data_cfg: Mapping[str, Any]) -> Prepared:
     only, *more = sets.data_sets(data_cfg)
     if more:
         raise ValueError("data.mixture has several directories: read one of them at a time")
-    prepared = open_once(only.path)
+    prepared = open_directory(data_cfg, only.path)
     prepared.check_image_size(data_cfg["image_size"])
     return prepared
 
@@ -115,7 +121,7 @@ def open_sets(data_cfg: Mapping[str, Any]) -> tuple[Prepared, ...]:
         `bucket_shares` compares the images with their sizes.
     """
     transforms.check_sizes(data_cfg)
-    opened = tuple(open_once(one.path) for one in sets.data_sets(data_cfg))
+    opened = tuple(open_directory(data_cfg, one.path) for one in sets.data_sets(data_cfg))
     for prepared in () if data_cfg["buckets"] else opened:
         views.check_squares(prepared, data_cfg)
     return opened
@@ -127,7 +133,7 @@ def identity(data_cfg: Mapping[str, Any]) -> dict[str, Any]:
     manifest_hash: that of the manifest; with data.mixture, the SHA-256 of those of the sets, joined
     in order, which are then in mixture_hashes.
     """
-    hashes = [open_once(one.path).hash for one in sets.data_sets(data_cfg)]
+    hashes = [open_directory(data_cfg, one.path).hash for one in sets.data_sets(data_cfg)]
     if not data_cfg["mixture"]:
         return {"manifest_hash": hashes[0]}
     joined = hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -257,6 +263,7 @@ def batches(
     """
     size = data_cfg["batch_size"]
     streams, weights = _streams(data_cfg, seed, split, text)
+    ahead = _copy_ahead(data_cfg, split)
     rows = tuple(range(size) if rows is None else rows)
     source = _BatchRows(streams, weights, size, start_step, rows)
     batches_stream = grain.MapDataset.source(source).batch(len(rows), drop_remainder=True)
@@ -264,7 +271,40 @@ def batches(
     if data_cfg["workers"]:
         _mark_flags_parsed()
         reader = reader.mp_prefetch(grain.MultiprocessingOptions(num_workers=data_cfg["workers"]))
-    return iter(reader)
+    return _Reading(iter(reader), ahead) if ahead else iter(reader)
+
+
+def _copy_ahead(data_cfg: Mapping[str, Any], split: str) -> CopyAhead | None:
+    """Begins to copy the shards in buckets that the batches of a split need; None without any."""
+    opened = [open_directory(data_cfg, one.path) for one in sets.data_sets(data_cfg)]
+    wanted = [
+        (prepared.shard_cache, prepared.entries_of_opened(split))
+        for prepared in opened
+        if prepared.shard_cache
+    ]
+    if not wanted:
+        return None
+    check_room(wanted)
+    return CopyAhead(wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """An iterator over batches that ends copying when it is closed."""
+
+    batches: Iterator[Batch]
+    ahead: CopyAhead
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self.batches)
+
+    def close(self) -> None:
+        """Ends reading and copying."""
+        self.ahead.close()
+        self.batches.close()
 
 
 def _mark_flags_parsed() -> None:

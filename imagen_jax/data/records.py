@@ -32,12 +32,14 @@ from typing import Any
 import numpy as np
 
 from imagen_jax.checksums import sha256_file
-from imagen_jax.data import caption_records, first_records
+from imagen_jax.data import caption_records, first_records, shard_cache
 from imagen_jax.data.caption_records import CaptionRow, canonical, serialize_caption
 from imagen_jax.data.manifest_fields import check_fields, check_present, check_shards
+from imagen_jax.data.shard_cache import Place, ShardCache
 from imagen_jax.data.shard_reader import ShardReader
 from imagen_jax.data.text_checks import TextChecks
-from imagen_jax.storage import check_local, disk_errors, read_object, temporary_name
+from imagen_jax.object_storage import AnyPath, check_bucket, file_state, in_bucket
+from imagen_jax.storage import absolute, as_path, disk_errors, exists, read_object, temporary_name
 from imagen_jax.text_inputs import TextFeatures, TextInput
 
 FORMAT_VERSION = 1
@@ -211,10 +213,8 @@ class _Store(ShardReader):
     """The records of one split; picklable, safe to share between threads."""
 
     def __init__(self, prepared: "Prepared", store: str, split: str):
-        shards, label = prepared.manifest["shards"], f"{prepared.path}/{store} ({split})"
-        names = sorted(name for name in shards if name.startswith(f"{store}/{store}-{split}."))
-        entries = {name: shards[name] for name in names}
-        super().__init__(label, prepared.path, entries, prepared.first_sums)
+        label, entries = f"{prepared.path}/{store} ({split})", prepared.entries(store, split)
+        super().__init__(label, prepared.path, entries, prepared.first_sums, prepared.shard_cache)
         import_tfds()
 
     def __setstate__(self, state: Mapping) -> None:
@@ -268,13 +268,16 @@ class Prepared:
 
     Raises ValueError if the directory is missing, incomplete or of another format version.
     `verify` also compares the content of all shards.
+
+    shard_cache: copies the shards of a directory in a bucket; None for a local one.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        check_local("prepared data", path)
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike, place: Place = Place()):
+        """place: where shards of a bucket are copied to."""
+        self.path = as_path("prepared data", path)
+        check_bucket("prepared data", self.path)
         file = self.path / MANIFEST
-        if not file.is_file():
+        if not exists(file):
             raise ValueError(_no_manifest(self.path))
         remedy = "copy the directory again, or remove it and prepare the data again"
         self.manifest = read_object(file, {"format_version": int}, remedy)
@@ -290,6 +293,20 @@ class Prepared:
         check_shards(file, self.manifest, remedy)
         check_present(self.path, self.manifest["shards"])
         self._stores: dict[str, _Store] = {}
+        self.shard_cache: ShardCache | None = None
+        if in_bucket(self.path):
+            self.shard_cache = ShardCache(self.path, self.hash, place)
+            shard_cache.check_shards(self.shard_cache, self.manifest["shards"])
+
+    def entries(self, store: str, split: str = "train") -> dict[str, dict[str, Any]]:
+        """{name: entry of the manifest} of the shards of a split of a store, in order."""
+        start, shards = f"{store}/{store}-{split}.", self.manifest["shards"]
+        return {name: shards[name] for name in sorted(shards) if name.startswith(start)}
+
+    def entries_of_opened(self, split: str) -> dict[str, dict[str, Any]]:
+        """`entries` of all stores that are open, of images only those of a split."""
+        stores = [s for name, s in self._stores.items() if name == split or name not in SPLITS]
+        return {name: self.manifest["shards"][name] for store in stores for name in store.names}
 
     @property
     def _is_named(self) -> bool:
@@ -402,27 +419,29 @@ class Prepared:
                 )
 
 
-def _no_manifest(path: Path) -> str:
+def _no_manifest(path: AnyPath) -> str:
     """Why a directory has no manifest, and what to do."""
-    if path.suffix == ".partial" or path.with_name(f"{path.name}.partial").is_dir():
+    if path.suffix == ".partial" or exists(path.with_name(f"{path.name}.partial")):
         return f"{path} is unfinished: run its prepare_data command again, with --encoder"
-    what = "is not prepared data" if path.exists() else "does not exist"
+    what = "is not prepared data" if exists(path) else "does not exist"
     return f"{path} {what} (no {MANIFEST}): run python -m imagen_jax.prepare_data"
 
 
-_OPENED: dict[str, tuple[tuple[int, int, int], Prepared]] = {}  # of `open_once`, by path
+_OPENED: dict[str, tuple[tuple[Any, ...], Prepared]] = {}  # of `open_once`, by path
 
 
-def open_once(path: str | os.PathLike) -> Prepared:
-    """`Prepared(path)`, the same object for all callers of this process.
+def open_once(path: str | os.PathLike, place: Place = Place()) -> Prepared:
+    """`Prepared(path, place)`, the same object for all callers of this process.
 
     A manifest with another size, time or place on the disk is opened again.
     """
+    root = absolute(as_path("prepared data", path))
     try:
-        found = os.stat(Path(path, MANIFEST))
+        inode = 0 if in_bucket(root) else os.stat(root / MANIFEST).st_ino
+        version = *file_state(root / MANIFEST), inode, place
     except OSError:
-        return Prepared(path)  # says what is wrong
-    name, version = os.path.abspath(path), (found.st_size, found.st_mtime_ns, found.st_ino)
+        return Prepared(path, place)  # says what is wrong
+    name = os.path.normpath(root)
     if name not in _OPENED or _OPENED[name][0] != version:
-        _OPENED[name] = version, Prepared(name)
+        _OPENED[name] = version, Prepared(root, place)
     return _OPENED[name][1]

@@ -15,13 +15,15 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from imagen_jax.checksums import sha256_file
 from imagen_jax.data import first_records
 from imagen_jax.data.first_records import WrongShard
+from imagen_jax.data.shard_cache import LocalShard, NoRoom, ShardCache
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import is_away
 
 # Seconds between attempts to read a record after a transient file-system error.
@@ -30,8 +32,18 @@ PAUSES_S = (1.0, 5.0, 25.0)
 # about 4 bytes per record; 1 MiB of it would be read by default.
 _OPTIONS, _BUFFER = "readahead_buffer_size:0,footer_prefetch_bytes:65536", 2**15
 _MOST_OPEN = 4096  # an open shard of 4,096 records takes 40 KiB
+# Seconds for which a shard of a bucket waits for room, which other shards that are copied or read
+# take.
+_ROOM_S, _ROOM_POLL_S = 120.0, 0.2
 log = logging.getLogger(__name__)
 _all_readers: weakref.WeakSet["ShardReader"] = weakref.WeakSet()  # of this process
+
+
+class Opened(NamedTuple):
+    """An open shard. copy: that of a shard in a bucket."""
+
+    reader: Any
+    copy: LocalShard | None
 
 
 def most_open() -> int:
@@ -40,7 +52,17 @@ def most_open() -> int:
     All readers together have at most half of the files that the process may have open.
     """
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-    return max(1, min(_MOST_OPEN, files // max(2, len(_all_readers))))
+    readers = sum(reader.files_per_shard for reader in list(_all_readers))
+    return max(1, min(_MOST_OPEN, files // max(2, readers)))
+
+
+def close_shards() -> None:
+    """Closes the copies of shards that this process does not read at the moment.
+
+    They can then be deleted, to make room for others.
+    """
+    for reader in list(_all_readers):
+        reader.close_copies()
 
 
 class ShardReader:
@@ -53,15 +75,17 @@ class ShardReader:
     def __init__(
         self,
         label: str,
-        directory: Path,
+        directory: AnyPath,
         shards: Mapping[str, Mapping[str, Any]],
         firsts: Mapping[str, str],
+        cache: ShardCache | None = None,
     ):
         """label: for messages. shards: {path in `directory`: entry of the manifest}, in order.
 
-        firsts: {path: SHA-256 of the first record}; a shard that it lacks is not compared.
+        firsts: {path: SHA-256 of the first record}; a shard that it lacks is not compared. cache:
+        copies the shards of a directory in a bucket; None: it is a local one.
         """
-        self._label, self._directory = label, directory
+        self._label, self._directory, self._cache = label, directory, cache
         self._names = list(shards)
         self._sums = [entry["sha256"] for entry in shards.values()]
         self._sizes = np.array([entry["bytes"] for entry in shards.values()], np.int64)
@@ -71,7 +95,7 @@ class ShardReader:
 
     def _start(self) -> None:
         self._lock = threading.Lock()
-        self._readers: OrderedDict[int, Any] = OrderedDict()  # the last used one is the last
+        self._readers: OrderedDict[int, Opened] = OrderedDict()  # the last used one is the last
         self._compared: set[int] = set()  # shards whose first record is the right one
         _all_readers.add(self)
 
@@ -87,6 +111,22 @@ class ShardReader:
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._names else 0
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The shards, in order."""
+        return self._names
+
+    @property
+    def files_per_shard(self) -> int:
+        """Files that are open for an open shard."""
+        return 2 if self._cache else 1
+
+    def close_copies(self) -> None:
+        """See `close_shards`."""
+        if self._cache:
+            with self._lock:
+                self._readers.clear()
 
     def record(self, row: int) -> bytes:
         """The record of a row.
@@ -104,12 +144,13 @@ class ShardReader:
         """Reads a record; tries again after each of `pauses`, in seconds, if none was returned."""
         position = row - (int(self._ends[shard - 1]) if shard else 0)
         try:
-            return self._reader(shard).read([position])[0]
-        except WrongShard:
-            raise
+            opened = self._opened(shard)  # as long as it lives, a copy is not deleted
+            return opened.reader.read([position])[0]
         except (RuntimeError, ValueError, OSError, IndexError) as error:
             fault = self._fault(shard, row, error)
-            if not pauses or not is_away(fault):
+            if fault is error and not (pauses and is_away(error)):
+                raise
+            if not (pauses and is_away(fault)):
                 raise fault from error
         log.warning("%s; trying again in %g s", fault, pauses[0])
         time.sleep(pauses[0])
@@ -117,24 +158,24 @@ class ShardReader:
             self._readers.pop(shard, None)  # a reader that failed once keeps failing
         return self._read(shard, row, pauses[1:])
 
-    def _reader(self, shard: int) -> Any:
+    def _opened(self, shard: int) -> Opened:
         """An open shard. One that another thread still reads is closed when that thread is done."""
         with self._lock:
             if shard in self._readers:
                 self._readers.move_to_end(shard)
                 return self._readers[shard]
-        reader = self._open(shard)  # other threads go on; two that open the same shard do no harm
+        opened = self._open(shard)  # other threads go on; two that open the same shard do no harm
         with self._lock:
-            self._readers[shard] = reader
+            self._readers[shard] = opened
             while len(self._readers) > most_open():
                 self._readers.popitem(last=False)
-        return reader
+        return opened
 
-    def _open(self, shard: int) -> Any:
+    def _open(self, shard: int) -> Opened:
         from array_record.python import array_record_module
 
-        path = self._path(shard)
-        if os.stat(path).st_size != self._sizes[shard]:
+        copy, path = self._copy(shard) if self._cache else None, self._path(shard)
+        if not copy and os.stat(path).st_size != self._sizes[shard]:
             raise WrongShard(f"{path} is missing or cut short: prepare the data again")
         reader = array_record_module.ArrayRecordReader(
             path, _OPTIONS, file_reader_buffer_size=_BUFFER
@@ -142,17 +183,38 @@ class ShardReader:
         if shard not in self._compared:
             first_records.check(path, reader, self._firsts[shard])
             self._compared.add(shard)
-        return reader
+        return Opened(reader, copy)
+
+    def _copy(self, shard: int) -> LocalShard:
+        """The copy of a shard. To make room, shards are closed that nothing reads."""
+        end = time.monotonic() + _ROOM_S
+        entry = {"bytes": int(self._sizes[shard]), "sha256": self._sums[shard]}
+        while True:
+            try:
+                return self._cache.open(self._names[shard], entry)
+            except NoRoom:
+                if time.monotonic() > end:
+                    raise
+            close_shards()
+            time.sleep(_ROOM_POLL_S)
 
     def _path(self, shard: int) -> str:
+        """The local file of a shard."""
+        if self._cache:
+            return os.fspath(self._cache.path(self._names[shard]))
         return os.path.join(self._directory, self._names[shard])
 
     def _fault(self, shard: int, row: int, error: Exception) -> Exception:
-        """The reason why a row cannot be read.
+        """The reason why a row cannot be read: `error` itself if it says it.
 
         Returns ValueError if the shard does not match its checksum. Otherwise returns OSError: the
-        shard matches or cannot be opened, so the file system failed.
+        shard matches or cannot be opened, so the file system failed. A damaged copy is deleted, and
+        may be whole at the next attempt.
         """
+        if self._cache:
+            return self._fault_of_copy(shard, row, error)
+        if isinstance(error, WrongShard):
+            return error
         path, cause = self._path(shard), (str(error) or type(error).__name__).splitlines()[0]
         try:
             whole = sha256_file(Path(path)) == self._sums[shard]
@@ -168,3 +230,19 @@ class ShardReader:
             f"{path} is damaged, row {row} cannot be read: remove the directory and prepare the"
             f" data again ({cause})"
         )
+
+    def _fault_of_copy(self, shard: int, row: int, error: Exception) -> Exception:
+        """`_fault` for a shard in a bucket."""
+        if isinstance(error, (NoRoom, OSError)):
+            return error
+        path = self._path(shard)
+        try:
+            whole = sha256_file(Path(path)) == self._sums[shard]
+        except FileNotFoundError:  # no copy was made
+            return error
+        if not whole:
+            self._cache.forget(self._names[shard])
+            return OSError(errno.EIO, f"row {row} cannot be read, the copy is damaged", path)
+        if isinstance(error, WrongShard):
+            return error
+        return OSError(errno.EIO, f"row {row} cannot be read ({error}), the copy is whole", path)

@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.text_inputs import UNNAMED, TextInput
 
 
@@ -24,7 +24,7 @@ class TextChecks:
     longest: {name: tokens of the longest caption}.
     """
 
-    path: Path
+    path: AnyPath
     encoders: Mapping[str, Mapping[str, Any]]
     longest: Mapping[str, int]
 

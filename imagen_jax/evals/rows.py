@@ -19,7 +19,7 @@ from imagen_jax import schema
 from imagen_jax.checksums import sha256_file
 from imagen_jax.data import pipeline
 from imagen_jax.data.example_text import EvaluationText
-from imagen_jax.data.records import SPLITS, open_once
+from imagen_jax.data.records import SPLITS
 from imagen_jax.diffusion import conditioning
 from imagen_jax.evals import statistics
 from imagen_jax.text_inputs import is_text
@@ -192,7 +192,7 @@ class Data:
     ):
         """data_cfg: section `data` of the config. text: as for `ReadRows`."""
         self._text = text
-        self.prepared = open_once(data_cfg["path"])
+        self.prepared = pipeline.open_directory(data_cfg, data_cfg["path"])
         counts = self.prepared.manifest["counts"]["images"]
         self.counts = {split: counts[split] for split in SPLITS if counts.get(split, 0)}
         self.heldout = self.prepared.evaluation_split

@@ -17,6 +17,7 @@ from imagen_jax import schema, sharding
 from imagen_jax.cascade import STAGE_META
 from imagen_jax.data.example_text import read_stored
 from imagen_jax.data.records import open_once
+from imagen_jax.data.shard_cache import Place
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import evaluation_text, history, provenance, report
 from imagen_jax.evals.evaluation import Evaluation, Probe
@@ -66,10 +67,11 @@ class Evaluator:
         numbers: Mapping[str, Any],
         sampling: Mapping[str, Any],
         encoder: str = "",
+        cache: Place = Place(),
     ):
         """Loads nothing yet; `run` loads a checkpoint and the data.
 
-        data: a prepared directory.
+        data: a prepared directory. cache: where shards of a bucket are copied to.
         which: the weights to load, such as "ema".
         names: names of the measures; [] for all that apply.
         numbers: fields of `rows.Settings`.
@@ -82,6 +84,7 @@ class Evaluator:
         measure.check_known(names)
         self._data, self._which, self._names = data, which, names
         self._numbers, self._sampling, self._encoder = numbers, sampling, encoder
+        self._cache = cache
         self._config: Mapping[str, Any] | None = None
 
     def run(self, checkpoint: AnyPath, output: AnyPath) -> dict[str, Any]:
@@ -147,7 +150,8 @@ class Evaluator:
         if recorded is None:
             return
         trained = schema.complete_sampling(recorded["config"]["sampling"], f"{record}")
-        current = self._numbers | {"data": open_once(self._data).hash, "which": self._which}
+        data = open_once(self._data, self._cache).hash
+        current = self._numbers | {"data": data, "which": self._which}
         current |= {"sampling": trained | self._sampling}
         previous = {name: recorded[name] for name in self._numbers if name in recorded}
         previous |= {
@@ -199,10 +203,11 @@ class Evaluator:
 
     def _read(self, meta: Mapping[str, Any], settings: Settings) -> tuple[Data, str]:
         """(the rows, where their text features are from: see `evaluation_text.kind`)."""
-        prepared, config = open_once(self._data), meta["config"]
+        prepared, config = open_once(self._data, self._cache), meta["config"]
         trained = meta["encoder"]
         encoder = evaluation_text.choose_encoder(config, trained, prepared, self._encoder)
         data_cfg = dict(config["data"]) | {"path": self._data, "mixture": ()}
+        data_cfg |= self._cache.fields
         read = read_stored(text_inputs(config))
         if encoder:
             captions = Data(data_cfg, settings).caption_ids()

@@ -15,7 +15,8 @@ import jax
 from imagen_jax import encoder_identity, schema, sharding
 from imagen_jax.data import pipeline, sets
 from imagen_jax.data.example_text import EvaluationText, StoredFeatures, read_stored
-from imagen_jax.data.records import Prepared
+from imagen_jax.data.records import Prepared, caption_store
+from imagen_jax.data.shard_cache import check_room
 from imagen_jax.hardware import chips
 from imagen_jax.online_text import OnlineText, named_encoders
 from imagen_jax.stage import RNG, check_interval, create_stage
@@ -64,6 +65,7 @@ class Run:
         check_interval(config["sampling"], config["diffusion"]["schedule"])
         mesh = sharding.make_mesh(config["mesh"])
         data = check_data(config)
+        _check_shard_cache(config, data)
         for line in _told(config, data):
             log.info("%s", line)
         online = OnlineText.load(config, mesh) if config["text"]["online"] else None
@@ -213,6 +215,22 @@ def check_data(config: Mapping[str, Any]) -> tuple[Prepared, ...]:
     else:
         _stored_encoders(data, text_inputs(config))
     return data
+
+
+def _check_shard_cache(config: Mapping[str, Any], data: Sequence[Prepared]) -> None:
+    """Raises ValueError unless the shards of buckets that a run reads fit into its cache."""
+    online, train = config["text"]["online"], config["train"]
+    stores = {caption_store("" if online else each.name) for each in text_inputs(config)}
+    squares = train["validate_every"] or train["sample_every"]
+    wanted = []
+    for prepared in data:
+        entries = prepared.entries("images")
+        entries |= prepared.entries("images", prepared.evaluation_split) if squares else {}
+        for store in stores:
+            entries |= prepared.entries(store)
+        if prepared.shard_cache:
+            wanted.append((prepared.shard_cache, entries))
+    check_room(wanted)
 
 
 def _told(config: Mapping[str, Any], data: Sequence[Prepared]) -> Iterator[str]:

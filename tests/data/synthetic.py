@@ -17,7 +17,7 @@ DIM = 8
 TEXT_LENGTH = 6
 # Fields of a config section `data` whose batches are centre squares of one directory.
 SQUARES = {"mixture": (), "view": "centre", "view_scale": (0.8, 1.0), "buckets": ()}
-SQUARES |= {"decode": "exact"}
+SQUARES |= {"decode": "exact", "shard_cache_dir": "", "shard_cache_gib": 1.0}
 
 
 def gradient(size: int | tuple[int, int], tag: int = 0) -> np.ndarray:

@@ -120,10 +120,10 @@ def test_a_file_system_that_is_away_is_waited_for(path, monkeypatch):
     store = records.Prepared(path).images("train")
     record = store.record(7)
     shard = next(iter(store._readers))
-    store._readers[shard] = Away()
+    store._readers[shard] = shard_reader.Opened(Away(), None)
     assert store.record(7) == record
-    monkeypatch.setattr(store, "_open", lambda shard: Away())
-    store._readers[shard] = Away()
+    monkeypatch.setattr(store, "_open", lambda shard: shard_reader.Opened(Away(), None))
+    store._readers[shard] = shard_reader.Opened(Away(), None)
     with pytest.raises(
         OSError, match="row 7 could not be read, though the file matches its checksum"
     ) as caught:
@@ -252,7 +252,7 @@ def test_text_that_does_not_fit_is_refused(path):
 def test_each_directory_is_opened_once(tmp_path, monkeypatch):
     """Catches a mixture of many sets whose manifests are read again for every use."""
     opened = []
-    monkeypatch.setattr(records.Prepared, "__init__", lambda self, path: opened.append(path))
+    monkeypatch.setattr(records.Prepared, "__init__", lambda self, path, _: opened.append(path))
     paths = [tmp_path / str(i) for i in range(100)]
     for path in paths:
         path.mkdir()

@@ -16,6 +16,7 @@ from imagen_jax.data.sources import coco
 from imagen_jax.data.sources.listing import Listed, read_csv, read_jsonl
 from imagen_jax.data.sources.source import Fault, SourceItem, hashed_split
 from imagen_jax.data.sources.walk import Note, files_below, spelling
+from imagen_jax.object_storage import SCHEME, AnyPath, bucket_errors
 from imagen_jax.storage import check_local, is_away
 
 USAGE = "folder:DIR (with captions.jsonl, captions.csv, captions_*.json or .txt files)"
@@ -200,10 +201,11 @@ def _check_regular(path: Path) -> None:
         raise ValueError(f"{path} is a named pipe or a device, not a file")
 
 
-def read_image(path: Path) -> tuple[bytes | None, Fault | None]:
+def read_image(path: AnyPath) -> tuple[bytes | None, Fault | None]:
     """A file's content, None if there is no such file; and why it cannot be read."""
     try:
-        return (path.read_bytes() if path.is_file() else None), None
+        with bucket_errors(path):
+            return (path.read_bytes() if path.is_file() else None), None
     except FileNotFoundError:
         return None, None
     except OSError as error:
@@ -212,7 +214,11 @@ def read_image(path: Path) -> tuple[bytes | None, Fault | None]:
 
 
 def raise_unless_of_the_file(error: Exception) -> None:
-    """Raises an error that the next file would meet too: trying again may help."""
+    """Raises an error that the next file would meet too: trying again may help.
+
+    An object of a bucket that was found and then cannot be read is such an error.
+    """
     number = getattr(error, "errno", None)
-    if is_away(error) or isinstance(error, MemoryError) or number in _OF_THE_MACHINE:
+    of_bucket = str(getattr(error, "filename", None)).startswith(f"{SCHEME}://")
+    if is_away(error) or of_bucket or isinstance(error, MemoryError) or number in _OF_THE_MACHINE:
         raise error

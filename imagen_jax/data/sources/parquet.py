@@ -20,7 +20,8 @@ from imagen_jax.data.sources.sharded import ShardedSource
 from imagen_jax.data.sources.source import Fault, SourceItem, hashed_split
 from imagen_jax.data.sources.walk import escaped
 from imagen_jax.data.sources.where import UNDECIDED, Where
-from imagen_jax.storage import check_local
+from imagen_jax.object_storage import SCHEME, AnyPath, file_state, in_bucket
+from imagen_jax.storage import as_path, check_local
 
 USAGE = "parquet:FILES (a pattern such as DIR/*.parquet or DIR/{000..012}.parquet)"
 HAS_METADATA = HAS_SHARDS = True
@@ -123,7 +124,7 @@ class ParquetSource(ShardedSource):
                 f" {', '.join(sorted(self._columns))}"
             )
 
-    def summarize(self, path: Path) -> Summary:
+    def summarize(self, path: AnyPath) -> Summary:
         try:
             with parquet_rows.open_file(path) as file:
                 return self._summarize(path, file)
@@ -131,14 +132,14 @@ class ParquetSource(ShardedSource):
             raise_unless_of_the_file(error)
             return self._unread(path, "unreadable_shard", _cause(error))
 
-    def _summarize(self, path: Path, file: Any) -> Summary:
+    def _summarize(self, path: AnyPath, file: Any) -> Summary:
         rows = sum(parquet_rows.row_counts(file))
         if not rows:
             return self._unread(path, "empty_shard", "has no rows")
         columns = _Columns(file.schema_arrow, self._chosen)
         if columns.fault:
             return self._unread(path, *columns.fault, rows, columns.names)
-        content = hashlib.sha256(str(path.stat().st_size).encode())
+        content = hashlib.sha256(str(file_state(path).size).encode())
         content.update(parquet_rows.footer(path))
         notes = _keys(file, columns.key)[1] if columns.key else {}
         told = [self.note(path, reason, told) | {"count": n} for reason, (n, told) in notes.items()]
@@ -149,13 +150,13 @@ class ParquetSource(ShardedSource):
         return {"image": chosen.image, "captions": list(chosen.captions), "key": chosen.key}
 
     def _unread(
-        self, path: Path, reason: str, detail: str, rows: int = 0, columns: Sequence[str] = ()
+        self, path: AnyPath, reason: str, detail: str, rows: int = 0, columns: Sequence[str] = ()
     ) -> Summary:
         """A shard that is left out; the note counts its rows if they are known."""
         note = self.note(path, reason, detail)
         return Summary(0, "", [note | ({"count": rows} if rows else {})], columns)
 
-    def open_shard(self, path: Path) -> "ParquetShard":
+    def open_shard(self, path: AnyPath) -> "ParquetShard":
         try:
             return ParquetShard(path, self.label(path), self._chosen)
         except (ValueError, OSError) as error:
@@ -169,7 +170,7 @@ class ParquetSource(ShardedSource):
 class ParquetShard:
     """The rows of one file. A row that cannot be read has a fault."""
 
-    def __init__(self, path: Path, label: str, options: Options):
+    def __init__(self, path: AnyPath, label: str, options: Options):
         self._label, self._options = label, options
         self._folder = Path(options.images) if options.images is not None else path.parent
         self._file = parquet_rows.open_file(path)
@@ -197,7 +198,7 @@ class ParquetShard:
         return SourceItem(item_id, image, captions, split, fault)
 
     def close(self) -> None:
-        self._file.close()
+        self._file.close(force=True)
 
     def _read(self, row: int) -> tuple[bytes | None, list[str], Fault | None]:
         batch, position = self._rows[row]
@@ -247,11 +248,12 @@ class ParquetShard:
         shown = escaped(path)[:200]
         if "://" in path:
             return None, Fault("missing_image", f"{shown} is a URL: download the images first")
-        folder = os.path.abspath(self._folder)
+        root = f"{SCHEME}:/" if in_bucket(self._folder) else ""
+        folder = os.path.abspath(os.fspath(self._folder).removeprefix(root))
         file = posixpath.normpath(posixpath.join(folder, path))
         if not file.startswith(f"{folder.rstrip('/')}/"):
             return None, Fault("path_outside_folder", shown)
-        image, fault = read_image(Path(file))
+        image, fault = read_image(as_path("image", f"{root}{file}"))
         if image is None:
             return None, fault or Fault("missing_image", f"no file {shown}")
         return image, None

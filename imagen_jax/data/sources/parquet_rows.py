@@ -3,11 +3,11 @@
 import bisect
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from imagen_jax.data.sources.folder import raise_unless_of_the_file
-from imagen_jax.storage import COPY_AGAIN, missing_content
+from imagen_jax.object_storage import AnyPath, in_bucket, open_to_read
+from imagen_jax.storage import COPY_AGAIN, LFS_POINTER, content_fault
 
 TEXT = {"string", "large_string", "string_view"}
 BINARY = {"binary", "large_binary", "binary_view"}
@@ -34,7 +34,7 @@ class RowGroupError(ValueError):
     """The row cannot be decoded, nor can the rows after it in its row group."""
 
 
-def open_file(path: Path) -> Any:
+def open_file(path: AnyPath) -> Any:
     """Opens a file; checksums of its pages, if it has some, are verified.
 
     Raises:
@@ -44,11 +44,16 @@ def open_file(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if fault := missing_content(path):
+    file = open_to_read(path)
+    fault = content_fault(file.read(len(LFS_POINTER)))
+    if fault or not in_bucket(path):
+        file.close()
+    if fault:
         raise ValueError(fault)
+    source = file if in_bucket(path) else path  # pyarrow's own files are faster
     try:
         return pq.ParquetFile(
-            path, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True
+            source, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True
         )
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None) or isinstance(error, MemoryError):
@@ -56,8 +61,8 @@ def open_file(path: Path) -> Any:
         raise ValueError(_why(path, error)) from error
 
 
-def _why(path: Path, error: Exception) -> str:
-    with open(path, "rb") as file:
+def _why(path: AnyPath, error: Exception) -> str:
+    with open_to_read(path) as file:
         start = file.read(4)
         size = file.seek(0, 2)
         file.seek(max(size - 4, 0))
@@ -77,9 +82,9 @@ def first_line(error: Exception) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
-def footer(path: Path) -> bytes:
+def footer(path: AnyPath) -> bytes:
     """The file's footer: schema, positions, sizes and statistics of all columns."""
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         size = file.seek(0, 2)
         file.seek(max(size - 8, 0))
         length = int.from_bytes(file.read(4), "little")

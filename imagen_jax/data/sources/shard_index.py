@@ -3,7 +3,8 @@
     {"key": "...", "path": "tars/00000.tar", "size": 1, "mtime_ns": 2, "items": 3, "digest": "...",
      "notes": [], "columns": []}
 
-A line counts for a shard whose size and modification time are those of the line. `key` identifies
+A line counts for a shard whose size and modification time (in a bucket, generation) are those of
+the line. `key` identifies
 the format of the line, the options that it depends on and the name of the shard in ids. A line that
 is damaged or of another key is ignored. Several processes may append to one index, and read it at
 the same time. On a network file system, which may mix or lose lines of different hosts, that costs
@@ -13,13 +14,13 @@ only another look at their shards.
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from imagen_jax.data.sources.walk import Note
+from imagen_jax.object_storage import AnyPath, FileState
 from imagen_jax.storage import check_object
 
 FORMAT_VERSION = 1  # of the lines and of the digests in them
@@ -61,24 +62,24 @@ class ShardIndex:
         self._has_appended = False
         self._read()
 
-    def find(self, path: Path, key: str, stat: os.stat_result) -> Summary | None:
+    def find(self, path: AnyPath, key: str, state: FileState) -> Summary | None:
         """The summary of a shard with this size and time; None if the index has none."""
         if time.monotonic() - self._looked > REFRESH_S:
             self._read()
         size, mtime_ns, summary = self._lines.get((str(path), key), (None, None, None))
-        return summary if (size, mtime_ns) == (stat.st_size, stat.st_mtime_ns) else None
+        return summary if (size, mtime_ns) == (state.size, state.version) else None
 
-    def add(self, path: Path, key: str, stat: os.stat_result, summary: Summary) -> None:
+    def add(self, path: AnyPath, key: str, state: FileState, summary: Summary) -> None:
         """Appends a line.
 
-        stat: of before the shard was read. A shard without items has no line: whatever was in the
+        state: of before the shard was read. A shard without items has no line: whatever was in the
         way, such as its permissions, may change without a change of size or time.
 
         Raises OSError if the file cannot be written.
         """
         if self._read_only or not summary.items:
             return
-        line = {"key": key, "path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        line = {"key": key, "path": str(path), "size": state.size, "mtime_ns": state.version}
         data = json.dumps(line | dataclasses.asdict(summary)).encode() + b"\n"
         if not self._has_appended:  # the last line may be that of a process that was killed
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,9 @@ import bisect
 import glob
 import hashlib
 import itertools
+import logging
 import os
 import re
-import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,12 +22,14 @@ from imagen_jax.data.sources.shard_index import ShardIndex, Summary, key_of
 from imagen_jax.data.sources.source import SourceItem
 from imagen_jax.data.sources.summaries import summaries
 from imagen_jax.data.sources.walk import Note, escaped
-from imagen_jax.storage import check_local
+from imagen_jax.object_storage import AnyPath, check_bucket, file_state, in_bucket, matching
+from imagen_jax.storage import as_path, entry_names, exists
 
 OPEN_SHARDS = 2
 MISSING = "missing_shard"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -58,6 +60,7 @@ class ShardedSource:
         found = summaries(self, self._paths, index)
         self._columns = {name for summary in found for name in summary.columns}
         self._notes = [dict(note) for summary in found for note in summary.notes]
+        self._warn_of_missing()
         self._ends = list(itertools.accumulate(summary.items for summary in found))
         rows = zip(self._paths, found)
         listing = "".join(f"{self.label(path)} {summary.digest}\n" for path, summary in rows)
@@ -65,7 +68,7 @@ class ShardedSource:
         if not len(self):
             raise ValueError(f"{self.kind}:{pattern} has no items{self._examples()}")
 
-    def summarize(self, path: Path) -> Summary:
+    def summarize(self, path: AnyPath) -> Summary:
         """Looks at a shard without decoding images. A damaged shard has a note."""
         raise NotImplementedError
 
@@ -73,31 +76,32 @@ class ShardedSource:
         """The options that `summarize` depends on, as JSON: all, unless a subclass knows better."""
         return self._options
 
-    def open_shard(self, path: Path) -> Shard:
+    def open_shard(self, path: AnyPath) -> Shard:
         """Opens a shard; it has as many items as its summary says."""
         raise NotImplementedError
 
-    def label(self, path: Path) -> str:
+    def label(self, path: AnyPath) -> str:
         """The name of a shard in the ids of its items, see `labels`."""
         return self._labels[path]
 
-    def note(self, path: Path, reason: str, detail: str) -> Note:
+    def note(self, path: AnyPath, reason: str, detail: str) -> Note:
         """A note on a shard."""
         name = f"{self.label(path)}{escaped(path.suffix)}"
         return {"id": name, "reason": reason, "detail": escaped(detail)}
 
-    def summary_key(self, path: Path) -> str:
+    def summary_key(self, path: AnyPath) -> str:
         """The key of the shard's line in an index; its notes depend on its name."""
         return key_of(self.kind, self.summary_options(), self.label(path))
 
-    def summary(self, path: Path) -> Summary:
+    def summary(self, path: AnyPath) -> Summary:
         """Summarizes a shard, unless there is no such file; opening a pipe would wait forever."""
         try:
-            regular = stat.S_ISREG(os.stat(path).st_mode)
+            state = file_state(path)
         except OSError as error:
-            raise_unless_of_the_file(error)
+            if not isinstance(error, FileNotFoundError):
+                raise_unless_of_the_file(error)
             return Summary(0, "", [self.note(path, MISSING, error.strerror or str(error))])
-        if not regular:
+        if not state.is_regular:
             return Summary(
                 0,
                 "",
@@ -143,25 +147,35 @@ class ShardedSource:
         """Worker processes open shards of their own."""
         return self.__dict__ | {"_open": OrderedDict()}
 
+    def _warn_of_missing(self) -> None:
+        missing = [note["id"] for note in self._notes if note["reason"] == MISSING]
+        if missing:
+            said = "%s: %d of %d shards do not exist, such as %s; skipped.jsonl lists them"
+            log.warning(said, self.kind, len(missing), len(self._paths), missing[0])
+
     def _examples(self) -> str:
         told = (f"{n['id']} {n['reason']} ({n.get('detail', n.get('count'))})" for n in self._notes)
         examples = ", ".join(itertools.islice(told, 3))
         return f": {examples}" if examples else ""
 
 
-def expand(kind: str, pattern: str) -> list[Path]:
+def expand(kind: str, pattern: str) -> list[AnyPath]:
     """The files of a pattern: comma-separated paths with braces ({00..12}, {a,b}) and globs.
 
     Files of a glob are in the order of their names; the order of all else is kept. A path from
-    braces is returned even if there is no such file, unless none of its part exists.
+    braces is returned even if there is no such file, unless none of its part exists. Paths may be
+    in a bucket.
 
-    Raises ValueError for a part without a file, a URL, or a file that is given twice.
+    Raises ValueError for a part without a file, a URL of another scheme, a bucket that does not
+    exist, or a file that is given twice.
     """
-    check_local(f"--source {kind}", pattern)
-    paths: list[Path] = []
+    label = f"--source {kind}"
+    paths: list[AnyPath] = []
     for part in _split(pattern):
-        found = [path for text in braces(part) for path in _glob(text)]
-        if not any(path.exists() for path in found):
+        texts = list(braces(part))
+        check_bucket(label, as_path(label, texts[0]))
+        found = [path for text in texts for path in _glob(label, text)]
+        if not _some_exist(found):
             raise ValueError(f"--source {kind}: no file matches {part}: check the path")
         paths += found
     repeated = [path for path, count in _counts(paths).items() if count > 1]
@@ -200,13 +214,24 @@ def _choices(inside: str) -> list[str]:
     return inside.split(",")
 
 
-def _glob(text: str) -> list[Path]:
+def _some_exist(paths: Sequence[AnyPath]) -> bool:
+    """Whether one of the paths exists; one listing for each directory of a bucket."""
+    if not any(map(in_bucket, paths)):
+        return any(path.exists() for path in paths)
+    names = {folder: set(entry_names(folder)) for folder in {path.parent for path in paths}}
+    return any(path.name in names[path.parent] for path in paths)
+
+
+def _glob(label: str, text: str) -> list[AnyPath]:
+    path = as_path(label, text)
+    if in_bucket(path):
+        return matching(path) if glob.has_magic(text) and not exists(path) else [path]
     if glob.has_magic(text) and not Path(text).is_file():
         return [Path(path) for path in sorted(glob.glob(text, recursive=True))]
     return [Path(text)]
 
 
-def labels(paths: Sequence[Path]) -> dict[Path, str]:
+def labels(paths: Sequence[AnyPath]) -> dict[AnyPath, str]:
     """A different name for each shard, without its suffix.
 
     It is the stem of the file. If several have the same stem, it is the path below the directory
@@ -224,8 +249,9 @@ def labels(paths: Sequence[Path]) -> dict[Path, str]:
     return {path: escaped(name) for path, name in zip(paths, names)}
 
 
-def _counts(paths: Sequence[Path]) -> dict[Path, int]:
-    counts: dict[Path, int] = {}
+def _counts(paths: Sequence[AnyPath]) -> dict[AnyPath, int]:
+    counts: dict[AnyPath, int] = {}
     for path in paths:
-        counts[path.resolve()] = counts.get(path.resolve(), 0) + 1
+        real = path if in_bucket(path) else path.resolve()
+        counts[real] = counts.get(real, 0) + 1
     return counts

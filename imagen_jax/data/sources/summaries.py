@@ -5,12 +5,12 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from imagen_jax.data.sources.folder import raise_unless_of_the_file
 from imagen_jax.data.sources.shard_index import ShardIndex, Summary
 from imagen_jax.data.workers import Workers
+from imagen_jax.object_storage import AnyPath, FileState, file_state
 from imagen_jax.run_log import Progress
 
 THREADS = 8  # each waits for the file system most of the time
@@ -25,28 +25,28 @@ _TIMED = 3  # shards that are timed before the decision
 class Summarizer(Protocol):
     """A source that can summarize a shard, as `sharded.ShardedSource`. It can be pickled."""
 
-    def summary(self, path: Path) -> Summary: ...
+    def summary(self, path: AnyPath) -> Summary: ...
 
-    def summary_key(self, path: Path) -> str: ...
+    def summary_key(self, path: AnyPath) -> str: ...
 
 
 def summaries(
-    source: Summarizer, paths: Sequence[Path], index: ShardIndex | None = None
+    source: Summarizer, paths: Sequence[AnyPath], index: ShardIndex | None = None
 ) -> list[Summary]:
     """The summary of each shard, from the index if the shard is unchanged.
 
     New summaries are appended to the index as they are made. With an index, shards are summarized
     in random order, so that processes that open the same source share the work.
     """
-    found: dict[Path, Summary] = {}
+    found: dict[AnyPath, Summary] = {}
     with Progress("shards opened", len(paths), quiet=len(paths) < 10) as progress:
-        stats = _stats(paths) if index else {}
+        states = _states(paths) if index else {}
 
-        def known(path: Path) -> bool:
+        def known(path: AnyPath) -> bool:
             """Whether the shard is in the index; then it is added to `found`."""
-            if path not in stats:
+            if path not in states:
                 return False
-            summary = index.find(path, source.summary_key(path), stats[path])
+            summary = index.find(path, source.summary_key(path), states[path])
             if summary is not None:
                 found[path] = summary
                 progress.update(len(found))
@@ -60,27 +60,31 @@ def summaries(
         for path, summary in _made(source, tasks, len(todo)):
             found[path] = summary
             progress.update(len(found))
-            if path in stats:
-                index.add(path, source.summary_key(path), stats[path], summary)
+            if path in states:
+                index.add(path, source.summary_key(path), states[path], summary)
     return [found[path] for path in paths]
 
 
-def _stats(paths: Sequence[Path]) -> dict[Path, os.stat_result]:
-    """Size and time of the shards that exist."""
+def _states(paths: Sequence[AnyPath]) -> dict[AnyPath, FileState]:
+    """Size and version of the shards that exist."""
     with ThreadPoolExecutor(THREADS) as pool:
-        stats = pool.map(_stat, paths)
-        return {path: stat for path, stat in zip(paths, stats) if stat}
+        states = pool.map(_state, paths)
+        return {path: state for path, state in zip(paths, states) if state}
 
 
-def _stat(path: Path) -> os.stat_result | None:
+def _state(path: AnyPath) -> FileState | None:
     try:
-        return os.stat(path)
+        return file_state(path)
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise_unless_of_the_file(error)
         return None
 
 
-def _made(source: Summarizer, tasks: Iterator[Path], count: int) -> Iterator[tuple[Path, Summary]]:
+def _made(
+    source: Summarizer, tasks: Iterator[AnyPath], count: int
+) -> Iterator[tuple[AnyPath, Summary]]:
     """Yields the summaries of `tasks`, at most `count`, as they are ready."""
     times = []
     for path in tasks:
@@ -95,23 +99,25 @@ def _made(source: Summarizer, tasks: Iterator[Path], count: int) -> Iterator[tup
         yield from _in_threads(source.summary, tasks)
 
 
-def _in_processes(source: Summarizer, tasks: Iterable[Path]) -> Iterator[tuple[Path, Summary]]:
+def _in_processes(
+    source: Summarizer, tasks: Iterable[AnyPath]
+) -> Iterator[tuple[AnyPath, Summary]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     processes = min(cores or 1, MOST_PROCESSES)
     with Workers(source, processes) as workers:
         yield from workers.each(_summary, ((path,) for path in tasks), 2 * processes)
 
 
-def _summary(source: Any, path: Path) -> tuple[Path, Summary]:
+def _summary(source: Any, path: AnyPath) -> tuple[AnyPath, Summary]:
     return path, source.summary(path)
 
 
 def _in_threads(
-    summary: Callable[[Path], Summary], tasks: Iterable[Path]
-) -> Iterator[tuple[Path, Summary]]:
+    summary: Callable[[AnyPath], Summary], tasks: Iterable[AnyPath]
+) -> Iterator[tuple[AnyPath, Summary]]:
     pool, running = ThreadPoolExecutor(THREADS), {}
 
-    def finished() -> Iterator[tuple[Path, Summary]]:
+    def finished() -> Iterator[tuple[AnyPath, Summary]]:
         done = wait(running, return_when=FIRST_COMPLETED).done
         # Those that raise come last, so that no summary is lost.
         for future in sorted(done, key=lambda future: future.exception() is not None):

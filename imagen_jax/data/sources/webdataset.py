@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from absl import flags
@@ -21,9 +20,10 @@ from imagen_jax.data.sources.source import Fault, SourceItem, hashed_split
 from imagen_jax.data.sources.tar_members import UNREADABLE, Member, read_members
 from imagen_jax.data.sources.walk import Note, escaped
 from imagen_jax.data.sources.where import Where
-from imagen_jax.storage import missing_content
+from imagen_jax.object_storage import AnyPath, open_to_read
+from imagen_jax.storage import LFS_POINTER, content_fault
 
-USAGE = "webdataset:TARS (such as webdataset:DIR/{00000..00099}.tar)"
+USAGE = "webdataset:TARS (such as webdataset:DIR/{00000..00099}.tar, also gs://BUCKET/...)"
 HAS_METADATA = HAS_SHARDS = True
 TEXT = "txt"
 _JSON = "json"
@@ -87,11 +87,11 @@ class WebDatasetSource(ShardedSource):
     def summary_options(self) -> dict[str, Any]:
         return {}  # captions and metadata are not read
 
-    def summarize(self, path: Path) -> Summary:
+    def summarize(self, path: AnyPath) -> Summary:
         try:
-            if reason := missing_content(path):
-                return Summary(0, "", [self.note(path, UNREADABLE, reason)])
-            with open(path, "rb", buffering=_BUFFER) as file:
+            with open_to_read(path, _BUFFER) as file:
+                if reason := content_fault(file.read(len(LFS_POINTER))):
+                    return Summary(0, "", [self.note(path, UNREADABLE, reason)])
                 members, faults = read_members(file)
         except Exception as error:
             raise_unless_of_the_file(error)
@@ -103,14 +103,14 @@ class WebDatasetSource(ShardedSource):
             notes.append(self.note(path, "empty_shard", "the tar has no members"))
         return Summary(len(entries), _digest(entries), notes)
 
-    def open_shard(self, path: Path) -> "WebDatasetShard":
-        file = open(path, "rb", buffering=_BUFFER)
+    def open_shard(self, path: AnyPath) -> "WebDatasetShard":
+        file = open_to_read(path, _BUFFER)
         entries, _ = self._grouped(path, read_members(file)[0])
         return WebDatasetShard(
             file, self.label(path), entries, self._fields, self._where, self._heldout
         )
 
-    def _grouped(self, path: Path, members: Sequence[Member]) -> tuple[list[Entry], list[Note]]:
+    def _grouped(self, path: AnyPath, members: Sequence[Member]) -> tuple[list[Entry], list[Note]]:
         """Returns the items in the order of their first members, and notes on ignored members."""
         items: dict[str, dict[str, Member]] = {}
         ignored: dict[str, list[str]] = {}
@@ -133,14 +133,14 @@ class WebDatasetSource(ShardedSource):
                 ignored.setdefault(f"*.{suffix}", []).append(parts[suffix].name)
         return entries, [*self._ignored(path, ignored), *self._repeated(path, repeated)]
 
-    def _ignored(self, path: Path, kinds: dict[str, list[str]]) -> Iterable[Note]:
+    def _ignored(self, path: AnyPath, kinds: dict[str, list[str]]) -> Iterable[Note]:
         """One note for each kind of member that is not read: their number, examples."""
         for kind, names in kinds.items():
             examples = [escaped(name) for name in names[:_EXAMPLES]]
             note = self.note(path, "ignored_member", kind)
             yield note | {"count": len(names), "files": examples}
 
-    def _repeated(self, path: Path, members: Sequence[tuple[str, str, str]]) -> Iterable[Note]:
+    def _repeated(self, path: AnyPath, members: Sequence[tuple[str, str, str]]) -> Iterable[Note]:
         for key, name, used in members:
             detail = escaped(f"{name} is not read, but {used}")
             item_id = escaped(f"{self.label(path)}/{key}")

@@ -450,8 +450,8 @@ def test_urls_are_refused_at_once(folder, tmp_path, monkeypatch, changes, messag
     with pytest.raises(ValueError, match=message.replace("URL: mount", "URL, only local paths")):
         prepare_data._run(args)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="prepared data gs:/b/x is a URL"):
-        records.Prepared(Path("gs://b/x"))
+    with pytest.raises(ValueError, match="prepared data s3:/b/x has the scheme s3://"):
+        records.Prepared(Path("s3://b/x"))
 
 
 def test_an_interruption_says_that_the_work_continues(monkeypatch, capsys):

@@ -17,6 +17,7 @@ from imagen_jax.data.sources.parquet import ParquetSource
 from imagen_jax.data.sources.shard_index import ShardIndex, Summary
 from imagen_jax.data.sources.webdataset import WebDatasetSource
 from imagen_jax.encoders_in_turn import Encoders
+from imagen_jax.object_storage import file_state
 from tests.data.sources import layouts, parquet_files
 from tests.data.sources.test_webdataset import tar_bytes, triple
 from tests.data.synthetic_source import FakeEncoder
@@ -156,7 +157,7 @@ def test_only_options_that_matter_summarize_again(tmp_path, tars, summarized):
 
 
 def append(path, name):
-    index, stat = ShardIndex(path), os.stat(path.parent)
+    index, stat = ShardIndex(path), file_state(path.parent)
     for i in range(200):
         index.add(Path(f"{name}/{i}"), "k", stat, Summary(i + 1, name * 100))
 
@@ -166,7 +167,7 @@ def test_two_processes_append(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_index, "REFRESH_S", 0.0)
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"key": "torn')
-    stat = os.stat(tmp_path)
+    stat = file_state(tmp_path)
     reader = ShardIndex(path)
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=append, args=(path, name)) for name in "ab"]
@@ -241,6 +242,7 @@ import multiprocessing, sys, time
 from pathlib import Path
 from imagen_jax import cli
 from imagen_jax.data.sources import summaries
+from imagen_jax.object_storage import file_state
 from imagen_jax.data.sources.shard_index import ShardIndex
 from imagen_jax.data.sources.webdataset import WebDatasetSource
 
