@@ -156,7 +156,8 @@ def read_json(path: AnyPath, remedy: str = COPY_AGAIN) -> Any:
         OSError: the file cannot be read.
         ValueError: it is empty, a Git LFS pointer, cut short or not JSON; the message names it.
     """
-    content = path.read_bytes()
+    with bucket_errors(path):
+        content = path.read_bytes()
     if not content:
         raise ValueError(f"{path} is empty; {remedy}")
     if reason := content_fault(content):
@@ -294,6 +295,32 @@ def directory_names(directory: AnyPath) -> list[str]:
         return []
     directories = (entry["name"] for entry in entries if entry["type"] == "directory")
     return sorted(name.rstrip("/").rpartition("/")[2] for name in directories)
+
+
+def file_sizes(directory: AnyPath) -> dict[str, int]:
+    """{name: bytes} of the files in a directory; {} if it does not exist."""
+    try:
+        if not in_bucket(directory):
+            with os.scandir(directory) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        import fsspec
+
+        with bucket_errors(directory):
+            listed = fsspec.filesystem("gcs").ls(os.fspath(directory), detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    files = (entry for entry in listed if entry["type"] == "file")
+    return {entry["name"].rpartition("/")[2]: entry["size"] for entry in files}
+
+
+def file_size(path: AnyPath) -> int | None:
+    """The size of a file in bytes; None if it does not exist."""
+    try:
+        with bucket_errors(path):
+            stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.length if in_bucket(path) else stat.st_size
 
 
 def written_at(path: AnyPath) -> float:

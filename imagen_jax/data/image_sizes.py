@@ -20,6 +20,7 @@ from jaxtyping import UInt32
 
 from imagen_jax.data.index_files import MappedArray, build_once, cache_directory
 from imagen_jax.data.records import ImageRow, ImageStore, Prepared
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.run_log import Progress
 from imagen_jax.storage import flush
 
@@ -86,7 +87,7 @@ def open_sizes(prepared: Prepared, split: str) -> ImageSizes:
     return sizes
 
 
-def file_of(root: Path, split: str) -> Path:
+def file_of(root: AnyPath, split: str) -> AnyPath:
     """The file of a split in prepared data at `root`."""
     return root / "images" / f"sizes-{split}.npy"
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import check_object
 
 # {dotted name: type}.
@@ -20,7 +21,7 @@ _NAMED = {"encoders": dict, "embedding_dtype": str}
 SHARD_FIELDS = {"rows": int, "bytes": int, "sha256": str}
 
 
-def check_fields(file: Path, manifest: Mapping[str, Any], named: bool, remedy: str) -> None:
+def check_fields(file: AnyPath, manifest: Mapping[str, Any], named: bool, remedy: str) -> None:
     """Raises ValueError if a field is missing or of another type.
 
     named: whether the format is that of named text encoders. remedy: what to do, for the message.
@@ -32,7 +33,7 @@ def check_fields(file: Path, manifest: Mapping[str, Any], named: bool, remedy: s
         check_object(file, manifest, fields, remedy)
 
 
-def check_shards(file: Path, manifest: Mapping[str, Any], remedy: str) -> None:
+def check_shards(file: AnyPath, manifest: Mapping[str, Any], remedy: str) -> None:
     """Raises ValueError if the entry of a shard is damaged."""
     for name, entry in manifest["shards"].items():
         check_object(f"{file}, {name},", entry, SHARD_FIELDS, remedy)

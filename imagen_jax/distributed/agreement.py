@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from imagen_jax.distributed import startup
 from imagen_jax.locks import only_process
-from imagen_jax.object_storage import AnyPath
-from imagen_jax.storage import absolute, read_object, write_json
+from imagen_jax.object_storage import AnyPath, in_bucket
+from imagen_jax.storage import absolute, as_path, file_size, read_object, write_json
 
 # Twenty days. A lost process ends the wait earlier; watch.py names one that is stuck.
 FOR_EVER_MS = 1000 * 60 * 60 * 24 * 20
@@ -156,7 +156,7 @@ def share_files(written: Iterable[Path] = (), patience_s: float = PATIENCE_S) ->
     _wait(sizes, patience_s)
 
 
-def wait_for_files(files: Iterable[Path], patience_s: float = PATIENCE_S) -> None:
+def wait_for_files(files: Iterable[AnyPath], patience_s: float = PATIENCE_S) -> None:
     """Two barriers; between them each process waits until it sees `files`, written atomically.
 
     Does nothing in a single-process run. Raises ValueError in all processes if one of them does not
@@ -165,7 +165,7 @@ def wait_for_files(files: Iterable[Path], patience_s: float = PATIENCE_S) -> Non
     """
     if startup.member() is not None:
         gather()
-        _wait({str(path.absolute()): None for path in files}, patience_s)
+        _wait({os.fspath(absolute(path)): None for path in files}, patience_s)
 
 
 def first_says(yes: bool) -> bool:
@@ -173,8 +173,13 @@ def first_says(yes: bool) -> bool:
     return bool(gather("yes" if yes else "")[0])
 
 
-def wait_to_see(path: Path, patience_s: float = PATIENCE_S) -> None:
-    """Waits until this process sees a file that another one has written, or patience is over."""
+def wait_to_see(path: AnyPath, patience_s: float = PATIENCE_S) -> None:
+    """Waits until this process sees a file that another one has written, or patience is over.
+
+    A bucket shows every file at once, so there it does nothing.
+    """
+    if in_bucket(path):
+        return
     end = time.monotonic() + (patience_s if startup.member() else 0)
     while not path.is_file() and time.monotonic() < end:
         time.sleep(0.1)
@@ -208,7 +213,10 @@ def _is_whole(path: str, size: int | None) -> bool:
 
 def _size(path: str) -> int | None:
     """The size of a file in bytes; None if it is not visible."""
+    found = as_path("file", path)
     try:
-        return os.stat(path).st_size
+        return file_size(found)
     except OSError:
+        if in_bucket(found):
+            raise
         return None
