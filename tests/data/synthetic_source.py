@@ -142,6 +142,21 @@ def tree(directory: Path) -> dict[str, str]:
     }
 
 
+def is_complete(output: Path) -> bool:
+    """Whether an output has its manifest."""
+    return (output / "manifest.json").exists()
+
+
+def stored(output: Path) -> dict[str, str]:
+    """`tree` of an output without its work files and unfinished files."""
+    files = tree(output).items() if output.exists() else ()
+    return {
+        name: digest
+        for name, digest in files
+        if not name.startswith("partial/") and not Path(name).name.startswith(".")
+    }
+
+
 def kill_at_rename(count: int) -> None:
     """Makes the `count`-th call of os.replace or os.rename kill this process.
 

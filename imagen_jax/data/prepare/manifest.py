@@ -68,12 +68,22 @@ def finish(
 
 
 def _write_tfds_metadata(result: AnyPath, store: str, features: Any, shards: Mapping) -> None:
-    """`records.write_tfds_metadata`; in a bucket, on a local disk first."""
+    """`records.write_tfds_metadata`; in a bucket, on a local disk first.
+
+    TFDS looks for the names of the shards, so empty files have them there.
+    """
     if not in_bucket(result):
         return records.write_tfds_metadata(result, store, features, shards)
     with tempfile.TemporaryDirectory() as directory:
-        records.write_tfds_metadata(Path(directory), store, features, shards)
-        copy_directory(Path(directory) / store, result / store)
+        root = Path(directory)
+        (root / store).mkdir()
+        names = [name for name in shards if name.startswith(f"{store}/")]
+        for name in names:
+            (root / name).touch()
+        records.write_tfds_metadata(root, store, features, shards)
+        for name in names:
+            (root / name).unlink()
+        copy_directory(root / store, result / store)
 
 
 def _format_version(is_named: bool, embedding: str) -> int:

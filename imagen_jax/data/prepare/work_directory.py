@@ -81,9 +81,9 @@ def adopt_earlier_work(output: AnyPath) -> None:
     Raises ValueError if another process prepares data in it.
     """
     earlier, partial = earlier_work(output), work_directory(output)
-    if in_bucket(output) or not (earlier / REQUEST).is_file():
+    if in_bucket(output) or partial.exists() or (output / MANIFEST).exists():
         return
-    if partial.exists() or (output / MANIFEST).exists():
+    if not any((earlier / name).is_file() for name in (REQUEST, SHARD_INDEX)):
         return
     _check_work(earlier, is_finished=False)
     with only_process(earlier, "preparing data in"):
