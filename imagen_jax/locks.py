@@ -84,11 +84,13 @@ class BucketLock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # TensorStore repeats requests for many minutes if a bucket stays away.
         self._ended.set()
-        self._thread.join()
+        self._thread.join(self._renew_s)
         try:
             with bucket_errors(self._directory):
-                self._store.write(LOCK, None, if_equal=self._generation).result()
+                removal = self._store.write(LOCK, None, if_equal=self._generation)
+                removal.result(timeout=self._renew_s)
         except OSError as error:
             log.warning("the lock of %s was not removed, it expires: %s", self._directory, error)
 
