@@ -144,7 +144,7 @@ def _explain_device(error: BaseException) -> tuple[str, int] | None:
         return None
     text = str(error).strip()
     first = text.splitlines()[0] if text else ""
-    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+    if exit_codes.runtime_status(error):
         if first.startswith("RESOURCE_EXHAUSTED"):
             advice = "use a smaller batch size, or more or larger devices"
             return f"out of device memory: {advice} ({first})", exit_codes.INVALID

@@ -134,7 +134,7 @@ def sample(cascade: str, prompts: Path, output: Path, *options: str) -> None:
 
     The report finds a prompt's pictures by their number.
     """
-    picture_set.remove(output)
+    picture_set.remove_all(output)
     run_command("sample", cascade, *options, "--prompts", prompts, "--output", output)
 
 

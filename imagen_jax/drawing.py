@@ -4,12 +4,14 @@ All processes of a run call it together. The text encoder is freed before the st
 the devices. Memory holds a row of the manifest per picture, and the images of a few batches.
 """
 
+import contextlib
 import json
 import logging
 import math
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -20,12 +22,23 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import cascade, cli, encoder_identity, field, picture_set, run_log, stage_sizes
+from imagen_jax import (
+    cascade,
+    cli,
+    encoder_identity,
+    field,
+    picture_set,
+    run_log,
+    set_reservations,
+    stage_sizes,
+)
 from imagen_jax.distributed import agreement
 from imagen_jax.encoders_in_turn import Encoders
+from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.picture_set import PictureSet, Requests
 from imagen_jax.row_batches import row_batches
 from imagen_jax.stage_sizes import Size
+from imagen_jax.storage import absolute, exists
 from imagen_jax.text import feature_file
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.encoder_list import parse_encoders
@@ -204,7 +217,7 @@ def warn_of_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
 
 
 def missing(
-    requests: Requests, record: Mapping[str, Any], directory: Path, sizes: Sequence[Size]
+    requests: Requests, record: Mapping[str, Any], directory: AnyPath, sizes: Sequence[Size]
 ) -> list[tuple[int, Size]]:
     """(pictures to draw, their size) of each stage of a set; other sets do not count.
 
@@ -215,11 +228,13 @@ def missing(
     return [(left, size) for size in sizes]
 
 
-def check_disk(output: Path, missing: Sequence[tuple[int, Size]]) -> None:
-    """Raises ValueError if the pictures to draw may not fit on the disk.
+def check_disk(output: AnyPath, missing: Sequence[tuple[int, Size]]) -> None:
+    """Raises ValueError if the pictures to draw may not fit on the disk. A bucket has no limit.
 
     missing: (number of pictures, their size) of each set.
     """
+    if in_bucket(output):
+        return
     output.mkdir(parents=True, exist_ok=True)
     needed = sum(3 * count * math.prod(size) for count, size in missing)
     free = shutil.disk_usage(output).free
@@ -233,10 +248,10 @@ def check_disk(output: Path, missing: Sequence[tuple[int, Size]]) -> None:
 def draw(
     drawer: Drawer,
     requests: Requests,
-    output: Path,
+    output: AnyPath,
     image: Mapping[str, Any],
     lowres: UInt8[np.ndarray, "h w 3"] | None = None,
-) -> Path:
+) -> AnyPath:
     """Draws all rows of a set that are not drawn yet. Returns the path of its manifest.
 
     image: the fields `image` and `image_sha256` of the record. lowres: the --image itself, the
@@ -245,7 +260,7 @@ def draw(
     Raises ValueError if the processes do not agree, FloatingPointError, see `cascade.generate`.
     """
     record = drawer.record | image
-    agreement.check(facts_of(job_of(requests, record)) | {"--output": str(output.absolute())})
+    agreement.check(facts_of(job_of(requests, record)) | {"--output": str(absolute(output))})
     agreement.check_shared(output)
     inputs = None
     if lowres is not None:
@@ -291,7 +306,7 @@ class Reservation:
 
     def __init__(
         self,
-        output: Path,
+        output: AnyPath,
         requests: Requests,
         record: Mapping[str, Any],
         free: Sequence[str] = FREE_FIELDS,
@@ -304,8 +319,10 @@ class Reservation:
         self._output, self.requests, self._record = output, requests, record
         self._earlier = earlier
         job = job_of(requests, record, free)
-        self._context = picture_set.reserve(output, job, len(requests)) if _is_first() else None
-        self._parts: list[Path] = []  # of this process
+        self._context = (
+            set_reservations.reserve(output, job, len(requests)) if _is_first() else None
+        )
+        self._parts: list[AnyPath] = []  # of this process
 
     def __enter__(self) -> "Reservation":
         text = ""
@@ -343,10 +360,10 @@ class Reservation:
         owned = self._output, self.requests, self._record, self.first, part, self._earlier
         return PictureSet(*owned)
 
-    def finish(self) -> Path:
+    def finish(self) -> AnyPath:
         """Waits for all processes; process 0 writes or repairs the manifest. Returns its path."""
         path = picture_set.manifest(self._output, self.first)
-        agreement.share_files(part for part in self._parts if part.exists())
+        agreement.share_files(part for part in self._parts if exists(part))
         listed = picture_set.listed_files(self._output, self.first, self._earlier)
         agreement.wait_for_files(listed)
         if self._context:
@@ -376,13 +393,15 @@ def from_ranges(ranges: Sequence[Sequence[int]]) -> list[int]:
 
 
 def encode_prompts(
-    drawer: Drawer, requests: Requests, sets: Iterable[Sequence[int]], directory: Path
+    drawer: Drawer, requests: Requests, sets: Iterable[Sequence[int]], directory: AnyPath
 ) -> Callable[[int], cascade.Features]:
     """Row -> its text features, for the rows that this process holds; frees the encoders.
 
     sets: rows to draw, of one set or of several sets with the same requests. Each distinct prompt
-    is encoded once. directory: of the temporary file.
+    is encoded once. directory: of the temporary file, which is local in any case.
     """
+    if in_bucket(directory):
+        directory = Path(tempfile.gettempdir())
     batch_size, mesh = drawer.config["batch_size"], drawer.stages[0].mesh
     batches = [batch for rows in sets for batch in row_batches(rows, batch_size, mesh)]
     texts = {requests.prompt(row): None for batch in batches for row in batch.held}
@@ -415,14 +434,16 @@ def draw_left(
     stages: as placed by `cascade.place`. text: of `encode_prompts`. lowres: input of the first
     stage per row. label: of the progress bar.
     """
-    requests, pictures = reserved.requests, reserved.pictures()
+    requests = reserved.requests
     seeds = range(requests.first_seed, requests.first_seed + len(requests))
     drawn = cascade.generate(stages, seeds, text, batch_size, lowres, reserved.left)
     started, done = time.monotonic(), 0
-    with run_log.Progress(label, len(reserved.left), quiet=not _is_first()) as progress:
+    with (
+        contextlib.closing(reserved.pictures()) as pictures,
+        run_log.Progress(label, len(reserved.left), quiet=not _is_first()) as progress,
+    ):
         for batch in drawn:
-            for i, row in enumerate(batch.rows):
-                pictures.add(row, [images[i] for images in batch.images])
+            pictures.add_all(batch.rows, list(zip(*batch.images)))
             done += batch.count
             progress.update(done)
     seconds = time.monotonic() - started

@@ -26,7 +26,7 @@ from ml_collections import config_flags
 from imagen_jax import cli, field, output_paths, schema
 from imagen_jax.evals import history
 from imagen_jax.evals.measures import NAMES
-from imagen_jax.object_storage import check_bucket, in_bucket
+from imagen_jax.object_storage import check_bucket
 from imagen_jax.storage import as_path, check_local, check_utf8, write_json
 
 GRID = "grid"  # a flag of both kinds of evaluation
@@ -238,16 +238,13 @@ def check_flags(args: Any) -> None:
     for flag in ("data", "lowres_from", "images", "suite_file"):
         check_local(f"--{flag}", args[flag].value or "")
         check_utf8(f"--{flag}", args[flag].value or "")
+    output = output_paths.output_directory("output", args.output)
     if args.checkpoint:
         check_utf8("--checkpoint", args.checkpoint)
-        output = output_paths.output_directory("output", args.output)
         check_checkpoint_flags(args)
     else:
-        output_paths.check_directory("output", args.output)
-        output = Path(args.output)
         check_cascade_flags(args)
-    if not in_bucket(output):
-        output_paths.make_directory("output", args.output)
+    output_paths.make_directory("output", output)
 
 
 def check_checkpoint_flags(args: Any) -> None:
@@ -348,7 +345,7 @@ def evaluate_cascade(args: Any) -> None:
     from imagen_jax.distributed import agreement
     from imagen_jax.evals import grid_evaluation, report, suite_evaluation
 
-    settings, output = cascade_settings(args), Path(args.output)
+    settings, output = cascade_settings(args), as_path("--output", args.output)
     with agreement.agreed_output(output, settings.facts() | {"--grid": args.grid}):
         if args.grid:
             table = grid_evaluation.evaluate(settings, args.grid, output)
@@ -407,11 +404,12 @@ def compare(args: Any) -> int:
         raise ValueError("--compare DIR is needed twice: two output directories of --cascade")
     from imagen_jax.evals import evaluation_comparison
 
-    result = evaluation_comparison.compare(*map(Path, args.compare))
+    result = evaluation_comparison.compare(*(as_path("--compare", path) for path in args.compare))
     print(evaluation_comparison.table(result))
     if args.output:
-        output_paths.make_directory("output", args.output)
-        write_json(Path(args.output) / evaluation_comparison.FILE, result)
+        output = output_paths.output_directory("output", args.output)
+        output_paths.make_directory("output", output)
+        write_json(output / evaluation_comparison.FILE, result)
     return 0
 
 

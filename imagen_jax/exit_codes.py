@@ -4,7 +4,7 @@
     1    transient or unexpected failure: retry
     2    invalid input or settings: do not retry
     3    the loss is not finite, or too many steps were skipped: do not retry, a person has to look
-    4    replicas of the state differ, a hardware fault: retry, on other hardware if possible
+    4    a device failed, or replicas of the state differ: retry, on other hardware if possible
     75   another process of the run was lost or failed: restart all processes
     130  interrupted by the user
 
@@ -23,7 +23,11 @@ FINAL = (INVALID, NOT_FINITE)  # the same command would fail again
 
 
 class HardwareFault(RuntimeError):
-    """A device, its memory or a link computed or stored a wrong value."""
+    """A device, its memory or a link computed or stored a wrong value. All processes raise it."""
+
+
+class DeviceFailed(RuntimeError):
+    """A device of this process failed during a step. The other processes wait for this one."""
 
 
 class ProcessLost(RuntimeError):
@@ -41,6 +45,7 @@ EXPECTED = (
     FloatingPointError,
     ImportError,
     HardwareFault,
+    DeviceFailed,
     ProcessLost,
     PipelineFailed,
 )
@@ -59,11 +64,20 @@ def is_expected(error: BaseException) -> bool:
     return frame.f_globals.get("__name__", "").split(".")[0] in OWN
 
 
+def runtime_status(error: BaseException | None) -> str:
+    """The status of an error of JAX's runtime, such as "INTERNAL"; "" for any other error."""
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
+        return ""
+    return str(error).strip().partition(":")[0] or "UNKNOWN"
+
+
 def of(error: BaseException) -> int:
     """The exit code of a process that ends with this error."""
+    if runtime_status(error) == "RESOURCE_EXHAUSTED":
+        return INVALID  # the same program needs as much memory again
     if isinstance(error, FloatingPointError):
         return NOT_FINITE
-    if isinstance(error, HardwareFault):
+    if isinstance(error, (HardwareFault, DeviceFailed)):
         return HARDWARE
     if isinstance(error, ProcessLost):
         return LOST

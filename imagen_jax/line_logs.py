@@ -11,8 +11,9 @@ import os
 import re
 from collections.abc import Callable
 
+from imagen_jax import storage
 from imagen_jax.object_storage import AnyPath, bucket_errors, in_bucket
-from imagen_jax.storage import entry_names, remove, write_atomically
+from imagen_jax.storage import entry_names, write_atomically
 
 PART_BYTES = 2**20
 STORE_S = 30.0  # after which the owner of a log in a bucket should store new lines
@@ -136,8 +137,14 @@ def keep_lines(path: AnyPath, keep: Callable[[bytes], bool]) -> list[bytes]:
             ended = (line if line.endswith(b"\n") else line + b"\n" for line in kept)
             write_atomically(part, b"".join(ended))
         else:
-            remove(part)
+            storage.remove(part)
     return removed
+
+
+def remove(path: AnyPath) -> None:
+    """Deletes a log, the newest part first; nothing if it does not exist."""
+    for name in reversed(_part_names(path) if in_bucket(path) else [path.name]):
+        storage.remove(path.with_name(name))
 
 
 def _part_name(path: AnyPath, part: int) -> str:

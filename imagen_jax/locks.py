@@ -51,6 +51,10 @@ def only_process(directory: AnyPath, doing: str) -> Iterator[None]:
         yield
 
 
+class Held(ValueError):
+    """Another process holds a lock."""
+
+
 class BucketLock:
     """The lock of a directory of a bucket: an object that its holder writes again and again.
 
@@ -58,7 +62,7 @@ class BucketLock:
     hold the lock. A holder that finds it taken over, because it was suspended or cut off for more
     than EXPIRY_S seconds, ends at once: it must not write any more.
 
-    doing: as for `only_process`.
+    doing: as for `only_process`. name: of the object.
     """
 
     def __init__(
@@ -67,8 +71,9 @@ class BucketLock:
         doing: str,
         renew_s: float = RENEW_S,
         expiry_s: float = EXPIRY_S,
+        name: str = LOCK,
     ):
-        self._directory, self._doing = directory, doing
+        self._directory, self._doing, self._name = directory, doing, name
         self._renew_s, self._expiry_s = renew_s, expiry_s
         self._store = key_value_store(directory)
         self._me = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
@@ -89,19 +94,19 @@ class BucketLock:
         self._thread.join(self._renew_s)
         try:
             with bucket_errors(self._directory):
-                removal = self._store.write(LOCK, None, if_equal=self._generation)
+                removal = self._store.write(self._name, None, if_equal=self._generation)
                 removal.result(timeout=self._renew_s)
         except OSError as error:
             log.warning("the lock of %s was not removed, it expires: %s", self._directory, error)
 
     def _take(self) -> None:
-        """Takes the lock if it is free or expired. Raises ValueError if its holder renews it."""
-        found = self._store.read(LOCK).result()
+        """Takes the lock if it is free or expired. Raises Held if its holder renews it."""
+        found = self._store.read(self._name).result()
         if found.state == "value" and not self._ended_here(found.value):
             log.info("%s; waiting until its lock expires", self._held(found.value))
             found = self._wait_for_expiry(found)
         if not self._write(found.stamp.generation):
-            raise ValueError(self._held(self._store.read(LOCK).result().value))
+            raise Held(self._held(self._store.read(self._name).result().value))
 
     def _wait_for_expiry(self, found: Any) -> Any:
         """Waits EXPIRY_S seconds, by this machine's clock, or until the lock is removed.
@@ -111,21 +116,21 @@ class BucketLock:
         end = time.monotonic() + self._expiry_s
         while time.monotonic() < end:
             time.sleep(min(1.0, self._renew_s / 4))
-            now = self._store.read(LOCK).result()
+            now = self._store.read(self._name).result()
             if now.state == "missing":
                 return now
             if now.stamp.generation != found.stamp.generation:
-                raise ValueError(self._held(now.value))
+                raise Held(self._held(now.value))
         return found
 
     def _write(self, generation: bytes) -> bool:
         """Writes the lock if it still has this generation. False if it has not."""
         self._beats += 1
         content = json.dumps(self._me | {"doing": self._doing, "beats": self._beats}).encode()
-        stamp = self._store.write(LOCK, content, if_equal=generation).result()
+        stamp = self._store.write(self._name, content, if_equal=generation).result()
         if not stamp.generation:
             # TensorStore may have repeated a write that succeeded, after its answer was lost.
-            now = self._store.read(LOCK).result()
+            now = self._store.read(self._name).result()
             if now.value != content:
                 return False
             stamp = now.stamp

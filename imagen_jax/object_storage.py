@@ -106,3 +106,12 @@ def key_value_store(directory: epath.Path) -> Any:
     import tensorstore
 
     return tensorstore.KvStore.open(f"{os.fspath(directory).rstrip('/')}/").result()
+
+
+def create(path: epath.Path, content: bytes) -> None:
+    """Stores an object, unless there is one of this name."""
+    store, name = key_value_store(path.parent), path.name
+    with bucket_errors(path):
+        found = store.read(name).result()
+        if found.state == "missing":
+            store.write(name, content, if_equal=found.stamp.generation).result()

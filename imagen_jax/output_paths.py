@@ -36,12 +36,14 @@ def check_file(flag: str, path: str) -> None:
         raise ValueError(f"--{flag} {path} is a directory; give a file")
 
 
-def make_directory(flag: str, path: str) -> None:
-    """Creates an output directory before a long computation starts.
+def make_directory(flag: str, path: str | AnyPath) -> None:
+    """Creates an output directory before a long computation starts; nothing in a bucket.
 
     Raises ValueError if no file can be written there.
     """
-    check_directory(flag, path)
+    if not isinstance(path, str) and in_bucket(path):
+        return
+    check_directory(flag, os.fspath(path))
     try:
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

@@ -1,7 +1,6 @@
 """Pictures for people: grids, contact sheets with captions, numbered PNG files."""
 
 import io
-import os
 import re
 import textwrap
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from imagen_jax.object_storage import AnyPath
-from imagen_jax.storage import write_atomically
+from imagen_jax.object_storage import AnyPath, bucket_errors, in_bucket
+from imagen_jax.storage import entry_names, write_atomically
 
 Picture = UInt8[np.ndarray, "_ _ 3"]  # each of its own height and width
 GAP = 4
@@ -96,12 +95,15 @@ def write_png(path: AnyPath, image: Picture) -> AnyPath:
     return path
 
 
-def read_png(path: Path, most: int = 0, content: bytes | None = None) -> Picture:
+def read_png(path: AnyPath, most: int = 0, content: bytes | None = None) -> Picture:
     """A picture, shrunk to at most `most` pixels high; 0: not shrunk.
 
     content: of the file, if it is read already. Raises ValueError, which names the file, if it is
     damaged.
     """
+    if content is None and in_bucket(path):
+        with bucket_errors(path):
+            content = path.read_bytes()
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as file:
             image = file.convert("RGB")
@@ -116,11 +118,9 @@ def read_png(path: Path, most: int = 0, content: bytes | None = None) -> Picture
     return np.asarray(image)
 
 
-def numbers(directory: Path) -> set[int]:
+def numbers(directory: AnyPath) -> set[int]:
     """The numbers that pictures, records and contact sheets in a directory have."""
-    if not directory.is_dir():
-        return set()
-    matches = [NUMBERED.fullmatch(entry.name) for entry in os.scandir(directory)]
+    matches = map(NUMBERED.fullmatch, entry_names(directory))
     return {int(match[1] or match[2]) for match in matches if match}
 
 

@@ -21,9 +21,10 @@ from ml_collections import config_flags
 from imagen_jax import caption_text, cli, field, output_paths, picture_set, schema, stage_sizes
 from imagen_jax.checksums import sha256_file
 from imagen_jax.data.sources import caption_files
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.picture_set import Requests
 from imagen_jax.stage_sizes import Size
-from imagen_jax.storage import check_content, check_local, read_json
+from imagen_jax.storage import as_path, check_content, check_local, read_json
 
 # Flags that a record replaces, with all settings of its picture.
 REPLACED = ("config", "prompt", "prompts", "seed", "count", "stages", "image", "size")
@@ -89,10 +90,10 @@ def main() -> int:
     cli.log_to_stderr()
     if not args.output:
         raise ValueError("--output DIR is needed")
-    output_paths.check_directory("output", args.output)
+    output = output_paths.output_directory("output", args.output)
     check_flags(args)
     if args.reproduce:
-        record = read_record(Path(args.reproduce))
+        record = read_record(as_path("--reproduce", args.reproduce))
         config, prompts, seed = record["config"], [record["prompt"]], record["seed"]
         stages, image, per_prompt = record["stages"], record["image"], 1
         size = tuple(record["size"]) if "size" in record else None
@@ -109,7 +110,7 @@ def main() -> int:
     cli.check_count(len(prompts), per_prompt, advice)
     requests = Requests(prompts, per_prompt, seed)
     with cli.processes():
-        return sample(config, requests, stages, image, Path(args.output), record, size)
+        return sample(config, requests, stages, image, output, record, size)
 
 
 def check_flags(args: Any) -> None:
@@ -124,9 +125,8 @@ def check_flags(args: Any) -> None:
         output_paths.check_file(name, args[name].value)
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: AnyPath) -> dict[str, Any]:
     """A picture's record with a completed config. Raises ValueError if the file holds none."""
-    check_local("--reproduce", path)
     record = read_json(path)
     wrong = [
         name
@@ -173,7 +173,7 @@ def sample(
     requests: Requests,
     stages: Sequence[str],
     image: str,
-    output: Path,
+    output: AnyPath,
     expected: Mapping[str, Any] | None = None,
     size: Size | None = None,
 ) -> int:
@@ -199,7 +199,7 @@ def sample(
     # A record from before the check of the size draws its picture again.
     low = first.lowres_of(drawer.sizes[0]) if image else (0, 0)
     lowres = None if not image else read_image(image, low, any_size=bool(expected))
-    output_paths.make_directory("output", str(output))
+    output_paths.make_directory("output", output)
     sizes = drawer.sizes
     trained = size and stage_sizes.untrained([loaded.stage for loaded in drawer.stages], sizes)
     if trained and jax.process_index() == 0:

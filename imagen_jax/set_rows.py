@@ -9,10 +9,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
+from imagen_jax import line_logs
 from imagen_jax.field import within
+from imagen_jax.object_storage import AnyPath, bucket_errors
 from imagen_jax.schema import SEEDS
 from imagen_jax.storage import check_object
 
@@ -69,29 +71,26 @@ class Requests:
         }
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
+def read(path: AnyPath) -> Iterator[dict[str, Any]]:
     """The rows of a file, in its order; damaged lines are left out. None if there is no file."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return
-    for line in lines:
+    for line in line_logs.read_lines(path):
         with contextlib.suppress(ValueError):  # such as a line that a killed process cut off
             yield _parse(line, str(path))
 
 
-def read_in_order(path: Path) -> Iterator[dict[str, Any]]:
+def read_in_order(path: AnyPath) -> Iterator[dict[str, Any]]:
     """The rows 0, 1 ... of a manifest. Raises ValueError if the next line is not the next row."""
-    with open(path, "rb") as file:
+    with bucket_errors(path), path.open("rb") as file:
         for number, line in enumerate(file):
             row = _parse(line, f"{path}, line {number + 1},")
             check_number(path, number, row)
             yield row
 
 
-def read_sorted(path: Path) -> list[dict[str, Any]]:
+def read_sorted(path: AnyPath) -> list[dict[str, Any]]:
     """All rows of a manifest, by row. Raises ValueError unless they are the rows 0 ... n-1."""
-    lines = enumerate(path.read_bytes().splitlines(), 1)
+    with bucket_errors(path):
+        lines = enumerate(path.read_bytes().splitlines(), 1)
     rows = [_parse(line, f"{path}, line {number},") for number, line in lines]
     rows.sort(key=lambda row: row["row"])
     for number, row in enumerate(rows):
@@ -99,7 +98,7 @@ def read_sorted(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def check_number(path: Path, number: int, row: Row) -> None:
+def check_number(path: AnyPath, number: int, row: Row) -> None:
     """Raises ValueError unless the row has this number."""
     if row["row"] != number:
         raise ValueError(f"{path} lists row {row['row']} in place of row {number}; {REPAIR}")

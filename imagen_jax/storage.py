@@ -386,6 +386,19 @@ def write_arrays(path: AnyPath, arrays: Mapping[str, Any]) -> None:
     write_atomically(path, content.getvalue())
 
 
+def open_arrays(path: AnyPath) -> Any:
+    """An open .npz file, numpy's NpzFile. That of a bucket is read into memory.
+
+    Raises what numpy.load raises.
+    """
+    import numpy as np
+
+    if not in_bucket(path):
+        return np.load(path, allow_pickle=False)
+    with bucket_errors(path):
+        return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+
+
 def flush(path: Path) -> None:
     """fsync of a file or a directory."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import cli, field, goodput, output_paths, wandb_log
-from imagen_jax.distributed import agreement, host_failures
+from imagen_jax.distributed import agreement, device_faults, host_failures
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.locks import only_process
 from imagen_jax.object_storage import AnyPath
@@ -268,6 +268,7 @@ def train(
                 meta |= {"measures": measured[1] if measured[0] == done else {}}
                 target.save(done, state, meta, before_commit=metrics.writer.flush)
 
+        stack.enter_context(device_faults.named(lambda: done))
         ledger.at(done, "step")
         while done < total and not stop(done):
             trace.before(done)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from imagen_jax import field, schema
-from imagen_jax.storage import read_json, read_object
+from imagen_jax.object_storage import AnyPath
+from imagen_jax.storage import as_path, exists, read_json, read_object
 from launch.job import mounted
 
 FINISHED = "finished.json"  # the command of a finished process, in its directory
@@ -51,7 +52,7 @@ class Ablation:
     """A sweep's arms and settings, as the command line gives them.
 
     config: the ablation file, FILE.py or FILE.py:ARG.
-    workdir: directory of all runs; for a bucket, where it is mounted.
+    workdir: directory of all runs.
     seeds: each arm runs once per seed.
     shared: config fields of all arms, as text.
     checkpoint: a trained model that all arms evaluate; empty to train.
@@ -60,7 +61,7 @@ class Ablation:
     """
 
     config: str
-    workdir: Path
+    workdir: AnyPath
     seeds: tuple[int, ...] = (0,)
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
     checkpoint: str = ""
@@ -68,7 +69,7 @@ class Ablation:
     rows: int = 256
     samples: int = 0
 
-    def evaluation(self, arm: Arm, seed: int) -> Path:
+    def evaluation(self, arm: Arm, seed: int) -> AnyPath:
         """The directory of the evaluation of an arm for one seed."""
         return self.workdir / arm.name / f"seed_{seed}" / "evaluation"
 
@@ -79,7 +80,7 @@ class Task:
 
     label: str
     command: tuple[str, ...]
-    directory: Path
+    directory: AnyPath
 
     @property
     def trains(self) -> bool:
@@ -90,12 +91,14 @@ class Task:
     def finished(self) -> bool:
         """Whether the process is finished. Raises ValueError if another command wrote here."""
         marker = self.directory / FINISHED
-        if not marker.exists():
+        if not exists(marker):
             return False
         remedy = f"remove {self.directory}, and run the same command again"
         recorded, command = read_json(marker, remedy), list(self.command[1:])
         if not isinstance(recorded, list) or not all(isinstance(word, str) for word in recorded):
             raise ValueError(f"{marker} is damaged (it is not a list of words); {remedy}")
+        # An earlier version of this sweep may have mounted what is now opened without a mount.
+        recorded, command = list(map(mounted, recorded)), list(map(mounted, command))
         evaluation = self.directory / "evaluation.json"
         if recorded != command and not restates(recorded, command, evaluation):
             raise ValueError(
@@ -105,7 +108,7 @@ class Task:
         return True
 
 
-def restates(recorded: Sequence[str], command: Sequence[str], evaluation: Path) -> bool:
+def restates(recorded: Sequence[str], command: Sequence[str], evaluation: AnyPath) -> bool:
     """Whether two commands differ only in sampling options that do not change the result.
 
     evaluation: evaluation.json of the recorded command; an option changes nothing if its value is
@@ -113,7 +116,7 @@ def restates(recorded: Sequence[str], command: Sequence[str], evaluation: Path) 
     unless the option has another value now.
     """
     (rest, sampling), (new_rest, new_sampling) = split_sampling(recorded), split_sampling(command)
-    if rest != new_rest or not sampling.keys() <= new_sampling.keys() or not evaluation.is_file():
+    if rest != new_rest or not sampling.keys() <= new_sampling.keys() or not exists(evaluation):
         return False
     remedy = f"remove {evaluation.parent}, and run the same command again"
     result = read_object(evaluation, {"provenance.sampling": dict}, remedy)
@@ -210,12 +213,12 @@ def plan(ablation: Ablation) -> tuple[list[Arm], list[Task]]:
         sampling = configured | sampling
     tasks = []
     for seed in ablation.seeds:
-        models: dict[str, Path] = {}
+        models: dict[str, AnyPath] = {}
         for arm in arms:
             key = json.dumps(arm.training, sort_keys=True)
             directory = ablation.workdir / arm.name / f"seed_{seed}"
             if ablation.checkpoint:
-                models[key] = Path(ablation.checkpoint)
+                models[key] = as_path("--checkpoint", ablation.checkpoint)
             elif key not in models:
                 models[key] = directory / "train"
                 tasks.append(train_task(ablation, seed, arm, models[key]))
@@ -253,7 +256,7 @@ def options_of(fields: Mapping[str, Any]) -> list[str]:
     return [f"--config.{field}={value}" for field, value in fields.items()]
 
 
-def train_task(ablation: Ablation, seed: int, arm: Arm, workdir: Path) -> Task:
+def train_task(ablation: Ablation, seed: int, arm: Arm, workdir: AnyPath) -> Task:
     """The training of an arm for one seed."""
     options = options_of({**ablation.shared, **arm.training, "seed": seed})
     files = (f"--config={ablation.config}", f"--workdir={workdir}")
@@ -266,9 +269,9 @@ def evaluate_task(
     seed: int,
     arm: Arm,
     sampling: Mapping[str, Any],
-    checkpoint: Path,
+    checkpoint: AnyPath,
     data: str,
-    output: Path,
+    output: AnyPath,
 ) -> Task:
     """The evaluation of an arm for one seed.
 

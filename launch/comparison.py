@@ -1,23 +1,24 @@
 """The paired comparison of an ablation's arms, from the evaluations of all arms and seeds."""
 
+import io
 import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from imagen_jax.evals.statistics import paired_hits_error
-from imagen_jax.storage import read_object
+from imagen_jax.object_storage import AnyPath, bucket_errors
+from imagen_jax.storage import exists, read_object
 from launch.ablation import Arm
 
 CHECKPOINT = "provenance.checkpoint.sha256"  # in evaluation.json
 
 
 def read_evaluations(
-    workdir: Path, arms: Sequence[Arm], seeds: Sequence[int]
+    workdir: AnyPath, arms: Sequence[Arm], seeds: Sequence[int]
 ) -> dict[str, list[dict[str, Any]]]:
     """{arm: [{"measures": evaluation.json, "rows": {path: one value per row}} for each seed]}.
 
@@ -28,8 +29,10 @@ def read_evaluations(
         for seed in seeds:
             directory = workdir / arm.name / f"seed_{seed}" / "evaluation"
             rows = {}
-            if (directory / "rows.npz").exists():
-                with np.load(directory / "rows.npz") as file:
+            if exists(directory / "rows.npz"):
+                with bucket_errors(directory):
+                    content = (directory / "rows.npz").read_bytes()
+                with np.load(io.BytesIO(content)) as file:
                     rows = {name: file[name] for name in file.files}
             remedy = f"remove {directory}, and run the same command again"
             measures = read_object(directory / "evaluation.json", {}, remedy)

@@ -39,6 +39,12 @@ SECRET_NAME = re.compile(
     r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY)(_|$)", re.IGNORECASE
 )
 COMMANDS = ("demo", "evaluate", "export", "plan", "prepare_data", "sample", "train")
+# Options that open buckets themselves, by command; all other paths in buckets are mounted.
+NATIVE = {
+    "evaluate": ("checkpoint",),
+    "export": ("checkpoint", "output"),
+    "train": ("workdir", "init_from", "fork"),
+}
 # Command lines are parsed in a subprocess, because the flags of a command are global and config
 # flags read sys.argv when they are defined.
 PARSE = """\
@@ -56,7 +62,7 @@ class Job:
 
     name: name of the job in schedulers, a DNS label of at most 40 characters made from the workdir.
     arguments: arguments of python, such as ("-m", "imagen_jax.train", ...); paths in buckets are
-        written as gs://BUCKET/PATH.
+        written as gs://BUCKET/PATH, see `passed`.
     workdir: a directory or gs://BUCKET/PATH.
     config: resolved config of a training; empty for other commands, which write no progress.
     topology: the accelerators; None on this machine.
@@ -101,19 +107,24 @@ class Job:
 
     @property
     def buckets(self) -> tuple[str, ...]:
-        """Names of the buckets in the arguments, written as gs://NAME or MOUNT/NAME."""
-        pattern = rf"(?:{BUCKET}|{MOUNT}/)([^/'\"]+)"
+        """Names of the buckets to mount: the arguments name them as /mnt/gs/NAME after `passed`."""
         names = (
             name
-            for argument in self.arguments
-            for name in re.findall(f"(?:{_before_path(argument)}){pattern}", argument)
+            for argument in passed(self.arguments)
+            for name in re.findall(f"(?:{_before_path(argument)}){MOUNT}/([^/'\"]+)", argument)
         )
         return tuple(sorted(set(names)))
 
     @property
     def unmounted(self) -> str:
-        """The first argument with a gs:// path; "" if there is none."""
-        return next((argument for argument in self.arguments if mounted(argument) != argument), "")
+        """The first argument with a gs:// path that needs a mount; "" if there is none."""
+        pairs = zip(self.arguments, passed(self.arguments))
+        return next((given for given, argument in pairs if given != argument), "")
+
+    @property
+    def opens_buckets(self) -> bool:
+        """Whether the command reads or writes a bucket without a mount."""
+        return any(_has_bucket(argument) for argument in passed(self.arguments))
 
     @property
     def install(self) -> str:
@@ -121,11 +132,13 @@ class Job:
         extra = "tpu" if self.topology.chip.platform == "tpu" else "cuda12"
         if self.config and self.config["train"].get("wandb"):
             extra += ",wandb"
+        if self.opens_buckets:
+            extra += ",gcs"
         return self.setup or INSTALL.format(environment=ENVIRONMENT, extra=extra)
 
     def command(self, python: str = "python3") -> tuple[str, ...]:
-        """The command for the machines, with mount directories in place of gs://."""
-        return (python, *(mounted(argument) for argument in self.arguments))
+        """The command for the machines, see `passed`."""
+        return (python, *passed(self.arguments))
 
 
 def check_options(command: str, options: Sequence[str]) -> None:
@@ -169,13 +182,18 @@ def check_inputs(job: Job, code: str) -> None:
     if not job.config:
         return
     # --init_from=PATH or --init_from PATH; the last one counts.
-    pattern = r"^--?init_from[=\n](.*)"
-    init_paths = re.findall(pattern, "\n".join(job.arguments), re.MULTILINE)[-1:]
+    starts = {
+        flag: re.findall(rf"^--?{flag}[=\n](.*)", "\n".join(job.arguments), re.MULTILINE)[-1:]
+        for flag in ("init_from", "fork")
+    }
     data = job.config["data"]
     field = "path" if data["path"] else "mixture"
     inputs = [(f"--config.data.{field}", one.path) for one in sets.data_sets(data)]
     inputs += [
-        ("--init_from", path) for path in init_paths if path and not path.startswith("embedded:")
+        (f"--{flag}", path)
+        for flag, paths in starts.items()
+        for path in paths
+        if path and not path.startswith("embedded:")
     ]
     for flag, path in inputs:
         check_path(path, flag)
@@ -198,6 +216,26 @@ def check_path(text: str, flag: str = "--workdir") -> None:
         raise ValueError(f"{flag} is empty: give a directory or {BUCKET}BUCKET/PATH")
     if in_bucket(text) and not re.match(r"[^/\s]", text.removeprefix(BUCKET)):
         raise ValueError(f"{flag} {text} has no bucket name: give {BUCKET}BUCKET/PATH")
+
+
+def passed(arguments: Sequence[str]) -> list[str]:
+    """The arguments of python as the machines get them: gs:// where a mount is not needed.
+
+    The options of NATIVE keep gs://, all others get the mount directory.
+    """
+    command = next((text for text in arguments if text.startswith("imagen_jax.")), "")
+    native = NATIVE.get(command.removeprefix("imagen_jax."), ())
+    option = re.compile(rf"--?({'|'.join(native)})(=|$)") if native else None
+    result, follows = [], False  # whether the argument is the value of the option before it
+    for argument in arguments:
+        match = option and option.match(argument)
+        result.append(argument if match or follows else mounted(argument))
+        follows = bool(match and not match[2])
+    return result
+
+
+def _has_bucket(argument: str) -> bool:
+    return mounted(argument) != argument
 
 
 def mounted(argument: str) -> str:
@@ -305,7 +343,7 @@ def training(
         option, value = f"--config.data.{name}=", content["data"][name]
         value = value if name == "path" else tuple(map(tuple, value))
         given = any(field.startswith(option) for field in fields)
-        if not given and mounted(f"{option}{value}") != f"{option}{value}":
+        if not given and _has_bucket(f"{option}{value}"):
             # As an argument, so that its buckets are mounted.
             fields = (*fields, f"{option}{value}")
     file = config if where in ("local", "slurm") else inside_checkout(config)

@@ -29,12 +29,13 @@ from imagen_jax.exit_codes import FAILED, FINAL, INTERRUPTED, LOST
 from imagen_jax.locks import only_process
 from imagen_jax.storage import as_path
 from launch import status
-from launch.job import Job, exports
+from launch.job import Job, exports, in_bucket
 
 POLL_S = 0.1
 GRACE_S = 10.0  # time for the other processes to end after one has failed
 END_S = 300.0  # time for the other processes to end after one has ended without an error
 TABLE_S = 60.0  # between two tables of several jobs; a terminal shows a live table
+LIVE_S, LIVE_BUCKET_S = 2.0, 15.0  # between two changes of the live table
 LOG = "output.log"
 PORTS = range(21_000, 29_000)  # below Linux's ephemeral ports (32768 and up)
 
@@ -271,11 +272,15 @@ class Attempts:
 
     def _record_failure(self, code: int, why: str) -> None:
         """Names this machine if it has failed again; records a process that a signal ended."""
-        workdir = as_path("--workdir", self.job.workdir)
-        if code < 0 and self._options.processes == 1:  # of several, the others record it
-            attempt = f"{int(time.time())}-{os.urandom(2).hex()}"
-            HostFailures(workdir, attempt).record(0, socket.gethostname(), code, why)
-        for line in advice(read(workdir)):
+        try:
+            workdir = as_path("--workdir", self.job.workdir)
+            if code < 0 and self._options.processes == 1:  # of several, the others record it
+                attempt = f"{int(time.time())}-{os.urandom(2).hex()}"
+                HostFailures(workdir, attempt).record(0, socket.gethostname(), code, why)
+            lines = advice(read(workdir))
+        except (OSError, ValueError) as error:  # the job starts again all the same
+            lines = [f"the failures of its hosts cannot be read: {error}"]
+        for line in lines:
             self._write(f"{self.job.title}: {line}\n".encode())
 
     def _end_state(self, code: int) -> str:
@@ -381,7 +386,8 @@ class Board:
 
     def __init__(self, jobs: Sequence[Job], interval_s: float = TABLE_S):
         self._jobs, self._live = jobs, sys.stdout.isatty()
-        self._interval, self._next, self._lines = 2.0 if self._live else interval_s, 0.0, 0
+        live_s = LIVE_BUCKET_S if any(in_bucket(job.workdir) for job in jobs) else LIVE_S
+        self._interval, self._next, self._lines = live_s if self._live else interval_s, 0.0, 0
 
     def show(self, at_once: bool = False) -> None:
         """Prints the table if the interval has passed, or `at_once`."""

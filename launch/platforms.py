@@ -122,10 +122,10 @@ def completed(
 
 def _check_job(job: Job, options: flags.FlagValues) -> None:
     """Raises ValueError if a job's paths or its mesh are impossible on its machines."""
-    if options.where == "local" and (in_bucket(job.workdir) or job.unmounted):
+    if options.where == "local" and job.unmounted:
         raise ValueError(
-            f"{job.title}: {job.unmounted or job.workdir} is in a bucket: mount it on this machine"
-            " and give the directory"
+            f"{job.title}: {job.unmounted} is in a bucket: mount it on this machine and give the"
+            " directory"
         )
     if not in_bucket(job.workdir):
         output_paths.check_directory("workdir", job.workdir)

@@ -21,7 +21,7 @@ from absl import flags
 
 from imagen_jax import exit_codes
 from launch import machines, status
-from launch.job import NAME_LENGTH, Job, ask, exports, in_bucket, refuse
+from launch.job import NAME_LENGTH, Job, ask, exports, refuse
 
 SAVE_S = 300  # before the time limit, the processes get a signal to save and end
 # Options that the script depends on and --sbatch may not set.
@@ -104,10 +104,9 @@ def define_flags(values: flags.FlagValues) -> None:
 def check(jobs: Sequence[Job], options: flags.FlagValues) -> None:
     """Raises ValueError for options and jobs that SLURM cannot run."""
     for job in jobs:
-        if in_bucket(job.workdir) or job.unmounted:
+        if job.unmounted:
             raise ValueError(
-                f"{job.unmounted or job.workdir} is in a bucket: on SLURM give directories that all"
-                " nodes share"
+                f"{job.unmounted} is in a bucket: on SLURM give directories that all nodes share"
             )
         if job.topology.chip.platform != "cuda":
             raise ValueError(

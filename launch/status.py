@@ -3,7 +3,7 @@
     python -m launch.status WORKDIR [WORKDIR ...]
 
 A WORKDIR is that of a training, or a directory of several, such as a cascade's or a sweep's. It may
-be in a bucket (gs://..., with the extra `gcs`).
+be in a bucket (gs://..., with the extra `gcs`). Hosts that failed are named below the table.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from absl import flags
 
 from imagen_jax import cli, goodput, line_logs, object_storage
 from imagen_jax.checksums import is_sealed
+from imagen_jax.distributed import host_failures
 from imagen_jax.goodput import GOODPUT
 from imagen_jax.locks import LOCK, is_locked
 from imagen_jax.object_storage import AnyPath, bucket_errors, check_bucket
@@ -67,6 +68,7 @@ class Row:
     losses: (category, share of the time) of the rest, the largest first; see imagen_jax/goodput.py.
     is_locked: whether the lock of the workdir is held, which proves that a training runs.
     detail: the reason for the state.
+    failures: a line for each host that failed in this run.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Row:
     losses: tuple[tuple[str, float], ...] = ()
     is_locked: bool = False
     detail: str = ""
+    failures: tuple[str, ...] = ()
 
     @property
     def ended(self) -> bool:
@@ -146,6 +149,7 @@ def read(job: Job) -> Row:
         checkpoint = max(workdir_files.checkpoints(), default=-1)
         recorded, detail, requested = _read_state(job)
         times = workdir_files.goodput()
+        failures = host_failures.read(workdir_files.path)
         launching = is_locked(job.record) and recorded in ("running", "preempted", "waiting")
         locked = is_locked(workdir_files.path)
         recent = workdir_files.is_recent(recorded == "submitted", times.ended)
@@ -166,6 +170,7 @@ def read(job: Job) -> Row:
         goodput=times.goodput,
         losses=tuple(times.losses()),
         is_locked=locked,
+        failures=tuple(host_failures.summary(failures)),
     )
     if row.ended:
         detail = f"{METRICS} ends at step {last:,}" if last < steps else ""
@@ -265,12 +270,14 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows below their headings, in aligned columns."""
+    """The rows below their headings, in aligned columns; then a line for each host that failed."""
+    rows = list(rows)
     cells = [COLUMNS, *(_cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join(
+    lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells
-    )
+    ]
+    return "\n".join(lines + [f"{row.name}: {line}" for row in rows for line in row.failures])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

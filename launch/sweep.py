@@ -16,7 +16,7 @@ chooses the columns of the table, by name of the measure or of the column.
 Running the same command again continues. A sweep that is interrupted or fails prints the
 comparison of the arms that are finished. With --where it starts the trainings that are neither
 running nor finished; once all are finished, it evaluates them on this machine and compares the
-arms.
+arms. The workdir may be in a bucket, gs://BUCKET/PATH (with the extra `gcs`).
 """
 
 import contextlib
@@ -29,7 +29,8 @@ from typing import Any
 from absl import flags
 
 from imagen_jax import cli, output_paths, schema
-from imagen_jax.storage import write_json
+from imagen_jax.object_storage import check_bucket
+from imagen_jax.storage import absolute, as_path, exists, write_json
 from launch import command_line, comparison, platforms, status
 from launch.ablation import (
     FINISHED,
@@ -41,7 +42,7 @@ from launch.ablation import (
     options_of,
     plan,
 )
-from launch.job import Job, check_path, in_bucket, mounted, read_config, training
+from launch.job import MOUNT, Job, check_path, in_bucket, read_config, training
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -56,7 +57,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "workdir",
         None,
-        "directory for all runs and sweep.json; with --where tpu, gke or sky gs://BUCKET/PATH",
+        "directory for all runs and sweep.json, local or gs://BUCKET/PATH; the latter with --where"
+        " tpu, gke or sky",
         required=True,
         flag_values=values,
     )
@@ -93,18 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     ablation, options = parse(argv)
-    bucket = options.workdir if in_bucket(options.workdir) else ""
     arms, tasks = plan(ablation)
-    check(ablation, arms, options, bucket)
+    check(ablation, arms, options)
     if options.where:
         trainings = [task for task in tasks if task.trains]
-        if not start_missing_trainings(ablation, trainings, options, bucket):
+        place = place_of_evaluations(tasks)
+        if not start_missing_trainings(ablation, trainings, options, place):
             return 0
-        if options.dry_run and bucket:
-            print(
-                "# trainings are the jobs above; evaluations run on a machine where the buckets"
-                f" are mounted at {mounted('gs://')}"
-            )
+        if options.dry_run:
+            print(f"# trainings are the jobs above; evaluations run {place}")
     try:
         for i, task in enumerate(tasks):
             _run_task(task, f"[{i + 1}/{len(tasks)}]", options)
@@ -188,7 +187,7 @@ def parse(argv: Sequence[str]) -> tuple[Ablation, flags.FlagValues]:
         shared[field] = value
     ablation = Ablation(
         config=options.config,
-        workdir=Path(mounted(options.workdir)),
+        workdir=as_path("--workdir", options.workdir),
         seeds=_seeds(options.seeds),
         shared=shared,
         checkpoint=options.checkpoint,
@@ -215,7 +214,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bucket: str) -> None:
+def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues) -> None:
     """Checks everything that would otherwise fail after the first training.
 
     Raises ValueError for an invalid config of an arm, a measure or setting that evaluate refuses,
@@ -229,9 +228,11 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues, bu
 
     if not options.where:
         platforms.check_unused(options)
-        check_here(bucket)
-        platforms.check_can_be_made(ablation.workdir)
-    if not bucket:
+    if in_bucket(options.workdir):
+        check_bucket("--workdir", ablation.workdir)
+    else:
+        if not options.where:
+            platforms.check_can_be_made(ablation.workdir)
         output_paths.check_directory("workdir", str(ablation.workdir))
     names = [name.strip() for name in ablation.measures.split(",")] if ablation.measures else []
     measure.check_known(names)
@@ -337,20 +338,27 @@ def check_measured(ablation: Ablation, columns: Sequence[Any], stage: Any, setti
 
 
 def check_here(path: str) -> None:
-    """Raises ValueError for a path in a bucket."""
+    """Raises ValueError for data in a bucket."""
     if in_bucket(path):
         raise ValueError(f"{path} is in a bucket: mount it on this machine and give the directory")
 
 
+def place_of_evaluations(tasks: Sequence[Task]) -> str:
+    """Where this command can evaluate, in words: data in a bucket have to be mounted."""
+    prefix = f"--data={MOUNT}/"
+    mounts = any(word.startswith(prefix) for task in tasks for word in task.command)
+    return f"on a machine where the bucket of the data is mounted below {MOUNT}" * mounts or "here"
+
+
 def start_missing_trainings(
-    ablation: Ablation, tasks: Sequence[Task], options: flags.FlagValues, bucket: str
+    ablation: Ablation, tasks: Sequence[Task], options: flags.FlagValues, place: str
 ) -> bool:
     """Starts the trainings that are neither running nor finished, as jobs of --where.
 
-    Returns whether all are finished and their files are on this machine.
+    place: see `place_of_evaluations`. Returns whether all are finished.
     """
     open_tasks = [task for task in tasks if not task.finished]
-    jobs = [job_of(ablation, task, options, bucket) for task in open_tasks]
+    jobs = [job_of(ablation, task, options) for task in open_tasks]
     jobs = platforms.completed(jobs, options)
     # Cloud TPU jobs are supervised in parallel; local jobs run one after the other.
     groups = [jobs] * bool(jobs) if options.where == "tpu" else [[job] for job in jobs]
@@ -360,22 +368,19 @@ def start_missing_trainings(
             raise ValueError(f"{names}: exit code {code}; {command_line.CONTINUE}")
     rows = [status.read(job) for job in jobs]
     for task, row in zip(open_tasks, rows):
-        if row.state == "finished" and task.directory.exists() and not options.dry_run:
+        if row.state == "finished" and exists(task.directory) and not options.dry_run:
             write_json(task.directory / FINISHED, task.command[1:])
     if all(task.finished for task in tasks):
         return True
     print(status.table(rows))
-    here = f" on a machine where the buckets are mounted at {mounted('gs://')}" * bool(bucket)
-    print(f"when all trainings have finished, run this command again{here} to evaluate them")
+    print(f"when all trainings have finished, run this command again {place} to evaluate them")
     return options.dry_run
 
 
-def job_of(ablation: Ablation, task: Task, options: flags.FlagValues, bucket: str) -> Job:
+def job_of(ablation: Ablation, task: Task, options: flags.FlagValues) -> Job:
     """The job of a training."""
     fields = [option for option in task.command if option.startswith("--config.")]
-    workdir = str(task.directory.absolute())
-    if bucket:
-        workdir = bucket.rstrip("/") + "/" + str(task.directory.relative_to(ablation.workdir))
+    workdir = str(absolute(task.directory))
     title = task.label.removeprefix("train ")
     return training(title, ablation.config, fields, workdir, options.where)
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, drawing, picture_set, sharding
+from imagen_jax import cascade, drawing, picture_set, set_reservations, sharding
 from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.picture_set import Requests
 from imagen_jax.text import feature_file
@@ -283,7 +283,7 @@ def test_a_set_with_other_settings_is_drawn_whole(tmp_path):
     record = drawing.NO_IMAGE | {"config": {"which": "ema"}, "checkpoints": [], "stages": ["base"]}
     requests = Requests(["a", "b"], 2, 0)
     job = drawing.job_of(requests, record)
-    with picture_set.reserve(tmp_path, job, len(requests)) as first:
+    with set_reservations.reserve(tmp_path, job, len(requests)) as first:
         part = picture_set.part_path(tmp_path, first, "p")
         made = picture_set.PictureSet(tmp_path, requests, record, first, part)
         made.add(0, [np.zeros((size, size, 3), np.uint8) for size in (16, 64)])

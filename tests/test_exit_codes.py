@@ -2,10 +2,12 @@
 
 import errno
 
+import jax
 import numpy as np
 import pytest
 
 from imagen_jax import cli, exit_codes
+from imagen_jax.distributed import device_faults
 from imagen_jax.storage import check_local
 from imagen_jax.training.replicas import Drift
 from imagen_jax.weights.checkpoint import CheckpointError
@@ -20,6 +22,37 @@ ERRORS = [
     (Drift("the copies differ", [1]), exit_codes.HARDWARE),
     (exit_codes.ProcessLost("no heartbeat"), exit_codes.LOST),
 ]
+RUNTIME = {
+    "DATA_LOSS: an uncorrectable error of HBM": exit_codes.HARDWARE,
+    "INTERNAL: Core halted unexpectedly": exit_codes.HARDWARE,
+    "FAILED_PRECONDITION: The program continuator has halted unexpectedly.": exit_codes.HARDWARE,
+    "UNKNOWN: CUDA_ERROR_ECC_UNCORRECTABLE": exit_codes.HARDWARE,
+    "INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory": exit_codes.FAILED,
+    "RESOURCE_EXHAUSTED: Out of memory; the device failed to allocate": exit_codes.INVALID,
+    "UNAVAILABLE: Connection reset by peer": exit_codes.FAILED,
+    "INVALID_ARGUMENT: shapes differ": exit_codes.FAILED,
+}
+
+
+@pytest.mark.parametrize("text", RUNTIME)
+def test_a_device_that_fails_during_a_step(text):
+    """Catches a failed device that is taken for a fault of the program, which keeps its host, and
+    too little memory, a lost connection or a fault of the program blamed on the host.
+    """
+    with pytest.raises(RuntimeError) as caught, device_faults.named(lambda: 12):
+        raise jax.errors.JaxRuntimeError(text)
+    assert exit_codes.of(caught.value) == RUNTIME[text]
+    failed = RUNTIME[text] == exit_codes.HARDWARE
+    assert isinstance(caught.value, exit_codes.DeviceFailed) == failed
+    assert not failed or f"a device failed after step 12: {text};" in str(caught.value)
+
+
+def test_a_mistake_during_a_step_is_no_failure_of_a_device():
+    """Catches an error of the input or the code that names the host as faulty."""
+    for error in (ValueError("INTERNAL: x"), RuntimeError("DATA_LOSS: x"), OSError(5, "halted")):
+        with pytest.raises(type(error)) as caught, device_faults.named(lambda: 12):
+            raise error
+        assert caught.value is error
 
 
 @pytest.mark.parametrize("error, code", ERRORS, ids=lambda value: type(value).__name__)

@@ -50,6 +50,7 @@ LAYERS = (
         "models",
         "picture_set",
         "pictures",
+        "set_reservations",
         "set_rows",
         "text",
     },

@@ -127,15 +127,20 @@ def test_every_measurement_has_a_well_formed_row():
     entry = lambda status, *records: {"status": status, "seconds": 1.0, "records": list(records)}
     drawn = {"what": "drawn", "wanted": 16, "batch": 8, "seconds": 1.0, "full_steps": 256}
     drawn |= {"full_seconds": 64.0, "images_per_s": 0.25}
+    killed = {"what": "killed", "last_step": 80, "images_per_s": 12.5, "memory/device_gib": 2.0}
+    ledger = {"what": "ledger", "outside_s": 9.0, "ledger_s": 8.9, "seconds": {"step": 8.9}}
     parts = {
         "correct": {"tests": entry("failed: a | b\nc")},
         "train_speed": {"base_500m": entry("done", step), "base_2b": entry("out of memory: x | y")},
         "sampling": {name: entry("done", drawn) for name in tables.STAGES},
         "side_by_side": {"PyTorch": entry("ended: over its limit of 5 s")},
+        "long_run": {"base": entry("failed: a | b", killed, ledger)},
         "pictures": {"base": entry("done", {"what": "trained", "steps": 9, "loss": 0.5})},
     }
     page = tables.markdown(ABOUT, parts)
     assert_well_formed(page)
+    assert "| base, killed | 80 | 12.5 | 2.00 GiB | - | - |  |" in page
+    assert "base: 8.9 s in the ledger, 9.0 s outside; step 8.9 s." in page
     assert (
         "out of memory: x \\| y" in page
         and "| cascade | 16 | - | - | - | 192.00 s | 0.083 |" in page
@@ -232,7 +237,7 @@ def test_train_step_is_measured(tmp_path):
 def test_every_part_at_a_tiny_size(tmp_path):
     """Catches a part that cannot run from its command to its rows and files."""
     output = tmp_path / "output"
-    budget = "correct=600,train_speed=600,sampling=600,side_by_side=600,pictures=900"
+    budget = "correct=600,train_speed=600,sampling=600,side_by_side=600,long_run=400,pictures=900"
     flags = ("--minutes", "50", "--budget", budget, "--trials", "0")
     result = ran(output, *flags, timeout=3300)
     statuses = {

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import picture_set, pictures
+from imagen_jax import picture_set, pictures, set_reservations
 from imagen_jax.picture_set import PictureSet, Requests
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
@@ -22,7 +22,7 @@ JOB = {"prompts_sha256": "x"}
 
 
 def reserve(directory, job=JOB, count=5):
-    with picture_set.reserve(directory, job, count) as first:
+    with set_reservations.reserve(directory, job, count) as first:
         return first
 
 
@@ -47,7 +47,7 @@ def test_the_same_job_continues_its_set(tmp_path):
     first = reserve(tmp_path)
     assert reserve(tmp_path) == first
     assert reserve(tmp_path, JOB, 6) != first  # more pictures
-    with picture_set.reserve(tmp_path, JOB, 5) as held:
+    with set_reservations.reserve(tmp_path, JOB, 5) as held:
         # The first process is alive, so the second draws a set of its own.
         assert held == first != reserve(tmp_path)
 
@@ -73,9 +73,9 @@ def test_sets_of_many_commands_do_not_overlap(tmp_path):
 
 def test_an_error_of_the_work_is_not_taken_for_a_number_in_use(tmp_path):
     """Catches a FileExistsError inside the context that reserves one more set."""
-    with pytest.raises(FileExistsError, match="other"), picture_set.reserve(tmp_path, JOB, 5):
+    with pytest.raises(FileExistsError, match="other"), set_reservations.reserve(tmp_path, JOB, 5):
         raise FileExistsError("other")
-    assert list(picture_set.sets(tmp_path)) == [0]
+    assert list(set_reservations.sets(tmp_path)) == [0]
 
 
 def test_a_set_file_that_was_cut_off_blocks_nothing(tmp_path, caplog):
@@ -83,7 +83,7 @@ def test_a_set_file_that_was_cut_off_blocks_nothing(tmp_path, caplog):
     (tmp_path / "set_0004.json").write_text('{"count": 1')
     began = time.monotonic()
     assert reserve(tmp_path) == 5 and reserve(tmp_path, {"other": 1}) == 10
-    assert time.monotonic() - began < picture_set.PATIENCE_S / 4
+    assert time.monotonic() - began < set_reservations.PATIENCE_S / 4
     (warning,) = caplog.messages
     assert "set_0004.json is damaged; its pictures are kept but not continued" in warning
 
@@ -99,10 +99,10 @@ def test_no_set_file_is_left_of_a_full_disk(tmp_path, monkeypatch, links):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
     if not links:
-        monkeypatch.setattr(picture_set.os, "link", unsupported)
+        monkeypatch.setattr(set_reservations.os, "link", unsupported)
     assert reserve(tmp_path) == 0 == reserve(tmp_path)
     calls = iter([lambda _: None] * (not links))
-    monkeypatch.setattr(picture_set.os, "fsync", lambda file: next(calls, full)(file))
+    monkeypatch.setattr(set_reservations.os, "fsync", lambda file: next(calls, full)(file))
     with pytest.raises(OSError, match=r"No space left .*set_0005\.json"):
         reserve(tmp_path, {"other": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["set_0000.json"]
@@ -110,15 +110,15 @@ def test_no_set_file_is_left_of_a_full_disk(tmp_path, monkeypatch, links):
 
 def test_a_set_file_appears_whole_and_locked(tmp_path, monkeypatch):
     """Catches a reader that takes a set for damaged, or continues it, while it is written."""
-    sync, seen = picture_set.os.fsync, []
+    sync, seen = set_reservations.os.fsync, []
 
     def record(descriptor):
         seen.append([path.name for path in tmp_path.glob("set_*")])
         sync(descriptor)
 
-    monkeypatch.setattr(picture_set.os, "fsync", record)
-    with picture_set.reserve(tmp_path, JOB, 5) as first:
-        assert seen == [[]] and list(picture_set.sets(tmp_path)) == [first]
+    monkeypatch.setattr(set_reservations.os, "fsync", record)
+    with set_reservations.reserve(tmp_path, JOB, 5) as first:
+        assert seen == [[]] and list(set_reservations.sets(tmp_path)) == [first]
         assert reserve(tmp_path) == 5
 
 
@@ -127,7 +127,7 @@ def test_a_set_file_is_awaited_while_it_is_locked(tmp_path):
     path, content = tmp_path / "set_0000.json", {"count": 7, "sha256": "", "job": {}}
     with open(path, "x") as file, concurrent.futures.ThreadPoolExecutor(1) as pool:
         fcntl.flock(file, fcntl.LOCK_EX)
-        found = pool.submit(picture_set.sets, tmp_path)
+        found = pool.submit(set_reservations.sets, tmp_path)
         time.sleep(0.3)
         assert not found.done()
         file.write(json.dumps(content))
@@ -214,7 +214,7 @@ def test_large_sets_are_divided_into_folders(tmp_path, monkeypatch):
     assert list(picture_set.chunks(tmp_path / "set_0001.jsonl", 2, 1)) == [rows[:2]]
     (tmp_path / "notes.txt").touch()
     reserve(tmp_path)
-    picture_set.remove(tmp_path)
+    picture_set.remove_all(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

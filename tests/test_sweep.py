@@ -234,7 +234,7 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, recorded, c
         ("", "", ("--workdir=/dev/null",), "--workdir: cannot create /dev/null (Not a directory)"),
         ("", "", ("--workdir=/proc/foo",), "cannot create /proc/foo"),
         ("", "", ("--workdir=",), "--workdir is empty"),
-        ("", "", ("--workdir=gs://b/s",), "gs://b/s is in a bucket: mount it"),
+        ("", "", ("--workdir=s3://b/s",), "--workdir s3://b/s has the scheme s3://"),
         ('path="prepared"', 'path="gs://b/d"', (), "gs://b/d is in a bucket: mount it"),
         (
             "",

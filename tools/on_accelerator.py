@@ -5,11 +5,12 @@ r"""Checks and measures the package on one GPU, within nine minutes, in one comm
 Parts, in order of value: `correct` (tests in fp32, bf16 against fp32, the sampler against a CPU's),
 `train_speed` (images/s, MFU and memory of the train steps; kernels; trials of compiler flags),
 `sampling` (the cascade at the paper's size), `side_by_side` (a PyTorch U-Net of DeepFloyd IF-I-M's
-shape against the same here) and `pictures` (the demo cascade, trained and sampled). Each runs in
-processes of its own with a time limit; one that fails, hangs or runs out of memory is reported and
-the next ones run. DIR gets at most eight files: results.json, table.md (rows for BENCHMARKS.md) and
-log.txt, all three written as results come; training.jsonl, base.safetensors, sr_1.safetensors,
-sr_2.safetensors and pictures.png from `pictures`.
+shape against the same here), `long_run` (a training killed, continued and traced; its ledger of
+time) and `pictures` (the demo cascade, trained and sampled). Each runs in processes of its own with
+a time limit; one that fails, hangs or runs out of memory is reported and the next ones run. DIR
+gets at most eight files: results.json, table.md (rows for BENCHMARKS.md) and log.txt, all three
+written as results come; training.jsonl, base.safetensors, sr_1.safetensors, sr_2.safetensors and
+pictures.png from `pictures`.
 
 A machine with one H100 and no network has JAX, Flax, Optax, Orbax, PyTorch and transformers. The
 other packages come as wheels. Fetch them where there is a network, into an ignored directory of the

@@ -82,18 +82,29 @@ def read(workdir: AnyPath) -> list[Failure]:
     return sorted(found, key=lambda failure: failure.time)
 
 
+def summary(failures: Iterable[Failure]) -> list[str]:
+    """One line for each host that failed; advises the removal of one with ADVISED failures."""
+    return [_line(host, own) for host, own in _by_host(failures).items()]
+
+
 def advice(failures: Iterable[Failure]) -> list[str]:
-    """One line for each host with ADVISED failures or more."""
+    """The lines of `summary` that advise a removal."""
+    hosts = _by_host(failures).items()
+    return [_line(host, own) for host, own in hosts if len(own) >= ADVISED]
+
+
+def _by_host(failures: Iterable[Failure]) -> dict[str, list[Failure]]:
+    """The failures of each host, in the order of its first one."""
     by_host: dict[str, list[Failure]] = {}
     for failure in failures:
         by_host.setdefault(failure.host, []).append(failure)
-    return [_line(host, own) for host, own in by_host.items() if len(own) >= ADVISED]
+    return by_host
 
 
 def _line(host: str, failures: Sequence[Failure]) -> str:
-    last = failures[-1]
+    last, count = failures[-1], len(failures)
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(last.time))
-    return (
-        f"host {host} failed {len(failures)} times in this run, last at {when} with exit code"
-        f" {last.code} ({last.reason[:200]}): remove it from the job"
-    )
+    reason = " ".join(last.reason.split())[:200]
+    often = f"{count} times in this run, last" if count > 1 else "once in this run,"
+    line = f"host {host} failed {often} at {when} with exit code {last.code} ({reason})"
+    return line + ": remove it from the job" * (count >= ADVISED)

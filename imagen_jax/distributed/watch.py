@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from imagen_jax import exit_codes
-from imagen_jax.distributed import startup
+from imagen_jax.distributed import device_faults, startup
 from imagen_jax.distributed.host_failures import HostFailures
 from imagen_jax.exit_codes import LOST
 
@@ -256,7 +256,9 @@ class Watch:
 
         self._leaving.set()
         line = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        runtime = jax.errors.JaxRuntimeError
+        from_runtime = isinstance(error, runtime) or isinstance(error.__cause__, runtime)
+        if from_runtime and not device_faults.is_certain(error):
             # A collective operation fails when another process disappears.
             reason = self._failure_elsewhere()
             if reason:

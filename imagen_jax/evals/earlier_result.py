@@ -5,18 +5,18 @@ More metrics or other networks are no other settings: the pictures are the same.
 
 import json
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from imagen_jax import schema
 from imagen_jax.distributed import agreement
 from imagen_jax.encoder_identity import SAME_TEXT, from_record
-from imagen_jax.storage import read_json
+from imagen_jax.object_storage import AnyPath
+from imagen_jax.storage import exists, read_json
 
 ADVICE = "give another --output, or remove it"
 
 
-def check(path: Path, described: Mapping[str, Any], axes: Collection[str] = ()) -> None:
+def check(path: AnyPath, described: Mapping[str, Any], axes: Collection[str] = ()) -> None:
     """Raises ValueError in all processes if the result at `path` is of other pictures.
 
     All processes call it; process 0 reads the file. described: as of `suite_evaluation.drawn_from`.
@@ -25,8 +25,8 @@ def check(path: Path, described: Mapping[str, Any], axes: Collection[str] = ()) 
     agreement.check_in_first(lambda: _check(path, described, axes))
 
 
-def _check(path: Path, described: Mapping[str, Any], axes: Collection[str]) -> None:
-    if not path.exists():
+def _check(path: AnyPath, described: Mapping[str, Any], axes: Collection[str]) -> None:
+    if not exists(path):
         return
     found = read_json(path, ADVICE)
     try:

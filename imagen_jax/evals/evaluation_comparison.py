@@ -6,7 +6,6 @@ Differences are B minus A. They are paired as those of a grid: what A and B shar
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from imagen_jax.evals.grid_comparison import PointResult, Quantity
 from imagen_jax.evals.reference import SAME_NETWORK
 from imagen_jax.evals.statistics import number
 from imagen_jax.evals.suite_evaluation import RESULT
+from imagen_jax.object_storage import AnyPath, check_bucket
 from imagen_jax.storage import read_object
 
 FILE = "comparison.json"
@@ -24,7 +24,7 @@ REMEDY = "remove it and run evaluate --cascade again, or give another directory"
 NO_PAIRS = "cannot be paired: a result has no numbers by prompt; run evaluate again there"
 
 
-def compare(first: Path, second: Path) -> dict[str, Any]:
+def compare(first: AnyPath, second: AnyPath) -> dict[str, Any]:
     """The comparison of two output directories of `evaluate --cascade`, or their files, as JSON.
 
     {"a", "b", "differences", "not_paired": {number: reason}}. Raises ValueError in one line if the
@@ -50,11 +50,12 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     return {"a": str(first), "b": str(second), "differences": differences, "not_paired": not_paired}
 
 
-def read(path: Path) -> tuple[dict[str, Any], PointResult]:
+def read(path: AnyPath) -> tuple[dict[str, Any], PointResult]:
     """A result and its numbers. Raises ValueError in one line if the file is damaged.
 
     path: an output directory, or its evaluation.json.
     """
+    check_bucket("--compare", path)
     file = path if path.is_file() else path / RESULT
     found = read_object(file, FIELDS, REMEDY)
     try:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,8 +33,9 @@ from imagen_jax.evals.grid_comparison import PointResult
 from imagen_jax.evals.settings_grid import Axis, Node
 from imagen_jax.evals.suite_features import Loaded
 from imagen_jax.evals.suite_settings import Settings, check_networks
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.stage_sizes import Size
-from imagen_jax.storage import check_outputs, read_object, write_atomically, write_json
+from imagen_jax.storage import check_outputs, read_object, remove, write_atomically, write_json
 
 RESULT, FIGURE, DIRECTORY = "grid.json", "pareto.png", "grid"
 SCORES = "scores.json"  # of a point, in its directory
@@ -49,7 +49,7 @@ SCORES_FIELDS = {
 log = logging.getLogger("imagen_jax.evaluate")
 
 
-def evaluate(settings: Settings, options: Sequence[str], output: Path) -> str | None:
+def evaluate(settings: Settings, options: Sequence[str], output: AnyPath) -> str | None:
     """Runs the whole grid in the directory `output`. Returns its table in process 0.
 
     options: of --grid. Raises ValueError in one line for options, settings, files and weights that
@@ -97,7 +97,10 @@ def check_loaded(drawer: drawing.Drawer, points: Sequence[Node], axes: Sequence[
 
 
 def missing(
-    drawer: drawing.Drawer, points: Sequence[Node], directory: Path, requests: picture_set.Requests
+    drawer: drawing.Drawer,
+    points: Sequence[Node],
+    directory: AnyPath,
+    requests: picture_set.Requests,
 ) -> Iterator[tuple[int, Size]]:
     """Yields (pictures to draw, their size) of each set."""
     for loaded, level in zip(drawer.stages, settings_grid.levels(points)):
@@ -111,10 +114,10 @@ def missing(
 def score_points(
     settings: Settings,
     points: Sequence[Node],
-    manifests: Mapping[Node, Path],
+    manifests: Mapping[Node, AnyPath],
     size: int,
     references: Mapping[str, reference.Reference],
-    directory: Path,
+    directory: AnyPath,
 ) -> list[PointResult]:
     """The metrics of each point, in process 0; points that are scored already are read."""
     networks = suite_features.load_networks(settings)
@@ -166,7 +169,7 @@ def _digest(
     settings: Settings,
     networks: Mapping[str, Loaded],
     references: Mapping[str, reference.Reference],
-    manifest: Path,
+    manifest: AnyPath,
     size: int,
 ) -> str:
     """Of everything that determines the metrics of a point."""
@@ -186,7 +189,7 @@ def _digest(
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def write_scores(path: Path, digest: str, found: PointResult) -> None:
+def write_scores(path: AnyPath, digest: str, found: PointResult) -> None:
     """Writes the metrics of a point."""
     content = {"of": digest, "scores": found.scores}
     content["per_prompt"] = {name: values.tolist() for name, values in found.per_prompt.items()}
@@ -194,7 +197,7 @@ def write_scores(path: Path, digest: str, found: PointResult) -> None:
     write_json(path, content)
 
 
-def read_scores(path: Path, digest: str, prompts: int) -> PointResult | None:
+def read_scores(path: AnyPath, digest: str, prompts: int) -> PointResult | None:
     """The metrics of a point; None if they are missing, damaged or of something else.
 
     prompts: their number.
@@ -216,10 +219,10 @@ def read_scores(path: Path, digest: str, prompts: int) -> PointResult | None:
 def write_results(
     axes: Sequence[Axis],
     points: Sequence[Node],
-    manifests: Mapping[Node, Path],
+    manifests: Mapping[Node, AnyPath],
     scored: Sequence[PointResult],
     more: Mapping[str, Any],
-    output: Path,
+    output: AnyPath,
 ) -> str:
     """Writes grid.json and the figure; returns the table. more: "warnings" and "provenance"."""
     quantities = grid_comparison.quantities(scored)
@@ -245,7 +248,7 @@ def write_results(
         write_atomically(output / FIGURE, pareto.figure(axes, *shown))
         lines.append(f"figure: {output / FIGURE}")
     else:
-        (output / FIGURE).unlink(missing_ok=True)  # of an earlier result
+        remove(output / FIGURE)  # of an earlier result
         log.info(
             "no %s: it needs real images, and a CLIP network or --suite data, for its two axes",
             FIGURE,

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from imagen_jax import cascade, drawing, picture_set
@@ -18,23 +17,26 @@ from imagen_jax.distributed import agreement
 from imagen_jax.drawing import Drawer, Reservation
 from imagen_jax.evals import settings_grid
 from imagen_jax.evals.settings_grid import Node
+from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.picture_set import Requests
+from imagen_jax.storage import absolute
 
 PICTURES = "pictures"  # the set of a node, in its directory
 log = logging.getLogger("imagen_jax.evaluate")
 
 
 def draw(
-    drawer: Drawer, points: Sequence[Node], requests: Requests, directory: Path
-) -> dict[Node, Path]:
+    drawer: Drawer, points: Sequence[Node], requests: Requests, directory: AnyPath
+) -> dict[Node, AnyPath]:
     """Draws the missing pictures of all sets of a grid. Returns their manifests.
 
     All processes call it together. Raises what `drawing.draw` raises.
     """
     levels = settings_grid.levels(points)
     nodes = [node for level in levels for node in level]
-    agreement.check(facts_of(drawer, points, requests) | {"--output": str(directory.absolute())})
-    directory.mkdir(parents=True, exist_ok=True)
+    agreement.check(facts_of(drawer, points, requests) | {"--output": str(absolute(directory))})
+    if not in_bucket(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     agreement.check_shared(directory)
     with contextlib.ExitStack() as stack:
         reserved = {
@@ -54,7 +56,7 @@ def draw(
             "%d points, %d sets, %d pictures to draw of %d",
             *(len(points), len(nodes), missing, len(nodes) * len(requests)),
         )
-        manifests: dict[Node, Path] = {}
+        manifests: dict[Node, AnyPath] = {}
         text = drawing.encode_prompts(drawer, requests, left, directory) if left else None
         for loaded, level in zip(drawer.stages, levels):
             _draw_level(drawer, loaded, level, reserved, text, manifests)
@@ -100,7 +102,7 @@ def _draw_level(
     nodes: Sequence[Node],
     reserved: Mapping[Node, Reservation],
     text: Callable[[int], cascade.Features] | None,
-    manifests: dict[Node, Path],
+    manifests: dict[Node, AnyPath],
 ) -> None:
     """Draws the sets of one stage, whose parameters are on the devices meanwhile."""
     programs: dict[str, cascade.LoadedStage] = {}

@@ -18,7 +18,8 @@ from imagen_jax.checksums import sha256_file
 from imagen_jax.evals.distances.moments import Statistics
 from imagen_jax.evals.networks.network import FeatureNetwork
 from imagen_jax.evals.real_images import RealImages
-from imagen_jax.storage import check_local, write_arrays
+from imagen_jax.object_storage import AnyPath, in_bucket
+from imagen_jax.storage import check_local, is_away, open_arrays, write_arrays
 
 # Fields of a network's identity that determine its features.
 SAME_NETWORK = ("network", "preprocessing", "dim", "weights_sha256")
@@ -37,7 +38,7 @@ class Reference:
 
 
 def write(
-    images: RealImages, network: FeatureNetwork, features: Float32[np.ndarray, "n d"], path: Path
+    images: RealImages, network: FeatureNetwork, features: Float32[np.ndarray, "n d"], path: AnyPath
 ) -> Reference:
     """Writes the file of the features of all images, whole or not at all, and reads it back."""
     statistics = Statistics.of(features)
@@ -46,7 +47,6 @@ def write(
         "network": dict(network.identity),
         "imagen_jax": __version__,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_arrays(
         path,
         {
@@ -59,7 +59,7 @@ def write(
     return load(path, network, images.identity)
 
 
-def load(path: Path, network: FeatureNetwork, images: Mapping[str, Any] | None) -> Reference:
+def load(path: AnyPath, network: FeatureNetwork, images: Mapping[str, Any] | None) -> Reference:
     """Reads a reference file and tests it.
 
     images: the identity of the images that it must be of; None accepts any.
@@ -68,7 +68,7 @@ def load(path: Path, network: FeatureNetwork, images: Mapping[str, Any] | None) 
     of another network or other images.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_arrays(path) as file:
             features, mean, covariance = (file[name] for name in ("features", "mean", "covariance"))
             meta = json.loads(str(file["meta"]))
             made_by, origin = dict(meta["network"]), dict(meta["images"])
@@ -76,6 +76,8 @@ def load(path: Path, network: FeatureNetwork, images: Mapping[str, Any] | None) 
     except FileNotFoundError:
         raise ValueError(f"reference {path} does not exist; give a file of --reference") from None
     except Exception as error:  # zipfile and numpy raise many kinds of exceptions
+        if in_bucket(path) and is_away(error):
+            raise
         raise ValueError(
             f"reference {path} is damaged ({_reason(error)}); make it again"
         ) from error
@@ -143,7 +145,7 @@ def images_of(path: Path) -> Mapping[str, Any]:
 def _facts(path: Path) -> tuple[str, Mapping[str, Any]]:
     check_local("--reference", path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_arrays(path) as file:
             meta = json.loads(str(file["meta"]))
         return str(meta["network"]["network"]), {"count": int(meta["images"]["count"])} | meta[
             "images"

@@ -9,15 +9,15 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
 from imagen_jax.evals import keyed_rows
+from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.run_log import Progress
-from imagen_jax.storage import write_arrays
+from imagen_jax.storage import is_away, open_arrays, write_arrays
 
 SHARD_ROWS = 512  # of one shard, if a batch is not larger
 Row = Mapping[str, Any]  # a row of a manifest
@@ -32,7 +32,7 @@ class RowShards:
     per_prompt: pictures per prompt. size: rows per file.
     """
 
-    directory: Path
+    directory: AnyPath
     what: Mapping[str, Any]
     rows: Sequence[Row]
     per_prompt: int
@@ -54,13 +54,12 @@ class RowShards:
                     "values": function(rows),
                     "digest": np.array(self._digest(shard)),
                 }
-                self.directory.mkdir(parents=True, exist_ok=True)
                 write_arrays(self._path(shard), arrays)
                 done += len(rows)
                 progress.update(done)
         return done
 
-    def files(self, process: int, processes: int) -> list[Path]:
+    def files(self, process: int, processes: int) -> list[AnyPath]:
         """The files of a process's share."""
         return [self._path(shard) for shard in self._share(process, processes)]
 
@@ -87,7 +86,7 @@ class RowShards:
     def _keys(self, shard: int) -> Int[np.ndarray, "k 2"]:
         return np.array([divmod(row["row"], self.per_prompt) for row in self._rows(shard)])
 
-    def _path(self, shard: int) -> Path:
+    def _path(self, shard: int) -> AnyPath:
         return self.directory / f"rows_{shard * self.size:06d}.npz"
 
     def _digest(self, shard: int) -> str:
@@ -99,11 +98,12 @@ class RowShards:
     def _read(self, shard: int) -> tuple[np.ndarray, np.ndarray] | None:
         """(keys, values) of a file; None if it is missing, damaged or of other pictures."""
         try:
-            with np.load(self._path(shard), allow_pickle=False) as file:
+            with open_arrays(self._path(shard)) as file:
                 if str(file["digest"]) == self._digest(shard):
                     return file["keys"], file["values"]
-        except Exception:  # missing, or cut short: zipfile and numpy raise many kinds
-            pass
+        except Exception as error:  # missing, or cut short: zipfile and numpy raise many kinds
+            if in_bucket(self.directory) and is_away(error):
+                raise
         return None
 
 

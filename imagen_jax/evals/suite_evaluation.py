@@ -7,7 +7,6 @@ network samples nothing again.
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from imagen_jax.evals import (
 )
 from imagen_jax.evals.distances import clip_score
 from imagen_jax.evals.suite_settings import Identities, Settings, check_networks
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import check_outputs, write_json
 
 RESULT = "evaluation.json"
@@ -38,7 +38,7 @@ FILES = (RESULT, suite_figures.EXTRAPOLATION, suite_figures.CATEGORIES)
 DIRECTORIES = ("pictures", "reference", "features")
 
 
-def evaluate(settings: Settings, output: Path) -> dict[str, Any] | None:
+def evaluate(settings: Settings, output: AnyPath) -> dict[str, Any] | None:
     """Runs the whole evaluation in the directory `output`. Returns the result in process 0.
 
     Raises ValueError in one line for settings, files and weights that do not fit, before anything
@@ -170,7 +170,7 @@ def describe(
     }
 
 
-def described_manifest(manifest: Path) -> dict[str, str]:
+def described_manifest(manifest: AnyPath) -> dict[str, str]:
     """The path and the checksum of a manifest."""
     return {"manifest": str(manifest), "manifest_sha256": sha256_file(manifest)}
 

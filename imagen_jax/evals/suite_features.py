@@ -5,7 +5,6 @@ They are files of consecutive rows. Complete files are kept, so an interrupted e
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from imagen_jax.evals.networks import clip_text, network
 from imagen_jax.evals.networks.network import FeatureNetwork
 from imagen_jax.evals.row_shards import Compute, Row, RowShards, rows_per_shard
 from imagen_jax.evals.suite_settings import Settings
+from imagen_jax.object_storage import AnyPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def load_networks(settings: Settings) -> dict[str, Loaded]:
 
 
 def caption_features(
-    settings: Settings, networks: Mapping[str, Loaded], rows: Sequence[Row], directory: Path
+    settings: Settings, networks: Mapping[str, Loaded], rows: Sequence[Row], directory: AnyPath
 ) -> dict[str, Float[np.ndarray, "n _"]]:
     """{"NETWORK text": CLIP's features of the prompt of each row}; see `picture_features`."""
     texts = [{**row, "sha256": ""} for row in rows]  # whatever the pictures
@@ -60,10 +60,10 @@ def caption_features(
 def picture_features(
     settings: Settings,
     networks: Mapping[str, Loaded],
-    manifest: Path,
+    manifest: AnyPath,
     rows: Sequence[Row],
     size: int,
-    directory: Path,
+    directory: AnyPath,
 ) -> dict[str, Float[np.ndarray, "n _"]]:
     """{kind: values of all rows}, computed by all processes; empty except in process 0.
 
@@ -99,7 +99,7 @@ def network_shard(rows: Sequence[Row]) -> int:
 
 
 def computed(
-    directory: Path,
+    directory: AnyPath,
     what: Mapping[str, Any],
     rows: Sequence[Row],
     per_prompt: int,

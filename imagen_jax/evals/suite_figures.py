@@ -1,22 +1,24 @@
 """The figures of an evaluation on a suite: contact sheets, extrapolation, scores by category."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from imagen_jax import picture_set
 from imagen_jax.evals import image_metrics
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.pictures import figure_png
 from imagen_jax.stage_sizes import Size
-from imagen_jax.storage import write_atomically
+from imagen_jax.storage import remove, write_atomically
 
 Result = Mapping[str, Any]
 EXTRAPOLATION, CATEGORIES = "extrapolation.png", "categories.png"
 
 
-def write(result: Result, manifest: Path, sizes: Sequence[Size], output: Path) -> list[Path]:
+def write(
+    result: Result, manifest: AnyPath, sizes: Sequence[Size], output: AnyPath
+) -> list[AnyPath]:
     """Writes the figures that a result has into the directory `output`; returns their paths.
 
     Removes figures of an earlier result that this one has no numbers for.
@@ -33,7 +35,7 @@ def write(result: Result, manifest: Path, sizes: Sequence[Size], output: Path) -
     if result.get("categories"):
         figures[CATEGORIES] = categories(result["categories"], metrics[clip]["clip_score"], clip)
     for name in {EXTRAPOLATION, CATEGORIES} - figures.keys():
-        (output / name).unlink(missing_ok=True)
+        remove(output / name)
     for name, content in figures.items():
         write_atomically(output / name, content)
         written.append(output / name)

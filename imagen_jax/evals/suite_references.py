@@ -1,7 +1,6 @@
 """The real images of an evaluation on a suite: checks before sampling, and their features."""
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from imagen_jax.evals.networks import network
 from imagen_jax.evals.networks.network import FeatureNetwork
 from imagen_jax.evals.real_images import Images, RealImages
 from imagen_jax.evals.suite_settings import Identities, Settings
+from imagen_jax.object_storage import AnyPath
+from imagen_jax.storage import remove
 
 log = logging.getLogger("imagen_jax.evaluate")
 
@@ -75,7 +76,7 @@ def _real_images(settings: Settings, name: str, size: int) -> Mapping[str, Any] 
     return None if settings.images is None else settings.images(size).identity
 
 
-def make(settings: Settings, size: int, directory: Path) -> dict[str, reference.Reference]:
+def make(settings: Settings, size: int, directory: AnyPath) -> dict[str, reference.Reference]:
     """{network: features of the real images}: of the given files, or computed and kept.
 
     Computed ones are in process 0 only, which computes the metrics. Networks without a metric that
@@ -100,7 +101,7 @@ def _reference_of(paths: Sequence[str], name: str) -> str:
     return next((path for path in paths if reference.network_of(Path(path)) == name), "")
 
 
-def _kept(images: RealImages, loaded: FeatureNetwork, path: Path) -> reference.Reference | None:
+def _kept(images: RealImages, loaded: FeatureNetwork, path: AnyPath) -> reference.Reference | None:
     """The reference file in the output directory, in process 0; all make it if it is missing."""
     found = _read(images, loaded, path) if jax.process_index() == 0 else None
 
@@ -124,11 +125,11 @@ def _kept(images: RealImages, loaded: FeatureNetwork, path: Path) -> reference.R
     if not features:
         return None
     made = reference.write(images, loaded, features[loaded.name], path)
-    shutil.rmtree(parts)
+    remove(parts)
     return made
 
 
-def _read(images: RealImages, loaded: FeatureNetwork, path: Path) -> reference.Reference | None:
+def _read(images: RealImages, loaded: FeatureNetwork, path: AnyPath) -> reference.Reference | None:
     """The file of an earlier evaluation; None if it is missing, damaged or of something else."""
     try:
         return reference.load(path, loaded, images.identity)

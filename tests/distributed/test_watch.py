@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from imagen_jax.distributed import startup, watch
+from imagen_jax.distributed import device_faults, startup, watch
 from imagen_jax.distributed.watch import Heartbeat, Watch, stalled_processes
-from imagen_jax.exit_codes import HardwareFault
+from imagen_jax.exit_codes import DeviceFailed, HardwareFault
 
 HOSTS = ["a", "b", "c"]
 LOST_S = 1.0
@@ -235,7 +235,37 @@ def test_failed_operation_is_blamed_on_the_process_that_went(processes, capfd):
     with pytest.raises(jax.errors.JaxRuntimeError), watching:
         watching._store = Talking()
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-    assert codes == [1] and "RESOURCE_EXHAUSTED" in capfd.readouterr().err
+    assert codes == [2] and "RESOURCE_EXHAUSTED" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text, blamed", [("DATA_LOSS: x", [1]), ("INTERNAL: Gloo failed", [0])])
+def test_a_failed_device_is_blamed_on_its_host(processes, capfd, text, blamed):
+    """Catches: a failed device blamed on a process that waits, or a process that is gone blamed on
+    the device of one that notices.
+    """
+    import jax
+
+    watching, store, codes = processes(1)
+    recorded = []
+    watching.failures = Recorded(recorded)
+    with pytest.raises(DeviceFailed), watching:
+        store.beat(0, 1), store.beat(2, 1)  # process 0 is silent from now on
+        until(lambda: store.beat(2, time.monotonic_ns()) or watching._heartbeats)
+        with device_faults.named(lambda: 7):
+            raise jax.errors.JaxRuntimeError(text)
+    assert codes == [4 if blamed == [1] else watch.LOST]
+    assert [process for process, _ in recorded] == blamed
+    assert "Traceback" not in capfd.readouterr().err
+
+
+class Recorded:
+    """Takes what `HostFailures` writes."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def record(self, process, host, code, reason):
+        self.found.append((process, code))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, drawing, picture_set, schema
+from imagen_jax import cascade, drawing, picture_set, schema, set_reservations
 from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.evals import grid_evaluation, grid_pictures, settings_grid
 from imagen_jax.picture_set import Requests
@@ -120,7 +120,7 @@ def test_pictures_of_other_prompts_do_not_count_as_drawn(make_drawer, tmp_path):
     place = tmp_path / points[0].parent.directory / grid_pictures.PICTURES
     for requests, pictures in ((Requests(["other"], 4, 7), 4), (REQUESTS, 1)):
         job = grid_pictures.job(drawer, points[0].parent, requests)
-        with picture_set.reserve(place, job, len(requests)) as first:
+        with set_reservations.reserve(place, job, len(requests)) as first:
             part = picture_set.part_path(place, first, "p")
             made = picture_set.PictureSet(place, requests, {}, first, part)
             for row in range(pictures):

@@ -30,8 +30,8 @@ from tests.launch.test_job import CONFIG, LOCAL, NEEDED, read
         ((*LOCAL, "--workdir=r", "--processes=0"), "give at least one process"),
         ((*LOCAL, "--workdir=r", "--retries=-1"), "--retries=-1 is negative"),
         (
-            (*LOCAL, "--workdir=gs://b/r"),
-            "--workdir=gs://b/r is in a bucket: mount it",
+            (*LOCAL, "--workdir=gs://b/r", "--config.data.path=gs://b/d"),
+            "--config.data.path=gs://b/d is in a bucket: mount it",
         ),
         ((*LOCAL, "--workdir=r", "--topology=v5e:2x4"), "is not for --where local"),
         ((*LOCAL, "--workdir=r", "--stage=a=b"), "give one of"),
@@ -106,7 +106,10 @@ from tests.launch.test_job import CONFIG, LOCAL, NEEDED, read
             "starts one slice",
         ),
         (
-            ("--where=slurm", "--topology=h100:8", "--workdir=gs://b/r", *LOCAL[2:]),
+            (
+                *("--where=slurm", "--topology=h100:8", "--workdir=gs://b/r", *LOCAL[2:]),
+                "--config.data.path=gs://b/d",
+            ),
             "directories that all nodes share",
         ),
         (

@@ -70,6 +70,32 @@ def test_a_bucket_is_a_directory_on_the_machines():
     assert job.buckets == ("b", "c")
 
 
+@pytest.mark.parametrize(
+    "command, given, expected, buckets",
+    [
+        ("train", ["--workdir=gs://b/r"], ["--workdir=gs://b/r"], ()),
+        ("train", ["--workdir", "gs://b/r"], ["--workdir", "gs://b/r"], ()),
+        ("train", ["-fork=gs://b/r", "gs://c"], ["-fork=gs://b/r", "/mnt/gs/c"], ("c",)),
+        ("train", ["--init_from=/mnt/gs/b/r"], ["--init_from=/mnt/gs/b/r"], ("b",)),
+        ("train", ["--workdirs=gs://b/r"], ["--workdirs=/mnt/gs/b/r"], ("b",)),
+        ("evaluate", ["--checkpoint=gs://b/r"], ["--checkpoint=gs://b/r"], ()),
+        ("evaluate", ["--output=gs://b/r"], ["--output=/mnt/gs/b/r"], ("b",)),
+        ("export", ["--output=gs://b/r"], ["--output=gs://b/r"], ()),
+        ("prepare_data", ["--output=gs://b/r"], ["--output=/mnt/gs/b/r"], ("b",)),
+    ],
+)
+def test_only_what_needs_a_mount_is_mounted(command, given, expected, buckets):
+    """Catches a run on a mount although the command reads buckets itself, a path that the command
+    refuses because it is not mounted, and machines without the package that reads buckets.
+    """
+    job = jobs.Job("n", ("-m", f"imagen_jax.{command}", *given), "gs://b/r")
+    assert list(job.command("p"))[3:] == expected and job.buckets == buckets
+    assert job.opens_buckets == any("gs://" in text for text in expected)
+    assert bool(job.unmounted) == (expected != given)
+    job = dataclasses.replace(job, topology=parse("v5e:2x4"))
+    assert (",gcs]" in job.install) == job.opens_buckets
+
+
 def test_a_config_elsewhere_is_not_promised_to_other_machines(tmp_path, capsys):
     """Catches machines that start without a config that only this machine has."""
     (tmp_path / "c.py").write_text((tiny.ROOT / "configs" / "base_64.py").read_text())
@@ -150,12 +176,11 @@ def test_data_of_this_machine_is_not_promised_to_others(where, capsys):
             (f"--config.data.path={path} " in error or "has no bucket name" in error)
             and "give gs://BUCKET/PATH" in error
         )
-    for more in (["--init_from=/old"], ["--init_from=gs://b/o", "--init_from", "old"]):
-        assert command_line.main([*argv, "--config.data.path=gs://b/d", "--", *more]) == 2
-        assert (
-            f"--init_from={more[-1].removeprefix('--init_from=')} exists only on this machine"
-            in capsys.readouterr().err
-        )
+    for flag in ("--init_from", "--fork"):
+        for more in ([f"{flag}=/old"], [f"{flag}=gs://b/o", flag, "old"]):
+            assert command_line.main([*argv, "--config.data.path=gs://b/d", "--", *more]) == 2
+            shown = f"{flag}={more[-1].removeprefix(f'{flag}=')} exists only on this machine"
+            assert shown in capsys.readouterr().err
     for more in (["--init_from=embedded:base_16"], ["--init_from", "gs://b/o"]):
         assert command_line.main([*argv, "--config.data.path=gs://b/d", "--", *more]) == 0
 
@@ -165,23 +190,18 @@ def test_buckets_that_a_training_reads_are_mounted(tmp_path, monkeypatch):
     config = {"data": {"path": "gs://c/d", "mixture": []}}
     monkeypatch.setattr(jobs, "read_config", lambda *_: config)
     one_job = jobs.training("", "configs/base_64.py", ["--config.seed=1"], "gs://b/r", "tpu")
-    assert one_job.command()[-1] == "--config.data.path=/mnt/gs/c/d" and one_job.buckets == (
-        "b",
-        "c",
-    )
+    assert one_job.command()[-1] == "--config.data.path=/mnt/gs/c/d" and one_job.buckets == ("c",)
+    assert "--workdir=gs://b/r" in one_job.command()
     config["data"]["path"] = "/mnt/gs/e/d"
     one_job = jobs.training(
         "", "configs/base_64.py", ["--config.data.path=/mnt/gs/e/d"], "gs://b/r", "tpu"
     )
-    assert one_job.command()[-1] == "--config.data.path=/mnt/gs/e/d" and one_job.buckets == (
-        "b",
-        "e",
-    )
+    assert one_job.command()[-1] == "--config.data.path=/mnt/gs/e/d" and one_job.buckets == ("e",)
 
     config["data"] = {"path": "", "mixture": [["gs://c/d", 0.7], ["/mnt/gs/f/d", 0.3]]}
     one_job = jobs.training("", "configs/base_64.py", [], "gs://b/r", "tpu")
     mounted = "--config.data.mixture=(('/mnt/gs/c/d', 0.7), ('/mnt/gs/f/d', 0.3))"
-    assert one_job.command()[-1] == mounted and one_job.buckets == ("b", "c", "f")
+    assert one_job.command()[-1] == mounted and one_job.buckets == ("c", "f")
 
 
 @pytest.mark.parametrize("where", ["tpu", "gke", "sky", "slurm"])
@@ -205,7 +225,7 @@ def test_a_mixture_is_launched(where, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "data.mixture" in out and "gs://c/one" not in out and "gs://d/two" not in out
     (job,), _ = read(*argv, f'{field}=(("{one}", 0.7), ("{two}", 0.3))')
-    assert job.buckets == (() if on_disk else ("b", "c", "d"))
+    assert job.buckets == (() if on_disk else ("c", "d"))
     if on_disk:
         assert command_line.main([*argv, f"{field}=(('gs://c/one', 1.0), ('/d/two', 1.0))"]) == 2
         assert "is in a bucket: on SLURM" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Manifests for GKE and SkyPilot against their schemas; scripts for SLURM, which are run."""
 
+import dataclasses
 import json
 import os
 import re
@@ -27,7 +28,10 @@ SECRETS = dict(secrets=("HF_TOKEN",), environment={"WORD": "a 'b' $c"})
 
 
 def bucket_job(topology: str, **fields):
-    return job("gs://b/r", topology=parse(topology), **SECRETS | fields)
+    """A job whose workdir is in a bucket that it opens itself, and its data in one to mount."""
+    one_job = job("gs://b/r", topology=parse(topology), **SECRETS | fields)
+    data = "--config.data.path=gs://d/x"
+    return dataclasses.replace(one_job, arguments=(*one_job.arguments, data))
 
 
 def jobset(one_job, *more: str) -> dict:
@@ -193,9 +197,10 @@ def test_pods_have_the_buckets_and_the_secrets_by_name(monkeypatch):
     volume = next(volume for volume in pod["spec"]["volumes"] if volume["name"] == "bucket-0")
     assert (
         volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
-        and volume["csi"]["volumeAttributes"]["bucketName"] == "b"
+        and volume["csi"]["volumeAttributes"]["bucketName"] == "d"
     )
-    assert {"name": "bucket-0", "mountPath": "/mnt/gs/b"} in container["volumeMounts"]
+    mounts = [one for one in container["volumeMounts"] if one["name"].startswith("bucket")]
+    assert mounts == [{"name": "bucket-0", "mountPath": "/mnt/gs/d"}]
     assert "hf_secret" not in json.dumps(read)
     assert {
         "name": "HF_TOKEN",
@@ -208,7 +213,8 @@ def test_pods_have_the_buckets_and_the_secrets_by_name(monkeypatch):
         check=True,
     ).stdout
     assert shown.endswith(
-        '\n-m|imagen_jax.train|--config.name=it\'s a "$HOME" `x`|--workdir=/mnt/gs/b/r|'
+        '\n-m|imagen_jax.train|--config.name=it\'s a "$HOME" `x`|--workdir=gs://b/r|'
+        "--config.data.path=/mnt/gs/d/x|"
     )
 
 
@@ -253,9 +259,8 @@ def test_a_sky_task(topology, nodes, accelerators, monkeypatch):
         and read["resources"]["job_recovery"] == {"max_restarts_on_errors": 4}
         and read["resources"]["infra"] == "gcp/us-west4"
     )
-    assert read["file_mounts"] == {"/mnt/gs/b": {"source": "gs://b", "mode": "MOUNT"}} and read[
-        "envs"
-    ] == {"WORD": "a 'b' $c"}
+    assert read["file_mounts"] == {"/mnt/gs/d": {"source": "gs://d", "mode": "MOUNT"}}
+    assert read["envs"] == {"WORD": "a 'b' $c"} and ",gcs]" in read["setup"]
     assert read["secrets"] == {"HF_TOKEN": None} and "hf_secret" not in json.dumps(read)
     run = read["run"].replace(
         "exec python",
@@ -273,7 +278,7 @@ def test_a_sky_task(topology, nodes, accelerators, monkeypatch):
     assert shown[:3] == (
         ["10.0.0.1:8476", "4", "3"] if topology.startswith("h100") else ["", "", ""]
     )
-    assert shown[3:5] == ["-m", "imagen_jax.train"] and "--workdir=/mnt/gs/b/r" in shown
+    assert shown[3:5] == ["-m", "imagen_jax.train"] and "--workdir=gs://b/r" in shown
 
 
 def test_sky_jobs_are_submitted_once(tool, tmp_path, monkeypatch):

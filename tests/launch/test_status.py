@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from imagen_jax.checksums import CHECKSUMS
+from imagen_jax.distributed.host_failures import HostFailures
 from imagen_jax.locks import is_locked, only_process
 from launch import platforms, status
 from tests.launch.conftest import job, options
@@ -46,6 +47,24 @@ def test_a_running_training(tmp_path):
     )
     assert row.loss == 1 / 50 and row.images_per_s == 10 and row.left == 50 * 20 / 10
     assert status.read(job(run)).state == "stopped"
+
+
+def test_hosts_that_failed_are_named(tmp_path, capsys):
+    """Catches a host whose failures stay unknown, one that is to be removed after one failure, and
+    failures that do not say which run had them.
+    """
+    for name, failed in (("a", ["x", "y"]), ("b", ["x", "y", "x"]), ("c", [])):
+        run = workdir(tmp_path / name, 5)
+        for n, host in enumerate(failed):
+            HostFailures(run, f"{n}-ab").record(0, host, 75, "no\nheartbeat")
+    assert status.main([str(tmp_path)]) == 0
+    *table, first, second, third, fourth = capsys.readouterr().out.splitlines()
+    assert len(table) == 4 and not any("host" in line for line in table)
+    assert first.startswith("a: host x failed once in this run, at 20")
+    assert second.startswith("a: host y failed once") and fourth.startswith("b: host y failed once")
+    assert third.startswith("b: host x failed 2 times in this run, last at 20")
+    assert third.endswith("with exit code 75 (no heartbeat): remove it from the job")
+    assert "remove" not in first + second + fourth
 
 
 def test_the_ends_of_a_training(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from imagen_jax import goodput, locks, run_log, storage
 from imagen_jax.checksums import CHECKSUMS
+from imagen_jax.distributed.host_failures import HostFailures
 from launch import status
 from tests import storage_emulator
 from tests.launch.conftest import job
@@ -93,13 +94,16 @@ def test_the_trainings_of_a_bucket(capsys):
     directory with the same beginning.
     """
     for name in ("sweep/arm_1/base", "sweep/arm_2", "sweep2/arm", "sweep/arm_2/overfit"):
-        write(name, 2, ["1/meta.json"])
+        path = write(name, 2, ["1/meta.json"])
+        HostFailures(path, "1-ab").record(0, "one", 75, "lost")
     found = [("arm_1/base", f"{URL}/sweep/arm_1/base"), ("arm_2", f"{URL}/sweep/arm_2")]
     assert status.inside(f"{URL}/sweep") == status.inside(f"{URL}/sweep/") == found
     assert status.inside(f"{URL}/sweep/arm_2") == [("arm_2", f"{URL}/sweep/arm_2")]
     assert status.main([f"{URL}/sweep"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["stage", "arm_1/base", "arm_2"]
+    rows = ["stage", "arm_1/base", "arm_2", "arm_1/base:", "arm_2:"]
+    assert [line.split()[0] for line in lines] == rows
+    assert "arm_2: host one failed once" in lines[-1]
 
 
 def test_a_bucket_that_does_not_exist(capsys):

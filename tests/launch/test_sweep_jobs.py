@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from launch import sweep
-from tests import tiny
 
 ABLATION = """
 from configs import base_64
@@ -115,46 +114,6 @@ def test_dry_run_submits_nothing(command, tmp_path, capsys, flag):
     out = capsys.readouterr().out
     assert submitted(tmp_path) == [] and not (tmp_path / "runs").exists()
     assert out.count("#!/bin/bash") == 2 and "evaluate fast_guided, seed 0: to run" in out
-
-
-def test_a_sweep_in_a_bucket(tmp_path, capsys):
-    """Catches a local directory named after the bucket, and trainings that get the mount point."""
-    command = [
-        "--config",
-        f"{tiny.ROOT}/configs/ablations/noise_augmentation.py:demo",
-        "--workdir=gs://b/sweep",
-        "--config.data.path=gs://b/data",
-    ]
-    assert (
-        sweep.main([*command, "--where=gke", "--image=i", "--topology=v5e:2x4", "--dry-run"]) == 0
-    )
-    out = capsys.readouterr().out
-    assert (
-        "--workdir=/mnt/gs/b/sweep/" in out
-        and "--config=configs/ablations/noise_augmentation.py:demo" in out
-    )
-    assert "bucketName: b\n" in out and "gs:/b" not in out.replace("gs://b", "")
-    assert (
-        "--data=/mnt/gs/b/data" in out
-        and "evaluations run on a machine where the buckets are mounted at /mnt/gs/" in out
-    )
-    assert (
-        "=gs://" not in out and "seed 0: a job\n" in out
-    )  # the jobs above have the trainings' commands
-
-
-def test_data_of_this_machine_is_not_promised_to_the_jobs(capsys):
-    """Catches a sweep that skips the checks of launch."""
-    command = [
-        "--config",
-        f"{tiny.ROOT}/configs/ablations/noise_augmentation.py:demo",
-        "--workdir=gs://b/sweep",
-        "--config.data.path=/data",
-    ]
-    assert (
-        sweep.main([*command, "--where=gke", "--image=i", "--topology=v5e:2x4", "--dry-run"]) == 2
-    )
-    assert "--config.data.path=/data exists only on this machine" in capsys.readouterr().err
 
 
 def test_mistakes_are_found_before_the_first_job(command, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The five parts in order of value: the processes of each and their time limits."""
+"""The six parts in order of value: the processes of each and their time limits."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ TRIALS: dict[str, tuple[str, dict[str, Any], str]] = {
 # Seconds of each part of nine minutes; what one leaves over goes to the last.
 SECONDS = {
     "correct": 120.0, "train_speed": 180.0, "sampling": 90.0, "side_by_side": 70.0,
-    "pictures": 540.0,
+    "long_run": 100.0, "pictures": 540.0,
 }  # fmt: skip
 # Programs that compile at once. A compiler tries kernels on the device and keeps the memory for it:
 # with fourteen at once on an H100 it ran out, and no train step was compiled within 300 s.
@@ -54,6 +54,7 @@ class Parts:
         self._queue: list[tuple[str, str, dict[str, Any]]] = []
         self._compiling: dict[str, Process] = {}
         self._data: Process | None = None
+        self._prepared = False
 
     def prepare(self, selected: Sequence[str]) -> None:
         """Starts the tasks that leave the device free: compilation, the longest, and the data.
@@ -71,7 +72,7 @@ class Parts:
         if "side_by_side" in selected:
             self._queue.append(("imagen_jax", "side_by_side", self._compared("jax")))
         self._compile_more()
-        if "pictures" in selected:
+        if "pictures" in selected or "long_run" in selected:
             data = [sys.executable, "-m", "imagen_jax.prepare_data", "--source", "emoji"]
             data += ["--output", self.session.work / "data", "--encoder", "t5_tiny"]
             data += ["--max_length", "32"]
@@ -179,10 +180,26 @@ class Parts:
         if not self.session.tiny:
             run("PyTorch, compiled", self._compared("torch", compiled=True))
 
+    def _has_data(self, part: str) -> bool:
+        """Waits for the prepared data, once for all parts; whether there are any."""
+        if self._data:
+            outcome = self.session.finish(part, "data", self._data, self.session.left())
+            self._data, self._prepared = None, outcome.done
+        return self._prepared
+
+    def long_run(self) -> None:
+        """Kills a training and continues it."""
+        if self._has_data("long_run"):
+            work = self.session.work
+            arguments = {"data": str(work / "data"), "directory": str(work)}
+            self.session.task(
+                "long_run", "base", "long_run", arguments, self.session.left(), SHARED
+            )
+
     def pictures(self) -> None:
         """Trains the stages of the demo cascade side by side, exports them and samples."""
         session, python = self.session, [sys.executable, "-m"]
-        if not session.finish("pictures", "data", self._data, session.left()).done:
+        if not self._has_data("pictures"):
             return
         variant, data = "tiny" if session.tiny else "demo", session.work / "data"
         task = {"data": str(data), "directory": str(session.work), "output": ""}

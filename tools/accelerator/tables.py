@@ -20,6 +20,7 @@ def markdown(about: Mapping[str, Any], parts: Parts) -> str:
         "train_speed": train_speed,
         "sampling": sampling,
         "side_by_side": side_by_side,
+        "long_run": long_run,
         "pictures": pictures,
     }
     lines = [facts(about)]
@@ -190,6 +191,29 @@ def side_by_side(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "run", "implementation", "parameters", "batch", "pass", "time", "images/s", "note",
     )  # fmt: skip
     return table(heads, rows)
+
+
+def long_run(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Speed and memory before the kill and after it, then the ledger and the trace."""
+    rows, lines = [], []
+    for name, entry in tasks.items():
+        for what in ("killed", "continued"):
+            if r := last(entry, what):
+                memory = (r.get(f"memory/{m}_gib") for m in ("device", "device_peak", "host"))
+                rows.append((
+                    f"{name}, {what}", str(r["last_step"]), number(r["images_per_s"], "{:.1f}"),
+                    *(number(value, "{:.2f} GiB") for value in memory), "",
+                ))  # fmt: skip
+        if r := last(entry, "ledger"):
+            parts = ", ".join(f"{k} {v:.1f} s" for k, v in sorted(r["seconds"].items()))
+            clocks = f"{r['ledger_s']:.1f} s in the ledger, {r['outside_s']:.1f} s outside"
+            lines += ["", f"{name}: {clocks}; {parts}."]
+        if r := last(entry, "trace"):
+            lines += ["", f"{name}: the trace has {number(r['bytes'], '{:.1f} MiB', 2**-20)}."]
+        if note(entry):
+            rows.append((name, *["-"] * 5, note(entry)))
+    heads = ("training", "last step", "images/s", "device", "device, peak", "host", "note")
+    return table(heads, rows) + lines
 
 
 def pictures(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:

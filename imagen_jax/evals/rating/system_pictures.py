@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagen_jax import picture_set
+from imagen_jax import picture_set, set_reservations
 from imagen_jax.caption_text import clean
 from imagen_jax.checksums import sha256_file
 from imagen_jax.evals.rating.design import Item
@@ -67,7 +67,7 @@ def read(name: str, source: str, items: Sequence[Item]) -> SystemPictures:
     if (directory / MANIFEST).is_file():
         return _from_manifest(name, directory, items)
     for folder in (directory, directory / SETS):
-        if sets := picture_set.sets(folder):
+        if sets := set_reservations.sets(folder):
             return _from_set(name, _only_manifest(folder, sorted(sets)), items)
     return _from_folder(name, directory, items)
 
