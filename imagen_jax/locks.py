@@ -89,11 +89,13 @@ class BucketLock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # TensorStore repeats requests for many minutes; after expiry_s the lock has expired anyway.
         self._ended.set()
-        self._thread.join()
+        self._thread.join(self._expiry_s)
         try:
             with bucket_errors(self._directory):
-                self._store.write(self._name, None, if_equal=self._generation).result()
+                removal = self._store.write(self._name, None, if_equal=self._generation)
+                removal.result(timeout=self._expiry_s)
         except OSError as error:
             log.warning("the lock of %s was not removed, it expires: %s", self._directory, error)
 
@@ -144,6 +146,8 @@ class BucketLock:
             except OSError as error:
                 log.warning("the lock of %s could not be renewed: %s", self._directory, error)
                 continue
+            if self._ended.is_set():  # a renewal that ends after the lock was given up
+                return
             message = (
                 "another process has taken over %s, after %.0f s without a renewal of its lock"
             )

@@ -4,15 +4,18 @@ r"""Turns captioned images into prepared data: images and text features in shard
         --max_length 32
 
 First the images: every one is checked, images and captions are selected, and the images are stored.
-Then each distinct caption is encoded once, by one text encoder after another. All this is written
-to OUTPUT.partial, which is renamed to OUTPUT at the end. A journal there lists the finished shards.
-The same command therefore continues an interrupted run, with any number of processes, and produces
-identical bytes. imagen_jax/data/records.py describes the result. OUTPUT/skipped.jsonl lists every
-skipped or changed item with the reason.
+Then each distinct caption is encoded once, by one text encoder after another. OUTPUT is complete
+when OUTPUT/manifest.json exists, which is written last. Until then OUTPUT/partial holds work files;
+a journal there lists the finished shards. The same command therefore continues an interrupted run,
+with any number of processes, and produces identical bytes. imagen_jax/data/records.py describes the
+result. OUTPUT/skipped.jsonl lists every skipped or changed item with the reason.
+
+OUTPUT may be in a bucket, gs://BUCKET/PATH, without a mount. A process then writes each shard to a
+local temporary directory ($TMPDIR) before it stores the shard.
 
 On several hosts, start the same command once on each; imagen_jax/distributed explains how they find
-each other. OUTPUT must be on a file system that all of them share, such as NFS or Lustre, not in a
-bucket. Each process works on a fixed share and encodes on its own devices. If a process dies, the
+each other. OUTPUT must be in a bucket or on a file system that all of them share, such as NFS or
+Lustre. Each process works on a fixed share and encodes on its own devices. If a process dies, the
 others name it and exit; the same command continues. Memory does not grow with the number of images.
 `--beam` ingests the images on an Apache Beam runner instead.
 """
@@ -21,7 +24,6 @@ import logging
 import shlex
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from absl import flags
 
@@ -35,16 +37,16 @@ from imagen_jax.data.prepare.resize import AS_IS, FORMATS, Resize
 from imagen_jax.data.prepare.settings import Settings
 from imagen_jax.data.prepare.shards import AGAIN
 from imagen_jax.data.prepare.work_directory import (
-    SHARD_INDEX,
+    adopt_earlier_work,
     check_output,
-    check_work_directory,
-    work_directory,
+    shard_index,
 )
 from imagen_jax.data.sources import source
 from imagen_jax.distributed import agreement
 from imagen_jax.distributed.startup import hosts
 from imagen_jax.encoders_in_turn import Encoders
-from imagen_jax.storage import check_local, check_utf8
+from imagen_jax.object_storage import AnyPath, in_bucket
+from imagen_jax.storage import check_local, exists
 from imagen_jax.text.encoder_list import parse_encoders
 
 # Flags that all processes of a run need alike: what is done next, and all that the bytes depend on.
@@ -162,21 +164,22 @@ def main() -> int:
 def _run(args: flags.FlagValues) -> None:
     cli.log_to_stderr()
     logging.getLogger("apache_beam").setLevel(logging.ERROR)  # it tells of every step
-    settings, output = _settings(args), Path(args.output).resolve()
+    settings, output = _settings(args), _output(args)
     if args.preview_captions:
-        return _preview_captions(args)
-    reads_only = args.dry_run or (output / records.MANIFEST).is_file()
+        return _preview_captions(args, output)
+    reads_only = args.dry_run or exists(output / records.MANIFEST)
     if not args.dry_run:
         check_output(output)
-    if not reads_only:
-        output_paths.make_directory("output", str(output.parent))
-        check_work_directory(work_directory(output))
+    if not reads_only and not in_bucket(output):
+        output_paths.make_directory("output", str(output if output.exists() else output.parent))
     ingestion = _ingestion(args.beam)
     with cli.processes(args, restart=AGAIN) as watch:
         agreement.check({f"--{name}": str(args[name].value) for name in ALIKE})
         encoders = None if args.images_only else _encoders(args.encoder, args.max_length)
-        index = work_directory(output) / SHARD_INDEX
-        images = source.open_source(args, index, reads_only)
+        if not reads_only:
+            agreement.check_in_first(lambda: adopt_earlier_work(output))
+        with shard_index(output, reads_only) as index:
+            images = source.open_source(args, index, reads_only)
         if not args.dry_run:
             at = lambda activity: watch.at(0, activity)
             prepare(images, encoders, output, settings, ingestion, at)
@@ -184,13 +187,27 @@ def _run(args: flags.FlagValues) -> None:
             count, price = len(hosts()) or 1, args.price_per_gib_month
             dry_run(images, encoders, settings, count, price)
         if args.verify and not args.dry_run:
-            _verify(records.Prepared(output))
+            _verify(output)
         agreement.gather()  # nobody leaves before process 0 is done
 
 
-def _verify(prepared: records.Prepared) -> None:
+def _output(args: flags.FlagValues) -> AnyPath:
+    """The directory of the result. Raises ValueError if it cannot be one."""
+    output = output_paths.output_directory("output", args.output)
+    if not in_bucket(output):
+        return output.resolve()
+    if args.beam:
+        raise ValueError(
+            f"--beam writes to a file system that its workers share, not to --output {output}:"
+            " mount the bucket in the workers, or leave --beam out"
+        )
+    return output
+
+
+def _verify(output: AnyPath) -> None:
     """Compares every shard with its checksum; the processes divide them."""
-    prepared.verify(agreement.own_share(list(prepared.manifest["shards"])))
+    manifest = records.read_manifest(output)
+    records.verify_shards(output, manifest, agreement.own_share(list(manifest["shards"])))
     agreement.gather()
     if agreement.is_first():
         print("every shard matches its checksum")
@@ -211,8 +228,6 @@ def _settings(args: flags.FlagValues) -> Settings:
             raise ValueError(f"--{name} has no effect with --text_only: leave it out")
     for encoder in parse_encoders(args.encoder).values() if args.encoder else ():
         check_local("--encoder", encoder)
-    check_local("--output", args.output)
-    check_utf8("--output", Path(args.output).resolve())
     return Settings(
         shard_size=args.shard_size,
         min_size=args.min_size,
@@ -238,10 +253,11 @@ def _ingestion(options: str) -> Callable:
     return beam_ingest.on_runner(words)
 
 
-def _preview_captions(args: flags.FlagValues) -> None:
-    index = work_directory(Path(args.output).resolve()) / SHARD_INDEX
+def _preview_captions(args: flags.FlagValues, output: AnyPath) -> None:
+    with shard_index(output, read_only=True) as index:
+        images = source.open_source(args, index, read_only=True)
     preview_captions(
-        source.open_source(args, index, read_only=True),
+        images,
         _tokens(args.encoder, args.max_length),
         args.preview_captions,
         args.shard_size,

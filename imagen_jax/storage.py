@@ -297,6 +297,32 @@ def directory_names(directory: AnyPath) -> list[str]:
     return sorted(name.rstrip("/").rpartition("/")[2] for name in directories)
 
 
+def file_sizes(directory: AnyPath) -> dict[str, int]:
+    """{name: bytes} of the files in a directory; {} if it does not exist."""
+    try:
+        if not in_bucket(directory):
+            with os.scandir(directory) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        import fsspec
+
+        with bucket_errors(directory):
+            listed = fsspec.filesystem("gcs").ls(os.fspath(directory), detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    files = (entry for entry in listed if entry["type"] == "file")
+    return {entry["name"].rpartition("/")[2]: entry["size"] for entry in files}
+
+
+def file_size(path: AnyPath) -> int | None:
+    """The size of a file in bytes; None if it does not exist."""
+    try:
+        with bucket_errors(path):
+            stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.length if in_bucket(path) else stat.st_size
+
+
 def written_at(path: AnyPath) -> float:
     """When a file was written, in seconds since 1970; -inf if it does not exist."""
     try:

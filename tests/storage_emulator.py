@@ -29,6 +29,7 @@ import urllib.request
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUCKET = "imagen-jax-test"
 START_S = 30.0
+SET_FAILING = "/failing/"
 HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
 OBJECT = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)")
 LISTING = re.compile(r"/storage/v1/b/[^/]+/o/?")
@@ -64,6 +65,11 @@ def served(failing=0.0, delay=0.0, seed=0):
             process.kill()
 
 
+def set_failing(env, share):
+    """Changes the share of requests that a server fails. env: its `environment`."""
+    urllib.request.urlopen(f"{env['STORAGE_EMULATOR_HOST']}{SET_FAILING}{share}").close()
+
+
 def free_port():
     with socket.socket() as bound:
         bound.bind(("localhost", 0))
@@ -91,6 +97,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Prints nothing."""
 
     def do_GET(self):
+        if self.path.startswith(SET_FAILING):
+            self.server.failing = float(self.path.removeprefix(SET_FAILING))
+            return self.answer(200, {}, b"")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = self.read_chunks()

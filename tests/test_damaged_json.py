@@ -51,9 +51,9 @@ def prepared(needs: str) -> Reader:
 
 
 def write_shard(directory: Path) -> Path:
-    (directory / "result" / SHARD).parent.mkdir(parents=True)
-    (directory / "result" / SHARD).write_bytes(b"x")
-    return directory
+    (directory / SHARD).parent.mkdir(parents=True)
+    (directory / SHARD).write_bytes(b"x")
+    return directory / "partial"
 
 
 LEAF = {"format_version": 1, "step": 3, "meta": {}, "leaves": {"ema/w": [[2, 3], "bfloat16"]}}
@@ -109,7 +109,7 @@ READERS = {
         lambda d: ingest.read_checked(d, ingest.Span(0, 1)),
     ),
     "journal": Reader(
-        f"journal/{Path(SHARD).name}.json",
+        f"partial/journal/{Path(SHARD).name}.json",
         ENTRY | {"cut": [], "tokens": {}, "norm": {}},
         "bytes",
         lambda d: shards.finished(write_shard(d), shards.Shard(SHARD, "train", 0, 1)),

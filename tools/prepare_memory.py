@@ -9,7 +9,7 @@ decode at once.
 
 It prints one column for each number of items:
 
-- work files: the largest size of OUTPUT.partial without result/, sampled every second
+- work files: the largest size of OUTPUT/partial, sampled every second
 - memory: the largest resident memory (VmHWM) of this process and of a worker process
 - opening: `pipeline.batches` until the first batch is there, in a new process, with files evicted
   from the page cache first; once without and once with the start of Python and the imports
@@ -190,7 +190,7 @@ def openings(prepared: Path) -> dict[str, dict[str, float]]:
 def sampled(partial: Path) -> Iterator[dict[str, int]]:
     """Yields a dictionary that is filled while the block runs.
 
-    work_bytes: largest allocated size of `partial` without result/. start_bytes: resident memory of
+    work_bytes: largest allocated size of `partial`. start_bytes: resident memory of
     this process at the start. main_bytes, worker_bytes: largest resident memory of this process and
     of its children.
     """
@@ -222,9 +222,7 @@ def sampled(partial: Path) -> Iterator[dict[str, int]]:
 
 def _work_bytes(partial: Path) -> int:
     total = 0
-    for directory, folders, names in os.walk(partial):
-        if Path(directory) == partial:
-            folders[:] = [name for name in folders if name != "result"]
+    for directory, _, names in os.walk(partial):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 total += 512 * os.stat(os.path.join(directory, name)).st_blocks

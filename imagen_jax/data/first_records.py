@@ -24,7 +24,7 @@ class WrongShard(ValueError):
     """A shard is not the one that the manifest lists."""
 
 
-def write(root: Path, manifest_hash: str, sums: Mapping[str, str]) -> None:
+def write(root: AnyPath, manifest_hash: str, sums: Mapping[str, str]) -> None:
     """Writes the file of prepared data at `root`. sums: {shard: checksum of its first record}."""
     content = {"manifest": manifest_hash, "sha256": sums}
     write_atomically(root / FILE, json.dumps(content, indent=1).encode())

@@ -1,6 +1,7 @@
 """Prepared data on disk: an image store and stores of captions under one manifest.
 
     DIR/manifest.json   written last: the directory is complete if and only if it is there
+    DIR/partial/        work files, until the directory is complete
     DIR/images/         splits train and heldout: image (encoded bytes), height and width as
                         stored, id, caption_ids
     DIR/images/sizes-SPLIT.npy   see data/image_sizes.py; the manifest does not list it
@@ -39,7 +40,7 @@ from imagen_jax.data.shard_cache import Place, ShardCache
 from imagen_jax.data.shard_reader import ShardReader
 from imagen_jax.data.text_checks import TextChecks
 from imagen_jax.object_storage import AnyPath, check_bucket, file_state, in_bucket
-from imagen_jax.storage import absolute, as_path, disk_errors, exists, read_object, temporary_name
+from imagen_jax.storage import absolute, as_path, disk_errors, exists, read_object, written_whole
 from imagen_jax.text_inputs import TextFeatures, TextInput
 
 FORMAT_VERSION = 1
@@ -48,6 +49,7 @@ NAMED_FORMAT_VERSION = 3  # features of named encoders, or texts alone
 EMBEDDINGS = ("bfloat16", "int8")  # dtypes of stored features
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
+PARTIAL = "partial"  # the directory of the work files, in a prepared directory that is unfinished
 # group_size:1 allows random access to single records. Images are compressed already; zstd saves a
 # fifth of the bytes of bfloat16 embeddings.
 IMAGE_OPTIONS, CAPTION_OPTIONS = "group_size:1,uncompressed", "group_size:1,zstd:3"
@@ -132,8 +134,8 @@ def shard_name(store: str, split: str, index: int, count: int) -> str:
     return f"{store}/{store}-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
-def write_shard(root: Path, name: str, records: Iterable[bytes]) -> dict:
-    """Writes the ArrayRecord shard `root/name` atomically.
+def write_shard(root: AnyPath, name: str, records: Iterable[bytes]) -> dict:
+    """Writes the ArrayRecord shard `root/name` atomically; in a bucket, on a local disk first.
 
     The bytes depend on the records alone.
 
@@ -145,24 +147,18 @@ def write_shard(root: Path, name: str, records: Iterable[bytes]) -> dict:
     """
     from array_record.python import array_record_module
 
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
     options = IMAGE_OPTIONS if name.startswith("images/") else CAPTION_OPTIONS
-    with disk_errors(temporary):
-        writer = array_record_module.ArrayRecordWriter(str(temporary), options)
-    rows = 0
-    for record in records:
-        with disk_errors(temporary):
-            writer.write(record)
-        rows += 1
-    with disk_errors(temporary):
-        writer.close()
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    entry = {"rows": rows, "bytes": temporary.stat().st_size, "sha256": sha256_file(temporary)}
-    os.replace(temporary, path)
-    return entry
+    with written_whole(root / name) as writing:
+        with disk_errors(writing):
+            writer = array_record_module.ArrayRecordWriter(str(writing), options)
+        rows = 0
+        for record in records:
+            with disk_errors(writing):
+                writer.write(record)
+            rows += 1
+        with disk_errors(writing):
+            writer.close()
+        return {"rows": rows, "bytes": writing.stat().st_size, "sha256": sha256_file(writing)}
 
 
 def write_tfds_metadata(root: Path, store: str, features, shards: Mapping[str, Mapping]) -> None:
@@ -276,21 +272,7 @@ class Prepared:
         """place: where shards of a bucket are copied to."""
         self.path = as_path("prepared data", path)
         check_bucket("prepared data", self.path)
-        file = self.path / MANIFEST
-        if not exists(file):
-            raise ValueError(_no_manifest(self.path))
-        remedy = "copy the directory again, or remove it and prepare the data again"
-        self.manifest = read_object(file, {"format_version": int}, remedy)
-        version = self.manifest["format_version"]
-        if version not in (FORMAT_VERSION, INT8_FORMAT_VERSION, NAMED_FORMAT_VERSION):
-            raise ValueError(
-                f"{file} has format {version}, but this program reads 1 to {NAMED_FORMAT_VERSION}:"
-                " prepare the data again, or install a newer version of this program"
-            )
-        check_fields(file, self.manifest, self._is_named, remedy)
-        if self.manifest["hash"] != manifest_hash(self.manifest):
-            raise ValueError(f"{file} was changed after it was written: prepare the data again")
-        check_shards(file, self.manifest, remedy)
+        self.manifest = read_manifest(self.path)
         check_present(self.path, self.manifest["shards"])
         self._stores: dict[str, _Store] = {}
         self.shard_cache: ShardCache | None = None
@@ -411,18 +393,51 @@ class Prepared:
 
         names: of the shards to read; None for all.
         """
-        for name in self.manifest["shards"] if names is None else names:
-            if sha256_file(self.path / name) != self.manifest["shards"][name]["sha256"]:
-                raise ValueError(
-                    f"{self.path / name} is damaged (its checksum differs): remove {self.path} and"
-                    " prepare the data again"
-                )
+        verify_shards(self.path, self.manifest, self.manifest["shards"] if names is None else names)
+
+
+def read_manifest(path: AnyPath) -> dict[str, Any]:
+    """The manifest of a prepared directory.
+
+    Raises ValueError if the directory is missing, incomplete or of another format version, or if
+    the manifest is damaged.
+    """
+    file = path / MANIFEST
+    remedy = "copy the directory again, or remove it and prepare the data again"
+    if not exists(file):
+        raise ValueError(_no_manifest(path))
+    manifest = read_object(file, {"format_version": int}, remedy)
+    version = manifest["format_version"]
+    if version not in (FORMAT_VERSION, INT8_FORMAT_VERSION, NAMED_FORMAT_VERSION):
+        raise ValueError(
+            f"{file} has format {version}, but this program reads 1 to {NAMED_FORMAT_VERSION}:"
+            " prepare the data again, or install a newer version of this program"
+        )
+    check_fields(file, manifest, version == NAMED_FORMAT_VERSION, remedy)
+    if manifest["hash"] != manifest_hash(manifest):
+        raise ValueError(f"{file} was changed after it was written: prepare the data again")
+    check_shards(file, manifest, remedy)
+    return manifest
+
+
+def verify_shards(path: AnyPath, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises ValueError that names the first shard whose content differs from its checksum."""
+    for name in names:
+        if sha256_file(path / name) != manifest["shards"][name]["sha256"]:
+            raise ValueError(
+                f"{path / name} is damaged (its checksum differs): remove {path} and prepare the"
+                " data again"
+            )
 
 
 def _no_manifest(path: AnyPath) -> str:
     """Why a directory has no manifest, and what to do."""
-    if path.suffix == ".partial" or exists(path.with_name(f"{path.name}.partial")):
-        return f"{path} is unfinished: run its prepare_data command again, with --encoder"
+    earlier = path.with_name(f"{path.name}.partial")  # of versions that renamed it at the end
+    if path.suffix == ".partial" or exists(path / PARTIAL) or exists(earlier):
+        return (
+            f"{path} is not complete: the same prepare_data command continues it, with --encoder or"
+            " --text_only in place of --images_only"
+        )
     what = "is not prepared data" if exists(path) else "does not exist"
     return f"{path} {what} (no {MANIFEST}): run python -m imagen_jax.prepare_data"
 

@@ -19,13 +19,14 @@ class Workers:
     with this process, even if it is killed.
     """
 
-    def __init__(self, source: Any, processes: int):
+    def __init__(self, source: Any, processes: int, start: Callable[[], Any] = int):
+        """start: called first in each worker process."""
         self._source = source
         self._pool = None
         if processes > 1:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(
-                processes, context, initializer=_start, initargs=(source,)
+                processes, context, initializer=_start, initargs=(source, start)
             )
 
     def __enter__(self) -> "Workers":
@@ -67,9 +68,10 @@ class Workers:
             yield future.result()
 
 
-def _start(source: Any) -> None:
+def _start(source: Any, start: Callable[[], Any]) -> None:
     global _source
     _source = source
+    start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and prints nothing
     threading.Thread(target=end_with_parent, daemon=True).start()
 

@@ -14,13 +14,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from imagen_jax import cli
+from imagen_jax import cli, storage
 from imagen_jax.data.prepare import ingest, passes
 from imagen_jax.data.prepare.preview import Bytes
 from imagen_jax.data.sources.folder import FolderSource
 from imagen_jax.distributed import startup
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.encoders_in_turn import Encoders
+from imagen_jax.object_storage import AnyPath
 from tests.data import synthetic
 
 LOST_S = 8.0  # without a heartbeat, in the program
@@ -117,7 +118,7 @@ def write_folder(directory: Path, images: int = 20) -> Path:
     return directory
 
 
-def prepare(folder: Path, output: Path, encoder=None, heldout: float = 0.2, **changes):
+def prepare(folder: Path, output: AnyPath, encoder=None, heldout: float = 0.2, **changes):
     """Prepares a folder with SETTINGS and these changes; returns the manifest.
 
     encoder: a TextEncoder without a name, or all Encoders.
@@ -133,19 +134,31 @@ def skipped(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
 
 
-def tree(directory: Path) -> dict[str, str]:
+def tree(directory: AnyPath) -> dict[str, str]:
     """SHA-256 of every file under a directory, by relative path."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    names = storage.file_names(directory)
+    return {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in names}
+
+
+def is_complete(output: AnyPath) -> bool:
+    """Whether an output has its manifest."""
+    return (output / "manifest.json").exists()
+
+
+def stored(output: AnyPath) -> dict[str, str]:
+    """`tree` of an output without its work files and unfinished files."""
+    files = tree(output).items() if output.exists() else ()
     return {
-        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
+        name: digest
+        for name, digest in files
+        if not name.startswith("partial/") and not Path(name).name.startswith(".")
     }
 
 
 def kill_at_rename(count: int) -> None:
     """Makes the `count`-th call of os.replace or os.rename kill this process.
 
-    It dies before the rename if count is even, else after.
+    In a bucket, the `count`-th file that is stored. It dies before it if count is even, else after.
     """
     left = [count]
 
@@ -161,9 +174,10 @@ def kill_at_rename(count: int) -> None:
         return renaming
 
     os.replace, os.rename = wrap(os.replace), wrap(os.rename)
+    storage.copy_file = wrap(storage.copy_file)
 
 
-def main(folder: str, output: Path, processes: int, kill_at: int, log: Path | None = None) -> None:
+def main(folder: str, output: str, processes: int, kill_at: int, log: Path | None = None) -> None:
     """Prepares `folder` as one process of the run that the environment describes.
 
     Logs the captions that are encoded, those of a preview excepted. With TWO_ENCODERS in the
@@ -180,9 +194,10 @@ def main(folder: str, output: Path, processes: int, kill_at: int, log: Path | No
     with Watch(LOST_S):
         one = Encoders.single(FakeEncoder(pause=0.05, log=log))
         encoders = named(two_encoders(0.05)) if "TWO_ENCODERS" in os.environ else one
-        passes.prepare(FolderSource(folder, 0.2), encoders, output, settings)
+        path = storage.as_path("--output", output)
+        passes.prepare(FolderSource(folder, 0.2), encoders, path, settings)
 
 
 if __name__ == "__main__":
-    arguments = (sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:5]))
+    arguments = (*sys.argv[1:3], *map(int, sys.argv[3:5]))
     sys.exit(cli.guard(lambda: main(*arguments, *map(Path, sys.argv[5:6]))))

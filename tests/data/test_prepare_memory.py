@@ -5,6 +5,7 @@ import time
 import pytest
 
 from imagen_jax.data import records
+from imagen_jax.data.prepare.work_directory import work_directory
 from tools import prepare_memory
 
 
@@ -29,14 +30,14 @@ def test_items_are_distinct_and_prepared(tmp_path, monkeypatch):
 def test_work_files_without_the_result_are_counted(tmp_path, monkeypatch):
     """Catches the result counted as work files, and a maximum that is the last value."""
     monkeypatch.setattr(prepare_memory, "_SAMPLE_S", 0.005)
-    for name in ("result", "plan"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x").write_bytes(b"x" * 50_000)
-    with prepare_memory.sampled(tmp_path) as peaks:
+    for directory in (tmp_path / "images", work_directory(tmp_path) / "plan"):
+        directory.mkdir(parents=True)
+        (directory / "x").write_bytes(b"x" * 50_000)
+    with prepare_memory.sampled(work_directory(tmp_path)) as peaks:
         deadline = time.monotonic() + 5
         while not peaks["work_bytes"] and time.monotonic() < deadline:
             time.sleep(0.01)
-        (tmp_path / "plan" / "x").unlink()
+        (work_directory(tmp_path) / "plan" / "x").unlink()
     assert 50_000 <= peaks["work_bytes"] < 70_000
 
 

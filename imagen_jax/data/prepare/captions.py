@@ -9,7 +9,6 @@ communicate. The bytes of a shard do not depend on the number of processes or de
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -24,11 +23,12 @@ from imagen_jax.data.caption_records import (
 from imagen_jax.data.prepare.ingest import show
 from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.prepare.settings import Settings
-from imagen_jax.data.prepare.shards import Shard, finished, journal, shards_of
+from imagen_jax.data.prepare.shards import Shard, finished, journal, shards_of, unfinished, write
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement
 from imagen_jax.encoders_in_turn import Encoders
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.text_inputs import UNNAMED, TextFeatures
 
 # Caption shards that are written at once; one core writes about 800 captions per second at XXL's
@@ -63,7 +63,7 @@ def feature_shards(plan: Plan, name: str) -> list[Shard]:
 
 
 def encode_all(
-    workers: Workers, encoders: Encoders, partial: Path, plan: Plan, settings: Settings
+    workers: Workers, encoders: Encoders, partial: AnyPath, plan: Plan, settings: Settings
 ) -> None:
     """This process's share of all caption shards.
 
@@ -77,10 +77,10 @@ def encode_all(
         _encode(workers, encoders, name, partial, plan, settings)
 
 
-def _share(partial: Path, shards: Sequence[Shard]) -> tuple[list[Shard], list[Shard]]:
+def _share(partial: AnyPath, shards: Sequence[Shard]) -> tuple[list[Shard], list[Shard]]:
     """(this process's share of the shards, those of them that are not finished)."""
     mine = agreement.own_share(shards)
-    return mine, [shard for shard in mine if not finished(partial, shard)]
+    return mine, unfinished(partial, mine)
 
 
 def _show(label: str, mine: Sequence[Shard], todo: Sequence[Shard], done: Iterable[int]) -> None:
@@ -92,7 +92,7 @@ def _encode(
     workers: Workers,
     encoders: Encoders,
     name: str,
-    partial: Path,
+    partial: AnyPath,
     plan: Plan,
     settings: Settings,
 ) -> None:
@@ -108,7 +108,7 @@ def _encode(
 
 
 def _encoded(
-    name: str, encoder, partial: Path, plan: Plan, shards: list[Shard], settings: Settings
+    name: str, encoder, partial: AnyPath, plan: Plan, shards: list[Shard], settings: Settings
 ) -> Iterator[tuple]:
     """Encodes shard by shard; yields the tasks of writing them."""
     for shard in shards:
@@ -134,15 +134,15 @@ def encode(
     return Encoded(texts, features, pooled, cut_ids)
 
 
-def write_texts(_: Source, partial: Path, shard: Shard) -> int:
+def write_texts(_: Source, partial: AnyPath, shard: Shard) -> int:
     """Writes a shard of texts; returns the number of its captions."""
     texts = Plan(partial / "plan").captions_of(shard.number)
     rows = (serialize_caption(CaptionRow(text)) for text in texts)
-    journal(partial, shard.name, records.write_shard(partial / "result", shard.name, rows))
+    journal(partial, shard.name, write(partial, shard.name, rows))
     return len(texts)
 
 
-def write_captions(_: Source, partial: Path, name: str, encoded: Encoded, embedding: str) -> int:
+def write_captions(_: Source, partial: AnyPath, name: str, encoded: Encoded, embedding: str) -> int:
     """Writes a shard with features; returns the number of its captions.
 
     The shard also has the texts if it is one of an unnamed encoder.
@@ -155,7 +155,7 @@ def write_captions(_: Source, partial: Path, name: str, encoded: Encoded, embedd
     )
     if not (np.isfinite(norms).all() and np.isfinite(encoded.pooled.astype(np.float32)).all()):
         _refuse(encoded)
-    entry = records.write_shard(partial / "result", name, _records(name, encoded, embedding))
+    entry = write(partial, name, _records(name, encoded, embedding))
     lengths = [len(feature) for feature in features]
     entry["cut"] = encoded.cut
     entry["tokens"] = {"min": min(lengths), "max": max(lengths), "sum": sum(lengths)}
@@ -187,6 +187,6 @@ def _records(name: str, encoded: Encoded, embedding: str) -> Iterator[bytes]:
             yield serialize_features(TextFeatures(features, vector), embedding)
 
 
-def cut_captions(partial: Path, shard: Shard) -> list[int]:
+def cut_captions(partial: AnyPath, shard: Shard) -> list[int]:
     """The ids of the truncated captions of a shard."""
     return finished(partial, shard)["cut"]

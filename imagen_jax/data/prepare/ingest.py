@@ -8,20 +8,21 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.kept import PLAN, Plan
 from imagen_jax.data.prepare.manifest import listed
+from imagen_jax.data.prepare.many_files import each
 from imagen_jax.data.prepare.resize import Resize
 from imagen_jax.data.prepare.selection import select
 from imagen_jax.data.prepare.settings import Settings
-from imagen_jax.data.prepare.shards import AGAIN, Shard, finished, shards_of, write_images
+from imagen_jax.data.prepare.shards import AGAIN, Shard, shards_of, unfinished, write_images
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.run_log import Progress
-from imagen_jax.storage import read_json, write_atomically
+from imagen_jax.storage import entry_names, exists, read_json, write_atomically
 
 CHUNK = 512  # most images in one file of checks, the unit in which checking is resumed
 At = Callable[[str], None]  # called with the name of each phase as it begins
@@ -34,7 +35,7 @@ class Span:
     start: int
     stop: int
 
-    def file(self, partial: Path) -> Path:
+    def file(self, partial: AnyPath) -> AnyPath:
         """The file of the checks."""
         return partial / "checked" / f"{self.start:012d}-{self.stop:012d}.json"
 
@@ -57,7 +58,7 @@ def spans_between(start: int, stop: int) -> Iterator[Span]:
 
 
 def ingest(
-    workers: Workers, source: Source, partial: Path, settings: Settings, at: At = lambda _: None
+    workers: Workers, source: Source, partial: AnyPath, settings: Settings, at: At = lambda _: None
 ) -> Plan:
     """Checks, selects, and stores the images; continues what an earlier run has done.
 
@@ -77,10 +78,10 @@ def check_usable(plan: Plan) -> None:
 
 
 def _check_and_select(
-    workers: Workers, source: Source, partial: Path, settings: Settings, at: At
+    workers: Workers, source: Source, partial: AnyPath, settings: Settings, at: At
 ) -> Plan:
     directory = partial / "plan"
-    if agreement.first_says((directory / PLAN).is_file()):
+    if agreement.first_says(exists(directory / PLAN)):
         agreement.wait_for_files([directory / PLAN])
         return Plan(directory)
     spans = spans_of(source)
@@ -96,15 +97,16 @@ def _check_and_select(
     return Plan(directory)
 
 
-def _check_all(workers: Workers, partial: Path, spans: list[Span], settings: Settings) -> None:
+def _check_all(workers: Workers, partial: AnyPath, spans: list[Span], settings: Settings) -> None:
     """Writes the checks of these spans that are missing."""
-    todo = [span for span in spans if not span.file(partial).is_file()]
+    present = set(entry_names(partial / "checked"))
+    todo = [span for span in spans if span.file(partial).name not in present]
     tasks = ((partial, span, settings.min_size, settings.resize) for span in todo)
     total, left = (sum(span.stop - span.start for span in part) for part in (spans, todo))
     show("check images", total, left, workers.each(check_span, tasks, 4 * settings.processes))
 
 
-def check_span(source: Source, partial: Path, span: Span, min_size: int, resize: Resize) -> int:
+def check_span(source: Source, partial: AnyPath, span: Span, min_size: int, resize: Resize) -> int:
     """Writes the file of checks of a span; returns the number of its items."""
     checked = (checks.check(source[i], min_size, resize) for i in range(span.start, span.stop))
     rows = [dataclasses.asdict(row) for row in checked]
@@ -112,15 +114,21 @@ def check_span(source: Source, partial: Path, span: Span, min_size: int, resize:
     return len(rows)
 
 
-def _checked_rows(partial: Path, spans: list[Span], progress: Progress) -> Iterator[checks.Checked]:
+def _checked_rows(
+    partial: AnyPath, spans: list[Span], progress: Progress
+) -> Iterator[checks.Checked]:
     """The checks of all processes in the order of the source."""
-    for span in spans:
+
+    def read(span: Span) -> list[checks.Checked]:
         agreement.wait_to_see(span.file(partial))
-        yield from read_checked(partial, span)
+        return read_checked(partial, span)
+
+    for span, rows in zip(spans, each(read, spans, partial)):
+        yield from rows
         progress.update(span.stop)
 
 
-def read_checked(partial: Path, span: Span) -> list[checks.Checked]:
+def read_checked(partial: AnyPath, span: Span) -> list[checks.Checked]:
     """The checks of a span. Raises ValueError if its file is damaged."""
     file, remedy = span.file(partial), f"remove it; {AGAIN}"
     try:
@@ -143,10 +151,10 @@ def image_shards(plan: Plan) -> list[Shard]:
     ]
 
 
-def _write_all(workers: Workers, partial: Path, plan: Plan, settings: Settings) -> None:
+def _write_all(workers: Workers, partial: AnyPath, plan: Plan, settings: Settings) -> None:
     """Writes this process's share of the image shards."""
     mine = agreement.own_share(image_shards(plan))
-    todo = [shard for shard in mine if not finished(partial, shard)]
+    todo = unfinished(partial, mine)
     tasks = ((partial, shard, settings.resize) for shard in todo)
     total, left = (sum(shard.rows for shard in part) for part in (mine, todo))
     show("write images", total, left, workers.each(write_images, tasks, 2 * settings.processes))

@@ -9,10 +9,11 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from imagen_jax.data.prepare.checks import Checked
+from imagen_jax.data.prepare.many_files import each
+from imagen_jax.object_storage import AnyPath, bucket_errors
 from imagen_jax.storage import read_json, read_object, write_atomically
 
 PLAN, SKIPPED = "plan.json", "skipped.jsonl"
@@ -45,7 +46,7 @@ class Plan:
     reasons: the number of files, items or captions of each reason. sizes: of the images.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: AnyPath):
         """Raises ValueError if the plan is damaged."""
         content = read_object(directory / PLAN, _FIELDS, _remedy(directory))
         self.directory = directory
@@ -68,18 +69,23 @@ class Plan:
 
     def image_sizes(self, split: str) -> Iterator[list[tuple[int, int]]]:
         """(height, width) of each image of a split as stored, shard by shard."""
-        for shard in range(math.ceil(self.images[split] / self.shard_size)):
+
+        def sizes_of(shard: int) -> list[tuple[int, int]]:
             rows = min(self.shard_size, self.images[split] - shard * self.shard_size)
             images = images_of(self.directory, split, shard, rows)
-            yield [(image.height, image.width) for image in images]
+            return [(image.height, image.width) for image in images]
 
-    def skipped(self) -> Iterator[str]:
+        shards = range(math.ceil(self.images[split] / self.shard_size))
+        return each(sizes_of, shards, self.directory)
+
+    def skipped(self) -> Iterator[bytes]:
         """The lines of skipped.jsonl."""
         file = self.directory / SKIPPED
-        if not file.is_file():
-            raise ValueError(f"{file} is missing; {_remedy(self.directory)}")
-        with open(file, encoding="utf-8") as lines:
-            yield from lines
+        try:
+            with bucket_errors(file), file.open("rb") as lines:
+                yield from lines
+        except FileNotFoundError:
+            raise ValueError(f"{file} is missing; {_remedy(self.directory)}") from None
 
 
 def sizes(count: int, low: int, high: int, height: int, width: int) -> dict[str, float]:
@@ -88,7 +94,7 @@ def sizes(count: int, low: int, high: int, height: int, width: int) -> dict[str,
     return {"min_side": low, "max_side": high} | means
 
 
-def images_of(directory: Path, split: str, shard: int, rows: int) -> list[KeptImage]:
+def images_of(directory: AnyPath, split: str, shard: int, rows: int) -> list[KeptImage]:
     """The `rows` images of a shard of the plan in `directory`, which may be unfinished.
 
     Raises ValueError if the file is damaged.
@@ -100,36 +106,39 @@ def images_of(directory: Path, split: str, shard: int, rows: int) -> list[KeptIm
         raise ValueError(f"{file} is damaged ({error}); {_remedy(directory)}") from error
 
 
-def _rows_of(file: Path, rows: int) -> list[Any]:
+def _rows_of(file: AnyPath, rows: int) -> list[Any]:
     """The rows in a file of the plan. Raises ValueError unless there are `rows` of them."""
     remedy = _remedy(file.parent)
-    if not file.is_file():
-        raise ValueError(f"{file} is missing; {remedy}")
-    found = read_json(file, remedy)
+    try:
+        found = read_json(file, remedy)
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; {remedy}") from None
     if not isinstance(found, list) or len(found) != rows:
         raise ValueError(f"{file} is damaged (it has not {rows} rows); {remedy}")
     return found
 
 
-def _remedy(directory: Path) -> str:
+def _remedy(directory: AnyPath) -> str:
     """What to do with a damaged plan; shards that were written from it are made again."""
     work = directory.parent
     return f"remove {directory} and {work / 'journal'}, then run the same command again"
 
 
-def write_images_of(directory: Path, split: str, shard: int, images: Sequence[KeptImage]) -> None:
+def write_images_of(
+    directory: AnyPath, split: str, shard: int, images: Sequence[KeptImage]
+) -> None:
     """Writes the images of a shard to the plan."""
     rows = [dataclasses.astuple(image) for image in images]
     write_atomically(directory / _image_file(split, shard), json.dumps(rows).encode())
 
 
-def write_captions_of(directory: Path, shard: int, captions: Sequence[str]) -> None:
+def write_captions_of(directory: AnyPath, shard: int, captions: Sequence[str]) -> None:
     """Writes the captions of a shard to the plan."""
     write_atomically(directory / _caption_file(shard), json.dumps(captions).encode())
 
 
 def write_plan(
-    directory: Path,
+    directory: AnyPath,
     shard_size: int,
     images: Mapping[str, int],
     captions: int,

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,18 @@ from typing import Any
 from imagen_jax.data import first_records, image_sizes, records
 from imagen_jax.data.caption_records import caption_features
 from imagen_jax.data.prepare.kept import Plan
+from imagen_jax.data.prepare.many_files import each
 from imagen_jax.data.prepare.shards import FIRST
 from imagen_jax.data.quantization import relative_errors
-from imagen_jax.storage import write_atomically, write_lines
+from imagen_jax.object_storage import AnyPath, in_bucket
+from imagen_jax.storage import copy_directory, write_atomically, write_lines, written_whole
 from imagen_jax.text_inputs import UNNAMED
 
 Entries = Mapping[str, Mapping[str, Any]]  # the journal's entries by shard
 
 
 def finish(
-    result: Path,
+    result: AnyPath,
     request: Mapping,
     plan: Plan,
     texts: Entries,
@@ -39,12 +42,12 @@ def finish(
         for name, entry in entries.items()
     }
     embedding = request.get("embedding_dtype", records.EMBEDDINGS[0])
-    records.write_tfds_metadata(result, "images", records.image_features(), shards)
+    _write_tfds_metadata(result, "images", records.image_features(), shards)
     for store, tfds_features in _caption_stores(request, embedding):
-        records.write_tfds_metadata(result, store, tfds_features, shards)
+        _write_tfds_metadata(result, store, tfds_features, shards)
     for split in (split for split, count in plan.images.items() if count):
-        sizes = plan.image_sizes(split)
-        image_sizes.write_file(image_sizes.file_of(result, split), plan.images[split], sizes)
+        with written_whole(image_sizes.file_of(result, split)) as file:
+            image_sizes.write_file(file, plan.images[split], plan.image_sizes(split))
     _write_skipped(result, plan, cut)
     truncated = {name: sum(row["cut"] for row in rows.values()) for name, rows in features.items()}
     stats = {name: _embedding_stats(rows) for name, rows in features.items()}
@@ -62,6 +65,25 @@ def finish(
     first_records.write(result, manifest["hash"], firsts)
     write_atomically(result / records.MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
+
+
+def _write_tfds_metadata(result: AnyPath, store: str, features: Any, shards: Mapping) -> None:
+    """`records.write_tfds_metadata`; in a bucket, on a local disk first.
+
+    TFDS looks for the names of the shards, so empty files have them there.
+    """
+    if not in_bucket(result):
+        return records.write_tfds_metadata(result, store, features, shards)
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        (root / store).mkdir()
+        names = [name for name in shards if name.startswith(f"{store}/")]
+        for name in names:
+            (root / name).touch()
+        records.write_tfds_metadata(root, store, features, shards)
+        for name in names:
+            (root / name).unlink()
+        copy_directory(root / store, result / store)
 
 
 def _format_version(is_named: bool, embedding: str) -> int:
@@ -83,19 +105,26 @@ def _caption_stores(request: Mapping, embedding: str) -> Iterator[tuple[str, Any
         yield records.caption_store(name), features
 
 
-def _write_skipped(result: Path, plan: Plan, cut: Mapping[str, Iterable[Sequence[int]]]) -> None:
+def _write_skipped(result: AnyPath, plan: Plan, cut: Mapping[str, Iterable[Sequence[int]]]) -> None:
     lines = (_truncated(plan, name, ids) for name, ids in cut.items())
     write_lines(result / "skipped.jsonl", itertools.chain(plan.skipped(), *lines))
 
 
 def _truncated(plan: Plan, name: str, cut: Iterable[Sequence[int]]) -> Iterator[str]:
     """A line for each caption that an encoder truncates."""
-    for shard, numbers in enumerate(cut):
+
+    def lines(numbered: tuple[int, Sequence[int]]) -> list[str]:
+        shard, numbers = numbered
         texts = plan.captions_of(shard) if numbers else []
-        for number in numbers:
-            caption = texts[number - shard * plan.shard_size]
-            line = {"id": f"caption {number}", "reason": "truncated_caption", "caption": caption}
-            yield json.dumps(line | ({"encoder": name} if name else {})) + "\n"
+        captions = ((number, texts[number - shard * plan.shard_size]) for number in numbers)
+        return [_truncated_line(number, caption, name) for number, caption in captions]
+
+    return itertools.chain.from_iterable(each(lines, enumerate(cut), plan.directory))
+
+
+def _truncated_line(number: int, caption: str, encoder: str) -> str:
+    line = {"id": f"caption {number}", "reason": "truncated_caption", "caption": caption}
+    return json.dumps(line | ({"encoder": encoder} if encoder else {})) + "\n"
 
 
 def _counts(plan: Plan, truncated: int | Mapping[str, int]) -> dict[str, Any]:

@@ -259,4 +259,4 @@ def _write(source: Source, sample: Sample, embedding: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         for name, encoded in sample.encoded.items():
             shard = records.shard_name(records.caption_store(name), "train", 0, 1)
-            write_captions(source, Path(directory), shard, encoded, embedding)
+            write_captions(source, Path(directory) / records.PARTIAL, shard, encoded, embedding)

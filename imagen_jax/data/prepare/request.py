@@ -6,7 +6,6 @@ the same request.
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from imagen_jax.data import records
@@ -14,6 +13,7 @@ from imagen_jax.data.prepare.settings import Settings
 from imagen_jax.data.prepare.shards import AGAIN
 from imagen_jax.data.sources.source import Source
 from imagen_jax.encoders_in_turn import Encoders
+from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import check_object, read_object
 from imagen_jax.text_inputs import UNNAMED
 
@@ -55,9 +55,9 @@ def has_text(request: Mapping) -> bool:
     return "encoder" in request or "encoders" in request
 
 
-def read_request(partial: Path) -> dict[str, Any]:
+def read_request(partial: AnyPath) -> dict[str, Any]:
     """The request of unfinished work. Raises ValueError if its file is damaged."""
-    file, remedy = partial / REQUEST, f"remove {partial}; {AGAIN}"
+    file, remedy = partial / REQUEST, f"remove {partial.parent}; {AGAIN}"
     request = read_object(file, _IMAGE_KEYS, remedy)
     check_object(file, _ABSENT | request, {"store_size": int, "store_format": str}, remedy)
     if "encoder" in request:
@@ -67,7 +67,7 @@ def read_request(partial: Path) -> dict[str, Any]:
     return request
 
 
-def refuse_changes(directory: Path, before: Mapping, request: Mapping) -> None:
+def refuse_changes(directory: AnyPath, before: Mapping, request: Mapping) -> None:
     """Raises ValueError, with what differs, if `directory` was made for another request."""
     before, request = (
         _ABSENT | (_ABSENT_TEXT if "encoder" in keys else {}) | keys for keys in (before, request)

@@ -12,9 +12,9 @@ of images. The result is a *plan* on disk, one file per shard that is to be writ
 import contextlib
 import itertools
 import json
-import shutil
 import sqlite3
-from collections import Counter
+import tempfile
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,7 +34,10 @@ from imagen_jax.data.prepare.kept import (
     write_images_of,
     write_plan,
 )
+from imagen_jax.data.prepare.many_files import each
 from imagen_jax.data.records import SPLITS
+from imagen_jax.object_storage import AnyPath, in_bucket
+from imagen_jax.storage import remove, written_whole
 
 DATABASE = "selection.sqlite"
 _CACHE_KIB = 65_536  # of the database in memory
@@ -54,7 +57,7 @@ def select(
     checked: Iterable[Checked],
     notes: Iterable[Mapping[str, Any]],
     shard_size: int,
-    directory: Path,
+    directory: AnyPath,
 ) -> Plan:
     """Selects images and captions; the result depends on the order of the source alone.
 
@@ -65,24 +68,35 @@ def select(
 
     notes: further lines for skipped.jsonl. directory: of the plan; an unfinished one is removed.
     """
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    with contextlib.closing(
-        sqlite3.connect(directory / DATABASE, isolation_level=None)
-    ) as database:
-        for setting in ("journal_mode=OFF", "synchronous=OFF", f"cache_size=-{_CACHE_KIB}"):
-            database.execute(f"PRAGMA {setting}")
-        database.executescript(_TABLES)
-        database.execute("BEGIN")
-        with open(directory / SKIPPED, "w", encoding="utf-8") as skipped:
+    remove(directory)
+    with _database(directory) as database:
+        with (
+            written_whole(directory / SKIPPED) as file,
+            open(file, "w", encoding="utf-8") as skipped,
+        ):
             selector = _Selector(database, skipped)
             for index, item in enumerate(checked):
                 selector.add(index, item)
             for note in notes:
                 selector.skip(dict(note))
-        plan = selector.write(directory, shard_size)
-    (directory / DATABASE).unlink()
-    return plan
+        return selector.write(directory, shard_size)
+
+
+@contextlib.contextmanager
+def _database(directory: AnyPath) -> Iterator[sqlite3.Connection]:
+    """An empty database in a local directory, or on a local disk for one in a bucket."""
+    with contextlib.ExitStack() as stack:
+        if in_bucket(directory):
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(directory / DATABASE, isolation_level=None)
+        with contextlib.closing(connection) as database:
+            for setting in ("journal_mode=OFF", "synchronous=OFF", f"cache_size=-{_CACHE_KIB}"):
+                database.execute(f"PRAGMA {setting}")
+            database.executescript(_TABLES)
+            database.execute("BEGIN")
+            yield database
+        (directory / DATABASE).unlink()
 
 
 class _Selector:
@@ -145,12 +159,13 @@ class _Selector:
                 self.skip(repeated_line(item.id, first, caption))
             self._database.execute("INSERT OR IGNORE INTO pairs VALUES (?, ?)", (image, number))
 
-    def write(self, directory: Path, shard_size: int) -> Plan:
+    def write(self, directory: AnyPath, shard_size: int) -> Plan:
         """Writes the files of the plan."""
         images = {split: self._write_images(directory, split, shard_size) for split in SPLITS}
         texts = (text for (text,) in self._all("SELECT text FROM captions ORDER BY number"))
-        for shard, rows in enumerate(_chunks(texts, shard_size)):
-            write_captions_of(directory, shard, rows)
+        captions = enumerate(_chunks(texts, shard_size))
+        write = lambda numbered: write_captions_of(directory, *numbered)
+        deque(each(write, captions, directory), maxlen=0)
         return write_plan(
             directory,
             shard_size,
@@ -161,19 +176,20 @@ class _Selector:
             self._sizes(),
         )
 
-    def _write_images(self, directory: Path, split: str, shard_size: int) -> int:
+    def _write_images(self, directory: AnyPath, split: str, shard_size: int) -> int:
         """Writes the images of a split in the source's order. Returns their number."""
-        count = 0
         rows = self._all(
             "SELECT number, source, id, height, width, content FROM images WHERE split = ?"
             " ORDER BY number",
             (split,),
         )
-        for shard, part in enumerate(_chunks(rows, shard_size)):
-            kept = [KeptImage(*row, self._caption_ids(number)) for number, *row in part]
-            write_images_of(directory, split, shard, kept)
-            count += len(kept)
-        return count
+        images = (KeptImage(*row, self._caption_ids(number)) for number, *row in rows)
+
+        def write(numbered: tuple[int, list[KeptImage]]) -> int:
+            write_images_of(directory, split, *numbered)
+            return len(numbered[1])
+
+        return sum(each(write, enumerate(_chunks(images, shard_size)), directory))
 
     def _caption_ids(self, image: int) -> list[int]:
         """In the order in which the captions were added."""

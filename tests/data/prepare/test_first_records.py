@@ -74,7 +74,7 @@ def test_unfinished_work_with_permuted_shards_is_done_again(folder, two, tmp_pat
         patch.setattr(passes, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(folder, tmp_path / "data", named())
     for store in ("captions", "captions_tiny", "images"):
-        swap(tmp_path / "data.partial/result", store)
+        swap(tmp_path / "data", store)
     prepare(folder, tmp_path / "data", named())
     assert tree(tmp_path / "data") == tree(two)
 

@@ -21,8 +21,10 @@ from tests.data.synthetic_source import (
     SETTINGS,
     FakeEncoder,
     NamedEncoder,
+    is_complete,
     named,
     prepare,
+    stored,
     tree,
     two_encoders,
 )
@@ -79,10 +81,7 @@ def test_killed_it_continues_with_any_number_of_processes(folder, two, tmp_path,
     for count, victim, kill_at in ((1, 0, 9), (1, 0, 10), (2, 1, 6), (1, 0, 11)):
         codes = run_processes(folder, output, count, victim, kill_at)
         assert codes[victim] == -signal.SIGKILL, processes.log_of(output, victim).read_text()
-        assert not output.exists()
-        written = tree(tmp_path / "data.partial" / "result")
-        kept = {name for name in written if not Path(name).name.startswith(".")}
-        assert {name: written[name] for name in kept}.items() <= tree(two).items()
+        assert not is_complete(output) and stored(output).items() <= tree(two).items()
     assert run_processes(folder, output, 2) == [0, 0]
     assert tree(output) == tree(two)
 
@@ -185,13 +184,13 @@ def test_damaged_manifests_and_work_are_one_line(folder, two, tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"is damaged \(it has no encoders.tiny.dim\)"):
         records.Prepared(tmp_path)
     stopped(folder, tmp_path / "data", named(), monkeypatch)
-    request = tmp_path / "data.partial" / "request.json"
+    request = tmp_path / "data" / "partial" / "request.json"
     before = request.read_text()
     request.write_text(json.dumps(json.loads(before) | {"encoders": ["wide"]}))
     with pytest.raises(ValueError, match="request.json is damaged"):
         prepare(folder, tmp_path / "data", named())
     request.write_text(before)
-    entry = next((tmp_path / "data.partial" / "journal").glob("captions_tiny-*-00001-of-*"))
+    entry = next((tmp_path / "data" / "partial" / "journal").glob("captions_tiny-*-00001-of-*"))
     entry.write_text(json.dumps({"rows": 8, "bytes": 1, "sha256": ""}))
     with pytest.raises(ValueError, match="is damaged .it has no cut"):
         prepare(folder, tmp_path / "data", named())
@@ -282,4 +281,4 @@ def test_wrong_flags_are_one_line(folder, tmp_path, options, message):
     """Catches flags that contradict each other, and an encoder that is missed after hours."""
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         run(folder, tmp_path / "data", *options)
-    assert "\n" not in str(caught.value) and not (tmp_path / "data.partial" / "plan").exists()
+    assert "\n" not in str(caught.value) and not (tmp_path / "data" / "partial").exists()

@@ -218,7 +218,7 @@ def prepare(tars, output, *more):
 def test_prepare_data_keeps_an_index(tars, tmp_path, summarized, monkeypatch):
     """Catches an index that is not used, that a dry run writes, or that is left behind."""
     monkeypatch.setattr(prepare_data, "_encoders", lambda *_: Encoders.single(FakeEncoder()))
-    output, index = tmp_path / "out" / "data", tmp_path / "out" / "data.partial" / "index.jsonl"
+    output, index = tmp_path / "out" / "data", tmp_path / "out" / "data" / "partial" / "index.jsonl"
     prepare(tars, output, "--dry_run")
     assert len(summarized()) == 6 and not output.parent.exists()
     with monkeypatch.context() as patch:
@@ -229,7 +229,7 @@ def test_prepare_data_keeps_an_index(tars, tmp_path, summarized, monkeypatch):
     prepare(tars, output, "--dry_run")
     assert summarized() == ["5.tar"] and index.read_bytes() == before
     (index.parent / "other").write_text("")
-    with pytest.raises(ValueError, match="data.partial is in the way"):
+    with pytest.raises(ValueError, match="data/partial is in the way"):
         prepare(tars, output)
     (index.parent / "other").unlink()
     assert summarized() == []
