@@ -28,7 +28,7 @@ from functools import partial
 from absl import flags
 
 from imagen_jax import cli, output_paths
-from imagen_jax.data import records
+from imagen_jax.data import manifest_file, records
 from imagen_jax.data.prepare import ingest
 from imagen_jax.data.prepare.caption_estimate import TokenizerFacts, preview_captions
 from imagen_jax.data.prepare.passes import prepare
@@ -167,7 +167,7 @@ def _run(args: flags.FlagValues) -> None:
     settings, output = _settings(args), _output(args)
     if args.preview_captions:
         return _preview_captions(args, output)
-    reads_only = args.dry_run or exists(output / records.MANIFEST)
+    reads_only = args.dry_run or exists(output / manifest_file.MANIFEST)
     if not args.dry_run:
         check_output(output)
     if not reads_only and not in_bucket(output):
@@ -206,8 +206,8 @@ def _output(args: flags.FlagValues) -> AnyPath:
 
 def _verify(output: AnyPath) -> None:
     """Compares every shard with its checksum; the processes divide them."""
-    manifest = records.read_manifest(output)
-    records.verify_shards(output, manifest, agreement.own_share(list(manifest["shards"])))
+    manifest = manifest_file.read_manifest(output)
+    manifest_file.verify_shards(output, manifest, agreement.own_share(list(manifest["shards"])))
     agreement.gather()
     if agreement.is_first():
         print("every shard matches its checksum")

@@ -269,13 +269,13 @@ def check_data(configs: Mapping[str, Mapping[str, Any]]) -> None:
 
     configs: of the trainings, by arm. Data that are not on this machine are not checked.
     """
-    from imagen_jax.data import pipeline, records, sets
+    from imagen_jax.data import manifest_file, pipeline, sets
     from imagen_jax.training import run
 
     problems = []
     for name, config in configs.items():
         paths = [Path(one.path) for one in sets.data_sets(config["data"])]
-        if not all((path / records.MANIFEST).is_file() for path in paths):
+        if not all((path / manifest_file.MANIFEST).is_file() for path in paths):
             continue
         try:
             run.check_data(config)

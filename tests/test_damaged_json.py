@@ -10,7 +10,7 @@ import pytest
 
 from configs import saved
 from imagen_jax import sample
-from imagen_jax.data import records
+from imagen_jax.data import manifest_file, records
 from imagen_jax.data.prepare import ingest, request, shards
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import history, stage_evaluation
@@ -43,7 +43,7 @@ def manifest() -> dict[str, Any]:
         "image_sizes": {"min_side": 8},
         "shards": {},
     }
-    return made | {"hash": records.manifest_hash(made)}
+    return made | {"hash": manifest_file.manifest_hash(made)}
 
 
 def prepared(needs: str) -> Reader:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax import schema, storage
-from imagen_jax.data import records
+from imagen_jax.data import manifest_file, records
 from imagen_jax.data.transforms import shrink
 from imagen_jax.evals import history, stage_evaluation, superres
 from imagen_jax.stage import create_stage
@@ -71,15 +71,15 @@ def data(tmp_path_factory) -> Path:
         root, name, [records.serialize_caption(row) for row in captions]
     )
     manifest = {
-        "format_version": records.FORMAT_VERSION,
+        "format_version": manifest_file.FORMAT_VERSION,
         "encoder": ENCODER,
         "counts": {"images": COUNTS},
         "shards": shards,
         "embedding": {"length": {"max": 2}},
         "image_sizes": {"min_side": 32},
     }
-    manifest["hash"] = records.manifest_hash(manifest)
-    storage.write_atomically(root / records.MANIFEST, json.dumps(manifest).encode())
+    manifest["hash"] = manifest_file.manifest_hash(manifest)
+    storage.write_atomically(root / manifest_file.MANIFEST, json.dumps(manifest).encode())
     return root
 
 

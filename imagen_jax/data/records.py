@@ -23,8 +23,6 @@ imagen_jax/data/quantization.py describes int8 features; readers get them as bfl
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,21 +33,23 @@ import numpy as np
 from imagen_jax.checksums import sha256_file
 from imagen_jax.data import caption_records, first_records, shard_cache
 from imagen_jax.data.caption_records import CaptionRow, canonical, serialize_caption
-from imagen_jax.data.manifest_fields import check_fields, check_present, check_shards
+from imagen_jax.data.manifest_file import (
+    INT8_FORMAT_VERSION,
+    MANIFEST,
+    NAMED_FORMAT_VERSION,
+    check_present,
+    read_manifest,
+    verify_shards,
+)
 from imagen_jax.data.shard_cache import Place, ShardCache
 from imagen_jax.data.shard_reader import ShardReader
 from imagen_jax.data.text_checks import TextChecks
 from imagen_jax.object_storage import AnyPath, check_bucket, file_state, in_bucket
-from imagen_jax.storage import absolute, as_path, disk_errors, exists, read_object, written_whole
+from imagen_jax.storage import absolute, as_path, disk_errors, written_whole
 from imagen_jax.text_inputs import TextFeatures, TextInput
 
-FORMAT_VERSION = 1
-INT8_FORMAT_VERSION = 2  # features in int8; versions of the program from before int8 refuse it
-NAMED_FORMAT_VERSION = 3  # features of named encoders, or texts alone
 EMBEDDINGS = ("bfloat16", "int8")  # dtypes of stored features
 SPLITS = ("train", "heldout")
-MANIFEST = "manifest.json"
-PARTIAL = "partial"  # the directory of the work files, in a prepared directory that is unfinished
 # group_size:1 allows random access to single records. Images are compressed already; zstd saves a
 # fifth of the bytes of bfloat16 embeddings.
 IMAGE_OPTIONS, CAPTION_OPTIONS = "group_size:1,uncompressed", "group_size:1,zstd:3"
@@ -195,14 +195,6 @@ def write_tfds_metadata(root: Path, store: str, features, shards: Mapping[str, M
         check_data=False,
         filename_template=_TEMPLATE,
     )
-
-
-def manifest_hash(content: Mapping) -> str:
-    """SHA-256 of the canonical JSON of a manifest without its field `hash`."""
-    body = {key: value for key, value in content.items() if key != "hash"}
-    return hashlib.sha256(
-        json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
 
 
 class _Store(ShardReader):
@@ -394,52 +386,6 @@ class Prepared:
         names: of the shards to read; None for all.
         """
         verify_shards(self.path, self.manifest, self.manifest["shards"] if names is None else names)
-
-
-def read_manifest(path: AnyPath) -> dict[str, Any]:
-    """The manifest of a prepared directory.
-
-    Raises ValueError if the directory is missing, incomplete or of another format version, or if
-    the manifest is damaged.
-    """
-    file = path / MANIFEST
-    remedy = "copy the directory again, or remove it and prepare the data again"
-    if not exists(file):
-        raise ValueError(_no_manifest(path))
-    manifest = read_object(file, {"format_version": int}, remedy)
-    version = manifest["format_version"]
-    if version not in (FORMAT_VERSION, INT8_FORMAT_VERSION, NAMED_FORMAT_VERSION):
-        raise ValueError(
-            f"{file} has format {version}, but this program reads 1 to {NAMED_FORMAT_VERSION}:"
-            " prepare the data again, or install a newer version of this program"
-        )
-    check_fields(file, manifest, version == NAMED_FORMAT_VERSION, remedy)
-    if manifest["hash"] != manifest_hash(manifest):
-        raise ValueError(f"{file} was changed after it was written: prepare the data again")
-    check_shards(file, manifest, remedy)
-    return manifest
-
-
-def verify_shards(path: AnyPath, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raises ValueError that names the first shard whose content differs from its checksum."""
-    for name in names:
-        if sha256_file(path / name) != manifest["shards"][name]["sha256"]:
-            raise ValueError(
-                f"{path / name} is damaged (its checksum differs): remove {path} and prepare the"
-                " data again"
-            )
-
-
-def _no_manifest(path: AnyPath) -> str:
-    """Why a directory has no manifest, and what to do."""
-    earlier = path.with_name(f"{path.name}.partial")  # of versions that renamed it at the end
-    if path.suffix == ".partial" or exists(path / PARTIAL) or exists(earlier):
-        return (
-            f"{path} is not complete: the same prepare_data command continues it, with --encoder or"
-            " --text_only in place of --images_only"
-        )
-    what = "is not prepared data" if exists(path) else "does not exist"
-    return f"{path} {what} (no {MANIFEST}): run python -m imagen_jax.prepare_data"
 
 
 _OPENED: dict[str, tuple[tuple[Any, ...], Prepared]] = {}  # of `open_once`, by path

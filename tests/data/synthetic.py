@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from imagen_jax import storage
-from imagen_jax.data import records
+from imagen_jax.data import manifest_file, records
 from imagen_jax.data.caption_records import caption_features
 
 DIM = 8
@@ -92,7 +92,7 @@ def write_prepared(
     records.write_tfds_metadata(root, "images", records.image_features(), shards)
     records.write_tfds_metadata(root, "captions", caption_features(DIM), shards)
     manifest = {
-        "format_version": records.FORMAT_VERSION,
+        "format_version": manifest_file.FORMAT_VERSION,
         "encoder": {"name": "fake", "dim": DIM, "max_length": TEXT_LENGTH} | dict(encoder or {}),
         "max_length": TEXT_LENGTH,
         "counts": {
@@ -104,8 +104,8 @@ def write_prepared(
         "image_sizes": {"min_side": min(size, *(min(shape(i)) for i in range(images)))},
         "shards": shards,
     }
-    manifest["hash"] = records.manifest_hash(manifest)
-    storage.write_atomically(root / records.MANIFEST, json.dumps(manifest).encode())
+    manifest["hash"] = manifest_file.manifest_hash(manifest)
+    storage.write_atomically(root / manifest_file.MANIFEST, json.dumps(manifest).encode())
     return root
 
 

@@ -15,6 +15,7 @@ from imagen_jax.data import (
     first_records,
     image_sizes,
     index_files,
+    manifest_file,
     pipeline,
     records,
     shard_cache,
@@ -57,7 +58,7 @@ def bucket(server, request):
 def local(tmp_path_factory):
     """Prepared data: 3 shards of training images, 1 of others, 5 of captions."""
     path = synthetic.write_prepared(tmp_path_factory.mktemp("prepared"))
-    manifest = json.loads((path / records.MANIFEST).read_text())
+    manifest = json.loads((path / manifest_file.MANIFEST).read_text())
     sums = {name: first_records.of_file(path / name) for name in manifest["shards"]}
     first_records.write(path, manifest["hash"], sums)
     return path

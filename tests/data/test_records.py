@@ -17,7 +17,7 @@ import pytest
 from array_record.python import array_record_module
 
 from imagen_jax import storage
-from imagen_jax.data import caption_records, records, shard_reader
+from imagen_jax.data import caption_records, manifest_file, records, shard_reader
 from imagen_jax.data.caption_records import CaptionRow
 from imagen_jax.text_inputs import TextInput
 from tests.data import synthetic
@@ -256,10 +256,10 @@ def test_each_directory_is_opened_once(tmp_path, monkeypatch):
     paths = [tmp_path / str(i) for i in range(100)]
     for path in paths:
         path.mkdir()
-        (path / records.MANIFEST).write_text("{}")
+        (path / manifest_file.MANIFEST).write_text("{}")
     first = [records.open_once(path) for path in paths]
     assert [records.open_once(path) for path in paths] == first and len(opened) == len(paths)
-    (paths[0] / records.MANIFEST).write_text("{ }")
+    (paths[0] / manifest_file.MANIFEST).write_text("{ }")
     assert records.open_once(paths[0]) is not first[0] and len(opened) == len(paths) + 1
 
 

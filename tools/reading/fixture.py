@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from imagen_jax.data import records
+from imagen_jax.data import manifest_file, records
 from imagen_jax.data.prepare.resize import Resize
 from imagen_jax.data.prepare.upright import upright
 from imagen_jax.run_log import Progress
@@ -111,7 +111,7 @@ def _write_prepared(
     shards = _write_store(root, "images", image_rows, parts, _REPEATS)
     shards |= _write_store(root, "captions", caption_rows, parts, 1)
     manifest = {
-        "format_version": records.FORMAT_VERSION,
+        "format_version": manifest_file.FORMAT_VERSION,
         "encoder": {"name": "random", "dim": text_dim},
         "counts": {
             "images": {"train": _REPEATS * len(images), "heldout": 0},
@@ -121,8 +121,8 @@ def _write_prepared(
         "image_sizes": {"min_side": min(map(min, sizes))},
         "shards": shards,
     }
-    manifest["hash"] = records.manifest_hash(manifest)
-    write_atomically(root / records.MANIFEST, json.dumps(manifest).encode())
+    manifest["hash"] = manifest_file.manifest_hash(manifest)
+    write_atomically(root / manifest_file.MANIFEST, json.dumps(manifest).encode())
 
 
 def _write_store(

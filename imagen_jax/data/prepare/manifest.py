@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagen_jax.data import first_records, image_sizes, records
+from imagen_jax.data import first_records, image_sizes, manifest_file, records
 from imagen_jax.data.caption_records import caption_features
 from imagen_jax.data.prepare.kept import Plan
 from imagen_jax.data.prepare.many_files import each
@@ -60,10 +60,10 @@ def finish(
         "image_sizes": plan.sizes,
         "shards": shards,
     }
-    manifest["hash"] = records.manifest_hash(manifest)
+    manifest["hash"] = manifest_file.manifest_hash(manifest)
     firsts = {name: entry[FIRST] for name, entry in entries.items() if FIRST in entry}
     first_records.write(result, manifest["hash"], firsts)
-    write_atomically(result / records.MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_atomically(result / manifest_file.MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
 
 
@@ -88,8 +88,10 @@ def _write_tfds_metadata(result: AnyPath, store: str, features: Any, shards: Map
 
 def _format_version(is_named: bool, embedding: str) -> int:
     if is_named:
-        return records.NAMED_FORMAT_VERSION
-    return records.INT8_FORMAT_VERSION if embedding == "int8" else records.FORMAT_VERSION
+        return manifest_file.NAMED_FORMAT_VERSION
+    if embedding == "int8":
+        return manifest_file.INT8_FORMAT_VERSION
+    return manifest_file.FORMAT_VERSION
 
 
 def _caption_stores(request: Mapping, embedding: str) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from imagen_jax.data import first_records, records
+from imagen_jax.data import first_records, manifest_file
 from imagen_jax.data.prepare import captions
 from imagen_jax.data.prepare.ingest import At, image_shards
 from imagen_jax.data.prepare.ingest import ingest as ingest_here
@@ -81,7 +81,7 @@ def prepare(
     if _complete_for_all(output, request):
         _say(f"{output} is already complete")
         _remove_left_over(output)
-        return records.read_manifest(output)
+        return manifest_file.read_manifest(output)
     with _shared_work(output):
         if agreement.is_first():
             _begin(source, encoders, output, settings, request)
@@ -103,8 +103,8 @@ def prepare(
         at("complete the data")
         if agreement.is_first():
             _complete(output, request, plan)
-        agreement.wait_for_files([output / records.MANIFEST])
-    manifest = records.read_manifest(output)
+        agreement.wait_for_files([output / manifest_file.MANIFEST])
+    manifest = manifest_file.read_manifest(output)
     if agreement.is_first():
         _remove(partial)
         _report(manifest, output, time.monotonic() - started)
@@ -227,9 +227,9 @@ def _is_complete(output: AnyPath, request: Mapping) -> bool:
       ValueError: it is anything else.
     """
     check_output(output)
-    if not exists(output / records.MANIFEST):
+    if not exists(output / manifest_file.MANIFEST):
         return False
-    manifest = records.read_manifest(output)
+    manifest = manifest_file.read_manifest(output)
     refuse_changes(output, manifest, request)
     firsts = {} if in_bucket(output) else first_records.read(output, manifest["hash"])
     stores = {name.partition("/")[0] for name in manifest["shards"]}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from imagen_jax.data import records
+from imagen_jax.data import manifest_file, records
 from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.caption_estimate import (
     WORK_BYTES,
@@ -259,4 +259,5 @@ def _write(source: Source, sample: Sample, embedding: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         for name, encoded in sample.encoded.items():
             shard = records.shard_name(records.caption_store(name), "train", 0, 1)
-            write_captions(source, Path(directory) / records.PARTIAL, shard, encoded, embedding)
+            work = Path(directory) / manifest_file.PARTIAL
+            write_captions(source, work, shard, encoded, embedding)

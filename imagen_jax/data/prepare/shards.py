@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from imagen_jax.data import first_records, records
-from imagen_jax.data.manifest_fields import SHARD_FIELDS
+from imagen_jax.data.manifest_file import SHARD_FIELDS
 from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.kept import KeptImage, images_of
 from imagen_jax.data.prepare.many_files import each

@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from imagen_jax.data.manifest_file import MANIFEST, PARTIAL
 from imagen_jax.data.prepare.request import REQUEST
-from imagen_jax.data.records import MANIFEST, PARTIAL
 from imagen_jax.distributed import agreement
 from imagen_jax.locks import LOCK, only_process
 from imagen_jax.object_storage import AnyPath, in_bucket

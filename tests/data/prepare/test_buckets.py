@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 
 from imagen_jax import exit_codes, locks, prepare_data, storage
-from imagen_jax.data import records
+from imagen_jax.data import manifest_file
 from imagen_jax.data.prepare import many_files, work_directory
 from tests import processes, storage_emulator, tiny
 from tests.data.synthetic_source import FakeEncoder, named, prepare, stored, tree
@@ -80,7 +80,7 @@ def test_killed_and_continued(folder, whole, output):
         seen.append(stored(output))
         assert seen[-1].items() <= tree(whole).items()
         with pytest.raises(ValueError, match="data is not complete: the same prepare_data command"):
-            records.read_manifest(output)
+            manifest_file.read_manifest(output)
     of = lambda store, files: [name for name in files if name.startswith(store)]
     assert [len(of("images/", files)) for files in seen] == [2, 4]
     assert [len(of("captions/", files)) for files in seen] == [0, 1]
