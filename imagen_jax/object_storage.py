@@ -36,7 +36,8 @@ def set_up(label: str, text: str) -> None:
         raise ValueError(
             f"{label} {text} is in a bucket, which needs the extra `gcs`: pip install -e '.[gcs]'"
         ) from error
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # `bucket_errors` says what failed
+    for name in ("gcsfs", "fsspec"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # `bucket_errors` says what failed
     # Listings that gcsfs keeps would hide files that another process has written.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
