@@ -131,7 +131,7 @@ class ShardedSource:
             if len(shard) != self._ends[number] - start:
                 raise ValueError(
                     f"{self._paths[number]} changed while it was being read: start again when its"
-                    " copy or download is complete; if it is, remove index.jsonl in OUTPUT.partial"
+                    " copy or download is complete; if it is, remove index.jsonl in OUTPUT/partial"
                 )
         self._open.move_to_end(number)
         return self._open[number][index - start]
