@@ -14,7 +14,7 @@ None for each dimension. The first rule that matches a path applies.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Shaped
 
-from imagen_jax.models.layers import Constrain
+from imagen_jax.models.layers import Constrain, Gather
 
 AXES = ("data", "fsdp", "model", "spatial")
 BATCH_AXES = ("data", "fsdp")
@@ -246,19 +246,16 @@ def constrain_activations(mesh: Mesh) -> Constrain:
     return constrain
 
 
-def gather_parameters(mesh: Mesh) -> Callable[[Tree], Tree]:
-    """Returns the function that a stage applies to its parameters.
-
-    It all-gathers them if the image height is sharded.
+def gather_kernels(mesh: Mesh) -> Gather:
+    """The `gather` of a model: all-gathers a convolution's kernel if image height is sharded.
 
     The partitioner computes a wrong convolution if both the image height and the kernel's input
     channels are sharded (seen with jax 0.10.2 on 8 CPU devices: the errors are as large as the
-    activations, in kernels with more input than output channels). With `spatial` > 1 every device
-    therefore holds all parameters at once.
+    activations, in kernels with more input than output channels).
     """
     if mesh.shape["spatial"] == 1:
-        return lambda tree: tree
-    return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))
+        return lambda kernel: kernel
+    return lambda kernel: jax.lax.with_sharding_constraint(kernel, replicated(mesh))
 
 
 def path_name(path: tuple) -> str:

@@ -64,7 +64,6 @@ class Stage:
     buckets: sizes (height, width) of the training images; one size per batch.
     texts: the text inputs, one per text encoder; none for a model without text.
     sampling: the section `sampling` of the config.
-    gather: all-gathers the parameters that are sharded over the mesh.
     """
 
     name: str
@@ -82,7 +81,6 @@ class Stage:
     buckets: tuple[Size, ...]
     texts: tuple[TextInput, ...]
     sampling: Mapping[str, Any]
-    gather: Callable[[Params], Params]
 
     @property
     def reads_text(self) -> bool:
@@ -179,7 +177,6 @@ class Stage:
         """
         train = dropout_key is not None
         rngs = {"dropout": dropout_key} if train else None
-        params = self.gather(params)
 
         def denoise_fn(z, logsnr, cond):
             given = {TEXT: cond[TEXT_VALUES]} if TEXT_VALUES in cond else {}
@@ -283,8 +280,7 @@ class Stage:
         b = cond[field_name(MASK, self.texts[0].name)].shape[0]
         # The values need no z. The compiler removes the rest of the network.
         inputs = jnp.zeros((b, *size, 3)), jnp.zeros(b), cond
-        variables = {"params": self.gather(params)}
-        _, values = self.model.apply(variables, *inputs, mutable=[TEXT])
+        _, values = self.model.apply({"params": params}, *inputs, mutable=[TEXT])
         return cond | {TEXT_VALUES: values[TEXT]}
 
 
@@ -359,6 +355,7 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
             **model,
             lowres=bool(data["lowres_size"]),
             constrain=sharding.constrain_activations(mesh) if mesh else identity,
+            gather=sharding.gather_kernels(mesh) if mesh else identity,
             attend=attention_on(mesh, model["remat"]),
             encoders=tuple(text.name for text in texts),
             pooled=tuple(text.name for text in texts if text.pooled_dim),
@@ -376,7 +373,6 @@ def create_stage(config: Mapping[str, Any], mesh: Mesh | None = None) -> Stage:
         buckets=stage_sizes.of_training(data),
         texts=texts,
         sampling=dict(config["sampling"]),
-        gather=sharding.gather_parameters(mesh) if mesh else identity,
     )
     if data["buckets"]:
         stage_sizes.check_buckets(stage)

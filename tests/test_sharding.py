@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -124,6 +125,43 @@ def test_every_block_is_split_by_rows_and_height(name, count):
     loss = lambda p, b: loss_and_grad(stage, p, b, jax.random.key(1), 1)[0]
     program = str(jax.make_jaxpr(loss)(params, tiny.batch(stage, 8)))
     assert program.count("(('data', 'fsdp'), 'spatial')") == 2 * count  # forward and backward
+
+
+@pytest.mark.parametrize("name", ["base_64", "sr_1024"])
+def test_kernels_are_gathered_block_by_block(name):
+    """Catches parameters that are held whole for the backward pass, or all at once: a block gathers
+    its kernels when it computes, and again when the backward pass computes it.
+    """
+    config = tiny.config(name, model__remat="matrix")
+    stage, _, _ = tiny.stage_and_step(config, sharding.make_mesh(SPATIAL))
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    loss = lambda p, b: loss_and_grad(stage, p, b, jax.random.key(1), 1)[0]
+    program = jax.make_jaxpr(loss)(params, tiny.batch(stage, 8)).jaxpr
+    kernels = [
+        leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 4 and leaf.shape[:2] == (3, 3)
+    ]
+    in_blocks, elsewhere = count_gathers(program)
+    of_blocks = 2 * name_count(params, "conv_0")
+    assert in_blocks == 2 * of_blocks  # computed again, and the kernel's gradient
+    assert elsewhere == of_blocks + 2 * (len(kernels) - of_blocks)
+
+
+def name_count(params, name):
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    return sum(f"{name}/kernel" in sharding.path_name(path) for path, _ in paths)
+
+
+def count_gathers(jaxpr, in_block=False):
+    """The number of constraints on 3x3 kernels (inside checkpointed blocks, elsewhere)."""
+    counts = [0, 0]
+    for equation in jaxpr.eqns:
+        shape = equation.outvars[0].aval.shape if equation.outvars else ()
+        if equation.primitive.name == "sharding_constraint" and shape[:2] == (3, 3):
+            counts[not in_block] += 1
+        inside = in_block or equation.primitive.name == "remat2"
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            counts = [a + b for a, b in zip(counts, count_gathers(inner, inside))]
+    return counts
 
 
 def sample_on(name, mesh, sampling, fields):

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from imagen_jax.models.layers import (
     Constrain,
     Conv,
     Dtype,
+    Gather,
     NoiseLevelEmbedding,
     dense,
     from_text,
@@ -30,7 +32,7 @@ from imagen_jax.text_inputs import MASK, POOLED, TEXT, field_name
 Cond = PyTree[Shaped[Array, "b ..."]]
 RESAMPLE = {"down": average_pool, "up": upsample_nearest}
 # Fields of both networks that each of their levels has too.
-LEVEL_FIELDS = ("scale_shift", "dropout", "dtype", "remat", "constrain", "attend")
+LEVEL_FIELDS = ("scale_shift", "dropout", "dtype", "remat", "constrain", "gather", "attend")
 
 
 class ResBlock(nn.Module):
@@ -54,6 +56,7 @@ class ResBlock(nn.Module):
     residual_scale: float = 1.0
     dropout: float = 0.0
     constrain: Constrain = identity
+    gather: Gather = identity
 
     @nn.compact
     def __call__(
@@ -64,7 +67,8 @@ class ResBlock(nn.Module):
         )
         shortcut = resample(h)
         out = jax.nn.swish(group_norm(h.shape[-1], self.dtype, "norm_0")(h))
-        out = self.constrain(Conv(self.features, self.dtype, name="conv_0")(resample(out)))
+        conv = partial(Conv, self.features, self.dtype, gather=self.gather)
+        out = self.constrain(conv(name="conv_0")(resample(out)))
         film = nn.Dense((1 + self.scale_shift) * self.features, dtype=self.dtype, name="film")(
             jax.nn.swish(emb)
         )
@@ -76,7 +80,7 @@ class ResBlock(nn.Module):
         else:
             out = norm(out + film)
         out = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.swish(out))
-        out = self.constrain(Conv(self.features, self.dtype, zero_init=True, name="conv_1")(out))
+        out = self.constrain(conv(zero_init=True, name="conv_1")(out))
         if self.project_shortcut or shortcut.shape[-1] != self.features:
             shortcut = dense(self.features, self.dtype, "shortcut")(shortcut)
         return (shortcut + out) * jnp.asarray(self.residual_scale, out.dtype)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Attend, Attention, FeedForward, attend
 from imagen_jax.models.blocks import Cond, ResBlock, concat_lowres, conditioning, level_fields
-from imagen_jax.models.layers import Constrain, Conv, ConvTranspose, Dtype, identity
+from imagen_jax.models.layers import Constrain, Conv, ConvTranspose, Dtype, Gather, identity
 from imagen_jax.models.remat import checkpointed_module
 from imagen_jax.text_inputs import UNNAMED
 
@@ -42,6 +42,7 @@ class Blocks(nn.Module):
     dtype: Dtype
     remat: str
     constrain: Constrain
+    gather: Gather
     attend: Attend
 
     @nn.compact
@@ -54,7 +55,8 @@ class Blocks(nn.Module):
         train: bool,
     ) -> Float[Array, "b h2 w2 c2"]:
         if self.down:
-            h = self.constrain(Conv(self.features, self.dtype, stride=2, name="resample")(h))
+            down = Conv(self.features, self.dtype, stride=2, gather=self.gather, name="resample")
+            h = self.constrain(down(h))
         for i in range(self.blocks):
             block = checkpointed_module(self.remat, ResBlock, static_argnums=(3,))(
                 self.features,
@@ -64,6 +66,7 @@ class Blocks(nn.Module):
                 residual_scale=self.residual_scale,
                 dropout=self.dropout,
                 constrain=self.constrain,
+                gather=self.gather,
                 name=f"block_{i}",
             )
             h = self.constrain(block(h, emb, train))
@@ -77,7 +80,8 @@ class Blocks(nn.Module):
             )(h, text, mask)
             h = self.constrain(mlp(2 * self.features, self.dtype, self.constrain, name="mlp")(h))
         if self.up_features:
-            h = self.constrain(ConvTranspose(self.up_features, self.dtype, name="upsample")(h))
+            up = ConvTranspose(self.up_features, self.dtype, self.gather, name="upsample")
+            h = self.constrain(up(h))
         return h
 
 
@@ -102,6 +106,7 @@ class EfficientUNet(nn.Module):
         dtype: type of the computation; parameters are fp32.
         remat: rematerialization mode, see models/remat.py.
         constrain: sharding constraint on the activations at block boundaries.
+        gather: applied to the kernel of every 3x3 convolution before its use.
         attend: the implementation of attention.
         encoders: names of the text encoders whose token features it reads.
         pooled: names of those whose pooled vectors it reads too.
@@ -121,6 +126,7 @@ class EfficientUNet(nn.Module):
     dtype: Dtype = jnp.float32
     remat: str = "none"
     constrain: Constrain = identity
+    gather: Gather = identity
     attend: Attend = attend
     encoders: tuple[str, ...] = (UNNAMED,)
     pooled: tuple[str, ...] = ()
@@ -141,7 +147,8 @@ class EfficientUNet(nn.Module):
         self._check_settings(z)
         emb, text, mask = conditioning(self, self.widths[0])(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
-        h = self.constrain(Conv(self.widths[0], self.dtype, name="stem")(h.astype(self.dtype)))
+        stem = Conv(self.widths[0], self.dtype, gather=self.gather, name="stem")
+        h = self.constrain(stem(h.astype(self.dtype)))
         level = partial(Blocks, **level_fields(self, "heads", "residual_scale"))
         per_level = list(zip(self.widths, self.blocks, self.attention))
         skips = []

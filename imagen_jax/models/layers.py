@@ -13,10 +13,11 @@ from imagen_jax.models.custom_gradients import add_bias, conv_adjoint, conv_phas
 Dtype = Any
 TEXT = "text"  # the Flax collection of `from_text`
 Constrain = Callable[[Float[Array, "b ..."]], Float[Array, "b ..."]]
+Gather = Callable[[Float[Array, "3 3 _ _"]], Float[Array, "3 3 _ _"]]
 
 
 def identity(tree: Any) -> Any:
-    """The `constrain` of a model on one device: leaves the layout to the compiler."""
+    """The `constrain` and `gather` of a model on one device: leave the layout to the compiler."""
     return tree
 
 
@@ -45,12 +46,17 @@ def from_text(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
 
 
 class Conv(nn.Module):
-    """3x3 convolution, zero-padded by one pixel. `zero_init` initialises the kernel to zero."""
+    """3x3 convolution, zero-padded by one pixel.
+
+    zero_init: initialises the kernel to zero. gather: applied to the kernel in `dtype` before its
+    use.
+    """
 
     features: int
     dtype: Dtype
     stride: int = 1
     zero_init: bool = False
+    gather: Gather = identity
 
     @nn.compact
     def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
@@ -61,7 +67,7 @@ class Conv(nn.Module):
         numbers = ("NHWC", "HWIO", "NHWC")
         out = jax.lax.conv_general_dilated(
             h.astype(self.dtype),
-            kernel.astype(self.dtype),
+            self.gather(kernel.astype(self.dtype)),
             strides,
             padding,
             dimension_numbers=numbers,
@@ -107,11 +113,12 @@ class ConvTranspose(nn.Module):
     """Transposed 3x3 convolution of stride 1/2, [b h w c] -> [b 2h 2w features].
 
     It is the adjoint of `Conv` with stride 2. Output pixels use 1, 2, 2 or 4 of the nine weights,
-    so the initialiser's fan-in is 9/4 of the channels.
+    so the initialiser's fan-in is 9/4 of the channels. gather: see `Conv`.
     """
 
     features: int
     dtype: Dtype
+    gather: Gather = identity
 
     @nn.compact
     def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
@@ -121,8 +128,9 @@ class ConvTranspose(nn.Module):
             (3, 3, h.shape[-1], self.features),
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.gather(kernel.astype(self.dtype))
         out = jax.lax.platform_dependent(
-            h.astype(self.dtype), kernel.astype(self.dtype), tpu=conv_adjoint, default=conv_phases
+            h.astype(self.dtype), kernel, tpu=conv_adjoint, default=conv_phases
         )
         return add_bias(out, jnp.asarray(bias))
 

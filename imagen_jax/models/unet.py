@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Attend, Attention, attend
 from imagen_jax.models.blocks import Cond, ResBlock, concat_lowres, conditioning, level_fields
-from imagen_jax.models.layers import Constrain, Conv, Dtype, group_norm, identity
+from imagen_jax.models.layers import Constrain, Conv, Dtype, Gather, group_norm, identity
 from imagen_jax.models.remat import checkpointed_module
 from imagen_jax.models.resampling import depth_to_space, space_to_depth, upsample_nearest
 from imagen_jax.text_inputs import UNNAMED
@@ -57,6 +57,7 @@ class Level(nn.Module):
     dtype: Dtype
     remat: str
     constrain: Constrain
+    gather: Gather
     attend: Attend
 
     @nn.compact
@@ -76,7 +77,9 @@ class Level(nn.Module):
             self.scale_shift,
             dropout=self.dropout,
             constrain=self.constrain,
+            gather=self.gather,
         )
+        conv = partial(Conv, self.features, self.dtype, gather=self.gather, name="resample")
         attention = checkpointed_module(self.remat, Attention, skip_matrix=True)
         outputs = []
         for i, kind in enumerate(self.attention):
@@ -98,9 +101,9 @@ class Level(nn.Module):
             if RES_BLOCKS[self.res_block]:
                 h = block(resample=self.resample, name="resample")(h, emb, train)
             elif self.resample == "down":
-                h = Conv(self.features, self.dtype, stride=2, name="resample")(h)
+                h = conv(stride=2)(h)
             else:
-                h = Conv(self.features, self.dtype, name="resample")(upsample_nearest(h))
+                h = conv()(upsample_nearest(h))
             h = self.constrain(h)
             outputs.append(h)
         return h, tuple(outputs)
@@ -128,6 +131,7 @@ class UNet(nn.Module):
         dtype: type of the computation; parameters are fp32.
         remat: rematerialization mode, see models/remat.py.
         constrain: sharding constraint on the activations at block boundaries.
+        gather: applied to the kernel of every 3x3 convolution before its use.
         attend: the implementation of attention.
         encoders: names of the text encoders whose token features it reads.
         pooled: names of those whose pooled vectors it reads too.
@@ -150,6 +154,7 @@ class UNet(nn.Module):
     dtype: Dtype = jnp.float32
     remat: str = "none"
     constrain: Constrain = identity
+    gather: Gather = identity
     attend: Attend = attend
     encoders: tuple[str, ...] = (UNNAMED,)
     pooled: tuple[str, ...] = ()
@@ -170,10 +175,8 @@ class UNet(nn.Module):
         self._check_settings(z)
         emb, text, mask = conditioning(self, self.channels)(logsnr, cond)
         h = concat_lowres(z, cond["lowres"]) if self.lowres else z
-        h = Conv(self.channels, self.dtype, name="stem")(
-            space_to_depth(h.astype(self.dtype), self.patch)
-        )
-        h = self.constrain(h)
+        stem = Conv(self.channels, self.dtype, gather=self.gather, name="stem")
+        h = self.constrain(stem(space_to_depth(h.astype(self.dtype), self.patch)))
         widths = [self.channels * m for m in self.multipliers]
         last = len(widths) - 1
         level = partial(Level, **level_fields(self, "res_block", "head_channels"))
@@ -202,7 +205,8 @@ class UNet(nn.Module):
             h, _ = up(h, tuple(skips[-block_count:]), emb, text, mask, train)
             skips = skips[:-block_count]
         h = jax.nn.swish(group_norm(h.shape[-1], self.dtype, "out_norm")(h))
-        h = Conv(3 * self.patch**2, jnp.float32, zero_init=True, name="out")(h.astype(jnp.float32))
+        out = Conv(3 * self.patch**2, jnp.float32, zero_init=True, gather=self.gather, name="out")
+        h = out(h.astype(jnp.float32))
         return depth_to_space(h, self.patch)
 
     def _check_settings(self, z: Float[Array, "b h w 3"]) -> None:

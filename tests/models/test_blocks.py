@@ -141,7 +141,7 @@ def test_plain_resampling_is_one_convolution(resample):
     level = Level(
         **dict(features=6, attention=(), resample=resample, res_block="plain", scale_shift=True),
         **dict(head_channels=6, dropout=0.0, dtype=F32, remat="none"),
-        **dict(constrain=layers.identity, attend=attend),
+        **dict(constrain=layers.identity, gather=layers.identity, attend=attend),
     )
     args = normal(1, 2, 4, 8, 6), (), normal(2, 2, 5), None, None, False
     params, p64 = randomized(level, 3, *args)
