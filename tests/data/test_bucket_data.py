@@ -264,6 +264,26 @@ def test_the_bound_holds_and_the_last_used_shards_stay(local, remote, tmp_path, 
             images.close_copies()
 
 
+def test_files_that_are_not_copies_stay(local, remote, tmp_path):
+    """Catches a cache that deletes other files of its directory, such as a mounted disk, to make
+    room; one whose bound they use up; and an unfinished copy of a killed process that stays.
+    """
+    place = place_of(tmp_path / "cache", 1, local)
+    images = records.Prepared(remote, place).images("train")
+    images.record(0)
+    own = images._cache.path(SHARD).parent
+    others = [place.directory / name for name in ("fast/run/1/shards.safetensors", "x.tmp")]
+    others += [place.directory / "prepared" / SHARD, own / "notes.txt"]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(10**6))
+        os.utime(path, (0, 0))
+    left = own / f".{os.path.basename(SHARD)}.123.0a1b2c3d.tmp"
+    left.touch()
+    images.record(9)
+    assert all(path.exists() for path in others) and not left.exists()
+
+
 def test_a_shard_that_another_process_has_open_stays(local, remote, tmp_path, monkeypatch):
     """Catches a file deleted under its reader, and a wait without end."""
     monkeypatch.setattr(shard_reader, "_ROOM_S", 0.1)
