@@ -7,7 +7,9 @@ import sys
 import threading
 import time
 
+import gcsfs
 import pytest
+from gcsfs.retry import HttpError
 
 from imagen_jax import checksums, exit_codes, goodput, line_logs, locks, object_storage, storage
 from tests import storage_emulator, tiny
@@ -104,6 +106,19 @@ def test_a_file_of_several_requests_is_whole(bucket):
     storage.write_atomically(bucket / "large", content)
     storage.write_atomically(bucket / "empty", b"")
     assert (bucket / "large").read_bytes() == content and (bucket / "empty").read_bytes() == b""
+
+
+def test_a_failed_upload_names_the_object(bucket, monkeypatch):
+    """Catches a message that names the temporary file of an upload, which is gone by then."""
+
+    def fail(*_, **__):
+        raise HttpError({"code": 503, "message": "away"})
+
+    monkeypatch.setattr(gcsfs.core.GCSFile, "_upload_chunk", fail)
+    monkeypatch.setattr(gcsfs.core.GCSFile, "_simple_upload", fail, raising=False)
+    with pytest.raises(OSError, match="away") as error:
+        storage.write_atomically(bucket / "x", b"content")
+    assert error.value.filename == f"{bucket}/x"
 
 
 def test_a_sealed_directory(bucket):
