@@ -18,7 +18,7 @@ from imagen_jax.data.prepare.kept import KeptImage, images_of
 from imagen_jax.data.prepare.many_files import each
 from imagen_jax.data.prepare.resize import Resize
 from imagen_jax.data.sources.source import Source
-from imagen_jax.distributed import agreement
+from imagen_jax.distributed import shared_files
 from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.storage import (
     entry_names,
@@ -163,7 +163,7 @@ def all_finished(partial: AnyPath, shards: Sequence[Shard]) -> dict[str, dict]:
     Raises ValueError if a shard that some process has finished is no longer there.
     """
     for shard in shards:
-        agreement.wait_to_see(_entry(partial, shard.name))
+        shared_files.wait_to_see(_entry(partial, shard.name))
     entries = {}
     for shard, entry in zip(shards, _entries(partial, shards)):
         if entry is None:
