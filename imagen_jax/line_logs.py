@@ -34,9 +34,9 @@ class LineLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
             return
-        names = _part_names(path)
-        self._part = max(0, len(names) - 1)
-        self._content = b"".join(_lines(path.with_name(names[-1]))) if names else b""
+        newest = newest_part(path)
+        self._part = int(newest.name.removeprefix(path.name).removeprefix(".") or 0)
+        self._content = b"".join(_lines(newest))
         self._stored = self._content
 
     def append(self, line: str) -> None:

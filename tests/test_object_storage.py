@@ -157,6 +157,22 @@ def test_the_last_line_of_a_log_is_replaced(bucket, monkeypatch):
     assert line_logs.read_lines(bucket / "log") == [b"first\n", b"second\n", b"3\n", b"5\n"]
 
 
+def test_a_log_without_one_of_its_parts_is_continued(bucket, monkeypatch):
+    """Catches lines of the newest part that are stored again in the place of a removed part."""
+    monkeypatch.setattr(line_logs, "PART_BYTES", 1)
+    log = line_logs.LineLog(bucket / "log")
+    for text in ("first", "damaged", "third"):
+        log.append(text)
+    log.close()
+    assert line_logs.keep_lines(bucket / "log", lambda line: b"damaged" not in line) == [
+        b"damaged\n"
+    ]
+    log = line_logs.LineLog(bucket / "log")
+    log.append("fourth")
+    log.close()
+    assert line_logs.read_lines(bucket / "log") == [b"first\n", b"third\n", b"fourth\n"]
+
+
 def test_a_ledger_is_stored_while_it_grows(bucket):
     """Catches entries of a bucket that appear when the process ends."""
     with goodput.Ledger(bucket, write_s=0.05) as ledger:
