@@ -20,9 +20,7 @@ FAILING, DELAY_S = 0.05, 0.01
 @pytest.fixture(scope="module")
 def server():
     """The environment of a server; set for this process too."""
-    with storage_emulator.served(FAILING, DELAY_S) as env, pytest.MonkeyPatch.context() as patch:
-        for name, value in env.items():
-            patch.setenv(name, value)
+    with storage_emulator.used(FAILING, DELAY_S) as env:
         yield env
 
 

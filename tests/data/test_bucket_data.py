@@ -41,9 +41,7 @@ SHARD = "images/images-train.array_record-00001-of-00003"
 @pytest.fixture(scope="module")
 def server():
     """The environment of a server; set for this process too."""
-    with storage_emulator.served() as env, pytest.MonkeyPatch.context() as patch:
-        for name, value in env.items():
-            patch.setenv(name, value)
+    with storage_emulator.used() as env:
         yield env
 
 
@@ -385,12 +383,7 @@ def test_copies_are_made_ahead_and_reported(local, remote, tmp_path, caplog):
 @pytest.mark.slow
 def test_requests_that_fail_at_times_change_nothing(local, tmp_path):
     """Catches an error of one request that ends the work, or leaves something out."""
-    with (
-        storage_emulator.served(failing=0.05, delay=0.02) as env,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for name, value in env.items():
-            patch.setenv(name, value)
+    with storage_emulator.used(failing=0.05, delay=0.02):
         root = storage.as_path("--data", f"gs://{storage_emulator.BUCKET}/x")
         storage.copy_directory(local, root / "prepared")
         got = take(6, remote_config(root / "prepared", tmp_path))
