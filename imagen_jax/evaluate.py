@@ -27,7 +27,7 @@ from imagen_jax import cli, field, output_paths, schema
 from imagen_jax.evals import history
 from imagen_jax.evals.measures import NAMES
 from imagen_jax.object_storage import check_bucket, in_bucket
-from imagen_jax.storage import as_path, check_local, check_utf8, write_json
+from imagen_jax.storage import as_path, check_local, check_utf8, exists, write_json
 
 GRID = "grid"  # a flag of both kinds of evaluation
 DATA_SUITE = "data"  # the captions of --data as a suite
@@ -275,7 +275,7 @@ def check_checkpoint_flags(args: Any) -> None:
     checkpoint = as_path("--checkpoint", resolve(args.checkpoint))
     check_bucket("--checkpoint", checkpoint)
     workdir, _ = split_name(checkpoint)
-    if not (args.follow or checkpoint.exists() or workdir.exists()):
+    if not (args.follow or exists(checkpoint) or exists(workdir)):
         raise ValueError(f"--checkpoint {checkpoint} does not exist")
     if args.follow and checkpoint.is_file():
         raise ValueError(

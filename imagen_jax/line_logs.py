@@ -57,9 +57,9 @@ class LineLog:
         self._content += line.encode() + b"\n"
 
     def replace(self, line: str) -> None:
-        """Replaces the line that this object has appended last. A kill leaves one of both.
+        """Replaces the line that this object has appended last.
 
-        A shorter line is followed by spaces.
+        A shorter line is followed by spaces. After a kill, the log has one of the two lines.
         """
         if not self._file:
             self._content = self._content[: self._last] + line.encode() + b"\n"

@@ -365,17 +365,22 @@ def check_outputs(directory: AnyPath, files: Iterable[str], directories: Iterabl
 
     files, directories: their names in `directory`. Call it before a long computation.
     """
-    wrong = [(name, "directory", "file") for name in files if (directory / name).is_dir()]
+    wrong = [(name, "directory", "file") for name in files if _is_directory(directory / name)]
     for name in directories:
         path = directory / name
         present = exists(path) if in_bucket(path) else os.path.lexists(path)
-        if present and not path.is_dir():
+        if present and not _is_directory(path):
             wrong.append((name, "file", "directory"))
     for name, found, needed in wrong:
         raise ValueError(
             f"{directory / name} is a {found}, but a {needed} of that name is to be written:"
             " remove it, or give another output directory"
         )
+
+
+def _is_directory(path: AnyPath) -> bool:
+    with bucket_errors(path):
+        return path.is_dir()
 
 
 def write_json(path: AnyPath, content: Any) -> None:

@@ -29,7 +29,7 @@ from imagen_jax.storage import (
     write_atomically,
 )
 
-# Of the journal's entry of a shard with features, whose statistics are part of the manifest.
+# Fields of the journal's entry of a shard with features; the manifest has their statistics.
 _FEATURE_FIELDS = SHARD_FIELDS | {"cut": list, "tokens": dict, "norm": dict}
 FIRST = "first_sha256"  # of a journal's entry: checksum of the shard's first record
 AGAIN = "run the same command again; it continues"
