@@ -16,7 +16,7 @@ from typing import Any
 from imagen_jax.distributed import agreement, startup
 from imagen_jax.locks import is_locked, only_process
 from imagen_jax.object_storage import AnyPath, in_bucket
-from imagen_jax.storage import absolute, read_object, write_atomically, write_json
+from imagen_jax.storage import absolute, is_away, read_object, write_atomically, write_json
 
 SHOWN = 5  # processes that a message names
 PATIENCE_S = 60.0  # a network file system may show a new file late
@@ -73,10 +73,17 @@ def check_shared(directory: AnyPath, patience_s: float = PATIENCE_S) -> None:
 
 
 def _start(path: AnyPath) -> str:
-    """The token in hosts.json; "" if the file is missing, or not yet all of it is visible."""
+    """The token in hosts.json; "" if the file is missing, or not yet all of it is visible.
+
+    Also "" if the file system does not answer: NFS may call a file stale that was just replaced.
+    """
     try:
         return read_object(path, {"start": str})["start"]
     except (FileNotFoundError, ValueError):
+        return ""
+    except OSError as error:
+        if not is_away(error):
+            raise
         return ""
 
 

@@ -45,6 +45,21 @@ def test_a_shared_directory_is_checked_at_once(together, tmp_path, caplog):
     assert {path.name for path in tmp_path.iterdir()} == {"hosts.json", "lock"}
 
 
+def test_a_file_that_was_just_replaced_is_read_again(together, tmp_path, monkeypatch):
+    """Catches a start that ends because NFS calls the earlier hosts.json stale."""
+    read, stale = shared_files.read_object, [True]
+
+    def once_stale(path, fields):
+        if startup.member().index == 1 and stale:
+            stale.pop()
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read(path, fields)
+
+    monkeypatch.setattr(shared_files, "read_object", once_stale)
+    together(lambda index: shared_files.check_shared(tmp_path, 20))
+    assert not stale
+
+
 def hiding(monkeypatch, process, listing=None, content=None):
     """Changes what one process sees of the file of process 0."""
     real_list, real_content = shared_files._list, shared_files._content
