@@ -32,7 +32,7 @@ from imagen_jax import (
     set_reservations,
     stage_sizes,
 )
-from imagen_jax.distributed import agreement
+from imagen_jax.distributed import agreement, shared_files
 from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.picture_set import PictureSet, Requests
@@ -261,7 +261,7 @@ def draw(
     """
     record = drawer.record | image
     agreement.check(facts_of(job_of(requests, record)) | {"--output": str(absolute(output))})
-    agreement.check_shared(output)
+    shared_files.check_shared(output)
     inputs = None
     if lowres is not None:
         inputs = np.broadcast_to(lowres, (len(requests), *lowres.shape))
@@ -363,12 +363,12 @@ class Reservation:
     def finish(self) -> AnyPath:
         """Waits for all processes; process 0 writes or repairs the manifest. Returns its path."""
         path = picture_set.manifest(self._output, self.first)
-        agreement.share_files(part for part in self._parts if exists(part))
+        shared_files.share_files(part for part in self._parts if exists(part))
         listed = picture_set.listed_files(self._output, self.first, self._earlier)
-        agreement.wait_for_files(listed)
+        shared_files.wait_for_files(listed)
         if self._context:
             self.pictures().finish()
-        agreement.share_files([path] if self._context else [])
+        shared_files.share_files([path] if self._context else [])
         return path
 
 

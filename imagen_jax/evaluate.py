@@ -27,7 +27,7 @@ from imagen_jax import cli, field, output_paths, schema
 from imagen_jax.evals import history
 from imagen_jax.evals.measures import NAMES
 from imagen_jax.object_storage import check_bucket, in_bucket
-from imagen_jax.storage import as_path, check_local, check_utf8, write_json
+from imagen_jax.storage import as_path, check_local, check_utf8, exists, write_json
 
 GRID = "grid"  # a flag of both kinds of evaluation
 DATA_SUITE = "data"  # the captions of --data as a suite
@@ -275,7 +275,7 @@ def check_checkpoint_flags(args: Any) -> None:
     checkpoint = as_path("--checkpoint", resolve(args.checkpoint))
     check_bucket("--checkpoint", checkpoint)
     workdir, _ = split_name(checkpoint)
-    if not (args.follow or checkpoint.exists() or workdir.exists()):
+    if not (args.follow or exists(checkpoint) or exists(workdir)):
         raise ValueError(f"--checkpoint {checkpoint} does not exist")
     if args.follow and checkpoint.is_file():
         raise ValueError(
@@ -324,7 +324,7 @@ def evaluate_checkpoint(args: Any) -> None:
     """Evaluates one stage, or each checkpoint of a run."""
     from imagen_jax.cascade import resolve
     from imagen_jax.data import shard_cache
-    from imagen_jax.distributed import agreement
+    from imagen_jax.distributed import shared_files
     from imagen_jax.evals import stage_evaluation
 
     checkpoint = as_path("--checkpoint", resolve(args.checkpoint))
@@ -347,7 +347,7 @@ def evaluate_checkpoint(args: Any) -> None:
     )
     told = settings | overrides | {"measures": args.measures, "which": args.which}
     told |= {"encoder": args.encoder, "checkpoint": str(checkpoint), "follow": args.follow}
-    with agreement.agreed_output(output, told):
+    with shared_files.agreed_output(output, told):
         if args.follow:
             evaluator.check_continues(output / history.FILE)
             stage_evaluation.follow(evaluator.run, checkpoint, output, args.follow_minutes)
@@ -357,11 +357,11 @@ def evaluate_checkpoint(args: Any) -> None:
 
 def evaluate_cascade(args: Any) -> None:
     """Evaluates a cascade, or a grid of its settings, and prints the table in process 0."""
-    from imagen_jax.distributed import agreement
+    from imagen_jax.distributed import shared_files
     from imagen_jax.evals import grid_evaluation, report, suite_evaluation
 
     settings, output = cascade_settings(args), as_path("--output", args.output)
-    with agreement.agreed_output(output, settings.facts() | {"--grid": args.grid}):
+    with shared_files.agreed_output(output, settings.facts() | {"--grid": args.grid}):
         if args.grid:
             table = grid_evaluation.evaluate(settings, args.grid, output)
         else:

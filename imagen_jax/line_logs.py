@@ -34,9 +34,9 @@ class LineLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
             return
-        names = _part_names(path)
-        self._part = max(0, len(names) - 1)
-        self._content = b"".join(_lines(path.with_name(names[-1]))) if names else b""
+        newest = newest_part(path)
+        self._part = int(newest.name.removeprefix(path.name).removeprefix(".") or 0)
+        self._content = b"".join(_lines(newest))
         self._stored = self._content
 
     def append(self, line: str) -> None:
@@ -57,9 +57,9 @@ class LineLog:
         self._content += line.encode() + b"\n"
 
     def replace(self, line: str) -> None:
-        """Replaces the line that this object has appended last. A kill leaves one of both.
+        """Replaces the line that this object has appended last.
 
-        A shorter line is followed by spaces.
+        A shorter line is followed by spaces. After a kill, the log has one of the two lines.
         """
         if not self._file:
             self._content = self._content[: self._last] + line.encode() + b"\n"

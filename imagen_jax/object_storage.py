@@ -20,7 +20,7 @@ from etils import epath
 AnyPath = Path | epath.Path
 
 SCHEME = "gs"
-# Of an object that is read in parts: the size of a request, and how many of them are kept.
+# The size of the parts in which an object is read, and the number of parts that are kept.
 BLOCK_BYTES, BLOCKS = 4 * 2**20, 6
 # Status codes of Cloud Storage, and the errors of a file system that mean the same.
 _STATUS = {"401": errno.EACCES, "403": errno.EACCES, "404": errno.ENOENT, "412": errno.EAGAIN}

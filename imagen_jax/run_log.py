@@ -154,8 +154,8 @@ class MetricsWriter:
         """Stores all rows and events. Raises OSError if a bucket does not answer."""
         if self._enabled:
             with self._lock:
-                for log in self._logs.values():
-                    log.flush()
+                for line_log in self._logs.values():
+                    line_log.flush()
                 self._board.flush()
 
     def close(self) -> None:

@@ -72,7 +72,7 @@ class Requests:
 
 
 def read(path: AnyPath) -> Iterator[dict[str, Any]]:
-    """The rows of a file, in its order; damaged lines are left out. None if there is no file."""
+    """The rows of a file, in its order; damaged lines are left out. No rows without a file."""
     for line in line_logs.read_lines(path):
         with contextlib.suppress(ValueError):  # such as a line that a killed process cut off
             yield _parse(line, str(path))

@@ -231,9 +231,10 @@ def written_whole(path: AnyPath) -> Iterator[Path]:
         flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno is None:
+        # A failed write names no file, a failed rename the temporary one. Any other name is that of
+        # a file that the caller has read.
+        if error.errno is None or str(error.filename) not in ("None", str(temporary)):
             raise
-        # A failed write names no file, a failed rename the temporary file too.
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         temporary.unlink(missing_ok=True)  # of a full disk, for example
@@ -244,13 +245,18 @@ def copy_file(source: AnyPath, target: AnyPath) -> None:
     with bucket_errors(source), source.open("rb") as file:
         if not in_bucket(target):
             return write_lines(target, iter(lambda: file.read(COPY_BYTES), b""))
-        uploaded = target.open("wb")
-        try:
-            shutil.copyfileobj(file, uploaded, COPY_BYTES)
-        except BaseException:
-            uploaded.discard()  # closing it would store a part under the object's name
-            raise
-        uploaded.close()
+        with bucket_errors(target):
+            _upload(file, target)
+
+
+def _upload(file: Any, target: epath.Path) -> None:
+    uploaded = target.open("wb")
+    try:
+        shutil.copyfileobj(file, uploaded, COPY_BYTES)
+    except BaseException:
+        uploaded.discard()  # closing it would store a part under the object's name
+        raise
+    uploaded.close()
 
 
 def copy_directory(source: AnyPath, target: AnyPath) -> None:
@@ -359,17 +365,22 @@ def check_outputs(directory: AnyPath, files: Iterable[str], directories: Iterabl
 
     files, directories: their names in `directory`. Call it before a long computation.
     """
-    wrong = [(name, "directory", "file") for name in files if (directory / name).is_dir()]
+    wrong = [(name, "directory", "file") for name in files if _is_directory(directory / name)]
     for name in directories:
         path = directory / name
         present = exists(path) if in_bucket(path) else os.path.lexists(path)
-        if present and not path.is_dir():
+        if present and not _is_directory(path):
             wrong.append((name, "file", "directory"))
     for name, found, needed in wrong:
         raise ValueError(
             f"{directory / name} is a {found}, but a {needed} of that name is to be written:"
             " remove it, or give another output directory"
         )
+
+
+def _is_directory(path: AnyPath) -> bool:
+    with bucket_errors(path):
+        return path.is_dir()
 
 
 def write_json(path: AnyPath, content: Any) -> None:

@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import cli, field, goodput, output_paths, wandb_log
-from imagen_jax.distributed import agreement, device_faults, host_failures
+from imagen_jax.distributed import agreement, device_faults, host_failures, shared_files
 from imagen_jax.distributed.watch import Watch
 from imagen_jax.locks import only_process
 from imagen_jax.object_storage import AnyPath, check_bucket, in_bucket
@@ -183,7 +183,7 @@ def train(
         requests = stack.enter_context(Requests(workdir, first))
         project = settings["wandb"] if first else ""
         wandb = stack.enter_context(wandb_log.WandbLog(workdir, project, config))
-        agreement.check_shared(workdir)
+        shared_files.check_shared(workdir)
         stack.enter_context(recorded_failures(workdir, watch))
         stop = stop_requests(minutes)
 

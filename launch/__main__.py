@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from launch import command_line, platforms
-from launch.job import Job, check_options, check_path, in_bucket, name_of, training
+from launch.job import Job, check_options, check_path, is_bucket_url, name_of, training
 
 # Options of the training that launch sets itself; absl also reads flags from a file.
 CHECKED = re.compile(r"--?(workdir|config|flagfile)([.=]|$)")
@@ -84,7 +84,7 @@ def read(argv: Sequence[str]) -> tuple[list[Job], flags.FlagValues]:
             " its options"
         )
     check_path(options.workdir)
-    if not in_bucket(options.workdir):
+    if not is_bucket_url(options.workdir):
         options.workdir = os.path.abspath(options.workdir)
     if not command:
         return _trainings(options, rest, after), options

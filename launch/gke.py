@@ -17,7 +17,7 @@ from absl import flags
 
 from imagen_jax import exit_codes
 from launch import machines, status
-from launch.job import MOUNT, Job, ask, in_bucket, refuse
+from launch.job import MOUNT, Job, ask, is_bucket_url, refuse
 
 COORDINATOR_PORT = 8476
 SAVE_S = 300  # time to save, from SIGTERM to SIGKILL
@@ -72,7 +72,7 @@ def check(jobs: Sequence[Job], options: flags.FlagValues) -> None:
     if re.search(r"\s", options.image):
         raise ValueError(f"--image {options.image!r} contains white space: give an image's name")
     for job in jobs:
-        if not in_bucket(job.workdir):
+        if not is_bucket_url(job.workdir):
             raise ValueError(
                 f"--workdir {job.workdir} would be lost with its pod: give gs://BUCKET/PATH"
             )

@@ -101,7 +101,7 @@ class Job:
 
         It is in the workdir or, if the workdir is in a bucket, in the cache of this user.
         """
-        if in_bucket(self.workdir):
+        if is_bucket_url(self.workdir):
             return Path("~/.cache/imagen_jax/launch").expanduser() / self.name
         return Path(self.workdir) / "launch"
 
@@ -198,23 +198,23 @@ def check_inputs(job: Job, code: str) -> None:
     for flag, path in inputs:
         check_path(path, flag)
         parents = Path(os.path.normpath(path)).parents
-        if not (in_bucket(path) or Path(MOUNT) in parents or (code and Path(code) in parents)):
+        if not (is_bucket_url(path) or Path(MOUNT) in parents or (code and Path(code) in parents)):
             shown = f"{path} in {flag}" if flag == "--config.data.mixture" else f"{flag}={path}"
             raise ValueError(
                 f"{job.title}: {shown} exists only on this machine: give {BUCKET}BUCKET/PATH"
             )
 
 
-def in_bucket(path: str) -> bool:
+def is_bucket_url(text: str) -> bool:
     """Whether a path starts with gs://."""
-    return path.startswith(BUCKET)
+    return text.startswith(BUCKET)
 
 
 def check_path(text: str, flag: str = "--workdir") -> None:
     """Raises ValueError for an empty path, and for gs:// without a bucket name."""
     if not text.strip():
         raise ValueError(f"{flag} is empty: give a directory or {BUCKET}BUCKET/PATH")
-    if in_bucket(text) and not re.match(r"[^/\s]", text.removeprefix(BUCKET)):
+    if is_bucket_url(text) and not re.match(r"[^/\s]", text.removeprefix(BUCKET)):
         raise ValueError(f"{flag} {text} has no bucket name: give {BUCKET}BUCKET/PATH")
 
 
@@ -254,7 +254,7 @@ def _before_path(argument: str) -> str:
 
 def name_of(workdir: str) -> str:
     """The job name for a workdir: its last two path components and a hash of the path."""
-    full = workdir.rstrip("/") if in_bucket(workdir) else os.path.realpath(workdir)
+    full = workdir.rstrip("/") if is_bucket_url(workdir) else os.path.realpath(workdir)
     components = "-".join(full.removeprefix(BUCKET).split("/")[-2:]).lower()
     label = re.sub(r"[^a-z0-9]+", "-", components).strip("-")
     if not label[:1].isalpha():
@@ -347,8 +347,8 @@ def training(
             # As an argument, so that its buckets are mounted.
             fields = (*fields, f"{option}{value}")
     file = config if where in ("local", "slurm") else inside_checkout(config)
-    config_options = (f"--config={file}", f"--workdir={workdir}")
-    arguments = ("-m", "imagen_jax.train", *config_options, *fields, *more)
+    files = (f"--config={file}", f"--workdir={workdir}")
+    arguments = ("-m", "imagen_jax.train", *files, *fields, *more)
     return Job(name_of(workdir), arguments, workdir, config=content, stage=title)
 
 

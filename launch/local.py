@@ -29,7 +29,7 @@ from imagen_jax.exit_codes import FAILED, FINAL, INTERRUPTED, LOST
 from imagen_jax.locks import only_process
 from imagen_jax.storage import as_path
 from launch import status
-from launch.job import Job, exports, in_bucket
+from launch.job import Job, exports, is_bucket_url
 
 POLL_S = 0.1
 GRACE_S = 10.0  # time for the other processes to end after one has failed
@@ -386,7 +386,7 @@ class Board:
 
     def __init__(self, jobs: Sequence[Job], interval_s: float = TABLE_S):
         self._jobs, self._live = jobs, sys.stdout.isatty()
-        live_s = LIVE_BUCKET_S if any(in_bucket(job.workdir) for job in jobs) else LIVE_S
+        live_s = LIVE_BUCKET_S if any(is_bucket_url(job.workdir) for job in jobs) else LIVE_S
         self._interval, self._next, self._lines = live_s if self._live else interval_s, 0.0, 0
 
     def show(self, at_once: bool = False) -> None:

@@ -11,7 +11,7 @@ from absl import flags
 from imagen_jax import output_paths
 from imagen_jax.hardware import topology
 from launch import gke, local, sky, slurm, status, tpu_pod
-from launch.job import Job, check_inputs, check_mesh, check_secrets, environment_of, in_bucket
+from launch.job import Job, check_inputs, check_mesh, check_secrets, environment_of, is_bucket_url
 
 PLATFORMS: dict[str, ModuleType] = {
     "local": local,
@@ -127,7 +127,7 @@ def _check_job(job: Job, options: flags.FlagValues) -> None:
             f"{job.title}: {job.unmounted} is in a bucket: mount it on this machine and give the"
             " directory"
         )
-    if not in_bucket(job.workdir):
+    if not is_bucket_url(job.workdir):
         output_paths.check_directory("workdir", job.workdir)
     if job.topology:
         slices = job.topology.slices if job.topology.chip.platform == "tpu" else 1
@@ -226,7 +226,7 @@ def standing(job: Job, options: flags.FlagValues) -> tuple[str, str]:
     row = status.read(job)
     # A training that has mounted its bucket has no lock there: "running" then means only that its
     # newest row of metrics is recent.
-    inferred_from_age = row.state == "running" and in_bucket(job.workdir) and not row.is_locked
+    inferred_from_age = row.state == "running" and is_bucket_url(job.workdir) and not row.is_locked
     if row.state == "finished" or (row.state == "running" and not inferred_from_age):
         return row.state, row.detail
     try:

@@ -16,7 +16,7 @@ import yaml
 from absl import flags
 
 from launch import machines, status
-from launch.job import BUCKET, ENVIRONMENT, MOUNT, Job, ask, in_bucket, refuse
+from launch.job import BUCKET, ENVIRONMENT, MOUNT, Job, ask, is_bucket_url, refuse
 
 COORDINATOR_PORT = 8476
 TOOL = "pip install 'skypilot[gcp]', or with another cloud in the brackets"
@@ -41,7 +41,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def check(jobs: Sequence[Job], options: flags.FlagValues) -> None:
     """Raises ValueError for jobs that SkyPilot cannot run."""
     for job in jobs:
-        if not in_bucket(job.workdir):
+        if not is_bucket_url(job.workdir):
             raise ValueError(
                 f"--workdir {job.workdir} would be lost with its machine: give gs://BUCKET/PATH"
             )

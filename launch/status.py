@@ -20,16 +20,16 @@ from typing import Any
 
 from absl import flags
 
-from imagen_jax import cli, goodput, line_logs, object_storage
+from imagen_jax import cli, goodput, line_logs
 from imagen_jax.checksums import is_sealed
 from imagen_jax.distributed import host_failures
 from imagen_jax.goodput import GOODPUT
 from imagen_jax.locks import LOCK, is_locked
-from imagen_jax.object_storage import AnyPath, bucket_errors, check_bucket
+from imagen_jax.object_storage import AnyPath, bucket_errors, check_bucket, in_bucket
 from imagen_jax.run_log import METRICS, parse_row
 from imagen_jax.storage import as_path, directory_names, entry_names, write_json, written_at
 from launch import command_line
-from launch.job import Job, check_path, in_bucket, name_of
+from launch.job import Job, check_path, is_bucket_url, name_of
 
 # A launcher's last action: {"where", "name", "state", "detail", "attempt", "steps", "time"}
 STATE_FILE = "launch.json"
@@ -129,7 +129,7 @@ class WorkdirFiles:
 
         elsewhere: the training may run on another machine. ended: the last one has ended by itself.
         """
-        in_a_bucket = object_storage.in_bucket(self.path)
+        in_a_bucket = in_bucket(self.path)
         if ended or not (elsewhere or in_a_bucket):
             return False
         lock_expired = in_a_bucket and bool(_tail(self.path / LOCK))
@@ -235,7 +235,7 @@ def _read_state(job: Job) -> tuple[str, str, int]:
 
 def _tail(path: AnyPath) -> bytes:
     """The last TAIL_BYTES of a file, b"" if it is missing. Raises ValueError for a directory."""
-    if not object_storage.in_bucket(path) and path.exists() and not path.is_file():
+    if not in_bucket(path) and path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file")
     return line_logs.last_bytes(path, TAIL_BYTES)
 
@@ -336,7 +336,7 @@ def jobs(argv: Sequence[str]) -> list[Job]:
         raise ValueError(f"{option!r} is not an option of launch.status; see --help")
     for workdir in workdirs:
         check_path(workdir, "WORKDIR")
-        if in_bucket(workdir):
+        if is_bucket_url(workdir):
             check_bucket("WORKDIR", as_path("WORKDIR", workdir))
         elif not Path(workdir).is_dir():
             raise ValueError(f"{workdir} is not a directory")

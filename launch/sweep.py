@@ -42,7 +42,7 @@ from launch.ablation import (
     options_of,
     plan,
 )
-from launch.job import MOUNT, Job, check_path, in_bucket, read_config, training
+from launch.job import MOUNT, Job, check_path, is_bucket_url, read_config, training
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -228,7 +228,7 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues) ->
 
     if not options.where:
         platforms.check_unused(options)
-    if in_bucket(options.workdir):
+    if is_bucket_url(options.workdir):
         check_bucket("--workdir", ablation.workdir)
     else:
         if not options.where:
@@ -339,7 +339,7 @@ def check_measured(ablation: Ablation, columns: Sequence[Any], stage: Any, setti
 
 def check_here(path: str) -> None:
     """Raises ValueError for data in a bucket."""
-    if in_bucket(path):
+    if is_bucket_url(path):
         raise ValueError(f"{path} is in a bucket: mount it on this machine and give the directory")
 
 

@@ -23,7 +23,7 @@ from imagen_jax import exit_codes
 from imagen_jax.locks import only_process
 from launch import status
 from launch.gcloud import TOOL, Commands, QueuedResource
-from launch.job import Job, ask, in_bucket, revision, uncommitted
+from launch.job import Job, ask, is_bucket_url, revision, uncommitted
 from launch.tpu_worker import files, run_script, watch_command, written
 
 POLL_S = 30.0
@@ -52,7 +52,7 @@ def check(jobs: Sequence[Job], options: flags.FlagValues) -> None:
     for job in jobs:
         if job.topology.chip.platform != "tpu":
             raise ValueError(f"--topology {job.topology} has no TPUs: give one such as v5e:16x16")
-        if not in_bucket(job.workdir):
+        if not is_bucket_url(job.workdir):
             raise ValueError(
                 f"--workdir {job.workdir} would be lost with its machine: give gs://BUCKET/PATH"
             )

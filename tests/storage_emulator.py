@@ -65,6 +65,17 @@ def served(failing=0.0, delay=0.0, seed=0):
             process.kill()
 
 
+@contextlib.contextmanager
+def used(failing=0.0, delay=0.0, seed=0):
+    """`served`; sets the variables in this process too, while the context lasts."""
+    import pytest  # not in the process of the server
+
+    with served(failing, delay, seed) as env, pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        yield env
+
+
 def set_failing(env, share):
     """Changes the share of requests that a server fails. env: its `environment`."""
     urllib.request.urlopen(f"{env['STORAGE_EMULATOR_HOST']}{SET_FAILING}{share}").close()

@@ -12,7 +12,7 @@ from configs import saved
 from imagen_jax import sample
 from imagen_jax.data import manifest_file, records
 from imagen_jax.data.prepare import ingest, request, shards
-from imagen_jax.distributed import agreement
+from imagen_jax.distributed import shared_files
 from imagen_jax.evals import history, stage_evaluation
 from imagen_jax.planning import cost_cache
 from imagen_jax.weights import leaves, tensor_files, text_encoders
@@ -207,7 +207,7 @@ def test_damaged_line_of_evaluations_is_named(tmp_path, record):
 def test_messages_and_caches_that_cannot_be_read_are_ignored(tmp_path, text, monkeypatch):
     """Catches a run that ends because another process wrote half a message, or a stale cache."""
     (tmp_path / "hosts.json").write_text(text)
-    assert agreement._start(tmp_path / "hosts.json") == ""
+    assert shared_files._start(tmp_path / "hosts.json") == ""
     monkeypatch.setattr(cost_cache.importlib.metadata, "version", lambda name: "1.0")
     compute = lambda: {"flops": 2.0}
     made = cost_cache.cached(str(tmp_path / "costs"), "key", {"flops": float}, compute)

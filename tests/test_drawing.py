@@ -184,8 +184,8 @@ def test_the_files_of_all_processes_are_visible_before_they_are_read(tmp_path, m
     """
     awaited = []
     record = lambda files: awaited.append([path.name for path in files])
-    monkeypatch.setattr(drawing.agreement, "share_files", record)
-    monkeypatch.setattr(drawing.agreement, "wait_for_files", record)
+    monkeypatch.setattr(drawing.shared_files, "share_files", record)
+    monkeypatch.setattr(drawing.shared_files, "wait_for_files", record)
     given = Requests(["a", "b"], 1, 0), {"config": {}}
     with drawing.Reservation(tmp_path, *given, earlier=[(4, 4)]) as reserved:
         pictures = reserved.pictures()

@@ -64,13 +64,11 @@ def expected(data, tmp_path_factory):
 
 
 @pytest.fixture(params=["bucket", "disk"])
-def workdir(request, tmp_path, monkeypatch):
+def workdir(request, tmp_path):
     if request.param == "disk":
         yield tmp_path / "run"
         return
-    with storage_emulator.served(failing=0.02, delay=0.02) as env:
-        for name, value in env.items():
-            monkeypatch.setenv(name, value)
+    with storage_emulator.used(failing=0.02, delay=0.02):
         yield storage.as_path("--workdir", f"gs://{storage_emulator.BUCKET}/run")
 
 

@@ -7,7 +7,9 @@ import sys
 import threading
 import time
 
+import gcsfs
 import pytest
+from gcsfs.retry import HttpError
 
 from imagen_jax import checksums, exit_codes, goodput, line_logs, locks, object_storage, storage
 from tests import storage_emulator, tiny
@@ -18,9 +20,7 @@ FAILING, DELAY_S = 0.05, 0.01
 @pytest.fixture(scope="module")
 def server():
     """The environment of a server; set for this process too."""
-    with storage_emulator.served(FAILING, DELAY_S) as env, pytest.MonkeyPatch.context() as patch:
-        for name, value in env.items():
-            patch.setenv(name, value)
+    with storage_emulator.used(FAILING, DELAY_S) as env:
         yield env
 
 
@@ -106,6 +106,19 @@ def test_a_file_of_several_requests_is_whole(bucket):
     assert (bucket / "large").read_bytes() == content and (bucket / "empty").read_bytes() == b""
 
 
+def test_a_failed_upload_names_the_object(bucket, monkeypatch):
+    """Catches a message that names the temporary file of an upload, which is gone by then."""
+
+    def fail(*_, **__):
+        raise HttpError({"code": 503, "message": "away"})
+
+    monkeypatch.setattr(gcsfs.core.GCSFile, "_upload_chunk", fail)
+    monkeypatch.setattr(gcsfs.core.GCSFile, "_simple_upload", fail, raising=False)
+    with pytest.raises(OSError, match="away") as error:
+        storage.write_atomically(bucket / "x", b"content")
+    assert error.value.filename == f"{bucket}/x"
+
+
 def test_a_sealed_directory(bucket):
     """Catches damage that is not found in a bucket, or found where there is none."""
     for name in ("a", "d/b"):
@@ -140,6 +153,22 @@ def test_the_last_line_of_a_log_is_replaced(bucket, monkeypatch):
     other.replace("5")
     other.close()
     assert line_logs.read_lines(bucket / "log") == [b"first\n", b"second\n", b"3\n", b"5\n"]
+
+
+def test_a_log_without_one_of_its_parts_is_continued(bucket, monkeypatch):
+    """Catches lines of the newest part that are stored again in the place of a removed part."""
+    monkeypatch.setattr(line_logs, "PART_BYTES", 1)
+    log = line_logs.LineLog(bucket / "log")
+    for text in ("first", "damaged", "third"):
+        log.append(text)
+    log.close()
+    assert line_logs.keep_lines(bucket / "log", lambda line: b"damaged" not in line) == [
+        b"damaged\n"
+    ]
+    log = line_logs.LineLog(bucket / "log")
+    log.append("fourth")
+    log.close()
+    assert line_logs.read_lines(bucket / "log") == [b"first\n", b"third\n", b"fourth\n"]
 
 
 def test_a_ledger_is_stored_while_it_grows(bucket):

@@ -98,6 +98,18 @@ def test_a_blocked_file_is_named_by_its_own_name(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_file_that_cannot_be_read_is_not_called_the_output(tmp_path):
+    """Catches an error of the source that names the file which is written from it."""
+
+    def lines():
+        yield b"first"
+        raise OSError(errno.EIO, "Input/output error", "source")
+
+    with pytest.raises(OSError, match="Input/output error: 'source'"):
+        storage.write_lines(tmp_path / "x", lines())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_outputs_that_cannot_be_written_are_found(tmp_path):
     """Catches a directory in place of a file, a file or a dangling link in place of a directory,
     and a refusal of what an earlier run has written.

@@ -5,8 +5,9 @@
 HASH begins the hash of the manifest. A shard is copied whole when it is first needed, and its name
 appears when the copy has the size and the SHA-256 of the manifest. The processes of a host share
 the directory. A process that has a shard open, or writes one, holds a lock on the file (flock),
-which ends with the process. To make room, files without a lock are deleted: first what killed
-processes have left, then the shards that were opened longest ago.
+which ends with the process. To make room, copies without a lock are deleted: first what killed
+processes have left, then the shards that were opened longest ago. Other files in the directory are
+not touched, and do not count.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 import threading
 import time
@@ -30,6 +32,8 @@ from imagen_jax.object_storage import AnyPath, read_parts
 from imagen_jax.storage import COPY_BYTES, check_local, flush, temporary_name
 
 LOCK = "lock"  # of the directory: one process at a time makes room
+FOLDER = re.compile(r"[0-9a-f]{32}")  # HASH
+COPY = re.compile(r".+\.array_record-\d+-of-\d+(\.\d+\.[0-9a-f]+\.tmp)?")  # whole, or being written
 FREE_BYTES = 2**28  # that stay free on the disk
 COPIERS = 8  # threads of `CopyAhead`; each reads one object at a time
 REPORT_S = 10.0  # between two lines about its progress
@@ -47,7 +51,7 @@ class NoRoom(ValueError):
 class Place:
     """Where shards are copied to.
 
-    given: a directory; "": one in the directory for temporary files. gib: bound of the files in it.
+    given: a directory; "": one in the directory for temporary files. gib: bound of its copies.
     """
 
     given: str = ""
@@ -210,15 +214,14 @@ def _make_room(place: Place, size: int) -> None:
 
 
 def _files(directory: Path) -> Iterator[tuple[bool, float, int, Path]]:
-    """(is a whole shard, last opened, bytes, path) of what lies in a cache."""
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            if name == LOCK or name.endswith(".lock"):
-                continue
-            path = Path(folder, name)
-            with contextlib.suppress(FileNotFoundError):
-                stat = path.stat()
-                yield not name.endswith(".tmp"), stat.st_mtime, stat.st_size, path
+    """(is a whole shard, last opened, bytes, path) of the copies in a cache."""
+    for identity in filter(FOLDER.fullmatch, os.listdir(directory)):
+        for folder, _, names in os.walk(directory / identity):
+            for name in filter(COPY.fullmatch, names):
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    stat = path.stat()
+                    yield not name.endswith(".tmp"), stat.st_mtime, stat.st_size, path
 
 
 def _delete_unused(path: Path) -> bool:

@@ -32,8 +32,8 @@ PAUSES_S = (1.0, 5.0, 25.0)
 # about 4 bytes per record; 1 MiB of it would be read by default.
 _OPTIONS, _BUFFER = "readahead_buffer_size:0,footer_prefetch_bytes:65536", 2**15
 _MOST_OPEN = 4096  # an open shard of 4,096 records takes 40 KiB
-# Seconds for which a shard of a bucket waits for room, which other shards that are copied or read
-# take.
+# The longest wait, in seconds, until shards that are being copied or read make room for another
+# one, and the time between two attempts.
 _ROOM_S, _ROOM_POLL_S = 120.0, 0.2
 log = logging.getLogger(__name__)
 _all_readers: weakref.WeakSet["ShardReader"] = weakref.WeakSet()  # of this process

@@ -74,7 +74,8 @@ class HostFailures:
 def read(workdir: AnyPath) -> list[Failure]:
     """All failures of a run, oldest first. A damaged file is logged and left out."""
     found = []
-    for name in entry_names(workdir / FOLDER):
+    names = entry_names(workdir / FOLDER)
+    for name in (name for name in names if name.endswith(".json")):  # not one that a kill cut off
         try:
             found.append(Failure(**read_object(workdir / FOLDER / name, FIELDS)))
         except (OSError, ValueError, TypeError) as error:

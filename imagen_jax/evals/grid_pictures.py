@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from imagen_jax import cascade, drawing, picture_set
-from imagen_jax.distributed import agreement
+from imagen_jax.distributed import agreement, shared_files
 from imagen_jax.drawing import Drawer, Reservation
 from imagen_jax.evals import settings_grid
 from imagen_jax.evals.settings_grid import Node
@@ -37,7 +37,7 @@ def draw(
     agreement.check(facts_of(drawer, points, requests) | {"--output": str(absolute(directory))})
     if not in_bucket(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    agreement.check_shared(directory)
+    shared_files.check_shared(directory)
     with contextlib.ExitStack() as stack:
         reserved = {
             node: stack.enter_context(

@@ -30,6 +30,7 @@ from imagen_jax.storage import (
     as_path,
     check_object,
     check_outputs,
+    exists,
     read_object,
     write_arrays,
     write_atomically,
@@ -315,7 +316,7 @@ def follow(
             result = run(directory, output / step)
         except CheckpointError as error:  # of `load_same`, in all processes
             # Otherwise the trainer deleted it in the meantime.
-            if first and directory.exists():
+            if first and exists(directory):
                 log.warning("checkpoint %s is skipped: %s", step, error)
         else:
             if first:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from imagen_jax import picture_set
-from imagen_jax.distributed import agreement
+from imagen_jax.distributed import shared_files
 from imagen_jax.evals import data_suite, image_metrics
 from imagen_jax.evals.networks import clip_text, network
 from imagen_jax.evals.networks.network import FeatureNetwork
@@ -119,7 +119,7 @@ def computed(
 def joined(shards: Mapping[str, RowShards]) -> dict[str, Float[np.ndarray, "n _"]]:
     """The values of all processes, in process 0."""
     place = jax.process_index(), jax.process_count()
-    agreement.share_files(path for shard in shards.values() for path in shard.files(*place))
+    shared_files.share_files(path for shard in shards.values() for path in shard.files(*place))
     if jax.process_index():
         return {}
     return {kind: shard.joined() for kind, shard in shards.items()}

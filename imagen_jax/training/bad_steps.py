@@ -21,7 +21,7 @@ class Rules:
     """What a run does with bad steps; the default stops at the first step that is not finite.
 
     skip_bad: drop an update that is not finite and go on.
-    spike_factor: a norm above this multiple of the running median is a spike; 0: nothing is.
+    spike_factor: a norm above this multiple of the running median is a spike; 0: no norm is.
     skip_spikes: drop the update of a spike.
     """
 
@@ -49,7 +49,7 @@ class Rules:
         return self.skip_bad or self.skip_spikes
 
     @property
-    def window(self) -> bool:
+    def has_window(self) -> bool:
         """Whether the state has a window of gradient norms."""
         return self.spike_factor > 0.0
 

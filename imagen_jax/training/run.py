@@ -126,10 +126,11 @@ class Run:
         saved: its meta. A window of gradient norms that it lacks starts empty.
         """
         before = schema.complete(saved["config"], "the checkpoint's config")
-        if (window := Rules.of(before["train"]).window) != Rules.of(self.config["train"]).window:
-            log.info("the window of gradient norms is %s", "dropped" if window else "empty")
+        has_window = Rules.of(before["train"]).has_window
+        if has_window != Rules.of(self.config["train"]).has_window:
+            log.info("the window of gradient norms is %s", "dropped" if has_window else "empty")
         program = self.program
-        return state.restore(checkpoints, step, program.abstract, program.mesh, window)
+        return state.restore(checkpoints, step, program.abstract, program.mesh, has_window)
 
     @property
     def rows(self) -> list[int]:

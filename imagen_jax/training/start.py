@@ -1,7 +1,10 @@
-"""The state that a training begins with: a checkpoint of the run, or the first state of a new run,
-which is random, from other weights, or a copy of another run's state.
+"""The state that a training begins with.
+
+That is a checkpoint of the run, or the first state of a new run, which is random, from other
+weights, or a copy of another run's state.
 """
 
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -135,8 +138,9 @@ def _initial(run: Run, start: Start) -> tuple[state.TrainState, dict[str, Any]]:
 def _merge(
     initial: leaves.Tree, loaded: leaves.Tree, pattern: str
 ) -> tuple[leaves.Tree, dict[str, list[str]]]:
-    """The model's parameters, those that match `pattern` replaced by loaded ones; and the lists of
-    paths: taken, skipped (loaded and not used), initialised.
+    """(the model's parameters, those that match `pattern` replaced by loaded ones; lists of paths).
+
+    The lists are "taken", "skipped" (loaded and not used) and "initialised".
 
     Raises ValueError if nothing matches, or something that matches does not fit.
     """
@@ -166,15 +170,17 @@ def _merge(
         "skipped": sorted(found.keys() - set(taken)),
         "initialised": sorted(model.keys() - set(taken)),
     }
-    for kind, names in lists.items():
-        groups: dict[str, int] = {}
-        for name in names:
-            group = "/".join(name.split("/")[:2])
-            groups[group] = groups.get(group, 0) + 1
-        counts = ", ".join(f"{group} ({count})" for group, count in groups.items())
-        log.info("%s: %d weights%s", kind, len(names), f": {counts}" if counts else "")
+    _log_parts(lists)
     merged = {name: found[name] if name in set(taken) else leaf for name, leaf in model.items()}
     return leaves.unflatten(merged), lists
+
+
+def _log_parts(lists: Mapping[str, Sequence[str]]) -> None:
+    """Logs the number of weights of each list, by the first two parts of their paths."""
+    for kind, names in lists.items():
+        groups = collections.Counter("/".join(name.split("/")[:2]) for name in names)
+        counts = ", ".join(f"{group} ({count})" for group, count in groups.items())
+        log.info("%s: %d weights%s", kind, len(names), f": {counts}" if counts else "")
 
 
 def _forked(run: Run, fork: str) -> tuple[state.TrainState, int, dict[str, Any]]:

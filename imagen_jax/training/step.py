@@ -151,7 +151,7 @@ def decide(
     applied = bad_step < 0
     if rules.skip_bad:
         applied &= finite
-    if rules.window:
+    if rules.has_window:
         median = bad_steps.median(window)
         spike = rules.is_spike(norm, median, finite)
         window = bad_steps.push(window, norm)
@@ -225,7 +225,7 @@ class TrainProgram:
         rules, min_elements = (config["mesh"][name] for name in ("rules", "fsdp_min_elements"))
         bad, tracks = Rules.of(config["train"]), len(config["optim"]["ema_tracks"])
         abstract, shardings = abstract_state(
-            stage, optimizer, mesh, rules, min_elements, tracks, bad.window
+            stage, optimizer, mesh, rules, min_elements, tracks, bad.has_window
         )
         over_rows = sharding.batch_sharding(mesh)
         step = make_step(

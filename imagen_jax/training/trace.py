@@ -23,7 +23,7 @@ log = logging.getLogger("imagen_jax.train")
 class Trace:
     """Traces `count` steps after step `first`, or those of them that this process runs.
 
-    A trace is in `directory`. See `Requests` for further ones.
+    A trace is in `directory`. See `Requests` for further ones. An error of the profiler is logged.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Trace:
         """Called before each step with the number of finished steps."""
         if self._running:
             return
-        if self._first <= done < self._last:
-            self._start(self._directory)
+        if self._first <= done < self._last and not self._traced:
             self._traced = True
+            self._start(self._directory)
         elif self._requests and (count := self._requests.take()):
             self._first, self._last = done, done + count
-            self._start(self._directory / str(done))
             log.info("tracing %d steps after step %d", count, done)
+            self._start(self._directory / str(done))
 
     def after(self, done: int, settle: Callable[[], None]) -> None:
         """Called after each step; `settle` waits for the steps in flight."""
@@ -65,8 +65,13 @@ class Trace:
     def _start(self, target: AnyPath) -> None:
         if in_bucket(target):
             self._written = tempfile.TemporaryDirectory()
-        jax.profiler.start_trace(self._written.name if self._written else str(target))
-        self._target, self._running = target, True
+        try:
+            jax.profiler.start_trace(self._written.name if self._written else str(target))
+        except (OSError, RuntimeError) as error:  # such as an earlier trace that was not written
+            log.error("the trace of steps from %d was not started: %s", self._first, error)
+            self._reset()
+        else:
+            self._target, self._running = target, True
 
     def _stop(self) -> None:
         if not self._running:
@@ -79,6 +84,10 @@ class Trace:
             log.info("trace of steps from %d in %s", self._first, self._target)
         except (OSError, RuntimeError) as error:
             log.error("the trace of steps from %d was not written: %s", self._first, error)
+        self._reset()
+
+    def _reset(self) -> None:
+        """Makes ready for the next trace."""
         if self._written:
             self._written.cleanup()
             self._written = None
@@ -136,7 +145,7 @@ class Requests:
         with bucket_errors(self._path):
             if not self._path.exists():
                 return 0
-            text = self._path.read_text().strip()
+            text = self._path.read_bytes().decode(errors="replace").strip()
         remove(self._path)
         if text and not (text.isdecimal() and int(text)):
             log.warning("%s held %.40r, not a number of steps: %d", self._path, text, STEPS)

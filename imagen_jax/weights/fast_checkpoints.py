@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from imagen_jax.checksums import find_damage, seal
 from imagen_jax.distributed import agreement
 from imagen_jax.object_storage import AnyPath
-from imagen_jax.storage import entry_names, read_object, remove, write_json
+from imagen_jax.storage import entry_names, exists, read_object, remove, write_json
 from imagen_jax.weights.leaves import Tree, flatten
 
 KEEP = 2  # processes may be killed while some of them have the newest save and others do not
@@ -44,7 +44,7 @@ def run_name(workdir: AnyPath) -> str:
     name = ""
     if jax.process_index() == 0:
         path = workdir / RUN_FILE
-        if not path.exists():
+        if not exists(path):
             write_json(path, {"run": os.urandom(8).hex()})
         name = read_object(path, {"run": str})["run"]
     return agreement.gather(name)[0]

@@ -55,7 +55,8 @@ def test_a_damaged_record_is_named(tmp_path, caplog):
     HostFailures(tmp_path, "1-a").record(0, "host", 1, "x")
     (tmp_path / "failures" / "2-b-0.json").write_text('{"time": 1')
     (tmp_path / "failures" / "3-c-0.json").write_text(json.dumps({"time": 1.0}))
-    assert len(read(tmp_path)) == 1
+    (tmp_path / "failures" / ".4-d-0.json.12.0a1b2c3d.tmp").write_text('{"time"')
+    assert len(read(tmp_path)) == 1 and ".tmp" not in caplog.text
     assert "2-b-0.json" in caplog.text and "3-c-0.json is damaged" in caplog.text
 
 

@@ -11,17 +11,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 PROGRAM = """
 import json, pathlib, sys, time
 from imagen_jax import locks
-from imagen_jax.distributed import agreement, startup
+from imagen_jax.distributed import shared_files, startup
 
 startup.start(60)
 root, first = pathlib.Path(sys.argv[1]), startup.member().index == 0
-real_list, real_content, results = agreement._list, agreement._content, {}
+real_list, real_content, results = shared_files._list, shared_files._content, {}
 
 def check(name, directory, seconds):
     directory.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     try:
-        agreement.check_shared(directory, seconds)
+        shared_files.check_shared(directory, seconds)
         results[name] = time.monotonic() - began
     except ValueError as error:
         results[name] = str(error)
@@ -33,11 +33,11 @@ else:
     check("shared", root / "shared", 30)
 check("apart", root / ("a" if first else "b"), 1)
 if not first:
-    agreement._list = lambda path: {n for n in real_list(path) if not n.endswith("-0.tmp")}
+    shared_files._list = lambda path: {n for n in real_list(path) if not n.endswith("-0.tmp")}
 check("listing", root / "shared", 1)
-agreement._list = real_list
+shared_files._list = real_list
 if not first:
-    agreement._content = lambda path: real_content(path) and b"first"
+    shared_files._content = lambda path: real_content(path) and b"first"
 check("content", root / "shared", 1)
 (root / f"{startup.member().index}.json").write_text(json.dumps(results))
 """

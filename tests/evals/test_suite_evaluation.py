@@ -169,7 +169,7 @@ def test_shards_are_visible_before_they_are_joined(tmp_path, monkeypatch):
     shards = RowShards(tmp_path, {}, rows, 1, 2)
     shards.compute(lambda part: np.array([[float(row["row"])] for row in part]), 0, 1, "x")
     awaited = []
-    monkeypatch.setattr(suite_evaluation.agreement, "share_files", awaited.extend)
+    monkeypatch.setattr(suite_features.shared_files, "share_files", awaited.extend)
     assert suite_features.joined({"x": shards})["x"][:, 0].tolist() == list(range(5))
     assert awaited == shards.files(0, 1) == sorted(tmp_path.iterdir())
     assert shards.files(1, 2) == awaited[1:2]

@@ -26,9 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def server(no_network, monkeypatch):
     """The server, and the real paths of buckets."""
     monkeypatch.setattr(status, "as_path", storage.as_path)
-    with storage_emulator.served(failing=0.02, delay=0.02) as env:
-        for name, value in env.items():
-            monkeypatch.setenv(name, value)
+    with storage_emulator.used(failing=0.02, delay=0.02):
         yield
 
 

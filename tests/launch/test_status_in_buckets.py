@@ -18,9 +18,7 @@ URL = f"gs://{storage_emulator.BUCKET}"
 @pytest.fixture(scope="module", autouse=True)
 def server():
     """The server, set for this process."""
-    with storage_emulator.served() as env, pytest.MonkeyPatch.context() as patch:
-        for name, value in env.items():
-            patch.setenv(name, value)
+    with storage_emulator.used():
         yield
 
 

@@ -34,7 +34,7 @@ def updates_of(**changes):
     rate = optim.learning_rate(config["optim"], config["train"]["steps"])
     update = jax.jit(make_update(optimizer, rate, config["optim"], rules))
     tracks = len(config["optim"]["ema_tracks"])
-    return update, initial_state(objective, optimizer, 0, tracks, rules.window)
+    return update, initial_state(objective, optimizer, 0, tracks, rules.has_window)
 
 
 def gradient(norm):

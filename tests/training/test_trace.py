@@ -65,7 +65,9 @@ def until(condition):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("text, count", [("", 5), (" 2\n", 2), ("many", 5), ("0", 5)])
+@pytest.mark.parametrize(
+    "text, count", [("", 5), (" 2\n", 2), ("many", 5), ("0", 5), ("\udcff", 5)]
+)
 def test_a_file_asks_for_a_trace(tmp_path, traces, text, count, caplog):
     """Catches a trace of all later steps, one that is repeated, a file that stays, and a number
     that is not read.
@@ -74,14 +76,14 @@ def test_a_file_asks_for_a_trace(tmp_path, traces, text, count, caplog):
     with Requests(tmp_path, poll_s=0.005) as requests:
         with Trace(tmp_path / "profile", 3, 1, requests) as trace:
             assert go_on(trace, range(3)) == []
-            (tmp_path / REQUEST).write_text(text)
+            (tmp_path / REQUEST).write_text(text, errors="surrogateescape")
             until(lambda: requests._count)
             assert not (tmp_path / REQUEST).exists()
             assert go_on(trace, range(3, 20)) == [4, 4 + count]
     planned, asked = str(tmp_path / "profile"), str(tmp_path / "profile" / "4")
     assert traces == [planned, None, asked, None]
     assert caplog.text.count("trace of steps from 4 in") == 1
-    assert ("not a number of steps" in caplog.text) == (text in ("many", "0"))
+    assert ("not a number of steps" in caplog.text) == (text not in ("", " 2\n"))
     assert "no trace" not in caplog.text
 
 
@@ -126,3 +128,39 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, traces, m
     with Trace(tmp_path, 1, 1) as trace:
         assert go_on(trace, range(3)) == [2]
     assert "trace of steps from 1 was not written: [Errno 28]" in caplog.text
+
+
+def test_a_trace_after_one_that_was_not_written_does_not_end_the_run(
+    tmp_path, traces, monkeypatch, caplog
+):
+    """Catches a run that ends because jax keeps a trace open that it could not write."""
+
+    def start(directory):
+        if traces:
+            raise RuntimeError("Profile has already been started.")
+        traces.append(directory)
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jax.profiler.start_trace", start)
+    monkeypatch.setattr("jax.profiler.stop_trace", full)
+    with Requests(tmp_path) as requests:
+        with Trace(tmp_path / "profile", 0, 2, requests) as trace:
+            assert go_on(trace, range(3)) == [2]
+            requests._ask(2)
+            assert go_on(trace, range(3, 9)) == []
+    assert "trace of steps from 0 was not written" in caplog.text
+    assert caplog.text.count("trace of steps from 3 was not started: Profile has already") == 1
+
+
+def test_a_planned_trace_that_cannot_start_is_tried_once(tmp_path, monkeypatch, caplog):
+    """Catches an error for each of its steps."""
+
+    def busy(_):
+        raise RuntimeError("busy")
+
+    monkeypatch.setattr("jax.profiler.start_trace", busy)
+    with Trace(tmp_path, 1, 3) as trace:
+        assert go_on(trace, range(5)) == []
+    assert caplog.text.count("trace of steps from 1 was not started: busy") == 1

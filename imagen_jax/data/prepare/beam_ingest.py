@@ -26,7 +26,7 @@ from imagen_jax.data.prepare.settings import Settings
 from imagen_jax.data.prepare.shards import AGAIN, finished
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
-from imagen_jax.distributed import agreement
+from imagen_jax.distributed import agreement, shared_files
 from imagen_jax.exit_codes import PipelineFailed
 from imagen_jax.run_log import Progress
 from imagen_jax.storage import read_json, write_atomically, write_lines
@@ -58,7 +58,7 @@ def on_runner(options: Sequence[str]) -> Callable[..., Plan]:
         at("ingest with Beam")
         if agreement.is_first() and not _is_done(partial):
             _run(parsed, source, partial, settings)
-        agreement.wait_for_files([partial / "plan" / PLAN])
+        shared_files.wait_for_files([partial / "plan" / PLAN])
         plan = Plan(partial / "plan")
         ingest.check_usable(plan)
         return plan

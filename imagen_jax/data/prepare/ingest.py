@@ -19,7 +19,7 @@ from imagen_jax.data.prepare.settings import Settings
 from imagen_jax.data.prepare.shards import AGAIN, Shard, shards_of, unfinished, write_images
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
-from imagen_jax.distributed import agreement
+from imagen_jax.distributed import agreement, shared_files
 from imagen_jax.object_storage import AnyPath
 from imagen_jax.run_log import Progress
 from imagen_jax.storage import entry_names, exists, read_json, write_atomically
@@ -82,7 +82,7 @@ def _check_and_select(
 ) -> Plan:
     directory = partial / "plan"
     if agreement.first_says(exists(directory / PLAN)):
-        agreement.wait_for_files([directory / PLAN])
+        shared_files.wait_for_files([directory / PLAN])
         return Plan(directory)
     spans = spans_of(source)
     at("check images")
@@ -93,7 +93,7 @@ def _check_and_select(
         with Progress("select images", len(source)) as progress:
             rows = _checked_rows(partial, spans, progress)
             select(rows, source.notes(), settings.shard_size, directory)
-    agreement.wait_for_files([directory / PLAN])
+    shared_files.wait_for_files([directory / PLAN])
     return Plan(directory)
 
 
@@ -120,7 +120,7 @@ def _checked_rows(
     """The checks of all processes in the order of the source."""
 
     def read(span: Span) -> list[checks.Checked]:
-        agreement.wait_to_see(span.file(partial))
+        shared_files.wait_to_see(span.file(partial))
         return read_checked(partial, span)
 
     for span, rows in zip(spans, each(read, spans, partial)):

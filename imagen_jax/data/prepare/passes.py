@@ -42,7 +42,7 @@ from imagen_jax.data.prepare.work_directory import (
 )
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
-from imagen_jax.distributed import agreement, startup
+from imagen_jax.distributed import agreement, shared_files, startup
 from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.storage import as_path, exists, file_sizes, remove, write_atomically
@@ -85,7 +85,7 @@ def prepare(
     with _shared_work(output):
         if agreement.is_first():
             _begin(source, encoders, output, settings, request)
-        agreement.wait_for_files([partial / REQUEST])
+        shared_files.wait_for_files([partial / REQUEST])
         # Each worker process opens the bucket.
         start = functools.partial(as_path, "--output", os.fspath(output))
         with Workers(source, settings.processes, start) as workers:
@@ -103,7 +103,7 @@ def prepare(
         at("complete the data")
         if agreement.is_first():
             _complete(output, request, plan)
-        agreement.wait_for_files([output / manifest_file.MANIFEST])
+        shared_files.wait_for_files([output / manifest_file.MANIFEST])
     manifest = manifest_file.read_manifest(output)
     if agreement.is_first():
         _remove(partial)
@@ -148,7 +148,7 @@ def _shared_work(output: AnyPath) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if agreement.is_first():
             stack.enter_context(locked(output))
-        agreement.check_shared(work_directory(output))
+        shared_files.check_shared(work_directory(output))
         yield
 
 

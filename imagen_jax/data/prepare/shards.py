@@ -18,7 +18,7 @@ from imagen_jax.data.prepare.kept import KeptImage, images_of
 from imagen_jax.data.prepare.many_files import each
 from imagen_jax.data.prepare.resize import Resize
 from imagen_jax.data.sources.source import Source
-from imagen_jax.distributed import agreement
+from imagen_jax.distributed import shared_files
 from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.storage import (
     entry_names,
@@ -29,7 +29,7 @@ from imagen_jax.storage import (
     write_atomically,
 )
 
-# Of the journal's entry of a shard with features, whose statistics are part of the manifest.
+# Fields of the journal's entry of a shard with features; the manifest has their statistics.
 _FEATURE_FIELDS = SHARD_FIELDS | {"cut": list, "tokens": dict, "norm": dict}
 FIRST = "first_sha256"  # of a journal's entry: checksum of the shard's first record
 AGAIN = "run the same command again; it continues"
@@ -163,7 +163,7 @@ def all_finished(partial: AnyPath, shards: Sequence[Shard]) -> dict[str, dict]:
     Raises ValueError if a shard that some process has finished is no longer there.
     """
     for shard in shards:
-        agreement.wait_to_see(_entry(partial, shard.name))
+        shared_files.wait_to_see(_entry(partial, shard.name))
     entries = {}
     for shard, entry in zip(shards, _entries(partial, shards)):
         if entry is None:
