@@ -165,9 +165,9 @@ class MetricsWriter:
         self._ended.set()
         if self._storing.is_alive():
             self._storing.join()
-        for line_log in self._logs.values():
-            line_log.close()
-        self._board.close()
+        with contextlib.ExitStack() as stack:  # one that fails does not keep the others open
+            for part in (self._board, *self._logs.values()):
+                stack.callback(part.close)
 
     def _store_regularly(self) -> None:
         while not self._ended.wait(STORE_S):

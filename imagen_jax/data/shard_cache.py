@@ -31,7 +31,7 @@ from imagen_jax.data.index_files import cache_directory, locked
 from imagen_jax.object_storage import AnyPath, read_parts
 from imagen_jax.storage import COPY_BYTES, check_local, flush, temporary_name
 
-LOCK = "lock"  # of the directory: one process at a time makes room
+LOCK = ".shards.lock"  # of the directory: one process at a time makes room
 FOLDER = re.compile(r"[0-9a-f]{32}")  # HASH
 COPY = re.compile(r".+\.array_record-\d+-of-\d+(\.\d+\.[0-9a-f]+\.tmp)?")  # whole, or being written
 FREE_BYTES = 2**28  # that stay free on the disk

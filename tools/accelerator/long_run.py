@@ -42,7 +42,11 @@ def run(emit: Callable, data: str, directory: str, tiny: bool) -> None:
     options += [f"--config.train.fast_dir={Path(directory) / 'fast'}"]
     last_saved = max(int(path.parent.name) for path in saved(workdir))
     second = started(data, workdir, tiny, last_saved + ROWS * LOG_EVERY, options)
-    if code := second.wait():
+    try:
+        code = second.wait(timeout=LIMIT_S)
+    finally:
+        second.kill()
+    if code:
         raise RuntimeError(f"the continued training ended with exit code {code}")
     emit_ledger(emit, workdir, time.time() - began)
     emit("continued", **summary([row for row in rows(workdir) if row["step"] > last_saved]))
