@@ -11,7 +11,7 @@ import os
 from absl import flags
 
 from imagen_jax import cli, output_paths
-from imagen_jax.object_storage import in_bucket
+from imagen_jax.object_storage import check_bucket, in_bucket
 from imagen_jax.storage import as_path
 
 
@@ -36,6 +36,7 @@ def main() -> int:
     output_paths.output_directory("output", os.fspath(output.parent))
     if not in_bucket(output) and output.is_dir():
         raise ValueError(f"--output {args.output} is a directory; give a file name")
+    check_bucket("--checkpoint", as_path("--checkpoint", args.checkpoint))
     import jax
 
     from imagen_jax.weights import checkpoint, exports

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,11 +21,14 @@ from etils import epath
 AnyPath = Path | epath.Path
 
 SCHEME = "gs"
+SLOW_S = 10.0  # after which a bucket that does not answer is mentioned
 # The size of the parts in which an object is read, and the number of parts that are kept.
 BLOCK_BYTES, BLOCKS = 4 * 2**20, 6
 # Status codes of Cloud Storage, and the errors of a file system that mean the same.
 _STATUS = {"401": errno.EACCES, "403": errno.EACCES, "404": errno.ENOENT, "412": errno.EAGAIN}
 _ABSL = {"PERMISSION_DENIED": errno.EACCES, "UNAUTHENTICATED": errno.EACCES}
+
+log = logging.getLogger(__name__)
 
 
 def set_up(label: str, text: str) -> None:
@@ -52,6 +56,9 @@ def check_bucket(label: str, path: AnyPath) -> None:
     if not in_bucket(path):
         return
     bucket = epath.Path(f"{SCHEME}://{_bucket_name(path)}")
+    slow = threading.Timer(SLOW_S, log.warning, ("%s does not answer yet; trying again", bucket))
+    slow.daemon = True
+    slow.start()
     try:
         with bucket_errors(bucket):
             found = bucket.exists()
@@ -59,6 +66,8 @@ def check_bucket(label: str, path: AnyPath) -> None:
         if error.errno not in (errno.EACCES, errno.ENOENT):
             raise
         raise ValueError(f"{label} {path} cannot be read: {error.strerror}") from error
+    finally:
+        slow.cancel()
     if not found:
         raise ValueError(
             f"{label} {path}: there is no bucket {bucket}; create it, or check the name"

@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-from imagen_jax.object_storage import AnyPath, check_bucket, in_bucket
+from imagen_jax.object_storage import AnyPath, bucket_errors, check_bucket, in_bucket
 from imagen_jax.storage import as_path, check_local, check_utf8
 
 
@@ -25,6 +25,10 @@ def output_directory(flag: str, path: str) -> AnyPath:
     check_utf8(f"--{flag}", path)
     if in_bucket(found):
         check_bucket(f"--{flag}", found)
+        with bucket_errors(found):
+            is_file = found.is_file()
+        if is_file:
+            raise ValueError(f"--{flag} {path} is a file; give a directory")
     else:
         check_directory(flag, path)
     return found

@@ -348,7 +348,9 @@ class Progress:
         self._name, self._total, self._first, self._interval_s = name, total, start, interval_s
         self._stream = sys.stderr if stream is None else stream
         self._shown: dict[str, str] = {}
-        self._began = self._printed = time.monotonic()
+        self._printed = time.monotonic()
+        # (items, time) from which the rate counts: after the first items, which may compile.
+        self._since: tuple[int, float] | None = None
         self._bar, self._quiet = None, quiet
         if self._stream.isatty() and not quiet:
             from tqdm import tqdm
@@ -366,9 +368,10 @@ class Progress:
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
+        self._since = self._since or (done, now)
         if not self._quiet and (now - self._printed >= self._interval_s or done >= self._total):
             self._printed = now
-            self.note(self._line(done, now - self._began))
+            self.note(self._line(done, now))
 
     def note(self, text: str) -> None:
         """Prints a line of text, above the bar if there is one."""
@@ -387,8 +390,10 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _line(self, done: int, seconds: float) -> str:
-        rate = (done - self._first) / seconds if seconds > 0 else 0.0
+    def _line(self, done: int, now: float) -> str:
+        first, began = self._since
+        rate = (done - first) / (now - began) if now > began else 0.0
+        speed = f", {rate:.3g}/s" if rate else ""
         left = f", {(self._total - done) / rate:.0f} s left" if rate and done < self._total else ""
         values = "".join(f", {key} {value}" for key, value in self._shown.items())
-        return f"{self._name}: {done}/{self._total}, {rate:.3g}/s{left}{values}"
+        return f"{self._name}: {done}/{self._total}{speed}{left}{values}"

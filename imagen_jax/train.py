@@ -68,7 +68,7 @@ def define_flags() -> None:
         "init_part",
         "",
         "regular expression: take only the weights of --init_from whose paths it matches, such as"
-        " '^(down|mid)_', and initialise the others",
+        " '^(down_|mid/)', and initialise the others",
     )
     flags.DEFINE_string(
         "fork",
@@ -96,6 +96,9 @@ def main() -> int:
         if not in_bucket(path):
             check_utf8(flag, one.path)
     check_local("--config.train.fast_dir", config["train"]["fast_dir"])
+    if config["train"]["fast_every"]:
+        fast_dir = os.path.expanduser(config["train"]["fast_dir"])
+        output_paths.make_directory("config.train.fast_dir", fast_dir)
     wandb_log.check(config["train"]["wandb"])
     profile = read_profile(args.profile, config["train"]["steps"])
     start = Start(args.init_from, args.init_part, args.fork)
@@ -152,7 +155,7 @@ def train(
     from imagen_jax.training.replicas import Replicas
     from imagen_jax.training.run import Run
     from imagen_jax.training.sample_grids import SampleGrid
-    from imagen_jax.training.start import begin
+    from imagen_jax.training.start import begin, check_source
     from imagen_jax.training.trace import Requests, Trace
     from imagen_jax.training.validation import Validation
     from imagen_jax.weights.checkpoint import CheckpointError, Checkpoints
@@ -167,6 +170,7 @@ def train(
     checkpoints = Checkpoints(workdir / "checkpoints", Retention.of(settings))
     if not overfit:
         agreement.check_in_first(lambda: resume.check_newest(checkpoints, config))
+        agreement.check_in_first(lambda: check_source(start, checkpoints))
     run = Run.create(config, overfit=bool(overfit))
     agreement.check(
         {f"config.{name}": json.dumps(value) for name, value in field.flat(config).items()}
@@ -294,6 +298,8 @@ def train(
         save()
         ledger.at(done, "checkpoint")
         checkpoints.wait()
+        if fast and done >= total:
+            fast.clear()
         ledger.at(done, "other")
     log.info("%s: %d of %d steps done, saved in %s", config["name"], done, total, workdir)
     return 0

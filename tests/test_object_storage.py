@@ -11,7 +11,16 @@ import gcsfs
 import pytest
 from gcsfs.retry import HttpError
 
-from imagen_jax import checksums, exit_codes, goodput, line_logs, locks, object_storage, storage
+from imagen_jax import (
+    checksums,
+    exit_codes,
+    goodput,
+    line_logs,
+    locks,
+    object_storage,
+    output_paths,
+    storage,
+)
 from tests import storage_emulator, tiny
 
 FAILING, DELAY_S = 0.05, 0.01
@@ -63,6 +72,16 @@ def test_a_missing_bucket_is_one_line(server):
         object_storage.check_bucket(
             "--output", storage.as_path("--output", "gs://no-such-bucket/x")
         )
+
+
+def test_an_object_is_no_output_directory(bucket):
+    """Catches a workdir below an object, which hides it from those who read it."""
+    storage.write_json(bucket / "config.json", {})
+    with pytest.raises(
+        ValueError, match="--workdir gs://.*config.json is a file"
+    ):
+        output_paths.output_directory("workdir", os.fspath(bucket / "config.json"))
+    assert output_paths.output_directory("workdir", os.fspath(bucket)) == bucket
 
 
 def test_files_and_listings(bucket, tmp_path):

@@ -75,8 +75,8 @@ def _no_manifest(path: AnyPath) -> str:
     earlier = path.with_name(f"{path.name}.partial")  # of versions that renamed it at the end
     if path.suffix == ".partial" or exists(path / PARTIAL) or exists(earlier):
         return (
-            f"{path} is not complete: the same prepare_data command continues it, with --encoder or"
-            " --text_only in place of --images_only"
+            f"{path} is not complete: the same prepare_data command continues it (after"
+            " --images_only, with --encoder or --text_only in its place)"
         )
     what = "is not prepared data" if exists(path) else "does not exist"
     return f"{path} {what} (no {MANIFEST}): run python -m imagen_jax.prepare_data"

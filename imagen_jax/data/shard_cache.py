@@ -12,6 +12,7 @@ not touched, and do not count.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import logging
@@ -31,7 +32,7 @@ from imagen_jax.data.index_files import cache_directory, locked
 from imagen_jax.object_storage import AnyPath, read_parts
 from imagen_jax.storage import COPY_BYTES, check_local, flush, temporary_name
 
-LOCK = ".shards.lock"  # of the directory: one process at a time makes room
+LOCK = ".making_room"  # of the directory: one process at a time makes room
 FOLDER = re.compile(r"[0-9a-f]{32}")  # HASH
 COPY = re.compile(r".+\.array_record-\d+-of-\d+(\.\d+\.[0-9a-f]+\.tmp)?")  # whole, or being written
 FREE_BYTES = 2**28  # that stay free on the disk
@@ -201,9 +202,13 @@ def _make_room(place: Place, size: int) -> None:
     files = sorted(_files(place.directory))
     over = sum(bytes_ for *_, bytes_, _ in files) + size - place.most_bytes
     lacking = size + FREE_BYTES - shutil.disk_usage(place.directory).free
+    left = len(files)
     for is_whole, _, bytes_, path in files:
         if (max(over, lacking) > 0 or not is_whole) and _delete_unused(path):
-            over, lacking = over - bytes_, lacking - bytes_
+            over, lacking, left = over - bytes_, lacking - bytes_, left - 1
+    if lacking > 0 and not left:
+        text = f"no room for a shard of {_amount(size)} beside {_amount(FREE_BYTES)} that stay free"
+        raise OSError(errno.ENOSPC, text, os.fspath(place.directory))
     if max(over, lacking) > 0:
         bound = f"shard_cache_gib is {place.gib:g}: give a larger one"
         disk = f"the disk is full, with {_amount(FREE_BYTES)} to stay free: free some space"

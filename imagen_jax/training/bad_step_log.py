@@ -78,9 +78,8 @@ class BadSteps:
 
     def _record(self, row: Mapping[str, Any]) -> None:
         shown = ", ".join(f"{name} {row[name]:.4g}" for name in row if "norm" in name)
-        text = "step %d is %s and was %s: loss %.4g, %s; its images are in %s"
-        kind = "a spike of the gradient" if row["reason"] == "spike" else row["reason"]
-        log.warning(text, *(row["step"], kind, row["action"], row["loss"], shown, self._path))
+        text = "step %d: %s, %s: loss %.4g, %s; its images are in %s"
+        log.warning(text, *(row["step"], kind(row), row["action"], row["loss"], shown, self._path))
         self._writer.bad_step(row)
 
     def _count(self, step: int) -> None:
@@ -115,3 +114,11 @@ class BadSteps:
             f" new --workdir with a lower optim.lr or optim.clip. Seed {report['seed']}, images"
             f" {report['images'][:8]}..."
         )
+
+
+def kind(row: Mapping[str, Any]) -> str:
+    """What is bad about a step, from its row of bad_steps.jsonl, in words."""
+    if row["reason"] == "spike":
+        return "a spike of the gradient"
+    wrong = [name for name in ("loss", "norm/grad") if not math.isfinite(row[name])]
+    return f"{' and '.join(wrong) or 'the update'} not finite"

@@ -171,8 +171,9 @@ class Run:
         steps = {}
         for bucket in self.flops_per_image:
             started = time.monotonic()
-            steps[bucket] = self.program.lower(bucket).compile()
             of = f" for images of {size_text(bucket)}" if len(self.flops_per_image) > 1 else ""
+            log.info("compiling the step%s", of)
+            steps[bucket] = self.program.lower(bucket).compile()
             log.info("step compiled%s in %.0f s", of, time.monotonic() - started)
         return steps
 

@@ -17,7 +17,7 @@ import jax
 from imagen_jax import cascade, encoder_identity
 from imagen_jax.object_storage import AnyPath
 from imagen_jax.stage import RNG
-from imagen_jax.storage import as_path, check_object, write_json
+from imagen_jax.storage import as_path, check_object, exists, write_json
 from imagen_jax.training import resume, state
 from imagen_jax.training.run import Run
 from imagen_jax.training.start_flags import Start
@@ -61,6 +61,7 @@ def begin(
     """
     newest, newest_fast = checkpoints.latest_good(), fast.newest() if fast else None
     if newest is None and newest_fast is None:
+        log.info("initialising the state")
         first, done, origin = first_state(run, start, workdir)
         return Begun(first, done, [], [], origin)
     from_fast = newest_fast is not None and (newest is None or newest_fast > newest)
@@ -96,6 +97,30 @@ def _check_resume(
     origin = {name: saved[name] for name in ("init_from", "fork") if name in saved}
     start.check_origin(origin, workdir)
     return saved["unlogged"], saved["skipped_steps"], origin
+
+
+def check_source(start: Start, checkpoints: Checkpoints) -> None:
+    """Raises ValueError if a new run would start from a checkpoint that does not exist.
+
+    checkpoints: of the run; one that has some does not need its source any more.
+    """
+    if step_directories.steps(checkpoints.directory):
+        return
+    if start.fork:
+        _source_of_fork(start.fork)
+    elif start.init_from and not start.init_from.startswith("embedded:"):
+        directory, step = checkpoint.split_step(as_path("--init_from", start.init_from))
+        if step is None and not exists(directory):
+            raise ValueError(f"--init_from {start.init_from} does not exist: check the path")
+
+
+def _source_of_fork(fork: str) -> tuple[AnyPath, Checkpoints, int]:
+    """(workdir, its checkpoints, step) of a fork's parent."""
+    directory, step = checkpoint.split_step(as_path("--fork", fork))
+    parent = Checkpoints(checkpoint.step_parent(directory), Retention(1))
+    if step is None and (step := parent.latest_good()) is None:
+        raise ValueError(f"--fork {fork} holds no checkpoint: give WORKDIR@STEP of a training")
+    return directory, parent, step
 
 
 def first_state(
@@ -185,10 +210,7 @@ def _log_parts(lists: Mapping[str, Sequence[str]]) -> None:
 
 def _forked(run: Run, fork: str) -> tuple[state.TrainState, int, dict[str, Any]]:
     """(state, its step, origin) of a run that continues another one."""
-    directory, step = checkpoint.split_step(as_path("--fork", fork))
-    parent = Checkpoints(checkpoint.step_parent(directory), Retention(1))
-    if step is None and (step := parent.latest_good()) is None:
-        raise ValueError(f"--fork {fork} holds no checkpoint: give WORKDIR@STEP of a training")
+    directory, parent, step = _source_of_fork(fork)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(step_directories.marked(parent.directory / str(step)))

@@ -224,25 +224,35 @@ class Checkpoints:
         """Removes leftovers of killed processes, renames a damaged directory of `step`, and
         announces the save. Returns why that failed, "" if it did not.
         """
-        target = self.directory / str(step)
-        exists = jax.process_index() == 0 and step in self.steps()
-        reason = find_damage(target) if exists else None
-        if agreement.gather("intact" if exists and reason is None else "")[0]:
-            raise ValueError(
-                f"{target} already holds an intact checkpoint; delete it, or use another workdir"
-            )
-        failure = ""
+        intact, failure = False, ""
         if jax.process_index() == 0:
             try:
-                if reason is not None:
-                    step_directories.keep_aside(target, reason)
-                    self._damaged.discard(step)
-                step_directories.remove_leftovers(self.directory)
-                write_atomically(step_directories.mark_path(self.directory, step, "writing"), b"")
-            except OSError as error:  # a full disk, which `wait` reports
+                intact = self._holds_intact(step)
+                if not intact:
+                    step_directories.remove_leftovers(self.directory)
+                    mark = step_directories.mark_path(self.directory, step, "writing")
+                    write_atomically(mark, b"")
+            except OSError as error:  # a full disk, or a bucket that is away; `wait` reports it
                 failure = error.strerror or first_line(error)
         # No process writes before the leftovers are removed.
-        return agreement.gather(failure)[0]
+        intact, failure = json.loads(agreement.gather(json.dumps([intact, failure]))[0])
+        if intact:
+            raise ValueError(
+                f"{self.directory / str(step)} already holds an intact checkpoint; delete it, or"
+                " use another workdir"
+            )
+        return failure
+
+    def _holds_intact(self, step: int) -> bool:
+        """Whether there is an intact checkpoint of `step`. Renames a damaged one."""
+        target = self.directory / str(step)
+        if step not in self.steps():
+            return False
+        if (reason := find_damage(target)) is None:
+            return True
+        step_directories.keep_aside(target, reason)
+        self._damaged.discard(step)
+        return False
 
     def _commit(
         self,
@@ -324,12 +334,18 @@ def opened(path: str | os.PathLike) -> Iterator[AnyPath]:
 def split_step(path: AnyPath) -> tuple[AnyPath, int | None]:
     """(WORKDIR, STEP) of WORKDIR@STEP; WORKDIR@best is the step with the lowest measure.
 
-    (path, None) for a path without a step. Raises CheckpointError if there is no best step.
+    (path, None) for a path without a step. Raises CheckpointError if there is no such step.
     """
-    workdir, step = step_directories.split_name(path)
-    if step != "best":
-        return workdir, int(step) if step else None
-    return workdir, retention.best_step(step_parent(workdir))
+    workdir, name = step_directories.split_name(path)
+    if not name:
+        return workdir, None
+    if name == "best":
+        return workdir, retention.best_step(step_parent(workdir))
+    found = step_directories.steps(step_parent(workdir))
+    if int(name) not in found:
+        known = f"its steps are {', '.join(map(str, found))}" if found else "it has none"
+        raise CheckpointError(f"{workdir} has no checkpoint of step {name}; {known}")
+    return workdir, int(name)
 
 
 def step_parent(path: AnyPath) -> AnyPath:

@@ -1,5 +1,6 @@
 """One-file exports of parameters: bfloat16 safetensors with metadata and checksum in the header."""
 
+import errno
 import functools
 import hashlib
 import json
@@ -16,7 +17,7 @@ from jaxtyping import BFloat16
 from safetensors.numpy import save_file
 
 from imagen_jax.object_storage import AnyPath
-from imagen_jax.storage import absolute, as_path, missing_content, written_whole
+from imagen_jax.storage import absolute, as_path, disk_limit, missing_content, written_whole
 from imagen_jax.weights import leaves
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,11 @@ def export_params(params: leaves.Tree, meta: Mapping[str, Any], path: str | os.P
     document = json.loads(leaves.to_json(kept | {"format_version": leaves.FORMAT_VERSION}))
     header = leaves.to_json({"meta": document, "sha256": _digest(arrays, document)})
     with written_whole(path) as writing:
-        save_file(arrays, writing, metadata={HEADER_KEY: header})
+        try:
+            save_file(arrays, writing, metadata={HEADER_KEY: header})
+        except safetensors.SafetensorError as error:
+            number = disk_limit(str(error)) or errno.EIO
+            raise OSError(number, os.strerror(number), os.fspath(path)) from error
         os.umask(mask := os.umask(0))
         writing.chmod(0o666 & ~mask)  # safetensors creates files that only the owner can read
 

@@ -12,6 +12,7 @@ checkpoint of the workdir.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import logging
@@ -136,6 +137,13 @@ class FastCheckpoints:
                     jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, on_devices)
                 )
         return jax.tree.unflatten(jax.tree.structure(abstract), restored), self.meta(step)
+
+    def clear(self) -> None:
+        """Removes all saves, of a run that has ended."""
+        self._thread.shutdown()
+        remove(self._directory)
+        with contextlib.suppress(OSError):  # another process of this host has saves there
+            self._directory.parent.rmdir()
 
     def __enter__(self) -> "FastCheckpoints":
         return self

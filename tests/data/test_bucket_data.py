@@ -245,6 +245,16 @@ def test_a_full_disk_is_refused_at_the_start(remote, tmp_path, monkeypatch):
         pipeline.batches(remote_config(remote, tmp_path), 0, 0)
 
 
+def test_a_full_disk_is_no_wait(remote, local, tmp_path, monkeypatch):
+    """Catches minutes of silence until shards are closed that nobody has open."""
+    images = records.Prepared(remote, place_of(tmp_path / "cache", 2, local)).images("train")
+    free = shard_cache.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shard_cache.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(OSError, match="no room for a shard of .* beside 0.25 GiB") as caught:
+        images.record(0)
+    assert caught.value.errno == errno.ENOSPC
+
+
 def test_the_bound_holds_and_the_last_used_shards_stay(local, remote, tmp_path, monkeypatch):
     """Catches a cache that grows, one that deletes what is needed next, and one that stops when
     all of it is open.

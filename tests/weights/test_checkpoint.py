@@ -1,5 +1,6 @@
 """Checkpoints: exact restores on any mesh, leaves that do not fit, saving twice, load_params."""
 
+import errno
 import hashlib
 import json
 
@@ -138,6 +139,23 @@ def test_saving_twice(saved):
         checkpoints.save(20, state, META)
     save(checkpoints, 32)
     assert checkpoints.steps() == [10, 20, 30, 32]
+
+
+def test_a_file_system_that_is_away_costs_one_save(tmp_path, monkeypatch, caplog):
+    """Catches a training that ends because a bucket did not answer a listing before a save."""
+    checkpoints = Checkpoints(tmp_path / "c", Retention(2))
+    save(checkpoints, 10)
+
+    def away():
+        raise OSError(errno.EIO, "injected, 503")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "steps", away)
+        checkpoints.save(20, shard(make_state(20))[0], META)
+    with pytest.raises(CheckpointError, match="checkpoint 20 was not saved in .*: injected, 503"):
+        checkpoints.wait()
+    save(checkpoints, 30)
+    assert checkpoints.steps() == [10, 30]
 
 
 def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from imagen_jax.weights import leaves
+from imagen_jax.weights import exports, leaves
 from imagen_jax.weights.checkpoint import CheckpointError, load_params
 from imagen_jax.weights.exports import export_params
 from tests.test_storage import POINTER
@@ -131,6 +132,18 @@ def test_interrupted_export_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         export_params(make_params(scale=2.0), META, path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_full_disk_is_that_of_the_export(tmp_path, monkeypatch):
+    """Catches the traceback of safetensors, whose errors are no OSError."""
+
+    def fails(*_, **__):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(exports, "save_file", fails)
+    with pytest.raises(OSError, match="No space left on device: .*base.safetensors"):
+        export_params(make_params(), META, tmp_path / "base.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_pointer_and_a_url_are_named(tmp_path):

@@ -30,6 +30,13 @@ def test_the_newest_state_comes_back_exactly(tmp_path):
     assert sorted(path.name for path in own.iterdir()) == ["20", "30"]
 
 
+def test_a_run_that_has_ended_leaves_none(tmp_path):
+    """Catches memory of the host that stays full after the run."""
+    (tmp_path / "other").mkdir()
+    written(tmp_path, 10, 20)[0].clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
 @pytest.mark.parametrize("name", ["shards.safetensors", "meta.json", "SHA256SUMS"])
 def test_damage_falls_back_to_the_save_before(tmp_path, name, caplog):
     """Catches a save that was cut short, or changed since, and is restored."""

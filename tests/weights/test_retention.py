@@ -90,7 +90,7 @@ def test_best_and_permanent_ones_survive_saves(tmp_path):
 def test_a_step_that_does_not_exist_is_named(tmp_path):
     """Catches another step taken instead, and a best one of a run without validations."""
     save(Checkpoints(tmp_path / "run" / "checkpoints", Retention(2)), 10)
-    with pytest.raises(CheckpointError, match="checkpoints/11"):
+    with pytest.raises(CheckpointError, match="run has no checkpoint of step 11; its steps are 10"):
         load_params(f"{tmp_path / 'run'}@11")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* has a validation measure"):
         load_params(f"{tmp_path / 'run'}@best")

@@ -48,7 +48,13 @@ def check_output(output: AnyPath) -> None:
     if MANIFEST in names:
         return
     known = f"{_EMPTY}|{_BEGUN}" if has_request else _EMPTY
-    if not all(re.fullmatch(known, name) for name in names):
+    foreign = [name for name in names if not re.fullmatch(known, name)]
+    if foreign and has_request:
+        raise ValueError(
+            f"{output} holds unfinished work of prepare_data and {', '.join(foreign[:3])}, which is"
+            " not part of it: move that away, then run the same command again"
+        )
+    if foreign:
         raise ValueError(_foreign(output))
 
 

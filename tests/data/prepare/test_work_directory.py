@@ -62,6 +62,16 @@ def test_the_manifest_is_written_last(folder, tmp_path, monkeypatch):
     assert order[-1] == "manifest.json" and len(order) > 10
 
 
+def test_what_others_have_written_into_unfinished_work_is_named(folder, tmp_path, monkeypatch):
+    """Catches advice to choose another OUTPUT, where days of work are to be continued."""
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(passes, "finish", lambda *_: (_ for _ in ()).throw(Stop()))
+        prepare(folder, tmp_path / "data")
+    (tmp_path / "data" / "0000_duck.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match="unfinished work of prepare_data and 0000_duck.png"):
+        prepare(folder, tmp_path / "data")
+
+
 def leave_work_of_an_earlier_version(folder, output, stop):
     """OUTPUT.partial as earlier versions left it, after images or all shards were written."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
