@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from imagen_jax.checksums import CHECKSUMS
 from launch import status, sweep
 from launch.ablation import FINISHED
 from tests import storage_emulator, tiny
+from tests.data import synthetic
+from tests.launch import test_sweep_data
 from tests.test_sweep import ABLATION, evaluation
 
 URL = f"gs://{storage_emulator.BUCKET}"
@@ -147,6 +150,24 @@ def test_nothing_needs_a_mount_unless_it_is_named(capsys, data):
     assert ("--shard_cache_gib=900" in out) == (not is_mounted)
     place = "on a machine where the bucket of the data is mounted below" if is_mounted else "here"
     assert f"evaluations run {place}" in out
+
+
+def test_data_in_a_bucket_are_compared_with_the_arms(tmp_path, capsys, processes):
+    """Catches data in a bucket that are refused, or not read before the first training."""
+    (tmp_path / "ablation.py").write_text(test_sweep_data.ABLATION)
+    data = synthetic.write_prepared(tmp_path / "data", shapes=[(64, 64)])
+    for file in filter(Path.is_file, data.rglob("*")):
+        target = storage.as_path("data", f"{URL}/data/{file.relative_to(data)}")
+        storage.write_atomically(target, file.read_bytes())
+    command = [
+        f"--config={tmp_path / 'ablation.py'}",
+        f"--workdir={tmp_path / 'runs'}",
+        f"--config.data.path={URL}/data",
+        f"--config.data.shard_cache_dir={tmp_path / 'cache'}",
+    ]
+    assert sweep.main(command) == 2 and not processes[0]
+    error = capsys.readouterr().err
+    assert "arm wide: " in error and "3 of 4 arms do not fit the data" in error
 
 
 def test_a_bucket_that_does_not_exist(tmp_path, capsys, processes):
