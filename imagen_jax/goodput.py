@@ -237,10 +237,7 @@ def summarise(entries: Iterable[Mapping[str, Any]]) -> Summary:
 
     entries: of `read_entries`.
     """
-    processes: dict[int, list[Mapping[str, Any]]] = {}
-    for entry in entries:
-        processes.setdefault(entry["process"], []).append(entry)
-    counted = [processes[i] for i in sorted(processes) if not _did_nothing(processes[i])]
+    counted = _processes(entries)
     seconds = dict.fromkeys((*CATEGORIES, LOST, DOWN), 0.0)
     kept: list[tuple[int, int, float]] = []  # (first step, last step, seconds) of entries
     for i, mine in enumerate(counted):
@@ -260,6 +257,35 @@ def summarise(entries: Iterable[Mapping[str, Any]]) -> Summary:
         wall_s=sum(seconds.values()),
         ended=bool(counted) and bool(counted[-1][-1].get("ended")),
     )
+
+
+def last_process(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The entries of the last process that found something to do, in order; [] without one.
+
+    entries: of `read_entries`.
+    """
+    counted = _processes(entries)
+    return counted[-1] if counted else []
+
+
+def step_seconds(entries: Iterable[Mapping[str, Any]]) -> float:
+    """Wall time of a step of the last process, with the saves and validations between its steps.
+
+    nan before it has finished a step.
+
+    entries: of `read_entries`.
+    """
+    worked = [entry for entry in last_process(entries) if "step" in entry["seconds"]]
+    steps = worked[-1]["to_step"] - worked[0]["from_step"] if worked else 0
+    return (worked[-1]["end"] - worked[0]["start"]) / steps if steps > 0 else math.nan
+
+
+def _processes(entries: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The entries of each process that found something to do, in order."""
+    processes: dict[int, list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        processes.setdefault(entry["process"], []).append(entry)
+    return [processes[i] for i in sorted(processes) if not _did_nothing(processes[i])]
 
 
 def _did_nothing(entries: Iterable[Mapping[str, Any]]) -> bool:

@@ -30,6 +30,8 @@ from imagen_jax.wandb_log import WandbLog
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 BAD_STEPS = "bad_steps.jsonl"
+NONFINITE = "nonfinite.json"  # the batch of a step that ended the run
+SPAN = 1000  # consecutive steps in which at most train.max_skips are skipped
 VARYING = ("time/", "memory/")  # beginnings of names whose values differ between equal runs
 TENSORBOARD_FLUSH_S = 5
 BOARD_BYTES = 4 * 2**20

@@ -13,8 +13,10 @@ import numpy as np
 from imagen_jax import field, schema
 from imagen_jax.object_storage import AnyPath
 from imagen_jax.storage import as_path, exists, read_json, read_object
-from launch.job import mounted
+from launch.job import is_bucket_url, mounted
 
+# Fields of `data` that are options of evaluate too.
+SHARD_CACHE = ("shard_cache_dir", "shard_cache_gib")
 FINISHED = "finished.json"  # the command of a finished process, in its directory
 
 
@@ -211,6 +213,9 @@ def plan(ablation: Ablation) -> tuple[list[Arm], list[Task]]:
     if ablation.checkpoint:  # a model that is trained here already has the config's settings
         configured = schema.complete_sampling(sampling_of(fields), ablation.config)
         sampling = configured | sampling
+    # The place of the shard cache, which is nothing to local data.
+    cache = {f: shared.get(f"data.{f}", fields[f"data.{f}"]) for f in SHARD_CACHE}
+    reading = {"data": data} | (cache if is_bucket_url(data) else {})
     tasks = []
     for seed in ablation.seeds:
         models: dict[str, AnyPath] = {}
@@ -223,7 +228,7 @@ def plan(ablation: Ablation) -> tuple[list[Arm], list[Task]]:
                 models[key] = directory / "train"
                 tasks.append(train_task(ablation, seed, arm, models[key]))
             output = ablation.evaluation(arm, seed)
-            tasks.append(evaluate_task(ablation, seed, arm, sampling, models[key], data, output))
+            tasks.append(evaluate_task(ablation, seed, arm, sampling, models[key], reading, output))
     return arms, tasks
 
 
@@ -270,18 +275,20 @@ def evaluate_task(
     arm: Arm,
     sampling: Mapping[str, Any],
     checkpoint: AnyPath,
-    data: str,
+    reading: Mapping[str, Any],
     output: AnyPath,
 ) -> Task:
     """The evaluation of an arm for one seed.
 
-    sampling: settings of all arms; the arm's own take precedence. All arms and seeds are evaluated
+    sampling: settings of all arms; the arm's own take precedence. reading: the options of evaluate
+    that say where the data are. All arms and seeds are evaluated
     on the same rows with the same noise.
     """
     settings = {**sampling, **arm.sampling}
     options = [f"--{schema.EVALUATE_FLAGS[field]}={value}" for field, value in settings.items()]
     options += [f"--rows={ablation.rows}", f"--samples={ablation.samples}"]
     options += [f"--measures={ablation.measures}"] if ablation.measures else []
-    files = (f"--checkpoint={checkpoint}", f"--data={mounted(data)}", f"--output={output}")
+    paths = {"checkpoint": checkpoint, **reading, "output": output}
+    files = [f"--{name}={path}" for name, path in paths.items()]
     command = (sys.executable, "-m", "imagen_jax.evaluate", *files, *options)
     return Task(f"evaluate {arm.name}, seed {seed}", command, output)

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,20 @@ SECRET_NAME = re.compile(
     r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY)(_|$)", re.IGNORECASE
 )
 COMMANDS = ("demo", "evaluate", "export", "plan", "prepare_data", "sample", "train")
-# Options that open buckets themselves, by command; all other paths in buckets are mounted.
+# Options that open buckets themselves, as patterns by command; all other paths in buckets are
+# mounted.
 NATIVE = {
-    "evaluate": ("checkpoint",),
+    "evaluate": (
+        "checkpoint",
+        "data",
+        "output",
+        "compare",
+        r"cascade\.\w+\.checkpoint",
+    ),
     "export": ("checkpoint", "output"),
-    "train": ("workdir", "init_from", "fork"),
+    "prepare_data": ("output", "source"),
+    "sample": ("output", "reproduce", r"config\.\w+\.checkpoint"),
+    "train": ("workdir", "init_from", "fork", r"config\.data\.path", r"config\.data\.mixture"),
 }
 # Command lines are parsed in a subprocess, because the flags of a command are global and config
 # flags read sys.argv when they are defined.
@@ -124,7 +133,9 @@ class Job:
     @property
     def opens_buckets(self) -> bool:
         """Whether the command reads or writes a bucket without a mount."""
-        return any(_has_bucket(argument) for argument in passed(self.arguments))
+        return any(
+            is_native and BUCKET in argument for argument, is_native in _natives(self.arguments)
+        )
 
     @property
     def install(self) -> str:
@@ -223,19 +234,21 @@ def passed(arguments: Sequence[str]) -> list[str]:
 
     The options of NATIVE keep gs://, all others get the mount directory.
     """
+    return [
+        argument if is_native else mounted(argument) for argument, is_native in _natives(arguments)
+    ]
+
+
+def _natives(arguments: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """(argument, whether it is an option of NATIVE or the value of one)."""
     command = next((text for text in arguments if text.startswith("imagen_jax.")), "")
     native = NATIVE.get(command.removeprefix("imagen_jax."), ())
     option = re.compile(rf"--?({'|'.join(native)})(=|$)") if native else None
-    result, follows = [], False  # whether the argument is the value of the option before it
+    follows = False  # whether the argument is the value of the option before it
     for argument in arguments:
         match = option and option.match(argument)
-        result.append(argument if match or follows else mounted(argument))
+        yield argument, bool(match) or follows
         follows = bool(match and not match[2])
-    return result
-
-
-def _has_bucket(argument: str) -> bool:
-    return mounted(argument) != argument
 
 
 def mounted(argument: str) -> str:
@@ -343,8 +356,8 @@ def training(
         option, value = f"--config.data.{name}=", content["data"][name]
         value = value if name == "path" else tuple(map(tuple, value))
         given = any(field.startswith(option) for field in fields)
-        if not given and _has_bucket(f"{option}{value}"):
-            # As an argument, so that its buckets are mounted.
+        if not given and (BUCKET in str(value) or f"{MOUNT}/" in str(value)):
+            # As an argument, so that the machines can open or mount its buckets.
             fields = (*fields, f"{option}{value}")
     file = config if where in ("local", "slurm") else inside_checkout(config)
     files = (f"--config={file}", f"--workdir={workdir}")

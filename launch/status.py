@@ -28,7 +28,7 @@ from imagen_jax.locks import LOCK, is_locked
 from imagen_jax.object_storage import AnyPath, bucket_errors, check_bucket, in_bucket
 from imagen_jax.run_log import METRICS, parse_row
 from imagen_jax.storage import as_path, directory_names, entry_names, write_json, written_at
-from launch import command_line
+from launch import command_line, endings
 from launch.job import Job, check_path, is_bucket_url, name_of
 
 # A launcher's last action: {"where", "name", "state", "detail", "attempt", "steps", "time"}
@@ -62,7 +62,8 @@ class Row:
         unreadable.
     step, steps: the newest step, and the number of steps of the whole training.
     loss, images_per_s: of the newest row, and the mean of the last RATE_ROWS rows.
-    left: seconds to the end at this rate.
+    left: seconds to the end at the pace of the last process, with its saves and validations; at
+        the rate of images if it has not finished a step.
     checkpoint: step of the newest checkpoint; -1 if there is none.
     goodput: the share of the time that went into steps that were kept.
     losses: (category, share of the time) of the rest, the largest first; see imagen_jax/goodput.py.
@@ -102,9 +103,9 @@ class WorkdirFiles:
         """`_tail` of a file."""
         return _tail(self.path / name)
 
-    def goodput(self) -> goodput.Summary:
-        """Where the time of the run went."""
-        return goodput.summarise(goodput.read_entries(self.path))
+    def entries(self) -> list[dict[str, Any]]:
+        """The entries of the ledger of time."""
+        return goodput.read_entries(self.path)
 
     def checkpoints(self) -> list[int]:
         """Steps of the complete checkpoints, in order.
@@ -140,32 +141,36 @@ def read(job: Job) -> Row:
     """The state of a job, from its files.
 
     A lock that is held means running. If the training does not run, the launcher's record gives the
-    reason.
+    reason, or without one what the training itself has recorded.
     """
     try:
         workdir_files = WorkdirFiles(job.workdir)
         last, loss, rate = _metrics(workdir_files)
-        total, batch = _config(workdir_files)
+        total, batch, most = _config(workdir_files)
         checkpoint = max(workdir_files.checkpoints(), default=-1)
         recorded, detail, requested = _read_state(job)
-        times = workdir_files.goodput()
+        entries = workdir_files.entries()
+        times, step_s = goodput.summarise(entries), goodput.step_seconds(entries)
         failures = host_failures.read(workdir_files.path)
         launching = is_locked(job.record) and recorded in ("running", "preempted", "waiting")
         locked = is_locked(workdir_files.path)
         recent = workdir_files.is_recent(recorded == "submitted", times.ended)
         held = launching or locked or recent
+        ask = not held and not recorded  # without a launcher, the training's own records tell
+        failed = endings.failure(workdir_files.path, entries, failures, most) if ask else ""
     except (ValueError, OSError) as error:
         detail = cli.describe(error) if isinstance(error, OSError) else str(error)
         return Row(job.title, "unreadable", detail=detail)
     steps, step = job.steps or requested or total, max(last, checkpoint)  # rows may be lost
-    left = max(0, steps - step) * batch / rate if batch and rate > 0 else math.nan
+    if math.isnan(step_s) and batch and rate > 0:  # no ledger, or a process without a step
+        step_s = batch / rate
     row = Row(
         job.title,
         step=step,
         steps=steps,
         loss=loss,
         images_per_s=rate,
-        left=left,
+        left=max(0, steps - step) * step_s,
         checkpoint=checkpoint,
         goodput=times.goodput,
         losses=tuple(times.losses()),
@@ -180,6 +185,8 @@ def read(job: Job) -> Row:
         return dataclasses.replace(row, state=state, detail=detail)
     ended = {"running": "stopped", "finished": "stopped" if steps else "finished"}
     state = ended.get(recorded, recorded)
+    if failed:
+        state, detail = "failed", failed
     state = state or ("stopped" if step or checkpoint >= 0 else "not started")
     return dataclasses.replace(row, state=state, detail=detail)
 
@@ -216,13 +223,17 @@ def _metrics(workdir_files: WorkdirFiles) -> tuple[int, float, float]:
         )
 
 
-def _config(workdir_files: WorkdirFiles) -> tuple[int, int]:
-    """(steps of the training, images per step); 0 if unknown."""
+def _config(workdir_files: WorkdirFiles) -> tuple[int, int, int]:
+    """(steps of the training, images per step, most skipped steps); 0 if unknown."""
     content = workdir_files.tail("config.json")
     with _reading("config.json"):
         config = _object(content)
-        steps = _field(_field(config, "train", {}), "steps", 0)
-        return steps, _field(_field(config, "data", {}), "batch_size", 0)
+        train, data = _field(config, "train", {}), _field(config, "data", {})
+        return (
+            _field(train, "steps", 0),
+            _field(data, "batch_size", 0),
+            _field(train, "max_skips", 0),
+        )
 
 
 def _read_state(job: Job) -> tuple[str, str, int]:

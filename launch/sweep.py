@@ -249,8 +249,6 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues) ->
         if own:
             schema.check_effect(config, own, f"arm {arm.name} of {ablation.config}")
         check_interval(config["sampling"], config["diffusion"]["schedule"])
-        if not options.where:
-            check_here(config["data"]["path"])
         stage = create_stage(config)
         # With --checkpoint the stage comes from the checkpoint, which is not read here.
         if not ablation.checkpoint:
@@ -261,21 +259,28 @@ def check(ablation: Ablation, arms: Sequence[Arm], options: flags.FlagValues) ->
             optim.make_optimizer(config["optim"], config["train"]["steps"])
             check_accumulation(config["data"]["batch_size"], config["optim"]["accumulation"])
     if not ablation.checkpoint:
-        check_data(configs)
+        check_data(configs, here=not options.where)
 
 
-def check_data(configs: Mapping[str, Mapping[str, Any]]) -> None:
+def check_data(configs: Mapping[str, Mapping[str, Any]], here: bool) -> None:
     """Raises ValueError if the data lack something that an arm reads; prints a line for each arm.
 
-    configs: of the trainings, by arm. Data that are not on this machine are not checked.
+    configs: of the trainings, by arm. here: whether this machine trains; then data in buckets are
+    checked too. Other data that are not on this machine are not checked.
     """
     from imagen_jax.data import manifest_file, pipeline, sets
     from imagen_jax.training import run
 
     problems = []
     for name, config in configs.items():
-        paths = [Path(one.path) for one in sets.data_sets(config["data"])]
-        if not all((path / manifest_file.MANIFEST).is_file() for path in paths):
+        paths = [one.path for one in sets.data_sets(config["data"])]
+        for path in paths if here else ():
+            check_bucket("--config.data.path", as_path("--config.data.path", path))
+        known = (
+            here if is_bucket_url(path) else (Path(path) / manifest_file.MANIFEST).is_file()
+            for path in paths
+        )
+        if not all(known):
             continue
         try:
             run.check_data(config)
@@ -337,14 +342,8 @@ def check_measured(ablation: Ablation, columns: Sequence[Any], stage: Any, setti
             raise ValueError(f"COLUMNS of {source}: {_titled(column)} does not apply: {reason}")
 
 
-def check_here(path: str) -> None:
-    """Raises ValueError for data in a bucket."""
-    if is_bucket_url(path):
-        raise ValueError(f"{path} is in a bucket: mount it on this machine and give the directory")
-
-
 def place_of_evaluations(tasks: Sequence[Task]) -> str:
-    """Where this command can evaluate, in words: data in a bucket have to be mounted."""
+    """Where this command can evaluate, in words: data below MOUNT have to be there."""
     prefix = f"--data={MOUNT}/"
     mounts = any(word.startswith(prefix) for task in tasks for word in task.command)
     return f"on a machine where the bucket of the data is mounted below {MOUNT}" * mounts or "here"

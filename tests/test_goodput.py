@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -155,6 +156,23 @@ def test_lost_work():
     again = [*entries, entry(4, 250, 260, (0, 10), step=10.0)]
     assert summarise(again).seconds["step"] == 10.0
     assert summarise(again).seconds["lost"] == 165.0
+
+
+def test_the_pace_of_the_last_process():
+    """Catches a pace without saves and validations, one with the compilation, one of earlier
+    processes, and one of a process that has not finished a step.
+    """
+    run = [
+        entry(0, 0, 10, (0, 100), step=10.0),
+        entry(1, 20, 30, compile=10.0),
+        entry(1, 30, 40, (100, 110), step=8.0, data=2.0),
+        entry(1, 40, 70, (110, 110), checkpoint=30.0),
+        entry(1, 70, 80, (110, 120), step=10.0),
+    ]
+    later = entry(2, 100, 108, start=8.0, ended=True)
+    assert goodput.step_seconds(run) == goodput.step_seconds([*run, later]) == 50 / 20
+    for entries in ([], [*run, entry(2, 100, 110, (120, 120), step=10.0)]):
+        assert math.isnan(goodput.step_seconds(entries))
 
 
 def test_a_command_that_finds_nothing_to_do_is_no_process():

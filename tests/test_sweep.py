@@ -235,13 +235,6 @@ def test_options_that_restate_what_was_used_change_nothing(tmp_path, recorded, c
         ("", "", ("--workdir=/proc/foo",), "cannot create /proc/foo"),
         ("", "", ("--workdir=",), "--workdir is empty"),
         ("", "", ("--workdir=s3://b/s",), "--workdir s3://b/s has the scheme s3://"),
-        ('path="prepared"', 'path="gs://b/d"', (), "gs://b/d is in a bucket: mount it"),
-        (
-            "",
-            "",
-            ("--config.data.path=gs://b/d",),
-            "gs://b/d is in a bucket: mount it",
-        ),
         ("", "", ("--topology=v5e:2x4",), "--topology needs --where"),
         ("", "", ("--spot",), "--spot needs --where"),
         ("", "", ("--env=A=1",), "--env needs --where"),

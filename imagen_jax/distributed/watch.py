@@ -30,6 +30,8 @@ from imagen_jax.exit_codes import LOST
 FINISHED = "finished"
 RESTART = "restart all processes; the run then resumes from its last checkpoint"
 HEARTBEATS_PER_TIMEOUT = 20  # heartbeats of a process within `lost_s`
+# Why a process counts as lost long before `lost_s`: its connections have closed.
+EARLY = " (noticed when an operation with other processes failed here)"
 REQUEST_MS = 3000  # well under the 6 s by which `_delay_abort` delays an abort
 # Key prefixes in the store.
 HEARTBEATS, FAILURES, ENDED = "imagen_jax/heartbeat/", "imagen_jax/failure/", "imagen_jax/ended/"
@@ -284,7 +286,7 @@ class Watch:
         until = time.monotonic() + self._lost_s / 3
         while time.monotonic() < until:
             others = [text for i, text in self._failures.items() if i != self._index]
-            lost, reason = ([], others[0]) if others else self._lost(self._lost_s / 6)
+            lost, reason = ([], others[0]) if others else self._lost(self._lost_s / 6, EARLY)
             if not reason and self._index:
                 error = _connection_error(self._member.host, self._member.port)
                 lost, reason = ([0], self._lost_coordinator()) if error else ([], "")
@@ -311,17 +313,17 @@ class Watch:
                 time.sleep(self._interval / 4)
         self._die(code, line)
 
-    def _lost(self, silent_s: float) -> tuple[list[int], str]:
+    def _lost(self, silent_s: float, noticed: str = "") -> tuple[list[int], str]:
         """The other processes without a heartbeat for `silent_s`, and a description of them.
 
-        ([], "") if there is none.
+        ([], "") if there is none. noticed: how the loss was noticed, for the description.
         """
         now = time.monotonic()
         others = {i: heartbeat for i, heartbeat in self._heartbeats.items() if i != self._index}
         if not any(heartbeat.is_silent(now, silent_s) for heartbeat in others.values()):
             return [], ""
         lost, description = stalled_processes(others, self._hosts, now, silent_s)
-        return lost, f"lost {description}; {self._restart}"
+        return lost, f"lost {description}{noticed}; {self._restart}"
 
     def _lost_coordinator(self) -> str:
         return f"lost process 0 ({self._hosts[0]}), the coordinator; {self._restart}"

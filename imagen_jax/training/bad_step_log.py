@@ -10,10 +10,9 @@ import jax
 
 from imagen_jax.distributed import agreement
 from imagen_jax.object_storage import AnyPath
-from imagen_jax.run_log import BAD_STEPS, MetricsWriter
+from imagen_jax.run_log import BAD_STEPS, NONFINITE, SPAN, MetricsWriter
 from imagen_jax.storage import write_json
 
-SPAN = 1000  # consecutive steps in which at most train.max_skips are skipped
 # {array of a batch: its name in the records}; `set` only with data.mixture.
 IDS = {"index": "images", "caption_id": "captions", "set": "sets"}
 
@@ -105,7 +104,7 @@ class BadSteps:
     def _stop(self, bad: int, ids: Ids) -> str:
         """Writes workdir/nonfinite.json with the batch of step `bad`. Returns the error message."""
         report = {"step": bad, "seed": self._seed} | self._of_all_rows(ids)
-        path = self._workdir / "nonfinite.json"
+        path = self._workdir / NONFINITE
         if jax.process_index() == 0:
             write_json(path, report)
         return (

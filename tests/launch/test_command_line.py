@@ -8,6 +8,8 @@ from launch import __main__ as command_line
 from launch import platforms, status, sweep
 from tests.launch.test_job import CONFIG, LOCAL, NEEDED, read
 
+FAST = "--config.train.fast_every=5"  # train.fast_dir has no effect without it
+
 
 @pytest.mark.parametrize(
     "argv, message",
@@ -30,8 +32,8 @@ from tests.launch.test_job import CONFIG, LOCAL, NEEDED, read
         ((*LOCAL, "--workdir=r", "--processes=0"), "give at least one process"),
         ((*LOCAL, "--workdir=r", "--retries=-1"), "--retries=-1 is negative"),
         (
-            (*LOCAL, "--workdir=gs://b/r", "--config.data.path=gs://b/d"),
-            "--config.data.path=gs://b/d is in a bucket: mount it",
+            (*LOCAL, "--workdir=gs://b/r", "--config.train.fast_dir=gs://b/d", FAST),
+            "--config.train.fast_dir=gs://b/d is in a bucket: mount it",
         ),
         ((*LOCAL, "--workdir=r", "--topology=v5e:2x4"), "is not for --where local"),
         ((*LOCAL, "--workdir=r", "--stage=a=b"), "give one of"),
@@ -108,7 +110,8 @@ from tests.launch.test_job import CONFIG, LOCAL, NEEDED, read
         (
             (
                 *("--where=slurm", "--topology=h100:8", "--workdir=gs://b/r", *LOCAL[2:]),
-                "--config.data.path=gs://b/d",
+                "--config.train.fast_dir=gs://b/d",
+                FAST,
             ),
             "directories that all nodes share",
         ),

@@ -1,6 +1,7 @@
-"""A training under the local launcher whose workdir is in a bucket, killed twice."""
+"""A training under the local launcher whose workdir and data are in a bucket, killed twice."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tests.data import synthetic
 
 STEPS = 24
 WORKDIR = f"gs://{storage_emulator.BUCKET}/run"
+DATA = f"gs://{storage_emulator.BUCKET}/data"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -30,10 +32,11 @@ def server(no_network, monkeypatch):
         yield
 
 
-def command(data):
+def command(cache):
     return [
         *(sys.executable, "-m", "launch", "--where=local", f"--workdir={WORKDIR}"),
-        *("--config=configs/base_64.py:tiny", f"--config.data.path={data}"),
+        *("--config=configs/base_64.py:tiny", f"--config.data.path={DATA}"),
+        f"--config.data.shard_cache_dir={cache}",
         *(f"--config.text.dim={synthetic.DIM}", f"--config.train.steps={STEPS}"),
         *("--config.train.save_every=4", "--config.train.log_every=1"),
     ]
@@ -47,12 +50,17 @@ def child(launcher):
 
 def test_a_killed_training_restarts_in_its_bucket(tmp_path, capsys):
     """Catches a launcher that looks for the run on the disk, a lock of a killed training that
-    keeps the next one out, and a host that nobody names.
+    keeps the next one out, data in a bucket that are refused, and a host that nobody names.
     """
     data = synthetic.write_prepared(tmp_path / "data", images=40)
+    for file in filter(Path.is_file, data.rglob("*")):
+        target = storage.as_path("data", f"{DATA}/{file.relative_to(data)}")
+        storage.write_atomically(target, file.read_bytes())
+    shutil.rmtree(data)
+    cache = tmp_path / "cache"
     env = os.environ | {"XLA_FLAGS": xla.flags(devices=1), "PYTHONPATH": str(tiny.ROOT)}
     workdir = storage.as_path("--workdir", WORKDIR)
-    with subprocess.Popen(command(data), cwd=tiny.ROOT, env=env) as launcher:
+    with subprocess.Popen(command(cache), cwd=tiny.ROOT, env=env) as launcher:
         for step in (4, 8):
             end = time.monotonic() + 150
             while not storage.exists(workdir / "checkpoints" / str(step) / "SHA256SUMS"):
@@ -67,5 +75,5 @@ def test_a_killed_training_restarts_in_its_bucket(tmp_path, capsys):
     assert status.main([WORKDIR]) == 0
     row, host = capsys.readouterr().out.splitlines()[1:]
     assert row.split()[:2] == ["run", "finished"] and host.endswith("remove it from the job")
-    again = subprocess.run(command(data), cwd=tiny.ROOT, env=env, capture_output=True, text=True)
+    again = subprocess.run(command(cache), cwd=tiny.ROOT, env=env, capture_output=True, text=True)
     assert "already finished, not started again" in again.stdout

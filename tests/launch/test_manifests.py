@@ -28,9 +28,9 @@ SECRETS = dict(secrets=("HF_TOKEN",), environment={"WORD": "a 'b' $c"})
 
 
 def bucket_job(topology: str, **fields):
-    """A job whose workdir is in a bucket that it opens itself, and its data in one to mount."""
+    """A job whose workdir is in a bucket that it opens itself, and its data below a mount point."""
     one_job = job("gs://b/r", topology=parse(topology), **SECRETS | fields)
-    data = "--config.data.path=gs://d/x"
+    data = "--config.data.path=/mnt/gs/d/x"
     return dataclasses.replace(one_job, arguments=(*one_job.arguments, data))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -47,6 +48,58 @@ def test_a_running_training(tmp_path):
     )
     assert row.loss == 1 / 50 and row.images_per_s == 10 and row.left == 50 * 20 / 10
     assert status.read(job(run)).state == "stopped"
+
+
+def test_the_time_that_is_left_has_saves(tmp_path):
+    """Catches the rate of images without saves and validations taken for the pace."""
+    run = workdir(tmp_path / "run", 50)
+    steps = {"process": 0, "seconds": {"step": 20.0}}
+    entries = [
+        steps | {"start": 0.0, "end": 20.0, "from_step": 0, "to_step": 10},
+        steps | {"start": 220.0, "end": 240.0, "from_step": 10, "to_step": 20},
+    ]
+    (run / "goodput.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert status.read(job(run)).left == 50 * 240 / 20
+
+
+LAST = {"process": 1, "start": 100.0, "end": 200.0, "from_step": 40, "to_step": 50}
+SKIPS = "".join(f'{{"step": {n}, "action": "skipped"}}\n' for n in (2, 45, 46))
+
+
+@pytest.mark.parametrize(
+    "files, ended, state, words",
+    [
+        ({"nonfinite.json": '{"step": 51}'}, False, "failed", "exit code 3; loss, gradient or"),
+        ({"nonfinite.json": '{"step": 51}'}, True, "stopped", ""),
+        ({"bad_steps.jsonl": SKIPS}, False, "failed", "exit code 3; 3 of the last 1000 steps"),
+        ({"bad_steps.jsonl": SKIPS[: SKIPS.index("\n", 60)]}, False, "stopped", ""),
+        ({"bad_steps.jsonl": SKIPS.replace("4", "3")}, False, "stopped", ""),  # of process 0
+        ({"failures/a-0.json": "150"}, False, "failed", "exit code 75; lost process 1"),
+        ({"failures/a-0.json": "50"}, False, "stopped", ""),  # of process 0
+        ({"launch/launch.json": "{}", "nonfinite.json": '{"step": "x"}'}, False, "unreadable", ""),
+        ({}, False, "stopped", ""),
+    ],
+)
+def test_a_training_that_failed_without_a_launcher(tmp_path, files, ended, state, words):
+    """Catches a failure that looks like a stop, and one of an earlier process, or one that was
+    continued to an orderly end, that is shown as the last one's.
+    """
+    run = workdir(tmp_path / "run", 50)
+    (run / "config.json").write_text('{"train": {"steps": 100, "max_skips": 2}}')
+    entry = LAST | {"seconds": {"step": 90.0}} | ({"ended": True} if ended else {})
+    (run / "goodput.jsonl").write_text(json.dumps(entry) + "\n")
+    for name, text in files.items():
+        (run / name).parent.mkdir(exist_ok=True)
+        if name.startswith("failures"):
+            record = {"time": float(text), "host": "h", "process": 1, "code": 75}
+            text = json.dumps(record | {"reason": "lost process 1"})
+        (run / name).write_text(text)
+    row = status.read(job(run))
+    assert row.state == state
+    assert row.detail.startswith(words) if words or state != "stopped" else not row.detail
+    if "nonfinite.json" in files and state == "failed":
+        os.utime(run / "nonfinite.json", (50, 50))  # of process 0
+        assert status.read(job(run)).state == "stopped"
 
 
 def test_hosts_that_failed_are_named(tmp_path, capsys):

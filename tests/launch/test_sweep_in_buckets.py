@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from imagen_jax.checksums import CHECKSUMS
 from launch import status, sweep
 from launch.ablation import FINISHED
 from tests import storage_emulator, tiny
+from tests.data import synthetic
+from tests.launch import test_sweep_data
 from tests.test_sweep import ABLATION, evaluation
 
 URL = f"gs://{storage_emulator.BUCKET}"
@@ -124,21 +127,47 @@ def test_jobs_write_to_the_bucket_and_are_evaluated_here(tmp_path, capsys, tool,
     assert f"all in {URL}/jobs/sweep.json" in capsys.readouterr().out
 
 
-def test_only_the_data_need_a_mount(capsys):
-    """Catches a local directory named after the bucket, and a workdir that is mounted."""
+@pytest.mark.parametrize("data", ["gs://b/data", "/mnt/gs/b/data"])
+def test_nothing_needs_a_mount_unless_it_is_named(capsys, data):
+    """Catches a local directory named after the bucket, a workdir or data that are mounted, and
+    evaluations that use another shard cache than the trainings.
+    """
     command = [
         f"--config={tiny.ROOT}/configs/ablations/noise_augmentation.py:demo",
         f"--workdir={URL}/sweep",
-        "--config.data.path=gs://b/data",
+        f"--config.data.path={data}",
+        "--config.data.shard_cache_gib=900",
     ]
     gke = ("--where=gke", "--image=i", "--topology=v5e:2x4", "--dry-run")
     assert sweep.main([*command, *gke]) == 0
     out = capsys.readouterr().out
     assert f"--workdir={URL}/sweep/" in out and f"--checkpoint={URL}/sweep/" in out
     assert "--config=configs/ablations/noise_augmentation.py:demo" in out
-    assert "bucketName: b\n" in out and f"bucketName: {storage_emulator.BUCKET}" not in out
-    assert "--data=/mnt/gs/b/data" in out and "seed 0: a job\n" in out
-    assert "evaluations run on a machine where the bucket of the data is mounted below" in out
+    is_mounted = data.startswith("/mnt")
+    assert f"--config.data.path={data}" in out and f"--data={data}" in out
+    assert ("bucketName: b\n" in out) == is_mounted
+    assert f"bucketName: {storage_emulator.BUCKET}" not in out and "seed 0: a job\n" in out
+    assert ("--shard_cache_gib=900" in out) == (not is_mounted)
+    place = "on a machine where the bucket of the data is mounted below" if is_mounted else "here"
+    assert f"evaluations run {place}" in out
+
+
+def test_data_in_a_bucket_are_compared_with_the_arms(tmp_path, capsys, processes):
+    """Catches data in a bucket that are refused, or not read before the first training."""
+    (tmp_path / "ablation.py").write_text(test_sweep_data.ABLATION)
+    data = synthetic.write_prepared(tmp_path / "data", shapes=[(64, 64)])
+    for file in filter(Path.is_file, data.rglob("*")):
+        target = storage.as_path("data", f"{URL}/data/{file.relative_to(data)}")
+        storage.write_atomically(target, file.read_bytes())
+    command = [
+        f"--config={tmp_path / 'ablation.py'}",
+        f"--workdir={tmp_path / 'runs'}",
+        f"--config.data.path={URL}/data",
+        f"--config.data.shard_cache_dir={tmp_path / 'cache'}",
+    ]
+    assert sweep.main(command) == 2 and not processes[0]
+    error = capsys.readouterr().err
+    assert "arm wide: " in error and "3 of 4 arms do not fit the data" in error
 
 
 def test_a_bucket_that_does_not_exist(tmp_path, capsys, processes):
@@ -147,6 +176,9 @@ def test_a_bucket_that_does_not_exist(tmp_path, capsys, processes):
     command = [f"--config={tmp_path / 'ablation.py'}", "--workdir=gs://no-such-bucket/s"]
     assert sweep.main(command) == 2 and not processes[0]
     assert "there is no bucket gs://no-such-bucket" in capsys.readouterr().err
+    command = [command[0], f"--workdir={URL}/s", "--config.data.path=gs://no-such-data/d"]
+    assert sweep.main(command) == 2 and not processes[0]
+    assert "there is no bucket gs://no-such-data" in capsys.readouterr().err
 
 
 def test_data_of_this_machine_is_not_promised_to_the_jobs(capsys):
