@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 COMPILE_CACHE = "compile_cache"
 MOST_PICTURES = 10_000_000  # of a command, which holds a row of each in memory
 CONFIGS = {"config", "cascade"}  # flags that name a config file
+HELP = {"--help", "-help", "-h", "-?", "--helpshort", "--helpfull", "--helpxml"}
 # Exceptions raised while parsing flags or executing a config file.
 FLAG_ERRORS = (
     flags.Error,
@@ -85,7 +86,12 @@ def run(
             return fail(f"unexpected argument {argv[1]!r}; options start with --, see --help")
         return guard(main)
 
-    app.run(guarded, flags_parser=parse)
+    try:
+        app.run(guarded, flags_parser=parse)
+    except SystemExit as ended:
+        if ended.code == 1 and HELP.intersection(sys.argv[1:]):  # absl's code after --help
+            sys.exit(0)
+        raise
 
 
 def guard(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
