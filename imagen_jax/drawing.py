@@ -5,12 +5,9 @@ the devices. Memory holds a row of the manifest per picture, and the images of a
 """
 
 import contextlib
-import json
 import logging
 import math
-import os
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,30 +22,24 @@ from jaxtyping import UInt8
 from imagen_jax import (
     cascade,
     cli,
+    drawn_sets,
     encoder_identity,
-    field,
-    picture_set,
     run_log,
-    set_reservations,
     stage_sizes,
 )
 from imagen_jax.distributed import agreement, shared_files
 from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.object_storage import AnyPath, in_bucket
-from imagen_jax.picture_set import PictureSet, Requests
+from imagen_jax.picture_set import Requests
 from imagen_jax.row_batches import row_batches
 from imagen_jax.stage_sizes import Size
-from imagen_jax.storage import absolute, exists
+from imagen_jax.storage import absolute
 from imagen_jax.text import feature_file
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.encoder_list import parse_encoders
 from imagen_jax.text_inputs import longest_input
 from imagen_jax.weights.text_encoders import load_text_encoder, local_mesh, readable_length
 
-# Fields of a cascade config that change no picture.
-FREE_FIELDS = ("mesh", "batch_size")
-NO_IMAGE = {"image": "", "image_sha256": ""}  # the record's fields without --image
-SHOWN = 5  # changed pictures that are named
 log = logging.getLogger("imagen_jax.sample")
 
 
@@ -137,7 +128,7 @@ def text_sources(
         for each in loaded.stage.texts:
             identity = trained[each.name]
             sources[each.name] = encoder_identity.find(each, identity, identities, who, remedy)
-    for name in sorted(identities.keys() - set(sources.values())) if _is_first() else ():
+    for name in sorted(identities.keys() - set(sources.values())) if agreement.is_first() else ():
         encoder = f"text encoder {name}" if name else "text encoder"
         log.warning("no stage reads the %s: leave it out of the cascade's encoder", encoder)
     return sources
@@ -183,7 +174,7 @@ def _check_prompts(
     shortest = min(lengths, key=lengths.get)
     if lengths[shortest] < encoder.max_length:
         _check_lengths(encoder, prompts, shortest, lengths[shortest])
-    if _is_first():
+    if agreement.is_first():
         warn_of_prompts(encoder, prompts)
 
 
@@ -214,18 +205,6 @@ def warn_of_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
                     f"warning: the text encoder does not know {unknown!r} and reads it as the"
                     f" unknown token; use other words: {cli.quoted(prompt)}"
                 )
-
-
-def missing(
-    requests: Requests, record: Mapping[str, Any], directory: AnyPath, sizes: Sequence[Size]
-) -> list[tuple[int, Size]]:
-    """(pictures to draw, their size) of each stage of a set; other sets do not count.
-
-    record: the fields that all pictures share, with those of the image. sizes: of the stages.
-    """
-    job, earlier = job_of(requests, record), sizes[:-1]
-    left = len(requests) - picture_set.count_written(directory, job, len(requests), earlier)
-    return [(left, size) for size in sizes]
 
 
 def check_disk(output: AnyPath, missing: Sequence[tuple[int, Size]]) -> None:
@@ -260,136 +239,20 @@ def draw(
     Raises ValueError if the processes do not agree, FloatingPointError, see `cascade.generate`.
     """
     record = drawer.record | image
-    agreement.check(facts_of(job_of(requests, record)) | {"--output": str(absolute(output))})
+    agreement.check(
+        drawn_sets.facts_of(drawn_sets.job_of(requests, record))
+        | {"--output": str(absolute(output))}
+    )
     shared_files.check_shared(output)
     inputs = None
     if lowres is not None:
         inputs = np.broadcast_to(lowres, (len(requests), *lowres.shape))
-    with Reservation(output, requests, record, earlier=drawer.sizes[:-1]) as reserved:
+    with drawn_sets.Reservation(output, requests, record, earlier=drawer.sizes[:-1]) as reserved:
         if reserved.left:
             text = encode_prompts(drawer, requests, [reserved.left], output)
             stages = cascade.place(drawer.stages)
             draw_left(reserved, stages, text, drawer.config["batch_size"], inputs)
         return reserved.finish()
-
-
-def job_of(
-    requests: Requests, record: Mapping[str, Any], free: Sequence[str] = FREE_FIELDS
-) -> dict[str, Any]:
-    """The inputs that determine the pictures of a set.
-
-    free: fields of the config that change no picture.
-    """
-    job = requests.job | {
-        name: value for name, value in record.items() if name not in ("config", "image")
-    }
-    config = {name: value for name, value in record["config"].items() if name not in free}
-    # The field `config` of a stage is for `plan`; it changes no picture either.
-    stages = {name: config[name] for name in cascade.STAGES if name in config}
-    without = lambda stage: {name: value for name, value in stage.items() if name != "config"}
-    return job | {"config": config | {name: without(stage) for name, stage in stages.items()}}
-
-
-def facts_of(job: Mapping[str, Any]) -> dict[str, str]:
-    """{dotted path of a field: its value as JSON} of a job, for `agreement.check`."""
-    return {name: json.dumps(value) for name, value in field.flat(job).items()}
-
-
-class Reservation:
-    """The set of a job, reserved by process 0 for all processes while the context lasts.
-
-    first: the number of row 0. left: the rows to draw, ascending.
-    """
-
-    first: int
-    left: list[int]
-
-    def __init__(
-        self,
-        output: AnyPath,
-        requests: Requests,
-        record: Mapping[str, Any],
-        free: Sequence[str] = FREE_FIELDS,
-        earlier: Sequence[Size] = (),
-    ):
-        """record: the fields that all pictures share. free: see `job_of`.
-
-        earlier: image sizes of the stages before the last one, if the set has their pictures.
-        """
-        self._output, self.requests, self._record = output, requests, record
-        self._earlier = earlier
-        job = job_of(requests, record, free)
-        self._context = (
-            set_reservations.reserve(output, job, len(requests)) if _is_first() else None
-        )
-        self._parts: list[AnyPath] = []  # of this process
-
-    def __enter__(self) -> "Reservation":
-        text = ""
-        if self._context:
-            first = self._context.__enter__()
-            done = self._done(first)
-            left = [row for row in range(len(self.requests)) if row not in done]
-            text = json.dumps({"first": first, "left": to_ranges(left)})
-            if done:
-                log.info("%d of %d pictures are there already", len(done), len(self.requests))
-        agreed = json.loads(agreement.gather(text)[0])
-        self.first, self.left = agreed["first"], from_ranges(agreed["left"])
-        return self
-
-    def _done(self, first: int) -> set[int]:
-        """The rows that are there as they were drawn. Warns of pictures that were changed."""
-        rows = picture_set.part_rows(self._output, first, self.requests, self._earlier)
-        changed = picture_set.changed_rows(self._output, rows)
-        for row in changed[:SHOWN]:
-            path = self._output / row["file"]
-            log.warning("%s was changed since it was drawn; it is drawn again", path)
-        if len(changed) > SHOWN:
-            log.warning("... and %d more pictures", len(changed) - SHOWN)
-        return {row["row"] for row in rows} - {row["row"] for row in changed}
-
-    def __exit__(self, *error: Any) -> None:
-        if self._context:
-            self._context.__exit__(*error)
-
-    def pictures(self) -> PictureSet:
-        """The part of the set that this process writes."""
-        process = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"  # never used before
-        part = picture_set.part_path(self._output, self.first, process)
-        self._parts.append(part)
-        owned = self._output, self.requests, self._record, self.first, part, self._earlier
-        return PictureSet(*owned)
-
-    def finish(self) -> AnyPath:
-        """Waits for all processes; process 0 writes or repairs the manifest. Returns its path."""
-        path = picture_set.manifest(self._output, self.first)
-        shared_files.share_files(part for part in self._parts if exists(part))
-        listed = picture_set.listed_files(self._output, self.first, self._earlier)
-        shared_files.wait_for_files(listed)
-        if self._context:
-            self.pictures().finish()
-        shared_files.share_files([path] if self._context else [])
-        return path
-
-
-def _is_first() -> bool:
-    return jax.process_index() == 0
-
-
-def to_ranges(rows: Sequence[int]) -> list[list[int]]:
-    """Ascending rows as [first, last + 1] of each run without a gap."""
-    ranges: list[list[int]] = []
-    for row in rows:
-        if ranges and ranges[-1][1] == row:
-            ranges[-1][1] = row + 1
-        else:
-            ranges.append([row, row + 1])
-    return ranges
-
-
-def from_ranges(ranges: Sequence[Sequence[int]]) -> list[int]:
-    """The rows of `to_ranges`."""
-    return [row for first, end in ranges for row in range(first, end)]
 
 
 def encode_prompts(
@@ -409,7 +272,7 @@ def encode_prompts(
     encoded = {}
     for name in _names_read(drawer.encoders, drawer.sources):
         label = f"prompts encoded{f' by {name}' if name else ''}"
-        with run_log.Progress(label, len(texts), quiet=not _is_first()) as progress:
+        with run_log.Progress(label, len(texts), quiet=not agreement.is_first()) as progress:
             given = texts, per_device, directory, progress.update
             encoded[name] = feature_file.encode(drawer.encoders.load(name), *given)
     drawer.encoders.release()  # its memory is needed for the stages
@@ -422,7 +285,7 @@ def encode_prompts(
 
 
 def draw_left(
-    reserved: Reservation,
+    reserved: drawn_sets.Reservation,
     stages: Sequence[cascade.LoadedStage],
     text: Callable[[int], cascade.Features],
     batch_size: int,
@@ -440,7 +303,7 @@ def draw_left(
     started, done = time.monotonic(), 0
     with (
         contextlib.closing(reserved.pictures()) as pictures,
-        run_log.Progress(label, len(reserved.left), quiet=not _is_first()) as progress,
+        run_log.Progress(label, len(reserved.left), quiet=not agreement.is_first()) as progress,
     ):
         for batch in drawn:
             pictures.add_all(batch.rows, list(zip(*batch.images)))

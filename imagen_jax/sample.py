@@ -184,7 +184,7 @@ def sample(
     """
     import jax
 
-    from imagen_jax import cascade, drawing
+    from imagen_jax import cascade, drawing, drawn_sets
 
     check_stages(stages, image)
     given = {"image": image, "image_sha256": check_image(image)}
@@ -204,7 +204,7 @@ def sample(
     trained = size and stage_sizes.untrained([loaded.stage for loaded in drawer.stages], sizes)
     if trained and jax.process_index() == 0:
         print(f"warning: {trained}")
-    drawing.check_disk(output, drawing.missing(requests, drawer.record | given, output, sizes))
+    drawing.check_disk(output, drawn_sets.missing(requests, drawer.record | given, output, sizes))
     drawing.check_prompts(drawer, requests.prompts)
     manifest = drawing.draw(drawer, requests, output, given, lowres)
     if jax.process_index() == 0:

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, drawing, picture_set, set_reservations, sharding
+from imagen_jax import cascade, drawing, drawn_sets, picture_set, set_reservations, sharding
 from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.picture_set import Requests
 from imagen_jax.text import feature_file
@@ -60,7 +60,7 @@ def complete(config):
 
 
 def draw(config, requests, output):
-    return drawing.draw(drawing.Drawer(config, ["base"]), requests, output, drawing.NO_IMAGE)
+    return drawing.draw(drawing.Drawer(config, ["base"]), requests, output, drawn_sets.NO_IMAGE)
 
 
 def manifest_rows(path):
@@ -119,7 +119,7 @@ def test_processes_agree_on_each_field_of_a_job(complete, encoder, monkeypatch, 
     """Catches a message that names the whole job, and a field that is not compared."""
     compared = {}
     monkeypatch.setattr(drawing.agreement, "check", compared.update)
-    monkeypatch.setattr(drawing, "Reservation", None)  # draws nothing
+    monkeypatch.setattr(drawn_sets, "Reservation", None)  # draws nothing
     for w in (2.0, 3.0):
         changed = complete["base"] | {"sampling": complete["base"]["sampling"] | {"w": w}}
         with pytest.raises(TypeError):
@@ -150,8 +150,8 @@ def test_a_device_encodes_its_part_of_a_batch(monkeypatch, tmp_path):
 @pytest.mark.parametrize("rows", [[], [0], [0, 1, 2, 5, 7, 8], list(range(9))])
 def test_ranges_are_those_rows(rows):
     """Catches a run without its last row, and rows that are agreed on by their number alone."""
-    assert drawing.from_ranges(drawing.to_ranges(rows)) == rows
-    assert len(drawing.to_ranges([0, 1, 2, 5, 7, 8])) == 3
+    assert drawn_sets.from_ranges(drawn_sets.to_ranges(rows)) == rows
+    assert len(drawn_sets.to_ranges([0, 1, 2, 5, 7, 8])) == 3
 
 
 def test_a_row_belongs_to_its_set(tmp_path):
@@ -166,7 +166,7 @@ def test_a_row_belongs_to_its_set(tmp_path):
 
 def test_a_set_that_was_killed_before_its_manifest_gets_it(tmp_path):
     """Catches a set with all pictures and no manifest, which no later command can complete."""
-    make = lambda: drawing.Reservation(tmp_path, Requests(["a"], 1, 0), {"config": {}})
+    make = lambda: drawn_sets.Reservation(tmp_path, Requests(["a"], 1, 0), {"config": {}})
     with make() as reserved:
         reserved.pictures().add(0, [np.zeros((4, 4, 3), np.uint8)])
     with make() as reserved:
@@ -187,7 +187,7 @@ def test_the_files_of_all_processes_are_visible_before_they_are_read(tmp_path, m
     monkeypatch.setattr(drawing.shared_files, "share_files", record)
     monkeypatch.setattr(drawing.shared_files, "wait_for_files", record)
     given = Requests(["a", "b"], 1, 0), {"config": {}}
-    with drawing.Reservation(tmp_path, *given, earlier=[(4, 4)]) as reserved:
+    with drawn_sets.Reservation(tmp_path, *given, earlier=[(4, 4)]) as reserved:
         pictures = reserved.pictures()
         for row in (0, 1):
             pictures.add(row, [np.zeros((size, size, 3), np.uint8) for size in (4, 8)])
@@ -199,7 +199,7 @@ def test_the_files_of_all_processes_are_visible_before_they_are_read(tmp_path, m
 def test_a_set_without_a_picture_of_an_earlier_stage_is_completed(tmp_path):
     """Catches a row that counts as there by its last picture, so that no run draws the others."""
     given = tmp_path, Requests(["a", "b"], 1, 0), {"config": {}}
-    reserve = lambda: drawing.Reservation(*given, earlier=[(4, 4)])
+    reserve = lambda: drawn_sets.Reservation(*given, earlier=[(4, 4)])
     images = [np.zeros((size, size, 3), np.uint8) for size in (4, 8)]
     with reserve() as reserved:
         for row in reserved.left:
@@ -222,21 +222,23 @@ def test_a_set_has_the_pictures_of_the_earlier_stages(tmp_path, monkeypatch):
         given.extend(earlier)
         raise InterruptedError
 
-    monkeypatch.setattr(drawing, "Reservation", reserve)
+    monkeypatch.setattr(drawn_sets, "Reservation", reserve)
     sizes = [(64, 96), (256, 384), (1024, 1536)]
     drawer = object.__new__(drawing.Drawer)  # without loading
     drawer.record = {"config": {}}
     drawer.stages = [types.SimpleNamespace(size=size) for size in sizes]
     with pytest.raises(InterruptedError):
-        drawing.draw(drawer, Requests(["a"], 1, 0), tmp_path, drawing.NO_IMAGE)
+        drawing.draw(drawer, Requests(["a"], 1, 0), tmp_path, drawn_sets.NO_IMAGE)
     assert given == sizes[:2]
 
 
 def test_a_changed_picture_is_named_and_drawn_again(tmp_path, monkeypatch, caplog):
     """Catches a corrupt picture that stops every run, and one that is evaluated."""
-    monkeypatch.setattr(drawing, "SHOWN", 1)
+    monkeypatch.setattr(drawn_sets, "SHOWN", 1)
     image = np.zeros((4, 4, 3), np.uint8)
-    reserve = lambda: drawing.Reservation(tmp_path, Requests(["a", "b", "c"], 1, 0), {"config": {}})
+    reserve = lambda: drawn_sets.Reservation(
+        tmp_path, Requests(["a", "b", "c"], 1, 0), {"config": {}}
+    )
     with reserve() as reserved:
         for row in reserved.left:
             reserved.pictures().add(row, [image])
@@ -261,7 +263,7 @@ def test_what_changes_no_picture_is_not_part_of_the_job():
     record = {"image": "", "stages": ["base"]}
     config = {"mesh": {}, "batch_size": 4, "base": {"sampling": {"w": 2.0}, "config": "a.py"}}
     requests = Requests(["a"], 1, 0)
-    job = lambda **changes: drawing.job_of(requests, record | {"config": config | changes})
+    job = lambda **changes: drawn_sets.job_of(requests, record | {"config": config | changes})
     assert job() == job(mesh={"data": 8}) == job(batch_size=1)
     assert job() == job(base={"sampling": {"w": 2.0}})
     assert job() != job(base={"sampling": {"w": 3.0}, "config": "a.py"})
@@ -280,15 +282,19 @@ def test_a_set_with_other_settings_is_drawn_whole(tmp_path):
     """Catches a check of the disk that counts the pictures of other settings, or only those
     of the last stage.
     """
-    record = drawing.NO_IMAGE | {"config": {"which": "ema"}, "checkpoints": [], "stages": ["base"]}
+    record = drawn_sets.NO_IMAGE | {
+        "config": {"which": "ema"},
+        "checkpoints": [],
+        "stages": ["base"],
+    }
     requests = Requests(["a", "b"], 2, 0)
-    job = drawing.job_of(requests, record)
+    job = drawn_sets.job_of(requests, record)
     with set_reservations.reserve(tmp_path, job, len(requests)) as first:
         part = picture_set.part_path(tmp_path, first, "p")
         made = picture_set.PictureSet(tmp_path, requests, record, first, part)
         made.add(0, [np.zeros((size, size, 3), np.uint8) for size in (16, 64)])
     sizes = [(16, 16), (64, 64)]
-    left = lambda record: drawing.missing(requests, record, tmp_path, sizes)
+    left = lambda record: drawn_sets.missing(requests, record, tmp_path, sizes)
     assert left(record) == [(len(requests) - 1, size) for size in sizes]
     other = record | {"config": {"which": "params"}}
     assert left(other) == [(len(requests), size) for size in sizes]

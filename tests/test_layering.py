@@ -55,7 +55,7 @@ LAYERS = (
         "text",
     },
     {"row_batches", "sharded_attention", "sharding", "weights"},
-    {"cascade", "drawing", "online_text", "sampling_parameters", "stage"},
+    {"cascade", "drawing", "drawn_sets", "online_text", "sampling_parameters", "stage"},
     {"evals", "training"},
     {"planning"},
     COMMANDS,

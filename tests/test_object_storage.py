@@ -77,9 +77,7 @@ def test_a_missing_bucket_is_one_line(server):
 def test_an_object_is_no_output_directory(bucket):
     """Catches a workdir below an object, which hides it from those who read it."""
     storage.write_json(bucket / "config.json", {})
-    with pytest.raises(
-        ValueError, match="--workdir gs://.*config.json is a file"
-    ):
+    with pytest.raises(ValueError, match="--workdir gs://.*config.json is a file"):
         output_paths.output_directory("workdir", os.fspath(bucket / "config.json"))
     assert output_paths.output_directory("workdir", os.fspath(bucket)) == bucket
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import drawing, picture_set, pictures, sample, schema
+from imagen_jax import drawing, drawn_sets, picture_set, pictures, sample, schema
 from imagen_jax.picture_set import Requests
 from tests import test_cascade, test_drawing
 
@@ -105,8 +105,8 @@ def test_files_and_bytes_of_a_set_count_both_sides(tmp_path, monkeypatch):
     counted as those of squares.
     """
     images = [np.zeros((*size, 3), np.uint8) for size in ((4, 12), (8, 24))]
-    requests, record = Requests(["a"], 1, 0), drawing.NO_IMAGE | {"config": {}}
-    with drawing.Reservation(tmp_path, requests, record, earlier=[(4, 12)]) as reserved:
+    requests, record = Requests(["a"], 1, 0), drawn_sets.NO_IMAGE | {"config": {}}
+    with drawn_sets.Reservation(tmp_path, requests, record, earlier=[(4, 12)]) as reserved:
         reserved.pictures().add(0, images)
         reserved.finish()
     rows = lambda *sizes: len(picture_set.part_rows(tmp_path, 0, requests, sizes))

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, drawing, encoder_identity, online_text, schema, sharding, train
+from imagen_jax import (
+    cascade,
+    drawing,
+    drawn_sets,
+    encoder_identity,
+    online_text,
+    schema,
+    sharding,
+    train,
+)
 from imagen_jax.data import pipeline, records
 from imagen_jax.data.example_text import StoredFeatures
 from imagen_jax.diffusion import conditioning
@@ -253,7 +262,7 @@ def draw_both(workdir, given, output):
     assert drawer.record["encoder"]["encoders"].keys() == {"clip", "bert"}
     requests = Requests(["picture number 3", "a colour ramp"], 1, 0)
     drawing.check_prompts(drawer, requests.prompts)
-    rows = manifest_rows(drawing.draw(drawer, requests, output, drawing.NO_IMAGE))
+    rows = manifest_rows(drawing.draw(drawer, requests, output, drawn_sets.NO_IMAGE))
     assert len({row["sha256"] for row in rows}) == 2
     clip, bert = given.split("+")
     for wrong, message in (

@@ -12,9 +12,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from imagen_jax import cascade, drawing, picture_set
+from imagen_jax import cascade, drawing, drawn_sets, picture_set
 from imagen_jax.distributed import agreement, shared_files
-from imagen_jax.drawing import Drawer, Reservation
+from imagen_jax.drawing import Drawer
+from imagen_jax.drawn_sets import Reservation
 from imagen_jax.evals import settings_grid
 from imagen_jax.evals.settings_grid import Node
 from imagen_jax.object_storage import AnyPath, in_bucket
@@ -69,8 +70,10 @@ def facts_of(drawer: Drawer, points: Sequence[Node], requests: Requests) -> dict
     Points differ in the settings of the axes only, so the job of one point has all other fields.
     """
     first = points[0]
-    job = drawing.job_of(requests, record(drawer, first), free_fields(first))
-    return drawing.facts_of(job) | {"--grid": json.dumps([dict(node.settings) for node in points])}
+    job = drawn_sets.job_of(requests, record(drawer, first), free_fields(first))
+    return drawn_sets.facts_of(job) | {
+        "--grid": json.dumps([dict(node.settings) for node in points])
+    }
 
 
 def record(drawer: Drawer, node: Node) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def record(drawer: Drawer, node: Node) -> dict[str, Any]:
 
     So `sample --reproduce` draws a picture of the set from the prompt, with all earlier stages.
     """
-    return drawing.NO_IMAGE | {
+    return drawn_sets.NO_IMAGE | {
         "stages": list(node.stages),
         "config": dict(node.config),
         "checkpoints": drawer.record["checkpoints"][: len(node.stages)],
@@ -88,12 +91,12 @@ def record(drawer: Drawer, node: Node) -> dict[str, Any]:
 
 def job(drawer: Drawer, node: Node, requests: Requests) -> dict[str, Any]:
     """The inputs that determine the pictures of a set."""
-    return drawing.job_of(requests, record(drawer, node), free_fields(node))
+    return drawn_sets.job_of(requests, record(drawer, node), free_fields(node))
 
 
 def free_fields(node: Node) -> tuple[str, ...]:
     """Fields of the config that do not change the pictures: also all of later stages."""
-    return *drawing.FREE_FIELDS, *cascade.STAGES[len(node.stages) :]
+    return *drawn_sets.FREE_FIELDS, *cascade.STAGES[len(node.stages) :]
 
 
 def _draw_level(

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from imagen_jax import cascade, drawing, picture_set
+from imagen_jax import cascade, drawing, drawn_sets, picture_set
 from imagen_jax.checksums import sha256_file
 from imagen_jax.distributed import agreement
 from imagen_jax.evals import (
@@ -54,12 +54,12 @@ def evaluate(settings: Settings, output: AnyPath) -> dict[str, Any] | None:
     side = sizes[-1][0]
     requests = settings.requests
     earlier_result.check(output / RESULT, drawn_from(settings, record))
-    missing = drawing.missing(requests, record | drawing.NO_IMAGE, output / "pictures", sizes)
+    missing = drawn_sets.missing(requests, record | drawn_sets.NO_IMAGE, output / "pictures", sizes)
     drawing.check_disk(output, missing)
     warnings = suite_references.check(settings, networks, side)
     references = suite_references.make(settings, side, output / "reference")
     drawing.check_prompts(drawer, requests.prompts)
-    manifest = drawing.draw(drawer, requests, output / "pictures", drawing.NO_IMAGE)
+    manifest = drawing.draw(drawer, requests, output / "pictures", drawn_sets.NO_IMAGE)
     del drawer
     loaded = suite_features.load_networks(settings)
     rows, place = picture_set.manifest_rows(manifest), output / "features"

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, drawing, picture_set, schema, set_reservations
+from imagen_jax import cascade, drawing, drawn_sets, picture_set, schema, set_reservations
 from imagen_jax.encoders_in_turn import Encoders
 from imagen_jax.evals import grid_evaluation, grid_pictures, settings_grid
 from imagen_jax.picture_set import Requests
@@ -64,7 +64,7 @@ def test_a_point_equals_the_cascade_and_is_drawn_once(make_drawer, tmp_path, mon
     assert programs == [(0, 2.0, 0.0), (0, 1.0, 0.0), (1, 2.0, 0.0), (1, 2.0, 0.2)]
     assert sorted(encoder.texts) == sorted(REQUESTS.prompts) and drawer.encoders._encoder is None
 
-    whole = drawing.draw(make_drawer(), REQUESTS, tmp_path / "whole", drawing.NO_IMAGE)
+    whole = drawing.draw(make_drawer(), REQUESTS, tmp_path / "whole", drawn_sets.NO_IMAGE)
     (same,) = (p for p in points if p.settings == {"sr_1.aug_level": 0.2, "base.w": 2.0})
     assert files(manifests[same]) == files(whole)
     others = [files(manifests[point]) for point in points if point is not same]
@@ -100,7 +100,7 @@ def test_settings_of_later_stages_leave_a_set_as_it_is(make_drawer):
         axes = settings_grid.parse(["base.w=2,1"], drawer.config | {"sr_1": later}, STAGES)
         points = settings_grid.points(axes, drawer.config | {"sr_1": later}, STAGES)
         return [
-            drawing.job_of(
+            drawn_sets.job_of(
                 REQUESTS, grid_pictures.record(drawer, node), grid_pictures.free_fields(node)
             )
             for level in settings_grid.levels(points)
