@@ -35,6 +35,7 @@ NETWORKS = {"unet": unet.UNet, "efficient_unet": efficient_unet.EfficientUNet}
 GIVEN = {
     "lowres",
     "constrain",
+    "gather",
     "attend",
     "encoders",
     "pooled",
