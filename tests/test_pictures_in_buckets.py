@@ -124,6 +124,7 @@ def start(files, output, logs, count, *more):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_killed_sampling_in_a_bucket_is_finished(files, failing_bucket, tmp_path):
     """Catches pictures of another set, or none, after a kill of either process; pictures that

@@ -181,6 +181,7 @@ def test_killed_with_worker_processes_and_failures(failing, folder, whole, outpu
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_two_processes_and_one_killed(failing, folder, whole, output, tmp_path):
     """Catches hosts that need a common disk, and one that waits for a lost one."""
@@ -199,6 +200,7 @@ def test_two_processes_and_one_killed(failing, folder, whole, output, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_bucket_that_stays_away(failing, folder, whole, output):
     """Catches a traceback, an exit code after which no launcher tries again, and lost work."""
