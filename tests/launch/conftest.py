@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from absl import flags
 
+from imagen_jax import storage
 from launch import platforms, status, tpu_pod
 from launch.job import Job
-from tests import tiny
+from tests import storage_emulator, tiny
 
 HERE = Path(__file__).parent
 
@@ -110,3 +111,16 @@ def job(workdir, steps: int = 0, **fields) -> Job:
     )
     config = tiny.config() | {"train": {"steps": steps}} if steps else {}
     return Job(**defaults | {"config": config} | fields)
+
+
+@pytest.fixture(scope="module")
+def bucket_server():
+    """An emulator of Cloud Storage, set for this process."""
+    with storage_emulator.used():
+        yield
+
+
+@pytest.fixture
+def real_buckets(bucket_server, no_network, monkeypatch):
+    """Undoes `no_network`: launch.status reads the buckets of the emulator."""
+    monkeypatch.setattr(status, "as_path", storage.as_path)

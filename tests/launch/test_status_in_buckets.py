@@ -13,19 +13,7 @@ from tests import storage_emulator
 from tests.launch.conftest import job
 
 URL = f"gs://{storage_emulator.BUCKET}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    """The server, set for this process."""
-    with storage_emulator.used():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def real_buckets(no_network, monkeypatch):
-    """Undoes `no_network`."""
-    monkeypatch.setattr(status, "as_path", storage.as_path)
+pytestmark = pytest.mark.usefixtures("real_buckets")
 
 
 def write(name: str, step: int, checkpoints=()):
