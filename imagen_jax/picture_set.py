@@ -35,6 +35,7 @@ from jaxtyping import UInt8
 from imagen_jax import line_logs, pictures, run_log, set_reservations, set_rows, stage_sizes
 from imagen_jax.checksums import HASH_THREADS, sha256_file
 from imagen_jax.line_logs import STORE_S, LineLog
+from imagen_jax.many_files import each
 from imagen_jax.object_storage import AnyPath, bucket_errors, in_bucket
 from imagen_jax.set_rows import Requests, Row
 from imagen_jax.stage_sizes import Size
@@ -43,7 +44,6 @@ from imagen_jax.storage import entry_names, exists, remove, write_atomically, wr
 FOLDER_SIZE = 1000  # pictures; a larger set is divided into folders
 SHEET_ROWS, SHEETS = 100, 10  # pictures on one contact sheet, and contact sheets of one set
 MANY = 1000  # pictures; checking more of them shows the progress
-UPLOADS = 16  # rows whose files are stored in a bucket at the same time
 LISTINGS = 8  # folders of a bucket whose names are kept
 
 
@@ -74,12 +74,9 @@ class PictureSet:
         """`add` for several rows; in a bucket, their files are stored at the same time."""
         if self._lines is None:
             self._lines = LineLog(self.part)
-        with contextlib.ExitStack() as stack:
-            each = map  # on a local file system, the line of a row follows its files at once
-            if in_bucket(self.directory):
-                each = stack.enter_context(concurrent.futures.ThreadPoolExecutor(UPLOADS)).map
-            for line in each(self._write, rows, images):
-                self._lines.append(json.dumps(line, ensure_ascii=False))
+        # On a local file system, the line of a row follows its files at once.
+        for line in each(lambda row: self._write(*row), zip(rows, images), self.directory):
+            self._lines.append(json.dumps(line, ensure_ascii=False))
         if time.monotonic() > self._stored_at + STORE_S:
             self._lines.flush()
             self._stored_at = time.monotonic()

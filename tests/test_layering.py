@@ -32,6 +32,7 @@ LAYERS = (
         "interrupts",
         "line_logs",
         "locks",
+        "many_files",
         "run_fields",
         "network_fields",
         "output_paths",

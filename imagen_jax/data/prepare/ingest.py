@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.kept import PLAN, Plan
 from imagen_jax.data.prepare.manifest import listed
-from imagen_jax.data.prepare.many_files import each
 from imagen_jax.data.prepare.resize import Resize
 from imagen_jax.data.prepare.selection import select
 from imagen_jax.data.prepare.settings import Settings
@@ -20,6 +19,7 @@ from imagen_jax.data.prepare.shards import AGAIN, Shard, shards_of, unfinished, 
 from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement, shared_files
+from imagen_jax.many_files import each
 from imagen_jax.object_storage import AnyPath
 from imagen_jax.run_log import Progress
 from imagen_jax.storage import entry_names, exists, read_json, write_atomically

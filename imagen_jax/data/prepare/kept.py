@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from imagen_jax.data.prepare.checks import Checked
-from imagen_jax.data.prepare.many_files import each
+from imagen_jax.many_files import each
 from imagen_jax.object_storage import AnyPath, bucket_errors
 from imagen_jax.storage import read_json, read_object, write_atomically
 

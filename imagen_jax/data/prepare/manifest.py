@@ -10,9 +10,9 @@ from typing import Any
 from imagen_jax.data import first_records, image_sizes, manifest_file, records
 from imagen_jax.data.caption_records import caption_features
 from imagen_jax.data.prepare.kept import Plan
-from imagen_jax.data.prepare.many_files import each
 from imagen_jax.data.prepare.shards import FIRST
 from imagen_jax.data.quantization import relative_errors
+from imagen_jax.many_files import each
 from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.storage import copy_directory, write_atomically, write_lines, written_whole
 from imagen_jax.text_inputs import UNNAMED

@@ -22,7 +22,6 @@ from imagen_jax.data.prepare.ingest import At, image_shards
 from imagen_jax.data.prepare.ingest import ingest as ingest_here
 from imagen_jax.data.prepare.kept import PLAN, Plan
 from imagen_jax.data.prepare.manifest import finish, listed
-from imagen_jax.data.prepare.many_files import each
 from imagen_jax.data.prepare.preview import preview
 from imagen_jax.data.prepare.request import (
     REQUEST,
@@ -44,6 +43,7 @@ from imagen_jax.data.sources.source import Source
 from imagen_jax.data.workers import Workers
 from imagen_jax.distributed import agreement, shared_files, startup
 from imagen_jax.encoders_in_turn import Encoders
+from imagen_jax.many_files import each
 from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.storage import as_path, exists, file_sizes, remove, write_atomically
 from imagen_jax.text_inputs import UNNAMED

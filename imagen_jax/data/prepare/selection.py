@@ -34,8 +34,8 @@ from imagen_jax.data.prepare.kept import (
     write_images_of,
     write_plan,
 )
-from imagen_jax.data.prepare.many_files import each
 from imagen_jax.data.records import SPLITS
+from imagen_jax.many_files import each
 from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.storage import remove, written_whole
 

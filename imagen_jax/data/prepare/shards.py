@@ -15,10 +15,10 @@ from imagen_jax.data import first_records, records
 from imagen_jax.data.manifest_file import SHARD_FIELDS
 from imagen_jax.data.prepare import checks
 from imagen_jax.data.prepare.kept import KeptImage, images_of
-from imagen_jax.data.prepare.many_files import each
 from imagen_jax.data.prepare.resize import Resize
 from imagen_jax.data.sources.source import Source
 from imagen_jax.distributed import shared_files
+from imagen_jax.many_files import each
 from imagen_jax.object_storage import AnyPath, in_bucket
 from imagen_jax.storage import (
     entry_names,
@@ -116,11 +116,8 @@ def _checked_entry(partial: AnyPath, shard: Shard, size: int | None) -> dict | N
     """
     if size is None:
         return None
-    file, written, remedy = (
-        _entry(partial, shard.name),
-        partial.parent / shard.name,
-        f"remove it; {AGAIN}",
-    )
+    file, written = _entry(partial, shard.name), partial.parent / shard.name
+    remedy = f"remove it; {AGAIN}"
     fields = _FEATURE_FIELDS if shard.has_features else SHARD_FIELDS
     entry = read_object(file, fields, remedy)
     if entry["rows"] != shard.rows:

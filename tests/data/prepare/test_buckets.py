@@ -11,9 +11,9 @@ import time
 import pytest
 from absl import flags
 
-from imagen_jax import exit_codes, locks, prepare_data, storage
+from imagen_jax import exit_codes, locks, many_files, prepare_data, storage
 from imagen_jax.data import manifest_file
-from imagen_jax.data.prepare import many_files, work_directory
+from imagen_jax.data.prepare import work_directory
 from tests import processes, storage_emulator, tiny
 from tests.data.synthetic_source import FakeEncoder, named, prepare, stored, tree
 
