@@ -76,6 +76,14 @@ def used(failing=0.0, delay=0.0, seed=0):
         yield env
 
 
+def directory_of(request):
+    """An empty directory of the bucket, for one test. request: that of pytest."""
+    from imagen_jax import storage  # not in the process of the server
+
+    name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
+    return storage.as_path("the directory", f"gs://{BUCKET}/{name}")
+
+
 def set_failing(env, share):
     """Changes the share of requests that a server fails. env: its `environment`."""
     urllib.request.urlopen(f"{env['STORAGE_EMULATOR_HOST']}{SET_FAILING}{share}").close()

@@ -28,7 +28,7 @@ def server():
 @pytest.fixture
 def bucket(server, request):
     """An empty directory in the bucket."""
-    return storage.as_path("--output", f"gs://{storage_emulator.BUCKET}/{request.node.name}")
+    return storage_emulator.directory_of(request)
 
 
 @pytest.fixture

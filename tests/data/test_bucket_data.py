@@ -48,8 +48,7 @@ def server():
 @pytest.fixture
 def bucket(server, request):
     """An empty directory in the bucket."""
-    name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
-    return storage.as_path("--data", f"gs://{storage_emulator.BUCKET}/{name}")
+    return storage_emulator.directory_of(request)
 
 
 @pytest.fixture(scope="module")

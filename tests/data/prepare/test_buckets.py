@@ -30,8 +30,7 @@ def server():
 @pytest.fixture
 def output(server, request):
     """A directory in the bucket that does not exist."""
-    name = request.node.name.replace("[", "-").rstrip("]")
-    return storage.as_path("--output", f"gs://{storage_emulator.BUCKET}/{name}/data")
+    return storage_emulator.directory_of(request) / "data"
 
 
 def run(folder, output, *more):
